@@ -1,0 +1,68 @@
+# `make` alone explains itself. Works from any directory with `make -C <checkout>`.
+
+# The interpreter that .venv is made from: Python 3.10, 3.11 or 3.12.
+PYTHON ?= python3
+SEED ?= 0
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+EXTRAS := serve,deepspeed,tensorboard,dev
+SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# DeepSpeed would compile its CUDA kernels at installation; it builds the few it uses at run time.
+export DS_BUILD_OPS := 0
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart check format test unit test-slow wheel clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) \
+		| awk 'BEGIN {FS = ":.*## "} {printf "  make %-12s %s\n", $$1, $$2}'
+	@echo
+	@echo "  Variables: PYTHON=python3.12 (for install), SEED=1 and ARGS=\"key=value ...\" (for quickstart; ARGS for tests too)"
+
+install: $(STAMP)  ## create .venv with everything that tests and examples need; instant once done
+
+# The stamp is made last, so an installation that was interrupted is taken up again. A .venv without pip (half made) or
+# with another Python is made anew.
+$(STAMP): pyproject.toml constraints.txt
+	@$(BIN)/python -c 'import pip; $(SUPPORTED)' 2>/dev/null \
+		|| { $(PYTHON) -c '$(SUPPORTED)' && $(PYTHON) -m venv --clear $(VENV); } \
+		|| { echo "error: cannot make $(VENV) with '$(PYTHON)': it must be Python 3.10, 3.11 or 3.12 (the bundled Triton" \
+			"server needs one of them) with its venv module; name one that is: make install PYTHON=python3.11" >&2; \
+			exit 1; }
+	$(PIP) install --constraint constraints.txt torch
+	$(PIP) install --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	@touch $@
+
+quickstart: $(STAMP)  ## SFT, reward model, Triton server and PPO on random walks: a few minutes on a laptop CPU
+	$(BIN)/python -m examples.randomwalks.quickstart seed=$(SEED) $(ARGS)
+
+check: $(STAMP)  ## lint, formatting and types
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m pyright
+
+format: $(STAMP)  ## rewrite the sources as `make check` wants them
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+test: check  ## check, then unit and integration tests: what .ci/run calls
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+unit: $(STAMP)  ## unit tests alone
+	$(BIN)/python -m pytest tests/unit $(ARGS)
+
+test-slow: $(STAMP)  ## the tests that `make test` leaves out for their length
+	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+wheel: $(STAMP)  ## build the source distribution and the wheel into dist/
+	$(BIN)/python -m build --no-isolation
+
+clean:  ## delete outputs/, caches and build products; .venv and model_store/ stay
+	rm -rf outputs build dist *.egg-info .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+	@echo "kept: $(VENV) and model_store/ (converted reward models); delete them by hand"

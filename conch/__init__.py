@@ -1,0 +1,20 @@
+"""Conch: train language models with RL from reward models served by NVIDIA Triton Inference Server."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from conch.api import train as train
+
+__version__ = "0.1.0"
+__all__ = ["train"]
+
+
+def __getattr__(name: str) -> Any:
+    # `import conch` must stay fast and free of torch: the trainers are loaded at first use.
+    if name == "train":
+        from conch.api import train
+
+        return train
+    raise AttributeError(f"module 'conch' has no attribute {name!r}")

@@ -1,0 +1,236 @@
+"""From a command line to a validated run configuration.
+
+    python -m conch.trainers.ppo --config-name randomwalks/ppo train.seed=1 generation.temperature=0.7
+
+A YAML file below `configs/` is composed by Hydra (its `defaults` list may pull in other files, from its own
+folder or from `configs/`), `key=value` overrides are laid over it, and the result is validated against the
+program's section. Hydra changes no working directory and writes no files here. Overrides may name keys that
+the YAML leaves out: the section alone decides which keys exist.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+import types
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic.fields import FieldInfo
+
+import conch
+from conch.config import Section, load
+from conch.errors import ConchError, ConfigError
+from conch.log import setup_logging
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def default_config_dir() -> Path:
+    """`configs/` of the checkout this package runs from, or `./configs` where it was installed alone."""
+    beside_package = Path(conch.__file__).resolve().parents[1] / "configs"
+    return beside_package if beside_package.is_dir() else Path("configs")
+
+
+def compose(name: str, overrides: Sequence[str], config_dir: Path) -> dict[str, Any]:
+    """Compose `<config_dir>/<name>.yaml` and `overrides` into a plain dict, interpolations resolved.
+
+    name: path of the file below `config_dir`, without suffix: `randomwalks/ppo`.
+    overrides: in Hydra's syntax: `key=value` sets a key whether or not the file has it, `~key` removes one,
+        and `group=choice` takes another file from the folder `group`.
+
+    Raises:
+        ConfigError: no such file (those that exist are listed), YAML or an override that cannot be read.
+    """
+    # Hydra takes most of a second to import: not before a program really composes something.
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    file = _find_config(name, config_dir)
+    # Hydra nests a file under its folder's name; so that folder is made the root and `configs/` searched too.
+    search = f"hydra.searchpath=['file://{config_dir.resolve()}']"
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(file.parent), version_base="1.3"):
+            forced = [_force(text, (file.parent, config_dir)) for text in overrides]
+            config = hydra_compose(file.stem, overrides=[search, *forced])
+            values = OmegaConf.to_container(config, resolve=True)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot compose {file}: {_readable(error)}") from None
+    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+
+
+def load_run_config(
+    section: type[SectionT], argv: Sequence[str], *, default_name: str, config_dir: Path | None = None
+) -> SectionT:
+    """Turn command-line arguments into a validated `section`.
+
+    Understands `[--config-name NAME] [--config-dir DIR] [--print-config] [--help] [key=value ...]`. `--help`
+    prints every key with its type, default and meaning; `--print-config` prints the composed configuration;
+    both exit 0.
+
+    default_name: the configuration that runs when none is named.
+    config_dir: where configurations are looked for; None takes `default_config_dir()`.
+
+    Raises:
+        ConfigError: see `compose` and `conch.config.load`.
+        SystemExit: after `--help` and `--print-config` (0), and for an unknown option (2).
+    """
+    parser = _parser(section, default_name, config_dir or default_config_dir())
+    arguments = parser.parse_intermixed_args(list(argv))
+    if arguments.help:
+        print(f"{parser.format_help()}\nkeys:\n{describe(section)}")
+        raise SystemExit(0)
+    values = compose(arguments.config_name, arguments.overrides, arguments.config_dir)
+    config = load(section, values)
+    if arguments.print_config:
+        print(to_yaml(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def to_yaml(config: Section) -> str:
+    """The configuration as YAML that `compose` and `load` turn into an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+def save_resolved(config: Section, path: Path) -> None:
+    """Write the validated configuration as YAML to `path`; its folder is made where it is missing.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(to_yaml(config), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write the resolved configuration to {path}: {error.strerror}") from error
+
+
+def run_main(main: Callable[[list[str]], None]) -> NoReturn:
+    """Run a program's `main` on the command line and leave with its exit code.
+
+    0 for success, 1 for a `ConchError` (its message goes to stderr after `error:`, without a traceback), 130
+    for Ctrl-C. Any other exception is a bug of ours or of the user's code and keeps its traceback.
+    """
+    setup_logging()
+    try:
+        main(sys.argv[1:])
+    except ConchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    raise SystemExit(0)
+
+
+def describe(section: type[Section]) -> str:
+    """Every key of `section` and of the sections in it: full name, type, default, and its docstring."""
+    return "\n".join(_describe_fields(section, prefix="", defaults=None))
+
+
+def _parser(section: type[Section], default_name: str, config_dir: Path) -> argparse.ArgumentParser:
+    summary = (section.__doc__ or "").strip()
+    parser = argparse.ArgumentParser(description=summary, add_help=False)
+    parser.add_argument("-h", "--help", action="store_true", help="show this text and every key, and leave")
+    parser.add_argument(
+        "--config-name", default=default_name, metavar="NAME", help=f"file to run (default: {default_name})"
+    )
+    parser.add_argument(
+        "--config-dir",
+        type=Path,
+        default=config_dir,
+        metavar="DIR",
+        help=f"its folder (default: {config_dir})",
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="show the composed configuration, and leave"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the file")
+    return parser
+
+
+def _find_config(name: str, config_dir: Path) -> Path:
+    file = (config_dir / f"{name.removesuffix('.yaml')}.yaml").absolute()
+    if file.is_file():
+        return file
+    if not config_dir.is_dir():
+        raise ConfigError(f"no configuration folder {config_dir.resolve()}; name one with --config-dir")
+    names = sorted(str(found.relative_to(config_dir).with_suffix("")) for found in config_dir.rglob("*.yaml"))
+    raise ConfigError(f"no configuration `{name}` in {config_dir}; there is: {', '.join(names) or 'none'}")
+
+
+def _force(text: str, roots: Sequence[Path]) -> str:
+    """Let `key=value` add a key that the file leaves out, which Hydra by itself would refuse."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import OverrideType
+    from hydra.errors import HydraException
+
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        reason = f"{_readable(error)}; write key=value, and quote a value with special characters"
+        raise ConfigError(f"cannot read the override `{text}`: {reason}") from None
+    if override.is_sweep_override():
+        key, _, value = text.partition("=")
+        remedy = f"write {key}=[{value}] for a list, \"{key}='{value}'\" for text"
+        raise ConfigError(f"override `{text}` holds several values; {remedy}")
+    picks_file = any((root / override.key_or_group).is_dir() for root in roots)
+    return f"++{text}" if override.type is OverrideType.CHANGE and not picks_file else text
+
+
+def _readable(error: Exception) -> str:
+    """The error's own words, less the pointers to Hydra's handbook and to its search path."""
+    message = str(error).partition("\nConfig search path:")[0]
+    lines = [line.strip() for line in message.splitlines()]
+    return "; ".join(line for line in lines if line and not line.startswith("See http"))
+
+
+def _describe_fields(section: type[Section], prefix: str, defaults: Section | None) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        default = _default(name, field, defaults)
+        nested = _section_in(field.annotation)
+        if nested is not None:
+            inner = default if isinstance(default, Section) else None
+            yield from _describe_fields(nested, f"{prefix}{name}.", inner)
+            continue
+        shown = "required" if default is ... else f"default {default!r}"
+        yield f"  {prefix}{name}: {_type_name(field.annotation)}, {shown}"
+        if field.description:
+            text = " ".join(field.description.split())
+            yield textwrap.fill(text, width=108, initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+
+def _default(name: str, field: FieldInfo, defaults: Section | None) -> Any:
+    """What a key is when nobody sets it, `...` for a required one. An enclosing default counts first."""
+    if defaults is not None:
+        return getattr(defaults, name)
+    return ... if field.is_required() else field.get_default(call_default_factory=True, validated_data={})
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def _type_name(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " | ".join(repr(choice) for choice in arguments)
+    if origin in (Union, types.UnionType):
+        return " | ".join(_type_name(choice) for choice in arguments)
+    if annotation is type(None):
+        return "None"
+    if isinstance(annotation, type) and not arguments:
+        return annotation.__name__
+    return str(annotation).replace("typing.", "")

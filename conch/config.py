@@ -1,0 +1,265 @@
+"""The sections of a run's configuration, validated and frozen.
+
+Each trainer composes the sections it needs into its own run config (see `trainers/ppo.py`). A constructor
+takes its own section, never the whole. Unknown keys are refused with the nearest valid name. `load` turns a
+plain mapping into a section and pydantic's report into one readable ConfigError.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from conch.errors import ConfigError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+OnFailure = Literal["raise", "drop", "wait"]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys refused, frozen after load, docstrings kept as descriptions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """Which model to train, and how much of it."""
+
+    path: str | None = None
+    """Folder or hub id of the model. Give this or `architecture`."""
+
+    revision: str | None = None
+    """Hub revision (commit, tag or branch) of `path`."""
+
+    architecture: dict[str, Any] | None = None
+    """Start from random weights of this shape: the keys of the transformers config, `model_type` among
+    them."""
+
+    dtype: Dtype = "float32"
+    """Precision the weights are held in."""
+
+    num_layers_unfrozen: int = Field(default=-1, ge=-1)
+    """Transformer blocks to train, counted from the top; -1 trains everything. With a number, the reference
+    of PPO shares the frozen trunk and copies only these blocks; with -1 it is a full copy."""
+
+    disable_dropout: bool = True
+    """Set every dropout to 0, so that sampling and training see the same policy."""
+
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Off unless you have read that code."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if (self.path is None) == (self.architecture is None):
+            raise ValueError("give exactly one of `path` and `architecture`")
+        if self.architecture is not None and "model_type" not in self.architecture:
+            raise ValueError("`architecture` needs `model_type` (for example gpt2)")
+        if self.num_layers_unfrozen == 0:
+            raise ValueError("`num_layers_unfrozen` is 0: nothing would be trained; use -1 for all layers")
+        return self
+
+
+class TokenizerConfig(Section):
+    """Which tokenizer to use."""
+
+    path: str | None = None
+    """Folder or hub id; None takes the model's."""
+
+    pad_token: str | None = None
+    """Padding token, for tokenizers that have none. Must be in the vocabulary and should differ from eos."""
+
+    truncation_side: Literal["left", "right"] = "left"
+    """Which end of a too long prompt is cut when `truncate_prompts` allows it."""
+
+    truncate_prompts: bool = False
+    """Cut prompts that do not fit the model's window instead of refusing them."""
+
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak learning rate."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the running means of the gradient and of its square."""
+
+    eps: float = Field(default=1e-5, gt=0)
+    """Added to the denominator; 1e-5 is the value of the original PPO code."""
+
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay, applied to matrices only (not to biases and norms)."""
+
+
+class SchedulerConfig(Section):
+    """Learning rate over the run, stepped once per optimizer update."""
+
+    name: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after warm-up: flat, or falling to 0 at the run's last update."""
+
+    warmup_updates: int = Field(default=0, ge=0)
+    """Optimizer updates over which the rate rises linearly from 0."""
+
+
+class GenerationConfig(Section):
+    """How completions are sampled."""
+
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Longest completion, in tokens."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits, in sampling and in the log-probs that are trained on."""
+
+    top_k: int = Field(default=0, ge=0)
+    """Sample among the k likeliest tokens; 0 turns it off."""
+
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample among the likeliest tokens that hold this much probability; 1 turns it off."""
+
+    stop: tuple[str, ...] = ()
+    """Stop strings: the completion ends before the first of them."""
+
+    chunk_size: int = Field(default=64, ge=1)
+    """Prompts generated at once per process; a chunk's rewards are requested while the next is generated."""
+
+
+class RewardConfig(Section):
+    """Where rewards come from and what to do when they do not come."""
+
+    url: str | None = None
+    """`host:port/model` of a served reward model; None takes the TRITON_HOST environment variable. Unused
+    when a Python function is passed."""
+
+    attempt_timeout_s: float = Field(default=10.0, gt=0)
+    """Deadline of one request, in seconds."""
+
+    deadline_s: float = Field(default=60.0, gt=0)
+    """Deadline of one micro-batch with all its retries, in seconds."""
+
+    max_in_flight: int = Field(default=4, ge=1)
+    """Requests a process keeps under way at once."""
+
+    micro_batch_size: int = Field(default=64, ge=1)
+    """Samples per request, at most; lowered to the server's own limit."""
+
+    on_failure: OnFailure = "raise"
+    """`raise`: every process leaves with the reason. `drop`: failed samples leave the loss, within
+    `max_failed_fraction`. `wait`: keep asking a server that is away, for at most `wait_budget_s`."""
+
+    max_failed_fraction: float = Field(default=0.1, ge=0, le=1)
+    """With `drop`: more failures than this share of a step's samples stop the run."""
+
+    wait_budget_s: float = Field(default=3600.0, gt=0)
+    """With `wait`: longest outage to sit out, in seconds."""
+
+    weights: dict[str, float] = Field(default_factory=dict)
+    """Objective -> weight in the sum, for rewards with several objectives; unnamed objectives weigh 1."""
+
+
+class TrainConfig(Section):
+    """Length, numerics and housekeeping of a run."""
+
+    seed: int = Field(default=0, ge=0)
+    """Seeds weights, data order and sampling; each rank adds its number to it for sampling."""
+
+    total_steps: int = Field(default=100, ge=1)
+    """Steps of the trainer's loop: optimizer updates offline; one rollout with all its updates for PPO."""
+
+    output_dir: Path = Path("outputs")
+    """A run's folder is made below: `<output_dir>/<date>/<time>/`."""
+
+    run_dir: Path | None = None
+    """Exact folder of the run instead; must not hold another run."""
+
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Micro-batches per optimizer update; changes memory, not the result."""
+
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """Autocast precision; None takes what `accelerate launch` was told."""
+
+    num_processes: int | None = Field(default=None, ge=1)
+    """Processes this run must have; any other number is refused (some launchers silently start one)."""
+
+    eval_every: int = Field(default=0, ge=0)
+    """Evaluate every so many steps, and at the start and end; 0 never evaluates."""
+
+    eval_repeats: int = Field(default=1, ge=1)
+    """Completions sampled per evaluation prompt."""
+
+    save_every: int = Field(default=0, ge=0)
+    """Save a checkpoint every so many steps; 0 saves only the last. The end of the run always saves."""
+
+
+class DataConfig(Section):
+    """Files that a trainer's own command line reads; from Python the data is passed directly."""
+
+    train: Path | None = None
+    """Training rows: a `.txt` file with one string a line, or `.jsonl` / `.jsonl.gz` with one value or object
+    a line."""
+
+    eval: Path | None = None
+    """Evaluation rows, in the same forms."""
+
+
+class TrackingConfig(Section):
+    """Where metrics go. `metrics.jsonl` in the run folder is always written."""
+
+    wandb: bool = False
+    """Log to Weights & Biases; never asks for a login: without credentials the run is logged offline."""
+
+    tensorboard: bool = False
+    """Log to TensorBoard event files in the run folder."""
+
+    project: str = "conch"
+    """Weights & Biases project."""
+
+    sample_rows: int = Field(default=16, ge=0)
+    """Rows of each table of samples written to `samples/`."""
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def load(section: type[SectionT], values: Mapping[str, Any]) -> SectionT:
+    """Validate a plain mapping into `section`.
+
+    Raises:
+        ConfigError: one line per mistake: the key's full name, what is wrong, and for an unknown key the
+            nearest valid one.
+    """
+    try:
+        return section.model_validate(dict(values))
+    except ValidationError as error:
+        lines = [_explain(section, dict(problem)) for problem in error.errors()]
+        raise ConfigError("configuration not valid:\n  " + "\n  ".join(lines)) from None
+
+
+def _explain(section: type[Section], problem: dict[str, Any]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location) or section.__name__
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key `{key}`; {_nearest(section, location)}"
+    if problem["type"] == "missing":
+        return f"`{key}` is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
+    return f"`{key}`: {message}{shown}"
+
+
+def _nearest(section: type[Section], location: list[str]) -> str:
+    owner: Any = section
+    for part in location[:-1]:
+        field = owner.model_fields.get(part) if hasattr(owner, "model_fields") else None
+        owner = field.annotation if field else None
+    names = list(getattr(owner, "model_fields", {}))
+    close = difflib.get_close_matches(location[-1], names, n=1)
+    if close:
+        return f"did you mean `{'.'.join([*location[:-1], close[0]])}`?"
+    return f"valid here: {', '.join(names)}"

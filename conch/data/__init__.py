@@ -1,0 +1,1 @@
+"""Datasets: strings, pairs and prompts become token ids; streams know their position."""

@@ -1,0 +1,259 @@
+"""One trained module, its optimizer and its processes: everything that touches accelerate.
+
+The rule that keeps results independent of how a batch is cut: a loss is a sum divided by the *global* count
+of what it sums over, taken over all micro-batches of all ranks. `Engine.update` undoes the averaging that
+DDP, DeepSpeed and accelerate's accumulation apply, so that gradients are those of that sum.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from conch.config import OptimizerConfig, SchedulerConfig, TrainConfig
+from conch.errors import ConchError, ConfigError, DistributedError
+
+MicroBatchT = TypeVar("MicroBatchT")
+ObjectT = TypeVar("ObjectT")
+
+COLLECTIVE_TIMEOUT_S = 1800
+"""Longest a rank waits for the others: must exceed the slowest rank's rollout and any wait for rewards."""
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """What one optimizer update did.
+
+    loss: summed over micro-batches and ranks. grad_norm: before clipping. learning_rate: of this update.
+    skipped: True where the gradient was not finite and the weights were left alone.
+    """
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    skipped: bool
+
+
+class Engine:
+    """Owns the processes; `prepare` gives it the one module it trains."""
+
+    module: nn.Module
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._config = config
+        has_gpu = torch.cuda.is_available()
+        if not has_gpu:  # else DeepSpeed, where installed, looks for a GPU first and warns
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # Naming a backend makes accelerate expect a process group: not for a single process.
+        backend = "gloo" if not has_gpu and _launched_processes() > 1 else None
+        process_group = InitProcessGroupKwargs(
+            backend=backend, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+        )
+        self.accelerator = Accelerator(
+            # Asking for the CPU outright would turn DeepSpeed off without a word.
+            cpu=not has_gpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true",
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            # Buffers never differ between ranks; sending them would make each forward pass, also without
+            # gradient, a collective, and ranks with unequal numbers of evaluation batches would wait for each
+            # other forever.
+            kwargs_handlers=[process_group, DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        self._check_processes()
+        set_seed(config.seed)
+
+    def _check_processes(self) -> None:
+        """Launchers have been seen to start one process where several were asked for; never train on then."""
+        running = self.accelerator.num_processes
+        wanted = self._config.num_processes or _launched_processes() or running
+        if running != wanted:
+            raise DistributedError(
+                f"{wanted} processes were asked for, {running} run; on a machine without a GPU start several "
+                f"with `ACCELERATE_USE_CPU=true torchrun --nproc_per_node {wanted} ...`"
+            )
+
+    @property
+    def rank(self) -> int:
+        """This process's number."""
+        return self.accelerator.process_index
+
+    @property
+    def num_ranks(self) -> int:
+        """Number of processes."""
+        return self.accelerator.num_processes
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self.accelerator.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that prints and writes."""
+        return self.accelerator.is_main_process
+
+    @property
+    def unwrapped(self) -> nn.Module:
+        """The trained module without DDP or DeepSpeed around it."""
+        return cast(nn.Module, self.accelerator.unwrap_model(self.module))
+
+    def seed_sampling(self) -> None:
+        """Give each rank its own random stream: no two sample alike. Call it after weights are made."""
+        set_seed(self._config.seed + 1000 * (self.rank + 1))
+
+    def share(self, total: int, name: str) -> int:
+        """This rank's part of a global count.
+
+        Raises:
+            ConfigError: it does not divide, with the numbers named.
+        """
+        if total % self.num_ranks:
+            raise ConfigError(f"`{name}` = {total} does not divide among {self.num_ranks} processes")
+        return total // self.num_ranks
+
+    def prepare(
+        self, module: nn.Module, optimizer: OptimizerConfig, scheduler: SchedulerConfig, *, total_updates: int
+    ) -> None:
+        """Make the optimizer and schedule for `module` and wrap all for distributed training.
+
+        Raises:
+            ConfigError: no parameter is trainable.
+        """
+        module.train()  # what `from_pretrained` returns is not
+        raw = torch.optim.AdamW(
+            _decay_groups(module, optimizer.weight_decay),
+            lr=optimizer.learning_rate,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+        )
+        name = "constant_with_warmup" if scheduler.name == "constant" else scheduler.name
+        # Not prepared: accelerate would step it once per process, and a schedule here counts updates.
+        self._scheduler = get_scheduler(
+            name, raw, num_warmup_steps=scheduler.warmup_updates, num_training_steps=total_updates
+        )
+        if self.accelerator.state.deepspeed_plugin is not None:
+            settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            # accelerate reads this from a dataloader, which we have none of; only logging depends on it.
+            settings["train_micro_batch_size_per_gpu"] = 1
+            settings["gradient_clipping"] = self._config.max_grad_norm  # else accelerate says 1.0
+        self.module, self._optimizer = self.accelerator.prepare(module, raw)
+
+    def update(
+        self, micro_batches: Sequence[MicroBatchT], loss_of: Callable[[MicroBatchT], Tensor]
+    ) -> UpdateReport:
+        """One optimizer update from exactly `gradient_accumulation_steps` micro-batches.
+
+        loss_of: this micro-batch's share of the loss: a sum divided by a global denominator (see `sum`).
+        """
+        steps = self._config.gradient_accumulation_steps
+        assert len(micro_batches) == steps, f"{len(micro_batches)} micro-batches, {steps} expected"
+        total, grad_norm, skipped = torch.zeros((), device=self.device), float("nan"), False
+        learning_rate = float(self._scheduler.get_last_lr()[0])
+        for micro_batch in micro_batches:
+            with self.accelerator.accumulate(self.module):
+                loss = loss_of(micro_batch)
+                total += loss.detach().float()
+                self.accelerator.backward(loss * (steps * self.num_ranks))
+                if self.accelerator.sync_gradients:
+                    grad_norm, skipped = self._step()
+        return UpdateReport(float(self.sum(total)), grad_norm, learning_rate, skipped)
+
+    def _step(self) -> tuple[float, bool]:
+        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self._config.max_grad_norm)
+        grad_norm = float("nan") if norm is None else float(norm)
+        # fp16 and DeepSpeed watch for overflow themselves and must see every step.
+        is_deepspeed = self.accelerator.distributed_type is DistributedType.DEEPSPEED
+        guards_itself = self.accelerator.scaler is not None or is_deepspeed
+        skipped = not guards_itself and not torch.isfinite(torch.tensor(grad_norm)).item()
+        if not skipped:
+            self._optimizer.step()
+            skipped = bool(self._optimizer.step_was_skipped)
+        self._optimizer.zero_grad()
+        if not skipped:
+            self._scheduler.step()
+        return grad_norm, skipped
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Elementwise sum over all ranks."""
+        if self.num_ranks == 1:
+            return values
+        return cast(Tensor, self.accelerator.reduce(values.to(self.device), reduction="sum"))
+
+    def sum_int(self, value: int) -> int:
+        """Sum of a whole number over all ranks: how ranks agree on what each of them saw."""
+        return int(self.sum(torch.tensor(value, device=self.device)))
+
+    def gather(self, rows: list[ObjectT]) -> list[ObjectT]:
+        """Everybody's rows, in the order of ranks, on every rank."""
+        return rows if self.num_ranks == 1 else gather_object(rows)
+
+    def broadcast(self, value: ObjectT) -> ObjectT:
+        """Rank 0's value, on every rank."""
+        box: list[Any] = [value]
+        if self.num_ranks > 1:
+            broadcast_object_list(box)
+        return box[0]
+
+    def together(self, work: Callable[[], object]) -> None:
+        """Run `work` on each rank; where it fails on any, every rank raises, so that none waits for the dead.
+
+        Raises:
+            ConchError: this rank's own failure, or a DistributedError that another rank failed.
+        """
+        failure: ConchError | None = None
+        try:
+            work()
+        except ConchError as error:
+            failure = error
+        num_failed = self.sum_int(int(failure is not None))
+        if failure is not None:
+            raise failure
+        if num_failed:
+            raise DistributedError(
+                f"{num_failed} of {self.num_ranks} processes failed; the reason is in their output"
+            )
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision that the trained module runs in, for work outside of it (sampling, the reference)."""
+        return self.accelerator.autocast()
+
+    def wait_for_everyone(self) -> None:
+        """Barrier."""
+        self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """Leave the process group."""
+        self.accelerator.end_training()
+
+
+def _launched_processes() -> int:
+    """Processes that the launcher says it started; 0 where there is none that says."""
+    return int(os.environ.get("WORLD_SIZE") or 0)
+
+
+def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices only: on biases and norms it would move the function itself."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    if not trainable:
+        raise ConfigError("no parameter is trainable: check `model.num_layers_unfrozen`")
+    matrices = [p for p in trainable if p.ndim >= 2]
+    others = [p for p in trainable if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,79 @@
+"""Every error that Conch raises on purpose, in one tree.
+
+    ConchError
+    ├── ConfigError             a setting is wrong, unknown, or contradicts another
+    ├── DataError               prompts, walks or pairs that cannot be trained on
+    ├── ModelError              a model or tokenizer is missing, unreadable or unfit
+    ├── RewardError             a reward could not be had
+    │   ├── RewardUnavailableError   the infrastructure failed: server away, deadline passed
+    │   └── RewardInvalidError       the reply or the user's function failed: wrong count, NaN, exception
+    ├── ServingError            a model repository or a server
+    │   ├── ModelStoreError         a folder of the model store is missing, damaged or not writable
+    │   └── ServerStartError        tritonserver did not start or did not become ready
+    ├── ConversionError         a checkpoint cannot be converted
+    │   └── ParityError             the converted model does not score like the original
+    ├── CheckpointError         a checkpoint cannot be written or read
+    └── DistributedError        the ranks that run are not the ranks that were asked for
+
+A message says what is wrong, where, and what to do about it. Command-line programs print it without a
+traceback and leave with code 1 (see `conch.cli.run_main`).
+"""
+
+from __future__ import annotations
+
+
+class ConchError(Exception):
+    """Base class: catch it to catch everything that Conch raises on purpose."""
+
+
+class ConfigError(ConchError):
+    """A setting is wrong, unknown, or contradicts another."""
+
+
+class DataError(ConchError):
+    """Prompts, samples or pairs that cannot be trained on."""
+
+
+class ModelError(ConchError):
+    """A model or tokenizer is missing, unreadable or unfit for the job."""
+
+
+class RewardError(ConchError):
+    """A reward could not be had."""
+
+
+class RewardUnavailableError(RewardError):
+    """The reward's infrastructure failed: the server is away or the deadline passed. Asking again may
+    help."""
+
+
+class RewardInvalidError(RewardError):
+    """A reply or a reward function failed validation. Asking again gives the same answer."""
+
+
+class ServingError(ConchError):
+    """A model repository or a server is not as it must be."""
+
+
+class ModelStoreError(ServingError):
+    """A folder of the model store is missing, damaged or not writable."""
+
+
+class ServerStartError(ServingError):
+    """tritonserver could not be started or did not become ready in time."""
+
+
+class ConversionError(ConchError):
+    """A checkpoint cannot be converted into a served model."""
+
+
+class ParityError(ConversionError):
+    """A converted model does not score like the original; nothing was published."""
+
+
+class CheckpointError(ConchError):
+    """A checkpoint cannot be written or read."""
+
+
+class DistributedError(ConchError):
+    """The processes that run are not the processes that were asked for."""

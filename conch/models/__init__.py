@@ -1,0 +1,1 @@
+"""Policies, heads and references."""

@@ -1,0 +1,306 @@
+"""Load models and tokenizers, and say plainly what is wrong with one that cannot be used."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from conch.config import ModelConfig, TokenizerConfig
+from conch.errors import ConfigError, ModelError
+from conch.log import get_logger
+
+_log = get_logger(__name__)
+
+if not sys.stderr.isatty():
+    disable_progress_bar()  # transformers draws one per checkpoint read or written, also into log files
+
+
+def load_causal_lm(config: ModelConfig) -> PreTrainedModel:
+    """A decoder with a language-model head.
+
+    Raises:
+        ModelError: the model is missing, unreadable or incomplete.
+        ConfigError: `architecture` names an unknown model type or key.
+    """
+    return _load(AutoModelForCausalLM, config)
+
+
+def load_sequence_classifier(config: ModelConfig, *, num_labels: int, pad_token_id: int) -> PreTrainedModel:
+    """A reward model: one decoder or encoder with a linear head of `num_labels` outputs.
+
+    A decoder's head is read at the last real token; it starts as N(0, 1/(d+1)) with zero bias (Stiennon et
+    al. 2020, appendix B) unless the checkpoint has one.
+
+    Raises:
+        ModelError: the model is missing, unreadable or incomplete.
+        ConfigError: `architecture` names an unknown model type or key.
+    """
+    return _load(
+        AutoModelForSequenceClassification,
+        config,
+        new_head_allowed=True,
+        num_labels=num_labels,
+        pad_token_id=pad_token_id,
+    )
+
+
+def load_tokenizer(config: TokenizerConfig, model_path: str | None = None) -> PreTrainedTokenizerBase:
+    """A tokenizer with an eos token and a pad token that is not the eos token.
+
+    Raises:
+        ModelError: there is none, or its special tokens will not do.
+    """
+    path = config.path or model_path
+    if path is None:
+        raise ConfigError("no tokenizer: give `tokenizer.path`, or `model.path` of a folder that has one")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    # A damaged tokenizer.json surfaces as a bare Exception of the tokenizers library.
+    except Exception as error:
+        raise ModelError(_cannot_load("tokenizer", path, error)) from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        # What transformers makes up where a folder holds a model alone.
+        raise ModelError(f"{path!r} holds no tokenizer: give `tokenizer.path`")
+    if config.pad_token is not None:
+        _set_pad_token(tokenizer, config.pad_token, path)
+    check_tokenizer(tokenizer, name=path)
+    tokenizer.padding_side = "left"
+    tokenizer.truncation_side = config.truncation_side
+    return tokenizer
+
+
+def _set_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str, path: str) -> None:
+    if pad_token not in tokenizer.get_vocab():
+        # Adding it would give an id for which the model has no embedding.
+        raise ConfigError(
+            f"`tokenizer.pad_token` = {pad_token!r} is not in the vocabulary of {path!r}: name one that is"
+        )
+    tokenizer.pad_token = pad_token
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
+    """Refuse a tokenizer without eos or pad; warn where they are one token."""
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {name!r} has no eos token: a policy could never end a sample; "
+            "set `eos_token` in its tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {name!r} has no pad token: set `tokenizer.pad_token` to a token of its "
+            "vocabulary that no text contains (or to its eos token)"
+        )
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        # Safe for policies (no mask here derives from the pad id), wrong for reward models that pool by it.
+        _log.warning(
+            "pad and eos are the same token in %r; a reward model trained with it needs another pad", name
+        )
+
+
+def context_window(model_config: PretrainedConfig) -> int | None:
+    """Tokens the model can attend over, or None where its config does not say."""
+    for key in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+        value = getattr(model_config, key, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The transformer blocks: the one ModuleList with `num_hidden_layers` members, whatever its name.
+
+    Raises:
+        ModelError: there is none or more than one.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count and len(m) > 0]
+    if len(stacks) != 1:
+        raise ModelError(
+            f"{type(model).__name__} has {len(stacks)} stacks of {count} layers, one is needed: "
+            "use `model.num_layers_unfrozen=-1`"
+        )
+    return stacks[0]
+
+
+def freeze_trunk(model: PreTrainedModel, num_layers_unfrozen: int) -> None:
+    """Leave only the top `num_layers_unfrozen` blocks trainable; -1 leaves all.
+
+    Embeddings, final norm and language-model head are frozen with the trunk: the reference shares them.
+    """
+    if num_layers_unfrozen == -1:
+        return
+    layers = decoder_layers(model)
+    if num_layers_unfrozen > len(layers):
+        raise ConfigError(
+            f"`model.num_layers_unfrozen` is {num_layers_unfrozen}; the model has {len(layers)} layers"
+        )
+    model.requires_grad_(False)
+    for layer in layers[len(layers) - num_layers_unfrozen :]:
+        layer.requires_grad_(True)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0, of activations and of whole layers.
+
+    Some architectures keep them in modules, some in plain attributes (`attn_pdrop`, `layerdrop`), and some
+    read their config in each forward pass.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        holders = [module, module.config] if isinstance(module, PreTrainedModel) else [module]
+        for holder in holders:
+            for name, value in list(vars(holder).items()):
+                if "drop" in name and isinstance(value, float):
+                    setattr(holder, name, 0.0)
+
+
+def _load(
+    auto_class: Any, config: ModelConfig, *, new_head_allowed: bool = False, **overrides: Any
+) -> PreTrainedModel:
+    model_config = _model_config(config, overrides)
+    dtype = getattr(torch, config.dtype)
+    if config.path is None:
+        model, fresh_head = _from_config(auto_class, model_config, dtype), True
+    else:
+        model, fresh_head = _from_pretrained(auto_class, config, model_config, dtype, new_head_allowed)
+    if new_head_allowed and fresh_head:
+        _init_reward_head(model)
+    if config.disable_dropout:
+        disable_dropout(model)
+    return model
+
+
+def _model_config(config: ModelConfig, overrides: dict[str, Any]) -> PretrainedConfig:
+    if config.architecture is not None:
+        return _config_of_shape({**config.architecture, **overrides})
+    path = str(config.path)
+    try:
+        return AutoConfig.from_pretrained(
+            path, revision=config.revision, trust_remote_code=config.trust_remote_code, **overrides
+        )
+    # A config.json with a value of the wrong type raises an error that is neither ValueError nor TypeError.
+    except Exception as error:
+        raise ModelError(_cannot_load("model", path, error)) from error
+
+
+def _config_of_shape(shape: dict[str, Any]) -> PretrainedConfig:
+    model_type = str(shape.pop("model_type"))
+    if model_type not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"`model.architecture.model_type` = {model_type!r} is unknown to transformers"
+            f"{_did_you_mean(model_type, list(CONFIG_MAPPING.keys()))}"
+        )
+    config_class = CONFIG_MAPPING[model_type]
+    valid = {field.name for field in fields(config_class)} | set(config_class.attribute_map)  # pyright: ignore[reportArgumentType]
+    for key in shape:
+        if key not in valid and not hasattr(config_class, key):
+            raise ConfigError(
+                f"`model.architecture.{key}` is no key of {model_type}{_did_you_mean(key, list(valid))}"
+            )
+    try:
+        return AutoConfig.for_model(model_type, **shape)
+    except Exception as error:  # the wrong type of a value raises an error that is no TypeError
+        raise ConfigError(f"`model.architecture` is not valid: {_one_line(error)}") from error
+
+
+def _from_config(auto_class: Any, model_config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        return auto_class.from_config(model_config, dtype=dtype)
+    except ValueError as error:
+        raise ConfigError(
+            f"`model.architecture` of type {model_config.model_type} makes no model for "
+            f"{auto_class.__name__}: {_first_line(error)}"
+        ) from error
+
+
+def _from_pretrained(
+    auto_class: Any,
+    config: ModelConfig,
+    model_config: PretrainedConfig,
+    dtype: torch.dtype,
+    new_head_allowed: bool,
+) -> tuple[PreTrainedModel, bool]:
+    path = str(config.path)
+    try:
+        model, info = auto_class.from_pretrained(
+            path,
+            config=model_config,
+            revision=config.revision,
+            dtype=dtype,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with the tensors named
+        )
+    # Damaged weights surface as anything from SafetensorError to RuntimeError: all mean the same to the user.
+    except Exception as error:
+        raise ModelError(_cannot_load("model", path, error)) from error
+    missing = sorted(info["missing_keys"])
+    trunk = f"{model.base_model_prefix}."
+    lost = (
+        [key for key in missing if key.startswith(trunk) and ".pooler." not in key]
+        if new_head_allowed
+        else missing
+    )
+    lost += sorted(key for key, *_ in info["mismatched_keys"])
+    if lost:
+        raise ModelError(
+            f"the weights at {path!r} are not those of {type(model).__name__}: {len(lost)} tensors are "
+            f"missing or of another shape, {lost[0]} among them; does the folder hold the model it says?"
+        )
+    return model, bool(missing)
+
+
+def _init_reward_head(model: PreTrainedModel) -> None:
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear):
+        return  # encoder classifiers have heads of their own making; transformers initialised them
+    nn.init.normal_(head.weight, std=1.0 / (head.in_features + 1) ** 0.5)
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)
+
+
+def _cannot_load(what: str, path: str, error: Exception) -> str:
+    if Path(path).exists():
+        return f"no {what} can be loaded from {path!r}: {_first_line(error)}"
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", path):
+        return f"there is no folder {path!r} to load a {what} from; check `{what}.path`"
+    return (
+        f"there is no folder {path!r} to load a {what} from, and as a name on the model hub it does not "
+        f"load either ({_first_line(error)}); check `{what}.path`"
+    )
+
+
+def _did_you_mean(name: str, valid: list[str]) -> str:
+    close = difflib.get_close_matches(name, valid, n=1)
+    return f"; did you mean `{close[0]}`?" if close else ""
+
+
+def _first_line(error: Exception) -> str:
+    """What the error says first; with its kind where the text alone means little."""
+    text = str(error).strip()
+    if not text or not isinstance(error, (OSError, ValueError)):
+        text = f"{type(error).__name__}: {text}"
+    return text.splitlines()[0].rstrip(".")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")

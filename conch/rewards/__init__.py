@@ -1,0 +1,8 @@
+"""Where rewards come from: a Python function or a served model, behind one protocol. Imports no torch."""
+
+from __future__ import annotations
+
+from conch.rewards.scorer import Scorer as Scorer
+from conch.rewards.scorer import combine as combine
+from conch.rewards.source import RewardSource as RewardSource
+from conch.rewards.source import from_user as from_user

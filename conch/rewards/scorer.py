@@ -1,0 +1,206 @@
+"""Scores chunk by chunk while sampling goes on, and one answer to failures on which all ranks agree."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from conch.config import RewardConfig
+from conch.errors import ConfigError, RewardError, RewardInvalidError, RewardUnavailableError
+from conch.log import get_logger
+from conch.rewards.source import CountsTraffic, RewardSource
+from conch.types import Metrics, RewardResult, RewardStatus, Rollout
+
+_log = get_logger(__name__)
+_FIRST_PAUSE_S = 1.0
+_LONGEST_PAUSE_S = 30.0
+
+Agree = Callable[[int], int]
+"""Sums an integer over all ranks; a collective, so every rank must call it equally often."""
+
+
+def _alone(value: int) -> int:
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """Results of all ranks: failures of the infrastructure, failures of the data, and all there are."""
+
+    away: int
+    bad: int
+    total: int
+
+    @property
+    def failed(self) -> int:
+        return self.away + self.bad
+
+
+class Scorer:
+    """Sends rollouts to a reward source as they come and applies `config.on_failure` when they are collected.
+
+    agree: sums over ranks. What is decided depends on agreed numbers only, so all ranks raise together or
+        none does, and every rank calls `agree` equally often: no rank is left waiting in a collective.
+    """
+
+    def __init__(self, source: RewardSource, config: RewardConfig, agree: Agree = _alone) -> None:
+        self._source = source
+        self._config = config
+        self._agree = agree
+        self._pending: list[tuple[list[Rollout], Future[list[RewardResult]]]] = []
+        self._metrics: Metrics = {}
+        self._submits = 0
+        self._traffic_before = self._traffic()
+        self._wait_s = 0.0
+
+    def submit(self, rollouts: Sequence[Rollout]) -> None:
+        """Request the rewards of a finished chunk; returns at once."""
+        chunk = list(rollouts)
+        self._pending.append((chunk, self._send(chunk)))
+
+    def gather(self) -> list[RewardResult]:
+        """Results of all chunks since the last gather, in the order of their rollouts.
+
+        With `drop`, and only then, failures may be among them.
+
+        Raises:
+            RewardUnavailableError, RewardInvalidError: on every rank, as `on_failure` says.
+        """
+        pending, self._pending = self._pending, []
+        self._wait_s = 0.0
+        results = [result for chunk in pending for result in self._collect(*chunk)]
+        rollouts = [rollout for chunk, _ in pending for rollout in chunk]
+        counts = self._count(results)
+        if self._config.on_failure == "wait":
+            counts = self._outlast(rollouts, results, counts)
+        self._metrics = self._measure(results)
+        if counts.failed > self._tolerated(counts.total):
+            raise self._error(results, counts)
+        return results
+
+    def metrics(self) -> Metrics:
+        """This rank's figures of the last gather.
+
+        reward/latency_p50_s, reward/latency_p99_s: from a sample's request to its reply, seconds.
+        reward/wait_s: seconds that `gather` was blocked.
+        reward/failed_fraction: share of samples without a score.
+        reward/requests, reward/retries: requests sent since the gather before, and how many repeated another.
+        """
+        return dict(self._metrics)
+
+    def _send(self, chunk: list[Rollout]) -> Future[list[RewardResult]]:
+        self._submits += 1
+        try:
+            return self._source.submit(chunk)
+        except Exception as error:  # raised by `_collect` instead, where it becomes results
+            broken: Future[list[RewardResult]] = Future()
+            broken.set_exception(error)
+            return broken
+
+    def _collect(self, chunk: list[Rollout], future: Future[list[RewardResult]]) -> list[RewardResult]:
+        started = time.monotonic()
+        try:
+            results = future.result()
+        except Exception as error:  # against the protocol; still, all ranks have to leave together
+            _log.exception("reward %s broke", self._source.name)
+            results = _all_invalid(
+                chunk, f"reward {self._source.name} broke: {type(error).__name__}: {error}"
+            )
+        finally:
+            self._wait_s += time.monotonic() - started
+        if len(results) != len(chunk):
+            wrong = f"reward {self._source.name} gave {len(results)} results for {len(chunk)} samples"
+            return _all_invalid(chunk, wrong)
+        return results
+
+    def _count(self, results: Sequence[RewardResult]) -> _Counts:
+        away = sum(result.status.is_infrastructure for result in results)
+        bad = sum(not result.ok for result in results) - away
+        return _Counts(self._agree(away), self._agree(bad), self._agree(len(results)))
+
+    def _tolerated(self, total: int) -> float:
+        return self._config.max_failed_fraction * total if self._config.on_failure == "drop" else 0.0
+
+    def _outlast(self, rollouts: Sequence[Rollout], results: list[RewardResult], counts: _Counts) -> _Counts:
+        """Ask again, in lock step on all ranks, until the server is back, data is bad or the budget spent."""
+        started = time.monotonic()
+        for round_ in itertools.count():
+            elapsed = time.monotonic() - started
+            # Clocks differ between ranks: that one of them is over budget must be agreed on, too.
+            spent = self._agree(int(elapsed >= self._config.wait_budget_s))
+            if counts.away == 0 or counts.bad > 0 or spent > 0:
+                break
+            pause = min(_FIRST_PAUSE_S * 2 ** min(round_, 10), _LONGEST_PAUSE_S)
+            pause = min(pause, max(0.0, self._config.wait_budget_s - elapsed))
+            _log.info("reward server %s away for %.0f s, asking again", self._source.name, elapsed + pause)
+            time.sleep(pause)
+            self._wait_s += pause
+            self._ask_again(rollouts, results)
+            counts = self._count(results)
+        return counts
+
+    def _ask_again(self, rollouts: Sequence[Rollout], results: list[RewardResult]) -> None:
+        missing = [index for index, result in enumerate(results) if result.status.is_infrastructure]
+        if missing:
+            chunk = [rollouts[index] for index in missing]
+            for index, result in zip(missing, self._collect(chunk, self._send(chunk)), strict=True):
+                results[index] = result
+
+    def _error(self, results: Sequence[RewardResult], counts: _Counts) -> RewardError:
+        # Bad data anywhere decides the kind: asking again would not help.
+        kind = RewardInvalidError if counts.bad else RewardUnavailableError
+        own = [result for result in results if not result.ok]
+        summary = f"{counts.failed} of {counts.total} samples got no reward"
+        if self._config.on_failure == "drop":
+            summary += f", more than reward.max_failed_fraction={self._config.max_failed_fraction:g} allows"
+        if not own:
+            return kind(f"{summary}; all of them on other ranks, whose messages say why")
+        worst = next((result for result in own if not result.status.is_infrastructure), own[0])
+        return kind(
+            f"{summary}, {len(own)} of them on this rank; first: {worst.detail} ({worst.status.value})"
+        )
+
+    def _measure(self, results: Sequence[RewardResult]) -> Metrics:
+        latencies = sorted(result.latency_s for result in results)
+        before, self._traffic_before = self._traffic_before, self._traffic()
+        return {
+            "reward/latency_p50_s": _percentile(latencies, 0.50),
+            "reward/latency_p99_s": _percentile(latencies, 0.99),
+            "reward/wait_s": self._wait_s,
+            "reward/failed_fraction": sum(not result.ok for result in results) / max(1, len(results)),
+            "reward/requests": float(self._traffic_before[0] - before[0]),
+            "reward/retries": float(self._traffic_before[1] - before[1]),
+        }
+
+    def _traffic(self) -> tuple[int, int]:
+        if isinstance(self._source, CountsTraffic):
+            return self._source.requests, self._source.retries
+        return self._submits, 0
+
+
+def combine(result: RewardResult, weights: Mapping[str, float]) -> float:
+    """The weighted sum of a scalar result's objectives; objectives without a weight weigh 1.
+
+    Raises:
+        ConfigError: `weights` names an objective that the reward does not have.
+    """
+    assert result.ok and result.token_scores is None, "only a scalar score can be combined"
+    unknown = sorted(set(weights) - set(result.scores))
+    if unknown:
+        has = ", ".join(f"`{name}`" for name in result.scores)
+        raise ConfigError(
+            f"reward.weights names `{unknown[0]}`, but the objectives of {result.model} are {has}"
+        )
+    return sum(weights.get(name, 1.0) * score for name, score in result.scores.items())
+
+
+def _all_invalid(chunk: Sequence[Rollout], detail: str) -> list[RewardResult]:
+    return [RewardResult(RewardStatus.INVALID, detail=detail)] * len(chunk)
+
+
+def _percentile(ordered: Sequence[float], share: float) -> float:
+    """Nearest rank; 0 for no values."""
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0

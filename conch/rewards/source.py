@@ -1,0 +1,101 @@
+"""What every source of rewards can do, and how what a user passes becomes one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, Protocol, runtime_checkable
+
+from conch.config import RewardConfig
+from conch.errors import ConfigError
+from conch.rewards.callable_reward import CallableReward
+from conch.types import RewardResult, Rollout
+
+_THREE_WAYS = (
+    "no reward given: pass a Python function `reward(samples, prompts, outputs, **metadata)`, "
+    "set `reward.url=host:port/model`, or set the environment variable TRITON_HOST=host:port/model"
+)
+
+
+@runtime_checkable
+class RewardSource(Protocol):
+    """Something that scores rollouts in the background.
+
+    name: how messages call it, for example "walks at 127.0.0.1:8001".
+    """
+
+    name: str
+
+    def check(self) -> None:
+        """Find out before long work starts whether scoring can work at all.
+
+        Raises:
+            RewardError, ConfigError: one sentence: what is wrong, where, and what to do.
+        """
+        ...
+
+    def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:
+        """Start scoring and return at once: one result per rollout, in order.
+
+        A failed reward is a status in its result, never an exception of the future.
+        """
+        ...
+
+    def close(self) -> None:
+        """Cancel what is under way and release threads and connections. A second call does nothing."""
+        ...
+
+    def __enter__(self) -> RewardSource: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+@runtime_checkable
+class CountsTraffic(Protocol):
+    """A source that counts what it sent since it was made.
+
+    requests: calls of the function, or requests sent, retries among them.
+    retries: requests that repeated an earlier one.
+    """
+
+    @property
+    def requests(self) -> int: ...
+
+    @property
+    def retries(self) -> int: ...
+
+
+def from_user(
+    reward: Callable[..., Any] | str | RewardSource | None,
+    config: RewardConfig,
+    *,
+    metadata_keys: Iterable[str] = (),
+) -> RewardSource:
+    """Make a source of what a user gave; None stands for `config.url`, then for TRITON_HOST.
+
+    reward: a Python function, `"host:port/model"`, or a source, which is returned as it is.
+    metadata_keys: the extra keys of the prompts in use; `check` sees whether a function takes them.
+
+    Raises:
+        ConfigError: nothing was given, or it is not something that gives rewards.
+    """
+    if reward is None:
+        reward = config.url or os.environ.get("TRITON_HOST")
+    if not reward:
+        raise ConfigError(_THREE_WAYS)
+    if isinstance(reward, str):
+        # Only a run with a served model needs tritonclient installed and loaded.
+        from conch.rewards.triton_reward import TritonReward
+
+        return TritonReward(reward, config)
+    if isinstance(reward, RewardSource):
+        return reward
+    if callable(reward):
+        return CallableReward(reward, metadata_keys=metadata_keys)
+    raise ConfigError(
+        f"a reward must be a function, `host:port/model` or a RewardSource, not {type(reward).__name__}"
+    )

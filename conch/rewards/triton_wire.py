@@ -1,0 +1,97 @@
+"""Requests to and replies from a served reward model, in text or token form (see `conch.serving.spec`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from tritonclient.grpc import InferInput, InferResult
+
+from conch.errors import RewardInvalidError
+from conch.serving.spec import MASK_INPUT, OUTPUT, TEXT_INPUT, TOKEN_INPUT, RewardModelSpec
+
+_INTEGERS = {"INT32": np.int32, "INT64": np.int64}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sample to score. Equal rows get equal scores.
+
+    token_ids: empty in text form.
+    position: where the sample stands in its `submit`, for messages; no part of equality.
+    """
+
+    sample: str
+    token_ids: tuple[int, ...] = ()
+    position: int = field(default=0, compare=False)
+
+    @property
+    def length(self) -> int:
+        """What rows are sorted by, so that a micro-batch needs little padding."""
+        return len(self.token_ids) or len(self.sample)
+
+
+def micro_batches(rows: Sequence[Row], limit: int, spec: RewardModelSpec) -> Iterator[list[int]]:
+    """Indices into `rows`, sorted by length, in pieces of at most `limit`.
+
+    A token-form model without a mask cannot tell padding from text: its micro-batches hold one length only.
+    """
+    never_pad = spec.form == "token" and not spec.takes_attention_mask
+    batch: list[int] = []
+    for index in sorted(range(len(rows)), key=lambda index: rows[index].length):
+        other_length = bool(batch) and rows[batch[-1]].length != rows[index].length
+        if len(batch) == limit or (never_pad and other_length):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def infer_inputs(rows: Sequence[Row], spec: RewardModelSpec) -> list[InferInput]:
+    """The input tensors of one request: `text` [n, 1], or `input_ids` and `attention_mask` [n, longest]."""
+    if spec.form == "text":
+        texts = np.array([[row.sample.encode("utf-8")] for row in rows], dtype=object)
+        return [_tensor(TEXT_INPUT, texts, "BYTES")]
+    shape = (len(rows), max(len(row.token_ids) for row in rows))
+    ids = np.zeros(shape, dtype=_INTEGERS[spec.input_dtype])
+    mask = np.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, : len(row.token_ids)] = row.token_ids
+        mask[index, : len(row.token_ids)] = 1
+    inputs = [_tensor(TOKEN_INPUT, ids, spec.input_dtype)]
+    if spec.takes_attention_mask:
+        inputs.append(_tensor(MASK_INPUT, mask, spec.input_dtype))
+    return inputs
+
+
+def read_scores(reply: InferResult, count: int, spec: RewardModelSpec) -> dict[str, list[float]]:
+    """The scores of a reply to `count` rows, one column per reward name. Finiteness is checked by the caller.
+
+    Triton checks what goes into a model and nothing of what comes out, so everything is checked here.
+
+    Raises:
+        RewardInvalidError: output missing, wrong dtype or wrong shape.
+    """
+    tensor = reply.get_output(OUTPUT)
+    if tensor is None:
+        raise RewardInvalidError(f"the reply has no output `{OUTPUT}`")
+    datatype, shape = tensor.datatype, list(tensor.shape)  # pyright: ignore[reportAttributeAccessIssue]
+    if datatype != spec.output_dtype:
+        raise RewardInvalidError(f"the reply's dtype is {datatype}, expected {spec.output_dtype}")
+    expected = [count, len(spec.reward_names)]
+    if shape != expected:
+        raise RewardInvalidError(f"the reply's shape is {shape}, expected {expected}: one row per sample")
+    try:
+        scores = reply.as_numpy(OUTPUT)
+    except ValueError as error:
+        raise RewardInvalidError(f"the reply's bytes do not fit its shape {shape}: {error}") from error
+    assert scores is not None
+    return {name: scores[:, column].tolist() for column, name in enumerate(spec.reward_names)}
+
+
+def _tensor(name: str, values: np.ndarray, datatype: str) -> InferInput:
+    tensor = InferInput(name, list(values.shape), datatype)
+    tensor.set_data_from_numpy(values)
+    return tensor

@@ -1,0 +1,228 @@
+"""Sample completions with `transformers.generate`.
+
+Legend: B prompts of a chunk, P prompt tokens (padded left), R response tokens (padded right), T = P + R,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import GenerationConfig as HFGenerationConfig
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from conch.config import GenerationConfig
+from conch.types import Completion, FinishReason, Prompt, Rollout
+
+Decode = Callable[[Sequence[int]], str]
+
+
+class HFEngine:
+    """A `RolloutEngine` in the trainer's own process.
+
+    lm: called for each chunk, so that it may be the unwrapped module of a trainer. version: gives the number
+    of updates the policy has seen. autocast: the precision context of training. Sampling draws from torch's
+    global generator: seed it per rank.
+    """
+
+    def __init__(
+        self,
+        lm: Callable[[], PreTrainedModel],
+        tokenizer: PreTrainedTokenizerBase,
+        config: GenerationConfig,
+        *,
+        version: Callable[[], int],
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self._lm = lm
+        self._tokenizer = tokenizer
+        self._config = config
+        self._version = version
+        self._autocast = autocast
+        self._pad_id = int(tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
+        self._eos_id = int(tokenizer.eos_token_id)  # pyright: ignore[reportArgumentType]
+
+    def generate(self, prompts: Sequence[Prompt], *, greedy: bool = False) -> Iterator[list[Rollout]]:
+        """Yield chunks of rollouts in the order of `prompts`."""
+        size = self._config.chunk_size
+        for start in range(0, len(prompts), size):
+            yield self._generate_chunk(prompts[start : start + size], greedy)
+
+    @torch.no_grad()
+    def _generate_chunk(self, prompts: Sequence[Prompt], greedy: bool) -> list[Rollout]:
+        lm = self._lm()
+        input_ids, attention_mask = _pad_left(prompts, self._pad_id, lm.device)
+        num_prompt = input_ids.shape[1]
+        recorder = LogprobRecorder()
+        with _sampling_mode(lm), self._autocast():
+            sequences = lm.generate(  # pyright: ignore[reportCallIssue]  typed as a Tensor attribute
+                input_ids,
+                attention_mask=attention_mask.long(),
+                generation_config=self._generation_config(greedy),
+                logits_processor=LogitsProcessorList([*self._warpers(greedy), recorder]),
+                stopping_criteria=self._stopping(num_prompt),
+            )
+        assert isinstance(sequences, Tensor)
+        logprobs = recorder.logprobs(sequences[:, num_prompt:])
+        version = self._version()
+        rows = zip(prompts, sequences[:, num_prompt:].tolist(), logprobs.tolist(), strict=True)
+        return [Rollout(prompt, self._completion(row, lps), version) for prompt, row, lps in rows]
+
+    def _generation_config(self, greedy: bool) -> HFGenerationConfig:
+        # Temperature, top-k and top-p are switched off here, for `_warpers` applies them.
+        shaping = {} if greedy else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        return HFGenerationConfig(
+            max_new_tokens=self._config.max_new_tokens,
+            do_sample=not greedy,
+            eos_token_id=self._eos_id,
+            pad_token_id=self._pad_id,
+            **shaping,
+        )
+
+    def _warpers(self, greedy: bool) -> list[LogitsProcessor]:
+        """What turns logits into the distribution that is sampled from, in the order of `transformers`."""
+        config, warpers = self._config, []
+        if not greedy and config.temperature != 1.0:
+            warpers.append(TemperatureLogitsWarper(config.temperature))
+        if not greedy and config.top_k > 0:
+            warpers.append(TopKLogitsWarper(config.top_k))
+        if not greedy and config.top_p < 1.0:
+            warpers.append(TopPLogitsWarper(config.top_p))
+        return warpers
+
+    def _stopping(self, num_prompt: int) -> StoppingCriteriaList:
+        if not self._config.stop:
+            return StoppingCriteriaList()
+        return StoppingCriteriaList([StopStrings(self._config.stop, self._decode, num_prompt)])
+
+    def _completion(self, ids: list[int], logprobs: list[float]) -> Completion:
+        ids, reason = cut_at_end(ids, self._eos_id, self._config.stop, self._decode)
+        return Completion(self._decode(ids), tuple(ids), tuple(logprobs[: len(ids)]), reason)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+
+class LogprobRecorder(LogitsProcessor):
+    """Notes the log-probability of each sampled id under the distribution it was drawn from.
+
+    Stands last among the processors, where the logits are those that are sampled from. Keeps [B, V] of one
+    step; all R of them would take more memory than the model where the vocabulary is large.
+    """
+
+    def __init__(self) -> None:
+        self._columns: list[Float[Tensor, "B 1"]] = []
+        self._pending: Float[Tensor, "B V"] | None = None
+
+    def __call__(self, input_ids: Int[Tensor, "B T"], scores: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+        """Called before each sampling; the last of `input_ids` was drawn from the scores before these."""
+        self._take(input_ids[:, -1:])
+        self._pending = scores.float().log_softmax(dim=-1)
+        return scores
+
+    def logprobs(self, ids: Int[Tensor, "B R"]) -> Float[Tensor, "B R"]:
+        """Log-probabilities of the response `ids` that came out; behind a row's end they mean nothing."""
+        if len(self._columns) < ids.shape[1]:
+            self._take(ids[:, -1:])
+        return torch.cat(self._columns, dim=-1)[:, : ids.shape[1]]
+
+    def _take(self, sampled: Int[Tensor, "B 1"]) -> None:
+        if self._pending is not None:
+            self._columns.append(self._pending.gather(-1, sampled))
+
+
+class StopStrings(StoppingCriteria):
+    """Ends a row once its response contains a stop string.
+
+    Unlike the criterion of `transformers`, it does not count one that begins in the prompt. It reads text
+    without special tokens, as `Completion.text` has it.
+    """
+
+    def __init__(self, stop: Sequence[str], decode: Decode, num_prompt: int) -> None:
+        self._stop = stop
+        self._decode = decode
+        self._num_prompt = num_prompt
+        # A character takes at most four byte tokens; the rest is for special tokens, which have no text.
+        self._window = 4 * max(map(len, stop)) + 8
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  BoolTensor is the CPU's alone
+        self, input_ids: Int[Tensor, "B T"], scores: Any, **_kwargs: Any
+    ) -> Bool[Tensor, " B"]:
+        """True for rows that are to end."""
+        del scores
+        responses = input_ids[:, self._num_prompt :].tolist()
+        return torch.tensor([self._has_stop(row) for row in responses], device=input_ids.device)
+
+    def _has_stop(self, ids: list[int]) -> bool:
+        # A look at the tail first: decoding all of a long response at each of its tokens would be quadratic.
+        near = contains_any(self._decode(ids[-self._window :]), self._stop)
+        return near and contains_any(self._decode(ids), self._stop)
+
+
+def contains_any(text: str, strings: Sequence[str]) -> bool:
+    """True where one of `strings` stands in `text`."""
+    return any(string in text for string in strings)
+
+
+def cut_at_end(
+    ids: list[int], eos_token_id: int, stop: Sequence[str], decode: Decode
+) -> tuple[list[int], FinishReason]:
+    """Drop what follows the first eos (kept) or the first stop string (cut off), and say why the text ends.
+
+    A token that holds the beginning of a stop string goes with it, so ids and text stay aligned.
+    """
+    reason: FinishReason = "length"
+    if eos_token_id in ids:
+        ids, reason = ids[: ids.index(eos_token_id) + 1], "eos"
+    text = decode(ids)
+    if not contains_any(text, stop):
+        return ids, reason
+    start = min(text.find(string) for string in stop if string in text)
+    keep = bisect_left(range(len(ids)), True, key=lambda n: contains_any(decode(ids[:n]), stop))
+    while keep > 0 and len(decode(ids[:keep])) > start:
+        keep -= 1
+    return ids[:keep], "stop"
+
+
+@contextmanager
+def _sampling_mode(lm: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, and none of what the checkpoint says about sampling (a repetition penalty, say):
+    `generate` would take from there whatever is not set explicitly."""
+    was_training, of_checkpoint = lm.training, lm.generation_config
+    lm.eval()
+    lm.generation_config = HFGenerationConfig()
+    try:
+        yield
+    finally:
+        lm.generation_config = of_checkpoint
+        lm.train(was_training)
+
+
+def _pad_left(
+    prompts: Sequence[Prompt], pad_id: int, device: torch.device
+) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
+    """Token ids, and a mask that is True at real tokens."""
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    ids = torch.full((len(prompts), longest), pad_id)
+    mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
+        mask[row, longest - len(prompt.token_ids) :] = True
+    return ids.to(device), mask.to(device)

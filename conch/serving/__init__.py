@@ -1,0 +1,8 @@
+"""Serving reward models with Triton Inference Server: the model store, its configs, and a local server.
+
+spec.py        the contract of a served model      pbtxt.py      spec <-> config.pbtxt
+manifest.py    what stands in a version folder     store.py      read, verify and publish versions
+bundle.py      the bundled tritonserver binary     launcher.py   start it, know when it is ready, stop it
+guard.py       lets no server outlive its parent   triton_health.py   ready = golden samples score right
+python_backend/model.py   what runs inside the server
+"""

@@ -1,0 +1,129 @@
+"""What stands in a version folder beside the weights: `manifest.json` and `golden.json`."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from conch.config import Dtype, Section
+from conch.serving.spec import Form
+
+MANIFEST = "manifest.json"
+GOLDEN = "golden.json"
+
+_CHUNK_BYTES = 1 << 20
+
+
+class ParitySummary(Section):
+    """How far the served model is from the original; the table stands in `parity.txt`."""
+
+    max_error: float
+    """Largest difference of a score, divided by max(1, |score|)."""
+
+    tolerance: float
+    """Largest difference that is let through."""
+
+    samples: int
+    """Scores compared."""
+
+
+class Manifest(Section):
+    """Where a served model comes from and how it scores. `model.py` reads its settings from here."""
+
+    format: Literal[1] = 1
+    """Version of this file's layout."""
+
+    name: str
+    """Model the version belongs to."""
+
+    form: Form
+    """`text` or `token`."""
+
+    source: str
+    """Checkpoint folder's name, or hub id."""
+
+    revision: str | None = None
+    """Hub revision that was converted."""
+
+    created_at: str
+    """Time of the conversion, UTC, ISO 8601."""
+
+    template: str
+    """Python format string over {text} and {eos} that makes the model's input from a sample."""
+
+    pooling: Literal["hf"] = "hf"
+    """Which token's output is the score: `hf` = the choice of the checkpoint's own transformers class."""
+
+    max_length: int = Field(ge=1)
+    """Tokens a sample may have, special tokens included."""
+
+    reward_names: tuple[str, ...]
+    """One name per score."""
+
+    normalise: bool
+    """Whether the server returns (raw - mean) / std."""
+
+    mean: tuple[float, ...] | None = None
+    """Mean of raw scores on reference samples, per reward; None if never measured."""
+
+    std: tuple[float, ...] | None = None
+    """Standard deviation of raw scores on reference samples, per reward; None if never measured."""
+
+    dtype: Dtype
+    """Precision of the served weights."""
+
+    pad_token_id: int
+    """Fills short rows of a batch, on the right."""
+
+    eos_token_id: int | None = None
+    """What {eos} stands for."""
+
+    vocab_size: int
+    """Token ids must be below this."""
+
+    trust_remote_code: bool = False
+    """Whether the model runs code that came with the checkpoint."""
+
+    tools: dict[str, str]
+    """Versions of python and of the libraries that converted the model."""
+
+    parity: ParitySummary | None = None
+    """Result of the parity check; None only while that check runs."""
+
+    files: dict[str, str] = Field(default_factory=dict)
+    """Path below the version folder -> sha256, for every other file."""
+
+
+class GoldenSample(Section):
+    """One sample whose score is known: `text` in the text form, `input_ids` in the token form."""
+
+    text: str | None = None
+    """The client's sample."""
+
+    input_ids: tuple[int, ...] | None = None
+    """Token ids, without padding."""
+
+    scores: tuple[float, ...]
+    """What the original model says, after normalisation if the server normalises; one per reward."""
+
+
+class Golden(Section):
+    """Samples that a server must score right before it counts as ready."""
+
+    tolerance: float = Field(gt=0)
+    """Largest difference let through, divided by max(1, |score|)."""
+
+    samples: tuple[GoldenSample, ...] = Field(min_length=1)
+    """The samples."""
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal sha256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

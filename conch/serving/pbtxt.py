@@ -1,0 +1,152 @@
+"""Between `RewardModelSpec` and Triton's `config.pbtxt`, through the protobuf messages of tritonclient."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from conch.errors import ServingError
+from conch.serving.spec import MASK_INPUT, OUTPUT, TEXT_INPUT, TOKEN_INPUT, RewardModelSpec
+
+Kind = Literal["cpu", "gpu"]
+
+_TOKEN_DTYPES = ("INT32", "INT64")
+_SCORE_DTYPES = ("FP16", "FP32", "FP64")
+
+
+def to_pbtxt(spec: RewardModelSpec, *, kind: Kind = "gpu") -> str:
+    """The text of `config.pbtxt`: python back end, one instance on the CPU or the first visible GPU."""
+    from google.protobuf import text_format
+
+    pb = _messages()
+    config: Any = pb.ModelConfig(name=spec.name, backend="python", max_batch_size=spec.max_batch_size)
+    _add_tensors(config, spec)
+    config.version_policy.latest.num_versions = 1
+    # A short delay and nothing else: queue limits and priorities make the server stall requests for 500 ms.
+    config.dynamic_batching.max_queue_delay_microseconds = spec.max_queue_delay_us
+    group = config.instance_group.add(count=1)
+    group.kind = pb.ModelInstanceGroup.Kind.Value(f"KIND_{kind.upper()}")
+    if kind == "gpu":
+        group.gpus.append(0)
+    parameters = {
+        "form": spec.form,
+        "reward_names": ",".join(spec.reward_names),
+        "max_length": str(spec.max_length),
+        "content_sha256": spec.content_sha256,
+    }
+    for key, value in parameters.items():
+        config.parameters[key].string_value = value
+    return text_format.MessageToString(config)
+
+
+def from_pbtxt(text: str) -> RewardModelSpec:
+    """The spec that a `config.pbtxt` states.
+
+    Raises:
+        ServingError: the text is no model configuration, or not that of a reward model.
+    """
+    from google.protobuf import text_format
+
+    pb = _messages()
+    config: Any = pb.ModelConfig()
+    try:
+        text_format.Parse(text, config)
+    except text_format.ParseError as error:
+        raise ServingError(f"not a Triton model configuration: {error}") from error
+    return spec_from_model_config(config)
+
+
+def spec_from_model_config(config: Any) -> RewardModelSpec:
+    """The spec of a `ModelConfig` message, from a file or from a running server, ours or another tool's.
+
+    Raises:
+        ServingError: the model is neither of text form nor of token form; says what it is instead.
+    """
+    inputs = {tensor.name: tensor for tensor in config.input}
+    outputs = {tensor.name: tensor for tensor in config.output}
+    if set(outputs) != {OUTPUT} or set(inputs) not in (
+        {TEXT_INPUT},
+        {TOKEN_INPUT},
+        {TOKEN_INPUT, MASK_INPUT},
+    ):
+        raise ServingError(_neither_form(config, "other tensors"))
+    if config.max_batch_size < 1:
+        raise ServingError(_neither_form(config, "max_batch_size 0, so a request has no rows"))
+    is_text = TEXT_INPUT in inputs
+    input_dtype = _dtype(inputs[TEXT_INPUT if is_text else TOKEN_INPUT])
+    output_dtype = _dtype(outputs[OUTPUT])
+    mask_dtype = _dtype(inputs[MASK_INPUT]) if MASK_INPUT in inputs else input_dtype
+    if input_dtype not in (("BYTES",) if is_text else _TOKEN_DTYPES) or mask_dtype != input_dtype:
+        raise ServingError(_neither_form(config, "an input type other than those"))
+    if output_dtype not in _SCORE_DTYPES:
+        raise ServingError(_neither_form(config, f"rewards of type {output_dtype}"))
+    parameters = {key: parameter.string_value for key, parameter in config.parameters.items()}
+    return RewardModelSpec(
+        name=config.name,
+        form="text" if is_text else "token",
+        max_batch_size=config.max_batch_size,
+        reward_names=_reward_names(
+            config.name, parameters.get("reward_names", ""), list(outputs[OUTPUT].dims)
+        ),
+        max_length=_max_length(config.name, parameters.get("max_length", "0")),
+        max_queue_delay_us=config.dynamic_batching.max_queue_delay_microseconds,
+        takes_attention_mask=is_text or MASK_INPUT in inputs,
+        input_dtype=input_dtype,
+        output_dtype=output_dtype,
+        content_sha256=parameters.get("content_sha256", ""),
+    )
+
+
+def _messages() -> Any:
+    """Triton's protobuf messages: imported late, they bring gRPC; untyped, they are built at run time."""
+    from tritonclient.grpc import model_config_pb2
+
+    return model_config_pb2
+
+
+def _add_tensors(config: Any, spec: RewardModelSpec) -> None:
+    is_text = spec.form == "text"
+    names = [TEXT_INPUT] if is_text else [TOKEN_INPUT, *([MASK_INPUT] if spec.takes_attention_mask else [])]
+    for name in names:
+        # Without ragged batching only requests of exactly equal length are ever put into one batch.
+        tensor = config.input.add(name=name, dims=[1] if is_text else [-1], allow_ragged_batch=not is_text)
+        tensor.data_type = _type_number(spec.input_dtype)
+    output = config.output.add(name=OUTPUT, dims=[len(spec.reward_names)])
+    output.data_type = _type_number(spec.output_dtype)
+
+
+def _type_number(dtype: str) -> int:
+    return _messages().DataType.Value("TYPE_STRING" if dtype == "BYTES" else f"TYPE_{dtype}")
+
+
+def _dtype(tensor: Any) -> str:
+    name = _messages().DataType.Name(tensor.data_type).removeprefix("TYPE_")
+    return "BYTES" if name == "STRING" else name
+
+
+def _reward_names(model: str, listed: str, dims: list[int]) -> tuple[str, ...]:
+    width = dims[-1] if len(dims) == 1 else 0
+    names = tuple(listed.split(",")) if listed else ()
+    if width == 0 or (names and width not in (-1, len(names))):
+        raise ServingError(
+            f"model {model}: `rewards` has dims {dims}, which does not fit reward names {list(names)}"
+        )
+    if names:
+        return names
+    return ("reward",) if width in (-1, 1) else tuple(f"reward_{column}" for column in range(width))
+
+
+def _max_length(model: str, listed: str) -> int:
+    if not listed.isdecimal():
+        raise ServingError(f"model {model}: parameter max_length is {listed!r}, not a number of tokens")
+    return int(listed)
+
+
+def _neither_form(config: Any, reason: str) -> str:
+    def listed(tensors: Any) -> str:
+        return ", ".join(f"{t.name} {_dtype(t)} {list(t.dims)}" for t in tensors) or "none"
+
+    return (
+        f"model {config.name!r} is not a reward model of text form (text BYTES -> rewards FP32) "
+        "or token form (input_ids INT32 or INT64, perhaps attention_mask of the same type -> rewards): "
+        f"it has {reason}; inputs {listed(config.input)}; outputs {listed(config.output)}"
+    )

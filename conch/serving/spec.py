@@ -1,0 +1,53 @@
+"""What a served reward model looks like: one noun from which the converter writes `config.pbtxt` and which
+the client reads back from the running server, so that nothing is configured twice.
+
+Forms:
+    text    input `text` BYTES [1]                                        -> output `rewards` FP32 [K]
+    token   inputs `input_ids` INT64 [-1] (+ `attention_mask` INT64 [-1]) -> output `rewards` FP32 [K]
+where a request's first dimension is its rows and K = len(reward_names). The token form may also declare INT32
+ids and FP16 or FP64 rewards, as model repositories written by other tools do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Form = Literal["text", "token"]
+
+TEXT_INPUT = "text"
+TOKEN_INPUT = "input_ids"
+MASK_INPUT = "attention_mask"
+OUTPUT = "rewards"
+
+
+@dataclass(frozen=True, slots=True)
+class RewardModelSpec:
+    """Contract of one served reward model.
+
+    name: folder name in the model store.
+    form: see above.
+    max_batch_size: most rows in a request.
+    reward_names: one name per output column.
+    max_length: tokens a sample may have, special tokens included; 0 if the server does not say.
+    max_queue_delay_us: microseconds the server may wait to fill a batch.
+    takes_attention_mask: token form only: whether `attention_mask` is an input, of the dtype of `input_ids`.
+    input_dtype: Triton's name of the input's type; left empty it is BYTES for text and INT64 for tokens.
+    output_dtype: Triton's name of the type of `rewards`.
+    content_sha256: hash of the latest version's manifest, which hashes all its other files; "" if not known.
+    """
+
+    name: str
+    form: Form = "text"
+    max_batch_size: int = 64
+    reward_names: tuple[str, ...] = ("reward",)
+    max_length: int = 0
+    max_queue_delay_us: int = 1000
+    takes_attention_mask: bool = True
+    input_dtype: str = ""
+    output_dtype: str = "FP32"
+    content_sha256: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.input_dtype:
+            object.__setattr__(self, "input_dtype", "BYTES" if self.form == "text" else "INT64")

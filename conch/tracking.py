@@ -1,0 +1,223 @@
+"""A run's folder, and where its metrics go: JSONL always; console, Weights & Biases, TensorBoard as asked."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, runtime_checkable
+
+from conch.config import Section, TrackingConfig, TrainConfig
+from conch.errors import ConfigError
+from conch.log import get_logger, is_main_process, progress
+from conch.types import Metrics
+
+_log = get_logger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def make_run_dir(config: TrainConfig) -> Path:
+    """Create the run's folder: `config.run_dir`, or a new `<output_dir>/<date>/<time>/`.
+
+    Call it on one rank and share the result.
+
+    Raises:
+        ConfigError: the folder holds another run, or cannot be created.
+    """
+    if config.run_dir is None:
+        return _make_new_folder(config.output_dir / datetime.now().strftime("%Y-%m-%d/%H-%M-%S"))
+    folder = config.run_dir
+    if (folder / METRICS_FILE).exists():
+        raise ConfigError(f"{folder} holds another run: choose another `train.run_dir`, or delete that one")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(_cannot_create(folder, "train.run_dir", error)) from error
+    return folder.resolve()
+
+
+def _make_new_folder(wanted: Path) -> Path:
+    """`wanted`, or the same with a number behind where another run has taken it in this very second."""
+    folder, attempt = wanted, 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            attempt += 1
+            folder = wanted.with_name(f"{wanted.name}-{attempt}")
+        except OSError as error:
+            raise ConfigError(_cannot_create(folder, "train.output_dir", error)) from error
+        else:
+            return folder.resolve()
+
+
+def _cannot_create(folder: Path, setting: str, error: OSError) -> str:
+    return f"the run folder {folder} cannot be created ({error.strerror}): choose another `{setting}`"
+
+
+class Tracker:
+    """Writes metrics and sample tables on rank 0; elsewhere it does nothing. Use as a context manager."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: TrackingConfig,
+        *,
+        total_steps: int,
+        desc: str,
+        run_config: Section | None = None,
+    ) -> None:
+        self.run_dir = run_dir
+        self._config = config
+        self._active = is_main_process()
+        self._desc = desc
+        self._total = total_steps
+        self._start = time.monotonic()
+        self._bar = progress(total=total_steps, desc=desc)
+        self._sinks: list[_Sink] = []
+        if self._active:
+            resolved = run_config.model_dump(mode="json") if run_config else {}
+            self._sinks = _open_sinks(run_dir, config, resolved)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Record one step's metrics (`stage/quantity` -> value); not-a-number values are written as null."""
+        if not self._active:
+            return
+        for sink in self._sinks:
+            sink.log(step, metrics)
+        self._show(step, metrics)
+
+    def table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Write `samples/<name>_<step>.csv` with the first `sample_rows` rows."""
+        if not self._active or not rows or self._config.sample_rows == 0:
+            return
+        folder = self.run_dir / "samples"
+        folder.mkdir(exist_ok=True)
+        with (folder / f"{name}_{step:06d}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            writer.writerows(rows[: self._config.sample_rows])
+
+    def close(self) -> None:
+        """Flush and close all sinks."""
+        self._bar.close()
+        for sink in self._sinks:
+            sink.close()
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _show(self, step: int, metrics: Metrics) -> None:
+        self._bar.update(step - self._bar.n)
+        headline = {name: metrics[name] for name in _HEADLINE if name in metrics}
+        text = "  ".join(f"{name.split('/')[-1]} {value:.4g}" for name, value in headline.items())
+        self._bar.set_postfix_str(text)
+        if self._bar.disable:
+            self._print(step, text)
+
+    def _print(self, step: int, text: str) -> None:
+        """One line for about every twentieth of the run, where there is no terminal to draw a bar on."""
+        if step % max(1, self._total // 20) and step != self._total:
+            return
+        rate = step / max(1e-9, time.monotonic() - self._start)
+        pace = f"({rate:.2f} steps/s, {(self._total - step) / rate:.0f} s left)" if step else ""
+        _log.info("%s %d/%d  %s  %s", self._desc, step, self._total, text, pace)
+
+
+_HEADLINE = (
+    "reward/mean",
+    "eval/reward",
+    "eval/optimality",
+    "policy/kl",
+    "train/loss",
+    "eval/accuracy",
+    "eval/spearman",
+)
+"""What the console shows of a step's metrics, where it has them."""
+
+
+@runtime_checkable
+class _Sink(Protocol):
+    """Somewhere that metrics go."""
+
+    def log(self, step: int, metrics: Metrics) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _JsonlSink:
+    """One JSON object a line, flushed at once so that a killed run loses nothing."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        clean = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, **clean}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _TensorBoardSink:
+    def __init__(self, run_dir: Path) -> None:
+        try:
+            from torch.utils.tensorboard.writer import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                "`tracking.tensorboard` needs the package: pip install 'conch[tensorboard]'"
+            ) from error
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandbSink:
+    def __init__(self, run_dir: Path, project: str, resolved: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError("`tracking.wandb` needs the package: pip install 'conch[wandb]'") from error
+        has_login = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if has_login else "offline")
+        try:
+            self._run = wandb.init(project=project, dir=str(run_dir), config=dict(resolved), mode=mode)
+        except wandb.Error as error:
+            raise ConfigError(
+                f"`tracking.wandb` cannot start: {str(error).splitlines()[0]}; "
+                "WANDB_MODE=offline logs to the run folder alone"
+            ) from error
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _open_sinks(run_dir: Path, config: TrackingConfig, resolved: Mapping[str, Any]) -> list[_Sink]:
+    others: list[_Sink] = []
+    if config.tensorboard:
+        others.append(_TensorBoardSink(run_dir))
+    if config.wandb:
+        others.append(_WandbSink(run_dir, config.project, resolved))
+    # Opened last, so that a run that cannot start leaves no file that says there was one; written to first.
+    return [_JsonlSink(run_dir), *others]

@@ -1,0 +1,141 @@
+"""The nouns that every stage shares. No torch here: a reward client must start fast and run anywhere.
+
+Example of what flows through one step:
+
+    Prompt(text="k", token_ids=(11,))
+    Completion(text="ba", token_ids=(2, 1, 22), logprobs=(-0.9, -0.1, -0.01), finish_reason="eos")
+    Rollout(prompt, completion, policy_version=7)      .sample == "kba"
+    RewardResult(RewardStatus.OK, scores={"reward": 0.62}, model="walks", version="3", latency_s=0.004)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+
+FinishReason = Literal["eos", "stop", "length"]
+Metrics = dict[str, float]
+"""Name `stage/quantity` -> value; every name is explained in docs/metrics.md."""
+
+DEFAULT_OBJECTIVE = "reward"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt, tokenised once.
+
+    token_ids: without padding, as the sampler gets them.
+    metadata: the extra keys of a prompt given as a dict; reach a reward function as keyword arguments.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What the sampler produced for one prompt. These ids are trained on; they are never made again from
+    `text`.
+
+    token_ids: sampled ids, the end-of-sequence token included where one was sampled.
+    logprobs: log-probability of each id under the distribution it was drawn from (temperature, top-k and
+        top-p applied), same length as `token_ids`.
+    text: the ids decoded without special tokens.
+    finish_reason: `eos` the model ended, `stop` a stop string was met (and cut off), `length` cut by the
+    limit.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """A prompt, its completion, and the number of updates the policy had seen when it sampled it."""
+
+    prompt: Prompt
+    completion: Completion
+    policy_version: int
+
+    @property
+    def sample(self) -> str:
+        """Prompt and output as one string: what a reward model reads."""
+        return self.prompt.text + self.completion.text
+
+
+class RewardStatus(str, Enum):
+    """What became of one request for a reward. Only `OK` carries scores."""
+
+    OK = "ok"
+    TIMEOUT = "timeout"
+    INVALID = "invalid"
+    UNAVAILABLE = "unavailable"
+    SKIPPED = "skipped"
+
+    @property
+    def is_infrastructure(self) -> bool:
+        """True where asking again later can succeed (the server's fault), False for bad data or success."""
+        return self in (RewardStatus.TIMEOUT, RewardStatus.UNAVAILABLE)
+
+
+@dataclass(frozen=True, slots=True)
+class RewardResult:
+    """The reward of one rollout, or why there is none. A failure is a status, never a score of 0.0.
+
+    scores: objective -> scalar score; a single objective is named "reward". Empty unless status is OK.
+    token_scores: dense rewards, one per response token, instead of `scores`; None for scalar rewards.
+    model, version: what scored it ("" where that has no meaning, e.g. a Python function's version).
+    latency_s: seconds from the request to the reply.
+    detail: for a failure, what happened, in words for a person.
+    """
+
+    status: RewardStatus
+    scores: Mapping[str, float] = field(default_factory=dict)
+    token_scores: tuple[float, ...] | None = None
+    model: str = ""
+    version: str = ""
+    latency_s: float = 0.0
+    detail: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """True where there is a score."""
+        return self.status is RewardStatus.OK
+
+
+BatchT = TypeVar("BatchT")
+
+
+@runtime_checkable
+class Algorithm(Protocol[BatchT]):
+    """The four verbs of an online algorithm; offline ones (SFT, reward models) have the last two only."""
+
+    def rollout(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """Sample one completion per prompt."""
+        ...
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[RewardResult]:
+        """One result per rollout, in order."""
+        ...
+
+    def experience(self, rollouts: Sequence[Rollout], rewards: Sequence[RewardResult]) -> BatchT:
+        """Turn rollouts and rewards into what `update` trains on."""
+        ...
+
+    def update(self, batch: BatchT) -> Metrics:
+        """Train on one batch and report."""
+        ...
+
+
+@runtime_checkable
+class RolloutEngine(Protocol):
+    """Something that samples completions from the current policy."""
+
+    def generate(self, prompts: Sequence[Prompt], *, greedy: bool = False) -> Iterator[list[Rollout]]:
+        """Yield rollouts chunk by chunk, in the order of `prompts`, so that scoring can start early."""
+        ...

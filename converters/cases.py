@@ -1,0 +1,173 @@
+"""The samples on which a converted model is compared with the original.
+
+Every length up to the limit (for long windows a ladder of lengths), batches of 1, 2, 7 and 32, text that the
+tokenizer never saw, nothing at all, too much, and for the token form padding on either side.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from conch.converters.checkpoint import Checkpoint
+from conch.converters.served_form import Request
+from conch.serving.spec import Form
+
+_ALL_LENGTHS_UP_TO = 16
+_BATCH_SIZES = (1, 2, 7, 32)
+_ODD_TEXTS = ("Ünïcödé, 漢字, 🙂🙃, עברית", "\x00\ttab\r\nline", "{text}{eos}", " " * 7)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """text: what a client sends in the text form, "" in the token form. ids: what the model must read.
+
+    Without ids the server must refuse the sample.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Samples of one request. Cases of one name share a line of the report. left_padded: token form only."""
+
+    name: str
+    samples: tuple[Sample, ...]
+    left_padded: bool = False
+
+
+def build_cases(checkpoint: Checkpoint, form: Form, *, max_batch_size: int) -> list[Case]:
+    """The cases for one model; the same at every call."""
+    make = _TextSamples(checkpoint) if form == "text" else _TokenSamples(checkpoint)
+    by_length = [make.of_length(length) for length in _lengths(checkpoint.max_length)]
+    mixed = [by_length[index % len(by_length)] for index in range(max(_BATCH_SIZES))]
+    random.Random(1).shuffle(mixed)
+    alone = f"alone, {len(by_length[0].ids)} to {len(by_length[-1].ids)} tokens"
+    cases = [Case(alone, (sample,)) for sample in by_length]
+    for size in _BATCH_SIZES:
+        if size <= max_batch_size:
+            cases.append(Case(f"batch of {size}", tuple(mixed[:size])))
+    cases.append(Case("same, other order", tuple(reversed(mixed[: min(32, max_batch_size)]))))
+    cases.extend(make.special_cases())
+    if form == "token":
+        cases.append(Case("padded on the left", tuple(mixed[: min(7, max_batch_size)]), left_padded=True))
+    return cases
+
+
+def requests_of(cases: Sequence[Case], form: Form, pad_token_id: int) -> list[Request]:
+    """What a client would send for each case."""
+    if form == "text":
+        return [{"texts": [sample.text for sample in case.samples]} for case in cases]
+    return [_token_request(case, pad_token_id) for case in cases]
+
+
+class _TextSamples:
+    """Texts with the ids that their template and truncation must give."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._tokenizer = checkpoint.tokenizer
+        self._ordinary = _ordinary_ids(checkpoint)
+        self._random = random.Random(0)
+
+    def of_length(self, length: int) -> Sample:
+        """A sample of `length` tokens, or as near as decoding and encoding again comes."""
+        return self._sample(self._text(length))
+
+    def special_cases(self) -> list[Case]:
+        """Texts that break careless code."""
+        too_long = self._sample(self._text(2 * self._checkpoint.max_length + 5))
+        odd = [self._sample(text) for text in _ODD_TEXTS]
+        return [
+            *(Case("odd text", (sample,)) for sample in odd),
+            Case("empty text", (self._sample(""),)),
+            Case("too long, cut", (too_long,)),
+            Case("too long and short together", (too_long, self.of_length(2))),
+        ]
+
+    def _text(self, length: int) -> str:
+        count, text = length, ""
+        for _ in range(8):
+            ids = [self._random.choice(self._ordinary) for _ in range(max(count, 0))]
+            text = self._tokenizer.decode(ids)
+            surplus = len(self._whole(text)) - length
+            if surplus == 0:
+                break
+            count -= surplus
+        return text
+
+    def _whole(self, text: str) -> list[int]:
+        eos = self._tokenizer.eos_token or ""
+        return self._tokenizer(self._checkpoint.template.format(text=text, eos=eos)).input_ids
+
+    def _sample(self, text: str) -> Sample:
+        """The ids by another rule than model.py's: cut between the special tokens at the two ends."""
+        ids, limit = self._whole(text), self._checkpoint.max_length
+        excess = len(ids) - limit
+        if excess <= 0:
+            return Sample(text, tuple(ids))
+        special = set(self._tokenizer.all_special_ids) - {self._tokenizer.unk_token_id}
+        head = next(index for index, token in enumerate(ids) if token not in special)
+        tail = next(index for index, token in enumerate(reversed(ids)) if token not in special)
+        if self._tokenizer.truncation_side == "left":
+            return Sample(text, tuple(ids[:head] + ids[head + excess :]))
+        end = len(ids) - tail
+        return Sample(text, tuple(ids[: end - excess] + ids[end:]))
+
+
+class _TokenSamples:
+    """Rows of random ids."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._ordinary = _ordinary_ids(checkpoint)
+        self._random = random.Random(0)
+
+    def of_length(self, length: int) -> Sample:
+        """A sample of exactly `length` tokens."""
+        return Sample("", tuple(self._random.choice(self._ordinary) for _ in range(length)))
+
+    def special_cases(self) -> list[Case]:
+        """Rows whose end misleads pooling, and rows that must be refused."""
+        eos, pad = self._checkpoint.tokenizer.eos_token_id, self._checkpoint.pad_token_id
+        limit = self._checkpoint.max_length
+        body = self.of_length(max(1, limit // 2)).ids[: max(1, limit - 1)]
+        ends = {"ends in pad": (*body, pad)[-limit:]}
+        if eos is not None:
+            ends |= {"ends in eos": (*body, eos)[-limit:], "eos in the middle": (eos, *body)[:limit]}
+        together = (*(Sample("", ids) for ids in ends.values()), self.of_length(limit))
+        return [
+            *(Case(name, (Sample("", ids),)) for name, ids in ends.items()),
+            Case("these together", together),
+        ]
+
+
+def _lengths(limit: int) -> list[int]:
+    """Every length up to 16, then a ladder of about 1.6 between steps, with the last two below the limit."""
+    lengths = set(range(1, min(limit, _ALL_LENGTHS_UP_TO) + 1)) | {max(1, limit - 1), limit}
+    step = float(_ALL_LENGTHS_UP_TO)
+    while step < limit:
+        lengths.add(int(step))
+        step *= 1.6
+    return sorted(lengths)
+
+
+def _ordinary_ids(checkpoint: Checkpoint) -> list[int]:
+    special = {*checkpoint.tokenizer.all_special_ids, checkpoint.pad_token_id}
+    return sorted(set(checkpoint.tokenizer.get_vocab().values()) - special)
+
+
+def _token_request(case: Case, pad_token_id: int) -> Request:
+    longest = max(len(sample.ids) for sample in case.samples)
+
+    def padded(values: Sequence[int], fill: int) -> list[int]:
+        padding = [fill] * (longest - len(values))
+        return [*padding, *values] if case.left_padded else [*values, *padding]
+
+    return {
+        "input_ids": [padded(sample.ids, pad_token_id) for sample in case.samples],
+        "attention_mask": [padded([1] * len(sample.ids), 0) for sample in case.samples],
+    }

@@ -1,0 +1,1 @@
+"""Shortest walks on a random graph: the example that needs no GPU and no download."""

@@ -1,0 +1,41 @@
+"""Settings that must hold before `conch` or torch is imported, and markers by folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Tests reach no model hub, and small tensors on few cores are fastest with one thread per process.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.pop("TRITON_HOST", None)
+
+import pytest
+from jaxtyping import install_import_hook
+
+# Every annotated shape and type of the library is checked while the tests run.
+install_import_hook("conch", "beartype.beartype")
+
+TESTS = Path(__file__).parent
+FOLDER_MARKERS = {"unit": "unit", "integration": "integration", "invariance": "integration"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test after the folder it lives in."""
+    for item in items:
+        folder = item.path.relative_to(TESTS).parts[0]
+        if folder in FOLDER_MARKERS:
+            item.add_marker(FOLDER_MARKERS[folder])
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """Undo `setup_logging`, whose handler would write to a stream that this test's end closes."""
+    logger = logging.getLogger("conch")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before

@@ -1,0 +1,48 @@
+"""One converted model of each form and one server, shared by all integration tests that do not harm it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from conch.converters.conversion import Conversion
+from conch.converters.to_triton import to_triton
+from conch.serving.launcher import TritonServer
+from tests.tiny import reward_checkpoint
+
+TEXT_MODEL = "walks"
+TOKEN_MODEL = "walks-token"
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A tiny reward model, converted in both forms.
+
+    checkpoint: the Hugging Face folder; one letter a token, window of 16 tokens, max_length 12.
+    text, token: the conversions, in one store.
+    """
+
+    checkpoint: Path
+    model_store: Path
+    text: Conversion
+    token: Conversion
+
+
+@pytest.fixture(scope="session")
+def reward_model(tmp_path_factory: pytest.TempPathFactory) -> RewardModel:
+    root = tmp_path_factory.mktemp("reward-model")
+    checkpoint = reward_checkpoint(root / "checkpoint", reward_model={"max_length": 12})
+    store = root / "store"
+    text = to_triton(checkpoint, name=TEXT_MODEL, model_store=store)
+    token = to_triton(checkpoint, name=TOKEN_MODEL, model_store=store, form="token")
+    return RewardModel(checkpoint, store, text, token)
+
+
+@pytest.fixture(scope="session")
+def reward_server(reward_model: RewardModel) -> Iterator[TritonServer]:
+    """A running server with both models; `reward_server.endpoint(TEXT_MODEL)`. Do not stop or kill it."""
+    with TritonServer(reward_model.model_store, [TEXT_MODEL, TOKEN_MODEL]) as server:
+        yield server

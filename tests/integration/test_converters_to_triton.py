@@ -1,0 +1,150 @@
+"""Conversion from end to end; the served form always runs in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import BertConfig, BertForSequenceClassification
+
+from conch.converters import pipeline
+from conch.converters.to_triton import main, to_triton
+from conch.errors import ConversionError, ParityError
+from conch.serving.store import list_models, read_model, verify_files
+from tests.integration.conftest import TEXT_MODEL, TOKEN_MODEL, RewardModel
+from tests.tiny import char_tokenizer, reward_checkpoint
+
+
+def everything_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("name", [TEXT_MODEL, TOKEN_MODEL])
+def test_to_triton_publishes_a_version_that_reads_back(reward_model: RewardModel, name: str) -> None:
+    model = read_model(reward_model.model_store, name)
+    verify_files(model)
+
+    assert model.manifest.parity is not None and model.manifest.parity.max_error <= 1e-5
+    assert model.spec.max_length == model.manifest.max_length == 12
+    assert len(model.golden.samples) == 8
+    table = (model.path / "parity.txt").read_text()
+    assert "batch of 32" in table and "passed" in table
+    report = json.loads((model.path / "parity.json").read_text())
+    assert report["tolerance"] == 1e-5
+    assert not (set(everything_in(model.path)) & {"reward_model.json", "pytorch_model.bin"})
+
+
+def test_to_triton_refuses_and_publishes_nothing_when_scores_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = reward_checkpoint(tmp_path / "checkpoint")
+    careless = tmp_path / "model.py"
+    careless.write_text(
+        pipeline.MODEL_PY.read_text().replace("mask[row, : len(ids)] = 1", "mask[row, 1:] = 1")
+    )
+    monkeypatch.setattr(pipeline, "MODEL_PY", careless)
+
+    arguments = ["--checkpoint", str(checkpoint), "--name", "walks", "--model-store", str(tmp_path / "store")]
+    assert main(arguments) == 2
+    errors = capsys.readouterr().err
+    assert "does not score like the original, nothing was published" in errors and "batch of 32" in errors
+    assert everything_in(tmp_path / "store") == []
+
+
+def test_to_triton_serves_half_precision_and_normalised_scores_within_their_tolerance(tmp_path: Path) -> None:
+    checkpoint = reward_checkpoint(tmp_path / "checkpoint", reward_model={"mean": 0.7, "std": 1.5})
+    conversion = to_triton(
+        checkpoint,
+        name="walks",
+        model_store=tmp_path / "store",
+        dtype="bfloat16",
+        normalise=True,
+        max_batch_size=8,
+    )
+
+    assert conversion.parity.ok and conversion.parity.tolerance == 1e-1
+    assert conversion.parity.worst.max_error > 1e-5
+    manifest = read_model(tmp_path / "store", "walks").manifest
+    assert (manifest.normalise, manifest.mean, manifest.std, manifest.dtype) == (
+        True,
+        (0.7,),
+        (1.5,),
+        "bfloat16",
+    )
+
+
+def test_to_triton_keeps_the_opening_and_closing_tokens_of_an_encoder(tmp_path: Path) -> None:
+    tokenizer = char_tokenizer("abcdefgh[]")
+    tokenizer.add_special_tokens({"cls_token": "[", "sep_token": "]"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="[ $A ]", special_tokens=[("[", tokenizer.cls_token_id), ("]", tokenizer.sep_token_id)]
+    )
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=20,
+        num_labels=2,
+        id2label={0: "kind", 1: "true"},
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    conversion = to_triton(tmp_path / "encoder", model_store=tmp_path / "store")
+
+    assert conversion.path == tmp_path / "store" / "encoder" / "1"
+    assert conversion.spec.reward_names == ("kind", "true")
+    assert read_model(tmp_path / "store", "encoder").manifest.template == "{text}"
+
+
+def test_to_triton_refuses_normalise_without_statistics(tmp_path: Path) -> None:
+    checkpoint = reward_checkpoint(tmp_path / "checkpoint")
+    with pytest.raises(ConversionError, match=r"no reward_model\.json with `mean` and `std`"):
+        to_triton(checkpoint, name="walks", model_store=tmp_path / "store", normalise=True)
+    assert everything_in(tmp_path / "store") == []
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "a..b", "", ".hidden"])
+def test_to_triton_refuses_names_that_are_no_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConversionError, match=r"model name .* give --name"):
+        to_triton(tmp_path, name=name, model_store=tmp_path / "store")
+
+
+def test_to_triton_refuses_a_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="nowhere does not exist"):
+        to_triton(tmp_path / "nowhere", model_store=tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def test_to_triton_refuses_a_store_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("a file")
+    checkpoint = reward_checkpoint(tmp_path / "checkpoint")
+    assert main(["--checkpoint", str(checkpoint), "--model-store", str(tmp_path / "store")]) == 1
+
+
+def test_parity_error_is_a_conversion_error() -> None:
+    assert issubclass(ParityError, ConversionError)
+
+
+def test_help_and_mistakes_answer_without_importing_torch() -> None:
+    program = (
+        "import sys; from conch.converters.to_triton import main\n"
+        "code = main(['--checkpoint', './nowhere'])\n"
+        "print(code, sorted({'torch', 'transformers', 'tritonclient'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+
+    assert done.stdout.strip() == "1 []"
+    assert done.stderr.strip() == "error: checkpoint folder ./nowhere does not exist"
+
+
+def test_list_models_shows_what_was_converted(reward_model: RewardModel) -> None:
+    assert list_models(reward_model.model_store) == [TEXT_MODEL, TOKEN_MODEL]

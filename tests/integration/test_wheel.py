@@ -1,0 +1,107 @@
+"""The wheel holds `conch` alone and works without the checkout it was built from."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", "conch", "trainers", "converters")
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    """Run a command without this process's import paths, and give what it printed."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    result = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the source distribution, and the wheel that was built from it."""
+    source = tmp_path_factory.mktemp("source")
+    ignored = shutil.ignore_patterns("__pycache__")
+    for name in BUILT_FROM:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, source / name)
+    output = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", output, cwd=source)
+    return output
+
+
+@pytest.fixture(scope="module")
+def installed(distributions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment outside the checkout: the wheel, and a view of its dependencies."""
+    folder = tmp_path_factory.mktemp("clean") / "venv"
+    run(sys.executable, "-m", "venv", folder, cwd=folder.parent)
+    python = folder / "bin" / "python"
+    wheel = next(distributions.glob("*.whl"))
+    run(python, "-m", "pip", "install", "--no-deps", "--no-index", wheel, cwd=folder.parent)
+    # Only a path: files ending in .pth are not read there, so an editable Conch in it stays out of sight.
+    packages = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder.parent)
+    (Path(packages.strip()) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python
+
+
+def source_modules() -> set[str]:
+    """Path in the wheel of every Python file of the library, those behind the two links included."""
+    own = {file.relative_to(ROOT) for file in (ROOT / "conch").rglob("*.py")}
+    linked = {
+        Path("conch") / file.relative_to(ROOT)
+        for name in ("trainers", "converters")
+        for file in (ROOT / name).rglob("*.py")
+    }
+    return {str(file) for file in own | linked}
+
+
+def test_wheel_top_level_is_conch_alone(distributions: Path) -> None:
+    names = zipfile.ZipFile(next(distributions.glob("*.whl"))).namelist()
+    top = {name.split("/")[0] for name in names}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"conch"}
+
+
+def test_wheel_holds_every_module_and_the_type_marker(distributions: Path) -> None:
+    names = set(zipfile.ZipFile(next(distributions.glob("*.whl"))).namelist())
+    assert source_modules() | {"conch/py.typed"} <= names
+    assert "conch/serving/python_backend/model.py" in names
+
+
+def test_source_distribution_holds_files_where_the_checkout_has_links(distributions: Path) -> None:
+    with tarfile.open(next(distributions.glob("*.tar.gz"))) as archive:
+        members = {member.name.partition("/")[2]: member for member in archive.getmembers()}
+    assert members["conch/trainers/ppo.py"].isfile()
+    assert not any(member.issym() or member.islnk() for member in members.values())
+
+
+def test_installed_wheel_imports_its_own_trainers(installed: Path) -> None:
+    program = "import conch, conch.trainers.ppo as ppo; print(conch.__file__, ppo.__file__)"
+    for file in run(installed, "-c", program, cwd=installed.parent).split():
+        assert Path(file).is_relative_to(installed.parents[1])
+
+
+def test_installed_wheel_has_no_bare_names(installed: Path) -> None:
+    program = "from importlib.util import find_spec; print(find_spec('trainers'), find_spec('converters'))"
+    assert run(installed, "-c", program, cwd=installed.parent).strip() == "None None"
+
+
+def test_installed_wheel_has_the_converter_as_a_command(installed: Path) -> None:
+    assert "--checkpoint" in run(installed.parent / "conch-to-triton", "--help", cwd=installed.parent)

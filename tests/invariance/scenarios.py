@@ -1,0 +1,238 @@
+"""Small pieces of training whose results must not depend on how many processes share the work.
+
+Run as a script under torchrun it writes what every rank found to `<folder>/rank_<number>.pt`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import torch.distributed
+
+from conch.config import TrainConfig
+from conch.engine import Engine
+from conch.errors import ConchError, ConfigError
+from conch.trainers.common import RunningMoments
+from conch.types import RewardResult, RewardStatus
+from tests.runs import (
+    LINEAR_ADAM,
+    letters_rollout,
+    parameters,
+    policy,
+    ppo_trainer,
+    reward_trainer,
+    scored,
+    sft_trainer,
+)
+
+SMALL = {"n_layer": 1, "n_embd": 16}
+# Whichever way they are dealt out, one rank gets the long ones.
+PAIR = {"prompt": "abcd", "completion": "e"}
+SAMPLES = ["ab", "abcdefgh", "c", "hgfedcba", "de", "bcdefghab", PAIR, "ccccccc"]
+SCORED = [{"text": "ab" * n, "score": float(n % 3)} for n in range(1, 8)]
+PAIRS = [{"chosen": "ab" * n, "rejected": "c" * n} for n in range(1, 8)]
+ROLLOUTS = [
+    letters_rollout("a", "bcdef"),
+    letters_rollout("bcd", "e"),
+    letters_rollout("ef", "ghabc", "length"),
+    letters_rollout("g", "", "stop"),
+    letters_rollout("ha", "aaaa", "stop"),
+    letters_rollout("b", "h"),
+    letters_rollout("cdefg", "abcd"),
+    letters_rollout("d", "f", "length"),
+]
+REWARDS = [
+    *scored(1.0, -9.0, 0.5, 3.0, None, 1.5, -1.0),
+    RewardResult(RewardStatus.OK, token_scores=(4.0,)),
+]
+
+
+def processes(folder: Path) -> dict[str, Any]:
+    """How many there truly are, and that an engine refuses another number."""
+    running = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    return {
+        "world_size": running,
+        "engine": Engine(TrainConfig(num_processes=running)).num_ranks,
+        "refused": message_of(lambda: Engine(TrainConfig(num_processes=running + 1))),
+    }
+
+
+def sft(folder: Path) -> dict[str, Any]:
+    """One update in float64, and an evaluation whose samples do not divide among ranks."""
+    trainer = sft_trainer(
+        folder / "sft",
+        SAMPLES,
+        lm=policy(**SMALL).double(),
+        eval_samples=SAMPLES[:5],
+        optimizer=LINEAR_ADAM,
+        sft={"batch_size": 8},
+    )
+    before = trainer.evaluate()["eval/loss"]
+    metrics = trainer.step()
+    return {**numbers(metrics), "before": before, "parameters": parameters(trainer.lm)}
+
+
+def regression(folder: Path) -> dict[str, Any]:
+    """One update of a reward model, its evaluation and its moments."""
+    return _reward_model(folder / "regression", SCORED)
+
+
+def pairs(folder: Path) -> dict[str, Any]:
+    """The same on preferences."""
+    return _reward_model(folder / "pairs", PAIRS)
+
+
+def _reward_model(run_dir: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    trainer = reward_trainer(run_dir, rows, eval_samples=rows, optimizer=LINEAR_ADAM)
+    metrics = {**trainer.evaluate(), **trainer.step()}
+    mean, std = trainer._score_moments()
+    return {**numbers(metrics), "mean": mean, "std": std, "parameters": parameters(trainer.model)}
+
+
+def ppo(folder: Path) -> dict[str, Any]:
+    """Two steps on given rollouts: rewards scaled by running moments, a failure, an adaptive KL weight."""
+    trainer = ppo_trainer(
+        folder / "ppo",
+        lm=policy(**SMALL).double(),
+        optimizer=LINEAR_ADAM,
+        ppo={
+            "kl": {"coef": 0.2, "target": 0.01, "horizon": 100},
+            "reward_clip": 5.0,
+            "reward_scaling": "running",
+            "missing_eos_penalty": 1.0,
+        },
+    )
+    rank, ranks = trainer.engine.rank, trainer.engine.num_ranks
+    found: dict[str, Any] = {}
+    for step in range(2):
+        batch = trainer.experience(ROLLOUTS[rank::ranks], REWARDS[rank::ranks])
+        metrics = {**trainer.experience_metrics, **trainer.update(batch)}
+        found |= {f"{name} {step}": value for name, value in numbers(metrics).items()}
+    moments = trainer.moments
+    own_tokens = int(batch.loss_mask.sum())
+    assert ranks == 1 or trainer.engine.sum_int(own_tokens) != ranks * own_tokens, "token counts are equal"
+    return {
+        **found,
+        "kl_coef": trainer.kl_controller.coef,
+        "moments": torch.tensor([moments.count, moments.mean, moments.std], dtype=torch.float64),
+        "kl_to_start": trainer.kl_to_start(ROLLOUTS[rank::ranks]),
+        "parameters": parameters(trainer.policy),
+    }
+
+
+def moments(folder: Path) -> dict[str, Any]:
+    """Running moments of batches of unequal size, one of them empty on a rank."""
+    engine, running = Engine(TrainConfig()), RunningMoments()
+    for batch in ([1.0, 5.0, 2.0], [7.0], [-3.0, math.nan, 4.0, 8.0]):
+        mine = torch.tensor(batch[engine.rank :: engine.num_ranks])
+        running.update(mine, ~mine.isnan(), engine.sum)
+    return {"count": running.count, "mean": running.mean, "std": running.std}
+
+
+def rank_dependent(folder: Path) -> dict[str, Any]:
+    """What ranks draw and sample, and that they agree after a real step."""
+    trainer = ppo_trainer(folder / "step", ppo={"rollouts_per_step": 8, "minibatches": 2, "epochs": 2})
+    same_prompt = [trainer.prompts[0]] * 8
+    rollouts = trainer.rollout(same_prompt)
+    trainer.score(rollouts)
+    outputs = [rollout.completion.text for rollout in rollouts]
+    rows = copy.deepcopy(trainer.stream).draw(8 // trainer.engine.num_ranks)
+    metrics = trainer.step()
+    first = {name: metrics[f"train/{name}_first"] for name in ("ratio", "approx_kl", "clip_fraction")}
+    return {"outputs": outputs, "rows": rows, "first": first, "parameters": parameters(trainer.policy)}
+
+
+def uneven_evaluation(folder: Path) -> dict[str, Any]:
+    """Evaluations in which ranks do unequal numbers of forward passes, or none."""
+    prompts = ["a", "b", "cd", "e", "fgh"]
+    settings: dict[str, Any] = {"ppo": {"forward_batch_size": 1}, "generation": {"max_new_tokens": 3}}
+    many = ppo_trainer(folder / "many", eval_prompts=prompts, **settings).evaluate()
+    one = ppo_trainer(folder / "one", eval_prompts=prompts[:1], **settings).evaluate()
+    return {"many": numbers(many), "one": numbers(one)}
+
+
+def broken_gradient(folder: Path) -> dict[str, Any]:
+    """An update in which the last rank alone has a gradient that is not finite."""
+    trainer = sft_trainer(folder / "broken", SAMPLES, lm=policy(**SMALL))
+    before, engine = parameters(trainer.lm), trainer.engine
+    scale = math.inf if engine.rank == engine.num_ranks - 1 else 1.0
+    report = engine.update([scale], lambda factor: factor * parameters_sum(engine.module))
+    return {"skipped": report.skipped, "moved": not torch.equal(before, parameters(trainer.lm))}
+
+
+def parameters_sum(module: torch.nn.Module) -> torch.Tensor:
+    """A loss that reads every parameter through the module's own forward pass."""
+    output = module(input_ids=torch.tensor([[0, 1, 2]]))
+    return output.logits.float().square().sum()
+
+
+def failures(folder: Path) -> dict[str, Any]:
+    """What each rank raises when the last one alone fails."""
+    engine = Engine(TrainConfig())
+
+    def work() -> None:
+        if engine.rank == engine.num_ranks - 1:
+            raise ConfigError("here")
+
+    def reward(outputs: list[str], **_: Any) -> list[float]:
+        bad = engine.rank == engine.num_ranks - 1
+        return [math.nan if bad else 1.0 for _ in outputs]
+
+    trainer = ppo_trainer(folder / "failures", reward_fn=reward)
+    indivisible = {"ppo": {"rollouts_per_step": 4 * engine.num_ranks + 1, "minibatches": 2}}
+    return {
+        "together": message_of(lambda: engine.together(work)),
+        "step": message_of(trainer.step),
+        "indivisible": message_of(lambda: ppo_trainer(folder / "indivisible", **indivisible)),
+    }
+
+
+def message_of(work: Callable[[], object]) -> str:
+    """`<type>: <message>` of the error that `work` must raise."""
+    try:
+        work()
+    except ConchError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def numbers(metrics: dict[str, float]) -> dict[str, float]:
+    """Without what is measured by the clock."""
+    return {name: value for name, value in metrics.items() if not name.startswith(("time/", "reward/lat"))}
+
+
+SCENARIOS = (
+    processes,
+    sft,
+    regression,
+    pairs,
+    ppo,
+    moments,
+    rank_dependent,
+    uneven_evaluation,
+    broken_gradient,
+    failures,
+)
+
+
+def main(folder: Path) -> None:
+    """Run all scenarios on this rank and write what it found."""
+    torch.set_num_threads(1)
+    engine = Engine(TrainConfig())
+    found = {scenario.__name__: scenario(folder / "runs") for scenario in SCENARIOS}
+    torch.save(found, folder / f"rank_{engine.rank}.pt")
+    engine.wait_for_everyone()
+    engine.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

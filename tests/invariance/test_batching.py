@@ -1,0 +1,72 @@
+"""How a batch is cut and padded changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.invariance.scenarios import PAIRS, REWARDS, ROLLOUTS, SAMPLES, SCORED, SMALL
+from tests.runs import LINEAR_ADAM, parameters, policy, ppo_trainer, reward_trainer, sft_trainer
+
+ACCUMULATION = pytest.mark.parametrize("steps", [2, 4, 8])
+
+
+def cut(steps: int) -> dict[str, Any]:
+    """The same batch in so many micro-batches; weights after the update tell its gradient."""
+    return {"train": {"gradient_accumulation_steps": steps}, "optimizer": LINEAR_ADAM}
+
+
+def sft_update(run_dir: Path, steps: int) -> tuple[torch.Tensor, float]:
+    trainer = sft_trainer(run_dir, SAMPLES, lm=policy(**SMALL).double(), **cut(steps))
+    metrics = trainer.update(trainer.experience(trainer.samples))
+    return parameters(trainer.lm), metrics["train/loss"]
+
+
+def ppo_update(run_dir: Path, steps: int) -> tuple[torch.Tensor, float]:
+    # The value head is float32 whatever the policy: without its loss, gradients are float64 throughout.
+    trainer = ppo_trainer(run_dir, lm=policy(**SMALL).double(), ppo={"value_coef": 0.0}, **cut(steps))
+    metrics = trainer.update(trainer.experience(ROLLOUTS, REWARDS))
+    return parameters(trainer.policy.lm), metrics["train/loss"]
+
+
+@ACCUMULATION
+@pytest.mark.parametrize("update", [sft_update, ppo_update])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path: Path, update: Any, steps: int) -> None:
+    whole, loss = update(tmp_path / "whole", 1)
+    found, loss_in_parts = update(tmp_path / "parts", steps)
+    torch.testing.assert_close(found, whole, rtol=1e-10, atol=1e-12)
+    assert loss_in_parts == pytest.approx(loss, rel=1e-5, abs=1e-7)
+
+
+@ACCUMULATION
+@pytest.mark.parametrize("rows", [SCORED, PAIRS], ids=["regression", "pairs"])
+def test_accumulation_gives_the_same_reward_model(
+    tmp_path: Path, rows: list[dict[str, Any]], steps: int
+) -> None:
+    found = []
+    for number in (1, steps):
+        trainer = reward_trainer(tmp_path / str(number), rows, **cut(number))
+        trainer.step()
+        found.append(parameters(trainer.model))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("forward_batch_size", [1, 3, 8])
+def test_forward_batch_size_does_not_change_experience(tmp_path: Path, forward_batch_size: int) -> None:
+    whole = ppo_trainer(tmp_path / "whole", ppo={"forward_batch_size": 64}).experience(ROLLOUTS, REWARDS)
+    settings = {"forward_batch_size": forward_batch_size}
+    parts = ppo_trainer(tmp_path / "parts", ppo=settings).experience(ROLLOUTS, REWARDS)
+    for name in ("old_logprobs", "old_values", "advantages", "returns"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-4, atol=1e-5)
+
+
+def test_order_of_samples_does_not_change_the_update(tmp_path: Path) -> None:
+    found = []
+    for name, order in (("forth", slice(None)), ("back", slice(None, None, -1))):
+        trainer = ppo_trainer(tmp_path / name, lm=policy(**SMALL).double(), optimizer=LINEAR_ADAM)
+        trainer.update(trainer.experience(ROLLOUTS[order], REWARDS[order]))
+        found.append(parameters(trainer.policy))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)

@@ -1,0 +1,142 @@
+"""Trainers of tiny models, and hand-made rollouts for them. Eight letters, one token each: `a` is 0, `h` is
+7."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GPT2LMHeadModel, PreTrainedModel
+
+from conch.config import load
+from conch.trainers.ppo import PPORunConfig, PPOTrainer
+from conch.trainers.reward_model import RewardModelRunConfig, RewardModelTrainer
+from conch.trainers.sft import SFTRunConfig, SFTTrainer
+from conch.types import Completion, FinishReason, Prompt, RewardResult, RewardStatus, Rollout
+from tests.tiny import char_tokenizer, tiny_gpt2_config
+
+LETTERS = "abcdefgh"
+TOKENIZER = char_tokenizer(LETTERS)
+PAD, EOS = len(LETTERS), len(LETTERS) + 1
+PROMPTS = ["a", "bc", "def", "g", "ha", "b", "cd", "e"]
+# Linear in the gradient's size instead of its sign alone: parameters after one update then tell gradients
+# apart.
+LINEAR_ADAM = {"learning_rate": 0.1, "eps": 1.0}
+
+
+def policy(seed: int = 0, **overrides: Any) -> GPT2LMHeadModel:
+    """A random language model whose next-token distributions are far from uniform."""
+    torch.manual_seed(seed)
+    model = GPT2LMHeadModel(tiny_gpt2_config(TOKENIZER, **overrides))
+    shake(model, 0.15, seed)
+    return model
+
+
+def shake(model: torch.nn.Module, size: float, seed: int = 1) -> None:
+    """Add seeded noise to every trainable parameter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_((size * noise).to(parameter.dtype))
+
+
+def parameters(module: torch.nn.Module) -> torch.Tensor:
+    """All parameters as one float64 vector."""
+    return torch.cat([parameter.detach().double().flatten() for parameter in module.parameters()])
+
+
+def vowels(outputs: Sequence[str], **_: Any) -> list[float]:
+    """A reward function: how many of `a` and `e` an output has."""
+    return [float(sum(letter in "ae" for letter in output)) for output in outputs]
+
+
+def ppo_trainer(run_dir: Path, *, lm: PreTrainedModel | None = None, **settings: Any) -> PPOTrainer:
+    """A trainer of 8 rollouts of up to 5 tokens; one epoch in one minibatch.
+
+    settings: sections of the run config, `reward_fn`, `prompts`, `eval_prompts`, `metric_fn`, `tokenizer`.
+    """
+    names = ("prompts", "eval_prompts", "metric_fn", "tokenizer")
+    given = {name: settings.pop(name) for name in names if name in settings}
+    reward = settings.pop("reward_fn", vowels)
+    values = _merged(
+        {
+            "model": {"architecture": {"model_type": "gpt2"}},
+            "generation": {"max_new_tokens": 5},
+            "ppo": {"rollouts_per_step": 8, "epochs": 1, "minibatches": 1, "forward_batch_size": 3},
+            "train": {"total_steps": 4, "run_dir": run_dir, "max_grad_norm": 1e6},
+        },
+        settings,
+    )
+    return PPOTrainer(
+        load(PPORunConfig, values),
+        **{"reward": reward, "prompts": PROMPTS, "tokenizer": TOKENIZER, "model": lm or policy(), **given},
+    )
+
+
+def sft_trainer(
+    run_dir: Path, samples: Sequence[Any], *, lm: PreTrainedModel | None = None, **settings: Any
+) -> SFTTrainer:
+    """A trainer of 8 samples a batch."""
+    eval_samples = settings.pop("eval_samples", None)
+    values = _merged(
+        {
+            "model": {"architecture": {"model_type": "gpt2"}},
+            "sft": {"batch_size": 8},
+            "train": {"run_dir": run_dir, "max_grad_norm": 1e6},
+        },
+        settings,
+    )
+    return SFTTrainer(
+        load(SFTRunConfig, values),
+        samples=samples,
+        eval_samples=eval_samples,
+        model=lm or policy(),
+        tokenizer=TOKENIZER,
+    )
+
+
+def reward_trainer(run_dir: Path, samples: Sequence[Any], **settings: Any) -> RewardModelTrainer:
+    """A trainer of 8 rows a batch, its model random but the same every time."""
+    given = {name: settings.pop(name) for name in ("eval_samples", "tokenizer") if name in settings}
+    shape = tiny_gpt2_config(TOKENIZER).to_diff_dict()
+    values = _merged(
+        {
+            "model": {"architecture": {**shape, "model_type": "gpt2"}},
+            "reward_model": {"batch_size": 8},
+            "train": {"run_dir": run_dir, "max_grad_norm": 1e6},
+        },
+        settings,
+    )
+    trainer = RewardModelTrainer(
+        load(RewardModelRunConfig, values), samples=samples, **{"tokenizer": TOKENIZER, **given}
+    )
+    shake(trainer.model, 0.1)
+    return trainer
+
+
+def letters_rollout(
+    prompt: str, output: str, reason: FinishReason = "eos", logprob: float = -1.0, **metadata: Any
+) -> Rollout:
+    """A rollout of these letters, with an eos token at its end where that is the reason for it."""
+    ids = tuple(LETTERS.index(letter) for letter in output) + ((EOS,) if reason == "eos" else ())
+    prompt_ids = tuple(LETTERS.index(letter) for letter in prompt)
+    completion = Completion(output, ids, (logprob,) * len(ids), reason)
+    return Rollout(Prompt(prompt, prompt_ids, metadata), completion, policy_version=0)
+
+
+def scored(*scores: float | None) -> list[RewardResult]:
+    """One result per score; None stands for a failure."""
+    failure = RewardResult(RewardStatus.TIMEOUT, detail="no reply")
+    return [
+        failure if score is None else RewardResult(RewardStatus.OK, scores={"reward": score})
+        for score in scores
+    ]
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    sections = {name: {**values, **over.get(name, {})} for name, values in base.items()}
+    return {**sections, **{name: values for name, values in over.items() if name not in base}}

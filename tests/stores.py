@@ -1,0 +1,58 @@
+"""Model stores in milliseconds: every part of a version is there, and the model needs no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from conch.serving.manifest import GOLDEN, MANIFEST, Golden, GoldenSample, Manifest, sha256_of
+from conch.serving.spec import RewardModelSpec
+from conch.serving.store import publish, staged_version
+
+# Runs in the real server, where it starts in a second: the score of a text is its length.
+LENGTH_MODEL = """
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def execute(self, requests):
+        return [self.answer(pb_utils.get_input_tensor_by_name(request, "text")) for request in requests]
+
+    def answer(self, texts):
+        lengths = np.array([[len(text)] for text in texts.as_numpy()[:, 0]], dtype=np.float32)
+        return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor("rewards", lengths)])
+"""
+
+
+def store_model(
+    store: Path,
+    name: str = "lengths",
+    *,
+    weights: bytes = b"weights",
+    model_py: str = LENGTH_MODEL,
+    golden_score: float = 2.0,
+) -> Path:
+    """Publish a version and return its folder. The only golden sample is the text `ab`."""
+    with staged_version(store, name) as folder:
+        (folder / "model.safetensors").write_bytes(weights)
+        (folder / "model.py").write_text(model_py)
+        golden = Golden(tolerance=1e-4, samples=(GoldenSample(text="ab", scores=(golden_score,)),))
+        (folder / GOLDEN).write_text(golden.model_dump_json())
+        manifest = Manifest(
+            name=name,
+            form="text",
+            source="here",
+            created_at="2026-01-01T00:00:00+00:00",
+            template="{text}",
+            max_length=8,
+            reward_names=("reward",),
+            normalise=False,
+            dtype="float32",
+            pad_token_id=0,
+            vocab_size=4,
+            tools={},
+            files={file: sha256_of(folder / file) for file in ("model.safetensors", "model.py", GOLDEN)},
+        )
+        (folder / MANIFEST).write_text(manifest.model_dump_json())
+        spec = RewardModelSpec(name, max_length=8, content_sha256=sha256_of(folder / MANIFEST))
+        return publish(folder, spec, store)

@@ -1,0 +1,290 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+from hydra import initialize_config_dir
+from pydantic import Field
+
+from conch.cli import compose, default_config_dir, describe, load_run_config, run_main, save_resolved, to_yaml
+from conch.config import GenerationConfig, Section, TrainConfig
+from conch.errors import ConfigError, DataError
+
+
+class ToyConfig(Section):
+    """A toy run."""
+
+    name: str
+    """What to call it."""
+
+    mode: Literal["fast", "exact"] = "fast"
+    """How to go about it."""
+
+    limit: float | None = None
+    """Seconds; None for no limit."""
+
+    grade: Literal["a", "b"] | None = None
+    """How well it went."""
+
+    generation: GenerationConfig = Field(default_factory=lambda: GenerationConfig(max_new_tokens=9))
+    """How to sample."""
+
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    """How long."""
+
+
+@pytest.fixture
+def configs(tmp_path: Path) -> Path:
+    folder = tmp_path / "configs"
+    files = {
+        "plain": "name: toy\ntrain:\n  seed: 3\n",
+        "walks/small": "defaults:\n  - /generation: greedyish\n  - _self_\nname: walks\ntrain:\n  seed: 5\n",
+        "generation/greedyish": "temperature: 0.1\n",
+        "generation/wild": "temperature: 2.0\n",
+        "linked": "name: run-${train.seed}\ntrain:\n  seed: 4\n",
+        "dangling": "name: ${nowhere}\n",
+        "broken": "name: [toy\ntrain: 3\n",
+    }
+    for name, text in files.items():
+        file = folder / f"{name}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return folder
+
+
+def test_compose_plain_file_gives_its_content(configs: Path) -> None:
+    assert compose("plain", [], configs) == {"name": "toy", "train": {"seed": 3}}
+
+
+def test_compose_file_in_a_folder_is_not_nested_under_it(configs: Path) -> None:
+    expected = {"generation": {"temperature": 0.1}, "name": "walks", "train": {"seed": 5}}
+    assert compose("walks/small", [], configs) == expected
+
+
+def test_compose_twice_leaves_no_state_behind(configs: Path) -> None:
+    assert compose("plain", ["name=a"], configs)["name"] == "a"
+    assert compose("plain", [], configs)["name"] == "toy"
+
+
+def test_compose_works_where_hydra_is_in_use_already(configs: Path) -> None:
+    initialize_config_dir(str(configs / "generation"), version_base="1.3")
+    assert compose("plain", [], configs)["name"] == "toy"
+
+
+def test_compose_suffix_in_the_name_is_fine(configs: Path) -> None:
+    assert compose("plain.yaml", [], configs)["name"] == "toy"
+
+
+def test_compose_relative_folder_works_from_its_parent(
+    configs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(configs.parent)
+    assert compose("walks/small", [], Path("configs"))["train"] == {"seed": 5}
+
+
+def test_compose_folder_with_odd_name_works(configs: Path, tmp_path: Path) -> None:
+    odd = configs.rename(tmp_path / "my configs, v=2 [new]")
+    assert compose("walks/small", [], odd)["train"] == {"seed": 5}
+
+
+@pytest.mark.parametrize(
+    ("override", "keys", "value"),
+    [
+        ("train.seed=7", ("train", "seed"), 7),
+        ("train.max_grad_norm=1e-2", ("train", "max_grad_norm"), 0.01),
+        ("reward.url=127.0.0.1:8001/walks", ("reward", "url"), "127.0.0.1:8001/walks"),
+        ("generation.stop=[a,b]", ("generation", "stop"), ["a", "b"]),
+        ("train.run_dir=null", ("train", "run_dir"), None),
+        ("name=run-${train.seed}", ("name",), "run-3"),
+        ("++name=forced", ("name",), "forced"),
+        ("+extra.key=1", ("extra", "key"), 1),
+    ],
+)
+def test_compose_override_sets_the_key_whether_or_not_the_file_has_it(
+    configs: Path, override: str, keys: tuple[str, ...], value: object
+) -> None:
+    found: object = compose("plain", [override], configs)
+    for key in keys:
+        assert isinstance(found, dict)
+        found = found[key]
+    assert found == value
+
+
+def test_compose_tilde_removes_a_key(configs: Path) -> None:
+    assert compose("plain", ["~train.seed"], configs) == {"name": "toy", "train": {}}
+
+
+def test_compose_group_override_takes_the_other_file(configs: Path) -> None:
+    assert compose("walks/small", ["generation=wild"], configs)["generation"] == {"temperature": 2.0}
+
+
+def test_compose_interpolation_is_resolved_after_overrides(configs: Path) -> None:
+    assert compose("linked", ["train.seed=9"], configs)["name"] == "run-9"
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "words"),
+    [
+        ("plain", "train.seed", ("override `train.seed`", "write key=value")),
+        ("plain", "train.seed={", ("override `train.seed={`", "quote")),
+        ("plain", "train.seed=1,2", ("train.seed=[1,2]", "train.seed='1,2'")),
+        ("walks/small", "generation=tame", ("generation/tame", "greedyish", "wild")),
+        ("plain", "~nothing", ("nothing",)),
+        ("dangling", "train.seed=1", ("nowhere",)),
+        ("broken", "train.seed=1", ("broken.yaml", "line 2")),
+    ],
+)
+def test_compose_mistake_is_a_config_error_that_names_it(
+    configs: Path, name: str, override: str, words: tuple[str, ...]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(name, [override], configs)
+    message = str(caught.value)
+    assert [word for word in words if word not in message] == []
+    assert "multirun" not in message and "search path" not in message
+
+
+def test_compose_missing_file_lists_those_that_exist(configs: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no configuration `nope` in .*plain, walks/small"):
+        compose("nope", [], configs)
+
+
+def test_compose_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no configuration folder .*absent.*--config-dir"):
+        compose("plain", [], tmp_path / "absent")
+
+
+def test_load_run_config_gives_a_validated_section(configs: Path) -> None:
+    config = load_run_config(
+        ToyConfig,
+        ["train.seed=8", "--config-name", "walks/small", "limit=2.5"],
+        default_name="plain",
+        config_dir=configs,
+    )
+    assert (config.name, config.train.seed, config.limit) == ("walks", 8, 2.5)
+    assert config.generation.temperature == 0.1
+
+
+def test_load_run_config_unknown_key_names_the_nearest(configs: Path) -> None:
+    with pytest.raises(ConfigError, match=r"unknown key `train.sed`; did you mean `train.seed`"):
+        load_run_config(ToyConfig, ["train.sed=8"], default_name="plain", config_dir=configs)
+
+
+def test_load_run_config_config_dir_option_wins(configs: Path, tmp_path: Path) -> None:
+    argv = ["--config-dir", str(configs)]
+    config = load_run_config(ToyConfig, argv, default_name="plain", config_dir=tmp_path / "absent")
+    assert config.name == "toy"
+
+
+def test_load_run_config_looks_in_the_checkouts_configs_by_default() -> None:
+    with pytest.raises(
+        ConfigError, match=r"no configuration `nope` in .*configs; there is: .*accelerate/cpu"
+    ):
+        load_run_config(ToyConfig, [], default_name="nope")
+
+
+def test_help_shows_every_key_with_type_default_and_meaning(
+    configs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        load_run_config(ToyConfig, ["--help"], default_name="plain", config_dir=configs)
+    shown = capsys.readouterr().out
+    assert leaving.value.code == 0
+    assert "A toy run." in shown and "--print-config" in shown
+    assert "name: str, required\n      What to call it." in shown
+    assert "mode: 'fast' | 'exact', default 'fast'" in shown
+    assert "limit: float | None, default None" in shown
+    assert "grade: 'a' | 'b' | None, default None" in shown
+    assert "train.seed: int, default 0" in shown
+    assert "train.run_dir: Path | None, default None" in shown
+
+
+def test_describe_enclosing_default_counts() -> None:
+    assert "generation.max_new_tokens: int, default 9" in describe(ToyConfig)
+
+
+def test_print_config_shows_yaml_that_loads_again(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        load_run_config(ToyConfig, ["--print-config"], default_name="plain", config_dir=configs)
+    assert leaving.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["name"] == "toy" and shown["train"]["seed"] == 3
+
+
+def test_unknown_option_leaves_with_2_and_usage(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        load_run_config(ToyConfig, ["--seed=1"], default_name="plain", config_dir=configs)
+    assert leaving.value.code == 2
+    assert "--seed=1" in capsys.readouterr().err
+
+
+def test_save_resolved_can_be_composed_into_an_equal_config(tmp_path: Path) -> None:
+    config = ToyConfig(
+        name="naïve 'quoted'",
+        limit=1e-5,
+        generation=GenerationConfig(stop=("\n", "a,b")),
+        train=TrainConfig(seed=2),
+    )
+    save_resolved(config, tmp_path / "run" / "config.yaml")
+    again = load_run_config(ToyConfig, [], default_name="config", config_dir=tmp_path / "run")
+    assert again == config
+
+
+def test_save_resolved_unwritable_place_is_a_config_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot write the resolved configuration to .*config.yaml"):
+        save_resolved(ToyConfig(name="toy"), tmp_path / "file" / "config.yaml")
+
+
+def test_to_yaml_holds_plain_values_only() -> None:
+    assert yaml.safe_load(to_yaml(ToyConfig(name="toy")))["train"]["output_dir"] == "outputs"
+
+
+def test_default_config_dir_is_the_checkouts() -> None:
+    assert default_config_dir() == Path(__file__).resolve().parents[2] / "configs"
+
+
+def _succeed(argv: list[str]) -> None:
+    assert argv == ["a=1"]
+
+
+def _fail(argv: list[str]) -> None:
+    raise DataError("no prompts in x.jsonl; give at least one")
+
+
+def _interrupt(argv: list[str]) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("main", "code", "said"),
+    [
+        (_succeed, 0, ""),
+        (_fail, 1, "error: no prompts in x.jsonl; give at least one\n"),
+        (_interrupt, 130, "interrupted\n"),
+    ],
+)
+def test_run_main_turns_outcomes_into_exit_codes(
+    main: Callable[[list[str]], None],
+    code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["program", "a=1"])
+    with pytest.raises(SystemExit) as leaving:
+        run_main(main)
+    assert leaving.value.code == code
+    assert capsys.readouterr().err == said
+
+
+def test_run_main_lets_bugs_keep_their_traceback() -> None:
+    def broken(argv: list[str]) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_main(broken)

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from pydantic import ValidationError
+
+from conch.cli import default_config_dir, load_run_config
+from conch.config import GenerationConfig, ModelConfig, RewardConfig, Section, TrainConfig, load
+from conch.errors import ConfigError
+
+CONFIGS = default_config_dir()
+# The program that a file belongs to, by the file's stem -> module and class of its configuration.
+RUN_CONFIG_CLASSES = {
+    "sft": ("conch.trainers.sft", "SFTRunConfig"),
+    "reward_model": ("conch.trainers.reward_model", "RewardModelRunConfig"),
+    "ppo": ("conch.trainers.ppo", "PPORunConfig"),
+    "quickstart": ("examples.randomwalks.quickstart", "QuickstartConfig"),
+}
+RUN_CONFIGS = sorted(file for file in CONFIGS.rglob("*.yaml") if file.stem in RUN_CONFIG_CLASSES)
+ACCELERATE_CONFIGS = sorted((CONFIGS / "accelerate").glob("*.yaml"))
+
+
+class Outer(Section):
+    """Two sections in one."""
+
+    train: TrainConfig = TrainConfig()
+    reward: RewardConfig = RewardConfig()
+
+
+def run_config_class(file: Path) -> type[Section]:
+    module, name = RUN_CONFIG_CLASSES[file.stem]
+    return getattr(importlib.import_module(module), name)
+
+
+def groups_of(file: Path) -> set[str]:
+    """The folders from which a run config's `defaults` list takes a file."""
+    defaults = yaml.safe_load(file.read_text()).get("defaults", [])
+    return {group.removeprefix("/") for entry in defaults if isinstance(entry, dict) for group in entry}
+
+
+GROUP_CHOICES = [
+    (run, choice)
+    for group in sorted(set().union(*map(groups_of, RUN_CONFIGS)))
+    for run in [next(run for run in RUN_CONFIGS if group in groups_of(run))]
+    for choice in sorted((CONFIGS / group).glob("*.yaml"))
+]
+
+
+def parse(file: Path, *overrides: str) -> Section:
+    name = str(file.relative_to(CONFIGS).with_suffix(""))
+    return load_run_config(run_config_class(file), overrides, default_name=name, config_dir=CONFIGS)
+
+
+def test_every_config_file_is_tried() -> None:
+    tried = {*RUN_CONFIGS, *ACCELERATE_CONFIGS, *(choice for _, choice in GROUP_CHOICES)}
+    strays = set(CONFIGS.rglob("*.yaml")) - tried
+    assert RUN_CONFIGS
+    assert not strays, "a file that no trainer is known for, or a folder that no `defaults` list names"
+
+
+@pytest.mark.parametrize("file", RUN_CONFIGS, ids=lambda file: str(file.relative_to(CONFIGS)))
+def test_shipped_run_config_parses(file: Path) -> None:
+    assert isinstance(parse(file), run_config_class(file))
+
+
+@pytest.mark.parametrize(("run", "choice"), GROUP_CHOICES, ids=lambda file: str(file.relative_to(CONFIGS)))
+def test_shipped_group_choice_parses(run: Path, choice: Path) -> None:
+    assert isinstance(parse(run, f"{choice.parent.name}={choice.stem}"), run_config_class(run))
+
+
+@pytest.mark.parametrize("file", ACCELERATE_CONFIGS, ids=lambda file: file.name)
+def test_shipped_accelerate_config_parses_and_leaves_the_number_of_processes_open(file: Path) -> None:
+    config = load_config_from_file(str(file))
+    assert isinstance(config, ClusterConfig)
+    assert "num_processes:" not in file.read_text()
+    # -1 makes accelerate ask for --num_processes; without a distributed type there is one process anyhow.
+    assert config.num_processes == (1 if file.stem == "cpu" else -1)
+
+
+def test_accelerate_configs_are_all_there() -> None:
+    assert {file.stem for file in ACCELERATE_CONFIGS} == {"zero2-bf16", "zero3", "ddp", "fsdp2", "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sed": 1}, r"unknown key `sed`; valid here: train, reward"),
+        ({"trian": {}}, r"unknown key `trian`; did you mean `train`\?"),
+        ({"train": {"sed": 1}}, r"unknown key `train\.sed`; did you mean `train\.seed`\?"),
+        ({"train": {"total_step": 1}}, r"did you mean `train\.total_steps`\?"),
+        ({"reward": {"max_inflight": 1}}, r"did you mean `reward\.max_in_flight`\?"),
+        ({"train": {"seed": -1}}, r"`train\.seed`: .*greater than or equal to 0 \(got -1\)"),
+        ({"train": {"seed": "many"}}, r"`train\.seed`: .*integer.* \(got 'many'\)"),
+        (
+            {"reward": {"on_failure": "ignore"}},
+            r"`reward\.on_failure`: .*'raise', 'drop' or 'wait' \(got 'ignore'\)",
+        ),
+    ],
+)
+def test_load_mistake_names_key_and_remedy(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(Outer, values)
+
+
+def test_load_reports_all_mistakes_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(Outer, {"train": {"sed": 1, "total_steps": 0}})
+    assert "train.seed" in str(caught.value) and "train.total_steps" in str(caught.value)
+
+
+def test_section_is_frozen() -> None:
+    config = TrainConfig()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.seed = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "exactly one of `path` and `architecture`"),
+        ({"path": "x", "architecture": {"model_type": "gpt2"}}, "exactly one of `path` and `architecture`"),
+        ({"architecture": {"n_layer": 2}}, "needs `model_type`"),
+        ({"path": "x", "num_layers_unfrozen": 0}, "nothing would be trained"),
+        ({"path": "x", "num_layers_unfrozen": -2}, "num_layers_unfrozen"),
+    ],
+)
+def test_model_config_refuses_contradictions(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(ModelConfig, values)
+
+
+@pytest.mark.parametrize("values", [{"temperature": 0}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}])
+def test_generation_config_refuses_values_out_of_range(values: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(values))):
+        load(GenerationConfig, values)
+
+
+@pytest.mark.parametrize("section", [ModelConfig, TrainConfig, GenerationConfig, RewardConfig])
+def test_every_field_is_documented(section: type[Section]) -> None:
+    undocumented = [name for name, field in section.model_fields.items() if not field.description]
+    assert undocumented == []

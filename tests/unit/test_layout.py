@@ -1,0 +1,186 @@
+"""The house rules that a machine can hold: who imports whom, what lives without torch, how long code is."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("conch", "trainers", "converters")
+LONGEST_FILE = 600
+LONGEST_FUNCTION = 70
+
+# A part is a module or a package directly below `conch`. Columns from left to right: a part may import the
+# columns before its own, and the parts of its column do not know each other.
+COLUMNS = (
+    {"types", "config", "errors", "log"},
+    {"ops", "cli"},
+    {"models", "data", "serving"},
+    {"rollouts", "rewards", "experience", "engine", "checkpoint", "tracking"},
+    {"plots"},
+    {"trainers", "service"},
+    {"api"},
+)
+BASE = COLUMNS[0]
+ALLOWED = {
+    part: set().union(*COLUMNS[:column], BASE if column == 0 else set())
+    for column, parts in enumerate(COLUMNS)
+    for part in parts
+} | {
+    "converters": set().union(*COLUMNS[:3]),
+    "__init__": {"api"},
+}
+
+# Optional or heavy library -> the files (as patterns below the root) that may import it.
+OWNERS = {
+    "tritonclient": ("conch/*/triton*.py", "conch/serving/pbtxt.py"),
+    "pytriton": (),
+    "vllm": ("conch/**/vllm*.py",),
+    "ray": ("conch/**/ray*.py",),
+    "deepspeed": (),
+    "fastapi": ("conch/service/app.py",),
+    "uvicorn": ("conch/service/app.py",),
+    "wandb": ("conch/tracking.py",),
+    "tensorboard": ("conch/tracking.py",),
+    "matplotlib": ("conch/plots.py",),
+}
+TORCH_FREE = ("rewards", "serving", *sorted(BASE), "cli")
+# Runs inside the server, never in the process that starts it.
+RUNS_IN_SERVER = "conch/serving/python_backend/model.py"
+
+
+def source_files() -> list[Path]:
+    """Every Python file of the library, by its path below the root; links are not followed."""
+    found = [file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")]
+    return sorted({file.resolve().relative_to(ROOT) for file in found})
+
+
+def part_of(file: Path) -> str:
+    """`conch/rewards/source.py` -> `rewards`, `conch/ops.py` -> `ops`, `trainers/ppo.py` -> `trainers`."""
+    return Path(file.parts[1]).stem if file.parts[0] == "conch" else file.parts[0]
+
+
+def imported_modules(file: Path) -> Iterator[tuple[int, str]]:
+    """Line and full name of everything a file imports at any depth; `from a import b` gives `a.b`."""
+    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            prefix = "." * node.level + (node.module or "")
+            yield from ((node.lineno, f"{prefix}.{alias.name}") for alias in node.names)
+
+
+def arrow_mistake(part: str, module: str) -> str | None:
+    """Why `part` may not import `module`, or None where it may."""
+    root, *below = module.split(".")
+    if root in ("trainers", "converters"):
+        return f"imports bare `{root}`; write conch.{root}"
+    if root == "":
+        return "relative import"
+    if root != "conch" or not below:
+        return None
+    target = below[0]
+    if target == "__version__" or target == part or target in ALLOWED[part]:
+        return None
+    return f"`{part}` imports `{target}`"
+
+
+FILES = source_files()
+
+
+def test_every_part_has_its_place() -> None:
+    unknown = {part_of(file) for file in FILES} - ALLOWED.keys()
+    assert not unknown, f"give these a column in COLUMNS (and in CONTRIBUTING.md): {sorted(unknown)}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_imports_follow_the_arrows(file: Path) -> None:
+    found = [(line, arrow_mistake(part_of(file), module)) for line, module in imported_modules(file)]
+    mistakes = [f"{file}:{line}: {mistake}" for line, mistake in found if mistake]
+    assert not mistakes, "\n".join(mistakes)
+
+
+@pytest.mark.parametrize(
+    ("part", "module", "allowed"),
+    [
+        ("rewards", "conch.serving.spec", True),
+        ("rewards", "conch.rewards.source", True),
+        ("trainers", "conch.engine.Engine", True),
+        ("converters", "conch.models.load", True),
+        ("errors", "conch.types.Prompt", True),
+        ("ops", "conch.cli.compose", False),
+        ("models", "conch.data.prompts", False),
+        ("rollouts", "conch.rewards.source", False),
+        ("engine", "conch.trainers.ppo", False),
+        ("converters", "conch.trainers.ppo", False),
+        ("api", "trainers.ppo", False),
+        ("ops", ".types.Prompt", False),
+    ],
+)
+def test_arrow_rule_separates_good_from_bad(part: str, module: str, allowed: bool) -> None:
+    assert (arrow_mistake(part, module) is None) is allowed
+
+
+@pytest.mark.parametrize("library", OWNERS)
+def test_heavy_library_stays_in_its_files(library: str) -> None:
+    users = [
+        file for file in FILES if any(name.split(".")[0] == library for _, name in imported_modules(file))
+    ]
+    strangers = [str(file) for file in users if not any(file.match(pattern) for pattern in OWNERS[library])]
+    assert not strangers
+
+
+def test_torch_free_parts_import_no_torch() -> None:
+    heavy = {"torch", "transformers", "accelerate"}
+    mistakes = [
+        f"{file}:{line}: {module}"
+        for file in FILES
+        if part_of(file) in TORCH_FREE and str(file) != RUNS_IN_SERVER
+        for line, module in imported_modules(file)
+        if module.split(".")[0] in heavy
+    ]
+    assert not mistakes
+
+
+@pytest.mark.parametrize(
+    ("module", "kept_out"),
+    [
+        ("conch", ("torch", "transformers", "tritonclient", "hydra", "pydantic")),
+        ("conch.cli", ("torch", "transformers", "tritonclient", "hydra")),
+        ("conch.rewards.triton_reward", ("torch", "transformers")),
+        ("conch.serving.launcher", ("torch", "transformers", "pytriton")),
+        ("conch.converters.to_triton", ("torch", "transformers")),
+    ],
+)
+def test_import_stays_light(module: str, kept_out: tuple[str, ...]) -> None:
+    program = f"import sys, {module}; print([name for name in {kept_out!r} if name in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_files_and_functions_stay_short(file: Path) -> None:
+    source = (ROOT / file).read_text(encoding="utf-8")
+    assert source.count("\n") <= LONGEST_FILE
+    functions = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    lengths = {node.name: (node.end_lineno or node.lineno) - node.lineno + 1 for node in functions}
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION} == {}
+
+
+@pytest.mark.parametrize("name", ["trainers", "converters"])
+def test_root_folders_are_linked_into_the_package(name: str) -> None:
+    link = ROOT / "conch" / name
+    assert link.is_symlink()
+    assert link.resolve() == ROOT / name

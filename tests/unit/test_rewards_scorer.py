@@ -1,0 +1,327 @@
+"""Scorer: the failure policies, alone and over two ranks, with real functions as sources."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+import pytest
+
+from conch.config import RewardConfig
+from conch.errors import ConfigError, RewardError, RewardInvalidError, RewardUnavailableError
+from conch.rewards import scorer as scorer_module
+from conch.rewards.callable_reward import CallableReward
+from conch.rewards.scorer import Scorer, combine
+from conch.types import RewardResult, RewardStatus, Rollout
+from tests.fakes.rollouts import rollouts
+
+WAIT_S = 30
+
+
+def length(samples: list[str], prompts: list[str], outputs: list[str]) -> list[float]:
+    """The length of each output; NaN for outputs that hold an x."""
+    return [float("nan") if "x" in output else float(len(output)) for output in outputs]
+
+
+class Outage:
+    """A source whose samples with a `u` are unavailable the first `rounds` times that they are asked for."""
+
+    name = "outage"
+
+    def __init__(self, rounds: int) -> None:
+        self.left = rounds
+        self.asked: list[list[str]] = []
+
+    def check(self) -> None:
+        """Nothing to check."""
+
+    def submit(self, chunk: Sequence[Rollout]) -> Future[list[RewardResult]]:
+        self.asked.append([rollout.completion.text for rollout in chunk])
+        results = [self._result(rollout) for rollout in chunk]
+        self.left -= any(not result.ok for result in results)
+        future: Future[list[RewardResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+    def __enter__(self) -> Outage:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def _result(self, rollout: Rollout) -> RewardResult:
+        if "u" in rollout.completion.text and self.left > 0:
+            return RewardResult(RewardStatus.UNAVAILABLE, detail="nobody there", latency_s=2.0)
+        return RewardResult(RewardStatus.OK, scores={"reward": 1.0}, latency_s=1.0)
+
+
+class Ranks:
+    """Ranks as threads, and the sum over them as a collective that breaks when one rank leaves early."""
+
+    def __init__(self, count: int) -> None:
+        self._barrier = threading.Barrier(count)
+        self._values = [0] * count
+        self.calls = [0] * count
+
+    def agree(self, rank: int) -> Callable[[int], int]:
+        def sum_over_ranks(value: int) -> int:
+            self.calls[rank] += 1
+            self._values[rank] = value
+            self._barrier.wait(WAIT_S)
+            total = sum(self._values)
+            self._barrier.wait(WAIT_S)
+            return total
+
+        return sum_over_ranks
+
+    def run(self, *bodies: Callable[[Callable[[int], int]], Any]) -> list[Any]:
+        """What each body returned, or the RewardError that it raised."""
+
+        def guarded(rank: int) -> Any:
+            try:
+                return bodies[rank](self.agree(rank))
+            except RewardError as error:
+                return error
+
+        with ThreadPoolExecutor(len(bodies)) as pool:
+            return list(pool.map(guarded, range(len(bodies))))
+
+
+def gather(
+    source: Any, config: RewardConfig, batch: list[Rollout], agree: Callable[[int], int]
+) -> list[RewardResult]:
+    scorer = Scorer(source, config, agree)
+    scorer.submit(batch)
+    return scorer.gather()
+
+
+@pytest.fixture
+def quick_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scorer_module, "_FIRST_PAUSE_S", 0.01)
+
+
+def test_results_come_in_the_order_of_the_chunks() -> None:
+    with CallableReward(length) as source:
+        scorer = Scorer(source, RewardConfig())
+        scorer.submit(rollouts("aaa", "a"))
+        scorer.submit(rollouts("aa"))
+        assert [result.scores["reward"] for result in scorer.gather()] == [3.0, 1.0, 2.0]
+        assert scorer.gather() == []
+
+
+def test_chunks_are_requested_before_gather() -> None:
+    called = threading.Event()
+
+    def reward(samples: list[str], prompts: list[str], outputs: list[str]) -> list[float]:
+        called.set()
+        return [1.0] * len(samples)
+
+    with CallableReward(reward) as source:
+        scorer = Scorer(source, RewardConfig())
+        scorer.submit(rollouts("a"))
+        assert called.wait(WAIT_S)
+        scorer.gather()
+
+
+def test_raise_names_count_and_first_detail() -> None:
+    with CallableReward(length) as source:
+        scorer = Scorer(source, RewardConfig())
+        scorer.submit(rollouts("a", "x", "xx"))
+        with pytest.raises(RewardInvalidError, match=r"2 of 3 samples.*first: .*nan.*row 1.*\(invalid\)"):
+            scorer.gather()
+        scorer.submit(rollouts("a"))
+        assert scorer.gather()[0].ok
+
+
+def test_raise_tolerates_no_failure_whatever_drop_would() -> None:
+    with CallableReward(length) as source:
+        scorer = Scorer(source, RewardConfig(on_failure="raise", max_failed_fraction=1))
+        scorer.submit(rollouts("x", "a"))
+        with pytest.raises(RewardInvalidError, match="1 of 2 samples"):
+            scorer.gather()
+
+
+@pytest.mark.parametrize(
+    ("outputs", "kind"),
+    [(["a", "u"], RewardUnavailableError), (["a"], None)],
+)
+def test_raise_tells_infrastructure_from_data(outputs: list[str], kind: type[RewardError] | None) -> None:
+    scorer = Scorer(Outage(rounds=1), RewardConfig())
+    scorer.submit(rollouts(*outputs))
+    if kind is None:
+        assert scorer.gather()[0].ok
+    else:
+        with pytest.raises(kind, match="nobody there"):
+            scorer.gather()
+
+
+def test_raise_on_one_rank_raises_on_both() -> None:
+    ranks = Ranks(2)
+    with CallableReward(length) as good, CallableReward(length) as bad:
+        first, second = ranks.run(
+            lambda agree: gather(good, RewardConfig(), rollouts("a", "a"), agree),
+            lambda agree: gather(bad, RewardConfig(), rollouts("x", "a"), agree),
+        )
+    assert isinstance(first, RewardInvalidError) and "on other ranks" in str(first)
+    assert isinstance(second, RewardInvalidError) and "1 of 4 samples" in str(second) and "nan" in str(second)
+    assert ranks.calls[0] == ranks.calls[1]
+
+
+def test_kind_of_error_is_the_same_on_all_ranks() -> None:
+    with CallableReward(length) as bad:
+        kinds = Ranks(2).run(
+            lambda agree: gather(Outage(rounds=1), RewardConfig(), rollouts("u"), agree),
+            lambda agree: gather(bad, RewardConfig(), rollouts("x"), agree),
+        )
+    assert [type(kind) for kind in kinds] == [RewardInvalidError, RewardInvalidError]
+
+
+def test_drop_keeps_failures_as_failures_within_the_budget() -> None:
+    with CallableReward(length) as source:
+        scorer = Scorer(source, RewardConfig(on_failure="drop", max_failed_fraction=0.25))
+        scorer.submit(rollouts("x", "a", "a", "a"))
+        results = scorer.gather()
+    assert [result.ok for result in results] == [False, True, True, True]
+    assert not results[0].scores
+    assert scorer.metrics()["reward/failed_fraction"] == 0.25
+
+
+def test_drop_raises_above_the_budget() -> None:
+    with CallableReward(length) as source:
+        scorer = Scorer(source, RewardConfig(on_failure="drop", max_failed_fraction=0.25))
+        scorer.submit(rollouts("x", "x", "a", "a"))
+        with pytest.raises(RewardInvalidError, match=r"2 of 4 .*max_failed_fraction=0.25"):
+            scorer.gather()
+
+
+@pytest.mark.parametrize(("other", "raises"), [(["a", "a", "a"], False), (["a"], True)])
+def test_drop_counts_over_all_ranks(other: list[str], raises: bool) -> None:
+    config = RewardConfig(on_failure="drop", max_failed_fraction=0.25)
+    with CallableReward(length) as one, CallableReward(length) as two:
+        outcomes = Ranks(2).run(
+            lambda agree: gather(one, config, rollouts("x"), agree),
+            lambda agree: gather(two, config, rollouts(*other), agree),
+        )
+    assert [isinstance(outcome, RewardError) for outcome in outcomes] == [raises, raises]
+
+
+def test_wait_asks_again_for_what_is_missing_only(
+    quick_waits: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = Outage(rounds=2)
+    scorer = Scorer(source, RewardConfig(on_failure="wait"))
+    with caplog.at_level(logging.INFO, logger="conch"):
+        scorer.submit(rollouts("a", "u"))
+        results = scorer.gather()
+    assert all(result.ok for result in results)
+    assert source.asked == [["a", "u"], ["u"], ["u"]]
+    assert [record.message.startswith("reward server outage away for") for record in caplog.records] == [
+        True,
+        True,
+    ]
+
+
+def test_wait_keeps_ranks_in_lock_step(quick_waits: None) -> None:
+    ranks = Ranks(2)
+    config = RewardConfig(on_failure="wait")
+    one, two = ranks.run(
+        lambda agree: gather(Outage(rounds=3), config, rollouts("u", "a"), agree),
+        lambda agree: gather(Outage(rounds=0), config, rollouts("a"), agree),
+    )
+    assert [result.ok for result in one + two] == [True] * 3
+    assert ranks.calls[0] == ranks.calls[1]
+
+
+def test_wait_gives_up_on_all_ranks_when_the_budget_is_spent(quick_waits: None) -> None:
+    config = RewardConfig(on_failure="wait", wait_budget_s=0.05)
+    patient = RewardConfig(on_failure="wait", wait_budget_s=3600)
+    one, two = Ranks(2).run(
+        lambda agree: gather(Outage(rounds=10**9), config, rollouts("u"), agree),
+        lambda agree: gather(Outage(rounds=0), patient, rollouts("a"), agree),
+    )
+    assert isinstance(one, RewardUnavailableError) and "nobody there" in str(one)
+    assert isinstance(two, RewardUnavailableError) and "other ranks" in str(two)
+
+
+def test_wait_does_not_wait_for_bad_data() -> None:
+    with CallableReward(length) as bad:
+        kinds = Ranks(2).run(
+            lambda agree: gather(Outage(rounds=10**9), RewardConfig(on_failure="wait"), rollouts("u"), agree),
+            lambda agree: gather(bad, RewardConfig(on_failure="wait"), rollouts("x"), agree),
+        )
+    assert [type(kind) for kind in kinds] == [RewardInvalidError, RewardInvalidError]
+
+
+class Broken(Outage):
+    """A source that breaks the protocol in the way it was told to."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(rounds=0)
+        self.how = how
+
+    def submit(self, chunk: Sequence[Rollout]) -> Future[list[RewardResult]]:
+        if self.how == "submit":
+            raise KeyError("oops")
+        future: Future[list[RewardResult]] = Future()
+        if self.how == "future":
+            future.set_exception(KeyError("oops"))
+        else:
+            future.set_result([])
+        return future
+
+
+@pytest.mark.parametrize(
+    ("how", "words"), [("submit", "KeyError"), ("future", "KeyError"), ("count", "0 results for 1 samples")]
+)
+def test_source_that_breaks_the_protocol_raises_on_all_ranks(how: str, words: str) -> None:
+    one, two = Ranks(2).run(
+        lambda agree: gather(Broken(how), RewardConfig(), rollouts("a"), agree),
+        lambda agree: gather(Outage(rounds=0), RewardConfig(), rollouts("a"), agree),
+    )
+    assert isinstance(one, RewardInvalidError) and words in str(one)
+    assert isinstance(two, RewardInvalidError)
+
+
+def test_metrics_describe_the_last_gather() -> None:
+    scorer = Scorer(Outage(rounds=1), RewardConfig(on_failure="drop", max_failed_fraction=1))
+    scorer.submit(rollouts("a", "a", "u"))
+    scorer.submit(rollouts("a"))
+    scorer.gather()
+    metrics = scorer.metrics()
+    assert metrics.pop("reward/wait_s") >= 0
+    assert metrics == {
+        "reward/latency_p50_s": 1.0,
+        "reward/latency_p99_s": 2.0,
+        "reward/failed_fraction": 0.25,
+        "reward/requests": 2.0,
+        "reward/retries": 0.0,
+    }
+    scorer.submit(rollouts("a"))
+    scorer.gather()
+    assert scorer.metrics()["reward/requests"] == 1.0
+    assert scorer.metrics()["reward/failed_fraction"] == 0.0
+
+
+def test_combine_weighs_objectives() -> None:
+    result = RewardResult(RewardStatus.OK, scores={"help": 2.0, "harm": 3.0})
+    assert combine(result, {}) == 5.0
+    assert combine(result, {"harm": -0.5}) == 0.5
+
+
+def test_combine_refuses_unknown_objectives() -> None:
+    result = RewardResult(RewardStatus.OK, scores={"help": 2.0}, model="rm")
+    with pytest.raises(ConfigError, match=r"`harm`.*`help`"):
+        combine(result, {"harm": 1.0})
+
+
+def test_combine_never_sums_a_failure_to_zero() -> None:
+    with pytest.raises(AssertionError):
+        combine(RewardResult(RewardStatus.TIMEOUT), {})

@@ -1,0 +1,191 @@
+"""The code that runs inside the server, without a server."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2ForSequenceClassification
+
+from conch.serving.python_backend import model as served
+from conch.serving.python_backend.model import RejectedError, Scorer, refuse_numpy_2, score_requests
+from tests.tiny import reward_checkpoint
+
+PAD, EOS, VOCABULARY, MAX_LENGTH = 21, 22, 24, 12
+
+
+def write_version(folder: Path, **settings: Any) -> Path:
+    """A checkpoint with the part of the manifest that `model.py` reads."""
+    manifest = {
+        "form": "text",
+        "template": "{text}{eos}",
+        "max_length": MAX_LENGTH,
+        "reward_names": ["reward"],
+        "normalise": False,
+        "dtype": "float32",
+        "pad_token_id": PAD,
+        "vocab_size": VOCABULARY,
+        "trust_remote_code": False,
+        **settings,
+    }
+    reward_checkpoint(folder, num_labels=len(manifest["reward_names"]))
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_version(tmp_path_factory.mktemp("version"))
+
+
+@pytest.fixture(scope="module")
+def scorer(folder: Path) -> Scorer:
+    return Scorer(folder, "cpu")
+
+
+@torch.inference_mode()
+def alone(folder: Path, ids: list[int]) -> list[float]:
+    """The Hugging Face model's scores of one unpadded row."""
+    model = GPT2ForSequenceClassification.from_pretrained(folder).eval()
+    return model(input_ids=torch.tensor([ids])).logits[0].tolist()
+
+
+def masked(rows: list[list[int]], *, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Padded ids and mask."""
+    longest = max(len(row) for row in rows)
+    ids = np.full((len(rows), longest), PAD)
+    mask = np.zeros((len(rows), longest), dtype=np.int64)
+    for row, values in enumerate(rows):
+        where = slice(longest - len(values), None) if left else slice(0, len(values))
+        ids[row, where], mask[row, where] = values, 1
+    return ids, mask
+
+
+def test_rows_from_texts_applies_the_template(scorer: Scorer) -> None:
+    assert scorer.rows_from_texts([b"abc", b""]) == [[0, 1, 2, EOS], [EOS]]
+
+
+def test_rows_from_texts_applies_the_template_literally(scorer: Scorer) -> None:
+    assert scorer.rows_from_texts([b"ab<eos>"]) == [[0, 1, EOS, EOS]]
+
+
+def test_rows_from_texts_cuts_the_text_and_keeps_the_closing_eos(scorer: Scorer) -> None:
+    (row,) = scorer.rows_from_texts([b"abcdefghijklmnop"])
+    assert row == [*range(MAX_LENGTH - 1), EOS]
+
+
+def test_rows_from_texts_cuts_on_the_tokenizers_side(folder: Path) -> None:
+    scorer = Scorer(folder, "cpu")
+    scorer.tokenizer.truncation_side = "left"
+    (row,) = scorer.rows_from_texts([b"abcdefghijklmnop"])
+    assert row == [*range(16 - MAX_LENGTH + 1, 16), EOS]
+
+
+def test_rows_from_texts_refuses_what_is_not_utf8(scorer: Scorer) -> None:
+    with pytest.raises(RejectedError, match=r"row 1: text is not UTF-8 .* at byte 1"):
+        scorer.rows_from_texts([b"a", b"a\xff"])
+
+
+def test_rows_from_tokens_takes_either_padding(scorer: Scorer) -> None:
+    rows = [[0, 1, 2], [3]]
+    assert scorer.rows_from_tokens(*masked(rows)) == rows
+    assert scorer.rows_from_tokens(*masked(rows, left=True)) == rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([[0], []], "row 1 has no tokens"),
+        ([[0] * (MAX_LENGTH + 1)], "row 0 has 13 tokens, at most 12"),
+        ([[0], [VOCABULARY]], "row 1 has token ids outside 0..23"),
+        ([[-1]], "row 0 has token ids outside"),
+    ],
+)
+def test_rows_from_tokens_refuses_bad_rows(scorer: Scorer, rows: list[list[int]], expected: str) -> None:
+    with pytest.raises(RejectedError, match=expected):
+        scorer.rows_from_tokens(*masked(rows))
+
+
+def test_rows_from_tokens_refuses_a_mask_with_a_hole(scorer: Scorer) -> None:
+    with pytest.raises(RejectedError, match="row 0: attention_mask has a hole"):
+        scorer.rows_from_tokens(np.array([[0, 1, 2]]), np.array([[1, 0, 1]]))
+
+
+def test_rows_from_tokens_refuses_a_mask_of_another_shape(scorer: Scorer) -> None:
+    with pytest.raises(RejectedError, match=r"input_ids is \[1, 3\], attention_mask \[1, 2\]"):
+        scorer.rows_from_tokens(np.array([[0, 1, 2]]), np.array([[1, 1]]))
+
+
+def test_score_equals_hugging_face_for_every_length_in_any_company(folder: Path, scorer: Scorer) -> None:
+    rows = [
+        [(start + step) % 21 for step in range(length)]
+        for start, length in enumerate(range(1, MAX_LENGTH + 1))
+    ]
+    expected = [alone(folder, row) for row in rows]
+
+    np.testing.assert_allclose(scorer.score(rows), expected, atol=1e-6)
+    np.testing.assert_allclose(scorer.score(rows[::-1]), expected[::-1], atol=1e-6)
+
+
+def test_score_keeps_order_when_the_batch_is_cut_by_the_token_budget(
+    scorer: Scorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [[0, 1, 2, 3], [4], [5, 6, 7], [8, 9]]
+    whole = scorer.score(rows)
+    monkeypatch.setattr(served, "TOKENS_PER_FORWARD", 4)
+
+    np.testing.assert_allclose(scorer.score(rows), whole, atol=1e-6)
+    assert [len(batch) for batch in served._batches_by_length([4, 1, 3, 2])] == [2, 1, 1]
+
+
+def test_score_normalises_each_reward_by_its_own_statistics(tmp_path: Path) -> None:
+    folder = write_version(
+        tmp_path, reward_names=["a", "b"], normalise=True, mean=[0.5, -1.0], std=[2.0, 0.25]
+    )
+    raw = np.array(alone(folder, [0, 1, EOS]))
+
+    expected = (raw - [0.5, -1.0]) / [2.0, 0.25]
+    np.testing.assert_allclose(Scorer(folder, "cpu").score([[0, 1, EOS]])[0], expected, atol=1e-5)
+
+
+def test_score_requests_splits_the_batch_as_it_was_asked(scorer: Scorer) -> None:
+    first, rejected, second = score_requests(scorer, [[[0], [1, 2]], RejectedError("no"), [[3, 4, 5]]])
+
+    assert isinstance(first, np.ndarray) and isinstance(second, np.ndarray)
+    assert isinstance(rejected, RejectedError)
+    np.testing.assert_allclose(first, scorer.score([[0], [1, 2]]), atol=1e-6)
+    np.testing.assert_allclose(second, scorer.score([[3, 4, 5]]), atol=1e-6)
+
+
+def test_score_requests_lets_only_the_failing_request_fail(scorer: Scorer) -> None:
+    # An id beyond the embedding, which the checks of the real inputs would have refused, makes torch raise.
+    good, bad = score_requests(scorer, [[[0, 1]], [[10_000]]])
+
+    assert isinstance(good, np.ndarray)
+    np.testing.assert_allclose(good, scorer.score([[0, 1]]), atol=1e-6)
+    assert isinstance(bad, IndexError)
+
+
+def test_score_requests_turns_a_score_that_is_nan_into_that_requests_error(folder: Path) -> None:
+    scorer = Scorer(folder, "cpu")
+    with torch.no_grad():
+        scorer.model.transformer.wte.weight[7] = float("nan")
+    good, bad = score_requests(scorer, [[[0, 1]], [[2], [7]]])
+
+    assert isinstance(good, np.ndarray)
+    assert isinstance(bad, ArithmeticError) and "row 1: the model's score is [nan]" in str(bad)
+
+
+def test_score_requests_of_only_rejected_requests_scores_nothing(scorer: Scorer) -> None:
+    (outcome,) = score_requests(scorer, [RejectedError("no")])
+    assert isinstance(outcome, RejectedError)
+
+
+def test_refuse_numpy_2_says_what_to_install() -> None:
+    refuse_numpy_2("1.26.4")
+    with pytest.raises(RuntimeError, match=r"numpy 2\.0\.1 .*install numpy<2"):
+        refuse_numpy_2("2.0.1")

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from conch.errors import ServingError
+from conch.serving.pbtxt import from_pbtxt, to_pbtxt
+from conch.serving.spec import RewardModelSpec
+
+# As the converter of an older trainer writes it: ids only, half precision on the wire, its width not stated.
+FOREIGN = """
+name: "gptj-rm"
+backend: "pytorch"
+default_model_filename: "traced-model.pt"
+max_batch_size: 25
+input [ { name: "input_ids" data_type: TYPE_INT32 dims: [ -1 ] } ]
+output [ { name: "rewards" data_type: TYPE_FP16 dims: [ -1 ] } ]
+"""
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        RewardModelSpec("walks"),
+        RewardModelSpec(
+            "walks", max_batch_size=3, max_length=12, max_queue_delay_us=0, content_sha256="ab12"
+        ),
+        RewardModelSpec("two", reward_names=("helpful", "harm less")),
+        RewardModelSpec("ids", form="token"),
+        RewardModelSpec(
+            "ids", form="token", takes_attention_mask=False, input_dtype="INT32", output_dtype="FP16"
+        ),
+    ],
+)
+def test_pbtxt_round_trip_is_exact(spec: RewardModelSpec, kind) -> None:
+    assert from_pbtxt(to_pbtxt(spec, kind=kind)) == spec
+
+
+def test_spec_fills_in_the_input_type_of_its_form() -> None:
+    assert RewardModelSpec("m").input_dtype == "BYTES"
+    assert RewardModelSpec("m", form="token").input_dtype == "INT64"
+
+
+def test_to_pbtxt_batches_ragged_rows_and_sets_no_queue_policy() -> None:
+    config = model_config_pb2.ModelConfig()
+    text_format.Parse(to_pbtxt(RewardModelSpec("m", form="token"), kind="cpu"), config)
+
+    assert all(tensor.allow_ragged_batch for tensor in config.input)
+    assert config.HasField("dynamic_batching")
+    assert not config.dynamic_batching.HasField("default_queue_policy")
+    assert config.version_policy.latest.num_versions == 1
+    assert config.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_CPU
+
+
+def test_from_pbtxt_accepts_a_foreign_token_model() -> None:
+    spec = from_pbtxt(FOREIGN)
+
+    assert spec == RewardModelSpec(
+        "gptj-rm",
+        form="token",
+        max_batch_size=25,
+        max_queue_delay_us=0,
+        takes_attention_mask=False,
+        input_dtype="INT32",
+        output_dtype="FP16",
+    )
+
+
+def test_from_pbtxt_names_the_rewards_of_a_wide_foreign_model() -> None:
+    wide = FOREIGN.replace("TYPE_FP16 dims: [ -1 ]", "TYPE_FP32 dims: [ 2 ]")
+
+    assert from_pbtxt(wide).reward_names == ("reward_0", "reward_1")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (("input_ids", "pixels"), r"other tensors; inputs pixels INT32 \[-1\]; outputs rewards FP16 \[-1\]"),
+        (('"rewards"', '"logits"'), "outputs logits FP16"),
+        (("TYPE_INT32", "TYPE_FP32"), "an input type other than those"),
+        (("TYPE_FP16", "TYPE_STRING"), "rewards of type BYTES"),
+        (("max_batch_size: 25", "max_batch_size: 0"), "max_batch_size 0"),
+        (("TYPE_FP16 dims: [ -1 ]", "TYPE_FP16 dims: [ 2, 3 ]"), r"dims \[2, 3\]"),
+    ],
+)
+def test_from_pbtxt_refuses_other_models_and_says_what_they_are(
+    change: tuple[str, str], expected: str
+) -> None:
+    with pytest.raises(ServingError, match=expected):
+        from_pbtxt(FOREIGN.replace(*change))
+
+
+def test_from_pbtxt_refuses_a_mask_of_another_type() -> None:
+    mask = 'input [ { name: "attention_mask" data_type: TYPE_INT64 dims: [ -1 ] } ]'
+    with pytest.raises(ServingError, match="attention_mask INT64"):
+        from_pbtxt(FOREIGN + mask)
+
+
+def test_from_pbtxt_refuses_reward_names_that_do_not_fit() -> None:
+    text = to_pbtxt(RewardModelSpec("m", reward_names=("a", "b"))).replace('"a,b"', '"a,b,c"')
+    with pytest.raises(ServingError, match="dims"):
+        from_pbtxt(text)
+
+
+def test_from_pbtxt_refuses_text_that_is_no_config() -> None:
+    with pytest.raises(ServingError, match="not a Triton model configuration"):
+        from_pbtxt("name = walks")
+
+
+def test_replace_keeps_the_input_type() -> None:
+    spec = RewardModelSpec("m", form="token", input_dtype="INT32")
+    assert replace(spec, name="n").input_dtype == "INT32"

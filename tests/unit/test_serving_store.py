@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from conch.errors import ModelStoreError
+from conch.serving.manifest import GOLDEN, MANIFEST
+from conch.serving.spec import RewardModelSpec
+from conch.serving.store import (
+    is_valid_name,
+    latest_version,
+    list_models,
+    publish,
+    read_model,
+    staged_version,
+    verify_files,
+    versions,
+)
+from tests.stores import store_model
+
+
+def everything_below(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_publish_then_read_gives_it_back(tmp_path: Path) -> None:
+    path = store_model(tmp_path / "new" / "store")
+    model = read_model(tmp_path / "new" / "store", "lengths")
+    verify_files(model)
+
+    assert (model.path, model.version, model.spec.max_length) == (path, 1, 8)
+    assert model.golden.samples[0].text == "ab"
+
+
+def test_publish_takes_the_next_version_and_leaves_the_old_one(tmp_path: Path) -> None:
+    first = store_model(tmp_path, weights=b"one")
+    before = everything_below(first)
+    second = store_model(tmp_path, weights=b"two")
+
+    assert (first.name, second.name) == ("1", "2")
+    assert everything_below(first) == before
+    assert latest_version(tmp_path, "lengths") == 2
+    verify_files(read_model(tmp_path, "lengths"))
+
+
+def test_publish_leaves_no_staging_folder_and_a_readable_version(tmp_path: Path) -> None:
+    path = store_model(tmp_path)
+
+    assert [entry.name for entry in tmp_path.iterdir()] == ["lengths"]
+    assert path.stat().st_mode & 0o055 == 0o055
+
+
+def test_staged_version_is_gone_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), staged_version(tmp_path, "walks") as folder:
+        (folder / "half").write_text("written")
+        raise RuntimeError
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_publish_that_fails_changes_nothing(tmp_path: Path) -> None:
+    store_model(tmp_path)
+    before = everything_below(tmp_path)
+    with staged_version(tmp_path, "lengths") as folder:
+        (folder.parent / "cpu.pbtxt").mkdir()  # in the way of a config that publish has to write
+        with pytest.raises(ModelStoreError, match="could not publish 'lengths'"):
+            publish(folder, RewardModelSpec("lengths"), tmp_path)
+
+    assert everything_below(tmp_path) == before
+    assert versions(tmp_path, "lengths") == [1]
+
+
+def test_staged_version_refuses_a_store_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("")
+    with (
+        pytest.raises(ModelStoreError, match="store cannot be written"),
+        staged_version(tmp_path / "store", "walks"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("name", ["walks", "gpt2-rm_v1.2", "7b"])
+def test_is_valid_name_accepts_folder_names(name: str) -> None:
+    assert is_valid_name(name)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "a..b", ".hidden", "-x", "a b", "ä", "a\n"])
+def test_is_valid_name_refuses_the_rest(name: str) -> None:
+    assert not is_valid_name(name)
+
+
+def test_list_models_refuses_a_missing_store(tmp_path: Path) -> None:
+    with pytest.raises(ModelStoreError, match=r"nowhere cannot be read .*conch-to-triton"):
+        list_models(tmp_path / "nowhere")
+
+
+def test_read_model_names_what_is_there_instead(tmp_path: Path) -> None:
+    store_model(tmp_path, "lengths")
+    store_model(tmp_path, "talks")
+    with pytest.raises(ModelStoreError, match=r"'lenghts' is not in .*there are: lengths, talks"):
+        read_model(tmp_path, "lenghts")
+
+
+def test_read_model_says_that_the_version_folder_is_missing(tmp_path: Path) -> None:
+    store_model(tmp_path).rename(tmp_path / "elsewhere")
+    with pytest.raises(ModelStoreError, match="has no version folder"):
+        read_model(tmp_path, "lengths")
+
+
+@pytest.mark.parametrize("relative", ["configs/embedded.pbtxt", f"1/{MANIFEST}", f"1/{GOLDEN}"])
+def test_read_model_names_a_missing_file(tmp_path: Path, relative: str) -> None:
+    store_model(tmp_path)
+    (tmp_path / "lengths" / relative).unlink()
+    with pytest.raises(ModelStoreError, match=f"{relative} is missing"):
+        read_model(tmp_path, "lengths")
+
+
+@pytest.mark.parametrize("relative", ["config.pbtxt", f"1/{MANIFEST}", f"1/{GOLDEN}"])
+def test_read_model_names_an_unreadable_file(tmp_path: Path, relative: str) -> None:
+    store_model(tmp_path)
+    (tmp_path / "lengths" / relative).write_text("{ nonsense")
+    with pytest.raises(ModelStoreError, match=relative):
+        read_model(tmp_path, "lengths")
+
+
+def test_read_model_refuses_a_manifest_that_was_edited(tmp_path: Path) -> None:
+    path = store_model(tmp_path) / MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_length": 9}))
+    with pytest.raises(ModelStoreError, match=r"not the one that config\.pbtxt was written for"):
+        read_model(tmp_path, "lengths")
+
+
+def test_read_model_refuses_configs_that_disagree(tmp_path: Path) -> None:
+    store_model(tmp_path)
+    config = tmp_path / "lengths" / "config.pbtxt"
+    config.write_text(config.read_text().replace("max_batch_size: 64", "max_batch_size: 32"))
+    with pytest.raises(ModelStoreError, match="disagree"):
+        read_model(tmp_path, "lengths")
+
+
+def test_verify_files_names_a_damaged_file(tmp_path: Path) -> None:
+    (store_model(tmp_path) / "model.safetensors").write_bytes(b"weightz")
+    with pytest.raises(ModelStoreError, match=r"model\.safetensors is damaged"):
+        verify_files(read_model(tmp_path, "lengths"))
+
+
+def test_verify_files_names_a_missing_file(tmp_path: Path) -> None:
+    (store_model(tmp_path) / "model.safetensors").unlink()
+    with pytest.raises(ModelStoreError, match=r"model\.safetensors is missing"):
+        verify_files(read_model(tmp_path, "lengths"))

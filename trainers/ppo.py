@@ -1,0 +1,597 @@
+"""Proximal policy optimisation of a language model against a reward model.
+
+For a prompt x and a sampled response y of n tokens (Ziegler et al. 2019, arXiv:1909.08593; Stiennon et al.
+2020, arXiv:2009.01325; Schulman et al. 2017, arXiv:1707.06347, 2016, arXiv:1506.02438):
+
+    r_t   = -c * k(log pi_old(y_t) - log pi_ref(y_t)) + [t = n] * score(x, y),   c the KL weight
+    A_t   = sum_l (gamma * lambda)^l * delta_{t+l},   delta_t = r_t + gamma * V_{t+1} - V_t,   V_{n+1} = 0
+    rho_t = pi(y_t) / pi_old(y_t)
+    L_pi  = mean_t max(-A_t * rho_t, -A_t * clip(rho_t, 1 - eps, 1 + eps))
+    L_V   = mean_t 1/2 * max((V_t - R_t)^2, (clip(V_t, V_old +- eps_V) - R_t)^2),   R_t = A_t + V_old
+
+Where this differs from common code: means run over the tokens of all ranks at once; advantages are whitened
+over the valid tokens of the whole rollout batch and all ranks; pi_old comes from the trainer's own forward
+pass, not from the sampler; a score is clipped first and scaled second; a sample whose reward failed is masked
+out, never scored 0.
+
+Legend: B rollouts, R response tokens, T prompt and response tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from conch.checkpoint import check_space, model_bytes, save_model
+from conch.cli import load_run_config, run_main
+from conch.config import (
+    DataConfig,
+    GenerationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RewardConfig,
+    SchedulerConfig,
+    Section,
+    TokenizerConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+from conch.data.files import read_rows
+from conch.data.prompts import make_prompts
+from conch.data.stream import IndexStream
+from conch.engine import Engine, UpdateReport
+from conch.errors import ConfigError
+from conch.experience import Sequences, collate, take_rows
+from conch.models.loading import freeze_trunk
+from conch.models.policy import PolicyWithValue
+from conch.models.reference import build_reference
+from conch.ops import (
+    KLEstimator,
+    clipped_log_ratio,
+    entropy,
+    kl_estimate,
+    logprobs_of_labels,
+    masked_mean,
+    masked_sum,
+    whiten,
+)
+from conch.rewards.scorer import Scorer, combine
+from conch.rewards.source import RewardSource, from_user
+from conch.rollouts.hf_engine import HFEngine
+from conch.tracking import Tracker
+from conch.trainers.common import (
+    MetricFn,
+    RunningMoments,
+    check_vocabulary,
+    evaluating,
+    explained_variance,
+    extra_keys,
+    fit,
+    given_or_loaded_lm,
+    given_or_loaded_tokenizer,
+    mean_kl,
+    mean_of_finite,
+    metric_columns,
+    reward_metrics,
+    rollout_metrics,
+    room_for_prompts,
+    rows_per_process,
+    shared_run_dir,
+    total_reward,
+    update_metrics,
+)
+from conch.types import Metrics, Prompt, RewardResult, Rollout
+
+
+class KLConfig(Section):
+    """The penalty for leaving the reference."""
+
+    coef: float = Field(default=0.05, ge=0)
+    """Weight c of the KL in the reward; the start value where it adapts."""
+
+    estimator: KLEstimator = "k1"
+    """Per-token estimate k; see `conch.ops.kl_estimate`."""
+
+    target: float | None = Field(default=None, gt=0)
+    """KL in nats per sample that the weight is steered to; None keeps the weight fixed."""
+
+    horizon: int = Field(default=10_000, ge=1)
+    """Samples over which the adaptive weight reacts."""
+
+
+class PPOConfig(Section):
+    """The algorithm's own settings."""
+
+    rollouts_per_step: int = Field(default=128, ge=1)
+    """Samples per step, over all processes."""
+
+    epochs: int = Field(default=4, ge=1)
+    """Passes over a step's samples."""
+
+    minibatches: int = Field(default=2, ge=1)
+    """Optimizer updates per pass."""
+
+    forward_batch_size: int = Field(default=64, ge=1)
+    """Samples per process in one forward pass without gradient; changes memory, not the result."""
+
+    gamma: float = Field(default=1.0, ge=0, le=1)
+    """Discount per token."""
+
+    lam: float = Field(default=0.95, ge=0, le=1)
+    """Lambda of generalised advantage estimation."""
+
+    clip_ratio: float = Field(default=0.2, gt=0)
+    """eps of the policy loss."""
+
+    clip_value: float = Field(default=0.2, gt=0)
+    """eps_V of the value loss."""
+
+    value_coef: float = Field(default=1.0, ge=0)
+    """Weight of the value loss."""
+
+    kl: KLConfig = KLConfig()
+    """Distance to the reference."""
+
+    reward_clip: float | None = Field(default=None, gt=0)
+    """Scores are clipped to plus or minus this, before scaling; None leaves them."""
+
+    reward_scaling: Literal["none", "running"] = "none"
+    """`running` divides scores by their standard deviation over the run so far and over all processes."""
+
+    missing_eos_penalty: float | None = Field(default=None, ge=0)
+    """Taken off the score of a response cut by `max_new_tokens`, after scaling; None takes nothing off."""
+
+
+class PPORunConfig(Section):
+    """Everything a PPO run is made from."""
+
+    model: ModelConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    generation: GenerationConfig = GenerationConfig()
+    reward: RewardConfig = RewardConfig()
+    ppo: PPOConfig = PPOConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+
+@dataclass(frozen=True)
+class PPOBatch:
+    """One step's samples, ready to train on. All but `sequences` are [B, R].
+
+    loss_mask: True at response tokens of samples that have a reward. old_logprobs, old_values: of the policy
+    that sampled. advantages: whitened. returns: what values are regressed on.
+    """
+
+    sequences: Sequences
+    loss_mask: Bool[Tensor, "B R"]
+    old_logprobs: Float[Tensor, "B R"]
+    old_values: Float[Tensor, "B R"]
+    advantages: Float[Tensor, "B R"]
+    returns: Float[Tensor, "B R"]
+
+
+# --------------------------------------------------------------------------------------------- pure functions
+
+
+def token_rewards(
+    kl: Float[Tensor, "B R"], scores: Float[Tensor, " B"], mask: Bool[Tensor, "B R"], kl_coef: float
+) -> Float[Tensor, "B R"]:
+    """-kl_coef * kl at every response token, and the score at the last. `mask` is True at response tokens."""
+    rewards = torch.where(mask, -kl_coef * kl, torch.zeros_like(kl))
+    lengths = mask.sum(dim=1)
+    rows = torch.nonzero(lengths > 0).squeeze(-1)
+    rewards[rows, lengths[rows] - 1] += scores[rows]
+    return rewards
+
+
+def gae(
+    rewards: Float[Tensor, "B R"],
+    values: Float[Tensor, "B R"],
+    mask: Bool[Tensor, "B R"],
+    gamma: float,
+    lam: float,
+) -> tuple[Float[Tensor, "B R"], Float[Tensor, "B R"]]:
+    """Advantages and returns by generalised advantage estimation; the value after the last token is 0.
+
+    mask: True at response tokens, which stand at the front of each row.
+    """
+    advantages = torch.zeros_like(rewards)
+    following_advantage = torch.zeros_like(rewards[:, 0])
+    following_value = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * following_value - values[:, t]
+        advantage = delta + gamma * lam * following_advantage
+        advantages[:, t] = following_advantage = torch.where(
+            mask[:, t], advantage, torch.zeros_like(advantage)
+        )
+        following_value = torch.where(mask[:, t], values[:, t], torch.zeros_like(advantage))
+    return advantages, torch.where(mask, advantages + values, torch.zeros_like(values))
+
+
+def policy_loss_terms(
+    logprobs: Float[Tensor, "B R"],
+    old_logprobs: Float[Tensor, "B R"],
+    advantages: Float[Tensor, "B R"],
+    clip_ratio: float,
+) -> tuple[Float[Tensor, "B R"], Float[Tensor, "B R"], Bool[Tensor, "B R"]]:
+    """Per-token clipped loss, the ratio, and where the clip was the larger term."""
+    ratio = clipped_log_ratio(logprobs, old_logprobs).exp()
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
+    return torch.maximum(plain, clipped), ratio, clipped > plain
+
+
+def value_loss_terms(
+    values: Float[Tensor, "B R"],
+    old_values: Float[Tensor, "B R"],
+    returns: Float[Tensor, "B R"],
+    clip_value: float,
+) -> Float[Tensor, "B R"]:
+    """Per-token squared error, with values kept near the old ones."""
+    near = old_values + (values - old_values).clamp(-clip_value, clip_value)
+    return 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2)
+
+
+class KLController:
+    """Weight of the KL penalty: fixed, or steered to a target (Ziegler et al. 2019, section 2.2)."""
+
+    def __init__(self, config: KLConfig) -> None:
+        self._config = config
+        self.coef = config.coef
+
+    def update(self, kl: float, num_samples: int) -> None:
+        """kl: measured, in nats per sample. num_samples: samples of all ranks that it was measured on."""
+        if self._config.target is None:
+            return
+        error = min(max(kl / self._config.target - 1, -0.2), 0.2)
+        self.coef *= 1 + error * num_samples / self._config.horizon
+
+
+# ---------------------------------------------------------------------------------------------------- trainer
+
+
+class PPOTrainer:
+    """PPO with the four verbs `rollout`, `score`, `experience`, `update`; `fit` is the loop over them.
+
+    model: a loaded decoder with its tokenizer, instead of `config.model.path`.
+
+    Raises:
+        ConchError: from the constructor, for everything that can be known to be wrong before training.
+    """
+
+    def __init__(
+        self,
+        config: PPORunConfig,
+        *,
+        reward: Callable[..., Any] | str | RewardSource | None = None,
+        prompts: Sequence[str | Mapping[str, Any]],
+        eval_prompts: Sequence[str | Mapping[str, Any]] | None = None,
+        metric_fn: MetricFn | None = None,
+        model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        self.config = config
+        self.engine = engine = Engine(config.train)
+        metadata_keys = extra_keys([*prompts, *(eval_prompts or [])])
+        self.source = from_user(reward, config.reward, metadata_keys=metadata_keys)
+        engine.together(self.source.check)
+        self.scorer = Scorer(self.source, config.reward, engine.sum_int)
+        self.tokenizer = given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path)
+        lm = given_or_loaded_lm(model, config.model)
+        check_vocabulary(lm, self.tokenizer)
+        self._init_data(lm, prompts, eval_prompts)
+        self.metric_fn = metric_fn
+        self.kl_controller = KLController(config.ppo.kl)
+        self.moments = RunningMoments()
+        self.policy_version = 0
+        self._init_policy(lm)
+        self.run_dir = shared_run_dir(engine, config.train)
+        engine.together(lambda: check_space(self.run_dir, model_bytes(self.policy)))
+
+    def _init_data(self, lm: PreTrainedModel, prompts: Any, eval_prompts: Any) -> None:
+        config, engine = self.config, self.engine
+        room = room_for_prompts(lm, config.generation)
+        self.prompts = make_prompts(prompts, self.tokenizer, config.tokenizer, max_tokens=room)
+        self.eval_prompts = self.prompts
+        if eval_prompts is not None:
+            self.eval_prompts = make_prompts(eval_prompts, self.tokenizer, config.tokenizer, max_tokens=room)
+        self.stream = IndexStream(len(self.prompts), config.train.seed, engine.rank, engine.num_ranks)
+        total = config.ppo.rollouts_per_step
+        self._rows = rows_per_process(
+            engine, config.train, total, "ppo.rollouts_per_step", config.ppo.minibatches
+        )
+
+    def _init_policy(self, lm: PreTrainedModel) -> None:
+        config, engine = self.config, self.engine
+        freeze_trunk(lm, config.model.num_layers_unfrozen)
+        self.policy = PolicyWithValue(lm).to(engine.device)
+        engine.prepare(
+            self.policy,
+            config.optimizer,
+            config.scheduler,
+            total_updates=config.train.total_steps * config.ppo.epochs * config.ppo.minibatches,
+        )
+        self.reference = build_reference(lm, config.model.num_layers_unfrozen)
+        self.sampler = HFEngine(
+            lambda: self.policy.lm,
+            self.tokenizer,
+            config.generation,
+            version=lambda: self.policy_version,
+            autocast=engine.autocast,
+        )
+        engine.seed_sampling()
+
+    # ----------------------------------------------------------------------------------------- the four verbs
+
+    def rollout(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """Sample a completion per prompt; each chunk's rewards are requested while the next is generated."""
+        rollouts: list[Rollout] = []
+        for chunk in self.sampler.generate(prompts):
+            self.scorer.submit(chunk)
+            rollouts.extend(chunk)
+        return rollouts
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[RewardResult]:
+        """Rewards of what `rollout` returned last.
+
+        Raises:
+            RewardError: on all ranks together, as `reward.on_failure` says.
+        """
+        results = self.scorer.gather()
+        assert len(results) == len(rollouts), "score() speaks of the last rollout() only"
+        return results
+
+    @torch.no_grad()
+    def experience(self, rollouts: Sequence[Rollout], rewards: Sequence[RewardResult]) -> PPOBatch:
+        """Log-probs, values, token rewards and advantages; leaves statistics in `self.experience_metrics`."""
+        config, reduce = self.config.ppo, self.engine.sum
+        sequences = collate(rollouts, self._pad_id, self.engine.device)
+        logprobs, ref_logprobs, values, spread = self._forward(sequences)
+        has_reward = torch.tensor([reward.ok for reward in rewards], device=self.engine.device)
+        mask = sequences.response_mask & has_reward.unsqueeze(1)
+        kl = kl_estimate(logprobs, ref_logprobs, config.kl.estimator)
+        scores = self._shape_scores(rollouts, rewards, has_reward)
+        dense = self._dense_rewards(rewards, mask)
+        per_token = token_rewards(kl, scores, mask, self.kl_controller.coef) + dense
+        advantages, returns = gae(per_token, values, mask, config.gamma, config.lam)
+        self.experience_metrics = {
+            **self.scorer.metrics(),
+            **reward_metrics(rewards, self.config.reward.weights, reduce),
+            **rollout_metrics(rollouts, sequences, logprobs, reduce),
+            "policy/entropy": float(masked_mean(spread, sequences.response_mask, reduce)),
+            "policy/kl_coef": self.kl_controller.coef,
+            "value/mean": float(masked_mean(values, mask, reduce)),
+            "value/explained_variance": explained_variance(values, returns, mask, reduce),
+        }
+        measured = mean_kl(logprobs, ref_logprobs, sequences.response_mask, reduce)
+        self.experience_metrics["policy/kl"] = measured
+        self.kl_controller.update(measured, config.rollouts_per_step)
+        return PPOBatch(sequences, mask, logprobs, values, whiten(advantages, mask, reduce), returns)
+
+    def update(self, batch: PPOBatch) -> Metrics:
+        """All epochs and minibatches over one step's samples."""
+        config = self.config.ppo
+        columns: list[Metrics] = []
+        reports: list[UpdateReport] = []
+        for _ in range(config.epochs):
+            for rows in torch.randperm(self._rows).chunk(config.minibatches):
+                stats, report = self._update_minibatch(take_rows(batch, rows))
+                columns.append(stats)
+                reports.append(report)
+        self.policy_version += 1
+        means = {name: sum(stats[name] for stats in columns) / len(columns) for name in columns[0]}
+        first = {f"{name}_first": columns[0][name] for name in _FIRST}
+        return {**means, **first, **update_metrics(reports)}
+
+    # ---------------------------------------------------------------------------------- parts of `experience`
+
+    def _forward(self, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Log-probs of policy and reference, values and entropies, each [B, R]."""
+        columns: list[tuple[Tensor, ...]] = []
+        size = self.config.ppo.forward_batch_size
+        for rows in torch.arange(len(sequences.input_ids)).split(size):
+            part = take_rows(sequences, rows)
+            inputs = (part.input_ids, part.attention_mask, part.num_response)
+            with evaluating(self.policy), self.engine.autocast():
+                with self.reference.recording():
+                    output = self.engine.module(*inputs)
+                reference_logits = self.reference.logits(*inputs)
+            ours, theirs = self._logprobs(output.logits, part), self._logprobs(reference_logits, part)
+            spread = entropy(output.logits, self.config.generation.temperature)
+            columns.append((ours, theirs, output.values, spread))
+        logprobs, reference, values, spread = (torch.cat(column) for column in zip(*columns, strict=True))
+        return logprobs, reference, values, spread
+
+    def _logprobs(self, logits: Tensor, sequences: Sequences) -> Tensor:
+        return logprobs_of_labels(logits, sequences.response_ids, self.config.generation.temperature)
+
+    def _shape_scores(
+        self, rollouts: Sequence[Rollout], rewards: Sequence[RewardResult], valid: Tensor
+    ) -> Tensor:
+        """Scalar scores [B]: clipped, then scaled, then less the penalty for no eos; 0 where masked out."""
+        config = self.config.ppo
+        values = [combine(r, self.config.reward.weights) if r.ok and r.scores else 0.0 for r in rewards]
+        scores = torch.tensor(values, device=self.engine.device)
+        if config.reward_clip is not None:
+            scores = scores.clamp(-config.reward_clip, config.reward_clip)
+        if config.reward_scaling == "running":
+            self.moments.update(scores, valid, self.engine.sum)
+            scores = scores / self.moments.std
+        if config.missing_eos_penalty is not None:
+            cut = [rollout.completion.finish_reason == "length" for rollout in rollouts]
+            scores = scores - config.missing_eos_penalty * torch.tensor(cut, device=scores.device).float()
+        return torch.where(valid, scores, torch.zeros_like(scores))
+
+    def _dense_rewards(self, rewards: Sequence[RewardResult], mask: Tensor) -> Tensor:
+        """Per-token rewards [B, R], as they came; 0 for scalar rewards."""
+        dense = torch.zeros(mask.shape, device=mask.device)
+        for row, reward in enumerate(rewards):
+            if reward.token_scores is not None:
+                dense[row, : len(reward.token_scores)] = torch.tensor(reward.token_scores, device=mask.device)
+        return torch.where(mask, dense, torch.zeros_like(dense))
+
+    # -------------------------------------------------------------------------------------- parts of `update`
+
+    def _update_minibatch(self, batch: PPOBatch) -> tuple[Metrics, UpdateReport]:
+        """One optimizer update; statistics are means over the minibatch's tokens on all ranks."""
+        steps = self.config.train.gradient_accumulation_steps
+        num_tokens = self.engine.sum(batch.loss_mask.sum()).clamp(min=1).float()
+        stats: dict[str, Tensor] = {}
+
+        def loss_of(rows: Tensor) -> Tensor:
+            loss, shares = self._loss(take_rows(batch, rows), num_tokens)
+            for name, share in shares.items():
+                stats[name] = stats.get(name, torch.zeros_like(share)) + share.detach()
+            return loss
+
+        micro_batches = torch.arange(len(batch.loss_mask)).chunk(steps)
+        report = self.engine.update(micro_batches, loss_of)
+        summed = self.engine.sum(torch.stack(list(stats.values())))
+        return dict(zip(stats, summed.tolist(), strict=True)), report
+
+    def _loss(self, batch: PPOBatch, num_tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """This micro-batch's share of loss and statistics: sums over tokens / tokens of the minibatch."""
+        config, mask, sequences = self.config.ppo, batch.loss_mask, batch.sequences
+        output = self.engine.module(sequences.input_ids, sequences.attention_mask, sequences.num_response)
+        logprobs = self._logprobs(output.logits, sequences)
+        terms, ratio, is_clipped = policy_loss_terms(
+            logprobs, batch.old_logprobs, batch.advantages, config.clip_ratio
+        )
+        value_terms = value_loss_terms(output.values, batch.old_values, batch.returns, config.clip_value)
+
+        def share(per_token: Tensor) -> Tensor:
+            return masked_sum(per_token, mask) / num_tokens
+
+        policy_loss, value_loss = share(terms), share(value_terms)
+        loss = policy_loss + config.value_coef * value_loss
+        approx_kl = kl_estimate(batch.old_logprobs, logprobs.detach(), "k3")
+        return loss, {
+            "train/loss": loss,
+            "train/policy_loss": policy_loss,
+            "train/value_loss": value_loss,
+            "train/ratio": share(ratio),
+            "train/approx_kl": share(approx_kl),
+            "train/clip_fraction": share(is_clipped.float()),
+        }
+
+    # ----------------------------------------------------------------------------------------------- the loop
+
+    def fit(self) -> Path:
+        """Train for `train.total_steps` steps; returns the run folder."""
+        return fit(self, "ppo")
+
+    def step(self) -> Metrics:
+        """One rollout with its updates."""
+        marks = [time.perf_counter()]
+        prompts = [self.prompts[row] for row in self.stream.draw(self._rows)]
+        rollouts = self.rollout(prompts)
+        marks.append(time.perf_counter())
+        rewards = self.score(rollouts)
+        marks.append(time.perf_counter())
+        batch = self.experience(rollouts, rewards)
+        marks.append(time.perf_counter())
+        metrics = {**self.experience_metrics, **self.update(batch)}
+        marks.append(time.perf_counter())
+        phases = ("rollout", "score", "experience", "update")
+        seconds = {
+            f"time/{name}_s": end - start for name, start, end in zip(phases, marks, marks[1:], strict=False)
+        }
+        tokens = self.config.ppo.rollouts_per_step * metrics["rollout/length_mean"]
+        return {**metrics, **seconds, "time/tokens_per_s": tokens / (marks[-1] - marks[0])}
+
+    def evaluate(
+        self, tracker: Tracker | None = None, step: int = 0, *, repeats: int | None = None
+    ) -> Metrics:
+        """Sample `repeats` (or `train.eval_repeats`) completions per evaluation prompt.
+
+        Returns the mean reward, means of the user's metrics, and the KL to the start in nats per sample.
+        """
+        repeats = repeats or self.config.train.eval_repeats
+        prompts = [prompt for prompt in self.eval_prompts for _ in range(repeats)]
+        rollouts = self.rollout(prompts[self.engine.rank :: self.engine.num_ranks])
+        kl = self.kl_to_start(rollouts)
+        rewards = self.score(rollouts)
+        values = [total_reward(reward, self.config.reward.weights) for reward in rewards]
+        rollouts, values = self.engine.gather(rollouts), self.engine.gather(values)
+        columns = {"reward": values, **metric_columns(self.metric_fn, rollouts)}
+        if tracker is not None:
+            texts = [(rollout.prompt.text, rollout.completion.text) for rollout in rollouts]
+            rows = [[*pair, *numbers] for pair, *numbers in zip(texts, *columns.values(), strict=True)]
+            tracker.table("eval", step, ["prompt", "output", *columns], rows)
+        return {"eval/kl": kl, **{f"eval/{name}": mean_of_finite(column) for name, column in columns.items()}}
+
+    @torch.no_grad()
+    def kl_to_start(self, rollouts: Sequence[Rollout]) -> float:
+        """KL(policy || starting policy) in nats per sample, estimated on `rollouts` of the current policy."""
+        if not rollouts:  # a rank without prompts to evaluate; the others wait for its share of the mean
+            nothing = torch.zeros(0, 1, device=self.engine.device)
+            return mean_kl(nothing, nothing, nothing.bool(), self.engine.sum)
+        sequences = collate(rollouts, self._pad_id, self.engine.device)
+        logprobs, reference, _, _ = self._forward(sequences)
+        return mean_kl(logprobs, reference, sequences.response_mask, self.engine.sum)
+
+    def generate(self, prompts: Sequence[str], *, greedy: bool = False) -> list[str]:
+        """Completions of the current policy."""
+        made = make_prompts(prompts, self.tokenizer, self.config.tokenizer, max_tokens=None)
+        return [
+            rollout.completion.text
+            for chunk in self.sampler.generate(made, greedy=greedy)
+            for rollout in chunk
+        ]
+
+    def save_pretrained(self, folder: Path) -> Path:
+        """Write the policy as a Hugging Face folder, the value head beside it. Call it on all ranks."""
+
+        def write() -> None:
+            if self.engine.is_main:
+                heads = {
+                    f"value_head.{name}": value for name, value in self.policy.value_head.state_dict().items()
+                }
+                save_model(folder, self.policy.lm, self.tokenizer, heads=heads)
+
+        self.engine.together(write)
+        return folder
+
+    def close(self) -> None:
+        """Stop the reward client and leave the process group."""
+        self.source.close()
+        self.engine.close()
+
+    @property
+    def _pad_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
+
+
+_FIRST = ("train/ratio", "train/approx_kl", "train/clip_fraction")
+"""Statistics also reported for the first minibatch alone, where the policy is still the one that sampled:
+they must be 1, 0 and 0."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line: `python -m conch.trainers.ppo key=value ...` with prompts from `data.train`."""
+    config = load_run_config(PPORunConfig, argv, default_name="ppo")
+    if config.data.train is None:
+        raise ConfigError("no prompts: set `data.train` to a .txt or .jsonl file")
+    prompts = read_rows(config.data.train)
+    eval_prompts = read_rows(config.data.eval) if config.data.eval else None
+    trainer = PPOTrainer(config, prompts=prompts, eval_prompts=eval_prompts)
+    try:
+        trainer.fit()
+    finally:
+        trainer.close()
+
+
+if __name__ == "__main__":
+    run_main(main)
