@@ -544,7 +544,8 @@ class PPOTrainer:
 
     def generate(self, prompts: Sequence[str], *, greedy: bool = False) -> list[str]:
         """Completions of the current policy."""
-        made = make_prompts(prompts, self.tokenizer, self.config.tokenizer, max_tokens=None)
+        room = room_for_prompts(self.policy.lm, self.config.generation)
+        made = make_prompts(prompts, self.tokenizer, self.config.tokenizer, max_tokens=room)
         return [
             rollout.completion.text
             for chunk in self.sampler.generate(made, greedy=greedy)

@@ -274,5 +274,6 @@ def _check_port(host: str, port: int) -> None:
         except OSError as error:
             taken = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
             raise ServerStartError(
-                f"port {port} on {host or 'this machine'} {taken}; stop what listens there or choose another port"
+                f"port {port} on {host or 'this machine'} {taken}; "
+                "stop what listens there or choose another port"
             ) from error

@@ -77,9 +77,9 @@ class RandomWalks:
     def scored_walks(self, count: int, seed: int) -> list[dict[str, Any]]:
         """Walks of many kinds with their optimality, for a reward model.
 
-        A third follow the graph to the goal. A third were like these until a stretch was cut out or letters
-        were changed: most take an edge that does not exist, which makes a walk worthless, and without them a
-        policy would find that shortcut. The last third break off before the goal, or go on behind it.
+        Two fifths follow the graph to the goal. Two fifths were like these until a stretch was cut out or
+        letters were changed: most take an edge that does not exist, which makes a walk worthless, and without
+        them a policy would find that shortcut. The last fifth break off before the goal, or go on behind it.
         """
         rng = np.random.RandomState(seed)
         kinds = (self._draw_to_goal, self._draw_spoilt, self._draw_to_goal, self._draw_spoilt, self._draw_any)

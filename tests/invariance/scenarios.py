@@ -17,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import torch.distributed
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from conch.config import TrainConfig
 from conch.engine import Engine
@@ -25,6 +26,7 @@ from conch.trainers.common import RunningMoments
 from conch.types import RewardResult, RewardStatus
 from tests.runs import (
     LINEAR_ADAM,
+    TOKENIZER,
     letters_rollout,
     parameters,
     policy,
@@ -155,9 +157,15 @@ def uneven_evaluation(folder: Path) -> dict[str, Any]:
     """Evaluations in which ranks do unequal numbers of forward passes, or none."""
     prompts = ["a", "b", "cd", "e", "fgh"]
     settings: dict[str, Any] = {"ppo": {"forward_batch_size": 1}, "generation": {"max_new_tokens": 3}}
-    many = ppo_trainer(folder / "many", eval_prompts=prompts, **settings).evaluate()
-    one = ppo_trainer(folder / "one", eval_prompts=prompts[:1], **settings).evaluate()
+    many = ppo_trainer(folder / "many", lm=llama(), eval_prompts=prompts, **settings).evaluate()
+    one = ppo_trainer(folder / "one", lm=llama(), eval_prompts=prompts[:1], **settings).evaluate()
     return {"many": numbers(many), "one": numbers(one)}
+
+
+def llama() -> LlamaForCausalLM:
+    """Has buffers, which DDP would send around in each forward pass, and wait for who has none to make."""
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(TOKENIZER), max_position_embeddings=16, **size))
 
 
 def broken_gradient(folder: Path) -> dict[str, Any]:

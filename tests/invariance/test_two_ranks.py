@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -33,10 +35,15 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Found]]:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
-    done = subprocess.run(
-        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    launched = subprocess.Popen(
+        command, env=environment, cwd=folder, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    assert done.returncode == 0, done.stderr[-6000:]
+    try:
+        _, errors = launched.communicate(timeout=DEADLINE_S)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # the ranks, where the launcher left any
+            os.killpg(launched.pid, signal.SIGKILL)
+    assert launched.returncode == 0, errors[-6000:]
     return [torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,14 +63,16 @@ def test_requests_of_tokens_pad_on_the_side_of_the_case() -> None:
     assert left == {"input_ids": [[1, 2, 3], [PAD, PAD, 4]], "attention_mask": [[1, 1, 1], [0, 0, 1]]}
 
 
-def test_compare_scales_the_error_by_the_score(checkpoint: Checkpoint) -> None:
-    reference = Reference(checkpoint, normalise=False)
-    (right,) = reference.scores((0, 1))
-    report = compare(
-        [Case("one", (Sample("", (0, 1)),))], [{"scores": [[right + 1e-3]]}], reference, "float32"
-    )
-
-    assert report.worst.max_error == pytest.approx(1e-3 / max(1.0, abs(right)), rel=1e-3)
+def test_compare_divides_the_error_by_large_scores_only(checkpoint: Checkpoint) -> None:
+    large = Reference(replace(checkpoint, mean=(0.0,), std=(1e-3,)), normalise=True)
+    small = Reference(replace(checkpoint, mean=(0.0,), std=(1e3,)), normalise=True)
+    for reference, expected in ((large, 1e-2 / abs(large.scores((0, 1))[0])), (small, 1e-2)):
+        (right,) = reference.scores((0, 1))
+        report = compare(
+            [Case("one", (Sample("", (0, 1)),))], [{"scores": [[right + 1e-2]]}], reference, "float32"
+        )
+        assert report.worst.max_error == pytest.approx(expected, rel=1e-3)
+    assert abs(large.scores((0, 1))[0]) > 10
     assert not report.ok and "FAILED" in report.table()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, DistilBertConfig, DistilBertModel, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel, GPT2LMHeadModel
 
 from conch.config import ModelConfig, TokenizerConfig
 from conch.errors import ConfigError, ModelError
@@ -220,9 +220,10 @@ def test_score_of_a_sample_that_ends_in_eos_does_not_depend_on_its_padding(famil
     assert (without_eos - alone).abs().item() > 1e-3, "the score is not read at the eos"
 
 
-def test_reward_model_from_an_encoder_gets_the_heads_of_its_kind(tmp_path: Path) -> None:
-    shape = {"vocab_size": 24, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48}
-    DistilBertModel(DistilBertConfig(**shape)).save_pretrained(tmp_path)
+def test_reward_model_from_an_encoder_may_lack_pooler_and_head_alone(tmp_path: Path) -> None:
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    encoder = BertConfig(vocab_size=24, hidden_size=32, **shape)
+    BertModel(encoder, add_pooling_layer=False).save_pretrained(tmp_path)
     model = load_sequence_classifier(ModelConfig(path=str(tmp_path)), num_labels=1, pad_token_id=0)
 
     assert model.classifier.out_features == 1

@@ -57,7 +57,8 @@ CHAIN = ("ba", "cb", "dc", "ed", "fe", "gf", "hg", "ih", "ji", "kj")  # k needs 
     ],
 )
 def test_optimality_by_hand(walk: str, length: int, optimality: float) -> None:
-    task = by_hand("ba", "bc", "cb", "ca", "dc")
+    # u is the last node: a letter that names none, found at index -1, must not be taken for it
+    task = by_hand("ba", "bc", "cb", "ca", "dc", "bu", "ua")
 
     assert task.length(walk) == length
     assert task.optimality(walk) == pytest.approx(optimality)
