@@ -11,7 +11,7 @@ from conch.config import Section, load
 from conch.errors import ConfigError
 from conch.log import setup_logging
 from conch.rewards.source import RewardSource
-from conch.trainers.common import MetricFn
+from conch.trainers.online import MetricFn
 from conch.trainers.ppo import PPORunConfig, PPOTrainer
 from conch.trainers.sft import SFTRunConfig, SFTTrainer
 

@@ -40,6 +40,7 @@ def setup_logging(level: int = logging.INFO) -> None:
     root.propagate = False
     # Libraries below us repeat these at every step; none is about anything a user of Conch can change.
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*is deprecated", category=FutureWarning)
 
 
 def progress(iterable: Iterable[Any] | None = None, *, total: int | None = None, desc: str = "") -> tqdm[Any]:

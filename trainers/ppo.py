@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -55,7 +55,6 @@ from conch.models.loading import freeze_trunk
 from conch.models.policy import PolicyWithValue
 from conch.models.reference import build_reference
 from conch.ops import (
-    KLEstimator,
     clipped_log_ratio,
     entropy,
     kl_estimate,
@@ -69,43 +68,31 @@ from conch.rewards.source import RewardSource, from_user
 from conch.rollouts.hf_engine import HFEngine
 from conch.tracking import Tracker
 from conch.trainers.common import (
-    MetricFn,
-    RunningMoments,
     check_vocabulary,
     evaluating,
-    explained_variance,
-    extra_keys,
     fit,
     given_or_loaded_lm,
     given_or_loaded_tokenizer,
-    mean_kl,
     mean_of_finite,
+    rows_per_process,
+    shared_run_dir,
+    update_metrics,
+)
+from conch.trainers.online import (
+    KLConfig,
+    KLController,
+    MetricFn,
+    RunningMoments,
+    explained_variance,
+    extra_keys,
+    mean_kl,
     metric_columns,
     reward_metrics,
     rollout_metrics,
     room_for_prompts,
-    rows_per_process,
-    shared_run_dir,
     total_reward,
-    update_metrics,
 )
 from conch.types import Metrics, Prompt, RewardResult, Rollout
-
-
-class KLConfig(Section):
-    """The penalty for leaving the reference."""
-
-    coef: float = Field(default=0.05, ge=0)
-    """Weight c of the KL in the reward; the start value where it adapts."""
-
-    estimator: KLEstimator = "k1"
-    """Per-token estimate k; see `conch.ops.kl_estimate`."""
-
-    target: float | None = Field(default=None, gt=0)
-    """KL in nats per sample that the weight is steered to; None keeps the weight fixed."""
-
-    horizon: int = Field(default=10_000, ge=1)
-    """Samples over which the adaptive weight reacts."""
 
 
 class PPOConfig(Section):
@@ -149,6 +136,15 @@ class PPOConfig(Section):
 
     missing_eos_penalty: float | None = Field(default=None, ge=0)
     """Taken off the score of a response cut by `max_new_tokens`, after scaling; None takes nothing off."""
+
+    @model_validator(mode="after")
+    def _kl_weight_stays_positive(self) -> PPOConfig:
+        if self.kl.target is not None and self.kl.horizon < self.rollouts_per_step:
+            raise ValueError(
+                f"`kl.horizon` = {self.kl.horizon} is shorter than `rollouts_per_step` = "
+                f"{self.rollouts_per_step}: one step could turn the adaptive weight negative; raise the horizon"
+            )
+        return self
 
 
 class PPORunConfig(Section):
@@ -244,21 +240,6 @@ def value_loss_terms(
     return 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2)
 
 
-class KLController:
-    """Weight of the KL penalty: fixed, or steered to a target (Ziegler et al. 2019, section 2.2)."""
-
-    def __init__(self, config: KLConfig) -> None:
-        self._config = config
-        self.coef = config.coef
-
-    def update(self, kl: float, num_samples: int) -> None:
-        """kl: measured, in nats per sample. num_samples: samples of all ranks that it was measured on."""
-        if self._config.target is None:
-            return
-        error = min(max(kl / self._config.target - 1, -0.2), 0.2)
-        self.coef *= 1 + error * num_samples / self._config.horizon
-
-
 # ---------------------------------------------------------------------------------------------------- trainer
 
 
@@ -348,9 +329,12 @@ class PPOTrainer:
 
         Raises:
             RewardError: on all ranks together, as `reward.on_failure` says.
+            ConfigError: likewise, where `reward.weights` names an objective that the reward does not have.
         """
         results = self.scorer.gather()
         assert len(results) == len(rollouts), "score() speaks of the last rollout() only"
+        # Weights for objectives that do not exist show here first, perhaps on one rank only.
+        self.engine.together(lambda: [total_reward(r, self.config.reward.weights) for r in results])
         return results
 
     @torch.no_grad()

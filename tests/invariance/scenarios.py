@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from conch.config import TrainConfig
 from conch.engine import Engine
 from conch.errors import ConchError, ConfigError
-from conch.trainers.common import RunningMoments
+from conch.trainers.online import RunningMoments
 from conch.types import RewardResult, RewardStatus
 from tests.runs import (
     LINEAR_ADAM,

@@ -10,23 +10,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from conch.errors import ConfigError
+from conch.config import load
+from conch.errors import ConfigError, DataError
 from conch.experience import collate, take_rows
 from conch.ops import only_this_rank
-from conch.trainers.common import (
+from conch.trainers.common import mean_of_finite
+from conch.trainers.online import (
+    KLConfig,
+    KLController,
     RunningMoments,
     explained_variance,
     extra_keys,
     mean_kl,
-    mean_of_finite,
     metric_columns,
     reward_metrics,
     rollout_metrics,
     total_reward,
 )
 from conch.trainers.ppo import (
-    KLConfig,
-    KLController,
+    PPOConfig,
     gae,
     policy_loss_terms,
     token_rewards,
@@ -266,6 +268,20 @@ def test_metric_columns_take_lists_and_single_numbers() -> None:
 
     assert metric_columns(metric, rollouts) == {"length": [2.0, 1.0], "constant": [0.5, 0.5]}
     assert metric_columns(None, rollouts) == {}
+
+
+def test_metric_columns_take_arrays_and_refuse_a_wrong_count() -> None:
+    rollouts = [letters_rollout("a", "bc", "eos"), letters_rollout("b", "d", "eos")]
+    columns = metric_columns(lambda **_: {"array": np.array([1, 2]), "one": np.float32(3)}, rollouts)
+    assert columns == {"array": [1.0, 2.0], "one": [3.0, 3.0]}
+    with pytest.raises(DataError, match="3 values of `length` for 2 samples"):
+        metric_columns(lambda **_: {"length": [1, 2, 3]}, rollouts)
+
+
+def test_horizon_shorter_than_a_step_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"`kl.horizon` = 100 is shorter than `rollouts_per_step` = 128"):
+        load(PPOConfig, {"rollouts_per_step": 128, "kl": {"target": 1.0, "horizon": 100}})
+    assert load(PPOConfig, {"rollouts_per_step": 128, "kl": {"horizon": 100}}).kl.target is None
 
 
 def test_extra_keys_are_those_of_all_prompts() -> None:

@@ -189,6 +189,13 @@ def test_objectives_are_weighed(run_dir: Path) -> None:
     assert returns_of(trainer, [both] * 8) == pytest.approx([3.5] * 8)
 
 
+def test_weight_of_an_objective_that_the_reward_lacks_is_refused_with_the_scores(run_dir: Path) -> None:
+    trainer = ppo_trainer(run_dir, reward={"weights": {"stile": 0.5}})
+    rollouts = trainer.rollout(trainer.prompts[:2])
+    with pytest.raises(ConfigError, match=r"reward\.weights names `stile`"):
+        trainer.score(rollouts)
+
+
 def test_advantages_are_whitened_over_valid_tokens(run_dir: Path) -> None:
     batch = ppo_trainer(run_dir).experience(ROLLOUTS, scored(*SCORES[:-1], None))
     valid = batch.advantages[batch.loss_mask].double()

@@ -1,0 +1,192 @@
+"""What the trainers that learn from rewards share. Functions and small nouns, not a base class.
+
+Legend: B rollouts, R response tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from conch.config import GenerationConfig, Section
+from conch.errors import ConfigError, DataError
+from conch.experience import Sequences
+from conch.models.loading import context_window
+from conch.ops import KLEstimator, Reduce, kl_estimate, masked_mean, masked_sum, only_this_rank
+from conch.rewards.scorer import combine
+from conch.types import Metrics, RewardResult, Rollout
+
+MetricFn = Callable[..., Mapping[str, Sequence[float] | float]]
+"""`f(samples, prompts, outputs, **metadata)` -> name -> one value per sample, or one for all."""
+
+
+class KLConfig(Section):
+    """The penalty for leaving the reference."""
+
+    coef: float = Field(default=0.05, ge=0)
+    """Weight c of the KL in the reward; the start value where it adapts."""
+
+    estimator: KLEstimator = "k1"
+    """Per-token estimate k; see `conch.ops.kl_estimate`."""
+
+    target: float | None = Field(default=None, gt=0)
+    """KL in nats per sample that the weight is steered to; None keeps the weight fixed."""
+
+    horizon: int = Field(default=10_000, ge=1)
+    """Samples over which the adaptive weight reacts."""
+
+
+class KLController:
+    """Weight of the KL penalty: fixed, or steered to a target (Ziegler et al. 2019, section 2.2)."""
+
+    def __init__(self, config: KLConfig) -> None:
+        self._config = config
+        self.coef = config.coef
+
+    def update(self, kl: float, num_samples: int) -> None:
+        """kl: measured, in nats per sample. num_samples: samples of all ranks that it was measured on."""
+        if self._config.target is None:
+            return
+        error = min(max(kl / self._config.target - 1, -0.2), 0.2)
+        self.coef *= 1 + error * num_samples / self._config.horizon
+
+
+class RunningMoments:
+    """Mean and variance of all scores so far, over all ranks (parallel update of Chan et al. 1979)."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.sum_squares = 0.0, 0.0, 0.0
+
+    def update(
+        self, scores: Float[Tensor, " B"], valid: Bool[Tensor, " B"], reduce: Reduce = only_this_rank
+    ) -> None:
+        """Take in this step's scores where `valid` is True."""
+        wide = scores.double()
+        count = float(reduce(valid.sum().double()))
+        if count == 0:
+            return
+        mean = float(masked_mean(wide, valid, reduce))
+        squares = float(reduce(masked_sum((wide - mean) ** 2, valid)))
+        delta, total = mean - self.mean, self.count + count
+        self.sum_squares += squares + delta**2 * self.count * count / total
+        self.mean += delta * count / total
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        """Biased standard deviation; 1 until there is any spread."""
+        std = (self.sum_squares / self.count) ** 0.5 if self.count else 0.0
+        return std if std > 1e-8 else 1.0
+
+
+def total_reward(result: RewardResult, weights: Mapping[str, float]) -> float:
+    """A sample's reward as one number: the weighted sum of its objectives, or the sum over its tokens.
+
+    NaN where the reward failed.
+    """
+    if not result.ok:
+        return math.nan
+    if result.token_scores is not None:
+        return float(sum(result.token_scores))
+    return combine(result, weights)
+
+
+def reward_metrics(rewards: Sequence[RewardResult], weights: Mapping[str, float], reduce: Reduce) -> Metrics:
+    """Mean and spread of the rewards of all ranks, NaN where there are none, and the share that failed."""
+    raw = torch.tensor([total_reward(reward, weights) for reward in rewards], dtype=torch.float64)
+    valid = raw.isfinite()
+    share = float(masked_mean(valid.double(), torch.ones_like(valid), reduce))
+    mean = float(masked_mean(raw, valid, reduce)) if share else math.nan
+    variance = float(masked_mean((raw - mean) ** 2, valid, reduce)) if share else math.nan
+    return {"reward/mean": mean, "reward/std": variance**0.5, "reward/failed_fraction": 1 - share}
+
+
+def rollout_metrics(
+    rollouts: Sequence[Rollout], sequences: Sequences, logprobs: Float[Tensor, "B R"], reduce: Reduce
+) -> Metrics:
+    """Lengths, the share cut by the limit, and the distance of the sampler's log-probs from the trainer's."""
+    mask = sequences.response_mask
+    reasons = [rollout.completion.finish_reason for rollout in rollouts]
+    cut = torch.tensor([reason == "length" for reason in reasons], device=mask.device)
+    everyone = torch.ones_like(cut)
+    gap = (logprobs - sequences.sampling_logprobs).abs()
+    return {
+        "rollout/length_mean": float(masked_mean(mask.sum(dim=1).float(), everyone, reduce)),
+        "rollout/truncated_fraction": float(masked_mean(cut.float(), everyone, reduce)),
+        "rollout/logprob_gap": float(masked_mean(gap, mask, reduce)),
+    }
+
+
+def mean_kl(
+    logprobs: Float[Tensor, "B R"],
+    reference_logprobs: Float[Tensor, "B R"],
+    mask: Bool[Tensor, "B R"],
+    reduce: Reduce,
+) -> float:
+    """KL(policy || reference) in nats per sample: k1 summed over each response, mean over all ranks."""
+    per_token = torch.where(mask, kl_estimate(logprobs, reference_logprobs), torch.zeros_like(logprobs))
+    per_sample = per_token.sum(dim=1)
+    return float(masked_mean(per_sample, torch.ones_like(per_sample, dtype=torch.bool), reduce))
+
+
+def explained_variance(
+    values: Float[Tensor, "B R"], returns: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"], reduce: Reduce
+) -> float:
+    """1 for perfect values, 0 for values no better than a constant, over all ranks."""
+    mean = masked_mean(returns, mask, reduce)
+    spread = masked_mean((returns - mean) ** 2, mask, reduce)
+    return float(1 - masked_mean((returns - values) ** 2, mask, reduce) / spread.clamp(min=1e-8))
+
+
+def metric_columns(metric_fn: MetricFn | None, rollouts: Sequence[Rollout]) -> dict[str, list[float]]:
+    """The user's metrics, one column each, with one value per rollout."""
+    if metric_fn is None:
+        return {}
+    keys = sorted({key for rollout in rollouts for key in rollout.prompt.metadata})
+    columns = metric_fn(
+        samples=[rollout.sample for rollout in rollouts],
+        prompts=[rollout.prompt.text for rollout in rollouts],
+        outputs=[rollout.completion.text for rollout in rollouts],
+        **{key: [rollout.prompt.metadata.get(key) for rollout in rollouts] for key in keys},
+    )
+    return {name: _column(name, values, len(rollouts)) for name, values in columns.items()}
+
+
+def _column(name: str, values: Any, count: int) -> list[float]:
+    """A metric as one number per sample, whether it came as a list, an array or one number for all."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values, Sequence):
+        return [float(values)] * count
+    if len(values) != count:
+        raise DataError(f"metric_fn gave {len(values)} values of `{name}` for {count} samples")
+    return [float(value) for value in values]
+
+
+def extra_keys(prompts: Sequence[str | Mapping[str, Any]]) -> list[str]:
+    """The keys, beside "prompt", that a reward function gets as metadata."""
+    keys = dict.fromkeys(key for prompt in prompts if isinstance(prompt, Mapping) for key in prompt)
+    return [key for key in keys if key != "prompt"]
+
+
+def room_for_prompts(model: PreTrainedModel, generation: GenerationConfig) -> int | None:
+    """Tokens that the model's window leaves for a prompt; None where it has no limit.
+
+    Raises:
+        ConfigError: none are left.
+    """
+    window = context_window(model.config)
+    if window is None:
+        return None
+    if window <= generation.max_new_tokens:
+        raise ConfigError(
+            f"`generation.max_new_tokens` = {generation.max_new_tokens} leaves no room for a prompt in the "
+            f"model's window of {window} tokens"
+        )
+    return window - generation.max_new_tokens
