@@ -142,7 +142,7 @@ class PPOConfig(Section):
         if self.kl.target is not None and self.kl.horizon < self.rollouts_per_step:
             raise ValueError(
                 f"`kl.horizon` = {self.kl.horizon} is shorter than `rollouts_per_step` = "
-                f"{self.rollouts_per_step}: one step could turn the adaptive weight negative; raise the horizon"
+                f"{self.rollouts_per_step}: one step could turn the weight negative; raise the horizon"
             )
         return self
 
