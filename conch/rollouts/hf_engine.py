@@ -6,6 +6,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -31,6 +32,11 @@ from conch.config import GenerationConfig
 from conch.types import Completion, FinishReason, Prompt, Rollout
 
 Decode = Callable[[Sequence[int]], str]
+
+# transformers itself drops a mask that hides nothing, and then warns that there is none.
+logging.getLogger("transformers.modeling_utils").addFilter(
+    lambda record: "passing in an `attention_mask`" not in record.getMessage()
+)
 
 
 class HFEngine:

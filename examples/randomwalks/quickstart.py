@@ -56,7 +56,7 @@ class QuickstartConfig(Section):
     num_scored_walks: int = Field(default=20_000, ge=100)
     """Walks that the reward model learns from; a tenth as many again are held out."""
 
-    ppo_steps: int = Field(default=50, ge=1)
+    ppo_steps: int = Field(default=45, ge=1)
     """Steps of PPO."""
 
     output_dir: Path = ROOT / "outputs"

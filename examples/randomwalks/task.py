@@ -77,12 +77,14 @@ class RandomWalks:
     def scored_walks(self, count: int, seed: int) -> list[dict[str, Any]]:
         """Walks of many kinds with their optimality, for a reward model.
 
-        Two fifths follow the graph to the goal. Two fifths were like these until a stretch was cut out or
-        letters were changed: most take an edge that does not exist, which makes a walk worthless, and without
-        them a policy would find that shortcut. The last fifth break off before the goal, or go on behind it.
+        A third follow the graph to the goal. A third were like these until a stretch was cut out or letters
+        were changed, and a sixth jump to the goal over letters at random: most of them take an edge that does
+        not exist, which makes a walk worthless, and without them a policy would find that shortcut. The last
+        sixth break off before the goal, or go on behind it.
         """
         rng = np.random.RandomState(seed)
-        kinds = (self._draw_to_goal, self._draw_spoilt, self._draw_to_goal, self._draw_spoilt, self._draw_any)
+        twice = (self._draw_to_goal, self._draw_spoilt)
+        kinds = (*twice, *twice, self._draw_jump, self._draw_any)
         walks = [kinds[index % len(kinds)](rng) for index in range(count)]
         return [{"text": walk, "score": self.optimality(walk)} for walk in walks]
 
@@ -127,6 +129,11 @@ class RandomWalks:
             LETTERS[rng.randint(NUM_NODES)] if place in places else old for place, old in enumerate(walk)
         ]
         return "".join(letters)
+
+    def _draw_jump(self, rng: np.random.RandomState) -> str:
+        """A start, at most three letters at random, the goal."""
+        between = "".join(LETTERS[node] for node in rng.randint(NUM_NODES, size=rng.randint(4)))
+        return str(rng.choice(self.start_nodes)) + between + GOAL
 
     def _draw_any(self, rng: np.random.RandomState) -> str:
         """A walk along the graph that breaks off before the goal, or goes on behind it."""

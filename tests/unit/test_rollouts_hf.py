@@ -285,3 +285,14 @@ def test_cut_decodes_a_long_response_few_times() -> None:
     ids = [0] * 5 + [4] + [1] * 2000
     assert cut_at_end(ids, 9, ("\n",), counting) == ([0] * 5, "stop")
     assert len(calls) < 20
+
+
+@pytest.mark.parametrize("family", sorted(DECODERS))
+def test_prompts_of_unequal_length_continue_as_each_does_alone(family: str) -> None:
+    lm = tiny_decoder(family)
+    batch = prompts("a", "bcdef", "gh")
+    together = sample(lm, batch, greedy=True, max_new_tokens=6)
+    alone = [sample(lm, [prompt], greedy=True, max_new_tokens=6)[0] for prompt in batch]
+    for one, other in zip(together, alone, strict=True):
+        assert one.completion.token_ids == other.completion.token_ids
+        assert one.completion.logprobs == pytest.approx(other.completion.logprobs, abs=1e-5)
