@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -127,13 +128,18 @@ def test_model_bytes_cover_what_is_written(tmp_path: Path) -> None:
     assert written <= model_bytes(model) < written + 2e6
 
 
-@pytest.fixture
+@contextmanager
 def no_file_above_50_kb() -> Iterator[None]:
-    """Writes beyond that fail as on a full disk, for root too."""
+    """Writes beyond that fail as on a full disk, for root too.
+
+    Only around the write itself: pytest's own output may be a longer file.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture
@@ -149,21 +155,20 @@ def assert_former_survives(folder: Path) -> None:
 
 
 def test_failed_write_of_weights_leaves_the_former_checkpoint(
-    checkpoint: Path, no_file_above_50_kb: None
+    checkpoint: Path,
 ) -> None:
-    with pytest.raises(
-        CheckpointError, match=rf"the checkpoint {checkpoint} cannot be written: .*File too large"
-    ):
+    message = rf"the checkpoint {checkpoint} cannot be written: .*File too large"
+    with pytest.raises(CheckpointError, match=message), no_file_above_50_kb():
         save_model(checkpoint, tiny_decoder("gpt2", seed=1), TOKENIZER)
 
     assert_former_survives(checkpoint)
 
 
 def test_failed_write_of_another_file_leaves_the_former_checkpoint(
-    checkpoint: Path, no_file_above_50_kb: None
+    checkpoint: Path,
 ) -> None:
     small = tiny_decoder("gpt2", n_embd=8, n_layer=1)
-    with pytest.raises(CheckpointError, match=r"cannot be written: .*File too large"):
+    with pytest.raises(CheckpointError, match=r"cannot be written: .*File too large"), no_file_above_50_kb():
         save_model(checkpoint, small, TOKENIZER, extra={"long.json": {"text": "x" * 60_000}})
 
     assert_former_survives(checkpoint)
