@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import GPT2ForSequenceClassification
@@ -127,8 +128,7 @@ def statuses(reward: TritonReward) -> set[RewardStatus]:
 
 def stubs_of(server_pid: int) -> list[int]:
     """Process ids of the model processes of a server."""
-    children = Path(f"/proc/{server_pid}/task").glob("*/children")
-    pids = [int(pid) for listing in children for pid in listing.read_text().split()]
+    pids = [child.pid for child in psutil.Process(server_pid).children()]
     stubs = [pid for pid in pids if "stub" in Path(f"/proc/{pid}/cmdline").read_text()]
     assert stubs, "no model process found"
     return stubs

@@ -399,19 +399,23 @@ def test_check_fails_when_the_probe_does(action: Action, kind: type[RewardError]
 
 
 LEAVES_NOTHING = """
-import gc, os, socket, sys, threading, time
+import contextlib, gc, os, socket, sys, threading, time
 from conch.config import RewardConfig
 from conch.rewards.triton_reward import TritonReward
 from tests.fakes.rollouts import rollouts
 
 def sockets():
-    links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
-    return [link for link in links if os.path.islink(link) and os.readlink(link).startswith("socket:")]
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # closed by another thread since it was listed
+            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                found.append(int(name))
+    return found
 
 def connections():
     families = []
-    for link in sockets():
-        with socket.socket(fileno=os.dup(int(os.path.basename(link)))) as copy:
+    for descriptor in sockets():
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as copy:
             families.append(copy.family)
     return [family for family in families if family != socket.AF_UNIX]
 

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from conch.errors import ServerStartError
@@ -158,8 +159,8 @@ def test_nothing_outlives_the_parent(store: Path, number: signal.Signals) -> Non
 
 
 def _children(pid: int) -> list[int]:
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for task in tasks for child in task.read_text().split()]
+    # psutil copes with threads and processes that end while it looks.
+    return [child.pid for child in psutil.Process(pid).children()]
 
 
 def serve(*arguments: str) -> subprocess.Popen[str]:
