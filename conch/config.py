@@ -52,6 +52,16 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless you have read that code."""
 
+    peft_config: dict[str, Any] | None = None
+    """Train an adapter instead of the weights: the keys of peft's `LoraConfig` (`r`, `lora_alpha`,
+    `target_modules`, ...). The reference of PPO is then the model with its adapter off."""
+
+    merge_adapter: bool = False
+    """Save the adapter merged into the weights, for programs that know no adapters, instead of on its own."""
+
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
+
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
         if (self.path is None) == (self.architecture is None):
@@ -60,6 +70,11 @@ class ModelConfig(Section):
             raise ValueError("`architecture` needs `model_type` (for example gpt2)")
         if self.num_layers_unfrozen == 0:
             raise ValueError("`num_layers_unfrozen` is 0: nothing would be trained; use -1 for all layers")
+        if self.peft_config is not None and self.num_layers_unfrozen != -1:
+            raise ValueError(
+                "`peft_config` freezes all but the adapter: leave `num_layers_unfrozen` at -1 and choose "
+                "layers with `peft_config.layers_to_transform`"
+            )
         return self
 
 
@@ -127,6 +142,37 @@ class GenerationConfig(Section):
     """Prompts generated at once per process; a chunk's rewards are requested while the next is generated."""
 
 
+class EvalGenerationConfig(Section):
+    """How completions for evaluation are sampled, where it differs from `generation`.
+
+    One of these may be a list: each value is then evaluated, and its metrics are named `...@key=value`.
+    """
+
+    max_new_tokens: int | list[int] | None = None
+    """As in `generation`; None takes what stands there."""
+
+    temperature: float | list[float] | None = None
+    """As in `generation`; None takes what stands there."""
+
+    top_k: int | list[int] | None = None
+    """As in `generation`; None takes what stands there."""
+
+    top_p: float | list[float] | None = None
+    """As in `generation`; None takes what stands there."""
+
+    do_sample: bool | list[bool] = True
+    """False takes the likeliest token at each step (greedy decoding)."""
+
+    @model_validator(mode="after")
+    def _one_list(self) -> EvalGenerationConfig:
+        swept = [name for name in type(self).model_fields if isinstance(getattr(self, name), list)]
+        if len(swept) > 1:
+            raise ValueError(f"only one key may be a list, not both `{swept[0]}` and `{swept[1]}`")
+        if swept and not getattr(self, swept[0]):
+            raise ValueError(f"`{swept[0]}` is an empty list: give the values to evaluate")
+        return self
+
+
 class RewardConfig(Section):
     """Where rewards come from and what to do when they do not come."""
 
@@ -159,6 +205,10 @@ class RewardConfig(Section):
     weights: dict[str, float] = Field(default_factory=dict)
     """Objective -> weight in the sum, for rewards with several objectives; unnamed objectives weigh 1."""
 
+    delta: bool = False
+    """The reward of a sample is its score less that of a reference answer to the same prompt: each prompt is
+    a dict with an `original_output`, whose score is asked for once."""
+
 
 class TrainConfig(Section):
     """Length, numerics and housekeeping of a run."""
@@ -173,7 +223,12 @@ class TrainConfig(Section):
     """A run's folder is made below: `<output_dir>/<date>/<time>/`."""
 
     run_dir: Path | None = None
-    """Exact folder of the run instead; must not hold another run."""
+    """Exact folder of the run instead; must not hold another run, unless `resume` continues it."""
+
+    resume: str | None = None
+    """Go on with an interrupted run, exactly where a checkpoint left it: the folder of a run or of one of its
+    checkpoints, or `auto` for the run in `run_dir` (without one: the newest below `output_dir`), which starts
+    anew where there is none."""
 
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     """Micro-batches per optimizer update; changes memory, not the result."""
@@ -195,6 +250,17 @@ class TrainConfig(Section):
 
     save_every: int = Field(default=0, ge=0)
     """Save a checkpoint every so many steps; 0 saves only the last. The end of the run always saves."""
+
+    keep_last: int | None = Field(default=None, ge=1)
+    """Checkpoints to keep beside the best one; older ones are deleted. None keeps all."""
+
+    best_metric: str | None = None
+    """Evaluation metric by which the best checkpoint is chosen, for example `eval/reward`; lower is better
+    for names that end in `loss`, else higher. None takes the trainer's own choice: the first metric of
+    `metric_fn`, else `eval/reward`; offline `eval/loss` or the reward model's accuracy or correlation."""
+
+    early_stopping: int = Field(default=0, ge=0)
+    """Stop after so many evaluations in a row without a better `best_metric`; 0 never stops early."""
 
 
 class DataConfig(Section):
@@ -222,6 +288,9 @@ class TrackingConfig(Section):
 
     sample_rows: int = Field(default=16, ge=0)
     """Rows of each table of samples written to `samples/`."""
+
+    rollouts: bool = False
+    """Write every rollout that is trained on to `rollouts/step_N.jsonl`, with its reward and KL."""
 
 
 SectionT = TypeVar("SectionT", bound=Section)

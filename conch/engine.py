@@ -7,11 +7,13 @@ DDP, DeepSpeed and accelerate's accumulation apply, so that gradients are those 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -22,13 +24,19 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     broadcast_object_list,
     gather_object,
+    load,
     set_seed,
 )
 from torch import Tensor, nn
 from transformers import get_scheduler
 
 from conch.config import OptimizerConfig, SchedulerConfig, TrainConfig
-from conch.errors import ConchError, ConfigError, DistributedError
+from conch.errors import CheckpointError, ConchError, ConfigError, DistributedError
+
+# Tied weights are saved once, and loaded as what they are; nobody has to check anything.
+logging.getLogger("accelerate.utils.other").addFilter(
+    lambda record: "Removed shared tensor" not in record.getMessage()
+)
 
 MicroBatchT = TypeVar("MicroBatchT")
 ObjectT = TypeVar("ObjectT")
@@ -237,6 +245,45 @@ class Engine:
     def wait_for_everyone(self) -> None:
         """Barrier."""
         self.accelerator.wait_for_everyone()
+
+    def save_state(self, folder: Path) -> None:
+        """Write weights, optimizer state and every rank's random state; called on all ranks.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        try:
+            self.accelerator.save_state(str(folder))
+        except Exception as error:  # a full disk surfaces as OSError, RuntimeError or safetensors' own type
+            raise CheckpointError(f"the training state in {folder} cannot be written: {error}") from error
+
+    def load_state(self, folder: Path) -> None:
+        """Take up what `save_state` wrote, with the same number of ranks.
+
+        Raises:
+            CheckpointError: it is of another model, or cannot be read.
+        """
+        try:
+            self.accelerator.load_state(str(folder))
+            # accelerate passes over a random state that it cannot restore.
+            written = load(folder / f"random_states_{self.rank}.pkl")["torch_manual_seed"]
+            if not torch.equal(torch.get_rng_state(), written):
+                raise CheckpointError(f"the random state in {folder} was not restored")
+        except CheckpointError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:400]
+            raise CheckpointError(
+                f"the training state in {folder} does not fit this model or its optimizer: {reason}"
+            ) from error
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `save_state` does not hold; plain numbers."""
+        return {"scheduler": self._scheduler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+        self._scheduler.load_state_dict(state["scheduler"])
 
     def close(self) -> None:
         """Leave the process group."""

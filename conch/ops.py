@@ -110,6 +110,20 @@ def kl_estimate(
     return torch.expm1(-log_ratio) + log_ratio
 
 
+def kl_loss_terms(
+    logprobs: Float[Tensor, "B R"], reference_logprobs: Float[Tensor, "B R"], estimator: KLEstimator
+) -> Float[Tensor, "B R"]:
+    """Per-token KL(policy || reference) to be minimised: the value of `estimator`, the gradient of k2.
+
+    For samples of the policy, the gradient of k2, log(p/q) * grad log p, is an unbiased estimate of that of
+    the KL at that token. Differentiating k1 gives a gradient of mean 0, and k3 that of the other direction,
+    KL(reference || policy) (Tang & Munos 2025, arXiv:2506.09477). What a token does to the KL of later ones
+    is left out; the KL in the reward accounts for it.
+    """
+    smooth = kl_estimate(logprobs, reference_logprobs, "k2")
+    return smooth + (kl_estimate(logprobs, reference_logprobs, estimator) - smooth).detach()
+
+
 def at_least_float32(values: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
     """The same values in float32, or untouched where they are float64 already."""
     return values if values.dtype == torch.float64 else values.float()

@@ -63,7 +63,11 @@ def _cannot_create(folder: Path, setting: str, error: OSError) -> str:
 
 
 class Tracker:
-    """Writes metrics and sample tables on rank 0; elsewhere it does nothing. Use as a context manager."""
+    """Writes metrics and sample tables on rank 0; elsewhere it does nothing. Use as a context manager.
+
+    done_steps: where a run goes on, the steps that it has done; later rows of `metrics.jsonl` are cut off,
+        for they come again. None for a new run.
+    """
 
     def __init__(
         self,
@@ -73,18 +77,20 @@ class Tracker:
         total_steps: int,
         desc: str,
         run_config: Section | None = None,
+        done_steps: int | None = None,
     ) -> None:
         self.run_dir = run_dir
         self._config = config
         self._active = is_main_process()
         self._desc = desc
         self._total = total_steps
-        self._start = time.monotonic()
+        self._start, self._first = time.monotonic(), done_steps or 0
         self._bar = progress(total=total_steps, desc=desc)
+        self._bar.update(self._first)
         self._sinks: list[_Sink] = []
         if self._active:
             resolved = run_config.model_dump(mode="json") if run_config else {}
-            self._sinks = _open_sinks(run_dir, config, resolved)
+            self._sinks = _open_sinks(run_dir, config, resolved, done_steps)
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Record one step's metrics (`stage/quantity` -> value); not-a-number values are written as null."""
@@ -131,8 +137,8 @@ class Tracker:
         """One line for about every twentieth of the run, where there is no terminal to draw a bar on."""
         if step % max(1, self._total // 20) and step != self._total:
             return
-        rate = step / max(1e-9, time.monotonic() - self._start)
-        pace = f"({rate:.2f} steps/s, {(self._total - step) / rate:.0f} s left)" if step else ""
+        rate = (step - self._first) / max(1e-9, time.monotonic() - self._start)
+        pace = f"({rate:.2f} steps/s, {(self._total - step) / rate:.0f} s left)" if rate else ""
         _log.info("%s %d/%d  %s  %s", self._desc, step, self._total, text, pace)
 
 
@@ -160,8 +166,11 @@ class _Sink(Protocol):
 class _JsonlSink:
     """One JSON object a line, flushed at once so that a killed run loses nothing."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
+    def __init__(self, run_dir: Path, done_steps: int | None) -> None:
+        path = run_dir / METRICS_FILE
+        if path.exists():
+            _cut_rows(path, -1 if done_steps is None else done_steps)
+        self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Metrics) -> None:
         clean = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
@@ -172,15 +181,31 @@ class _JsonlSink:
         self._file.close()
 
 
+def _cut_rows(path: Path, last_step: int) -> None:
+    """Drop rows of later steps, and a last row that a kill left unfinished."""
+    kept: list[str] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and row.get("step", last_step + 1) <= last_step:
+            kept.append(line)
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(aside, path)
+
+
 class _TensorBoardSink:
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, done_steps: int | None) -> None:
         try:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError as error:
             raise ConfigError(
                 "`tracking.tensorboard` needs the package: pip install 'conch[tensorboard]'"
             ) from error
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+        purge = None if done_steps is None else done_steps + 1
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
 
     def log(self, step: int, metrics: Metrics) -> None:
         for name, value in metrics.items():
@@ -198,13 +223,19 @@ class _WandbSink:
             raise ConfigError("`tracking.wandb` needs the package: pip install 'conch[wandb]'") from error
         has_login = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if has_login else "offline")
+        named = run_dir / "wandb_id.txt"
+        run_id = named.read_text().strip() if named.exists() else None
         try:
-            self._run = wandb.init(project=project, dir=str(run_dir), config=dict(resolved), mode=mode)
+            self._run = wandb.init(
+                project=project, dir=str(run_dir), config=dict(resolved), mode=mode, id=run_id, resume="allow"
+            )
         except wandb.Error as error:
             raise ConfigError(
                 f"`tracking.wandb` cannot start: {str(error).splitlines()[0]}; "
                 "WANDB_MODE=offline logs to the run folder alone"
             ) from error
+
+        named.write_text(f"{self._run.id}\n")
 
     def log(self, step: int, metrics: Metrics) -> None:
         self._run.log(dict(metrics), step=step)
@@ -213,11 +244,13 @@ class _WandbSink:
         self._run.finish()
 
 
-def _open_sinks(run_dir: Path, config: TrackingConfig, resolved: Mapping[str, Any]) -> list[_Sink]:
+def _open_sinks(
+    run_dir: Path, config: TrackingConfig, resolved: Mapping[str, Any], done_steps: int | None
+) -> list[_Sink]:
     others: list[_Sink] = []
     if config.tensorboard:
-        others.append(_TensorBoardSink(run_dir))
+        others.append(_TensorBoardSink(run_dir, done_steps))
     if config.wandb:
         others.append(_WandbSink(run_dir, config.project, resolved))
     # Opened last, so that a run that cannot start leaves no file that says there was one; written to first.
-    return [_JsonlSink(run_dir), *others]
+    return [_JsonlSink(run_dir, done_steps), *others]

@@ -1,53 +1,25 @@
-"""What all trainers share: starting checks and the loop over steps. Functions, not a base class."""
+"""What all trainers share: starting checks, and reports of updates. Functions, not a base class."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from conch.cli import save_resolved
-from conch.config import ModelConfig, Section, TokenizerConfig, TrackingConfig, TrainConfig
+from conch.config import ModelConfig, TokenizerConfig, TrainConfig
 from conch.engine import Engine, UpdateReport
 from conch.errors import ConfigError, ModelError
-from conch.log import get_logger
 from conch.models.loading import (
     check_tokenizer,
     disable_dropout,
     load_causal_lm,
     load_tokenizer,
 )
-from conch.tracking import Tracker, make_run_dir
 from conch.types import Metrics
-
-_log = get_logger(__name__)
-
-
-@runtime_checkable
-class Trainer(Protocol):
-    """What the loop drives."""
-
-    config: Any
-    engine: Engine
-    run_dir: Path
-
-    def step(self) -> Metrics:
-        """One step of training."""
-        ...
-
-    def evaluate(self, tracker: Tracker | None = None, step: int = 0) -> Metrics:
-        """Measure on held-out data; may write tables to `tracker`."""
-        ...
-
-    def save_pretrained(self, folder: Path) -> Path:
-        """Write the model; called on all ranks."""
-        ...
 
 
 def given_or_loaded_lm(given: PreTrainedModel | None, config: ModelConfig) -> PreTrainedModel:
@@ -125,37 +97,6 @@ def update_metrics(reports: Sequence[UpdateReport]) -> Metrics:
         "train/learning_rate": reports[-1].learning_rate,
         "train/skipped_updates": float(sum(report.skipped for report in reports)),
     }
-
-
-def shared_run_dir(engine: Engine, config: TrainConfig) -> Path:
-    """The run's folder, made by rank 0 and known to all ranks."""
-    made: list[str] = []
-    engine.together(lambda: made.append(str(make_run_dir(config))) if engine.is_main else None)
-    return Path(engine.broadcast(made[0] if made else ""))
-
-
-def fit(trainer: Trainer, name: str) -> Path:
-    """Run all steps, with evaluations and checkpoints as `config.train` says; returns the run folder."""
-    config: Section = trainer.config
-    train: TrainConfig = trainer.config.train
-    if trainer.engine.is_main:
-        save_resolved(config, trainer.run_dir / "config.yaml")
-    _log.info("run folder: %s", trainer.run_dir)
-    tracking: TrackingConfig = trainer.config.tracking
-    with Tracker(
-        trainer.run_dir, tracking, total_steps=train.total_steps, desc=name, run_config=config
-    ) as tracker:
-        if train.eval_every:
-            tracker.log(0, trainer.evaluate(tracker, 0))
-        for step in range(1, train.total_steps + 1):
-            last = step == train.total_steps
-            metrics = trainer.step()
-            if train.eval_every and (last or step % train.eval_every == 0):
-                metrics.update(trainer.evaluate(tracker, step))
-            tracker.log(step, metrics)
-            if last or (train.save_every and step % train.save_every == 0):
-                trainer.save_pretrained(trainer.run_dir / "checkpoints" / f"step_{step}")
-    return trainer.run_dir
 
 
 def mean_of_finite(column: Sequence[float]) -> float:

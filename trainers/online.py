@@ -5,9 +5,10 @@ Legend: B rollouts, R response tokens.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,11 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from conch.config import GenerationConfig, Section
+from conch.engine import Engine
 from conch.errors import ConfigError, DataError
 from conch.experience import Sequences
 from conch.models.loading import context_window
-from conch.ops import KLEstimator, Reduce, kl_estimate, masked_mean, masked_sum, only_this_rank
+from conch.ops import KLEstimator, Reduce, kl_estimate, masked_mean
 from conch.rewards.scorer import combine
+from conch.trainers.run import Run
 from conch.types import Metrics, RewardResult, Rollout
 
 MetricFn = Callable[..., Mapping[str, Sequence[float] | float]]
@@ -35,6 +38,9 @@ class KLConfig(Section):
 
     estimator: KLEstimator = "k1"
     """Per-token estimate k; see `conch.ops.kl_estimate`."""
+
+    placement: Literal["reward", "loss"] = "reward"
+    """Whether the KL is taken off the rewards, or added to the loss."""
 
     target: float | None = Field(default=None, gt=0)
     """KL in nats per sample that the weight is steered to; None keeps the weight fixed."""
@@ -57,33 +63,13 @@ class KLController:
         error = min(max(kl / self._config.target - 1, -0.2), 0.2)
         self.coef *= 1 + error * num_samples / self._config.horizon
 
+    def state_dict(self) -> dict[str, float]:
+        """What `load_state_dict` needs to go on from here."""
+        return {"coef": self.coef}
 
-class RunningMoments:
-    """Mean and variance of all scores so far, over all ranks (parallel update of Chan et al. 1979)."""
-
-    def __init__(self) -> None:
-        self.count, self.mean, self.sum_squares = 0.0, 0.0, 0.0
-
-    def update(
-        self, scores: Float[Tensor, " B"], valid: Bool[Tensor, " B"], reduce: Reduce = only_this_rank
-    ) -> None:
-        """Take in this step's scores where `valid` is True."""
-        wide = scores.double()
-        count = float(reduce(valid.sum().double()))
-        if count == 0:
-            return
-        mean = float(masked_mean(wide, valid, reduce))
-        squares = float(reduce(masked_sum((wide - mean) ** 2, valid)))
-        delta, total = mean - self.mean, self.count + count
-        self.sum_squares += squares + delta**2 * self.count * count / total
-        self.mean += delta * count / total
-        self.count = total
-
-    @property
-    def std(self) -> float:
-        """Biased standard deviation; 1 until there is any spread."""
-        std = (self.sum_squares / self.count) ** 0.5 if self.count else 0.0
-        return std if std > 1e-8 else 1.0
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.coef = state["coef"]
 
 
 def total_reward(result: RewardResult, weights: Mapping[str, float]) -> float:
@@ -98,9 +84,23 @@ def total_reward(result: RewardResult, weights: Mapping[str, float]) -> float:
     return combine(result, weights)
 
 
-def reward_metrics(rewards: Sequence[RewardResult], weights: Mapping[str, float], reduce: Reduce) -> Metrics:
-    """Mean and spread of the rewards of all ranks, NaN where there are none, and the share that failed."""
-    raw = torch.tensor([total_reward(reward, weights) for reward in rewards], dtype=torch.float64)
+def reward_metrics(
+    rewards: Sequence[RewardResult], weights: Mapping[str, float], objectives: Sequence[str], reduce: Reduce
+) -> Metrics:
+    """Mean and spread of the rewards of all ranks, NaN where there are none, and the share that failed.
+
+    objectives: where there are several, each one's mean is reported as well; the same on all ranks.
+    """
+    metrics = _spread([total_reward(reward, weights) for reward in rewards], reduce)
+    if len(objectives) > 1:
+        for name in objectives:
+            column = [reward.scores.get(name, math.nan) for reward in rewards]
+            metrics[f"reward/mean/{name}"] = _spread(column, reduce)["reward/mean"]
+    return metrics
+
+
+def _spread(values: Sequence[float], reduce: Reduce) -> Metrics:
+    raw = torch.tensor(values, dtype=torch.float64)
     valid = raw.isfinite()
     share = float(masked_mean(valid.double(), torch.ones_like(valid), reduce))
     mean = float(masked_mean(raw, valid, reduce)) if share else math.nan
@@ -122,6 +122,38 @@ def rollout_metrics(
         "rollout/truncated_fraction": float(masked_mean(cut.float(), everyone, reduce)),
         "rollout/logprob_gap": float(masked_mean(gap, mask, reduce)),
     }
+
+
+def log_rollouts(
+    engine: Engine,
+    run: Run,
+    rollouts: Sequence[Rollout],
+    rewards: Sequence[RewardResult],
+    kl: Float[Tensor, " B"],
+) -> None:
+    """Write what all ranks are about to train on to `rollouts/step_N.jsonl`.
+
+    kl: to the reference, in nats per sample.
+    """
+    rows = [
+        {
+            "prompt": rollout.prompt.text,
+            "output": rollout.completion.text,
+            "finish_reason": rollout.completion.finish_reason,
+            "policy_version": rollout.policy_version,
+            "reward_status": reward.status.value,
+            "scores": dict(reward.scores),
+            "token_scores": reward.token_scores,
+            "kl": nats,
+        }
+        for rollout, reward, nats in zip(rollouts, rewards, kl.tolist(), strict=True)
+    ]
+    rows = engine.gather(rows)
+    if engine.is_main:
+        folder = run.folder / "rollouts"
+        folder.mkdir(exist_ok=True)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"step_{run.step + 1}.jsonl").write_text(text, encoding="utf-8")
 
 
 def mean_kl(

@@ -3,7 +3,7 @@
 For a prompt x and a sampled response y of n tokens (Ziegler et al. 2019, arXiv:1909.08593; Stiennon et al.
 2020, arXiv:2009.01325; Schulman et al. 2017, arXiv:1707.06347, 2016, arXiv:1506.02438):
 
-    r_t   = -c * k(log pi_old(y_t) - log pi_ref(y_t)) + [t = n] * score(x, y),   c the KL weight
+    r_t   = -c * k(log pi_old(y_t) - log pi_ref(y_t)) + shaped reward of token t,   c the KL weight
     A_t   = sum_l (gamma * lambda)^l * delta_{t+l},   delta_t = r_t + gamma * V_{t+1} - V_t,   V_{n+1} = 0
     rho_t = pi(y_t) / pi_old(y_t)
     L_pi  = mean_t max(-A_t * rho_t, -A_t * clip(rho_t, 1 - eps, 1 + eps))
@@ -11,8 +11,9 @@ For a prompt x and a sampled response y of n tokens (Ziegler et al. 2019, arXiv:
 
 Where this differs from common code: means run over the tokens of all ranks at once; advantages are whitened
 over the valid tokens of the whole rollout batch and all ranks; pi_old comes from the trainer's own forward
-pass, not from the sampler; a score is clipped first and scaled second; a sample whose reward failed is masked
-out, never scored 0.
+pass, not from the sampler; scores are shaped in the fixed order of `conch.trainers.shaping`; a sample whose
+reward failed is masked out, never scored 0. With `ppo.kl.placement=loss` the KL leaves r_t, and c times its
+estimate joins the loss, with the gradient of k2 whatever the estimator (`conch.ops.kl_loss_terms`).
 
 Legend: B rollouts, R response tokens, T prompt and response tokens.
 """
@@ -23,7 +24,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -31,10 +32,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from conch.checkpoint import check_space, model_bytes, save_model
+from conch.checkpoint import save_model
 from conch.cli import load_run_config, run_main
 from conch.config import (
     DataConfig,
+    EvalGenerationConfig,
     GenerationConfig,
     ModelConfig,
     OptimizerConfig,
@@ -58,40 +60,40 @@ from conch.ops import (
     clipped_log_ratio,
     entropy,
     kl_estimate,
+    kl_loss_terms,
     logprobs_of_labels,
     masked_mean,
     masked_sum,
     whiten,
 )
-from conch.rewards.scorer import Scorer, combine
+from conch.rewards.delta_reward import DeltaReward, check_originals
+from conch.rewards.scorer import Scorer
 from conch.rewards.source import RewardSource, from_user
 from conch.rollouts.hf_engine import HFEngine
 from conch.tracking import Tracker
 from conch.trainers.common import (
     check_vocabulary,
     evaluating,
-    fit,
     given_or_loaded_lm,
     given_or_loaded_tokenizer,
-    mean_of_finite,
     rows_per_process,
-    shared_run_dir,
     update_metrics,
 )
+from conch.trainers.evaluation import Evaluator, eval_variants
 from conch.trainers.online import (
     KLConfig,
     KLController,
     MetricFn,
-    RunningMoments,
     explained_variance,
     extra_keys,
+    log_rollouts,
     mean_kl,
-    metric_columns,
     reward_metrics,
     rollout_metrics,
     room_for_prompts,
-    total_reward,
 )
+from conch.trainers.run import fit, start_run
+from conch.trainers.shaping import RewardShaper, ShapingConfig
 from conch.types import Metrics, Prompt, RewardResult, Rollout
 
 
@@ -119,23 +121,24 @@ class PPOConfig(Section):
     clip_ratio: float = Field(default=0.2, gt=0)
     """eps of the policy loss."""
 
-    clip_value: float = Field(default=0.2, gt=0)
-    """eps_V of the value loss."""
+    clip_value: float | None = Field(default=0.2, gt=0)
+    """eps_V of the value loss; None does not clip."""
+
+    dual_clip: float | None = Field(default=None, gt=1)
+    """Bounds the loss of a token with negative advantage whose probability has grown (Ye et al. 2020,
+    arXiv:1912.09729, equation 5; they take 3); None does not."""
 
     value_coef: float = Field(default=1.0, ge=0)
     """Weight of the value loss."""
 
+    num_value_layers_unfrozen: int = Field(default=0, ge=0)
+    """Top blocks that the value function has for itself, copied from the policy's; 0 shares them all."""
+
+    whiten_rewards: bool = False
+    """Scale per-token rewards, KL included, to standard deviation 1 without moving their mean."""
+
     kl: KLConfig = KLConfig()
     """Distance to the reference."""
-
-    reward_clip: float | None = Field(default=None, gt=0)
-    """Scores are clipped to plus or minus this, before scaling; None leaves them."""
-
-    reward_scaling: Literal["none", "running"] = "none"
-    """`running` divides scores by their standard deviation over the run so far and over all processes."""
-
-    missing_eos_penalty: float | None = Field(default=None, ge=0)
-    """Taken off the score of a response cut by `max_new_tokens`, after scaling; None takes nothing off."""
 
     @model_validator(mode="after")
     def _kl_weight_stays_positive(self) -> PPOConfig:
@@ -155,7 +158,9 @@ class PPORunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     generation: GenerationConfig = GenerationConfig()
+    eval_generation: EvalGenerationConfig = EvalGenerationConfig()
     reward: RewardConfig = RewardConfig()
+    shaping: ShapingConfig = ShapingConfig()
     ppo: PPOConfig = PPOConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -167,29 +172,19 @@ class PPOBatch:
     """One step's samples, ready to train on. All but `sequences` are [B, R].
 
     loss_mask: True at response tokens of samples that have a reward. old_logprobs, old_values: of the policy
-    that sampled. advantages: whitened. returns: what values are regressed on.
+    that sampled. ref_logprobs: of the reference. advantages: whitened. returns: what values are regressed on.
     """
 
     sequences: Sequences
     loss_mask: Bool[Tensor, "B R"]
     old_logprobs: Float[Tensor, "B R"]
+    ref_logprobs: Float[Tensor, "B R"]
     old_values: Float[Tensor, "B R"]
     advantages: Float[Tensor, "B R"]
     returns: Float[Tensor, "B R"]
 
 
 # --------------------------------------------------------------------------------------------- pure functions
-
-
-def token_rewards(
-    kl: Float[Tensor, "B R"], scores: Float[Tensor, " B"], mask: Bool[Tensor, "B R"], kl_coef: float
-) -> Float[Tensor, "B R"]:
-    """-kl_coef * kl at every response token, and the score at the last. `mask` is True at response tokens."""
-    rewards = torch.where(mask, -kl_coef * kl, torch.zeros_like(kl))
-    lengths = mask.sum(dim=1)
-    rows = torch.nonzero(lengths > 0).squeeze(-1)
-    rewards[rows, lengths[rows] - 1] += scores[rows]
-    return rewards
 
 
 def gae(
@@ -221,21 +216,27 @@ def policy_loss_terms(
     old_logprobs: Float[Tensor, "B R"],
     advantages: Float[Tensor, "B R"],
     clip_ratio: float,
+    dual_clip: float | None = None,
 ) -> tuple[Float[Tensor, "B R"], Float[Tensor, "B R"], Bool[Tensor, "B R"]]:
     """Per-token clipped loss, the ratio, and where the clip was the larger term."""
     ratio = clipped_log_ratio(logprobs, old_logprobs).exp()
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
-    return torch.maximum(plain, clipped), ratio, clipped > plain
+    losses = torch.maximum(plain, clipped)
+    if dual_clip is not None:
+        losses = torch.where(advantages < 0, torch.minimum(losses, -advantages * dual_clip), losses)
+    return losses, ratio, clipped > plain
 
 
 def value_loss_terms(
     values: Float[Tensor, "B R"],
     old_values: Float[Tensor, "B R"],
     returns: Float[Tensor, "B R"],
-    clip_value: float,
+    clip_value: float | None,
 ) -> Float[Tensor, "B R"]:
-    """Per-token squared error, with values kept near the old ones."""
+    """Per-token squared error, with values kept near the old ones unless `clip_value` is None."""
+    if clip_value is None:
+        return 0.5 * (values - returns) ** 2
     near = old_values + (values - old_values).clamp(-clip_value, clip_value)
     return 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2)
 
@@ -268,18 +269,30 @@ class PPOTrainer:
         metadata_keys = extra_keys([*prompts, *(eval_prompts or [])])
         self.source = from_user(reward, config.reward, metadata_keys=metadata_keys)
         engine.together(self.source.check)
-        self.scorer = Scorer(self.source, config.reward, engine.sum_int)
         self.tokenizer = given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path)
+        if config.reward.delta:
+            check_originals([*prompts, *(eval_prompts or [])])
+            self.source = DeltaReward(self.source, self._encode)
+        self.scorer = Scorer(self.source, config.reward, engine.sum_int)
         lm = given_or_loaded_lm(model, config.model)
         check_vocabulary(lm, self.tokenizer)
         self._init_data(lm, prompts, eval_prompts)
-        self.metric_fn = metric_fn
         self.kl_controller = KLController(config.ppo.kl)
-        self.moments = RunningMoments()
+        self.shaper = RewardShaper(config.shaping, config.reward.weights, engine)
         self.policy_version = 0
         self._init_policy(lm)
-        self.run_dir = shared_run_dir(engine, config.train)
-        engine.together(lambda: check_space(self.run_dir, model_bytes(self.policy)))
+        self.evaluator = Evaluator(
+            engine,
+            self.eval_prompts,
+            eval_variants(config.generation, config.eval_generation),
+            self._make_sampler,
+            scorer=self.scorer,
+            weights=config.reward.weights,
+            metric_fn=metric_fn,
+            default_repeats=config.train.eval_repeats,
+        )
+        self.run = start_run(self, self.policy)
+        self.run_dir = self.run.folder
 
     def _init_data(self, lm: PreTrainedModel, prompts: Any, eval_prompts: Any) -> None:
         config, engine = self.config, self.engine
@@ -305,14 +318,17 @@ class PPOTrainer:
             total_updates=config.train.total_steps * config.ppo.epochs * config.ppo.minibatches,
         )
         self.reference = build_reference(lm, config.model.num_layers_unfrozen)
-        self.sampler = HFEngine(
+        self.sampler = self._make_sampler(config.generation)
+        engine.seed_sampling()
+
+    def _make_sampler(self, generation: GenerationConfig) -> HFEngine:
+        return HFEngine(
             lambda: self.policy.lm,
             self.tokenizer,
-            config.generation,
+            generation,
             version=lambda: self.policy_version,
-            autocast=engine.autocast,
+            autocast=self.engine.autocast,
         )
-        engine.seed_sampling()
 
     # ----------------------------------------------------------------------------------------- the four verbs
 
@@ -328,13 +344,10 @@ class PPOTrainer:
         """Rewards of what `rollout` returned last.
 
         Raises:
-            RewardError: on all ranks together, as `reward.on_failure` says.
-            ConfigError: likewise, where `reward.weights` names an objective that the reward does not have.
+            RewardError, ConfigError: on all ranks together; see `Scorer.gather`.
         """
         results = self.scorer.gather()
         assert len(results) == len(rollouts), "score() speaks of the last rollout() only"
-        # Weights for objectives that do not exist show here first, perhaps on one rank only.
-        self.engine.together(lambda: [total_reward(r, self.config.reward.weights) for r in results])
         return results
 
     @torch.no_grad()
@@ -345,24 +358,29 @@ class PPOTrainer:
         logprobs, ref_logprobs, values, spread = self._forward(sequences)
         has_reward = torch.tensor([reward.ok for reward in rewards], device=self.engine.device)
         mask = sequences.response_mask & has_reward.unsqueeze(1)
-        kl = kl_estimate(logprobs, ref_logprobs, config.kl.estimator)
-        scores = self._shape_scores(rollouts, rewards, has_reward)
-        dense = self._dense_rewards(rewards, mask)
-        per_token = token_rewards(kl, scores, mask, self.kl_controller.coef) + dense
+        self._kl_coef = self.kl_controller.coef
+        per_token = self.shaper.shape(rollouts, rewards, mask)
+        if config.kl.placement == "reward":
+            per_token = per_token - self._kl_coef * torch.where(
+                mask, kl_estimate(logprobs, ref_logprobs, config.kl.estimator), torch.zeros_like(logprobs)
+            )
+        if config.whiten_rewards:
+            per_token = whiten(per_token, mask, reduce, shift_mean=False)
         advantages, returns = gae(per_token, values, mask, config.gamma, config.lam)
+        measured = mean_kl(logprobs, ref_logprobs, sequences.response_mask, reduce)
         self.experience_metrics = {
             **self.scorer.metrics(),
-            **reward_metrics(rewards, self.config.reward.weights, reduce),
+            **reward_metrics(rewards, self.config.reward.weights, self.shaper.objectives, reduce),
             **rollout_metrics(rollouts, sequences, logprobs, reduce),
             "policy/entropy": float(masked_mean(spread, sequences.response_mask, reduce)),
-            "policy/kl_coef": self.kl_controller.coef,
+            "policy/kl": measured,
+            "policy/kl_coef": self._kl_coef,
             "value/mean": float(masked_mean(values, mask, reduce)),
             "value/explained_variance": explained_variance(values, returns, mask, reduce),
         }
-        measured = mean_kl(logprobs, ref_logprobs, sequences.response_mask, reduce)
-        self.experience_metrics["policy/kl"] = measured
         self.kl_controller.update(measured, config.rollouts_per_step)
-        return PPOBatch(sequences, mask, logprobs, values, whiten(advantages, mask, reduce), returns)
+        advantages = whiten(advantages, mask, reduce)
+        return PPOBatch(sequences, mask, logprobs, ref_logprobs, values, advantages, returns)
 
     def update(self, batch: PPOBatch) -> Metrics:
         """All epochs and minibatches over one step's samples."""
@@ -401,31 +419,6 @@ class PPOTrainer:
     def _logprobs(self, logits: Tensor, sequences: Sequences) -> Tensor:
         return logprobs_of_labels(logits, sequences.response_ids, self.config.generation.temperature)
 
-    def _shape_scores(
-        self, rollouts: Sequence[Rollout], rewards: Sequence[RewardResult], valid: Tensor
-    ) -> Tensor:
-        """Scalar scores [B]: clipped, then scaled, then less the penalty for no eos; 0 where masked out."""
-        config = self.config.ppo
-        values = [combine(r, self.config.reward.weights) if r.ok and r.scores else 0.0 for r in rewards]
-        scores = torch.tensor(values, device=self.engine.device)
-        if config.reward_clip is not None:
-            scores = scores.clamp(-config.reward_clip, config.reward_clip)
-        if config.reward_scaling == "running":
-            self.moments.update(scores, valid, self.engine.sum)
-            scores = scores / self.moments.std
-        if config.missing_eos_penalty is not None:
-            cut = [rollout.completion.finish_reason == "length" for rollout in rollouts]
-            scores = scores - config.missing_eos_penalty * torch.tensor(cut, device=scores.device).float()
-        return torch.where(valid, scores, torch.zeros_like(scores))
-
-    def _dense_rewards(self, rewards: Sequence[RewardResult], mask: Tensor) -> Tensor:
-        """Per-token rewards [B, R], as they came; 0 for scalar rewards."""
-        dense = torch.zeros(mask.shape, device=mask.device)
-        for row, reward in enumerate(rewards):
-            if reward.token_scores is not None:
-                dense[row, : len(reward.token_scores)] = torch.tensor(reward.token_scores, device=mask.device)
-        return torch.where(mask, dense, torch.zeros_like(dense))
-
     # -------------------------------------------------------------------------------------- parts of `update`
 
     def _update_minibatch(self, batch: PPOBatch) -> tuple[Metrics, UpdateReport]:
@@ -451,7 +444,7 @@ class PPOTrainer:
         output = self.engine.module(sequences.input_ids, sequences.attention_mask, sequences.num_response)
         logprobs = self._logprobs(output.logits, sequences)
         terms, ratio, is_clipped = policy_loss_terms(
-            logprobs, batch.old_logprobs, batch.advantages, config.clip_ratio
+            logprobs, batch.old_logprobs, batch.advantages, config.clip_ratio, config.dual_clip
         )
         value_terms = value_loss_terms(output.values, batch.old_values, batch.returns, config.clip_value)
 
@@ -460,6 +453,9 @@ class PPOTrainer:
 
         policy_loss, value_loss = share(terms), share(value_terms)
         loss = policy_loss + config.value_coef * value_loss
+        if config.kl.placement == "loss":
+            kl = kl_loss_terms(logprobs, batch.ref_logprobs, config.kl.estimator)
+            loss = loss + self._kl_coef * share(kl)
         approx_kl = kl_estimate(batch.old_logprobs, logprobs.detach(), "k3")
         return loss, {
             "train/loss": loss,
@@ -471,6 +467,27 @@ class PPOTrainer:
         }
 
     # ----------------------------------------------------------------------------------------------- the loop
+
+    @property
+    def default_best_metric(self) -> str:
+        """The first metric of the user's `metric_fn`, else the reward."""
+        return self.evaluator.gold_metric or "eval/reward"
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `conch.trainers.run.Trainer`."""
+        return {
+            "stream": self.stream.state_dict(),
+            "kl_controller": self.kl_controller.state_dict(),
+            "shaper": self.shaper.state_dict(),
+            "policy_version": self.policy_version,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+        self.stream.load_state_dict(state["stream"])
+        self.kl_controller.load_state_dict(state["kl_controller"])
+        self.shaper.load_state_dict(state["shaper"])
+        self.policy_version = state["policy_version"]
 
     def fit(self) -> Path:
         """Train for `train.total_steps` steps; returns the run folder."""
@@ -486,6 +503,10 @@ class PPOTrainer:
         marks.append(time.perf_counter())
         batch = self.experience(rollouts, rewards)
         marks.append(time.perf_counter())
+        if self.config.tracking.rollouts:
+            kl = batch.old_logprobs - batch.ref_logprobs
+            mask = batch.sequences.response_mask
+            log_rollouts(self.engine, self.run, rollouts, rewards, torch.where(mask, kl, 0.0).sum(dim=1))
         metrics = {**self.experience_metrics, **self.update(batch)}
         marks.append(time.perf_counter())
         phases = ("rollout", "score", "experience", "update")
@@ -502,19 +523,9 @@ class PPOTrainer:
 
         Returns the mean reward, means of the user's metrics, and the KL to the start in nats per sample.
         """
-        repeats = repeats or self.config.train.eval_repeats
-        prompts = [prompt for prompt in self.eval_prompts for _ in range(repeats)]
-        rollouts = self.rollout(prompts[self.engine.rank :: self.engine.num_ranks])
-        kl = self.kl_to_start(rollouts)
-        rewards = self.score(rollouts)
-        values = [total_reward(reward, self.config.reward.weights) for reward in rewards]
-        rollouts, values = self.engine.gather(rollouts), self.engine.gather(values)
-        columns = {"reward": values, **metric_columns(self.metric_fn, rollouts)}
-        if tracker is not None:
-            texts = [(rollout.prompt.text, rollout.completion.text) for rollout in rollouts]
-            rows = [[*pair, *numbers] for pair, *numbers in zip(texts, *columns.values(), strict=True)]
-            tracker.table("eval", step, ["prompt", "output", *columns], rows)
-        return {"eval/kl": kl, **{f"eval/{name}": mean_of_finite(column) for name, column in columns.items()}}
+        return self.evaluator.run(
+            tracker, step, repeats=repeats, extra=lambda rollouts: {"eval/kl": self.kl_to_start(rollouts)}
+        )
 
     @torch.no_grad()
     def kl_to_start(self, rollouts: Sequence[Rollout]) -> float:
@@ -553,6 +564,9 @@ class PPOTrainer:
         """Stop the reward client and leave the process group."""
         self.source.close()
         self.engine.close()
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
 
     @property
     def _pad_id(self) -> int:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedTokenizerBase
 
-from conch.checkpoint import check_space, model_bytes, save_model
+from conch.checkpoint import save_model
 from conch.cli import load_run_config, run_main
 from conch.config import (
     DataConfig,
@@ -50,12 +50,11 @@ from conch.tracking import Tracker
 from conch.trainers.common import (
     check_vocabulary,
     evaluating,
-    fit,
     given_or_loaded_tokenizer,
     rows_per_process,
-    shared_run_dir,
     update_metrics,
 )
+from conch.trainers.run import fit, start_run
 from conch.types import DEFAULT_OBJECTIVE, Metrics
 
 METADATA_FILE = "reward_model.json"
@@ -185,7 +184,7 @@ class RewardModelTrainer:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.config = config
-        self.engine = engine = Engine(config.train)
+        self.engine = Engine(config.train)
         self.tokenizer = given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path)
         if self.tokenizer.pad_token_id == self.tokenizer.eos_token_id:
             raise ModelError(
@@ -199,8 +198,8 @@ class RewardModelTrainer:
             )
         self.samples, self.eval_samples = samples, eval_samples or []
         self._init_model()
-        self.run_dir = shared_run_dir(engine, config.train)
-        engine.together(lambda: check_space(self.run_dir, model_bytes(self.model)))
+        self.run = start_run(self, self.model)
+        self.run_dir = self.run.folder
 
     def _init_model(self) -> None:
         config, engine = self.config, self.engine
@@ -268,6 +267,11 @@ class RewardModelTrainer:
         wanted = self.engine.gather([float(row["score"]) for row in mine])
         return {**metrics, "eval/spearman": rank_correlation([score for (score,) in predicted], wanted)}
 
+    @property
+    def default_best_metric(self) -> str:
+        """The metric that decides which checkpoint is best."""
+        return "eval/accuracy" if self._kind is Pairs else "eval/spearman"
+
     def fit(self) -> Path:
         """Train for `train.total_steps` optimizer updates; returns the run folder."""
         return fit(self, "reward_model")
@@ -290,6 +294,14 @@ class RewardModelTrainer:
 
         self.engine.together(write)
         return folder
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `conch.trainers.run.Trainer`."""
+        return {"stream": self.stream.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+        self.stream.load_state_dict(state["stream"])
 
     def close(self) -> None:
         """Leave the process group."""

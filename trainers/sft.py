@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from conch.checkpoint import check_space, model_bytes, save_model
+from conch.checkpoint import save_model
 from conch.cli import load_run_config, run_main
 from conch.config import (
     DataConfig,
@@ -43,13 +44,12 @@ from conch.tracking import Tracker
 from conch.trainers.common import (
     check_vocabulary,
     evaluating,
-    fit,
     given_or_loaded_lm,
     given_or_loaded_tokenizer,
     rows_per_process,
-    shared_run_dir,
     update_metrics,
 )
+from conch.trainers.run import fit, start_run
 from conch.types import Metrics
 
 Sample = str | Mapping[str, str]
@@ -106,8 +106,8 @@ class SFTTrainer:
         self.stream = IndexStream(len(self.samples), config.train.seed, engine.rank, engine.num_ranks)
         engine.prepare(self.lm, config.optimizer, config.scheduler, total_updates=config.train.total_steps)
         engine.seed_sampling()
-        self.run_dir = shared_run_dir(engine, config.train)
-        engine.together(lambda: check_space(self.run_dir, model_bytes(self.lm)))
+        self.run = start_run(self, self.lm)
+        self.run_dir = self.run.folder
 
     def experience(self, samples: Sequence[TokenizedSample]) -> TokenBatch:
         """Pad samples into a batch."""
@@ -145,6 +145,11 @@ class SFTTrainer:
         totals = self.engine.sum(totals)
         return {"eval/loss": float(totals[0] / totals[1])} if self.eval_samples else {}
 
+    @property
+    def default_best_metric(self) -> str:
+        """The metric that decides which checkpoint is best."""
+        return "eval/loss"
+
     def fit(self) -> Path:
         """Train for `train.total_steps` optimizer updates; returns the run folder."""
         return fit(self, "sft")
@@ -155,6 +160,14 @@ class SFTTrainer:
             lambda: save_model(folder, self.lm, self.tokenizer) if self.engine.is_main else None
         )
         return folder
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `conch.trainers.run.Trainer`."""
+        return {"stream": self.stream.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+        self.stream.load_state_dict(state["stream"])
 
     def close(self) -> None:
         """Leave the process group."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from conch.errors import DataError
+
 
 @dataclass
 class IndexStream:
@@ -48,8 +50,17 @@ class IndexStream:
 
     def state_dict(self) -> dict[str, int]:
         """What `load_state_dict` needs to go on from here."""
-        return {"position": self.position}
+        return {"position": self.position, "length": self.length}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            DataError: this dataset has another number of rows.
+        """
+        if state["length"] != self.length:
+            raise DataError(
+                f"the run to go on with had {state['length']} rows of data, here are {self.length}: give it "
+                "the same data"
+            )
         self.position = state["position"]

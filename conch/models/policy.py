@@ -59,9 +59,7 @@ class PolicyWithValue(nn.Module):
 
         attention_mask: True at real tokens, False at padding on either side.
         """
-        with _captured_input(self.lm) as captured:
-            logits = response_logits(self.lm, input_ids, attention_mask, num_response)
-        states = captured[0][:, -num_response - 1 : -1]
+        logits, states = response_logits_and_states(self.lm, input_ids, attention_mask, num_response)
         return PolicyOutput(logits, self.value_head(states))
 
 
@@ -79,8 +77,17 @@ def response_logits(
     return output.logits[:, -num_response - 1 : -1]
 
 
+def response_logits_and_states(
+    lm: PreTrainedModel, input_ids: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], num_response: int
+) -> tuple[Float[Tensor, "B R V"], Float[Tensor, "B R D"]]:
+    """As `response_logits`, with the hidden states that these logits were computed from."""
+    with captured_head_input(lm) as captured:
+        logits = response_logits(lm, input_ids, attention_mask, num_response)
+    return logits, captured[0][:, -num_response - 1 : -1]
+
+
 @contextmanager
-def _captured_input(lm: PreTrainedModel) -> Iterator[list[Tensor]]:
+def captured_head_input(lm: PreTrainedModel) -> Iterator[list[Tensor]]:
     """Collect what the language-model head reads: the trunk's last hidden states, final norm included.
 
     Reading them here instead of through `output_hidden_states` keeps one layer's states instead of all.

@@ -52,6 +52,7 @@ class Scorer:
         self._agree = agree
         self._pending: list[tuple[list[Rollout], Future[list[RewardResult]]]] = []
         self._metrics: Metrics = {}
+        self._weights_fit = False
         self._submits = 0
         self._traffic_before = self._traffic()
         self._wait_s = 0.0
@@ -68,6 +69,7 @@ class Scorer:
 
         Raises:
             RewardUnavailableError, RewardInvalidError: on every rank, as `on_failure` says.
+            ConfigError: likewise, where `weights` names an objective that the reward does not have.
         """
         pending, self._pending = self._pending, []
         self._wait_s = 0.0
@@ -79,6 +81,7 @@ class Scorer:
         self._metrics = self._measure(results)
         if counts.failed > self._tolerated(counts.total):
             raise self._error(results, counts)
+        self._check_weights(results)
         return results
 
     def metrics(self) -> Metrics:
@@ -115,6 +118,21 @@ class Scorer:
             wrong = f"reward {self._source.name} gave {len(results)} results for {len(chunk)} samples"
             return _all_invalid(chunk, wrong)
         return results
+
+    def _check_weights(self, results: Sequence[RewardResult]) -> None:
+        """What objectives there are shows with the first results, perhaps on some ranks only."""
+        if self._weights_fit:
+            return
+        problem: ConfigError | None = None
+        try:
+            for result in results:
+                if result.ok and result.token_scores is None:
+                    combine(result, self._config.weights)
+        except ConfigError as error:
+            problem = error
+        if self._agree(int(problem is not None)):
+            raise problem or ConfigError("reward.weights does not fit the reward, as other ranks say")
+        self._weights_fit = True
 
     def _count(self, results: Sequence[RewardResult]) -> _Counts:
         away = sum(result.status.is_infrastructure for result in results)

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from conch.config import TrainConfig
 from conch.engine import Engine
 from conch.errors import ConchError, ConfigError
-from conch.trainers.online import RunningMoments
+from conch.trainers.shaping import RunningMoments
 from conch.types import RewardResult, RewardStatus
 from tests.runs import (
     LINEAR_ADAM,
@@ -108,10 +108,8 @@ def ppo(folder: Path) -> dict[str, Any]:
         optimizer=LINEAR_ADAM,
         ppo={
             "kl": {"coef": 0.2, "target": 0.01, "horizon": 100},
-            "reward_clip": 5.0,
-            "reward_scaling": "running",
-            "missing_eos_penalty": 1.0,
         },
+        shaping={"clip": 5.0, "scaling": "running", "missing_eos_penalty": 1.0},
     )
     rank, ranks = trainer.engine.rank, trainer.engine.num_ranks
     found: dict[str, Any] = {}
@@ -119,7 +117,7 @@ def ppo(folder: Path) -> dict[str, Any]:
         batch = trainer.experience(ROLLOUTS[rank::ranks], REWARDS[rank::ranks])
         metrics = {**trainer.experience_metrics, **trainer.update(batch)}
         found |= {f"{name} {step}": value for name, value in numbers(metrics).items()}
-    moments = trainer.moments
+    moments = trainer.shaper.moments
     own_tokens = int(batch.loss_mask.sum())
     assert ranks == 1 or trainer.engine.sum_int(own_tokens) != ranks * own_tokens, "token counts are equal"
     return {

@@ -204,3 +204,18 @@ def test_clipped_log_ratio_keeps_the_ratio_finite() -> None:
         torch.tensor([[0.0, -1.0, -500.0]]), torch.tensor([[-500.0, -1.5, 0.0]])
     ).exp()
     assert ratio.isfinite().all() and ratio[0, 1].item() == pytest.approx(math.exp(0.5))
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_loss_has_the_gradient_of_the_kl(estimator: ops.KLEstimator) -> None:
+    """Over all tokens of a categorical, weighted by their probability, against the analytic gradient."""
+    logits = torch.tensor([0.3, -1.0, 0.7], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64).log()
+    logprobs = logits.log_softmax(0)
+    weights = logprobs.exp().detach()
+    terms = ops.kl_loss_terms(logprobs.unsqueeze(0), reference.unsqueeze(0), estimator)[0]
+    (found,) = torch.autograd.grad((weights * terms).sum(), logits, retain_graph=True)
+    (expected,) = torch.autograd.grad((logprobs.exp() * (logprobs - reference)).sum(), logits)
+    torch.testing.assert_close(found, expected)
+    estimate = ops.kl_estimate(logprobs.unsqueeze(0), reference.unsqueeze(0), estimator)[0]
+    torch.testing.assert_close(terms, estimate)

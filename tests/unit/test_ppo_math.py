@@ -18,7 +18,6 @@ from conch.trainers.common import mean_of_finite
 from conch.trainers.online import (
     KLConfig,
     KLController,
-    RunningMoments,
     explained_variance,
     extra_keys,
     mean_kl,
@@ -31,9 +30,9 @@ from conch.trainers.ppo import (
     PPOConfig,
     gae,
     policy_loss_terms,
-    token_rewards,
     value_loss_terms,
 )
+from conch.trainers.shaping import RunningMoments, at_last_token
 from conch.types import RewardResult, RewardStatus
 from tests.runs import EOS, PAD, letters_rollout, scored
 
@@ -53,17 +52,15 @@ def valid_positions() -> Iterator[tuple[int, int]]:
 # ------------------------------------------------------------------------------------------ rewards per token
 
 
-def test_token_rewards_have_kl_at_every_token_and_the_score_at_the_last() -> None:
-    kl = torch.tensor([[1.0, 2.0, 3.0, NAN], [5.0, NAN, NAN, NAN]])
+def test_scores_stand_at_the_last_token_of_their_response() -> None:
     mask = torch.tensor([[True, True, True, False], [True, False, False, False]])
-    rewards = token_rewards(kl, torch.tensor([10.0, 20.0]), mask, kl_coef=0.5)
-    assert rewards.tolist() == [[-0.5, -1.0, 8.5, 0.0], [17.5, 0.0, 0.0, 0.0]]
+    placed = at_last_token(torch.tensor([10.0, 20.0]), mask)
+    assert placed.tolist() == [[0.0, 0.0, 10.0, 0.0], [20.0, 0.0, 0.0, 0.0]]
 
 
-def test_token_rewards_of_an_empty_response_are_zero() -> None:
+def test_score_of_an_empty_response_has_no_place() -> None:
     mask = torch.tensor([[False, False], [True, True]])
-    rewards = token_rewards(torch.zeros(2, 2), torch.tensor([7.0, 1.0]), mask, kl_coef=0.1)
-    assert rewards.tolist() == [[0, 0], [0, 1]]
+    assert at_last_token(torch.tensor([7.0, 1.0]), mask).tolist() == [[0, 0], [0, 1]]
 
 
 # ------------------------------------------------------------------------------------------------- advantages
@@ -161,6 +158,26 @@ def test_fixed_controller_stays() -> None:
     assert controller.coef == 0.1
 
 
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "expected"),
+    [
+        (-1.0, 10.0, 3.0),  # would be 10: bounded
+        (-1.0, 2.0, 2.0),  # below the bound
+        (1.0, 10.0, -1.2),  # positive: the ordinary clip alone
+        (1.0, 0.1, -0.1),
+    ],
+)
+def test_dual_clip_bounds_negative_advantages_alone(advantage: float, ratio: float, expected: float) -> None:
+    new, old = torch.tensor([[math.log(ratio)]]), torch.zeros(1, 1)
+    losses, _, _ = policy_loss_terms(new, old, torch.tensor([[advantage]]), 0.2, dual_clip=3.0)
+    assert float(losses) == pytest.approx(expected)
+
+
+def test_values_without_a_clip_are_a_plain_squared_error() -> None:
+    terms = value_loss_terms(torch.tensor([[3.0]]), torch.tensor([[0.0]]), torch.tensor([[1.0]]), None)
+    assert terms.item() == 2.0
+
+
 # -------------------------------------------------------------------------------------------- running moments
 
 
@@ -210,14 +227,22 @@ def test_total_reward_refuses_a_weight_for_no_objective() -> None:
 
 
 def test_reward_metrics_leave_failures_out() -> None:
-    metrics = reward_metrics(scored(1.0, None, 4.0, None), {}, only_this_rank)
+    metrics = reward_metrics(scored(1.0, None, 4.0, None), {}, ["reward"], only_this_rank)
     assert metrics == {"reward/mean": 2.5, "reward/std": 1.5, "reward/failed_fraction": 0.5}
 
 
 def test_reward_metrics_of_failures_alone_are_no_zero() -> None:
-    metrics = reward_metrics(scored(None, None), {}, only_this_rank)
+    metrics = reward_metrics(scored(None, None), {}, [], only_this_rank)
     assert math.isnan(metrics["reward/mean"]) and math.isnan(metrics["reward/std"])
     assert metrics["reward/failed_fraction"] == 1.0
+
+
+def test_reward_metrics_name_the_objectives_where_there_are_several() -> None:
+    both = RewardResult(RewardStatus.OK, scores={"truth": 2.0, "style": 3.0})
+    one = RewardResult(RewardStatus.OK, scores={"truth": 4.0, "style": 0.0})
+    metrics = reward_metrics([both, one], {"style": 0.5}, ["style", "truth"], only_this_rank)
+    assert metrics["reward/mean/truth"] == 3.0 and metrics["reward/mean/style"] == 1.5
+    assert metrics["reward/mean"] == (3.5 + 4.0) / 2
 
 
 def test_rollout_metrics_count_truncated_and_mask_padding() -> None:

@@ -153,7 +153,7 @@ def test_kl_of_every_token_is_taken_off(run_dir: Path) -> None:
 
 
 def test_missing_eos_is_penalised_and_counted(run_dir: Path) -> None:
-    trainer = ppo_trainer(run_dir, ppo=plain(missing_eos_penalty=10.0))
+    trainer = ppo_trainer(run_dir, ppo=plain(), shaping={"missing_eos_penalty": 10.0})
     expected = [score - (10.0 if index in (2, 7) else 0.0) for index, score in enumerate(SCORES)]
     assert returns_of(trainer, scored(*SCORES)) == pytest.approx(expected)
     assert trainer.experience_metrics["rollout/truncated_fraction"] == 2 / 8
@@ -161,9 +161,8 @@ def test_missing_eos_is_penalised_and_counted(run_dir: Path) -> None:
 
 
 def test_scores_are_clipped_first_and_scaled_second(run_dir: Path) -> None:
-    trainer = ppo_trainer(
-        run_dir, ppo=plain(reward_clip=2.0, reward_scaling="running", missing_eos_penalty=5.0)
-    )
+    shaping = {"clip": 2.0, "scaling": "running", "missing_eos_penalty": 5.0}
+    trainer = ppo_trainer(run_dir, ppo=plain(), shaping=shaping)
     rewards = scored(10.0, -10.0, 2.0, -2.0, 0.0, 0.0, None, 0.0)
     # Clipped 2, -2, 2, -2, 0, 0, 0: variance 16 / 7 without the failure; the penalty is not scaled.
     std = math.sqrt(16 / 7)
@@ -215,6 +214,96 @@ def test_experience_of_a_sample_does_not_depend_on_its_neighbours(run_dir: Path)
         for name in ("old_logprobs", "old_values", "returns"):
             one, many = getattr(alone, name)[0, :length], getattr(together, name)[row, :length]
             torch.testing.assert_close(one, many, rtol=1e-4, atol=1e-5)
+
+
+def test_kl_in_the_loss_leaves_the_rewards_alone(run_dir: Path) -> None:
+    start = policy()
+    trainer = ppo_trainer(
+        run_dir,
+        lm=copy.deepcopy(start),
+        optimizer={"learning_rate": 1e-6},
+        ppo={"lam": 1.0, "value_coef": 0.0, "kl": {"coef": 0.3, "placement": "loss", "estimator": "k3"}},
+    )
+    shake(trainer.policy.lm, 0.05)
+    batch = trainer.experience(ROLLOUTS, scored(*SCORES))
+    assert batch.returns[:, 0].tolist() == pytest.approx(SCORES, abs=1e-5)
+    metrics = trainer.update(batch)
+    k3, tokens = 0.0, 0
+    for rollout in ROLLOUTS:
+        ratio = token_logprobs(start, rollout) - token_logprobs(trainer.policy.lm, rollout)
+        k3, tokens = k3 + float((ratio.exp() - 1 - ratio).sum()), tokens + len(ratio)
+    assert k3 / tokens > 1e-3
+    kl_loss = metrics["train/loss"] - metrics["train/policy_loss"]
+    assert kl_loss == pytest.approx(0.3 * k3 / tokens, rel=1e-3)
+
+
+def test_whitened_rewards_keep_their_mean(run_dir: Path) -> None:
+    trainer = ppo_trainer(run_dir, ppo=plain(whiten_rewards=True))
+    raw = torch.zeros(8, 6)
+    for row, rollout in enumerate(ROLLOUTS):
+        raw[row, len(rollout.completion.token_ids) - 1] = SCORES[row]
+    mask = trainer.experience(ROLLOUTS, scored(*SCORES)).loss_mask
+    std = float(raw[:, : mask.shape[1]][mask].std(correction=0))
+    expected = [score / std for score in SCORES]
+    assert returns_of(trainer, scored(*SCORES)) == pytest.approx(expected, abs=1e-5)
+
+
+def test_reference_scaling_divides_by_the_spread_of_the_first_step(run_dir: Path) -> None:
+    trainer = ppo_trainer(run_dir, ppo=plain(), shaping={"scaling": "reference"})
+    std = float(torch.tensor(SCORES).std(correction=0))
+    assert returns_of(trainer, scored(*SCORES))[0] == pytest.approx(1.0 / std)
+    assert returns_of(trainer, scored(*[score * 10 for score in SCORES]))[0] == pytest.approx(10.0 / std)
+
+
+def test_delta_reward_is_what_an_output_is_better_by(run_dir: Path) -> None:
+    prompts = [{"prompt": letter, "original_output": "ae" * n} for n, letter in enumerate("abcd")]
+    trainer = ppo_trainer(
+        run_dir,
+        prompts=prompts,
+        reward={"delta": True},
+        reward_fn=lambda outputs, **_: [float(len(output)) for output in outputs],
+    )
+    rollouts = trainer.rollout(trainer.prompts)
+    found = [result.scores["reward"] for result in trainer.score(rollouts)]
+    assert found == [len(rollout.completion.text) - 2 * n for n, rollout in enumerate(rollouts)]
+
+
+def test_delta_reward_without_an_original_is_refused(run_dir: Path) -> None:
+    with pytest.raises(DataError, match=r"prompt 1 has none.*original_output"):
+        ppo_trainer(run_dir, reward={"delta": True}, prompts=[{"prompt": "a", "original_output": "b"}, "c"])
+
+
+def test_rollouts_are_written_where_asked_for(run_dir: Path) -> None:
+    trainer = ppo_trainer(run_dir, tracking={"rollouts": True}, train={"total_steps": 2})
+    trainer.fit()
+    rows = [json.loads(line) for line in (run_dir / "rollouts" / "step_2.jsonl").read_text().splitlines()]
+    assert len(rows) == 8
+    vowels = [sum(letter in "ae" for letter in row["output"]) for row in rows]
+    assert [row["scores"]["reward"] for row in rows] == vowels
+    assert {row["policy_version"] for row in rows} == {1} and any(row["kl"] != 0.0 for row in rows)
+
+
+def test_evaluation_sweeps_one_argument(run_dir: Path) -> None:
+    sweep = {"max_new_tokens": [1, 4], "temperature": 0.5}
+    metrics = ppo_trainer(
+        run_dir,
+        eval_generation=sweep,
+        metric_fn=lambda outputs, **_: {"length": [len(output) for output in outputs]},
+    ).evaluate(repeats=4)
+    assert metrics["eval/length@max_new_tokens=1"] <= 1 < metrics["eval/length@max_new_tokens=4"]
+    assert metrics["eval/length"] == metrics["eval/length@max_new_tokens=4"]
+    assert {"eval/reward@max_new_tokens=1", "eval/kl@max_new_tokens=4"} < metrics.keys()
+
+
+def test_greedy_evaluation_gives_the_same_output_each_time(run_dir: Path) -> None:
+    seen: list[tuple[str, str]] = []
+
+    def metric(prompts: Sequence[str], outputs: Sequence[str], **_: Any) -> dict[str, Any]:
+        seen.extend(zip(prompts, outputs, strict=True))
+        return {}
+
+    ppo_trainer(run_dir, eval_generation={"do_sample": False}, metric_fn=metric).evaluate(repeats=5)
+    assert len(seen) == 5 * len(PROMPTS) and len(set(seen)) == len(PROMPTS)
 
 
 # ------------------------------------------------------------------------------------------ failures and gaps
@@ -287,7 +376,13 @@ def off_policy_batch(trainer: PPOTrainer) -> PPOBatch:
     with torch.no_grad():
         logprobs, _, values, _ = trainer._forward(sequences)
     return PPOBatch(
-        sequences, mask, logprobs + 0.4 * noise(), values + 0.4 * noise(), noise(), values + noise()
+        sequences,
+        mask,
+        old_logprobs=logprobs + 0.4 * noise(),
+        ref_logprobs=logprobs,
+        old_values=values + 0.4 * noise(),
+        advantages=noise(),
+        returns=values + noise(),
     )
 
 
@@ -448,6 +543,18 @@ def test_fit_learns_the_reward_and_saves(run_dir: Path) -> None:
             ConfigError,
             r"`generation.max_new_tokens` = 16 .* of 16",
         ),
+        (
+            {"eval_generation": {"temperature": [0.5, 0.0]}},
+            ConfigError,
+            r"(?s)`eval_generation`.*`temperature`.*greater than 0",
+        ),
+        (
+            {"eval_generation": {"temperature": [0.5], "top_k": [1]}},
+            ConfigError,
+            r"only one key may be a list, not both `temperature` and `top_k`",
+        ),
+        ({"generation": {"temperature": [0.5, 1.0]}}, ConfigError, r"`generation\.temperature`"),
+        ({"shaping": {"reference_std": 2.0}}, ConfigError, r"`reference_std` needs `scaling: reference`"),
         ({"prompts": []}, DataError, "empty"),
         ({"prompts": ["a" * 12]}, DataError, r"prompt 0 has 12"),
         (

@@ -1,0 +1,136 @@
+"""Evaluation by sampling, shared by the trainers whose models write: a reward, the user's metrics, a table,
+for each value of a swept generation argument."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from conch.config import EvalGenerationConfig, GenerationConfig, load
+from conch.engine import Engine
+from conch.errors import ConfigError
+from conch.rewards.scorer import Scorer
+from conch.tracking import Tracker
+from conch.trainers.common import mean_of_finite
+from conch.trainers.online import MetricFn, metric_columns, total_reward
+from conch.types import Metrics, Prompt, Rollout, RolloutEngine
+
+GenerationT = TypeVar("GenerationT", bound=GenerationConfig)
+_NOT_GENERATION = "do_sample"
+
+
+@dataclass(frozen=True)
+class Variant(Generic[GenerationT]):
+    """One way to generate that is evaluated. suffix: of its metrics, `@beta=100` in a sweep, else empty."""
+
+    suffix: str
+    generation: GenerationT
+    greedy: bool
+
+
+def eval_variants(base: GenerationT, over: EvalGenerationConfig) -> list[Variant[GenerationT]]:
+    """`base` with what `over` sets, once for each value of the key that is a list.
+
+    Raises:
+        ConfigError: `over` holds a value that `base` would refuse.
+    """
+    given = {name: value for name, value in over.model_dump().items() if value is not None}
+    swept = next((name for name, value in given.items() if isinstance(value, list)), None)
+    if swept is None:
+        return [_variant("", base, given)]
+    values = given.pop(swept)
+    return [_variant(f"@{swept}={value:g}", base, {**given, swept: value}) for value in values]
+
+
+def _variant(suffix: str, base: GenerationT, changed: Mapping[str, Any]) -> Variant[GenerationT]:
+    generation = {name: value for name, value in changed.items() if name != _NOT_GENERATION}
+    try:
+        made = load(type(base), {**base.model_dump(), **generation})
+    except ConfigError as error:
+        raise ConfigError(f"`eval_generation`: {error}") from None
+    return Variant(suffix, made, greedy=not changed.get(_NOT_GENERATION, True))
+
+
+class Evaluator:
+    """Samples completions of evaluation prompts on all ranks and measures them.
+
+    make_sampler: gives an engine for a generation config. scorer: None measures without a reward.
+    weights: of the reward's objectives. default_repeats: completions per prompt.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: Sequence[Prompt],
+        variants: Sequence[Variant[Any]],
+        make_sampler: Callable[[Any], RolloutEngine],
+        *,
+        scorer: Scorer | None,
+        weights: Mapping[str, float],
+        metric_fn: MetricFn | None,
+        default_repeats: int,
+    ) -> None:
+        self._engine = engine
+        self._prompts = prompts
+        self._samplers = [(variant, make_sampler(variant.generation)) for variant in variants]
+        self._scorer = scorer
+        self._weights = weights
+        self._metric_fn = metric_fn
+        self._default_repeats = default_repeats
+        self.gold_metric: str | None = None
+        """The first metric of `metric_fn`, as `eval/<name>`; known after the first evaluation."""
+
+    def run(
+        self,
+        tracker: Tracker | None = None,
+        step: int = 0,
+        *,
+        repeats: int | None = None,
+        extra: Callable[[list[Rollout]], Metrics] | None = None,
+    ) -> Metrics:
+        """Metrics `eval/<name>` of every variant; in a sweep those without a suffix are of its last value.
+
+        repeats: completions per prompt instead of the default. extra: measures this rank's rollouts, with
+            collectives if it likes; gives metrics that are the same on all ranks.
+
+        Raises:
+            RewardError, DataError: on all ranks.
+        """
+        prompts = [prompt for prompt in self._prompts for _ in range(repeats or self._default_repeats)]
+        mine = prompts[self._engine.rank :: self._engine.num_ranks]
+        metrics: Metrics = {}
+        for variant, sampler in self._samplers:
+            found = self._measure(variant, sampler, mine, tracker, step, extra)
+            metrics |= {f"{name}{variant.suffix}": value for name, value in found.items()}
+            metrics |= found
+        return metrics
+
+    def _measure(
+        self,
+        variant: Variant[Any],
+        sampler: RolloutEngine,
+        prompts: Sequence[Prompt],
+        tracker: Tracker | None,
+        step: int,
+        extra: Callable[[list[Rollout]], Metrics] | None,
+    ) -> Metrics:
+        rollouts: list[Rollout] = []
+        for chunk in sampler.generate(prompts, greedy=variant.greedy):
+            if self._scorer is not None:
+                self._scorer.submit(chunk)
+            rollouts.extend(chunk)
+        metrics = extra(rollouts) if extra is not None else {}
+        columns: dict[str, list[float]] = {}
+        if self._scorer is not None:
+            values = [total_reward(result, self._weights) for result in self._scorer.gather()]
+            columns["reward"] = self._engine.gather(values)
+        rollouts = self._engine.gather(rollouts)
+        gold = metric_columns(self._metric_fn, rollouts)
+        self.gold_metric = next((f"eval/{name}" for name in gold), None)
+        columns |= gold
+        if tracker is not None:
+            texts = [(rollout.prompt.text, rollout.completion.text) for rollout in rollouts]
+            rows = [[*pair, *numbers] for pair, *numbers in zip(texts, *columns.values(), strict=True)]
+            tracker.table(f"eval{variant.suffix}", step, ["prompt", "output", *columns], rows)
+        return metrics | {f"eval/{name}": mean_of_finite(column) for name, column in columns.items()}
