@@ -41,6 +41,11 @@ logging.getLogger("accelerate.utils.other").addFilter(
 MicroBatchT = TypeVar("MicroBatchT")
 ObjectT = TypeVar("ObjectT")
 
+_LEFT_GROUPS: list[Any] = []
+"""Process groups that were left, kept from being destroyed. DDP's reducer holds the last reference to its
+group: dropping it joins gloo's threads with the interpreter's lock held, and one that is still giving back a
+tensor waits for that very lock, for ever."""
+
 COLLECTIVE_TIMEOUT_S = 1800
 """Longest a rank waits for the others: must exceed the slowest rank's rollout and any wait for rewards."""
 
@@ -287,6 +292,8 @@ class Engine:
 
     def close(self) -> None:
         """Leave the process group."""
+        if torch.distributed.is_initialized():
+            _LEFT_GROUPS.append(torch.distributed.group.WORLD)
         self.accelerator.end_training()
 
 

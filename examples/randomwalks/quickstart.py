@@ -56,8 +56,8 @@ class QuickstartConfig(Section):
     num_scored_walks: int = Field(default=20_000, ge=100)
     """Walks that the reward model learns from; a tenth as many again are held out."""
 
-    ppo_steps: int = Field(default=45, ge=1)
-    """Steps of PPO."""
+    ppo_steps: int | None = Field(default=None, ge=1)
+    """Steps of PPO; None takes those of `configs/randomwalks/ppo.yaml`."""
 
     output_dir: Path = ROOT / "outputs"
     """Where the run folder is made."""
@@ -155,7 +155,8 @@ def train_ppo(
     values = composed("ppo", config, run_dir)
     values["model"]["path"] = str(policy)
     values["reward"] = {**values.get("reward", {}), "url": endpoint}
-    values["train"]["total_steps"] = config.ppo_steps
+    if config.ppo_steps is not None:
+        values["train"]["total_steps"] = config.ppo_steps
     trainer = PPOTrainer(load(PPORunConfig, values), prompts=task.start_nodes, metric_fn=task.metric)
     repeats = -(-config.num_eval_samples // len(task.start_nodes))
     shown = task.start_nodes[-NUM_SHOWN:]

@@ -1,0 +1,145 @@
+"""Killed and resumed runs equal undisturbed ones bit for bit, on one process and two."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.integration.resume_run import KINDS, TRAIN
+
+ROOT = Path(__file__).resolve().parents[2]
+LONGEST_S = 180
+CLOCK = ("time/", "reward/latency", "reward/wait")
+
+
+def start(kind: str, run_dir: Path, ranks: int, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+        command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
+    command += [
+        "-m",
+        "tests.integration.resume_run",
+        kind,
+        str(run_dir),
+        f"num_processes={ranks}",
+        *overrides,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=LONGEST_S)
+    assert process.returncode == 0, output
+    return output
+
+
+def kill_when(process: subprocess.Popen[str], ready: Callable[[], bool]) -> bool:
+    """SIGKILL every process of the run at the first instant that `ready` holds; False if it ended before."""
+    deadline = time.monotonic() + LONGEST_S
+    while not ready():
+        if process.poll() is not None:
+            process.communicate()
+            return False
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    # torchrun gives each rank a session of its own: killing the launcher's would leave them running.
+    everyone = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for one in everyone:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    psutil.wait_procs(everyone, timeout=LONGEST_S)
+    process.communicate(timeout=LONGEST_S)
+    return True
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
+    path = run_dir / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{name: value for name, value in row.items() if not name.startswith(CLOCK)} for row in rows]
+
+
+def steps_logged(run_dir: Path) -> int:
+    """Rows so far, a half-written one included."""
+    path = run_dir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def is_saving(run_dir: Path) -> bool:
+    return any((run_dir / "checkpoints").glob(".step_*.partial"))
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    assert [row["step"] for row in metrics_of(found)] == list(range(TRAIN["total_steps"] + 1))
+    assert metrics_of(found) == metrics_of(expected)
+    last = f"checkpoints/step_{TRAIN['total_steps']}"
+    names = sorted(path.relative_to(expected) for path in (expected / last).rglob("*.safetensors"))
+    assert names
+    for name in [*names, Path(last, "state/optimizer.bin")]:
+        assert (found / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_run_equals_an_undisturbed_one(tmp_path: Path, kind: str, ranks: int) -> None:
+    calm, storm = tmp_path / "calm", tmp_path / "storm"
+    finish(start(kind, calm, ranks))
+    chance = random.Random(f"{kind} {ranks}")
+    step = chance.randrange(2, 5)
+    instant = time.monotonic() + 3600
+
+    def at_a_random_instant() -> bool:
+        nonlocal instant
+        if steps_logged(storm) > step:
+            instant = min(instant, time.monotonic() + chance.uniform(0.0, 0.1))
+        return time.monotonic() >= instant
+
+    assert kill_when(start(kind, storm, ranks), at_a_random_instant)
+    reached = steps_logged(storm)
+    assert kill_when(start(kind, storm, ranks), lambda: is_saving(storm) and steps_logged(storm) >= reached)
+    output = finish(start(kind, storm, ranks))
+    assert "going on with" in output
+    assert_same_run(storm, calm)
+
+
+def test_sigterm_of_a_run_saves_and_leaves_with_143(tmp_path: Path) -> None:
+    calm, storm = tmp_path / "calm", tmp_path / "storm"
+    finish(start("ppo", calm, 1))
+    process = start("ppo", storm, 1, "save_every=0")
+    while steps_logged(storm) < 4:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=LONGEST_S)
+    assert process.returncode == 143, output
+    assert "SIGTERM: saved step" in output and "Traceback" not in output
+    finish(start("ppo", storm, 1, "save_every=0"))
+    assert_same_run(storm, calm)
+
+
+def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
+    finish(start("sft", tmp_path / "run", 1, "total_steps=2"))
+    process = start("sft", tmp_path / "run", 2, "total_steps=4")
+    output, _ = process.communicate(timeout=LONGEST_S)
+    assert process.returncode != 0
+    assert "was saved by 1 processes, here run 2" in output
