@@ -11,11 +11,21 @@ from conch.config import Section, load
 from conch.errors import ConfigError
 from conch.log import setup_logging
 from conch.rewards.source import RewardSource
+from conch.trainers.ilql import ILQLRunConfig, ILQLTrainer
 from conch.trainers.online import MetricFn
 from conch.trainers.ppo import PPORunConfig, PPOTrainer
+from conch.trainers.rft import RFTRunConfig, RFTTrainer
 from conch.trainers.sft import SFTRunConfig, SFTTrainer
 
-RunConfigT = TypeVar("RunConfigT", PPORunConfig, SFTRunConfig)
+RunConfigT = TypeVar("RunConfigT", bound=Section)
+
+_NEEDS: dict[type[Section], set[str]] = {
+    PPORunConfig: {"prompts"},
+    RFTRunConfig: {"prompts"},
+    ILQLRunConfig: {"samples", "rewards"},
+    SFTRunConfig: {"samples"},
+}
+"""What each algorithm learns from; of those that need the same, the first is taken unless the config says."""
 
 
 def train(
@@ -23,56 +33,86 @@ def train(
     *,
     reward: Callable[..., Any] | str | RewardSource | None = None,
     prompts: Sequence[str | Mapping[str, Any]] | None = None,
-    samples: Sequence[str | Mapping[str, str]] | None = None,
+    samples: Sequence[Any] | None = None,
+    rewards: Sequence[float] | None = None,
     eval_prompts: Sequence[str | Mapping[str, Any]] | None = None,
     metric_fn: MetricFn | None = None,
     config: Mapping[str, Any] | Section | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-) -> PPOTrainer | SFTTrainer:
-    """Train `model` and return its trainer: `.run_dir`, `.generate` (PPO), `.save_pretrained`, `.close`.
+) -> PPOTrainer | RFTTrainer | ILQLTrainer | SFTTrainer:
+    """Train `model` and return its trainer: `.run_dir`, `.generate`, `.save_pretrained`, `.close`.
 
-    With `prompts` the model learns by PPO from `reward`; with `samples` it imitates them (SFT).
+    What is given picks the algorithm: `prompts` are learned from by PPO with a `reward`; `samples` with
+    `rewards` by ILQL; `samples` alone by SFT. A `config` of a run config's type (`RFTRunConfig`, say) picks
+    its own.
 
-    model: folder, hub id, or a loaded decoder (then give its `tokenizer`).
+    model: folder, hub id, or a loaded model (then give its `tokenizer`).
     reward: `f(samples, prompts, outputs, **metadata)`, "host:port/model" of a served reward model, or any
-        `RewardSource`; None takes `config["reward"]["url"]` or the TRITON_HOST environment variable.
+        `RewardSource`; for PPO and RFT, None takes `config["reward"]["url"]` or the TRITON_HOST environment
+        variable. ILQL and SFT use it to measure evaluation samples, not to learn.
     prompts: strings, or dicts with a "prompt" whose other keys reach `reward` and `metric_fn` as keyword
-    arguments.
-    samples: strings, or dicts with "prompt" and "completion".
+        arguments.
+    samples: for SFT strings, dicts with "prompt" and "completion", or dialogues; for ILQL strings or lists of
+        turns [prompt, output, ...]. rewards: for ILQL, one number per sample.
+    eval_prompts: completed and measured in evaluations; online, None takes `prompts`.
     metric_fn: extra evaluation metrics, with the arguments of a reward function; returns name -> values.
-    config: nested mapping of the keys of `PPORunConfig` or `SFTRunConfig` (`{"train": {"total_steps": 50}}`),
-        or one of these; its `model.path` is `model` unless it says otherwise.
+    config: nested mapping of the keys of the algorithm's run config (`{"train": {"total_steps": 50}}`), or
+        one of these itself; its `model.path` is `model` unless it says otherwise.
 
     Raises:
         ConchError: before any long work, for what can be known to be wrong; see `conch.errors`.
     """
     setup_logging()
-    if (prompts is None) == (samples is None):
-        raise ConfigError("give either `prompts` (PPO, with a reward) or `samples` (SFT)")
-    loaded = None if isinstance(model, str) else model
-    if loaded is not None and tokenizer is None:
+    if not isinstance(model, str) and tokenizer is None:
         raise ConfigError("a loaded model needs its tokenizer: pass `tokenizer=`")
-    if samples is not None:
-        if reward is not None:
-            raise ConfigError(
-                "`samples` are imitated and take no `reward`: pass `prompts` to learn from a reward"
-            )
-        run = _run_config(SFTRunConfig, config, model)
-        sft = SFTTrainer(run, samples=samples, model=loaded, tokenizer=tokenizer)
-        sft.fit()
-        return sft
-    assert prompts is not None
-    trainer = PPOTrainer(
-        _run_config(PPORunConfig, config, model),
-        reward=reward,
-        prompts=prompts,
-        eval_prompts=eval_prompts,
-        metric_fn=metric_fn,
-        model=loaded,
-        tokenizer=tokenizer,
-    )
+    data = {"prompts": prompts, "samples": samples, "rewards": rewards}
+    section = _section_for(config, {name for name, value in data.items() if value is not None})
+    run = _run_config(section, config, model)
+    given: dict[str, Any] = {
+        **{name: value for name, value in data.items() if value is not None},
+        "reward": reward,
+        "eval_prompts": eval_prompts,
+        "metric_fn": metric_fn,
+        "model": None if isinstance(model, str) else model,
+        "tokenizer": tokenizer,
+    }
+    trainer = _make(run, given)
     trainer.fit()
     return trainer
+
+
+def _section_for(config: Mapping[str, Any] | Section | None, given: set[str]) -> type[Section]:
+    """The run config of the algorithm that the arguments ask for.
+
+    Raises:
+        ConfigError: they ask for none, or contradict each other or the config.
+    """
+    section = type(config) if isinstance(config, Section) else None
+    if section is None:
+        section = next((kind for kind, needed in _NEEDS.items() if needed == given), None)
+    if section is None:
+        named = " and ".join(f"`{name}`" for name in sorted(given)) or "nothing"
+        raise ConfigError(
+            "give either `prompts` (PPO, with a reward), `samples` with `rewards` (ILQL), or `samples` alone"
+            f" (SFT); here is {named}"
+        )
+    if section not in _NEEDS:
+        raise ConfigError(f"`config` is a {section.__name__}, which `conch.train` does not train with")
+    if _NEEDS[section] != given:
+        wanted = " and ".join(f"`{name}`" for name in sorted(_NEEDS[section]))
+        raise ConfigError(f"a {section.__name__} learns from {wanted}, given is {sorted(given) or 'nothing'}")
+    return section
+
+
+def _make(run: Section, given: dict[str, Any]) -> PPOTrainer | RFTTrainer | ILQLTrainer | SFTTrainer:
+    if isinstance(run, PPORunConfig):
+        return PPOTrainer(run, **given)
+    if isinstance(run, RFTRunConfig):
+        return RFTTrainer(run, **given)
+    if isinstance(run, ILQLRunConfig):
+        return ILQLTrainer(run, **given)
+    assert isinstance(run, SFTRunConfig)
+    return SFTTrainer(run, **given)
 
 
 def _run_config(
@@ -80,8 +120,7 @@ def _run_config(
 ) -> RunConfigT:
     if isinstance(config, section):
         return config
-    if isinstance(config, Section):
-        raise ConfigError(f"`config` is a {type(config).__name__}; these arguments need a {section.__name__}")
+    assert not isinstance(config, Section)
     values = dict(config or {})
     path = model if isinstance(model, str) else (model.name_or_path or "a model in memory")
     values["model"] = {"path": path, **values.get("model", {})}

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `checkpoints/step_N`:
 
-    config.json, model.safetensors, ...   the Hugging Face folder, which `from_pretrained` loads
+    config.json, model.safetensors, ...   the Hugging Face folder, which `from_pretrained` loads, or an
+                                          adapter's: adapter_config.json, adapter_model.safetensors
     state/                                weights, optimizer and random states, as accelerate writes them
     trainer_state.json                    step, data position, controllers, configuration, versions
     files.json                            size and CRC-32 of every file: what `verify` checks
@@ -27,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conch.errors import CheckpointError
 from conch.log import get_logger
+from conch.models.adapter import has_adapter, merged_copy, save_adapter
 
 _log = get_logger(__name__)
 
@@ -49,8 +51,12 @@ def save_model(
     *,
     heads: Mapping[str, Tensor] | None = None,
     extra: Mapping[str, Mapping[str, Any]] | None = None,
+    merge_adapter: bool = False,
 ) -> Path:
     """Write a folder that `from_pretrained` and vLLM load; replaces an older one of that name at once.
+
+    A model with an adapter leaves the adapter alone there, as peft loads it onto the base model, or with
+    `merge_adapter` an ordinary model that has it in its weights; in memory it stays as it is.
 
     heads: tensors for `heads.safetensors`. extra: file name -> content of JSON files beside the weights.
 
@@ -63,7 +69,10 @@ def save_model(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        model.save_pretrained(partial)
+        if has_adapter(model) and not merge_adapter:
+            save_adapter(model, partial)
+        else:
+            (merged_copy(model) if has_adapter(model) else model).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         if heads:
             on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in heads.items()}

@@ -217,7 +217,8 @@ class TrainConfig(Section):
     """Seeds weights, data order and sampling; each rank adds its number to it for sampling."""
 
     total_steps: int = Field(default=100, ge=1)
-    """Steps of the trainer's loop: optimizer updates offline; one rollout with all its updates for PPO."""
+    """Steps of the trainer's loop: optimizer updates offline; one rollout with all its updates for PPO; one
+    selection with its updates for RFT."""
 
     output_dir: Path = Path("outputs")
     """A run's folder is made below: `<output_dir>/<date>/<time>/`."""
@@ -291,6 +292,18 @@ class TrackingConfig(Section):
 
     rollouts: bool = False
     """Write every rollout that is trained on to `rollouts/step_N.jsonl`, with its reward and KL."""
+
+
+class RunConfig(Section):
+    """The sections that every trainer's run has; each trainer adds its own."""
+
+    model: ModelConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
 
 SectionT = TypeVar("SectionT", bound=Section)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import string
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from conch.config import Section, load
+from conch.data.judgements import default_template, template_mistake
 from conch.errors import ConfigError, ConversionError
+from conch.models.adapter import ADAPTER_FILE
 
 REWARD_MODEL_FILE = "reward_model.json"
 
@@ -41,12 +42,18 @@ class RewardModelFile(Section):
     std: float | tuple[float, ...] | None = None
     """Standard deviation of raw scores on reference samples."""
 
+    normalise: bool = False
+    """Serve (raw - mean) / std unless told otherwise."""
+
+    rng_seed: int | None = None
+    """Names the member of an ensemble."""
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A classifier in float32 with what is needed to serve it.
 
-    mean, std: statistics of raw scores per reward, None if not known.
+    mean, std: statistics of raw scores per reward, None if not known. normalise: whether to apply them.
     vocab_size: token ids must be below this.
     """
 
@@ -57,6 +64,7 @@ class Checkpoint:
     reward_names: tuple[str, ...]
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
+    normalise: bool
     vocab_size: int
 
     @property
@@ -71,10 +79,11 @@ def read_checkpoint(
     revision: str | None = None,
     template: str | None = None,
     max_length: int | None = None,
+    normalise: bool | None = None,
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> Checkpoint:
-    """Load a folder or hub id; `template` and `max_length` win over `reward_model.json`.
+    """Load a folder or hub id; `template`, `max_length` and `normalise` win over `reward_model.json`.
 
     Raises:
         ConversionError: missing, not a classifier, incomplete weights, NaN, no tokenizer, no pad token, or
@@ -95,38 +104,16 @@ def read_checkpoint(
         reward_names=reward_names,
         mean=_per_reward("mean", told.mean, reward_names),
         std=_per_reward("std", told.std, reward_names),
+        normalise=told.normalise if normalise is None else normalise,
         vocab_size=vocab_size,
-    )
-
-
-def default_template(tokenizer: Any) -> str:
-    """The sample and an eos token; the sample alone if the tokenizer closes a text itself or has no eos."""
-    closes = tokenizer("").input_ids[-1:]
-    return (
-        "{text}"
-        if (closes and closes[0] != tokenizer.bos_token_id) or not tokenizer.eos_token
-        else "{text}{eos}"
     )
 
 
 def check_template(template: str, tokenizer: Any) -> None:
     """Raise ConversionError unless the template is a format string with {text} once and nothing unknown."""
-    try:
-        fields = [
-            (name, spec, how) for _, name, spec, how in string.Formatter().parse(template) if name is not None
-        ]
-    except ValueError as error:
-        raise ConversionError(f"template {template!r} is not a format string: {error}") from error
-    names = [name for name, _, _ in fields]
-    if (
-        names.count("text") != 1
-        or set(names) - {"text", "eos"}
-        or any(spec or how for _, spec, how in fields)
-    ):
-        raise ConversionError(
-            f"template {template!r} must hold {{text}} once, may hold {{eos}}, and nothing else in {{}}"
-        )
-    if "eos" in names and not tokenizer.eos_token:
+    if mistake := template_mistake(template):
+        raise ConversionError(mistake)
+    if "\0" in template.format(text="", eos="\0") and not tokenizer.eos_token:
         raise ConversionError(f"template {template!r} uses {{eos}} but the tokenizer has no eos token")
 
 
@@ -169,6 +156,10 @@ def _load_tokenizer(source: str, revision: str | None, trust_remote_code: bool) 
 
 
 def _load_classifier(source: str, revision: str | None, trust_remote_code: bool) -> Any:
+    if (Path(source) / ADAPTER_FILE).is_file():
+        raise ConversionError(
+            f"{source} holds an adapter without its model: train with `model.merge_adapter=true`, or merge it"
+        )
     where = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(source, **where)

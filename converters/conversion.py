@@ -28,7 +28,7 @@ class Options:
     max_length: int | None
     template: str | None
     max_batch_size: int
-    normalise: bool
+    normalise: bool | None
     dtype: Dtype
     device: str
     trust_remote_code: bool

@@ -48,11 +48,12 @@ def convert(options: Options) -> Conversion:
                 revision=options.revision,
                 template=options.template,
                 max_length=options.max_length,
+                normalise=options.normalise,
                 device=options.device,
                 trust_remote_code=options.trust_remote_code,
             )
             manifest = _manifest(options, checkpoint)
-            reference = Reference(checkpoint, normalise=options.normalise)
+            reference = Reference(checkpoint, normalise=checkpoint.normalise)
             cases = build_cases(checkpoint, options.form, max_batch_size=options.max_batch_size)
             reference.score_all(cases)  # before _write_model, which may lower the live model's precision
             golden = golden_of(cases, options.form, reference, options.dtype)
@@ -66,7 +67,7 @@ def convert(options: Options) -> Conversion:
 
 
 def _manifest(options: Options, checkpoint: Checkpoint) -> Manifest:
-    if options.normalise and (checkpoint.mean is None or checkpoint.std is None):
+    if checkpoint.normalise and (checkpoint.mean is None or checkpoint.std is None):
         raise ConversionError(
             f"normalise was asked for, but {options.checkpoint} has no reward_model.json "
             "with `mean` and `std`"
@@ -81,7 +82,7 @@ def _manifest(options: Options, checkpoint: Checkpoint) -> Manifest:
         template=checkpoint.template,
         max_length=checkpoint.max_length,
         reward_names=checkpoint.reward_names,
-        normalise=options.normalise,
+        normalise=checkpoint.normalise,
         mean=checkpoint.mean,
         std=checkpoint.std,
         dtype=options.dtype,

@@ -30,7 +30,7 @@ def to_triton(
     max_length: int | None = None,
     template: str | None = None,
     max_batch_size: int = 64,
-    normalise: bool = False,
+    normalise: bool | None = None,
     dtype: Dtype = "float32",
     device: str = "cpu",
     trust_remote_code: bool = False,
@@ -39,13 +39,15 @@ def to_triton(
 
     Args:
         checkpoint: folder or hub id that `AutoModelForSequenceClassification` and `AutoTokenizer` load; its
-            `reward_model.json`, where there is one, gives the defaults of `max_length` and `template`.
+            `reward_model.json`, where there is one, gives the defaults of `max_length`, `template` and
+            `normalise`.
         name: model in the store; None takes the checkpoint's last name.
         form: `text` (the server tokenises) or `token` (the client sends ids).
         max_length: tokens a sample may have, special tokens included; None takes the model's window.
         template: format string over {text}, the client's sample, and {eos}.
         max_batch_size: most rows in a request.
-        normalise: return (raw - mean) / std with the statistics of `reward_model.json`.
+        normalise: return (raw - mean) / std with the statistics of `reward_model.json`; None does what that
+            file says.
         dtype: precision of the served weights; the comparison is always with float32.
         device: where the comparison runs, `cpu` or `cuda`.
         trust_remote_code: run code that comes with the checkpoint, here and in the server.
@@ -101,7 +103,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-length", type=int, help="tokens a sample may have; default: the model's window")
     add("--template", help="format string over {text} and {eos}; default: {text}{eos}")
     add("--max-batch-size", type=int, default=64, help="most rows in a request; default: %(default)s")
-    add("--normalise", action="store_true", help="serve (raw - mean) / std from reward_model.json")
+    add(
+        "--normalise",
+        action=argparse.BooleanOptionalAction,
+        help="serve (raw - mean) / std of reward_model.json; default: as that file says",
+    )
     add(
         "--dtype",
         choices=get_args(Dtype),

@@ -11,6 +11,8 @@ import torch
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from conch.config import load
+from conch.models.ilql import ILQLPolicy
+from conch.trainers.ilql import ILQLRunConfig, ILQLTrainer
 from conch.trainers.ppo import PPORunConfig, PPOTrainer
 from conch.trainers.reward_model import RewardModelRunConfig, RewardModelTrainer
 from conch.trainers.sft import SFTRunConfig, SFTTrainer
@@ -80,11 +82,19 @@ def ppo_trainer(run_dir: Path, *, lm: PreTrainedModel | None = None, **settings:
 def sft_trainer(
     run_dir: Path, samples: Sequence[Any], *, lm: PreTrainedModel | None = None, **settings: Any
 ) -> SFTTrainer:
-    """A trainer of 8 samples a batch."""
-    eval_samples = settings.pop("eval_samples", None)
+    """A trainer of 8 samples a batch.
+
+    settings: sections of the run config (that of the tokenizer as `tokenizer_config`), `eval_samples`,
+        `eval_prompts`, `metric_fn`, `reward_fn`, `tokenizer`.
+    """
+    names = ("eval_samples", "eval_prompts", "metric_fn", "tokenizer")
+    given = {name: settings.pop(name) for name in names if name in settings}
+    reward = settings.pop("reward_fn", None)
+    settings["tokenizer"] = settings.pop("tokenizer_config", {})
     values = _merged(
         {
             "model": {"architecture": {"model_type": "gpt2"}},
+            "generation": {"max_new_tokens": 5},
             "sft": {"batch_size": 8},
             "train": {"run_dir": run_dir, "max_grad_norm": 1e6},
         },
@@ -93,15 +103,66 @@ def sft_trainer(
     return SFTTrainer(
         load(SFTRunConfig, values),
         samples=samples,
-        eval_samples=eval_samples,
-        model=lm or policy(),
-        tokenizer=TOKENIZER,
+        reward=reward,
+        **{"model": lm or policy(), "tokenizer": TOKENIZER, **given},
     )
 
 
+def ilql_trainer(
+    run_dir: Path,
+    samples: Sequence[Any],
+    rewards: Sequence[float],
+    *,
+    lm: PreTrainedModel | None = None,
+    **settings: Any,
+) -> ILQLTrainer:
+    """A trainer of 4 samples a batch, whose heads are far from the zeros that they start at.
+
+    settings: sections of the run config, `eval_prompts`, `reward_fn`, `metric_fn`, `logit_mask`.
+    """
+    names = ("eval_prompts", "metric_fn", "logit_mask")
+    given = {name: settings.pop(name) for name in names if name in settings}
+    reward = settings.pop("reward_fn", None)
+    values = _merged(
+        {
+            "model": {"architecture": {"model_type": "gpt2"}},
+            "generation": {"max_new_tokens": 5},
+            "ilql": {"batch_size": 4},
+            "train": {"run_dir": run_dir, "max_grad_norm": 1e6},
+        },
+        settings,
+    )
+    trainer = ILQLTrainer(
+        load(ILQLRunConfig, values),
+        samples=samples,
+        rewards=rewards,
+        reward=reward,
+        model=lm or policy(),
+        tokenizer=TOKENIZER,
+        **given,
+    )
+    if not trainer.run.continued:
+        shake_heads(trainer.policy)
+    return trainer
+
+
+def shake_heads(module: ILQLPolicy) -> None:
+    """Give Q, target and V heads seeded noise, each its own."""
+    for seed, head in enumerate((module.q_heads, module.target_q_heads, module.value_head), start=2):
+        head.requires_grad_(True)
+        shake(head, 0.3, seed)
+    module.target_q_heads.requires_grad_(False)
+
+
 def reward_trainer(run_dir: Path, samples: Sequence[Any], **settings: Any) -> RewardModelTrainer:
-    """A trainer of 8 rows a batch, its model random but the same every time."""
-    given = {name: settings.pop(name) for name in ("eval_samples", "tokenizer") if name in settings}
+    """A trainer of 8 rows a batch, its model random but the same every time.
+
+    settings: sections of the run config, `eval_samples`, `reference`, `tokenizer`, and the size of the noise
+    that is added to the weights, `noise`.
+    """
+    names = ("eval_samples", "reference", "tokenizer")
+    given = {name: settings.pop(name) for name in names if name in settings}
+    noise = settings.pop("noise", 0.1)
     shape = tiny_gpt2_config(TOKENIZER).to_diff_dict()
     values = _merged(
         {
@@ -114,7 +175,7 @@ def reward_trainer(run_dir: Path, samples: Sequence[Any], **settings: Any) -> Re
     trainer = RewardModelTrainer(
         load(RewardModelRunConfig, values), samples=samples, **{"tokenizer": TOKENIZER, **given}
     )
-    shake(trainer.model, 0.1)
+    shake(trainer.model, noise)
     return trainer
 
 

@@ -11,6 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
@@ -95,18 +96,39 @@ DECODERS: dict[str, dict[str, Any]] = {
 }
 """Families of decoders, and a shape of three layers of width 32 over a window of 32 tokens for each."""
 
+ENCODER_DECODERS: dict[str, dict[str, Any]] = {
+    "t5": {
+        "d_model": 32,
+        "d_kv": 16,
+        "d_ff": 48,
+        "num_layers": 4,
+        "num_decoder_layers": 3,
+        "num_heads": 2,
+        "decoder_start_token_id": 21,
+    },
+}
+"""Families of encoder-decoders, with three decoder layers of width 32 each."""
+
+LANGUAGE_MODELS = {**DECODERS, **ENCODER_DECODERS}
+"""All of them."""
+
 
 def decoder_shape(family: str, **overrides: Any) -> dict[str, Any]:
-    """`model.architecture` of a tiny decoder over 24 tokens, the last three of them pad, eos and unk."""
-    special = {"vocab_size": 24, "pad_token_id": 21, "eos_token_id": 22, "bos_token_id": None}
-    return {"model_type": family, **special, **DECODERS[family], **overrides}
+    """`model.architecture` of a tiny language model over 24 tokens, the last three pad, eos and unk."""
+    special: dict[str, Any] = {"vocab_size": 24, "pad_token_id": 21, "eos_token_id": 22}
+    if family in DECODERS:
+        special["bos_token_id"] = None
+    return {"model_type": family, **special, **LANGUAGE_MODELS[family], **overrides}
 
 
 def tiny_decoder(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A decoder with random weights, large enough that no two tokens look alike to it; in evaluation mode."""
+    """A language model with random weights, large enough that no two tokens look alike to it; in evaluation
+    mode."""
     torch.manual_seed(seed)
     shape = decoder_shape(family, **overrides)
-    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(shape.pop("model_type"), **shape)).eval()
+    config = AutoConfig.for_model(shape.pop("model_type"), **shape)
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    lm = auto_class.from_config(config).eval()
     with torch.no_grad():
         for parameter in lm.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

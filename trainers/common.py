@@ -14,18 +14,24 @@ from conch.config import ModelConfig, TokenizerConfig, TrainConfig
 from conch.engine import Engine, UpdateReport
 from conch.errors import ConfigError, ModelError
 from conch.models.loading import (
+    check_start_token,
     check_tokenizer,
     disable_dropout,
-    load_causal_lm,
+    load_lm,
     load_tokenizer,
 )
 from conch.types import Metrics
 
 
 def given_or_loaded_lm(given: PreTrainedModel | None, config: ModelConfig) -> PreTrainedModel:
-    """The model that a user passed, with dropout as the config says, or the one that the config names."""
+    """The model that a user passed, with dropout as the config says, or the one that the config names.
+
+    Raises:
+        ModelError, ConfigError: see `load_lm`.
+    """
     if given is None:
-        return load_causal_lm(config)
+        return load_lm(config)
+    check_start_token(given.config)
     if config.disable_dropout:
         disable_dropout(given)
     return given

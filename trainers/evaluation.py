@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from conch.config import EvalGenerationConfig, GenerationConfig, load
+from conch.config import EvalGenerationConfig, GenerationConfig, RewardConfig, load
 from conch.engine import Engine
 from conch.errors import ConfigError
 from conch.rewards.scorer import Scorer
+from conch.rewards.source import RewardSource, from_user
 from conch.tracking import Tracker
 from conch.trainers.common import mean_of_finite
-from conch.trainers.online import MetricFn, metric_columns, total_reward
+from conch.trainers.online import MetricFn, extra_keys, metric_columns, total_reward
 from conch.types import Metrics, Prompt, Rollout, RolloutEngine
 
 GenerationT = TypeVar("GenerationT", bound=GenerationConfig)
@@ -40,7 +41,11 @@ def eval_variants(base: GenerationT, over: EvalGenerationConfig) -> list[Variant
     if swept is None:
         return [_variant("", base, given)]
     values = given.pop(swept)
-    return [_variant(f"@{swept}={value:g}", base, {**given, swept: value}) for value in values]
+    return [_variant(f"@{swept}={_shown(value)}", base, {**given, swept: value}) for value in values]
+
+
+def _shown(value: int | float) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}"
 
 
 def _variant(suffix: str, base: GenerationT, changed: Mapping[str, Any]) -> Variant[GenerationT]:
@@ -50,6 +55,28 @@ def _variant(suffix: str, base: GenerationT, changed: Mapping[str, Any]) -> Vari
     except ConfigError as error:
         raise ConfigError(f"`eval_generation`: {error}") from None
     return Variant(suffix, made, greedy=not changed.get(_NOT_GENERATION, True))
+
+
+def eval_source(
+    engine: Engine,
+    reward: Callable[..., Any] | str | RewardSource | None,
+    config: RewardConfig,
+    prompts: Sequence[str | Mapping[str, Any]] | None,
+) -> RewardSource | None:
+    """Where a trainer that learns from no reward has its evaluations' rewards from, None where none are asked
+    for: an environment that names a server is no wish for them.
+
+    Raises:
+        ConfigError: `reward.delta` is set, or the source will not do.
+        RewardError: it does not answer.
+    """
+    if config.delta:
+        raise ConfigError("`reward.delta` is for rewards that are learned from; here they only measure")
+    if reward is None and config.url is None:
+        return None
+    source = from_user(reward, config, metadata_keys=extra_keys(prompts or []))
+    engine.together(source.check)
+    return source
 
 
 class Evaluator:

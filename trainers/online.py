@@ -129,12 +129,13 @@ def log_rollouts(
     run: Run,
     rollouts: Sequence[Rollout],
     rewards: Sequence[RewardResult],
-    kl: Float[Tensor, " B"],
+    kl: Float[Tensor, " B"] | None = None,
 ) -> None:
     """Write what all ranks are about to train on to `rollouts/step_N.jsonl`.
 
-    kl: to the reference, in nats per sample.
+    kl: to the reference, in nats per sample; None where there is no reference.
     """
+    nats_of_each = [None] * len(rollouts) if kl is None else kl.tolist()
     rows = [
         {
             "prompt": rollout.prompt.text,
@@ -146,7 +147,7 @@ def log_rollouts(
             "token_scores": reward.token_scores,
             "kl": nats,
         }
-        for rollout, reward, nats in zip(rollouts, rewards, kl.tolist(), strict=True)
+        for rollout, reward, nats in zip(rollouts, rewards, nats_of_each, strict=True)
     ]
     rows = engine.gather(rows)
     if engine.is_main:

@@ -34,28 +34,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conch.checkpoint import save_model
 from conch.cli import load_run_config, run_main
-from conch.config import (
-    DataConfig,
-    EvalGenerationConfig,
-    GenerationConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RewardConfig,
-    SchedulerConfig,
-    Section,
-    TokenizerConfig,
-    TrackingConfig,
-    TrainConfig,
-)
+from conch.config import EvalGenerationConfig, GenerationConfig, RewardConfig, RunConfig, Section
 from conch.data.files import read_rows
 from conch.data.prompts import make_prompts
 from conch.data.stream import IndexStream
 from conch.engine import Engine, UpdateReport
 from conch.errors import ConfigError
 from conch.experience import Sequences, collate, take_rows
-from conch.models.loading import freeze_trunk
 from conch.models.policy import PolicyWithValue
 from conch.models.reference import build_reference
+from conch.models.trainable import choose_trainable
 from conch.ops import (
     clipped_log_ratio,
     entropy,
@@ -150,21 +138,14 @@ class PPOConfig(Section):
         return self
 
 
-class PPORunConfig(Section):
+class PPORunConfig(RunConfig):
     """Everything a PPO run is made from."""
 
-    model: ModelConfig
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    scheduler: SchedulerConfig = SchedulerConfig()
     generation: GenerationConfig = GenerationConfig()
     eval_generation: EvalGenerationConfig = EvalGenerationConfig()
     reward: RewardConfig = RewardConfig()
     shaping: ShapingConfig = ShapingConfig()
     ppo: PPOConfig = PPOConfig()
-    data: DataConfig = DataConfig()
-    train: TrainConfig = TrainConfig()
-    tracking: TrackingConfig = TrackingConfig()
 
 
 @dataclass(frozen=True)
@@ -284,7 +265,7 @@ class PPOTrainer:
         self.evaluator = Evaluator(
             engine,
             self.eval_prompts,
-            eval_variants(config.generation, config.eval_generation),
+            self.variants,
             self._make_sampler,
             scorer=self.scorer,
             weights=config.reward.weights,
@@ -296,11 +277,16 @@ class PPOTrainer:
 
     def _init_data(self, lm: PreTrainedModel, prompts: Any, eval_prompts: Any) -> None:
         config, engine = self.config, self.engine
+        self.variants = eval_variants(config.generation, config.eval_generation)
         room = room_for_prompts(lm, config.generation)
         self.prompts = make_prompts(prompts, self.tokenizer, config.tokenizer, max_tokens=room)
-        self.eval_prompts = self.prompts
-        if eval_prompts is not None:
-            self.eval_prompts = make_prompts(eval_prompts, self.tokenizer, config.tokenizer, max_tokens=room)
+        longest = max((variant.generation for variant in self.variants), key=lambda g: g.max_new_tokens)
+        self.eval_prompts = make_prompts(
+            prompts if eval_prompts is None else eval_prompts,
+            self.tokenizer,
+            config.tokenizer,
+            max_tokens=room_for_prompts(lm, longest),
+        )
         self.stream = IndexStream(len(self.prompts), config.train.seed, engine.rank, engine.num_ranks)
         total = config.ppo.rollouts_per_step
         self._rows = rows_per_process(
@@ -309,8 +295,9 @@ class PPOTrainer:
 
     def _init_policy(self, lm: PreTrainedModel) -> None:
         config, engine = self.config, self.engine
-        freeze_trunk(lm, config.model.num_layers_unfrozen)
-        self.policy = PolicyWithValue(lm).to(engine.device)
+        choose_trainable(lm, config.model)
+        value_layers = config.ppo.num_value_layers_unfrozen
+        self.policy = PolicyWithValue(lm, num_value_layers=value_layers).to(engine.device)
         engine.prepare(
             self.policy,
             config.optimizer,
@@ -552,10 +539,13 @@ class PPOTrainer:
 
         def write() -> None:
             if self.engine.is_main:
-                heads = {
-                    f"value_head.{name}": value for name, value in self.policy.value_head.state_dict().items()
-                }
-                save_model(folder, self.policy.lm, self.tokenizer, heads=heads)
+                save_model(
+                    folder,
+                    self.policy.lm,
+                    self.tokenizer,
+                    heads=self.policy.head_tensors(),
+                    merge_adapter=self.config.model.merge_adapter,
+                )
 
         self.engine.together(write)
         return folder

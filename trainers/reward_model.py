@@ -1,51 +1,68 @@
 """Train a reward model: regression on scores, or Bradley-Terry on preference pairs.
 
-    regression    L = mean_i (s(x_i) - y_i)^2
-    pairs         L = - mean_i log sigmoid(s(chosen_i) - s(rejected_i))   (Bradley & Terry 1952)
+    regression    L = mean_ik (s_k(x_i) - y_ik)^2
+    pairs         L = mean_i [ - log sigmoid(c_i - r_i - m_i) + center_coef * (c_i + r_i)^2 ]
+
+c and r are the scores of a pair's chosen and rejected text (Bradley & Terry 1952). The margin m is a row's
+own, 0 without one (Touvron et al. 2023, arXiv:2307.09288, equation 2). Centering keeps scores around 0, where
+the first term alone leaves them anywhere (Eisenstein et al. 2023, arXiv:2312.09244). With several objectives
+the model has one output k for each, and a pair is about one of them.
 
 s reads the hidden state of a text's last real token through a linear head that starts as N(0, 1/(d+1))
-without bias (Stiennon et al. 2020, appendix B). A text is formatted by `reward_model.template` first, with
-the eos token at its end by default. The mean and standard deviation of s on the evaluation texts (the
-training texts where there are none) are saved with the model, for whoever wants normalised rewards.
+without bias (Stiennon et al. 2020, appendix B). A text is put into `reward_model.template` first, with the
+eos token at its end by default. Mean and standard deviation of s on reference texts are saved with the
+model. With `reward_model.normalise`, for pairs alone since scores have a scale of their own, they are made 0
+and 1: before training in the head, where it has no bias the deviation only, which is all that the first term
+sees; afterwards by the server, for which any head will do.
 
 The saved folder is what `to_triton` converts: Hugging Face weights, tokenizer, and `reward_model.json`.
 
-Legend: B texts or pairs, T tokens (padded right).
+Legend: B texts or pairs, K objectives, T tokens (padded right).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from pydantic import Field, field_validator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conch.checkpoint import save_model
 from conch.cli import load_run_config, run_main
 from conch.config import (
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    SchedulerConfig,
+    RunConfig,
     Section,
-    TokenizerConfig,
-    TrackingConfig,
-    TrainConfig,
 )
 from conch.data.files import read_rows
+from conch.data.judgements import (
+    Judgement,
+    Pairs,
+    PreferencePair,
+    ScoredText,
+    ScoredTexts,
+    TextEncoder,
+    Texts,
+    check_rows,
+    check_texts,
+    collate_judgements,
+    collate_texts,
+    default_template,
+    hold_out,
+    template_mistake,
+)
 from conch.data.stream import IndexStream
 from conch.engine import Engine
 from conch.errors import ConfigError, DataError, ModelError
 from conch.experience import take_rows
-from conch.models.loading import context_window, freeze_trunk, load_sequence_classifier
+from conch.models.loading import context_window, load_sequence_classifier
+from conch.models.trainable import choose_trainable
 from conch.tracking import Tracker
 from conch.trainers.common import (
     check_vocabulary,
@@ -54,10 +71,16 @@ from conch.trainers.common import (
     rows_per_process,
     update_metrics,
 )
+from conch.trainers.reward_evaluation import pair_metrics, score_metrics
 from conch.trainers.run import fit, start_run
-from conch.types import DEFAULT_OBJECTIVE, Metrics
+from conch.types import Metrics
 
 METADATA_FILE = "reward_model.json"
+
+_NUM_REFERENCES = 1000
+_FORWARD_ROWS = 64
+_NO_LIMIT = 10**9
+"""Tokenizers without a limit of their own say 10^30 or so."""
 
 
 class RewardModelConfig(Section):
@@ -66,100 +89,98 @@ class RewardModelConfig(Section):
     batch_size: int = Field(default=64, ge=1)
     """Texts or pairs per optimizer update, over all processes."""
 
-    template: str = "{text}{eos}"
-    """How a text is presented to the model; {text} is prompt and output, {eos} the eos token."""
+    template: str | None = None
+    """How a text is presented to the model; {text} is prompt and output, {eos} the eos token. None is
+    `{text}{eos}`, or `{text}` for tokenizers that close a text themselves."""
 
     max_length: int | None = Field(default=None, ge=2)
-    """Longest formatted text in tokens; None takes the model's window."""
+    """Longest formatted text in tokens, longer ones are cut; None takes the model's window."""
+
+    center_coef: float = Field(default=0.0, ge=0)
+    """Weight of the squared sum of a pair's scores in the loss, which keeps scores around 0; try 0.01."""
+
+    eval_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the rows to hold out for evaluation where no evaluation rows are given. `train.seed` alone
+    draws them: they are the same for all members of an ensemble."""
+
+    normalise: bool = False
+    """For pairs: divide the head by the standard deviation of scores on the reference texts before training,
+    and have the served model return scores of mean 0 and standard deviation 1 on them."""
+
+    reference: Path | None = None
+    """File of the reference texts for the command line: `.txt`, or `.jsonl` of strings. None takes texts of
+    the evaluation rows (the training rows without these), of pairs the chosen ones, 1,000 at most."""
+
+    rng_seed: int | None = Field(default=None, ge=0)
+    """Names a member of an ensemble: seeds new weights (the head, or all of a model without `model.path`) and
+    the order of the data. None takes `train.seed`."""
 
     @field_validator("template")
     @classmethod
-    def _has_text(cls, template: str) -> str:
-        try:
-            formatted = template.format(text="\0", eos="")
-        except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(f"only {{text}} and {{eos}} can stand in braces ({error})") from error
-        if "\0" not in formatted:
-            raise ValueError("the template must contain {text}")
+    def _has_text(cls, template: str | None) -> str | None:
+        if template is not None and (mistake := template_mistake(template)):
+            raise ValueError(mistake)
         return template
 
 
-class RewardModelRunConfig(Section):
+class RewardModelRunConfig(RunConfig):
     """Everything a reward-model run is made from."""
 
-    model: ModelConfig
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    scheduler: SchedulerConfig = SchedulerConfig()
     reward_model: RewardModelConfig = RewardModelConfig()
-    data: DataConfig = DataConfig()
-    train: TrainConfig = TrainConfig()
-    tracking: TrackingConfig = TrackingConfig()
-
-
-@dataclass(frozen=True)
-class Texts:
-    """input_ids [B, T]; attention_mask [B, T], True at real tokens."""
-
-    input_ids: Int[Tensor, "B T"]
-    attention_mask: Bool[Tensor, "B T"]
-
-
-@dataclass(frozen=True)
-class ScoredTexts:
-    """Texts with the scores [B] they should get."""
-
-    texts: Texts
-    targets: Float[Tensor, " B"]
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Preferences: of each pair, text 0 is preferred to text 1.
-
-    input_ids [B, 2, T]; attention_mask [B, 2, T], True at real tokens.
-    """
-
-    input_ids: Int[Tensor, "B 2 T"]
-    attention_mask: Bool[Tensor, "B 2 T"]
 
 
 # --------------------------------------------------------------------------------------------- pure functions
 
 
-def scores_of(model: torch.nn.Module, texts: Texts) -> Float[Tensor, " B"]:
-    """One float32 score per text."""
-    output = model(input_ids=texts.input_ids, attention_mask=texts.attention_mask.long())
-    return output.logits.float().squeeze(-1)
+def scores_of(model: nn.Module, texts: Texts) -> Float[Tensor, "B K"]:
+    """One float32 score per text and objective."""
+    return model(input_ids=texts.input_ids, attention_mask=texts.attention_mask.long()).logits.float()
 
 
 def scores_and_loss(
-    model: torch.nn.Module, batch: ScoredTexts | Pairs
-) -> tuple[Float[Tensor, "B K"], Float[Tensor, ""]]:
-    """Scores of each row's one text or two, and the summed squared error or negative log-likelihood.
+    model: nn.Module, batch: ScoredTexts | Pairs, center_coef: float = 0.0
+) -> tuple[Float[Tensor, "B N"], Float[Tensor, ""]]:
+    """Scores of each row, and the loss summed over rows.
 
-    The two of a pair go through one forward pass: DDP allows a single one per backward.
+    Of a text the scores of all objectives, N = K; of a pair those of chosen and rejected, N = 2, by the
+    objective that it is about. The two of a pair go through one forward pass: DDP allows a single one per
+    backward.
     """
     if isinstance(batch, ScoredTexts):
         scores = scores_of(model, batch.texts)
-        return scores.unsqueeze(1), ((scores - batch.targets) ** 2).sum()
+        return scores, ((scores - batch.targets) ** 2).mean(dim=1).sum()
     flat = Texts(batch.input_ids.flatten(0, 1), batch.attention_mask.flatten(0, 1))
-    pairs = scores_of(model, flat).unflatten(0, (-1, 2))
-    return pairs, -logsigmoid(pairs[:, 0] - pairs[:, 1]).sum()
+    outputs = scores_of(model, flat).unflatten(0, (-1, 2))
+    pairs = outputs.take_along_dim(batch.objectives[:, None, None], dim=2).squeeze(2)
+    return pairs, pair_losses(pairs, batch.margins, center_coef).sum()
 
 
-def rank_correlation(left: Sequence[float], right: Sequence[float]) -> float:
-    """Spearman's rho, with average ranks for ties; 0 where one side does not vary."""
-    x, y = _ranks(left), _ranks(right)
-    if x.std() == 0 or y.std() == 0:
-        return 0.0
-    return float(np.corrcoef(x, y)[0, 1])
+def pair_losses(
+    pairs: Float[Tensor, "B 2"], margins: Float[Tensor, " B"], center_coef: float
+) -> Float[Tensor, " B"]:
+    """Negative log-likelihood in nats of each preference, with centering; see this module's docstring."""
+    chosen, rejected = pairs.unbind(dim=1)
+    return -logsigmoid(chosen - rejected - margins) + center_coef * (chosen + rejected) ** 2
 
 
-def _ranks(values: Sequence[float]) -> np.ndarray:
-    _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[inverse]
+def normalise_head(model: PreTrainedModel, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Rescale the head so that scores of this mean and standard deviation get mean 0, if it has a bias, and
+    standard deviation 1; numbers per objective.
+
+    Raises:
+        ModelError: there is no linear head.
+    """
+    head = getattr(model, "score", None) or getattr(model, "classifier", None) or nn.Identity()
+    linear = [module for module in head.modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ModelError(f"{type(model).__name__} has no linear head: set `reward_model.normalise=false`")
+    # Some heads have layers before the last; beside an adapter the trained copy comes last.
+    weight, bias = linear[-1].weight, linear[-1].bias
+    with torch.no_grad():
+        scale = torch.tensor(std, dtype=weight.dtype, device=weight.device)
+        weight.div_(scale.unsqueeze(1))
+        if bias is not None:
+            bias.sub_(torch.tensor(mean, dtype=bias.dtype, device=bias.device)).div_(scale)
 
 
 # ---------------------------------------------------------------------------------------------------- trainer
@@ -168,8 +189,9 @@ def _ranks(values: Sequence[float]) -> np.ndarray:
 class RewardModelTrainer:
     """Reward modelling with the verbs `experience` (rows to a batch) and `update`.
 
-    samples: all {"text", "score"} rows (regression) or all {"chosen", "rejected"} rows (pairs); a string
-        is a whole sample, prompt and output.
+    samples: rows, all of one form (see `conch.data.judgements`). eval_samples: held-out rows of that form;
+        None holds out `reward_model.eval_fraction` of the samples. reference: texts whose scores' mean and
+        standard deviation are saved; None takes those of rows (see `reward_model.reference`).
 
     Raises:
         ConchError: from the constructor, for everything that can be known to be wrong before training.
@@ -181,60 +203,105 @@ class RewardModelTrainer:
         *,
         samples: Sequence[Mapping[str, Any]],
         eval_samples: Sequence[Mapping[str, Any]] | None = None,
+        reference: Sequence[str] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.config = config
         self.engine = Engine(config.train)
+        self._check_input(samples, eval_samples, reference)
         self.tokenizer = given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path)
         if self.tokenizer.pad_token_id == self.tokenizer.eos_token_id:
             raise ModelError(
                 "the tokenizer's pad and eos are one token: a reward model reads its score at the last token "
                 "that is not padding, so an eos would be skipped; set `tokenizer.pad_token` to another token"
             )
-        self._kind = check_rows(samples)
-        if eval_samples and check_rows(eval_samples) is not self._kind:
-            raise DataError(
-                "training and evaluation rows are of different kinds: scores in one, pairs in the other"
-            )
-        self.samples, self.eval_samples = samples, eval_samples or []
-        self._init_model()
+        self._load_model()
+        self._tokenize(samples, eval_samples or [], reference)
+        if config.reward_model.normalise:
+            normalise_head(self.model, *self._varied_moments())
+        self._init_training()
         self.run = start_run(self, self.model)
         self.run_dir = self.run.folder
 
-    def _init_model(self) -> None:
-        config, engine = self.config, self.engine
-        self.model = load_sequence_classifier(
+    def _check_input(
+        self, samples: Sequence[Any], eval_samples: Sequence[Any] | None, reference: Sequence[Any] | None
+    ) -> None:
+        self.form = check_rows(samples)
+        if eval_samples:
+            check_rows(eval_samples, like=self.form, what="evaluation row")
+        if reference is not None:
+            check_texts(reference)
+        if self.config.reward_model.normalise and not self.form.compares:
+            raise ConfigError(
+                "`reward_model.normalise` is for preference pairs: these rows have scores, whose scale the "
+                "model is to learn; leave it off, or normalise when the model is converted"
+            )
+
+    def _load_model(self) -> None:
+        config = self.config
+        self.rng_seed = config.train.seed if (seed := config.reward_model.rng_seed) is None else seed
+        torch.manual_seed(self.rng_seed)
+        model = load_sequence_classifier(
             config.model,
-            num_labels=1,
-            pad_token_id=int(self.tokenizer.pad_token_id),  # pyright: ignore[reportArgumentType]
-        ).to(engine.device)  # pyright: ignore[reportArgumentType]
-        freeze_trunk(self.model, config.model.num_layers_unfrozen)
-        head = getattr(self.model, "score", None) or getattr(self.model, "classifier", None)
-        if head is not None:
-            head.requires_grad_(True)
-        check_vocabulary(self.model, self.tokenizer)
-        self.max_length = config.reward_model.max_length or context_window(self.model.config)
+            num_labels=len(self.form.reward_names),
+            pad_token_id=self._pad_token_id,
+        )
+        choose_trainable(model, config.model)
+        check_vocabulary(model, self.tokenizer)
+        self.model = model.to(self.engine.device)  # pyright: ignore[reportArgumentType]
+
+    def _tokenize(
+        self,
+        samples: Sequence[Mapping[str, Any]],
+        eval_samples: Sequence[Mapping[str, Any]],
+        reference: Sequence[str] | None,
+    ) -> None:
+        """Set `samples`, `eval_samples` and the reference texts."""
+        settings = self.config.reward_model
+        self.template = settings.template or default_template(self.tokenizer)
+        self.max_length = longest_text(settings.max_length, self.model, self.tokenizer)
+        encoder = TextEncoder(self.tokenizer, self.template, self.max_length)
+        self.samples = encoder.encode_rows(samples, self.form)
+        self.eval_samples = encoder.encode_rows(eval_samples, self.form)
+        if not eval_samples and settings.eval_fraction:
+            self.samples, self.eval_samples = hold_out(
+                self.samples, settings.eval_fraction, self.config.train.seed
+            )
+        if reference is None:
+            rows = (self.eval_samples or self.samples)[:_NUM_REFERENCES]
+            self._reference = [
+                row.chosen if isinstance(row, PreferencePair) else row.token_ids for row in rows
+            ]
+        else:
+            self._reference = encoder.encode(reference)
+        encoder.report_cuts()
+
+    def _init_training(self) -> None:
+        config, engine = self.config, self.engine
         total = config.reward_model.batch_size
         self._rows = rows_per_process(engine, config.train, total, "reward_model.batch_size")
-        self.stream = IndexStream(len(self.samples), config.train.seed, engine.rank, engine.num_ranks)
+        self.stream = IndexStream(len(self.samples), self.rng_seed, engine.rank, engine.num_ranks)
         engine.prepare(self.model, config.optimizer, config.scheduler, total_updates=config.train.total_steps)
         engine.seed_sampling()
 
-    def experience(self, samples: Sequence[Mapping[str, Any]]) -> ScoredTexts | Pairs:
-        """Format, tokenise and pad rows."""
-        if self._kind is ScoredTexts:
-            targets = torch.tensor([float(row["score"]) for row in samples], device=self.engine.device)
-            return ScoredTexts(self._tokenize([row["text"] for row in samples]), targets)
-        flat = self._tokenize([text for row in samples for text in (row["chosen"], row["rejected"])])
-        return Pairs(flat.input_ids.unflatten(0, (-1, 2)), flat.attention_mask.unflatten(0, (-1, 2)))
+    @property
+    def _pad_token_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
+
+    def experience(self, samples: Sequence[Judgement]) -> ScoredTexts | Pairs:
+        """Pad rows into a batch."""
+        return collate_judgements(samples, self._pad_token_id, self.engine.device)
 
     def update(self, batch: ScoredTexts | Pairs) -> Metrics:
         """One optimizer update."""
         num_rows = self.engine.sum(torch.tensor(float(self._rows), device=self.engine.device))
         micro_batches = torch.arange(self._rows).chunk(self.config.train.gradient_accumulation_steps)
+        center_coef = self.config.reward_model.center_coef
         report = self.engine.update(
             micro_batches,
-            lambda rows: scores_and_loss(self.engine.module, take_rows(batch, rows))[1] / num_rows,
+            lambda rows: (
+                scores_and_loss(self.engine.module, take_rows(batch, rows), center_coef)[1] / num_rows
+            ),
         )
         return {
             "train/loss": report.loss,
@@ -247,50 +314,81 @@ class RewardModelTrainer:
         return self.update(self.experience([self.samples[row] for row in self.stream.draw(self._rows)]))
 
     def evaluate(self, tracker: Tracker | None = None, step: int = 0) -> Metrics:
-        """Held-out loss, and Spearman's rank correlation or the pairs' accuracy; nothing without rows."""
+        """Held-out loss, with Spearman's rank correlation or the pairs' accuracy and calibration; nothing
+        without rows."""
         if not self.eval_samples:
             return {}
         mine = self.eval_samples[self.engine.rank :: self.engine.num_ranks]
-        predicted: list[list[float]] = []
+        found: list[list[float]] = []
         loss = torch.zeros((), device=self.engine.device)
         with evaluating(self.model):
-            for start in range(0, len(mine), self._rows):
-                batch = self.experience(mine[start : start + self._rows])
-                scores, batch_loss = scores_and_loss(self.model, batch)
-                predicted += scores.tolist()
+            for batch in map(self.experience, _chunks(mine, self._rows)):
+                scores, batch_loss = scores_and_loss(self.model, batch, self.config.reward_model.center_coef)
+                found += scores.tolist()
                 loss += batch_loss
-        predicted = self.engine.gather(predicted)
+        found = self.engine.gather(found)
         metrics = {"eval/loss": float(self.engine.sum(loss)) / len(self.eval_samples)}
-        if self._kind is Pairs:
-            right = [chosen > rejected for chosen, rejected in predicted]
-            return {**metrics, "eval/accuracy": sum(right) / len(right)}
-        wanted = self.engine.gather([float(row["score"]) for row in mine])
-        return {**metrics, "eval/spearman": rank_correlation([score for (score,) in predicted], wanted)}
+        names = self.form.reward_names
+        if self.form.compares:
+            about = self.engine.gather([row.objective for row in mine if isinstance(row, PreferencePair)])
+            return metrics | pair_metrics(found, about, names)
+        wanted = self.engine.gather([row.scores for row in mine if isinstance(row, ScoredText)])
+        return metrics | score_metrics(found, wanted, names)
 
     @property
     def default_best_metric(self) -> str:
         """The metric that decides which checkpoint is best."""
-        return "eval/accuracy" if self._kind is Pairs else "eval/spearman"
+        return "eval/accuracy" if self.form.compares else "eval/spearman"
 
     def fit(self) -> Path:
         """Train for `train.total_steps` optimizer updates; returns the run folder."""
         return fit(self, "reward_model")
 
+    def moments(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of the scores of the reference texts, each per objective; the same on
+        every rank. Call it on all."""
+        mine = self._reference[self.engine.rank :: self.engine.num_ranks]
+        found: list[list[float]] = []
+        with evaluating(self.model):
+            for rows in _chunks(mine, _FORWARD_ROWS):
+                texts = collate_texts(rows, self._pad_token_id, self.engine.device)
+                found += scores_of(self.model, texts).tolist()
+        scores = np.array(self.engine.gather(found))
+        return scores.mean(axis=0).tolist(), scores.std(axis=0).tolist()
+
+    def _varied_moments(self) -> tuple[list[float], list[float]]:
+        mean, std = self.moments()
+        if not vary(mean, std):
+            raise DataError(
+                f"`reward_model.normalise`: the scores of the {len(self._reference)} reference texts do not "
+                f"vary (mean {mean}): give texts that differ"
+            )
+        return mean, std
+
     def save_pretrained(self, folder: Path) -> Path:
         """Write model, tokenizer and `reward_model.json`: what `to_triton` converts. Call it on all ranks."""
-        mean, std = self._score_moments()
+        mean, std = self.moments()
+        known = vary(mean, std)
         metadata = {
-            "template": self.config.reward_model.template,
+            "template": self.template,
             "pooling": "hf",
             "max_length": self.max_length,
-            "reward_names": [DEFAULT_OBJECTIVE],
-            "mean": mean,
-            "std": std,
+            "reward_names": list(self.form.reward_names),
+            "mean": _one_or_all(mean) if known else None,
+            "std": _one_or_all(std) if known else None,
+            "normalise": self.config.reward_model.normalise,
+            "rng_seed": self.rng_seed,
         }
 
         def write() -> None:
             if self.engine.is_main:
-                save_model(folder, self.model, self.tokenizer, extra={METADATA_FILE: metadata})
+                save_model(
+                    folder,
+                    self.model,
+                    self.tokenizer,
+                    extra={METADATA_FILE: metadata},
+                    merge_adapter=self.config.model.merge_adapter,
+                )
 
         self.engine.together(write)
         return folder
@@ -307,55 +405,31 @@ class RewardModelTrainer:
         """Leave the process group."""
         self.engine.close()
 
-    def _score_moments(self) -> tuple[float, float]:
-        """Mean and standard deviation of scores on at most 1,000 reference texts; the same on every rank."""
-        rows = (self.eval_samples or self.samples)[:1000]
-        texts = (
-            [row["text"] for row in rows] if self._kind is ScoredTexts else [row["chosen"] for row in rows]
-        )
-        parts = [self._tokenize(texts[start : start + 256]) for start in range(0, len(texts), 256)]
-        with evaluating(self.model):
-            scores = torch.cat([scores_of(self.model, part) for part in parts])
-        return float(scores.mean()), float(scores.std(correction=0))
 
-    def _tokenize(self, texts: Sequence[str]) -> Texts:
-        template, eos = self.config.reward_model.template, self.tokenizer.eos_token
-        encoded = self.tokenizer(
-            [template.format(text=text, eos=eos) for text in texts],
-            padding=True,
-            padding_side="right",
-            truncation=self.max_length is not None,
-            max_length=self.max_length,
-            return_tensors="pt",
-        ).to(self.engine.device)
-        return Texts(encoded["input_ids"], encoded["attention_mask"].bool())
-
-
-def check_rows(rows: Sequence[Any]) -> type[ScoredTexts] | type[Pairs]:
-    """Which kind of rows these are, all being of one kind.
+def longest_text(told: int | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Tokens a text may have: as told, else what model and tokenizer take; None where neither says.
 
     Raises:
-        DataError: there are none, a row has other keys, a text is no string, or a score no finite number.
+        ConfigError: the model's window is shorter than told.
     """
-    if not rows:
-        raise DataError("no rows to train a reward model on: give at least one")
-    kind = ScoredTexts if isinstance(rows[0], Mapping) and "score" in rows[0] else Pairs
-    texts = ("text",) if kind is ScoredTexts else ("chosen", "rejected")
-    for index, row in enumerate(rows):
-        for key in texts:
-            if not isinstance(row, Mapping) or not isinstance(row.get(key), str):
-                has = f"keys here: {', '.join(map(str, row))}" if isinstance(row, Mapping) else repr(row)
-                raise DataError(
-                    f'row {index} has no string "{key}": rows are all {{"text", "score"}} or all '
-                    f'{{"chosen", "rejected"}} ({has})'
-                )
-        if kind is ScoredTexts and not _is_finite_number(row.get("score")):
-            raise DataError(f"row {index}: its score {row.get('score')!r} is not a finite number")
-    return kind
+    window = context_window(model.config)
+    if told is not None and window is not None and told > window:
+        raise ConfigError(f"`reward_model.max_length` is {told}, the model's window {window} tokens")
+    limits = [limit for limit in (window, tokenizer.model_max_length) if limit and limit < _NO_LIMIT]
+    return told or min(limits, default=None)
 
 
-def _is_finite_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and bool(np.isfinite(value))
+def vary(mean: Sequence[float], std: Sequence[float]) -> bool:
+    """Whether scores of this mean and standard deviation differ by more than float32 rounds them."""
+    return all(deviation > 1e-5 * abs(middle) for middle, deviation in zip(mean, std, strict=True))
+
+
+def _one_or_all(values: list[float]) -> float | list[float]:
+    return values[0] if len(values) == 1 else values
+
+
+def _chunks(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -364,7 +438,10 @@ def main(argv: Sequence[str]) -> None:
     if config.data.train is None:
         raise ConfigError("no rows: set `data.train` to a .jsonl file")
     eval_samples = read_rows(config.data.eval) if config.data.eval else None
-    trainer = RewardModelTrainer(config, samples=read_rows(config.data.train), eval_samples=eval_samples)
+    reference = read_rows(config.reward_model.reference) if config.reward_model.reference else None
+    trainer = RewardModelTrainer(
+        config, samples=read_rows(config.data.train), eval_samples=eval_samples, reference=reference
+    )
     try:
         trainer.fit()
     finally:

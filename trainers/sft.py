@@ -2,44 +2,49 @@
 
     L = - sum over learned tokens of log pi(y_t | y_<t) / number of learned tokens
 
-The number counts the tokens of all micro-batches of all ranks, so a batch may be cut in any way. Strings are
-learned from their second token on, of {"prompt", "completion"} pairs the completion; an eos token ends each.
+The number counts the tokens of all micro-batches of all ranks, so a batch may be cut, padded and packed in
+any way. Strings are learned from their second token on, of {"prompt", "completion"} pairs the completion, of
+dialogues what the assistant says.
 
-Legend: B samples, T tokens (padded right).
+Legend: B rows of a micro-batch, T columns, R those that may be learned (the last R of T), V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conch.checkpoint import save_model
 from conch.cli import load_run_config, run_main
 from conch.config import (
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    SchedulerConfig,
+    EvalGenerationConfig,
+    GenerationConfig,
+    RewardConfig,
+    RunConfig,
     Section,
-    TokenizerConfig,
-    TrackingConfig,
-    TrainConfig,
 )
 from conch.data.files import read_rows
+from conch.data.packing import PackedBatch, collate_packed
+from conch.data.prompts import make_prompts
 from conch.data.samples import TokenBatch, TokenizedSample, collate, tokenize_samples
 from conch.data.stream import IndexStream
 from conch.engine import Engine
 from conch.errors import ConfigError
-from conch.experience import take_rows
-from conch.models.loading import context_window, freeze_trunk
-from conch.ops import logprobs_of_labels, masked_sum, position_ids
+from conch.models.loading import context_window
+from conch.models.packing import check_packing, packed_logits
+from conch.models.policy import response_logits
+from conch.models.trainable import choose_trainable
+from conch.ops import logprobs_of_labels, masked_sum
+from conch.rewards.scorer import Scorer
+from conch.rewards.source import RewardSource
+from conch.rollouts.hf_engine import HFEngine
 from conch.tracking import Tracker
 from conch.trainers.common import (
     check_vocabulary,
@@ -49,34 +54,75 @@ from conch.trainers.common import (
     rows_per_process,
     update_metrics,
 )
+from conch.trainers.evaluation import Evaluator, eval_source, eval_variants
+from conch.trainers.online import MetricFn, room_for_prompts
 from conch.trainers.run import fit, start_run
-from conch.types import Metrics
+from conch.types import Metrics, Prompt
 
-Sample = str | Mapping[str, str]
+Sample = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
 class SFTConfig(Section):
     """The algorithm's own settings."""
 
     batch_size: int = Field(default=32, ge=1)
-    """Samples per optimizer update, over all processes."""
+    """Samples per optimizer update, over all processes; packing only changes how they are laid out."""
+
+    max_length: int | None = Field(default=None, ge=2)
+    """Longest sample in tokens, and with `packing` longest row; None takes the model's window. What is longer
+    is cut on `tokenizer.truncation_side`."""
+
+    packing: bool = False
+    """Lay several samples in one row, none of which sees another: the same result with less padding."""
+
+    chat_template: Path | None = None
+    """File with a Jinja chat template for dialogues, instead of the tokenizer's own; saved with the model."""
 
 
-class SFTRunConfig(Section):
+class SFTRunConfig(RunConfig):
     """Everything an SFT run is made from."""
 
-    model: ModelConfig
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    scheduler: SchedulerConfig = SchedulerConfig()
+    generation: GenerationConfig = GenerationConfig()
+    eval_generation: EvalGenerationConfig = EvalGenerationConfig()
+    reward: RewardConfig = RewardConfig()
     sft: SFTConfig = SFTConfig()
-    data: DataConfig = DataConfig()
-    train: TrainConfig = TrainConfig()
-    tracking: TrackingConfig = TrackingConfig()
+
+
+# --------------------------------------------------------------------------------------------------- the loss
+
+
+def token_loss_sum(lm: PreTrainedModel, batch: TokenBatch) -> Float[Tensor, ""]:
+    """Summed negative log-likelihood in nats of the learned tokens, of samples side by side or packed."""
+    if isinstance(batch, PackedBatch):
+        logits = packed_logits(lm, batch.input_ids, batch.position_ids)
+    else:
+        logits = response_logits(lm, batch.input_ids, batch.attention_mask, batch.num_response)
+    return -masked_sum(logprobs_of_labels(logits, batch.response_ids), batch.loss_mask)
+
+
+class TokenLoss(nn.Module):
+    """A language model whose forward pass is `token_loss_sum`: DDP and DeepSpeed act in the forward pass of
+    the module that they wrap, so all that is computed for the loss happens in there."""
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, batch: TokenBatch) -> Float[Tensor, ""]:
+        """See `token_loss_sum`."""
+        return token_loss_sum(self.lm, batch)
+
+
+# ---------------------------------------------------------------------------------------------------- trainer
 
 
 class SFTTrainer:
     """SFT with the verbs `experience` (texts to a batch) and `update`.
+
+    samples: strings, {"prompt", "completion"} pairs, or dialogues ({"messages": [{"role", "content"}, ...]}
+        or the list itself). eval_samples: held out, for the loss on them.
+    eval_prompts: completed and measured in evaluations, by `metric_fn` and by `reward` where they are given.
+    model: a loaded model with its tokenizer, instead of `config.model.path`.
 
     Raises:
         ConchError: from the constructor, for everything that can be known to be wrong before training.
@@ -88,77 +134,166 @@ class SFTTrainer:
         *,
         samples: Sequence[Sample],
         eval_samples: Sequence[Sample] | None = None,
+        eval_prompts: Sequence[str | Mapping[str, Any]] | None = None,
+        reward: Callable[..., Any] | str | RewardSource | None = None,
+        metric_fn: MetricFn | None = None,
         model: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.config = config
         self.engine = engine = Engine(config.train)
+        self.source = eval_source(engine, reward, config.reward, eval_prompts)
         self.tokenizer = given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path)
+        if config.sft.chat_template is not None:
+            self.tokenizer.chat_template = read_chat_template(config.sft.chat_template)
         self.lm = given_or_loaded_lm(model, config.model).to(engine.device)  # pyright: ignore[reportArgumentType]
         check_vocabulary(self.lm, self.tokenizer)
-        freeze_trunk(self.lm, config.model.num_layers_unfrozen)
-        window = context_window(self.lm.config)
-        self.samples = tokenize_samples(samples, self.tokenizer, max_tokens=window)
-        self.eval_samples = (
-            tokenize_samples(eval_samples, self.tokenizer, max_tokens=window) if eval_samples else []
+        choose_trainable(self.lm, config.model)
+        self._init_data(samples, eval_samples or [])
+        self._init_evaluation(eval_prompts or [], metric_fn)
+        engine.prepare(
+            TokenLoss(self.lm), config.optimizer, config.scheduler, total_updates=config.train.total_steps
         )
-        self._rows = rows_per_process(engine, config.train, config.sft.batch_size, "sft.batch_size")
-        self.stream = IndexStream(len(self.samples), config.train.seed, engine.rank, engine.num_ranks)
-        engine.prepare(self.lm, config.optimizer, config.scheduler, total_updates=config.train.total_steps)
         engine.seed_sampling()
         self.run = start_run(self, self.lm)
         self.run_dir = self.run.folder
 
-    def experience(self, samples: Sequence[TokenizedSample]) -> TokenBatch:
-        """Pad samples into a batch."""
-        return collate(samples, int(self.tokenizer.pad_token_id), self.engine.device)  # pyright: ignore[reportArgumentType]
+    def _init_data(self, samples: Sequence[Sample], eval_samples: Sequence[Sample]) -> None:
+        config, engine = self.config, self.engine
+        self._capacity = longest_sample(config.sft, self.lm)
+        if config.sft.packing:
+            with evaluating(self.lm):
+                check_packing(self.lm, self._capacity or 0)
+        self.samples = self._tokenized(samples)
+        self.eval_samples = self._tokenized(eval_samples) if eval_samples else []
+        self._rows = rows_per_process(engine, config.train, config.sft.batch_size, "sft.batch_size")
+        self.stream = IndexStream(len(self.samples), config.train.seed, engine.rank, engine.num_ranks)
 
-    def update(self, batch: TokenBatch) -> Metrics:
-        """One optimizer update."""
-        num_tokens = self.engine.sum(batch.loss_mask[:, 1:].sum()).clamp(min=1).float()
-        micro_batches = torch.arange(len(batch.input_ids)).chunk(
-            self.config.train.gradient_accumulation_steps
+    def _tokenized(self, samples: Sequence[Sample]) -> list[TokenizedSample]:
+        return tokenize_samples(
+            samples,
+            self.tokenizer,
+            max_tokens=self._capacity,
+            truncation_side=self.config.tokenizer.truncation_side,
+            pairs_only=bool(self.lm.config.is_encoder_decoder),
         )
-        report = self.engine.update(
-            micro_batches,
-            lambda rows: token_loss_sum(self.engine.module, take_rows(batch, rows)) / num_tokens,
+
+    def _init_evaluation(
+        self, prompts: Sequence[str | Mapping[str, Any]], metric_fn: MetricFn | None
+    ) -> None:
+        config, engine = self.config, self.engine
+        if not prompts and (metric_fn is not None or self.source is not None):
+            raise ConfigError("`metric_fn` and `reward` measure completions of `eval_prompts`: give some")
+        variants = eval_variants(config.generation, config.eval_generation)
+        longest = max((variant.generation for variant in variants), key=lambda g: g.max_new_tokens)
+        self.eval_prompts = self._prompts(prompts, longest) if prompts else []
+        self.evaluator = Evaluator(
+            engine,
+            self.eval_prompts,
+            variants,
+            self._make_sampler,
+            scorer=Scorer(self.source, config.reward, engine.sum_int) if self.source else None,
+            weights=config.reward.weights,
+            metric_fn=metric_fn,
+            default_repeats=config.train.eval_repeats,
         )
+
+    def _prompts(
+        self, prompts: Sequence[str | Mapping[str, Any]], generation: GenerationConfig
+    ) -> list[Prompt]:
+        room = room_for_prompts(self.lm, generation)
+        return make_prompts(prompts, self.tokenizer, self.config.tokenizer, max_tokens=room)
+
+    def _make_sampler(self, generation: GenerationConfig) -> HFEngine:
+        return HFEngine(
+            lambda: self.lm,
+            self.tokenizer,
+            generation,
+            version=lambda: self.run.step,
+            autocast=self.engine.autocast,
+        )
+
+    # ------------------------------------------------------------------------------------------ the two verbs
+
+    def experience(self, samples: Sequence[TokenizedSample]) -> list[TokenBatch]:
+        """One batch per micro-batch, which all hold as many samples, laid out each on its own: however well
+        they pack, no micro-batch is empty."""
+        size = len(samples) // self.config.train.gradient_accumulation_steps
+        return [self._laid_out(samples[start : start + size]) for start in range(0, len(samples), size)]
+
+    def _laid_out(self, samples: Sequence[TokenizedSample]) -> TokenBatch:
+        pad_id = int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
+        if self.config.sft.packing:
+            assert self._capacity is not None
+            return collate_packed(samples, pad_id, self._capacity, self.engine.device)
+        return collate(samples, pad_id, self.engine.device)
+
+    def update(self, batches: Sequence[TokenBatch]) -> Metrics:
+        """One optimizer update from what `experience` gave."""
+        counts = torch.tensor([_token_counts(batch) for batch in batches]).sum(dim=0)
+        num_learned, num_real, num_all = self.engine.sum(counts).tolist()
+        report = self.engine.update(batches, lambda batch: self.engine.module(batch) / max(num_learned, 1))
         return {
             "train/loss": report.loss,
             **update_metrics([report]),
+            "train/padding_fraction": 1 - num_real / num_all,
             "train/epoch": self.stream.epoch,
         }
+
+    # ----------------------------------------------------------------------------------------------- the loop
 
     def step(self) -> Metrics:
         """Draw a batch and train on it."""
         return self.update(self.experience([self.samples[row] for row in self.stream.draw(self._rows)]))
 
-    def evaluate(self, tracker: Tracker | None = None, step: int = 0) -> Metrics:
-        """Negative log-likelihood in nats per learned token of the held-out samples; nothing without any."""
+    def evaluate(
+        self, tracker: Tracker | None = None, step: int = 0, *, repeats: int | None = None
+    ) -> Metrics:
+        """Negative log-likelihood in nats per learned token of the held-out samples; means of the reward and
+        of the user's metrics over `repeats` (or `train.eval_repeats`) completions per evaluation prompt.
+
+        What was not given is left out.
+        """
+        metrics = {"eval/loss": self._eval_loss()} if self.eval_samples else {}
+        if self.eval_prompts:
+            metrics |= self.evaluator.run(tracker, step, repeats=repeats)
+        return metrics
+
+    def _eval_loss(self) -> float:
         mine = self.eval_samples[self.engine.rank :: self.engine.num_ranks]
-        totals = torch.zeros(2, device=self.engine.device)
-        with evaluating(self.lm):
-            for start in range(0, len(mine), self._rows):
-                batch = self.experience(mine[start : start + self._rows])
-                loss = token_loss_sum(self.lm, batch)
-                totals += torch.stack([loss, batch.loss_mask[:, 1:].sum().to(loss.dtype)])
-        totals = self.engine.sum(totals)
-        return {"eval/loss": float(totals[0] / totals[1])} if self.eval_samples else {}
+        size = self._rows // self.config.train.gradient_accumulation_steps
+        totals = torch.zeros(2, dtype=torch.float64)
+        with evaluating(self.lm), self.engine.autocast():
+            for start in range(0, len(mine), size):
+                batch = self._laid_out(mine[start : start + size])
+                loss = float(token_loss_sum(self.lm, batch))
+                totals += torch.tensor([loss, int(batch.loss_mask.sum())], dtype=torch.float64)
+        total, num_learned = self.engine.sum(totals).tolist()
+        return total / num_learned
 
     @property
     def default_best_metric(self) -> str:
-        """The metric that decides which checkpoint is best."""
-        return "eval/loss"
+        """The first metric of the user's `metric_fn`, else the loss on held-out samples, else the reward."""
+        return self.evaluator.gold_metric or ("eval/loss" if self.eval_samples else "eval/reward")
 
     def fit(self) -> Path:
         """Train for `train.total_steps` optimizer updates; returns the run folder."""
         return fit(self, "sft")
 
+    def generate(self, prompts: Sequence[str], *, greedy: bool = False) -> list[str]:
+        """Completions of the current model."""
+        generation = self.config.generation
+        chunks = self._make_sampler(generation).generate(self._prompts(prompts, generation), greedy=greedy)
+        return [rollout.completion.text for chunk in chunks for rollout in chunk]
+
     def save_pretrained(self, folder: Path) -> Path:
         """Write the model as a Hugging Face folder. Call it on all ranks."""
-        self.engine.together(
-            lambda: save_model(folder, self.lm, self.tokenizer) if self.engine.is_main else None
-        )
+
+        def write() -> None:
+            if self.engine.is_main:
+                save_model(folder, self.lm, self.tokenizer, merge_adapter=self.config.model.merge_adapter)
+
+        self.engine.together(write)
         return folder
 
     def state_dict(self) -> dict[str, Any]:
@@ -170,20 +305,42 @@ class SFTTrainer:
         self.stream.load_state_dict(state["stream"])
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Stop the reward client and leave the process group."""
+        if self.source is not None:
+            self.source.close()
         self.engine.close()
 
 
-def token_loss_sum(lm: torch.nn.Module, batch: TokenBatch) -> Float[Tensor, ""]:
-    """Summed negative log-likelihood of the learned tokens; the first token of a sample is never learned."""
-    output = lm(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask.long(),
-        position_ids=position_ids(batch.attention_mask),
-        use_cache=False,
-    )
-    logprobs = logprobs_of_labels(output.logits[:, :-1], batch.input_ids[:, 1:])
-    return -masked_sum(logprobs, batch.loss_mask[:, 1:])
+def _token_counts(batch: TokenBatch) -> tuple[int, int, int]:
+    """Learned tokens, real tokens, and all columns of all rows."""
+    real = batch.attention_mask
+    return int(batch.loss_mask.sum()), int(real.sum()), real.numel()
+
+
+def longest_sample(config: SFTConfig, lm: PreTrainedModel) -> int | None:
+    """Tokens that a sample, or a row of packed samples, may have; None where nothing limits it.
+
+    Raises:
+        ConfigError: `sft.max_length` exceeds the model's window, or packing has no limit at all.
+    """
+    window, wanted = context_window(lm.config), config.max_length
+    if wanted is not None and window is not None and wanted > window:
+        raise ConfigError(f"`sft.max_length` = {wanted} exceeds the model's window of {window} tokens")
+    if config.packing and wanted is None and window is None:
+        raise ConfigError("`sft.packing` fills rows, and the model names no window: set `sft.max_length`")
+    return wanted or window
+
+
+def read_chat_template(path: Path) -> str:
+    """The file's text.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"`sft.chat_template` = {path} cannot be read: {error}") from error
 
 
 def main(argv: Sequence[str]) -> None:

@@ -33,7 +33,7 @@ from conch.types import RewardResult, Rollout
 class ShapingConfig(Section):
     """What happens to scores before they are learned from, in this order."""
 
-    combine: Literal["sum", "normalize_then_sum", "sum_then_normalize"] = "sum"
+    combine: Literal["sum", "normalise_then_sum", "sum_then_normalise"] = "sum"
     """How several objectives become one score, weighted by `reward.weights`. Normalised means: mean 0 and
     standard deviation 1 over the step's samples. Before the sum it gives objectives of any unit their weight;
     after it, the larger unit decides."""
@@ -179,7 +179,7 @@ class RewardShaper:
 def combine_objectives(
     scores: Float[Tensor, "B K"],
     weights: Sequence[float],
-    how: Literal["sum", "normalize_then_sum", "sum_then_normalize"],
+    how: Literal["sum", "normalise_then_sum", "sum_then_normalise"],
     reduce: Reduce = only_this_rank,
 ) -> Float[Tensor, " B"]:
     """One score per sample from K objectives; NaN counts as absent and leaves no trace in any statistic.
@@ -188,11 +188,11 @@ def combine_objectives(
     """
     present = ~scores.isnan()
     known = torch.where(present, scores, torch.zeros_like(scores))
-    if how == "normalize_then_sum":
+    if how == "normalise_then_sum":
         columns = [whiten(known[:, k], present[:, k], reduce) for k in range(scores.shape[1])]
         known = torch.stack(columns, dim=1) if columns else known
     total = (known * torch.tensor(weights, device=scores.device)).sum(dim=1)
-    return whiten(total, present.any(dim=1), reduce) if how == "sum_then_normalize" else total
+    return whiten(total, present.any(dim=1), reduce) if how == "sum_then_normalise" else total
 
 
 def at_last_token(scores: Float[Tensor, " B"], mask: Bool[Tensor, "B R"]) -> Float[Tensor, "B R"]:

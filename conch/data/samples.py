@@ -1,92 +1,178 @@
 """Whole samples for supervised training: token ids with a mask of what the loss counts.
 
-Legend: B samples, T tokens. Samples are padded on the right.
+Legend: B samples, P prompt tokens (padded left), R response tokens (padded right), T = P + R. The prompt of a
+sample is all that stands before the first token that is learned, the response all that follows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from conch.data.dialogues import encode_dialogue, messages_of
 from conch.errors import DataError
+from conch.log import get_logger
+
+_log = get_logger(__name__)
 
 _PAIR = ("prompt", "completion")
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedSample:
-    """token_ids: the whole sample, eos included. loss_mask: True at tokens that the model learns."""
+    """token_ids: the whole sample, eos included. loss_mask: True at tokens that the model learns; the first
+    token, before which there is nothing to predict it from, is not learned whatever stands there."""
 
     token_ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]
 
+    @property
+    def num_prompt(self) -> int:
+        """Tokens before the first that is learned; all where none is."""
+        learned = (place for place, is_learned in enumerate(self.loss_mask) if is_learned and place > 0)
+        return next(learned, len(self.token_ids))
+
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """input_ids, attention_mask (True at real tokens), loss_mask (True at learned tokens): each [B, T]."""
+    """input_ids [B, T]: prompt and response. attention_mask [B, T]: True at real tokens.
+
+    loss_mask [B, R]: True at learned tokens, which stand among the last R columns of `input_ids`.
+    """
 
     input_ids: Int[Tensor, "B T"]
     attention_mask: Bool[Tensor, "B T"]
-    loss_mask: Bool[Tensor, "B T"]
+    loss_mask: Bool[Tensor, "B R"]
+
+    @property
+    def num_response(self) -> int:
+        """R, the columns that hold responses."""
+        return self.loss_mask.shape[1]
+
+    @property
+    def response_ids(self) -> Int[Tensor, "B R"]:
+        """The last R columns of `input_ids`."""
+        return self.input_ids[:, -self.num_response :]
 
 
 def tokenize_samples(
-    samples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, *, max_tokens: int | None
+    samples: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int | None,
+    truncation_side: Literal["left", "right"],
+    pairs_only: bool = False,
 ) -> list[TokenizedSample]:
-    """Tokenise strings (loss on all but the first token) or {"prompt", "completion"} pairs (loss on the
-    latter).
+    """Tokenise strings (all tokens after the first are learned), {"prompt", "completion"} pairs (the
+    completion is), and dialogues (the assistant's turns are; see `conch.data.dialogues`).
 
-    An eos token ends every sample and is learned.
+    An eos token ends every string and pair, and is learned; a dialogue ends as the chat template has it.
+    Samples of more than `max_tokens` tokens lose what is too much on `truncation_side`, and those of which
+    nothing learned is left are dropped; one warning counts both.
+
+    pairs_only: for models that read the prompt apart from the completion.
 
     Raises:
-        DataError: there are none, or one is empty, of another form, or longer than `max_tokens`.
+        DataError: there are none, none is left, or one, named by its number, is empty or of another form.
     """
-    if not samples:
+    if isinstance(samples, str):  # also a sequence of strings: its letters
+        raise DataError("the samples are one string: give a list of samples")
+    if len(samples) == 0:
         raise DataError("the list of samples is empty: give at least one sample")
-    made = [_tokenize(sample, index, tokenizer) for index, sample in enumerate(samples)]
-    for index, sample in enumerate(made):
-        if max_tokens is not None and len(sample.token_ids) > max_tokens:
-            raise DataError(
-                f"sample {index} has {len(sample.token_ids)} tokens, its eos included; the model's window "
-                f"holds {max_tokens}: shorten it"
-            )
-    return made
+    made = [_tokenize(sample, index, tokenizer, pairs_only) for index, sample in enumerate(samples)]
+    return made if max_tokens is None else _truncated(made, max_tokens, truncation_side)
 
 
 def collate(
     samples: Sequence[TokenizedSample], pad_token_id: int, device: torch.device | str = "cpu"
 ) -> TokenBatch:
-    """Pad on the right to the longest sample."""
-    longest = max(len(sample.token_ids) for sample in samples)
-    ids = torch.full((len(samples), longest), pad_token_id, dtype=torch.long)
-    attention = torch.zeros(len(samples), longest, dtype=torch.bool)
-    loss = torch.zeros(len(samples), longest, dtype=torch.bool)
+    """Pad samples so that all responses begin in the same column; R is at least 1."""
+    longest_prompt = max(sample.num_prompt for sample in samples)
+    longest_response = max(1, *(len(sample.token_ids) - sample.num_prompt for sample in samples))
+    shape = (len(samples), longest_prompt + longest_response)
+    ids = torch.full(shape, pad_token_id, dtype=torch.long)
+    real, learned = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
     for row, sample in enumerate(samples):
-        length = len(sample.token_ids)
-        ids[row, :length] = torch.tensor(sample.token_ids)
-        attention[row, :length] = True
-        loss[row, :length] = torch.tensor(sample.loss_mask)
-    return TokenBatch(ids.to(device), attention.to(device), loss.to(device))
+        start = longest_prompt - sample.num_prompt
+        columns = slice(start, start + len(sample.token_ids))
+        ids[row, columns] = torch.tensor(sample.token_ids)
+        real[row, columns] = True
+        learned[row, columns] = torch.tensor(sample.loss_mask)
+    return TokenBatch(ids.to(device), real.to(device), learned[:, longest_prompt:].to(device))
 
 
-def _tokenize(sample: Any, index: int, tokenizer: PreTrainedTokenizerBase) -> TokenizedSample:
+def _tokenize(
+    sample: Any, index: int, tokenizer: PreTrainedTokenizerBase, pairs_only: bool
+) -> TokenizedSample:
+    is_pair = isinstance(sample, Mapping) and all(isinstance(sample.get(key), str) for key in _PAIR)
+    if pairs_only and not is_pair:
+        raise DataError(
+            f"sample {index} is no pair; an encoder-decoder reads the prompt apart from the completion: give "
+            'dicts of strings "prompt" and "completion"'
+        )
+    if is_pair:
+        return _tokenize_text(sample["prompt"], sample["completion"], index, tokenizer, pairs_only)
     if isinstance(sample, str):
-        prompt, completion = "", sample
-    elif isinstance(sample, Mapping) and all(isinstance(sample.get(key), str) for key in _PAIR):
-        prompt, completion = (sample[key] for key in _PAIR)
-    else:
-        raise DataError(f'sample {index} is neither a string nor a dict of strings "prompt" and "completion"')
-    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
-    ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+        return _tokenize_text(None, sample, index, tokenizer, pairs_only)
+    messages = messages_of(sample)
+    if messages is None:
+        raise DataError(
+            f'sample {index} is neither a string, nor a dict of strings "prompt" and "completion", nor a '
+            'dialogue of messages with "role" and "content"'
+        )
+    return TokenizedSample(*encode_dialogue(messages, index, tokenizer))
+
+
+def _tokenize_text(
+    prompt: str | None,
+    completion: str,
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    needs_prompt: bool,
+) -> TokenizedSample:
+    prompt_ids = _encode(prompt or "", tokenizer)
+    ids = _encode(completion, tokenizer)
     if not ids:
-        what = "sample" if isinstance(sample, str) else "completion of sample"
+        what = "sample" if prompt is None else "completion of sample"
         raise DataError(f"{what} {index} is empty once tokenised: drop it")
-    ids = [*prompt_ids, *ids, tokenizer.eos_token_id]
-    loss = [position >= max(1, len(prompt_ids)) for position in range(len(ids))]
-    return TokenizedSample(tuple(ids), tuple(loss))
+    if needs_prompt and not prompt_ids:
+        raise DataError(
+            f"the prompt of sample {index} is empty once tokenised: the encoder has nothing to read"
+        )
+    if ids[-1] != tokenizer.eos_token_id:
+        ids.append(int(tokenizer.eos_token_id))  # pyright: ignore[reportArgumentType]
+    tokens = (*prompt_ids, *ids)
+    return TokenizedSample(tokens, tuple(place >= max(1, len(prompt_ids)) for place in range(len(tokens))))
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []  # pyright: ignore[reportArgumentType]
+
+
+def _truncated(
+    samples: list[TokenizedSample], max_tokens: int, side: Literal["left", "right"]
+) -> list[TokenizedSample]:
+    lengths = [len(sample.token_ids) for sample in samples]
+    num_long = sum(length > max_tokens for length in lengths)
+    if not num_long:
+        return samples
+    kept = slice(-max_tokens, None) if side == "left" else slice(max_tokens)
+    cut = [TokenizedSample(sample.token_ids[kept], sample.loss_mask[kept]) for sample in samples]
+    left = [sample for sample in cut if sample.num_prompt < len(sample.token_ids)]
+    if not left:
+        raise DataError(
+            f"no sample has a learned token among the {max_tokens} that are kept on truncation: shorten the "
+            f"prompts, or change `tokenizer.truncation_side`, now {side}"
+        )
+    _log.warning(
+        "%d of %d samples have more than %d tokens (the longest %d): cut on the %s; %d dropped, of which "
+        "nothing to be learned was left",
+        *(num_long, len(samples), max_tokens, max(lengths), side, len(samples) - len(left)),
+    )
+    return left

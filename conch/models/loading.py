@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
@@ -26,6 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 from conch.config import ModelConfig, TokenizerConfig
 from conch.errors import ConfigError, ModelError
 from conch.log import get_logger
+from conch.models.adapter import adapter_base, merge_saved_adapter
 
 _log = get_logger(__name__)
 
@@ -33,14 +36,40 @@ if not sys.stderr.isatty():
     disable_progress_bar()  # transformers draws one per checkpoint read or written, also into log files
 
 
-def load_causal_lm(config: ModelConfig) -> PreTrainedModel:
-    """A decoder with a language-model head.
+_POSITIONS_BEHIND_PAD = frozenset(
+    {
+        *("camembert", "data2vec-text", "ibert", "jina_embeddings_v3", "layoutlmv3", "lilt", "longformer"),
+        *("luke", "markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl"),
+        "xmod",
+    }
+)
+"""Model types that count positions from `pad_token_id + 1` on, as RoBERTa does."""
+
+
+def load_lm(config: ModelConfig) -> PreTrainedModel:
+    """A language model: a decoder, or an encoder-decoder where the model's own config says so.
+
+    A `path` that holds an adapter gives the model it was trained on with the adapter merged in.
 
     Raises:
         ModelError: the model is missing, unreadable or incomplete.
         ConfigError: `architecture` names an unknown model type or key.
     """
-    return _load(AutoModelForCausalLM, config)
+    return _load(_lm_class, config)
+
+
+def _lm_class(model_config: PretrainedConfig) -> Any:
+    check_start_token(model_config)
+    return AutoModelForSeq2SeqLM if model_config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def check_start_token(model_config: PretrainedConfig) -> None:
+    """Refuse an encoder-decoder that does not say which token its decoder reads first."""
+    if model_config.is_encoder_decoder and getattr(model_config, "decoder_start_token_id", None) is None:
+        raise ConfigError(
+            f"the {model_config.model_type} has no `decoder_start_token_id`, which its decoder reads first: "
+            "set it in `model.architecture` or in the model's config.json (T5 takes its pad token)"
+        )
 
 
 def load_sequence_classifier(config: ModelConfig, *, num_labels: int, pad_token_id: int) -> PreTrainedModel:
@@ -54,7 +83,7 @@ def load_sequence_classifier(config: ModelConfig, *, num_labels: int, pad_token_
         ConfigError: `architecture` names an unknown model type or key.
     """
     return _load(
-        AutoModelForSequenceClassification,
+        lambda _: AutoModelForSequenceClassification,
         config,
         new_head_allowed=True,
         num_labels=num_labels,
@@ -116,34 +145,51 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
 
 
 def context_window(model_config: PretrainedConfig) -> int | None:
-    """Tokens the model can attend over, or None where its config does not say."""
+    """Tokens the model can attend over; None where its config does not say, or positions are relative."""
+    if model_config.is_encoder_decoder and hasattr(model_config, "relative_attention_num_buckets"):
+        return None  # T5 and its kin may name the length of their pretraining, which is no limit
     for key in ("max_position_embeddings", "n_positions", "max_sequence_length"):
         value = getattr(model_config, key, None)
         if isinstance(value, int) and value > 0:
-            return value
+            return value - _unused_positions(model_config)
     return None
 
 
+def _unused_positions(model_config: PretrainedConfig) -> int:
+    if model_config.model_type not in _POSITIONS_BEHIND_PAD:
+        return 0
+    return int(model_config.pad_token_id) + 1
+
+
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The transformer blocks: the one ModuleList with `num_hidden_layers` members, whatever its name.
+    """The transformer blocks, of the decoder where there is an encoder too: the one ModuleList with as many
+    members as the config says, whatever its name.
 
     Raises:
         ModelError: there is none or more than one.
     """
-    count = model.config.get_text_config().num_hidden_layers
-    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count and len(m) > 0]
-    if len(stacks) != 1:
+    stack = model.get_decoder() if model.config.is_encoder_decoder else model
+    config = stack.config.get_text_config()
+    # BART and its kin keep one config for both stacks, in which `num_hidden_layers` is the encoder's.
+    count = getattr(config, "decoder_layers", config.num_hidden_layers)
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in stack.named_modules():
+        # T5's blocks are made of lists themselves.
+        inside = name.startswith(tuple(f"{outer}." for outer in found))
+        if isinstance(module, nn.ModuleList) and len(module) == count > 0 and not inside:
+            found[name] = module
+    if len(found) != 1:
         raise ModelError(
-            f"{type(model).__name__} has {len(stacks)} stacks of {count} layers, one is needed: "
+            f"{type(model).__name__} has {len(found)} stacks of {count} layers, one is needed: "
             "use `model.num_layers_unfrozen=-1`"
         )
-    return stacks[0]
+    return next(iter(found.values()))
 
 
 def freeze_trunk(model: PreTrainedModel, num_layers_unfrozen: int) -> None:
     """Leave only the top `num_layers_unfrozen` blocks trainable; -1 leaves all.
 
-    Embeddings, final norm and language-model head are frozen with the trunk: the reference shares them.
+    Embeddings, an encoder, final norm and head are frozen with the trunk: the reference shares them.
     """
     if num_layers_unfrozen == -1:
         return
@@ -174,10 +220,19 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def _load(
-    auto_class: Any, config: ModelConfig, *, new_head_allowed: bool = False, **overrides: Any
+    class_of: Callable[[PretrainedConfig], Any],
+    config: ModelConfig,
+    *,
+    new_head_allowed: bool = False,
+    **overrides: Any,
 ) -> PreTrainedModel:
+    base = adapter_base(config.path) if config.path is not None else None
+    if base is not None:
+        of_base = config.model_copy(update={"path": base, "revision": None})
+        model = _load(class_of, of_base, new_head_allowed=new_head_allowed, **overrides)
+        return merge_saved_adapter(model, str(config.path))
     model_config = _model_config(config, overrides)
-    dtype = getattr(torch, config.dtype)
+    auto_class, dtype = class_of(model_config), getattr(torch, config.dtype)
     if config.path is None:
         model, fresh_head = _from_config(auto_class, model_config, dtype), True
     else:
@@ -211,6 +266,8 @@ def _config_of_shape(shape: dict[str, Any]) -> PretrainedConfig:
         )
     config_class = CONFIG_MAPPING[model_type]
     valid = {field.name for field in fields(config_class)} | set(config_class.attribute_map)  # pyright: ignore[reportArgumentType]
+    if config_class.is_encoder_decoder:
+        valid.add("decoder_start_token_id")  # some families have it as a field, and all read it
     for key in shape:
         if key not in valid and not hasattr(config_class, key):
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""A decoder with a value head on its trunk.
+"""A language model with a value head on its trunk.
 
 Legend: B sequences, T tokens (prompt padded left, response padded right), R response positions (the last R of
 T), V vocabulary, D hidden size. Position r of an output always speaks of response token r and is read at the
@@ -7,16 +7,21 @@ token before it: the state in which that token was chosen.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from conch.errors import ModelError
+from conch.errors import ConfigError, ModelError
+from conch.models.adapter import base_of, has_adapter, merge_in_place
+from conch.models.loading import decoder_layers
+from conch.models.replay import StandIn, Trunk, name_of
 from conch.ops import at_least_float32, position_ids
 
 
@@ -44,13 +49,77 @@ class ValueHead(nn.Module):
         return at_least_float32(values)
 
 
-class PolicyWithValue(nn.Module):
-    """The one trained module of PPO: language model and value head on a shared trunk."""
+class ValueBranch(nn.Module):
+    """Copies of the top blocks, and of what stands between them and the head, for the value function alone.
 
-    def __init__(self, lm: PreTrainedModel) -> None:
+    What lies below is the language model's own, run once for both: where it is trained, the value loss trains
+    it, too. No parameter is shared with the language model, and an adapter there has no part here.
+
+    Raises:
+        ConfigError: the model has fewer blocks than that.
+    """
+
+    def __init__(self, lm: PreTrainedModel, num_layers: int) -> None:
+        super().__init__()
+        layers = decoder_layers(lm)
+        if num_layers > len(layers):
+            raise ConfigError(
+                f"`ppo.num_value_layers_unfrozen` is {num_layers}; the model has {len(layers)} layers"
+            )
+        self._trunk = trunk = Trunk(lm, num_layers)
+        head, embeddings = _head(lm), _embeddings_outside(lm, layers)
+        below = [*trunk.modules, head, *embeddings.values()]
+        self.top = trunk.copy_top([p for module in below for p in module.parameters()])
+        for name, module in embeddings.items():
+            self.top.set_submodule(name, StandIn(module))
+        self.top.set_submodule(name_of(lm, head), nn.Identity())
+        if has_adapter(self.top):
+            merge_in_place(self.top)
+        self._train_what_is_read(lm)
+
+    def recording(self) -> AbstractContextManager[None]:
+        """Run the language model's forward pass inside; `forward` goes on from it."""
+        return self._trunk.recording()
+
+    def forward(
+        self, input_ids: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], num_response: int
+    ) -> Float[Tensor, "B R D"]:
+        """States of the positions that choose the last `num_response` tokens."""
+        assert self._trunk.is_recorded, "no forward pass was recorded for this batch"
+        _, states = response_logits_and_states(self.top, input_ids, attention_mask, num_response)
+        self._trunk.forget()
+        return states
+
+    def _train_what_is_read(self, lm: PreTrainedModel) -> None:
+        """Some architectures have small layers between embeddings and blocks. Their copies here feed nothing,
+        and DDP would wait for their gradients: they are found by trying, and frozen."""
+        parameters = list(self.top.requires_grad_(True).parameters())
+        ids = torch.zeros(1, 2, dtype=torch.long, device=lm.device)
+        was_training = lm.training
+        lm.eval()
+        self.top.eval()
+        with torch.enable_grad():
+            with self.recording():
+                response_logits(lm, ids, torch.ones_like(ids, dtype=torch.bool), 1)
+            states = self(ids, torch.ones_like(ids, dtype=torch.bool), 1)
+            gradients = torch.autograd.grad(states.sum(), parameters, allow_unused=True)
+        lm.train(was_training)
+        self.top.train(was_training)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.requires_grad_(gradient is not None)
+
+
+class PolicyWithValue(nn.Module):
+    """The one trained module of PPO: language model and value head on a shared trunk.
+
+    num_value_layers: top blocks that the value function has for itself, see `ValueBranch`; 0 shares them all.
+    """
+
+    def __init__(self, lm: PreTrainedModel, *, num_value_layers: int = 0) -> None:
         super().__init__()
         self.lm = lm
-        self.value_head = ValueHead(lm.config.get_text_config().hidden_size)
+        self.value_branch = ValueBranch(lm, num_value_layers) if num_value_layers else None
+        self.value_head = ValueHead(_head_width(lm))
 
     def forward(
         self, input_ids: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], num_response: int
@@ -59,31 +128,63 @@ class PolicyWithValue(nn.Module):
 
         attention_mask: True at real tokens, False at padding on either side.
         """
-        logits, states = response_logits_and_states(self.lm, input_ids, attention_mask, num_response)
+        if self.value_branch is None:
+            logits, states = response_logits_and_states(self.lm, input_ids, attention_mask, num_response)
+        else:
+            with self.value_branch.recording():
+                logits = response_logits(self.lm, input_ids, attention_mask, num_response)
+            states = self.value_branch(input_ids, attention_mask, num_response)
         return PolicyOutput(logits, self.value_head(states))
+
+    def head_tensors(self) -> dict[str, Tensor]:
+        """All but the language model, for `heads.safetensors`."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("lm.")}
 
 
 def response_logits(
     lm: PreTrainedModel, input_ids: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], num_response: int
 ) -> Float[Tensor, "B R V"]:
-    """Logits that chose each of the last `num_response` tokens; the head runs on those positions only."""
-    output = lm(
-        input_ids=input_ids,
-        attention_mask=attention_mask.long(),
-        position_ids=position_ids(attention_mask),
-        logits_to_keep=num_response + 1,
-        use_cache=False,
-    )
-    return output.logits[:, -num_response - 1 : -1]
+    """Logits that chose each of the last `num_response` tokens; the head runs on those positions only.
+
+    The encoder of an encoder-decoder reads the prompt, its decoder the response.
+    """
+    inputs, chosen_at = _inputs(lm, input_ids, attention_mask, num_response)
+    return lm(**inputs, use_cache=False).logits[:, chosen_at]
 
 
 def response_logits_and_states(
     lm: PreTrainedModel, input_ids: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], num_response: int
 ) -> tuple[Float[Tensor, "B R V"], Float[Tensor, "B R D"]]:
     """As `response_logits`, with the hidden states that these logits were computed from."""
+    inputs, chosen_at = _inputs(lm, input_ids, attention_mask, num_response)
     with captured_head_input(lm) as captured:
-        logits = response_logits(lm, input_ids, attention_mask, num_response)
-    return logits, captured[0][:, -num_response - 1 : -1]
+        logits = lm(**inputs, use_cache=False).logits
+    return logits[:, chosen_at], captured[0][:, chosen_at]
+
+
+def _inputs(
+    lm: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, num_response: int
+) -> tuple[dict[str, Any], slice]:
+    """What `lm` takes for a `prompt | response` batch, and which positions of its output choose the response.
+
+    Here alone decoders and encoder-decoders differ.
+    """
+    if not lm.config.is_encoder_decoder:
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long()}
+        # Models with relative positions take no `position_ids`: they see the padding in the mask.
+        optional = {"position_ids": position_ids(attention_mask), "logits_to_keep": num_response + 1}
+        known = inspect.signature(lm.forward).parameters
+        inputs |= {name: value for name, value in optional.items() if name in known}
+        return inputs, slice(-num_response - 1, -1)
+    response, is_real = input_ids[:, -num_response:], attention_mask[:, -num_response:].long()
+    start = torch.full_like(response[:, :1], int(lm.config.decoder_start_token_id))
+    inputs = {
+        "input_ids": input_ids[:, :-num_response],
+        "attention_mask": attention_mask[:, :-num_response].long(),
+        "decoder_input_ids": torch.cat([start, response[:, :-1]], dim=1),
+        "decoder_attention_mask": torch.cat([torch.ones_like(start), is_real[:, :-1]], dim=1),
+    }
+    return inputs, slice(None)
 
 
 @contextmanager
@@ -92,12 +193,37 @@ def captured_head_input(lm: PreTrainedModel) -> Iterator[list[Tensor]]:
 
     Reading them here instead of through `output_hidden_states` keeps one layer's states instead of all.
     """
-    head = lm.get_output_embeddings()
-    if not isinstance(head, nn.Module):
-        raise ModelError(f"{type(lm).__name__} has no language-model head to read hidden states from")
+    head = _head(lm)
     captured: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda _module, args: captured.append(args[0]))
     try:
         yield captured
     finally:
         handle.remove()
+
+
+def _head(lm: PreTrainedModel) -> nn.Module:
+    head = lm.get_output_embeddings()
+    if not isinstance(head, nn.Module):
+        raise ModelError(f"{type(lm).__name__} has no language-model head to read hidden states from")
+    return head
+
+
+def _head_width(lm: PreTrainedModel) -> int:
+    """Size of the states that the head reads, which is not everywhere that of the blocks."""
+    return int(_head(lm).weight.shape[1])  # pyright: ignore[reportArgumentType, reportCallIssue, reportAttributeAccessIssue, reportIndexIssue]
+
+
+def _embeddings_outside(lm: PreTrainedModel, layers: nn.ModuleList) -> dict[str, nn.Module]:
+    """Where a decoder looks tokens and positions up, by name; a block may have embeddings of its own."""
+    found: dict[str, nn.Module] = {}
+    inside = tuple(f"{name}." for name in (name_of(lm, layers), *_encoder_name(lm)))
+    for name, module in lm.named_modules(remove_duplicate=False):
+        within = name.startswith((*inside, *(f"{outer}." for outer in found)))
+        if not within and isinstance(base_of(module), nn.Embedding):
+            found[name] = module
+    return found
+
+
+def _encoder_name(lm: PreTrainedModel) -> list[str]:
+    return [name_of(lm, lm.get_encoder())] if lm.config.is_encoder_decoder else []

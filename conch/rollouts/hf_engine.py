@@ -43,8 +43,9 @@ class HFEngine:
     """A `RolloutEngine` in the trainer's own process.
 
     lm: called for each chunk, so that it may be the unwrapped module of a trainer. version: gives the number
-    of updates the policy has seen. autocast: the precision context of training. Sampling draws from torch's
-    global generator: seed it per rank.
+    of updates the policy has seen. autocast: the precision context of training. processors: opened around
+    each chunk; what it yields changes the logits before temperature, top-k and top-p do. Sampling draws from
+    torch's global generator: seed it per rank.
     """
 
     def __init__(
@@ -55,12 +56,14 @@ class HFEngine:
         *,
         version: Callable[[], int],
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        processors: Callable[[], AbstractContextManager[Sequence[LogitsProcessor]]] = lambda: nullcontext(()),
     ) -> None:
         self._lm = lm
         self._tokenizer = tokenizer
         self._config = config
         self._version = version
         self._autocast = autocast
+        self._processors = processors
         self._pad_id = int(tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
         self._eos_id = int(tokenizer.eos_token_id)  # pyright: ignore[reportArgumentType]
 
@@ -74,23 +77,25 @@ class HFEngine:
     def _generate_chunk(self, prompts: Sequence[Prompt], greedy: bool) -> list[Rollout]:
         lm = self._lm()
         input_ids, attention_mask = _pad_left(prompts, self._pad_id, lm.device)
-        num_prompt = input_ids.shape[1]
+        # What comes out begins with the prompt; beside an encoder, with the decoder's start token.
+        num_given = 1 if lm.config.is_encoder_decoder else input_ids.shape[1]
         recorder = LogprobRecorder()
-        with _sampling_mode(lm), self._autocast():
+        with _sampling_mode(lm), self._autocast(), self._processors() as processors:
             sequences = lm.generate(  # pyright: ignore[reportCallIssue]  typed as a Tensor attribute
                 input_ids,
                 attention_mask=attention_mask.long(),
-                generation_config=self._generation_config(greedy),
-                logits_processor=LogitsProcessorList([*self._warpers(greedy), recorder]),
-                stopping_criteria=self._stopping(num_prompt),
+                generation_config=self._generation_config(lm, greedy),
+                logits_processor=LogitsProcessorList([*processors, *self._warpers(greedy), recorder]),
+                stopping_criteria=self._stopping(num_given),
             )
         assert isinstance(sequences, Tensor)
-        logprobs = recorder.logprobs(sequences[:, num_prompt:])
+        responses = sequences[:, num_given:]
+        logprobs = recorder.logprobs(responses)
         version = self._version()
-        rows = zip(prompts, sequences[:, num_prompt:].tolist(), logprobs.tolist(), strict=True)
+        rows = zip(prompts, responses.tolist(), logprobs.tolist(), strict=True)
         return [Rollout(prompt, self._completion(row, lps), version) for prompt, row, lps in rows]
 
-    def _generation_config(self, greedy: bool) -> HFGenerationConfig:
+    def _generation_config(self, lm: PreTrainedModel, greedy: bool) -> HFGenerationConfig:
         # Temperature, top-k and top-p are switched off here, for `_warpers` applies them.
         shaping = {} if greedy else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
         return HFGenerationConfig(
@@ -98,6 +103,7 @@ class HFEngine:
             do_sample=not greedy,
             eos_token_id=self._eos_id,
             pad_token_id=self._pad_id,
+            decoder_start_token_id=getattr(lm.config, "decoder_start_token_id", None),
             **shaping,
         )
 
@@ -112,10 +118,10 @@ class HFEngine:
             warpers.append(TopPLogitsWarper(config.top_p))
         return warpers
 
-    def _stopping(self, num_prompt: int) -> StoppingCriteriaList:
+    def _stopping(self, num_given: int) -> StoppingCriteriaList:
         if not self._config.stop:
             return StoppingCriteriaList()
-        return StoppingCriteriaList([StopStrings(self._config.stop, self._decode, num_prompt)])
+        return StoppingCriteriaList([StopStrings(self._config.stop, self._decode, num_given)])
 
     def _completion(self, ids: list[int], logprobs: list[float]) -> Completion:
         ids, reason = cut_at_end(ids, self._eos_id, self._config.stop, self._decode)
@@ -161,10 +167,10 @@ class StopStrings(StoppingCriteria):
     without special tokens, as `Completion.text` has it.
     """
 
-    def __init__(self, stop: Sequence[str], decode: Decode, num_prompt: int) -> None:
+    def __init__(self, stop: Sequence[str], decode: Decode, num_given: int) -> None:
         self._stop = stop
         self._decode = decode
-        self._num_prompt = num_prompt
+        self._num_given = num_given
         # A character takes at most four byte tokens; the rest is for special tokens, which have no text.
         self._window = 4 * max(map(len, stop)) + 8
 
@@ -173,7 +179,7 @@ class StopStrings(StoppingCriteria):
     ) -> Bool[Tensor, " B"]:
         """True for rows that are to end."""
         del scores
-        responses = input_ids[:, self._num_prompt :].tolist()
+        responses = input_ids[:, self._num_given :].tolist()
         return torch.tensor([self._has_stop(row) for row in responses], device=input_ids.device)
 
     def _has_stop(self, ids: list[int]) -> bool:

@@ -46,3 +46,9 @@ def reward_server(reward_model: RewardModel) -> Iterator[TritonServer]:
     """A running server with both models; `reward_server.endpoint(TEXT_MODEL)`. Do not stop or kill it."""
     with TritonServer(reward_model.model_store, [TEXT_MODEL, TOKEN_MODEL]) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def walks_output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of the randomwalks examples: the policy they start from is trained once."""
+    return tmp_path_factory.mktemp("walks")

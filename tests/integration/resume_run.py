@@ -15,8 +15,10 @@ import yaml
 
 from conch.cli import run_main
 from conch.config import load
+from conch.trainers.ilql import ILQLRunConfig, ILQLTrainer
 from conch.trainers.ppo import PPORunConfig, PPOTrainer
 from conch.trainers.reward_model import RewardModelRunConfig, RewardModelTrainer
+from conch.trainers.rft import RFTRunConfig, RFTTrainer
 from conch.trainers.sft import SFTRunConfig, SFTTrainer
 from tests.integration.letters_run import LETTERS, SETTINGS, share_of_a
 from tests.tiny import char_tokenizer
@@ -46,7 +48,33 @@ def reward_model(values: dict[str, Any]) -> Any:
     return RewardModelTrainer(config, samples=SCORED, eval_samples=SCORED[:6], tokenizer=tokenizer)
 
 
-KINDS: dict[str, Callable[[dict[str, Any]], Any]] = {"ppo": ppo, "sft": sft, "reward_model": reward_model}
+def ilql(values: dict[str, Any]) -> Any:
+    base = {"model": MODEL, "generation": {"max_new_tokens": 6}, "ilql": {"batch_size": 8}, **values}
+    config = load(ILQLRunConfig, base)
+    return ILQLTrainer(
+        config,
+        samples=SAMPLES,
+        rewards=[float(sample.count("a")) for sample in SAMPLES],
+        eval_prompts=list(LETTERS),
+        reward=share_of_a,
+        tokenizer=char_tokenizer(LETTERS),
+    )
+
+
+def rft(values: dict[str, Any]) -> Any:
+    sampled = {"n_generations_per_prompt": 4, "n_improve_steps": 3, "batch_size": 8, "updates_per_step": 2}
+    base = {"model": MODEL, "generation": {"max_new_tokens": 6}, "rft": sampled, **values}
+    config = load(RFTRunConfig, base)
+    return RFTTrainer(config, reward=share_of_a, prompts=list(LETTERS), tokenizer=char_tokenizer(LETTERS))
+
+
+KINDS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "ppo": ppo,
+    "sft": sft,
+    "reward_model": reward_model,
+    "ilql": ilql,
+    "rft": rft,
+}
 
 
 def main(argv: Sequence[str]) -> None:

@@ -70,3 +70,31 @@ def test_order_of_samples_does_not_change_the_update(tmp_path: Path) -> None:
         trainer.update(trainer.experience(ROLLOUTS[order], REWARDS[order]))
         found.append(parameters(trainer.policy))
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"train": {"gradient_accumulation_steps": 4}},
+        {"model": {"gradient_checkpointing": True}},
+        {"sft": {"packing": True}},
+        {
+            "train": {"gradient_accumulation_steps": 2},
+            "model": {"gradient_checkpointing": True},
+            "sft": {"packing": True},
+        },
+    ],
+    ids=["accumulated", "checkpointed", "packed", "all"],
+)
+def test_every_layout_of_a_batch_gives_the_same_update(tmp_path: Path, settings: dict[str, Any]) -> None:
+    found = []
+    for name, changed in (("plain", {}), ("other", settings)):
+        sections = {key: dict(value) for key, value in changed.items()}
+        if "model" in sections:
+            sections["model"]["architecture"] = {"model_type": "gpt2"}
+        lm = policy(**SMALL).double()
+        trainer = sft_trainer(tmp_path / name, SAMPLES, lm=lm, optimizer=LINEAR_ADAM, **sections)
+        losses = [trainer.update(trainer.experience(trainer.samples))["train/loss"] for _ in range(3)]
+        found.append((parameters(trainer.lm), losses))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-9, atol=1e-11)
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-6)

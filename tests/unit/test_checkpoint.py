@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from conch.checkpoint import HEADS_FILE, check_space, model_bytes, save_model
 from conch.config import ModelConfig
 from conch.errors import CheckpointError
-from conch.models.loading import freeze_trunk, load_causal_lm
+from conch.models.loading import freeze_trunk, load_lm
 from conch.models.policy import PolicyWithValue
 from tests.tiny import DECODERS, char_tokenizer, decoder_shape, tiny_decoder
 
@@ -49,7 +49,7 @@ def test_checkpoint_loads_with_transformers_to_the_same_logits(family: str, tmp_
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_checkpoint_keeps_bfloat16(family: str, tmp_path: Path) -> None:
-    lm = load_causal_lm(ModelConfig(architecture=decoder_shape(family), dtype="bfloat16"))
+    lm = load_lm(ModelConfig(architecture=decoder_shape(family), dtype="bfloat16"))
     save_model(tmp_path / "step_1", lm, TOKENIZER)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "step_1", dtype="auto").state_dict()
 

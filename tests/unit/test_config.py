@@ -19,6 +19,9 @@ RUN_CONFIG_CLASSES = {
     "sft": ("conch.trainers.sft", "SFTRunConfig"),
     "reward_model": ("conch.trainers.reward_model", "RewardModelRunConfig"),
     "ppo": ("conch.trainers.ppo", "PPORunConfig"),
+    "ppo_exact": ("conch.trainers.ppo", "PPORunConfig"),
+    "ilql": ("conch.trainers.ilql", "ILQLRunConfig"),
+    "rft": ("conch.trainers.rft", "RFTRunConfig"),
     "quickstart": ("examples.randomwalks.quickstart", "QuickstartConfig"),
 }
 RUN_CONFIGS = sorted(file for file in CONFIGS.rglob("*.yaml") if file.stem in RUN_CONFIG_CLASSES)

@@ -103,6 +103,13 @@ def test_read_checkpoint_refuses_a_language_model_whose_head_would_be_random(tmp
         read_checkpoint(str(tmp_path))
 
 
+def test_read_checkpoint_refuses_an_adapter_without_its_model(tmp_path: Path) -> None:
+    folder = reward_checkpoint(tmp_path / "checkpoint")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConversionError, match=r"an adapter without its model: .*model.merge_adapter=true"):
+        read_checkpoint(str(folder))
+
+
 def test_read_checkpoint_refuses_missing_tensors(tmp_path: Path) -> None:
     edit_weights(reward_checkpoint(tmp_path), lambda weights: weights.pop("transformer.h.1.ln_1.weight"))
     with pytest.raises(ConversionError, match=r"transformer\.h\.1\.ln_1\.weight missing"):

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+import logging
+from typing import Any, Literal
 
 import pytest
 
-from conch.data.samples import collate, tokenize_samples
+from conch.data.samples import TokenizedSample, collate, tokenize_samples
 from conch.errors import DataError
 from tests.runs import EOS, PAD, TOKENIZER
 
 
-def tokenize(*samples: Any, max_tokens: int | None = None) -> list[tuple[list[int], list[int]]]:
-    made = tokenize_samples(samples, TOKENIZER, max_tokens=max_tokens)
+def tokenize(
+    *samples: Any,
+    max_tokens: int | None = None,
+    side: Literal["left", "right"] = "left",
+    pairs_only: bool = False,
+) -> list[tuple[list[int], list[int]]]:
+    made = tokenize_samples(
+        samples, TOKENIZER, max_tokens=max_tokens, truncation_side=side, pairs_only=pairs_only
+    )
     return [(list(sample.token_ids), [int(learned) for learned in sample.loss_mask]) for sample in made]
+
+
+def made(*samples: Any) -> list[TokenizedSample]:
+    return tokenize_samples(samples, TOKENIZER, max_tokens=None, truncation_side="left")
 
 
 def test_strings_are_learned_from_their_second_token_to_eos() -> None:
@@ -30,42 +42,115 @@ def test_a_pair_without_prompt_is_learned_like_a_string() -> None:
     assert tokenize({"prompt": "", "completion": "abc"}) == tokenize("abc")
 
 
+def test_an_eos_that_stands_in_the_text_is_not_doubled() -> None:
+    assert tokenize("ab<eos>", {"prompt": "a", "completion": "<eos>"}) == [
+        ([0, 1, EOS], [0, 1, 1]),
+        ([0, EOS], [0, 1]),
+    ]
+
+
 def test_special_tokens_of_the_tokenizer_are_not_added() -> None:
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.add_special_tokens({"bos_token": "<bos>"})
-    assert tokenize_samples(["ab"], tokenizer, max_tokens=None)[0].token_ids == (0, 1, EOS)
+    (sample,) = tokenize_samples(["ab"], tokenizer, max_tokens=None, truncation_side="left")
+    assert sample.token_ids == (0, 1, EOS)
 
 
-def test_collate_pads_right_and_masks_padding() -> None:
-    samples = tokenize_samples(["abc", {"prompt": "d", "completion": "e"}], TOKENIZER, max_tokens=None)
-    batch = collate(samples, PAD)
-    assert batch.input_ids.tolist() == [[0, 1, 2, EOS], [3, 4, EOS, PAD]]
-    assert batch.attention_mask.int().tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
-    assert batch.loss_mask.int().tolist() == [[0, 1, 1, 1], [0, 1, 1, 0]]
+def test_collate_aligns_responses_and_masks_padding() -> None:
+    batch = collate(made("abc", {"prompt": "def", "completion": "g"}), PAD)
+    assert batch.input_ids.tolist() == [[PAD, PAD, 0, 1, 2, EOS], [3, 4, 5, 6, EOS, PAD]]
+    assert batch.attention_mask.int().tolist() == [[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]]
+    assert batch.loss_mask.int().tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch.response_ids.tolist() == [[1, 2, EOS], [6, EOS, PAD]]
+
+
+def test_collate_keeps_gaps_in_what_is_learned() -> None:
+    batch = collate([TokenizedSample((0, 1, 2, 3), (False, True, False, True))], PAD)
+    assert batch.loss_mask.int().tolist() == [[1, 0, 1]]
+
+
+def test_the_first_token_is_never_learned() -> None:
+    batch = collate([TokenizedSample((0, 1), (True, True)), TokenizedSample((2,), (True,))], PAD)
+    assert batch.input_ids.tolist() == [[0, 1], [2, PAD]]
+    assert batch.loss_mask.int().tolist() == [[1], [0]]
+
+
+def test_collate_of_nothing_learned_still_has_a_column() -> None:
+    batch = collate([TokenizedSample((0, 1), (False, False))], PAD)
+    assert batch.input_ids.tolist() == [[0, 1, PAD]]
+    assert batch.loss_mask.int().tolist() == [[0]]
 
 
 def test_an_eos_that_is_also_the_pad_stays_learned() -> None:
-    batch = collate(tokenize_samples(["abc", "d"], TOKENIZER, max_tokens=None), pad_token_id=EOS)
-    assert batch.loss_mask.int().tolist() == [[0, 1, 1, 1], [0, 1, 0, 0]]
+    batch = collate(made("abc", "d"), pad_token_id=EOS)
+    assert batch.loss_mask.int().tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("side", "string", "pair"),
+    [
+        ("left", ([2, 3, 4, EOS], [1, 1, 1, 1]), ([1, 2, 3, EOS], [0, 0, 1, 1])),
+        ("right", ([0, 1, 2, 3], [0, 1, 1, 1]), ([0, 1, 2, 3], [0, 0, 0, 1])),
+    ],
+)
+def test_long_samples_are_cut_on_the_given_side_and_counted(
+    side: Literal["left", "right"], string: Any, pair: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        found = tokenize("abcde", "a", {"prompt": "abc", "completion": "d"}, max_tokens=4, side=side)
+    assert found == [string, ([0, EOS], [0, 1]), pair]
+    (message,) = caplog.messages
+    assert message.startswith("2 of 3 samples have more than 4 tokens (the longest 6): cut on the " + side)
+    assert "; 0 dropped" in message
+
+
+def test_samples_with_nothing_left_to_learn_are_dropped_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        found = tokenize({"prompt": "abcd", "completion": "e"}, "gh", max_tokens=4, side="right")
+    assert found == [([6, 7, EOS], [0, 1, 1])]
+    assert caplog.messages[0].endswith("cut on the right; 1 dropped, of which nothing to be learned was left")
+
+
+def test_a_sample_may_fill_the_window(caplog: pytest.LogCaptureFixture) -> None:
+    assert len(tokenize("abcdef", max_tokens=7)[0][0]) == 7
+    assert not caplog.messages
+
+
+def test_where_nothing_is_left_of_any_sample_it_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"no sample has a learned token among the 4 .* now right"):
+        tokenize({"prompt": "abcd", "completion": "e"}, max_tokens=4, side="right")
 
 
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
         ([], "list of samples is empty"),
+        ("abc", "samples are one string"),
         (["a", ""], "sample 1 is empty"),
         ([{"prompt": "a", "completion": ""}], "completion of sample 0 is empty"),
-        (["a", 3], "sample 1 is neither a string nor a dict"),
+        (["a", 3], "sample 1 is neither a string, nor a dict"),
         ([{"prompt": "a"}], "sample 0 is neither"),
         ([{"prompt": None, "completion": "a"}], "sample 0 is neither"),
         ([{"prompt": "a", "completion": ["b"]}], "sample 0 is neither"),
-        (["abc", "abcdefg"], "sample 1 has 8 tokens, its eos included; the model's window holds 7"),
+        ([{"messages": []}], "sample 0 is neither"),
+        ([[{"role": "user"}]], "sample 0 is neither"),
+        ([["a", "b"]], "sample 0 is neither"),
     ],
 )
-def test_bad_samples_are_refused_by_number(samples: list[Any], message: str) -> None:
+def test_bad_samples_are_refused_by_number(samples: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        tokenize_samples(samples, TOKENIZER, max_tokens=7)
+        tokenize_samples(samples, TOKENIZER, max_tokens=7, truncation_side="left")
 
 
-def test_a_sample_may_fill_the_window() -> None:
-    assert len(tokenize("abcdef", max_tokens=7)[0][0]) == 7
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        ("abc", 'sample 0 is no pair; an encoder-decoder .* "prompt" and "completion"'),
+        ([{"role": "user", "content": "a"}], "sample 0 is no pair"),
+        ({"prompt": "", "completion": "a"}, "prompt of sample 0 is empty"),
+    ],
+)
+def test_encoder_decoders_take_pairs_alone(sample: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        tokenize(sample, pairs_only=True)
+    assert tokenize({"prompt": "a", "completion": "b"}, pairs_only=True) == [([0, 1, EOS], [0, 1, 1])]

@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel, GPT2LMHeadModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    GPT2LMHeadModel,
+)
 
 from conch.config import ModelConfig, TokenizerConfig
 from conch.errors import ConfigError, ModelError
@@ -21,12 +30,13 @@ from conch.models.loading import (
     decoder_layers,
     disable_dropout,
     freeze_trunk,
-    load_causal_lm,
+    load_lm,
     load_sequence_classifier,
     load_tokenizer,
 )
 from tests.tiny import (
     DECODERS,
+    LANGUAGE_MODELS,
     char_tokenizer,
     decoder_shape,
     reward_checkpoint,
@@ -55,28 +65,36 @@ def edit_json(path: Path, **values: Any) -> None:
 # --------------------------------------------------------------------------------------------------- models
 
 
-def test_causal_lm_from_folder_has_its_weights(tmp_path: Path) -> None:
-    lm = load_causal_lm(ModelConfig(path=str(lm_checkpoint(tmp_path))))
+def test_lm_from_folder_has_its_weights(tmp_path: Path) -> None:
+    lm = load_lm(ModelConfig(path=str(lm_checkpoint(tmp_path))))
 
     saved = load_file(tmp_path / "model.safetensors")
     loaded = lm.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
 
 
-@pytest.mark.parametrize("family", DECODERS)
-def test_causal_lm_from_architecture_has_that_shape(family: str) -> None:
-    lm = load_causal_lm(ModelConfig(architecture=decoder_shape(family)))
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
+def test_lm_from_architecture_has_that_shape(family: str) -> None:
+    lm = load_lm(ModelConfig(architecture=decoder_shape(family)))
 
     assert lm.config.model_type == family
     assert lm.get_input_embeddings().weight.shape == (24, 32)
     assert len(decoder_layers(lm)) == 3
-    assert context_window(lm.config) == 32
+    assert context_window(lm.config) == (None if family == "t5" else 32)
+
+
+def test_encoder_decoder_from_folder_has_its_weights(tmp_path: Path) -> None:
+    saved = tiny_decoder("t5")
+    saved.save_pretrained(tmp_path)
+    loaded = load_lm(ModelConfig(path=str(tmp_path))).state_dict()
+
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.state_dict().items())
 
 
 @pytest.mark.parametrize("source", ["path", "architecture"])
-def test_causal_lm_is_held_in_the_asked_dtype(source: str, tmp_path: Path) -> None:
+def test_lm_is_held_in_the_asked_dtype(source: str, tmp_path: Path) -> None:
     value = str(lm_checkpoint(tmp_path)) if source == "path" else decoder_shape("gpt2")
-    lm = load_causal_lm(ModelConfig.model_validate({source: value, "dtype": "bfloat16"}))
+    lm = load_lm(ModelConfig.model_validate({source: value, "dtype": "bfloat16"}))
 
     assert {parameter.dtype for parameter in lm.parameters()} == {torch.bfloat16}
 
@@ -95,7 +113,7 @@ def test_causal_lm_is_held_in_the_asked_dtype(source: str, tmp_path: Path) -> No
 )
 def test_missing_model_folder_is_named(path: str, wanted: str) -> None:
     with pytest.raises(ModelError, match=wanted):
-        load_causal_lm(ModelConfig(path=path))
+        load_lm(ModelConfig(path=path))
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", None], ids=["empty", "garbage", "cut short"])
@@ -105,14 +123,14 @@ def test_damaged_weights_are_refused(content: bytes | None, tmp_path: Path) -> N
     weights.write_bytes(whole[: len(whole) // 2] if content is None else content)
 
     with pytest.raises(ModelError, match=f"no model can be loaded from '{tmp_path}': .*header"):
-        load_causal_lm(ModelConfig(path=str(tmp_path)))
+        load_lm(ModelConfig(path=str(tmp_path)))
 
 
 def test_folder_without_weights_is_refused(tmp_path: Path) -> None:
     (lm_checkpoint(tmp_path) / "model.safetensors").unlink()
 
     with pytest.raises(ModelError, match=r"no model can be loaded from .* no file named model.safetensors"):
-        load_causal_lm(ModelConfig(path=str(tmp_path)))
+        load_lm(ModelConfig(path=str(tmp_path)))
 
 
 @pytest.mark.parametrize("fault", ["missing", "other shape"])
@@ -126,7 +144,7 @@ def test_weights_that_lack_a_tensor_are_refused_with_its_name(fault: str, tmp_pa
     save_file(tensors, weights, metadata={"format": "pt"})
 
     with pytest.raises(ModelError, match=rf"1 tensors are missing or of another shape, {name} among them"):
-        load_causal_lm(ModelConfig(path=str(tmp_path)))
+        load_lm(ModelConfig(path=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +160,7 @@ def test_damaged_model_config_is_refused(text: str, wanted: str, tmp_path: Path)
     (lm_checkpoint(tmp_path) / "config.json").write_text(text)
 
     with pytest.raises(ModelError, match=f"no model can be loaded from '{tmp_path}': .*{wanted}"):
-        load_causal_lm(ModelConfig(path=str(tmp_path)))
+        load_lm(ModelConfig(path=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -156,12 +174,12 @@ def test_damaged_model_config_is_refused(text: str, wanted: str, tmp_path: Path)
 )
 def test_bad_architecture_is_refused_with_the_key(change: dict[str, Any], wanted: str) -> None:
     with pytest.raises(ConfigError, match=wanted):
-        load_causal_lm(ModelConfig(architecture={**decoder_shape("gpt2"), **change}))
+        load_lm(ModelConfig(architecture={**decoder_shape("gpt2"), **change}))
 
 
 def test_architecture_that_is_no_decoder_is_refused() -> None:
     with pytest.raises(ConfigError, match="type vit makes no model for AutoModelForCausalLM"):
-        load_causal_lm(ModelConfig(architecture={"model_type": "vit"}))
+        load_lm(ModelConfig(architecture={"model_type": "vit"}))
 
 
 # --------------------------------------------------------------------------------------------- reward heads
@@ -261,7 +279,7 @@ def test_disabled_dropout_makes_forwards_equal_in_training_mode(family: str) -> 
 @pytest.mark.parametrize("disable", [True, False])
 def test_config_decides_about_dropout(disable: bool) -> None:
     shape = decoder_shape("gpt2", resid_pdrop=0.5)
-    lm = load_causal_lm(ModelConfig(architecture=shape, disable_dropout=disable)).train()
+    lm = load_lm(ModelConfig(architecture=shape, disable_dropout=disable)).train()
     ids = torch.arange(10)[None]
 
     with torch.no_grad():
@@ -291,20 +309,58 @@ def test_more_unfrozen_layers_than_there_are_is_refused() -> None:
         freeze_trunk(tiny_decoder("gpt2"), 4)
 
 
+def test_freeze_trunk_of_an_encoder_decoder_leaves_the_top_of_its_decoder() -> None:
+    lm = tiny_decoder("t5")
+    freeze_trunk(lm, 2)
+    trained = {name.split(".block.")[0] + name[13:16] for name, p in lm.named_parameters() if p.requires_grad}
+
+    assert trained == {"decoder.1.", "decoder.2."}
+
+
+def test_decoder_layers_of_bart_are_those_of_its_decoder() -> None:
+    shape = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 3, "vocab_size": 24, "model_type": "bart"}
+    small = {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "encoder_attention_heads": 2}
+    special = {"decoder_attention_heads": 2, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    lm = load_lm(ModelConfig(architecture={**shape, **small, **special, "decoder_start_token_id": 2}))
+
+    assert decoder_layers(lm) is lm.get_decoder().layers
+
+
 def test_two_stacks_of_layers_are_refused() -> None:
-    shape = {"model_type": "bart", "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 24}
-    small = {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "encoder_attention_heads": 2, "pad_token_id": 1}
-    special = {
-        "decoder_attention_heads": 2,
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-        "decoder_start_token_id": 2,
-    }
-    config = ModelConfig(architecture={**shape, **small, **special})
-    model = load_sequence_classifier(config, num_labels=1, pad_token_id=1)
+    stack = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    text = {**stack, "vocab_size": 24, "max_position_embeddings": 8, "eos_token_id": 2}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config={**stack, "image_size": 8, "patch_size": 4}))
 
     with pytest.raises(ModelError, match=r"has 2 stacks of 2 layers.*num_layers_unfrozen=-1"):
         freeze_trunk(model, 1)
+
+
+def test_encoder_decoder_without_a_start_token_is_refused() -> None:
+    shape = decoder_shape("t5")
+    del shape["decoder_start_token_id"]
+
+    with pytest.raises(ConfigError, match="the t5 has no `decoder_start_token_id`"):
+        load_lm(ModelConfig(architecture=shape))
+
+
+def test_context_window_of_relative_positions_is_none() -> None:
+    assert context_window(AutoConfig.for_model("t5", n_positions=512)) is None
+
+
+@torch.no_grad()
+def test_context_window_of_roberta_is_what_its_positions_allow() -> None:
+    """Its positions count from pad_token_id + 1 on: of 12 embeddings, 10 are for tokens."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = AutoConfig.for_model(
+        "roberta", vocab_size=24, max_position_embeddings=12, pad_token_id=1, **shape
+    )
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    window = context_window(config)
+
+    assert window == 10
+    assert model(torch.full((1, window), 5)).logits.isfinite().all()
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        model(torch.full((1, window + 1), 5))
 
 
 def test_context_window_is_none_where_the_config_names_none() -> None:

@@ -7,13 +7,13 @@ import copy
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2Model
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Model, PreTrainedModel
 
 from conch.config import ModelConfig
 from conch.errors import ModelError
-from conch.models.loading import load_causal_lm
+from conch.models.loading import load_lm
 from conch.models.policy import PolicyWithValue, response_logits
-from tests.tiny import DECODERS, char_tokenizer, decoder_shape, tiny_decoder, tiny_gpt2_config
+from tests.tiny import LANGUAGE_MODELS, char_tokenizer, decoder_shape, tiny_decoder, tiny_gpt2_config
 
 PAD = 21
 PROMPT, RESPONSE = 5, 4
@@ -35,6 +35,19 @@ def padded(ids: Tensor, left: int, right: int) -> tuple[Tensor, Tensor]:
     return wide, mask
 
 
+def next_alone(lm: PreTrainedModel, prompt: Tensor, response: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [B, V] of the token after `prompt | response`, and the states [B, D] that the head reads, from
+    a forward pass over real tokens alone."""
+    if lm.config.is_encoder_decoder:
+        start = torch.full_like(prompt[:, :1], lm.config.decoder_start_token_id)
+        ids = torch.cat([start, response], dim=1)
+        output = lm(input_ids=prompt, decoder_input_ids=ids, output_hidden_states=True)
+        # T5 with shared embeddings scales what its head reads.
+        return output.logits[:, -1], output.decoder_hidden_states[-1][:, -1] / 32**0.5
+    output = lm(torch.cat([prompt, response], dim=1), output_hidden_states=True)
+    return output.logits[:, -1], output.hidden_states[-1][:, -1]
+
+
 def awake(policy: PolicyWithValue) -> PolicyWithValue:
     """With a value head that has left its zeros."""
     torch.manual_seed(2)
@@ -42,7 +55,7 @@ def awake(policy: PolicyWithValue) -> PolicyWithValue:
     return policy
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
 @torch.no_grad()
 def test_padding_on_either_side_changes_neither_logits_nor_values(family: str) -> None:
     policy = awake(PolicyWithValue(tiny_decoder(family)))
@@ -54,7 +67,7 @@ def test_padding_on_either_side_changes_neither_logits_nor_values(family: str) -
     torch.testing.assert_close(output.values[:, :RESPONSE], plain.values, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
 @torch.no_grad()
 def test_rows_of_different_lengths_have_the_logits_they_have_alone(family: str) -> None:
     lm = tiny_decoder(family)
@@ -64,11 +77,13 @@ def test_rows_of_different_lengths_have_the_logits_they_have_alone(family: str) 
     together = response_logits(lm, ids, mask, RESPONSE)
 
     for row, length in enumerate(lengths):
-        alone = lm(ids[row : row + 1, PROMPT - length :]).logits[:, length - 1 : -1]
-        torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=2e-6)
+        prompt, response = ids[row : row + 1, PROMPT - length : PROMPT], ids[row : row + 1, PROMPT:]
+        for action in range(RESPONSE):
+            alone, _ = next_alone(lm, prompt, response[:, :action])
+            torch.testing.assert_close(together[row : row + 1, action], alone, rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
 @torch.no_grad()
 def test_logits_and_values_are_read_at_the_token_before_the_action(family: str) -> None:
     lm = tiny_decoder(family)
@@ -77,15 +92,16 @@ def test_logits_and_values_are_read_at_the_token_before_the_action(family: str) 
     output = policy(ids, mask, RESPONSE)
 
     for action in range(RESPONSE):
-        before = lm(ids[:, : PROMPT + action], output_hidden_states=True)
-        value = policy.value_head(before.hidden_states[-1][:, -1:])[:, 0]
-        torch.testing.assert_close(output.logits[:, action], before.logits[:, -1], rtol=0, atol=2e-6)
-        torch.testing.assert_close(output.values[:, action], value, rtol=0, atol=2e-6)
+        logits, states = next_alone(lm, ids[:, :PROMPT], ids[:, PROMPT : PROMPT + action])
+        value = policy.value_head(states.unsqueeze(1))[:, 0]
+        torch.testing.assert_close(output.logits[:, action], logits, rtol=0, atol=5e-6)
+        torch.testing.assert_close(output.values[:, action], value, rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
 @torch.no_grad()
-def test_value_does_not_see_its_action_but_sees_the_token_before() -> None:
-    policy = awake(PolicyWithValue(tiny_decoder("gpt2")))
+def test_value_does_not_see_its_action_but_sees_the_token_before(family: str) -> None:
+    policy = awake(PolicyWithValue(tiny_decoder(family)))
     ids, mask = a_batch()
     values = policy(ids, mask, RESPONSE).values
     for action in range(RESPONSE):
@@ -97,7 +113,7 @@ def test_value_does_not_see_its_action_but_sees_the_token_before() -> None:
         assert moved[:, action + 1 :].all()
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
 @torch.no_grad()
 def test_first_values_are_exactly_zero(family: str) -> None:
     values = PolicyWithValue(tiny_decoder(family))(*a_batch(), RESPONSE).values
@@ -124,11 +140,11 @@ def test_value_head_shares_no_parameter_with_the_language_model() -> None:
     assert len(list(policy.parameters())) == len(list(policy.lm.parameters())) + 4
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
 @torch.no_grad()
 def test_two_forwards_are_equal_in_training_mode(family: str) -> None:
     config = ModelConfig(architecture=decoder_shape(family))
-    policy = awake(PolicyWithValue(load_causal_lm(config))).train()
+    policy = awake(PolicyWithValue(load_lm(config))).train()
     first, second = policy(*a_batch(), RESPONSE), policy(*a_batch(), RESPONSE)
 
     assert torch.equal(first.logits, second.logits)
@@ -145,7 +161,30 @@ def test_values_of_a_bfloat16_policy_are_float32() -> None:
 
 
 def test_model_without_a_language_model_head_is_refused() -> None:
-    policy = PolicyWithValue(GPT2Model(tiny_gpt2_config(char_tokenizer("abc"))))
-
     with pytest.raises(ModelError, match="GPT2Model has no language-model head"):
-        policy(torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.bool), 2)
+        PolicyWithValue(GPT2Model(tiny_gpt2_config(char_tokenizer("abc"))))
+
+
+@torch.no_grad()
+def test_decoder_that_takes_no_position_ids_sees_its_padding_in_the_mask() -> None:
+    """BLOOM's positions are relative (ALiBi)."""
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("bloom", vocab_size=24, hidden_size=32, n_layer=2, n_head=2)
+    ).eval()
+    given: set[str] = set()
+    lm.register_forward_pre_hook(lambda _module, _args, kwargs: given.update(kwargs), with_kwargs=True)
+    ids, mask = a_batch()
+    plain = response_logits(lm, ids, mask, RESPONSE)
+    wide = response_logits(lm, *padded(ids, left=4, right=2), RESPONSE + 2)
+
+    torch.testing.assert_close(wide[:, :RESPONSE], plain, rtol=0, atol=2e-6)
+    assert "logits_to_keep" in given and "position_ids" not in given
+
+
+@torch.no_grad()
+def test_head_may_read_states_of_another_width_than_the_blocks() -> None:
+    """OPT-350m projects the states of its blocks down before its head."""
+    lm = tiny_decoder("opt", word_embed_proj_dim=16)
+
+    assert PolicyWithValue(lm)(*a_batch(), RESPONSE).values.shape == (3, RESPONSE)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from conch.models.loading import decoder_layers, freeze_trunk
 from conch.models.policy import PolicyWithValue, response_logits
 from conch.models.reference import FullCopyReference, Reference, SharedTrunkReference, build_reference
-from tests.tiny import DECODERS, tiny_decoder
+from tests.tiny import LANGUAGE_MODELS, tiny_decoder
 
 RESPONSE = 4
 UNFROZEN = [-1, 1, 2, 3]
@@ -50,7 +50,7 @@ def real_positions() -> Tensor:
 
 
 @pytest.mark.parametrize("unfrozen", UNFROZEN)
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
 def test_reference_is_the_start_before_and_after_training(family: str, unfrozen: int) -> None:
     lm = tiny_decoder(family)
     start = copy.deepcopy(lm)
@@ -69,7 +69,7 @@ def test_reference_is_the_start_before_and_after_training(family: str, unfrozen:
     )
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
 def test_reference_is_exact_for_a_bfloat16_model(family: str) -> None:
     lm = tiny_decoder(family).to(torch.bfloat16)
     freeze_trunk(lm, 1)
@@ -93,7 +93,7 @@ def reference_model(reference: Reference) -> PreTrainedModel:
     return reference._lm
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
 def test_shared_trunk_copies_the_trainable_blocks_and_shares_the_rest(family: str) -> None:
     lm = tiny_decoder(family)
     freeze_trunk(lm, 1)
@@ -101,7 +101,9 @@ def test_shared_trunk_copies_the_trainable_blocks_and_shares_the_rest(family: st
     theirs = {p.data_ptr() for p in model.parameters()}
     trainable = {p.data_ptr() for p in lm.parameters() if p.requires_grad}
     frozen = {p.data_ptr() for p in lm.parameters() if not p.requires_grad}
-    bottom = {p.data_ptr() for layer in decoder_layers(lm)[:2] for p in layer.parameters()}
+    shared = [*decoder_layers(lm)[:2], *([lm.get_encoder()] if lm.config.is_encoder_decoder else [])]
+    embeddings = {p.data_ptr() for p in lm.get_input_embeddings().parameters()}
+    bottom = {p.data_ptr() for module in shared for p in module.parameters()} - embeddings
 
     assert not theirs & trainable
     assert len(theirs - frozen) == len(trainable), "one copy of each trainable tensor, and no other"
@@ -119,6 +121,16 @@ def test_nothing_of_the_reference_is_trainable_and_its_mode_is_evaluation(unfroz
     assert not any(p.requires_grad for p in model.parameters())
     assert not any(module.training for module in model.modules())
     assert [p.requires_grad for p in lm.parameters()] == was_trainable and lm.training
+
+
+def test_encoder_of_the_trunk_runs_once_for_policy_and_reference() -> None:
+    lm, runs = tiny_decoder("t5"), []
+    lm.get_encoder().register_forward_hook(lambda *_: runs.append(1))  # a copy would count its runs, too
+    freeze_trunk(lm, 1)
+    policy, reference = PolicyWithValue(lm), build_reference(lm, 1)
+    policy_and_reference(policy, reference, seed=1)
+
+    assert len(runs) == 1
 
 
 def test_reference_leaves_no_trace_in_the_policy() -> None:

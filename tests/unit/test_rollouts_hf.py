@@ -18,7 +18,7 @@ from conch.models.policy import response_logits
 from conch.ops import logprobs_of_labels
 from conch.rollouts.hf_engine import HFEngine, cut_at_end
 from conch.types import Prompt, Rollout
-from tests.tiny import DECODERS, char_tokenizer, constant_decoder, cycle_decoder, tiny_decoder
+from tests.tiny import LANGUAGE_MODELS, char_tokenizer, constant_decoder, cycle_decoder, tiny_decoder
 
 LETTERS = "abcdefghijklmnopqrstu"
 TOKENIZER = char_tokenizer(LETTERS)
@@ -105,7 +105,7 @@ def test_what_the_checkpoint_says_about_sampling_is_ignored() -> None:
     assert lm.generation_config is wild, "what is saved with the model stays what it was"
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
 @torch.no_grad()
 def test_sampling_logprobs_equal_recomputed_ones(family: str, temperature: float) -> None:
@@ -202,6 +202,28 @@ def test_ids_text_and_logprobs_have_one_length() -> None:
 # --------------------------------------------------------------------------------------------------- the end
 
 
+def test_completion_of_an_encoder_decoder_leaves_out_the_start_token() -> None:
+    lm = tiny_decoder("t5", decoder_start_token_id=20)
+    for rollout in sample(lm, prompts("abc", "d") * 20, max_new_tokens=5):
+        completion = rollout.completion
+        ids, ended = completion.token_ids, completion.finish_reason == "eos"
+        assert ended == (EOS in ids) and (len(ids) == 5 or ended)
+        assert len(ids) == len(completion.logprobs)
+    forced = torch.full((24,), -1e4).index_fill(0, torch.tensor([EOS]), 0.0)
+    lm.lm_head.register_forward_hook(lambda _module, _args, logits: logits * 0 + forced)
+
+    assert [r.completion.token_ids for r in sample(lm, prompts("abc"), max_new_tokens=5)] == [(EOS,)]
+
+
+def test_stop_string_ends_an_encoder_decoders_response() -> None:
+    lm = tiny_decoder("t5")
+    free = sample(lm, prompts("abc"), greedy=True, max_new_tokens=6)[0].completion
+    stop = free.text[1]
+    stopped = sample(lm, prompts("abc"), greedy=True, max_new_tokens=6, stop=(stop,))[0].completion
+
+    assert (stopped.text, stopped.finish_reason) == (free.text[: free.text.index(stop)], "stop")
+
+
 def test_completion_ends_with_its_eos_and_nothing_behind() -> None:
     early, late = sample(cycle_decoder(TOKENIZER), prompts("s", "f"), max_new_tokens=6)
 
@@ -287,7 +309,7 @@ def test_cut_decodes_a_long_response_few_times() -> None:
     assert len(calls) < 20
 
 
-@pytest.mark.parametrize("family", sorted(DECODERS))
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
 def test_prompts_of_unequal_length_continue_as_each_does_alone(family: str) -> None:
     lm = tiny_decoder(family)
     batch = prompts("a", "bcdef", "gh")

@@ -9,16 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2LMHeadModel
 
+from conch.data.samples import TokenizedSample
 from conch.errors import ConfigError, DataError, ModelError
-from tests.runs import EOS, LINEAR_ADAM, TOKENIZER, parameters, policy, sft_trainer
-from tests.tiny import char_tokenizer
+from tests.runs import EOS, LINEAR_ADAM, TOKENIZER, parameters, policy, sft_trainer, vowels
+from tests.tiny import char_tokenizer, cycle_decoder, tiny_decoder
 
 SAMPLES = ["abc", {"prompt": "ab", "completion": "cdefg"}, "h", {"prompt": "", "completion": "gf"}]
 IDS = [[0, 1, 2, EOS], [0, 1, 2, 3, 4, 5, 6, EOS], [7, EOS], [6, 5, EOS]]
 FIRST_LEARNED = [1, 2, 1, 1]
 NUM_LEARNED = 3 + 6 + 1 + 2
+
+
+def half_length(outputs: list[str], **_: Any) -> dict[str, list[float]]:
+    return {"half_length": [len(output) / 2 for output in outputs]}
 
 
 @pytest.fixture
@@ -121,9 +126,45 @@ def test_evaluation_runs_without_dropout_and_training_with_it(run_dir: Path) -> 
     trainer = sft_trainer(run_dir, SAMPLES, lm=lm, eval_samples=SAMPLES, model={"disable_dropout": False})
     expected = float(negative_log_likelihood(copy.deepcopy(lm).eval().double()).detach())
     assert trainer.evaluate()["eval/loss"] == pytest.approx(expected, rel=1e-6)
-    batch = trainer.experience(trainer.samples)
-    first, second = (trainer.engine.module(input_ids=batch.input_ids).logits for _ in range(2))
-    assert not torch.equal(first, second)
+    (batch,) = trainer.experience(trainer.samples)
+    first, second = (trainer.engine.module(batch) for _ in range(2))
+    assert first != second
+
+
+def test_of_an_encoder_decoder_the_completions_are_learned(run_dir: Path) -> None:
+    lm = tiny_decoder("t5").double()
+    pairs = [{"prompt": "abcd", "completion": "e"}, {"prompt": "f", "completion": "gha"}]
+    total = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad():
+        for prompt, completion in (([0, 1, 2, 3], [4, EOS]), ([5], [6, 7, 0, EOS])):
+            labels = torch.tensor([completion])
+            total += lm(input_ids=torch.tensor([prompt]), labels=labels).loss * len(completion)
+    trainer = sft_trainer(run_dir, pairs, lm=lm, sft={"batch_size": 2}, eval_samples=pairs)
+    assert trainer.evaluate()["eval/loss"] == pytest.approx(float(total) / 6, rel=1e-6)
+    (batch,) = trainer.experience(trainer.samples)
+    before = trainer.update([batch])["train/loss"]
+    assert before == pytest.approx(float(total) / 6, rel=1e-6)
+    assert trainer.update([batch])["train/loss"] < before
+    assert len(trainer.generate(["ab"])) == 1
+
+
+def test_encoder_decoders_refuse_strings(run_dir: Path) -> None:
+    with pytest.raises(DataError, match="sample 0 is no pair; an encoder-decoder"):
+        sft_trainer(run_dir, ["abc"], lm=tiny_decoder("t5"))
+
+
+def test_an_adapter_alone_is_trained_and_can_be_saved_merged(run_dir: Path, tmp_path: Path) -> None:
+    peft = {"r": 2, "target_modules": ["c_attn"]}
+    trainer = sft_trainer(run_dir, SAMPLES, model={"peft_config": peft, "merge_adapter": True})
+    before = {name: parameter.detach().clone() for name, parameter in trainer.lm.named_parameters()}
+    for _ in range(2):
+        trainer.step()
+    moved = {name for name, p in trainer.lm.named_parameters() if not torch.equal(p.detach(), before[name])}
+    assert moved and all("lora_" in name for name in moved)
+    trainer.save_pretrained(tmp_path / "saved")
+    merged = GPT2LMHeadModel.from_pretrained(tmp_path / "saved")
+    ids = torch.tensor([[0, 1, 2]])
+    torch.testing.assert_close(merged(ids).logits, trainer.lm.eval()(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_only_unfrozen_layers_move(run_dir: Path) -> None:
@@ -150,11 +191,83 @@ def test_fit_learns_and_saves_a_loadable_model(run_dir: Path) -> None:
     assert torch.equal(parameters(saved), parameters(trainer.lm))
 
 
+@pytest.mark.parametrize(("side", "cut"), [("left", (5, 6, 7, EOS)), ("right", (0, 1, 2, 3))])
+def test_long_samples_are_cut_to_max_length(run_dir: Path, side: str, cut: tuple[int, ...]) -> None:
+    settings = {"sft": {"max_length": 4}, "tokenizer_config": {"truncation_side": side}}
+    trainer = sft_trainer(run_dir, ["abcdefgh", "ab"], **settings)
+    assert [sample.token_ids for sample in trainer.samples] == [cut, (0, 1, EOS)]
+
+
+def test_samples_may_fill_the_window_and_no_more(run_dir: Path) -> None:
+    trainer = sft_trainer(run_dir, ["a" * 15, "a" * 16])
+    assert [len(sample.token_ids) for sample in trainer.samples] == [16, 16]
+
+
+def test_of_dialogues_the_answers_are_learned(run_dir: Path, tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}h{% endfor %}")
+    dialogue = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
+    tokenizer = copy.deepcopy(TOKENIZER)
+    trainer = sft_trainer(run_dir, [dialogue], sft={"chat_template": template}, tokenizer=tokenizer)
+    assert trainer.samples[0].token_ids == (0, 1, 7, 2, 3, 7)
+    assert trainer.samples[0].loss_mask == (False, False, False, True, True, True)
+    trainer.step()
+    trainer.save_pretrained(tmp_path / "saved")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert saved.chat_template == template.read_text()
+
+
+def test_padding_is_reported_as_a_share_of_the_batch(run_dir: Path) -> None:
+    trainer = sft_trainer(run_dir, ["ab", "abcd"], train={"gradient_accumulation_steps": 2})
+    long, short = (
+        TokenizedSample(tuple(range(length)), (False,) + (True,) * (length - 1)) for length in (6, 3)
+    )
+    # Micro-batches of 2 x 6 and 2 x 3 columns, the first with 3 of them empty.
+    metrics = trainer.update(trainer.experience([long, short, short, short]))
+    assert metrics["train/padding_fraction"] == pytest.approx(3 / 18)
+
+
+def test_samples_are_measured_in_evaluations(run_dir: Path) -> None:
+    trainer = sft_trainer(
+        run_dir,
+        ["ab"],
+        lm=cycle_decoder(TOKENIZER),
+        eval_samples=["ab"],
+        eval_prompts=["ef", "g"],
+        metric_fn=half_length,
+        reward_fn=vowels,
+        eval_generation={"max_new_tokens": [1, 4], "do_sample": False},
+    )
+    assert trainer.default_best_metric == "eval/loss"
+    metrics = trainer.evaluate()
+    # The model goes on from each letter to the next: "gh" and "h".
+    assert metrics["eval/half_length@max_new_tokens=1"] == 0.5
+    assert metrics["eval/half_length"] == metrics["eval/half_length@max_new_tokens=4"] == 0.75
+    assert metrics["eval/reward"] == 0.0
+    assert metrics["eval/loss"] > 0
+    assert trainer.default_best_metric == "eval/half_length"
+    assert trainer.generate(["d", "gh"], greedy=True) == ["efgh", ""]
+
+
+def test_the_best_of_a_run_that_has_prompts_alone_is_by_reward(run_dir: Path) -> None:
+    trainer = sft_trainer(run_dir, ["ab"], eval_prompts=["a"], reward_fn=vowels)
+    assert set(trainer.evaluate()) == {"eval/reward"}
+    assert trainer.default_best_metric == "eval/reward"
+
+
 @pytest.mark.parametrize(
     ("samples", "settings", "error", "message"),
     [
         ([], {}, DataError, "empty"),
-        (["a" * 16], {}, DataError, "sample 0 has 17 tokens.*window holds 16"),
+        (["a"], {"sft": {"max_length": 17}}, ConfigError, "`sft.max_length` = 17 exceeds .* window of 16"),
+        (
+            [{"messages": [{"role": "assistant", "content": "a"}]}],
+            {"sft": {"chat_template": Path("no/such.jinja")}},
+            ConfigError,
+            "`sft.chat_template` = no/such.jinja cannot be read",
+        ),
+        (["a"], {"metric_fn": half_length}, ConfigError, "`metric_fn` and `reward` .* `eval_prompts`: give"),
+        (["a"], {"reward": {"delta": True}}, ConfigError, "`reward.delta` is for rewards that are learned"),
         (
             ["a"],
             {"sft": {"batch_size": 9}, "train": {"gradient_accumulation_steps": 2}},

@@ -34,18 +34,18 @@ def several(*rows: dict[str, float]) -> list[RewardResult]:
     [
         ("sum", [6.0, 8.0, 16.0, 18.0]),
         # Each is +-1 after normalisation; style weighs one half.
-        ("normalize_then_sum", [-1.5, 0.5, -0.5, 1.5]),
+        ("normalise_then_sum", [-1.5, 0.5, -0.5, 1.5]),
         # 6, 8, 16, 18: mean 12, deviations 6, 4, 4, 6, variance 26.
-        ("sum_then_normalize", [value / math.sqrt(26) for value in (-6.0, -4.0, 4.0, 6.0)]),
+        ("sum_then_normalise", [value / math.sqrt(26) for value in (-6.0, -4.0, 4.0, 6.0)]),
     ],
 )
 def test_objectives_are_combined_as_named(
-    how: Literal["sum", "normalize_then_sum", "sum_then_normalize"], expected: list[float]
+    how: Literal["sum", "normalise_then_sum", "sum_then_normalise"], expected: list[float]
 ) -> None:
     assert combine_objectives(TWO, [1.0, 0.5], how).tolist() == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("how", ["sum", "normalize_then_sum", "sum_then_normalize"])
+@pytest.mark.parametrize("how", ["sum", "normalise_then_sum", "sum_then_normalise"])
 def test_failed_samples_leave_no_trace_in_the_combination(how: Any) -> None:
     with_failure = torch.cat([TWO[:2], torch.full((1, 2), NAN), TWO[2:]])
     combined = combine_objectives(with_failure, [1.0, 0.5], how)
@@ -58,7 +58,7 @@ def test_moments_of_all_ranks_normalise_each_objective() -> None:
     # A second rank that holds the same numbers with the other sign: the global mean is 0.
     sums = iter([torch.tensor([0.0, 8.0]), torch.tensor([40.0, 8.0])])
     found = combine_objectives(
-        torch.tensor([[1.0], [3.0], [1.0], [3.0]]), [1.0], "normalize_then_sum", lambda _: next(sums)
+        torch.tensor([[1.0], [3.0], [1.0], [3.0]]), [1.0], "normalise_then_sum", lambda _: next(sums)
     )
     assert found.tolist() == pytest.approx([value / math.sqrt(5) for value in (1.0, 3.0, 1.0, 3.0)])
 
@@ -87,8 +87,8 @@ def test_dense_rewards_are_clipped_by_token_and_scaled_by_their_sums() -> None:
 def test_dense_rewards_cannot_be_normalised_by_objective() -> None:
     rewards = [RewardResult(RewardStatus.OK, token_scores=(5.0,))]
     mask = torch.tensor([[True]])
-    with pytest.raises(ConfigError, match=r"`shaping.combine`=sum_then_normalize.*per token.*`sum`"):
-        shaper(combine="sum_then_normalize").shape([letters_rollout("a", "b", "stop")], rewards, mask)
+    with pytest.raises(ConfigError, match=r"`shaping.combine`=sum_then_normalise.*per token.*`sum`"):
+        shaper(combine="sum_then_normalise").shape([letters_rollout("a", "b", "stop")], rewards, mask)
 
 
 def test_state_restores_what_scaling_has_seen(tmp_path: Path) -> None:

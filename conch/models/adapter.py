@@ -1,0 +1,289 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685) inside a transformers model, through peft.
+
+The model stays the `PreTrainedModel` that it was: peft replaces some of its linear layers by ones that add
+(alpha / r) * B A x to what the frozen layer puts out. B starts at zero: an adapted model starts as its base.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from conch.errors import ConfigError, ModelError
+
+ADAPTER_FILE = "adapter_config.json"
+"""As peft names it; a folder that has it holds an adapter, not a model."""
+
+_ADAPTER = "default"
+_PATH_KEY = "base_model_name_or_path"
+_STARTS_AS_BASE = (True, "gaussian")
+_NO_PART_OF_IT = (
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+)
+_OWN_KEYS = {
+    "task_type",
+    "peft_type",
+    "inference_mode",
+    "auto_mapping",
+    "revision",
+    _PATH_KEY,
+    "peft_version",
+}
+"""Fields of a LoraConfig that follow from the model."""
+
+
+def add_adapter(model: PreTrainedModel, settings: dict[str, Any], *, merged_when_saved: bool) -> None:
+    """Put a trainable adapter into `model` and freeze the rest.
+
+    A classifier's head (and pooler) trains beside the adapter, in a copy: with the adapter off, the old one
+    is read. The adapter is held in float32 under a half-precision model too, where small updates would round
+    to nothing.
+
+    Raises:
+        ConfigError: unknown keys, layers that the model does not have, or an adapter that could not be told
+            from its base or saved without it.
+    """
+    if has_adapter(model):
+        raise ConfigError("the model carries an adapter already: merge it first, or drop `model.peft_config`")
+    lora = _lora_config(model, settings)
+    base = _base_path(model)
+    if base is None and not merged_when_saved:
+        raise ConfigError(
+            "`model.peft_config` would save an adapter without its base model, which comes from no folder: "
+            "set `model.merge_adapter=true`, or save the model and name its folder in `model.path`"
+        )
+    _check_names(model, lora)
+    try:
+        with warnings.catch_warnings():
+            # Which way round a layer keeps its weight, peft sees for itself, and says so each time.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+            # What of it matters is refused below.
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+            model.add_adapter(lora, _ADAPTER)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"`model.peft_config` does not fit a {type(model).__name__}: {error}") from error
+    lora.base_model_name_or_path = base
+    _check_adapted(model, lora, merged_when_saved)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """True for a model that `add_adapter` changed."""
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def base_of(module: nn.Module | None) -> nn.Module | None:
+    """The layer that an adapter's layer adds to; any other module itself."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes what its base does."""
+    # `PreTrainedModel.enable_adapters` would leave trained copies of whole modules off.
+    switches = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    try:
+        for switch in switches:
+            switch.enable_adapters(False)
+        yield
+    finally:
+        for switch in switches:
+            switch.enable_adapters(True)
+
+
+def save_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Write the adapter alone, as `peft.PeftModel.from_pretrained(base, folder)` reads it."""
+    # `PreTrainedModel.save_pretrained` would ask the model hub whether the base's vocabulary has grown.
+    tensors = get_peft_model_state_dict(model, adapter_name=_ADAPTER, save_embedding_layers=False)
+    on_cpu = {f"base_model.model.{name}": tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(on_cpu, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    model.peft_config[_ADAPTER].save_pretrained(str(folder))  # pyright: ignore[reportIndexIssue, reportArgumentType, reportOptionalSubscript]
+
+
+def merged_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy on the CPU with the adapter in its weights, a model like any other; in the dtype of the base."""
+    with torch.no_grad():
+        memo = {id(p): nn.Parameter(p.to("cpu", copy=True), requires_grad=False) for p in model.parameters()}
+        merged = copy.deepcopy(model, memo)
+        merge_in_place(merged)
+    return merged
+
+
+def merge_in_place(model: PreTrainedModel) -> None:
+    """Write the adapter into the weights and take its layers out."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()  # pyright: ignore[reportCallIssue]  of all kinds of layers that LoRA has
+            model.set_submodule(name, module.get_base_layer())
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            model.set_submodule(name, module.get_submodule(f"modules_to_save.{_ADAPTER}"))
+    if has_adapter(model):
+        raise ModelError(
+            f"the adapter of {type(model).__name__} cannot be merged: set `model.merge_adapter=false`"
+        )
+    del model.peft_config
+    model._hf_peft_config_loaded = False
+
+
+def adapter_base(path: str) -> str | None:
+    """The model that the adapter in `path` belongs to; None where `path` holds no adapter.
+
+    Raises:
+        ModelError: the adapter does not say, or its file is damaged.
+    """
+    file = Path(path) / ADAPTER_FILE
+    if not file.is_file():
+        return None
+    try:
+        base = json.loads(file.read_text())[_PATH_KEY]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{file} is damaged: it names no base model ({error})") from error
+    if not base:
+        raise ModelError(f"{file} names no base model: set {_PATH_KEY!r} there to a folder")
+    return str(base)
+
+
+def merge_saved_adapter(model: PreTrainedModel, path: str) -> PreTrainedModel:
+    """`model` with the adapter in `path` merged in.
+
+    Raises:
+        ModelError: the adapter is damaged, or another model's.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+            # Of peft, which asks transformers by the older name.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            merged = PeftModel.from_pretrained(model, path).merge_and_unload()  # pyright: ignore[reportCallIssue]
+    # A damaged or foreign adapter surfaces as anything from SafetensorError to RuntimeError and UserWarning.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"the adapter in {path!r} does not fit its base {model.name_or_path!r}: {reason}"
+        ) from error
+    assert isinstance(merged, PreTrainedModel)
+    merged.name_or_path = path  # of an adapter on top: its base is this model, not this model's base
+    return merged
+
+
+# ----------------------------------------------------------------------------------------------------- checks
+
+
+def _lora_config(model: PreTrainedModel, settings: dict[str, Any]) -> LoraConfig:
+    valid = {field.name for field in fields(LoraConfig)} - _OWN_KEYS
+    for key in settings:
+        if key not in valid:
+            close = difflib.get_close_matches(key, valid, n=1)
+            hint = f"; did you mean `{close[0]}`?" if close else ""
+            raise ConfigError(f"`model.peft_config.{key}` is no key of peft's LoraConfig{hint}")
+    _check_start(settings)
+    heads = classifier_heads(model)
+    wanted = [*(settings.get("modules_to_save") or []), *heads]
+    try:
+        return LoraConfig(
+            **{**settings, "modules_to_save": list(dict.fromkeys(wanted)) or None}, task_type=_task(model)
+        )
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"`model.peft_config` is not valid: {error}") from error
+
+
+def _check_start(settings: dict[str, Any]) -> None:
+    """Refuse what makes a base of its own: the model with its adapter off must be the model of the start."""
+    if settings.get("bias", "none") != "none":
+        raise ConfigError(
+            "`model.peft_config.bias` must be none: biases of the base would move with the adapter"
+        )
+    if settings.get("init_lora_weights", True) not in _STARTS_AS_BASE:
+        raise ConfigError(
+            f"`model.peft_config.init_lora_weights` = {settings['init_lora_weights']!r} would start the "
+            "model elsewhere than at its base: use true or gaussian"
+        )
+    for key in _NO_PART_OF_IT:
+        if settings.get(key):
+            raise ConfigError(
+                f"`model.peft_config.{key}` makes an adapter that cannot be told from its base or merged "
+                "into it: leave it out"
+            )
+
+
+def _check_names(model: PreTrainedModel, lora: LoraConfig) -> None:
+    """Names in lists must all exist; peft is content with one of them."""
+    names = [name for name, _ in model.named_modules()]
+    for key in ("target_modules", "modules_to_save"):
+        wanted = getattr(lora, key)
+        for target in [] if wanted is None or isinstance(wanted, str) else sorted(wanted):
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                last = sorted({name.rpartition(".")[2] for name in names} - {""})
+                layers = ", ".join(part for part in last if not part.isdigit())
+                raise ConfigError(
+                    f"`model.peft_config.{key}`: {type(model).__name__} has no layer {target!r}; "
+                    f"there are {layers}"
+                )
+
+
+def _check_adapted(model: PreTrainedModel, lora: LoraConfig, merged_when_saved: bool) -> None:
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    numbers = lora.layers_to_transform
+    for number in [numbers] if isinstance(numbers, int) else numbers or []:
+        if not any(str(number) in name.split(".") for name in adapted):
+            raise ConfigError(
+                f"`model.peft_config.layers_to_transform`: no layer {number} of {type(model).__name__} has "
+                "what `target_modules` names"
+            )
+    if not merged_when_saved or not model.config.tie_word_embeddings:
+        return
+    for name, module in adapted.items():
+        if module.get_base_layer() in (
+            base_of(model.get_input_embeddings()),
+            base_of(model.get_output_embeddings()),
+        ):
+            raise ConfigError(
+                f"`model.peft_config.target_modules` names {name}, whose weight embeddings and head share: "
+                "an adapter on it cannot be merged; set `model.merge_adapter=false` or leave it out"
+            )
+
+
+def classifier_heads(model: PreTrainedModel) -> list[str]:
+    """Names of what a classifier has beside its trunk, and of a pooler; none for a language model."""
+    if model.get_output_embeddings() is not None:
+        return []
+    heads = [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and next(child.parameters(), None) is not None
+    ]
+    return heads + ["pooler"] * isinstance(getattr(model.base_model, "pooler", None), nn.Module)
+
+
+def _task(model: PreTrainedModel) -> TaskType:
+    if model.get_output_embeddings() is None:
+        return TaskType.SEQ_CLS
+    return TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
+
+
+def _base_path(model: PreTrainedModel) -> str | None:
+    path = model.name_or_path
+    if not path:
+        return None
+    return str(Path(path).resolve()) if Path(path).exists() else path

@@ -1,0 +1,83 @@
+"""Decoders on rows of several samples each, none of which sees another.
+
+Legend: B rows, T columns, V vocabulary. Positions count the tokens of a sample from 0, so that each 0 begins
+another one.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from conch.errors import ConfigError
+
+
+def packed_logits(
+    lm: PreTrainedModel, input_ids: Int[Tensor, "B T"], position_ids: Int[Tensor, "B T"]
+) -> Float[Tensor, "B R V"]:
+    """Logits that chose each token but a row's first, R = T - 1; those of a sample's first token mean
+    nothing."""
+    mask = isolating_mask(position_ids)
+    # Scaled dot-product attention takes it as it is, in any precision; the plain one adds it to its scores.
+    if lm.config._attn_implementation != "sdpa":
+        mask = torch.zeros_like(mask, dtype=lm.dtype).masked_fill(~mask, torch.finfo(lm.dtype).min)
+    output = lm(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
+    return output.logits[:, :-1]
+
+
+def isolating_mask(position_ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B 1 T T"]:
+    """True at [b, 0, i, j] where token i may look at token j: of its own sample, and not behind it.
+
+    Padding, each of whose positions is 0, sees itself alone: a row of nothing would make the attention NaN.
+    """
+    sample = (position_ids == 0).cumsum(dim=-1)
+    is_same = sample.unsqueeze(-1) == sample.unsqueeze(-2)
+    return is_same.tril().unsqueeze(1)
+
+
+def check_packing(lm: PreTrainedModel, max_tokens: int) -> None:
+    """Refuse a model that does not keep packed samples apart. Call it in evaluation mode.
+
+    It is tried out: another first sample in a row must leave the logits of the second what they are.
+
+    max_tokens: longest sample.
+
+    Raises:
+        ConfigError: samples see each other, or a sliding window would be lost.
+    """
+    name = type(lm).__name__
+    if lm.config.is_encoder_decoder or "position_ids" not in inspect.signature(lm.forward).parameters:
+        raise ConfigError(
+            f"`sft.packing` is for decoders that take position ids, {name} does not: turn it off"
+        )
+    window = sliding_window(lm.config)
+    if window is not None and window < max_tokens:
+        raise ConfigError(
+            f"`sft.packing` replaces the attention mask, in which {name} keeps a sliding window of {window} "
+            f"tokens, and samples may have {max_tokens}: set `sft.max_length` to at most {window}"
+        )
+    if lm.config._attn_implementation not in ("sdpa", "eager"):
+        raise ConfigError(
+            f"`sft.packing` needs attention that takes a mask, not {lm.config._attn_implementation!r}: load "
+            'the model with attn_implementation="sdpa"'
+        )
+    one, other = (torch.tensor([[first, 1, 0, 1, 0]], device=lm.device) for first in (0, 1))
+    positions = torch.tensor([[0, 1, 0, 1, 2]], device=lm.device)
+    with torch.no_grad():
+        seen, unseen = (packed_logits(lm, ids, positions)[:, 2:] for ids in (one, other))
+    if not torch.equal(seen, unseen):
+        raise ConfigError(
+            f"`sft.packing` is not possible: {name} looks from one sample at another; turn it off"
+        )
+
+
+def sliding_window(config: PretrainedConfig) -> int | None:
+    """Tokens that the model's local attention looks back, None where all of it is global."""
+    window = getattr(config, "sliding_window", None)
+    layers = getattr(config, "layer_types", None)
+    is_used = layers is None or "sliding_attention" in layers
+    return window if isinstance(window, int) and is_used else None

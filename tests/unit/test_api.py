@@ -1,0 +1,75 @@
+"""`conch.train` picks the algorithm from its arguments, trains, and says what does not fit together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import conch
+from conch.config import load
+from conch.errors import ConfigError
+from conch.trainers.ilql import ILQLTrainer
+from conch.trainers.ppo import PPORunConfig, PPOTrainer
+from conch.trainers.reward_model import RewardModelRunConfig
+from conch.trainers.rft import RFTRunConfig, RFTTrainer
+from conch.trainers.sft import SFTTrainer
+from tests.runs import PROMPTS, TOKENIZER, policy, vowels
+
+SAMPLES = [("ab", "cd"), ("b", "aa"), ("c", "hg"), ("de", "f")]
+MODEL = {"architecture": {"model_type": "gpt2"}}
+
+
+def settings(run_dir: Path, **sections: Any) -> dict[str, Any]:
+    return {"train": {"total_steps": 1, "run_dir": run_dir}, "generation": {"max_new_tokens": 4}, **sections}
+
+
+@pytest.mark.parametrize(
+    ("given", "sections", "kind"),
+    [
+        ({"prompts": PROMPTS, "reward": vowels}, {"ppo": {"rollouts_per_step": 8}}, PPOTrainer),
+        ({"samples": ["abcd"] * 4}, {"sft": {"batch_size": 4}}, SFTTrainer),
+        ({"samples": SAMPLES, "rewards": [1.0, 0.0, 2.0, 1.0]}, {"ilql": {"batch_size": 4}}, ILQLTrainer),
+    ],
+    ids=["ppo", "sft", "ilql"],
+)
+def test_arguments_pick_the_algorithm(
+    tmp_path: Path, given: dict[str, Any], sections: dict[str, Any], kind: type
+) -> None:
+    config = settings(tmp_path / "run", **sections)
+    trainer = conch.train(policy(), tokenizer=TOKENIZER, config=config, **given)
+    assert type(trainer) is kind
+    assert (trainer.run_dir / "checkpoints/step_1/config.json").is_file()
+    assert len(trainer.generate(["ab", "c"])) == 2
+    trainer.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved/tokenizer.json").is_file()
+
+
+def test_a_config_of_a_type_picks_its_own(tmp_path: Path) -> None:
+    values = settings(tmp_path / "run", model=MODEL, rft={"n_generations_per_prompt": 4, "batch_size": 4})
+    config = load(RFTRunConfig, values)
+    trainer = conch.train(policy(), tokenizer=TOKENIZER, config=config, prompts=PROMPTS, reward=vowels)
+    assert type(trainer) is RFTTrainer
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, r"either `prompts`.*here is nothing"),
+        ({"prompts": ["a"], "samples": ["b"]}, r"here is `prompts` and `samples`"),
+        ({"rewards": [1.0]}, r"here is `rewards`"),
+        (
+            {"samples": ["a"], "config": load(PPORunConfig, {"model": MODEL})},
+            r"PPORunConfig learns from `prompts`",
+        ),
+        (
+            {"samples": ["a"], "config": load(RewardModelRunConfig, {"model": MODEL})},
+            r"RewardModelRunConfig, which `conch.train` does not",
+        ),
+        ({"samples": ["a"], "tokenizer": None}, r"pass `tokenizer=`"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        conch.train(policy(), **{"tokenizer": TOKENIZER, **given})

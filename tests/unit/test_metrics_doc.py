@@ -1,0 +1,40 @@
+"""Every metric that a trainer logs is explained in docs/metrics.md."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import PROMPTS, ilql_trainer, ppo_trainer, reward_trainer, sft_trainer
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs/metrics.md"
+SAMPLES = ["abcd", "bc", "hgf", "aab", "cde", "fgh", "ab", "ed"]
+PAIRS = [{"chosen": text, "rejected": "h" * len(text)} for text in SAMPLES]
+SCORED = [{"text": text, "score": float(len(text))} for text in SAMPLES]
+
+
+def explained() -> set[str]:
+    """Names in the first column of the table."""
+    cells = re.findall(r"^\| (`.+?`) \|", DOCUMENT.read_text(), re.M)
+    return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+
+
+MAKERS: dict[str, Callable[[Path], Any]] = {
+    "ppo": lambda folder: ppo_trainer(folder),
+    "sft": lambda folder: sft_trainer(folder, SAMPLES, eval_samples=SAMPLES),
+    "regression": lambda folder: reward_trainer(folder, SCORED, eval_samples=SCORED),
+    "pairs": lambda folder: reward_trainer(folder, PAIRS, eval_samples=PAIRS),
+    "ilql": lambda folder: ilql_trainer(folder, SAMPLES, [1.0] * 8, eval_prompts=PROMPTS),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_metric_is_explained(tmp_path: Path, name: str) -> None:
+    trainer = MAKERS[name](tmp_path / "run")
+    logged = trainer.step().keys() | trainer.evaluate().keys()
+    assert len(logged) > 3
+    assert logged - explained() == set()

@@ -1,0 +1,486 @@
+"""Implicit language Q-learning: learn from rewarded samples what each token is worth, and decode by it.
+
+A sample has actions a_1 .. a_n, the tokens of its outputs, chosen in states s_1 .. s_n, all tokens before
+them; r_t = 0 but for r_n, the sample's reward (Snell et al. 2022, arXiv:2206.11871, section 4; expectile
+regression from Kostrikov et al. 2021, arXiv:2110.06169, equation 5):
+
+    Qhat(s, a) = min_i Qhat_i(s, a),   Qhat_i <- (1 - alpha) Qhat_i + alpha Q_i   every k updates
+    L_Q    = sum_i mean_t (r_t + gamma * V(s_{t+1}) - Q_i(s_t, a_t))^2,   V(s_{n+1}) = 0
+    L_V    = mean_t |tau - 1[u_t < 0]| * u_t^2,   u_t = Qhat(s_t, a_t) - V(s_t)
+    L_CQL  = sum_i mean_t (log sum_a exp Q_i(s_t, a) - Q_i(s_t, a_t))
+    L_AWAC = - mean_t exp(eta * u_t) * log pi(a_t | s_t),   behaviour cloning with eta = 0
+    L      = c_Q * L_Q + c_V * L_V + c_CQL * L_CQL + c_AWAC * L_AWAC
+    decode: softmax over a of log pi(a | s) + beta * (Qhat(s, a) - V(s))
+
+No gradient flows through r_t + gamma * V(s_{t+1}), Qhat and exp(eta * u_t); that of all terms flows into the
+one trunk which pi, Q and V share. Where this differs from the paper and from common code: pi is the language
+model of that same trunk, not a second network; s_{t+1} is the state of the next action, so that an output's
+last token is followed by the state after the next prompt; means run over the actions of all ranks at once;
+heads start at zero, where decoding at any beta is that of the language model; exp(eta * u_t) is bounded by
+100, as Kostrikov et al. do.
+
+Legend: B samples, R response tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from conch.checkpoint import save_model
+from conch.cli import load_run_config, run_main
+from conch.config import (
+    EvalGenerationConfig,
+    GenerationConfig,
+    RewardConfig,
+    RunConfig,
+    Section,
+    load,
+)
+from conch.data.files import read_rows
+from conch.data.prompts import make_prompts
+from conch.data.stream import IndexStream
+from conch.data.turns import TurnBatch, TurnSample, collate_turns, tokenize_turns
+from conch.engine import Engine
+from conch.errors import ConfigError, DataError
+from conch.experience import take_rows
+from conch.models.ilql import DECODING_FILE, ILQLOutput, ILQLPolicy
+from conch.models.loading import context_window
+from conch.models.trainable import choose_trainable
+from conch.ops import logprobs_of_labels, masked_sum
+from conch.rewards.scorer import Scorer
+from conch.rewards.source import RewardSource
+from conch.rollouts.hf_engine import HFEngine
+from conch.tracking import Tracker
+from conch.trainers.common import (
+    check_vocabulary,
+    given_or_loaded_lm,
+    given_or_loaded_tokenizer,
+    rows_per_process,
+    update_metrics,
+)
+from conch.trainers.evaluation import Evaluator, eval_source, eval_variants
+from conch.trainers.online import MetricFn, room_for_prompts
+from conch.trainers.run import fit, start_run
+from conch.types import Metrics
+
+Sample = str | Sequence[str]
+
+_LARGEST_WEIGHT = 100.0
+"""Bound of exp(eta * u_t)."""
+
+
+class ILQLConfig(Section):
+    """The algorithm's own settings."""
+
+    batch_size: int = Field(default=32, ge=1)
+    """Samples per optimizer update, over all processes."""
+
+    num_q_heads: int = Field(default=2, ge=1)
+    """Q functions, the least of which counts."""
+
+    gamma: float = Field(default=0.99, ge=0, le=1)
+    """Discount per action."""
+
+    tau: float = Field(default=0.7, gt=0, lt=1)
+    """Expectile of Qhat that V is regressed on: 0.5 is the mean, towards 1 the best action."""
+
+    alpha: float = Field(default=0.005, gt=0, le=1)
+    """Part of the way that target heads go towards their Q heads at once."""
+
+    steps_for_target_q_sync: int = Field(default=1, ge=1)
+    """k, updates from one such move to the next."""
+
+    q_coef: float = Field(default=1.0, ge=0)
+    """c_Q."""
+
+    v_coef: float = Field(default=1.0, ge=0)
+    """c_V."""
+
+    cql_scale: float = Field(default=0.1, ge=0)
+    """c_CQL, which holds down the values of tokens that no sample has."""
+
+    awac_scale: float = Field(default=1.0, ge=0)
+    """c_AWAC."""
+
+    awac_beta: float = Field(default=0.0, ge=0)
+    """eta: how much more the language model learns of better actions."""
+
+    normalise_rewards: bool = True
+    """Shift and scale the rewards of all samples to mean 0 and standard deviation 1."""
+
+
+class ILQLGenerationConfig(GenerationConfig):
+    """How completions are sampled, with the heads' say in it."""
+
+    beta: float = Field(default=1.0, ge=0)
+    """Weight of the advantages in decoding; 0 is the language model alone."""
+
+
+class ILQLEvalGenerationConfig(EvalGenerationConfig):
+    """How completions for evaluation are sampled, where it differs from `generation`.
+
+    One of these may be a list: each value is then evaluated, and its metrics are named `...@key=value`.
+    """
+
+    beta: float | list[float] | None = None
+    """As in `generation`; None takes what stands there."""
+
+
+class ILQLRunConfig(RunConfig):
+    """Everything an ILQL run is made from."""
+
+    generation: ILQLGenerationConfig = ILQLGenerationConfig()
+    eval_generation: ILQLEvalGenerationConfig = ILQLEvalGenerationConfig()
+    reward: RewardConfig = RewardConfig()
+    ilql: ILQLConfig = ILQLConfig()
+
+
+@dataclass(frozen=True)
+class ILQLBatch:
+    """turns: samples. rewards: [B], each earned by its sample's last action."""
+
+    turns: TurnBatch
+    rewards: Float[Tensor, " B"]
+
+
+# --------------------------------------------------------------------------------------------- pure functions
+
+
+def q_targets(
+    values: Float[Tensor, "B R"], rewards: Float[Tensor, " B"], mask: Bool[Tensor, "B R"], gamma: float
+) -> Float[Tensor, "B R"]:
+    """What Q is regressed on at actions: gamma times the value at the next action of the row, and at its last
+    action the reward. Without gradient.
+
+    mask: True at actions; at least one in each row.
+    """
+    columns = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+    beyond = torch.full_like(columns, mask.shape[1])
+    at_or_after = torch.where(mask, columns, beyond).flip(1).cummin(dim=1).values.flip(1)
+    following = torch.cat([at_or_after[:, 1:], beyond[:, :1]], dim=1)
+    padded = torch.cat([values.detach(), torch.zeros_like(values[:, :1])], dim=1)
+    is_last = mask & (following == mask.shape[1])
+    return gamma * padded.gather(1, following) + is_last * rewards.unsqueeze(1)
+
+
+def expectile_terms(difference: Float[Tensor, "B R"], tau: float) -> Float[Tensor, "B R"]:
+    """Squared differences, those below 0 weighted by 1 - tau and the others by tau."""
+    weight = (tau - (difference < 0).to(difference.dtype)).abs()
+    return weight * difference**2
+
+
+def ilql_loss_terms(
+    output: ILQLOutput,
+    actions: Int[Tensor, "B R"],
+    rewards: Float[Tensor, " B"],
+    mask: Bool[Tensor, "B R"],
+    config: ILQLConfig,
+) -> dict[str, Float[Tensor, "B R"]]:
+    """Per-token q_loss, v_loss, cql_loss and awac_loss, not weighted; what stands outside of `mask` means
+    nothing. See the equations above."""
+    targets = q_targets(output.values, rewards, mask, config.gamma)
+    chosen = [q.gather(-1, actions.unsqueeze(-1)).squeeze(-1) for q in output.qs]
+    advantages = output.target_q - output.values
+    weight = (config.awac_beta * advantages.detach()).exp().clamp(max=_LARGEST_WEIGHT)
+    return {
+        "q_loss": torch.stack([(targets - q) ** 2 for q in chosen]).sum(dim=0),
+        "v_loss": expectile_terms(advantages, config.tau),
+        # log sum exp Q - Q(a) is the cross-entropy of Q taken for logits
+        "cql_loss": -torch.stack([logprobs_of_labels(q, actions) for q in output.qs]).sum(dim=0),
+        "awac_loss": -weight * logprobs_of_labels(output.logits, actions),
+    }
+
+
+def checked_rewards(rewards: Sequence[Any], num_samples: int, *, normalise: bool) -> list[float]:
+    """One finite number per sample; with `normalise` their mean is 0 and their standard deviation (biased) 1.
+
+    Rewards that are all equal become 0.
+
+    Raises:
+        DataError: there are more or fewer than samples, or one is no finite number.
+    """
+    if len(rewards) != num_samples:
+        raise DataError(f"{len(rewards)} rewards for {num_samples} samples: give one reward per sample")
+    try:
+        values = np.asarray([float(reward) for reward in rewards])
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"`rewards` holds something that is no number ({error}): give one per sample"
+        ) from None
+    broken = np.flatnonzero(~np.isfinite(values))
+    if len(broken):
+        raise DataError(f"the reward of sample {broken[0]} is {values[broken[0]]}, not a finite number")
+    if not normalise:
+        return values.tolist()
+    centred = values - values.mean()
+    return (centred / max(float(centred.std()), 1e-8)).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------- trainer
+
+
+class ILQLTrainer:
+    """ILQL with the verbs `experience` (samples and rewards to a batch) and `update`.
+
+    samples: strings (all tokens after the first are actions) or lists of turns [prompt, output, prompt, ...]
+        (the outputs' tokens are). rewards: one per sample.
+    eval_prompts: completed and measured in evaluations, by `metric_fn` and by `reward` where they are given.
+    model: a loaded model with its tokenizer, instead of `config.model.path`.
+    logit_mask: [V, V], True at [i, j] forbids token j right after token i in decoding.
+
+    Raises:
+        ConchError: from the constructor, for everything that can be known to be wrong before training.
+    """
+
+    def __init__(
+        self,
+        config: ILQLRunConfig,
+        *,
+        samples: Sequence[Sample],
+        rewards: Sequence[float],
+        eval_prompts: Sequence[str | Mapping[str, Any]] | None = None,
+        reward: Callable[..., Any] | str | RewardSource | None = None,
+        metric_fn: MetricFn | None = None,
+        model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        logit_mask: Bool[Tensor, "V V"] | None = None,
+    ) -> None:
+        self.config = config
+        self.engine = engine = Engine(config.train)
+        self.source = eval_source(engine, reward, config.reward, eval_prompts)
+        self.tokenizer = given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path)
+        lm = given_or_loaded_lm(model, config.model)
+        check_vocabulary(lm, self.tokenizer)
+        self._init_data(lm, samples, rewards)
+        self.variants = eval_variants(config.generation, config.eval_generation)
+        self.eval_prompts = self._make_prompts(lm, eval_prompts) if eval_prompts else []
+        self._init_policy(lm, logit_mask)
+        self.evaluator = Evaluator(
+            engine,
+            self.eval_prompts,
+            self.variants,
+            self._make_sampler,
+            scorer=Scorer(self.source, config.reward, engine.sum_int) if self.source else None,
+            weights=config.reward.weights,
+            metric_fn=metric_fn,
+            default_repeats=config.train.eval_repeats,
+        )
+        self.run = start_run(self, self.policy)
+        self.run_dir = self.run.folder
+
+    def _init_data(self, lm: PreTrainedModel, samples: Any, rewards: Any) -> None:
+        config, engine = self.config, self.engine
+        self.samples = tokenize_turns(
+            samples,
+            self.tokenizer,
+            max_tokens=context_window(lm.config),
+            truncation_side=config.tokenizer.truncation_side,
+            pairs_only=bool(lm.config.is_encoder_decoder),
+        )
+        self.rewards = checked_rewards(rewards, len(self.samples), normalise=config.ilql.normalise_rewards)
+        self.stream = IndexStream(len(self.samples), config.train.seed, engine.rank, engine.num_ranks)
+        self._rows = rows_per_process(engine, config.train, config.ilql.batch_size, "ilql.batch_size")
+
+    def _make_prompts(self, lm: PreTrainedModel, prompts: Any) -> Any:
+        longest = max((variant.generation for variant in self.variants), key=lambda g: g.max_new_tokens)
+        room = room_for_prompts(lm, longest)
+        return make_prompts(prompts, self.tokenizer, self.config.tokenizer, max_tokens=room)
+
+    def _init_policy(self, lm: PreTrainedModel, logit_mask: Tensor | None) -> None:
+        config, engine = self.config, self.engine
+        choose_trainable(lm, config.model)
+        self.policy = ILQLPolicy(
+            lm,
+            num_q_heads=config.ilql.num_q_heads,
+            logit_mask=logit_mask,
+            decoding={
+                **config.generation.model_dump(include={"beta", *_DECODING}),
+                "eos_token_id": self.tokenizer.eos_token_id,
+                "pad_token_id": self.tokenizer.pad_token_id,
+            },
+        ).to(engine.device)
+        engine.prepare(
+            self.policy, config.optimizer, config.scheduler, total_updates=config.train.total_steps
+        )
+        engine.seed_sampling()
+        self.policy_version = 0
+
+    def _make_sampler(self, generation: ILQLGenerationConfig) -> HFEngine:
+        return HFEngine(
+            lambda: self.policy.lm,
+            self.tokenizer,
+            generation,
+            version=lambda: self.policy_version,
+            autocast=self.engine.autocast,
+            processors=partial(self.policy.shaping, generation.beta),
+        )
+
+    # ------------------------------------------------------------------------------------------ the two verbs
+
+    def experience(self, samples: Sequence[TurnSample], rewards: Sequence[float]) -> ILQLBatch:
+        """Pad samples into a batch with their rewards, as `self.samples` and `self.rewards` hold them."""
+        pad_id = int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
+        device = self.engine.device
+        return ILQLBatch(collate_turns(samples, pad_id, device), torch.tensor(rewards, device=device))
+
+    def update(self, batch: ILQLBatch) -> Metrics:
+        """One optimizer update, and a move of the targets where it is due; statistics are means over the
+        actions of all ranks."""
+        config = self.config.ilql
+        num_actions = self.engine.sum(batch.turns.action_mask.sum()).clamp(min=1).float()
+        stats: dict[str, Tensor] = {}
+
+        def loss_of(rows: Tensor) -> Tensor:
+            loss, shares = self._loss(take_rows(batch, rows), num_actions)
+            for name, share in shares.items():
+                stats[name] = stats.get(name, torch.zeros_like(share)) + share.detach()
+            return loss
+
+        steps = self.config.train.gradient_accumulation_steps
+        report = self.engine.update(torch.arange(len(batch.rewards)).chunk(steps), loss_of)
+        self.policy_version += 1
+        if self.policy_version % config.steps_for_target_q_sync == 0:
+            self.policy.sync_targets(config.alpha)
+        summed = self.engine.sum(torch.stack(list(stats.values()))).tolist()
+        return {
+            "train/loss": report.loss,
+            **{f"train/{name}": value for name, value in zip(stats, summed, strict=True)},
+            **update_metrics([report]),
+            "train/epoch": self.stream.epoch,
+        }
+
+    def _loss(self, batch: ILQLBatch, num_actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """This micro-batch's share of loss and statistics: sums over actions / actions of the batch."""
+        config, turns = self.config.ilql, batch.turns
+        output = self.engine.module(turns.input_ids, turns.attention_mask, turns.num_response)
+        actions, mask = turns.response_ids, turns.action_mask
+
+        def share(per_token: Tensor) -> Tensor:
+            return masked_sum(per_token, mask) / num_actions
+
+        terms = ilql_loss_terms(output, actions, batch.rewards, mask, config)
+        parts = {name: share(term) for name, term in terms.items()}
+        # A weight of 0 still multiplies: DDP wants every parameter in the graph.
+        loss = config.q_coef * parts["q_loss"] + config.v_coef * parts["v_loss"]
+        loss = loss + config.cql_scale * parts["cql_loss"] + config.awac_scale * parts["awac_loss"]
+        mean_q = torch.stack(output.qs).detach().mean(dim=0).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+        return loss, {
+            **parts,
+            "q_mean": share(mean_q),
+            "v_mean": share(output.values),
+            "advantage": share(output.target_q - output.values),
+        }
+
+    # ----------------------------------------------------------------------------------------------- the loop
+
+    def step(self) -> Metrics:
+        """Draw a batch and train on it."""
+        rows = self.stream.draw(self._rows)
+        return self.update(
+            self.experience([self.samples[row] for row in rows], [self.rewards[row] for row in rows])
+        )
+
+    def evaluate(
+        self, tracker: Tracker | None = None, step: int = 0, *, repeats: int | None = None
+    ) -> Metrics:
+        """Sample `repeats` (or `train.eval_repeats`) completions per evaluation prompt, for each value of a
+        swept generation argument; nothing without prompts.
+
+        Returns the means of the reward and of the user's metrics.
+        """
+        return self.evaluator.run(tracker, step, repeats=repeats) if self.eval_prompts else {}
+
+    @property
+    def default_best_metric(self) -> str:
+        """The first metric of the user's `metric_fn`, else the reward."""
+        return self.evaluator.gold_metric or "eval/reward"
+
+    def fit(self) -> Path:
+        """Train for `train.total_steps` optimizer updates; returns the run folder."""
+        return fit(self, "ilql")
+
+    def generate(
+        self, prompts: Sequence[str], *, greedy: bool = False, beta: float | None = None
+    ) -> list[str]:
+        """Completions of the current policy. beta: None takes that of `generation`."""
+        generation = self.config.generation
+        if beta is not None:
+            generation = load(ILQLGenerationConfig, {**generation.model_dump(), "beta": beta})
+        room = room_for_prompts(self.policy.lm, generation)
+        made = make_prompts(prompts, self.tokenizer, self.config.tokenizer, max_tokens=room)
+        chunks = self._make_sampler(generation).generate(made, greedy=greedy)
+        return [rollout.completion.text for chunk in chunks for rollout in chunk]
+
+    def save_pretrained(self, folder: Path) -> Path:
+        """Write a Hugging Face folder with the heads beside it, for `ILQLPolicy.from_pretrained`. Call it on
+        all ranks."""
+
+        def write() -> None:
+            if self.engine.is_main:
+                save_model(
+                    folder,
+                    self.policy.lm,
+                    self.tokenizer,
+                    heads=self.policy.head_tensors(),
+                    extra={DECODING_FILE: self.policy.settings()},
+                    merge_adapter=self.config.model.merge_adapter,
+                )
+
+        self.engine.together(write)
+        return folder
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `conch.trainers.run.Trainer`."""
+        return {"stream": self.stream.state_dict(), "policy_version": self.policy_version}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+        self.stream.load_state_dict(state["stream"])
+        self.policy_version = state["policy_version"]
+
+    def close(self) -> None:
+        """Stop the reward client and leave the process group."""
+        if self.source is not None:
+            self.source.close()
+        self.engine.close()
+
+
+_DECODING = ("max_new_tokens", "temperature", "top_k", "top_p")
+"""Settings of `generation` that are saved with the model, beside `beta`."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line: `python -m conch.trainers.ilql key=value ...` with rows `{"sample": ..., "reward": ...}`
+    in `data.train` and prompts in `data.eval`."""
+    config = load_run_config(ILQLRunConfig, argv, default_name="ilql")
+    if config.data.train is None:
+        raise ConfigError('no samples: set `data.train` to a .jsonl file of {"sample", "reward"} rows')
+    rows = read_rows(config.data.train)
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping) or not {"sample", "reward"} <= row.keys():
+            raise DataError(f'row {number} of {config.data.train} is no {{"sample", "reward"}} object')
+    trainer = ILQLTrainer(
+        config,
+        samples=[row["sample"] for row in rows],
+        rewards=[row["reward"] for row in rows],
+        eval_prompts=read_rows(config.data.eval) if config.data.eval else None,
+    )
+    try:
+        trainer.fit()
+    finally:
+        trainer.close()
+
+
+if __name__ == "__main__":
+    run_main(main)

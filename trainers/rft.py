@@ -1,0 +1,520 @@
+"""Rejection fine-tuning: sample many completions per prompt, imitate the best of them, and again.
+
+For each prompt x, completions y_1 .. y_n of the current policy have the scores s_1 .. s_n. Then, for steps
+i = 0 .. I - 1 of a round (Dong et al. 2023, arXiv:2304.06767, which keeps the best one; Yuan et al. 2023,
+arXiv:2308.01825, section 3.3, the distinct right ones; Gulcehre et al. 2023, arXiv:2308.08998, all above a
+bar that rises over the improvement steps that follow one sampling):
+
+    p_i  = start + (end - start) * i / (I - 1)
+    keep   y_k with s_k >= the p_i-quantile of s_1 .. s_n, each distinct completion once
+    L    = - sum over their tokens of log pi(y_t | x, y_<t) / number of these tokens
+
+Where this differs from these papers: the bar is each prompt's own, so that hard prompts are learned from as
+well as easy ones; the worst completions of a prompt are left out even where there are so many of them that
+the quantile is among them; the model goes on from its current weights each time, not from the first ones.
+The token ids learned are those sampled, at temperature 1 whatever temperature they were sampled at. Every
+rank holds all completions of the round and learns its part of each batch.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field, model_validator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from conch.checkpoint import save_model
+from conch.cli import load_run_config, run_main
+from conch.config import (
+    EvalGenerationConfig,
+    GenerationConfig,
+    RewardConfig,
+    RunConfig,
+    Section,
+)
+from conch.data.files import read_rows
+from conch.data.prompts import make_prompts
+from conch.data.samples import TokenizedSample, collate
+from conch.data.stream import IndexStream
+from conch.engine import Engine, UpdateReport
+from conch.errors import ConfigError
+from conch.log import get_logger
+from conch.models.trainable import choose_trainable
+from conch.rewards.delta_reward import DeltaReward, check_originals
+from conch.rewards.scorer import Scorer
+from conch.rewards.source import RewardSource, from_user
+from conch.rollouts.hf_engine import HFEngine
+from conch.tracking import Tracker
+from conch.trainers.common import (
+    check_vocabulary,
+    given_or_loaded_lm,
+    given_or_loaded_tokenizer,
+    rows_per_process,
+    update_metrics,
+)
+from conch.trainers.evaluation import Evaluator, eval_variants
+from conch.trainers.online import (
+    MetricFn,
+    extra_keys,
+    log_rollouts,
+    reward_metrics,
+    room_for_prompts,
+    total_reward,
+)
+from conch.trainers.run import fit, start_run
+from conch.trainers.sft import TokenLoss
+from conch.types import Metrics, Prompt, RewardResult, Rollout
+
+_log = get_logger(__name__)
+
+
+class RFTConfig(Section):
+    """The algorithm's own settings."""
+
+    n_generations_per_prompt: int = Field(default=32, ge=1)
+    """Completions sampled per prompt of a round."""
+
+    prompts_per_round: int | None = Field(default=None, ge=1)
+    """Prompts of a round, over all processes; None takes every prompt each time."""
+
+    n_improve_steps: int = Field(default=4, ge=1)
+    """Steps that learn from one round's completions before new ones are sampled."""
+
+    start_percentile: float = Field(default=0.7, ge=0, le=1)
+    """Share of a prompt's completions that the first step of a round leaves out; 0.7 learns the best 30 %."""
+
+    end_percentile: float = Field(default=0.95, ge=0, le=1)
+    """The same for the last step of a round. A round of one step has `start_percentile`."""
+
+    min_score: float | None = None
+    """Completions that score less are never learned, however bad the others of their prompt are; None learns
+    the best ones of every prompt."""
+
+    batch_size: int = Field(default=32, ge=1)
+    """Completions per optimizer update, over all processes."""
+
+    updates_per_step: int = Field(default=8, ge=1)
+    """Optimizer updates per step; where fewer completions are kept than they ask for, these come again."""
+
+    @model_validator(mode="after")
+    def _bar_rises(self) -> RFTConfig:
+        if self.end_percentile < self.start_percentile:
+            raise ValueError(
+                f"`end_percentile` = {self.end_percentile:g} is below `start_percentile` = "
+                f"{self.start_percentile:g}: the bar rises over a round"
+            )
+        return self
+
+
+class RFTRunConfig(RunConfig):
+    """Everything an RFT run is made from."""
+
+    generation: GenerationConfig = GenerationConfig()
+    eval_generation: EvalGenerationConfig = EvalGenerationConfig()
+    reward: RewardConfig = RewardConfig()
+    rft: RFTConfig = RFTConfig()
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """A prompt and its scored completions, one or more: token ids as sampled, and one score for each."""
+
+    prompt_ids: tuple[int, ...]
+    completions: tuple[tuple[int, ...], ...]
+    scores: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What is learned of one prompt. threshold: the score that let a completion in.
+
+    scores: distinct completion -> its score.
+    """
+
+    prompt_ids: tuple[int, ...]
+    threshold: float
+    scores: Mapping[tuple[int, ...], float]
+
+    def samples(self) -> list[TokenizedSample]:
+        """Prompt and completion, of which the completion is learned."""
+        unlearned = (False,) * len(self.prompt_ids)
+        return [
+            TokenizedSample((*self.prompt_ids, *ids), (*unlearned, *(True for _ in ids)))
+            for ids in self.scores
+        ]
+
+
+# --------------------------------------------------------------------------------------------- pure functions
+
+
+def percentile_at(step: int, config: RFTConfig) -> float:
+    """p_i for step i = 0, 1, .. of a round."""
+    rise = config.end_percentile - config.start_percentile
+    return config.start_percentile + rise * step / max(1, config.n_improve_steps - 1)
+
+
+def group_by_prompt(
+    rows: Iterable[tuple[tuple[int, ...], tuple[int, ...], float]],
+) -> list[Candidates]:
+    """Rows of prompt ids, completion ids and score, by prompt; a score of NaN leaves its row out.
+
+    Sorted, so that nothing depends on which rank sampled what. Prompts of the same tokens count as one.
+    """
+    groups: dict[tuple[int, ...], list[tuple[tuple[int, ...], float]]] = {}
+    for prompt_ids, completion_ids, score in rows:
+        if not math.isnan(score):
+            groups.setdefault(prompt_ids, []).append((completion_ids, score))
+    made: list[Candidates] = []
+    for prompt_ids in sorted(groups):
+        completions, scores = zip(*sorted(groups[prompt_ids]), strict=True)
+        made.append(Candidates(prompt_ids, completions, scores))
+    return made
+
+
+def keep_best(candidates: Candidates, percentile: float, min_score: float | None) -> Kept:
+    """The completions whose score is at least the `percentile` of their prompt's scores and `min_score`.
+
+    Those with the lowest score are left out unless all score alike: where most of them do, the quantile is
+    that very score and would let everything in. Of a completion sampled more than once the best score
+    counts.
+    """
+    scores = candidates.scores
+    threshold = float(np.quantile(scores, percentile))
+    if threshold <= min(scores) < max(scores):
+        threshold = min(score for score in scores if score > min(scores))
+    if min_score is not None:
+        threshold = max(threshold, min_score)
+    in_order = sorted(zip(candidates.completions, scores, strict=True))
+    kept = {ids: score for ids, score in in_order if score >= threshold}
+    return Kept(candidates.prompt_ids, threshold, kept)
+
+
+# ---------------------------------------------------------------------------------------------------- trainer
+
+
+class RFTTrainer:
+    """RFT with the four verbs `rollout`, `score`, `experience`, `update`; `fit` is the loop over them.
+
+    A round's completions are sampled in its first step and learned from in all of its steps.
+
+    model: a loaded model with its tokenizer, instead of `config.model.path`.
+
+    Raises:
+        ConchError: from the constructor, for everything that can be known to be wrong before training.
+    """
+
+    def __init__(
+        self,
+        config: RFTRunConfig,
+        *,
+        reward: Callable[..., Any] | str | RewardSource | None = None,
+        prompts: Sequence[str | Mapping[str, Any]],
+        eval_prompts: Sequence[str | Mapping[str, Any]] | None = None,
+        metric_fn: MetricFn | None = None,
+        model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        self.config = config
+        self.engine = engine = Engine(config.train)
+        metadata_keys = extra_keys([*prompts, *(eval_prompts or [])])
+        self.source = from_user(reward, config.reward, metadata_keys=metadata_keys)
+        engine.together(self.source.check)
+        self.tokenizer = given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path)
+        if config.reward.delta:
+            check_originals([*prompts, *(eval_prompts or [])])
+            self.source = DeltaReward(self.source, self._encode)
+        self.scorer = Scorer(self.source, config.reward, engine.sum_int)
+        self.lm = given_or_loaded_lm(model, config.model).to(engine.device)  # pyright: ignore[reportArgumentType]
+        check_vocabulary(self.lm, self.tokenizer)
+        self._init_data(prompts, eval_prompts)
+        self._init_policy()
+        self.evaluator = Evaluator(
+            engine,
+            self.eval_prompts,
+            self.variants,
+            self._make_sampler,
+            scorer=self.scorer,
+            weights=config.reward.weights,
+            metric_fn=metric_fn,
+            default_repeats=config.train.eval_repeats,
+        )
+        self.run = start_run(self, self.lm)
+        self.run_dir = self.run.folder
+
+    def _init_data(self, prompts: Any, eval_prompts: Any) -> None:
+        config = self.config
+        self.variants = eval_variants(config.generation, config.eval_generation)
+        longest = max((variant.generation for variant in self.variants), key=lambda g: g.max_new_tokens)
+        self.prompts = self._made_prompts(prompts, config.generation)
+        self.eval_prompts = self._made_prompts(prompts if eval_prompts is None else eval_prompts, longest)
+        self._num_prompts = config.rft.prompts_per_round or len(self.prompts)
+        if self._num_prompts > len(self.prompts):
+            raise ConfigError(
+                f"`rft.prompts_per_round` = {self._num_prompts} is more than the {len(self.prompts)} prompts "
+                "given; leave it out to take all of them"
+            )
+        # Every rank draws the same prompts; `_grow` deals their completions out.
+        self.stream = IndexStream(len(self.prompts), config.train.seed)
+        self._rows = rows_per_process(self.engine, config.train, config.rft.batch_size, "rft.batch_size")
+
+    def _made_prompts(self, prompts: Any, generation: GenerationConfig) -> list[Prompt]:
+        room = room_for_prompts(self.lm, generation)
+        return make_prompts(prompts, self.tokenizer, self.config.tokenizer, max_tokens=room)
+
+    def _init_policy(self) -> None:
+        config, engine = self.config, self.engine
+        choose_trainable(self.lm, config.model)
+        total_updates = config.train.total_steps * config.rft.updates_per_step
+        engine.prepare(TokenLoss(self.lm), config.optimizer, config.scheduler, total_updates=total_updates)
+        self.sampler = self._make_sampler(config.generation)
+        engine.seed_sampling()
+        self.policy_version = 0
+        self.steps_done = 0
+        self.pool: list[Candidates] = []
+        self._objectives: list[str] = []
+
+    def _make_sampler(self, generation: GenerationConfig) -> HFEngine:
+        return HFEngine(
+            lambda: self.lm,
+            self.tokenizer,
+            generation,
+            version=lambda: self.policy_version,
+            autocast=self.engine.autocast,
+        )
+
+    # ----------------------------------------------------------------------------------------- the four verbs
+
+    def rollout(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """Sample a completion per prompt; each chunk's rewards are requested while the next is generated."""
+        rollouts: list[Rollout] = []
+        for chunk in self.sampler.generate(prompts):
+            self.scorer.submit(chunk)
+            rollouts.extend(chunk)
+        return rollouts
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[RewardResult]:
+        """Rewards of what `rollout` returned last.
+
+        Raises:
+            RewardError, ConfigError: on all ranks together; see `Scorer.gather`.
+        """
+        results = self.scorer.gather()
+        assert len(results) == len(rollouts), "score() speaks of the last rollout() only"
+        return results
+
+    def experience(self, rollouts: Sequence[Rollout], rewards: Sequence[RewardResult]) -> list[Candidates]:
+        """The completions of all ranks that have a score, by prompt; the same on all ranks. Leaves statistics
+        in `self.experience_metrics`."""
+        weights = self.config.reward.weights
+        own = [
+            (rollout.prompt.token_ids, rollout.completion, total_reward(reward, weights))
+            for rollout, reward in zip(rollouts, rewards, strict=True)
+        ]
+        rows = self.engine.gather(own)
+        lengths = [len(completion.token_ids) for _, completion, _ in rows]
+        cut = [completion.finish_reason == "length" for _, completion, _ in rows]
+        objectives = self._agreed_objectives(rewards)
+        pool = group_by_prompt((prompt, completion.token_ids, score) for prompt, completion, score in rows)
+        self.experience_metrics = {
+            **self.scorer.metrics(),
+            **reward_metrics(rewards, weights, objectives, self.engine.sum),
+            "rollout/length_mean": sum(lengths) / len(rows),
+            "rollout/truncated_fraction": sum(cut) / len(rows),
+            "rft/pool_size": float(sum(len(candidates.scores) for candidates in pool)),
+        }
+        return pool
+
+    def update(self, pool: Sequence[Candidates]) -> Metrics:
+        """Keep the best completions, by the percentile of this step of the round, and learn them.
+
+        Where none are kept, which is for `rft.min_score` or a reward that always fails to bring about, the
+        weights stay as they are, and so does the learning rate's schedule.
+        """
+        config = self.config.rft
+        percentile = percentile_at(self.steps_done % config.n_improve_steps, config)
+        kept = [keep_best(candidates, percentile, config.min_score) for candidates in pool]
+        samples = [sample for one in kept for sample in one.samples()]
+        metrics = {"rft/percentile": percentile, **_selection_metrics(kept)}
+        if not samples:
+            _log.warning(
+                "step %d learns nothing: no completion has a score%s",
+                self.steps_done + 1,
+                "" if config.min_score is None else f" of at least rft.min_score = {config.min_score:g}",
+            )
+            return metrics
+        reports = self._learn(samples)
+        self.policy_version += 1
+        return {
+            **metrics,
+            "rft/passes": config.updates_per_step * config.batch_size / len(samples),
+            "train/loss": sum(report.loss for report in reports) / len(reports),
+            **update_metrics(reports),
+        }
+
+    # ------------------------------------------------------------------------------------- parts of the verbs
+
+    def _agreed_objectives(self, rewards: Sequence[RewardResult]) -> list[str]:
+        """Names of the objectives, the same on all ranks, also on one that has no reward to see them by."""
+        if not self._objectives:
+            own = sorted({name for reward in rewards for name in reward.scores})
+            self._objectives = sorted(set(self.engine.gather(own)))
+        return self._objectives
+
+    def _learn(self, samples: Sequence[TokenizedSample]) -> list[UpdateReport]:
+        """This step's updates, on batches of shuffled samples."""
+        engine = self.engine
+        # A seed of the step's own instead of a stream that would have to be saved.
+        seed = np.random.SeedSequence([self.config.train.seed, self.steps_done]).generate_state(1)
+        stream = IndexStream(len(samples), int(seed[0]), engine.rank, engine.num_ranks)
+        return [
+            self._update_batch([samples[row] for row in stream.draw(self._rows)])
+            for _ in range(self.config.rft.updates_per_step)
+        ]
+
+    def _update_batch(self, samples: Sequence[TokenizedSample]) -> UpdateReport:
+        """One optimizer update on this rank's part of a batch."""
+        engine = self.engine
+        pad_id = int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
+        num_tokens = max(1, engine.sum_int(sum(sum(sample.loss_mask) for sample in samples)))
+        size = len(samples) // self.config.train.gradient_accumulation_steps
+        return engine.update(
+            [samples[start : start + size] for start in range(0, len(samples), size)],
+            lambda part: engine.module(collate(part, pad_id, engine.device)) / num_tokens,
+        )
+
+    def _grow(self) -> Metrics:
+        """Begin a round: new prompts, and completions of the current policy for them."""
+        marks = [time.perf_counter()]
+        repeats, engine = self.config.rft.n_generations_per_prompt, self.engine
+        rows = [row for row in self.stream.draw(self._num_prompts) for _ in range(repeats)]
+        rollouts = self.rollout([self.prompts[row] for row in rows[engine.rank :: engine.num_ranks]])
+        marks.append(time.perf_counter())
+        rewards = self.score(rollouts)
+        marks.append(time.perf_counter())
+        self.pool = self.experience(rollouts, rewards)
+        if self.config.tracking.rollouts:
+            log_rollouts(engine, self.run, rollouts, rewards)
+        marks.append(time.perf_counter())
+        phases = ("rollout", "score", "experience")
+        seconds = {
+            f"time/{name}_s": end - start for name, start, end in zip(phases, marks, marks[1:], strict=False)
+        }
+        return {**self.experience_metrics, **seconds}
+
+    # ----------------------------------------------------------------------------------------------- the loop
+
+    @property
+    def _round_begins(self) -> bool:
+        return self.steps_done % self.config.rft.n_improve_steps == 0
+
+    @property
+    def default_best_metric(self) -> str:
+        """The first metric of the user's `metric_fn`, else the reward."""
+        return self.evaluator.gold_metric or "eval/reward"
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `conch.trainers.run.Trainer`. Within a round it holds the ids of all of its completions."""
+        pool = [] if self._round_begins else self.pool
+        return {
+            "stream": self.stream.state_dict(),
+            "policy_version": self.policy_version,
+            "steps_done": self.steps_done,
+            "objectives": self._objectives,
+            "pool": [[one.prompt_ids, one.completions, one.scores] for one in pool],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+        self.stream.load_state_dict(state["stream"])
+        self.policy_version = state["policy_version"]
+        self.steps_done = state["steps_done"]
+        self._objectives = state["objectives"]
+        self.pool = [
+            Candidates(tuple(prompt), tuple(map(tuple, completions)), tuple(scores))
+            for prompt, completions, scores in state["pool"]
+        ]
+
+    def fit(self) -> Path:
+        """Train for `train.total_steps` steps; returns the run folder."""
+        return fit(self, "rft")
+
+    def step(self) -> Metrics:
+        """One selection with its updates; the first step of a round samples first."""
+        sampled = self._grow() if self._round_begins else {}
+        start = time.perf_counter()
+        learned = self.update(self.pool)
+        self.steps_done += 1
+        return {**sampled, **learned, "time/update_s": time.perf_counter() - start}
+
+    def evaluate(
+        self, tracker: Tracker | None = None, step: int = 0, *, repeats: int | None = None
+    ) -> Metrics:
+        """Sample `repeats` (or `train.eval_repeats`) completions per evaluation prompt.
+
+        Returns the mean reward and means of the user's metrics.
+        """
+        return self.evaluator.run(tracker, step, repeats=repeats)
+
+    def generate(self, prompts: Sequence[str], *, greedy: bool = False) -> list[str]:
+        """Completions of the current policy."""
+        made = self._made_prompts(prompts, self.config.generation)
+        chunks = self.sampler.generate(made, greedy=greedy)
+        return [rollout.completion.text for chunk in chunks for rollout in chunk]
+
+    def save_pretrained(self, folder: Path) -> Path:
+        """Write the model as a Hugging Face folder. Call it on all ranks."""
+
+        def write() -> None:
+            if self.engine.is_main:
+                merge = self.config.model.merge_adapter
+                save_model(folder, self.lm, self.tokenizer, merge_adapter=merge)
+
+        self.engine.together(write)
+        return folder
+
+    def close(self) -> None:
+        """Stop the reward client and leave the process group."""
+        self.source.close()
+        self.engine.close()
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
+
+
+def _selection_metrics(kept: Sequence[Kept]) -> Metrics:
+    """How many completions are learned and how good they are; NaN where there are none to speak of."""
+    scores = [score for one in kept for score in one.scores.values()]
+    return {
+        "rft/kept": float(len(scores)),
+        "rft/kept_prompts": float(sum(bool(one.scores) for one in kept)),
+        "rft/threshold_mean": _mean([one.threshold for one in kept]),
+        "rft/kept_score_mean": _mean(scores),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line: `python -m conch.trainers.rft key=value ...` with prompts from `data.train`."""
+    config = load_run_config(RFTRunConfig, argv, default_name="rft")
+    if config.data.train is None:
+        raise ConfigError("no prompts: set `data.train` to a .txt or .jsonl file")
+    prompts = read_rows(config.data.train)
+    eval_prompts = read_rows(config.data.eval) if config.data.eval else None
+    trainer = RFTTrainer(config, prompts=prompts, eval_prompts=eval_prompts)
+    try:
+        trainer.fit()
+    finally:
+        trainer.close()
+
+
+if __name__ == "__main__":
+    run_main(main)
