@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from jaxtyping import install_import_hook
 
 # Every annotated shape and type of the library is checked while the tests run.
 install_import_hook("conch", "beartype.beartype")
+
+# A shell's background jobs ignore Ctrl-C, and so would every process that a test starts and then interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TESTS = Path(__file__).parent
 FOLDER_MARKERS = {"unit": "unit", "integration": "integration", "invariance": "integration"}

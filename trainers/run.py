@@ -348,6 +348,7 @@ def save_checkpoint(trainer: Trainer) -> Path:
     engine, run = trainer.engine, trainer.run
     folder = run.folder / CHECKPOINTS / f"step_{run.step}"
     partial = partial_of(folder)
+    engine.together(lambda: check_space(run.folder, checkpoint_bytes(engine.unwrapped)))
     trainer.save_pretrained(partial)
     engine.together(lambda: engine.save_state(partial / STATE_FOLDER))
     state = {

@@ -99,8 +99,16 @@ def assert_same_run(found: Path, expected: Path) -> None:
         assert (found / name).read_bytes() == (expected / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("kind", KINDS)
+# Those whose state is the most run on two processes in `make test`, the others in `make test-slow`.
+ON_TWO = ("ppo", "ilql")
+CASES = [
+    pytest.param(kind, ranks, marks=[] if ranks == 1 or kind in ON_TWO else [pytest.mark.slow])
+    for kind in KINDS
+    for ranks in (1, 2)
+]
+
+
+@pytest.mark.parametrize(("kind", "ranks"), CASES)
 def test_a_killed_run_equals_an_undisturbed_one(tmp_path: Path, kind: str, ranks: int) -> None:
     calm, storm = tmp_path / "calm", tmp_path / "storm"
     finish(start(kind, calm, ranks))

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from conch.checkpoint import newest_checkpoint, read_checkpoint, steps_of
+from conch.checkpoint import checkpoint_bytes, newest_checkpoint, read_checkpoint, steps_of
 from conch.config import load
 from conch.errors import CheckpointError, ConfigError, DataError
 from conch.trainers.reward_model import RewardModelRunConfig, RewardModelTrainer
-from conch.trainers.run import Run
+from conch.trainers.run import Run, save_checkpoint
 from tests.runs import PROMPTS, TOKENIZER, parameters, policy, ppo_trainer, sft_trainer, vowels
 from tests.tiny import tiny_gpt2_config
 
@@ -214,6 +214,20 @@ def test_settings_that_change_nothing_learned_may_change(tmp_path: Path) -> None
     trainer.fit()
     assert set(steps_of(tmp_path / "run")) >= {8}
     assert [row["step"] for row in metrics_of(tmp_path / "run")] == list(range(9))
+
+
+def test_a_full_disk_is_told_before_a_checkpoint_is_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = sft(tmp_path / "run", eval_every=0, save_every=1)
+    trainer.fit()
+    usage = shutil.disk_usage(tmp_path)
+    needed = checkpoint_bytes(trainer.engine.unwrapped)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    before = sorted((tmp_path / "run/checkpoints").iterdir())
+    with pytest.raises(CheckpointError, match=r"not enough disk space for a checkpoint"):
+        save_checkpoint(trainer)
+    assert sorted((tmp_path / "run/checkpoints").iterdir()) == before
 
 
 # -------------------------------------------------------------------------------- best, last, and the end
