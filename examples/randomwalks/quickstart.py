@@ -20,6 +20,7 @@ from typing import Any
 
 from pydantic import Field
 
+from conch.checkpoint import steps_of
 from conch.cli import compose, load_run_config, run_main
 from conch.config import Section, TrainConfig, load
 from conch.converters.to_triton import to_triton
@@ -185,7 +186,7 @@ def composed(trainer: str, config: QuickstartConfig, run_dir: Path) -> dict[str,
 
 def last_checkpoint(run_dir: Path) -> Path:
     """The checkpoint that the end of a run saved."""
-    return max((run_dir / "checkpoints").iterdir(), key=lambda folder: int(folder.name.removeprefix("step_")))
+    return next(iter(steps_of(run_dir).values()))
 
 
 def summarise(
