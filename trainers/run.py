@@ -141,17 +141,18 @@ def start_run(trainer: Resumable, module: nn.Module) -> Run:
         CheckpointError: nothing to go on with, another model or configuration, or too little disk space.
     """
     engine, config = trainer.engine, trainer.config
-    found: list[tuple[Path, Path | None]] = []
+    found: list[tuple[Path, Checkpoint | None]] = []
     engine.together(lambda: found.append(_find(config)) if engine.is_main else None)
+    # Rank 0 has read and checked every byte: once is enough.
     folder, resumed = engine.broadcast(found[0] if found else (Path(), None))
     engine.together(lambda: check_space(folder, checkpoint_bytes(module)))
     run = Run(folder)
     if resumed is not None:
-        engine.together(lambda: _take_up(trainer, run, read_checkpoint(resumed)))
+        engine.together(lambda: _take_up(trainer, run, resumed))
     return run
 
 
-def _find(config: Any) -> tuple[Path, Path | None]:
+def _find(config: Any) -> tuple[Path, Checkpoint | None]:
     """The run's folder and the checkpoint to go on with, None for a new run. Rank 0 alone."""
     checkpoint = _checkpoint_to_resume(config)
     if checkpoint is None:
@@ -162,7 +163,7 @@ def _find(config: Any) -> tuple[Path, Path | None]:
         return make_run_dir(train), None
     _check_same(checkpoint, config)
     delete_leftovers(checkpoint.run_dir)
-    return checkpoint.run_dir.resolve(), checkpoint.folder.resolve()
+    return checkpoint.run_dir.resolve(), Checkpoint(checkpoint.folder.resolve(), checkpoint.state)
 
 
 def _checkpoint_to_resume(config: Any) -> Checkpoint | None:
