@@ -26,9 +26,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from conch.disk import sync, sync_tree
 from conch.errors import CheckpointError
 from conch.log import get_logger
 from conch.models.adapter import has_adapter, merged_copy, save_adapter
+from conch.models.policy import HEADS_FILE
 
 _log = get_logger(__name__)
 
@@ -39,9 +41,6 @@ BEST_LINK = "best"
 CHECKPOINTS = "checkpoints"
 FORMAT = 1
 """Of `trainer_state.json`; raised when a field changes its meaning."""
-
-HEADS_FILE = "heads.safetensors"
-"""Value heads and the like, beside the Hugging Face weights; `from_pretrained` does not look at it."""
 
 
 def save_model(
@@ -159,10 +158,9 @@ def seal(partial: Path, folder: Path, state: Mapping[str, Any]) -> None:
         (partial / STATE_FILE).write_text(json.dumps({"format": FORMAT, **state}, indent=2) + "\n")
         listing = {str(file.relative_to(partial)): _fingerprint(file) for file in _files(partial)}
         (partial / FILES_FILE).write_text(json.dumps(listing, indent=2) + "\n")
-        for path in [*_files(partial), partial]:
-            _sync(path)
+        sync_tree(partial)
         _replace(partial, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"the checkpoint {folder} cannot be written: {error}") from error
@@ -242,15 +240,6 @@ def _fingerprint(file: Path) -> dict[str, int]:
         while block := content.read(1 << 20):
             checksum = zlib.crc32(block, checksum)
     return {"bytes": file.stat().st_size, "crc32": checksum}
-
-
-def _sync(path: Path) -> None:
-    """Have the disk take what was written; a folder's own entry, too."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _replace(new: Path, final: Path) -> None:

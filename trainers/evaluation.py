@@ -57,6 +57,11 @@ def _variant(suffix: str, base: GenerationT, changed: Mapping[str, Any]) -> Vari
     return Variant(suffix, made, greedy=not changed.get(_NOT_GENERATION, True))
 
 
+def longest_generation(variants: Sequence[Variant[GenerationT]]) -> GenerationT:
+    """The one that leaves the least room for prompts."""
+    return max((variant.generation for variant in variants), key=lambda each: each.max_new_tokens)
+
+
 def eval_source(
     engine: Engine,
     reward: Callable[..., Any] | str | RewardSource | None,
@@ -142,11 +147,11 @@ class Evaluator:
         step: int,
         extra: Callable[[list[Rollout]], Metrics] | None,
     ) -> Metrics:
-        rollouts: list[Rollout] = []
-        for chunk in sampler.generate(prompts, greedy=variant.greedy):
-            if self._scorer is not None:
-                self._scorer.submit(chunk)
-            rollouts.extend(chunk)
+        chunks = sampler.generate(prompts, greedy=variant.greedy)
+        if self._scorer is not None:
+            rollouts = self._scorer.submit_each(chunks)
+        else:
+            rollouts = [rollout for chunk in chunks for rollout in chunk]
         metrics = extra(rollouts) if extra is not None else {}
         columns: dict[str, list[float]] = {}
         if self._scorer is not None:

@@ -48,7 +48,6 @@ from conch.config import (
     load,
 )
 from conch.data.files import read_rows
-from conch.data.prompts import make_prompts
 from conch.data.stream import IndexStream
 from conch.data.turns import TurnBatch, TurnSample, collate_turns, tokenize_turns
 from conch.engine import Engine
@@ -69,8 +68,8 @@ from conch.trainers.common import (
     rows_per_process,
     update_metrics,
 )
-from conch.trainers.evaluation import Evaluator, eval_source, eval_variants
-from conch.trainers.online import MetricFn, room_for_prompts
+from conch.trainers.evaluation import Evaluator, eval_source, eval_variants, longest_generation
+from conch.trainers.online import MetricFn, fitting_prompts, texts_of
 from conch.trainers.run import fit, start_run
 from conch.types import Metrics
 
@@ -264,7 +263,12 @@ class ILQLTrainer:
         check_vocabulary(lm, self.tokenizer)
         self._init_data(lm, samples, rewards)
         self.variants = eval_variants(config.generation, config.eval_generation)
-        self.eval_prompts = self._make_prompts(lm, eval_prompts) if eval_prompts else []
+        longest = longest_generation(self.variants)
+        self.eval_prompts = (
+            fitting_prompts(eval_prompts, self.tokenizer, config.tokenizer, lm, longest)
+            if eval_prompts
+            else []
+        )
         self._init_policy(lm, logit_mask)
         self.evaluator = Evaluator(
             engine,
@@ -291,11 +295,6 @@ class ILQLTrainer:
         self.rewards = checked_rewards(rewards, len(self.samples), normalise=config.ilql.normalise_rewards)
         self.stream = IndexStream(len(self.samples), config.train.seed, engine.rank, engine.num_ranks)
         self._rows = rows_per_process(engine, config.train, config.ilql.batch_size, "ilql.batch_size")
-
-    def _make_prompts(self, lm: PreTrainedModel, prompts: Any) -> Any:
-        longest = max((variant.generation for variant in self.variants), key=lambda g: g.max_new_tokens)
-        room = room_for_prompts(lm, longest)
-        return make_prompts(prompts, self.tokenizer, self.config.tokenizer, max_tokens=room)
 
     def _init_policy(self, lm: PreTrainedModel, logit_mask: Tensor | None) -> None:
         config, engine = self.config, self.engine
@@ -417,10 +416,8 @@ class ILQLTrainer:
         generation = self.config.generation
         if beta is not None:
             generation = load(ILQLGenerationConfig, {**generation.model_dump(), "beta": beta})
-        room = room_for_prompts(self.policy.lm, generation)
-        made = make_prompts(prompts, self.tokenizer, self.config.tokenizer, max_tokens=room)
-        chunks = self._make_sampler(generation).generate(made, greedy=greedy)
-        return [rollout.completion.text for chunk in chunks for rollout in chunk]
+        made = fitting_prompts(prompts, self.tokenizer, self.config.tokenizer, self.policy.lm, generation)
+        return texts_of(self._make_sampler(generation).generate(made, greedy=greedy))
 
     def save_pretrained(self, folder: Path) -> Path:
         """Write a Hugging Face folder with the heads beside it, for `ILQLPolicy.from_pretrained`. Call it on

@@ -7,24 +7,27 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from conch.config import GenerationConfig, Section
+from conch.config import GenerationConfig, RewardConfig, Section, TokenizerConfig
+from conch.data.prompts import make_prompts
 from conch.engine import Engine
 from conch.errors import ConfigError, DataError
 from conch.experience import Sequences
 from conch.models.loading import context_window
 from conch.ops import KLEstimator, Reduce, kl_estimate, masked_mean
+from conch.rewards.delta_reward import DeltaReward, check_originals
 from conch.rewards.scorer import combine
+from conch.rewards.source import RewardSource, from_user
 from conch.trainers.run import Run
-from conch.types import Metrics, RewardResult, Rollout
+from conch.types import Metrics, Prompt, RewardResult, Rollout
 
 MetricFn = Callable[..., Mapping[str, Sequence[float] | float]]
 """`f(samples, prompts, outputs, **metadata)` -> name -> one value per sample, or one for all."""
@@ -82,6 +85,12 @@ def total_reward(result: RewardResult, weights: Mapping[str, float]) -> float:
     if result.token_scores is not None:
         return float(sum(result.token_scores))
     return combine(result, weights)
+
+
+def agreed_objectives(rewards: Sequence[RewardResult], engine: Engine) -> list[str]:
+    """Names of the objectives, the same on all ranks, also on one that has no reward to see them by."""
+    own = sorted({name for reward in rewards for name in reward.scores})
+    return sorted(set(engine.gather(own)))
 
 
 def reward_metrics(
@@ -206,6 +215,49 @@ def extra_keys(prompts: Sequence[str | Mapping[str, Any]]) -> list[str]:
     """The keys, beside "prompt", that a reward function gets as metadata."""
     keys = dict.fromkeys(key for prompt in prompts if isinstance(prompt, Mapping) for key in prompt)
     return [key for key in keys if key != "prompt"]
+
+
+def reward_to_learn_from(
+    engine: Engine,
+    reward: Callable[..., Any] | str | RewardSource | None,
+    config: RewardConfig,
+    prompts: Sequence[str | Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> RewardSource:
+    """The reward source as user and configuration name it, checked on every rank; less that of each prompt's
+    original output with `reward.delta`.
+
+    Raises:
+        ConfigError, DataError: the source will not do, or a prompt has no original output.
+        RewardError: it does not answer.
+    """
+    source = from_user(reward, config, metadata_keys=extra_keys(prompts))
+    engine.together(source.check)
+    if not config.delta:
+        return source
+    check_originals(prompts)
+    return DeltaReward(source, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore[reportReturnType]
+
+
+def fitting_prompts(
+    prompts: Sequence[str | Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    config: TokenizerConfig,
+    model: PreTrainedModel,
+    generation: GenerationConfig,
+) -> list[Prompt]:
+    """Prompts that leave room in the model's window for the longest completion.
+
+    Raises:
+        ConfigError, DataError: see `room_for_prompts` and `conch.data.prompts.make_prompts`.
+    """
+    room = room_for_prompts(model, generation)
+    return make_prompts(prompts, tokenizer, config, max_tokens=room)
+
+
+def texts_of(chunks: Iterable[Sequence[Rollout]]) -> list[str]:
+    """The completions' texts, chunk after chunk."""
+    return [rollout.completion.text for chunk in chunks for rollout in chunk]
 
 
 def room_for_prompts(model: PreTrainedModel, generation: GenerationConfig) -> int | None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ from conch.checkpoint import save_model
 from conch.cli import load_run_config, run_main
 from conch.config import EvalGenerationConfig, GenerationConfig, RewardConfig, RunConfig, Section
 from conch.data.files import read_rows
-from conch.data.prompts import make_prompts
 from conch.data.stream import IndexStream
 from conch.engine import Engine, UpdateReport
 from conch.errors import ConfigError
@@ -54,9 +54,8 @@ from conch.ops import (
     masked_sum,
     whiten,
 )
-from conch.rewards.delta_reward import DeltaReward, check_originals
 from conch.rewards.scorer import Scorer
-from conch.rewards.source import RewardSource, from_user
+from conch.rewards.source import RewardSource
 from conch.rollouts.hf_engine import HFEngine
 from conch.tracking import Tracker
 from conch.trainers.common import (
@@ -67,18 +66,19 @@ from conch.trainers.common import (
     rows_per_process,
     update_metrics,
 )
-from conch.trainers.evaluation import Evaluator, eval_variants
+from conch.trainers.evaluation import Evaluator, eval_variants, longest_generation
 from conch.trainers.online import (
     KLConfig,
     KLController,
     MetricFn,
     explained_variance,
-    extra_keys,
+    fitting_prompts,
     log_rollouts,
     mean_kl,
     reward_metrics,
+    reward_to_learn_from,
     rollout_metrics,
-    room_for_prompts,
+    texts_of,
 )
 from conch.trainers.run import fit, start_run
 from conch.trainers.shaping import RewardShaper, ShapingConfig
@@ -247,13 +247,9 @@ class PPOTrainer:
     ) -> None:
         self.config = config
         self.engine = engine = Engine(config.train)
-        metadata_keys = extra_keys([*prompts, *(eval_prompts or [])])
-        self.source = from_user(reward, config.reward, metadata_keys=metadata_keys)
-        engine.together(self.source.check)
         self.tokenizer = given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path)
-        if config.reward.delta:
-            check_originals([*prompts, *(eval_prompts or [])])
-            self.source = DeltaReward(self.source, self._encode)
+        all_prompts = [*prompts, *(eval_prompts or [])]
+        self.source = reward_to_learn_from(engine, reward, config.reward, all_prompts, self.tokenizer)
         self.scorer = Scorer(self.source, config.reward, engine.sum_int)
         lm = given_or_loaded_lm(model, config.model)
         check_vocabulary(lm, self.tokenizer)
@@ -278,15 +274,10 @@ class PPOTrainer:
     def _init_data(self, lm: PreTrainedModel, prompts: Any, eval_prompts: Any) -> None:
         config, engine = self.config, self.engine
         self.variants = eval_variants(config.generation, config.eval_generation)
-        room = room_for_prompts(lm, config.generation)
-        self.prompts = make_prompts(prompts, self.tokenizer, config.tokenizer, max_tokens=room)
-        longest = max((variant.generation for variant in self.variants), key=lambda g: g.max_new_tokens)
-        self.eval_prompts = make_prompts(
-            prompts if eval_prompts is None else eval_prompts,
-            self.tokenizer,
-            config.tokenizer,
-            max_tokens=room_for_prompts(lm, longest),
-        )
+        fitting = partial(fitting_prompts, tokenizer=self.tokenizer, config=config.tokenizer, model=lm)
+        self.prompts = fitting(prompts, generation=config.generation)
+        eval_prompts = prompts if eval_prompts is None else eval_prompts
+        self.eval_prompts = fitting(eval_prompts, generation=longest_generation(self.variants))
         self.stream = IndexStream(len(self.prompts), config.train.seed, engine.rank, engine.num_ranks)
         total = config.ppo.rollouts_per_step
         self._rows = rows_per_process(
@@ -321,11 +312,7 @@ class PPOTrainer:
 
     def rollout(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """Sample a completion per prompt; each chunk's rewards are requested while the next is generated."""
-        rollouts: list[Rollout] = []
-        for chunk in self.sampler.generate(prompts):
-            self.scorer.submit(chunk)
-            rollouts.extend(chunk)
-        return rollouts
+        return self.scorer.submit_each(self.sampler.generate(prompts))
 
     def score(self, rollouts: Sequence[Rollout]) -> list[RewardResult]:
         """Rewards of what `rollout` returned last.
@@ -526,13 +513,9 @@ class PPOTrainer:
 
     def generate(self, prompts: Sequence[str], *, greedy: bool = False) -> list[str]:
         """Completions of the current policy."""
-        room = room_for_prompts(self.policy.lm, self.config.generation)
-        made = make_prompts(prompts, self.tokenizer, self.config.tokenizer, max_tokens=room)
-        return [
-            rollout.completion.text
-            for chunk in self.sampler.generate(made, greedy=greedy)
-            for rollout in chunk
-        ]
+        config = self.config
+        made = fitting_prompts(prompts, self.tokenizer, config.tokenizer, self.policy.lm, config.generation)
+        return texts_of(self.sampler.generate(made, greedy=greedy))
 
     def save_pretrained(self, folder: Path) -> Path:
         """Write the policy as a Hugging Face folder, the value head beside it. Call it on all ranks."""
@@ -554,9 +537,6 @@ class PPOTrainer:
         """Stop the reward client and leave the process group."""
         self.source.close()
         self.engine.close()
-
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
 
     @property
     def _pad_id(self) -> int:

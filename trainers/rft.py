@@ -22,6 +22,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +40,14 @@ from conch.config import (
     Section,
 )
 from conch.data.files import read_rows
-from conch.data.prompts import make_prompts
 from conch.data.samples import TokenizedSample, collate
 from conch.data.stream import IndexStream
 from conch.engine import Engine, UpdateReport
 from conch.errors import ConfigError
 from conch.log import get_logger
 from conch.models.trainable import choose_trainable
-from conch.rewards.delta_reward import DeltaReward, check_originals
 from conch.rewards.scorer import Scorer
-from conch.rewards.source import RewardSource, from_user
+from conch.rewards.source import RewardSource
 from conch.rollouts.hf_engine import HFEngine
 from conch.tracking import Tracker
 from conch.trainers.common import (
@@ -58,13 +57,15 @@ from conch.trainers.common import (
     rows_per_process,
     update_metrics,
 )
-from conch.trainers.evaluation import Evaluator, eval_variants
+from conch.trainers.evaluation import Evaluator, eval_variants, longest_generation
 from conch.trainers.online import (
     MetricFn,
-    extra_keys,
+    agreed_objectives,
+    fitting_prompts,
     log_rollouts,
     reward_metrics,
-    room_for_prompts,
+    reward_to_learn_from,
+    texts_of,
     total_reward,
 )
 from conch.trainers.run import fit, start_run
@@ -222,13 +223,9 @@ class RFTTrainer:
     ) -> None:
         self.config = config
         self.engine = engine = Engine(config.train)
-        metadata_keys = extra_keys([*prompts, *(eval_prompts or [])])
-        self.source = from_user(reward, config.reward, metadata_keys=metadata_keys)
-        engine.together(self.source.check)
         self.tokenizer = given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path)
-        if config.reward.delta:
-            check_originals([*prompts, *(eval_prompts or [])])
-            self.source = DeltaReward(self.source, self._encode)
+        all_prompts = [*prompts, *(eval_prompts or [])]
+        self.source = reward_to_learn_from(engine, reward, config.reward, all_prompts, self.tokenizer)
         self.scorer = Scorer(self.source, config.reward, engine.sum_int)
         self.lm = given_or_loaded_lm(model, config.model).to(engine.device)  # pyright: ignore[reportArgumentType]
         check_vocabulary(self.lm, self.tokenizer)
@@ -250,9 +247,10 @@ class RFTTrainer:
     def _init_data(self, prompts: Any, eval_prompts: Any) -> None:
         config = self.config
         self.variants = eval_variants(config.generation, config.eval_generation)
-        longest = max((variant.generation for variant in self.variants), key=lambda g: g.max_new_tokens)
-        self.prompts = self._made_prompts(prompts, config.generation)
-        self.eval_prompts = self._made_prompts(prompts if eval_prompts is None else eval_prompts, longest)
+        fitting = partial(fitting_prompts, tokenizer=self.tokenizer, config=config.tokenizer, model=self.lm)
+        self.prompts = fitting(prompts, generation=config.generation)
+        eval_prompts = prompts if eval_prompts is None else eval_prompts
+        self.eval_prompts = fitting(eval_prompts, generation=longest_generation(self.variants))
         self._num_prompts = config.rft.prompts_per_round or len(self.prompts)
         if self._num_prompts > len(self.prompts):
             raise ConfigError(
@@ -262,10 +260,6 @@ class RFTTrainer:
         # Every rank draws the same prompts; `_grow` deals their completions out.
         self.stream = IndexStream(len(self.prompts), config.train.seed)
         self._rows = rows_per_process(self.engine, config.train, config.rft.batch_size, "rft.batch_size")
-
-    def _made_prompts(self, prompts: Any, generation: GenerationConfig) -> list[Prompt]:
-        room = room_for_prompts(self.lm, generation)
-        return make_prompts(prompts, self.tokenizer, self.config.tokenizer, max_tokens=room)
 
     def _init_policy(self) -> None:
         config, engine = self.config, self.engine
@@ -292,11 +286,7 @@ class RFTTrainer:
 
     def rollout(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """Sample a completion per prompt; each chunk's rewards are requested while the next is generated."""
-        rollouts: list[Rollout] = []
-        for chunk in self.sampler.generate(prompts):
-            self.scorer.submit(chunk)
-            rollouts.extend(chunk)
-        return rollouts
+        return self.scorer.submit_each(self.sampler.generate(prompts))
 
     def score(self, rollouts: Sequence[Rollout]) -> list[RewardResult]:
         """Rewards of what `rollout` returned last.
@@ -319,11 +309,11 @@ class RFTTrainer:
         rows = self.engine.gather(own)
         lengths = [len(completion.token_ids) for _, completion, _ in rows]
         cut = [completion.finish_reason == "length" for _, completion, _ in rows]
-        objectives = self._agreed_objectives(rewards)
+        self._objectives = self._objectives or agreed_objectives(rewards, self.engine)
         pool = group_by_prompt((prompt, completion.token_ids, score) for prompt, completion, score in rows)
         self.experience_metrics = {
             **self.scorer.metrics(),
-            **reward_metrics(rewards, weights, objectives, self.engine.sum),
+            **reward_metrics(rewards, weights, self._objectives, self.engine.sum),
             "rollout/length_mean": sum(lengths) / len(rows),
             "rollout/truncated_fraction": sum(cut) / len(rows),
             "rft/pool_size": float(sum(len(candidates.scores) for candidates in pool)),
@@ -358,13 +348,6 @@ class RFTTrainer:
         }
 
     # ------------------------------------------------------------------------------------- parts of the verbs
-
-    def _agreed_objectives(self, rewards: Sequence[RewardResult]) -> list[str]:
-        """Names of the objectives, the same on all ranks, also on one that has no reward to see them by."""
-        if not self._objectives:
-            own = sorted({name for reward in rewards for name in reward.scores})
-            self._objectives = sorted(set(self.engine.gather(own)))
-        return self._objectives
 
     def _learn(self, samples: Sequence[TokenizedSample]) -> list[UpdateReport]:
         """This step's updates, on batches of shuffled samples."""
@@ -463,9 +446,9 @@ class RFTTrainer:
 
     def generate(self, prompts: Sequence[str], *, greedy: bool = False) -> list[str]:
         """Completions of the current policy."""
-        made = self._made_prompts(prompts, self.config.generation)
-        chunks = self.sampler.generate(made, greedy=greedy)
-        return [rollout.completion.text for chunk in chunks for rollout in chunk]
+        config = self.config
+        made = fitting_prompts(prompts, self.tokenizer, config.tokenizer, self.lm, config.generation)
+        return texts_of(self.sampler.generate(made, greedy=greedy))
 
     def save_pretrained(self, folder: Path) -> Path:
         """Write the model as a Hugging Face folder. Call it on all ranks."""
@@ -482,9 +465,6 @@ class RFTTrainer:
         """Stop the reward client and leave the process group."""
         self.source.close()
         self.engine.close()
-
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
 
 
 def _selection_metrics(kept: Sequence[Kept]) -> Metrics:

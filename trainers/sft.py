@@ -32,7 +32,6 @@ from conch.config import (
 )
 from conch.data.files import read_rows
 from conch.data.packing import PackedBatch, collate_packed
-from conch.data.prompts import make_prompts
 from conch.data.samples import TokenBatch, TokenizedSample, collate, tokenize_samples
 from conch.data.stream import IndexStream
 from conch.engine import Engine
@@ -54,10 +53,10 @@ from conch.trainers.common import (
     rows_per_process,
     update_metrics,
 )
-from conch.trainers.evaluation import Evaluator, eval_source, eval_variants
-from conch.trainers.online import MetricFn, room_for_prompts
+from conch.trainers.evaluation import Evaluator, eval_source, eval_variants, longest_generation
+from conch.trainers.online import MetricFn, fitting_prompts, texts_of
 from conch.trainers.run import fit, start_run
-from conch.types import Metrics, Prompt
+from conch.types import Metrics
 
 Sample = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
@@ -185,8 +184,10 @@ class SFTTrainer:
         if not prompts and (metric_fn is not None or self.source is not None):
             raise ConfigError("`metric_fn` and `reward` measure completions of `eval_prompts`: give some")
         variants = eval_variants(config.generation, config.eval_generation)
-        longest = max((variant.generation for variant in variants), key=lambda g: g.max_new_tokens)
-        self.eval_prompts = self._prompts(prompts, longest) if prompts else []
+        longest = longest_generation(variants)
+        self.eval_prompts = (
+            fitting_prompts(prompts, self.tokenizer, config.tokenizer, self.lm, longest) if prompts else []
+        )
         self.evaluator = Evaluator(
             engine,
             self.eval_prompts,
@@ -197,12 +198,6 @@ class SFTTrainer:
             metric_fn=metric_fn,
             default_repeats=config.train.eval_repeats,
         )
-
-    def _prompts(
-        self, prompts: Sequence[str | Mapping[str, Any]], generation: GenerationConfig
-    ) -> list[Prompt]:
-        room = room_for_prompts(self.lm, generation)
-        return make_prompts(prompts, self.tokenizer, self.config.tokenizer, max_tokens=room)
 
     def _make_sampler(self, generation: GenerationConfig) -> HFEngine:
         return HFEngine(
@@ -282,9 +277,9 @@ class SFTTrainer:
 
     def generate(self, prompts: Sequence[str], *, greedy: bool = False) -> list[str]:
         """Completions of the current model."""
-        generation = self.config.generation
-        chunks = self._make_sampler(generation).generate(self._prompts(prompts, generation), greedy=greedy)
-        return [rollout.completion.text for chunk in chunks for rollout in chunk]
+        config = self.config
+        made = fitting_prompts(prompts, self.tokenizer, config.tokenizer, self.lm, config.generation)
+        return texts_of(self._make_sampler(config.generation).generate(made, greedy=greedy))
 
     def save_pretrained(self, folder: Path) -> Path:
         """Write the model as a Hugging Face folder. Call it on all ranks."""

@@ -27,6 +27,7 @@ from conch.config import Section
 from conch.engine import Engine
 from conch.errors import ConfigError
 from conch.ops import Reduce, masked_mean, masked_sum, only_this_rank, whiten
+from conch.trainers.online import agreed_objectives
 from conch.types import RewardResult, Rollout
 
 
@@ -140,19 +141,13 @@ class RewardShaper:
                 f"`shaping.combine`={self._config.combine} is about objectives, these rewards are per token:"
                 " set it to `sum`"
             )
-        names = self._agreed_objectives(rewards)
+        self.objectives = self.objectives or agreed_objectives(rewards, self._engine)
+        names = self.objectives
         rows = [[reward.scores.get(name, float("nan")) for name in names] for reward in rewards]
         scores = torch.tensor(rows, device=device).reshape(len(rewards), len(names))
         return combine_objectives(
             scores, [self._weights.get(name, 1.0) for name in names], self._config.combine, self._engine.sum
         )
-
-    def _agreed_objectives(self, rewards: Sequence[RewardResult]) -> list[str]:
-        """Names of the objectives, the same on all ranks, also on one that has no reward to see them by."""
-        if not self.objectives:
-            own = sorted({name for reward in rewards for name in reward.scores})
-            self.objectives = sorted(set(self._engine.gather(own)))
-        return self.objectives
 
     def _clip(self, values: Tensor) -> Tensor:
         bound = self._config.clip

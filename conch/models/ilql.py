@@ -24,14 +24,11 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from conch.config import ModelConfig
 from conch.errors import ModelError
 from conch.models.loading import load_lm
-from conch.models.policy import captured_head_input, response_logits_and_states
+from conch.models.policy import HEADS_FILE, captured_head_input, response_logits_and_states
 from conch.ops import at_least_float32
 
 DECODING_FILE = "ilql.json"
 """Number of heads and how to decode, beside the weights."""
-
-HEADS_FILE = "heads.safetensors"
-"""As `conch.checkpoint.save_model` names it."""
 
 _MASK = "logit_mask"
 _NUM_HEADS = "num_q_heads"

@@ -24,6 +24,9 @@ from conch.models.loading import decoder_layers
 from conch.models.replay import StandIn, Trunk, name_of
 from conch.ops import at_least_float32, position_ids
 
+HEADS_FILE = "heads.safetensors"
+"""Value heads and the like, beside the Hugging Face weights; `from_pretrained` does not look at it."""
+
 
 @dataclass(frozen=True)
 class PolicyOutput:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -61,6 +61,14 @@ class Scorer:
         """Request the rewards of a finished chunk; returns at once."""
         chunk = list(rollouts)
         self._pending.append((chunk, self._send(chunk)))
+
+    def submit_each(self, chunks: Iterable[Sequence[Rollout]]) -> list[Rollout]:
+        """Request each chunk's rewards while the next one is generated; all rollouts, in their order."""
+        rollouts: list[Rollout] = []
+        for chunk in chunks:
+            self.submit(chunk)
+            rollouts.extend(chunk)
+        return rollouts
 
     def gather(self) -> list[RewardResult]:
         """Results of all chunks since the last gather, in the order of their rollouts.

@@ -19,6 +19,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from conch.config import Section
+from conch.disk import sync, sync_tree
 from conch.errors import ModelStoreError, ServingError
 from conch.serving.manifest import GOLDEN, MANIFEST, Golden, Manifest, sha256_of
 from conch.serving.pbtxt import from_pbtxt, to_pbtxt
@@ -166,14 +167,14 @@ def publish(staged: Path, spec: RewardModelSpec, model_store: Path) -> Path:
     try:
         new_configs[CONFIG].write_text(to_pbtxt(spec, kind="gpu"), encoding="utf-8")
         new_configs[EMBEDDED_CONFIG].write_text(to_pbtxt(spec, kind="cpu"), encoding="utf-8")
-        _sync_tree(staged.parent)
+        sync_tree(staged.parent)
         with _locked(model_store):
             (folder / EMBEDDED_CONFIG).parent.mkdir(parents=True, exist_ok=True)
             published = folder / str(max(versions(model_store, spec.name), default=0) + 1)
             staged.rename(published)
             for relative, new in new_configs.items():
                 new.replace(folder / relative)
-            _sync(folder)
+            sync(folder)
         return published
     except OSError as error:
         raise ModelStoreError(
@@ -188,19 +189,6 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(descriptor)
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

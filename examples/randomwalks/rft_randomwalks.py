@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from conch.cli import load_run_config, run_main
 from conch.trainers.rft import RFTRunConfig, RFTTrainer
 from examples.randomwalks.measured import fit_and_measure
-from examples.randomwalks.sft_start import GRAPH_SEED, sft_folder, sft_start
+from examples.randomwalks.sft_start import GRAPH_SEED, ensure_sft_start
 from examples.randomwalks.task import RandomWalks
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -23,14 +22,9 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 def train(config: RFTRunConfig) -> dict[str, float]:
     """Train, and return the final measurement on about 4,000 walks."""
-    if config.model.path is not None and Path(config.model.path) == sft_folder(config.train.output_dir):
-        sft_start(config.train.output_dir)
+    ensure_sft_start(config)
     task = RandomWalks(GRAPH_SEED)
-
-    def optimality(samples: Sequence[str], **_: Any) -> list[float]:
-        return [task.optimality(walk) for walk in samples]
-
-    trainer = RFTTrainer(config, reward=optimality, prompts=task.start_nodes, metric_fn=task.metric)
+    trainer = RFTTrainer(config, reward=task.reward, prompts=task.start_nodes, metric_fn=task.metric)
     return fit_and_measure(trainer, task)
 
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from conch.cli import load_run_config, run_main
+from conch.config import RunConfig
 from conch.errors import ConchError
 from conch.log import get_logger
 from conch.trainers.sft import SFTRunConfig, SFTTrainer
@@ -50,6 +51,12 @@ def sft_start(output_dir: Path) -> Path:
             _log.info("training the starting policy %s", folder)
             _train_apart(output_dir)
     return folder
+
+
+def ensure_sft_start(config: RunConfig) -> None:
+    """Train the policy that `config` starts from, where it is this one and is not there yet."""
+    if config.model.path is not None and Path(config.model.path) == sft_folder(config.train.output_dir):
+        sft_start(config.train.output_dir)
 
 
 def _train_apart(output_dir: Path) -> None:

@@ -70,9 +70,13 @@ class RandomWalks:
         exists = all(-1 not in step and self.edges[step] for step in pairwise(nodes))
         return reached + 1 if exists else MAX_LENGTH
 
+    def reward(self, samples: Sequence[str], **_: Any) -> list[float]:
+        """Exact optimality as a reward function."""
+        return [self.optimality(sample) for sample in samples]
+
     def metric(self, samples: Sequence[str], **_: Any) -> dict[str, list[float]]:
         """Gold metric for a trainer's evaluation."""
-        return {"optimality": [self.optimality(sample) for sample in samples]}
+        return {"optimality": self.reward(samples)}
 
     def scored_walks(self, count: int, seed: int) -> list[dict[str, Any]]:
         """Walks of many kinds with their optimality, for a reward model.

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from conch.checkpoint import HEADS_FILE, check_space, model_bytes, save_model
+from conch.checkpoint import check_space, model_bytes, save_model
 from conch.config import ModelConfig
 from conch.errors import CheckpointError
 from conch.models.loading import freeze_trunk, load_lm
-from conch.models.policy import PolicyWithValue
+from conch.models.policy import HEADS_FILE, PolicyWithValue
 from tests.tiny import DECODERS, char_tokenizer, decoder_shape, tiny_decoder
 
 TOKENIZER = char_tokenizer("abcdefghijklmnopqrstu")
