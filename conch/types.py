@@ -91,7 +91,8 @@ class RewardResult:
     token_scores: dense rewards, one per response token, instead of `scores`; None for scalar rewards.
     model, version: what scored it ("" where that has no meaning, e.g. a Python function's version).
     latency_s: seconds from the request to the reply.
-    detail: for a failure, what happened, in words for a person.
+    detail: for a failure, what happened, in words for a person; for a score of an ensemble that not all
+        members gave, how many did.
     """
 
     status: RewardStatus

@@ -15,21 +15,31 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from tritonclient.grpc import MAX_GRPC_MESSAGE_SIZE, InferRequestedOutput, InferResult
+from tritonclient.grpc import MAX_GRPC_MESSAGE_SIZE, InferResult
 from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from conch.config import RewardConfig
 from conch.errors import RewardInvalidError, RewardUnavailableError
+from conch.log import get_logger
 from conch.rewards.endpoint import Endpoint
 from conch.rewards.triton_check import read_spec, require_model, require_server
 from conch.rewards.triton_failure import Failure, classify
-from conch.rewards.triton_wire import Row, infer_inputs, micro_batches, read_scores
+from conch.rewards.triton_wire import (
+    Row,
+    infer_inputs,
+    infer_outputs,
+    micro_batches,
+    read_members_used,
+    read_scores,
+)
 from conch.rewards.validate import ScoringCall, name_row
-from conch.serving.spec import OUTPUT, RewardModelSpec
+from conch.serving.spec import RewardModelSpec
 from conch.types import Completion, Prompt, RewardResult, RewardStatus, Rollout
 
 ReplyT = TypeVar("ReplyT")
+
+_log = get_logger(__name__)
 
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 2.0
@@ -68,6 +78,7 @@ class TritonSession:
         self._client: InferenceServerClient | None = None
         self._spec: RewardModelSpec | None = None
         self._last_answer = -math.inf
+        self._members_used = -1  # in the latest reply
 
     async def check(self) -> None:
         """Ask for server, model, its config and one score, within `deadline_s`; see `TritonReward.check`."""
@@ -173,10 +184,9 @@ class TritonSession:
     async def _ask(self, rows: list[Row], spec: RewardModelSpec, submitted: float) -> list[RewardResult]:
         """Score one micro-batch; where one bad row may have failed it, each row by itself."""
         started = time.monotonic()
-        client, inputs = self._connect(), infer_inputs(rows, spec)
+        client, inputs, outputs = self._connect(), infer_inputs(rows, spec), infer_outputs(spec)
 
         async def attempt(timeout_s: float) -> InferResult:
-            outputs = [InferRequestedOutput(OUTPUT)]
             reply = await client.infer(
                 self._endpoint.model, inputs, outputs=outputs, client_timeout=timeout_s
             )
@@ -199,9 +209,25 @@ class TritonSession:
             where = f" refused {name_row(rows[0].position, rows[0].sample)}" if reply.maybe_one_row else ""
             return call.failed(reply.status, f"{self._who}{where}: {reply.detail}")
         try:
-            return call.read_columns(read_scores(reply, len(rows), spec))
+            results = call.read_columns(read_scores(reply, len(rows), spec))
+            return self._told_of_members(results, read_members_used(reply, len(rows), spec), spec)
         except RewardInvalidError as error:
             return call.failed(RewardStatus.INVALID, f"{self._who}: {error}")
+
+    def _told_of_members(
+        self, results: list[RewardResult], members_used: list[int], spec: RewardModelSpec
+    ) -> list[RewardResult]:
+        """The results of an ensemble, those with a note in `detail` that not all members stand behind."""
+        fewest = min(members_used, default=len(spec.members))
+        if fewest != self._members_used and fewest < len(spec.members):
+            _log.warning("%s: only %d of %d members score", self._who, fewest, len(spec.members))
+        self._members_used = fewest
+        return [
+            replace(result, detail=f"scored by {used} of {len(spec.members)} members")
+            if used < len(spec.members) and result.ok
+            else result
+            for result, used in zip(results, members_used or [len(spec.members)] * len(results), strict=True)
+        ]
 
     async def _persist(
         self, attempt: Callable[[float], Awaitable[ReplyT]], submitted: float

@@ -6,10 +6,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from tritonclient.grpc import InferInput, InferResult
+from tritonclient.grpc import InferInput, InferRequestedOutput, InferResult
 
 from conch.errors import RewardInvalidError
-from conch.serving.spec import MASK_INPUT, OUTPUT, TEXT_INPUT, TOKEN_INPUT, RewardModelSpec
+from conch.serving.spec import (
+    MASK_INPUT,
+    MEMBERS_USED,
+    OUTPUT,
+    TEXT_INPUT,
+    TOKEN_INPUT,
+    RewardModelSpec,
+)
 
 _INTEGERS = {"INT32": np.int32, "INT64": np.int64}
 
@@ -66,6 +73,12 @@ def infer_inputs(rows: Sequence[Row], spec: RewardModelSpec) -> list[InferInput]
     return inputs
 
 
+def infer_outputs(spec: RewardModelSpec) -> list[InferRequestedOutput]:
+    """What a request asks for: the rewards, and of an ensemble how many members gave them."""
+    names = [OUTPUT, MEMBERS_USED] if spec.members else [OUTPUT]
+    return [InferRequestedOutput(name) for name in names]
+
+
 def read_scores(reply: InferResult, count: int, spec: RewardModelSpec) -> dict[str, list[float]]:
     """The scores of a reply to `count` rows, one column per reward name. Finiteness is checked by the caller.
 
@@ -74,21 +87,36 @@ def read_scores(reply: InferResult, count: int, spec: RewardModelSpec) -> dict[s
     Raises:
         RewardInvalidError: output missing, wrong dtype or wrong shape.
     """
-    tensor = reply.get_output(OUTPUT)
+    scores = _read(reply, OUTPUT, spec.output_dtype, [count, len(spec.reward_names)])
+    return {name: scores[:, column].tolist() for column, name in enumerate(spec.reward_names)}
+
+
+def read_members_used(reply: InferResult, count: int, spec: RewardModelSpec) -> list[int]:
+    """How many members of an ensemble gave each row's score; for any other model nothing.
+
+    Raises:
+        RewardInvalidError: output missing, wrong dtype or wrong shape.
+    """
+    if not spec.members:
+        return []
+    return _read(reply, MEMBERS_USED, "INT32", [count, 1])[:, 0].tolist()
+
+
+def _read(reply: InferResult, name: str, dtype: str, expected: list[int]) -> np.ndarray:
+    tensor = reply.get_output(name)
     if tensor is None:
-        raise RewardInvalidError(f"the reply has no output `{OUTPUT}`")
+        raise RewardInvalidError(f"the reply has no output `{name}`")
     datatype, shape = tensor.datatype, list(tensor.shape)  # pyright: ignore[reportAttributeAccessIssue]
-    if datatype != spec.output_dtype:
-        raise RewardInvalidError(f"the reply's dtype is {datatype}, expected {spec.output_dtype}")
-    expected = [count, len(spec.reward_names)]
+    if datatype != dtype:
+        raise RewardInvalidError(f"the reply's dtype is {datatype}, expected {dtype}")
     if shape != expected:
         raise RewardInvalidError(f"the reply's shape is {shape}, expected {expected}: one row per sample")
     try:
-        scores = reply.as_numpy(OUTPUT)
+        values = reply.as_numpy(name)
     except ValueError as error:
         raise RewardInvalidError(f"the reply's bytes do not fit its shape {shape}: {error}") from error
-    assert scores is not None
-    return {name: scores[:, column].tolist() for column, name in enumerate(spec.reward_names)}
+    assert values is not None
+    return values
 
 
 def _tensor(name: str, values: np.ndarray, datatype: str) -> InferInput:

@@ -22,7 +22,8 @@ from conch.errors import ServerStartError
 from conch.log import get_logger
 from conch.serving import guard
 from conch.serving.bundle import Bundle, find_bundle
-from conch.serving.store import EMBEDDED_NAME, StoredModel, read_model, verify_files
+from conch.serving.members import read_with_members
+from conch.serving.store import EMBEDDED_NAME, StoredModel, verify_files
 from conch.serving.triton_health import wait_until_ready
 
 _log = get_logger(__name__)
@@ -69,6 +70,7 @@ class TritonServer:
         self.log_file = log_file
         self._model_store = Path(model_store)
         self._models = tuple(models)
+        self._loaded = self._models  # with the members of ensembles, once they are known
         self._wanted_port = grpc_port
         self._port = 0
         self._host = host
@@ -109,9 +111,10 @@ class TritonServer:
         """Check all that can be checked, start the server, return once its golden samples score right."""
         assert not self.is_running, "start() called on a running server"
         bundle = find_bundle()
-        stored = [read_model(self._model_store, name) for name in self._models]
+        stored = read_with_members(self._model_store, self._models)
         for model in stored:
             verify_files(model)
+        self._loaded = tuple(model.name for model in stored)
         _free_port(self._host)  # says so if the host itself is wrong
         if self._wanted_port is not None:
             _check_port(self._host, self._wanted_port)
@@ -208,7 +211,7 @@ class TritonServer:
             f"--grpc-port={self._port}",
             "--allow-http=0",
             "--allow-metrics=0",
-            *(f"--load-model={name}" for name in self._models),
+            *(f"--load-model={name}" for name in self._loaded),
         ]
         if self._host != "localhost" and not self._host.startswith("127."):
             # Loading a model runs code from the store, so beyond loopback nobody may ask for it.

@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from conch.errors import ServingError
-from conch.serving.spec import MASK_INPUT, OUTPUT, TEXT_INPUT, TOKEN_INPUT, RewardModelSpec
+from conch.serving.spec import (
+    MASK_INPUT,
+    MEMBER_REWARDS,
+    MEMBERS_USED,
+    OUTPUT,
+    TEXT_INPUT,
+    TOKEN_INPUT,
+    VARIANCE,
+    RewardModelSpec,
+)
 
 Kind = Literal["cpu", "gpu"]
 
@@ -14,7 +23,10 @@ _SCORE_DTYPES = ("FP16", "FP32", "FP64")
 
 
 def to_pbtxt(spec: RewardModelSpec, *, kind: Kind = "gpu") -> str:
-    """The text of `config.pbtxt`: python back end, one instance on the CPU or the first visible GPU."""
+    """The text of `config.pbtxt`: python back end, one instance on the CPU or the first visible GPU.
+
+    An ensemble only asks its members, so it stays on the CPU whatever `kind` is.
+    """
     from google.protobuf import text_format
 
     pb = _messages()
@@ -23,15 +35,17 @@ def to_pbtxt(spec: RewardModelSpec, *, kind: Kind = "gpu") -> str:
     config.version_policy.latest.num_versions = 1
     # A short delay and nothing else: queue limits and priorities make the server stall requests for 500 ms.
     config.dynamic_batching.max_queue_delay_microseconds = spec.max_queue_delay_us
+    on_gpu = kind == "gpu" and not spec.members
     group = config.instance_group.add(count=1)
-    group.kind = pb.ModelInstanceGroup.Kind.Value(f"KIND_{kind.upper()}")
-    if kind == "gpu":
+    group.kind = pb.ModelInstanceGroup.KIND_GPU if on_gpu else pb.ModelInstanceGroup.KIND_CPU
+    if on_gpu:
         group.gpus.append(0)
     parameters = {
         "form": spec.form,
         "reward_names": ",".join(spec.reward_names),
         "max_length": str(spec.max_length),
         "content_sha256": spec.content_sha256,
+        **({"members": ",".join(spec.members)} if spec.members else {}),
     }
     for key, value in parameters.items():
         config.parameters[key].string_value = value
@@ -63,7 +77,9 @@ def spec_from_model_config(config: Any) -> RewardModelSpec:
     """
     inputs = {tensor.name: tensor for tensor in config.input}
     outputs = {tensor.name: tensor for tensor in config.output}
-    if set(outputs) != {OUTPUT} or set(inputs) not in (
+    parameters = {key: parameter.string_value for key, parameter in config.parameters.items()}
+    members = tuple(parameters["members"].split(",")) if "members" in parameters else ()
+    if not _has_outputs(outputs, len(members)) or set(inputs) not in (
         {TEXT_INPUT},
         {TOKEN_INPUT},
         {TOKEN_INPUT, MASK_INPUT},
@@ -79,7 +95,6 @@ def spec_from_model_config(config: Any) -> RewardModelSpec:
         raise ServingError(_neither_form(config, "an input type other than those"))
     if output_dtype not in _SCORE_DTYPES:
         raise ServingError(_neither_form(config, f"rewards of type {output_dtype}"))
-    parameters = {key: parameter.string_value for key, parameter in config.parameters.items()}
     return RewardModelSpec(
         name=config.name,
         form="text" if is_text else "token",
@@ -93,6 +108,7 @@ def spec_from_model_config(config: Any) -> RewardModelSpec:
         input_dtype=input_dtype,
         output_dtype=output_dtype,
         content_sha256=parameters.get("content_sha256", ""),
+        members=members,
     )
 
 
@@ -112,6 +128,23 @@ def _add_tensors(config: Any, spec: RewardModelSpec) -> None:
         tensor.data_type = _type_number(spec.input_dtype)
     output = config.output.add(name=OUTPUT, dims=[len(spec.reward_names)])
     output.data_type = _type_number(spec.output_dtype)
+    for name, (dtype, width) in _member_outputs(len(spec.members)).items():
+        config.output.add(name=name, dims=[width], data_type=_type_number(dtype))
+
+
+def _member_outputs(members: int) -> dict[str, tuple[str, int]]:
+    """Type and width of what an ensemble returns beside its rewards."""
+    if not members:
+        return {}
+    return {MEMBER_REWARDS: ("FP32", members), VARIANCE: ("FP32", 1), MEMBERS_USED: ("INT32", 1)}
+
+
+def _has_outputs(outputs: dict[str, Any], members: int) -> bool:
+    wanted = _member_outputs(members)
+    return set(outputs) == {OUTPUT, *wanted} and all(
+        (_dtype(outputs[name]), list(outputs[name].dims)) == (dtype, [width])
+        for name, (dtype, width) in wanted.items()
+    )
 
 
 def _type_number(dtype: str) -> int:

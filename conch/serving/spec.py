@@ -6,6 +6,11 @@ Forms:
     token   inputs `input_ids` INT64 [-1] (+ `attention_mask` INT64 [-1]) -> output `rewards` FP32 [K]
 where a request's first dimension is its rows and K = len(reward_names). The token form may also declare INT32
 ids and FP16 or FP64 rewards, as model repositories written by other tools do.
+
+An ensemble of M members has either form and, beside `rewards`, three outputs that a client may ask for:
+    member_rewards FP32 [M]    every member's score, NaN where it gave none
+    variance FP32 [1]          population variance of the scores that there are
+    members_used INT32 [1]     how many there are
 """
 
 from __future__ import annotations
@@ -19,6 +24,9 @@ TEXT_INPUT = "text"
 TOKEN_INPUT = "input_ids"
 MASK_INPUT = "attention_mask"
 OUTPUT = "rewards"
+MEMBER_REWARDS = "member_rewards"
+VARIANCE = "variance"
+MEMBERS_USED = "members_used"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +43,7 @@ class RewardModelSpec:
     input_dtype: Triton's name of the input's type; left empty it is BYTES for text and INT64 for tokens.
     output_dtype: Triton's name of the type of `rewards`.
     content_sha256: hash of the latest version's manifest, which hashes all its other files; "" if not known.
+    members: of an ensemble, the models it asks, in the order of `member_rewards`; empty for any other model.
     """
 
     name: str
@@ -47,6 +56,7 @@ class RewardModelSpec:
     input_dtype: str = ""
     output_dtype: str = "FP32"
     content_sha256: str = ""
+    members: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.input_dtype:

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from conch.config import Section
 from conch.disk import sync, sync_tree
 from conch.errors import ModelStoreError, ServingError
+from conch.serving.ensemble_manifest import EnsembleManifest
 from conch.serving.manifest import GOLDEN, MANIFEST, Golden, Manifest, sha256_of
 from conch.serving.pbtxt import from_pbtxt, to_pbtxt
 from conch.serving.spec import RewardModelSpec
@@ -46,7 +47,7 @@ class StoredModel:
     version: int
     path: Path
     spec: RewardModelSpec
-    manifest: Manifest
+    manifest: Manifest | EnsembleManifest
     golden: Golden
 
 
@@ -108,7 +109,7 @@ def read_model(model_store: Path, name: str) -> StoredModel:
     spec = _read_spec(model_store / name / CONFIG)
     if _read_spec(model_store / name / EMBEDDED_CONFIG) != spec or spec.name != name:
         raise ModelStoreError(f"{model_store / name}: {CONFIG} and {EMBEDDED_CONFIG} disagree; {_AGAIN}")
-    manifest = _read_section(Manifest, path / MANIFEST)
+    manifest = _read_section(EnsembleManifest if spec.members else Manifest, path / MANIFEST)
     golden = _read_section(Golden, path / GOLDEN)
     if sha256_of(path / MANIFEST) != spec.content_sha256:
         raise ModelStoreError(f"{path / MANIFEST} is not the one that {CONFIG} was written for; {_AGAIN}")

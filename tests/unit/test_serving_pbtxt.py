@@ -34,6 +34,8 @@ output [ { name: "rewards" data_type: TYPE_FP16 dims: [ -1 ] } ]
         RewardModelSpec(
             "ids", form="token", takes_attention_mask=False, input_dtype="INT32", output_dtype="FP16"
         ),
+        RewardModelSpec("ens", members=("a", "b", "b"), max_queue_delay_us=0),
+        RewardModelSpec("ens", form="token", members=("a", "b")),
     ],
 )
 def test_pbtxt_round_trip_is_exact(spec: RewardModelSpec, kind) -> None:
@@ -104,6 +106,26 @@ def test_from_pbtxt_refuses_reward_names_that_do_not_fit() -> None:
     text = to_pbtxt(RewardModelSpec("m", reward_names=("a", "b"))).replace('"a,b"', '"a,b,c"')
     with pytest.raises(ServingError, match="dims"):
         from_pbtxt(text)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"a,b"', '"a,b,c"'),  # two columns for three members
+        ('name: "variance"', 'name: "spread"'),
+        ("TYPE_INT32", "TYPE_INT64"),  # members_used
+        ('key: "members"', 'key: "parts"'),
+    ],
+)
+def test_from_pbtxt_refuses_an_ensemble_whose_outputs_do_not_fit(before: str, after: str) -> None:
+    text = to_pbtxt(RewardModelSpec("ens", members=("a", "b")))
+    assert before in text
+    with pytest.raises(ServingError, match="other tensors"):
+        from_pbtxt(text.replace(before, after))
+
+
+def test_to_pbtxt_keeps_an_ensemble_on_the_cpu() -> None:
+    assert "KIND_GPU" not in to_pbtxt(RewardModelSpec("ens", members=("a", "b")), kind="gpu")
 
 
 def test_from_pbtxt_refuses_text_that_is_no_config() -> None:

@@ -1,0 +1,240 @@
+"""An ensemble of reward models inside Triton's python back end; `model.py` of the ensemble's version folders.
+
+It stands alone: numpy and nothing of the package that wrote it. What it must know is in `manifest.json`
+beside it. Three layers, top to bottom:
+
+    combine             the members' scores of some samples -> one reward each
+    Members             samples -> every member's scores, or why there is none
+    TritonPythonModel   what Triton calls
+
+By hand, `python model.py < requests.json` combines scores without a server; see `main` for the format.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+try:
+    import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]
+except ModuleNotFoundError:  # run by hand: only Triton provides it
+    pb_utils: Any = None
+
+Inputs = dict[str, np.ndarray]
+"""Input tensors by name, all with the same number of rows."""
+
+# A call to another model loses its error code on the way, so what happened is told by the words of 2.51 and
+# later: absent or unloaded, and a model process that died. Asking again row by row would help neither.
+_GONE = ("is not ready", "unknown model", "not found", "is not healthy")
+# How the members' own code begins the message of a failure that is not the caller's fault.
+_MEMBERS_FAULT = ("scoring failed:", "failed to process the request")
+
+
+@dataclass(frozen=True)
+class MemberFailure:
+    """Why a member gave no score. gone: it cannot score any sample now."""
+
+    member: str
+    message: str
+
+    @property
+    def gone(self) -> bool:
+        return any(words in self.message.lower() for words in _GONE)
+
+    @property
+    def is_members_fault(self) -> bool:
+        return self.gone or self.message.lower().startswith(_MEMBERS_FAULT)
+
+
+Column = list[float | MemberFailure]
+"""Scores, of one member for some samples or of all members for one, or why there is none."""
+
+
+def combine(
+    member_rewards: np.ndarray, objective: str, uwo_weight: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One reward of each row of scores [n, members], NaN where a member gave none; at least one per row.
+
+    Returns:
+        rewards float64 [n]; population variance float64 [n] of the scores there are; their number int [n].
+    """
+    used = np.isfinite(member_rewards).sum(axis=1)
+    mean, variance = np.nanmean(member_rewards, axis=1), np.nanvar(member_rewards, axis=1)
+    if objective == "mean":
+        return mean, variance, used
+    if objective == "wco":
+        return np.nanmin(member_rewards, axis=1), variance, used
+    assert objective == "uwo", objective
+    return mean - uwo_weight * variance, variance, used
+
+
+class Members:
+    """The members, asked through the server that this model runs in."""
+
+    def __init__(self, members: Sequence[dict[str, Any]]) -> None:
+        self._members = members
+
+    async def scores(self, inputs: Inputs) -> list[Column]:
+        """Per row every member's score, or why it gave none; all members are asked at once."""
+        columns = await asyncio.gather(*(self._column(member, inputs) for member in self._members))
+        return [list(row) for row in zip(*columns, strict=True)]
+
+    async def _column(self, member: dict[str, Any], inputs: Inputs) -> Column:
+        """One member's scores. One bad row fails a member's whole request, so the halves are asked again."""
+        outcome, rows = await self._ask(member, inputs), _rows(inputs)
+        if not isinstance(outcome, MemberFailure):
+            return outcome
+        if outcome.gone or rows == 1:
+            return [outcome] * rows
+        halves = (slice(0, rows // 2), slice(rows // 2, rows))
+        parts = [await self._column(member, _select(inputs, half)) for half in halves]
+        return [*parts[0], *parts[1]]
+
+    async def _ask(self, member: dict[str, Any], inputs: Inputs) -> Column | MemberFailure:
+        request = pb_utils.InferenceRequest(
+            model_name=member["name"],
+            requested_output_names=["rewards"],
+            inputs=[pb_utils.Tensor(name, values) for name, values in inputs.items()],
+        )
+        try:
+            response = await request.async_exec()
+        except pb_utils.TritonModelException as error:
+            return MemberFailure(member["name"], str(error))
+        if response.has_error():
+            return MemberFailure(member["name"], response.error().message())
+        return read_scores(member, response.output_tensors()[0].as_numpy(), _rows(inputs))
+
+
+def read_scores(member: dict[str, Any], scores: np.ndarray, rows: int) -> Column | MemberFailure:
+    """The member's column of what it returned. Triton does not check what models return; this does."""
+    name, expected = member["name"], (rows, member["columns"])
+    if scores.shape != expected:
+        return MemberFailure(name, f"scoring failed: rewards of shape {scores.shape}, expected {expected}")
+    column = scores[:, member["column"]].astype(np.float64).tolist()
+    return [
+        score if np.isfinite(score) else MemberFailure(name, f"scoring failed: the score is {score}")
+        for score in column
+    ]
+
+
+class TritonPythonModel:
+    """Triton's interface: one object per instance, its methods called in turn."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Read the settings. Members may load later than this model: they are looked for when asked."""
+        refuse_numpy_2(np.__version__)
+        self.manifest = json.loads((Path(__file__).parent / "manifest.json").read_text(encoding="utf-8"))
+        self.names = [member["name"] for member in self.manifest["members"]]
+        self.members = Members(self.manifest["members"])
+        self.inputs = ("text",) if self.manifest["form"] == "text" else ("input_ids", "attention_mask")
+        pb_utils.Logger.log_info(
+            f"{args['model_name']} version {args['model_version']}: {self.manifest['objective']} of "
+            f"{', '.join(self.names)}; on a member's failure: {self.manifest['on_member_failure']}"
+        )
+
+    async def execute(self, requests: list[Any]) -> list[Any]:
+        """Answer every request, each with its scores or its own error; a member gets all rows at once."""
+        asked = [
+            {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs}
+            for request in requests
+        ]
+        scores = await self.members.scores(_joined(asked))
+        self._log_failures(scores)
+        rows = iter(scores)
+        return [self._response([next(rows) for _ in range(_rows(inputs))]) for inputs in asked]
+
+    def _response(self, scores: list[Column]) -> Any:
+        for number, row in enumerate(scores):
+            failures = [score for score in row if isinstance(score, MemberFailure)]
+            if failures and (self.manifest["on_member_failure"] == "fail" or len(failures) == len(row)):
+                return _error(number, failures)
+        member_rewards = np.array(
+            [[np.nan if isinstance(score, MemberFailure) else score for score in row] for row in scores]
+        )
+        objective, weight = self.manifest["objective"], self.manifest["uwo_weight"]
+        rewards, variance, used = combine(member_rewards, objective, weight)
+        return pb_utils.InferenceResponse(
+            output_tensors=[
+                pb_utils.Tensor("rewards", rewards.astype(np.float32)[:, None]),
+                pb_utils.Tensor("member_rewards", member_rewards.astype(np.float32)),
+                pb_utils.Tensor("variance", variance.astype(np.float32)[:, None]),
+                pb_utils.Tensor("members_used", used.astype(np.int32)[:, None]),
+            ]
+        )
+
+    def _log_failures(self, scores: list[Column]) -> None:
+        for column, name in enumerate(self.names):
+            of_member = [row[column] for row in scores]
+            failures = [score for score in of_member if isinstance(score, MemberFailure)]
+            if failures:
+                pb_utils.Logger.log_warn(
+                    f"member {name} gave no score to {len(failures)} of {len(scores)} samples "
+                    f"({self.manifest['on_member_failure']}): {failures[0].message}"
+                )
+
+
+def _error(row: int, failures: list[MemberFailure]) -> Any:
+    """The error of a whole request for its row `row`, with the code that a member's own error has lost."""
+    first = next((failure for failure in failures if failure.is_members_fault), failures[0])
+    if first.gone:
+        code = pb_utils.TritonError.UNAVAILABLE
+    else:
+        code = pb_utils.TritonError.INTERNAL if first.is_members_fault else pb_utils.TritonError.INVALID_ARG
+    message = first.message.removeprefix("row 0").lstrip(": ")  # the member was asked for this row alone
+    return pb_utils.InferenceResponse(
+        error=pb_utils.TritonError(f"row {row}: member {first.member} gave no score: {message}", code)
+    )
+
+
+def _joined(requests: Sequence[Inputs]) -> Inputs:
+    """All rows in one set of tensors; shorter rows of ids are filled up on the right, masked out."""
+    joined = {}
+    for name in requests[0]:
+        tensors = [request[name] for request in requests]
+        longest = max(tensor.shape[1] for tensor in tensors)
+        wide = [np.pad(tensor, ((0, 0), (0, longest - tensor.shape[1]))) for tensor in tensors]
+        joined[name] = np.concatenate(wide)
+    return joined
+
+
+def _rows(inputs: Inputs) -> int:
+    return len(next(iter(inputs.values())))
+
+
+def _select(inputs: Inputs, rows: slice) -> Inputs:
+    return {name: np.ascontiguousarray(values[rows]) for name, values in inputs.items()}
+
+
+def refuse_numpy_2(version: str) -> None:
+    """Raise RuntimeError for numpy 2, with which Triton's python stub silently turns tensors into zeros."""
+    if int(version.split(".")[0]) >= 2:
+        raise RuntimeError(
+            f"numpy {version} in the model's Python: Triton's python stub corrupts tensors with numpy 2; "
+            "install numpy<2 there"
+        )
+
+
+def main() -> None:
+    """Combine scores read from stdin as one JSON object; write the answers to stdout.
+
+    in:  {"requests": [{"member_rewards": [[...], ...]}, ...]} with null where a member gave no score
+    out: [{"scores": [[...], ...]}, ...]
+    """
+    manifest = json.loads((Path(__file__).parent / "manifest.json").read_text(encoding="utf-8"))
+    answers = []
+    for request in json.load(sys.stdin)["requests"]:
+        scores = np.array(request["member_rewards"], dtype=np.float64)
+        rewards, _, _ = combine(scores, manifest["objective"], manifest["uwo_weight"])
+        answers.append({"scores": rewards.astype(np.float32)[:, None].tolist()})
+    json.dump(answers, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

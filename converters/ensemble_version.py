@@ -1,0 +1,107 @@
+"""Write the version folder of an ensemble, compare it with the formula, and publish it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+from conch import serving
+from conch.converters.conversion import Conversion
+from conch.converters.ensemble_options import EnsembleOptions
+from conch.converters.ensemble_parity import Expected
+from conch.converters.parity import ParityReport
+from conch.converters.served_form import ServedForm
+from conch.errors import ConversionError, ParityError
+from conch.serving.ensemble_manifest import EnsembleManifest, EnsembleMember
+from conch.serving.manifest import GOLDEN, MANIFEST, sha256_of
+from conch.serving.spec import RewardModelSpec
+from conch.serving.store import StoredModel, publish
+
+ENSEMBLE_PY = Path(serving.__file__).parent / "python_backend" / "ensemble.py"
+
+
+def publish_ensemble(
+    folder: Path,
+    store: Path,
+    options: EnsembleOptions,
+    stored: Sequence[StoredModel],
+    members: tuple[EnsembleMember, ...],
+    expected: Expected,
+) -> Conversion:
+    """Fill an empty staging folder and make it the ensemble's latest version.
+
+    Raises:
+        ParityError: the written `model.py` combines other than the formula.
+        ConversionError: the folder cannot be written.
+        ModelStoreError: the store cannot be written.
+    """
+    manifest = _manifest(options, stored, members)
+    try:
+        shutil.copyfile(ENSEMBLE_PY, folder / "model.py")
+        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
+        with ServedForm(folder) as served:
+            report = expected.report(served.score([case.request for case in expected.cases], "cpu"))
+        if not report.ok:
+            raise ParityError(
+                f"ensemble {options.name} does not combine as its formula says, nothing was published "
+                f"(worst: {report.worst.name})\n{report.table()}"
+            )
+        _write_beside(folder, manifest, expected, report)
+    except OSError as error:
+        raise ConversionError(f"could not write the ensemble below {store}: {error}") from error
+    spec = _spec(options, stored, members, manifest, sha256_of(folder / MANIFEST))
+    return Conversion(publish(folder, spec, store), spec, report)
+
+
+def _manifest(
+    options: EnsembleOptions, stored: Sequence[StoredModel], members: tuple[EnsembleMember, ...]
+) -> EnsembleManifest:
+    rewards = {member.reward for member in members}
+    return EnsembleManifest(
+        name=options.name,
+        form=stored[0].spec.form,
+        created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        members=members,
+        objective=options.objective,
+        uwo_weight=options.uwo_weight,
+        on_member_failure=options.on_member_failure,
+        reward_names=(rewards.pop() if len(rewards) == 1 else "reward",),
+        max_length=min(model.spec.max_length for model in stored),
+        tools={"python": platform.python_version(), "numpy": version("numpy")},
+    )
+
+
+def _spec(
+    options: EnsembleOptions,
+    stored: Sequence[StoredModel],
+    members: Sequence[EnsembleMember],
+    manifest: EnsembleManifest,
+    content_sha256: str,
+) -> RewardModelSpec:
+    return RewardModelSpec(
+        name=options.name,
+        form=manifest.form,
+        max_batch_size=min(model.spec.max_batch_size for model in stored),
+        reward_names=manifest.reward_names,
+        max_length=manifest.max_length,
+        max_queue_delay_us=0,  # the members wait to fill their batches; waiting twice gains nothing
+        content_sha256=content_sha256,
+        members=tuple(member.name for member in members),
+    )
+
+
+def _write_beside(folder: Path, manifest: EnsembleManifest, expected: Expected, report: ParityReport) -> None:
+    """What stands beside `model.py`; the manifest last, since it hashes all the rest."""
+    golden = expected.golden.model_dump_json(indent=2, exclude_none=True)
+    (folder / GOLDEN).write_text(golden, encoding="utf-8")
+    (folder / "parity.txt").write_text(report.table() + "\n", encoding="utf-8")
+    (folder / "parity.json").write_text(json.dumps(asdict(report), indent=2), encoding="utf-8")
+    files = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    final = manifest.model_copy(update={"parity": report.summary(), "files": files})
+    (folder / MANIFEST).write_text(final.model_dump_json(indent=2), encoding="utf-8")
