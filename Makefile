@@ -8,7 +8,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := serve,deepspeed,tensorboard,wandb,dev
+EXTRAS := serve,onnx,deepspeed,tensorboard,wandb,dev
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 

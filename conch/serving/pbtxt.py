@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 from conch.errors import ServingError
 from conch.serving.spec import (
@@ -13,25 +13,31 @@ from conch.serving.spec import (
     TEXT_INPUT,
     TOKEN_INPUT,
     VARIANCE,
+    Engine,
     RewardModelSpec,
 )
 
 Kind = Literal["cpu", "gpu"]
 
 _TOKEN_DTYPES = ("INT32", "INT64")
+# onnxruntime on a GPU: without it, every new length doubles what its arena holds and never gives back.
+_ENGINE_PARAMETERS = {"onnxruntime": {"arena_extend_strategy": "1"}}
 _SCORE_DTYPES = ("FP16", "FP32", "FP64")
 
 
-def to_pbtxt(spec: RewardModelSpec, *, kind: Kind = "gpu") -> str:
-    """The text of `config.pbtxt`: python back end, one instance on the CPU or the first visible GPU.
+def to_pbtxt(spec: RewardModelSpec, *, kind: Kind = "gpu", embedded: bool = False) -> str:
+    """The text of `config.pbtxt`: one instance on the CPU or the first visible GPU.
+
+    embedded: for servers that have no back end but python.
 
     An ensemble only asks its members, so it stays on the CPU whatever `kind` is.
     """
     from google.protobuf import text_format
 
     pb = _messages()
-    config: Any = pb.ModelConfig(name=spec.name, backend="python", max_batch_size=spec.max_batch_size)
-    _add_tensors(config, spec)
+    engine = "python" if embedded else spec.engine
+    config: Any = pb.ModelConfig(name=spec.name, backend=engine, max_batch_size=spec.max_batch_size)
+    _add_tensors(config, spec, engine)
     config.version_policy.latest.num_versions = 1
     # A short delay and nothing else: queue limits and priorities make the server stall requests for 500 ms.
     config.dynamic_batching.max_queue_delay_microseconds = spec.max_queue_delay_us
@@ -45,6 +51,8 @@ def to_pbtxt(spec: RewardModelSpec, *, kind: Kind = "gpu") -> str:
         "reward_names": ",".join(spec.reward_names),
         "max_length": str(spec.max_length),
         "content_sha256": spec.content_sha256,
+        "engine": spec.engine,
+        **_ENGINE_PARAMETERS.get(engine, {}),
         **({"members": ",".join(spec.members)} if spec.members else {}),
     }
     for key, value in parameters.items():
@@ -108,6 +116,7 @@ def spec_from_model_config(config: Any) -> RewardModelSpec:
         input_dtype=input_dtype,
         output_dtype=output_dtype,
         content_sha256=parameters.get("content_sha256", ""),
+        engine=_engine(config.name, parameters.get("engine", "python")),
         members=members,
     )
 
@@ -119,12 +128,14 @@ def _messages() -> Any:
     return model_config_pb2
 
 
-def _add_tensors(config: Any, spec: RewardModelSpec) -> None:
+def _add_tensors(config: Any, spec: RewardModelSpec, engine: Engine) -> None:
     is_text = spec.form == "text"
     names = [TEXT_INPUT] if is_text else [TOKEN_INPUT, *([MASK_INPUT] if spec.takes_attention_mask else [])]
     for name in names:
-        # Without ragged batching only requests of exactly equal length are ever put into one batch.
-        tensor = config.input.add(name=name, dims=[1] if is_text else [-1], allow_ragged_batch=not is_text)
+        # Without ragged batching only requests of exactly equal length are ever put into one batch. The C++
+        # back ends would get ragged rows joined end to end, so there clients must pad to like lengths.
+        ragged = engine == "python" and not is_text
+        tensor = config.input.add(name=name, dims=[1] if is_text else [-1], allow_ragged_batch=ragged)
         tensor.data_type = _type_number(spec.input_dtype)
     output = config.output.add(name=OUTPUT, dims=[len(spec.reward_names)])
     output.data_type = _type_number(spec.output_dtype)
@@ -166,6 +177,12 @@ def _reward_names(model: str, listed: str, dims: list[int]) -> tuple[str, ...]:
     if names:
         return names
     return ("reward",) if width in (-1, 1) else tuple(f"reward_{column}" for column in range(width))
+
+
+def _engine(model: str, listed: str) -> Engine:
+    if listed not in get_args(Engine):
+        raise ServingError(f"model {model}: parameter engine is {listed!r}, none of {get_args(Engine)}")
+    return cast(Engine, listed)
 
 
 def _max_length(model: str, listed: str) -> int:

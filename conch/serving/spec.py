@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Form = Literal["text", "token"]
+Engine = Literal["python", "onnxruntime", "pytorch"]
 
 TEXT_INPUT = "text"
 TOKEN_INPUT = "input_ids"
@@ -43,6 +44,8 @@ class RewardModelSpec:
     input_dtype: Triton's name of the input's type; left empty it is BYTES for text and INT64 for tokens.
     output_dtype: Triton's name of the type of `rewards`.
     content_sha256: hash of the latest version's manifest, which hashes all its other files; "" if not known.
+    engine: Triton's back end of `config.pbtxt`; `configs/embedded.pbtxt` runs the same files in the python
+        one.
     members: of an ensemble, the models it asks, in the order of `member_rewards`; empty for any other model.
     """
 
@@ -56,6 +59,7 @@ class RewardModelSpec:
     input_dtype: str = ""
     output_dtype: str = "FP32"
     content_sha256: str = ""
+    engine: Engine = "python"
     members: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

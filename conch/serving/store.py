@@ -167,7 +167,7 @@ def publish(staged: Path, spec: RewardModelSpec, model_store: Path) -> Path:
     folder = model_store / spec.name
     try:
         new_configs[CONFIG].write_text(to_pbtxt(spec, kind="gpu"), encoding="utf-8")
-        new_configs[EMBEDDED_CONFIG].write_text(to_pbtxt(spec, kind="cpu"), encoding="utf-8")
+        new_configs[EMBEDDED_CONFIG].write_text(to_pbtxt(spec, kind="cpu", embedded=True), encoding="utf-8")
         sync_tree(staged.parent)
         with _locked(model_store):
             (folder / EMBEDDED_CONFIG).parent.mkdir(parents=True, exist_ok=True)

@@ -7,8 +7,8 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from conch.errors import ServingError
-from conch.serving.pbtxt import from_pbtxt, to_pbtxt
-from conch.serving.spec import RewardModelSpec
+from conch.serving.pbtxt import from_pbtxt, spec_from_model_config, to_pbtxt
+from conch.serving.spec import Engine, RewardModelSpec
 
 # As the converter of an older trainer writes it: ids only, half precision on the wire, its width not stated.
 FOREIGN = """
@@ -36,6 +36,8 @@ output [ { name: "rewards" data_type: TYPE_FP16 dims: [ -1 ] } ]
         ),
         RewardModelSpec("ens", members=("a", "b", "b"), max_queue_delay_us=0),
         RewardModelSpec("ens", form="token", members=("a", "b")),
+        RewardModelSpec("graph", form="token", engine="onnxruntime"),
+        RewardModelSpec("graph", form="token", engine="pytorch"),
     ],
 )
 def test_pbtxt_round_trip_is_exact(spec: RewardModelSpec, kind) -> None:
@@ -126,6 +128,26 @@ def test_from_pbtxt_refuses_an_ensemble_whose_outputs_do_not_fit(before: str, af
 
 def test_to_pbtxt_keeps_an_ensemble_on_the_cpu() -> None:
     assert "KIND_GPU" not in to_pbtxt(RewardModelSpec("ens", members=("a", "b")), kind="gpu")
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "pytorch"])
+def test_to_pbtxt_runs_a_graph_in_its_own_back_end_and_embedded_in_python(engine: Engine) -> None:
+    spec = RewardModelSpec("graph", form="token", engine=engine)
+    native, embedded = model_config_pb2.ModelConfig(), model_config_pb2.ModelConfig()
+    text_format.Parse(to_pbtxt(spec), native)
+    text_format.Parse(to_pbtxt(spec, kind="cpu", embedded=True), embedded)
+
+    assert (native.backend, embedded.backend) == (engine, "python")
+    # The C++ back ends would join ragged rows end to end.
+    assert not any(tensor.allow_ragged_batch for tensor in native.input)
+    assert all(tensor.allow_ragged_batch for tensor in embedded.input)
+    assert spec_from_model_config(native) == spec_from_model_config(embedded) == spec
+
+
+def test_from_pbtxt_refuses_an_engine_it_does_not_know() -> None:
+    text = to_pbtxt(RewardModelSpec("m")).replace('string_value: "python"', 'string_value: "fortran"')
+    with pytest.raises(ServingError, match="parameter engine is 'fortran'"):
+        from_pbtxt(text)
 
 
 def test_from_pbtxt_refuses_text_that_is_no_config() -> None:
