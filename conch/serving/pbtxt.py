@@ -13,8 +13,8 @@ _TOKEN_DTYPES = ("INT32", "INT64")
 _SCORE_DTYPES = ("FP16", "FP32", "FP64")
 
 
-def to_pbtxt(spec: RewardModelSpec, *, kind: Kind = "gpu") -> str:
-    """The text of `config.pbtxt`: python back end, one instance on the CPU or the first visible GPU."""
+def to_pbtxt(spec: RewardModelSpec, *, kind: Kind = "gpu", gpu: int = 0) -> str:
+    """The text of `config.pbtxt`: python back end, one instance on the CPU or that visible GPU."""
     from google.protobuf import text_format
 
     pb = _messages()
@@ -26,7 +26,7 @@ def to_pbtxt(spec: RewardModelSpec, *, kind: Kind = "gpu") -> str:
     group = config.instance_group.add(count=1)
     group.kind = pb.ModelInstanceGroup.Kind.Value(f"KIND_{kind.upper()}")
     if kind == "gpu":
-        group.gpus.append(0)
+        group.gpus.append(gpu)
     parameters = {
         "form": spec.form,
         "reward_names": ",".join(spec.reward_names),
