@@ -6,11 +6,12 @@ tokenizer never saw, nothing at all, too much, and for the token form padding on
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from conch.converters.checkpoint import Checkpoint
+from conch.converters.checkpoint import CHAT, Checkpoint
 from conch.converters.served_form import Request
 from conch.serving.spec import Form
 
@@ -65,13 +66,14 @@ def requests_of(cases: Sequence[Case], form: Form, pad_token_id: int) -> list[Re
 
 
 class _TextSamples:
-    """Texts with the ids that their template and truncation must give."""
+    """Texts with the ids that their template and truncation must give; with the template `chat`,
+    conversations of one message with that text."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._tokenizer = checkpoint.tokenizer
-        self._ordinary = _ordinary_ids(checkpoint)
-        self._random = random.Random(0)
+        self._tokens = _RandomTokens(checkpoint)
+        self._is_chat = checkpoint.template == CHAT
 
     def of_length(self, length: int) -> Sample:
         """A sample of `length` tokens, or as near as decoding and encoding again comes."""
@@ -81,18 +83,22 @@ class _TextSamples:
         """Texts that break careless code."""
         too_long = self._sample(self._text(2 * self._checkpoint.max_length + 5))
         odd = [self._sample(text) for text in _ODD_TEXTS]
+        eos = self._tokenizer.eos_token
+        with_eos = [self._sample(f"{self._text(3)}{eos}{self._text(3)}")] if eos else []
+        no_messages = [Sample("no JSON", ()), Sample('{"role": "user"}', ())] if self._is_chat else []
         return [
             *(Case("odd text", (sample,)) for sample in odd),
             Case("empty text", (self._sample(""),)),
+            *(Case("eos inside the text", (sample,)) for sample in with_eos),
             Case("too long, cut", (too_long,)),
             Case("too long and short together", (too_long, self.of_length(2))),
+            *(Case("no messages, refused", (sample,)) for sample in no_messages),
         ]
 
     def _text(self, length: int) -> str:
         count, text = length, ""
         for _ in range(8):
-            ids = [self._random.choice(self._ordinary) for _ in range(max(count, 0))]
-            text = self._tokenizer.decode(ids)
+            text = self._tokenizer.decode(self._tokens.take(max(count, 0)))
             surplus = len(self._whole(text)) - length
             if surplus == 0:
                 break
@@ -100,22 +106,33 @@ class _TextSamples:
         return text
 
     def _whole(self, text: str) -> list[int]:
+        if self._is_chat:
+            rendered = self._tokenizer.apply_chat_template(_conversation(text), return_dict=True)
+            return list(rendered["input_ids"])
         eos = self._tokenizer.eos_token or ""
         return self._tokenizer(self._checkpoint.template.format(text=text, eos=eos)).input_ids
 
     def _sample(self, text: str) -> Sample:
-        """The ids by another rule than model.py's: cut between the special tokens at the two ends."""
-        ids, limit = self._whole(text), self._checkpoint.max_length
-        excess = len(ids) - limit
+        sent = json.dumps(_conversation(text)) if self._is_chat else text
+        return Sample(sent, tuple(self._cut(self._whole(text))))
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        """By another rule than model.py's: what is too much goes, between the special tokens at the ends."""
+        excess = len(ids) - self._checkpoint.max_length
         if excess <= 0:
-            return Sample(text, tuple(ids))
+            return ids
+        if self._is_chat:
+            if self._tokenizer.truncation_side == "left":
+                return ids[excess:]
+            kept = 1 if ids[-1] == self._tokenizer.eos_token_id else 0
+            return ids[: len(ids) - excess - kept] + ids[len(ids) - kept :]
         special = set(self._tokenizer.all_special_ids) - {self._tokenizer.unk_token_id}
         head = next(index for index, token in enumerate(ids) if token not in special)
         tail = next(index for index, token in enumerate(reversed(ids)) if token not in special)
         if self._tokenizer.truncation_side == "left":
-            return Sample(text, tuple(ids[:head] + ids[head + excess :]))
+            return ids[:head] + ids[head + excess :]
         end = len(ids) - tail
-        return Sample(text, tuple(ids[: end - excess] + ids[end:]))
+        return ids[: end - excess] + ids[end:]
 
 
 class _TokenSamples:
@@ -123,12 +140,11 @@ class _TokenSamples:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._ordinary = _ordinary_ids(checkpoint)
-        self._random = random.Random(0)
+        self._tokens = _RandomTokens(checkpoint)
 
     def of_length(self, length: int) -> Sample:
         """A sample of exactly `length` tokens."""
-        return Sample("", tuple(self._random.choice(self._ordinary) for _ in range(length)))
+        return Sample("", tuple(self._tokens.take(length)))
 
     def special_cases(self) -> list[Case]:
         """Rows whose end misleads pooling, and rows that must be refused."""
@@ -155,9 +171,27 @@ def _lengths(limit: int) -> list[int]:
     return sorted(lengths)
 
 
-def _ordinary_ids(checkpoint: Checkpoint) -> list[int]:
-    special = {*checkpoint.tokenizer.all_special_ids, checkpoint.pad_token_id}
-    return sorted(set(checkpoint.tokenizer.get_vocab().values()) - special)
+class _RandomTokens:
+    """Ids that are not special; one in four ends a step, where the model reads steps."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        special = {*checkpoint.tokenizer.all_special_ids, checkpoint.pad_token_id}
+        self._ordinary = sorted(set(checkpoint.tokenizer.get_vocab().values()) - special)
+        self._separator = checkpoint.separator_id
+        self._random = random.Random(0)
+
+    def take(self, count: int) -> list[int]:
+        """The next ids."""
+        return [self._next() for _ in range(count)]
+
+    def _next(self) -> int:
+        if self._separator is not None and self._random.random() < 0.25:
+            return self._separator
+        return self._random.choice(self._ordinary)
+
+
+def _conversation(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
 
 
 def _token_request(case: Case, pad_token_id: int) -> Request:

@@ -1,21 +1,28 @@
-"""Read a reward-model checkpoint and refuse, with the reason, what cannot be served faithfully."""
+"""Read a reward-model checkpoint of any kind; refuse, with the reason, what cannot be served faithfully."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter, ValidationError
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
 from conch.config import Section, load
+from conch.converters.conversion import Normalise, Reading
+from conch.converters.kinds import read_network
+from conch.converters.network import Head, Network, final_layer, first_line, numbered
+from conch.converters.source import Source, find_source
 from conch.data.judgements import default_template, template_mistake
-from conch.errors import ConfigError, ConversionError
-from conch.models.adapter import ADAPTER_FILE
+from conch.errors import ConfigError, ConversionError, ModelError
+from conch.models.adapter import adapter_base
+from conch.models.loading import context_window
+from conch.serving.manifest import Aggregate, Pooling
 
 REWARD_MODEL_FILE = "reward_model.json"
+CHAT = "chat"
 
 # Tokenizers without a limit of their own say 10^30 or so.
 _NO_LIMIT = 10**9
@@ -25,10 +32,10 @@ class RewardModelFile(Section):
     """`reward_model.json`, which the reward-model trainer writes beside the weights. No key is required."""
 
     template: str | None = None
-    """Python format string over {text} and {eos}."""
+    """Python format string over {text} and {eos}, or `chat`."""
 
-    pooling: str = "hf"
-    """`hf`: the token that the checkpoint's own class reads the score at."""
+    pooling: Pooling | None = None
+    """Which tokens' states become the score; None means what the kind of checkpoint does."""
 
     max_length: int | None = None
     """Tokens a sample may have, special tokens included."""
@@ -51,62 +58,91 @@ class RewardModelFile(Section):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A classifier in float32 with what is needed to serve it.
+    """A reward model in the precision it is stored in, with what is needed to serve it.
 
-    mean, std: statistics of raw scores per reward, None if not known. normalise: whether to apply them.
+    model, head: as in `Network`; the model may be mapped from disk.
+    columns: numbers of the outputs that are rewards, None for all. reward_names: one per such output.
+    mean, std: statistics of raw scores per reward, None if not known. normalise: what becomes of them.
+    pad_token_id: fills short rows; of pooling `hf`, the id that the model's pooling takes for padding.
     vocab_size: token ids must be below this.
+    separator_id, aggregate: of process rewards, see `Manifest`.
     """
 
     model: Any
+    head: Head | None
+    pooling: Pooling
     tokenizer: Any
     template: str
     max_length: int
+    columns: tuple[int, ...] | None
     reward_names: tuple[str, ...]
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
-    normalise: bool
+    normalise: Normalise
+    pad_token_id: int
     vocab_size: int
+    separator_id: int | None = None
+    aggregate: Aggregate | None = None
+    base_model: str | None = None
+    sha256: str = ""
 
     @property
-    def pad_token_id(self) -> int:
-        """The id that the model's pooling takes for padding."""
-        return self.model.config.get_text_config().pad_token_id
+    def trunk(self) -> Any:
+        """The model below the head."""
+        return self.model.base_model
 
 
-def read_checkpoint(
-    source: str,
-    *,
-    revision: str | None = None,
-    template: str | None = None,
-    max_length: int | None = None,
-    normalise: bool | None = None,
-    device: str = "cpu",
-    trust_remote_code: bool = False,
-) -> Checkpoint:
-    """Load a folder or hub id; `template`, `max_length` and `normalise` win over `reward_model.json`.
+def read_checkpoint(name: str, reading: Reading | None = None) -> Checkpoint:
+    """Load a folder, file or hub id; what `reading` says wins over `reward_model.json`.
 
     Raises:
-        ConversionError: missing, not a classifier, incomplete weights, NaN, no tokenizer, no pad token, or
+        ConversionError: missing, of no kind we know, incomplete weights, NaN, no tokenizer, no pad token, or
             settings that contradict the model.
     """
-    told = _read_reward_model_file(Path(source) / REWARD_MODEL_FILE)
-    tokenizer = _load_tokenizer(source, revision, trust_remote_code)
-    model = _load_classifier(source, revision, trust_remote_code).to(device).eval()
-    reward_names = _reward_names(source, told.reward_names, model.config)
-    vocab_size = _check_vocabulary(source, model, tokenizer)
-    template = template or told.template or default_template(tokenizer)
-    check_template(template, tokenizer)
+    wanted = reading or Reading()
+    source = find_source(name, wanted.revision)
+    told = _read_reward_model_file(source.folder / REWARD_MODEL_FILE)
+    tokenizer = _load_tokenizer(source, wanted)
+    network = read_network(source, wanted.base_model, trust_remote_code=wanted.trust_remote_code)
+    network.model.to(wanted.device)
+    pooling = _pooling(source, wanted.pooling or told.pooling, network)
+    separator, aggregate = _steps(source, wanted, pooling, tokenizer, len(network.labels))
+    columns, reward_names = _rewards(source, told.reward_names, wanted.rewards, network, pooling)
+    template = _template(wanted.template or told.template, tokenizer, pooling)
+    pad = _pad_token_id(source, network, pooling, tokenizer)
+    mean, std = (
+        _per_reward(what, getattr(told, what), reward_names, columns, network.labels)
+        for what in ("mean", "std")
+    )
+    normalise = wanted.normalise or ("parameters" if told.normalise else "none")
+    _check_normalise(source, normalise, mean, std, network, pooling)
     return Checkpoint(
-        model=model,
+        model=network.model,
+        head=network.head,
+        pooling=pooling,
         tokenizer=tokenizer,
         template=template,
-        max_length=_max_length(source, max_length or told.max_length, model.config, tokenizer),
+        max_length=_max_length(source, wanted.max_length or told.max_length, network.model.config, tokenizer),
+        columns=columns,
         reward_names=reward_names,
-        mean=_per_reward("mean", told.mean, reward_names),
-        std=_per_reward("std", told.std, reward_names),
-        normalise=told.normalise if normalise is None else normalise,
-        vocab_size=vocab_size,
+        mean=mean,
+        std=std,
+        normalise=normalise,
+        pad_token_id=pad,
+        vocab_size=_check_vocabulary(source, network.model, tokenizer, pad),
+        separator_id=separator,
+        aggregate=aggregate,
+        base_model=network.base_model,
+        sha256=network.sha256,
     )
+
+
+def checkpoint_sha256(name: str, reading: Reading) -> str:
+    """What `read_checkpoint` would give as `sha256`, without loading the model; at disk speed."""
+    source = find_source(name, reading.revision)
+    if not source.is_adapter:
+        return source.sha256()
+    return source.sha256() + find_source(_base_of(source, reading)).sha256()
 
 
 def check_template(template: str, tokenizer: Any) -> None:
@@ -117,16 +153,33 @@ def check_template(template: str, tokenizer: Any) -> None:
         raise ConversionError(f"template {template!r} uses {{eos}} but the tokenizer has no eos token")
 
 
+def _template(wanted: str | None, tokenizer: Any, pooling: Pooling) -> str:
+    """{prompt}{output} is {text}: a client sends a sample as one text, its prompt and output joined."""
+    if wanted is None:
+        # An eos behind the last step would only stand in the way: steps are read at their own ends.
+        return "{text}" if pooling == "steps" else default_template(tokenizer)
+    if wanted == CHAT:
+        if not tokenizer.chat_template:
+            raise ConversionError("template chat: the tokenizer has no chat template; give one in its folder")
+        return CHAT
+    template = wanted.replace("{prompt}{output}", "{text}")
+    if "{prompt}" in template or "{output}" in template:
+        raise ConversionError(
+            f"template {wanted!r} puts something between {{prompt}} and {{output}}, but a client sends both "
+            "joined as one text: write {prompt}{output}, and what stands between them into the trainer's "
+            "prompts; or use the template `chat`"
+        )
+    check_template(template, tokenizer)
+    return template
+
+
 def _read_reward_model_file(path: Path) -> RewardModelFile:
     if not path.is_file():
         return RewardModelFile()
     try:
-        told = load(RewardModelFile, _json_object(path))
+        return load(RewardModelFile, _json_object(path))
     except ConfigError as error:
         raise ConversionError(f"{path}: {error}") from error
-    if told.pooling != "hf":
-        raise ConversionError(f"{path}: pooling {told.pooling!r} cannot be served; only 'hf' can")
-    return told
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -136,104 +189,187 @@ def _json_object(path: Path) -> dict[str, Any]:
         raise ConversionError(f"{path} is not a readable JSON object: {error}") from error
 
 
-def _load_tokenizer(source: str, revision: str | None, trust_remote_code: bool) -> Any:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=revision, trust_remote_code=trust_remote_code
-        )
-    except Exception as error:  # transformers raises many kinds for the same thing
+def _load_tokenizer(source: Source, wanted: Reading) -> Any:
+    """The checkpoint's own, else the base model's."""
+    tokenizer = _tokenizer_in(source.folder, wanted.trust_remote_code)
+    base = _base_of(source, wanted)
+    if tokenizer is None and base:
+        tokenizer = _tokenizer_in(find_source(base, weights=False).folder, wanted.trust_remote_code)
+    if tokenizer is None:
         raise ConversionError(
-            f"{source} has no tokenizer that can be loaded ({_first_line(error)}); "
-            "save the one that the model was trained with beside it (tokenizer.save_pretrained)"
-        ) from error
-    # Where the files are missing, transformers makes up a tokenizer with nothing but special tokens.
-    if not set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids):
-        raise ConversionError(
-            f"{source} has no tokenizer files; save the tokenizer that the model was trained with beside it "
-            "(tokenizer.save_pretrained)"
+            f"{source.name} has no tokenizer files{f', and neither has {base}' if base else ''}; save the "
+            "tokenizer that the model was trained with beside it (tokenizer.save_pretrained)"
         )
+    if wanted.truncation_side:
+        tokenizer.truncation_side = wanted.truncation_side
     return tokenizer
 
 
-def _load_classifier(source: str, revision: str | None, trust_remote_code: bool) -> Any:
-    if (Path(source) / ADAPTER_FILE).is_file():
-        raise ConversionError(
-            f"{source} holds an adapter without its model: train with `model.merge_adapter=true`, or merge it"
-        )
-    where = {"revision": revision, "trust_remote_code": trust_remote_code}
+def _base_of(source: Source, wanted: Reading) -> str:
     try:
-        config = AutoConfig.from_pretrained(source, **where)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            source, config=config, dtype=torch.float32, output_loading_info=True, **where
-        )
+        return wanted.base_model or adapter_base(str(source.folder)) or ""
+    except ModelError as error:
+        raise ConversionError(f"{error}, or give --base_model") from error
+
+
+def _tokenizer_in(folder: Path, trust_remote_code: bool) -> Any | None:
+    if not any(folder.glob("*token*")) and not any(folder.glob("*vocab*")):
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds for the same thing
         raise ConversionError(
-            f"{source} cannot be loaded as a sequence classifier: {_first_line(error)}; "
-            "the converter takes what AutoModelForSequenceClassification.from_pretrained loads"
+            f"{folder} has no tokenizer that can be loaded ({first_line(error)}); "
+            "save the one that the model was trained with beside it (tokenizer.save_pretrained)"
         ) from error
-    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if absent:
+    # Where the files are missing, transformers makes up a tokenizer with nothing but special tokens.
+    return tokenizer if set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids) else None
+
+
+def _pooling(source: Source, wanted: Pooling | None, network: Network) -> Pooling:
+    if wanted is None or wanted == network.pooling:
+        return network.pooling
+    if "steps" in (wanted, network.pooling):
         raise ConversionError(
-            f"{source} is not a complete sequence classifier: {_some(absent)} missing or of another shape, "
-            "and would be random; train a reward model first, or give the checkpoint that has the head"
+            f"{source.name}: pooling {wanted!r} does not fit: process rewards (token classifiers) are read "
+            "at the ends of their steps, and only they are"
         )
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ConversionError(f"{source}: weight {name} holds NaN or infinity; the training diverged")
-    if model.config.get_text_config().pad_token_id is None:
+    if wanted == "hf":
         raise ConversionError(
-            f"{source}: config.json has no pad_token_id, so samples cannot be batched; "
+            f"{source.name}: pooling 'hf' is what a transformers classifier does, and this is a value head: "
+            "choose last_token, first_eos, cls or mean"
+        )
+    if network.head is None:
+        raise ConversionError(
+            f"{source.name}: pooling {wanted!r} cannot be had: between the states and the scores of "
+            f"{type(network.model).__name__} stands more than one linear layer, which only its own class "
+            "can run; leave pooling out"
+        )
+    return wanted
+
+
+def _steps(
+    source: Source, wanted: Reading, pooling: Pooling, tokenizer: Any, outputs: int
+) -> tuple[int | None, Aggregate | None]:
+    if pooling != "steps":
+        if wanted.step_separator is not None or wanted.aggregate is not None:
+            raise ConversionError(
+                f"{source.name} is no process reward model (a token classifier): it has no steps to separate "
+                "or aggregate"
+            )
+        return None, None
+    aggregate = wanted.aggregate or "min"
+    if aggregate == "prod" and outputs == 1:
+        raise ConversionError(
+            f"{source.name} has one output a token, which is no probability: a product of such scores means "
+            "nothing; use min, mean or last"
+        )
+    if wanted.step_separator is None:
+        raise ConversionError(
+            f"{source.name} scores the steps of a text: say with --step_separator which token ends a step"
+        )
+    ids = tokenizer(wanted.step_separator, add_special_tokens=False).input_ids
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        raise ConversionError(
+            f"step separator {wanted.step_separator!r} is no single token that the tokenizer knows ({ids}): "
+            "give one that is"
+        )
+    return ids[0], aggregate
+
+
+def _rewards(
+    source: Source,
+    told: tuple[str, ...] | None,
+    chosen: Sequence[str],
+    network: Network,
+    pooling: Pooling,
+) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
+    """Which outputs are served, None for all, and their names."""
+    names, outputs = told or network.labels, len(network.labels)
+    if len(names) != outputs:
+        raise ConversionError(
+            f"{source.name}: the head has {outputs} outputs (num_labels) but {REWARD_MODEL_FILE} names "
+            f"{len(names)}: {', '.join(names)}"
+        )
+    if len(set(names)) != outputs or any(not name or "," in name for name in names):
+        raise ConversionError(
+            f"{source.name}: reward names {list(names)} must differ, not be empty and hold no comma"
+        )
+    if chosen:
+        columns = tuple(_column(source, name, names) for name in chosen)
+        return columns, tuple(names[column] for column in columns)
+    if pooling == "steps" and outputs == 2:  # wrong and right
+        return (1,), ("reward",)
+    if pooling == "steps" and outputs > 2:
+        raise ConversionError(
+            f"{source.name} tells {outputs} kinds of steps apart ({numbered(names)}): "
+            "say with --reward the probability of which is the reward"
+        )
+    return None, tuple(names)
+
+
+def _column(source: Source, chosen: str, names: tuple[str, ...]) -> int:
+    if chosen in names:
+        return names.index(chosen)
+    if chosen.isdecimal() and int(chosen) < len(names):
+        return int(chosen)
+    raise ConversionError(f"{source.name} has no reward {chosen!r}; it has: {numbered(names)}")
+
+
+def _pad_token_id(source: Source, network: Network, pooling: Pooling, tokenizer: Any) -> int:
+    config = network.model.config.get_text_config()
+    pad = config.pad_token_id
+    if pad is None and source.is_adapter:
+        # A base model need not have one; whoever trained the adapter saved its tokenizer with theirs.
+        pad = config.pad_token_id = tokenizer.pad_token_id
+    if pad is None and pooling == "hf":
+        raise ConversionError(
+            f"{source.name}: config.json has no pad_token_id, so samples cannot be batched; "
             "set it to the pad token that the model was trained with"
         )
-    return model
+    # Elsewhere nothing is read from padding: any id that the model embeds will do.
+    return next(
+        token for token in (pad, tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None
+    )
 
 
-def _reward_names(source: str, told: tuple[str, ...] | None, config: Any) -> tuple[str, ...]:
-    outputs = config.num_labels
-    if told is None:
-        labels = tuple(str(config.id2label[index]) for index in range(outputs))
-        told = ("reward",) if outputs == 1 else labels
-    if len(told) != outputs:
-        raise ConversionError(
-            f"{source}: the head has {outputs} outputs (num_labels) but {REWARD_MODEL_FILE} names "
-            f"{len(told)}: {', '.join(told)}"
-        )
-    if len(set(told)) != outputs or any(not name or "," in name for name in told):
-        raise ConversionError(
-            f"{source}: reward names {list(told)} must differ, not be empty and hold no comma"
-        )
-    return told
-
-
-def _check_vocabulary(source: str, model: Any, tokenizer: Any) -> int:
+def _check_vocabulary(source: Source, model: Any, tokenizer: Any, pad: int) -> int:
     rows = model.get_input_embeddings().num_embeddings
-    pad = model.config.get_text_config().pad_token_id
     highest = max(tokenizer.get_vocab().values())
     for what, token in (("pad_token_id", pad), ("the tokenizer's highest id", highest)):
         if not 0 <= token < rows:
-            raise ConversionError(f"{source}: {what} is {token}, but the model embeds ids 0..{rows - 1} only")
+            raise ConversionError(
+                f"{source.name}: {what} is {token}, but the model embeds ids 0..{rows - 1} only"
+            )
     return rows
 
 
-def _max_length(source: str, told: int | None, config: Any, tokenizer: Any) -> int:
-    window = getattr(config.get_text_config(), "max_position_embeddings", None)
+def _max_length(source: Source, told: int | None, config: Any, tokenizer: Any) -> int:
+    window = context_window(config.get_text_config())
     limits = [limit for limit in (window, tokenizer.model_max_length) if limit and limit < _NO_LIMIT]
     if told is None and not limits:
         raise ConversionError(
-            f"{source}: neither model nor tokenizer says how long a sample may be; give --max-length"
+            f"{source.name}: neither model nor tokenizer says how long a sample may be; give --max_length"
         )
     length = told if told is not None else min(limits)
     if length < 1 or (window and length > window):
-        raise ConversionError(f"{source}: max_length is {length}, the model's window is {window} tokens")
+        raise ConversionError(f"{source.name}: max_length is {length}, the model's window is {window} tokens")
     return length
 
 
 def _per_reward(
-    what: str, told: float | tuple[float, ...] | None, reward_names: tuple[str, ...]
+    what: str,
+    told: float | tuple[float, ...] | None,
+    reward_names: tuple[str, ...],
+    columns: tuple[int, ...] | None,
+    labels: tuple[str, ...],
 ) -> tuple[float, ...] | None:
+    """The statistic of each served reward; told for these, or for all outputs."""
     if told is None:
         return None
     values = told if isinstance(told, tuple) else (told,)
+    if columns is not None and len(values) == len(labels):
+        values = tuple(values[column] for column in columns)
     if len(values) != len(reward_names):
         raise ConversionError(
             f"{REWARD_MODEL_FILE}: {what} has {len(values)} values for {len(reward_names)} rewards"
@@ -243,10 +379,26 @@ def _per_reward(
     return values
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _check_normalise(
+    source: Source,
+    normalise: Normalise,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    network: Network,
+    pooling: Pooling,
+) -> None:
+    if normalise != "none" and (mean is None or std is None):
+        raise ConversionError(
+            f"normalise was asked for, but {source.name} has no reward_model.json with `mean` and `std`"
+        )
+    if normalise == "fold" and not _can_fold(network, pooling):
+        raise ConversionError(
+            f"{source.name}: mean and std cannot be folded into its weights, its scores are not one linear "
+            "layer's outputs: use --normalise parameters"
+        )
 
 
-def _some(names: list[str], shown: int = 4) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+def _can_fold(network: Network, pooling: Pooling) -> bool:
+    if pooling == "steps":
+        return len(network.labels) == 1  # others are probabilities
+    return network.head is not None or final_layer(network.model) is not None

@@ -2,36 +2,110 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from conch.config import Dtype
 from conch.converters.parity import ParityReport
 from conch.errors import ConversionError
+from conch.serving.manifest import Aggregate, Backend, Pooling, ServedDtype
 from conch.serving.spec import Form, RewardModelSpec
 from conch.serving.store import is_valid_name
+
+Normalise = Literal["fold", "parameters", "none"]
+"""What becomes of a reward's mean and std: written into the head's weights, applied by the server after the
+model, or only recorded."""
+
+Side = Literal["left", "right"]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How to read a checkpoint; None takes what the checkpoint, or the kind of it, says."""
+
+    base_model: str | None = None
+    """What a value head or an adapter builds on, folder or hub id."""
+
+    revision: str | None = None
+    """Of the checkpoint on the hub."""
+
+    template: str | None = None
+    """Format string over {text}, the client's sample, and {eos}; or `chat`, the tokenizer's chat template."""
+
+    max_length: int | None = None
+    """Tokens a sample may have, special tokens included."""
+
+    truncation_side: Side | None = None
+    """Where text that is too long loses tokens."""
+
+    pooling: Pooling | None = None
+    """Which tokens' states become the score."""
+
+    rewards: tuple[str, ...] = ()
+    """Names or numbers of the outputs that are served; empty serves all."""
+
+    normalise: Normalise | None = None
+    """What becomes of `mean` and `std`."""
+
+    step_separator: str | None = None
+    """Text of the token that ends a step; process rewards need it, others have none."""
+
+    aggregate: Aggregate | None = None
+    """How the scores of steps become one; None takes `min`. Process rewards only."""
+
+    device: str = "cpu"
+    """Where the comparison runs, `cpu` or `cuda`."""
+
+    trust_remote_code: bool = False
+    """Run code that comes with the checkpoint, here and in the server."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The arguments of `to_triton`, which documents them, with the name filled in.
+    """A conversion.
 
     Raises:
-        ConversionError: the name cannot be a model's, the batch size is below 1, or the folder is missing.
+        ConversionError: the name cannot be a model's, a number is out of range, or the folder is missing.
     """
 
     checkpoint: str
+    """Folder, file of tensors, or hub id."""
+
     name: str
+    """Of the model in the store."""
+
     model_store: Path
-    form: Form
-    revision: str | None
-    max_length: int | None
-    template: str | None
-    max_batch_size: int
-    normalise: bool | None
-    dtype: Dtype
-    device: str
-    trust_remote_code: bool
+    """The store's folder; made where it is missing."""
+
+    form: Form = "text"
+    """`text`: the server tokenises. `token`: the client sends ids."""
+
+    backend: Backend = "python"
+    """What the version is written for."""
+
+    dtype: ServedDtype = "float32"
+    """Precision of the served weights; the comparison is always with float32."""
+
+    max_batch_size: int = 64
+    """Most rows in a request."""
+
+    instance_kind: Literal["cpu", "gpu"] = "gpu"
+    """Where `config.pbtxt` puts the model. The bundled server has a configuration of its own, on the CPU."""
+
+    gpu: int = 0
+    """Which of the cards that the server sees."""
+
+    keep: int | None = None
+    """Old versions that stay in the store; None keeps all."""
+
+    force: bool = False
+    """Take the name even if it is in use by a model of other weights."""
+
+    dry_run: bool = False
+    """Do everything, the comparison too, but publish nothing."""
+
+    reading: Reading = field(default_factory=Reading)
+    """How to read the checkpoint."""
 
     def __post_init__(self) -> None:
         if not is_valid_name(self.name):
@@ -41,23 +115,37 @@ class Options:
             )
         if self.max_batch_size < 1:
             raise ConversionError(f"max_batch_size is {self.max_batch_size}; it must be at least 1")
-        looks_like_path = self.checkpoint.startswith((".", "/", "~")) or self.checkpoint.count("/") > 1
-        if looks_like_path and not Path(self.checkpoint).is_dir():
-            raise ConversionError(f"checkpoint folder {self.checkpoint} does not exist")
+        if self.keep is not None and self.keep < 0:
+            raise ConversionError(f"keep is {self.keep}; it must be 0 or more old versions")
+        if self.gpu < 0:
+            raise ConversionError(f"gpu is {self.gpu}; cards are numbered from 0")
+        if self.reading.template == "chat" and self.form == "token":
+            raise ConversionError("the chat template makes tokens of text: it needs --form text")
+        for path in (self.checkpoint, self.reading.base_model):
+            if path and looks_like_path(path) and not Path(path).exists():
+                raise ConversionError(f"checkpoint folder {path} does not exist")
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
     """A published model.
 
-    path: the version folder.
+    path: the version folder; None after a dry run, which publishes nothing.
     """
 
-    path: Path
+    path: Path | None
     spec: RewardModelSpec
     parity: ParityReport
 
 
+def looks_like_path(name: str) -> bool:
+    """Whether a name can only mean a folder or file of this machine, no hub id."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 def default_name(checkpoint: str) -> str:
-    """The last part of a folder or hub id."""
-    return Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint.rsplit("/", 1)[-1]
+    """The last part of a folder or hub id; for a file, of its folder."""
+    path = Path(checkpoint)
+    if path.is_file():
+        return path.resolve().parent.name
+    return path.resolve().name if path.is_dir() else checkpoint.rsplit("/", 1)[-1]

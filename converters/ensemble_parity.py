@@ -35,10 +35,16 @@ class Case:
 
     def result(self, reply: dict[str, Any]) -> CaseResult:
         """Hold the reply against the options."""
-        pairs = list(zip(reply["scores"], self.expected, strict=True))
-        errors = [abs(row[0] - right) / max(1.0, abs(right)) for row, right in pairs]
-        worst = max(error if math.isfinite(error) else math.inf for error in errors)
-        return CaseResult(self.name, len(pairs), worst)
+        right = self.expected
+        pairs = list(zip(reply["scores"], right, strict=True))
+        differences = [abs(row[0] - score) for row, score in pairs]
+        differences = [each if math.isfinite(each) else math.inf for each in differences]
+        relative = (
+            each / max(1.0, abs(right)) for each, right in zip(differences, self.expected, strict=True)
+        )
+        return CaseResult(
+            self.name, len(pairs), max(relative), max(differences), statistics.fmean(differences)
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,104 +3,200 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import platform
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from transformers.utils import logging as transformers_logging
 
-from conch import serving
-from conch.converters.cases import build_cases, requests_of
-from conch.converters.checkpoint import Checkpoint, read_checkpoint
+from conch.converters import graph_form, onnx_text, python_form
+from conch.converters.cases import Case, build_cases, requests_of
+from conch.converters.checkpoint import Checkpoint, checkpoint_sha256, read_checkpoint
+from conch.converters.comparison import compare
 from conch.converters.conversion import Conversion, Options
 from conch.converters.parity import ParityReport
-from conch.converters.reference import Reference, compare, golden_of
-from conch.converters.served_form import ServedForm
+from conch.converters.reference import Expected, expected_scores, golden_of
+from conch.converters.served_form import Request, ServedForm
 from conch.errors import ConversionError, ParityError
-from conch.serving.manifest import GOLDEN, MANIFEST, Golden, Manifest, sha256_of
-from conch.serving.spec import RewardModelSpec
-from conch.serving.store import publish, staged_version
+from conch.log import get_logger
+from conch.serving.manifest import GOLDEN, MANIFEST, Backend, Golden, Manifest, sha256_of
+from conch.serving.spec import Engine, RewardModelSpec, TokenizerSpec, ensemble_parts
+from conch.serving.store import latest_manifest, publish, staged_version
 
-MODEL_PY = Path(serving.__file__).parent / "python_backend" / "model.py"
+_log = get_logger(__name__)
 
 _TOOLS = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+_MORE_TOOLS: dict[Backend, tuple[str, ...]] = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
+
+WriteVersion = Callable[[Path, Checkpoint, Manifest], None]
+"""Writes into a folder all that a back end needs, a runner `model.py` for the parity check among it."""
+
+WRITERS: dict[Backend, WriteVersion] = {
+    "python": python_form.write_version,
+    "onnx": graph_form.write_onnx,
+    "torchscript": graph_form.write_torchscript,
+}
+_ENGINES: dict[Backend, Engine] = {"python": "python", "onnx": "onnxruntime", "torchscript": "pytorch"}
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A version that was written aside, and what it must score. The original is no longer in memory."""
+
+    manifest: Manifest
+    cases: Sequence[Case]
+    requests: list[Request]
+    expected: Expected
 
 
 def convert(options: Options) -> Conversion:
     """Read the checkpoint, write a version aside, compare its scores, and publish it if they agree.
 
     Raises:
-        ConversionError: the checkpoint cannot be served faithfully.
+        ConversionError: the checkpoint cannot be served faithfully, or the name is another checkpoint's.
         ParityError: it was written but scores differ.
         ModelStoreError: the store cannot be written.
     """
-    with _quiet_transformers(), staged_version(options.model_store, options.name) as folder:
-        shutil.copyfile(MODEL_PY, folder / "model.py")
+    if options.backend != "python":
+        graph_form.check_options(options)
+    if (options.backend, options.form) == ("onnx", "text"):
+        return _convert_onnx_text(options)
+    with quiet_transformers(), _staged(options) as folder:
+        _refuse_other_checkpoint(options)
+        runner = python_form.MODEL_PY if options.backend == "python" else graph_form.GRAPH_PY
+        shutil.copyfile(runner, folder / "model.py")
         with ServedForm(folder) as served:  # imports its libraries while we read and write
-            checkpoint = read_checkpoint(
-                options.checkpoint,
-                revision=options.revision,
-                template=options.template,
-                max_length=options.max_length,
-                normalise=options.normalise,
-                device=options.device,
-                trust_remote_code=options.trust_remote_code,
-            )
-            manifest = _manifest(options, checkpoint)
-            reference = Reference(checkpoint, normalise=checkpoint.normalise)
-            cases = build_cases(checkpoint, options.form, max_batch_size=options.max_batch_size)
-            reference.score_all(cases)  # before _write_model, which may lower the live model's precision
-            golden = golden_of(cases, options.form, reference, options.dtype)
-            _write_model(folder, checkpoint, manifest)
-            requests = requests_of(cases, options.form, checkpoint.pad_token_id)
-            report = compare(cases, served.score(requests, options.device), reference, options.dtype)
+            written = _write(options, folder)
+            gc.collect()  # before the served form loads, the original must be gone
+            _log.info("scoring %d requests with the served form", len(written.requests))
+            replies = served.score(written.requests, options.reading.device)
+        report = compare(written.cases, replies, written.expected, options.dtype)
         if not report.ok:
             raise ParityError(_parity_failure(report, options))
+        golden = golden_of(written.cases, options.form, written.expected, options.dtype)
+        spec = _finish(folder, options, written.manifest, golden, report)
+        if options.dry_run:
+            return Conversion(None, spec, report)
+        placement = {"kind": options.instance_kind, "gpu": options.gpu, "keep": options.keep}
+        return Conversion(publish(folder, spec, options.model_store, **placement), spec, report)
+
+
+def _convert_onnx_text(options: Options) -> Conversion:
+    """Three models: tokenizer, token form, and the ensemble of both; checked before any is published."""
+    tokenizer_name, onnx_name = ensemble_parts(options.name)
+    as_token = replace(options, form="token", name=onnx_name)
+    with quiet_transformers(), _staged(options) as folder:
+        for owned in (options, as_token):
+            _refuse_other_checkpoint(owned)
+        token = convert(replace(as_token, model_store=folder.parent / "parts", dry_run=False))
+        assert token.path is not None
+        checkpoint = read_checkpoint(options.checkpoint, options.reading)
+        manifest = _manifest(options, checkpoint)
+        cases = build_cases(checkpoint, "text", max_batch_size=options.max_batch_size)
+        expected = expected_scores(checkpoint, cases)
+        tokenizer = folder.parent / "tokenizer" / "version"
+        tokenizer.parent.mkdir()
+        onnx_text.write_tokenizer(tokenizer, checkpoint, manifest)
+        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
+        requests = requests_of(cases, "text", checkpoint.pad_token_id)
+        replies = onnx_text.score_texts(tokenizer, token.path, requests, options.reading.device)
+        report = compare(cases, replies, expected, options.dtype)
+        if not report.ok:
+            raise ParityError(_parity_failure(report, options))
+        golden = golden_of(cases, "text", expected, options.dtype)
         spec = _finish(folder, options, manifest, golden, report)
-        return Conversion(publish(folder, spec, options.model_store), spec, report)
+        spec = replace(spec, engine="ensemble", max_queue_delay_us=0)  # it has no batcher of its own
+        if options.dry_run:
+            return Conversion(None, spec, report)
+        placement = {"kind": options.instance_kind, "gpu": options.gpu, "keep": options.keep}
+        limits = TokenizerSpec(tokenizer_name, options.max_batch_size, checkpoint.max_length)
+        publish(token.path, token.spec, options.model_store, **placement)
+        publish(tokenizer, limits, options.model_store, **placement)
+        return Conversion(publish(folder, spec, options.model_store, **placement), spec, report)
+
+
+def _write(options: Options, folder: Path) -> Written:
+    """All that needs the original: its model is freed when this returns."""
+    _log.info("reading %s", options.checkpoint)
+    checkpoint = read_checkpoint(options.checkpoint, options.reading)
+    manifest = _manifest(options, checkpoint)
+    cases = build_cases(checkpoint, options.form, max_batch_size=options.max_batch_size)
+    expected = expected_scores(checkpoint, cases)
+    _log.info("writing the version")
+    WRITERS[options.backend](folder, checkpoint, manifest)
+    return Written(manifest, cases, requests_of(cases, options.form, checkpoint.pad_token_id), expected)
+
+
+@contextlib.contextmanager
+def _staged(options: Options) -> Iterator[Path]:
+    """Where the version is written: in the store, or for a dry run, which leaves it alone, elsewhere."""
+    if not options.dry_run:
+        with staged_version(options.model_store, options.name) as folder:
+            yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="conch-dry-run-") as scratch:
+        folder = Path(scratch) / "version"
+        folder.mkdir()
+        yield folder
+
+
+def _refuse_other_checkpoint(options: Options) -> None:
+    there = latest_manifest(options.model_store, options.name) if not options.force else None
+    if there is None or there.source_sha256 == checkpoint_sha256(options.checkpoint, options.reading):
+        return
+    raise ConversionError(
+        f"model {options.name!r} in {options.model_store} was made from other weights ({there.source}): "
+        "give another --name, or --force to make these its next version"
+    )
 
 
 def _manifest(options: Options, checkpoint: Checkpoint) -> Manifest:
-    if checkpoint.normalise and (checkpoint.mean is None or checkpoint.std is None):
-        raise ConversionError(
-            f"normalise was asked for, but {options.checkpoint} has no reward_model.json "
-            "with `mean` and `std`"
-        )
-    local = Path(options.checkpoint).is_dir()
     return Manifest(
         name=options.name,
         form=options.form,
-        source=Path(options.checkpoint).resolve().name if local else options.checkpoint,
-        revision=options.revision,
+        backend=options.backend,
+        source=_public_name(options.checkpoint),
+        source_sha256=checkpoint.sha256,
+        base_model=_public_name(checkpoint.base_model) if checkpoint.base_model else None,
+        revision=options.reading.revision,
         created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         template=checkpoint.template,
+        truncation_side=checkpoint.tokenizer.truncation_side,
+        pooling=checkpoint.pooling,
+        layout=python_form.layout_of(checkpoint),
+        columns=checkpoint.columns,
+        separator_id=checkpoint.separator_id,
+        aggregate=checkpoint.aggregate,
         max_length=checkpoint.max_length,
         reward_names=checkpoint.reward_names,
-        normalise=checkpoint.normalise,
+        normalise=checkpoint.normalise == "parameters",
+        folded=checkpoint.normalise == "fold",
         mean=checkpoint.mean,
         std=checkpoint.std,
         dtype=options.dtype,
         pad_token_id=checkpoint.pad_token_id,
         eos_token_id=checkpoint.tokenizer.eos_token_id,
         vocab_size=checkpoint.vocab_size,
-        trust_remote_code=options.trust_remote_code,
-        tools={"python": platform.python_version(), **{name: version(name) for name in _TOOLS}},
+        trust_remote_code=options.reading.trust_remote_code,
+        tools=_tools(options),
     )
 
 
-def _write_model(folder: Path, checkpoint: Checkpoint, manifest: Manifest) -> None:
-    try:
-        checkpoint.model.to(getattr(torch, manifest.dtype)).save_pretrained(folder)
-        checkpoint.tokenizer.save_pretrained(folder)
-        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
-    except OSError as error:
-        raise ConversionError(f"could not write the model below {folder.parents[1]}: {error}") from error
+def _public_name(name: str) -> str:
+    """Of a folder or file on this machine only the last part."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def _tools(options: Options) -> dict[str, str]:
+    names = [*_TOOLS, *_MORE_TOOLS.get(options.backend, ())] + ["torchao"] * (options.dtype == "int8")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def _finish(
@@ -123,11 +219,12 @@ def _finish(
         reward_names=manifest.reward_names,
         max_length=manifest.max_length,
         content_sha256=sha256_of(folder / MANIFEST),
+        engine=_ENGINES[options.backend],
     )
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and load reports; what matters in them becomes our errors."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -1,9 +1,11 @@
 """Convert a reward-model checkpoint into a model that Triton serves, and prove that it scores the same.
 
     conch-to-triton --checkpoint outputs/reward_model --name walks
-    python -m conch.converters.to_triton --checkpoint outputs/reward_model --name walks
+    conch-to-triton --checkpoint Dahoas/gptj-rm-static --base_model EleutherAI/gpt-j-6B --revision 676bfd4d
+    conch-to-triton --checkpoint outputs/reward_model --verify 127.0.0.1:8001/walks
 
-Exit codes: 0 published, 1 cannot be converted, 2 converted but scores differ; nothing is published then.
+Exit codes: 0 published, verified, or the dry run went well; 1 cannot be converted; 2 scores differ, and
+nothing is published.
 """
 
 from __future__ import annotations
@@ -12,12 +14,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, Literal, get_args
 
-from conch.config import Dtype
-from conch.converters.conversion import Conversion, Options, default_name
+from conch.converters.conversion import Conversion, Normalise, Options, Reading, Side, default_name
 from conch.errors import ConchError, ParityError
+from conch.log import setup_logging
+from conch.serving.manifest import Aggregate, Backend, Pooling, ServedDtype
 from conch.serving.spec import Form
+
+_POOLINGS = tuple(rule for rule in get_args(Pooling) if rule != "steps")
 
 
 def to_triton(
@@ -26,34 +31,27 @@ def to_triton(
     name: str | None = None,
     model_store: str | Path = "model_store",
     form: Form = "text",
-    revision: str | None = None,
-    max_length: int | None = None,
-    template: str | None = None,
+    backend: Backend = "python",
+    dtype: ServedDtype = "float32",
     max_batch_size: int = 64,
-    normalise: bool | None = None,
-    dtype: Dtype = "float32",
-    device: str = "cpu",
-    trust_remote_code: bool = False,
+    instance_kind: Literal["cpu", "gpu"] = "gpu",
+    gpu: int = 0,
+    keep: int | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    reading: Reading | None = None,
 ) -> Conversion:
     """Publish a checkpoint as the next version of a model in the store.
 
     Args:
-        checkpoint: folder or hub id that `AutoModelForSequenceClassification` and `AutoTokenizer` load; its
-            `reward_model.json`, where there is one, gives the defaults of `max_length`, `template` and
-            `normalise`.
+        checkpoint: folder, file of tensors, or hub id; docs/converting.md lists the kinds.
         name: model in the store; None takes the checkpoint's last name.
-        form: `text` (the server tokenises) or `token` (the client sends ids).
-        max_length: tokens a sample may have, special tokens included; None takes the model's window.
-        template: format string over {text}, the client's sample, and {eos}.
-        max_batch_size: most rows in a request.
-        normalise: return (raw - mean) / std with the statistics of `reward_model.json`; None does what that
-            file says.
-        dtype: precision of the served weights; the comparison is always with float32.
-        device: where the comparison runs, `cpu` or `cuda`.
-        trust_remote_code: run code that comes with the checkpoint, here and in the server.
+        reading: how to read the checkpoint, where not as its `reward_model.json` or its kind says.
+
+    The other arguments are those of `Options`.
 
     Raises:
-        ConversionError: the checkpoint cannot be served faithfully.
+        ConversionError: the checkpoint cannot be served faithfully, or the name is another checkpoint's.
         ParityError: the converted model scores differently; nothing was published.
         ModelStoreError: the store cannot be written.
     """
@@ -62,14 +60,15 @@ def to_triton(
         name=default_name(str(checkpoint)) if name is None else name,
         model_store=Path(model_store),
         form=form,
-        revision=revision,
-        max_length=max_length,
-        template=template,
-        max_batch_size=max_batch_size,
-        normalise=normalise,
+        backend=backend,
         dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
+        max_batch_size=max_batch_size,
+        instance_kind=instance_kind,
+        gpu=gpu,
+        keep=keep,
+        force=force,
+        dry_run=dry_run,
+        reading=reading or Reading(),
     )
     # torch and transformers are imported here, so that --help and mistakes in the arguments answer at once.
     from conch.converters.pipeline import convert
@@ -79,44 +78,101 @@ def to_triton(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code."""
-    arguments = vars(_parser().parse_args(argv))
+    arguments = vars(_parser().parse_args(_with_underscores(sys.argv[1:] if argv is None else argv)))
+    if not arguments.pop("quiet"):
+        setup_logging()
+    arguments["rewards"] = tuple(arguments["rewards"])
+    reading = Reading(**{name: arguments.pop(name) for name in Reading.__dataclass_fields__})
+    endpoint = arguments.pop("verify")
     try:
-        conversion = to_triton(**arguments)
+        if endpoint is not None:
+            return _verify(endpoint, arguments["checkpoint"], arguments["dtype"], reading)
+        conversion = to_triton(**arguments, reading=reading)
     except ConchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ParityError) else 1
     print(conversion.parity.table())
-    print(f"published {conversion.path}")
+    print(f"published {conversion.path}" if conversion.path else "dry run: nothing was published")
     return 0
+
+
+def _verify(endpoint: str, checkpoint: str, dtype: ServedDtype, reading: Reading) -> int:
+    from conch.converters.verify import verify
+
+    report = verify(endpoint, checkpoint, dtype, reading)
+    print(report.table())
+    print(f"{endpoint} scores {'' if report.ok else 'NOT '}like {checkpoint}")
+    return 0 if report.ok else 2
+
+
+def _with_underscores(argv: Sequence[str]) -> list[str]:
+    """Every option may be written with dashes or with underscores; values stay as they are."""
+    written = []
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        if name.startswith("--"):
+            name = "--" + name[2:].replace("-", "_")
+        written.append(name + equals + value)
+    return written
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="conch-to-triton", description="Convert a reward model for Triton Inference Server."
+        prog="conch-to-triton",
+        description="Convert a reward model for Triton Inference Server, and prove that it scores the same.",
+        epilog="Dashes will do for underscores. Exit codes: 0 done, 1 cannot be done, 2 scores differ.",
     )
-    add = parser.add_argument
-    add("--checkpoint", required=True, help="folder or hub id of a sequence classifier with its tokenizer")
-    add("--name", help="model in the store; default: the checkpoint's last name")
-    add("--model-store", default="model_store", help="default: %(default)s")
-    add("--form", choices=get_args(Form), default="text", help="what clients send; default: %(default)s")
-    add("--revision", help="hub revision of the checkpoint")
-    add("--max-length", type=int, help="tokens a sample may have; default: the model's window")
-    add("--template", help="format string over {text} and {eos}; default: {text}{eos}")
-    add("--max-batch-size", type=int, default=64, help="most rows in a request; default: %(default)s")
-    add(
-        "--normalise",
-        action=argparse.BooleanOptionalAction,
-        help="serve (raw - mean) / std of reward_model.json; default: as that file says",
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="PATH_OR_HUB_ID", help="folder, file of tensors, or hub id"
     )
-    add(
-        "--dtype",
-        choices=get_args(Dtype),
-        default="float32",
-        help="of the served weights; default: %(default)s",
-    )
-    add("--device", default="cpu", help="where scores are compared: cpu or cuda; default: %(default)s")
-    add("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
+    _add_reading(parser.add_argument_group("how to read the checkpoint (default: as it says)").add_argument)
+    _add_serving(parser.add_argument_group("how to serve it").add_argument)
+    _add_publishing(parser.add_argument_group("what to do").add_argument)
     return parser
+
+
+def _add_reading(add: Any) -> None:
+    add("--base_model", metavar="PATH_OR_HUB_ID", help="what a value head or adapter builds on")
+    add("--revision", help="hub revision of the checkpoint")
+    add("--template", help="format string like {prompt}{output}{eos}, or `chat`")
+    add("--max_length", type=int, help="tokens a sample may have; default: the model's window")
+    add("--truncation_side", choices=get_args(Side), help="where too long text loses tokens")
+    add("--pooling", choices=_POOLINGS, help="which tokens' states become the score")
+    names = {"dest": "rewards", "metavar": "NAME_OR_INDEX"}
+    add("--reward", nargs="+", default=(), help="outputs to serve; default: all", **names)
+    statistics = "mean and std: into the head's weights, applied by the server, or only recorded"
+    add("--normalise", choices=get_args(Normalise), help=statistics)
+    add("--step_separator", metavar="TOKEN", help="process rewards: text of the token that ends a step")
+    add("--aggregate", choices=get_args(Aggregate), help="process rewards: one score of the steps'")
+    add("--device", default="cpu", help="where scores are compared: cpu or cuda; default: %(default)s")
+    add("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
+
+
+def _add_serving(add: Any) -> None:
+    dtypes = get_args(ServedDtype)
+    add("--form", choices=get_args(Form), default="text", help="what clients send; default: %(default)s")
+    add(
+        "--backend",
+        choices=get_args(Backend),
+        default="python",
+        help="docs/backends.md; default: %(default)s",
+    )
+    add("--dtype", choices=dtypes, default="float32", help="of the served weights; default: %(default)s")
+    add("--max_batch_size", type=int, default=64, help="most rows in a request; default: %(default)s")
+    add(
+        "--instance_kind", choices=("cpu", "gpu"), default="gpu", help="in config.pbtxt; default: %(default)s"
+    )
+    add("--gpu", type=int, default=0, help="of the cards that the server sees; default: %(default)s")
+
+
+def _add_publishing(add: Any) -> None:
+    add("--name", help="model in the store; default: the checkpoint's last name")
+    add("--model_store", default="model_store", help="default: %(default)s")
+    add("--keep", type=int, metavar="N", help="old versions that stay in the store; default: all")
+    add("--force", action="store_true", help="take the name even if it is in use by other weights")
+    add("--dry_run", action="store_true", help="do everything, the comparison too, but publish nothing")
+    add("--verify", metavar="HOST:PORT/NAME", help="only compare a running server with the checkpoint")
+    add("--quiet", action="store_true", help="no progress on stderr")
 
 
 if __name__ == "__main__":

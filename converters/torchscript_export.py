@@ -32,7 +32,8 @@ def export_torchscript(
         "prefer --backend onnx, or --backend python"
     )
     graph = Graph(model, pad_token_id).eval()
-    example = example_rows(vocab_size, max_length, pad_token_id)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    example = tuple(rows.to(device) for rows in example_rows(vocab_size, max_length, pad_token_id))
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # said above, once

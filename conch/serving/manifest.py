@@ -8,11 +8,25 @@ from typing import Literal
 
 from pydantic import Field
 
-from conch.config import Dtype, Section
+from conch.config import Section
 from conch.serving.spec import Form
 
 MANIFEST = "manifest.json"
 GOLDEN = "golden.json"
+
+ServedDtype = Literal["float32", "float16", "bfloat16", "int8"]
+"""Precision of served weights. int8: of linear layers, by channel; what is beside them stays float32."""
+
+Backend = Literal["python", "onnx", "torchscript"]
+"""What a version is written for."""
+
+Pooling = Literal["hf", "last_token", "first_eos", "cls", "mean", "steps"]
+"""Which tokens' states become the score. `hf`: what the checkpoint's own transformers class does.
+`last_token`: the last one that is no padding. `first_eos`: the first eos, the last token where there is none.
+`cls`: the first token. `mean`: all of them. `steps`: the ends of a text's steps, for process rewards."""
+
+Aggregate = Literal["min", "mean", "last", "prod"]
+"""How the scores of a text's steps become one."""
 
 _CHUNK_BYTES = 1 << 20
 
@@ -22,6 +36,12 @@ class ParitySummary(Section):
 
     max_error: float
     """Largest difference of a score, divided by max(1, |score|)."""
+
+    max_difference: float | None = None
+    """Largest difference of a score."""
+
+    mean_difference: float | None = None
+    """Mean difference of a score."""
 
     tolerance: float
     """Largest difference that is let through."""
@@ -42,8 +62,17 @@ class Manifest(Section):
     form: Form
     """`text` or `token`."""
 
+    backend: Backend = "python"
+    """What the version is written for."""
+
     source: str
     """Checkpoint folder's name, or hub id."""
+
+    source_sha256: str = ""
+    """Hash of the checkpoint's weights, by which a later conversion knows its own; "" if not known."""
+
+    base_model: str | None = None
+    """Model that the checkpoint builds on, for value heads and adapters: folder's name or hub id."""
 
     revision: str | None = None
     """Hub revision that was converted."""
@@ -52,10 +81,27 @@ class Manifest(Section):
     """Time of the conversion, UTC, ISO 8601."""
 
     template: str
-    """Python format string over {text} and {eos} that makes the model's input from a sample."""
+    """Python format string over {text} and {eos} that makes the model's input from a sample; or `chat`: a
+    sample is a JSON list of messages, and goes through the tokenizer's chat template."""
 
-    pooling: Literal["hf"] = "hf"
-    """Which token's output is the score: `hf` = the choice of the checkpoint's own transformers class."""
+    truncation_side: Literal["left", "right"] | None = None
+    """Side on which a text that is too long loses tokens; None takes the tokenizer's."""
+
+    pooling: Pooling = "hf"
+    """Which tokens' states become the score."""
+
+    layout: Literal["classifier", "trunk"] = "classifier"
+    """`classifier`: a transformers sequence classifier, whose class pools. `trunk`: a model without head, and
+    the head in `head.safetensors`; `model.py` pools."""
+
+    columns: tuple[int, ...] | None = None
+    """Numbers of the head's outputs that are served; None serves all."""
+
+    separator_id: int | None = None
+    """Token that ends a step; of pooling `steps`."""
+
+    aggregate: Aggregate | None = None
+    """How the scores of steps become one; of pooling `steps`."""
 
     max_length: int = Field(ge=1)
     """Tokens a sample may have, special tokens included."""
@@ -64,7 +110,10 @@ class Manifest(Section):
     """One name per score."""
 
     normalise: bool
-    """Whether the server returns (raw - mean) / std."""
+    """Whether `model.py` computes (raw - mean) / std."""
+
+    folded: bool = False
+    """Whether the head's weights compute (raw - mean) / std already."""
 
     mean: tuple[float, ...] | None = None
     """Mean of raw scores on reference samples, per reward; None if never measured."""
@@ -72,7 +121,7 @@ class Manifest(Section):
     std: tuple[float, ...] | None = None
     """Standard deviation of raw scores on reference samples, per reward; None if never measured."""
 
-    dtype: Dtype
+    dtype: ServedDtype
     """Precision of the served weights."""
 
     pad_token_id: int

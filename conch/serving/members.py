@@ -7,6 +7,7 @@ from pathlib import Path
 
 from conch.errors import ModelStoreError
 from conch.serving.ensemble_manifest import EnsembleManifest
+from conch.serving.spec import ensemble_parts
 from conch.serving.store import StoredModel, read_model
 
 
@@ -22,6 +23,9 @@ def read_with_members(model_store: Path, names: Sequence[str]) -> list[StoredMod
         model = read_model(model_store, name)
         if isinstance(model.manifest, EnsembleManifest):
             models |= _members(model_store, model.name, model.manifest)
+        if model.spec.engine == "ensemble":  # the server loads its tokenizer by itself
+            _, part = ensemble_parts(name)
+            models[part] = read_model(model_store, part)
         models[name] = model
     return list(models.values())
 

@@ -15,6 +15,8 @@ from conch.serving.spec import (
     VARIANCE,
     Engine,
     RewardModelSpec,
+    TokenizerSpec,
+    ensemble_parts,
 )
 
 Kind = Literal["cpu", "gpu"]
@@ -25,8 +27,10 @@ _ENGINE_PARAMETERS = {"onnxruntime": {"arena_extend_strategy": "1"}}
 _SCORE_DTYPES = ("FP16", "FP32", "FP64")
 
 
-def to_pbtxt(spec: RewardModelSpec, *, kind: Kind = "gpu", embedded: bool = False) -> str:
-    """The text of `config.pbtxt`: one instance on the CPU or the first visible GPU.
+def to_pbtxt(
+    spec: RewardModelSpec | TokenizerSpec, *, kind: Kind = "gpu", gpu: int = 0, embedded: bool = False
+) -> str:
+    """The text of `config.pbtxt`: one instance on the CPU or that visible GPU.
 
     embedded: for servers that have no back end but python.
 
@@ -34,6 +38,10 @@ def to_pbtxt(spec: RewardModelSpec, *, kind: Kind = "gpu", embedded: bool = Fals
     """
     from google.protobuf import text_format
 
+    if isinstance(spec, TokenizerSpec):
+        return text_format.MessageToString(_tokenizer_config(spec))
+    if spec.engine == "ensemble":
+        return text_format.MessageToString(_ensemble_config(spec))
     pb = _messages()
     engine = "python" if embedded else spec.engine
     config: Any = pb.ModelConfig(name=spec.name, backend=engine, max_batch_size=spec.max_batch_size)
@@ -45,7 +53,43 @@ def to_pbtxt(spec: RewardModelSpec, *, kind: Kind = "gpu", embedded: bool = Fals
     group = config.instance_group.add(count=1)
     group.kind = pb.ModelInstanceGroup.KIND_GPU if on_gpu else pb.ModelInstanceGroup.KIND_CPU
     if on_gpu:
-        group.gpus.append(0)
+        group.gpus.append(gpu)
+    _add_parameters(config, spec, engine)
+    return text_format.MessageToString(config)
+
+
+def _tokenizer_config(spec: TokenizerSpec) -> Any:
+    config: Any = _messages().ModelConfig(
+        name=spec.name, backend="python", max_batch_size=spec.max_batch_size
+    )
+    config.version_policy.latest.num_versions = 1
+    config.dynamic_batching.max_queue_delay_microseconds = 0  # the model behind waits to fill its batches
+    config.instance_group.add(count=1).kind = _messages().ModelInstanceGroup.KIND_CPU
+    config.input.add(name=TEXT_INPUT, dims=[1], data_type=_type_number("BYTES"))
+    for name in (TOKEN_INPUT, MASK_INPUT):
+        config.output.add(name=name, dims=[-1], data_type=_type_number("INT64"))
+    return config
+
+
+def _ensemble_config(spec: RewardModelSpec) -> Any:
+    config: Any = _messages().ModelConfig(
+        name=spec.name, platform="ensemble", max_batch_size=spec.max_batch_size
+    )
+    config.version_policy.latest.num_versions = 1
+    _add_tensors(config, spec, "ensemble")
+    tokenizer, model = ensemble_parts(spec.name)
+    first = config.ensemble_scheduling.step.add(model_name=tokenizer, model_version=-1)
+    second = config.ensemble_scheduling.step.add(model_name=model, model_version=-1)
+    first.input_map[TEXT_INPUT] = TEXT_INPUT
+    for name in (TOKEN_INPUT, MASK_INPUT):
+        first.output_map[name] = name
+        second.input_map[name] = name
+    second.output_map[OUTPUT] = OUTPUT
+    _add_parameters(config, spec, "ensemble")
+    return config
+
+
+def _add_parameters(config: Any, spec: RewardModelSpec, engine: Engine) -> None:
     parameters = {
         "form": spec.form,
         "reward_names": ",".join(spec.reward_names),
@@ -57,7 +101,6 @@ def to_pbtxt(spec: RewardModelSpec, *, kind: Kind = "gpu", embedded: bool = Fals
     }
     for key, value in parameters.items():
         config.parameters[key].string_value = value
-    return text_format.MessageToString(config)
 
 
 def from_pbtxt(text: str) -> RewardModelSpec:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Form = Literal["text", "token"]
-Engine = Literal["python", "onnxruntime", "pytorch"]
+Engine = Literal["python", "onnxruntime", "pytorch", "ensemble"]
 
 TEXT_INPUT = "text"
 TOKEN_INPUT = "input_ids"
@@ -45,7 +45,7 @@ class RewardModelSpec:
     output_dtype: Triton's name of the type of `rewards`.
     content_sha256: hash of the latest version's manifest, which hashes all its other files; "" if not known.
     engine: Triton's back end of `config.pbtxt`; `configs/embedded.pbtxt` runs the same files in the python
-        one.
+        one. `ensemble`: text form only, passes texts through the two models of `ensemble_parts`.
     members: of an ensemble, the models it asks, in the order of `member_rewards`; empty for any other model.
     """
 
@@ -65,3 +65,20 @@ class RewardModelSpec:
     def __post_init__(self) -> None:
         if not self.input_dtype:
             object.__setattr__(self, "input_dtype", "BYTES" if self.form == "text" else "INT64")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerSpec:
+    """Contract of the first part of a text-form ensemble: `text` BYTES [1] -> `input_ids`, `attention_mask`.
+
+    max_batch_size: most rows in a request. max_length: most tokens a row gets.
+    """
+
+    name: str
+    max_batch_size: int
+    max_length: int
+
+
+def ensemble_parts(name: str) -> tuple[str, str]:
+    """Names of the tokenizer and of the token-form model behind the text-form ensemble `name`."""
+    return f"{name}-tokenizer", f"{name}-onnx"

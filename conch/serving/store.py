@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -23,8 +23,8 @@ from conch.disk import sync, sync_tree
 from conch.errors import ModelStoreError, ServingError
 from conch.serving.ensemble_manifest import EnsembleManifest
 from conch.serving.manifest import GOLDEN, MANIFEST, Golden, Manifest, sha256_of
-from conch.serving.pbtxt import from_pbtxt, to_pbtxt
-from conch.serving.spec import RewardModelSpec
+from conch.serving.pbtxt import Kind, from_pbtxt, to_pbtxt
+from conch.serving.spec import RewardModelSpec, TokenizerSpec
 
 CONFIG = "config.pbtxt"
 EMBEDDED_NAME = "embedded"
@@ -98,6 +98,16 @@ def latest_version(model_store: Path, name: str) -> int:
     return found[-1]
 
 
+def latest_manifest(model_store: Path, name: str) -> Manifest | None:
+    """The manifest of the version that a server would load; None where the name is free.
+
+    Raises:
+        ModelStoreError: the manifest is missing or damaged.
+    """
+    found = versions(model_store, name)
+    return _read_section(Manifest, model_store / name / str(found[-1]) / MANIFEST) if found else None
+
+
 def read_model(model_store: Path, name: str) -> StoredModel:
     """Read the latest version of a model and check that its parts fit together. Weights are not hashed here.
 
@@ -153,8 +163,20 @@ def staged_version(model_store: Path, name: str) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def publish(staged: Path, spec: RewardModelSpec, model_store: Path) -> Path:
+def publish(
+    staged: Path,
+    spec: RewardModelSpec | TokenizerSpec,
+    model_store: Path,
+    *,
+    kind: Kind = "gpu",
+    gpu: int = 0,
+    keep: int | None = None,
+) -> Path:
     """Make a folder from `staged_version` the model's latest version, all of it or nothing.
+
+    kind, gpu: where `config.pbtxt` puts the model; the bundled server's `configs/embedded.pbtxt` always says
+        the CPU.
+    keep: older versions that stay, the newest ones; None keeps all. The others go once the new one stands.
 
     Returns:
         the version folder, `<model_store>/<name>/<number>`.
@@ -166,7 +188,7 @@ def publish(staged: Path, spec: RewardModelSpec, model_store: Path) -> Path:
     new_configs = {CONFIG: staged.parent / "gpu.pbtxt", EMBEDDED_CONFIG: staged.parent / "cpu.pbtxt"}
     folder = model_store / spec.name
     try:
-        new_configs[CONFIG].write_text(to_pbtxt(spec, kind="gpu"), encoding="utf-8")
+        new_configs[CONFIG].write_text(to_pbtxt(spec, kind=kind, gpu=gpu), encoding="utf-8")
         new_configs[EMBEDDED_CONFIG].write_text(to_pbtxt(spec, kind="cpu", embedded=True), encoding="utf-8")
         sync_tree(staged.parent)
         with _locked(model_store):
@@ -176,11 +198,21 @@ def publish(staged: Path, spec: RewardModelSpec, model_store: Path) -> Path:
             for relative, new in new_configs.items():
                 new.replace(folder / relative)
             sync(folder)
+            if keep is not None:
+                _remove_all_but(folder, versions(model_store, spec.name)[-1 - keep :])
         return published
     except OSError as error:
         raise ModelStoreError(
             f"could not publish {spec.name!r} in {model_store}: {error.strerror or error}"
         ) from error
+
+
+def _remove_all_but(folder: Path, kept: Sequence[int]) -> None:
+    for entry in list(folder.iterdir()):
+        if entry.name.isdecimal() and entry.is_dir() and int(entry.name) not in kept:
+            # Out of the server's sight in one step, so that it never finds half a version.
+            doomed = entry.rename(folder / f".removed-{entry.name}")
+            shutil.rmtree(doomed)
 
 
 @contextlib.contextmanager

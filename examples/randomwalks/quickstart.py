@@ -92,7 +92,7 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
     with phases.timed("reward_model", f"the reward model: {config.num_scored_walks} scored walks"):
         reward_model = train_reward_model(config, task, run_dir)
     with phases.timed("to_triton", "conversion into the model store"):
-        conversion = to_triton(reward_model, name=MODEL_NAME, model_store=config.model_store)
+        conversion = to_triton(reward_model, name=MODEL_NAME, model_store=config.model_store, force=True)
     print(conversion.parity.table())
     server = TritonServer(config.model_store, [MODEL_NAME], log_file=run_dir / "tritonserver.log")
     try:

@@ -11,7 +11,8 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertForSequenceClassification
 
-from conch.converters import pipeline
+from conch.converters import python_form
+from conch.converters.conversion import Reading
 from conch.converters.to_triton import main, to_triton
 from conch.errors import ConversionError, ParityError
 from conch.serving.store import list_models, read_model, verify_files
@@ -44,9 +45,9 @@ def test_to_triton_refuses_and_publishes_nothing_when_scores_differ(
     checkpoint = reward_checkpoint(tmp_path / "checkpoint")
     careless = tmp_path / "model.py"
     careless.write_text(
-        pipeline.MODEL_PY.read_text().replace("mask[row, : len(ids)] = 1", "mask[row, 1:] = 1")
+        python_form.MODEL_PY.read_text().replace("mask[row, : len(ids)] = 1", "mask[row, 1:] = 1")
     )
-    monkeypatch.setattr(pipeline, "MODEL_PY", careless)
+    monkeypatch.setattr(python_form, "MODEL_PY", careless)
 
     arguments = ["--checkpoint", str(checkpoint), "--name", "walks", "--model-store", str(tmp_path / "store")]
     assert main(arguments) == 2
@@ -62,7 +63,7 @@ def test_to_triton_serves_half_precision_and_normalised_scores_within_their_tole
         name="walks",
         model_store=tmp_path / "store",
         dtype="bfloat16",
-        normalise=True,
+        reading=Reading(normalise="parameters"),
         max_batch_size=8,
     )
 
@@ -106,7 +107,7 @@ def test_to_triton_keeps_the_opening_and_closing_tokens_of_an_encoder(tmp_path: 
 def test_to_triton_refuses_normalise_without_statistics(tmp_path: Path) -> None:
     checkpoint = reward_checkpoint(tmp_path / "checkpoint")
     with pytest.raises(ConversionError, match=r"no reward_model\.json with `mean` and `std`"):
-        to_triton(checkpoint, name="walks", model_store=tmp_path / "store", normalise=True)
+        to_triton(checkpoint, name="walks", model_store=tmp_path / "store", reading=Reading(normalise="fold"))
     assert everything_in(tmp_path / "store") == []
 
 

@@ -238,7 +238,7 @@ def test_a_member_that_was_converted_again_must_be_made_part_again(served: Serve
     first = to_ensemble(["a", "b"], name="e", objective="mean", model_store=store)
     manifest = read_model(store, "e").manifest
     assert isinstance(manifest, EnsembleManifest) and manifest.members[0].version == 1
-    to_triton(reward_checkpoint(tmp_path / "a2", seed=5), name="a", model_store=store)
+    to_triton(reward_checkpoint(tmp_path / "a2", seed=5), name="a", model_store=store, force=True)
 
     with pytest.raises(ModelStoreError, match="made with version 1 of its member a, and there is version 2"):
         TritonServer(store, ["e"]).start()

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, GPT2LMHeadModel
 
-from conch.converters.checkpoint import check_template, default_template, read_checkpoint
+from conch.converters.checkpoint import check_template, read_checkpoint
+from conch.converters.conversion import Reading
+from conch.data.judgements import default_template
 from conch.errors import ConversionError
 from tests.tiny import char_tokenizer, reward_checkpoint, tiny_gpt2_config
 
@@ -47,7 +49,7 @@ def test_read_checkpoint_takes_what_the_trainer_wrote(tmp_path: Path) -> None:
 
 def test_read_checkpoint_lets_arguments_win(tmp_path: Path) -> None:
     folder = reward_checkpoint(tmp_path, reward_model={"template": "{text}", "max_length": 12})
-    checkpoint = read_checkpoint(str(folder), template="a{text}", max_length=10)
+    checkpoint = read_checkpoint(str(folder), Reading(template="a{text}", max_length=10))
 
     assert (checkpoint.template, checkpoint.max_length) == ("a{text}", 10)
 
@@ -61,7 +63,7 @@ def test_read_checkpoint_names_several_rewards_after_the_labels(tmp_path: Path) 
     ("told", "expected"),
     [
         ({"max_lenght": 12}, r"reward_model\.json: (?s:.*)did you mean `max_length`"),
-        ({"pooling": "mean"}, "pooling 'mean' cannot be served"),
+        ({"pooling": "max"}, r"reward_model\.json: (?s:.*)pooling"),
         (
             {"reward_names": ["a", "b"]},
             r"the head has 1 outputs \(num_labels\) but reward_model.json names 2: a, b",
@@ -99,14 +101,18 @@ def test_read_checkpoint_refuses_a_language_model_whose_head_would_be_random(tmp
     tokenizer = char_tokenizer("abc")
     GPT2LMHeadModel(tiny_gpt2_config(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ConversionError, match=r"not a complete sequence classifier: score\.weight missing"):
+    with pytest.raises(
+        ConversionError, match=r"no complete AutoModelForSequenceClassification: score\.weight missing"
+    ):
         read_checkpoint(str(tmp_path))
 
 
-def test_read_checkpoint_refuses_an_adapter_without_its_model(tmp_path: Path) -> None:
+def test_read_checkpoint_refuses_an_adapter_that_names_no_model(tmp_path: Path) -> None:
     folder = reward_checkpoint(tmp_path / "checkpoint")
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(ConversionError, match=r"an adapter without its model: .*model.merge_adapter=true"):
+    with pytest.raises(
+        ConversionError, match=r"adapter_config\.json .*names no base model.*or give --base_model"
+    ):
         read_checkpoint(str(folder))
 
 
@@ -148,7 +154,7 @@ def test_read_checkpoint_refuses_a_tokenizer_that_is_too_big(tmp_path: Path) -> 
 
 def test_read_checkpoint_refuses_what_is_no_model_folder(tmp_path: Path) -> None:
     char_tokenizer("abc").save_pretrained(tmp_path)
-    with pytest.raises(ConversionError, match="cannot be loaded as a sequence classifier"):
+    with pytest.raises(ConversionError, match="no configuration that transformers knows"):
         read_checkpoint(str(tmp_path))
 
 

@@ -1,15 +1,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from conch.converters.cases import Case, Sample, build_cases, requests_of
 from conch.converters.checkpoint import Checkpoint, read_checkpoint
-from conch.converters.parity import CaseResult, ParityReport
-from conch.converters.reference import Reference, compare, golden_of
+from conch.converters.comparison import compare
+from conch.converters.parity import COMPANY, CaseResult, ParityReport
+from conch.converters.reference import expected_scores, golden_of
 from conch.errors import ConversionError
 from tests.tiny import reward_checkpoint
 
@@ -63,37 +63,54 @@ def test_requests_of_tokens_pad_on_the_side_of_the_case() -> None:
     assert left == {"input_ids": [[1, 2, 3], [PAD, PAD, 4]], "attention_mask": [[1, 1, 1], [0, 0, 1]]}
 
 
-def test_compare_divides_the_error_by_large_scores_only(checkpoint: Checkpoint) -> None:
-    large = Reference(replace(checkpoint, mean=(0.0,), std=(1e-3,)), normalise=True)
-    small = Reference(replace(checkpoint, mean=(0.0,), std=(1e3,)), normalise=True)
-    for reference, expected in ((large, 1e-2 / abs(large.scores((0, 1))[0])), (small, 1e-2)):
-        (right,) = reference.scores((0, 1))
-        report = compare(
-            [Case("one", (Sample("", (0, 1)),))], [{"scores": [[right + 1e-2]]}], reference, "float32"
-        )
-        assert report.worst.max_error == pytest.approx(expected, rel=1e-3)
-    assert abs(large.scores((0, 1))[0]) > 10
+def one(*ids: int) -> list[Case]:
+    return [Case("one", (Sample("", ids),))]
+
+
+@pytest.mark.parametrize(("right", "error"), [(40.0, 0.5 / 40.0), (0.25, 0.5), (-40.0, 0.5 / 40.0)])
+def test_compare_divides_the_error_by_large_scores_only(right: float, error: float) -> None:
+    report = compare(one(0, 1), [{"scores": [[right + 0.5]]}], {(0, 1): (right,)}, "float32")
+
+    assert report.worst.max_error == pytest.approx(error)
+    assert report.worst.max_difference == report.worst.mean_difference == pytest.approx(0.5)
     assert not report.ok and "FAILED" in report.table()
 
 
+def test_compare_gives_the_largest_and_the_mean_difference_over_samples_and_rewards() -> None:
+    cases = [Case("two", (Sample("", (0,)), Sample("", (1,))))]
+    expected = {(0,): (1.0, 2.0), (1,): (3.0, 4.0)}
+    (line,) = compare(cases, [{"scores": [[1.0, 2.4], [2.8, 4.2]]}], expected, "bfloat16").results
+
+    assert line.max_difference == pytest.approx(0.4)
+    assert line.mean_difference == pytest.approx((0.0 + 0.4 + 0.2 + 0.2) / 4)
+    assert line.max_error == pytest.approx(0.4 / 2.0)
+
+
+def test_compare_shows_a_score_that_depends_on_its_company() -> None:
+    """Each is within the tolerance of the original, but they are too far from each other."""
+    alone, together = Case("alone", (Sample("", (0,)),)), Case("both", (Sample("", (0,)), Sample("", (1,))))
+    replies = [{"scores": [[1.08]]}, {"scores": [[0.92], [1.0]]}]
+    report = compare([alone, together], replies, {(0,): (1.0,), (1,): (1.0,)}, "bfloat16")
+
+    assert report.worst.name == COMPANY and not report.ok
+    assert report.worst.max_difference == pytest.approx(0.16)
+    assert report.total.max_difference == pytest.approx(0.08)
+
+
 @pytest.mark.parametrize("reply", [{"error": "boom"}, {"scores": [[math.nan]]}, {"scores": [[math.inf]]}])
-def test_compare_never_passes_a_score_that_is_none(checkpoint: Checkpoint, reply: dict) -> None:
-    reference = Reference(checkpoint, normalise=False)
-    report = compare([Case("one", (Sample("", (0, 1)),))], [reply], reference, "bfloat16")
+def test_compare_never_passes_a_score_that_is_none(reply: dict) -> None:
+    report = compare(one(0, 1), [reply], {(0, 1): (0.0,)}, "bfloat16")
 
     assert not report.ok and report.worst.max_error == math.inf
 
 
-def test_compare_wants_a_sample_without_tokens_refused(checkpoint: Checkpoint) -> None:
-    reference = Reference(checkpoint, normalise=False)
-    empty = [Case("empty", (Sample("", ()),))]
-
-    assert compare(empty, [{"error": "row 0 has no tokens"}], reference, "float32").ok
-    assert not compare(empty, [{"scores": [[0.0]]}], reference, "float32").ok
+def test_compare_wants_a_sample_without_tokens_refused() -> None:
+    assert compare(one(), [{"error": "row 0 has no tokens"}], {}, "float32").ok
+    assert not compare(one(), [{"scores": [[0.0]]}], {}, "float32").ok
 
 
 def test_report_shows_the_worst_of_cases_with_one_name() -> None:
-    lines = CaseResult("a", 1, 1e-3, "bad").merged(CaseResult("a", 2, 1e-7))
+    lines = CaseResult("a", 1, 1e-3, problem="bad").merged(CaseResult("a", 2, 1e-7))
     report = ParityReport((lines,), 1e-5)
 
     assert (lines.samples, lines.max_error, lines.problem) == (3, 1e-3, "bad")
@@ -102,7 +119,7 @@ def test_report_shows_the_worst_of_cases_with_one_name() -> None:
 
 def test_golden_of_holds_eight_samples_of_several_lengths(checkpoint: Checkpoint) -> None:
     cases = build_cases(checkpoint, "text", max_batch_size=64)
-    golden = golden_of(cases, "text", Reference(checkpoint, normalise=False), "float32")
+    golden = golden_of(cases, "text", expected_scores(checkpoint, cases), "float32")
 
     assert len(golden.samples) == 8
     assert len({len(sample.text or "") for sample in golden.samples}) > 4
@@ -110,4 +127,4 @@ def test_golden_of_holds_eight_samples_of_several_lengths(checkpoint: Checkpoint
 
 def test_reference_names_the_length_at_which_the_checkpoint_itself_fails(checkpoint: Checkpoint) -> None:
     with pytest.raises(ConversionError, match="fails on a sample of 17 tokens"):
-        Reference(checkpoint, normalise=False).scores((0,) * 17)
+        expected_scores(checkpoint, one(*(0,) * 17))

@@ -173,7 +173,7 @@ def test_score_requests_lets_only_the_failing_request_fail(scorer: Scorer) -> No
 def test_score_requests_turns_a_score_that_is_nan_into_that_requests_error(folder: Path) -> None:
     scorer = Scorer(folder, "cpu")
     with torch.no_grad():
-        scorer.model.transformer.wte.weight[7] = float("nan")
+        scorer.model.network.transformer.wte.weight[7] = float("nan")
     good, bad = score_requests(scorer, [[[0, 1]], [[2], [7]]])
 
     assert isinstance(good, np.ndarray)

@@ -1,9 +1,10 @@
 """A reward model inside Triton's python back end. The converter copies this file into every version folder.
 
 It stands alone: torch, transformers and numpy, nothing of the package that wrote it. What it must know is in
-`manifest.json` beside it. Three layers, top to bottom:
+`manifest.json` beside it. Four layers, top to bottom:
 
-    Scorer              samples -> rows of token ids -> scores [rows, rewards]
+    ServedModel         padded token ids [rows, length] -> scores [rows, rewards]
+    Scorer              samples -> rows of token ids -> scores
     score_requests      many requests in one batch; a bad one fails alone
     TritonPythonModel   what Triton calls
 
@@ -22,7 +23,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 try:
     import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]
@@ -39,22 +42,122 @@ class RejectedError(ValueError):
     """The request is at fault, not the model: the same request fails again."""
 
 
+class ServedModel(nn.Module):
+    """A network, and the rule by which its outputs become scores.
+
+    network: a sequence classifier, whose own class ends in scores; or a trunk, whose last hidden states are
+        pooled as the manifest says and go through `head`.
+    head: {"weight" [outputs, width], "bias" [outputs]} in float32; None for a classifier.
+    """
+
+    def __init__(self, network: Any, head: dict[str, Tensor] | None, manifest: dict[str, Any]) -> None:
+        super().__init__()
+        self.network = network
+        self.manifest = manifest
+        self.has_head = head is not None
+        self.weight: Any = None
+        self.bias: Any = None
+        if head is not None:
+            self.weight = nn.Parameter(head["weight"], requires_grad=False)
+            self.bias = nn.Parameter(head["bias"], requires_grad=False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Scores float32 [rows, rewards] of padded rows, int64 [rows, length]; 0 in the mask is padding."""
+        output = self.network(input_ids=input_ids, attention_mask=attention_mask)
+        if not self.has_head:
+            scores = output.logits.float()
+        elif self.manifest["pooling"] == "steps":
+            scores = self._step_scores(output.last_hidden_state, input_ids, attention_mask)
+        else:
+            scores = self._linear(self._pooled(output.last_hidden_state, input_ids, attention_mask))
+        if self.manifest.get("columns") is not None:
+            scores = scores[:, self.manifest["columns"]]
+        if self.manifest["normalise"]:
+            mean, std = (torch.tensor(self.manifest[name], device=scores.device) for name in ("mean", "std"))
+            scores = (scores - mean) / std
+        return scores
+
+    def _linear(self, states: Tensor) -> Tensor:
+        return nn.functional.linear(states.float(), self.weight, self.bias)
+
+    def _pooled(self, states: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """States [rows, length, width] -> [rows, width]."""
+        rule = self.manifest["pooling"]
+        if rule == "mean":
+            weights = mask.unsqueeze(-1).float()
+            return (states.float() * weights).sum(dim=1) / weights.sum(dim=1)
+        where = self._position(rule, input_ids, mask)
+        return states[torch.arange(len(states), device=states.device), where]
+
+    def _position(self, rule: str, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Where each row is read, [rows]."""
+        if rule == "cls":
+            return mask.int().argmax(dim=1)
+        if rule == "hf":  # as transformers' decoders do it: by the ids, whatever the mask says
+            return _last_true(input_ids != self.manifest["pad_token_id"])
+        last = _last_true(mask.bool())
+        if rule == "last_token":
+            return last
+        is_eos = (input_ids == self.manifest["eos_token_id"]) & mask.bool()
+        return torch.where(is_eos.any(dim=1), is_eos.int().argmax(dim=1), last)
+
+    def _step_scores(self, states: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """One number a row and output from the scores at the ends of its steps.
+
+        A step ends at each separator, and where the text ends: at the last token that is no eos.
+        """
+        logits = self._linear(states)
+        scores = logits if logits.shape[-1] == 1 else logits.softmax(dim=-1)
+        body = mask.bool()
+        if self.manifest["eos_token_id"] is not None:
+            body = body & (input_ids != self.manifest["eos_token_id"])
+        last = _last_true(torch.where(body.any(dim=1, keepdim=True), body, mask.bool()))
+        places = torch.arange(mask.shape[1], device=mask.device)
+        ends = (input_ids == self.manifest["separator_id"]) & mask.bool() | (places == last.unsqueeze(1))
+        return _aggregate(self.manifest["aggregate"], scores, ends.unsqueeze(-1), last)
+
+
+def _last_true(where: Tensor) -> Tensor:
+    """Index of the last True of each row, [rows, length] -> [rows]; 0 where there is none."""
+    return (where.int() * torch.arange(where.shape[1], device=where.device)).argmax(dim=1)
+
+
+def _aggregate(how: str, scores: Tensor, ends: Tensor, last: Tensor) -> Tensor:
+    """Scores [rows, length, outputs] where `ends` [rows, length, 1] -> [rows, outputs]."""
+    if how == "min":
+        return scores.masked_fill(~ends, torch.inf).amin(dim=1)
+    if how == "prod":
+        return scores.masked_fill(~ends, 1.0).prod(dim=1)
+    if how == "mean":
+        return (scores * ends).sum(dim=1) / ends.sum(dim=1)
+    return scores[torch.arange(len(scores), device=scores.device), last]
+
+
+def load_model(folder: Path, manifest: dict[str, Any]) -> ServedModel:
+    """The model of a version folder, on the CPU, in evaluation mode."""
+    auto_class: Any = AutoModelForSequenceClassification
+    head = None
+    if manifest.get("layout", "classifier") == "trunk":
+        auto_class, head = AutoModel, load_file(folder / "head.safetensors")
+    # int8 weights say in config.json how they are kept; everything beside them is float32.
+    dtype = torch.float32 if manifest["dtype"] == "int8" else getattr(torch, manifest["dtype"])
+    network = auto_class.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=manifest["trust_remote_code"], dtype=dtype
+    )
+    return ServedModel(network, head, manifest).eval()
+
+
 class Scorer:
-    """The classifier and tokenizer of one version folder."""
+    """The model and tokenizer of one version folder."""
 
     def __init__(self, folder: Path, device: str) -> None:
         self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        code = self.manifest["trust_remote_code"]
         self.tokenizer: Any = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=code
+            folder, local_files_only=True, trust_remote_code=self.manifest["trust_remote_code"]
         )
-        self.model: Any = AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            local_files_only=True,
-            trust_remote_code=code,
-            dtype=getattr(torch, self.manifest["dtype"]),
-        )
-        self.model.to(device).eval()
+        if self.manifest.get("truncation_side"):
+            self.tokenizer.truncation_side = self.manifest["truncation_side"]
+        self.model = load_model(folder, self.manifest).to(device)
         self.device = device
 
     def rows_from_texts(self, texts: Sequence[bytes]) -> Rows:
@@ -104,6 +207,8 @@ class Scorer:
                 f"row {row}: text is not UTF-8 ({error.reason} at byte {error.start})"
             ) from error
         template, limit = self.manifest["template"], self.manifest["max_length"]
+        if template == "chat":
+            return self._encode_chat(sample, row)
         eos = self.tokenizer.eos_token or ""
         ids = self.tokenizer(template.format(text=sample, eos=eos)).input_ids
         if len(ids) <= limit:
@@ -112,6 +217,27 @@ class Scorer:
         opened = template.removesuffix("{eos}").format(text=sample, eos=eos)
         cut = self.tokenizer(opened, truncation=True, max_length=limit - len(closing)).input_ids
         return [*cut, *closing]
+
+    def _encode_chat(self, sample: str, row: int) -> list[int]:
+        """Ids of a conversation, a JSON list of messages, in the model's own chat template.
+
+        One that is too long loses tokens on the tokenizer's truncation side; an eos that closes it stays.
+        """
+        ids = self._rendered(_messages(sample, row), row)
+        limit = self.manifest["max_length"]
+        if len(ids) <= limit:
+            return ids
+        if self.tokenizer.truncation_side == "left":
+            return ids[-limit:]
+        closing = ids[-1:] if ids[-1] == self.tokenizer.eos_token_id else []
+        return ids[: limit - len(closing)] + closing
+
+    def _rendered(self, messages: list[dict[str, Any]], row: int) -> list[int]:
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # templates raise their own kinds, for example where roles must alternate
+            raise RejectedError(f"row {row}: the chat template refuses these messages: {error}") from error
+        return self.tokenizer(text, add_special_tokens=False).input_ids  # the template writes its own
 
     def _checked(self, rows: Rows) -> Rows:
         vocabulary, limit = self.manifest["vocab_size"], self.manifest["max_length"]
@@ -133,12 +259,20 @@ class Scorer:
         for row, ids in enumerate(rows):
             input_ids[row, : len(ids)] = torch.tensor(ids)
             mask[row, : len(ids)] = 1
-        output = self.model(input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device))
-        scores = output.logits.float().cpu()
-        if self.manifest["normalise"]:
-            mean, std = torch.tensor(self.manifest["mean"]), torch.tensor(self.manifest["std"])
-            scores = (scores - mean) / std
-        return scores.numpy()
+        return self.model(input_ids.to(self.device), mask.to(self.device)).cpu().numpy()
+
+
+def _messages(sample: str, row: int) -> list[dict[str, Any]]:
+    try:
+        messages = json.loads(sample)
+    except ValueError:
+        messages = None
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise RejectedError(
+            f'row {row}: text is no JSON list of messages, such as [{{"role": "user", "content": "Hi"}}], '
+            "which the chat template takes"
+        )
+    return messages
 
 
 def score_requests(scorer: Scorer, requests: Sequence[Rows | Exception]) -> list[np.ndarray | Exception]:

@@ -1,0 +1,136 @@
+"""The tokenizer of a text-form ONNX model, inside Triton's python back end. The converter copies this file as
+`model.py` of `<name>-tokenizer`; a Triton ensemble `<name>` passes its ids on to `<name>-onnx`.
+
+It stands alone: numpy and transformers, nothing of the package that wrote it. What it must know is in
+`manifest.json` beside it.
+
+By hand, `python model.py < requests.json` tokenises without a server; see `main` for the format.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer
+
+try:
+    import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]
+except ModuleNotFoundError:  # run by hand: only Triton provides it
+    pb_utils: Any = None
+
+# The C++ back ends batch only rows of equal length, so lengths are rounded up: fewer kinds meet more often.
+LENGTH_STEP = 8
+
+
+class RejectedError(ValueError):
+    """The request is at fault: the same request fails again."""
+
+
+class TextEncoder:
+    """The tokenizer of one version folder, with template and limit."""
+
+    def __init__(self, folder: Path) -> None:
+        self._manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if self._manifest["truncation_side"]:
+            self._tokenizer.truncation_side = self._manifest["truncation_side"]
+
+    def encode(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and mask, int64 [n, length], padded on the right.
+
+        Raises:
+            RejectedError: a sample is not UTF-8, or has no tokens.
+        """
+        rows = [self._row(text, row) for row, text in enumerate(texts)]
+        longest = max(len(ids) for ids in rows)
+        length = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, self._manifest["max_length"])
+        input_ids = np.full((len(rows), length), self._manifest["pad_token_id"], dtype=np.int64)
+        mask = np.zeros_like(input_ids)
+        for row, ids in enumerate(rows):
+            input_ids[row, : len(ids)] = ids
+            mask[row, : len(ids)] = 1
+        return input_ids, mask
+
+    def _row(self, text: bytes, row: int) -> list[int]:
+        """Ids in the template.
+
+        Text that is too long loses tokens on the tokenizer's truncation side; its special tokens, and an
+        {eos} that closes the template, stay, because the score may be read there.
+        """
+        try:
+            sample = text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise RejectedError(
+                f"row {row}: text is not UTF-8 ({error.reason} at byte {error.start})"
+            ) from error
+        template, limit = self._manifest["template"], self._manifest["max_length"]
+        eos = self._tokenizer.eos_token or ""
+        ids = self._tokenizer(template.format(text=sample, eos=eos)).input_ids
+        if not ids:
+            raise RejectedError(f"row {row} has no tokens")
+        if len(ids) <= limit:
+            return ids
+        closing = [self._tokenizer.eos_token_id] if template.endswith("{eos}") else []
+        opened = template.removesuffix("{eos}").format(text=sample, eos=eos)
+        cut = self._tokenizer(opened, truncation=True, max_length=limit - len(closing)).input_ids
+        return [*cut, *closing]
+
+
+class TritonPythonModel:
+    """Triton's interface: one object per instance, its methods called in turn."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the tokenizer. A failure here is the reason that the server shows for not being ready."""
+        if int(np.__version__.split(".")[0]) >= 2:
+            raise RuntimeError(
+                f"numpy {np.__version__} in the model's Python: Triton's python stub corrupts tensors with "
+                "numpy 2; install numpy<2 there"
+            )
+        self.encoder = TextEncoder(Path(__file__).parent)
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Answer every request, each with its ids or its own error."""
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Any) -> Any:
+        texts = pb_utils.get_input_tensor_by_name(request, "text").as_numpy().reshape(-1).tolist()
+        try:
+            input_ids, mask = self.encoder.encode(texts)
+        except RejectedError as error:
+            return pb_utils.InferenceResponse(
+                error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
+            )
+        tensors = [pb_utils.Tensor("input_ids", input_ids), pb_utils.Tensor("attention_mask", mask)]
+        return pb_utils.InferenceResponse(output_tensors=tensors)
+
+
+def main() -> None:
+    """Tokenise requests read from stdin as one JSON object; write the answers to stdout.
+
+    in:  {"requests": [{"texts": [...]}, ...]}
+    out: [{"input_ids": [[...]], "attention_mask": [[...]]} or {"error": "..."}, ...]
+    """
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # libraries may print; only answers belong on stdout
+    asked = json.load(sys.stdin)
+    encoder = TextEncoder(Path(__file__).parent)
+    with answers:
+        json.dump([_by_hand(encoder, request) for request in asked["requests"]], answers)
+
+
+def _by_hand(encoder: TextEncoder, request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        input_ids, mask = encoder.encode([text.encode("utf-8") for text in request["texts"]])
+    except RejectedError as error:
+        return {"error": str(error)}
+    return {"input_ids": input_ids.tolist(), "attention_mask": mask.tolist()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Hold a running server's scores against a checkpoint: the cases of a conversion, asked over gRPC."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from conch.converters.cases import build_cases, requests_of
+from conch.converters.checkpoint import read_checkpoint
+from conch.converters.comparison import compare
+from conch.converters.conversion import Reading
+from conch.converters.parity import ParityReport
+from conch.converters.pipeline import quiet_transformers
+from conch.converters.reference import expected_scores
+from conch.errors import ConversionError
+from conch.serving.manifest import ServedDtype
+from conch.serving.triton_ask import Server
+
+
+def verify(endpoint: str, checkpoint: str, dtype: ServedDtype, reading: Reading) -> ParityReport:
+    """Compare a served model with the checkpoint that it should have been made from.
+
+    endpoint: `host:port/model`. dtype: whose tolerance counts. reading: as at the conversion; a length that
+    it leaves open is the server's.
+
+    Raises:
+        ServingError: the server does not answer, or serves no reward model there.
+        ConversionError: the checkpoint cannot be read, or has other rewards than are served.
+    """
+    with Server(endpoint) as server, quiet_transformers():
+        spec = server.spec()
+        original = read_checkpoint(
+            checkpoint, replace(reading, max_length=reading.max_length or spec.max_length or None)
+        )
+        if len(spec.reward_names) != len(original.reward_names):
+            raise ConversionError(
+                f"{endpoint} serves the rewards {', '.join(spec.reward_names)}, the checkpoint has "
+                f"{', '.join(original.reward_names)}: say with --reward which were served"
+            )
+        cases = build_cases(original, spec.form, max_batch_size=spec.max_batch_size)
+        expected = expected_scores(original, cases)
+        replies = server.score(requests_of(cases, spec.form, original.pad_token_id), spec)
+    return compare(cases, replies, expected, dtype)
