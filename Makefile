@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTRAS := serve,deepspeed,tensorboard,wandb,dev
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
+# One process a core, at most four; a file's tests stay together, since they share what is slow to set up.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # DeepSpeed would compile its CUDA kernels at installation; it builds the few it uses at run time.
@@ -51,10 +53,10 @@ format: $(STAMP)  ## rewrite the sources as `make check` wants them
 	$(BIN)/python -m ruff format .
 
 test: check  ## check, then unit and integration tests: what .ci/run calls
-	$(BIN)/python -m pytest -m "not slow and not gpu and not int8" $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu and not int8" $(ARGS)
 
 unit: $(STAMP)  ## unit tests alone
-	$(BIN)/python -m pytest tests/unit $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) tests/unit $(ARGS)
 
 test-slow: $(STAMP)  ## the tests that `make test` leaves out for their length
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
