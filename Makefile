@@ -10,13 +10,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTRAS := serve,onnx,deepspeed,tensorboard,wandb,dev
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
+# One process a core, at most four; a file's tests stay together, since they share what is slow to set up.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # DeepSpeed would compile its CUDA kernels at installation; it builds the few it uses at run time.
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart check format test unit test-slow wheel clean
+.PHONY: help install quickstart check format test unit test-slow test-int8 wheel clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) \
@@ -51,13 +53,18 @@ format: $(STAMP)  ## rewrite the sources as `make check` wants them
 	$(BIN)/python -m ruff format .
 
 test: check  ## check, then unit and integration tests: what .ci/run calls
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu and not int8" $(ARGS)
 
 unit: $(STAMP)  ## unit tests alone
-	$(BIN)/python -m pytest tests/unit $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) tests/unit $(ARGS)
 
 test-slow: $(STAMP)  ## the tests that `make test` leaves out for their length
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+# torchao makes every import of transformers seconds slower, so it stays out of .venv.
+test-int8: $(STAMP)  ## the tests that need torchao, which is fetched into .int8/
+	test -d .int8/torchao || $(PIP) install --no-deps --constraint constraints.txt --target .int8 torchao
+	PYTHONPATH=.int8 $(BIN)/python -m pytest -m int8 $(ARGS)
 
 wheel: $(STAMP)  ## build the source distribution and the wheel into dist/
 	$(BIN)/python -m build --no-isolation

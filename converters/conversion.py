@@ -121,9 +121,9 @@ class Options:
             raise ConversionError(f"gpu is {self.gpu}; cards are numbered from 0")
         if self.reading.template == "chat" and self.form == "token":
             raise ConversionError("the chat template makes tokens of text: it needs --form text")
-        for path in (self.checkpoint, self.reading.base_model):
-            if path and looks_like_path(path) and not Path(path).exists():
-                raise ConversionError(f"checkpoint folder {path} does not exist")
+        for what, path in (("checkpoint", self.checkpoint), ("base model", self.reading.base_model)):
+            if path and looks_like_path(path) and not Path(path).expanduser().exists():
+                raise ConversionError(f"{what} folder {path} does not exist")
 
 
 @dataclass(frozen=True, slots=True)

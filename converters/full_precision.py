@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -74,8 +75,10 @@ def _layers(model: Any) -> list[nn.Module]:
 def _replaced_buffers(model: Any) -> list[tuple[nn.Module, str, Tensor]]:
     """Exchange the buffers for those of a float32 model, since a half-precision model may have computed its
     tables of positions in half precision. Returns the old ones."""
+    config = copy.deepcopy(model.config)
+    config.dtype = torch.float32  # classes made by transformers' own generic ones build their trunk in it
     with init_empty_weights(include_buffers=False):
-        fresh = dict(type(model)(model.config).named_buffers())
+        fresh = dict(type(model)(config).named_buffers())
     old = []
     for path, buffer in model.named_buffers():
         parent, _, name = path.rpartition(".")

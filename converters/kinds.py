@@ -29,7 +29,7 @@ from conch.converters.network import (
     refuse_not_finite,
     refuse_tensors,
 )
-from conch.converters.source import Source, find_source, some, tensors_in
+from conch.converters.source import HARMLESS, Source, find_source, some, tensors_in
 from conch.errors import ConversionError, ModelError
 from conch.models.adapter import ADAPTER_FILE, adapter_base, merge_saved_adapter
 
@@ -92,7 +92,11 @@ def _read_value_head(source: Source, base_model: str | None) -> Network:
     config = _config_of(base)
     tensors = source.tensors()
     head = _value_head(source, tensors, config)
-    trunk = {name: tensor for name, tensor in tensors.items() if not name.startswith(_VALUE_HEAD)}
+    trunk = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not name.startswith(_VALUE_HEAD) and not HARMLESS.search(name)
+    }
     model = _trunk_from(source, trunk, config, base)
     refuse_not_finite(source.name, {**model.state_dict(), "v_head.weight": head.weight})
     labels = tuple(f"reward_{index}" for index in range(len(head.weight)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from conch.converters.source import Source, some
+from conch.converters.source import HARMLESS, Source, some
 from conch.errors import ConversionError
 from conch.serving.manifest import Pooling
-
-# Buffers that older versions of transformers saved with the weights, and a language model's head beside a
-# reward's: no score depends on them.
-_HARMLESS = re.compile(
-    r"(\.attn|\.attention|\.self)\.(bias|masked_bias)$|rotary_emb\.inv_freq$|position_ids$|^(model\.)?lm_head\."
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +86,7 @@ def refuse_tensors(name: str, info: dict[str, Any], *, what: str, remedy: str = 
     misshapen = sorted(
         f"{key} is {list(there)} instead of {list(wanted)}" for key, there, wanted in info["mismatched_keys"]
     )
-    extra = [key for key in info["unexpected_keys"] if not _HARMLESS.search(key)]
+    extra = [key for key in info["unexpected_keys"] if not HARMLESS.search(key)]
     if misshapen:
         raise ConversionError(
             f"{name} is no {what}: tensors of another shape: {some(misshapen)}"

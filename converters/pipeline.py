@@ -16,7 +16,7 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from conch.converters import graph_form, onnx_text, python_form
+from conch.converters import graph_form, onnx_text, python_form, torchao_int8
 from conch.converters.cases import Case, build_cases, requests_of
 from conch.converters.checkpoint import Checkpoint, checkpoint_sha256, read_checkpoint
 from conch.converters.comparison import compare
@@ -28,7 +28,7 @@ from conch.errors import ConversionError, ParityError
 from conch.log import get_logger
 from conch.serving.manifest import GOLDEN, MANIFEST, Backend, Golden, Manifest, sha256_of
 from conch.serving.spec import Engine, RewardModelSpec, TokenizerSpec, ensemble_parts
-from conch.serving.store import latest_manifest, publish, staged_version
+from conch.serving.store import owner_of, publish, staged_version
 
 _log = get_logger(__name__)
 
@@ -69,6 +69,8 @@ def convert(options: Options) -> Conversion:
     if (options.backend, options.form) == ("onnx", "text"):
         return _convert_onnx_text(options)
     with quiet_transformers(), _staged(options) as folder:
+        if options.dtype == "int8":
+            torchao_int8.check_torchao()
         _refuse_other_checkpoint(options)
         runner = python_form.MODEL_PY if options.backend == "python" else graph_form.GRAPH_PY
         shutil.copyfile(runner, folder / "model.py")
@@ -126,6 +128,8 @@ def _write(options: Options, folder: Path) -> Written:
     """All that needs the original: its model is freed when this returns."""
     _log.info("reading %s", options.checkpoint)
     checkpoint = read_checkpoint(options.checkpoint, options.reading)
+    if options.dtype == "int8":
+        torchao_int8.check_layers(checkpoint.model)
     manifest = _manifest(options, checkpoint)
     cases = build_cases(checkpoint, options.form, max_batch_size=options.max_batch_size)
     expected = expected_scores(checkpoint, cases)
@@ -148,8 +152,8 @@ def _staged(options: Options) -> Iterator[Path]:
 
 
 def _refuse_other_checkpoint(options: Options) -> None:
-    there = latest_manifest(options.model_store, options.name) if not options.force else None
-    if there is None or there.source_sha256 == checkpoint_sha256(options.checkpoint, options.reading):
+    there = owner_of(options.model_store, options.name) if not options.force else None
+    if there is None or there.sha256 == checkpoint_sha256(options.checkpoint, options.reading):
         return
     raise ConversionError(
         f"model {options.name!r} in {options.model_store} was made from other weights ({there.source}): "

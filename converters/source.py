@@ -21,6 +21,11 @@ from conch.log import progress
 from conch.models.adapter import ADAPTER_FILE
 from conch.serving.manifest import sha256_of
 
+# Buffers that older versions of transformers saved with the weights, and a language model's head beside a
+# reward's: no score depends on them.
+HARMLESS = re.compile(
+    r"(\.attn|\.attention|\.self)\.(bias|masked_bias)$|rotary_emb\.inv_freq$|position_ids$|^(model\.)?lm_head\."
+)
 _SHARD = re.compile(r"-\d+-of-\d+")
 # Pickled files beside weights that hold none.
 _NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|rng_state|random_states|scaler)")
@@ -52,9 +57,9 @@ class Source:
 
     def tensor_names(self) -> set[str]:
         """Names of all tensors. Reads only the headers of safetensors files."""
-        return set(self._shapes())
+        return set(self._dtypes())
 
-    def _shapes(self) -> dict[str, torch.dtype]:
+    def _dtypes(self) -> dict[str, torch.dtype]:
         found: dict[str, torch.dtype] = {}
         for path in self.weights:
             found |= _dtypes_in(path)
@@ -62,7 +67,11 @@ class Source:
 
     def stored_dtype(self) -> torch.dtype:
         """The dtype that holds every tensor exactly: float32 unless all are of one half precision."""
-        dtypes = {dtype for dtype in self._shapes().values() if dtype.is_floating_point}
+        dtypes = {
+            dtype
+            for name, dtype in self._dtypes().items()
+            if dtype.is_floating_point and not HARMLESS.search(name)
+        }
         return dtypes.pop() if dtypes in ({torch.bfloat16}, {torch.float16}) else torch.float32
 
     def tensors(self) -> dict[str, Tensor]:

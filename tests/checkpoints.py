@@ -47,6 +47,16 @@ ENCODERS: dict[str, dict[str, Any]] = {
 
 FAMILIES = (*DECODERS, *ENCODERS)
 
+# Keeps a factor in a buffer, which in half precision is rounded.
+GEMMA = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "intermediate_size": 48,
+}
+
 
 def tokenizer_for(family: str) -> PreTrainedTokenizerFast:
     """A letter a token; an encoder's opens every text with `a` and closes it with `b`."""
@@ -61,6 +71,9 @@ def tokenizer_for(family: str) -> PreTrainedTokenizerFast:
 
 def config_of(family: str, **overrides: Any) -> Any:
     """Configuration of a tiny model of that family."""
+    if family == "gemma2":
+        special = {"vocab_size": 24, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None}
+        return AutoConfig.for_model(family, **special, **GEMMA, **overrides)
     if family in DECODERS:
         shape = decoder_shape(family, **overrides)
     else:

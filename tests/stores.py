@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from conch.serving.manifest import GOLDEN, MANIFEST, Golden, GoldenSample, Manifest, sha256_of
 from conch.serving.spec import RewardModelSpec
@@ -31,8 +32,12 @@ def store_model(
     weights: bytes = b"weights",
     model_py: str = LENGTH_MODEL,
     golden_score: float = 2.0,
+    **placement: Any,
 ) -> Path:
-    """Publish a version and return its folder. The only golden sample is the text `ab`."""
+    """Publish a version and return its folder. The only golden sample is the text `ab`.
+
+    placement: see `publish`.
+    """
     with staged_version(store, name) as folder:
         (folder / "model.safetensors").write_bytes(weights)
         (folder / "model.py").write_text(model_py)
@@ -55,4 +60,4 @@ def store_model(
         )
         (folder / MANIFEST).write_text(manifest.model_dump_json())
         spec = RewardModelSpec(name, max_length=8, content_sha256=sha256_of(folder / MANIFEST))
-        return publish(folder, spec, store)
+        return publish(folder, spec, store, **placement)

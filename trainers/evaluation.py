@@ -11,10 +11,10 @@ from conch.config import EvalGenerationConfig, GenerationConfig, RewardConfig, l
 from conch.engine import Engine
 from conch.errors import ConfigError
 from conch.rewards.scorer import Scorer
-from conch.rewards.source import RewardSource, from_user
+from conch.rewards.source import RewardSource
 from conch.tracking import Tracker
 from conch.trainers.common import mean_of_finite
-from conch.trainers.online import MetricFn, extra_keys, metric_columns, total_reward
+from conch.trainers.online import MetricFn, checked_source, metric_columns, total_reward
 from conch.types import Metrics, Prompt, Rollout, RolloutEngine
 
 GenerationT = TypeVar("GenerationT", bound=GenerationConfig)
@@ -79,9 +79,7 @@ def eval_source(
         raise ConfigError("`reward.delta` is for rewards that are learned from; here they only measure")
     if reward is None and config.url is None:
         return None
-    source = from_user(reward, config, metadata_keys=extra_keys(prompts or []))
-    engine.together(source.check)
-    return source
+    return checked_source(engine, reward, config, prompts or [])
 
 
 class Evaluator:

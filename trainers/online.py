@@ -217,24 +217,33 @@ def extra_keys(prompts: Sequence[str | Mapping[str, Any]]) -> list[str]:
     return [key for key in keys if key != "prompt"]
 
 
-def reward_to_learn_from(
+def checked_source(
     engine: Engine,
     reward: Callable[..., Any] | str | RewardSource | None,
     config: RewardConfig,
     prompts: Sequence[str | Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
 ) -> RewardSource:
-    """The reward source as user and configuration name it, checked on every rank; less that of each prompt's
-    original output with `reward.delta`.
+    """The reward source as user and configuration name it, once it has answered every rank.
 
     Raises:
-        ConfigError, DataError: the source will not do, or a prompt has no original output.
+        ConfigError: the source will not do.
         RewardError: it does not answer.
     """
     source = from_user(reward, config, metadata_keys=extra_keys(prompts))
     engine.together(source.check)
-    if not config.delta:
-        return source
+    return source
+
+
+def less_originals(
+    source: RewardSource,
+    prompts: Sequence[str | Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> RewardSource:
+    """Rewards less those of each prompt's original output: `reward.delta`.
+
+    Raises:
+        DataError: a prompt has no original output.
+    """
     check_originals(prompts)
     return DeltaReward(source, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore[reportReturnType]
 

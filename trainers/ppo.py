@@ -71,12 +71,13 @@ from conch.trainers.online import (
     KLConfig,
     KLController,
     MetricFn,
+    checked_source,
     explained_variance,
     fitting_prompts,
+    less_originals,
     log_rollouts,
     mean_kl,
     reward_metrics,
-    reward_to_learn_from,
     rollout_metrics,
     texts_of,
 )
@@ -247,9 +248,11 @@ class PPOTrainer:
     ) -> None:
         self.config = config
         self.engine = engine = Engine(config.train)
-        self.tokenizer = given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path)
         all_prompts = [*prompts, *(eval_prompts or [])]
-        self.source = reward_to_learn_from(engine, reward, config.reward, all_prompts, self.tokenizer)
+        self.source = checked_source(engine, reward, config.reward, all_prompts)
+        self.tokenizer = given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path)
+        if config.reward.delta:
+            self.source = less_originals(self.source, all_prompts, self.tokenizer)
         self.scorer = Scorer(self.source, config.reward, engine.sum_int)
         lm = given_or_loaded_lm(model, config.model)
         check_vocabulary(lm, self.tokenizer)

@@ -61,10 +61,11 @@ from conch.trainers.evaluation import Evaluator, eval_variants, longest_generati
 from conch.trainers.online import (
     MetricFn,
     agreed_objectives,
+    checked_source,
     fitting_prompts,
+    less_originals,
     log_rollouts,
     reward_metrics,
-    reward_to_learn_from,
     texts_of,
     total_reward,
 )
@@ -223,9 +224,11 @@ class RFTTrainer:
     ) -> None:
         self.config = config
         self.engine = engine = Engine(config.train)
-        self.tokenizer = given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path)
         all_prompts = [*prompts, *(eval_prompts or [])]
-        self.source = reward_to_learn_from(engine, reward, config.reward, all_prompts, self.tokenizer)
+        self.source = checked_source(engine, reward, config.reward, all_prompts)
+        self.tokenizer = given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path)
+        if config.reward.delta:
+            self.source = less_originals(self.source, all_prompts, self.tokenizer)
         self.scorer = Scorer(self.source, config.reward, engine.sum_int)
         self.lm = given_or_loaded_lm(model, config.model).to(engine.device)  # pyright: ignore[reportArgumentType]
         check_vocabulary(self.lm, self.tokenizer)

@@ -14,9 +14,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from conch.config import Section
 from conch.disk import sync, sync_tree
@@ -49,6 +49,14 @@ class StoredModel:
     spec: RewardModelSpec
     manifest: Manifest | EnsembleManifest
     golden: Golden
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """What a name of the store was given to. sha256: of the checkpoint's weights, "" if not known."""
+
+    source: str
+    sha256: str
 
 
 def is_valid_name(name: str) -> bool:
@@ -98,14 +106,21 @@ def latest_version(model_store: Path, name: str) -> int:
     return found[-1]
 
 
-def latest_manifest(model_store: Path, name: str) -> Manifest | None:
-    """The manifest of the version that a server would load; None where the name is free.
+def owner_of(model_store: Path, name: str) -> Owner | None:
+    """Whose the name is, by its latest version; None where it is free.
 
     Raises:
-        ModelStoreError: the manifest is missing or damaged.
+        ModelStoreError: the version's manifest is missing or damaged.
     """
     found = versions(model_store, name)
-    return _read_section(Manifest, model_store / name / str(found[-1]) / MANIFEST) if found else None
+    if not found:
+        return None
+    path = model_store / name / str(found[-1]) / MANIFEST
+    try:
+        manifest = TypeAdapter(dict[str, Any]).validate_json(_read_text(path))
+    except ValidationError as error:
+        raise ModelStoreError(f"{path} is damaged: it is no JSON object; {_AGAIN}") from error
+    return Owner(str(manifest.get("source", "not known")), str(manifest.get("source_sha256", "")))
 
 
 def read_model(model_store: Path, name: str) -> StoredModel:
@@ -195,8 +210,12 @@ def publish(
             (folder / EMBEDDED_CONFIG).parent.mkdir(parents=True, exist_ok=True)
             published = folder / str(max(versions(model_store, spec.name), default=0) + 1)
             staged.rename(published)
-            for relative, new in new_configs.items():
-                new.replace(folder / relative)
+            try:
+                for relative, new in new_configs.items():
+                    new.replace(folder / relative)
+            except OSError:
+                published.rename(staged)
+                raise
             sync(folder)
             if keep is not None:
                 _remove_all_but(folder, versions(model_store, spec.name)[-1 - keep :])

@@ -15,8 +15,9 @@ from conch.converters import python_form
 from conch.converters.conversion import Reading
 from conch.converters.to_triton import main, to_triton
 from conch.errors import ConversionError, ParityError
-from conch.serving.store import list_models, read_model, verify_files
+from conch.serving.store import list_models, read_model, verify_files, versions
 from tests.integration.conftest import TEXT_MODEL, TOKEN_MODEL, RewardModel
+from tests.stores import store_model
 from tests.tiny import char_tokenizer, reward_checkpoint
 
 
@@ -102,6 +103,40 @@ def test_to_triton_keeps_the_opening_and_closing_tokens_of_an_encoder(tmp_path: 
     assert conversion.path == tmp_path / "store" / "encoder" / "1"
     assert conversion.spec.reward_names == ("kind", "true")
     assert read_model(tmp_path / "store", "encoder").manifest.template == "{text}"
+
+
+def test_a_name_stays_with_the_weights_it_was_given_to(tmp_path: Path, reward_model: RewardModel) -> None:
+    before = everything_in(reward_model.model_store)
+    other = reward_checkpoint(tmp_path / "other", seed=1)
+    with pytest.raises(ConversionError, match=r"made from other weights \(checkpoint\): give .*--force"):
+        to_triton(other, name=TEXT_MODEL, model_store=reward_model.model_store)
+    assert everything_in(reward_model.model_store) == before
+
+
+def test_force_and_keep_replace_a_model_by_other_weights(tmp_path: Path) -> None:
+    store_model(tmp_path / "store", "walks")
+    checkpoint = reward_checkpoint(tmp_path / "checkpoint")
+    arguments = ["--checkpoint", str(checkpoint), "--name", "walks", "--model-store", str(tmp_path / "store")]
+
+    assert main(arguments) == 1
+    assert main([*arguments, "--dry-run", "--force"]) == 0
+    assert versions(tmp_path / "store", "walks") == [1]
+    assert main([*arguments, "--force", "--keep=0", "--instance-kind", "cpu"]) == 0
+    assert versions(tmp_path / "store", "walks") == [2]
+    assert "KIND_CPU" in (tmp_path / "store" / "walks" / "config.pbtxt").read_text()
+    # The same weights in another form need no force.
+    assert main([*arguments, "--max-length", "8"]) == 0
+    assert versions(tmp_path / "store", "walks") == [2, 3]
+
+
+def test_a_dry_run_makes_no_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = reward_checkpoint(tmp_path / "checkpoint")
+    arguments = ["--checkpoint", str(checkpoint), "--model_store", str(tmp_path / "store"), "--dry_run"]
+
+    assert main(arguments) == 0
+    assert "batch of 32" in (shown := capsys.readouterr()).out and "nothing was published" in shown.out
+    assert "writing the version" in shown.err
+    assert not (tmp_path / "store").exists()
 
 
 def test_to_triton_refuses_normalise_without_statistics(tmp_path: Path) -> None:

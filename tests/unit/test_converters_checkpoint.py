@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, GPT2LMHeadModel
 
 from conch.converters.checkpoint import check_template, read_checkpoint
-from conch.converters.conversion import Reading
+from conch.converters.conversion import Options, Reading
 from conch.data.judgements import default_template
 from conch.errors import ConversionError
 from tests.tiny import char_tokenizer, reward_checkpoint, tiny_gpt2_config
@@ -205,3 +205,22 @@ def test_check_template_refuses_eos_where_the_tokenizer_has_none() -> None:
     tokenizer.eos_token = None
     with pytest.raises(ConversionError, match="has no eos token"):
         check_template("{text}{eos}", tokenizer)
+
+
+def test_options_refuse_a_base_model_that_is_not_there() -> None:
+    with pytest.raises(ConversionError, match=r"base model folder \./nowhere does not exist"):
+        Options("org/model", "name", Path("store"), reading=Reading(base_model="./nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"keep": -1}, "keep is -1"),
+        ({"gpu": -1}, "gpu is -1"),
+        ({"max_batch_size": 0}, "max_batch_size is 0"),
+        ({"form": "token", "reading": Reading(template="chat")}, "needs --form text"),
+    ],
+)
+def test_options_refuse_what_cannot_be(settings: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConversionError, match=expected):
+        Options("org/model", "name", Path("store"), **settings)

@@ -20,6 +20,7 @@ from conch.converters.full_precision import in_float32
 from conch.converters.pipeline import _manifest
 from conch.converters.python_form import write_version
 from conch.converters.reference import expected_scores
+from conch.converters.torchao_int8 import check_layers
 from conch.errors import ConversionError
 from conch.serving.python_backend.model import Scorer
 from tests.checkpoints import (
@@ -84,7 +85,7 @@ def test_a_classifier_of_any_family_scores_the_same(tmp_path: Path, family: str)
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_run_in_float32_to_the_last_bit(tmp_path: Path, family: str, dtype: str) -> None:
     classifier(tmp_path, family, dtype=dtype)
@@ -124,6 +125,45 @@ def test_a_value_head_is_read_at_the_first_eos(tmp_path: Path, family: str, how:
     right = pooled(trunk, tensors["v_head.weight"], first_eos)
     reading = Reading(base_model=str(tmp_path / "base"))
     np.testing.assert_allclose(served(tmp_path / "head", reading), right, atol=1e-5)
+
+
+def test_a_half_precision_value_head_with_old_buffers_stays_in_half_precision(tmp_path: Path) -> None:
+    """GPT-J checkpoints of 2022 hold the causal mask of each layer, and a float32 scalar beside it."""
+    tensors = value_head_tensors(base_model(tmp_path / "base", "gptj"))
+    tensors = {name: tensor.half() for name, tensor in tensors.items()}
+    tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32, dtype=torch.bool)
+    tensors["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e9)
+    tensors["lm_head.weight"] = torch.zeros(24, 32)
+    save_value_head(tmp_path / "head", tensors, "pt")
+
+    checkpoint = read_checkpoint(str(tmp_path / "head"), Reading(base_model=str(tmp_path / "base")))
+    assert {parameter.dtype for parameter in checkpoint.model.parameters()} == {torch.float16}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub client's cache, in which models count as fetched."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def cached(hub: Path, name: str, revision: str) -> Path:
+    """Where the client looks for that revision of a model."""
+    entry = hub / f"models--{name.replace('/', '--')}"
+    (entry / "refs").mkdir(parents=True)
+    (entry / "refs" / revision).write_text("c" * 40)
+    return entry / "snapshots" / ("c" * 40)
+
+
+def test_checkpoint_and_base_model_are_found_on_the_hub(hub: Path) -> None:
+    base = base_model(cached(hub, "EleutherAI/gpt-j-6B", "main"), "gptj")
+    save_value_head(cached(hub, "Dahoas/gptj-rm-static", "676bfd4d"), value_head_tensors(base), "pt")
+
+    reading = Reading(base_model="EleutherAI/gpt-j-6B", revision="676bfd4d")
+    checkpoint = read_checkpoint("Dahoas/gptj-rm-static", reading)
+    assert (checkpoint.pooling, checkpoint.max_length) == ("first_eos", 32)
+    with pytest.raises(ConversionError, match="is no folder here, and cannot be had from the model hub"):
+        read_checkpoint("Dahoas/gptj-rm-static", Reading(base_model="EleutherAI/gpt-j-6B", revision="0" * 8))
 
 
 @pytest.mark.parametrize(
@@ -412,3 +452,19 @@ def test_an_adapter_without_a_head_is_refused(tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     save_adapter(tmp_path / "adapter", base, TaskType.CAUSAL_LM)
     refused(tmp_path / "adapter", "an adapter for CAUSAL_LM, which gives no scores")
+
+
+def test_int8_refuses_a_model_without_linear_layers(tmp_path: Path) -> None:
+    classifier(tmp_path / "gpt2", "gpt2")
+    classifier(tmp_path / "llama", "llama")
+    check_layers(read_checkpoint(str(tmp_path / "llama")).model)
+    with pytest.raises(ConversionError, match=r"no nn\.Linear layers .* choose bfloat16"):
+        check_layers(read_checkpoint(str(tmp_path / "gpt2")).model)
+
+
+def test_a_weight_beyond_the_served_precision_is_named(tmp_path: Path) -> None:
+    model = classifier(tmp_path / "model", "llama")
+    model.model.norm.weight.data[0] = 1e6
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ConversionError, match=r"norm\.weight does not fit into torch\.float16"):
+        served(tmp_path / "model", dtype="float16")

@@ -8,9 +8,11 @@ import pytest
 from conch.converters.cases import Case, Sample, build_cases, requests_of
 from conch.converters.checkpoint import Checkpoint, read_checkpoint
 from conch.converters.comparison import compare
+from conch.converters.conversion import Reading
 from conch.converters.parity import COMPANY, CaseResult, ParityReport
 from conch.converters.reference import expected_scores, golden_of
 from conch.errors import ConversionError
+from tests.checkpoints import LETTERS, classifier, process_reward, tokenizer_for
 from tests.tiny import reward_checkpoint
 
 PAD, EOS = 21, 22
@@ -128,3 +130,27 @@ def test_golden_of_holds_eight_samples_of_several_lengths(checkpoint: Checkpoint
 def test_reference_names_the_length_at_which_the_checkpoint_itself_fails(checkpoint: Checkpoint) -> None:
     with pytest.raises(ConversionError, match="fails on a sample of 17 tokens"):
         expected_scores(checkpoint, one(*(0,) * 17))
+
+
+def test_build_cases_of_a_process_reward_hold_texts_of_several_steps(tmp_path: Path) -> None:
+    process_reward(tmp_path, "llama")
+    steps = read_checkpoint(str(tmp_path), Reading(step_separator=";"))
+    counts = {
+        sample.ids.count(LETTERS.index(";"))
+        for sample in samples(build_cases(steps, "text", max_batch_size=8))
+    }
+
+    assert len(counts) > 5
+
+
+def test_build_cases_of_conversations_want_other_texts_refused(tmp_path: Path) -> None:
+    classifier(tmp_path, "llama")
+    tokenizer = tokenizer_for("llama")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}<eos>"
+    tokenizer.save_pretrained(tmp_path)
+    cases = build_cases(read_checkpoint(str(tmp_path), Reading(template="chat")), "text", max_batch_size=8)
+    texts = {sample.text: sample.ids for sample in samples(cases)}
+
+    assert texts["no JSON"] == ()
+    assert texts['[{"role": "user", "content": ""}]'] == (EOS,)
+    assert max(len(ids) for ids in texts.values()) == 32

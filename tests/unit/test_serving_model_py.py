@@ -90,6 +90,50 @@ def test_rows_from_texts_refuses_what_is_not_utf8(scorer: Scorer) -> None:
         scorer.rows_from_texts([b"a", b"a\xff"])
 
 
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Scorer:
+    """A message is its role's first letter and its content; an eos closes the conversation."""
+    folder = write_version(tmp_path_factory.mktemp("chat"), template="chat")
+    scorer = Scorer(folder, "cpu")
+    scorer.tokenizer.chat_template = (
+        "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}{{ message['role'][0] }}{{ message['content'] }}{% endfor %}<eos>"
+    )
+    return scorer
+
+
+def conversation(*contents: str, role: str = "user") -> bytes:
+    return json.dumps([{"role": role, "content": content} for content in contents]).encode()
+
+
+def test_rows_from_texts_puts_messages_into_the_chat_template(chat: Scorer) -> None:
+    u = 20
+    assert chat.rows_from_texts([conversation("ab", "c")]) == [[u, 0, 1, u, 2, EOS]]
+
+
+@pytest.mark.parametrize(
+    ("side", "expected"), [("right", [20, *range(MAX_LENGTH - 2), EOS]), ("left", [*range(5, 16), EOS])]
+)
+def test_rows_from_texts_cuts_a_conversation_and_keeps_its_closing_eos(
+    chat: Scorer, side: str, expected: list[int]
+) -> None:
+    chat.tokenizer.truncation_side = side
+    assert chat.rows_from_texts([conversation("abcdefghijklmnop")]) == [expected]
+
+
+@pytest.mark.parametrize("text", [b"ab", b'{"role": "user"}', b'["ab"]', b"1"])
+def test_rows_from_texts_refuses_what_are_no_messages(chat: Scorer, text: bytes) -> None:
+    with pytest.raises(RejectedError, match="row 1: text is no JSON list of messages"):
+        chat.rows_from_texts([conversation("a"), text])
+
+
+def test_rows_from_texts_passes_on_what_the_chat_template_refuses(chat: Scorer) -> None:
+    with pytest.raises(RejectedError, match=r"row 0: the chat template refuses these messages: .*empty"):
+        chat.rows_from_texts([b"[]"])
+    with pytest.raises(RejectedError, match="row 0: the chat template refuses these messages: no system"):
+        chat.rows_from_texts([conversation("a", role="system")])
+
+
 def test_rows_from_tokens_takes_either_padding(scorer: Scorer) -> None:
     rows = [[0, 1, 2], [3]]
     assert scorer.rows_from_tokens(*masked(rows)) == rows

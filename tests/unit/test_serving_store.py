@@ -9,9 +9,11 @@ from conch.errors import ModelStoreError
 from conch.serving.manifest import GOLDEN, MANIFEST
 from conch.serving.spec import RewardModelSpec
 from conch.serving.store import (
+    Owner,
     is_valid_name,
     latest_version,
     list_models,
+    owner_of,
     publish,
     read_model,
     staged_version,
@@ -150,3 +152,50 @@ def test_verify_files_names_a_missing_file(tmp_path: Path) -> None:
     (store_model(tmp_path) / "model.safetensors").unlink()
     with pytest.raises(ModelStoreError, match=r"model\.safetensors is missing"):
         verify_files(read_model(tmp_path, "lengths"))
+
+
+def test_publish_keeps_as_many_old_versions_as_it_is_told(tmp_path: Path) -> None:
+    for _ in range(4):
+        store_model(tmp_path)
+    assert versions(tmp_path, "lengths") == [1, 2, 3, 4]
+    store_model(tmp_path, keep=2)
+    assert versions(tmp_path, "lengths") == [3, 4, 5]
+    store_model(tmp_path, keep=0)
+
+    assert versions(tmp_path, "lengths") == [6]
+    verify_files(read_model(tmp_path, "lengths"))
+    assert sorted(entry.name for entry in (tmp_path / "lengths").iterdir()) == [
+        "6",
+        "config.pbtxt",
+        "configs",
+    ]
+
+
+def test_publish_removes_nothing_if_the_new_version_cannot_be_published(tmp_path: Path) -> None:
+    store_model(tmp_path)
+    store_model(tmp_path)
+    (tmp_path / "lengths" / "config.pbtxt").unlink()
+    (tmp_path / "lengths" / "config.pbtxt").mkdir()  # nothing can be renamed onto it
+    with pytest.raises(ModelStoreError, match="could not publish"):
+        store_model(tmp_path, keep=0)
+
+    assert versions(tmp_path, "lengths") == [1, 2]
+
+
+def test_publish_writes_where_the_model_shall_run(tmp_path: Path) -> None:
+    store_model(tmp_path, kind="gpu", gpu=3)
+    config, embedded = (tmp_path / "lengths" / name for name in ("config.pbtxt", "configs/embedded.pbtxt"))
+    assert "KIND_GPU" in config.read_text() and "gpus: 3" in config.read_text()
+    assert "KIND_CPU" in embedded.read_text()
+    store_model(tmp_path, kind="cpu")
+
+    assert "KIND_CPU" in config.read_text() and "gpus" not in config.read_text()
+
+
+def test_owner_of_is_none_for_a_free_name(tmp_path: Path) -> None:
+    assert owner_of(tmp_path / "nowhere", "lengths") is None
+    manifest = store_model(tmp_path) / MANIFEST
+    assert owner_of(tmp_path, "lengths") == Owner(source="here", sha256="")
+    manifest.write_text("[]")
+    with pytest.raises(ModelStoreError, match="damaged: it is no JSON object"):
+        owner_of(tmp_path, "lengths")
