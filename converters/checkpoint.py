@@ -198,7 +198,8 @@ def _load_tokenizer(source: Source, wanted: Reading) -> Any:
     if tokenizer is None:
         raise ConversionError(
             f"{source.name} has no tokenizer files{f', and neither has {base}' if base else ''}; save the "
-            "tokenizer that the model was trained with beside it (tokenizer.save_pretrained)"
+            "tokenizer that the model was trained with beside it (tokenizer.save_pretrained), or give the "
+            "--base_model that has it"
         )
     if wanted.truncation_side:
         tokenizer.truncation_side = wanted.truncation_side

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers.processors import TemplateProcessing
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, GPT2ForSequenceClassification
 
 from conch.converters import python_form
 from conch.converters.conversion import Reading
+from conch.converters.served_form import ServedForm
 from conch.converters.to_triton import main, to_triton
 from conch.errors import ConversionError, ParityError
 from conch.serving.store import list_models, read_model, verify_files, versions
@@ -127,6 +130,22 @@ def test_force_and_keep_replace_a_model_by_other_weights(tmp_path: Path) -> None
     # The same weights in another form need no force.
     assert main([*arguments, "--max-length", "8"]) == 0
     assert versions(tmp_path / "store", "walks") == [2, 3]
+
+
+def test_the_original_is_out_of_memory_before_the_served_form_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = reward_checkpoint(tmp_path / "checkpoint")
+    score, alive = ServedForm.score, []
+
+    def look_and_score(self: ServedForm, *arguments: Any) -> list[dict[str, Any]]:
+        models = [found for found in gc.get_objects() if type(found) is GPT2ForSequenceClassification]
+        alive.extend(model for model in models if model.name_or_path == str(checkpoint))
+        return score(self, *arguments)
+
+    monkeypatch.setattr(ServedForm, "score", look_and_score)
+    to_triton(checkpoint, model_store=tmp_path / "store", dry_run=True)
+    assert alive == []
 
 
 def test_a_dry_run_makes_no_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
