@@ -109,7 +109,10 @@ class Supervisor:
 
     def _tell(self) -> None:
         with self._lock:
-            self._on_change()
+            try:
+                self._on_change()
+            except OSError as error:  # a full disk must not end what serves
+                _log.warning("the state of the deployment cannot be noted down: %s", error)
 
 
 class _Keeper:
@@ -157,6 +160,9 @@ class _Keeper:
                 self._stopping.wait(_pause_s(self._policy, failures))
                 self._set(restarts=self.state.restarts + 1)
             self._set(phase="stopped", pid=0)
+        except Exception as error:  # a mistake of ours: tell before this thread ends
+            self._set(phase="failed", problem=f"{type(error).__name__}: {error}", pid=0)
+            raise
         finally:
             self.swap_asked.clear()
 

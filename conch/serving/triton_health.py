@@ -54,7 +54,10 @@ def wait_until_ready(
 
 def check_version(client: triton.InferenceServerClient) -> None:
     """Raise ServerStartError unless the server speaks the protocol that we do."""
-    told: Any = client.get_server_metadata(client_timeout=_CALL_TIMEOUT_S)
+    try:
+        told: Any = client.get_server_metadata(client_timeout=_SCORE_TIMEOUT_S)
+    except InferenceServerException as error:
+        raise ServerStartError(f"the server does not say what it is: {error.message()}") from error
     missing = sorted(_NEEDED_EXTENSIONS - set(told.extensions))
     if told.name != "triton" or not told.version.startswith("2.") or missing:
         lacks = f", without {', '.join(missing)}" if missing else ""
