@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import signal
@@ -11,6 +10,7 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
+from typing import BinaryIO
 
 from conch.errors import ServingError
 from conch.serving import deployment
@@ -134,17 +134,25 @@ def _follow(path: Path, position: int, name: str) -> None:
     try:
         alive = True
         while True:
+            was_put_aside = _was_put_aside(path, file)  # asked first: then all that it got can be read
             while chunk := file.read(1 << 16):
                 sys.stdout.buffer.write(chunk)
                 sys.stdout.buffer.flush()
-            with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_ino != os.fstat(file.fileno()).st_ino:
-                    file.close()
-                    file = path.open("rb")
-                    continue
+            if was_put_aside:
+                file.close()
+                file = path.open("rb")
+                continue
             if not alive:
                 return
             time.sleep(_POLL_S)
             alive = deployment.is_held(folder)
     finally:
         file.close()
+
+
+def _was_put_aside(path: Path, file: BinaryIO) -> bool:
+    """Whether the file goes by another name now, and a new one by this."""
+    try:
+        return path.stat().st_ino != os.fstat(file.fileno()).st_ino
+    except FileNotFoundError:  # between the two renames
+        return False

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from conch.errors import ServingError
-from conch.serving import deployment
+from conch.serving import commands, deployment
 from conch.serving.deployment import Deployment, Replica
 from conch.serving.supervisor import Policy, _pause_s
 
@@ -70,3 +70,24 @@ def test_pauses_double_up_to_the_longest() -> None:
     policy = Policy(first_pause_s=1.0, longest_pause_s=10.0)
     for failures, longest in ((1, 1.0), (2, 2.0), (3, 4.0), (4, 8.0), (5, 10.0), (50, 10.0)):
         assert all(0.75 * longest <= _pause_s(policy, failures) <= longest for _ in range(20))
+
+
+def test_logs_go_on_in_the_next_file_when_one_is_put_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    log = tmp_path / "replica-0.log"
+    log.write_bytes(b"old\n1\n")
+    looks = iter([True, True, False])
+
+    def rotate(_folder: Path) -> bool:
+        alive = next(looks)
+        if not (tmp_path / "replica-0.log.1").exists():
+            with log.open("ab") as file:
+                file.write(b"2\n")
+            log.rename(tmp_path / "replica-0.log.1")
+            log.write_bytes(b"3\n")
+        return alive
+
+    monkeypatch.setattr(deployment, "is_held", rotate)
+    commands._follow(log, position=4, name="walks")
+    assert capsysbinary.readouterr().out == b"1\n2\n3\n"
