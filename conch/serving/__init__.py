@@ -3,6 +3,7 @@
 The model store
     spec.py        the contract of a served model      pbtxt.py      spec <-> config.pbtxt
     manifest.py    what stands in a version folder     store.py      read, verify and publish versions
+    triton_warmup.py   requests before a version counts as loaded
 One server
     launcher.py    start it, know when it is ready, stop it          guard.py    lets none outlive its parent
     runtime.py     what it runs in: binary or container image        bundle.py   the bundled binary

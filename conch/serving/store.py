@@ -24,6 +24,8 @@ from conch.errors import ModelStoreError, ServingError
 from conch.serving.manifest import GOLDEN, MANIFEST, Golden, Manifest, sha256_of
 from conch.serving.pbtxt import from_pbtxt, to_pbtxt
 from conch.serving.spec import RewardModelSpec
+from conch.serving.triton_warmup import FOLDER as WARMUP
+from conch.serving.triton_warmup import take_warmup, write_warmup
 
 CONFIG = "config.pbtxt"
 EMBEDDED_NAME = "embedded"
@@ -167,10 +169,12 @@ def publish(staged: Path, spec: RewardModelSpec, model_store: Path) -> Path:
     try:
         new_configs[CONFIG].write_text(to_pbtxt(spec, kind="gpu"), encoding="utf-8")
         new_configs[EMBEDDED_CONFIG].write_text(to_pbtxt(spec, kind="cpu"), encoding="utf-8")
+        warmup = _stage_warmup(staged, spec, new_configs)
         sync_tree(staged.parent)
         with _locked(model_store):
             (folder / EMBEDDED_CONFIG).parent.mkdir(parents=True, exist_ok=True)
             published = folder / str(max(versions(model_store, spec.name), default=0) + 1)
+            take_warmup(warmup, folder)
             staged.rename(published)
             for relative, new in new_configs.items():
                 new.replace(folder / relative)
@@ -218,3 +222,12 @@ def _read_section(section: type[SectionT], path: Path) -> SectionT:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise ModelStoreError(f"{path} is damaged: {where}: {first['msg']}; {_AGAIN}") from None
+
+
+def _stage_warmup(staged: Path, spec: RewardModelSpec, configs: dict[str, Path]) -> Path:
+    """Add warm-up requests to the configurations, and write their data beside them; the data's folder."""
+    golden = _read_section(Golden, staged / GOLDEN)
+    addition = write_warmup(staged.parent / WARMUP, spec, golden.samples[0])
+    for config in configs.values():
+        config.write_text(config.read_text(encoding="utf-8") + addition, encoding="utf-8")
+    return staged.parent / WARMUP

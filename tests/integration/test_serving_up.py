@@ -104,24 +104,25 @@ def test_a_killed_stub_is_healed_without_a_restart(store: Path) -> None:
         assert score(client, "abcd")[0] == 4.0
 
 
-def test_a_model_that_loading_does_not_heal_gets_a_new_server(store: Path) -> None:
-    # Breaks after its third answer (start, look, look), each time its process is new.
-    body = LENGTH_MODEL.replace(
-        "    def execute(self, requests):", "    def execute(self, requests):\n" + COUNT
-    )
-    store_model(store, MODEL, model_py=body)
-    detach(store, "mine", "--watch-interval", "0.2")
-    wait_until(lambda: deployment.read("mine").replicas[0].restarts >= 1, "it was not restarted")
-    assert "golden sample 0" in conch("logs", "mine", "--supervisor").stdout
-
-
-COUNT = """
-        import pathlib
-        marks = pathlib.Path(__file__).parents[3] / "marks"
-        marks.write_text(marks.read_text() + "." if marks.exists() else ".")
-        if 2 < len(marks.read_text()) < 6:
+BREAKS_IN_ONE_SERVER = """
+        import os, pathlib
+        broken = pathlib.Path(__file__).parents[3] / "broken-server"
+        if broken.exists() and broken.read_text() == str(os.getppid()):
             raise RuntimeError("broken")
 """
+
+
+def test_a_model_that_loading_does_not_heal_gets_a_new_server(store: Path) -> None:
+    begin = "    def execute(self, requests):"
+    store_model(store, MODEL, model_py=LENGTH_MODEL.replace(begin, begin + BREAKS_IN_ONE_SERVER))
+    running = detach(store, "mine", "--watch-interval", "0.2")
+    (store.parent / "broken-server").write_text(str(running.replicas[0].pid))
+    wait_until(lambda: deployment.read("mine").replicas[0].restarts == 1, "it was not restarted")
+    wait_until(lambda: deployment.read("mine").is_ready, "it did not become ready again")
+
+    now = deployment.read("mine").replicas[0]
+    assert now.heals == 0 and now.pid != running.replicas[0].pid
+    assert "golden sample 0 got no score" in conch("logs", "mine", "--supervisor").stdout
 
 
 def test_a_killed_server_is_started_again(store: Path) -> None:
