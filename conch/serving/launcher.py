@@ -171,6 +171,11 @@ class TritonServer:
         """
         assert not self.is_running, "start() called on a running server"
         options = self.options
+        if options.tls is not None and options.http_port is not None:
+            raise ServerStartError(
+                "Triton's HTTP port knows no TLS: leave it closed (no http_port), or put a TLS proxy "
+                "before a server that speaks plain text on loopback"
+            )
         self.stored = tuple(read_with_members(self._model_store, self._models))
         options.runtime.check(self._settings())
         for model in self.stored:

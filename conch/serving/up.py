@@ -79,10 +79,6 @@ def _plan(arguments: argparse.Namespace, name: str, folder: Path) -> _Plan:
         raise ServingError(f"--replicas {arguments.replicas}: at least one server is needed")
     if arguments.log_file is not None and arguments.replicas > 1:
         raise ServingError("--log-file is for one server; the logs of several stand in the run folder")
-    if tls is not None and arguments.http_port is not None:
-        raise ServingError(
-            "Triton's HTTP port knows no TLS: leave --http-port out, or put a TLS proxy before it"
-        )
     runtime = _runtime(arguments)
     servers = [
         _server(arguments, number, runtime, tls, secret, folder) for number in range(arguments.replicas)

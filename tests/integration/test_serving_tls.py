@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -133,6 +135,29 @@ def test_tls_against_plain_text_is_named(store: Path, certificates: Certificates
     with TritonServer(store, [MODEL]) as plain:
         message = refusal(reward(plain, secret=False, ca=certificates.ca))
     assert "the server does not speak TLS" in message
+
+
+def test_http_asks_for_the_secret_too_and_keeps_loading_to_the_supervisor(store: Path) -> None:
+    def status_of(path: str, **headers: str) -> int:
+        request = urllib.request.Request(f"http://{server.http_url}/v2/{path}", headers=headers)
+        request.method = "POST" if path.startswith("repository") else "GET"
+        try:
+            with urllib.request.urlopen(request, timeout=20) as reply:
+                return reply.status
+        except urllib.error.HTTPError as error:
+            error.close()
+            return error.code
+
+    with TritonServer(store, [MODEL], options=ServerOptions(http_port=0, secret=SECRET)) as server:
+        assert status_of("health/ready") == 403 and status_of("health/ready", conch="guessed") == 403
+        assert status_of("health/ready", conch=SECRET) == 200
+        assert status_of(f"repository/models/{MODEL}/unload", conch=SECRET) == 403
+
+
+def test_http_beside_tls_is_refused(store: Path, certificates: Certificates) -> None:
+    options = ServerOptions(tls=ServerTls(certificates.server, certificates.server_key), http_port=0)
+    with pytest.raises(ServerStartError, match="Triton's HTTP port knows no TLS"):
+        TritonServer(store, [MODEL], options=options).start()
 
 
 def test_waiting_for_a_server_that_refuses_us_ends_at_once(
