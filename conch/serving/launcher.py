@@ -28,9 +28,10 @@ from conch.serving.flags import (
     known_flags,
     server_flags,
 )
+from conch.serving.members import read_with_members
 from conch.serving.ports import check_port, free_port
 from conch.serving.runtime import BundledRuntime, Invocation, Runtime
-from conch.serving.store import StoredModel, read_model, verify_files
+from conch.serving.store import StoredModel, verify_files
 from conch.serving.tls import ClientTls, ServerTls, own_client
 from conch.serving.triton_channel import Access
 from conch.serving.triton_health import wait_until_ready
@@ -98,7 +99,6 @@ class TritonServer:
     ) -> None:
         """grpc_port: None takes a free one. log_file: None takes a temporary one, kept if the server fails.
 
-        models: the members of an ensemble need not be named.
         host: address to listen on; anything but loopback lets others on the network score, not change models.
         cpu_threads: threads a model may compute with.
         """
@@ -356,27 +356,6 @@ class TritonServer:
         self._guard = None
         guard.clean_up(*self._cleanup)  # for a guard that was killed
         return code
-
-
-def read_with_members(model_store: Path, names: Sequence[str]) -> list[StoredModel]:
-    """The named models and, before an ensemble, the models that it is made of; each once.
-
-    Raises:
-        ModelStoreError: one is missing or damaged.
-    """
-    found: dict[str, StoredModel] = {}
-
-    def add(name: str) -> None:
-        if name in found:
-            return
-        model = read_model(model_store, name)
-        for member in getattr(model.manifest, "members", ()):
-            add(member)
-        found[name] = model
-
-    for name in names:
-        add(name)
-    return list(found.values())
 
 
 class _PortLostError(ServerStartError):

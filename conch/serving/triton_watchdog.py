@@ -7,13 +7,15 @@ model again does, in a fraction of a second; where that does not help the server
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tritonclient.utils import InferenceServerException
 
 from conch.errors import ServerStartError, ServingError
 from conch.log import get_logger
-from conch.serving.store import StoredModel, latest_version, read_model, verify_files
+from conch.serving.members import read_with_members
+from conch.serving.store import StoredModel, verify_files
 from conch.serving.triton_channel import Access, open_client
 from conch.serving.triton_health import check_golden
 
@@ -63,8 +65,10 @@ class Watchdog:
                 check_golden(self._client, model, samples=1)
                 self.heals += 1
 
-    def swap(self, model_store: Any) -> list[str]:
+    def swap(self, model_store: Path) -> list[str]:
         """Have the server load what is newer in the store; the old version answers until the new one can.
+
+        Nothing is loaded unless everything that is new can be read and fits together.
 
         Returns:
             sentences about models that were swapped.
@@ -73,22 +77,29 @@ class Watchdog:
             ServingError: the store's latest is older than what is served, damaged, did not load, or scores
                 wrong. What did not load leaves the old version serving.
         """
+        found = read_with_members(model_store, list(self._models))
+        newer = [model for model in found if self._is_newer(model)]
+        for model in newer:
+            verify_files(model)
         news = []
-        for running in list(self._models.values()):
-            latest = latest_version(model_store, running.name)
-            if latest < running.version:
-                raise ServingError(
-                    f"model {running.name}: the store's latest version is {latest}, but version "
-                    f"{running.version} is served and versions only move forward; convert the model again"
-                )
-            if latest > running.version:
-                stored = read_model(model_store, running.name)
-                verify_files(stored)
-                self._load(stored)
-                self._models[running.name] = stored
-                check_golden(self._client, stored)
-                news.append(f"{running.name}: version {running.version} -> {stored.version}")
+        for model in newer:
+            news.append(f"{model.name}: version {self.versions.get(model.name, 'none')} -> {model.version}")
+            self._load(model)
+            self._models[model.name] = model
+        for model in newer:
+            check_golden(self._client, model)
         return news
+
+    def _is_newer(self, stored: StoredModel) -> bool:
+        running = self._models.get(stored.name)
+        if running is None:  # an ensemble's new member
+            return True
+        if stored.version < running.version:
+            raise ServingError(
+                f"model {running.name}: the store's latest version is {stored.version}, but version "
+                f"{running.version} is served and versions only move forward; convert the model again"
+            )
+        return stored.version > running.version
 
     def _load(self, model: StoredModel) -> None:
         try:

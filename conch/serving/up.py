@@ -19,7 +19,8 @@ from conch.errors import ConchError, ServerStartError, ServingError
 from conch.log import setup_logging
 from conch.serving import deployment
 from conch.serving.deployment import Deployment, Replica
-from conch.serving.launcher import ServerOptions, TritonServer, read_with_members
+from conch.serving.launcher import ServerOptions, TritonServer
+from conch.serving.members import read_with_members
 from conch.serving.runtime import ApptainerRuntime, BundledRuntime, DockerRuntime, Runtime
 from conch.serving.supervisor import Policy, Supervisor
 from conch.serving.tls import ServerTls, own_client

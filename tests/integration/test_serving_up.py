@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -253,3 +254,16 @@ def test_logs_follow_until_the_deployment_ends(store: Path) -> None:
         assert conch("down", "mine").returncode == 0
         rest, _ = following.communicate(timeout=DEADLINE_S)
     assert first and "Waiting for in-flight requests to complete" in rest and following.returncode == 0
+
+
+def test_a_store_that_went_back_is_refused_and_the_newer_version_serves_on(store: Path) -> None:
+    store_model(store, MODEL, weights=b"second")
+    running = detach(store, "mine")
+    older = store.parent / "older"
+    store_model(older, MODEL)
+    shutil.rmtree(store / MODEL)
+    (older / MODEL).rename(store / MODEL)
+    done = conch("swap", "mine")
+    assert done.returncode == 1 and "version 2 is served and versions only move forward" in done.stderr
+    with triton.InferenceServerClient(running.replicas[0].url) as client:
+        assert score(client, "abcd") == (4.0, "2")
