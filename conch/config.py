@@ -173,12 +173,39 @@ class EvalGenerationConfig(Section):
         return self
 
 
+class TlsConfig(Section):
+    """Certificates (PEM files) for a server that speaks TLS. Without `ca` the connection is plain text."""
+
+    ca: Path | None = None
+    """Authority that signed the server's certificate, or that certificate itself."""
+
+    cert: Path | None = None
+    """Our own certificate, for servers that ask for one (mutual TLS)."""
+
+    key: Path | None = None
+    """The private key of `cert`, not encrypted."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> TlsConfig:
+        if (self.cert is None) != (self.key is None):
+            raise ValueError("`tls.cert` and `tls.key` belong together: give both or neither")
+        if self.cert is not None and self.ca is None:
+            raise ValueError("`tls.cert` needs `tls.ca`: without it nothing is encrypted")
+        return self
+
+
 class RewardConfig(Section):
     """Where rewards come from and what to do when they do not come."""
 
     url: str | None = None
     """`host:port/model` of a served reward model; None takes the TRITON_HOST environment variable. Unused
     when a Python function is passed."""
+
+    tls: TlsConfig = Field(default_factory=TlsConfig)
+    """Certificates for a served reward model whose server speaks TLS."""
+
+    secret_env: str | None = None
+    """Environment variable that holds the secret which the server asks for; None sends none."""
 
     attempt_timeout_s: float = Field(default=10.0, gt=0)
     """Deadline of one request, in seconds."""

@@ -36,6 +36,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(FOLDER_MARKERS[folder])
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _deployments_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests note down the servers that they deploy where the user's are not."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
 @pytest.fixture(autouse=True)
 def _logging_as_it_was() -> Iterator[None]:
     """Undo `setup_logging`, whose handler would write to a stream that this test's end closes."""

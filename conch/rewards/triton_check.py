@@ -12,6 +12,7 @@ from conch.rewards.endpoint import Endpoint
 from conch.rewards.triton_failure import classify
 from conch.serving.pbtxt import spec_from_model_config
 from conch.serving.spec import RewardModelSpec
+from conch.serving.triton_channel import Access, explain_refusal, is_plain_hangup
 from conch.types import RewardStatus
 
 
@@ -29,26 +30,32 @@ async def read_spec(client: InferenceServerClient, endpoint: Endpoint, timeout_s
         raise RewardInvalidError(f"what {endpoint.address} serves cannot score: {error}") from error
 
 
-async def require_server(client: InferenceServerClient, endpoint: Endpoint, timeout_s: float) -> None:
+async def require_server(
+    client: InferenceServerClient, endpoint: Endpoint, timeout_s: float, access: Access
+) -> None:
     """Raise RewardUnavailableError unless a Triton server answers at the address."""
     try:
         await client.is_server_live(client_timeout=timeout_s)
     except InferenceServerException as error:
-        raise _no_server(error, endpoint, timeout_s) from error
+        raise _no_server(error, endpoint, timeout_s, access) from error
 
 
-async def require_model(client: InferenceServerClient, endpoint: Endpoint, timeout_s: float) -> None:
+async def require_model(
+    client: InferenceServerClient, endpoint: Endpoint, timeout_s: float, access: Access
+) -> None:
     """Raise RewardUnavailableError unless the server has the model and says it is ready."""
     try:
         if await client.is_model_ready(endpoint.model, client_timeout=timeout_s):
             return
     except InferenceServerException as error:
         if error.status() != "StatusCode.NOT_FOUND":
-            raise _no_server(error, endpoint, timeout_s) from error
+            raise _no_server(error, endpoint, timeout_s, access) from error
     raise RewardUnavailableError(await _why_not_ready(client, endpoint, timeout_s))
 
 
-def _no_server(error: InferenceServerException, endpoint: Endpoint, timeout_s: float) -> RewardError:
+def _no_server(
+    error: InferenceServerException, endpoint: Endpoint, timeout_s: float, access: Access
+) -> RewardError:
     failure = classify(error)
     lowered = failure.detail.lower()
     if failure.no_such_host:
@@ -59,6 +66,10 @@ def _no_server(error: InferenceServerException, endpoint: Endpoint, timeout_s: f
         return RewardUnavailableError(
             f"nothing listens at {endpoint.address} (reward `{endpoint}`): start it or fix the address"
         )
+    # In plain text a hang-up has many reasons, told below; with TLS, or where Triton says so, it has one.
+    refusal = explain_refusal(error, access)
+    if refusal is not None and not is_plain_hangup(error, access):
+        return RewardUnavailableError(f"{endpoint.address} turns reward `{endpoint}` away: {refusal}")
     if failure.status is RewardStatus.TIMEOUT:
         return RewardUnavailableError(
             f"{endpoint.address} did not answer within {timeout_s:g} s (reward `{endpoint}`)"
@@ -66,7 +77,7 @@ def _no_server(error: InferenceServerException, endpoint: Endpoint, timeout_s: f
     if not failure.status.is_infrastructure or "socket closed" in lowered or "http/2" in lowered:
         return RewardUnavailableError(
             f"what listens at {endpoint.address} does not speak Triton's gRPC, whose usual port is 8001 "
-            f"(8000 is its HTTP port): {failure.detail}"
+            f"(8000 is its HTTP port), or it speaks TLS (give reward.tls.ca): {failure.detail}"
         )
     return RewardUnavailableError(f"the server at {endpoint.address} cannot be used: {failure.detail}")
 

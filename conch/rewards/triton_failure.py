@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from tritonclient.utils import InferenceServerException
 
+from conch.serving.triton_channel import is_lasting
 from conch.types import RewardStatus
 
 _MESSAGE_LIMIT = 300
 _NO_SUCH_HOST = ("errors resolving", "dns resolution failed", "name resolution")
-_REFUSED_BY_POLICY = ("protocol is restricted", "certificate_verify_failed")
 # A model that raises fails its whole request with INTERNAL; one that refuses a row, with INVALID_ARGUMENT.
 _MAYBE_ONE_ROW = ("INTERNAL", "INVALID_ARGUMENT")
 _DEAD_MODEL_PROCESS = ("stub process", "is not healthy")
@@ -46,8 +46,7 @@ def classify(error: InferenceServerException) -> Failure:
     detail = f"{message} [{code}]"
     if code == "UNAVAILABLE":
         no_such_host = any(text in lowered for text in _NO_SUCH_HOST)
-        refused = any(text in lowered for text in _REFUSED_BY_POLICY)
-        retryable = not (no_such_host or refused)
+        retryable = not (no_such_host or is_lasting(error))
         return Failure(RewardStatus.UNAVAILABLE, detail, retryable=retryable, no_such_host=no_such_host)
     if code == "DEADLINE_EXCEEDED":
         return Failure(RewardStatus.TIMEOUT, "no reply in time", retryable=True)

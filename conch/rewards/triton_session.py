@@ -35,6 +35,7 @@ from conch.rewards.triton_wire import (
 )
 from conch.rewards.validate import ScoringCall, name_row
 from conch.serving.spec import RewardModelSpec
+from conch.serving.triton_channel import configured_access, open_aio_client
 from conch.types import Completion, Prompt, RewardResult, RewardStatus, Rollout
 
 ReplyT = TypeVar("ReplyT")
@@ -72,6 +73,7 @@ class TritonSession:
         self._endpoint = endpoint
         self._config = config
         self._tokenizer = tokenizer
+        self._access = configured_access(config.tls, config.secret_env)
         self._who = f"reward model `{endpoint.model}` at {endpoint.address}"
         self._slots = asyncio.Semaphore(config.max_in_flight)
         self._opening = asyncio.Lock()
@@ -85,8 +87,8 @@ class TritonSession:
         started = time.monotonic()
         client = self._connect()
         timeout_s = min(self._config.attempt_timeout_s, self._config.deadline_s / 4)  # four questions
-        await require_server(client, self._endpoint, timeout_s)
-        await require_model(client, self._endpoint, timeout_s)
+        await require_server(client, self._endpoint, timeout_s, self._access)
+        await require_model(client, self._endpoint, timeout_s, self._access)
         try:
             self._spec = await read_spec(client, self._endpoint, timeout_s)
         except InferenceServerException as error:
@@ -123,7 +125,7 @@ class TritonSession:
     def _connect(self) -> InferenceServerClient:
         # Made at first use because a channel belongs to the loop it is made in.
         if self._client is None:
-            self._client = InferenceServerClient(self._endpoint.address, channel_args=_CHANNEL_OPTIONS)
+            self._client = open_aio_client(self._endpoint.address, self._access, _CHANNEL_OPTIONS)
         return self._client
 
     async def _known_spec(self, submitted: float) -> RewardModelSpec | Failure:

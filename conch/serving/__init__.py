@@ -1,9 +1,20 @@
-"""Serving reward models with Triton Inference Server: the model store, its configs, and a local server.
+"""Serving reward models with Triton Inference Server: the model store, its configs, and servers.
 
-spec.py        the contract of a served model      pbtxt.py      spec <-> config.pbtxt
-manifest.py    what stands in a version folder     store.py      read, verify and publish versions
-bundle.py      the bundled tritonserver binary     launcher.py   start it, know when it is ready, stop it
-guard.py       lets no server outlive its parent   triton_health.py   ready = golden samples score right
-members.py     what an ensemble needs beside it    ensemble_manifest.py   what it is made of
-python_backend/           what runs inside the server: model.py, graph.py, tokenizer.py, ensemble.py
+The model store
+    spec.py        the contract of a served model      pbtxt.py      spec <-> config.pbtxt
+    manifest.py    what stands in a version folder     store.py      read, verify and publish versions
+    members.py     what an ensemble needs beside it    ensemble_manifest.py   what it is made of
+    triton_warmup.py   requests before a version counts as loaded
+One server
+    launcher.py    start it, know when it is ready, stop it          guard.py    lets none outlive its parent
+    runtime.py     what it runs in: binary or container image        bundle.py   the bundled binary
+    flags.py       tritonserver's flags                              ports.py, tls.py   checked at the start
+Deployments: `python -m conch.serving`
+    up.py, commands.py   the subcommands               deployment.py      what is noted down under a name
+    supervisor.py        restarts and swaps            triton_watchdog.py heals models
+Talking to a server
+    triton_channel.py    TLS and secret                triton_health.py   ready = golden samples score right
+    triton_statistics.py what it did                   triton_status.py   the same for people
+    triton_ask.py        scores, plainly
+python_backend/          what runs inside the server: model.py, graph.py, tokenizer.py, ensemble.py
 """

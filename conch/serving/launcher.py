@@ -1,4 +1,4 @@
-"""Start the bundled tritonserver, know when it scores right, and never leave it behind.
+"""Start a tritonserver, know when it scores right, and never leave it behind.
 
 with TritonServer("model_store", ["walks"]) as server:
     train(..., reward=server.endpoint("walks"))
@@ -6,48 +6,82 @@ with TritonServer("model_store", ["walks"]) as server:
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from conch.errors import ServerStartError
 from conch.log import get_logger
 from conch.serving import guard
-from conch.serving.bundle import Bundle, find_bundle
+from conch.serving.flags import (
+    EXIT_TIMEOUT_S,
+    LOOPBACK,
+    ServerSettings,
+    is_loopback,
+    known_flags,
+    server_flags,
+)
 from conch.serving.members import read_with_members
-from conch.serving.store import EMBEDDED_NAME, StoredModel, verify_files
+from conch.serving.ports import check_port, free_port
+from conch.serving.runtime import BundledRuntime, Invocation, Runtime
+from conch.serving.store import StoredModel, verify_files
+from conch.serving.tls import ClientTls, ServerTls, own_client
+from conch.serving.triton_channel import Access
 from conch.serving.triton_health import wait_until_ready
 
 _log = get_logger(__name__)
 
-_LOOPBACK = "127.0.0.1"
 _WILDCARDS = ("0.0.0.0", "::", "")
-_EXIT_TIMEOUT_S = 5
-_GRACE_S = _EXIT_TIMEOUT_S + 5.0
-_STOP_DEADLINE_S = _GRACE_S + 10.0
+_GRACE_S = EXIT_TIMEOUT_S + 5.0
+_STOP_DEADLINE_S = _GRACE_S + 25.0
 _PORT_TRIES = 3
 _LOG_TAIL_LINES = 20
 # What tritonserver prints when the port went to somebody else between our look and its bind.
 _PORT_LOST = "already in use"
 
 
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """What few servers need.
+
+    runtime: what the server runs in.
+    http_port, metrics_port: None leaves the port closed, 0 takes a free one.
+    gpu: number or UUID of the GPU, several separated by commas; "" serves on the CPU.
+    tls: None speaks plain text.
+    secret: what clients must send; "" asks for none.
+    restrict_admin: keep loading of models and the like to this process; always so beyond loopback.
+    flags: further flags of tritonserver, `--name=value`.
+    log_max_bytes, log_keep: a log of that size is put aside, and that many old ones are kept.
+    """
+
+    runtime: Runtime = field(default_factory=BundledRuntime)
+    http_port: int | None = None
+    metrics_port: int | None = None
+    gpu: str = ""
+    tls: ServerTls | None = None
+    secret: str = field(default="", repr=False)
+    restrict_admin: bool = False
+    flags: tuple[str, ...] = ()
+    log_max_bytes: int = 10_000_000
+    log_keep: int = 3
+
+
 class TritonServer:
-    """One tritonserver process on this machine's CPU, serving models of a store over gRPC.
+    """One tritonserver process on this machine, serving models of a store over gRPC.
 
     Nothing of it outlives this process: a normal stop, an exception, Ctrl-C and `kill -9` all end it and
     remove its shared memory.
 
     Raises, from `start` or on entering the context:
-        ServerStartError: this machine or environment cannot run it, the port is taken, it died, it was not
-            ready within `ready_timeout_s` seconds, or a golden sample scores wrong.
+        ServerStartError: this machine or environment cannot run it, the port is taken, a certificate is
+            unfit, it died, it was not ready within `ready_timeout_s` seconds, or golden samples score wrong.
         ModelStoreError: a model is missing or damaged.
     """
 
@@ -57,10 +91,11 @@ class TritonServer:
         models: Sequence[str],
         *,
         grpc_port: int | None = None,
-        host: str = _LOOPBACK,
+        host: str = LOOPBACK,
         log_file: Path | None = None,
         ready_timeout_s: float = 120.0,
         cpu_threads: int = 1,
+        options: ServerOptions | None = None,
     ) -> None:
         """grpc_port: None takes a free one. log_file: None takes a temporary one, kept if the server fails.
 
@@ -68,9 +103,10 @@ class TritonServer:
         cpu_threads: threads a model may compute with.
         """
         self.log_file = log_file
+        self.options = options or ServerOptions()
+        self.stored: tuple[StoredModel, ...] = ()
         self._model_store = Path(model_store)
         self._models = tuple(models)
-        self._loaded = self._models  # with the members of ensembles, once they are known
         self._wanted_port = grpc_port
         self._port = 0
         self._host = host
@@ -80,6 +116,12 @@ class TritonServer:
         self._cleanup: tuple[str, str] = ("", "")
         self._owns_log = log_file is None
         self._server_pid = 0
+        self._aborted = False
+        self._metrics_port: int | None = None
+        self._http_port: int | None = None
+        self._client_tls: ClientTls | None = None
+        restricted = self.options.restrict_admin or bool(self.options.secret) or not is_loopback(host)
+        self._admin_secret = secrets.token_hex(16) if restricted else ""
 
     def __enter__(self) -> TritonServer:
         self.start()
@@ -91,7 +133,22 @@ class TritonServer:
     @property
     def url(self) -> str:
         """`host:port` of the running server, as seen from this machine."""
-        return f"{_LOOPBACK if self._host in _WILDCARDS else self._host}:{self._port}"
+        return f"{self._reachable_host}:{self._port}"
+
+    @property
+    def metrics_url(self) -> str:
+        """Where Prometheus reads; "" if metrics are off."""
+        return f"http://{self._reachable_host}:{self._metrics_port}/metrics" if self._metrics_port else ""
+
+    @property
+    def http_url(self) -> str:
+        """`host:port` of the HTTP service; "" if it is off."""
+        return f"{self._reachable_host}:{self._http_port}" if self._http_port else ""
+
+    @property
+    def access(self) -> Access:
+        """What a client needs to be let in, with the right to load models. Known once started."""
+        return Access(self._client_tls, self.options.secret, self._admin_secret)
 
     @property
     def is_running(self) -> bool:
@@ -100,33 +157,52 @@ class TritonServer:
 
     @property
     def pid(self) -> int:
-        """Process id of tritonserver; 0 before the start."""
+        """Process id of tritonserver, or of the program that runs its container; 0 before the start."""
         return self._server_pid
 
     def endpoint(self, model: str) -> str:
         """`host:port/model`, which is what a reward or TRITON_HOST takes."""
         return f"{self.url}/{model}"
 
-    def start(self) -> None:
-        """Check all that can be checked, start the server, return once its golden samples score right."""
+    def start(self, *, keep_log: bool = False) -> None:
+        """Check all that can be checked, start the server, return once its golden samples score right.
+
+        keep_log: add to the log instead of emptying it.
+        """
         assert not self.is_running, "start() called on a running server"
-        bundle = find_bundle()
-        stored = read_with_members(self._model_store, self._models)
-        for model in stored:
+        options = self.options
+        if options.tls is not None and options.http_port is not None:
+            raise ServerStartError(
+                "Triton's HTTP port knows no TLS: leave it closed (no http_port), or put a TLS proxy "
+                "before a server that speaks plain text on loopback"
+            )
+        self.stored = tuple(read_with_members(self._model_store, self._models))
+        options.runtime.check(self._settings())
+        for model in self.stored:
             verify_files(model)
-        self._loaded = tuple(model.name for model in stored)
-        _free_port(self._host)  # says so if the host itself is wrong
-        if self._wanted_port is not None:
-            _check_port(self._host, self._wanted_port)
+        self._client_tls = own_client(options.tls) if options.tls is not None else None
+        wanted = (self._wanted_port, options.http_port, options.metrics_port)
+        fixed = [port for port in wanted if port]
+        free_port(self._host)  # says so if the host itself is wrong
+        for port in fixed:
+            check_port(self._host, port)
+        known = known_flags(options.runtime.help_text())
         deadline = time.monotonic() + self._ready_timeout_s
         for attempt in range(1, _PORT_TRIES + 1):
-            self._port = self._wanted_port or _free_port(self._host)
+            self._choose_ports()
             try:
-                self._start_once(bundle, stored, deadline)
+                self._start_once(known, deadline, keep_log=keep_log)
                 return
             except _PortLostError:
-                if self._wanted_port is not None or attempt == _PORT_TRIES:
+                if fixed or attempt == _PORT_TRIES:
                     raise
+
+    def abort(self) -> None:
+        """Have the server end, from another thread: its `start` or `wait` then returns; `stop` follows."""
+        self._aborted = True
+        guard_process = self._guard
+        if guard_process is not None:
+            guard_process.terminate()
 
     def stop(self) -> None:
         """End the server: it finishes what it is computing, then goes. Does nothing if it is not running."""
@@ -152,14 +228,47 @@ class TritonServer:
             return ""
         return "\n".join(self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
 
-    def _start_once(self, bundle: Bundle, stored: Sequence[StoredModel], deadline: float) -> None:
-        self._open_log()
+    @property
+    def _reachable_host(self) -> str:
+        return LOOPBACK if self._host in _WILDCARDS else self._host
+
+    def _settings(self) -> ServerSettings:
+        return ServerSettings(
+            model_store=self._model_store.resolve(),
+            models=tuple(model.name for model in self.stored),
+            grpc_port=self._port,
+            host=self._host,
+            http_port=self._http_port,
+            metrics_port=self._metrics_port,
+            gpu=self.options.gpu,
+            cpu_threads=self._cpu_threads,
+            tls=self.options.tls,
+            secret=self.options.secret,
+            admin_secret=self._admin_secret,
+            extra=self.options.flags,
+        )
+
+    def _choose_ports(self) -> None:
+        self._port = self._wanted_port or free_port(self._host)
+        http, metrics = self.options.http_port, self.options.metrics_port
+        self._http_port = None if http is None else http or free_port(self._host)
+        self._metrics_port = None if metrics is None else metrics or free_port(self._host)
+
+    def _start_once(self, known: frozenset[str], deadline: float, *, keep_log: bool) -> None:
+        self._open_log(keep=keep_log)
         try:
-            self._spawn(bundle)
-            wait_until_ready(self.url, stored, is_alive=lambda: self.is_running, deadline=deadline)
+            self._spawn(known)
+            wait_until_ready(
+                self.url,
+                self.stored,
+                self.access,
+                is_alive=lambda: self.is_running and not self._aborted,
+                deadline=deadline,
+            )
         except ServerStartError as error:
-            tail, died = self.log_tail(), not self.is_running
+            died = not self.is_running
             code = self._stop_guard()
+            tail = self.log_tail()
             if died and _PORT_LOST in tail:
                 raise _PortLostError(
                     f"port {self._port} was taken while the server started; try again"
@@ -171,64 +280,61 @@ class TritonServer:
             raise
         _log.info("tritonserver serves %s at %s, log %s", ", ".join(self._models), self.url, self.log_file)
 
-    def _spawn(self, bundle: Bundle) -> None:
+    def _spawn(self, known: frozenset[str]) -> None:
         assert self.log_file is not None
         scratch = Path(tempfile.mkdtemp(prefix="conch-triton-"))
         shm_prefix = f"conch_{os.getpid()}_{secrets.token_hex(4)}_"
         self._cleanup = (shm_prefix, str(scratch))
+        runtime, settings = self.options.runtime, self._settings()
+        try:
+            flags = server_flags(settings, runtime.places(settings, scratch, shm_prefix), known)
+            invocation = runtime.invocation(settings, flags, f"conch-{shm_prefix.strip('_')}")
+        except BaseException:
+            guard.clean_up(*self._cleanup)
+            raise
+        self._guard = self._start_guard(invocation)
+        assert self._guard.stdout is not None
+        self._server_pid = int(self._guard.stdout.readline() or "0")
+
+    def _start_guard(self, invocation: Invocation) -> subprocess.Popen[str]:
+        assert self.log_file is not None
+        shm_prefix, scratch = self._cleanup
         settings = {
-            "command": self._command(bundle, bundle.make_backend_directory(scratch), shm_prefix),
+            "command": invocation.command,
+            "end_command": invocation.end_command,
             "log": str(self.log_file),
+            "log_max_bytes": self.options.log_max_bytes,
+            "log_keep": self.options.log_keep,
             "shm_prefix": shm_prefix,
-            "scratch": str(scratch),
+            "scratch": scratch,
             "grace_s": _GRACE_S,
             "parent_pid": os.getpid(),
         }
         with self.log_file.open("ab") as log:
-            self._guard = subprocess.Popen(
-                [sys.executable, "-I", "-S", guard.__file__, json.dumps(settings)],
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", guard.__file__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
                 start_new_session=True,  # Ctrl-C reaches us, not it: the stop is ours to order
-                env=bundle.environment(cpu_threads=self._cpu_threads),
+                env=invocation.environment,
             )
-        assert self._guard.stdout is not None
-        self._server_pid = int(self._guard.stdout.readline() or "0")
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(settings) + "\n")
+        process.stdin.flush()
+        return process
 
-    def _command(self, bundle: Bundle, backends: Path, shm_prefix: str) -> list[str]:
-        command = [
-            str(bundle.server),
-            f"--model-repository={self._model_store.resolve()}",
-            f"--backend-directory={backends}",
-            f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
-            "--model-control-mode=explicit",  # also lets a client reload a model whose stub died
-            f"--model-config-name={EMBEDDED_NAME}",
-            "--disable-auto-complete-config",  # configs are complete; guessing doubles the start-up time
-            f"--exit-timeout-secs={_EXIT_TIMEOUT_S}",
-            f"--grpc-address={self._host or '0.0.0.0'}",
-            f"--grpc-port={self._port}",
-            "--allow-http=0",
-            "--allow-metrics=0",
-            *(f"--load-model={name}" for name in self._loaded),
-        ]
-        if self._host != "localhost" and not self._host.startswith("127."):
-            # Loading a model runs code from the store, so beyond loopback nobody may ask for it.
-            secret = secrets.token_hex(16)
-            command.append(
-                f"--grpc-restricted-protocol=model-repository,shared-memory,trace,logging:admin={secret}"
-            )
-        return command
-
-    def _open_log(self) -> None:
+    def _open_log(self, *, keep: bool) -> None:
         try:
             if self.log_file is None:
                 descriptor, name = tempfile.mkstemp(prefix="conch-tritonserver-", suffix=".log")
                 os.close(descriptor)
                 self.log_file = Path(name)
             self.log_file.parent.mkdir(parents=True, exist_ok=True)
-            self.log_file.write_bytes(b"")
+            with self.log_file.open("ab") as log:
+                if not keep:
+                    log.truncate(0)
         except OSError as error:
             raise ServerStartError(
                 f"log file {self.log_file} cannot be written ({error.strerror})"
@@ -254,29 +360,3 @@ class TritonServer:
 
 class _PortLostError(ServerStartError):
     """Another program took the port between our look and the server's."""
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        try:
-            probe.bind((host, 0))
-        except OSError as error:
-            raise ServerStartError(
-                f"cannot listen on {host} ({error.strerror}); give an IPv4 address or name of this machine"
-            ) from error
-        return probe.getsockname()[1]
-
-
-def _check_port(host: str, port: int) -> None:
-    if not 0 < port < 65_536:
-        raise ServerStartError(f"port {port} does not exist; choose one from 1 to 65535")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            taken = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
-            raise ServerStartError(
-                f"port {port} on {host or 'this machine'} {taken}; "
-                "stop what listens there or choose another port"
-            ) from error

@@ -25,6 +25,8 @@ from conch.serving.ensemble_manifest import EnsembleManifest
 from conch.serving.manifest import GOLDEN, MANIFEST, Golden, Manifest, sha256_of
 from conch.serving.pbtxt import Kind, from_pbtxt, to_pbtxt
 from conch.serving.spec import RewardModelSpec, TokenizerSpec
+from conch.serving.triton_warmup import FOLDER as WARMUP
+from conch.serving.triton_warmup import take_warmup, write_warmup
 
 CONFIG = "config.pbtxt"
 EMBEDDED_NAME = "embedded"
@@ -205,10 +207,13 @@ def publish(
     try:
         new_configs[CONFIG].write_text(to_pbtxt(spec, kind=kind, gpu=gpu), encoding="utf-8")
         new_configs[EMBEDDED_CONFIG].write_text(to_pbtxt(spec, kind="cpu", embedded=True), encoding="utf-8")
+        warmup = _stage_warmup(staged, spec, new_configs)
         sync_tree(staged.parent)
         with _locked(model_store):
             (folder / EMBEDDED_CONFIG).parent.mkdir(parents=True, exist_ok=True)
             published = folder / str(max(versions(model_store, spec.name), default=0) + 1)
+            if warmup is not None:
+                take_warmup(warmup, folder)
             staged.rename(published)
             try:
                 for relative, new in new_configs.items():
@@ -270,3 +275,20 @@ def _read_section(section: type[SectionT], path: Path) -> SectionT:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise ModelStoreError(f"{path} is damaged: {where}: {first['msg']}; {_AGAIN}") from None
+
+
+def _stage_warmup(
+    staged: Path, spec: RewardModelSpec | TokenizerSpec, configs: dict[str, Path]
+) -> Path | None:
+    """Add warm-up requests to the configurations, and write their data beside them.
+
+    Returns:
+        the data's folder; None for a tokenizer, which has nothing to warm up.
+    """
+    if isinstance(spec, TokenizerSpec):
+        return None
+    golden = _read_section(Golden, staged / GOLDEN)
+    addition = write_warmup(staged.parent / WARMUP, spec, golden.samples[0])
+    for config in configs.values():
+        config.write_text(config.read_text(encoding="utf-8") + addition, encoding="utf-8")
+    return staged.parent / WARMUP

@@ -13,47 +13,71 @@ from tritonclient.utils import InferenceServerException
 from conch.errors import ServerStartError
 from conch.serving.spec import MASK_INPUT, OUTPUT, TEXT_INPUT, TOKEN_INPUT
 from conch.serving.store import StoredModel
+from conch.serving.triton_channel import Access, explain_refusal, is_lasting, open_client
 
 _POLL_S = 0.05
 _CALL_TIMEOUT_S = 2.0
 _SCORE_TIMEOUT_S = 60.0
-# Without these a channel that was refused once waits seconds before it tries again, and may ask a web proxy.
-_CHANNEL = [
-    ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.max_reconnect_backoff_ms", 100),
-    ("grpc.enable_http_proxy", 0),
-]
+# What every release of Triton's protocol version 2 has had since the first that was tried.
+_NEEDED_EXTENSIONS = {"model_configuration", "statistics"}
 
 
 def wait_until_ready(
-    url: str, models: Sequence[StoredModel], *, is_alive: Callable[[], bool], deadline: float
+    url: str,
+    models: Sequence[StoredModel],
+    access: Access,
+    *,
+    is_alive: Callable[[], bool],
+    deadline: float,
 ) -> None:
     """Return once the server is up and every model scores its golden samples right.
 
     deadline: on the clock of `time.monotonic`.
 
     Raises:
-        ServerStartError: the server died, was not ready in time, or a score is wrong.
+        ServerStartError: the server died, was not ready in time, refuses us, is of another kind, or a score
+            is wrong.
     """
-    with triton.InferenceServerClient(url, channel_args=_CHANNEL) as client:
-        while not _flags_are_up(client, models):
+    with open_client(url, access) as client:
+        while problem := _not_up(client, models, access):
             if not is_alive():
                 raise ServerStartError("tritonserver died before it was ready")
             if time.monotonic() > deadline:
-                raise ServerStartError("tritonserver was not ready in time; give a longer ready_timeout_s")
+                raise ServerStartError(
+                    f"the server at {url} was not ready in time ({problem}); give it longer, or see its log"
+                )
             time.sleep(_POLL_S)
+        check_version(client)
         for model in models:
             check_golden(client, model)
 
 
-def check_golden(client: triton.InferenceServerClient, model: StoredModel) -> None:
-    """Score the golden samples through the server.
+def check_version(client: triton.InferenceServerClient) -> None:
+    """Raise ServerStartError unless the server speaks the protocol that we do."""
+    try:
+        told: Any = client.get_server_metadata(client_timeout=_SCORE_TIMEOUT_S)
+    except InferenceServerException as error:
+        raise ServerStartError(f"the server does not say what it is: {error.message()}") from error
+    missing = sorted(_NEEDED_EXTENSIONS - set(told.extensions))
+    if told.name != "triton" or not told.version.startswith("2.") or missing:
+        lacks = f", without {', '.join(missing)}" if missing else ""
+        raise ServerStartError(
+            f"the server is {told.name or 'nameless'} {told.version or 'of unknown version'}{lacks}; "
+            "Conch needs Triton 2.x with its statistics and model configuration extensions (2.51 was tested)"
+        )
+
+
+def check_golden(
+    client: triton.InferenceServerClient, model: StoredModel, *, samples: int | None = None
+) -> None:
+    """Score the golden samples, or the first `samples` of them, through the server.
 
     Raises:
-        ServerStartError: a score differs by more than the tolerance, or there is none.
+        ServerStartError: a score differs by more than the tolerance, there is none, or another version than
+            that of `model` answers.
     """
     golden = model.golden
-    for number, sample in enumerate(golden.samples):
+    for number, sample in enumerate(golden.samples[:samples]):
         try:
             reply = client.infer(
                 model.name, _inputs(sample.text, sample.input_ids), client_timeout=_SCORE_TIMEOUT_S
@@ -62,6 +86,12 @@ def check_golden(client: triton.InferenceServerClient, model: StoredModel) -> No
             raise ServerStartError(
                 f"model {model.name}: golden sample {number} got no score: {error}"
             ) from error
+        version = reply.get_response().model_version if reply is not None else ""  # pyright: ignore
+        if version != str(model.version):
+            raise ServerStartError(
+                f"model {model.name}: version {version} answers, the store's latest is {model.version}; "
+                "have the server load it: python -m conch.serving swap"
+            )
         scores = reply.as_numpy(OUTPUT) if reply is not None else None
         expected = np.array([sample.scores])
         if scores is None or scores.shape != expected.shape:
@@ -75,13 +105,24 @@ def check_golden(client: triton.InferenceServerClient, model: StoredModel) -> No
             )
 
 
-def _flags_are_up(client: triton.InferenceServerClient, models: Sequence[StoredModel]) -> bool:
+def _not_up(client: triton.InferenceServerClient, models: Sequence[StoredModel], access: Access) -> str:
+    """What the server is not yet, or "".
+
+    Raises:
+        ServerStartError: it turns us away for good.
+    """
     try:
-        return bool(client.is_server_ready(client_timeout=_CALL_TIMEOUT_S)) and all(
-            client.is_model_ready(model.name, client_timeout=_CALL_TIMEOUT_S) for model in models
-        )
-    except InferenceServerException:  # not listening yet
-        return False
+        if not client.is_server_ready(client_timeout=_CALL_TIMEOUT_S):
+            return "it says that it is not ready"
+        for model in models:
+            if not client.is_model_ready(model.name, client_timeout=_CALL_TIMEOUT_S):
+                return f"model {model.name} is not loaded"
+    except InferenceServerException as error:
+        why = explain_refusal(error, access) or (error.message() or "").split("\n")[0]
+        if is_lasting(error):
+            raise ServerStartError(why) from error
+        return why
+    return ""
 
 
 def _inputs(text: str | None, input_ids: tuple[int, ...] | None) -> list[Any]:

@@ -118,10 +118,10 @@ def test_start_gives_up_at_its_deadline(store: Path) -> None:
 
 
 def test_start_tries_another_port_when_it_lost_the_race(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = launcher._free_port
+    real = launcher.free_port
     with socket.create_server(("127.0.0.1", 0)) as taken:
         ports = [taken.getsockname()[1]]
-        monkeypatch.setattr(launcher, "_free_port", lambda host: ports.pop() if ports else real(host))
+        monkeypatch.setattr(launcher, "free_port", lambda host: ports.pop() if ports else real(host))
         with TritonServer(store, [MODEL]) as server:
             assert ports == [] and server.url != f"127.0.0.1:{taken.getsockname()[1]}"
 
@@ -194,7 +194,7 @@ def test_command_explains_an_error_in_a_sentence_and_leaves_with_1(tmp_path: Pat
 
 
 def test_command_leaves_with_1_when_the_server_dies(store: Path) -> None:
-    command = serve("--model-store", str(store), "--model", MODEL, "--grpc-port", "0")
+    command = serve("--model-store", str(store), "--model", MODEL, "--grpc-port", "0", "--max-restarts", "0")
     assert command.stdout is not None
     command.stdout.readline()
     (guard,) = _children(command.pid)

@@ -37,19 +37,24 @@ def guarded(
     grace_s: float = 10.0,
     cleans_up: bool = True,
     parent_pid: int | None = None,
+    log_max_bytes: int = 1_000_000,
+    end_command: list[str] | None = None,
 ) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A guard over `python -c program`; yields it and the program's pid, then checks that it cleaned up."""
     (tmp_path / "scratch").mkdir()
     settings = {
         "command": [sys.executable, "-c", program],
+        "end_command": end_command or [],
         "log": str(tmp_path / "log"),
+        "log_max_bytes": log_max_bytes,
+        "log_keep": 2,
         "shm_prefix": f"conch_test_{secrets.token_hex(4)}_",
         "scratch": str(tmp_path / "scratch"),
         "grace_s": grace_s,
         "parent_pid": parent_pid or os.getpid(),
     }
     process = subprocess.Popen(
-        [sys.executable, "-I", guard.__file__, json.dumps(settings)],
+        [sys.executable, "-I", guard.__file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -58,6 +63,8 @@ def guarded(
     left_over = Path("/dev/shm") / (settings["shm_prefix"] + "region")
     left_over.write_text("left by a killed server")
     assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(json.dumps(settings) + "\n")
+    process.stdin.flush()
     try:
         yield process, int(process.stdout.readline())
         process.wait(DEADLINE_S)
@@ -142,3 +149,33 @@ def test_server_ends_when_the_guard_itself_is_killed(tmp_path: Path) -> None:
     with guarded(OBEDIENT, tmp_path, cleans_up=False) as (process, pid):
         process.kill()
         wait_until_gone(pid)
+
+
+def test_log_is_put_aside_when_full_and_the_oldest_goes(tmp_path: Path) -> None:
+    program = "for n in range(100): print(f'line {n:02d}', flush=True)"  # 8 bytes a line
+    with guarded(program, tmp_path, log_max_bytes=160) as (process, _):
+        assert process.wait(DEADLINE_S) == 0
+    files = [tmp_path / "log.2", tmp_path / "log.1", tmp_path / "log"]
+    lines = [line for file in files for line in file.read_text().splitlines()]
+
+    assert lines == [f"line {n:02d}" for n in range(100)][-len(lines) :] and len(lines) < 100
+    assert all(file.stat().st_size <= 160 for file in files) and not (tmp_path / "log.3").exists()
+
+
+def test_log_holds_the_last_words_of_a_program_that_prints_much(tmp_path: Path) -> None:
+    with guarded("print('x' * 1_000_000); print('last')", tmp_path, log_max_bytes=10_000_000) as (process, _):
+        assert process.wait(DEADLINE_S) == 0
+    assert (tmp_path / "log").read_text().endswith("x\nlast\n")
+
+
+def test_guard_runs_the_end_command_after_the_server(tmp_path: Path) -> None:
+    with guarded(OBEDIENT, tmp_path, end_command=["touch", str(tmp_path / "removed")]) as (process, _):
+        process.terminate()
+        process.wait(DEADLINE_S)
+    assert (tmp_path / "removed").exists()
+
+
+def test_settings_do_not_stand_in_the_process_list(tmp_path: Path) -> None:
+    with guarded(OBEDIENT, tmp_path) as (process, _):
+        assert "scratch" not in Path(f"/proc/{process.pid}/cmdline").read_text()
+        process.terminate()
