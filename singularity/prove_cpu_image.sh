@@ -21,7 +21,13 @@ python=$root/.venv/bin/python
 command -v debootstrap unshare >/dev/null || fail "needs debootstrap and util-linux's unshare"
 [ -n "${1:-}" ] || fail "name a folder for what is made: prove_cpu_image.sh FOLDER [--pip FOLDER]"
 mkdir -p "$1" && work=$(realpath "$1") && shift
-build_options=("$@")
+build_options=()
+if [ "${1:-}" = --pip ]; then
+    [ -f "${2:-}/pip.conf" ] || fail "--pip needs a folder that holds pip.conf; '${2:-}' does not"
+    rm -rf "$work/pip" && cp -rL "$2" "$work/pip" # where Debian sid sees it
+    build_options=(--pip "$work/pip") && shift 2
+fi
+[ $# = 0 ] || fail "unexpected: $*"
 user=1000 sid=$work/sid store=$work/model_store
 
 say() { echo "== $1"; }
@@ -56,7 +62,7 @@ in_sid() {
         cat /etc/hosts >"$sid/etc/hosts"
         cd "$sid" && pivot_root . old_root && umount --lazy /old_root && cd "$work/home"
         exec setpriv --reuid "$user" --regid "$user" --init-groups env -i HOME="$work/home" \
-            PATH=/usr/sbin:/usr/bin:/sbin:/bin "$@"
+            PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 "$@"
     ' -- "$sid" "$root" "$work" "$user" "$@"
 }
 
@@ -95,7 +101,7 @@ mkdir -p "$work/home" && chown "$user" "$work/home"
 image=$work/home/tritonserver-cpu.sif
 if [ ! -e "$image" ]; then
     say "building $image as user $user (log $work/build.log)"
-    (in_sid bash "$root/singularity/build.sh" tritonserver-cpu "$image" "${build_options[@]}") >"$work/build.log" 2>&1 ||
+    (in_sid bash "$root/singularity/build.sh" tritonserver-cpu "$image" ${build_options[@]+"${build_options[@]}"}) >"$work/build.log" 2>&1 ||
         { tail -n 20 "$work/build.log" >&2 && fail "the build failed"; }
 fi
 convert_model
