@@ -165,6 +165,7 @@ def publish(staged: Path, spec: RewardModelSpec, model_store: Path) -> Path:
     new_configs = {CONFIG: staged.parent / "gpu.pbtxt", EMBEDDED_CONFIG: staged.parent / "cpu.pbtxt"}
     folder = model_store / spec.name
     try:
+        _share(staged)
         new_configs[CONFIG].write_text(to_pbtxt(spec, kind="gpu"), encoding="utf-8")
         new_configs[EMBEDDED_CONFIG].write_text(to_pbtxt(spec, kind="cpu"), encoding="utf-8")
         sync_tree(staged.parent)
@@ -218,3 +219,13 @@ def _read_section(section: type[SectionT], path: Path) -> SectionT:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise ModelStoreError(f"{path} is damaged: {where}: {first['msg']}; {_AGAIN}") from None
+
+
+def _share(folder: Path) -> None:
+    """Let whoever may read the folder read its files.
+
+    What safetensors writes, its owner alone can read, and a server often runs as another user.
+    """
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(folder.stat().st_mode & 0o666)
