@@ -205,6 +205,7 @@ def publish(
     new_configs = {CONFIG: staged.parent / "gpu.pbtxt", EMBEDDED_CONFIG: staged.parent / "cpu.pbtxt"}
     folder = model_store / spec.name
     try:
+        _share(staged)
         new_configs[CONFIG].write_text(to_pbtxt(spec, kind=kind, gpu=gpu), encoding="utf-8")
         new_configs[EMBEDDED_CONFIG].write_text(to_pbtxt(spec, kind="cpu", embedded=True), encoding="utf-8")
         warmup = _stage_warmup(staged, spec, new_configs)
@@ -292,3 +293,13 @@ def _stage_warmup(
     for config in configs.values():
         config.write_text(config.read_text(encoding="utf-8") + addition, encoding="utf-8")
     return staged.parent / WARMUP
+
+
+def _share(folder: Path) -> None:
+    """Let whoever may read the folder read its files.
+
+    What safetensors writes, its owner alone can read, and a server often runs as another user.
+    """
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(folder.stat().st_mode & 0o666)

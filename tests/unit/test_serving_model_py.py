@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import GPT2ForSequenceClassification
 
-from conch.serving.python_backend import model as served
 from conch.serving.python_backend.model import RejectedError, Scorer, refuse_numpy_2, score_requests
 from tests.tiny import reward_checkpoint
 
@@ -180,10 +179,17 @@ def test_score_keeps_order_when_the_batch_is_cut_by_the_token_budget(
 ) -> None:
     rows = [[0, 1, 2, 3], [4], [5, 6, 7], [8, 9]]
     whole = scorer.score(rows)
-    monkeypatch.setattr(served, "TOKENS_PER_FORWARD", 4)
+    monkeypatch.setattr(scorer, "tokens_per_forward", 4)
+    passes = []
+    forward = scorer._forward
+    monkeypatch.setattr(scorer, "_forward", lambda rows: passes.append(len(rows)) or forward(rows))
 
     np.testing.assert_allclose(scorer.score(rows), whole, atol=1e-6)
-    assert [len(batch) for batch in served._batches_by_length([4, 1, 3, 2])] == [2, 1, 1]
+    assert passes == [2, 1, 1]
+
+
+def test_a_pass_is_small_on_a_cpu(scorer: Scorer) -> None:
+    assert scorer.tokens_per_forward == 1024
 
 
 def test_score_normalises_each_reward_by_its_own_statistics(tmp_path: Path) -> None:

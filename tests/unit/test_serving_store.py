@@ -54,6 +54,19 @@ def test_publish_leaves_no_staging_folder_and_a_readable_version(tmp_path: Path)
     assert path.stat().st_mode & 0o055 == 0o055
 
 
+def test_published_files_can_be_read_by_whoever_reads_the_config(tmp_path: Path) -> None:
+    with staged_version(tmp_path, "walks") as folder:
+        (folder / "weights").mkdir()
+        for name in ("model.safetensors", "weights/part"):
+            (folder / name).touch(mode=0o600)
+        published = publish(folder, RewardModelSpec("walks"), tmp_path)
+
+    mode = (tmp_path / "walks" / "config.pbtxt").stat().st_mode
+    assert {
+        file.stat().st_mode for file in (published / "model.safetensors", published / "weights/part")
+    } == {mode}
+
+
 def test_staged_version_is_gone_after_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), staged_version(tmp_path, "walks") as folder:
         (folder / "half").write_text("written")

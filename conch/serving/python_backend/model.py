@@ -34,8 +34,10 @@ except ModuleNotFoundError:  # run by hand: only Triton provides it
 
 Rows = list[list[int]]
 
-# Longest row times rows in one forward pass. Bounds the memory of a batch that the server has put together.
-TOKENS_PER_FORWARD = 32_768
+# Longest row times rows in one forward pass. On a GPU it bounds the memory of a batch that the server has put
+# together. On a CPU small passes are the fastest: their activations stay in the caches, and less is padding.
+# On dialogues, samples/s: 83 with 512 tokens a pass, 81 with 1,024, 60 with 4,096, 29 with 32,768.
+TOKENS_PER_FORWARD = {"cpu": 1024, "cuda": 32_768}
 
 
 class RejectedError(ValueError):
@@ -159,6 +161,7 @@ class Scorer:
             self.tokenizer.truncation_side = self.manifest["truncation_side"]
         self.model = load_model(folder, self.manifest).to(device)
         self.device = device
+        self.tokens_per_forward = TOKENS_PER_FORWARD[torch.device(device).type]
 
     def rows_from_texts(self, texts: Sequence[bytes]) -> Rows:
         """Token ids of UTF-8 samples.
@@ -190,7 +193,7 @@ class Scorer:
         """Scores float32 [len(rows), rewards]; a row's score does not depend on the others'."""
         rewards = len(self.manifest["reward_names"])
         scores = np.empty((len(rows), rewards), dtype=np.float32)
-        for indices in _batches_by_length([len(row) for row in rows]):
+        for indices in _batches_by_length([len(row) for row in rows], self.tokens_per_forward):
             scores[indices] = self._forward([rows[index] for index in indices])
         return scores
 
@@ -311,11 +314,11 @@ def _finite(scores: np.ndarray | Exception) -> np.ndarray | Exception:
     return ArithmeticError(f"row {row}: the model's score is {scores[row].tolist()}")
 
 
-def _batches_by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices grouped so that rows of like length share a forward pass, within the token budget."""
+def _batches_by_length(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices grouped so that rows of like length share a forward pass, within `budget` tokens."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
-        if batch and (len(batch) + 1) * lengths[index] > TOKENS_PER_FORWARD:
+        if batch and (len(batch) + 1) * lengths[index] > budget:
             yield batch
             batch = []
         batch.append(index)

@@ -1,0 +1,345 @@
+"""Served samples a second against the limit: the same model called in process with the best batching.
+
+    python -m benchmarks.serving --data harmless-base.jsonl.gz --json serving.json
+
+One core serves, another asks. The limit runs on the server's core, alone: rows sorted by length, cut into
+batches of as many padded tokens as proved fastest, one thread, inference mode. Limit and served forms take
+turns, round by round, on the same texts, so that a machine that is busy for a while is busy for all. Their
+scores are compared first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+from benchmarks.checkpoint import dialogues, write_checkpoint
+from conch.config import RewardConfig
+from conch.converters.to_triton import to_triton
+from conch.errors import ConchError
+from conch.rewards.triton_reward import TritonReward
+from conch.serving.launcher import TritonServer
+from conch.serving.spec import Form
+from conch.types import Completion, Prompt, Rollout
+
+# Padded tokens in a batch of the limit; the fastest is taken.
+BUDGETS = (512, 1024, 2048, 4096, 8192, 16384)
+TOLERANCE = 1e-4
+FORMS: tuple[Form, ...] = ("text", "token")
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is scored: texts, and the ids that the text form makes of them."""
+
+    texts: list[str]
+    ids: list[list[int]]
+
+    def rollouts(self) -> list[Rollout]:
+        """The same as a trainer has them."""
+        nothing = Completion("", (), (), "length")
+        return [
+            Rollout(Prompt(text, tuple(ids)), nothing, 0)
+            for text, ids in zip(self.texts, self.ids, strict=True)
+        ]
+
+
+@dataclass(slots=True)
+class Row:
+    """Seconds of each round of one way of scoring.
+
+    limit: name of the way that it is compared with; None for a limit.
+    """
+
+    name: str
+    samples: int
+    limit: str | None
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def rates(self) -> list[float]:
+        """Samples a second, round by round."""
+        return [self.samples / seconds for seconds in self.seconds]
+
+
+class Limit:
+    """The model in this process."""
+
+    def __init__(self, checkpoint: Path, core: int) -> None:
+        self._model = AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()
+        self._tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
+        self._pad = self._tokenizer.pad_token_id
+        self._core = core
+        self.budget = 0
+
+    def choose_budget(self, rows: Sequence[list[int]]) -> None:
+        """Try all and keep the fastest."""
+        times = {}
+        for budget in BUDGETS:
+            self.budget = budget
+            times[budget] = min(_timed(lambda: self.score_tokens(rows))[1] for _ in range(2))
+        self.budget = min(times, key=times.__getitem__)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of the texts, each closed by eos; all at once, as a tokenizer is fastest."""
+        closed = [text + self._tokenizer.eos_token for text in texts]
+        return self._tokenizer(closed).input_ids
+
+    def score_texts(self, texts: Sequence[str]) -> list[float]:
+        """Tokenise and score."""
+        with _on_core(self._core):
+            return self.score_tokens(self.encode(texts))
+
+    @torch.inference_mode()
+    def score_tokens(self, rows: Sequence[list[int]]) -> list[float]:
+        """Score rows of ids."""
+        scores = [0.0] * len(rows)
+        with _on_core(self._core):
+            for batch in self._batches(rows):
+                longest = len(rows[batch[-1]])
+                ids = torch.full((len(batch), longest), self._pad)
+                mask = torch.zeros_like(ids)
+                for line, index in enumerate(batch):
+                    ids[line, : len(rows[index])] = torch.tensor(rows[index])
+                    mask[line, : len(rows[index])] = 1
+                logits = self._model(input_ids=ids, attention_mask=mask).logits[:, 0].tolist()
+                for index, score in zip(batch, logits, strict=True):
+                    scores[index] = score
+        return scores
+
+    def _batches(self, rows: Sequence[list[int]]) -> Iterator[list[int]]:
+        batch: list[int] = []
+        for index in sorted(range(len(rows)), key=lambda index: len(rows[index])):
+            if batch and (len(batch) + 1) * len(rows[index]) > self.budget:
+                yield batch
+                batch = []
+            batch.append(index)
+        if batch:
+            yield batch
+
+
+class Served:
+    """Several callers, each with a client of its own, as the ranks of a training run have."""
+
+    def __init__(self, url: str, callers: int, samples_per_call: int) -> None:
+        self._clients = [TritonReward(url, RewardConfig()) for _ in range(callers)]
+        self._pool = ThreadPoolExecutor(callers)
+        self._samples_per_call = samples_per_call
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[float]:
+        """Each caller scores its share, one call after the other.
+
+        Raises:
+            ConchError: a sample was not scored.
+        """
+        share = -(-len(rollouts) // len(self._clients))
+        shares = [rollouts[start : start + share] for start in range(0, len(rollouts), share)]
+        return [
+            score for scores in self._pool.map(self._score_share, self._clients, shares) for score in scores
+        ]
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._pool.shutdown()
+        for client in self._clients:
+            client.close()
+
+    def _score_share(self, client: TritonReward, rollouts: Sequence[Rollout]) -> list[float]:
+        scores = []
+        for start in range(0, len(rollouts), self._samples_per_call):
+            for result in client.submit(rollouts[start : start + self._samples_per_call]).result():
+                if not result.ok:
+                    raise ConchError(f"a sample was not scored: {result.detail}")
+                scores.append(result.scores["reward"])
+        return scores
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Convert, serve, check, and time all ways in turn."""
+    texts = dialogues(arguments.data, arguments.samples)
+    checkpoint = write_checkpoint(
+        folder / "checkpoint", texts, layers=arguments.layers, width=arguments.width
+    )
+    limit = Limit(checkpoint, arguments.server_core)
+    work = Work(texts, limit.encode(texts))
+    for form in FORMS:
+        to_triton(checkpoint, name=form, form=form, model_store=folder / "store")
+    with ExitStack() as stack:
+        with _on_core(arguments.server_core):  # which the server's processes inherit
+            server = stack.enter_context(TritonServer(folder / "store", FORMS))
+        clients: dict[Form, Served] = {
+            form: Served(server.endpoint(form), arguments.callers, arguments.call) for form in FORMS
+        }
+        for client in clients.values():
+            stack.callback(client.close)
+        ways = _ways(limit, clients, work)
+        _check_scores({name: way() for name, (way, _) in ways.items()})  # warms up, too
+        limit.choose_budget(work.ids)
+        rows = _take_turns(ways, arguments.rounds, len(texts))
+    lengths = sorted(len(ids) for ids in work.ids)
+    return _report(arguments, limit, rows, lengths)
+
+
+def _ways(
+    limit: Limit, clients: dict[Form, Served], work: Work
+) -> dict[str, tuple[Callable[[], list[float]], str | None]]:
+    rollouts = work.rollouts()
+    return {
+        "in process, from text": (lambda: limit.score_texts(work.texts), None),
+        "in process, from tokens": (lambda: limit.score_tokens(work.ids), None),
+        "served, python, text form": (lambda: clients["text"].score(rollouts), "in process, from text"),
+        "served, python, token form": (lambda: clients["token"].score(rollouts), "in process, from tokens"),
+    }
+
+
+def _check_scores(scores: dict[str, list[float]]) -> None:
+    names = list(scores)
+    for name in names[1:]:
+        worst = max(abs(a - b) for a, b in zip(scores[names[0]], scores[name], strict=True))
+        if worst > TOLERANCE:
+            raise ConchError(f"{name} differs by {worst:.1e} from {names[0]}: there is nothing to compare")
+
+
+def _take_turns(
+    ways: dict[str, tuple[Callable[[], list[float]], str | None]], rounds: int, samples: int
+) -> list[Row]:
+    rows = {name: Row(name, samples, limit) for name, (_, limit) in ways.items()}
+    for number in range(rounds):
+        for name, (way, _) in list(ways.items())[:: 1 if number % 2 == 0 else -1]:
+            rows[name].seconds.append(_timed(way)[1])
+            print(f"round {number + 1}: {name}: {rows[name].rates[-1]:.1f} samples/s", file=sys.stderr)
+    return list(rows.values())
+
+
+def _report(
+    arguments: argparse.Namespace, limit: Limit, rows: Sequence[Row], lengths: Sequence[int]
+) -> dict[str, Any]:
+    by_name = {row.name: row for row in rows}
+    results = []
+    for row in rows:
+        ratios = None
+        if row.limit is not None:
+            pairs = zip(row.rates, by_name[row.limit].rates, strict=True)
+            ratios = [served / alone for served, alone in pairs]
+        results.append(
+            {**asdict(row), "samples_per_s": _spread(row.rates), "ratio": ratios and _spread(ratios)}
+        )
+    return {
+        "date": date.today().isoformat(),
+        "machine": {"cpu": _cpu_name(), "cores": os.cpu_count(), "platform": platform.platform()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "arguments": {key: str(value) for key, value in vars(arguments).items()},
+        "tokens": {"median": statistics.median(lengths), "longest": lengths[-1], "all": sum(lengths)},
+        "limit_tokens_per_batch": limit.budget,
+        "results": results,
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as a Markdown table: median (lowest-highest) over the rounds."""
+
+    def cell(spread: dict[str, float] | None, digits: int) -> str:
+        if spread is None:
+            return "1"
+        return f"{spread['median']:.{digits}f} ({spread['low']:.{digits}f}-{spread['high']:.{digits}f})"
+
+    lines = ["| way | samples/s | of its limit |", "|---|---|---|"]
+    for row in report["results"]:
+        lines.append(f"| {row['name']} | {cell(row['samples_per_s'], 1)} | {cell(row['ratio'], 2)} |")
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    started = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - started
+
+
+@contextmanager
+def _on_core(core: int) -> Iterator[None]:
+    """Bind this thread, and what it starts, to one core."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(": ")[2]
+    return platform.processor()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.serving", description=(__doc__ or "").split("\n")[0]
+    )
+    add = parser.add_argument
+    add(
+        "--data",
+        type=Path,
+        required=True,
+        help="JSON lines (.gz or not) with `chosen` and `rejected` dialogues",
+    )
+    add("--samples", type=int, default=512, help="dialogues to score in a round; default: %(default)s")
+    add("--rounds", type=int, default=7, help="default: %(default)s")
+    add("--callers", type=int, default=4, help="clients at once; default: %(default)s")
+    add("--call", type=int, default=64, help="samples that a caller asks for at once; default: %(default)s")
+    add("--layers", type=int, default=4, help="of the random GPT-2; default: %(default)s")
+    add("--width", type=int, default=256, help="of the random GPT-2; default: %(default)s")
+    add("--server-core", type=int, default=0, help="also the limit's; default: %(default)s")
+    add("--client-core", type=int, default=1, help="default: %(default)s")
+    add("--json", type=Path, help="also write every figure to this file")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0 with the table on stdout, 1 after an error, told in a sentence on stderr."""
+    arguments = _parser().parse_args(argv)
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        cores = os.sched_getaffinity(0)
+        if not {arguments.server_core, arguments.client_core} <= cores:
+            raise ConchError(
+                f"this process may use cores {sorted(cores)}: choose --server-core and --client-core there"
+            )
+        with (
+            tempfile.TemporaryDirectory(prefix="conch-benchmark-") as folder,
+            _on_core(arguments.client_core),
+        ):
+            report = measure(arguments, Path(folder))
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    except (ConchError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(table(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+#!/bin/bash
+# Builds the CPU image as an ordinary user and shows that it serves: a small random reward model is converted with
+# conch-to-triton, served from the container, and scored by Conch's own client, once with the command line of README.md
+# and once with serve.sh.
+#
+#     sudo singularity/prove_cpu_image.sh FOLDER [--pip FOLDER]
+#
+# FOLDER keeps what was made (5 GB), so that a second call is quick. Apptainer need not be installed: it runs from a
+# Debian sid in FOLDER/sid, in a mount namespace of its own. Needs root (for that), debootstrap, and `make install`.
+set -euo pipefail
+
+fail() {
+    echo "error: $1" >&2
+    exit 1
+}
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=$root/.venv/bin/python
+[ "$(id -u)" = 0 ] || fail "run this as root: it makes a mount namespace; the build and the server run as user 1000"
+[ -x "$python" ] || fail "$python does not exist; call make install first"
+command -v debootstrap unshare >/dev/null || fail "needs debootstrap and util-linux's unshare"
+[ -n "${1:-}" ] || fail "name a folder for what is made: prove_cpu_image.sh FOLDER [--pip FOLDER]"
+mkdir -p "$1" && work=$(realpath "$1") && shift
+build_options=()
+if [ "${1:-}" = --pip ]; then
+    [ -f "${2:-}/pip.conf" ] || fail "--pip needs a folder that holds pip.conf; '${2:-}' does not"
+    rm -rf "$work/pip" && cp -rL "$2" "$work/pip" # where Debian sid sees it
+    build_options=(--pip "$work/pip") && shift 2
+fi
+[ $# = 0 ] || fail "unexpected: $*"
+user=1000 sid=$work/sid store=$work/model_store
+
+say() { echo "== $1"; }
+
+make_sid() {
+    [ ! -e "$sid/.complete" ] || return 0
+    say "Debian sid with Apptainer in $sid"
+    rm -rf "$sid"
+    debootstrap --variant=minbase --include=ca-certificates,apptainer,debootstrap,squashfuse,uidmap \
+        sid "$sid" http://deb.debian.org/debian >"$work/sid.log" 2>&1 || fail "debootstrap failed: $work/sid.log"
+    chroot "$sid" useradd --create-home --uid "$user" conch
+    touch "$sid/.complete"
+}
+
+# Runs a command of Debian sid as an ordinary user. The checkout and the work folder have the paths that they have
+# outside. pivot_root, because in a chroot the kernel lets nobody make the user namespace that Apptainer needs.
+# Becomes the command, so call it in a subshell: in the background $! is then the command's own process.
+in_sid() {
+    exec unshare --mount --propagation private bash -c '
+        set -e
+        sid=$1 root=$2 work=$3 user=$4 && shift 4
+        mount --bind "$sid" "$sid"
+        mkdir -p "$sid/old_root" "$sid$root" "$sid$work"
+        mount -t proc proc "$sid/proc"
+        mount --rbind /sys "$sid/sys"
+        mount --rbind /dev "$sid/dev"
+        [ -e "$work/fuse" ] || mknod -m 666 "$work/fuse" c 10 229 # some systems keep theirs for root
+        mount --bind "$work/fuse" "$sid/dev/fuse"
+        mount --bind "$root" "$sid$root"
+        mount --bind "$work" "$sid$work"
+        cat /etc/resolv.conf >"$sid/etc/resolv.conf"
+        cat /etc/hosts >"$sid/etc/hosts"
+        cd "$sid" && pivot_root . old_root && umount --lazy /old_root && cd "$work/home"
+        exec setpriv --reuid "$user" --regid "$user" --init-groups env -i HOME="$work/home" \
+            PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 "$@"
+    ' -- "$sid" "$root" "$work" "$user" "$@"
+}
+
+convert_model() {
+    say "a random reward model, converted into $store"
+    rm -rf "$store" "$work/checkpoint"
+    (cd "$root" && "$python" -c 'import sys; from pathlib import Path; from tests.tiny import reward_checkpoint
+reward_checkpoint(Path(sys.argv[1]))' "$work/checkpoint" && "$python" -m conch.converters.to_triton \
+        --checkpoint "$work/checkpoint" --name tiny --model-store "$store") >"$work/convert.log" 2>&1 ||
+        fail "conversion failed: $work/convert.log"
+    chown -R "$user" "$store" # the server runs as this user
+}
+
+# Starts the command given, waits until our client gets the golden scores, stops the server.
+serve_and_score() {
+    say "server: $*"
+    in_sid "$@" >"$work/server.log" 2>&1 &
+    local server=$!
+    trap 'kill $server 2>/dev/null || true' EXIT
+    (cd "$root" && "$python" singularity/score_golden.py localhost:8001/tiny "$store" --wait 120) ||
+        { tail -n 30 "$work/server.log" >&2 && fail "the container did not serve; the log is $work/server.log"; }
+    kill -TERM "$server"
+    wait "$server" || fail "the server left with $? after SIGTERM; the log is $work/server.log"
+    trap - EXIT
+}
+
+"$python" - <<'PY' || fail "something listens on port 8001, which the README's command uses"
+import socket
+
+with socket.socket() as probe:
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    probe.bind(("0.0.0.0", 8001))
+PY
+make_sid
+mkdir -p "$work/home" && chown "$user" "$work/home"
+image=$work/home/tritonserver-cpu.sif
+if [ ! -e "$image" ]; then
+    say "building $image as user $user (log $work/build.log)"
+    (in_sid bash "$root/singularity/build.sh" tritonserver-cpu "$image" ${build_options[@]+"${build_options[@]}"}) >"$work/build.log" 2>&1 ||
+        { tail -n 20 "$work/build.log" >&2 && fail "the build failed"; }
+fi
+convert_model
+ln -sfn "$image" "$work/home/tritonserver-pyt.sif"
+ln -sfn "$store" "$work/home/model_store"
+serve_and_score bash -c 'SINGULARITYENV_CUDA_VISIBLE_DEVICES=7 exec singularity run --nv --bind model_store:/model_store \
+    tritonserver-pyt.sif tritonserver --model-repository=/model_store'
+serve_and_score bash "$root/singularity/serve.sh" --cpu --image "$image" --store "$store" tiny
+say "proved: $(basename "$image") built without root and served what Conch's client scored right"
