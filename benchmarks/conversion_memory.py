@@ -73,8 +73,8 @@ def _checkpoint(folder: Path, gigabytes: float, dtype: str) -> Path:
         vocab_size=vocabulary,
         max_position_embeddings=64,
         pad_token_id=len(_LETTERS),
-        num_labels=1,
     )
+    config.num_labels = 1
     torch.manual_seed(0)
     model = LlamaForSequenceClassification(config).to(getattr(torch, dtype))
     model.save_pretrained(folder, max_shard_size="300MB")
