@@ -7,7 +7,7 @@ import pytest
 
 from conch.errors import ModelStoreError
 from conch.serving.manifest import GOLDEN, MANIFEST
-from conch.serving.spec import RewardModelSpec
+from conch.serving.spec import RewardModelSpec, TokenizerSpec
 from conch.serving.store import (
     Owner,
     is_valid_name,
@@ -59,7 +59,7 @@ def test_published_files_can_be_read_by_whoever_reads_the_config(tmp_path: Path)
         (folder / "weights").mkdir()
         for name in ("model.safetensors", "weights/part"):
             (folder / name).touch(mode=0o600)
-        published = publish(folder, RewardModelSpec("walks"), tmp_path)
+        published = publish(folder, TokenizerSpec("walks", max_batch_size=4, max_length=8), tmp_path)
 
     mode = (tmp_path / "walks" / "config.pbtxt").stat().st_mode
     assert {
@@ -181,6 +181,7 @@ def test_publish_keeps_as_many_old_versions_as_it_is_told(tmp_path: Path) -> Non
         "6",
         "config.pbtxt",
         "configs",
+        "warmup",
     ]
 
 
