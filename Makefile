@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := serve,onnx,deepspeed,tensorboard,wandb,dev
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
 # One process a core, at most four; a file's tests stay together, since they share what is slow to set up.
-PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # DeepSpeed would compile its CUDA kernels at installation; it builds the few it uses at run time.

@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,37 @@ from conch.converters.to_triton import to_triton
 from conch.errors import ConchError
 from conch.rewards.triton_reward import TritonReward
 from conch.serving.launcher import TritonServer
+from conch.serving.manifest import Backend
 from conch.serving.spec import Form
 from conch.types import Completion, Prompt, Rollout
 
 # Padded tokens in a batch of the limit; the fastest is taken.
 BUDGETS = (512, 1024, 2048, 4096, 8192, 16384)
 TOLERANCE = 1e-4
-FORMS: tuple[Form, ...] = ("text", "token")
+FROM_TEXT, FROM_TOKENS = "in process, from text", "in process, from tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class ServedAs:
+    """One way of serving the model. limit: name of the way that it is compared with."""
+
+    model: str
+    form: Form
+    backend: Backend
+    limit: str
+
+    @property
+    def name(self) -> str:
+        """As the table calls it."""
+        engine = "python" if self.backend == "python" else f"{self.backend} in python"
+        return f"served, {engine}, {self.form} form"
+
+
+SERVED = (
+    ServedAs("python-text", "text", "python", FROM_TEXT),
+    ServedAs("python-token", "token", "python", FROM_TOKENS),
+    ServedAs("onnx-token", "token", "onnx", FROM_TOKENS),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,13 +203,14 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )
     limit = Limit(checkpoint, arguments.server_core)
     work = Work(texts, limit.encode(texts))
-    for form in FORMS:
-        to_triton(checkpoint, name=form, form=form, model_store=folder / "store")
+    for way in SERVED:
+        store = folder / "store"
+        to_triton(checkpoint, name=way.model, form=way.form, backend=way.backend, model_store=store)
     with ExitStack() as stack:
         with _on_core(arguments.server_core):  # which the server's processes inherit
-            server = stack.enter_context(TritonServer(folder / "store", FORMS))
-        clients: dict[Form, Served] = {
-            form: Served(server.endpoint(form), arguments.callers, arguments.call) for form in FORMS
+            server = stack.enter_context(TritonServer(folder / "store", [way.model for way in SERVED]))
+        clients = {
+            way: Served(server.endpoint(way.model), arguments.callers, arguments.call) for way in SERVED
         }
         for client in clients.values():
             stack.callback(client.close)
@@ -197,15 +223,16 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _ways(
-    limit: Limit, clients: dict[Form, Served], work: Work
+    limit: Limit, clients: dict[ServedAs, Served], work: Work
 ) -> dict[str, tuple[Callable[[], list[float]], str | None]]:
     rollouts = work.rollouts()
-    return {
-        "in process, from text": (lambda: limit.score_texts(work.texts), None),
-        "in process, from tokens": (lambda: limit.score_tokens(work.ids), None),
-        "served, python, text form": (lambda: clients["text"].score(rollouts), "in process, from text"),
-        "served, python, token form": (lambda: clients["token"].score(rollouts), "in process, from tokens"),
+    ways: dict[str, tuple[Callable[[], list[float]], str | None]] = {
+        FROM_TEXT: (lambda: limit.score_texts(work.texts), None),
+        FROM_TOKENS: (lambda: limit.score_tokens(work.ids), None),
     }
+    for way, client in clients.items():
+        ways[way.name] = (partial(client.score, rollouts), way.limit)
+    return ways
 
 
 def _check_scores(scores: dict[str, list[float]]) -> None:

@@ -89,6 +89,12 @@ class Options:
     max_batch_size: int = 64
     """Most rows in a request."""
 
+    max_queue_delay_us: int = 1000
+    """Microseconds that the server may wait to fill a batch; a lone caller pays them on every request."""
+
+    instances: int = 1
+    """Copies of the model that the server runs side by side; each takes its memory."""
+
     instance_kind: Literal["cpu", "gpu"] = "gpu"
     """Where `config.pbtxt` puts the model. The bundled server has a configuration of its own, on the CPU."""
 
@@ -115,6 +121,10 @@ class Options:
             )
         if self.max_batch_size < 1:
             raise ConversionError(f"max_batch_size is {self.max_batch_size}; it must be at least 1")
+        if self.max_queue_delay_us < 0:
+            raise ConversionError(f"max_queue_delay_us is {self.max_queue_delay_us}; it must be 0 or more")
+        if self.instances < 1:
+            raise ConversionError(f"instances is {self.instances}; it must be at least 1")
         if self.keep is not None and self.keep < 0:
             raise ConversionError(f"keep is {self.keep}; it must be 0 or more old versions")
         if self.gpu < 0:

@@ -114,7 +114,8 @@ def _convert_onnx_text(options: Options) -> Conversion:
             raise ParityError(_parity_failure(report, options))
         golden = golden_of(cases, "text", expected, options.dtype)
         spec = _finish(folder, options, manifest, golden, report)
-        spec = replace(spec, engine="ensemble", max_queue_delay_us=0)  # it has no batcher of its own
+        # It has no batcher and no instances of its own.
+        spec = replace(spec, engine="ensemble", max_queue_delay_us=0, instances=1)
         if options.dry_run:
             return Conversion(None, spec, report)
         placement = {"kind": options.instance_kind, "gpu": options.gpu, "keep": options.keep}
@@ -220,6 +221,8 @@ def _finish(
         name=options.name,
         form=options.form,
         max_batch_size=options.max_batch_size,
+        max_queue_delay_us=options.max_queue_delay_us,
+        instances=options.instances,
         reward_names=manifest.reward_names,
         max_length=manifest.max_length,
         content_sha256=sha256_of(folder / MANIFEST),

@@ -34,6 +34,8 @@ def to_triton(
     backend: Backend = "python",
     dtype: ServedDtype = "float32",
     max_batch_size: int = 64,
+    max_queue_delay_us: int = 1000,
+    instances: int = 1,
     instance_kind: Literal["cpu", "gpu"] = "gpu",
     gpu: int = 0,
     keep: int | None = None,
@@ -63,6 +65,8 @@ def to_triton(
         backend=backend,
         dtype=dtype,
         max_batch_size=max_batch_size,
+        max_queue_delay_us=max_queue_delay_us,
+        instances=instances,
         instance_kind=instance_kind,
         gpu=gpu,
         keep=keep,
@@ -159,6 +163,13 @@ def _add_serving(add: Any) -> None:
     )
     add("--dtype", choices=dtypes, default="float32", help="of the served weights; default: %(default)s")
     add("--max_batch_size", type=int, default=64, help="most rows in a request; default: %(default)s")
+    add(
+        "--max_queue_delay_us",
+        type=int,
+        default=1000,
+        help="microseconds to wait for a fuller batch; default: %(default)s",
+    )
+    add("--instances", type=int, default=1, help="copies of the model in a server; default: %(default)s")
     add(
         "--instance_kind", choices=("cpu", "gpu"), default="gpu", help="in config.pbtxt; default: %(default)s"
     )

@@ -30,7 +30,7 @@ _SCORE_DTYPES = ("FP16", "FP32", "FP64")
 def to_pbtxt(
     spec: RewardModelSpec | TokenizerSpec, *, kind: Kind = "gpu", gpu: int = 0, embedded: bool = False
 ) -> str:
-    """The text of `config.pbtxt`: one instance on the CPU or that visible GPU.
+    """The text of `config.pbtxt`: instances on the CPU or that visible GPU.
 
     embedded: for servers that have no back end but python.
 
@@ -50,7 +50,7 @@ def to_pbtxt(
     # A short delay and nothing else: queue limits and priorities make the server stall requests for 500 ms.
     config.dynamic_batching.max_queue_delay_microseconds = spec.max_queue_delay_us
     on_gpu = kind == "gpu" and not spec.members
-    group = config.instance_group.add(count=1)
+    group = config.instance_group.add(count=spec.instances)
     group.kind = pb.ModelInstanceGroup.KIND_GPU if on_gpu else pb.ModelInstanceGroup.KIND_CPU
     if on_gpu:
         group.gpus.append(gpu)
@@ -155,6 +155,7 @@ def spec_from_model_config(config: Any) -> RewardModelSpec:
         ),
         max_length=_max_length(config.name, parameters.get("max_length", "0")),
         max_queue_delay_us=config.dynamic_batching.max_queue_delay_microseconds,
+        instances=max(1, sum(group.count for group in config.instance_group)),
         takes_attention_mask=is_text or MASK_INPUT in inputs,
         input_dtype=input_dtype,
         output_dtype=output_dtype,

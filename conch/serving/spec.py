@@ -40,6 +40,7 @@ class RewardModelSpec:
     reward_names: one name per output column.
     max_length: tokens a sample may have, special tokens included; 0 if the server does not say.
     max_queue_delay_us: microseconds the server may wait to fill a batch.
+    instances: copies of the model that the server runs side by side.
     takes_attention_mask: token form only: whether `attention_mask` is an input, of the dtype of `input_ids`.
     input_dtype: Triton's name of the input's type; left empty it is BYTES for text and INT64 for tokens.
     output_dtype: Triton's name of the type of `rewards`.
@@ -55,6 +56,7 @@ class RewardModelSpec:
     reward_names: tuple[str, ...] = ("reward",)
     max_length: int = 0
     max_queue_delay_us: int = 1000
+    instances: int = 1
     takes_attention_mask: bool = True
     input_dtype: str = ""
     output_dtype: str = "FP32"

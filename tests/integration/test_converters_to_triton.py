@@ -69,9 +69,13 @@ def test_to_triton_serves_half_precision_and_normalised_scores_within_their_tole
         dtype="bfloat16",
         reading=Reading(normalise="parameters"),
         max_batch_size=8,
+        max_queue_delay_us=0,
+        instances=2,
     )
 
     assert conversion.parity.ok and conversion.parity.tolerance == 1e-1
+    served = read_model(tmp_path / "store", "walks").spec
+    assert (served.max_batch_size, served.max_queue_delay_us, served.instances) == (8, 0, 2)
     assert conversion.parity.worst.max_error > 1e-5
     manifest = read_model(tmp_path / "store", "walks").manifest
     assert (manifest.normalise, manifest.mean, manifest.std, manifest.dtype) == (

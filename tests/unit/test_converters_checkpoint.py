@@ -218,6 +218,8 @@ def test_options_refuse_a_base_model_that_is_not_there() -> None:
         ({"keep": -1}, "keep is -1"),
         ({"gpu": -1}, "gpu is -1"),
         ({"max_batch_size": 0}, "max_batch_size is 0"),
+        ({"max_queue_delay_us": -1}, "max_queue_delay_us is -1"),
+        ({"instances": 0}, "instances is 0"),
         ({"form": "token", "reading": Reading(template="chat")}, "needs --form text"),
     ],
 )

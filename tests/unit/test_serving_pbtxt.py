@@ -27,7 +27,7 @@ output [ { name: "rewards" data_type: TYPE_FP16 dims: [ -1 ] } ]
     [
         RewardModelSpec("walks"),
         RewardModelSpec(
-            "walks", max_batch_size=3, max_length=12, max_queue_delay_us=0, content_sha256="ab12"
+            "walks", max_batch_size=3, max_length=12, max_queue_delay_us=0, instances=2, content_sha256="ab12"
         ),
         RewardModelSpec("two", reward_names=("helpful", "harm less")),
         RewardModelSpec("ids", form="token"),
