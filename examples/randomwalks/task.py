@@ -81,10 +81,10 @@ class RandomWalks:
     def scored_walks(self, count: int, seed: int) -> list[dict[str, Any]]:
         """Walks of many kinds with their optimality, for a reward model.
 
-        A third follow the graph to the goal. A third were like these until a stretch was cut out or letters
-        were changed, and a sixth jump to the goal over letters at random: most of them take an edge that does
-        not exist, which makes a walk worthless, and without them a policy would find that shortcut. The last
-        sixth break off before the goal, or go on behind it.
+        A third follow the graph to the goal. A third were like these until two of them were joined at random
+        or letters were changed, and a sixth jump to the goal over letters at random: most of them take an edge
+        that does not exist, which makes a walk worthless, and without them a policy would find that shortcut.
+        The last sixth break off before the goal, or go on behind it.
         """
         rng = np.random.RandomState(seed)
         twice = (self._draw_to_goal, self._draw_spoilt)
@@ -123,11 +123,13 @@ class RandomWalks:
                 return walk
 
     def _draw_spoilt(self, rng: np.random.RandomState) -> str:
-        """A walk to the goal with a stretch cut out, or with one letter or more changed behind the first."""
+        """The head of one walk to the goal with the tail of another, or one with letters changed behind the
+        first."""
         walk = self._draw_to_goal(rng)
-        if len(walk) > 3 and rng.rand() < 0.5:
-            start = rng.randint(1, len(walk) - 1)
-            return walk[:start] + walk[rng.randint(start + 1, len(walk)) :]
+        if rng.rand() < 0.5:
+            tail = self._draw_to_goal(rng)
+            head = walk[: rng.randint(1, max(2, len(walk) - 1))]
+            return (head + tail[rng.randint(len(tail)) :])[:MAX_LENGTH]
         places = rng.permutation(np.arange(1, len(walk)))[: rng.randint(1, 3)]
         letters = [
             LETTERS[rng.randint(NUM_NODES)] if place in places else old for place, old in enumerate(walk)
