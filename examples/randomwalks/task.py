@@ -82,9 +82,9 @@ class RandomWalks:
         """Walks of many kinds with their optimality, for a reward model.
 
         A third follow the graph to the goal. A third were like these until two of them were joined at random
-        or letters were changed, and a sixth jump to the goal over letters at random: most of them take an edge
-        that does not exist, which makes a walk worthless, and without them a policy would find that shortcut.
-        The last sixth break off before the goal, or go on behind it.
+        or letters were changed, and a sixth jump to the goal over letters at random: most of these take an
+        edge that does not exist, which makes a walk worthless, and without them a policy would find that
+        shortcut. The last sixth break off before the goal, or go on behind it.
         """
         rng = np.random.RandomState(seed)
         twice = (self._draw_to_goal, self._draw_spoilt)
