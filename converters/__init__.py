@@ -8,6 +8,7 @@ python_form.py  a version for the python back end   torchao_int8.py    its weigh
 cases.py        the samples that are compared       reference.py       the original model's scores
 comparison.py   both held against each other        parity.py          the report on it
 served_form.py  the written model in a new process  verify.py          a running server against a checkpoint
+version_files.py  golden samples, report, manifest
 graph.py        a model as one graph                graph_form.py      versions of onnx and torchscript
 onnx_export.py, torchscript_export.py  write it     onnx_text.py       a tokenizer before an ONNX model
 ensemble.py     the command that joins models       ensemble_*.py      what is asked, expected and written

@@ -114,11 +114,7 @@ class Options:
     """How to read the checkpoint."""
 
     def __post_init__(self) -> None:
-        if not is_valid_name(self.name):
-            raise ConversionError(
-                f"model name {self.name!r} cannot be a folder of the store: "
-                "give --name with letters, digits, dots, dashes and underscores only"
-            )
+        check_name(self.name)
         if self.max_batch_size < 1:
             raise ConversionError(f"max_batch_size is {self.max_batch_size}; it must be at least 1")
         if self.max_queue_delay_us < 0:
@@ -146,6 +142,15 @@ class Conversion:
     path: Path | None
     spec: RewardModelSpec
     parity: ParityReport
+
+
+def check_name(name: str) -> None:
+    """Raise ConversionError unless a model of the store may be called so."""
+    if not is_valid_name(name):
+        raise ConversionError(
+            f"model name {name!r} cannot be a folder of the store: "
+            "give --name with letters, digits, dots, dashes and underscores only"
+        )
 
 
 def looks_like_path(name: str) -> bool:

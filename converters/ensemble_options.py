@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from conch.converters.conversion import check_name
 from conch.errors import ConversionError
 from conch.serving.ensemble_manifest import Objective, OnMemberFailure
-from conch.serving.store import is_valid_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +24,6 @@ class EnsembleOptions:
     on_member_failure: OnMemberFailure
 
     def __post_init__(self) -> None:
-        if not is_valid_name(self.name):
-            raise ConversionError(
-                f"model name {self.name!r} cannot be a folder of the store: "
-                "give --name with letters, digits, dots, dashes and underscores only"
-            )
+        check_name(self.name)
         if not (math.isfinite(self.uwo_weight) and self.uwo_weight >= 0):
             raise ConversionError(f"uwo_weight is {self.uwo_weight}; it must be a number of at least 0")

@@ -133,7 +133,7 @@ def _fits(sample: GoldenSample, limit: int) -> bool:
 
 def _served_scores(model: StoredModel, samples: Sequence[GoldenSample], device: str) -> list[list[float]]:
     with ServedForm(model.path) as served:
-        replies = served.score([_request(sample) for sample in samples], device)
+        replies = served.score([sample.request() for sample in samples], device)
     for sample, reply in zip(samples, replies, strict=True):
         if "error" in reply:
             raise ConversionError(f"member {model.name} does not score {_shown(sample)}: {reply['error']}")
@@ -152,13 +152,6 @@ def _check_own_golden(
                     f"member {model.name} scores {score} on {_shown(sample)}, expected {right}: "
                     "the libraries are not those of its conversion; convert it again"
                 )
-
-
-def _request(sample: GoldenSample) -> Request:
-    if sample.text is not None:
-        return {"texts": [sample.text]}
-    assert sample.input_ids is not None
-    return {"input_ids": [list(sample.input_ids)], "attention_mask": [[1] * len(sample.input_ids)]}
 
 
 def _shown(sample: GoldenSample, longest: int = 40) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -15,11 +13,11 @@ from conch import serving
 from conch.converters.conversion import Conversion
 from conch.converters.ensemble_options import EnsembleOptions
 from conch.converters.ensemble_parity import Expected
-from conch.converters.parity import ParityReport
 from conch.converters.served_form import ServedForm
+from conch.converters.version_files import write_beside
 from conch.errors import ConversionError, ParityError
 from conch.serving.ensemble_manifest import EnsembleManifest, EnsembleMember
-from conch.serving.manifest import GOLDEN, MANIFEST, sha256_of
+from conch.serving.manifest import MANIFEST
 from conch.serving.spec import RewardModelSpec
 from conch.serving.store import StoredModel, publish
 
@@ -52,10 +50,10 @@ def publish_ensemble(
                 f"ensemble {options.name} does not combine as its formula says, nothing was published "
                 f"(worst: {report.worst.name})\n{report.table()}"
             )
-        _write_beside(folder, manifest, expected, report)
+        content_sha256 = write_beside(folder, manifest, expected.golden, report)
     except OSError as error:
         raise ConversionError(f"could not write the ensemble below {store}: {error}") from error
-    spec = _spec(options, stored, members, manifest, sha256_of(folder / MANIFEST))
+    spec = _spec(options, stored, members, manifest, content_sha256)
     return Conversion(publish(folder, spec, store), spec, report)
 
 
@@ -94,14 +92,3 @@ def _spec(
         content_sha256=content_sha256,
         members=tuple(member.name for member in members),
     )
-
-
-def _write_beside(folder: Path, manifest: EnsembleManifest, expected: Expected, report: ParityReport) -> None:
-    """What stands beside `model.py`; the manifest last, since it hashes all the rest."""
-    golden = expected.golden.model_dump_json(indent=2, exclude_none=True)
-    (folder / GOLDEN).write_text(golden, encoding="utf-8")
-    (folder / "parity.txt").write_text(report.table() + "\n", encoding="utf-8")
-    (folder / "parity.json").write_text(json.dumps(asdict(report), indent=2), encoding="utf-8")
-    files = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
-    final = manifest.model_copy(update={"parity": report.summary(), "files": files})
-    (folder / MANIFEST).write_text(final.model_dump_json(indent=2), encoding="utf-8")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -24,9 +23,10 @@ from conch.converters.conversion import Conversion, Options
 from conch.converters.parity import ParityReport
 from conch.converters.reference import Expected, expected_scores, golden_of
 from conch.converters.served_form import Request, ServedForm
+from conch.converters.version_files import write_beside
 from conch.errors import ConversionError, ParityError
 from conch.log import get_logger
-from conch.serving.manifest import GOLDEN, MANIFEST, Backend, Golden, Manifest, sha256_of
+from conch.serving.manifest import MANIFEST, Backend, Golden, Manifest
 from conch.serving.spec import Engine, RewardModelSpec, TokenizerSpec, ensemble_parts
 from conch.serving.store import owner_of, publish, staged_version
 
@@ -207,16 +207,8 @@ def _tools(options: Options) -> dict[str, str]:
 def _finish(
     folder: Path, options: Options, manifest: Manifest, golden: Golden, report: ParityReport
 ) -> RewardModelSpec:
-    """Write what stands beside the weights; the manifest last, since it hashes all the rest."""
-    (folder / GOLDEN).write_text(golden.model_dump_json(indent=2, exclude_none=True), encoding="utf-8")
-    (folder / "parity.txt").write_text(report.table() + "\n", encoding="utf-8")
-    (folder / "parity.json").write_text(json.dumps(asdict(report), indent=2), encoding="utf-8")
-    files = {
-        str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()
-    }
-    del files[MANIFEST]
-    final = manifest.model_copy(update={"parity": report.summary(), "files": files})
-    (folder / MANIFEST).write_text(final.model_dump_json(indent=2), encoding="utf-8")
+    """Write what stands beside the weights."""
+    content_sha256 = write_beside(folder, manifest, golden, report)
     return RewardModelSpec(
         name=options.name,
         form=options.form,
@@ -225,7 +217,7 @@ def _finish(
         instances=options.instances,
         reward_names=manifest.reward_names,
         max_length=manifest.max_length,
-        content_sha256=sha256_of(folder / MANIFEST),
+        content_sha256=content_sha256,
         engine=_ENGINES[options.backend],
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -157,6 +157,13 @@ class GoldenSample(Section):
 
     scores: tuple[float, ...]
     """What the original model says, after normalisation if the server normalises; one per reward."""
+
+    def request(self) -> dict[str, Any]:
+        """The sample as a request of one row: `texts`, or `input_ids` and `attention_mask`."""
+        if self.text is not None:
+            return {"texts": [self.text]}
+        assert self.input_ids is not None
+        return {"input_ids": [list(self.input_ids)], "attention_mask": [[1] * len(self.input_ids)]}
 
 
 class Golden(Section):

@@ -13,6 +13,7 @@ from conch.errors import ServingError
 from conch.log import progress
 from conch.serving.pbtxt import spec_from_model_config
 from conch.serving.spec import MASK_INPUT, OUTPUT, TEXT_INPUT, TOKEN_INPUT, RewardModelSpec
+from conch.serving.triton_channel import Access, open_client
 
 _QUESTION_TIMEOUT_S = 10.0
 _SCORE_TIMEOUT_S = 600.0
@@ -32,7 +33,7 @@ class Server:
         if ":" not in address or not self._model:
             raise ServingError(f"{endpoint!r} is no served model: give host:port/model, with the gRPC port")
         self._address = address
-        self._client = triton.InferenceServerClient(address, channel_args=[("grpc.enable_http_proxy", 0)])
+        self._client = open_client(address, Access())
 
     def __enter__(self) -> Server:
         return self
@@ -65,7 +66,7 @@ class Server:
         return [self._answer(request, spec) for request in progress(requests, desc="asking the server")]
 
     def _answer(self, request: dict[str, Any], spec: RewardModelSpec) -> dict[str, Any]:
-        inputs = _inputs(request, spec)
+        inputs = request_inputs(request, spec)
         try:
             reply = self._client.infer(self._model, inputs, client_timeout=_SCORE_TIMEOUT_S)
         except InferenceServerException as error:
@@ -82,7 +83,8 @@ class Server:
         return {"scores": scores.tolist()}
 
 
-def _inputs(request: dict[str, Any], spec: RewardModelSpec) -> list[Any]:
+def request_inputs(request: dict[str, Any], spec: RewardModelSpec) -> list[Any]:
+    """The input tensors of one request, `texts` or `input_ids` and `attention_mask`."""
     if "texts" in request:
         texts = np.array([[text.encode("utf-8")] for text in request["texts"]], dtype=np.object_)
         return [_tensor(TEXT_INPUT, "BYTES", texts)]

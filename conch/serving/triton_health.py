@@ -11,8 +11,9 @@ import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
 from conch.errors import ServerStartError
-from conch.serving.spec import MASK_INPUT, OUTPUT, TEXT_INPUT, TOKEN_INPUT
+from conch.serving.spec import OUTPUT
 from conch.serving.store import StoredModel
+from conch.serving.triton_ask import request_inputs
 from conch.serving.triton_channel import Access, explain_refusal, is_lasting, open_client
 
 _POLL_S = 0.05
@@ -79,9 +80,8 @@ def check_golden(
     golden = model.golden
     for number, sample in enumerate(golden.samples[:samples]):
         try:
-            reply = client.infer(
-                model.name, _inputs(sample.text, sample.input_ids), client_timeout=_SCORE_TIMEOUT_S
-            )
+            inputs = request_inputs(sample.request(), model.spec)
+            reply = client.infer(model.name, inputs, client_timeout=_SCORE_TIMEOUT_S)
         except InferenceServerException as error:
             raise ServerStartError(
                 f"model {model.name}: golden sample {number} got no score: {error}"
@@ -123,16 +123,3 @@ def _not_up(client: triton.InferenceServerClient, models: Sequence[StoredModel],
             raise ServerStartError(why) from error
         return why
     return ""
-
-
-def _inputs(text: str | None, input_ids: tuple[int, ...] | None) -> list[Any]:
-    if text is not None:
-        return [_tensor(TEXT_INPUT, "BYTES", np.array([[text.encode("utf-8")]], dtype=np.object_))]
-    ids = np.array([input_ids], dtype=np.int64)
-    return [_tensor(TOKEN_INPUT, "INT64", ids), _tensor(MASK_INPUT, "INT64", np.ones_like(ids))]
-
-
-def _tensor(name: str, dtype: str, values: np.ndarray) -> Any:
-    tensor = triton.InferInput(name, list(values.shape), dtype)
-    tensor.set_data_from_numpy(values)
-    return tensor
