@@ -9,7 +9,7 @@ from tritonclient.utils import InferenceServerException
 
 from conch.errors import RewardError, RewardInvalidError, RewardUnavailableError, ServingError
 from conch.rewards.endpoint import Endpoint
-from conch.rewards.triton_failure import classify
+from conch.rewards.triton_failure import classify, is_unknown_host
 from conch.serving.pbtxt import spec_from_model_config
 from conch.serving.spec import RewardModelSpec
 from conch.serving.triton_channel import Access, explain_refusal, is_plain_hangup
@@ -58,7 +58,7 @@ def _no_server(
 ) -> RewardError:
     failure = classify(error)
     lowered = failure.detail.lower()
-    if failure.no_such_host:
+    if is_unknown_host(error):
         return RewardUnavailableError(
             f"cannot resolve the host name `{endpoint.host}` of reward `{endpoint}`"
         )

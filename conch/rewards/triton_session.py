@@ -23,10 +23,10 @@ from conch.config import RewardConfig
 from conch.errors import RewardInvalidError, RewardUnavailableError
 from conch.log import get_logger
 from conch.rewards.endpoint import Endpoint
+from conch.rewards.replica import Failure, Row
 from conch.rewards.triton_check import read_spec, require_model, require_server
-from conch.rewards.triton_failure import Failure, classify
+from conch.rewards.triton_failure import classify
 from conch.rewards.triton_wire import (
-    Row,
     infer_inputs,
     infer_outputs,
     micro_batches,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 from tritonclient.grpc import InferInput, InferRequestedOutput, InferResult
 
 from conch.errors import RewardInvalidError
+from conch.rewards.replica import Row
 from conch.serving.spec import (
     MASK_INPUT,
     MEMBERS_USED,
@@ -19,24 +19,6 @@ from conch.serving.spec import (
 )
 
 _INTEGERS = {"INT32": np.int32, "INT64": np.int64}
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One sample to score. Equal rows get equal scores.
-
-    token_ids: empty in text form.
-    position: where the sample stands in its `submit`, for messages; no part of equality.
-    """
-
-    sample: str
-    token_ids: tuple[int, ...] = ()
-    position: int = field(default=0, compare=False)
-
-    @property
-    def length(self) -> int:
-        """What rows are sorted by, so that a micro-batch needs little padding."""
-        return len(self.token_ids) or len(self.sample)
 
 
 def micro_batches(rows: Sequence[Row], limit: int, spec: RewardModelSpec) -> Iterator[list[int]]:
