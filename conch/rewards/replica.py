@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from conch.errors import RewardError
 from conch.types import RewardStatus
@@ -35,6 +35,11 @@ class Row:
     def tokens(self) -> int:
         """Tokens that the model reads; of a text an estimate from its size, 1 at least."""
         return len(self.token_ids) or 1 + (len(self.sample.encode("utf-8")) - 1) // _BYTES_PER_TOKEN
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes on the wire, about."""
+        return 16 * len(self.token_ids) or 4 + len(self.sample.encode("utf-8"))
 
     @property
     def length(self) -> int:
@@ -126,6 +131,7 @@ class ServerTimes:
     compute_s: float = 0.0
 
 
+@runtime_checkable
 class Replica(Protocol):
     """One server. Every method ends within its `timeout_s`, whatever the other side does, frozen or gone.
 
