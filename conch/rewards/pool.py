@@ -39,8 +39,7 @@ class Link:
     def lasting_fault(self) -> Failure | None:
         """Why it is not usable, if waiting alone does not cure it: another model, a refused secret."""
         cause = None if self.is_usable else self.breaker.cause
-        is_lasting = cause is not None and not cause.retryable and (cause.is_lasting or self.info is None)
-        return cause if is_lasting else None
+        return None if cause is None or cause.retryable else cause
 
 
 @dataclass(eq=False, slots=True)

@@ -201,6 +201,8 @@ class Session:
         infos = self._infos()
         lengths = [info.max_length for info in infos if info.max_length]
         info = replace(infos[0], max_length=min(lengths, default=0))
+        if self.model_change:
+            return RewardResult(RewardStatus.INVALID, model=self._pool.model, detail=self.model_change)
         made = make_row(rollout, position, info, self._tokenizer, self._max_bytes)
         if isinstance(made, Row):
             return made
