@@ -140,7 +140,8 @@ class GenerationConfig(Section):
     """Stop strings: the completion ends before the first of them."""
 
     chunk_size: int = Field(default=64, ge=1)
-    """Prompts generated at once per process; a chunk's rewards are requested while the next is generated."""
+    """Prompts generated at once per process. A served reward is asked for as soon as a completion has ended,
+    a Python function's when its chunk has, while the next is generated."""
 
 
 class EvalGenerationConfig(Section):
