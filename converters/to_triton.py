@@ -21,7 +21,7 @@ from conch.errors import ConchError, ParityError
 from conch.log import setup_logging
 from conch.option_names import written_with
 from conch.serving.manifest import Aggregate, Backend, Pooling, ServedDtype
-from conch.serving.spec import Form
+from conch.serving.spec import Form, Granularity
 
 _POOLINGS = tuple(rule for rule in get_args(Pooling) if rule != "steps")
 
@@ -138,6 +138,12 @@ def _add_reading(add: Any) -> None:
     add("--normalise", choices=get_args(Normalise), help=statistics)
     add("--step_separator", metavar="TOKEN", help="process rewards: text of the token that ends a step")
     add("--aggregate", choices=get_args(Aggregate), help="process rewards: one score of the steps'")
+    add(
+        "--granularity",
+        choices=get_args(Granularity),
+        default="sample",
+        help="what gets a score of its own beside the sample; default: %(default)s",
+    )
     add("--device", default="cpu", help="where scores are compared: cpu or cuda; default: %(default)s")
     add("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
 
