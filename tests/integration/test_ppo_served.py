@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
+from conch.converters.to_triton import to_triton
 from conch.serving.launcher import TritonServer
 from tests.integration.conftest import TEXT_MODEL, RewardModel
 from tests.integration.letters_run import LETTERS
@@ -42,6 +43,14 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(folder)
     (folder / "prompts.txt").write_text("\n".join("abcdefgh") + "\n")
     return folder
+
+
+@pytest.fixture(scope="module")
+def exact_store(reward_model: RewardModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store whose model scores a sample the same to the last bit in any batch."""
+    store = tmp_path_factory.mktemp("exact-store")
+    to_triton(reward_model.checkpoint, name=TEXT_MODEL, model_store=store, batch_invariant=True)
+    return store
 
 
 @pytest.fixture
@@ -97,7 +106,7 @@ def test_server_killed_makes_every_rank_leave_with_the_reason(
 
 
 def test_server_away_with_wait_goes_on_with_the_same_numbers(
-    policy: Path, reward_model: RewardModel, tmp_path: Path
+    policy: Path, exact_store: Path, tmp_path: Path
 ) -> None:
     patient = [
         "reward.on_failure=wait",
@@ -105,8 +114,7 @@ def test_server_away_with_wait_goes_on_with_the_same_numbers(
         "reward.attempt_timeout_s=2",
         "train.total_steps=8",
     ]
-    store = reward_model.model_store
-    with TritonServer(store, [TEXT_MODEL]) as server:
+    with TritonServer(exact_store, [TEXT_MODEL]) as server:
         port = int(server.url.rsplit(":", 1)[1])
         undisturbed = start(command(policy, tmp_path / "calm", server.endpoint(TEXT_MODEL), *patient))
         output, _ = undisturbed.communicate(timeout=LONGEST_S)
@@ -114,7 +122,7 @@ def test_server_away_with_wait_goes_on_with_the_same_numbers(
         disturbed = start(command(policy, tmp_path / "storm", server.endpoint(TEXT_MODEL), *patient))
         wait_for_steps(disturbed, tmp_path / "storm", 3)
         os.kill(server.pid, signal.SIGKILL)
-    with TritonServer(store, [TEXT_MODEL], grpc_port=port):
+    with TritonServer(exact_store, [TEXT_MODEL], grpc_port=port):
         output, _ = disturbed.communicate(timeout=LONGEST_S)
     assert disturbed.returncode == 0, output
     assert "asking again" in output
