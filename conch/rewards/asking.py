@@ -153,7 +153,9 @@ class Asker:
         return scored
 
     def _next(self, effort: _Effort, rows: Sequence[Row], refused: frozenset[Link]) -> _Effort:
-        return replace(self._effort(rows, effort.submitted), reason="data", refused=refused, avoid=refused)
+        """The same rows, or some of them, once more, with a deadline of their own."""
+        effort = replace(self._effort(rows, effort.submitted), started=effort.started)
+        return replace(effort, reason="data", refused=refused, avoid=refused)
 
     def _blame(self, refuser: Link | None, scored: Sequence[Scored], failure: Failure) -> None:
         """Count it against a replica that refused what others then scored in full."""
@@ -283,8 +285,11 @@ class Asker:
 
     def _remember(self, row: Row, scored: Scored) -> None:
         # One with a note is not the full score: asked again later, it may be.
-        if scored.result.ok and not scored.result.detail and not self.identity.change:
-            self.known_row = self.known_row or row
+        if not scored.result.ok or scored.result.detail or scored.link is None:
+            return
+        self.known_row = self.known_row or row
+        version = scored.result.version
+        if self.identity.is_current(version, scored.link.contents.get(version, "")):
             self.memory.keep(row, scored.result)
 
 

@@ -15,6 +15,8 @@ import pytest
 
 from conch.config import OnModelChange, RewardConfig
 from conch.errors import RewardInvalidError, RewardUnavailableError
+from conch.rewards.batching import Waiting
+from conch.rewards.triton_replica import TritonReplica
 from conch.rewards.triton_reward import TritonReward
 from conch.serving.spec import RewardModelSpec
 from conch.types import RewardResult, RewardStatus
@@ -119,7 +121,7 @@ def test_token_budget_cuts_requests() -> None:
             "a" * (4 * tokens - 1 - n) for tokens, n in ((2, 0), (2, 1), (2, 2), (2, 3), (4, 0), (50, 0))
         ]
         reward.submit(rollouts(*outputs)).result(WAIT_S)
-    assert [len(rows) for rows in server.requests] == [4, 1, 1]
+    assert sorted(len(rows) for rows in server.requests) == [1, 1, 4]
 
 
 def test_padding_is_shared_where_the_back_end_cannot_batch_ragged_rows() -> None:
@@ -459,3 +461,35 @@ def test_server_that_keeps_its_statistics_to_itself_adds_nothing() -> None:
         with TritonReward(server.url, CONFIG) as reward:
             reward.check()
             assert reward.server_times().result(WAIT_S).requests == 0
+
+
+# A client that breaks, by a mistake of ours, must not leave anybody waiting.
+
+
+@pytest.mark.parametrize("part", ["ask", "open"])
+def test_mistake_in_a_transport_fails_the_samples_with_its_name(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*arguments: Any) -> Any:
+        raise KeyError("oops")
+
+    with servers(TEXT) as (server,), TritonReward(server.url, CONFIG) as reward:
+        assert reward.submit(rollouts("a")).result(WAIT_S)[0].ok
+        monkeypatch.setattr(TritonReplica, part, broken)
+        server.version = "2"  # so that its configuration is read again
+        (result,) = reward.submit(rollouts("b")).result(WAIT_S)
+    assert result.status is RewardStatus.INVALID
+    assert "the client broke: KeyError: 'oops'" in result.detail
+
+
+def test_mistake_in_the_background_is_told_to_all_who_wait_and_all_who_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*arguments: Any, **named: Any) -> Any:
+        raise KeyError("oops")
+
+    with servers(TEXT) as (server,), TritonReward(server.url, CONFIG) as reward:
+        monkeypatch.setattr(Waiting, "take", broken)
+        for _ in range(2):
+            (result,) = reward.submit(rollouts("a")).result(WAIT_S)
+            assert result.status is RewardStatus.INVALID and "the client broke: KeyError" in result.detail
