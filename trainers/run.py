@@ -40,7 +40,8 @@ _log = get_logger(__name__)
 _FREE_KEYS = (
     *("train.resume", "train.run_dir", "train.output_dir", "train.total_steps", "train.num_processes"),
     *("train.eval_every", "train.eval_repeats", "train.save_every", "train.keep_last"),
-    *("train.best_metric", "train.early_stopping", "tracking.", "reward.url", "reward.attempt_timeout_s"),
+    *("train.best_metric", "train.early_stopping", "tracking.", "reward.url", "reward.attempt_timeout"),
+    *("reward.connect_timeout_s", "reward.on_model_change", "reward.headers_env"),
     *("reward.deadline_s", "reward.max_in_flight", "reward.on_failure", "reward.wait_budget_s"),
     "reward.checkpoint_after_s",
 )
