@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
@@ -65,6 +67,16 @@ class UpdateReport:
     grad_norm: float
     learning_rate: float
     skipped: bool
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The generators that training draws from: Python's, numpy's, torch's on the CPU and on each GPU."""
+
+    python: Any
+    numpy: Any
+    torch: Tensor
+    devices: list[Tensor]
 
 
 class Engine:
@@ -285,6 +297,21 @@ class Engine:
                 f"the training state in {folder} does not fit this model or its optimizer: {reason}"
             ) from error
 
+    def random_state(self) -> RandomState:
+        """Every generator of this process as it stands."""
+        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return RandomState(random.getstate(), np.random.get_state(), torch.get_rng_state(), devices)
+
+    @contextmanager
+    def rewound(self, state: RandomState) -> Iterator[None]:
+        """Inside, the generators stand as they did when `random_state` gave `state`; then as before."""
+        present = self.random_state()
+        _set_random_state(state)
+        try:
+            yield
+        finally:
+            _set_random_state(present)
+
     def state_dict(self) -> dict[str, Any]:
         """What `save_state` does not hold; plain numbers."""
         return {"scheduler": self._scheduler.state_dict()}
@@ -303,6 +330,14 @@ class Engine:
             # interpreter's lock. One that finds the interpreter gone aborts the process: 4 of 12 runs that
             # ended right here left with SIGABRT. There is nothing to wait for but time.
             time.sleep(_SETTLE_S)
+
+
+def _set_random_state(state: RandomState) -> None:
+    random.setstate(state.python)
+    np.random.set_state(state.numpy)
+    torch.set_rng_state(state.torch)
+    if state.devices:
+        torch.cuda.set_rng_state_all(state.devices)
 
 
 def _launched_processes() -> int:

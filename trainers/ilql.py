@@ -270,12 +270,13 @@ class ILQLTrainer:
             else []
         )
         self._init_policy(lm, logit_mask)
+        self.scorer = Scorer(self.source, config.reward, engine.sum_int) if self.source else None
         self.evaluator = Evaluator(
             engine,
             self.eval_prompts,
             self.variants,
             self._make_sampler,
-            scorer=Scorer(self.source, config.reward, engine.sum_int) if self.source else None,
+            scorer=self.scorer,
             weights=config.reward.weights,
             metric_fn=metric_fn,
             default_repeats=config.train.eval_repeats,

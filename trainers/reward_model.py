@@ -208,6 +208,7 @@ class RewardModelTrainer:
     ) -> None:
         self.config = config
         self.engine = Engine(config.train)
+        self.scorer = None
         self._check_input(samples, eval_samples, reference)
         self.tokenizer = given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path)
         if self.tokenizer.pad_token_id == self.tokenizer.eos_token_id:

@@ -188,12 +188,13 @@ class SFTTrainer:
         self.eval_prompts = (
             fitting_prompts(prompts, self.tokenizer, config.tokenizer, self.lm, longest) if prompts else []
         )
+        self.scorer = Scorer(self.source, config.reward, engine.sum_int) if self.source else None
         self.evaluator = Evaluator(
             engine,
             self.eval_prompts,
             variants,
             self._make_sampler,
-            scorer=Scorer(self.source, config.reward, engine.sum_int) if self.source else None,
+            scorer=self.scorer,
             weights=config.reward.weights,
             metric_fn=metric_fn,
             default_repeats=config.train.eval_repeats,
