@@ -23,6 +23,7 @@ from conch.serving.pbtxt import to_pbtxt
 from conch.serving.spec import RewardModelSpec
 
 Row = Any  # str in text form, tuple of the unmasked ids in token form
+EXTENSIONS = ["model_repository", "model_configuration", "statistics"]
 Action = Callable[[list[Row], grpc.ServicerContext], Any]
 
 
@@ -71,6 +72,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     requests: the rows of every ModelInfer, in the order of arrival.
     index: model name -> (state, reason) as the repository index tells it; None refuses to tell.
     config: a ModelConfig message to tell instead of the spec's.
+    told: name, version and extensions that it says it has; None refuses to tell.
     """
 
     def __init__(self, spec: RewardModelSpec, score: Callable[[Row], Sequence[float]], port: int = 0) -> None:
@@ -83,6 +85,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.ready = True
         self.index: dict[str, tuple[str, str]] | None = {spec.name: ("READY", "")}
         self.config: Any = text_format.Parse(to_pbtxt(spec), model_config_pb2.ModelConfig())
+        self.told: tuple[str, str, list[str]] | None = ("triton", "2.51.0", EXTENSIONS)
         self.most_in_flight = 0
         self._in_flight = 0
         self._lock = threading.Lock()
@@ -111,6 +114,16 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def ServerLive(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802 - named by the protocol
         return service_pb2.ServerLiveResponse(live=True)
+
+    def ServerReady(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        return service_pb2.ServerReadyResponse(ready=self.ready)
+
+    def ServerMetadata(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        if self.told is None:
+            context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+            raise AssertionError("abort raises")
+        name, version, extensions = self.told
+        return service_pb2.ServerMetadataResponse(name=name, version=version, extensions=extensions)
 
     def ModelReady(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         return service_pb2.ModelReadyResponse(ready=self.ready and request.name == self.spec.name)
