@@ -9,7 +9,7 @@ from typing import Literal
 from conch.converters.parity import ParityReport
 from conch.errors import ConversionError
 from conch.serving.manifest import Aggregate, Backend, Pooling, ServedDtype
-from conch.serving.spec import Form, RewardModelSpec
+from conch.serving.spec import Form, Granularity, RewardModelSpec
 from conch.serving.store import is_valid_name
 
 Normalise = Literal["fold", "parameters", "none"]
@@ -52,6 +52,10 @@ class Reading:
 
     aggregate: Aggregate | None = None
     """How the scores of steps become one; None takes `min`. Process rewards only."""
+
+    granularity: Granularity = "sample"
+    """`step`: process rewards give each step's score as well. `token`: every token gets a score as well; a
+    process reward then has no separator, and aggregates over tokens."""
 
     device: str = "cpu"
     """Where the comparison runs, `cpu` or `cuda`."""

@@ -19,8 +19,9 @@ from typing import Any, Literal, get_args
 from conch.converters.conversion import Conversion, Normalise, Options, Reading, Side, default_name
 from conch.errors import ConchError, ParityError
 from conch.log import setup_logging
+from conch.option_names import written_with
 from conch.serving.manifest import Aggregate, Backend, Pooling, ServedDtype
-from conch.serving.spec import Form
+from conch.serving.spec import Form, Granularity
 
 _POOLINGS = tuple(rule for rule in get_args(Pooling) if rule != "steps")
 
@@ -82,7 +83,7 @@ def to_triton(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code."""
-    arguments = vars(_parser().parse_args(_with_underscores(sys.argv[1:] if argv is None else argv)))
+    arguments = vars(_parser().parse_args(written_with("_", sys.argv[1:] if argv is None else argv)))
     if not arguments.pop("quiet"):
         setup_logging()
     arguments["rewards"] = tuple(arguments["rewards"])
@@ -107,17 +108,6 @@ def _verify(endpoint: str, checkpoint: str, dtype: ServedDtype, reading: Reading
     print(report.table())
     print(f"{endpoint} scores {'' if report.ok else 'NOT '}like {checkpoint}")
     return 0 if report.ok else 2
-
-
-def _with_underscores(argv: Sequence[str]) -> list[str]:
-    """Every option may be written with dashes or with underscores; values stay as they are."""
-    written = []
-    for argument in argv:
-        name, equals, value = argument.partition("=")
-        if name.startswith("--"):
-            name = "--" + name[2:].replace("-", "_")
-        written.append(name + equals + value)
-    return written
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -148,6 +138,12 @@ def _add_reading(add: Any) -> None:
     add("--normalise", choices=get_args(Normalise), help=statistics)
     add("--step_separator", metavar="TOKEN", help="process rewards: text of the token that ends a step")
     add("--aggregate", choices=get_args(Aggregate), help="process rewards: one score of the steps'")
+    add(
+        "--granularity",
+        choices=get_args(Granularity),
+        default="sample",
+        help="what gets a score of its own beside the sample; default: %(default)s",
+    )
     add("--device", default="cpu", help="where scores are compared: cpu or cuda; default: %(default)s")
     add("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
 
