@@ -220,8 +220,9 @@ class RewardConfig(Section):
     """Deadline of one request, in seconds, beside what its length adds."""
 
     attempt_timeout_per_1k_tokens_s: float = Field(default=2.0, ge=0)
-    """Added to a request's deadlines for every 1,000 tokens in it, in seconds, so that long samples are not
-    the ones that get lost; 4 bytes of text count as a token."""
+    """Added to `attempt_timeout_s` and `deadline_s` for every 1,000 tokens in the request and in those that
+    the server works on before it, in seconds, so that long samples are not the ones that get lost. Raise it
+    for a slow server; 4 bytes of text count as a token."""
 
     deadline_s: float = Field(default=60.0, gt=0)
     """Deadline of one micro-batch with all its retries, in seconds, beside what its length adds."""
@@ -232,7 +233,7 @@ class RewardConfig(Section):
     micro_batch_size: int = Field(default=64, ge=1)
     """Samples per request, at most; lowered to the server's own limit."""
 
-    micro_batch_tokens: int = Field(default=16384, ge=1)
+    micro_batch_tokens: int = Field(default=8192, ge=1)
     """Tokens per request, at most, padding among them; a longer sample goes alone. 4 bytes of text count as a
     token."""
 
