@@ -125,6 +125,7 @@ class Scorer:
         reward/hidden_fraction: of the time in which rewards were under way (any number of them; pauses of an
             outage included), the share in which the trainer was not blocked. 1 where they took no time.
         reward/failed_fraction: share of samples without a score.
+        reward/degraded_fraction: share that an ensemble scored without all of its members.
         reward/requests, reward/retries: requests sent since the gather before, and how many repeated another.
         """
         return dict(self._metrics)
@@ -244,6 +245,8 @@ class Scorer:
             "reward/latency_p99_s": _percentile(latencies, 0.99),
             "reward/wait_s": wait_s,
             "reward/hidden_fraction": hidden,
+            "reward/degraded_fraction": sum(result.ok and result.detail != "" for result in results)
+            / max(1, len(results)),
             "reward/failed_fraction": sum(not result.ok for result in results) / max(1, len(results)),
             "reward/requests": float(self._traffic_before[0] - before[0]),
             "reward/retries": float(self._traffic_before[1] - before[1]),

@@ -19,6 +19,7 @@ from transformers import GPT2LMHeadModel
 from conch.serving.launcher import TritonServer
 from tests.integration.conftest import TEXT_MODEL, RewardModel
 from tests.integration.letters_run import LETTERS
+from tests.stores import store_model
 from tests.tiny import char_tokenizer, tiny_gpt2_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +31,7 @@ TINY = [
     "train.eval_every=0",
 ]
 LETTERS_RUN = ["-m", "tests.integration.letters_run"]
+EXACT_MODEL = "lengths"
 LONGEST_S = 120
 
 
@@ -43,6 +45,14 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(folder)
     (folder / "prompts.txt").write_text("\n".join("abcdefgh") + "\n")
     return folder
+
+
+@pytest.fixture(scope="module")
+def exact_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose scores do not depend on what shares a request with a sample, not even in the last bit."""
+    store = tmp_path_factory.mktemp("exact") / "store"
+    store_model(store, EXACT_MODEL)
+    return store
 
 
 @pytest.fixture
@@ -116,7 +126,7 @@ def test_server_killed_makes_every_rank_leave_with_the_reason(
 
 
 def test_server_away_with_wait_goes_on_with_the_same_numbers(
-    policy: Path, reward_model: RewardModel, tmp_path: Path
+    policy: Path, exact_store: Path, tmp_path: Path
 ) -> None:
     patient = [
         "reward.on_failure=wait",
@@ -124,16 +134,15 @@ def test_server_away_with_wait_goes_on_with_the_same_numbers(
         "reward.attempt_timeout_s=2",
         "train.total_steps=8",
     ]
-    store = reward_model.model_store
-    with TritonServer(store, [TEXT_MODEL]) as server:
+    with TritonServer(exact_store, [EXACT_MODEL]) as server:
         port = int(server.url.rsplit(":", 1)[1])
-        undisturbed = start(command(policy, tmp_path / "calm", server.endpoint(TEXT_MODEL), *patient))
+        undisturbed = start(command(policy, tmp_path / "calm", server.endpoint(EXACT_MODEL), *patient))
         output, _ = undisturbed.communicate(timeout=LONGEST_S)
         assert undisturbed.returncode == 0, output
-        disturbed = start(command(policy, tmp_path / "storm", server.endpoint(TEXT_MODEL), *patient))
+        disturbed = start(command(policy, tmp_path / "storm", server.endpoint(EXACT_MODEL), *patient))
         wait_for_steps(disturbed, tmp_path / "storm", 3)
         os.kill(server.pid, signal.SIGKILL)
-    with TritonServer(store, [TEXT_MODEL], grpc_port=port):
+    with TritonServer(exact_store, [EXACT_MODEL], grpc_port=port):
         output, _ = disturbed.communicate(timeout=LONGEST_S)
     assert disturbed.returncode == 0, output
     assert "asking again" in output
@@ -143,17 +152,17 @@ def test_server_away_with_wait_goes_on_with_the_same_numbers(
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_that_leaves_while_the_server_is_away_goes_on_with_the_same_numbers(
-    policy: Path, reward_model: RewardModel, tmp_path: Path, ranks: int
+    policy: Path, exact_store: Path, tmp_path: Path, ranks: int
 ) -> None:
     patient = ["reward.on_failure=wait", "reward.deadline_s=1", "reward.attempt_timeout_s=1"]
     patient += ["reward.checkpoint_after_s=1", "train.total_steps=8", "ppo.kl.target=0.1"]
-    store, storm = reward_model.model_store, tmp_path / "storm"
-    with TritonServer(store, [TEXT_MODEL]) as server:
+    storm = tmp_path / "storm"
+    with TritonServer(exact_store, [EXACT_MODEL]) as server:
         port = int(server.url.rsplit(":", 1)[1])
-        arguments = command(policy, tmp_path / "calm", server.endpoint(TEXT_MODEL), *patient, ranks=ranks)
+        arguments = command(policy, tmp_path / "calm", server.endpoint(EXACT_MODEL), *patient, ranks=ranks)
         output, _ = (undisturbed := start(arguments)).communicate(timeout=LONGEST_S)
         assert undisturbed.returncode == 0, output
-        waiting = start(command(policy, storm, server.endpoint(TEXT_MODEL), *patient, ranks=ranks))
+        waiting = start(command(policy, storm, server.endpoint(EXACT_MODEL), *patient, ranks=ranks))
         wait_for_steps(waiting, storm, 3)
         os.kill(server.pid, signal.SIGKILL)
         wait_for_file(waiting, storm / "checkpoints")
@@ -161,9 +170,9 @@ def test_a_run_that_leaves_while_the_server_is_away_goes_on_with_the_same_number
         output, _ = waiting.communicate(timeout=LONGEST_S)
     assert waiting.returncode != 0
     assert "while the reward server is away" in output and "SIGTERM: left while waiting" in output
-    with TritonServer(store, [TEXT_MODEL], grpc_port=port) as server:
+    with TritonServer(exact_store, [EXACT_MODEL], grpc_port=port) as server:
         again = [*patient, "train.resume=auto"]
-        resumed = start(command(policy, storm, server.endpoint(TEXT_MODEL), *again, ranks=ranks))
+        resumed = start(command(policy, storm, server.endpoint(EXACT_MODEL), *again, ranks=ranks))
         output, _ = resumed.communicate(timeout=LONGEST_S)
     assert resumed.returncode == 0, output
     assert "going on with" in output

@@ -62,7 +62,7 @@ class Outage:
         if "u" in rollout.completion.text and self.left > 0:
             return RewardResult(RewardStatus.UNAVAILABLE, detail="nobody there", latency_s=2.0)
         text = rollout.completion.text
-        return RewardResult(RewardStatus.OK, scores={"reward": 1.0}, latency_s=1.0, detail=text)
+        return RewardResult(RewardStatus.OK, scores={"reward": 1.0}, latency_s=1.0, model=text)
 
 
 class Ranks:
@@ -164,7 +164,7 @@ def test_completions_are_requested_as_they_end_and_come_back_in_order() -> None:
 
     assert [rollout.completion.text for rollout in made] == ["a", "aa", "aaa", "aaaa"]
     assert source.asked == [["b"], ["aa"], ["a"], ["aaa"], ["aaaa"], ["bb"]]
-    assert [result.detail for result in scorer.gather()] == ["b", "a", "aa", "aaa", "aaaa", "bb"]
+    assert [result.model for result in scorer.gather()] == ["b", "a", "aa", "aaa", "aaaa", "bb"]
 
 
 def test_an_async_function_is_called_while_its_chunk_is_still_sampled() -> None:
@@ -464,6 +464,7 @@ def test_metrics_describe_the_last_gather() -> None:
     assert metrics == {
         "reward/latency_p50_s": 1.0,
         "reward/latency_p99_s": 2.0,
+        "reward/degraded_fraction": 0.0,
         "reward/failed_fraction": 0.25,
         "reward/requests": 2.0,
         "reward/retries": 0.0,
