@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from conch.config import GenerationConfig, RewardConfig, Section, TokenizerConfig
+from conch.config import DataConfig, GenerationConfig, RewardConfig, Section, TokenizerConfig
 from conch.data.prompts import make_prompts
 from conch.engine import Engine
 from conch.errors import ConfigError, DataError
@@ -255,14 +255,17 @@ def fitting_prompts(
     config: TokenizerConfig,
     model: PreTrainedModel,
     generation: GenerationConfig,
+    lengths: DataConfig | None = None,
 ) -> list[Prompt]:
     """Prompts that leave room in the model's window for the longest completion.
+
+    lengths: which prompts to leave out for their length.
 
     Raises:
         ConfigError, DataError: see `room_for_prompts` and `conch.data.prompts.make_prompts`.
     """
     room = room_for_prompts(model, generation)
-    return make_prompts(prompts, tokenizer, config, max_tokens=room)
+    return make_prompts(prompts, tokenizer, config, max_tokens=room, lengths=lengths)
 
 
 def texts_of(chunks: Iterable[Sequence[Rollout]]) -> list[str]:
