@@ -203,6 +203,20 @@ class RewardConfig(Section):
     """`host:port/model` of a served reward model, or `host1:port,host2:port/model` for several servers of the
     same model; None takes the TRITON_HOST environment variable. Unused when a Python function is passed."""
 
+    members: dict[str, str] = Field(default_factory=dict)
+    """Several rewards instead of one `url`: name -> what `url` may be. `combine` makes one of them."""
+
+    combine: Literal["sum", "mean", "wco", "uwo"] = "sum"
+    """Of several named rewards: `sum` them with `weights`, or take them for an ensemble whose reward is the
+    `mean` of their scores, the least (`wco`), or the mean less `uwo_weight` times the variance (`uwo`)."""
+
+    uwo_weight: float = Field(default=0.1, ge=0)
+    """With `combine=uwo`: what a variance of 1 costs."""
+
+    on_member_failure: Literal["fail", "renormalise"] = "fail"
+    """A sample that a member of an ensemble does not score: `fail` gives it the member's failure,
+    `renormalise` the objective over the others, counted as `reward/degraded_fraction`."""
+
     tls: TlsConfig = Field(default_factory=TlsConfig)
     """Certificates for a served reward model whose server speaks TLS."""
 
@@ -272,6 +286,12 @@ class RewardConfig(Section):
     delta: bool = False
     """The reward of a sample is its score less that of a reference answer to the same prompt: each prompt is
     a dict with an `original_output`, whose score is asked for once."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> RewardConfig:
+        if self.url is not None and self.members:
+            raise ValueError("give `url` for one reward or `members` for several, not both")
+        return self
 
     @model_validator(mode="after")
     def _range_in_order(self) -> RewardConfig:
