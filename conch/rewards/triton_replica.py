@@ -27,6 +27,7 @@ ReplyT = TypeVar("ReplyT")
 _BUCKET = 64
 # gRPC's own thread reports the end of a cancelled call a moment later, and complains if the loop is closed.
 _LAST_EVENTS_S = 0.1
+_UNACKNOWLEDGED_MS = 10_000
 
 
 class TritonReplica:
@@ -140,7 +141,11 @@ def _channel_options(connect_timeout_s: float) -> list[tuple[str, int]]:
         ("grpc.min_reconnect_backoff_ms", max(1, int(connect_timeout_s * 1000))),
         # A proxy set for the internet does not lead to a machine of one's own cluster.
         ("grpc.enable_http_proxy", 0),
-        # No keep-alive: pings below the server's 300 s make it hang up; deadlines find a frozen one sooner.
+        # A connection that was cut without a word (a firewall forgot it, a machine lost power) is given up
+        # when what was sent went unacknowledged for so long; the kernel would go on for 15 minutes. gRPC sets
+        # that limit only along with pings. Those go at most every 310 s: below 300 s servers hang up.
+        ("grpc.keepalive_timeout_ms", _UNACKNOWLEDGED_MS),
+        ("grpc.keepalive_time_ms", 310_000),
     ]
 
 
