@@ -204,7 +204,12 @@ class RewardConfig(Section):
 
     url: str | None = None
     """`host:port/model` of a served reward model, or `host1:port,host2:port/model` for several servers of the
-    same model; None takes the TRITON_HOST environment variable. Unused when a Python function is passed."""
+    same model; `http://host:port/path` of an endpoint that speaks JSON. None takes the TRITON_HOST
+    environment variable. Unused when a Python function is passed."""
+
+    dialect: Literal["query", "goals"] = "query"
+    """Of an HTTP endpoint: `query` sends {"query": [sample, ...]} and reads {"rewards": [number, ...]};
+    `goals` sends [sample, ...] and reads {goal: [number, ...]}."""
 
     members: dict[str, str] = Field(default_factory=dict)
     """Several rewards instead of one `url`: name -> what `url` may be. `combine` makes one of them."""

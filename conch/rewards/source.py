@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 from conch.config import RewardConfig
 from conch.errors import ConfigError
 from conch.rewards.callable_reward import CallableReward
+from conch.rewards.http_url import SCHEMES
 from conch.types import RewardResult, Rollout
 
 _THREE_WAYS = (
@@ -92,8 +93,8 @@ def from_user(
     """Make a source of what a user gave; None stands for `config.members` or `config.url`, then for
     TRITON_HOST.
 
-    reward: a Python function, `"host:port/model"`, or a source, which is returned as it is; or several of
-        these by name, which `config.combine` makes one of.
+    reward: a Python function, `"host:port/model"`, `"http://host:port/path"`, or a source, which is returned
+        as it is; or several of these by name, which `config.combine` makes one of.
     metadata_keys: the extra keys of the prompts in use; `check` sees whether a function takes them.
 
     Raises:
@@ -110,6 +111,10 @@ def from_user(
 
 
 def _from_one(reward: object, config: RewardConfig, metadata_keys: Iterable[str]) -> RewardSource:
+    if isinstance(reward, str) and reward.startswith(SCHEMES):
+        from conch.rewards.http_reward import HttpReward
+
+        return HttpReward(reward, config)
     if isinstance(reward, str):
         # Only a run with a served model needs tritonclient installed and loaded.
         from conch.rewards.triton_reward import TritonReward
@@ -120,7 +125,8 @@ def _from_one(reward: object, config: RewardConfig, metadata_keys: Iterable[str]
     if callable(reward):
         return CallableReward(reward, metadata_keys=metadata_keys)
     raise ConfigError(
-        f"a reward must be a function, `host:port/model` or a RewardSource, not {type(reward).__name__}"
+        "a reward must be a function, `host:port/model`, `http://host:port/path` or a RewardSource, not "
+        f"{type(reward).__name__}"
     )
 
 
