@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 from conch.config import RewardConfig
 from conch.errors import ConfigError
 from conch.rewards.callable_reward import CallableReward
+from conch.rewards.dense import Decode
 from conch.types import RewardResult, Rollout
 
 _THREE_WAYS = (
@@ -84,11 +85,13 @@ def from_user(
     config: RewardConfig,
     *,
     metadata_keys: Iterable[str] = (),
+    decode: Decode | None = None,
 ) -> RewardSource:
     """Make a source of what a user gave; None stands for `config.url`, then for TRITON_HOST.
 
     reward: a Python function, `"host:port/model"`, or a source, which is returned as it is.
     metadata_keys: the extra keys of the prompts in use; `check` sees whether a function takes them.
+    decode: the policy's ids -> text, which `config.dense` needs.
 
     Raises:
         ConfigError: nothing was given, or it is not something that gives rewards.
@@ -101,7 +104,7 @@ def from_user(
         # Only a run with a served model needs tritonclient installed and loaded.
         from conch.rewards.triton_reward import TritonReward
 
-        return TritonReward(reward, config)
+        return TritonReward(reward, config, decode=decode)
     if isinstance(reward, RewardSource):
         return reward
     if callable(reward):
