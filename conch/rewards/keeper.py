@@ -55,7 +55,7 @@ class Keeper:
         except ReplicaError as error:
             raise _told(error, f"{replica.name} does not tell what it serves") from error
         if refusal := identity.refusal(replica.name, info, is_new=link.info is None):
-            raise ReplicaError(Failure(RewardStatus.UNAVAILABLE, refusal, is_down=True))
+            raise ReplicaError(Failure(RewardStatus.INVALID, refusal))
         is_first, link.info = link.info is None, info
         try:
             if with_score:
@@ -90,7 +90,7 @@ class Keeper:
             await self.reach(link, self._config.attempt_timeout_s, with_score=is_probe)
         except ReplicaError as error:
             link.breaker.probe_failed(error.failure)
-            if error.failure.is_lasting and not is_probe:
+            if not error.failure.retryable and not is_probe:
                 _log.error("%s is not used: %s", link.replica.name, error.failure.detail)
             self._pool.serve()
             return

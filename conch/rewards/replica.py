@@ -36,7 +36,7 @@ class Row:
     @property
     def tokens(self) -> int:
         """Tokens that the model reads; of a text an estimate from its size, 1 at least."""
-        return len(self.token_ids) or 1 + (len(self.sample.encode("utf-8")) - 1) // _BYTES_PER_TOKEN
+        return len(self.token_ids) or max(1, -(-len(self.sample.encode("utf-8")) // _BYTES_PER_TOKEN))
 
     @property
     def size(self) -> int:

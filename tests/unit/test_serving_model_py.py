@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import GPT2ForSequenceClassification
 
 from conch.serving.python_backend.model import (
@@ -140,6 +142,24 @@ def test_rows_from_texts_cuts_a_conversation_and_keeps_its_closing_eos(
     assert ids_of(chat.rows_from_texts([conversation("abcdefghijklmnop")])) == [expected]
 
 
+def test_rows_from_texts_cuts_a_conversation_that_no_eos_closes(chat: Scorer, monkeypatch) -> None:
+    monkeypatch.setattr(chat.tokenizer, "truncation_side", "right")
+    monkeypatch.setattr(chat.tokenizer, "chat_template", "{{ messages[0]['content'] }}")
+    (row,) = chat.rows_from_texts([conversation("abcdefghijklmnop")])
+    assert row.ids == [*range(MAX_LENGTH)]
+
+
+def test_rows_from_texts_adds_no_special_tokens_to_what_the_chat_template_writes(
+    chat: Scorer, monkeypatch
+) -> None:
+    tokenizer = copy.deepcopy(chat.tokenizer)
+    opening = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", EOS)])
+    tokenizer.backend_tokenizer.post_processor = opening
+    monkeypatch.setattr(chat, "tokenizer", tokenizer)
+    assert tokenizer("a").input_ids == [EOS, 0]
+    assert ids_of(chat.rows_from_texts([conversation("a")])) == [[20, 0, EOS]]
+
+
 @pytest.mark.parametrize("text", [b"ab", b'{"role": "user"}', b'["ab"]', b"1"])
 def test_rows_from_texts_refuses_what_are_no_messages(chat: Scorer, text: bytes) -> None:
     with pytest.raises(RejectedError, match="row 1: text is no JSON list of messages"):
@@ -206,6 +226,15 @@ def test_score_keeps_order_when_the_batch_is_cut_by_the_token_budget(
 
     np.testing.assert_allclose(rewards_of(scorer, rows), whole, atol=1e-6)
     assert passes == [2, 1, 1]
+
+
+def test_batch_invariant_scores_are_those_of_each_row_alone_to_the_last_bit(tmp_path: Path) -> None:
+    folder = write_version(tmp_path, batch_invariant=True)
+    rows = [list(range(length)) for length in range(1, 13)] * 2
+
+    scores = rewards_of(Scorer(folder, "cpu"), rows)
+
+    assert scores.tolist() == [alone(folder, row) for row in rows]
 
 
 def test_a_pass_is_small_on_a_cpu(scorer: Scorer) -> None:
