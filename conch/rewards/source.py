@@ -107,6 +107,8 @@ def from_user(
     if not reward:
         raise ConfigError(_THREE_WAYS)
     if isinstance(reward, Mapping):
+        if config.dense:
+            raise ConfigError("reward.dense takes the scores of one served model, here are several rewards")
         members = {name: _from_one(each, config, metadata_keys, decode) for name, each in reward.items()}
         return _combined(members, config)
     return _from_one(reward, config, metadata_keys, decode)

@@ -12,6 +12,7 @@ from conch.rewards.dense import response_bounds, token_scores
 from conch.rewards.memory import Memory
 from conch.rewards.replica import ModelInfo, Row
 from conch.rewards.rows import make_row
+from conch.rewards.source import from_user
 from conch.rewards.triton_reward import TritonReward
 from conch.types import Completion, Prompt, RewardResult, RewardStatus, Rollout
 from tests.checkpoints import byte_tokenizer
@@ -127,3 +128,5 @@ def test_dense_is_refused_with_what_it_does_not_go_with() -> None:
         load(RewardConfig, {"dense": True, "score_range": [0.5, 1.0]})
     with pytest.raises(ConfigError, match="serve the model in the text form"):
         TritonReward("127.0.0.1:1/m", RewardConfig(dense=True), tokenizer=lambda text: [1])
+    with pytest.raises(ConfigError, match="takes the scores of one served model"):
+        from_user({"a": "127.0.0.1:1/m", "b": "127.0.0.1:1/n"}, RewardConfig(dense=True))
