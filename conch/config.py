@@ -295,6 +295,18 @@ class RewardConfig(Section):
     """The reward of a sample is its score less that of a reference answer to the same prompt: each prompt is
     a dict with an `original_output`, whose score is asked for once."""
 
+    dense: bool = False
+    """Take the scores of steps or tokens from a served model that gives them (converted with --granularity):
+    each goes to the token of the response in which its step ends. False takes the one score of a sample."""
+
+    @model_validator(mode="after")
+    def _dense_fits(self) -> RewardConfig:
+        if self.dense and self.delta:
+            raise ValueError("`delta` is a difference of two scores, `dense` gives more: set one of them")
+        if self.dense and self.score_range and not self.score_range[0] <= 0 <= self.score_range[1]:
+            raise ValueError("`score_range` must hold 0 with `dense`: tokens that end no step get it")
+        return self
+
     @model_validator(mode="after")
     def _one_source(self) -> RewardConfig:
         if self.url is not None and self.members:

@@ -223,16 +223,26 @@ def checked_source(
     reward: UserReward | Mapping[str, UserReward] | None,
     config: RewardConfig,
     prompts: Sequence[str | Mapping[str, Any]],
+    tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None,
 ) -> RewardSource:
     """The reward source as user and configuration name it, once it has answered every rank.
+
+    tokenizer: gives the policy's, which `reward.dense` needs; called once samples are scored, so it may be
+        loaded after the source is found good.
 
     Raises:
         ConfigError: the source will not do.
         RewardError: it does not answer.
     """
-    source = from_user(reward, config, metadata_keys=extra_keys(prompts))
+    decode = None if tokenizer is None else lambda ids: decoded(tokenizer(), ids)
+    source = from_user(reward, config, metadata_keys=extra_keys(prompts), decode=decode)
     engine.together(source.check)
     return source
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Text of sampled ids, as in `Completion.text`."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def less_originals(

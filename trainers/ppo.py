@@ -250,7 +250,7 @@ class PPOTrainer:
         self.config = config
         self.engine = engine = Engine(config.train)
         all_prompts = [*prompts, *(eval_prompts or [])]
-        self.source = checked_source(engine, reward, config.reward, all_prompts)
+        self.source = checked_source(engine, reward, config.reward, all_prompts, lambda: self.tokenizer)
         self.tokenizer = given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path)
         if config.reward.delta:
             self.source = less_originals(self.source, all_prompts, self.tokenizer)
