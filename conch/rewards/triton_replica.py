@@ -11,6 +11,7 @@ from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from conch.errors import RewardInvalidError, ServingError
+from conch.log import get_logger
 from conch.rewards.endpoint import Endpoint
 from conch.rewards.replica import Answer, Failure, ModelInfo, ReplicaError, Row, ServerTimes
 from conch.rewards.triton_check import require_model, require_server
@@ -20,6 +21,8 @@ from conch.serving.pbtxt import spec_from_model_config
 from conch.serving.spec import RewardModelSpec
 from conch.serving.triton_channel import Access, open_aio_client
 from conch.types import RewardStatus
+
+_log = get_logger(__name__)
 
 ReplyT = TypeVar("ReplyT")
 
@@ -42,6 +45,7 @@ class TritonReplica:
         self._spec: RewardModelSpec | None = None
         self._bucket = 1
         self._was_cut_short = False
+        self._members_used = 0
 
     async def check(self, timeout_s: float) -> None:
         """See `Replica.check`."""
@@ -86,6 +90,7 @@ class TritonReplica:
             used = read_members_used(reply, len(rows), spec)
         except RewardInvalidError as error:
             raise ReplicaError(Failure(RewardStatus.INVALID, str(error), maybe_one_row=True)) from error
+        self._warn_of_members(min(used, default=0), len(spec.members))
         return Answer(columns, reply.get_response().model_version, _notes(used, len(spec.members)))
 
     async def times(self, timeout_s: float) -> ServerTimes | None:
@@ -111,6 +116,11 @@ class TritonReplica:
         await self._client.close()
         if self._was_cut_short:
             await asyncio.sleep(_LAST_EVENTS_S)
+
+    def _warn_of_members(self, used: int, members: int) -> None:
+        if used < members and used != self._members_used:
+            _log.warning("%s: only %d of %d members score", self.name, used, members)
+        self._members_used = used
 
     async def _asked(self, question: Callable[[], Awaitable[ReplyT]]) -> ReplyT:
         try:
