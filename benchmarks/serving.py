@@ -238,9 +238,12 @@ def _ways(
 def _check_scores(scores: dict[str, list[float]]) -> None:
     names = list(scores)
     for name in names[1:]:
-        worst = max(abs(a - b) for a, b in zip(scores[names[0]], scores[name], strict=True))
-        if worst > TOLERANCE:
-            raise ConchError(f"{name} differs by {worst:.1e} from {names[0]}: there is nothing to compare")
+        differences = [abs(a - b) for a, b in zip(scores[names[0]], scores[name], strict=True)]
+        wrong = [each for each in differences if not each <= TOLERANCE]  # so that NaN is wrong
+        if wrong:
+            raise ConchError(
+                f"{name} differs by {max(wrong):.1e} from {names[0]}: there is nothing to compare"
+            )
 
 
 def _take_turns(
