@@ -96,6 +96,10 @@ class Options:
     max_queue_delay_us: int = 1000
     """Microseconds that the server may wait to fill a batch; a lone caller pays them on every request."""
 
+    batch_invariant: bool = False
+    """Score each row by itself: the same to the last bit in any batch, for runs that must repeat exactly.
+    Slower. Python back end only."""
+
     instances: int = 1
     """Copies of the model that the server runs side by side; each takes its memory."""
 
@@ -123,6 +127,8 @@ class Options:
             raise ConversionError(f"max_batch_size is {self.max_batch_size}; it must be at least 1")
         if self.max_queue_delay_us < 0:
             raise ConversionError(f"max_queue_delay_us is {self.max_queue_delay_us}; it must be 0 or more")
+        if self.batch_invariant and self.backend != "python":
+            raise ConversionError(f"batch_invariant needs the python back end, not {self.backend}")
         if self.instances < 1:
             raise ConversionError(f"instances is {self.instances}; it must be at least 1")
         if self.keep is not None and self.keep < 0:

@@ -80,7 +80,8 @@ def convert(options: Options) -> Conversion:
             gc.collect()  # before the served form loads, the original must be gone
             _log.info("scoring %d requests with the served form", len(written.requests))
             replies = served.score(written.requests, options.reading.device)
-        report = compare(written.cases, replies, written.expected, options.dtype)
+        invariant = options.batch_invariant
+        report = compare(written.cases, replies, written.expected, options.dtype, batch_invariant=invariant)
         if not report.ok:
             raise ParityError(_parity_failure(report, options))
         golden = golden_of(written.cases, options.form, written.expected, options.dtype)
@@ -182,6 +183,7 @@ def _manifest(options: Options, checkpoint: Checkpoint) -> Manifest:
         separator_id=checkpoint.separator_id,
         aggregate=checkpoint.aggregate,
         granularity=checkpoint.granularity,
+        batch_invariant=options.batch_invariant,
         max_length=checkpoint.max_length,
         reward_names=checkpoint.reward_names,
         normalise=checkpoint.normalise == "parameters",

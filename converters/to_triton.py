@@ -36,6 +36,7 @@ def to_triton(
     dtype: ServedDtype = "float32",
     max_batch_size: int = 64,
     max_queue_delay_us: int = 1000,
+    batch_invariant: bool = False,
     instances: int = 1,
     instance_kind: Literal["cpu", "gpu"] = "gpu",
     gpu: int = 0,
@@ -67,6 +68,7 @@ def to_triton(
         dtype=dtype,
         max_batch_size=max_batch_size,
         max_queue_delay_us=max_queue_delay_us,
+        batch_invariant=batch_invariant,
         instances=instances,
         instance_kind=instance_kind,
         gpu=gpu,
@@ -165,6 +167,7 @@ def _add_serving(add: Any) -> None:
         default=1000,
         help="microseconds to wait for a fuller batch; default: %(default)s",
     )
+    add("--batch_invariant", action="store_true", help="scores the same to the last bit in any batch; slower")
     add("--instances", type=int, default=1, help="copies of the model in a server; default: %(default)s")
     add(
         "--instance_kind", choices=("cpu", "gpu"), default="gpu", help="in config.pbtxt; default: %(default)s"

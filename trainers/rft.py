@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,7 @@ from conch.errors import ConfigError
 from conch.log import get_logger
 from conch.models.trainable import choose_trainable
 from conch.rewards.scorer import Scorer
-from conch.rewards.source import RewardSource
+from conch.rewards.source import UserReward
 from conch.rollouts.hf_engine import HFEngine
 from conch.tracking import Tracker
 from conch.trainers.common import (
@@ -56,6 +56,7 @@ from conch.trainers.common import (
     given_or_loaded_tokenizer,
     rows_per_process,
     update_metrics,
+    with_whole_weights,
 )
 from conch.trainers.evaluation import Evaluator, eval_variants, longest_generation
 from conch.trainers.online import (
@@ -215,7 +216,7 @@ class RFTTrainer:
         self,
         config: RFTRunConfig,
         *,
-        reward: Callable[..., Any] | str | RewardSource | None = None,
+        reward: UserReward | Mapping[str, UserReward] | None = None,
         prompts: Sequence[str | Mapping[str, Any]],
         eval_prompts: Sequence[str | Mapping[str, Any]] | None = None,
         metric_fn: MetricFn | None = None,
@@ -287,6 +288,7 @@ class RFTTrainer:
 
     # ----------------------------------------------------------------------------------------- the four verbs
 
+    @with_whole_weights
     def rollout(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """Sample a completion per prompt; each one's reward is requested as soon as it has ended."""
         return self.scorer.submit_each(self.sampler, prompts)
@@ -438,6 +440,7 @@ class RFTTrainer:
         self.steps_done += 1
         return {**sampled, **learned, "time/update_s": time.perf_counter() - start}
 
+    @with_whole_weights
     def evaluate(
         self, tracker: Tracker | None = None, step: int = 0, *, repeats: int | None = None
     ) -> Metrics:
@@ -447,12 +450,14 @@ class RFTTrainer:
         """
         return self.evaluator.run(tracker, step, repeats=repeats)
 
+    @with_whole_weights
     def generate(self, prompts: Sequence[str], *, greedy: bool = False) -> list[str]:
         """Completions of the current policy."""
         config = self.config
         made = fitting_prompts(prompts, self.tokenizer, config.tokenizer, self.lm, config.generation)
         return texts_of(self.sampler.generate(made, greedy=greedy))
 
+    @with_whole_weights
     def save_pretrained(self, folder: Path) -> Path:
         """Write the model as a Hugging Face folder. Call it on all ranks."""
 

@@ -11,7 +11,7 @@ Legend: B rows of a micro-batch, T columns, R those that may be learned (the las
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from conch.models.policy import response_logits
 from conch.models.trainable import choose_trainable
 from conch.ops import logprobs_of_labels, masked_sum
 from conch.rewards.scorer import Scorer
-from conch.rewards.source import RewardSource
+from conch.rewards.source import UserReward
 from conch.rollouts.hf_engine import HFEngine
 from conch.tracking import Tracker
 from conch.trainers.common import (
@@ -52,6 +52,7 @@ from conch.trainers.common import (
     given_or_loaded_tokenizer,
     rows_per_process,
     update_metrics,
+    with_whole_weights,
 )
 from conch.trainers.evaluation import Evaluator, eval_source, eval_variants, longest_generation
 from conch.trainers.online import MetricFn, fitting_prompts, texts_of
@@ -134,7 +135,7 @@ class SFTTrainer:
         samples: Sequence[Sample],
         eval_samples: Sequence[Sample] | None = None,
         eval_prompts: Sequence[str | Mapping[str, Any]] | None = None,
-        reward: Callable[..., Any] | str | RewardSource | None = None,
+        reward: UserReward | Mapping[str, UserReward] | None = None,
         metric_fn: MetricFn | None = None,
         model: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -188,12 +189,13 @@ class SFTTrainer:
         self.eval_prompts = (
             fitting_prompts(prompts, self.tokenizer, config.tokenizer, self.lm, longest) if prompts else []
         )
+        self.scorer = Scorer(self.source, config.reward, engine.sum_int) if self.source else None
         self.evaluator = Evaluator(
             engine,
             self.eval_prompts,
             variants,
             self._make_sampler,
-            scorer=Scorer(self.source, config.reward, engine.sum_int) if self.source else None,
+            scorer=self.scorer,
             weights=config.reward.weights,
             metric_fn=metric_fn,
             default_repeats=config.train.eval_repeats,
@@ -241,6 +243,7 @@ class SFTTrainer:
         """Draw a batch and train on it."""
         return self.update(self.experience([self.samples[row] for row in self.stream.draw(self._rows)]))
 
+    @with_whole_weights
     def evaluate(
         self, tracker: Tracker | None = None, step: int = 0, *, repeats: int | None = None
     ) -> Metrics:
@@ -275,12 +278,14 @@ class SFTTrainer:
         """Train for `train.total_steps` optimizer updates; returns the run folder."""
         return fit(self, "sft")
 
+    @with_whole_weights
     def generate(self, prompts: Sequence[str], *, greedy: bool = False) -> list[str]:
         """Completions of the current model."""
         config = self.config
         made = fitting_prompts(prompts, self.tokenizer, config.tokenizer, self.lm, config.generation)
         return texts_of(self._make_sampler(config.generation).generate(made, greedy=greedy))
 
+    @with_whole_weights
     def save_pretrained(self, folder: Path) -> Path:
         """Write the model as a Hugging Face folder. Call it on all ranks."""
 

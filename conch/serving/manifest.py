@@ -106,6 +106,10 @@ class Manifest(Section):
     granularity: Granularity = "sample"
     """`step`, `token`: steps or tokens get scores of their own as well, see `conch.serving.spec`."""
 
+    batch_invariant: bool = False
+    """Whether each row goes through the model by itself, unpadded: its score is then the same to the last bit
+    whatever it shares a request or a batch with."""
+
     max_length: int = Field(ge=1)
     """Tokens a sample may have, special tokens included."""
 

@@ -72,10 +72,10 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     requests: the rows of every ModelInfer, in the order of arrival.
     index: model name -> (state, reason) as the repository index tells it; None refuses to tell.
     config: a ModelConfig message to tell instead of the spec's.
-    told: name, version and extensions that it says it has; None refuses to tell.
     version: of the model, as replies state it.
     statistics: the model's sums since it was loaded; None is a server that does not tell.
     headers: of the latest request for scores.
+    told: name, version and extensions that it says it has; None refuses to tell.
     """
 
     def __init__(self, spec: RewardModelSpec, score: Callable[[Row], Sequence[float]], port: int = 0) -> None:
@@ -88,10 +88,10 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.ready = True
         self.index: dict[str, tuple[str, str]] | None = {spec.name: ("READY", "")}
         self.config: Any = text_format.Parse(to_pbtxt(spec), model_config_pb2.ModelConfig())
-        self.told: tuple[str, str, list[str]] | None = ("triton", "2.51.0", EXTENSIONS)
         self.version = "1"
         self.statistics: Any = service_pb2.ModelStatistics(name=spec.name, version="1")
         self.headers: dict[str, str] = {}
+        self.told: tuple[str, str, list[str]] | None = ("triton", "2.51.0", EXTENSIONS)
         self.most_in_flight = 0
         self._in_flight = 0
         self._lock = threading.Lock()

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.serving import Row, _check_scores, _report, _take_turns, table
+from benchmarks.measuring import check_scores
+from benchmarks.serving import Row, _report, _take_turns, table
 from conch.errors import ConchError
 
 ALONE, SERVED, OTHER = "in process", "served", "served otherwise"
@@ -58,7 +59,7 @@ def test_the_order_of_the_ways_turns_round_each_time(capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("wrong", [1.01, float("nan")])
 def test_ways_that_score_otherwise_are_not_compared(wrong: float) -> None:
-    _check_scores({ALONE: [1.0, 2.0], SERVED: [1.0, 2.0], OTHER: [1.00001, 2.0]})
+    check_scores({ALONE: [1.0, 2.0], SERVED: [1.0, 2.0], OTHER: [1.00001, 2.0]})
     for scores in ([wrong, 2.0], [1.0, 1.0 + wrong]):
         with pytest.raises(ConchError, match=r"served otherwise differs by .* from in process"):
-            _check_scores({ALONE: [1.0, 2.0], SERVED: [1.0, 2.0], OTHER: scores})
+            check_scores({ALONE: [1.0, 2.0], SERVED: [1.0, 2.0], OTHER: scores})

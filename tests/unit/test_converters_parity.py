@@ -80,6 +80,16 @@ def test_build_cases_of_text_reach_the_lengths_wanted_where_the_tokenizer_joins_
     assert 198 <= max(len(sample.ids) for sample in alone) <= 200
 
 
+def test_compare_forgives_no_bit_of_difference_in_company_to_what_is_batch_invariant() -> None:
+    cases = [Case("alone", (Sample("a", (1,)),)), Case("two", (Sample("a", (1,)), Sample("b", (2,))))]
+    expected = Expected({(1,): (0.5,), (2,): (0.25,)})
+    replies = [{"scores": [[0.5]]}, {"scores": [[0.5 + 1e-7], [0.25]]}]
+
+    assert compare(cases, replies, expected, "float32").ok
+    exact = compare(cases, replies, expected, "float32", batch_invariant=True)
+    assert not exact.ok and exact.worst.name == COMPANY and "not alike" in exact.table()
+
+
 def test_requests_of_tokens_pad_on_the_side_of_the_case() -> None:
     pair = (Sample("", (1, 2, 3)), Sample("", (4,)))
     right, left = requests_of([Case("r", pair), Case("l", pair, left_padded=True)], "token", PAD)

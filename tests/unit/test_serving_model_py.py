@@ -228,6 +228,15 @@ def test_score_keeps_order_when_the_batch_is_cut_by_the_token_budget(
     assert passes == [2, 1, 1]
 
 
+def test_batch_invariant_scores_are_those_of_each_row_alone_to_the_last_bit(tmp_path: Path) -> None:
+    folder = write_version(tmp_path, batch_invariant=True)
+    rows = [list(range(length)) for length in range(1, 13)] * 2
+
+    scores = rewards_of(Scorer(folder, "cpu"), rows)
+
+    assert scores.tolist() == [alone(folder, row) for row in rows]
+
+
 def test_a_pass_is_small_on_a_cpu(scorer: Scorer) -> None:
     assert scorer.tokens_per_forward == 1024
 

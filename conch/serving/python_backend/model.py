@@ -208,7 +208,10 @@ class Scorer:
         self.is_dense = self.granularity != "sample"
         self.model = load_model(folder, self.manifest).to(device)
         self.device = device
-        self.tokens_per_forward = TOKENS_PER_FORWARD[torch.device(device).type]
+        # Kernels round by the shape of what they get: only a row in a pass of its own is safe from others.
+        # A budget of 0 tokens has room for one row a pass.
+        is_alone = self.manifest.get("batch_invariant", False)
+        self.tokens_per_forward = 0 if is_alone else TOKENS_PER_FORWARD[torch.device(device).type]
 
     def rows_from_texts(self, texts: Sequence[bytes]) -> Rows:
         """Token ids of UTF-8 samples.
