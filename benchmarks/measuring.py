@@ -22,12 +22,14 @@ def check_scores(scores: Mapping[str, list[float]]) -> None:
     """Hold all ways' scores against the first way's.
 
     Raises:
-        ConchError: some differ by more than `TOLERANCE`.
+        ConchError: some differ by more than `TOLERANCE`, or are NaN.
     """
     names = list(scores)
     for name in names[1:]:
-        worst = max(abs(a - b) for a, b in zip(scores[names[0]], scores[name], strict=True))
-        if worst > TOLERANCE:
+        differences = [abs(a - b) for a, b in zip(scores[names[0]], scores[name], strict=True)]
+        wrong = [each for each in differences if not each <= TOLERANCE]  # so that NaN is wrong
+        if wrong:
+            worst = max(wrong)
             raise ConchError(f"{name} differs by {worst:.1e} from {names[0]}: there is nothing to compare")
 
 

@@ -121,6 +121,8 @@ def _from_one(
     if isinstance(reward, str) and reward.startswith(SCHEMES):
         from conch.rewards.http_reward import HttpReward
 
+        if config.dense:
+            raise ConfigError(f"reward.dense takes the scores of a model served by Triton, not of {reward}")
         return HttpReward(reward, config)
     if isinstance(reward, str):
         # Only a run with a served model needs tritonclient installed and loaded.

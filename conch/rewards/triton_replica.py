@@ -11,6 +11,7 @@ from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from conch.errors import RewardInvalidError, ServingError
+from conch.log import get_logger
 from conch.rewards.dense import token_scores
 from conch.rewards.endpoint import Endpoint
 from conch.rewards.replica import Answer, Failure, ModelInfo, ReplicaError, Row, ServerTimes
@@ -28,6 +29,8 @@ from conch.serving.pbtxt import spec_from_model_config
 from conch.serving.spec import RewardModelSpec
 from conch.serving.triton_channel import Access, open_aio_client
 from conch.types import RewardStatus
+
+_log = get_logger(__name__)
 
 ReplyT = TypeVar("ReplyT")
 
@@ -61,6 +64,7 @@ class TritonReplica:
         self._spec: RewardModelSpec | None = None
         self._bucket = 1
         self._was_cut_short = False
+        self._members_used = 0
 
     async def check(self, timeout_s: float) -> None:
         """See `Replica.check`."""
@@ -108,6 +112,7 @@ class TritonReplica:
             placed = _placed(rows, read_steps(reply, rows, spec), spec) if self._dense else []
         except RewardInvalidError as error:
             raise ReplicaError(Failure(RewardStatus.INVALID, str(error), maybe_one_row=True)) from error
+        self._warn_of_members(min(used, default=0), len(spec.members))
         version = reply.get_response().model_version
         return Answer(columns, version, _notes(used, len(spec.members)), placed)
 
@@ -134,6 +139,11 @@ class TritonReplica:
         await self._client.close()
         if self._was_cut_short:
             await asyncio.sleep(_LAST_EVENTS_S)
+
+    def _warn_of_members(self, used: int, members: int) -> None:
+        if used < members and used != self._members_used:
+            _log.warning("%s: only %d of %d members score", self.name, used, members)
+        self._members_used = used
 
     async def _asked(self, question: Callable[[], Awaitable[ReplyT]]) -> ReplyT:
         try:
