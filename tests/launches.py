@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import psutil
@@ -39,6 +39,8 @@ def start(command: Sequence[str], **environment: str) -> subprocess.Popen[str]:
     """Start a command with the environment of CPU ranks; output and errors come on `stdout`."""
     # Only torchrun asks for the CPU this way; with DeepSpeed it would turn DeepSpeed off.
     cpu = {"ACCELERATE_USE_CPU": "true"} if "torch.distributed.run" in command else {}
+    # DeepSpeed builds its operators for each environment; builds of two in one folder wait for each other.
+    cpu["TORCH_EXTENSIONS_DIR"] = str(Path(sys.prefix) / "torch_extensions")
     return subprocess.Popen(
         list(command),
         cwd=ROOT,
@@ -77,11 +79,13 @@ def kill_all(launcher: subprocess.Popen[str]) -> None:
             one.send_signal(signal.SIGKILL)
 
 
-def free_port() -> int:
-    """A port that nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port(among: Iterable[int] = (0,)) -> int:
+    """A port that nobody listens on just now: the first that is free `among` these, 0 for any."""
+    for port in among:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return int(probe.getsockname()[1])
+    raise AssertionError("no port is free")
 
 
 def _module(name: str) -> list[str]:

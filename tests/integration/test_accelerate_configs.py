@@ -61,7 +61,7 @@ def test_zero3_finds_what_zero2_finds_and_saves_it(launched: Any, kinds: tuple[s
         for row, expected in zip(
             before_any_update(sharded[kind]), before_any_update(replicated[kind]), strict=True
         ):
-            assert row == pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True), kind
+            assert row == pytest.approx(expected, rel=1e-2, abs=1e-4, nan_ok=True), kind
     if "ilql" in kinds:
         norms = sharded["ilql"]["norms"]
         assert norms["target_q_heads.0.out.weight"] > 0.01  # began at 0
