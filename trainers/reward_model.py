@@ -72,6 +72,7 @@ from conch.trainers.common import (
     given_or_loaded_tokenizer,
     rows_per_process,
     update_metrics,
+    with_whole_weights,
 )
 from conch.trainers.reward_evaluation import pair_metrics, score_metrics
 from conch.trainers.run import fit, start_run
@@ -212,6 +213,7 @@ class RewardModelTrainer:
         self.engine = Engine(config.train)
         samples = judgements(samples)
         eval_samples = None if eval_samples is None else judgements(eval_samples, what="evaluation row")
+        self.scorer = None
         self._check_input(samples, eval_samples, reference)
         self.tokenizer = given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path)
         if self.tokenizer.pad_token_id == self.tokenizer.eos_token_id:
@@ -317,6 +319,7 @@ class RewardModelTrainer:
         """Draw a batch and train on it."""
         return self.update(self.experience([self.samples[row] for row in self.stream.draw(self._rows)]))
 
+    @with_whole_weights
     def evaluate(self, tracker: Tracker | None = None, step: int = 0) -> Metrics:
         """Held-out loss, with Spearman's rank correlation or the pairs' accuracy and calibration; nothing
         without rows."""
@@ -348,6 +351,7 @@ class RewardModelTrainer:
         """Train for `train.total_steps` optimizer updates; returns the run folder."""
         return fit(self, "reward_model")
 
+    @with_whole_weights
     def moments(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of the scores of the reference texts, each per objective; the same on
         every rank. Call it on all."""
@@ -369,6 +373,7 @@ class RewardModelTrainer:
             )
         return mean, std
 
+    @with_whole_weights
     def save_pretrained(self, folder: Path) -> Path:
         """Write model, tokenizer and `reward_model.json`: what `to_triton` converts. Call it on all ranks."""
         mean, std = self.moments()

@@ -13,7 +13,7 @@ from tritonclient.utils import InferenceServerException
 from conch.errors import ServerStartError
 from conch.serving.spec import OUTPUT
 from conch.serving.store import StoredModel
-from conch.serving.triton_ask import request_inputs
+from conch.serving.triton_ask import request_inputs, step_error
 from conch.serving.triton_channel import Access, explain_refusal, is_lasting, open_client
 
 _POLL_S = 0.05
@@ -69,9 +69,15 @@ def check_version(client: triton.InferenceServerClient) -> None:
 
 
 def check_golden(
-    client: triton.InferenceServerClient, model: StoredModel, *, samples: int | None = None
+    client: triton.InferenceServerClient,
+    model: StoredModel,
+    *,
+    samples: int | None = None,
+    called: str | None = None,
 ) -> None:
     """Score the golden samples, or the first `samples` of them, through the server.
+
+    called: the name that the server knows the model by, if it is another.
 
     Raises:
         ServerStartError: a score differs by more than the tolerance, there is none, or another version than
@@ -81,7 +87,7 @@ def check_golden(
     for number, sample in enumerate(golden.samples[:samples]):
         try:
             inputs = request_inputs(sample.request(), model.spec)
-            reply = client.infer(model.name, inputs, client_timeout=_SCORE_TIMEOUT_S)
+            reply = client.infer(called or model.name, inputs, client_timeout=_SCORE_TIMEOUT_S)
         except InferenceServerException as error:
             raise ServerStartError(
                 f"model {model.name}: golden sample {number} got no score: {error}"
@@ -102,6 +108,11 @@ def check_golden(
                 f"model {model.name} version {model.version} is not ready: golden sample {number} scores "
                 f"{scores[0].tolist()}, expected {list(sample.scores)} within {golden.tolerance:g}; "
                 "the libraries or the weights are not those of the conversion: convert the model again"
+            )
+        if sample.step_scores is not None and not step_error(reply, sample) <= golden.tolerance:
+            raise ServerStartError(
+                f"model {model.name} version {model.version} is not ready: golden sample {number} scores its "
+                "steps otherwise than the original does: convert the model again"
             )
 
 

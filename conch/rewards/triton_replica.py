@@ -1,0 +1,156 @@
+"""One Triton server that is asked for scores over gRPC; see `Replica`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+from tritonclient.grpc import MAX_GRPC_MESSAGE_SIZE
+from tritonclient.grpc.aio import InferenceServerClient
+from tritonclient.utils import InferenceServerException
+
+from conch.errors import RewardInvalidError, ServingError
+from conch.rewards.endpoint import Endpoint
+from conch.rewards.replica import Answer, Failure, ModelInfo, ReplicaError, Row, ServerTimes
+from conch.rewards.triton_check import require_model, require_server
+from conch.rewards.triton_failure import classify
+from conch.rewards.triton_wire import infer_inputs, infer_outputs, read_members_used, read_scores
+from conch.serving.pbtxt import spec_from_model_config
+from conch.serving.spec import RewardModelSpec
+from conch.serving.triton_channel import Access, open_aio_client
+from conch.types import RewardStatus
+
+ReplyT = TypeVar("ReplyT")
+
+# Back ends in C++ put requests into one batch only if they are equally long.
+_BUCKET = 64
+# gRPC's own thread reports the end of a cancelled call a moment later, and complains if the loop is closed.
+_LAST_EVENTS_S = 0.1
+
+
+class TritonReplica:
+    """The model of one server. `name` and `model` as in `Replica`."""
+
+    def __init__(self, endpoint: Endpoint, access: Access, connect_timeout_s: float) -> None:
+        self.name = f"reward model `{endpoint.model}` at {endpoint.address}"
+        self.model = endpoint.model
+        self._endpoint = endpoint
+        self._access = access
+        self._options = _channel_options(connect_timeout_s)
+        self._client: InferenceServerClient | None = None
+        self._spec: RewardModelSpec | None = None
+        self._bucket = 1
+        self._was_cut_short = False
+
+    async def check(self, timeout_s: float) -> None:
+        """See `Replica.check`."""
+        await require_server(self._connect(), self._endpoint, timeout_s, self._access)
+        await require_model(self._connect(), self._endpoint, timeout_s, self._access)
+
+    async def open(self, timeout_s: float) -> ModelInfo:
+        """See `Replica.open`."""
+        client = self._connect()
+        reply: Any = await self._asked(
+            lambda: client.get_model_config(self._endpoint.model, client_timeout=timeout_s)
+        )
+        try:
+            spec = spec_from_model_config(reply.config)
+        except ServingError as error:
+            raise ReplicaError(
+                Failure(RewardStatus.INVALID, f"what {self._endpoint.address} serves cannot score: {error}")
+            ) from error
+        self._spec, self._bucket = spec, _bucket(reply.config, spec)
+        return ModelInfo(
+            takes_tokens=spec.form == "token",
+            reward_names=spec.reward_names,
+            max_rows=spec.max_batch_size,
+            max_length=spec.max_length,
+            # A token-form model without a mask cannot tell padding from text.
+            mixes_lengths=spec.form == "text" or spec.takes_attention_mask,
+            pad_to=self._bucket,
+            content=spec.content_sha256,
+        )
+
+    async def ask(self, rows: Sequence[Row], timeout_s: float) -> Answer:
+        """See `Replica.ask`."""
+        client, spec = self._connect(), self._spec
+        assert spec is not None, "opened before"
+        inputs, outputs = infer_inputs(rows, spec, self._bucket), infer_outputs(spec)
+        reply = await self._asked(
+            lambda: client.infer(self._endpoint.model, inputs, outputs=outputs, client_timeout=timeout_s)
+        )
+        assert reply is not None  # tritonclient returns a reply or raises
+        try:
+            columns = read_scores(reply, len(rows), spec)
+            used = read_members_used(reply, len(rows), spec)
+        except RewardInvalidError as error:
+            raise ReplicaError(Failure(RewardStatus.INVALID, str(error), maybe_one_row=True)) from error
+        return Answer(columns, reply.get_response().model_version, _notes(used, len(spec.members)))
+
+    async def times(self, timeout_s: float) -> ServerTimes | None:
+        """See `Replica.times`."""
+        client = self._connect()
+        reply: Any = await self._asked(
+            lambda: client.get_inference_statistics(self._endpoint.model, client_timeout=timeout_s)
+        )
+        stats = [entry.inference_stats for entry in reply.model_stats]
+        return ServerTimes(
+            requests=sum(each.success.count for each in stats),
+            queue_s=sum(each.queue.ns for each in stats) / 1e9,
+            compute_s=sum(
+                each.compute_input.ns + each.compute_infer.ns + each.compute_output.ns for each in stats
+            )
+            / 1e9,
+        )
+
+    async def close(self) -> None:
+        """See `Replica.close`."""
+        if self._client is None:
+            return
+        await self._client.close()
+        if self._was_cut_short:
+            await asyncio.sleep(_LAST_EVENTS_S)
+
+    async def _asked(self, question: Callable[[], Awaitable[ReplyT]]) -> ReplyT:
+        try:
+            return await question()
+        except InferenceServerException as error:
+            raise ReplicaError(classify(error)) from error
+        except asyncio.CancelledError:
+            self._was_cut_short = True
+            raise
+
+    def _connect(self) -> InferenceServerClient:
+        # Made at first use because a channel belongs to the loop it is made in.
+        if self._client is None:
+            self._client = open_aio_client(self._endpoint.address, self._access, self._options)
+        return self._client
+
+
+def _channel_options(connect_timeout_s: float) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_send_message_length", MAX_GRPC_MESSAGE_SIZE),
+        ("grpc.max_receive_message_length", MAX_GRPC_MESSAGE_SIZE),
+        # gRPC's own pauses between attempts to connect grow to 2 minutes: a server that was away for 75 s was
+        # found again 32 s after its return, and with these after 0.6 s.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1000),
+        # By its name a pause; what it sets is how long one attempt to connect may take.
+        ("grpc.min_reconnect_backoff_ms", max(1, int(connect_timeout_s * 1000))),
+        # A proxy set for the internet does not lead to a machine of one's own cluster.
+        ("grpc.enable_http_proxy", 0),
+        # No keep-alive: pings below the server's 300 s make it hang up; deadlines find a frozen one sooner.
+    ]
+
+
+def _bucket(config: Any, spec: RewardModelSpec) -> int:
+    """What requests are padded to a multiple of; 1 where padding gains nothing or would be read as text."""
+    is_ragged = all(tensor.allow_ragged_batch for tensor in config.input)
+    is_batched = config.HasField("dynamic_batching")
+    is_padded = spec.form == "token" and spec.takes_attention_mask
+    return _BUCKET if is_padded and is_batched and not is_ragged else 1
+
+
+def _notes(used: Sequence[int], members: int) -> list[str]:
+    return [f"scored by {count} of {members} members" if count < members else "" for count in used]
