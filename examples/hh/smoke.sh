@@ -34,7 +34,7 @@ phase() { # name, script, steps, overrides...
 mkdir -p "$out"
 policy=$out/sft/checkpoints/best
 phase sft sft_hh.py 300 measure_reward=false
-phase reward_model train_reward_hh.py 150 model.path="$policy"
+phase reward_model train_reward_hh.py 60 model.path="$policy"
 
 echo "== to_triton ($(date +%T))"
 "$python" to_triton.py --checkpoint "$out/reward_model/checkpoints/best" --name hh-tiny --model_store "$out/model_store" \
