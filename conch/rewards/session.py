@@ -112,7 +112,12 @@ class Session:
         found = [problem for problem in problems if problem is not None]
         misfits = [problem for problem in found if isinstance(problem, RewardInvalidError)]
         if misfits or len(found) == len(links):
-            raise _joined(misfits or found, len(links))
+            error = _joined(misfits or found, len(links))
+            del problems, found, misfits
+            try:
+                raise error
+            finally:  # else the error would hold this frame and the frame the error, connections and all
+                del error
         for problem in found:
             _log.warning("one of %d replicas cannot be used yet: %s", len(links), problem)
 
@@ -152,7 +157,7 @@ class Session:
             await link.replica.check(timeout_s)
         except RewardError as error:
             link.breaker.probe_failed(Failure(RewardStatus.UNAVAILABLE, str(error), retryable=True))
-            return error
+            return error.with_traceback(None)
         while failure is None or (failure.retryable and time.monotonic() < deadline):
             try:
                 await self._keeper.reach(link, timeout_s, with_score=True)
