@@ -104,6 +104,11 @@ def test_steps_that_are_cut_away_are_absent(qwen: tuple[Path, Any], side: Any, e
     assert ends_of(scorer, "a;" * 20) == [ends]
 
 
+def test_the_closing_eos_of_a_text_that_was_cut_is_not_scored(qwen: tuple[Path, Any]) -> None:
+    scorer = scorer_of(qwen[0], replace(TOKENS, template="{text}{eos}"))
+    assert ends_of(scorer, "ab" * 20) == [tuple(range(1, 32))]
+
+
 def test_every_token_of_the_text_has_a_place_but_none_of_the_template(qwen: tuple[Path, Any]) -> None:
     scorer = scorer_of(qwen[0], replace(TOKENS, template="q{text}{eos}"))
     (row,) = scorer.rows_from_texts([b"ab<eos>"])
