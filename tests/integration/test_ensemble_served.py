@@ -15,7 +15,9 @@ import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
 from conch.config import RewardConfig
+from conch.converters import ensemble as converter
 from conch.converters.ensemble import main, to_ensemble
+from conch.converters.ensemble_parity import member_scores
 from conch.converters.to_triton import to_triton
 from conch.errors import ConversionError, ModelStoreError
 from conch.rewards.source import from_user
@@ -63,6 +65,22 @@ class Served:
 
 def ensemble(store: Path, name: str, **settings) -> None:
     to_ensemble(["one", "two", "three:kind"], name=name, model_store=store, uwo_weight=WEIGHT, **settings)
+
+
+def scored_once(stored, members, device, known={}):  # noqa: B006 - it is the memory
+    """Members score their golden samples once for all ensembles of this file, not once for each: in processes
+    of their own, which take seconds to start."""
+    key = tuple(member.content_sha256 for member in members)
+    if key not in known:
+        known[key] = member_scores(stored, members, device)
+    return known[key]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _members_score_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(converter, "member_scores", scored_once)
+        yield
 
 
 @pytest.fixture(scope="module")
