@@ -77,7 +77,7 @@ def eval_source(
     """
     if config.delta:
         raise ConfigError("`reward.delta` is for rewards that are learned from; here they only measure")
-    if reward is None and config.url is None:
+    if reward is None and config.url is None and not config.members and config.replay is None:
         return None
     return checked_source(engine, reward, config, prompts or [])
 

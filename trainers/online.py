@@ -230,7 +230,11 @@ def checked_source(
         ConfigError: the source will not do.
         RewardError: it does not answer.
     """
-    source = from_user(reward, config, metadata_keys=extra_keys(prompts))
+    sources: list[RewardSource] = []
+    engine.together(
+        lambda: sources.append(from_user(reward, config, metadata_keys=extra_keys(prompts), rank=engine.rank))
+    )
+    (source,) = sources
     engine.together(source.check)
     return source
 
