@@ -13,14 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from functools import partial
@@ -28,9 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from benchmarks.checkpoint import dialogues, write_checkpoint
+from benchmarks.limit import Limit, Work
+from benchmarks.measuring import check_scores, machine, on_core, require_cores, spread, timed
 from conch.config import RewardConfig
 from conch.converters.to_triton import to_triton
 from conch.errors import ConchError
@@ -38,11 +37,8 @@ from conch.rewards.triton_reward import TritonReward
 from conch.serving.launcher import TritonServer
 from conch.serving.manifest import Backend
 from conch.serving.spec import Form
-from conch.types import Completion, Prompt, Rollout
+from conch.types import Rollout
 
-# Padded tokens in a batch of the limit; the fastest is taken.
-BUDGETS = (512, 1024, 2048, 4096, 8192, 16384)
-TOLERANCE = 1e-4
 FROM_TEXT, FROM_TOKENS = "in process, from text", "in process, from tokens"
 
 
@@ -69,22 +65,6 @@ SERVED = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What is scored: texts, and the ids that the text form makes of them."""
-
-    texts: list[str]
-    ids: list[list[int]]
-
-    def rollouts(self) -> list[Rollout]:
-        """The same as a trainer has them."""
-        nothing = Completion("", (), (), "length")
-        return [
-            Rollout(Prompt(text, tuple(ids)), nothing, 0)
-            for text, ids in zip(self.texts, self.ids, strict=True)
-        ]
-
-
 @dataclass(slots=True)
 class Row:
     """Seconds of each round of one way of scoring.
@@ -101,62 +81,6 @@ class Row:
     def rates(self) -> list[float]:
         """Samples a second, round by round."""
         return [self.samples / seconds for seconds in self.seconds]
-
-
-class Limit:
-    """The model in this process."""
-
-    def __init__(self, checkpoint: Path, core: int) -> None:
-        self._model = AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()
-        self._tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
-        self._pad = self._tokenizer.pad_token_id
-        self._core = core
-        self.budget = 0
-
-    def choose_budget(self, rows: Sequence[list[int]]) -> None:
-        """Try all and keep the fastest."""
-        times = {}
-        for budget in BUDGETS:
-            self.budget = budget
-            times[budget] = min(_timed(lambda: self.score_tokens(rows))[1] for _ in range(2))
-        self.budget = min(times, key=times.__getitem__)
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of the texts, each closed by eos; all at once, as a tokenizer is fastest."""
-        closed = [text + self._tokenizer.eos_token for text in texts]
-        return self._tokenizer(closed).input_ids
-
-    def score_texts(self, texts: Sequence[str]) -> list[float]:
-        """Tokenise and score."""
-        with _on_core(self._core):
-            return self.score_tokens(self.encode(texts))
-
-    @torch.inference_mode()
-    def score_tokens(self, rows: Sequence[list[int]]) -> list[float]:
-        """Score rows of ids."""
-        scores = [0.0] * len(rows)
-        with _on_core(self._core):
-            for batch in self._batches(rows):
-                longest = len(rows[batch[-1]])
-                ids = torch.full((len(batch), longest), self._pad)
-                mask = torch.zeros_like(ids)
-                for line, index in enumerate(batch):
-                    ids[line, : len(rows[index])] = torch.tensor(rows[index])
-                    mask[line, : len(rows[index])] = 1
-                logits = self._model(input_ids=ids, attention_mask=mask).logits[:, 0].tolist()
-                for index, score in zip(batch, logits, strict=True):
-                    scores[index] = score
-        return scores
-
-    def _batches(self, rows: Sequence[list[int]]) -> Iterator[list[int]]:
-        batch: list[int] = []
-        for index in sorted(range(len(rows)), key=lambda index: len(rows[index])):
-            if batch and (len(batch) + 1) * len(rows[index]) > self.budget:
-                yield batch
-                batch = []
-            batch.append(index)
-        if batch:
-            yield batch
 
 
 class Served:
@@ -207,7 +131,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         store = folder / "store"
         to_triton(checkpoint, name=way.model, form=way.form, backend=way.backend, model_store=store)
     with ExitStack() as stack:
-        with _on_core(arguments.server_core):  # which the server's processes inherit
+        with on_core(arguments.server_core):  # which the server's processes inherit
             server = stack.enter_context(TritonServer(folder / "store", [way.model for way in SERVED]))
         clients = {
             way: Served(server.endpoint(way.model), arguments.callers, arguments.call) for way in SERVED
@@ -215,7 +139,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for client in clients.values():
             stack.callback(client.close)
         ways = _ways(limit, clients, work)
-        _check_scores({name: way() for name, (way, _) in ways.items()})  # warms up, too
+        check_scores({name: way() for name, (way, _) in ways.items()})  # warms up, too
         limit.choose_budget(work.ids)
         rows = _take_turns(ways, arguments.rounds, len(texts))
     lengths = sorted(len(ids) for ids in work.ids)
@@ -235,21 +159,13 @@ def _ways(
     return ways
 
 
-def _check_scores(scores: dict[str, list[float]]) -> None:
-    names = list(scores)
-    for name in names[1:]:
-        worst = max(abs(a - b) for a, b in zip(scores[names[0]], scores[name], strict=True))
-        if worst > TOLERANCE:
-            raise ConchError(f"{name} differs by {worst:.1e} from {names[0]}: there is nothing to compare")
-
-
 def _take_turns(
     ways: dict[str, tuple[Callable[[], list[float]], str | None]], rounds: int, samples: int
 ) -> list[Row]:
     rows = {name: Row(name, samples, limit) for name, (_, limit) in ways.items()}
     for number in range(rounds):
         for name, (way, _) in list(ways.items())[:: 1 if number % 2 == 0 else -1]:
-            rows[name].seconds.append(_timed(way)[1])
+            rows[name].seconds.append(timed(way)[1])
             print(f"round {number + 1}: {name}: {rows[name].rates[-1]:.1f} samples/s", file=sys.stderr)
     return list(rows.values())
 
@@ -265,12 +181,11 @@ def _report(
             pairs = zip(row.rates, by_name[row.limit].rates, strict=True)
             ratios = [served / alone for served, alone in pairs]
         results.append(
-            {**asdict(row), "samples_per_s": _spread(row.rates), "ratio": ratios and _spread(ratios)}
+            {**asdict(row), "samples_per_s": spread(row.rates), "ratio": ratios and spread(ratios)}
         )
     return {
         "date": date.today().isoformat(),
-        "machine": {"cpu": _cpu_name(), "cores": os.cpu_count(), "platform": platform.platform()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        **machine(),
         "arguments": {key: str(value) for key, value in vars(arguments).items()},
         "tokens": {"median": statistics.median(lengths), "longest": lengths[-1], "all": sum(lengths)},
         "limit_tokens_per_batch": limit.budget,
@@ -290,34 +205,6 @@ def table(report: dict[str, Any]) -> str:
     for row in report["results"]:
         lines.append(f"| {row['name']} | {cell(row['samples_per_s'], 1)} | {cell(row['ratio'], 2)} |")
     return "\n".join(lines)
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
-
-
-def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
-    started = time.perf_counter()
-    result = call()
-    return result, time.perf_counter() - started
-
-
-@contextmanager
-def _on_core(core: int) -> Iterator[None]:
-    """Bind this thread, and what it starts, to one core."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(": ")[2]
-    return platform.processor()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -349,14 +236,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
-        cores = os.sched_getaffinity(0)
-        if not {arguments.server_core, arguments.client_core} <= cores:
-            raise ConchError(
-                f"this process may use cores {sorted(cores)}: choose --server-core and --client-core there"
-            )
+        require_cores(arguments.server_core, arguments.client_core)
         with (
             tempfile.TemporaryDirectory(prefix="conch-benchmark-") as folder,
-            _on_core(arguments.client_core),
+            on_core(arguments.client_core),
         ):
             report = measure(arguments, Path(folder))
         if arguments.json is not None:

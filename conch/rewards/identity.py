@@ -22,6 +22,7 @@ class Identity:
         self._first: tuple[str, ModelInfo] | None = None
         self._contents: set[str] = set()
         self._versions: set[str] = set()
+        self._current = ("", "")
 
     def refusal(self, name: str, info: ModelInfo, *, is_new: bool) -> str:
         """Why a replica that was just reached cannot take part, naming another that it differs from; or "".
@@ -50,11 +51,17 @@ class Identity:
         seen, key = (self._contents, content) if content else (self._versions, version)
         is_news = self._is_news(seen, key)
         seen.add(key)
+        if is_news or self._current == ("", ""):
+            self._current = _key(version, content)
         if is_news:
             self._report(
                 f"{name} now serves version {version or '?'}{f', content {content[:12]}' if content else ''}"
             )
         return is_news
+
+    def is_current(self, version: str, content: str) -> bool:
+        """Whether this is the model that began to answer last: late answers of the one before are not."""
+        return _key(version, content) == self._current
 
     def _is_news(self, seen: set[str], key: str) -> bool:
         return bool(key and seen) and key not in seen
@@ -70,6 +77,10 @@ class Identity:
                 "new run, or set reward.on_model_change=accept"
             )
             _log.error("%s", self.change)
+
+
+def _key(version: str, content: str) -> tuple[str, str]:
+    return (content, "") if content else ("", version)
 
 
 def _form(info: ModelInfo) -> str:

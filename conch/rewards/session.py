@@ -13,6 +13,7 @@ import itertools
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from conch.config import RewardConfig
@@ -21,6 +22,7 @@ from conch.log import get_logger
 from conch.rewards.asking import Asker
 from conch.rewards.batching import Job, Limits, Waiting, limits_of
 from conch.rewards.counts import Counts
+from conch.rewards.dense import Decode
 from conch.rewards.identity import Identity
 from conch.rewards.keeper import Keeper
 from conch.rewards.memory import Memory
@@ -41,10 +43,17 @@ class Session:
     """
 
     def __init__(
-        self, name: str, replicas: Sequence[Replica], config: RewardConfig, tokenizer: Tokenizer | None = None
+        self,
+        name: str,
+        replicas: Sequence[Replica],
+        config: RewardConfig,
+        tokenizer: Tokenizer | None = None,
+        decode: Decode | None = None,
     ) -> None:
         self._config = config
-        self._tokenizer = tokenizer
+        self._make_row = partial(
+            make_row, tokenizer=tokenizer, max_bytes=self._max_bytes, dense=config.dense, decode=decode
+        )
         self._counts = Counts()
         self._identity = Identity(config.on_model_change)
         self._memory = Memory(config.remember)
@@ -55,6 +64,7 @@ class Session:
         self._under_way: dict[Row, Job] = {}
         self._numbers = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._broken = ""
 
     @property
     def requests(self) -> int:
@@ -163,7 +173,26 @@ class Session:
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)  # the loop itself holds no task fast
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """One that fails is a mistake of ours or of a transport: without it, others would wait for ever."""
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is None:
+            return
+        _log.error("%s: the client broke", self._pool.name, exc_info=error)
+        self._broken = self._told(error)
+        waiting = self._waiting.all()
+        self._waiting.drop(waiting)
+        for job in waiting:
+            self._end(job, self._no_score(self._broken))
+
+    def _told(self, error: BaseException) -> str:
+        return f"{self._pool.name}: the client broke: {type(error).__name__}: {error}"
+
+    def _no_score(self, detail: str) -> RewardResult:
+        return RewardResult(RewardStatus.INVALID, model=self._pool.model, detail=detail)
 
     async def _unreachable(self, submitted: float) -> Failure | None:
         """Why no replica was ever reached; None once one was, since what it takes is then known."""
@@ -201,16 +230,15 @@ class Session:
         infos = self._infos()
         lengths = [info.max_length for info in infos if info.max_length]
         info = replace(infos[0], max_length=min(lengths, default=0))
-        if self.model_change:
-            return RewardResult(RewardStatus.INVALID, model=self._pool.model, detail=self.model_change)
-        made = make_row(rollout, position, info, self._tokenizer, self._max_bytes)
+        if problem := self._broken or self.model_change:
+            return self._no_score(problem)
+        made = self._make_row(rollout, position, info)
         if isinstance(made, Row):
             return made
-        detail = f"{self._pool.name}: {name_row(position, rollout.sample)} {made}"
-        return RewardResult(RewardStatus.INVALID, model=self._pool.model, detail=detail)
+        return self._no_score(f"{self._pool.name}: {name_row(position, rollout.sample)} {made}")
 
     def _probe(self, info: ModelInfo) -> Row:
-        made = make_row(PROBE, 0, info, self._tokenizer, self._max_bytes)
+        made = self._make_row(PROBE, 0, info)
         if isinstance(made, str):
             raise ReplicaError(Failure(RewardStatus.INVALID, f"a probe sample {made}"))
         return made
@@ -264,9 +292,7 @@ class Session:
             results = await self._asker.settle(rows, link, max(job.submitted for job in jobs))
         except Exception as error:  # a mistake of ours or of a transport: whoever waits must hear of it
             _log.exception("%s: a request could not be dealt with", self._pool.name)
-            call = ScoringCall(self._pool.name, [row.sample for row in rows], self._pool.model)
-            detail = f"{self._pool.name}: the client broke: {type(error).__name__}: {error}"
-            results = call.failed(RewardStatus.INVALID, detail)
+            results = [self._no_score(self._told(error))] * len(jobs)
         for job, result in zip(jobs, results, strict=True):
             self._end(job, result)
 

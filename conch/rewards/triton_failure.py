@@ -21,7 +21,7 @@ _TURNED_AWAY = ("UNAUTHENTICATED", "PERMISSION_DENIED")
 _PASSING = ("UNAVAILABLE", "ABORTED", "CANCELLED")
 # What gRPC says of a connection that broke in mid-reply, under whatever code.
 _BROKEN_CONNECTION = ("rst_stream", "stream removed", "socket closed", "connection reset", "goaway")
-_NOBODY_THERE = ("connection refused", "no route to host", "network is unreachable")
+_NOBODY_THERE = ("failed to connect", "connection refused", "no route to host", "network is unreachable")
 _DEAD_MODEL_PROCESS = ("stub process", "is not healthy")
 
 

@@ -11,6 +11,8 @@ import pytest
 from conch.converters.conversion import Conversion
 from conch.converters.to_triton import to_triton
 from conch.serving.launcher import TritonServer
+from tests.faults import MODEL as HASH
+from tests.faults import hash_store
 from tests.tiny import reward_checkpoint
 
 TEXT_MODEL = "walks"
@@ -45,6 +47,13 @@ def reward_model(tmp_path_factory: pytest.TempPathFactory) -> RewardModel:
 def reward_server(reward_model: RewardModel) -> Iterator[TritonServer]:
     """A running server with both models; `reward_server.endpoint(TEXT_MODEL)`. Do not stop or kill it."""
     with TritonServer(reward_model.model_store, [TEXT_MODEL, TOKEN_MODEL]) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def hash_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """A running server whose scores are the same in any batch, see `tests/faults.py`. Do not harm it."""
+    with TritonServer(hash_store(tmp_path_factory.mktemp("hash-store")), [HASH]) as server:
         yield server
 
 

@@ -16,10 +16,10 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
+from conch.converters.to_triton import to_triton
 from conch.serving.launcher import TritonServer
 from tests.integration.conftest import TEXT_MODEL, RewardModel
 from tests.integration.letters_run import LETTERS
-from tests.stores import store_model
 from tests.tiny import char_tokenizer, tiny_gpt2_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +31,6 @@ TINY = [
     "train.eval_every=0",
 ]
 LETTERS_RUN = ["-m", "tests.integration.letters_run"]
-EXACT_MODEL = "lengths"
 LONGEST_S = 120
 
 
@@ -48,10 +47,10 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exact_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose scores do not depend on what shares a request with a sample, not even in the last bit."""
-    store = tmp_path_factory.mktemp("exact") / "store"
-    store_model(store, EXACT_MODEL)
+def exact_store(reward_model: RewardModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store whose model scores a sample the same to the last bit in any batch."""
+    store = tmp_path_factory.mktemp("exact-store")
+    to_triton(reward_model.checkpoint, name=TEXT_MODEL, model_store=store, batch_invariant=True)
     return store
 
 
@@ -134,15 +133,15 @@ def test_server_away_with_wait_goes_on_with_the_same_numbers(
         "reward.attempt_timeout_s=2",
         "train.total_steps=8",
     ]
-    with TritonServer(exact_store, [EXACT_MODEL]) as server:
+    with TritonServer(exact_store, [TEXT_MODEL]) as server:
         port = int(server.url.rsplit(":", 1)[1])
-        undisturbed = start(command(policy, tmp_path / "calm", server.endpoint(EXACT_MODEL), *patient))
+        undisturbed = start(command(policy, tmp_path / "calm", server.endpoint(TEXT_MODEL), *patient))
         output, _ = undisturbed.communicate(timeout=LONGEST_S)
         assert undisturbed.returncode == 0, output
-        disturbed = start(command(policy, tmp_path / "storm", server.endpoint(EXACT_MODEL), *patient))
+        disturbed = start(command(policy, tmp_path / "storm", server.endpoint(TEXT_MODEL), *patient))
         wait_for_steps(disturbed, tmp_path / "storm", 3)
         os.kill(server.pid, signal.SIGKILL)
-    with TritonServer(exact_store, [EXACT_MODEL], grpc_port=port):
+    with TritonServer(exact_store, [TEXT_MODEL], grpc_port=port):
         output, _ = disturbed.communicate(timeout=LONGEST_S)
     assert disturbed.returncode == 0, output
     assert "asking again" in output
@@ -157,12 +156,12 @@ def test_a_run_that_leaves_while_the_server_is_away_goes_on_with_the_same_number
     patient = ["reward.on_failure=wait", "reward.deadline_s=1", "reward.attempt_timeout_s=1"]
     patient += ["reward.checkpoint_after_s=1", "train.total_steps=8", "ppo.kl.target=0.1"]
     storm = tmp_path / "storm"
-    with TritonServer(exact_store, [EXACT_MODEL]) as server:
+    with TritonServer(exact_store, [TEXT_MODEL]) as server:
         port = int(server.url.rsplit(":", 1)[1])
-        arguments = command(policy, tmp_path / "calm", server.endpoint(EXACT_MODEL), *patient, ranks=ranks)
+        arguments = command(policy, tmp_path / "calm", server.endpoint(TEXT_MODEL), *patient, ranks=ranks)
         output, _ = (undisturbed := start(arguments)).communicate(timeout=LONGEST_S)
         assert undisturbed.returncode == 0, output
-        waiting = start(command(policy, storm, server.endpoint(EXACT_MODEL), *patient, ranks=ranks))
+        waiting = start(command(policy, storm, server.endpoint(TEXT_MODEL), *patient, ranks=ranks))
         wait_for_steps(waiting, storm, 3)
         os.kill(server.pid, signal.SIGKILL)
         wait_for_file(waiting, storm / "checkpoints")
@@ -170,9 +169,9 @@ def test_a_run_that_leaves_while_the_server_is_away_goes_on_with_the_same_number
         output, _ = waiting.communicate(timeout=LONGEST_S)
     assert waiting.returncode != 0
     assert "while the reward server is away" in output and "SIGTERM: left while waiting" in output
-    with TritonServer(exact_store, [EXACT_MODEL], grpc_port=port) as server:
+    with TritonServer(exact_store, [TEXT_MODEL], grpc_port=port) as server:
         again = [*patient, "train.resume=auto"]
-        resumed = start(command(policy, storm, server.endpoint(EXACT_MODEL), *again, ranks=ranks))
+        resumed = start(command(policy, storm, server.endpoint(TEXT_MODEL), *again, ranks=ranks))
         output, _ = resumed.communicate(timeout=LONGEST_S)
     assert resumed.returncode == 0, output
     assert "going on with" in output

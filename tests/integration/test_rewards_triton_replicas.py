@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import grpc
@@ -15,6 +16,8 @@ import pytest
 
 from conch.config import OnModelChange, RewardConfig
 from conch.errors import RewardInvalidError, RewardUnavailableError
+from conch.rewards.batching import Waiting
+from conch.rewards.triton_replica import TritonReplica
 from conch.rewards.triton_reward import TritonReward
 from conch.serving.spec import RewardModelSpec
 from conch.types import RewardResult, RewardStatus
@@ -119,7 +122,7 @@ def test_token_budget_cuts_requests() -> None:
             "a" * (4 * tokens - 1 - n) for tokens, n in ((2, 0), (2, 1), (2, 2), (2, 3), (4, 0), (50, 0))
         ]
         reward.submit(rollouts(*outputs)).result(WAIT_S)
-    assert [len(rows) for rows in server.requests] == [4, 1, 1]
+    assert sorted(len(rows) for rows in server.requests) == [1, 1, 4]
 
 
 def test_padding_is_shared_where_the_back_end_cannot_batch_ragged_rows() -> None:
@@ -220,6 +223,31 @@ def test_server_that_fails_fast_does_not_attract_all_requests(action: Action) ->
     assert len(a.requests) < 30  # its breaker opens
 
 
+def test_what_a_server_failed_on_goes_to_another_one_though_that_has_more_to_do() -> None:
+    release = {"a": threading.Event(), "b": threading.Event()}
+
+    def holding(name: str) -> Action:
+        def act(rows: list[Any], context: grpc.ServicerContext) -> Any:
+            assert release[name].wait(WAIT_S)
+            return reply([[1.0]])(rows, context)
+
+        return act
+
+    with servers() as (a, b), TritonReward(url(a, b), SINGLES) as reward:
+        reward.check()
+        a.script.extend([holding("a"), holding("a"), BUSY])
+        b.script.extend([holding("b")] * 2)
+        first = reward.submit(rollouts("q", "r", "s", "t"))
+        until(lambda: len(a.requests) == len(b.requests) == 1 + 2)
+        release["a"].set()
+        until(lambda: reward.traffic().most_in_flight == 2)  # only those of the other
+        # The idle one is asked and fails; the other has two requests under way, and still gets it.
+        assert values(reward.submit(rollouts("z")).result(WAIT_S)) == [2.0]
+        assert a.requests.count(["pz"]) == b.requests.count(["pz"]) == 1
+        release["b"].set()
+        assert values(first.result(WAIT_S)) == [1.0] * 4
+
+
 def test_frozen_server_costs_one_attempt_and_its_rows_go_elsewhere() -> None:
     config = CONFIG.model_copy(update={"attempt_timeout_s": 0.5, "attempt_timeout_per_1k_tokens_s": 0})
     release = threading.Event()
@@ -244,6 +272,24 @@ def test_port_that_never_speaks_costs_the_connect_timeout_only() -> None:
             assert not future.done()
 
 
+def test_connection_that_was_cut_without_a_word_is_given_up() -> None:
+    with servers(TEXT) as (server,), TritonReward(server.url, CONFIG) as reward:
+        assert reward.submit(rollouts("a")).result(WAIT_S)[0].ok
+        limits = [
+            connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+            for connection in connections_to(server.port)
+        ]
+    assert limits == [10_000]  # milliseconds until the kernel gives up what is not acknowledged
+
+
+def connections_to(port: int) -> Iterator[socket.socket]:
+    """Connections of this process to a port of this machine."""
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError), socket.socket(fileno=os.dup(int(name))) as copy:
+            if copy.family in (socket.AF_INET, socket.AF_INET6) and copy.getpeername()[1] == port:
+                yield copy
+
+
 def test_row_that_both_servers_refuse_is_bad_data() -> None:
     with servers() as (a, b), TritonReward(url(a, b), CONFIG) as reward:
         reward.check()
@@ -257,6 +303,15 @@ def test_row_that_both_servers_refuse_is_bad_data() -> None:
         assert reward.traffic().replica_faults == 0
     alone = [rows for rows in [*a.requests, *b.requests] if rows == [a.poison]]
     assert 1 <= len(alone) <= 2
+
+
+def test_bad_row_is_asked_at_two_servers_not_at_all() -> None:
+    with servers(TEXT, TEXT, TEXT) as fakes, TritonReward(url(*fakes), SINGLES) as reward:
+        reward.check()
+        for fake in fakes:
+            fake.poison = "pa"
+        assert not reward.submit(rollouts("a")).result(WAIT_S)[0].ok
+    assert sum(fake.requests.count(["pa"]) for fake in fakes) == 2
 
 
 def test_row_that_the_server_takes_for_a_wrong_request_is_not_asked_elsewhere() -> None:
@@ -313,6 +368,25 @@ def test_deadline_grows_with_the_length_of_what_is_asked() -> None:
             reward.submit(rollouts("a" * (count - 1))).result(WAIT_S)
     # 1 token adds 1 s and 1,000 add 1,000 s to 5 s; what is left of it has passed on the way.
     assert 5 < told[0] < 6.5 and 1000 < told[1] < 1020
+
+
+def test_deadline_grows_with_what_the_server_works_on_before() -> None:
+    told: list[float] = []
+    both = threading.Event()
+    config = SINGLES.model_copy(update={"attempt_timeout_per_1k_tokens_s": 1000.0})
+
+    def note(rows: list[Any], context: grpc.ServicerContext) -> Any:
+        told.append(context.time_remaining())
+        if len(told) == 2:
+            both.set()
+        assert both.wait(WAIT_S)
+        return reply([[1.0]])(rows, context)
+
+    with servers(TEXT) as (server,), TritonReward(server.url, config) as reward:
+        server.script.extend([note, note])
+        results = reward.submit(rollouts("a" * 3999, "b" * 3999)).result(WAIT_S)
+        assert values(results) == [1.0, 1.0]
+    assert 1000 < min(told) < 1020 and 2000 < max(told) < 2040
 
 
 def test_too_large_a_row_is_invalid_and_large_rows_go_one_by_one() -> None:
@@ -375,10 +449,12 @@ def test_servers_with_different_models_are_refused(other: RewardModelSpec, words
             with pytest.raises(RewardInvalidError, match=words) as caught:
                 reward.check()
             assert all(f"127.0.0.1:{fake.port}" in str(caught.value) for fake in (a, b))
+        a.requests.clear()
+        b.requests.clear()
         with TritonReward(url(a, b), CONFIG) as reward:  # without a check, only one of them is asked
             assert all(result.ok for result in reward.submit(rollouts("a", "bb", "ccc")).result(WAIT_S))
             until(lambda: reward.traffic().requests >= 3)
-    assert not (a.requests and b.requests[1:])
+    assert bool(a.requests) is not bool(b.requests)
 
 
 # A model that changes.
@@ -459,3 +535,35 @@ def test_server_that_keeps_its_statistics_to_itself_adds_nothing() -> None:
         with TritonReward(server.url, CONFIG) as reward:
             reward.check()
             assert reward.server_times().result(WAIT_S).requests == 0
+
+
+# A client that breaks, by a mistake of ours, must not leave anybody waiting.
+
+
+@pytest.mark.parametrize("part", ["ask", "open"])
+def test_mistake_in_a_transport_fails_the_samples_with_its_name(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*arguments: Any) -> Any:
+        raise KeyError("oops")
+
+    with servers(TEXT) as (server,), TritonReward(server.url, CONFIG) as reward:
+        assert reward.submit(rollouts("a")).result(WAIT_S)[0].ok
+        monkeypatch.setattr(TritonReplica, part, broken)
+        server.version = "2"  # so that its configuration is read again
+        (result,) = reward.submit(rollouts("b")).result(WAIT_S)
+    assert result.status is RewardStatus.INVALID
+    assert "the client broke: KeyError: 'oops'" in result.detail
+
+
+def test_mistake_in_the_background_is_told_to_all_who_wait_and_all_who_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*arguments: Any, **named: Any) -> Any:
+        raise KeyError("oops")
+
+    with servers(TEXT) as (server,), TritonReward(server.url, CONFIG) as reward:
+        monkeypatch.setattr(Waiting, "take", broken)
+        for _ in range(2):
+            (result,) = reward.submit(rollouts("a")).result(WAIT_S)
+            assert result.status is RewardStatus.INVALID and "the client broke: KeyError" in result.detail

@@ -66,7 +66,9 @@ def test_without_a_hash_the_version_tells() -> None:
     model = Identity("raise")
     assert not model.answered("a", "1", "")
     assert not model.answered("a", "1", "")
+    assert model.is_current("1", "")
     assert model.answered("a", "2", "")
+    assert model.is_current("2", "") and not model.is_current("1", "")
     assert "a now serves version 2, another model" in model.change
 
 
@@ -80,6 +82,7 @@ def test_change_is_told_once_as_loud_as_configured(
     model = identity(policy)
     assert [model.answered("a", "2", NEW) for _ in range(3)] == [True, False, False]
     assert not model.answered("a", "1", OLD.content)  # late answers of the old version
+    assert model.is_current("2", NEW) and not model.is_current("1", OLD.content)
     assert [record.levelno for record in caplog.records] == [level]
     assert bool(model.change) is (policy == "raise")
 

@@ -1,0 +1,60 @@
+"""What the tests of faults share: a served model whose scores are exact, sources, samples, and the truth."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+from conch.config import RewardConfig
+from conch.rewards.triton_reward import TritonReward
+from conch.types import RewardResult, Rollout
+from tests.fakes.rollouts import rollouts
+from tests.stores import HASH_MODEL, hash_score, store_model
+
+MODEL = "hash"
+WAIT_S = 60.0
+PATIENT = RewardConfig(attempt_timeout_s=20, deadline_s=60, micro_batch_size=8)
+HASTY = RewardConfig(attempt_timeout_s=0.5, deadline_s=1.5, micro_batch_size=8)
+TIRELESS = RewardConfig(attempt_timeout_s=0.5, deadline_s=60, micro_batch_size=8)
+
+_numbers = itertools.count()
+
+
+def hash_store(folder: Path) -> Path:
+    """A store whose model scores a text the same in any batch, to the last bit."""
+    store_model(folder, MODEL, model_py=HASH_MODEL, golden_score=hash_score("ab"))
+    return folder
+
+
+def open_source(url: str, config: RewardConfig = PATIENT) -> TritonReward:
+    """A client of the model at `host:port`."""
+    return TritonReward(f"{url}/{MODEL}", config)
+
+
+def fresh(count: int = 64) -> list[Rollout]:
+    """Samples of many lengths that nobody has seen before, so that no score of them is remembered."""
+    return rollouts(*(f"{next(_numbers)} {'x' * (7 * place % 50)}" for place in range(count)))
+
+
+def is_exact(rollout: Rollout, result: RewardResult) -> bool:
+    """Whether this is the score that an undisturbed server gives, to the last bit."""
+    return result.ok and result.scores == {"reward": hash_score(rollout.sample)}
+
+
+def assert_exact(batch: Sequence[Rollout], results: Sequence[RewardResult]) -> None:
+    """Every sample has its score, to the last bit."""
+    assert [result.detail for result in results if not result.ok] == []
+    assert all(is_exact(*pair) for pair in zip(batch, results, strict=True))
+
+
+def score_exactly(source: TritonReward) -> None:
+    """Score new samples and hold the scores against the truth."""
+    batch = fresh()
+    assert_exact(batch, source.submit(batch).result(WAIT_S))
+
+
+def statuses_of(future: Future[list[RewardResult]]) -> set[str]:
+    """Of a future that must end by itself."""
+    return {result.status.value for result in future.result(WAIT_S)}
