@@ -291,6 +291,13 @@ class RewardConfig(Section):
     weights: dict[str, float] = Field(default_factory=dict)
     """Objective -> weight in the sum, for rewards with several objectives; unnamed objectives weigh 1."""
 
+    record: bool = False
+    """Write a line for every score to `rewards.jsonl` in the run folder: step, sample hash, model, version,
+    status, latency, values; no texts."""
+
+    replay: Path | None = None
+    """A run's folder, or its `rewards.jsonl`: take the rewards that it recorded instead of asking anybody."""
+
     delta: bool = False
     """The reward of a sample is its score less that of a reference answer to the same prompt: each prompt is
     a dict with an `original_output`, whose score is asked for once."""

@@ -78,7 +78,7 @@ def eval_source(
     if config.delta or config.dense:
         name = "delta" if config.delta else "dense"
         raise ConfigError(f"`reward.{name}` is for rewards that are learned from; here they only measure")
-    if reward is None and config.url is None:
+    if reward is None and config.url is None and not config.members and config.replay is None:
         return None
     return checked_source(engine, reward, config, prompts or [])
 

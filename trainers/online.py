@@ -235,7 +235,12 @@ def checked_source(
         RewardError: it does not answer.
     """
     decode = None if tokenizer is None else lambda ids: decoded(tokenizer(), ids)
-    source = from_user(reward, config, metadata_keys=extra_keys(prompts), decode=decode)
+    keys = extra_keys(prompts)
+    sources: list[RewardSource] = []
+    engine.together(
+        lambda: sources.append(from_user(reward, config, metadata_keys=keys, decode=decode, rank=engine.rank))
+    )
+    (source,) = sources
     engine.together(source.check)
     return source
 

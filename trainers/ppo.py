@@ -252,7 +252,7 @@ class PPOTrainer:
         all_prompts = [*prompts, *(eval_prompts or [])]
         self.source = checked_source(engine, reward, config.reward, all_prompts, lambda: self.tokenizer)
         self.tokenizer = given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path)
-        if config.reward.delta:
+        if config.reward.delta and config.reward.replay is None:  # what is recorded is the difference
             self.source = less_originals(self.source, all_prompts, self.tokenizer)
         self.scorer = Scorer(self.source, config.reward, engine.sum_int)
         lm = given_or_loaded_lm(model, config.model)

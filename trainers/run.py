@@ -31,6 +31,7 @@ from conch.config import Section, TrainConfig
 from conch.engine import Engine
 from conch.errors import CheckpointError, ConfigError
 from conch.log import get_logger
+from conch.rewards.record import cut_lines
 from conch.tracking import METRICS_FILE, Tracker, make_run_dir
 from conch.trainers.saving import SIGTERM_EXIT_CODE, Run, RunHost, Trainer, is_due, save_checkpoint
 from conch.types import Metrics
@@ -43,7 +44,7 @@ _FREE_KEYS = (
     *("train.best_metric", "train.early_stopping", "tracking.", "reward.url", "reward.attempt_timeout"),
     *("reward.connect_timeout_s", "reward.on_model_change", "reward.headers_env"),
     *("reward.deadline_s", "reward.max_in_flight", "reward.on_failure", "reward.wait_budget_s"),
-    *("reward.members.", "reward.checkpoint_after_s"),
+    *("reward.members.", "reward.checkpoint_after_s", "reward.record", "reward.replay"),
 )
 """Settings (or beginnings of their names) that a resumed run may change: none touches what is learned, but
 for the length of the run, which moves the end of the learning-rate schedule."""
@@ -200,6 +201,9 @@ def fit(trainer: Trainer, name: str) -> Path:
     )
     with tracker, _sigterm() as received:
         host = RunHost(trainer, received)
+        if trainer.engine.is_main:
+            kept = run.step if run.continued else -1
+            cut_lines(run.folder, kept, evaluated=run.measured is None)
         if trainer.scorer is not None:
             trainer.scorer.attach(host)
         _begin(trainer, tracker, host)

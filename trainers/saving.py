@@ -25,6 +25,7 @@ from conch.checkpoint import (
 from conch.config import TrainConfig
 from conch.engine import Engine, RandomState
 from conch.log import get_logger
+from conch.rewards.record import append_lines, line_of
 from conch.rewards.scorer import Scorer
 from conch.tracking import Tracker
 from conch.types import Metrics, RewardResult, Rollout
@@ -155,7 +156,18 @@ class RunHost:
         raise SystemExit(SIGTERM_EXIT_CODE)
 
     def scored(self, rollouts: Sequence[Rollout], results: Sequence[RewardResult]) -> None:
-        """Nothing is noted."""
+        """Write the rewards of all ranks to the run's record, where one is kept."""
+        trainer = self._trainer
+        if not trainer.config.reward.record:
+            return
+        engine, run = trainer.engine, trainer.run
+        where = {"step": run.step, "phase": "eval", "rank": engine.rank}
+        if run.measured is None:
+            where |= {"step": run.step + 1, "phase": "train"}
+        pairs = zip(rollouts, results, strict=True)
+        lines = engine.gather([line_of(rollout, result, **where) for rollout, result in pairs])
+        if engine.is_main:
+            append_lines(run.folder, lines)
 
 
 def is_due(step: int, train: TrainConfig) -> bool:

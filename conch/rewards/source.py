@@ -13,6 +13,7 @@ from conch.errors import ConfigError
 from conch.rewards.callable_reward import CallableReward
 from conch.rewards.dense import Decode
 from conch.rewards.http_url import SCHEMES
+from conch.rewards.record import ReplayReward
 from conch.types import RewardResult, Rollout
 
 _THREE_WAYS = (
@@ -90,19 +91,23 @@ def from_user(
     config: RewardConfig,
     *,
     metadata_keys: Iterable[str] = (),
+    rank: int = 0,
     decode: Decode | None = None,
 ) -> RewardSource:
     """Make a source of what a user gave; None stands for `config.members` or `config.url`, then for
-    TRITON_HOST.
+    TRITON_HOST. `config.replay` stands before all of them.
 
     reward: a Python function, `"host:port/model"`, `"http://host:port/path"`, or a source, which is returned
         as it is; or several of these by name, which `config.combine` makes one of.
     metadata_keys: the extra keys of the prompts in use; `check` sees whether a function takes them.
+    rank: this process's number, whose recorded rewards are replayed.
     decode: the policy's ids -> text, which `config.dense` needs.
 
     Raises:
         ConfigError: nothing was given, or it is not something that gives rewards.
     """
+    if config.replay is not None:
+        return ReplayReward(config.replay, rank)
     if reward is None:
         reward = config.members or config.url or os.environ.get("TRITON_HOST")
     if not reward:
