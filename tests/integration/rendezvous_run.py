@@ -1,4 +1,4 @@
-"""Does nothing but find the other ranks: rank 0 writes what each of them knows to the file that it is given."""
+"""Does nothing but find the other ranks; rank 0 writes what each of them knows to the file it is given."""
 
 from __future__ import annotations
 
