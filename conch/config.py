@@ -18,6 +18,7 @@ from conch.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 OnFailure = Literal["raise", "drop", "wait"]
+OnModelChange = Literal["raise", "warn", "accept"]
 
 
 class Section(BaseModel):
@@ -139,7 +140,8 @@ class GenerationConfig(Section):
     """Stop strings: the completion ends before the first of them."""
 
     chunk_size: int = Field(default=64, ge=1)
-    """Prompts generated at once per process; a chunk's rewards are requested while the next is generated."""
+    """Prompts generated at once per process. A served reward is asked for as soon as a completion has ended,
+    a Python function's when its chunk has, while the next is generated."""
 
 
 class EvalGenerationConfig(Section):
@@ -198,8 +200,8 @@ class RewardConfig(Section):
     """Where rewards come from and what to do when they do not come."""
 
     url: str | None = None
-    """`host:port/model` of a served reward model; None takes the TRITON_HOST environment variable. Unused
-    when a Python function is passed."""
+    """`host:port/model` of a served reward model, or `host1:port,host2:port/model` for several servers of the
+    same model; None takes the TRITON_HOST environment variable. Unused when a Python function is passed."""
 
     tls: TlsConfig = Field(default_factory=TlsConfig)
     """Certificates for a served reward model whose server speaks TLS."""
@@ -207,17 +209,47 @@ class RewardConfig(Section):
     secret_env: str | None = None
     """Environment variable that holds the secret which the server asks for; None sends none."""
 
+    headers_env: dict[str, str] = Field(default_factory=dict)
+    """Header -> environment variable that holds its value, sent with every request to a served model; values
+    are not logged. For proxies that ask for a token: `authorization: MY_TOKEN`."""
+
+    connect_timeout_s: float = Field(default=5.0, gt=0)
+    """Longest wait for a connection to a server, in seconds."""
+
     attempt_timeout_s: float = Field(default=10.0, gt=0)
-    """Deadline of one request, in seconds."""
+    """Deadline of one request, in seconds, beside what its length adds."""
+
+    attempt_timeout_per_1k_tokens_s: float = Field(default=2.0, ge=0)
+    """Added to a request's deadlines for every 1,000 tokens in it, in seconds, so that long samples are not
+    the ones that get lost; 4 bytes of text count as a token."""
 
     deadline_s: float = Field(default=60.0, gt=0)
-    """Deadline of one micro-batch with all its retries, in seconds."""
+    """Deadline of one micro-batch with all its retries, in seconds, beside what its length adds."""
 
     max_in_flight: int = Field(default=4, ge=1)
-    """Requests a process keeps under way at once."""
+    """Requests a process keeps under way at once, per server."""
 
     micro_batch_size: int = Field(default=64, ge=1)
     """Samples per request, at most; lowered to the server's own limit."""
+
+    micro_batch_tokens: int = Field(default=16384, ge=1)
+    """Tokens per request, at most, padding among them; a longer sample goes alone. 4 bytes of text count as a
+    token."""
+
+    max_request_mb: float = Field(default=64.0, gt=0)
+    """Largest request, in millions of bytes: more is sent in several, and a sample beyond it is not
+    scored."""
+
+    remember: int = Field(default=10_000, ge=0)
+    """Latest scores of a served model that are kept, to answer equal samples without asking."""
+
+    score_range: tuple[float, float] | None = None
+    """Lowest and highest score that a served model can give; another is no score. None takes any finite
+    one."""
+
+    on_model_change: OnModelChange = "raise"
+    """When a server turns out to serve another version or content than at the start: `raise` stops the run,
+    `warn` says so and goes on, `accept` goes on."""
 
     on_failure: OnFailure = "raise"
     """`raise`: every process leaves with the reason. `drop`: failed samples leave the loss, within
@@ -235,6 +267,12 @@ class RewardConfig(Section):
     delta: bool = False
     """The reward of a sample is its score less that of a reference answer to the same prompt: each prompt is
     a dict with an `original_output`, whose score is asked for once."""
+
+    @model_validator(mode="after")
+    def _range_in_order(self) -> RewardConfig:
+        if self.score_range is not None and not self.score_range[0] < self.score_range[1]:
+            raise ValueError(f"`score_range` is (lowest, highest), not {self.score_range}")
+        return self
 
 
 class TrainConfig(Section):

@@ -10,7 +10,7 @@ Example of what flows through one step:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
@@ -133,10 +133,20 @@ class Algorithm(Protocol[BatchT]):
         ...
 
 
+OnFinished = Callable[[Mapping[int, Rollout]], None]
+"""Told of completions as they end: their prompts' places -> rollouts. Must return at once."""
+
+
 @runtime_checkable
 class RolloutEngine(Protocol):
     """Something that samples completions from the current policy."""
 
-    def generate(self, prompts: Sequence[Prompt], *, greedy: bool = False) -> Iterator[list[Rollout]]:
-        """Yield rollouts chunk by chunk, in the order of `prompts`, so that scoring can start early."""
+    def generate(
+        self, prompts: Sequence[Prompt], *, greedy: bool = False, on_finished: OnFinished | None = None
+    ) -> Iterator[list[Rollout]]:
+        """Yield rollouts chunk by chunk, in the order of `prompts`.
+
+        on_finished: gets each rollout of a chunk as soon as it has ended, before the chunk is whole, so that
+            scoring can start early. Called from within the iteration, once per rollout.
+        """
         ...

@@ -96,14 +96,17 @@ class _TextSamples:
         ]
 
     def _text(self, length: int) -> str:
-        count, text = length, ""
-        for _ in range(8):
-            text = self._tokenizer.decode(self._tokens.take(max(count, 0)))
-            surplus = len(self._whole(text)) - length
-            if surplus == 0:
-                break
-            count -= surplus
-        return text
+        """The longest start of a random text that has `length` tokens or less. Random tokens do not come back
+        as the same number of tokens: a tokenizer joins some and splits others."""
+        text = self._tokenizer.decode(self._tokens.take(3 * length))
+        low, high = 0, len(text)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if len(self._whole(text[:middle])) <= length:
+                low = middle
+            else:
+                high = middle - 1
+        return text[:low]
 
     def _whole(self, text: str) -> list[int]:
         if self._is_chat:

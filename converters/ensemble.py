@@ -20,6 +20,7 @@ from conch.converters.ensemble_options import EnsembleOptions
 from conch.converters.ensemble_parity import member_scores, prove
 from conch.converters.ensemble_version import publish_ensemble
 from conch.errors import ConchError, ConversionError, ParityError
+from conch.option_names import written_with
 from conch.serving.ensemble_manifest import EnsembleMember, Objective, OnMemberFailure
 from conch.serving.manifest import Manifest
 from conch.serving.store import (
@@ -135,7 +136,7 @@ def _vocabulary(model: StoredModel) -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code."""
-    arguments = vars(_parser().parse_args(argv))
+    arguments = vars(_parser().parse_args(written_with("_", sys.argv[1:] if argv is None else argv)))
     try:
         conversion = to_ensemble(**arguments)
     except ConchError as error:

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 from conch.converters.conversion import Conversion, Normalise, Options, Reading, Side, default_name
 from conch.errors import ConchError, ParityError
 from conch.log import setup_logging
+from conch.option_names import written_with
 from conch.serving.manifest import Aggregate, Backend, Pooling, ServedDtype
 from conch.serving.spec import Form
 
@@ -82,7 +83,7 @@ def to_triton(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code."""
-    arguments = vars(_parser().parse_args(_with_underscores(sys.argv[1:] if argv is None else argv)))
+    arguments = vars(_parser().parse_args(written_with("_", sys.argv[1:] if argv is None else argv)))
     if not arguments.pop("quiet"):
         setup_logging()
     arguments["rewards"] = tuple(arguments["rewards"])
@@ -107,17 +108,6 @@ def _verify(endpoint: str, checkpoint: str, dtype: ServedDtype, reading: Reading
     print(report.table())
     print(f"{endpoint} scores {'' if report.ok else 'NOT '}like {checkpoint}")
     return 0 if report.ok else 2
-
-
-def _with_underscores(argv: Sequence[str]) -> list[str]:
-    """Every option may be written with dashes or with underscores; values stay as they are."""
-    written = []
-    for argument in argv:
-        name, equals, value = argument.partition("=")
-        if name.startswith("--"):
-            name = "--" + name[2:].replace("-", "_")
-        written.append(name + equals + value)
-    return written
 
 
 def _parser() -> argparse.ArgumentParser:

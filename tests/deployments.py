@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -93,3 +96,37 @@ def score(client: triton.InferenceServerClient, text: str, model: str = "lengths
     scores = reply.as_numpy("rewards")
     assert scores is not None
     return float(scores[0, 0]), reply.get_response().model_version
+
+
+@contextlib.contextmanager
+def callers(url: str, model: str = "lengths", *, threads: int = 4) -> Iterator[list[list[Any]]]:
+    """Ask for the score of `abcd` again and again while the context lasts, and once more after it.
+
+    Yields one list a thread: (score, version) of each reply, or the exception.
+    """
+    stop = threading.Event()
+    outcomes: list[list[Any]] = [[] for _ in range(threads)]
+
+    def work(mine: list[Any]) -> None:
+        with triton.InferenceServerClient(url) as client:
+            while not stop.is_set():
+                try:
+                    mine.append(score(client, "abcd", model))
+                except Exception as error:
+                    mine.append(error)
+
+    workers = [threading.Thread(target=work, args=(mine,)) for mine in outcomes]
+    for worker in workers:
+        worker.start()
+    try:
+        wait_until(lambda: all(outcomes), "the callers got no reply")
+        yield outcomes
+        before = [len(mine) for mine in outcomes]  # one reply may be on its way, the next is of now
+        wait_until(
+            lambda: all(len(mine) > count + 1 for mine, count in zip(outcomes, before, strict=True)),
+            "the callers got no more replies",
+        )
+    finally:
+        stop.set()
+        for worker in workers:
+            worker.join(DEADLINE_S)

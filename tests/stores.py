@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from conch import serving
+from conch.serving.ensemble_manifest import EnsembleManifest, EnsembleMember
 from conch.serving.manifest import GOLDEN, MANIFEST, Golden, GoldenSample, Manifest, sha256_of
 from conch.serving.spec import RewardModelSpec
-from conch.serving.store import publish, staged_version
+from conch.serving.store import publish, read_model, staged_version
 
 # Runs in the real server, where it starts in a second: the score of a text is its length.
 LENGTH_MODEL = """
@@ -88,3 +92,40 @@ def store_model(
         (folder / MANIFEST).write_text(manifest.model_dump_json())
         spec = RewardModelSpec(name, max_length=8, content_sha256=sha256_of(folder / MANIFEST))
         return publish(folder, spec, store, **placement)
+
+
+def store_ensemble(store: Path, name: str, members: Sequence[str]) -> Path:
+    """Publish the mean of members that `store_model` made, and return its folder."""
+    stored = [read_model(store, member) for member in members]
+    score = sum(model.golden.samples[0].scores[0] for model in stored) / len(stored)
+    with staged_version(store, name) as folder:
+        shutil.copyfile(Path(serving.__file__).parent / "python_backend" / "ensemble.py", folder / "model.py")
+        golden = Golden(tolerance=1e-4, samples=(GoldenSample(text="ab", scores=(score,)),))
+        (folder / GOLDEN).write_text(golden.model_dump_json())
+        manifest = EnsembleManifest(
+            name=name,
+            form="text",
+            created_at="2026-01-01T00:00:00+00:00",
+            members=tuple(
+                EnsembleMember(
+                    name=model.name,
+                    reward="reward",
+                    column=0,
+                    columns=1,
+                    version=model.version,
+                    content_sha256=model.spec.content_sha256,
+                )
+                for model in stored
+            ),
+            objective="mean",
+            uwo_weight=0.0,
+            on_member_failure="fail",
+            reward_names=("reward",),
+            max_length=8,
+            tools={},
+            files={file: sha256_of(folder / file) for file in ("model.py", GOLDEN)},
+        )
+        (folder / MANIFEST).write_text(manifest.model_dump_json())
+        digest = sha256_of(folder / MANIFEST)
+        spec = RewardModelSpec(name, max_length=8, content_sha256=digest, members=tuple(members))
+        return publish(folder, spec, store)

@@ -145,10 +145,10 @@ class Evaluator:
         step: int,
         extra: Callable[[list[Rollout]], Metrics] | None,
     ) -> Metrics:
-        chunks = sampler.generate(prompts, greedy=variant.greedy)
         if self._scorer is not None:
-            rollouts = self._scorer.submit_each(chunks)
+            rollouts = self._scorer.submit_each(sampler, prompts, greedy=variant.greedy)
         else:
+            chunks = sampler.generate(prompts, greedy=variant.greedy)
             rollouts = [rollout for chunk in chunks for rollout in chunk]
         metrics = extra(rollouts) if extra is not None else {}
         columns: dict[str, list[float]] = {}

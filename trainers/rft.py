@@ -288,8 +288,8 @@ class RFTTrainer:
     # ----------------------------------------------------------------------------------------- the four verbs
 
     def rollout(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        """Sample a completion per prompt; each chunk's rewards are requested while the next is generated."""
-        return self.scorer.submit_each(self.sampler.generate(prompts))
+        """Sample a completion per prompt; each one's reward is requested as soon as it has ended."""
+        return self.scorer.submit_each(self.sampler, prompts)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[RewardResult]:
         """Rewards of what `rollout` returned last.

@@ -49,7 +49,8 @@ SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
 _FREE_KEYS = (
     *("train.resume", "train.run_dir", "train.output_dir", "train.total_steps", "train.num_processes"),
     *("train.eval_every", "train.eval_repeats", "train.save_every", "train.keep_last"),
-    *("train.best_metric", "train.early_stopping", "tracking.", "reward.url", "reward.attempt_timeout_s"),
+    *("train.best_metric", "train.early_stopping", "tracking.", "reward.url", "reward.attempt_timeout"),
+    *("reward.connect_timeout_s", "reward.on_model_change", "reward.headers_env"),
     *("reward.deadline_s", "reward.max_in_flight", "reward.on_failure", "reward.wait_budget_s"),
 )
 """Settings (or beginnings of their names) that a resumed run may change: none touches what is learned, but

@@ -26,7 +26,8 @@ class CallableReward:
     The function gets lists with one entry per sample: `samples[i] == prompts[i] + outputs[i]`, and for each
     extra key of the prompts a list with None where a prompt lacks it. It returns a list of numbers, a list of
     per-token lists (each as long as its completion's `token_ids`), or a dict of objective -> list of numbers.
-    A sync function is called for one batch at a time; calls of an async one overlap. Neither has a deadline.
+    A sync function is called for one whole chunk at a time; an async one as completions end, and its calls
+    overlap. Neither has a deadline.
 
     metadata_keys: the extra keys that `check` makes sure the function takes.
     """
@@ -35,6 +36,7 @@ class CallableReward:
         self.name = _name_of(function)
         self.requests = 0
         self.retries = 0
+        self.wants_chunks = not _is_async(function)
         self._who = f"reward function `{self.name}`"
         self._function = function
         self._metadata_keys = tuple(metadata_keys)
@@ -119,6 +121,10 @@ class CallableReward:
 def _metadata(rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
     keys = dict.fromkeys(key for rollout in rollouts for key in rollout.prompt.metadata)
     return {key: [rollout.prompt.metadata.get(key) for rollout in rollouts] for key in keys}
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def _name_of(function: Callable[..., Any]) -> str:

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from conch.errors import DataError
-from conch.rewards.source import CountsTraffic, RewardSource
+from conch.rewards.source import CountsTraffic, RewardSource, WantsChunks
 from conch.types import Completion, Prompt, RewardResult, RewardStatus, Rollout
 
 ORIGINAL = "original_output"
@@ -35,6 +35,7 @@ class DeltaReward:
         self.name = f"{source.name} less the original's"
         self._source = source
         self._encode = encode
+        self.wants_chunks = isinstance(source, WantsChunks) and source.wants_chunks
         self._baselines: dict[tuple[str, str], _Request] = {}
 
     @property

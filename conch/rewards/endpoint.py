@@ -1,4 +1,4 @@
-"""The address of a served reward model."""
+"""The addresses of a served reward model."""
 
 from __future__ import annotations
 
@@ -38,13 +38,28 @@ class Endpoint:
                 f"reward `{text}`: HTTP endpoints are not supported yet. Serve the model with Triton, give "
                 "`host:port/model` with its gRPC port, or pass a Python function that calls the endpoint"
             )
-        if "," in text:
-            raise ConfigError(
-                f"reward `{text}`: several servers are not supported yet; give one `host:port/model`"
-            )
         match = _ENDPOINT.fullmatch(text.strip())
         if match is None or not 0 < int(match["port"]) < 65536:
             raise ConfigError(
                 f"reward `{text}` is not of the form `host:port/model`, for example 127.0.0.1:8001/walks"
             )
         return cls(match["host"], int(match["port"]), match["model"])
+
+    @classmethod
+    def parse_all(cls, text: str) -> tuple[Endpoint, ...]:
+        """Read `host:port/model` or, for several servers of one model, `host1:port,host2:port/model`.
+
+        Raises:
+            ConfigError: `text` is something else, or names a server twice.
+        """
+        *others, last = (part.strip() for part in text.split(","))
+        model = cls.parse(last).model
+        if any("/" in other for other in others):
+            raise ConfigError(
+                f"reward `{text}`: give the model once, after the last server, for example "
+                f"host1:8001,host2:8001/{model}"
+            )
+        endpoints = tuple(cls.parse(f"{server}/{model}") for server in (*others, last.rpartition("/")[0]))
+        if len(set(endpoints)) < len(endpoints):
+            raise ConfigError(f"reward `{text}` names a server twice")
+        return endpoints

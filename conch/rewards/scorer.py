@@ -1,18 +1,19 @@
-"""Scores chunk by chunk while sampling goes on, and one answer to failures on which all ranks agree."""
+"""Scores requested as completions end, and one answer to failures on which all ranks agree."""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 from conch.config import RewardConfig
 from conch.errors import ConfigError, RewardError, RewardInvalidError, RewardUnavailableError
 from conch.log import get_logger
-from conch.rewards.source import CountsTraffic, RewardSource
-from conch.types import Metrics, RewardResult, RewardStatus, Rollout
+from conch.rewards.overlap import Overlap
+from conch.rewards.source import CountsTraffic, RewardSource, WantsChunks
+from conch.types import Metrics, Prompt, RewardResult, RewardStatus, Rollout, RolloutEngine
 
 _log = get_logger(__name__)
 _FIRST_PAUSE_S = 1.0
@@ -24,6 +25,15 @@ Agree = Callable[[int], int]
 
 def _alone(value: int) -> int:
     return value
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One request to the source. places: of its rollouts in the results."""
+
+    places: list[int]
+    rollouts: list[Rollout]
+    future: Future[list[RewardResult]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,28 +60,43 @@ class Scorer:
         self._source = source
         self._config = config
         self._agree = agree
-        self._pending: list[tuple[list[Rollout], Future[list[RewardResult]]]] = []
+        self._pending: list[_Asked] = []
+        self._submitted = 0
+        self._overlap = Overlap()
         self._metrics: Metrics = {}
         self._weights_fit = False
         self._submits = 0
         self._traffic_before = self._traffic()
-        self._wait_s = 0.0
 
     def submit(self, rollouts: Sequence[Rollout]) -> None:
-        """Request the rewards of a finished chunk; returns at once."""
-        chunk = list(rollouts)
-        self._pending.append((chunk, self._send(chunk)))
+        """Request the rewards of finished rollouts, which stand behind those submitted before; returns at
+        once."""
+        first = self._submitted
+        self._submitted += len(rollouts)
+        self._ask(dict(enumerate(rollouts, first)))
 
-    def submit_each(self, chunks: Iterable[Sequence[Rollout]]) -> list[Rollout]:
-        """Request each chunk's rewards while the next one is generated; all rollouts, in their order."""
-        rollouts: list[Rollout] = []
-        for chunk in chunks:
-            self.submit(chunk)
-            rollouts.extend(chunk)
-        return rollouts
+    def submit_each(
+        self, sampler: RolloutEngine, prompts: Sequence[Prompt], *, greedy: bool = False
+    ) -> list[Rollout]:
+        """Sample a completion per prompt and request its reward as soon as it has ended, or together with its
+        chunk where the source wants that.
+
+        Returns all rollouts in the order of their prompts, which is that of `gather`.
+        """
+        if isinstance(self._source, WantsChunks) and self._source.wants_chunks:
+            chunks = list(self._submit_chunks(sampler.generate(prompts, greedy=greedy)))
+        else:
+            first = self._submitted
+            self._submitted += len(prompts)
+
+            def ask(finished: Mapping[int, Rollout]) -> None:
+                self._ask({first + place: rollout for place, rollout in finished.items()})
+
+            chunks = list(sampler.generate(prompts, greedy=greedy, on_finished=ask))
+        return [rollout for chunk in chunks for rollout in chunk]
 
     def gather(self) -> list[RewardResult]:
-        """Results of all chunks since the last gather, in the order of their rollouts.
+        """Results of all that was submitted since the last gather, in its order.
 
         With `drop`, and only then, failures may be among them.
 
@@ -79,10 +104,7 @@ class Scorer:
             RewardUnavailableError, RewardInvalidError: on every rank, as `on_failure` says.
             ConfigError: likewise, where `weights` names an objective that the reward does not have.
         """
-        pending, self._pending = self._pending, []
-        self._wait_s = 0.0
-        results = [result for chunk in pending for result in self._collect(*chunk)]
-        rollouts = [rollout for chunk, _ in pending for rollout in chunk]
+        rollouts, results = self._collect_pending()
         counts = self._count(results)
         if self._config.on_failure == "wait":
             counts = self._outlast(rollouts, results, counts)
@@ -97,19 +119,44 @@ class Scorer:
 
         reward/latency_p50_s, reward/latency_p99_s: from a sample's request to its reply, seconds.
         reward/wait_s: seconds that `gather` was blocked.
+        reward/hidden_fraction: of the time in which rewards were under way (any number of them; pauses of an
+            outage included), the share in which the trainer was not blocked. 1 where they took no time.
         reward/failed_fraction: share of samples without a score.
         reward/requests, reward/retries: requests sent since the gather before, and how many repeated another.
         """
         return dict(self._metrics)
 
-    def _send(self, chunk: list[Rollout]) -> Future[list[RewardResult]]:
+    def _submit_chunks(self, chunks: Iterable[list[Rollout]]) -> Iterator[list[Rollout]]:
+        for chunk in chunks:
+            self.submit(chunk)
+            yield chunk
+
+    def _ask(self, rollouts: dict[int, Rollout]) -> None:
+        """rollouts: by their places in the results."""
+        if rollouts:
+            self._pending.append(
+                _Asked(list(rollouts), list(rollouts.values()), self._send(rollouts.values()))
+            )
+
+    def _send(self, rollouts: Iterable[Rollout]) -> Future[list[RewardResult]]:
         self._submits += 1
         try:
-            return self._source.submit(chunk)
+            future = self._source.submit(list(rollouts))
         except Exception as error:  # raised by `_collect` instead, where it becomes results
-            broken: Future[list[RewardResult]] = Future()
-            broken.set_exception(error)
-            return broken
+            future = Future()
+            future.set_exception(error)
+        self._overlap.track(future)
+        return future
+
+    def _collect_pending(self) -> tuple[list[Rollout], list[RewardResult]]:
+        """What was asked, and what came of it, both in the order of places."""
+        pending, self._pending, self._submitted = self._pending, [], 0
+        found: dict[int, tuple[Rollout, RewardResult]] = {}
+        for asked in pending:
+            results = self._collect(asked.rollouts, asked.future)
+            found |= zip(asked.places, zip(asked.rollouts, results, strict=True), strict=True)
+        rows = [found[place] for place in sorted(found)]
+        return [rollout for rollout, _ in rows], [result for _, result in rows]
 
     def _collect(self, chunk: list[Rollout], future: Future[list[RewardResult]]) -> list[RewardResult]:
         started = time.monotonic()
@@ -121,7 +168,7 @@ class Scorer:
                 chunk, f"reward {self._source.name} broke: {type(error).__name__}: {error}"
             )
         finally:
-            self._wait_s += time.monotonic() - started
+            self._overlap.block(time.monotonic() - started)
         if len(results) != len(chunk):
             wrong = f"reward {self._source.name} gave {len(results)} results for {len(chunk)} samples"
             return _all_invalid(chunk, wrong)
@@ -163,7 +210,7 @@ class Scorer:
             pause = min(pause, max(0.0, self._config.wait_budget_s - elapsed))
             _log.info("reward server %s away for %.0f s, asking again", self._source.name, elapsed + pause)
             time.sleep(pause)
-            self._wait_s += pause
+            self._overlap.block(pause, idle=True)
             self._ask_again(rollouts, results)
             counts = self._count(results)
         return counts
@@ -192,10 +239,12 @@ class Scorer:
     def _measure(self, results: Sequence[RewardResult]) -> Metrics:
         latencies = sorted(result.latency_s for result in results)
         before, self._traffic_before = self._traffic_before, self._traffic()
+        wait_s, hidden = self._overlap.read()
         return {
             "reward/latency_p50_s": _percentile(latencies, 0.50),
             "reward/latency_p99_s": _percentile(latencies, 0.99),
-            "reward/wait_s": self._wait_s,
+            "reward/wait_s": wait_s,
+            "reward/hidden_fraction": hidden,
             "reward/failed_fraction": sum(not result.ok for result in results) / max(1, len(results)),
             "reward/requests": float(self._traffic_before[0] - before[0]),
             "reward/retries": float(self._traffic_before[1] - before[1]),

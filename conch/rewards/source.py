@@ -69,6 +69,16 @@ class CountsTraffic(Protocol):
     def retries(self) -> int: ...
 
 
+@runtime_checkable
+class WantsChunks(Protocol):
+    """A source that may ask for the whole of a chunk at once instead of completions as they end.
+
+    wants_chunks: True where what is scored together matters, in cost or in the scores.
+    """
+
+    wants_chunks: bool
+
+
 def from_user(
     reward: Callable[..., Any] | str | RewardSource | None,
     config: RewardConfig,

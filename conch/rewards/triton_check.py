@@ -7,27 +7,11 @@ from typing import Any
 from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
-from conch.errors import RewardError, RewardInvalidError, RewardUnavailableError, ServingError
+from conch.errors import RewardError, RewardUnavailableError
 from conch.rewards.endpoint import Endpoint
-from conch.rewards.triton_failure import classify
-from conch.serving.pbtxt import spec_from_model_config
-from conch.serving.spec import RewardModelSpec
+from conch.rewards.triton_failure import classify, is_unknown_host
 from conch.serving.triton_channel import Access, explain_refusal, is_plain_hangup
 from conch.types import RewardStatus
-
-
-async def read_spec(client: InferenceServerClient, endpoint: Endpoint, timeout_s: float) -> RewardModelSpec:
-    """What the server says about the model: form, batch limit, lengths, dtypes, reward names.
-
-    Raises:
-        InferenceServerException: the server did not answer; see `classify`.
-        RewardInvalidError: the model is neither of text nor of token form.
-    """
-    reply: Any = await client.get_model_config(endpoint.model, client_timeout=timeout_s)
-    try:
-        return spec_from_model_config(reply.config)
-    except ServingError as error:
-        raise RewardInvalidError(f"what {endpoint.address} serves cannot score: {error}") from error
 
 
 async def require_server(
@@ -58,7 +42,7 @@ def _no_server(
 ) -> RewardError:
     failure = classify(error)
     lowered = failure.detail.lower()
-    if failure.no_such_host:
+    if is_unknown_host(error):
         return RewardUnavailableError(
             f"cannot resolve the host name `{endpoint.host}` of reward `{endpoint}`"
         )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import numpy as np
 from tritonclient.grpc import InferInput, InferRequestedOutput, InferResult
 
 from conch.errors import RewardInvalidError
+from conch.rewards.replica import Row
 from conch.serving.spec import (
     MASK_INPUT,
     MEMBERS_USED,
@@ -21,47 +21,17 @@ from conch.serving.spec import (
 _INTEGERS = {"INT32": np.int32, "INT64": np.int64}
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One sample to score. Equal rows get equal scores.
+def infer_inputs(rows: Sequence[Row], spec: RewardModelSpec, pad_to: int = 1) -> list[InferInput]:
+    """The input tensors of one request: `text` [n, 1], or `input_ids` and `attention_mask` [n, longest].
 
-    token_ids: empty in text form.
-    position: where the sample stands in its `submit`, for messages; no part of equality.
+    pad_to: the longest row is padded to a multiple of this, but never beyond what the model takes.
     """
-
-    sample: str
-    token_ids: tuple[int, ...] = ()
-    position: int = field(default=0, compare=False)
-
-    @property
-    def length(self) -> int:
-        """What rows are sorted by, so that a micro-batch needs little padding."""
-        return len(self.token_ids) or len(self.sample)
-
-
-def micro_batches(rows: Sequence[Row], limit: int, spec: RewardModelSpec) -> Iterator[list[int]]:
-    """Indices into `rows`, sorted by length, in pieces of at most `limit`.
-
-    A token-form model without a mask cannot tell padding from text: its micro-batches hold one length only.
-    """
-    never_pad = spec.form == "token" and not spec.takes_attention_mask
-    batch: list[int] = []
-    for index in sorted(range(len(rows)), key=lambda index: rows[index].length):
-        other_length = bool(batch) and rows[batch[-1]].length != rows[index].length
-        if len(batch) == limit or (never_pad and other_length):
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-def infer_inputs(rows: Sequence[Row], spec: RewardModelSpec) -> list[InferInput]:
-    """The input tensors of one request: `text` [n, 1], or `input_ids` and `attention_mask` [n, longest]."""
     if spec.form == "text":
         texts = np.array([[row.sample.encode("utf-8")] for row in rows], dtype=object)
         return [_tensor(TEXT_INPUT, texts, "BYTES")]
-    shape = (len(rows), max(len(row.token_ids) for row in rows))
+    longest = max(len(row.token_ids) for row in rows)
+    width = max(longest, min(-(-longest // pad_to) * pad_to, spec.max_length or 2**31))
+    shape = (len(rows), width)
     ids = np.zeros(shape, dtype=_INTEGERS[spec.input_dtype])
     mask = np.zeros_like(ids)
     for index, row in enumerate(rows):

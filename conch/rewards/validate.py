@@ -16,7 +16,7 @@ from conch.types import DEFAULT_OBJECTIVE, RewardResult, RewardStatus
 
 
 class _BadValueError(ValueError):
-    """A value that is no finite number; the message says what it is instead."""
+    """A value that is no score; the message says what it is instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,7 @@ class ScoringCall:
     samples: what was scored, one string per row.
     latency_s: seconds from the call to its reply.
     positions: the number by which messages call each row; None counts from 0.
+    score_range: lowest and highest value that is a score; None takes any finite one.
     """
 
     who: str
@@ -35,6 +36,7 @@ class ScoringCall:
     version: str = ""
     latency_s: float = 0.0
     positions: Sequence[int] | None = None
+    score_range: tuple[float, float] | None = None
 
     def failed(self, status: RewardStatus, detail: str) -> list[RewardResult]:
         """The same failure for every sample."""
@@ -74,7 +76,7 @@ class ScoringCall:
         scores: dict[str, float] = {}
         for name, values in columns.items():
             try:
-                scores[name] = _finite(_plain(values[row]))
+                scores[name] = self._in_range(_finite(_plain(values[row])))
             except _BadValueError as error:
                 what = "a score" if name == DEFAULT_OBJECTIVE else f"a score for objective `{name}`"
                 return self._bad_row(row, f"{error} instead of {what}")
@@ -92,7 +94,7 @@ class ScoringCall:
                 row, f"{len(values)} per-token scores for a completion of {token_count} tokens"
             )
         try:
-            scores = tuple(_finite(_plain(value)) for value in values)
+            scores = tuple(self._in_range(_finite(_plain(value))) for value in values)
         except _BadValueError as error:
             return self._bad_row(row, f"{error} among its per-token scores")
         return RewardResult(
@@ -102,6 +104,11 @@ class ScoringCall:
             version=self.version,
             latency_s=self.latency_s,
         )
+
+    def _in_range(self, score: float) -> float:
+        if self.score_range is None or self.score_range[0] <= score <= self.score_range[1]:
+            return score
+        raise _BadValueError(f"{score:g}, outside reward.score_range {self.score_range},")
 
     def _expected(self, got: str) -> str:
         return f"{self.who} returned {got}, expected one score for each of {len(self.samples)} samples"

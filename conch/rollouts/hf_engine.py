@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import GenerationConfig as HFGenerationConfig
 from transformers import (
@@ -29,7 +29,8 @@ from transformers import (
 )
 
 from conch.config import GenerationConfig
-from conch.types import Completion, FinishReason, Prompt, Rollout
+from conch.rollouts.finish import FinishWatcher, Harvest, LogprobRecorder
+from conch.types import Completion, FinishReason, OnFinished, Prompt, Rollout
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -67,33 +68,39 @@ class HFEngine:
         self._pad_id = int(tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
         self._eos_id = int(tokenizer.eos_token_id)  # pyright: ignore[reportArgumentType]
 
-    def generate(self, prompts: Sequence[Prompt], *, greedy: bool = False) -> Iterator[list[Rollout]]:
-        """Yield chunks of rollouts in the order of `prompts`."""
+    def generate(
+        self, prompts: Sequence[Prompt], *, greedy: bool = False, on_finished: OnFinished | None = None
+    ) -> Iterator[list[Rollout]]:
+        """See `RolloutEngine.generate`. What is sampled does not depend on `on_finished`."""
         size = self._config.chunk_size
         for start in range(0, len(prompts), size):
-            yield self._generate_chunk(prompts[start : start + size], greedy)
+            chunk = prompts[start : start + size]
+            harvest = Harvest(chunk, self._completion, self._version(), start, on_finished)
+            self._generate_chunk(harvest, greedy, watched=on_finished is not None)
+            yield harvest.rollouts()
 
     @torch.no_grad()
-    def _generate_chunk(self, prompts: Sequence[Prompt], greedy: bool) -> list[Rollout]:
+    def _generate_chunk(self, harvest: Harvest, greedy: bool, watched: bool) -> None:
         lm = self._lm()
-        input_ids, attention_mask = _pad_left(prompts, self._pad_id, lm.device)
+        input_ids, attention_mask = _pad_left(harvest.prompts, self._pad_id, lm.device)
         # What comes out begins with the prompt; beside an encoder, with the decoder's start token.
         num_given = 1 if lm.config.is_encoder_decoder else input_ids.shape[1]
-        recorder = LogprobRecorder()
+        recorder, stopping = LogprobRecorder(), self._stopping(num_given)
+        if watched:
+            stopping = StoppingCriteriaList(
+                [FinishWatcher(harvest, recorder, stopping, self._eos_id, num_given)]
+            )
         with _sampling_mode(lm), self._autocast(), self._processors() as processors:
             sequences = lm.generate(  # pyright: ignore[reportCallIssue]  typed as a Tensor attribute
                 input_ids,
                 attention_mask=attention_mask.long(),
                 generation_config=self._generation_config(lm, greedy),
                 logits_processor=LogitsProcessorList([*processors, *self._warpers(greedy), recorder]),
-                stopping_criteria=self._stopping(num_given),
+                stopping_criteria=stopping,
             )
         assert isinstance(sequences, Tensor)
         responses = sequences[:, num_given:]
-        logprobs = recorder.logprobs(responses)
-        version = self._version()
-        rows = zip(prompts, responses.tolist(), logprobs.tolist(), strict=True)
-        return [Rollout(prompt, self._completion(row, lps), version) for prompt, row, lps in rows]
+        harvest.take(range(len(responses)), responses, recorder.logprobs(responses))
 
     def _generation_config(self, lm: PreTrainedModel, greedy: bool) -> HFGenerationConfig:
         # Temperature, top-k and top-p are switched off here, for `_warpers` applies them.
@@ -130,34 +137,6 @@ class HFEngine:
     def _decode(self, ids: Sequence[int]) -> str:
         text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
-
-
-class LogprobRecorder(LogitsProcessor):
-    """Notes the log-probability of each sampled id under the distribution it was drawn from.
-
-    Stands last among the processors, where the logits are those that are sampled from. Keeps [B, V] of one
-    step; all R of them would take more memory than the model where the vocabulary is large.
-    """
-
-    def __init__(self) -> None:
-        self._columns: list[Float[Tensor, "B 1"]] = []
-        self._pending: Float[Tensor, "B V"] | None = None
-
-    def __call__(self, input_ids: Int[Tensor, "B T"], scores: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
-        """Called before each sampling; the last of `input_ids` was drawn from the scores before these."""
-        self._take(input_ids[:, -1:])
-        self._pending = scores.float().log_softmax(dim=-1)
-        return scores
-
-    def logprobs(self, ids: Int[Tensor, "B R"]) -> Float[Tensor, "B R"]:
-        """Log-probabilities of the response `ids` that came out; behind a row's end they mean nothing."""
-        if len(self._columns) < ids.shape[1]:
-            self._take(ids[:, -1:])
-        return torch.cat(self._columns, dim=-1)[:, : ids.shape[1]]
-
-    def _take(self, sampled: Int[Tensor, "B 1"]) -> None:
-        if self._pending is not None:
-            self._columns.append(self._pending.gather(-1, sampled))
 
 
 class StopStrings(StoppingCriteria):

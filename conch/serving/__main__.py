@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conch.errors import ConchError
+from conch.option_names import written_with
 from conch.serving import commands
 from conch.serving.flags import LOOPBACK
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand. Exit code 0 after a clean end, 1 after an error, told in a sentence on stderr."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_args(written_with("-", sys.argv[1:] if argv is None else argv))
     try:
         return arguments.run(arguments)
     except ConchError as error:
@@ -27,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m conch.serving", description="Serve converted reward models."
+        prog="python -m conch.serving",
+        description="Serve converted reward models.",
+        epilog="Underscores will do for dashes.",
     )
     subcommands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_up(

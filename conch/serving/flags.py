@@ -58,11 +58,13 @@ class ServerSettings:
 class Places:
     """Where the server process finds things, which in a container is not where they are outside.
 
+    repository: what it loads models from, links into the model store.
     backends: None takes the image's own.
     shm_prefix: starts the names of its files in /dev/shm.
     """
 
     model_store: str
+    repository: str
     backends: str | None
     shm_prefix: str
     cert: str = ""
@@ -98,7 +100,7 @@ def server_flags(settings: ServerSettings, places: Places, known: frozenset[str]
     """
     address = settings.host or "0.0.0.0"
     flags = {
-        "model-repository": places.model_store,
+        "model-repository": places.repository,
         "backend-config": f"python,shm-region-prefix-name={places.shm_prefix}",
         "model-control-mode": "explicit",  # dead models and new versions are loaded on demand
         "disable-auto-complete-config": None,  # configs are complete; guessing doubles the start-up time

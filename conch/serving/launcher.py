@@ -30,11 +30,12 @@ from conch.serving.flags import (
 )
 from conch.serving.members import read_with_members
 from conch.serving.ports import check_port, free_port
-from conch.serving.runtime import BundledRuntime, Invocation, Runtime
+from conch.serving.runtime import BundledRuntime, Invocation, Runtime, repository_of
 from conch.serving.store import StoredModel, verify_files
 from conch.serving.tls import ClientTls, ServerTls, own_client
 from conch.serving.triton_channel import Access
 from conch.serving.triton_health import wait_until_ready
+from conch.serving.triton_repository import Repository
 
 _log = get_logger(__name__)
 
@@ -105,6 +106,7 @@ class TritonServer:
         self.log_file = log_file
         self.options = options or ServerOptions()
         self.stored: tuple[StoredModel, ...] = ()
+        self.repository: Repository | None = None
         self._model_store = Path(model_store)
         self._models = tuple(models)
         self._wanted_port = grpc_port
@@ -164,10 +166,11 @@ class TritonServer:
         """`host:port/model`, which is what a reward or TRITON_HOST takes."""
         return f"{self.url}/{model}"
 
-    def start(self, *, keep_log: bool = False) -> None:
+    def start(self, *, again: bool = False) -> None:
         """Check all that can be checked, start the server, return once its golden samples score right.
 
-        keep_log: add to the log instead of emptying it.
+        again: serve the versions in `stored` instead of the store's latest, if they are still there, and add
+            to the log instead of emptying it.
         """
         assert not self.is_running, "start() called on a running server"
         options = self.options
@@ -176,7 +179,8 @@ class TritonServer:
                 "Triton's HTTP port knows no TLS: leave it closed (no http_port), or put a TLS proxy "
                 "before a server that speaks plain text on loopback"
             )
-        self.stored = tuple(read_with_members(self._model_store, self._models))
+        if not again or not self._has_what_it_served():
+            self.stored = tuple(read_with_members(self._model_store, self._models))
         options.runtime.check(self._settings())
         for model in self.stored:
             verify_files(model)
@@ -191,7 +195,7 @@ class TritonServer:
         for attempt in range(1, _PORT_TRIES + 1):
             self._choose_ports()
             try:
-                self._start_once(known, deadline, keep_log=keep_log)
+                self._start_once(known, deadline, keep_log=again)
                 return
             except _PortLostError:
                 if fixed or attempt == _PORT_TRIES:
@@ -227,6 +231,14 @@ class TritonServer:
         if self.log_file is None or not self.log_file.exists():
             return ""
         return "\n".join(self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+    def _has_what_it_served(self) -> bool:
+        gone = [part for model in self.stored for part in model.folders if not part.path.is_dir()]
+        for part in gone:
+            _log.warning(
+                "version %d of %s is gone from the store; taking the latest", part.version, part.name
+            )
+        return bool(self.stored) and not gone
 
     @property
     def _reachable_host(self) -> str:
@@ -287,8 +299,12 @@ class TritonServer:
         self._cleanup = (shm_prefix, str(scratch))
         runtime, settings = self.options.runtime, self._settings()
         try:
-            flags = server_flags(settings, runtime.places(settings, scratch, shm_prefix), known)
-            invocation = runtime.invocation(settings, flags, f"conch-{shm_prefix.strip('_')}")
+            places = runtime.places(settings, scratch, shm_prefix)
+            self.repository = Repository(repository_of(scratch), places.model_store)
+            for model in self.stored:
+                self.repository.place(model)
+            flags = server_flags(settings, places, known)
+            invocation = runtime.invocation(settings, scratch, flags, f"conch-{shm_prefix.strip('_')}")
         except BaseException:
             guard.clean_up(*self._cleanup)
             raise

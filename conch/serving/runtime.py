@@ -21,6 +21,8 @@ from conch.serving.flags import Places, ServerSettings
 
 _HELP_TIMEOUT_S = 120.0
 _STORE_INSIDE = "/model_store"
+_REPOSITORY = "repository"
+_REPOSITORY_INSIDE = f"/{_REPOSITORY}"
 _TLS_INSIDE = "/tls"
 
 
@@ -52,7 +54,9 @@ class Runtime(Protocol):
         """Where the server will find things; files that it needs may be laid out in `scratch`."""
         ...
 
-    def invocation(self, settings: ServerSettings, flags: Sequence[str], name: str) -> Invocation:
+    def invocation(
+        self, settings: ServerSettings, scratch: Path, flags: Sequence[str], name: str
+    ) -> Invocation:
         """The command. name: unique, for a container."""
         ...
 
@@ -81,9 +85,12 @@ class BundledRuntime:
         """Files where they are; the back end's parts are brought together in `scratch`."""
         backends = self._bundle.make_backend_directory(scratch)
         files = {kind: str(path) for kind, path in tls_files(settings).items()}
-        return Places(str(settings.model_store), str(backends), shm_prefix, **files)
+        repository = str(repository_of(scratch))
+        return Places(str(settings.model_store), repository, str(backends), shm_prefix, **files)
 
-    def invocation(self, settings: ServerSettings, flags: Sequence[str], name: str) -> Invocation:
+    def invocation(
+        self, settings: ServerSettings, scratch: Path, flags: Sequence[str], name: str
+    ) -> Invocation:
         """The binary itself, in an environment in which it finds its libraries and this Python."""
         environment = self._bundle.environment(cpu_threads=settings.cpu_threads)
         return Invocation([str(self._bundle.server), *flags], environment)
@@ -117,9 +124,11 @@ class ApptainerRuntime:
         """The paths that `apptainer_command` mounts things at."""
         return _places_inside(settings, shm_prefix)
 
-    def invocation(self, settings: ServerSettings, flags: Sequence[str], name: str) -> Invocation:
+    def invocation(
+        self, settings: ServerSettings, scratch: Path, flags: Sequence[str], name: str
+    ) -> Invocation:
         """See `apptainer_command`. Its process is the server, so that killing it is enough."""
-        command = apptainer_command(self._program, self.image, settings, flags)
+        command = apptainer_command(self._program, self.image, settings, scratch, flags)
         return Invocation(command, apptainer_environment(os.environ, settings))
 
 
@@ -157,15 +166,24 @@ class DockerRuntime:
         """The paths that `docker_command` mounts things at."""
         return _places_inside(settings, shm_prefix)
 
-    def invocation(self, settings: ServerSettings, flags: Sequence[str], name: str) -> Invocation:
+    def invocation(
+        self, settings: ServerSettings, scratch: Path, flags: Sequence[str], name: str
+    ) -> Invocation:
         """See `docker_command`. A container outlives its command, so it is removed by name at the end."""
-        command = docker_command(self._program, self.image, settings, flags, name)
+        command = docker_command(self._program, self.image, settings, scratch, flags, name)
         return Invocation(command, dict(os.environ), [self._program, "rm", "--force", name])
 
 
-def apptainer_command(program: str, image: Path, settings: ServerSettings, flags: Sequence[str]) -> list[str]:
+def repository_of(scratch: Path) -> Path:
+    """Where a server's `Repository` stands, seen from outside."""
+    return scratch / _REPOSITORY
+
+
+def apptainer_command(
+    program: str, image: Path, settings: ServerSettings, scratch: Path, flags: Sequence[str]
+) -> list[str]:
     """`apptainer exec ... IMAGE tritonserver FLAGS`: mounts read-only, no variables of ours."""
-    binds = [f"--bind={outside}:{inside}:ro" for outside, inside in _mounts(settings)]
+    binds = [f"--bind={outside}:{inside}:ro" for outside, inside in _mounts(settings, scratch)]
     gpu = ["--nv"] if settings.gpu else []
     return [program, "exec", "--cleanenv", *gpu, *binds, str(image), "tritonserver", *flags]
 
@@ -178,13 +196,13 @@ def apptainer_environment(ours: Mapping[str, str], settings: ServerSettings) -> 
 
 
 def docker_command(
-    program: str, image: str, settings: ServerSettings, flags: Sequence[str], name: str
+    program: str, image: str, settings: ServerSettings, scratch: Path, flags: Sequence[str], name: str
 ) -> list[str]:
     """`docker run ...`: as the calling user, on the host's network (so loopback stays loopback), read-only.
 
     Shared memory: Docker's 64 MB are too few for the back end's tensors.
     """
-    mounts = [f"--volume={outside}:{inside}:ro" for outside, inside in _mounts(settings)]
+    mounts = [f"--volume={outside}:{inside}:ro" for outside, inside in _mounts(settings, scratch)]
     variables = {**_container_variables(settings), "HOME": "/tmp"}
     if settings.gpu:
         del variables["CUDA_VISIBLE_DEVICES"]  # inside, the cards chosen below are numbered from 0
@@ -219,14 +237,15 @@ def find_program(*names: str) -> str:
     raise ServerStartError(f"{' or '.join(names)} is not installed, or not in PATH")
 
 
-def _mounts(settings: ServerSettings) -> list[tuple[str, str]]:
+def _mounts(settings: ServerSettings, scratch: Path) -> list[tuple[str, str]]:
     files = [(str(path), f"{_TLS_INSIDE}/{kind}.pem") for kind, path in tls_files(settings).items()]
-    return [(str(settings.model_store), _STORE_INSIDE), *files]
+    folders = [(settings.model_store, _STORE_INSIDE), (repository_of(scratch), _REPOSITORY_INSIDE)]
+    return [*((str(outside), inside) for outside, inside in folders), *files]
 
 
 def _places_inside(settings: ServerSettings, shm_prefix: str) -> Places:
     inside = {kind: f"{_TLS_INSIDE}/{kind}.pem" for kind in tls_files(settings)}
-    return Places(_STORE_INSIDE, None, shm_prefix, **inside)
+    return Places(_STORE_INSIDE, _REPOSITORY_INSIDE, None, shm_prefix, **inside)
 
 
 def _container_variables(settings: ServerSettings) -> dict[str, str]:

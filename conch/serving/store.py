@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from conch.errors import ModelStoreError, ServingError
 from conch.serving.ensemble_manifest import EnsembleManifest
 from conch.serving.manifest import GOLDEN, MANIFEST, Golden, Manifest, sha256_of
 from conch.serving.pbtxt import Kind, from_pbtxt, to_pbtxt
-from conch.serving.spec import RewardModelSpec, TokenizerSpec
+from conch.serving.spec import RewardModelSpec, TokenizerSpec, ensemble_parts
 from conch.serving.triton_warmup import FOLDER as WARMUP
 from conch.serving.triton_warmup import take_warmup, write_warmup
 
@@ -39,18 +39,41 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 
 @dataclass(frozen=True, slots=True)
-class StoredModel:
-    """One version of a model in the store, read and found consistent.
+class ModelFolder:
+    """One version of a model, as much as a server needs to load it.
 
     path: the version folder.
+    beside: path below the model's folder -> content, of the configurations and the warm-up data, which the
+        next version will replace.
     """
 
     name: str
     version: int
     path: Path
+    beside: dict[str, bytes] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel(ModelFolder):
+    """One version of a reward model in the store, read and found consistent.
+
+    tokenizer: of a text-form ensemble, which the server loads with it.
+    """
+
     spec: RewardModelSpec
     manifest: Manifest | EnsembleManifest
     golden: Golden
+    tokenizer: ModelFolder | None = None
+
+    @property
+    def folders(self) -> tuple[ModelFolder, ...]:
+        """All that is to be loaded under names of its own."""
+        return (self,) if self.tokenizer is None else (self.tokenizer, self)
+
+    @property
+    def asks(self) -> tuple[str, ...]:
+        """Names of the models that it passes samples on to."""
+        return ensemble_parts(self.name) if self.spec.engine == "ensemble" else self.spec.members
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,16 +154,19 @@ def read_model(model_store: Path, name: str) -> StoredModel:
     Raises:
         ModelStoreError: something is missing, unreadable or of another version; names the file.
     """
-    version = latest_version(model_store, name)
-    path = model_store / name / str(version)
-    spec = _read_spec(model_store / name / CONFIG)
-    if _read_spec(model_store / name / EMBEDDED_CONFIG) != spec or spec.name != name:
+    folder = _read_folder(model_store, name)
+    path = folder.path
+    spec = _read_spec(folder, CONFIG)
+    if _read_spec(folder, EMBEDDED_CONFIG) != spec or spec.name != name:
         raise ModelStoreError(f"{model_store / name}: {CONFIG} and {EMBEDDED_CONFIG} disagree; {_AGAIN}")
     manifest = _read_section(EnsembleManifest if spec.members else Manifest, path / MANIFEST)
     golden = _read_section(Golden, path / GOLDEN)
     if sha256_of(path / MANIFEST) != spec.content_sha256:
         raise ModelStoreError(f"{path / MANIFEST} is not the one that {CONFIG} was written for; {_AGAIN}")
-    return StoredModel(name, version, path, spec, manifest, golden)
+    tokenizer = None
+    if spec.engine == "ensemble":
+        tokenizer = _read_folder(model_store, ensemble_parts(name)[0])
+    return StoredModel(name, folder.version, path, folder.beside, spec, manifest, golden, tokenizer)
 
 
 def verify_files(model: StoredModel) -> None:
@@ -251,18 +277,40 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _read_text(path: Path) -> str:
+def _read_folder(model_store: Path, name: str) -> ModelFolder:
+    version = latest_version(model_store, name)
+    folder = model_store / name
+    # Configurations first: the data that they name outlives the next publication.
+    beside = {path: _read_bytes(folder / path) for path in (CONFIG, EMBEDDED_CONFIG)}
+    for file in sorted((folder / WARMUP).glob("*")):
+        beside[f"{WARMUP}/{file.name}"] = _read_bytes(file)
+    return ModelFolder(name, version, folder / str(version), beside)
+
+
+def _read_bytes(path: Path) -> bytes:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes()
     except FileNotFoundError as error:
         raise ModelStoreError(f"{path} is missing; {_AGAIN}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ModelStoreError(f"{path} cannot be read ({error}); {_AGAIN}") from error
 
 
-def _read_spec(path: Path) -> RewardModelSpec:
+def _read_text(path: Path) -> str:
+    return _as_text(_read_bytes(path), path)
+
+
+def _as_text(content: bytes, path: Path) -> str:
     try:
-        return from_pbtxt(_read_text(path))
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelStoreError(f"{path} cannot be read ({error}); {_AGAIN}") from error
+
+
+def _read_spec(folder: ModelFolder, config: str) -> RewardModelSpec:
+    path = folder.path.parent / config
+    try:
+        return from_pbtxt(_as_text(folder.beside[config], path))
     except ModelStoreError:
         raise
     except ServingError as error:

@@ -170,10 +170,8 @@ class _Keeper:
         """Start the server and stay with it to its end; why it ended."""
         watchdog = None
         try:
-            self.server.start(keep_log=self.state.restarts > 0)
-            watchdog = Watchdog(
-                self.server.url, self.server.access, self.server.stored, self._policy.load_timeout_s
-            )
+            self.server.start(again=self.state.restarts > 0)
+            watchdog = Watchdog(self.server, self._policy.load_timeout_s)
             self._set(
                 phase="ready",
                 problem="",

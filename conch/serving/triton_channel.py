@@ -4,6 +4,7 @@ trainers' reward client all come through here."""
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,11 +34,13 @@ class Access:
 
     tls: None speaks plain text.
     secret: for all requests; admin_secret: for those that change the server. "" where none is asked for.
+    headers: sent with every request, for what stands between us and the server; values may be secrets.
     """
 
     tls: ClientTls | None = None
     secret: str = field(default="", repr=False)
     admin_secret: str = field(default="", repr=False)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 def secret_from(variable: str | None) -> str:
@@ -81,15 +84,17 @@ def open_aio_client(address: str, access: Access, channel_args: list[tuple[str, 
     return client
 
 
-def configured_access(tls: TlsConfig, secret_env: str | None) -> Access:
-    """What a configuration's section and variable name stand for.
+def configured_access(
+    tls: TlsConfig, secret_env: str | None, headers: Mapping[str, str] | None = None
+) -> Access:
+    """What a configuration's section and variable name stand for, with further headers.
 
     Raises:
         ConfigError: the variable is not set, or a certificate file cannot be read.
     """
     client = ClientTls(tls.ca, tls.cert, tls.key) if tls.ca is not None else None
     _credentials(client)
-    return Access(client, secret_from(secret_env))
+    return Access(client, secret_from(secret_env), headers=headers or {})
 
 
 def explain_refusal(error: InferenceServerException, access: Access) -> str | None:
@@ -149,7 +154,8 @@ class _Headers:
 
 def _add_headers(client: InferenceServerClientBase, access: Access) -> None:
     given = {SECRET_KEY: access.secret, ADMIN_KEY: access.admin_secret}
-    if headers := {_HEADER + key: secret for key, secret in given.items() if secret}:
+    secrets = {_HEADER + key: secret for key, secret in given.items() if secret}
+    if headers := {**access.headers, **secrets}:
         client.register_plugin(_Headers(headers))  # pyright: ignore[reportArgumentType]
 
 

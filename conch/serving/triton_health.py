@@ -69,9 +69,15 @@ def check_version(client: triton.InferenceServerClient) -> None:
 
 
 def check_golden(
-    client: triton.InferenceServerClient, model: StoredModel, *, samples: int | None = None
+    client: triton.InferenceServerClient,
+    model: StoredModel,
+    *,
+    samples: int | None = None,
+    called: str | None = None,
 ) -> None:
     """Score the golden samples, or the first `samples` of them, through the server.
+
+    called: the name that the server knows the model by, if it is another.
 
     Raises:
         ServerStartError: a score differs by more than the tolerance, there is none, or another version than
@@ -81,7 +87,7 @@ def check_golden(
     for number, sample in enumerate(golden.samples[:samples]):
         try:
             inputs = request_inputs(sample.request(), model.spec)
-            reply = client.infer(model.name, inputs, client_timeout=_SCORE_TIMEOUT_S)
+            reply = client.infer(called or model.name, inputs, client_timeout=_SCORE_TIMEOUT_S)
         except InferenceServerException as error:
             raise ServerStartError(
                 f"model {model.name}: golden sample {number} got no score: {error}"

@@ -6,7 +6,6 @@ model again does, in a fraction of a second; where that does not help the server
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,12 @@ from tritonclient.utils import InferenceServerException
 
 from conch.errors import ServerStartError, ServingError
 from conch.log import get_logger
+from conch.serving.launcher import TritonServer
 from conch.serving.members import read_with_members
 from conch.serving.store import StoredModel, verify_files
-from conch.serving.triton_channel import Access, open_client
+from conch.serving.triton_channel import open_client
 from conch.serving.triton_health import check_golden
+from conch.serving.triton_swap import Swap, load
 
 _log = get_logger(__name__)
 
@@ -30,19 +31,17 @@ class Watchdog:
     heals: times that a model was loaded again because it did not score right.
     """
 
-    def __init__(
-        self, url: str, access: Access, models: Sequence[StoredModel], load_timeout_s: float
-    ) -> None:
+    def __init__(self, server: TritonServer, load_timeout_s: float) -> None:
         self.heals = 0
-        self._models = {model.name: model for model in models}
+        self._server = server
         self._load_timeout_s = load_timeout_s
-        self._client = open_client(url, access)
+        self._client = open_client(server.url, server.access)
         self._counts: dict[str, tuple[int, int]] = {}
 
     @property
     def versions(self) -> dict[str, int]:
-        """Model -> the version that was loaded last."""
-        return {name: model.version for name, model in self._models.items()}
+        """Model -> the version that is served."""
+        return {model.name: model.version for model in self._server.stored}
 
     def close(self) -> None:
         """Close the connection."""
@@ -54,60 +53,49 @@ class Watchdog:
         Raises:
             ServerStartError: the model does not score right after it was loaded again either.
         """
-        for model in self._models.values():
+        for model in self._server.stored:
             if self._answers_others(model.name):
                 continue
             try:
                 check_golden(self._client, model, samples=1)
             except ServerStartError as error:
                 _log.warning("%s; loading it again", error)
-                self._load(model)
+                load(self._client, model, model.name, self._load_timeout_s)
                 check_golden(self._client, model, samples=1)
                 self.heals += 1
 
     def swap(self, model_store: Path) -> list[str]:
-        """Have the server load what is newer in the store; the old version answers until the new one can.
+        """Have the server take up what is newer in the store; the old version answers until the new one can.
 
-        Nothing is loaded unless everything that is new can be read and fits together.
+        Nothing changes unless everything that is new can be read, fits together, loads and scores right.
 
         Returns:
             sentences about models that were swapped.
 
         Raises:
             ServingError: the store's latest is older than what is served, damaged, did not load, or scores
-                wrong. What did not load leaves the old version serving.
+                wrong. What was served before goes on serving.
         """
-        found = read_with_members(model_store, list(self._models))
-        newer = [model for model in found if self._is_newer(model)]
+        assert self._server.repository is not None
+        served = {model.name: model for model in self._server.stored}
+        found = read_with_members(model_store, list(served))
+        newer: list[StoredModel] = []
+        for model in found:
+            changed = {other.name for other in newer}
+            if _is_newer(model, served) or changed & set(model.asks):
+                newer.append(model)
         for model in newer:
             verify_files(model)
-        news = []
-        for model in newer:
-            news.append(f"{model.name}: version {self.versions.get(model.name, 'none')} -> {model.version}")
-            self._load(model)
-            self._models[model.name] = model
-        for model in newer:
-            check_golden(self._client, model)
-        return news
-
-    def _is_newer(self, stored: StoredModel) -> bool:
-        running = self._models.get(stored.name)
-        if running is None:  # an ensemble's new member
-            return True
-        if stored.version < running.version:
-            raise ServingError(
-                f"model {running.name}: the store's latest version is {stored.version}, but version "
-                f"{running.version} is served and versions only move forward; convert the model again"
-            )
-        return stored.version > running.version
-
-    def _load(self, model: StoredModel) -> None:
         try:
-            self._client.load_model(model.name, client_timeout=self._load_timeout_s)
-        except InferenceServerException as error:
-            raise ServerStartError(
-                f"version {model.version} of model {model.name} did not load: {error.message()}"
-            ) from error
+            Swap(self._client, self._server.repository, served, newer, self._load_timeout_s).run()
+        except OSError as error:
+            raise ServingError(f"the server's repository cannot be written: {error}") from error
+        self._server.stored = tuple(found)
+        return [
+            f"{model.name}: version {served[model.name].version if model.name in served else 'none'} -> "
+            f"{model.version}"
+            for model in newer
+        ]
 
     def _answers_others(self, name: str) -> bool:
         """Whether since the last look requests succeeded and none failed."""
@@ -120,3 +108,15 @@ class Watchdog:
         before = self._counts.get(name, now)
         self._counts[name] = now
         return now[0] > before[0] and now[1] == before[1]
+
+
+def _is_newer(stored: StoredModel, served: dict[str, StoredModel]) -> bool:
+    running = served.get(stored.name)
+    if running is None:  # an ensemble's new member
+        return True
+    if stored.version < running.version:
+        raise ServingError(
+            f"model {running.name}: the store's latest version is {stored.version}, but version "
+            f"{running.version} is served and versions only move forward; convert the model again"
+        )
+    return stored.version > running.version

@@ -71,6 +71,9 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     requests: the rows of every ModelInfer, in the order of arrival.
     index: model name -> (state, reason) as the repository index tells it; None refuses to tell.
     config: a ModelConfig message to tell instead of the spec's.
+    version: of the model, as replies state it.
+    statistics: the model's sums since it was loaded; None is a server that does not tell.
+    headers: of the latest request for scores.
     """
 
     def __init__(self, spec: RewardModelSpec, score: Callable[[Row], Sequence[float]], port: int = 0) -> None:
@@ -83,6 +86,9 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.ready = True
         self.index: dict[str, tuple[str, str]] | None = {spec.name: ("READY", "")}
         self.config: Any = text_format.Parse(to_pbtxt(spec), model_config_pb2.ModelConfig())
+        self.version = "1"
+        self.statistics: Any = service_pb2.ModelStatistics(name=spec.name, version="1")
+        self.headers: dict[str, str] = {}
         self.most_in_flight = 0
         self._in_flight = 0
         self._lock = threading.Lock()
@@ -131,11 +137,17 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             )
         return service_pb2.ModelConfigResponse(config=self.config)
 
+    def ModelStatistics(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        if self.statistics is None:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "This protocol is restricted, expecting header 'x'")
+        return service_pb2.ModelStatisticsResponse(model_stats=[self.statistics])
+
     def ModelInfer(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         rows = self._rows(request)
         with self._lock:
             self.requests.append(rows)
             self.widths.append(request.inputs[0].shape[1])
+            self.headers = {key: str(value) for key, value in context.invocation_metadata()}
             self._in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self._in_flight)
             action = self.script.popleft() if self.script else None
@@ -151,7 +163,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
                 grpc.StatusCode.INTERNAL,
                 "Failed to process the request(s) for model 'fake', message: ValueError: bad\n\nAt:\n  x.py",
             )
-        return response(np.array([self.score(row) for row in rows], dtype=np.float32))
+        scores = np.array([self.score(row) for row in rows], dtype=np.float32)
+        return response(scores, version=self.version)
 
     def _rows(self, request: Any) -> list[Row]:
         tensors = {

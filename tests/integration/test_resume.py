@@ -17,11 +17,11 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.clock import CLOCK
 from tests.integration.resume_run import KINDS, TRAIN
 
 ROOT = Path(__file__).resolve().parents[2]
 LONGEST_S = 180
-CLOCK = ("time/", "reward/latency", "reward/wait")
 
 
 def start(kind: str, run_dir: Path, ranks: int, *overrides: str) -> subprocess.Popen[str]:

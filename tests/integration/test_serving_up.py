@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,7 +106,7 @@ def test_a_killed_stub_is_healed_without_a_restart(store: Path) -> None:
 
 BREAKS_IN_ONE_SERVER = """
         import os, pathlib
-        broken = pathlib.Path(__file__).parents[3] / "broken-server"
+        broken = pathlib.Path(__file__).resolve().parents[3] / "broken-server"
         if broken.exists() and broken.read_text() == str(os.getppid()):
             raise RuntimeError("broken")
 """
@@ -167,54 +165,6 @@ def test_nothing_outlives_a_killed_supervisor(store: Path) -> None:
     assert deployment.names() == [] and detach(store, "mine").is_ready
 
 
-def test_swap_under_load_loses_no_request_and_versions_only_move_forward(store: Path) -> None:
-    running = detach(store, "mine")
-    stop, outcomes = threading.Event(), [[] for _ in range(4)]
-
-    def work(mine: list) -> None:
-        with triton.InferenceServerClient(running.replicas[0].url) as client:
-            while not stop.is_set():
-                try:
-                    mine.append(score(client, "abcd"))
-                except Exception as error:
-                    mine.append(error)
-
-    threads = [threading.Thread(target=work, args=(mine,)) for mine in outcomes]
-    for thread in threads:
-        thread.start()
-    try:
-        for version in (2, 3):
-            # Another score per version: a reply that mixed versions would show.
-            body = LENGTH_MODEL.replace("len(text)", f"len(text) * {version}")
-            store_model(store, MODEL, model_py=body, golden_score=2.0 * version)
-            done = conch("swap", "mine")
-            assert done.returncode == 0 and done.stdout == f"{MODEL}: version {version}\n", done.stderr
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join(DEADLINE_S)
-
-    assert all(outcome in {(4.0, "1"), (8.0, "2"), (12.0, "3")} for mine in outcomes for outcome in mine)
-    for mine in outcomes:
-        assert {version for _, version in mine} == {"1", "2", "3"}
-        assert [version for _, version in mine] == sorted(version for _, version in mine)
-
-
-def test_a_new_version_that_does_not_load_leaves_the_old_one_serving(store: Path) -> None:
-    running = detach(store, "mine")
-    store_model(store, MODEL, model_py="raise ImportError('no such luck')")
-    done = conch("swap", "mine")
-    assert done.returncode == 1 and "version 2 of model lengths did not load" in done.stderr
-    with triton.InferenceServerClient(running.replicas[0].url) as client:
-        assert score(client, "abcd") == (4.0, "1")
-
-
-def test_a_followed_store_is_taken_up_by_itself(store: Path) -> None:
-    detach(store, "mine", "--follow-store")
-    store_model(store, MODEL)
-    wait_until(lambda: deployment.read("mine").replicas[0].versions == {MODEL: 2}, "no swap")
-
-
 def test_an_address_that_is_up_already_is_checked_against_the_store(store: Path) -> None:
     url = detach(store, "mine").replicas[0].url
     ask = ("up", "--model-store", str(store), "--model", MODEL, "--url", url)
@@ -255,16 +205,3 @@ def test_logs_follow_until_the_deployment_ends(store: Path) -> None:
         assert conch("down", "mine").returncode == 0
         rest, _ = following.communicate(timeout=DEADLINE_S)
     assert first and "Waiting for in-flight requests to complete" in rest and following.returncode == 0
-
-
-def test_a_store_that_went_back_is_refused_and_the_newer_version_serves_on(store: Path) -> None:
-    store_model(store, MODEL, weights=b"second")
-    running = detach(store, "mine")
-    older = store.parent / "older"
-    store_model(older, MODEL)
-    shutil.rmtree(store / MODEL)
-    (older / MODEL).rename(store / MODEL)
-    done = conch("swap", "mine")
-    assert done.returncode == 1 and "version 2 is served and versions only move forward" in done.stderr
-    with triton.InferenceServerClient(running.replicas[0].url) as client:
-        assert score(client, "abcd") == (4.0, "2")

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
 import math
+import string
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
 
 from conch.converters.cases import Case, Sample, build_cases, requests_of
 from conch.converters.checkpoint import Checkpoint, read_checkpoint
@@ -55,6 +60,24 @@ def test_build_cases_of_text_hold_unicode_nothing_and_too_much(checkpoint: Check
     assert any("漢" in text for text in texts)
     longest = max(texts, key=len)
     assert len(longest) > 32 and len(texts[longest]) == 16 and texts[longest][-1] == EOS
+
+
+def test_build_cases_of_text_reach_the_lengths_wanted_where_the_tokenizer_joins_letters(
+    tmp_path: Path,
+) -> None:
+    folder = reward_checkpoint(tmp_path, letters=string.ascii_letters, n_positions=200)
+    joining = Tokenizer(BPE(unk_token="a"))
+    joining.train_from_iterator(
+        ["the cat sat on the mat and ran"], BpeTrainer(vocab_size=40, special_tokens=["<eos>", "<pad>"])
+    )
+    PreTrainedTokenizerFast(tokenizer_object=joining, eos_token="<eos>", pad_token="<pad>").save_pretrained(
+        folder
+    )
+    cases = build_cases(read_checkpoint(str(folder)), "text", max_batch_size=64)
+
+    alone = [case.samples[0] for case in cases if case.name.startswith("alone")]
+    assert len({len(sample.ids) for sample in alone}) > 16
+    assert 198 <= max(len(sample.ids) for sample in alone) <= 200
 
 
 def test_requests_of_tokens_pad_on_the_side_of_the_case() -> None:

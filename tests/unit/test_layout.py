@@ -19,7 +19,7 @@ LONGEST_FUNCTION = 70
 # columns before its own, and the parts of its column do not know each other.
 COLUMNS = (
     {"types", "config", "errors", "log"},
-    {"ops", "cli", "disk"},
+    {"ops", "cli", "disk", "option_names"},
     {"models", "data", "serving"},
     {"rollouts", "rewards", "experience", "engine", "checkpoint", "tracking"},
     {"plots"},
@@ -49,7 +49,7 @@ OWNERS = {
     "tensorboard": ("conch/tracking.py",),
     "matplotlib": ("conch/plots.py",),
 }
-TORCH_FREE = ("rewards", "serving", *sorted(BASE), "cli")
+TORCH_FREE = ("rewards", "serving", *sorted(BASE), "cli", "option_names")
 # Run inside the server, never in the process that starts it.
 RUN_IN_SERVER = "conch/serving/python_backend/*.py"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
@@ -16,8 +16,8 @@ from conch.errors import ConfigError, RewardError, RewardInvalidError, RewardUna
 from conch.rewards import scorer as scorer_module
 from conch.rewards.callable_reward import CallableReward
 from conch.rewards.scorer import Scorer, combine
-from conch.types import RewardResult, RewardStatus, Rollout
-from tests.fakes.rollouts import rollouts
+from conch.types import OnFinished, Prompt, RewardResult, RewardStatus, Rollout
+from tests.fakes.rollouts import rollout, rollouts
 
 WAIT_S = 30
 
@@ -60,7 +60,8 @@ class Outage:
     def _result(self, rollout: Rollout) -> RewardResult:
         if "u" in rollout.completion.text and self.left > 0:
             return RewardResult(RewardStatus.UNAVAILABLE, detail="nobody there", latency_s=2.0)
-        return RewardResult(RewardStatus.OK, scores={"reward": 1.0}, latency_s=1.0)
+        text = rollout.completion.text
+        return RewardResult(RewardStatus.OK, scores={"reward": 1.0}, latency_s=1.0, detail=text)
 
 
 class Ranks:
@@ -129,6 +130,69 @@ def test_chunks_are_requested_before_gather() -> None:
         scorer.submit(rollouts("a"))
         assert called.wait(WAIT_S)
         scorer.gather()
+
+
+class Letters:
+    """A sampler whose chunks of two end in the order that is given, and that goes on when told to."""
+
+    def __init__(self, *ends: Sequence[int]) -> None:
+        self._ends = ends
+        self.in_between: Callable[[], object] = lambda: None
+
+    def generate(
+        self, prompts: Sequence[Prompt], *, greedy: bool = False, on_finished: OnFinished | None = None
+    ) -> Iterator[list[Rollout]]:
+        made = [rollout(prompt.text, "a" * (number + 1)) for number, prompt in enumerate(prompts)]
+        for start, order in zip(range(0, len(made), 2), self._ends, strict=True):
+            for place in order:
+                if on_finished is not None:
+                    on_finished({place: made[place]})
+                self.in_between()
+            yield made[start : start + 2]
+
+
+PROMPTS = [Prompt("p", (1,))] * 4
+
+
+def test_completions_are_requested_as_they_end_and_come_back_in_order() -> None:
+    source = Outage(rounds=0)
+    scorer = Scorer(source, RewardConfig())
+    scorer.submit(rollouts("b"))
+    made = scorer.submit_each(Letters([1, 0], [2, 3]), PROMPTS)
+    scorer.submit(rollouts("bb"))
+
+    assert [rollout.completion.text for rollout in made] == ["a", "aa", "aaa", "aaaa"]
+    assert source.asked == [["b"], ["aa"], ["a"], ["aaa"], ["aaaa"], ["bb"]]
+    assert [result.detail for result in scorer.gather()] == ["b", "a", "aa", "aaa", "aaaa", "bb"]
+
+
+def test_an_async_function_is_called_while_its_chunk_is_still_sampled() -> None:
+    called = threading.Event()
+
+    async def reward(samples: list[str], prompts: list[str], outputs: list[str]) -> list[float]:
+        called.set()
+        return [float(len(output)) for output in outputs]
+
+    sampler = Letters([1, 0], [3, 2])
+    sampler.in_between = lambda: called.wait(WAIT_S) or pytest.fail("nothing was asked for")
+    with CallableReward(reward) as source:
+        scorer = Scorer(source, RewardConfig())
+        scorer.submit_each(sampler, PROMPTS)
+        assert [result.scores["reward"] for result in scorer.gather()] == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_sync_function_gets_whole_chunks() -> None:
+    asked: list[list[str]] = []
+
+    def reward(samples: list[str], prompts: list[str], outputs: list[str]) -> list[float]:
+        asked.append(outputs)
+        return [float(len(output)) for output in outputs]
+
+    with CallableReward(reward) as source:
+        scorer = Scorer(source, RewardConfig())
+        scorer.submit_each(Letters([1, 0], [3, 2]), PROMPTS)
+        assert [result.scores["reward"] for result in scorer.gather()] == [1.0, 2.0, 3.0, 4.0]
+    assert asked == [["a", "aa"], ["aaa", "aaaa"]]
 
 
 def test_raise_names_count_and_first_detail() -> None:
@@ -297,6 +361,7 @@ def test_metrics_describe_the_last_gather() -> None:
     scorer.gather()
     metrics = scorer.metrics()
     assert metrics.pop("reward/wait_s") >= 0
+    assert 0 <= metrics.pop("reward/hidden_fraction") <= 1
     assert metrics == {
         "reward/latency_p50_s": 1.0,
         "reward/latency_p99_s": 2.0,

@@ -19,6 +19,7 @@ from conch.checkpoint import steps_of
 from conch.config import load
 from conch.errors import ConfigError, RewardInvalidError
 from conch.trainers.rft import Candidates, RFTRunConfig, RFTTrainer
+from tests.clock import CLOCK
 from tests.runs import (
     EOS,
     LINEAR_ADAM,
@@ -50,7 +51,6 @@ POOL = [
     Candidates((5, 6), ((4,), (7, 7, 7)), (2.0, 1.0)),
 ]
 LEARNED = [([0, 2, 3, EOS], 1), ([5, 6, 4], 2)]
-CLOCK = ("time/", "reward/latency", "reward/wait")
 
 
 def rft_trainer(run_dir: Path, *, lm: GPT2LMHeadModel | None = None, **settings: Any) -> RFTTrainer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -144,6 +144,52 @@ def _nucleus_mass(logits: Tensor, top_p: float) -> float:
         if total >= top_p:
             break
     return total
+
+
+Told = list[dict[int, Rollout]]
+
+
+def sample_telling(
+    lm: PreTrainedModel, batch: Sequence[Prompt], **generation: Any
+) -> tuple[list[Rollout], Told]:
+    """Rollouts, and what `on_finished` was told of them, call by call."""
+    engine = HFEngine(lambda: lm, TOKENIZER, GenerationConfig(**generation), version=lambda: 7)
+    told: Told = []
+    torch.manual_seed(0)
+    chunks = engine.generate(batch, on_finished=lambda finished: told.append(dict(finished)))
+    return [rollout for chunk in chunks for rollout in chunk], told
+
+
+@pytest.mark.parametrize("settings", [{}, {"stop": ("c", "ab")}, {"top_p": 0.8, "stop": ("e",)}])
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_handing_over_early_changes_nothing_of_what_is_sampled(family: str, settings: dict[str, Any]) -> None:
+    lm = tiny_decoder(family)
+    batch = prompts("abc", "d", "ef", "a") * 6
+    expected = sample(lm, batch, max_new_tokens=9, chunk_size=7, **settings)
+    found, told = sample_telling(lm, batch, max_new_tokens=9, chunk_size=7, **settings)
+
+    assert found == expected
+    assert len({r.completion.finish_reason for r in found}) > 1, "some end early, some do not"
+    pairs = [pair for call in told for pair in call.items()]
+    assert sorted(place for place, _ in pairs) == list(range(len(batch)))
+    assert all(rollout is found[place] for place, rollout in pairs)
+    assert len(told) > 4, "more calls than chunks"
+
+
+def test_each_completion_is_handed_over_the_moment_it_ends() -> None:
+    lm, steps = cycle_decoder(TOKENIZER), []
+    lm.register_forward_hook(lambda *_: steps.append(1))
+    config = GenerationConfig(max_new_tokens=8, stop=("de",), chunk_size=3)
+    engine = HFEngine(lambda: lm, TOKENIZER, config, version=lambda: 0)
+    told: dict[int, tuple[int, str]] = {}
+
+    def note(finished: Mapping[int, Rollout]) -> None:
+        told.update({n: (len(steps), rollout.completion.text) for n, rollout in finished.items()})
+
+    # t: u and the end; b: stopped at c|de; f: reaches the limit. The last of a second chunk is alone.
+    list(engine.generate(prompts("t", "b", "f", "s"), on_finished=note))
+
+    assert told == {0: (2, "u"), 1: (3, "c"), 2: (8, "ghijklmn"), 3: (11, "tu")}
 
 
 def test_seed_reproduces_a_rollout_and_another_seed_does_not() -> None:

@@ -18,12 +18,12 @@ from conch.config import load
 from conch.errors import CheckpointError, ConfigError, DataError
 from conch.trainers.reward_model import RewardModelRunConfig, RewardModelTrainer
 from conch.trainers.run import Run, save_checkpoint
+from tests.clock import CLOCK
 from tests.runs import PROMPTS, TOKENIZER, parameters, policy, ppo_trainer, sft_trainer, vowels
 from tests.tiny import tiny_gpt2_config
 
 SAMPLES = ["abcd", "bc", "hgf", "aab", "cde", "fgh", "ab", "ed", "ccc", "dh"]
 SCORED = [{"text": text, "score": float(len(text))} for text in SAMPLES]
-CLOCK = ("time/", "reward/latency", "reward/wait")
 TRAIN = {"total_steps": 6, "eval_every": 2, "save_every": 2, "max_grad_norm": 1.0}
 
 

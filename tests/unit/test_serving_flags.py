@@ -17,7 +17,7 @@ from conch.serving.runtime import (
 from conch.serving.tls import ServerTls
 
 HELP = BundledRuntime().help_text()
-PLACES = Places("/store", "/backends", "conch_1_", "/c.pem", "/k.pem", "/ca.pem")
+PLACES = Places("/store", "/tmp/s/repository", "/backends", "conch_1_", "/c.pem", "/k.pem", "/ca.pem")
 SETTINGS = ServerSettings(Path("/host/store"), ("walks",), grpc_port=8001)
 
 
@@ -93,33 +93,40 @@ def test_is_loopback(host: str, expected: bool) -> None:
 def test_apptainer_mounts_read_only_and_shows_the_gpu() -> None:
     tls = ServerTls(Path("/c/cert.pem"), Path("/c/key.pem"))
     asked = settings(gpu="7", tls=tls)
-    command = apptainer_command("apptainer", Path("triton.sif"), asked, ["--x=1"])
+    command = apptainer_command("apptainer", Path("triton.sif"), asked, Path("/tmp/s"), ["--x=1"])
     assert command == [
         "apptainer", "exec", "--cleanenv", "--nv", "--bind=/store:/model_store:ro",
+        "--bind=/tmp/s/repository:/repository:ro",
         "--bind=/c/cert.pem:/tls/cert.pem:ro", "--bind=/c/key.pem:/tls/key.pem:ro",
         "triton.sif", "tritonserver", "--x=1",
     ]  # fmt: skip
     environment = apptainer_environment({"PATH": "/bin"}, asked)
     assert environment["SINGULARITYENV_CUDA_VISIBLE_DEVICES"] == "7"
     assert environment["APPTAINERENV_CUDA_VISIBLE_DEVICES"] == "7" and environment["PATH"] == "/bin"
-    assert "--nv" not in apptainer_command("apptainer", Path("triton.sif"), settings(), [])
+    assert "--nv" not in apptainer_command("apptainer", Path("triton.sif"), settings(), Path("/tmp/s"), [])
 
 
 def test_docker_stays_on_the_hosts_loopback_and_writes_nothing() -> None:
-    command = docker_command("docker", "triton:26.11", settings(gpu="7"), ["--x=1"], "conch-1")
+    command = docker_command(
+        "docker", "triton:26.11", settings(gpu="7"), Path("/tmp/s"), ["--x=1"], "conch-1"
+    )
     image = command.index("triton:26.11")
     assert command[image:] == ["triton:26.11", "tritonserver", "--x=1"]
     wanted = {"--rm", "--name=conch-1", "--network=host", "--read-only", "--volume=/store:/model_store:ro"}
+    wanted |= {"--volume=/tmp/s/repository:/repository:ro"}
     assert wanted <= {*command[:image]}
     assert '--gpus="device=7"' in command and not any("CUDA_VISIBLE" in word for word in command)
-    assert not any(word.startswith("--gpus") for word in docker_command("docker", "i", settings(), [], "n"))
+    assert not any(
+        word.startswith("--gpus")
+        for word in docker_command("docker", "i", settings(), Path("/tmp/s"), [], "n")
+    )
 
 
 def test_docker_container_is_removed_by_name_though_its_command_is_killed(tmp_path, monkeypatch) -> None:
     (tmp_path / "docker").write_text("#!/bin/sh\n")
     (tmp_path / "docker").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    invocation = DockerRuntime("triton").invocation(settings(), [], "conch-1")
+    invocation = DockerRuntime("triton").invocation(settings(), tmp_path, [], "conch-1")
     assert invocation.end_command[1:] == ["rm", "--force", "conch-1"]
 
 

@@ -1,0 +1,6 @@
+"""Which metrics follow the clock, and so differ between two equal runs."""
+
+from __future__ import annotations
+
+CLOCK = ("time/", "reward/latency", "reward/wait", "reward/hidden")
+"""Beginnings of their names."""
