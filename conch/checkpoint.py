@@ -110,13 +110,18 @@ def check_space(folder: Path, needed: int) -> None:
 def model_bytes(model: nn.Module) -> int:
     """Size of the parameters, each counted once, with a tenth for the tokenizer and the rest."""
     parameters: dict[int, torch.Tensor] = {id(p): p for p in model.parameters()}
-    return int(1.1 * sum(p.numel() * p.element_size() for p in parameters.values())) + 1_000_000
+    return int(1.1 * sum(_numel(p) * p.element_size() for p in parameters.values())) + 1_000_000
 
 
 def checkpoint_bytes(module: nn.Module) -> int:
     """Size of a whole checkpoint: the model twice, and two float32 moments for what is trained."""
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    trained = sum(_numel(p) for p in module.parameters() if p.requires_grad)
     return 2 * model_bytes(module) + 8 * trained
+
+
+def _numel(parameter: Tensor) -> int:
+    """Elements of a parameter, also of one that ZeRO-3 has spread over the ranks and left empty here."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 # ------------------------------------------------------------------------------------------ whole checkpoints

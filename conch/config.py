@@ -261,6 +261,10 @@ class RewardConfig(Section):
     wait_budget_s: float = Field(default=3600.0, gt=0)
     """With `wait`: longest outage to sit out, in seconds."""
 
+    checkpoint_after_s: float = Field(default=300.0, ge=0)
+    """With `wait`: seconds of an outage after which a checkpoint is saved, from which the interrupted step
+    (or evaluation) can be done again. One is saved as well when the budget is spent."""
+
     weights: dict[str, float] = Field(default_factory=dict)
     """Objective -> weight in the sum, for rewards with several objectives; unnamed objectives weigh 1."""
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
@@ -33,6 +35,7 @@ from transformers import get_scheduler
 
 from conch.config import OptimizerConfig, SchedulerConfig, TrainConfig
 from conch.errors import CheckpointError, ConchError, ConfigError, DistributedError
+from conch.launched import launched_processes, leave_with_launcher
 
 # Tied weights are saved once, and loaded as what they are; nobody has to check anything.
 logging.getLogger("accelerate.utils.other").addFilter(
@@ -48,6 +51,13 @@ group: dropping it joins gloo's threads with the interpreter's lock held, and on
 tensor waits for that very lock, for ever."""
 
 _SETTLE_S = 0.5
+
+_PEER_IS_GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process exited",
+)
 
 COLLECTIVE_TIMEOUT_S = 1800
 """Longest a rank waits for the others: must exceed the slowest rank's rollout and any wait for rewards."""
@@ -67,6 +77,16 @@ class UpdateReport:
     skipped: bool
 
 
+@dataclass(frozen=True)
+class RandomState:
+    """The generators that training draws from: Python's, numpy's, torch's on the CPU and on each GPU."""
+
+    python: Any
+    numpy: Any
+    torch: Tensor
+    devices: list[Tensor]
+
+
 class Engine:
     """Owns the processes; `prepare` gives it the one module it trains."""
 
@@ -78,7 +98,7 @@ class Engine:
         if not has_gpu:  # else DeepSpeed, where installed, looks for a GPU first and warns
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # Naming a backend makes accelerate expect a process group: not for a single process.
-        backend = "gloo" if not has_gpu and _launched_processes() > 1 else None
+        backend = "gloo" if not has_gpu and launched_processes() > 1 else None
         process_group = InitProcessGroupKwargs(
             backend=backend, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S)
         )
@@ -92,13 +112,24 @@ class Engine:
             # other forever.
             kwargs_handlers=[process_group, DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
+        check_kind(self.accelerator.distributed_type)
+        self._is_whole = False
+        self._build_models_whole()
         self._check_processes()
+        leave_with_launcher()
         set_seed(config.seed)
+
+    def _build_models_whole(self) -> None:
+        """Under ZeRO-3 transformers would make models in shards, whatever `zero3_init_flag` says, where heads
+        and references need shapes and values; and it would tie the ranks' sampling to each other. It asks an
+        object for that which lives as long as accelerate holds it."""
+        if self.accelerator.state.deepspeed_plugin is not None:
+            self.accelerator.state.deepspeed_plugin.dschf = None
 
     def _check_processes(self) -> None:
         """Launchers have been seen to start one process where several were asked for; never train on then."""
         running = self.accelerator.num_processes
-        wanted = self._config.num_processes or _launched_processes() or running
+        wanted = self._config.num_processes or launched_processes() or running
         if running != wanted:
             raise DistributedError(
                 f"{wanted} processes were asked for, {running} run; on a machine without a GPU start several "
@@ -133,16 +164,6 @@ class Engine:
     def seed_sampling(self) -> None:
         """Give each rank its own random stream: no two sample alike. Call it after weights are made."""
         set_seed(self._config.seed + 1000 * (self.rank + 1))
-
-    def share(self, total: int, name: str) -> int:
-        """This rank's part of a global count.
-
-        Raises:
-            ConfigError: it does not divide, with the numbers named.
-        """
-        if total % self.num_ranks:
-            raise ConfigError(f"`{name}` = {total} does not divide among {self.num_ranks} processes")
-        return total // self.num_ranks
 
     def prepare(
         self, module: nn.Module, optimizer: OptimizerConfig, scheduler: SchedulerConfig, *, total_updates: int
@@ -183,7 +204,7 @@ class Engine:
         total, grad_norm, skipped = torch.zeros((), device=self.device), float("nan"), False
         learning_rate = float(self._scheduler.get_last_lr()[0])
         for micro_batch in micro_batches:
-            with self.accelerator.accumulate(self.module):
+            with _peer_loss_explained(), self.accelerator.accumulate(self.module):
                 loss = loss_of(micro_batch)
                 total += loss.detach().float()
                 self.accelerator.backward(loss * (steps * self.num_ranks))
@@ -206,11 +227,50 @@ class Engine:
             self._scheduler.step()
         return grad_norm, skipped
 
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Inside, each rank holds all weights and may run the module, or any part of it, on its own: to
+        sample, to evaluate, to save. Only ZeRO-3 has anything to do for it: one gathering of the weights in
+        the precision they are trained in. What is written to them inside is lost. Called on all ranks; may be
+        nested.
+        """
+        if self._is_whole or not self._is_sharded():
+            yield
+            return
+        from conch import deepspeed_zero3
+
+        self._is_whole = True
+        try:
+            with _peer_loss_explained(), deepspeed_zero3.whole(self.module):
+                yield
+        finally:
+            self._is_whole = False
+
+    @contextmanager
+    def writable_weights(self, *modules: nn.Module) -> Iterator[None]:
+        """Inside, the weights of these parts are whole and may be written, by all ranks alike."""
+        if not self._is_sharded():
+            yield
+            return
+        from conch import deepspeed_zero3
+
+        with deepspeed_zero3.writable(*modules):
+            yield
+
+    def _is_sharded(self) -> bool:
+        """True where no rank holds all weights."""
+        if self.accelerator.distributed_type is not DistributedType.DEEPSPEED:
+            return False
+        from conch import deepspeed_zero3
+
+        return deepspeed_zero3.is_sharded(self.module)
+
     def sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over all ranks."""
         if self.num_ranks == 1:
             return values
-        return cast(Tensor, self.accelerator.reduce(values.to(self.device), reduction="sum"))
+        with _peer_loss_explained():
+            return cast(Tensor, self.accelerator.reduce(values.to(self.device), reduction="sum"))
 
     def sum_int(self, value: int) -> int:
         """Sum of a whole number over all ranks: how ranks agree on what each of them saw."""
@@ -218,13 +278,15 @@ class Engine:
 
     def gather(self, rows: list[ObjectT]) -> list[ObjectT]:
         """Everybody's rows, in the order of ranks, on every rank."""
-        return rows if self.num_ranks == 1 else gather_object(rows)
+        with _peer_loss_explained():
+            return rows if self.num_ranks == 1 else gather_object(rows)
 
     def broadcast(self, value: ObjectT) -> ObjectT:
         """Rank 0's value, on every rank."""
         box: list[Any] = [value]
-        if self.num_ranks > 1:
-            broadcast_object_list(box)
+        with _peer_loss_explained():
+            if self.num_ranks > 1:
+                broadcast_object_list(box)
         return box[0]
 
     def together(self, work: Callable[[], object]) -> None:
@@ -252,7 +314,8 @@ class Engine:
 
     def wait_for_everyone(self) -> None:
         """Barrier."""
-        self.accelerator.wait_for_everyone()
+        with _peer_loss_explained():
+            self.accelerator.wait_for_everyone()
 
     def save_state(self, folder: Path) -> None:
         """Write weights, optimizer state and every rank's random state; called on all ranks.
@@ -285,6 +348,21 @@ class Engine:
                 f"the training state in {folder} does not fit this model or its optimizer: {reason}"
             ) from error
 
+    def random_state(self) -> RandomState:
+        """Every generator of this process as it stands."""
+        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return RandomState(random.getstate(), np.random.get_state(), torch.get_rng_state(), devices)
+
+    @contextmanager
+    def rewound(self, state: RandomState) -> Iterator[None]:
+        """Inside, the generators stand as they did when `random_state` gave `state`; then as before."""
+        present = self.random_state()
+        _set_random_state(state)
+        try:
+            yield
+        finally:
+            _set_random_state(present)
+
     def state_dict(self) -> dict[str, Any]:
         """What `save_state` does not hold; plain numbers."""
         return {"scheduler": self._scheduler.state_dict()}
@@ -305,9 +383,44 @@ class Engine:
             time.sleep(_SETTLE_S)
 
 
-def _launched_processes() -> int:
-    """Processes that the launcher says it started; 0 where there is none that says."""
-    return int(os.environ.get("WORLD_SIZE") or 0)
+def _set_random_state(state: RandomState) -> None:
+    random.setstate(state.python)
+    np.random.set_state(state.numpy)
+    torch.set_rng_state(state.torch)
+    if state.devices:
+        torch.cuda.set_rng_state_all(state.devices)
+
+
+def check_kind(kind: DistributedType) -> None:
+    """Refuse what shards weights in a way that `Engine.whole_weights` cannot undo.
+
+    Raises:
+        DistributedError: says what to take instead.
+    """
+    if kind in (DistributedType.FSDP, DistributedType.MEGATRON_LM):
+        raise DistributedError(
+            f"{kind.value} keeps no whole weights to sample from, to evaluate and to save: launch with "
+            "configs/accelerate/zero3.yaml, or zero2-bf16.yaml where the weights fit a GPU"
+        )
+
+
+@contextmanager
+def _peer_loss_explained() -> Iterator[None]:
+    """Turn what a collective throws when a rank is gone into words: the traceback of the others says nothing.
+
+    Raises:
+        DistributedError: another process is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # torch has no type of its own for it: gloo's and NCCL's words tell
+        reason = str(error)
+        if not any(words in reason for words in _PEER_IS_GONE):
+            raise
+        raise DistributedError(
+            "another process of this run is gone, so this one leaves: its own output and the launcher's "
+            f"report say why ({reason.splitlines()[0][:200]})"
+        ) from error
 
 
 def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -84,7 +84,7 @@ class Tracker:
         self._active = is_main_process()
         self._desc = desc
         self._total = total_steps
-        self._start, self._first = time.monotonic(), done_steps or 0
+        self._start, self._first = time.monotonic(), max(0, done_steps or 0)
         self._bar = progress(total=total_steps, desc=desc)
         self._bar.update(self._first)
         self._sinks: list[_Sink] = []

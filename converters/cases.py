@@ -24,11 +24,17 @@ _ODD_TEXTS = ("Ünïcödé, 漢字, 🙂🙃, עברית", "\x00\ttab\r\nline", 
 class Sample:
     """text: what a client sends in the text form, "" in the token form. ids: what the model must read.
 
-    Without ids the server must refuse the sample.
+    Without ids the server must refuse the sample. ends: how much of what the client sent lies before the end
+    of each token, None for a token that the client did not send; empty where samples only are scored.
     """
 
     text: str
     ids: tuple[int, ...]
+    ends: tuple[int | None, ...] = ()
+
+
+Token = tuple[int, int | None]
+"""An id, and its entry of `Sample.ends`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +80,7 @@ class _TextSamples:
         self._tokenizer = checkpoint.tokenizer
         self._tokens = _RandomTokens(checkpoint)
         self._is_chat = checkpoint.template == CHAT
+        self._is_dense = checkpoint.granularity != "sample"
 
     def of_length(self, length: int) -> Sample:
         """A sample of `length` tokens, or as near as decoding and encoding again comes."""
@@ -108,34 +115,43 @@ class _TextSamples:
                 high = middle - 1
         return text[:low]
 
-    def _whole(self, text: str) -> list[int]:
+    def _whole(self, text: str) -> list[Token]:
         if self._is_chat:
             rendered = self._tokenizer.apply_chat_template(_conversation(text), return_dict=True)
-            return list(rendered["input_ids"])
+            return [(token, None) for token in rendered["input_ids"]]
         eos = self._tokenizer.eos_token or ""
-        return self._tokenizer(self._checkpoint.template.format(text=text, eos=eos)).input_ids
+        encoded = self._tokenizer(self._checkpoint.template.format(text=text, eos=eos))
+        ids = encoded.input_ids
+        if not self._is_dense:
+            return [(token, None) for token in ids]
+        start = len(self._checkpoint.template.split("{text}")[0].format(eos=eos))
+        spans = [encoded.token_to_chars(index) for index in range(len(ids))]
+        ends = [span.end - start if span else 0 for span in spans]
+        return [(token, end if 0 < end <= len(text) else None) for token, end in zip(ids, ends, strict=True)]
 
     def _sample(self, text: str) -> Sample:
         sent = json.dumps(_conversation(text)) if self._is_chat else text
-        return Sample(sent, tuple(self._cut(self._whole(text))))
+        tokens = self._cut(self._whole(text))
+        ends = tuple(end for _, end in tokens) if self._is_dense else ()
+        return Sample(sent, tuple(token for token, _ in tokens), ends)
 
-    def _cut(self, ids: list[int]) -> list[int]:
+    def _cut(self, tokens: list[Token]) -> list[Token]:
         """By another rule than model.py's: what is too much goes, between the special tokens at the ends."""
-        excess = len(ids) - self._checkpoint.max_length
+        excess = len(tokens) - self._checkpoint.max_length
         if excess <= 0:
-            return ids
+            return tokens
         if self._is_chat:
             if self._tokenizer.truncation_side == "left":
-                return ids[excess:]
-            kept = 1 if ids[-1] == self._tokenizer.eos_token_id else 0
-            return ids[: len(ids) - excess - kept] + ids[len(ids) - kept :]
+                return tokens[excess:]
+            kept = 1 if tokens[-1][0] == self._tokenizer.eos_token_id else 0
+            return tokens[: len(tokens) - excess - kept] + tokens[len(tokens) - kept :]
         special = set(self._tokenizer.all_special_ids) - {self._tokenizer.unk_token_id}
-        head = next(index for index, token in enumerate(ids) if token not in special)
-        tail = next(index for index, token in enumerate(reversed(ids)) if token not in special)
+        head = next(index for index, (token, _) in enumerate(tokens) if token not in special)
+        tail = next(index for index, (token, _) in enumerate(reversed(tokens)) if token not in special)
         if self._tokenizer.truncation_side == "left":
-            return ids[:head] + ids[head + excess :]
-        end = len(ids) - tail
-        return ids[: end - excess] + ids[end:]
+            return tokens[:head] + tokens[head + excess :]
+        end = len(tokens) - tail
+        return tokens[: end - excess] + tokens[end:]
 
 
 class _TokenSamples:
@@ -147,7 +163,11 @@ class _TokenSamples:
 
     def of_length(self, length: int) -> Sample:
         """A sample of exactly `length` tokens."""
-        return Sample("", tuple(self._tokens.take(length)))
+        return self._sample(self._tokens.take(length))
+
+    def _sample(self, ids: Sequence[int]) -> Sample:
+        ends = range(1, len(ids) + 1) if self._checkpoint.granularity != "sample" else ()
+        return Sample("", tuple(ids), tuple(ends))
 
     def special_cases(self) -> list[Case]:
         """Rows whose end misleads pooling, and rows that must be refused."""
@@ -157,9 +177,9 @@ class _TokenSamples:
         ends = {"ends in pad": (*body, pad)[-limit:]}
         if eos is not None:
             ends |= {"ends in eos": (*body, eos)[-limit:], "eos in the middle": (eos, *body)[:limit]}
-        together = (*(Sample("", ids) for ids in ends.values()), self.of_length(limit))
+        together = (*(self._sample(ids) for ids in ends.values()), self.of_length(limit))
         return [
-            *(Case(name, (Sample("", ids),)) for name, ids in ends.items()),
+            *(Case(name, (self._sample(ids),)) for name, ids in ends.items()),
             Case("these together", together),
         ]
 

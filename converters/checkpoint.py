@@ -20,6 +20,7 @@ from conch.errors import ConfigError, ConversionError, ModelError
 from conch.models.adapter import adapter_base
 from conch.models.loading import context_window
 from conch.serving.manifest import Aggregate, Pooling
+from conch.serving.spec import Granularity
 
 REWARD_MODEL_FILE = "reward_model.json"
 CHAT = "chat"
@@ -65,7 +66,7 @@ class Checkpoint:
     mean, std: statistics of raw scores per reward, None if not known. normalise: what becomes of them.
     pad_token_id: fills short rows; of pooling `hf`, the id that the model's pooling takes for padding.
     vocab_size: token ids must be below this.
-    separator_id, aggregate: of process rewards, see `Manifest`.
+    separator_id, aggregate: of process rewards, see `Manifest`. granularity: what gets a score of its own.
     """
 
     model: Any
@@ -83,6 +84,7 @@ class Checkpoint:
     vocab_size: int
     separator_id: int | None = None
     aggregate: Aggregate | None = None
+    granularity: Granularity = "sample"
     base_model: str | None = None
     sha256: str = ""
 
@@ -106,6 +108,7 @@ def read_checkpoint(name: str, reading: Reading | None = None) -> Checkpoint:
     network = read_network(source, wanted.base_model, trust_remote_code=wanted.trust_remote_code)
     network.model.to(wanted.device)
     pooling = _pooling(source, wanted.pooling or told.pooling, network)
+    _check_granularity(source, wanted, pooling, network)
     separator, aggregate = _steps(source, wanted, pooling, tokenizer, len(network.labels))
     columns, reward_names = _rewards(source, told.reward_names, wanted.rewards, network, pooling)
     template = _template(wanted.template or told.template, tokenizer, pooling)
@@ -132,6 +135,7 @@ def read_checkpoint(name: str, reading: Reading | None = None) -> Checkpoint:
         vocab_size=_check_vocabulary(source, network.model, tokenizer, pad),
         separator_id=separator,
         aggregate=aggregate,
+        granularity=wanted.granularity,
         base_model=network.base_model,
         sha256=network.sha256,
     )
@@ -249,6 +253,25 @@ def _pooling(source: Source, wanted: Pooling | None, network: Network) -> Poolin
     return wanted
 
 
+def _check_granularity(source: Source, wanted: Reading, pooling: Pooling, network: Network) -> None:
+    if wanted.granularity == "step" and pooling != "steps":
+        raise ConversionError(
+            f"{source.name} is no process reward model (a token classifier), so its steps have no scores: "
+            "use --granularity token for a score at every token, or sample"
+        )
+    if wanted.granularity == "token" and network.head is None:
+        raise ConversionError(
+            f"{source.name}: its tokens cannot be scored: between the states and the scores of "
+            f"{type(network.model).__name__} stands more than one linear layer, which reads whole samples; "
+            "use --granularity sample"
+        )
+    if wanted.granularity == "token" and wanted.step_separator is not None:
+        raise ConversionError(
+            "--granularity token scores every token, so none separates steps: leave out --step_separator, "
+            "or use --granularity step"
+        )
+
+
 def _steps(
     source: Source, wanted: Reading, pooling: Pooling, tokenizer: Any, outputs: int
 ) -> tuple[int | None, Aggregate | None]:
@@ -265,9 +288,12 @@ def _steps(
             f"{source.name} has one output a token, which is no probability: a product of such scores means "
             "nothing; use min, mean or last"
         )
+    if wanted.granularity == "token":
+        return None, aggregate
     if wanted.step_separator is None:
         raise ConversionError(
-            f"{source.name} scores the steps of a text: say with --step_separator which token ends a step"
+            f"{source.name} scores the steps of a text: say with --step_separator which token ends a step, "
+            "or score every token with --granularity token"
         )
     ids = tokenizer(wanted.step_separator, add_special_tokens=False).input_ids
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:

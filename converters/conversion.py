@@ -9,7 +9,7 @@ from typing import Literal
 from conch.converters.parity import ParityReport
 from conch.errors import ConversionError
 from conch.serving.manifest import Aggregate, Backend, Pooling, ServedDtype
-from conch.serving.spec import Form, RewardModelSpec
+from conch.serving.spec import Form, Granularity, RewardModelSpec
 from conch.serving.store import is_valid_name
 
 Normalise = Literal["fold", "parameters", "none"]
@@ -53,6 +53,10 @@ class Reading:
     aggregate: Aggregate | None = None
     """How the scores of steps become one; None takes `min`. Process rewards only."""
 
+    granularity: Granularity = "sample"
+    """`step`: process rewards give each step's score as well. `token`: every token gets a score as well; a
+    process reward then has no separator, and aggregates over tokens."""
+
     device: str = "cpu"
     """Where the comparison runs, `cpu` or `cuda`."""
 
@@ -92,6 +96,10 @@ class Options:
     max_queue_delay_us: int = 1000
     """Microseconds that the server may wait to fill a batch; a lone caller pays them on every request."""
 
+    batch_invariant: bool = False
+    """Score each row by itself: the same to the last bit in any batch, for runs that must repeat exactly.
+    Slower. Python back end only."""
+
     instances: int = 1
     """Copies of the model that the server runs side by side; each takes its memory."""
 
@@ -119,6 +127,8 @@ class Options:
             raise ConversionError(f"max_batch_size is {self.max_batch_size}; it must be at least 1")
         if self.max_queue_delay_us < 0:
             raise ConversionError(f"max_queue_delay_us is {self.max_queue_delay_us}; it must be 0 or more")
+        if self.batch_invariant and self.backend != "python":
+            raise ConversionError(f"batch_invariant needs the python back end, not {self.backend}")
         if self.instances < 1:
             raise ConversionError(f"instances is {self.instances}; it must be at least 1")
         if self.keep is not None and self.keep < 0:

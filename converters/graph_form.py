@@ -33,6 +33,11 @@ def check_options(options: Options) -> None:
             f"--backend {options.backend} takes --dtype float32 or float16, not {options.dtype}; "
             "use --backend python for it"
         )
+    if options.reading.granularity != "sample":
+        raise ConversionError(
+            f"--backend {options.backend} gives one score a sample: --granularity "
+            f"{options.reading.granularity} needs --backend python"
+        )
     if options.reading.trust_remote_code:
         raise ConversionError(f"--backend {options.backend} holds no Python: it takes no --trust_remote_code")
     traced_for = "gpu" if options.reading.device.startswith("cuda") else "cpu"

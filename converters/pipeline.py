@@ -18,10 +18,11 @@ from transformers.utils import logging as transformers_logging
 from conch.converters import graph_form, onnx_text, python_form, torchao_int8
 from conch.converters.cases import Case, build_cases, requests_of
 from conch.converters.checkpoint import Checkpoint, checkpoint_sha256, read_checkpoint
-from conch.converters.comparison import compare
+from conch.converters.comparison import Expected, compare
 from conch.converters.conversion import Conversion, Options
+from conch.converters.dense import check_dense
 from conch.converters.parity import ParityReport
-from conch.converters.reference import Expected, expected_scores, golden_of
+from conch.converters.reference import expected_scores, golden_of
 from conch.converters.served_form import Request, ServedForm
 from conch.converters.version_files import write_beside
 from conch.errors import ConversionError, ParityError
@@ -79,7 +80,8 @@ def convert(options: Options) -> Conversion:
             gc.collect()  # before the served form loads, the original must be gone
             _log.info("scoring %d requests with the served form", len(written.requests))
             replies = served.score(written.requests, options.reading.device)
-        report = compare(written.cases, replies, written.expected, options.dtype)
+        invariant = options.batch_invariant
+        report = compare(written.cases, replies, written.expected, options.dtype, batch_invariant=invariant)
         if not report.ok:
             raise ParityError(_parity_failure(report, options))
         golden = golden_of(written.cases, options.form, written.expected, options.dtype)
@@ -129,6 +131,7 @@ def _write(options: Options, folder: Path) -> Written:
     """All that needs the original: its model is freed when this returns."""
     _log.info("reading %s", options.checkpoint)
     checkpoint = read_checkpoint(options.checkpoint, options.reading)
+    check_dense(checkpoint, options.form)
     if options.dtype == "int8":
         torchao_int8.check_layers(checkpoint.model)
     manifest = _manifest(options, checkpoint)
@@ -179,6 +182,8 @@ def _manifest(options: Options, checkpoint: Checkpoint) -> Manifest:
         columns=checkpoint.columns,
         separator_id=checkpoint.separator_id,
         aggregate=checkpoint.aggregate,
+        granularity=checkpoint.granularity,
+        batch_invariant=options.batch_invariant,
         max_length=checkpoint.max_length,
         reward_names=checkpoint.reward_names,
         normalise=checkpoint.normalise == "parameters",
@@ -219,6 +224,7 @@ def _finish(
         max_length=manifest.max_length,
         content_sha256=content_sha256,
         engine=_ENGINES[options.backend],
+        granularity=manifest.granularity,
     )
 
 

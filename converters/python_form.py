@@ -28,7 +28,8 @@ _SHARD_SIZE = "500MB"
 def layout_of(checkpoint: Checkpoint) -> Literal["classifier", "trunk"]:
     """`classifier` where the checkpoint's own class gives the served scores, else `trunk`."""
     folds_into_head = checkpoint.normalise == "fold" and checkpoint.head is not None
-    return "classifier" if checkpoint.pooling == "hf" and not folds_into_head else "trunk"
+    reads_tokens = checkpoint.pooling != "hf" or checkpoint.granularity != "sample"
+    return "trunk" if reads_tokens or folds_into_head else "classifier"
 
 
 def write_version(folder: Path, checkpoint: Checkpoint, manifest: Manifest) -> None:

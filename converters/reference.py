@@ -12,17 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conch.converters.cases import Case
+from conch.converters.cases import Case, Sample
 from conch.converters.checkpoint import Checkpoint
+from conch.converters.comparison import Expected
 from conch.converters.full_precision import in_float32
 from conch.converters.parity import GOLDEN_TOLERANCES
 from conch.errors import ConversionError
 from conch.log import progress
 from conch.serving.manifest import Golden, GoldenSample
 from conch.serving.spec import Form
-
-Expected = dict[tuple[int, ...], tuple[float, ...]]
-"""Token ids -> one score per reward."""
 
 _GOLDEN_SAMPLES = 8
 
@@ -33,12 +31,18 @@ def expected_scores(checkpoint: Checkpoint, cases: Iterable[Case]) -> Expected:
     Raises:
         ConversionError: the model itself fails on a sample, or scores it with NaN or infinity.
     """
-    rows = dict.fromkeys(sample.ids for case in cases for sample in case.samples if sample.ids)
+    samples = {sample.ids: sample for case in cases for sample in case.samples if sample.ids}
+    expected = Expected({})
     with in_float32(checkpoint.model):
-        return {
-            ids: _normalised(checkpoint, _raw_scores(checkpoint, ids))
-            for ids in progress(list(rows), desc="scoring with the original")
-        }
+        for ids, sample in progress(list(samples.items()), desc="scoring with the original"):
+            raw, every = _outputs(checkpoint, sample)
+            expected.scores[ids] = _normalised(checkpoint, raw)
+            if checkpoint.granularity != "sample":
+                expected.steps[ids] = tuple(
+                    (sample.ends[place] or 0, _normalised(checkpoint, every[place])[0])
+                    for place in _step_places(checkpoint, sample)
+                )
+    return expected
 
 
 def golden_of(cases: Sequence[Case], form: Form, expected: Expected, dtype: str) -> Golden:
@@ -48,13 +52,15 @@ def golden_of(cases: Sequence[Case], form: Form, expected: Expected, dtype: str)
     chosen = samples[::step][:_GOLDEN_SAMPLES]
     return Golden(
         tolerance=GOLDEN_TOLERANCES[dtype],
-        samples=tuple(
-            GoldenSample(text=sample.text, scores=expected[sample.ids])
-            if form == "text"
-            else GoldenSample(input_ids=sample.ids, scores=expected[sample.ids])
-            for sample in chosen
-        ),
+        samples=tuple(_golden_sample(sample, form, expected) for sample in chosen),
     )
+
+
+def _golden_sample(sample: Sample, form: Form, expected: Expected) -> GoldenSample:
+    sent: dict[str, Any] = {"text": sample.text} if form == "text" else {"input_ids": sample.ids}
+    if expected.steps:
+        sent["step_ends"], sent["step_scores"] = zip(*expected.steps[sample.ids], strict=True)
+    return GoldenSample(**sent, scores=expected.scores[sample.ids])
 
 
 def _normalised(checkpoint: Checkpoint, raw: list[float]) -> tuple[float, ...]:
@@ -66,51 +72,70 @@ def _normalised(checkpoint: Checkpoint, raw: list[float]) -> tuple[float, ...]:
 
 
 @torch.inference_mode()
-def _raw_scores(checkpoint: Checkpoint, ids: tuple[int, ...]) -> list[float]:
-    """All outputs of the head."""
-    row = torch.tensor([ids], device=checkpoint.model.device)
+def _outputs(checkpoint: Checkpoint, sample: Sample) -> tuple[list[float], list[list[float]]]:
+    """All outputs of the head: for the sample, and at each of its tokens where something is read there."""
+    row = torch.tensor([sample.ids], device=checkpoint.model.device)
     inputs = {"input_ids": row, "attention_mask": torch.ones_like(row)}
+    reads_tokens = checkpoint.pooling != "hf" or checkpoint.granularity != "sample"
     try:
+        every = _at_every_token(checkpoint, inputs) if reads_tokens else []
         if checkpoint.pooling == "hf":
             scores = checkpoint.model(**inputs).logits[0].double().tolist()
         else:
-            states = checkpoint.trunk(**inputs).last_hidden_state[0].double()
-            scores = _pooled_scores(checkpoint, ids, states)
+            scores = _pooled_scores(checkpoint, sample, every)
     except Exception as error:  # torch raises many kinds; a stack of its frames helps nobody
         raise ConversionError(
-            f"the checkpoint itself fails on a sample of {len(ids)} tokens: {error}; "
+            f"the checkpoint itself fails on a sample of {len(sample.ids)} tokens: {error}; "
             "if that is longer than its window, give a lower --max_length"
         ) from error
-    if not all(map(math.isfinite, scores)):
-        raise ConversionError(f"the checkpoint itself scores a sample of {len(ids)} tokens with {scores}")
-    return scores
+    if not all(map(math.isfinite, [*scores, *(value for outputs in every for value in outputs)])):
+        raise ConversionError(
+            f"the checkpoint itself scores a sample of {len(sample.ids)} tokens with {scores}, "
+            "or one of its tokens with a number that is not finite"
+        )
+    return scores, every
 
 
-def _pooled_scores(checkpoint: Checkpoint, ids: tuple[int, ...], states: Tensor) -> list[float]:
-    head, eos = checkpoint.head, checkpoint.tokenizer.eos_token_id
+def _at_every_token(checkpoint: Checkpoint, inputs: dict[str, Tensor]) -> list[list[float]]:
+    head = checkpoint.head
     assert head is not None
+    states = checkpoint.trunk(**inputs).last_hidden_state[0].double()
     outputs = states @ head.weight.double().T.to(states.device)
     if head.bias is not None:
         outputs = outputs + head.bias.double().to(states.device)
-    per_token = outputs.tolist()
+    rows = outputs.tolist()
+    is_probability = checkpoint.pooling == "steps" and len(rows[0]) > 1
+    return [_softmax(row) for row in rows] if is_probability else rows
+
+
+def _pooled_scores(checkpoint: Checkpoint, sample: Sample, every: list[list[float]]) -> list[float]:
+    ids, eos = sample.ids, checkpoint.tokenizer.eos_token_id
     if checkpoint.pooling == "steps":
-        return _step_scores(checkpoint, ids, per_token)
+        return _aggregated(checkpoint, [every[place] for place in _step_places(checkpoint, sample)])
     if checkpoint.pooling == "mean":  # the head is linear: the mean of its outputs is its output of the mean
-        return [sum(column) / len(ids) for column in zip(*per_token, strict=True)]
+        return [_mean(column) for column in zip(*every, strict=True)]
     where = {"cls": 0, "last_token": len(ids) - 1}.get(checkpoint.pooling)
     if where is None:
         where = ids.index(eos) if eos in ids else len(ids) - 1
-    return per_token[where]
+    return every[where]
 
 
-def _step_scores(checkpoint: Checkpoint, ids: tuple[int, ...], per_token: list[list[float]]) -> list[float]:
-    scores = [row if len(row) == 1 else _softmax(row) for row in per_token]
-    words = [place for place, token in enumerate(ids) if token != checkpoint.tokenizer.eos_token_id]
-    last = words[-1] if words else len(ids) - 1
-    ends = {place for place, token in enumerate(ids) if token == checkpoint.separator_id} | {last}
-    steps = [scores[place] for place in sorted(ends)]
+def _step_places(checkpoint: Checkpoint, sample: Sample) -> list[int]:
+    """Tokens at which steps end, or that are scored each; never those that the client did not send."""
+    ids = sample.ids
+    sent = [place for place, end in enumerate(sample.ends) if end is not None]
+    own = sent or list(range(len(ids)))
+    words = [place for place in own if ids[place] != checkpoint.tokenizer.eos_token_id] or own
+    if checkpoint.granularity != "sample" and not sent:
+        return words[-1:]
+    if checkpoint.granularity == "token":
+        return own
+    return sorted({place for place in own if ids[place] == checkpoint.separator_id} | {words[-1]})
+
+
+def _aggregated(checkpoint: Checkpoint, steps: list[list[float]]) -> list[float]:
     if checkpoint.aggregate == "last":
-        return scores[last]
+        return steps[-1]
     combine: dict[str, Callable[[Any], float]] = {"min": min, "prod": math.prod, "mean": _mean}
     return [combine[str(checkpoint.aggregate)](column) for column in zip(*steps, strict=True)]
 

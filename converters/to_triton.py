@@ -21,7 +21,7 @@ from conch.errors import ConchError, ParityError
 from conch.log import setup_logging
 from conch.option_names import written_with
 from conch.serving.manifest import Aggregate, Backend, Pooling, ServedDtype
-from conch.serving.spec import Form
+from conch.serving.spec import Form, Granularity
 
 _POOLINGS = tuple(rule for rule in get_args(Pooling) if rule != "steps")
 
@@ -36,6 +36,7 @@ def to_triton(
     dtype: ServedDtype = "float32",
     max_batch_size: int = 64,
     max_queue_delay_us: int = 1000,
+    batch_invariant: bool = False,
     instances: int = 1,
     instance_kind: Literal["cpu", "gpu"] = "gpu",
     gpu: int = 0,
@@ -67,6 +68,7 @@ def to_triton(
         dtype=dtype,
         max_batch_size=max_batch_size,
         max_queue_delay_us=max_queue_delay_us,
+        batch_invariant=batch_invariant,
         instances=instances,
         instance_kind=instance_kind,
         gpu=gpu,
@@ -138,6 +140,12 @@ def _add_reading(add: Any) -> None:
     add("--normalise", choices=get_args(Normalise), help=statistics)
     add("--step_separator", metavar="TOKEN", help="process rewards: text of the token that ends a step")
     add("--aggregate", choices=get_args(Aggregate), help="process rewards: one score of the steps'")
+    add(
+        "--granularity",
+        choices=get_args(Granularity),
+        default="sample",
+        help="what gets a score of its own beside the sample; default: %(default)s",
+    )
     add("--device", default="cpu", help="where scores are compared: cpu or cuda; default: %(default)s")
     add("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
 
@@ -159,6 +167,7 @@ def _add_serving(add: Any) -> None:
         default=1000,
         help="microseconds to wait for a fuller batch; default: %(default)s",
     )
+    add("--batch_invariant", action="store_true", help="scores the same to the last bit in any batch; slower")
     add("--instances", type=int, default=1, help="copies of the model in a server; default: %(default)s")
     add(
         "--instance_kind", choices=("cpu", "gpu"), default="gpu", help="in config.pbtxt; default: %(default)s"

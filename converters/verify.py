@@ -8,6 +8,7 @@ from conch.converters.cases import build_cases, requests_of
 from conch.converters.checkpoint import read_checkpoint
 from conch.converters.comparison import compare
 from conch.converters.conversion import Reading
+from conch.converters.dense import check_dense
 from conch.converters.parity import ParityReport
 from conch.converters.pipeline import quiet_transformers
 from conch.converters.reference import expected_scores
@@ -20,7 +21,7 @@ def verify(endpoint: str, checkpoint: str, dtype: ServedDtype, reading: Reading)
     """Compare a served model with the checkpoint that it should have been made from.
 
     endpoint: `host:port/model`. dtype: whose tolerance counts. reading: as at the conversion; a length that
-    it leaves open is the server's.
+    it leaves open is the server's, and so is the granularity.
 
     Raises:
         ServingError: the server does not answer, or serves no reward model there.
@@ -28,9 +29,10 @@ def verify(endpoint: str, checkpoint: str, dtype: ServedDtype, reading: Reading)
     """
     with Server(endpoint) as server, quiet_transformers():
         spec = server.spec()
-        original = read_checkpoint(
-            checkpoint, replace(reading, max_length=reading.max_length or spec.max_length or None)
-        )
+        length = reading.max_length or spec.max_length or None
+        reading = replace(reading, max_length=length, granularity=spec.granularity)
+        original = read_checkpoint(checkpoint, reading)
+        check_dense(original, spec.form)
         if len(spec.reward_names) != len(original.reward_names):
             raise ConversionError(
                 f"{endpoint} serves the rewards {', '.join(spec.reward_names)}, the checkpoint has "

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Builds the CPU image as an ordinary user and shows that it serves: a small random reward model is converted with
-# conch-to-triton, served from the container, and scored by Conch's own client, once with the command line of README.md
-# and once with serve.sh.
+# conch-to-triton, served from the container, and scored by Conch's own client: with the command line of README.md, with
+# serve.sh, and by `python -m conch.serving up --runtime apptainer`, which is also shown a killed server and a new version.
 #
 #     sudo singularity/prove_cpu_image.sh FOLDER [--pip FOLDER]
 #
@@ -36,10 +36,31 @@ make_sid() {
     [ ! -e "$sid/.complete" ] || return 0
     say "Debian sid with Apptainer in $sid"
     rm -rf "$sid"
-    debootstrap --variant=minbase --include=ca-certificates,apptainer,debootstrap,squashfuse,uidmap \
+    # The libraries are what the Python of this checkout may want, which runs there too.
+    debootstrap --variant=minbase \
+        --include=ca-certificates,apptainer,debootstrap,squashfuse,uidmap,libexpat1,libffi8,libsqlite3-0,libssl3t64 \
         sid "$sid" http://deb.debian.org/debian >"$work/sid.log" 2>&1 || fail "debootstrap failed: $work/sid.log"
     chroot "$sid" useradd --create-home --uid "$user" conch
     touch "$sid/.complete"
+}
+
+# What in_sid has to show of the Python that .venv was made from: its folder or, of one below /usr, its parts.
+python_parts() {
+    "$python" - "$python" <<'PY'
+import os
+import sys
+import sysconfig
+
+if not sys.base_prefix.startswith("/usr"):
+    print(sys.base_prefix)
+else:
+    link = sys.argv[1]
+    while link.startswith(sys.prefix):
+        link = os.path.join(os.path.dirname(link), os.readlink(link))
+    library = os.path.join(sysconfig.get_config_var("LIBDIR"), sysconfig.get_config_var("INSTSONAME"))
+    parts = {link, os.path.realpath(link), sysconfig.get_path("stdlib", vars={"base": sys.base_prefix})}
+    print(*sorted(parts | ({library} if os.path.exists(library) else set())), sep="\n")
+PY
 }
 
 # Runs a command of Debian sid as an ordinary user. The checkout and the work folder have the paths that they have
@@ -58,6 +79,13 @@ in_sid() {
         mount --bind "$work/fuse" "$sid/dev/fuse"
         mount --bind "$root" "$sid$root"
         mount --bind "$work" "$sid$work"
+        while read -r part; do
+            above=$sid$(dirname "$part")
+            mkdir -p "$above"
+            if [ -d "$part" ]; then mkdir -p "$sid$part"; else touch "$sid$part"; fi
+            mount --bind "$part" "$sid$part"
+            while [ "$above" != "$sid" ]; do chmod a+x "$above" && above=$(dirname "$above"); done
+        done <"$work/python"
         cat /etc/resolv.conf >"$sid/etc/resolv.conf"
         cat /etc/hosts >"$sid/etc/hosts"
         cd "$sid" && pivot_root . old_root && umount --lazy /old_root && cd "$work/home"
@@ -82,11 +110,60 @@ serve_and_score() {
     in_sid "$@" >"$work/server.log" 2>&1 &
     local server=$!
     trap 'kill $server 2>/dev/null || true' EXIT
-    (cd "$root" && "$python" singularity/score_golden.py localhost:8001/tiny "$store" --wait 120) ||
+    score ||
         { tail -n 30 "$work/server.log" >&2 && fail "the container did not serve; the log is $work/server.log"; }
     kill -TERM "$server"
     wait "$server" || fail "the server left with $? after SIGTERM; the log is $work/server.log"
     trap - EXIT
+}
+
+# Another version of the same model, for `swap`.
+convert_again() {
+    (cd "$root" && "$python" -m conch.converters.to_triton --checkpoint "$work/checkpoint" --name tiny \
+        --model-store "$store") >>"$work/convert.log" 2>&1 || fail "conversion failed: $work/convert.log"
+    chown -R "$user" "$store"
+}
+
+# A subcommand of `python -m conch.serving`, in Debian sid, where it finds Apptainer.
+serving() { (in_sid "$python" -m conch.serving "$@"); }
+
+# Prints one field of the deployment's only server.
+replica() { serving status proof --json --interval 0.1 | "$python" -c \
+    'import json, sys; print(json.load(sys.stdin)["proof"][0][sys.argv[1]])' "$1"; }
+
+score() {
+    (cd "$root" && "$python" singularity/score_golden.py localhost:8001/tiny "$store" --wait 120)
+}
+
+# Waits until the server runs again, which is another process then.
+wait_for_restart() {
+    for _ in $(seq 240); do
+        [ "$(replica restarts) $(replica phase)" != "1 ready" ] || return 0
+        sleep 0.5
+    done
+    fail "the server was not started again: $work/home/.local/state/conch/serving/proof/supervisor.log"
+}
+
+supervise() {
+    say "python -m conch.serving up --runtime apptainer --image $(basename "$image")"
+    serving up --model-store "$store" --model tiny --name proof --detach --runtime apptainer --image "$image" ||
+        fail "conch.serving up failed"
+    trap 'serving down proof || true' EXIT
+    score && serving status proof --interval 0.1
+    say "kill -9 of its server"
+    kill -KILL "$(replica pid)"
+    wait_for_restart
+    score && serving status proof --interval 0.1
+    say "a new version"
+    convert_again
+    serving swap proof
+    score
+    say "down"
+    serving down proof
+    trap - EXIT
+    left=$(ps -o args= -u "$user" | grep -F tritonserver || true
+        find /dev/shm "$sid/tmp" -maxdepth 1 -user "$user" -name "conch*")
+    [ -z "$left" ] || fail "this was left behind: $left"
 }
 
 "$python" - <<'PY' || fail "something listens on port 8001, which the README's command uses"
@@ -97,6 +174,7 @@ with socket.socket() as probe:
     probe.bind(("0.0.0.0", 8001))
 PY
 make_sid
+python_parts >"$work/python"
 mkdir -p "$work/home" && chown "$user" "$work/home"
 image=$work/home/tritonserver-cpu.sif
 if [ ! -e "$image" ]; then
@@ -110,4 +188,5 @@ ln -sfn "$store" "$work/home/model_store"
 serve_and_score bash -c 'SINGULARITYENV_CUDA_VISIBLE_DEVICES=7 exec singularity run --nv --bind model_store:/model_store \
     tritonserver-pyt.sif tritonserver --model-repository=/model_store'
 serve_and_score bash "$root/singularity/serve.sh" --cpu --image "$image" --store "$store" tiny
+supervise
 say "proved: $(basename "$image") built without root and served what Conch's client scored right"

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
@@ -98,9 +100,21 @@ def classifier(folder: Path, family: str, *, dtype: str = "float32", **overrides
     return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def process_reward(folder: Path, family: str, *, num_labels: int = 2) -> Any:
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte a token, ids from 0 in the order of GPT-2's alphabet of bytes; then <pad>, <eos>, <unk>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def process_reward(folder: Path, family: str, *, num_labels: int = 2, **overrides: Any) -> Any:
     """Save a token classifier, as process rewards are."""
-    config = config_of(family, num_labels=num_labels)
+    config = config_of(family, num_labels=num_labels, **overrides)
     return _saved(random_model(AutoModelForTokenClassification, config), folder, family)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from conch import serving
 from conch.serving.ensemble_manifest import EnsembleManifest, EnsembleMember
 from conch.serving.manifest import GOLDEN, MANIFEST, Golden, GoldenSample, Manifest, sha256_of
-from conch.serving.spec import RewardModelSpec
+from conch.serving.spec import RewardModelSpec, TokenizerSpec, ensemble_parts
 from conch.serving.store import publish, read_model, staged_version
 
 # Runs in the real server, where it starts in a second: the score of a text is its length.
@@ -72,25 +73,8 @@ def store_model(
     with staged_version(store, name) as folder:
         (folder / "model.safetensors").write_bytes(weights)
         (folder / "model.py").write_text(model_py)
-        golden = Golden(tolerance=1e-4, samples=(GoldenSample(text="ab", scores=(golden_score,)),))
-        (folder / GOLDEN).write_text(golden.model_dump_json())
-        manifest = Manifest(
-            name=name,
-            form="text",
-            source="here",
-            created_at="2026-01-01T00:00:00+00:00",
-            template="{text}",
-            max_length=8,
-            reward_names=("reward",),
-            normalise=False,
-            dtype="float32",
-            pad_token_id=0,
-            vocab_size=4,
-            tools={},
-            files={file: sha256_of(folder / file) for file in ("model.safetensors", "model.py", GOLDEN)},
-        )
-        (folder / MANIFEST).write_text(manifest.model_dump_json())
-        spec = RewardModelSpec(name, max_length=8, content_sha256=sha256_of(folder / MANIFEST))
+        spec = RewardModelSpec(name, max_length=8)
+        spec = _write_beside(folder, spec, GoldenSample(text="ab", scores=(golden_score,)))
         return publish(folder, spec, store, **placement)
 
 
@@ -129,3 +113,58 @@ def store_ensemble(store: Path, name: str, members: Sequence[str]) -> Path:
         digest = sha256_of(folder / MANIFEST)
         spec = RewardModelSpec(name, max_length=8, content_sha256=digest, members=tuple(members))
         return publish(folder, spec, store)
+
+
+# Parts of a text-form ensemble: the bytes of a text, `repeats` times over, and their number times `factor`.
+_TOKENIZER = """
+    def answer(self, texts):
+        ids = np.frombuffer(texts.as_numpy()[0, 0] * {repeats}, dtype=np.uint8).astype(np.int64)[None]
+        tensors = {{"input_ids": ids, "attention_mask": np.ones_like(ids)}}
+        return pb_utils.InferenceResponse([pb_utils.Tensor(*item) for item in tensors.items()])
+"""
+_COUNTER = """
+    def answer(self, ids):
+        scores = np.full((len(ids.as_numpy()), 1), ids.as_numpy().shape[1] * {factor}, dtype=np.float32)
+        return pb_utils.InferenceResponse([pb_utils.Tensor("rewards", scores)])
+"""
+
+
+def store_text_graph(store: Path, name: str, *, repeats: int, factor: int) -> None:
+    """Publish what `--backend onnx` makes of a text-form model: tokenizer, token form, ensemble of both."""
+    head = LENGTH_MODEL[: LENGTH_MODEL.index("    def answer")]
+    tokenizer, counter = ensemble_parts(name)
+    with staged_version(store, counter) as folder:
+        body = head.replace('"text"', '"input_ids"') + _COUNTER.format(factor=factor)
+        (folder / "model.py").write_text(body)
+        golden = GoldenSample(input_ids=(97, 98), scores=(2.0 * factor,))
+        spec = RewardModelSpec(counter, form="token", max_length=8, engine="onnxruntime")
+        publish(folder, _write_beside(folder, spec, golden), store)
+    with staged_version(store, tokenizer) as folder:
+        (folder / "model.py").write_text(head + _TOKENIZER.format(repeats=repeats))
+        publish(folder, TokenizerSpec(tokenizer, max_batch_size=64, max_length=8), store)
+    with staged_version(store, name) as folder:
+        golden = GoldenSample(text="ab", scores=(2.0 * repeats * factor,))
+        spec = RewardModelSpec(name, max_length=8, engine="ensemble", max_queue_delay_us=0)
+        publish(folder, _write_beside(folder, spec, golden), store)
+
+
+def _write_beside(folder: Path, spec: RewardModelSpec, sample: GoldenSample) -> RewardModelSpec:
+    """Write manifest and golden sample of a version; the specification with the manifest's hash."""
+    (folder / GOLDEN).write_text(Golden(tolerance=1e-4, samples=(sample,)).model_dump_json())
+    manifest = Manifest(
+        name=spec.name,
+        form=spec.form,
+        source="here",
+        created_at="2026-01-01T00:00:00+00:00",
+        template="{text}",
+        max_length=spec.max_length,
+        reward_names=spec.reward_names,
+        normalise=False,
+        dtype="float32",
+        pad_token_id=0,
+        vocab_size=256,
+        tools={},
+        files={file.name: sha256_of(file) for file in folder.iterdir()},
+    )
+    (folder / MANIFEST).write_text(manifest.model_dump_json())
+    return replace(spec, content_sha256=sha256_of(folder / MANIFEST))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +23,19 @@ from conch.models.loading import (
     load_tokenizer,
 )
 from conch.types import Metrics
+
+VerbT = TypeVar("VerbT", bound=Callable[..., Any])
+
+
+def with_whole_weights(verb: VerbT) -> VerbT:
+    """A trainer's method that runs the model without training it: see `Engine.whole_weights`."""
+
+    @functools.wraps(verb)
+    def whole(trainer: Any, *args: Any, **settings: Any) -> Any:
+        with trainer.engine.whole_weights():
+            return verb(trainer, *args, **settings)
+
+    return whole  # pyright: ignore[reportReturnType]  the same signature
 
 
 def given_or_loaded_lm(given: PreTrainedModel | None, config: ModelConfig) -> PreTrainedModel:
@@ -69,19 +84,34 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 def rows_per_process(engine: Engine, train: TrainConfig, total: int, name: str, minibatches: int = 1) -> int:
-    """A process's part of `total` rows, which must divide into minibatches, and these into micro-batches.
+    """A process's part of `total` rows; see `rows_of_rank`.
 
     Raises:
-        ConfigError: it does not, with the numbers named.
+        ConfigError: it does not come out whole.
     """
-    rows, steps = engine.share(total, name), train.gradient_accumulation_steps
-    if rows % (minibatches * steps):
-        cut = f"`ppo.minibatches` = {minibatches} times " if minibatches > 1 else ""
-        raise ConfigError(
-            f"`{name}` = {total} gives each of {engine.num_ranks} processes {rows} rows, which do not divide "
-            f"into {cut}`train.gradient_accumulation_steps` = {steps}"
-        )
-    return rows
+    return rows_of_rank(total, name, engine.num_ranks, minibatches, train.gradient_accumulation_steps)
+
+
+def rows_of_rank(total: int, name: str, ranks: int, minibatches: int, steps: int) -> int:
+    """The one place where batches are cut: into ranks, these into minibatches, these into micro-batches.
+
+    total: rows of a whole batch, the setting `name`. steps: micro-batches of an update.
+
+    Raises:
+        ConfigError: it does not come out whole, with the numbers named, and the nearest that do.
+    """
+    unit = ranks * minibatches * steps
+    if total % unit == 0:
+        return total // ranks
+    below = total - total % unit
+    remedy = f"take {below} or {below + unit}" if below else f"take {unit}"
+    if total % ranks:
+        raise ConfigError(f"`{name}` = {total} does not divide among {ranks} processes: {remedy}")
+    cut = f"`ppo.minibatches` = {minibatches} times " if minibatches > 1 else ""
+    raise ConfigError(
+        f"`{name}` = {total} gives each of {ranks} processes {total // ranks} rows, which do not divide into "
+        f"{cut}`train.gradient_accumulation_steps` = {steps}: {remedy}"
+    )
 
 
 @contextmanager

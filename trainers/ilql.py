@@ -67,6 +67,7 @@ from conch.trainers.common import (
     given_or_loaded_tokenizer,
     rows_per_process,
     update_metrics,
+    with_whole_weights,
 )
 from conch.trainers.evaluation import Evaluator, eval_source, eval_variants, longest_generation
 from conch.trainers.online import MetricFn, fitting_prompts, texts_of
@@ -270,12 +271,13 @@ class ILQLTrainer:
             else []
         )
         self._init_policy(lm, logit_mask)
+        self.scorer = Scorer(self.source, config.reward, engine.sum_int) if self.source else None
         self.evaluator = Evaluator(
             engine,
             self.eval_prompts,
             self.variants,
             self._make_sampler,
-            scorer=Scorer(self.source, config.reward, engine.sum_int) if self.source else None,
+            scorer=self.scorer,
             weights=config.reward.weights,
             metric_fn=metric_fn,
             default_repeats=config.train.eval_repeats,
@@ -350,7 +352,8 @@ class ILQLTrainer:
         report = self.engine.update(torch.arange(len(batch.rewards)).chunk(steps), loss_of)
         self.policy_version += 1
         if self.policy_version % config.steps_for_target_q_sync == 0:
-            self.policy.sync_targets(config.alpha)
+            with self.engine.writable_weights(self.policy.q_heads, self.policy.target_q_heads):
+                self.policy.sync_targets(config.alpha)
         summed = self.engine.sum(torch.stack(list(stats.values()))).tolist()
         return {
             "train/loss": report.loss,
@@ -390,6 +393,7 @@ class ILQLTrainer:
             self.experience([self.samples[row] for row in rows], [self.rewards[row] for row in rows])
         )
 
+    @with_whole_weights
     def evaluate(
         self, tracker: Tracker | None = None, step: int = 0, *, repeats: int | None = None
     ) -> Metrics:
@@ -409,6 +413,7 @@ class ILQLTrainer:
         """Train for `train.total_steps` optimizer updates; returns the run folder."""
         return fit(self, "ilql")
 
+    @with_whole_weights
     def generate(
         self, prompts: Sequence[str], *, greedy: bool = False, beta: float | None = None
     ) -> list[str]:
@@ -419,6 +424,7 @@ class ILQLTrainer:
         made = fitting_prompts(prompts, self.tokenizer, self.config.tokenizer, self.policy.lm, generation)
         return texts_of(self._make_sampler(generation).generate(made, greedy=greedy))
 
+    @with_whole_weights
     def save_pretrained(self, folder: Path) -> Path:
         """Write a Hugging Face folder with the heads beside it, for `ILQLPolicy.from_pretrained`. Call it on
         all ranks."""

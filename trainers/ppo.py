@@ -65,6 +65,7 @@ from conch.trainers.common import (
     given_or_loaded_tokenizer,
     rows_per_process,
     update_metrics,
+    with_whole_weights,
 )
 from conch.trainers.evaluation import Evaluator, eval_variants, longest_generation
 from conch.trainers.online import (
@@ -298,7 +299,8 @@ class PPOTrainer:
             config.scheduler,
             total_updates=config.train.total_steps * config.ppo.epochs * config.ppo.minibatches,
         )
-        self.reference = build_reference(lm, config.model.num_layers_unfrozen)
+        with engine.whole_weights():
+            self.reference = build_reference(lm, config.model.num_layers_unfrozen)
         self.sampler = self._make_sampler(config.generation)
         engine.seed_sampling()
 
@@ -313,6 +315,7 @@ class PPOTrainer:
 
     # ----------------------------------------------------------------------------------------- the four verbs
 
+    @with_whole_weights
     def rollout(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """Sample a completion per prompt; each one's reward is requested as soon as it has ended."""
         return self.scorer.submit_each(self.sampler, prompts)
@@ -327,6 +330,7 @@ class PPOTrainer:
         assert len(results) == len(rollouts), "score() speaks of the last rollout() only"
         return results
 
+    @with_whole_weights
     @torch.no_grad()
     def experience(self, rollouts: Sequence[Rollout], rewards: Sequence[RewardResult]) -> PPOBatch:
         """Log-probs, values, token rewards and advantages; leaves statistics in `self.experience_metrics`."""
@@ -493,6 +497,7 @@ class PPOTrainer:
         tokens = self.config.ppo.rollouts_per_step * metrics["rollout/length_mean"]
         return {**metrics, **seconds, "time/tokens_per_s": tokens / (marks[-1] - marks[0])}
 
+    @with_whole_weights
     def evaluate(
         self, tracker: Tracker | None = None, step: int = 0, *, repeats: int | None = None
     ) -> Metrics:
@@ -504,6 +509,7 @@ class PPOTrainer:
             tracker, step, repeats=repeats, extra=lambda rollouts: {"eval/kl": self.kl_to_start(rollouts)}
         )
 
+    @with_whole_weights
     @torch.no_grad()
     def kl_to_start(self, rollouts: Sequence[Rollout]) -> float:
         """KL(policy || starting policy) in nats per sample, estimated on `rollouts` of the current policy."""
@@ -514,12 +520,14 @@ class PPOTrainer:
         logprobs, reference, _, _ = self._forward(sequences)
         return mean_kl(logprobs, reference, sequences.response_mask, self.engine.sum)
 
+    @with_whole_weights
     def generate(self, prompts: Sequence[str], *, greedy: bool = False) -> list[str]:
         """Completions of the current policy."""
         config = self.config
         made = fitting_prompts(prompts, self.tokenizer, config.tokenizer, self.policy.lm, config.generation)
         return texts_of(self.sampler.generate(made, greedy=greedy))
 
+    @with_whole_weights
     def save_pretrained(self, folder: Path) -> Path:
         """Write the policy as a Hugging Face folder, the value head beside it. Call it on all ranks."""
 

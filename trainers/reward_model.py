@@ -70,6 +70,7 @@ from conch.trainers.common import (
     given_or_loaded_tokenizer,
     rows_per_process,
     update_metrics,
+    with_whole_weights,
 )
 from conch.trainers.reward_evaluation import pair_metrics, score_metrics
 from conch.trainers.run import fit, start_run
@@ -208,6 +209,7 @@ class RewardModelTrainer:
     ) -> None:
         self.config = config
         self.engine = Engine(config.train)
+        self.scorer = None
         self._check_input(samples, eval_samples, reference)
         self.tokenizer = given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path)
         if self.tokenizer.pad_token_id == self.tokenizer.eos_token_id:
@@ -313,6 +315,7 @@ class RewardModelTrainer:
         """Draw a batch and train on it."""
         return self.update(self.experience([self.samples[row] for row in self.stream.draw(self._rows)]))
 
+    @with_whole_weights
     def evaluate(self, tracker: Tracker | None = None, step: int = 0) -> Metrics:
         """Held-out loss, with Spearman's rank correlation or the pairs' accuracy and calibration; nothing
         without rows."""
@@ -344,6 +347,7 @@ class RewardModelTrainer:
         """Train for `train.total_steps` optimizer updates; returns the run folder."""
         return fit(self, "reward_model")
 
+    @with_whole_weights
     def moments(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of the scores of the reference texts, each per objective; the same on
         every rank. Call it on all."""
@@ -365,6 +369,7 @@ class RewardModelTrainer:
             )
         return mean, std
 
+    @with_whole_weights
     def save_pretrained(self, folder: Path) -> Path:
         """Write model, tokenizer and `reward_model.json`: what `to_triton` converts. Call it on all ranks."""
         mean, std = self.moments()

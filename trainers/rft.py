@@ -56,6 +56,7 @@ from conch.trainers.common import (
     given_or_loaded_tokenizer,
     rows_per_process,
     update_metrics,
+    with_whole_weights,
 )
 from conch.trainers.evaluation import Evaluator, eval_variants, longest_generation
 from conch.trainers.online import (
@@ -287,6 +288,7 @@ class RFTTrainer:
 
     # ----------------------------------------------------------------------------------------- the four verbs
 
+    @with_whole_weights
     def rollout(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """Sample a completion per prompt; each one's reward is requested as soon as it has ended."""
         return self.scorer.submit_each(self.sampler, prompts)
@@ -438,6 +440,7 @@ class RFTTrainer:
         self.steps_done += 1
         return {**sampled, **learned, "time/update_s": time.perf_counter() - start}
 
+    @with_whole_weights
     def evaluate(
         self, tracker: Tracker | None = None, step: int = 0, *, repeats: int | None = None
     ) -> Metrics:
@@ -447,12 +450,14 @@ class RFTTrainer:
         """
         return self.evaluator.run(tracker, step, repeats=repeats)
 
+    @with_whole_weights
     def generate(self, prompts: Sequence[str], *, greedy: bool = False) -> list[str]:
         """Completions of the current policy."""
         config = self.config
         made = fitting_prompts(prompts, self.tokenizer, config.tokenizer, self.lm, config.generation)
         return texts_of(self.sampler.generate(made, greedy=greedy))
 
+    @with_whole_weights
     def save_pretrained(self, folder: Path) -> Path:
         """Write the model as a Hugging Face folder. Call it on all ranks."""
 

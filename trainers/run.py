@@ -1,4 +1,4 @@
-"""A run: its folder, its loop over steps, its checkpoints, and how it goes on after an interruption.
+"""A run: its folder, its loop over steps, and how it goes on after an interruption.
 
 A resumed run is the run that was not interrupted, bit for bit on a CPU: the trainer is built as at first (the
 reference of PPO is the policy of the very start), then takes up what the checkpoint holds.
@@ -10,27 +10,20 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
-from conch import __version__
 from conch.checkpoint import (
     CHECKPOINTS,
     STATE_FOLDER,
     Checkpoint,
     check_space,
     checkpoint_bytes,
-    delete_checkpoint,
     delete_leftovers,
-    link_best,
     newest_checkpoint,
-    partial_of,
     read_checkpoint,
-    seal,
     steps_of,
 )
 from conch.cli import save_resolved
@@ -39,12 +32,10 @@ from conch.engine import Engine
 from conch.errors import CheckpointError, ConfigError
 from conch.log import get_logger
 from conch.tracking import METRICS_FILE, Tracker, make_run_dir
+from conch.trainers.saving import SIGTERM_EXIT_CODE, Run, RunHost, Trainer, is_due, save_checkpoint
 from conch.types import Metrics
 
 _log = get_logger(__name__)
-
-SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
-"""143: what a shell reports for a process that SIGTERM ended; schedulers take it for a preemption."""
 
 _FREE_KEYS = (
     *("train.resume", "train.run_dir", "train.output_dir", "train.total_steps", "train.num_processes"),
@@ -52,6 +43,7 @@ _FREE_KEYS = (
     *("train.best_metric", "train.early_stopping", "tracking.", "reward.url", "reward.attempt_timeout"),
     *("reward.connect_timeout_s", "reward.on_model_change", "reward.headers_env"),
     *("reward.deadline_s", "reward.max_in_flight", "reward.on_failure", "reward.wait_budget_s"),
+    "reward.checkpoint_after_s",
 )
 """Settings (or beginnings of their names) that a resumed run may change: none touches what is learned, but
 for the length of the run, which moves the end of the learning-rate schedule."""
@@ -67,66 +59,6 @@ class Resumable(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `Trainer.state_dict` gave."""
         ...
-
-
-@runtime_checkable
-class Trainer(Protocol):
-    """What the loop drives; `Resumable`, too."""
-
-    config: Any
-    engine: Engine
-    run: Run
-
-    @property
-    def default_best_metric(self) -> str:
-        """The evaluation metric that decides which checkpoint is best, unless `train.best_metric` does."""
-        ...
-
-    def step(self) -> Metrics:
-        """One step of training."""
-        ...
-
-    def evaluate(self, tracker: Tracker | None = None, step: int = 0) -> Metrics:
-        """Measure on held-out data; may write tables to `tracker`."""
-        ...
-
-    def save_pretrained(self, folder: Path) -> Path:
-        """Write the model; called on all ranks."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside weights, optimizer and random states: JSON values, the same on all
-        ranks."""
-        ...
-
-
-@dataclass
-class Run:
-    """Where a run stands.
-
-    folder: the run's own. step: steps done. best, best_step: of the metric that decides, None before the
-    first evaluation. worse: evaluations in a row that were not better. continued: True for a resumed run.
-    """
-
-    folder: Path
-    step: int = 0
-    best: float | None = None
-    best_step: int = 0
-    worse: int = 0
-    continued: bool = False
-
-    def note(self, step: int, metric: str, value: float) -> bool:
-        """Compare an evaluation with the best so far; True where it is better. NaN never is."""
-        sign = -1 if metric.endswith("loss") else 1
-        better = value == value and (self.best is None or sign * value > sign * self.best)
-        if better:
-            self.best, self.best_step = value, step
-        self.worse = 0 if better else self.worse + 1
-        return better
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything but the folder, which may be moved."""
-        return {"step": self.step, "best": self.best, "best_step": self.best_step, "worse": self.worse}
 
 
 # ------------------------------------------------------------------------------------------------------ start
@@ -239,7 +171,7 @@ def _take_up(trainer: Resumable, run: Run, checkpoint: Checkpoint) -> None:
     engine.load_state(checkpoint.folder / STATE_FOLDER)
     for name, value in state["run"].items():
         setattr(run, name, value)
-    run.continued = True
+    run.continued, run.saved = True, run.step
     _log.info("going on with %s after step %d", run.folder, run.step)
 
 
@@ -258,39 +190,60 @@ def fit(trainer: Trainer, name: str) -> Path:
     if trainer.engine.is_main:
         save_resolved(trainer.config, run.folder / "config.yaml")
     _log.info("run folder: %s", run.folder)
-    done = run.step if run.continued else None
     tracker = Tracker(
         run.folder,
         trainer.config.tracking,
         total_steps=train.total_steps,
         desc=name,
         run_config=trainer.config,
-        done_steps=done,
+        done_steps=_logged_steps(run) if run.continued else None,
     )
     with tracker, _sigterm() as received:
-        if train.eval_every and not run.continued:
-            tracker.log(0, _evaluate(trainer, tracker)[0])
+        host = RunHost(trainer, received)
+        if trainer.scorer is not None:
+            trainer.scorer.attach(host)
+        _begin(trainer, tracker, host)
         while run.step < train.total_steps and not _is_hopeless(run, train):
-            _advance(trainer, tracker, received)
+            _advance(trainer, tracker, host)
     if _is_hopeless(run, train):
         _log.info("stopped early: no better than at step %d for %d evaluations", run.best_step, run.worse)
     return run.folder
 
 
-def _advance(trainer: Trainer, tracker: Tracker, received: Callable[[], bool]) -> None:
+def _logged_steps(run: Run) -> int:
+    """The last step whose metrics are complete; -1 before those of the start are."""
+    return run.step - (run.measured is not None)
+
+
+def _begin(trainer: Trainer, tracker: Tracker, host: RunHost) -> None:
+    """Evaluate what training starts from, or again what an interrupted run was evaluating."""
+    run = trainer.run
+    if run.measured:
+        _conclude(trainer, tracker, host, run.measured)
+    elif run.measured is not None or (trainer.config.train.eval_every and not run.continued):
+        tracker.log(0, _evaluate(trainer, tracker, host, {})[0])
+
+
+def _advance(trainer: Trainer, tracker: Tracker, host: RunHost) -> None:
     """One step with what is due after it."""
-    run, train = trainer.run, trainer.config.train
+    host.begin()
     metrics = trainer.step()
-    run.step += 1
+    trainer.run.step += 1
+    _conclude(trainer, tracker, host, metrics)
+
+
+def _conclude(trainer: Trainer, tracker: Tracker, host: RunHost, metrics: Metrics) -> None:
+    """What is due after a step that had these metrics."""
+    run, train = trainer.run, trainer.config.train
     last = run.step == train.total_steps
     better = False
     if train.eval_every and (last or run.step % train.eval_every == 0):
-        scores, better = _evaluate(trainer, tracker)
-        metrics |= scores
+        scores, better = _evaluate(trainer, tracker, host, metrics)
+        metrics = metrics | scores
     tracker.log(run.step, metrics)
     # One rank may have got the signal before another finished this very step: all leave together.
-    leaving = trainer.engine.sum_int(int(received())) > 0
-    if last or leaving or better or _is_due(run.step, train) or _is_hopeless(run, train):
+    leaving = trainer.engine.sum_int(int(host.leaving())) > 0
+    if last or leaving or better or is_due(run.step, train) or _is_hopeless(run, train):
         save_checkpoint(trainer)
     if leaving and not last:
         _log.warning(
@@ -299,14 +252,19 @@ def _advance(trainer: Trainer, tracker: Tracker, received: Callable[[], bool]) -
         raise SystemExit(SIGTERM_EXIT_CODE)
 
 
-def _evaluate(trainer: Trainer, tracker: Tracker) -> tuple[Metrics, bool]:
+def _evaluate(trainer: Trainer, tracker: Tracker, host: RunHost, measured: Metrics) -> tuple[Metrics, bool]:
     """Metrics of an evaluation, and whether it is the best so far.
+
+    measured: what the step before it reported, {} before the first.
 
     Raises:
         ConfigError: `train.best_metric` is not among them.
     """
     run, wanted = trainer.run, trainer.config.train.best_metric
+    run.measured = measured
+    host.begin()
     scores = trainer.evaluate(tracker, run.step)
+    run.measured = None
     metric = wanted or trainer.default_best_metric
     if metric not in scores:
         if wanted:
@@ -314,10 +272,6 @@ def _evaluate(trainer: Trainer, tracker: Tracker) -> tuple[Metrics, bool]:
             raise ConfigError(f"`train.best_metric` = {wanted} is no evaluation metric; there are: {names}")
         return scores, False
     return scores, run.note(run.step, metric, scores[metric]) and run.step > 0
-
-
-def _is_due(step: int, train: TrainConfig) -> bool:
-    return bool(train.save_every) and step % train.save_every == 0
 
 
 def _is_hopeless(run: Run, train: TrainConfig) -> bool:
@@ -336,51 +290,3 @@ def _sigterm() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(got)
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-# ------------------------------------------------------------------------------------------------------- save
-
-
-def save_checkpoint(trainer: Trainer) -> Path:
-    """Write the whole state after `run.step` steps; called on all ranks.
-
-    Raises:
-        CheckpointError: on all ranks; older checkpoints are as they were.
-    """
-    engine, run = trainer.engine, trainer.run
-    folder = run.folder / CHECKPOINTS / f"step_{run.step}"
-    partial = partial_of(folder)
-    engine.together(lambda: check_space(run.folder, checkpoint_bytes(engine.unwrapped)))
-    trainer.save_pretrained(partial)
-    engine.together(lambda: engine.save_state(partial / STATE_FOLDER))
-    state = {
-        "step": run.step,
-        "algorithm": type(trainer.config).__name__,
-        "num_processes": engine.num_ranks,
-        "run": run.state_dict(),
-        "trainer": trainer.state_dict(),
-        "engine": engine.state_dict(),
-        "config": trainer.config.model_dump(mode="json"),
-        "versions": {"conch": __version__, **{name: version(name) for name in ("torch", "transformers")}},
-    }
-
-    def finish() -> None:
-        if engine.is_main:
-            seal(partial, folder, state)
-            _tidy(run, trainer.config.train)
-
-    engine.together(finish)
-    return folder
-
-
-def _tidy(run: Run, train: TrainConfig) -> None:
-    """Point to the best checkpoint, and delete those that nothing asks for."""
-    saved = steps_of(run.folder)
-    if run.best_step in saved:
-        link_best(saved[run.best_step])
-    # A former best one that was not due has no claim left.
-    regular = [step for step in saved if step == run.step or _is_due(step, train)]
-    kept = {*(regular[: train.keep_last] if train.keep_last else regular), run.best_step}
-    for step, path in saved.items():
-        if step not in kept:
-            delete_checkpoint(path)

@@ -52,6 +52,7 @@ from conch.trainers.common import (
     given_or_loaded_tokenizer,
     rows_per_process,
     update_metrics,
+    with_whole_weights,
 )
 from conch.trainers.evaluation import Evaluator, eval_source, eval_variants, longest_generation
 from conch.trainers.online import MetricFn, fitting_prompts, texts_of
@@ -188,12 +189,13 @@ class SFTTrainer:
         self.eval_prompts = (
             fitting_prompts(prompts, self.tokenizer, config.tokenizer, self.lm, longest) if prompts else []
         )
+        self.scorer = Scorer(self.source, config.reward, engine.sum_int) if self.source else None
         self.evaluator = Evaluator(
             engine,
             self.eval_prompts,
             variants,
             self._make_sampler,
-            scorer=Scorer(self.source, config.reward, engine.sum_int) if self.source else None,
+            scorer=self.scorer,
             weights=config.reward.weights,
             metric_fn=metric_fn,
             default_repeats=config.train.eval_repeats,
@@ -241,6 +243,7 @@ class SFTTrainer:
         """Draw a batch and train on it."""
         return self.update(self.experience([self.samples[row] for row in self.stream.draw(self._rows)]))
 
+    @with_whole_weights
     def evaluate(
         self, tracker: Tracker | None = None, step: int = 0, *, repeats: int | None = None
     ) -> Metrics:
@@ -275,12 +278,14 @@ class SFTTrainer:
         """Train for `train.total_steps` optimizer updates; returns the run folder."""
         return fit(self, "sft")
 
+    @with_whole_weights
     def generate(self, prompts: Sequence[str], *, greedy: bool = False) -> list[str]:
         """Completions of the current model."""
         config = self.config
         made = fitting_prompts(prompts, self.tokenizer, config.tokenizer, self.lm, config.generation)
         return texts_of(self._make_sampler(config.generation).generate(made, greedy=greedy))
 
+    @with_whole_weights
     def save_pretrained(self, folder: Path) -> Path:
         """Write the model as a Hugging Face folder. Call it on all ranks."""
 

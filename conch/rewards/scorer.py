@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 from conch.config import RewardConfig
 from conch.errors import ConfigError, RewardError, RewardInvalidError, RewardUnavailableError
 from conch.log import get_logger
+from conch.rewards.outage import Agree, Host, Outage
 from conch.rewards.overlap import Overlap
 from conch.rewards.source import CountsTraffic, RewardSource, WantsChunks
 from conch.types import Metrics, Prompt, RewardResult, RewardStatus, Rollout, RolloutEngine
 
 _log = get_logger(__name__)
-_FIRST_PAUSE_S = 1.0
-_LONGEST_PAUSE_S = 30.0
-
-Agree = Callable[[int], int]
-"""Sums an integer over all ranks; a collective, so every rank must call it equally often."""
 
 
 def _alone(value: int) -> int:
@@ -63,10 +58,15 @@ class Scorer:
         self._pending: list[_Asked] = []
         self._submitted = 0
         self._overlap = Overlap()
+        self._host: Host | None = None
         self._metrics: Metrics = {}
         self._weights_fit = False
         self._submits = 0
         self._traffic_before = self._traffic()
+
+    def attach(self, host: Host) -> None:
+        """From now on `host` notes all results, and saves and leaves during outages; on all ranks."""
+        self._host = host
 
     def submit(self, rollouts: Sequence[Rollout]) -> None:
         """Request the rewards of finished rollouts, which stand behind those submitted before; returns at
@@ -103,11 +103,14 @@ class Scorer:
         Raises:
             RewardUnavailableError, RewardInvalidError: on every rank, as `on_failure` says.
             ConfigError: likewise, where `weights` names an objective that the reward does not have.
+            SystemExit: on every rank, where a host was told to leave while the server was away.
         """
         rollouts, results = self._collect_pending()
         counts = self._count(results)
         if self._config.on_failure == "wait":
             counts = self._outlast(rollouts, results, counts)
+        if self._host is not None:
+            self._host.scored(rollouts, results)
         self._metrics = self._measure(results)
         if counts.failed > self._tolerated(counts.total):
             raise self._error(results, counts)
@@ -199,27 +202,23 @@ class Scorer:
 
     def _outlast(self, rollouts: Sequence[Rollout], results: list[RewardResult], counts: _Counts) -> _Counts:
         """Ask again, in lock step on all ranks, until the server is back, data is bad or the budget spent."""
-        started = time.monotonic()
-        for round_ in itertools.count():
-            elapsed = time.monotonic() - started
-            # Clocks differ between ranks: that one of them is over budget must be agreed on, too.
-            spent = self._agree(int(elapsed >= self._config.wait_budget_s))
-            if counts.away == 0 or counts.bad > 0 or spent > 0:
-                break
-            pause = min(_FIRST_PAUSE_S * 2 ** min(round_, 10), _LONGEST_PAUSE_S)
-            pause = min(pause, max(0.0, self._config.wait_budget_s - elapsed))
-            _log.info("reward server %s away for %.0f s, asking again", self._source.name, elapsed + pause)
-            time.sleep(pause)
-            self._overlap.block(pause, idle=True)
-            self._ask_again(rollouts, results)
+        if counts.away == 0 or counts.bad > 0:
+            return counts
+        outage = Outage(self._source.name, self._config, self._agree, self._overlap, self._host)
+        while counts.away > 0 and counts.bad == 0 and outage.goes_on():
+            self._ask_again(rollouts, results, outage)
             counts = self._count(results)
+        if counts.failed == 0:
+            outage.is_over()
         return counts
 
-    def _ask_again(self, rollouts: Sequence[Rollout], results: list[RewardResult]) -> None:
+    def _ask_again(self, rollouts: Sequence[Rollout], results: list[RewardResult], outage: Outage) -> None:
         missing = [index for index, result in enumerate(results) if result.status.is_infrastructure]
-        if missing:
-            chunk = [rollouts[index] for index in missing]
-            for index, result in zip(missing, self._collect(chunk, self._send(chunk)), strict=True):
+        chunk = [rollouts[index] for index in missing]
+        future = self._send(chunk) if chunk else None
+        outage.wait_for(future)
+        if future is not None:
+            for index, result in zip(missing, self._collect(chunk, future), strict=True):
                 results[index] = result
 
     def _error(self, results: Sequence[RewardResult], counts: _Counts) -> RewardError:

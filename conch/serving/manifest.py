@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from conch.config import Section
-from conch.serving.spec import Form
+from conch.serving.spec import Form, Granularity
 
 MANIFEST = "manifest.json"
 GOLDEN = "golden.json"
@@ -103,6 +103,13 @@ class Manifest(Section):
     aggregate: Aggregate | None = None
     """How the scores of steps become one; of pooling `steps`."""
 
+    granularity: Granularity = "sample"
+    """`step`, `token`: steps or tokens get scores of their own as well, see `conch.serving.spec`."""
+
+    batch_invariant: bool = False
+    """Whether each row goes through the model by itself, unpadded: its score is then the same to the last bit
+    whatever it shares a request or a batch with."""
+
     max_length: int = Field(ge=1)
     """Tokens a sample may have, special tokens included."""
 
@@ -157,6 +164,12 @@ class GoldenSample(Section):
 
     scores: tuple[float, ...]
     """What the original model says, after normalisation if the server normalises; one per reward."""
+
+    step_scores: tuple[float, ...] | None = None
+    """Its scores of steps or tokens, where the model gives these; None elsewhere."""
+
+    step_ends: tuple[int, ...] | None = None
+    """Where these belong: characters of `text`, or tokens, before the end of each."""
 
     def request(self) -> dict[str, Any]:
         """The sample as a request of one row: `texts`, or `input_ids` and `attention_mask`."""

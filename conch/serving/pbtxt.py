@@ -10,10 +10,13 @@ from conch.serving.spec import (
     MEMBER_REWARDS,
     MEMBERS_USED,
     OUTPUT,
+    STEP_ENDS,
+    STEP_REWARDS,
     TEXT_INPUT,
     TOKEN_INPUT,
     VARIANCE,
     Engine,
+    Granularity,
     RewardModelSpec,
     TokenizerSpec,
     ensemble_parts,
@@ -98,6 +101,7 @@ def _add_parameters(config: Any, spec: RewardModelSpec, engine: Engine) -> None:
         "engine": spec.engine,
         **_ENGINE_PARAMETERS.get(engine, {}),
         **({"members": ",".join(spec.members)} if spec.members else {}),
+        **({"granularity": spec.granularity} if spec.is_dense else {}),
     }
     for key, value in parameters.items():
         config.parameters[key].string_value = value
@@ -130,7 +134,8 @@ def spec_from_model_config(config: Any) -> RewardModelSpec:
     outputs = {tensor.name: tensor for tensor in config.output}
     parameters = {key: parameter.string_value for key, parameter in config.parameters.items()}
     members = tuple(parameters["members"].split(",")) if "members" in parameters else ()
-    if not _has_outputs(outputs, len(members)) or set(inputs) not in (
+    granularity = _granularity(config.name, parameters.get("granularity", "sample"))
+    if not _has_outputs(outputs, _more_outputs(len(members), granularity)) or set(inputs) not in (
         {TEXT_INPUT},
         {TOKEN_INPUT},
         {TOKEN_INPUT, MASK_INPUT},
@@ -162,6 +167,7 @@ def spec_from_model_config(config: Any) -> RewardModelSpec:
         content_sha256=parameters.get("content_sha256", ""),
         engine=_engine(config.name, parameters.get("engine", "python")),
         members=members,
+        granularity=granularity,
     )
 
 
@@ -183,19 +189,21 @@ def _add_tensors(config: Any, spec: RewardModelSpec, engine: Engine) -> None:
         tensor.data_type = _type_number(spec.input_dtype)
     output = config.output.add(name=OUTPUT, dims=[len(spec.reward_names)])
     output.data_type = _type_number(spec.output_dtype)
-    for name, (dtype, width) in _member_outputs(len(spec.members)).items():
+    for name, (dtype, width) in _more_outputs(len(spec.members), spec.granularity).items():
         config.output.add(name=name, dims=[width], data_type=_type_number(dtype))
 
 
-def _member_outputs(members: int) -> dict[str, tuple[str, int]]:
-    """Type and width of what an ensemble returns beside its rewards."""
-    if not members:
-        return {}
-    return {MEMBER_REWARDS: ("FP32", members), VARIANCE: ("FP32", 1), MEMBERS_USED: ("INT32", 1)}
+def _more_outputs(members: int, granularity: Granularity) -> dict[str, tuple[str, int]]:
+    """Type and width of what a model returns beside its rewards."""
+    more: dict[str, tuple[str, int]] = {}
+    if members:
+        more |= {MEMBER_REWARDS: ("FP32", members), VARIANCE: ("FP32", 1), MEMBERS_USED: ("INT32", 1)}
+    if granularity != "sample":
+        more |= {STEP_REWARDS: ("FP32", -1), STEP_ENDS: ("INT32", -1)}
+    return more
 
 
-def _has_outputs(outputs: dict[str, Any], members: int) -> bool:
-    wanted = _member_outputs(members)
+def _has_outputs(outputs: dict[str, Any], wanted: dict[str, tuple[str, int]]) -> bool:
     return set(outputs) == {OUTPUT, *wanted} and all(
         (_dtype(outputs[name]), list(outputs[name].dims)) == (dtype, [width])
         for name, (dtype, width) in wanted.items()
@@ -227,6 +235,14 @@ def _engine(model: str, listed: str) -> Engine:
     if listed not in get_args(Engine):
         raise ServingError(f"model {model}: parameter engine is {listed!r}, none of {get_args(Engine)}")
     return cast(Engine, listed)
+
+
+def _granularity(model: str, listed: str) -> Granularity:
+    if listed not in get_args(Granularity):
+        raise ServingError(
+            f"model {model}: parameter granularity is {listed!r}, none of {get_args(Granularity)}"
+        )
+    return cast(Granularity, listed)
 
 
 def _max_length(model: str, listed: str) -> int:

@@ -11,6 +11,18 @@ An ensemble of M members has either form and, beside `rewards`, three outputs th
     member_rewards FP32 [M]    every member's score, NaN where it gave none
     variance FP32 [1]          population variance of the scores that there are
     members_used INT32 [1]     how many there are
+
+A model of granularity `step` or `token` gives dense scores: one at the end of each step of a sample, or one
+at each of its tokens. K is 1 then, `rewards` is still the score of the sample, and a client may ask for two
+outputs more:
+    step_rewards FP32 [-1]     a row's dense scores
+    step_ends INT32 [-1]       where each of them belongs: how much of the sample, as the client sent it, lies
+        before the end of that step or token. Text form: characters, that is Unicode code points, so that
+        `text[:end]` is the text up to there. Token form: tokens without padding; `ids[end - 1]` is the last.
+Both are as wide as the longest row of the request: shorter rows are filled up with NaN and -1. A row has at
+least one dense score and its ends never fall; several tokens that make up one character end together. What a
+template or a tokenizer adds to a text has none, nor has what was cut off because the sample was too long. A
+text of which no token is left has one, at the end 0.
 """
 
 from __future__ import annotations
@@ -20,6 +32,8 @@ from typing import Literal
 
 Form = Literal["text", "token"]
 Engine = Literal["python", "onnxruntime", "pytorch", "ensemble"]
+Granularity = Literal["sample", "step", "token"]
+"""What gets a score of its own beside the sample."""
 
 TEXT_INPUT = "text"
 TOKEN_INPUT = "input_ids"
@@ -28,6 +42,8 @@ OUTPUT = "rewards"
 MEMBER_REWARDS = "member_rewards"
 VARIANCE = "variance"
 MEMBERS_USED = "members_used"
+STEP_REWARDS = "step_rewards"
+STEP_ENDS = "step_ends"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +64,7 @@ class RewardModelSpec:
     engine: Triton's back end of `config.pbtxt`; `configs/embedded.pbtxt` runs the same files in the python
         one. `ensemble`: text form only, passes texts through the two models of `ensemble_parts`.
     members: of an ensemble, the models it asks, in the order of `member_rewards`; empty for any other model.
+    granularity: see above.
     """
 
     name: str
@@ -63,6 +80,12 @@ class RewardModelSpec:
     content_sha256: str = ""
     engine: Engine = "python"
     members: tuple[str, ...] = ()
+    granularity: Granularity = "sample"
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether a client may ask for scores of steps or tokens."""
+        return self.granularity != "sample"
 
     def __post_init__(self) -> None:
         if not self.input_dtype:

@@ -11,8 +11,17 @@ from tritonclient.utils import InferenceServerException
 
 from conch.errors import ServingError
 from conch.log import progress
+from conch.serving.manifest import GoldenSample
 from conch.serving.pbtxt import spec_from_model_config
-from conch.serving.spec import MASK_INPUT, OUTPUT, TEXT_INPUT, TOKEN_INPUT, RewardModelSpec
+from conch.serving.spec import (
+    MASK_INPUT,
+    OUTPUT,
+    STEP_ENDS,
+    STEP_REWARDS,
+    TEXT_INPUT,
+    TOKEN_INPUT,
+    RewardModelSpec,
+)
 from conch.serving.triton_channel import Access, open_client
 
 _QUESTION_TIMEOUT_S = 10.0
@@ -56,7 +65,8 @@ class Server:
         return spec_from_model_config(reply.config)
 
     def score(self, requests: Sequence[dict[str, Any]], spec: RewardModelSpec) -> list[dict[str, Any]]:
-        """Per request {"scores": [[...], ...]}, or {"error": "..."} where the server refused it.
+        """Per request {"scores": [[...], ...]}, or {"error": "..."} where the server refused it. A model that
+        scores steps or tokens adds `step_scores` and `step_ends`, lists of as many numbers as a row has.
 
         requests: {"texts": [...]} or {"input_ids": [[...]], "attention_mask": [[...]]}.
 
@@ -80,7 +90,42 @@ class Server:
         if scores is None or scores.shape != expected:
             shape = None if scores is None else list(scores.shape)
             raise ServingError(f"{self._model} replied with rewards of shape {shape}, not {list(expected)}")
-        return {"scores": scores.tolist()}
+        answer: dict[str, Any] = {"scores": scores.tolist()}
+        if spec.is_dense:
+            answer["step_ends"], answer["step_scores"] = read_steps(reply, self._model, expected[0])
+        return answer
+
+
+def read_steps(reply: Any, model: str, rows: int) -> tuple[list[list[int]], list[list[float]]]:
+    """Where the steps or tokens of each row end, and their scores.
+
+    Raises:
+        ServingError: the reply lacks one of them, or they do not fit together.
+    """
+    ends, scores = reply.as_numpy(STEP_ENDS), reply.as_numpy(STEP_REWARDS)
+    if ends is None or scores is None or ends.shape != scores.shape or len(ends) != rows:
+        raise ServingError(f"{model} replied with {STEP_ENDS} and {STEP_REWARDS} that do not fit together")
+    there = ends >= 0
+    return (
+        [row[used].tolist() for row, used in zip(ends, there, strict=True)],
+        [row[used].tolist() for row, used in zip(scores, there, strict=True)],
+    )
+
+
+def step_error(reply: Any, sample: GoldenSample) -> float:
+    """Largest difference of a step's score from that of the golden sample, divided by max(1, |score|).
+
+    Infinity where steps are missing or end elsewhere.
+    """
+    assert sample.step_scores is not None and sample.step_ends is not None
+    try:
+        (ends,), (scores,) = read_steps(reply, "the model", 1)
+    except ServingError:
+        return np.inf
+    if ends != list(sample.step_ends):
+        return np.inf
+    right = np.array(sample.step_scores)
+    return float((np.abs(scores - right) / np.maximum(1.0, np.abs(right))).max())
 
 
 def request_inputs(request: dict[str, Any], spec: RewardModelSpec) -> list[Any]:

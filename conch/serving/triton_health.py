@@ -13,7 +13,7 @@ from tritonclient.utils import InferenceServerException
 from conch.errors import ServerStartError
 from conch.serving.spec import OUTPUT
 from conch.serving.store import StoredModel
-from conch.serving.triton_ask import request_inputs
+from conch.serving.triton_ask import request_inputs, step_error
 from conch.serving.triton_channel import Access, explain_refusal, is_lasting, open_client
 
 _POLL_S = 0.05
@@ -108,6 +108,11 @@ def check_golden(
                 f"model {model.name} version {model.version} is not ready: golden sample {number} scores "
                 f"{scores[0].tolist()}, expected {list(sample.scores)} within {golden.tolerance:g}; "
                 "the libraries or the weights are not those of the conversion: convert the model again"
+            )
+        if sample.step_scores is not None and not step_error(reply, sample) <= golden.tolerance:
+            raise ServerStartError(
+                f"model {model.name} version {model.version} is not ready: golden sample {number} scores its "
+                "steps otherwise than the original does: convert the model again"
             )
 
 

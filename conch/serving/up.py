@@ -42,13 +42,50 @@ class _Plan:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until told to stop (0), or until all servers have given up (1)."""
+    _check_numbers(arguments)
     if arguments.url:
+        _refuse_with_url(arguments)
         return _check_running(arguments)
     first = arguments.model[0]
     if arguments.detach:
         return _detach(arguments)
     with deployment.claimed(arguments.name, first) as (name, folder):
         return _supervise(_plan(arguments, name, folder), folder)
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    lowest = {"replicas": 1, "cpu_threads": 1, "max_restarts": 0, "log_keep": 0}
+    for name, low in lowest.items():
+        if getattr(arguments, name) < low:
+            raise ServingError(f"{_flag(name)} {getattr(arguments, name)}: at least {low} is needed")
+    for name in ("ready_timeout", "watch_interval", "log_max_mb"):
+        if not getattr(arguments, name) > 0:
+            raise ServingError(f"{_flag(name)} {getattr(arguments, name):g}: it must be above 0")
+
+
+def _refuse_with_url(arguments: argparse.Namespace) -> None:
+    names = (
+        "detach",
+        "name",
+        "image",
+        "gpu",
+        "server_flag",
+        "follow_store",
+        "log_file",
+        "require_client_cert",
+    )
+    asked = [_flag(name) for name in names if getattr(arguments, name)]
+    asked += ["--replicas"] if arguments.replicas > 1 else []
+    asked += ["--runtime"] if arguments.runtime != "bundled" else []
+    if asked:
+        raise ServingError(
+            "--url checks a server that is up already and starts none, "
+            f"so {', '.join(asked)} would have no effect"
+        )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _check_running(arguments: argparse.Namespace) -> int:
@@ -76,8 +113,6 @@ def _plan(arguments: argparse.Namespace, name: str, folder: Path) -> _Plan:
     tls = _server_tls(arguments)
     client = own_client(tls) if tls is not None else None
     secret = secret_from(arguments.secret_env)
-    if arguments.replicas < 1:
-        raise ServingError(f"--replicas {arguments.replicas}: at least one server is needed")
     if arguments.log_file is not None and arguments.replicas > 1:
         raise ServingError("--log-file is for one server; the logs of several stand in the run folder")
     runtime = _runtime(arguments)
@@ -275,7 +310,7 @@ def _command(arguments: argparse.Namespace, name: str) -> list[str]:
     for key, value in vars(arguments).items():
         if key in ("run", "detach", "name", "url"):
             continue
-        flag = "--" + key.replace("_", "-")
+        flag = _flag(key)
         if value is True:
             words.append(flag)
         elif isinstance(value, list):

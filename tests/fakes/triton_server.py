@@ -23,6 +23,7 @@ from conch.serving.pbtxt import to_pbtxt
 from conch.serving.spec import RewardModelSpec
 
 Row = Any  # str in text form, tuple of the unmasked ids in token form
+EXTENSIONS = ["model_repository", "model_configuration", "statistics"]
 Action = Callable[[list[Row], grpc.ServicerContext], Any]
 
 
@@ -74,6 +75,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     version: of the model, as replies state it.
     statistics: the model's sums since it was loaded; None is a server that does not tell.
     headers: of the latest request for scores.
+    told: name, version and extensions that it says it has; None refuses to tell.
     """
 
     def __init__(self, spec: RewardModelSpec, score: Callable[[Row], Sequence[float]], port: int = 0) -> None:
@@ -89,6 +91,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.version = "1"
         self.statistics: Any = service_pb2.ModelStatistics(name=spec.name, version="1")
         self.headers: dict[str, str] = {}
+        self.told: tuple[str, str, list[str]] | None = ("triton", "2.51.0", EXTENSIONS)
         self.most_in_flight = 0
         self._in_flight = 0
         self._lock = threading.Lock()
@@ -117,6 +120,16 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def ServerLive(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802 - named by the protocol
         return service_pb2.ServerLiveResponse(live=True)
+
+    def ServerReady(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        return service_pb2.ServerReadyResponse(ready=self.ready)
+
+    def ServerMetadata(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        if self.told is None:
+            context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+            raise AssertionError("abort raises")
+        name, version, extensions = self.told
+        return service_pb2.ServerMetadataResponse(name=name, version=version, extensions=extensions)
 
     def ModelReady(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         return service_pb2.ModelReadyResponse(ready=self.ready and request.name == self.spec.name)

@@ -13,7 +13,7 @@ from conch.converters.checkpoint import read_checkpoint
 from conch.converters.conversion import Options, Reading
 from conch.converters.pipeline import _manifest
 from conch.converters.python_form import write_version
-from conch.serving.python_backend.model import Scorer
+from conch.serving.python_backend.model import Row, Scorer
 from tests.checkpoints import base_model, classifier, save_value_head, value_head_tensors
 
 pytestmark = pytest.mark.int8
@@ -45,7 +45,7 @@ def test_linear_layers_are_kept_and_served_in_eight_bits(tmp_path: Path, family:
     folder = served(tmp_path / "model")
     with torch.inference_mode():
         right = torch.cat([model(torch.tensor([row])).logits for row in ROWS]).numpy()
-    differences = np.abs(Scorer(folder, "cpu").score(ROWS) - right)
+    differences = np.abs(Scorer(folder, "cpu").score([Row(ids) for ids in ROWS]).rewards - right)
 
     assert 0 < differences.max() < 0.1
     eight_bit = [name for name, dtype in dtypes_in(folder).items() if dtype == "I8"]
@@ -68,5 +68,5 @@ def test_a_value_heads_trunk_is_served_in_eight_bits(tmp_path: Path) -> None:
         states = [trunk(torch.tensor([row])).last_hidden_state[0, -1] for row in ROWS]
     right = torch.stack(states) @ tensors["v_head.weight"].T
 
-    differences = np.abs(Scorer(folder, "cpu").score(ROWS) - right.numpy())
+    differences = np.abs(Scorer(folder, "cpu").score([Row(ids) for ids in ROWS]).rewards - right.numpy())
     assert 0 < differences.max() < 0.1 and "I8" in dtypes_in(folder).values()

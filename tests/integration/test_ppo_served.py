@@ -11,10 +11,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
+from conch.converters.to_triton import to_triton
 from conch.serving.launcher import TritonServer
 from tests.integration.conftest import TEXT_MODEL, RewardModel
 from tests.integration.letters_run import LETTERS
@@ -42,6 +44,14 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(folder)
     (folder / "prompts.txt").write_text("\n".join("abcdefgh") + "\n")
     return folder
+
+
+@pytest.fixture(scope="module")
+def exact_store(reward_model: RewardModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store whose model scores a sample the same to the last bit in any batch."""
+    store = tmp_path_factory.mktemp("exact-store")
+    to_triton(reward_model.checkpoint, name=TEXT_MODEL, model_store=store, batch_invariant=True)
+    return store
 
 
 @pytest.fixture
@@ -80,6 +90,24 @@ def wait_for_steps(process: subprocess.Popen[str], run_dir: Path, count: int) ->
         time.sleep(0.1)
 
 
+def wait_for_file(process: subprocess.Popen[str], path: Path) -> None:
+    deadline = time.monotonic() + LONGEST_S
+    while not path.exists():
+        assert process.poll() is None, f"the run ended early:\n{process.communicate()[0]}"
+        assert time.monotonic() < deadline, f"no {path} within {LONGEST_S} s"
+        time.sleep(0.1)
+
+
+def preempt_one_rank(process: subprocess.Popen[str]) -> None:
+    """SIGTERM to the only rank, or to one of those that torchrun started."""
+    ranks = psutil.Process(process.pid).children()
+    (ranks[-1] if ranks else psutil.Process(process.pid)).send_signal(signal.SIGTERM)
+
+
+def same_numbers(row: dict[str, float]) -> list[float]:
+    return [row[name] for name in ("step", "reward/mean", "policy/kl", "train/loss", "train/grad_norm")]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_server_killed_makes_every_rank_leave_with_the_reason(
     policy: Path, server: TritonServer, tmp_path: Path, ranks: int
@@ -97,7 +125,7 @@ def test_server_killed_makes_every_rank_leave_with_the_reason(
 
 
 def test_server_away_with_wait_goes_on_with_the_same_numbers(
-    policy: Path, reward_model: RewardModel, tmp_path: Path
+    policy: Path, exact_store: Path, tmp_path: Path
 ) -> None:
     patient = [
         "reward.on_failure=wait",
@@ -105,8 +133,7 @@ def test_server_away_with_wait_goes_on_with_the_same_numbers(
         "reward.attempt_timeout_s=2",
         "train.total_steps=8",
     ]
-    store = reward_model.model_store
-    with TritonServer(store, [TEXT_MODEL]) as server:
+    with TritonServer(exact_store, [TEXT_MODEL]) as server:
         port = int(server.url.rsplit(":", 1)[1])
         undisturbed = start(command(policy, tmp_path / "calm", server.endpoint(TEXT_MODEL), *patient))
         output, _ = undisturbed.communicate(timeout=LONGEST_S)
@@ -114,13 +141,45 @@ def test_server_away_with_wait_goes_on_with_the_same_numbers(
         disturbed = start(command(policy, tmp_path / "storm", server.endpoint(TEXT_MODEL), *patient))
         wait_for_steps(disturbed, tmp_path / "storm", 3)
         os.kill(server.pid, signal.SIGKILL)
-    with TritonServer(store, [TEXT_MODEL], grpc_port=port):
+    with TritonServer(exact_store, [TEXT_MODEL], grpc_port=port):
         output, _ = disturbed.communicate(timeout=LONGEST_S)
     assert disturbed.returncode == 0, output
     assert "asking again" in output
     calm, storm = rows(tmp_path / "calm"), rows(tmp_path / "storm")
-    same = ("step", "reward/mean", "policy/kl", "train/loss", "train/grad_norm")
-    assert [[row[name] for name in same] for row in storm] == [[row[name] for name in same] for row in calm]
+    assert [same_numbers(row) for row in storm] == [same_numbers(row) for row in calm]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_that_leaves_while_the_server_is_away_goes_on_with_the_same_numbers(
+    policy: Path, reward_model: RewardModel, tmp_path: Path, ranks: int
+) -> None:
+    patient = ["reward.on_failure=wait", "reward.deadline_s=1", "reward.attempt_timeout_s=1"]
+    patient += ["reward.checkpoint_after_s=1", "train.total_steps=8", "ppo.kl.target=0.1"]
+    store, storm = reward_model.model_store, tmp_path / "storm"
+    with TritonServer(store, [TEXT_MODEL]) as server:
+        port = int(server.url.rsplit(":", 1)[1])
+        arguments = command(policy, tmp_path / "calm", server.endpoint(TEXT_MODEL), *patient, ranks=ranks)
+        output, _ = (undisturbed := start(arguments)).communicate(timeout=LONGEST_S)
+        assert undisturbed.returncode == 0, output
+        waiting = start(command(policy, storm, server.endpoint(TEXT_MODEL), *patient, ranks=ranks))
+        wait_for_steps(waiting, storm, 3)
+        os.kill(server.pid, signal.SIGKILL)
+        wait_for_file(waiting, storm / "checkpoints")
+        preempt_one_rank(waiting)
+        output, _ = waiting.communicate(timeout=LONGEST_S)
+    assert waiting.returncode != 0
+    assert "while the reward server is away" in output and "SIGTERM: left while waiting" in output
+    with TritonServer(store, [TEXT_MODEL], grpc_port=port) as server:
+        again = [*patient, "train.resume=auto"]
+        resumed = start(command(policy, storm, server.endpoint(TEXT_MODEL), *again, ranks=ranks))
+        output, _ = resumed.communicate(timeout=LONGEST_S)
+    assert resumed.returncode == 0, output
+    assert "going on with" in output
+    assert [same_numbers(row) for row in rows(storm)] == [
+        same_numbers(row) for row in rows(tmp_path / "calm")
+    ]
+    weights = "checkpoints/step_8/model.safetensors"
+    assert (storm / weights).read_bytes() == (tmp_path / "calm" / weights).read_bytes()
 
 
 def test_two_ranks_learn_like_one(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_dead_server_is_unavailable_and_waiting_outlasts_it(
     patient = HASTY.model_copy(update={"on_failure": "wait", "wait_budget_s": WAIT_S})
     with TritonServer(reward_model.model_store, [TEXT_MODEL]) as server:
         other, port = server.endpoint(TOKEN_MODEL), int(server.url.rpartition(":")[2])
-        unloaded = pytest.raises(RewardUnavailableError, match=r"in the store .* but not loaded")
+        unloaded = pytest.raises(RewardUnavailableError, match=f"not in the server .* there is: {TEXT_MODEL}")
         with TritonReward(other, CONFIG) as reward, unloaded:
             reward.check()
 

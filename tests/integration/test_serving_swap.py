@@ -13,7 +13,7 @@ import tritonclient.grpc as triton
 
 from conch.serving import deployment
 from tests.deployments import callers, conch, detach, score, status, stubs, wait_until
-from tests.stores import LENGTH_MODEL, store_ensemble, store_model
+from tests.stores import LENGTH_MODEL, store_ensemble, store_model, store_text_graph
 
 MODEL = "lengths"
 
@@ -174,3 +174,13 @@ def test_an_ensemble_that_scores_wrong_is_refused_with_its_members(store: Path) 
     assert done.returncode == 1 and "model tens version 2" in done.stderr
     assert {outcome for mine in outcomes for outcome in mine} == {(22.0, "1")}
     assert ask("mine") == (4.0, "1") and ask("mine", "tens") == (40.0, "1")
+
+
+def test_the_parts_of_a_text_form_graph_are_swapped_without_mixing_their_versions(store: Path) -> None:
+    store_text_graph(store, "graph", repeats=1, factor=1)
+    running = detach(store, "mine", model="graph")
+    with callers(running.replicas[0].url, "graph") as outcomes:
+        store_text_graph(store, "graph", repeats=2, factor=10)
+        assert conch("swap", "mine").returncode == 0
+    for mine in outcomes:  # new ids for the old graph would give 8, old ids for the new one 40
+        assert {*mine} == {(4.0, "1"), (80.0, "2")}

@@ -125,5 +125,5 @@ def test_a_failure_on_one_rank_is_raised_on_all(ranks: list[dict[str, Found]]) -
     assert second["step"].startswith("RewardInvalidError: 4 of 8 samples") and "nan" in second["step"]
     for found in (first, second):
         assert found["indivisible"] == (
-            "ConfigError: `ppo.rollouts_per_step` = 9 does not divide among 2 processes"
+            "ConfigError: `ppo.rollouts_per_step` = 9 does not divide among 2 processes: take 8 or 10"
         )

@@ -22,7 +22,7 @@ from conch.converters.python_form import write_version
 from conch.converters.reference import expected_scores
 from conch.converters.torchao_int8 import check_layers
 from conch.errors import ConversionError
-from conch.serving.python_backend.model import Scorer
+from conch.serving.python_backend.model import Row, Scorer
 from tests.checkpoints import (
     EOS,
     FAMILIES,
@@ -56,9 +56,11 @@ def served(name: Path, reading: Reading | None = None, *, dtype: Any = "float32"
     cases = [Case("rows", tuple(Sample("", tuple(row)) for row in ROWS))]
     expected = expected_scores(checkpoint, cases)
     write_version(folder, checkpoint, _manifest(options, checkpoint))
-    scores = Scorer(folder, "cpu").score(ROWS)
+    scores = Scorer(folder, "cpu").score([Row(ids) for ids in ROWS]).rewards
     if dtype == "float32":
-        np.testing.assert_allclose(scores, [expected[tuple(row)] for row in ROWS], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            scores, [expected.scores[tuple(row)] for row in ROWS], rtol=1e-5, atol=1e-5
+        )
     return scores
 
 

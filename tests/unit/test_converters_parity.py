@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conch.converters.cases import Case, Sample, build_cases, requests_of
 from conch.converters.checkpoint import Checkpoint, read_checkpoint
-from conch.converters.comparison import compare
+from conch.converters.comparison import Expected, compare
 from conch.converters.conversion import Reading
 from conch.converters.parity import COMPANY, CaseResult, ParityReport
 from conch.converters.reference import expected_scores, golden_of
@@ -80,6 +80,16 @@ def test_build_cases_of_text_reach_the_lengths_wanted_where_the_tokenizer_joins_
     assert 198 <= max(len(sample.ids) for sample in alone) <= 200
 
 
+def test_compare_forgives_no_bit_of_difference_in_company_to_what_is_batch_invariant() -> None:
+    cases = [Case("alone", (Sample("a", (1,)),)), Case("two", (Sample("a", (1,)), Sample("b", (2,))))]
+    expected = Expected({(1,): (0.5,), (2,): (0.25,)})
+    replies = [{"scores": [[0.5]]}, {"scores": [[0.5 + 1e-7], [0.25]]}]
+
+    assert compare(cases, replies, expected, "float32").ok
+    exact = compare(cases, replies, expected, "float32", batch_invariant=True)
+    assert not exact.ok and exact.worst.name == COMPANY and "not alike" in exact.table()
+
+
 def test_requests_of_tokens_pad_on_the_side_of_the_case() -> None:
     pair = (Sample("", (1, 2, 3)), Sample("", (4,)))
     right, left = requests_of([Case("r", pair), Case("l", pair, left_padded=True)], "token", PAD)
@@ -94,7 +104,7 @@ def one(*ids: int) -> list[Case]:
 
 @pytest.mark.parametrize(("right", "error"), [(40.0, 0.5 / 40.0), (0.25, 0.5), (-40.0, 0.5 / 40.0)])
 def test_compare_divides_the_error_by_large_scores_only(right: float, error: float) -> None:
-    report = compare(one(0, 1), [{"scores": [[right + 0.5]]}], {(0, 1): (right,)}, "float32")
+    report = compare(one(0, 1), [{"scores": [[right + 0.5]]}], Expected({(0, 1): (right,)}), "float32")
 
     assert report.worst.max_error == pytest.approx(error)
     assert report.worst.max_difference == report.worst.mean_difference == pytest.approx(0.5)
@@ -103,7 +113,7 @@ def test_compare_divides_the_error_by_large_scores_only(right: float, error: flo
 
 def test_compare_gives_the_largest_and_the_mean_difference_over_samples_and_rewards() -> None:
     cases = [Case("two", (Sample("", (0,)), Sample("", (1,))))]
-    expected = {(0,): (1.0, 2.0), (1,): (3.0, 4.0)}
+    expected = Expected({(0,): (1.0, 2.0), (1,): (3.0, 4.0)})
     (line,) = compare(cases, [{"scores": [[1.0, 2.4], [2.8, 4.2]]}], expected, "bfloat16").results
 
     assert line.max_difference == pytest.approx(0.4)
@@ -115,7 +125,7 @@ def test_compare_shows_a_score_that_depends_on_its_company() -> None:
     """Each is within the tolerance of the original, but they are too far from each other."""
     alone, together = Case("alone", (Sample("", (0,)),)), Case("both", (Sample("", (0,)), Sample("", (1,))))
     replies = [{"scores": [[1.08]]}, {"scores": [[0.92], [1.0]]}]
-    report = compare([alone, together], replies, {(0,): (1.0,), (1,): (1.0,)}, "bfloat16")
+    report = compare([alone, together], replies, Expected({(0,): (1.0,), (1,): (1.0,)}), "bfloat16")
 
     assert report.worst.name == COMPANY and not report.ok
     assert report.worst.max_difference == pytest.approx(0.16)
@@ -124,14 +134,14 @@ def test_compare_shows_a_score_that_depends_on_its_company() -> None:
 
 @pytest.mark.parametrize("reply", [{"error": "boom"}, {"scores": [[math.nan]]}, {"scores": [[math.inf]]}])
 def test_compare_never_passes_a_score_that_is_none(reply: dict) -> None:
-    report = compare(one(0, 1), [reply], {(0, 1): (0.0,)}, "bfloat16")
+    report = compare(one(0, 1), [reply], Expected({(0, 1): (0.0,)}), "bfloat16")
 
     assert not report.ok and report.worst.max_error == math.inf
 
 
 def test_compare_wants_a_sample_without_tokens_refused() -> None:
-    assert compare(one(), [{"error": "row 0 has no tokens"}], {}, "float32").ok
-    assert not compare(one(), [{"scores": [[0.0]]}], {}, "float32").ok
+    assert compare(one(), [{"error": "row 0 has no tokens"}], Expected({}), "float32").ok
+    assert not compare(one(), [{"scores": [[0.0]]}], Expected({}), "float32").ok
 
 
 def test_report_shows_the_worst_of_cases_with_one_name() -> None:

@@ -19,9 +19,9 @@ LONGEST_FUNCTION = 70
 # columns before its own, and the parts of its column do not know each other.
 COLUMNS = (
     {"types", "config", "errors", "log"},
-    {"ops", "cli", "disk", "option_names"},
+    {"ops", "cli", "disk", "option_names", "launched", "deepspeed_zero3"},
     {"models", "data", "serving"},
-    {"rollouts", "rewards", "experience", "engine", "checkpoint", "tracking"},
+    {"rollouts", "rewards", "experience", "engine", "checkpoint", "tracking", "sizing"},
     {"plots"},
     {"trainers", "service"},
     {"api"},
@@ -42,7 +42,7 @@ OWNERS = {
     "pytriton": (),
     "vllm": ("conch/**/vllm*.py",),
     "ray": ("conch/**/ray*.py",),
-    "deepspeed": (),
+    "deepspeed": ("conch/deepspeed_*.py",),
     "fastapi": ("conch/service/app.py",),
     "uvicorn": ("conch/service/app.py",),
     "wandb": ("conch/tracking.py",),

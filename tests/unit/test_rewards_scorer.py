@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import Any
+from types import SimpleNamespace, TracebackType
+from typing import Any, NoReturn
 
 import pytest
 
 from conch.config import RewardConfig
 from conch.errors import ConfigError, RewardError, RewardInvalidError, RewardUnavailableError
-from conch.rewards import scorer as scorer_module
+from conch.rewards import outage as outage_module
 from conch.rewards.callable_reward import CallableReward
 from conch.rewards.scorer import Scorer, combine
 from conch.types import OnFinished, Prompt, RewardResult, RewardStatus, Rollout
@@ -106,7 +107,7 @@ def gather(
 
 @pytest.fixture
 def quick_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scorer_module, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(outage_module, "_FIRST_PAUSE_S", 0.01)
 
 
 def test_results_come_in_the_order_of_the_chunks() -> None:
@@ -287,10 +288,8 @@ def test_wait_asks_again_for_what_is_missing_only(
         results = scorer.gather()
     assert all(result.ok for result in results)
     assert source.asked == [["a", "u"], ["u"], ["u"]]
-    assert [record.message.startswith("reward server outage away for") for record in caplog.records] == [
-        True,
-        True,
-    ]
+    said = [record.message.split(" for ")[0].split(" after ")[0] for record in caplog.records]
+    assert said == ["reward server outage away", "reward server outage is back"]
 
 
 def test_wait_keeps_ranks_in_lock_step(quick_waits: None) -> None:
@@ -322,6 +321,106 @@ def test_wait_does_not_wait_for_bad_data() -> None:
             lambda agree: gather(bad, RewardConfig(on_failure="wait"), rollouts("x"), agree),
         )
     assert [type(kind) for kind in kinds] == [RewardInvalidError, RewardInvalidError]
+
+
+class Guest:
+    """A host that notes what is asked of it; told to leave after some looks."""
+
+    def __init__(self, leave_after: int = 10**9) -> None:
+        self.leave_after = leave_after
+        self.did: list[str] = []
+
+    def save(self) -> None:
+        self.did.append("save")
+
+    def leaving(self) -> bool:
+        self.leave_after -= 1
+        return self.leave_after < 0
+
+    def leave(self) -> NoReturn:
+        self.did.append("leave")
+        raise RewardError("left")
+
+    def scored(self, rollouts: Sequence[Rollout], results: Sequence[RewardResult]) -> None:
+        self.did.append("".join("." if result.ok else "x" for result in results))
+
+
+def gather_with(
+    host: Guest, source: Any, config: RewardConfig, batch: list[Rollout], agree: Callable[[int], int]
+) -> list[RewardResult]:
+    scorer = Scorer(source, config, agree)
+    scorer.attach(host)
+    scorer.submit(batch)
+    return scorer.gather()
+
+
+def test_ranks_save_together_and_once(quick_waits: None) -> None:
+    soon = RewardConfig(on_failure="wait", checkpoint_after_s=0)
+    late = RewardConfig(on_failure="wait", checkpoint_after_s=3600)
+    one, two, ranks = Guest(), Guest(), Ranks(2)
+    ranks.run(
+        lambda agree: gather_with(one, Outage(rounds=3), late, rollouts("u", "a"), agree),
+        lambda agree: gather_with(two, Outage(rounds=0), soon, rollouts("a"), agree),
+    )
+    assert one.did == ["save", ".."]
+    assert two.did == ["save", "."]
+    assert ranks.calls[0] == ranks.calls[1]
+
+
+def test_a_signal_to_one_rank_makes_all_leave(quick_waits: None) -> None:
+    config = RewardConfig(on_failure="wait")
+    one, two = Guest(), Guest(leave_after=2)
+    outcomes = Ranks(2).run(
+        lambda agree: gather_with(one, Outage(rounds=10**9), config, rollouts("u"), agree),
+        lambda agree: gather_with(two, Outage(rounds=0), config, rollouts("a"), agree),
+    )
+    assert [str(outcome) for outcome in outcomes] == ["left", "left"]
+    assert one.did == two.did == ["leave"]
+
+
+class Frozen(Outage):
+    """A server that stops answering when it is asked again, until `thaw`."""
+
+    def __init__(self) -> None:
+        super().__init__(rounds=1)
+        self.thaw: Callable[[], None] = lambda: None
+
+    def submit(self, chunk: Sequence[Rollout]) -> Future[list[RewardResult]]:
+        answered = super().submit(chunk)
+        if len(self.asked) == 1:
+            return answered
+        pending: Future[list[RewardResult]] = Future()
+        self.thaw = lambda: pending.set_result(answered.result())
+        return pending
+
+
+def test_ranks_attend_to_signals_while_a_request_hangs(
+    quick_waits: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outage_module, "_SLICE_S", 0.001)
+    host = Guest(leave_after=100)
+    with pytest.raises(RewardError, match="left"):
+        gather_with(host, Frozen(), RewardConfig(on_failure="wait"), rollouts("u"), lambda value: value)
+
+
+def test_a_host_is_told_of_failures_before_they_are_raised() -> None:
+    host = Guest()
+    with pytest.raises(RewardUnavailableError):
+        gather_with(host, Outage(rounds=1), RewardConfig(), rollouts("a", "u"), lambda value: value)
+    assert host.did == [".x"]
+
+
+def test_a_long_outage_is_spoken_of_once_a_minute(
+    quick_waits: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(10**6))  # each look at the clock takes a second
+    passing = SimpleNamespace(monotonic=lambda: float(next(clock)), sleep=lambda _seconds: None)
+    monkeypatch.setattr(outage_module, "time", passing)
+    gather(Outage(rounds=40), RewardConfig(on_failure="wait"), rollouts("u"), lambda value: value)
+    words = [record.message for record in caplog.records if "asking again" in record.message]
+    away_s = [int(word.split("away for ")[1].split(" s")[0]) for word in words]
+    assert len(away_s) > 2
+    assert all(55 < later - earlier < 75 for earlier, later in itertools.pairwise(away_s))
 
 
 class Broken(Outage):

@@ -17,7 +17,8 @@ from conch.checkpoint import checkpoint_bytes, newest_checkpoint, read_checkpoin
 from conch.config import load
 from conch.errors import CheckpointError, ConfigError, DataError
 from conch.trainers.reward_model import RewardModelRunConfig, RewardModelTrainer
-from conch.trainers.run import Run, save_checkpoint
+from conch.trainers.run import Run
+from conch.trainers.saving import save_checkpoint
 from tests.clock import CLOCK
 from tests.runs import PROMPTS, TOKENIZER, parameters, policy, ppo_trainer, sft_trainer, vowels
 from tests.tiny import tiny_gpt2_config

@@ -11,7 +11,14 @@ import pytest
 import torch
 from transformers import GPT2ForSequenceClassification
 
-from conch.serving.python_backend.model import RejectedError, Scorer, refuse_numpy_2, score_requests
+from conch.serving.python_backend.model import (
+    RejectedError,
+    Row,
+    Scorer,
+    Scores,
+    refuse_numpy_2,
+    score_requests,
+)
 from tests.tiny import reward_checkpoint
 
 PAD, EOS, VOCABULARY, MAX_LENGTH = 21, 22, 24, 12
@@ -64,24 +71,37 @@ def masked(rows: list[list[int]], *, left: bool = False) -> tuple[np.ndarray, np
     return ids, mask
 
 
+def ids_of(rows: list[Row]) -> list[list[int]]:
+    return [row.ids for row in rows]
+
+
+def as_rows(rows: list[list[int]]) -> list[Row]:
+    return [Row(ids) for ids in rows]
+
+
+def rewards_of(scorer: Scorer, rows: list[list[int]]) -> np.ndarray:
+    """Of rows in one batch."""
+    return scorer.score(as_rows(rows)).rewards
+
+
 def test_rows_from_texts_applies_the_template(scorer: Scorer) -> None:
-    assert scorer.rows_from_texts([b"abc", b""]) == [[0, 1, 2, EOS], [EOS]]
+    assert ids_of(scorer.rows_from_texts([b"abc", b""])) == [[0, 1, 2, EOS], [EOS]]
 
 
 def test_rows_from_texts_applies_the_template_literally(scorer: Scorer) -> None:
-    assert scorer.rows_from_texts([b"ab<eos>"]) == [[0, 1, EOS, EOS]]
+    assert ids_of(scorer.rows_from_texts([b"ab<eos>"])) == [[0, 1, EOS, EOS]]
 
 
 def test_rows_from_texts_cuts_the_text_and_keeps_the_closing_eos(scorer: Scorer) -> None:
     (row,) = scorer.rows_from_texts([b"abcdefghijklmnop"])
-    assert row == [*range(MAX_LENGTH - 1), EOS]
+    assert row.ids == [*range(MAX_LENGTH - 1), EOS]
 
 
 def test_rows_from_texts_cuts_on_the_tokenizers_side(folder: Path) -> None:
     scorer = Scorer(folder, "cpu")
     scorer.tokenizer.truncation_side = "left"
     (row,) = scorer.rows_from_texts([b"abcdefghijklmnop"])
-    assert row == [*range(16 - MAX_LENGTH + 1, 16), EOS]
+    assert row.ids == [*range(16 - MAX_LENGTH + 1, 16), EOS]
 
 
 def test_rows_from_texts_refuses_what_is_not_utf8(scorer: Scorer) -> None:
@@ -107,7 +127,7 @@ def conversation(*contents: str, role: str = "user") -> bytes:
 
 def test_rows_from_texts_puts_messages_into_the_chat_template(chat: Scorer) -> None:
     u = 20
-    assert chat.rows_from_texts([conversation("ab", "c")]) == [[u, 0, 1, u, 2, EOS]]
+    assert ids_of(chat.rows_from_texts([conversation("ab", "c")])) == [[u, 0, 1, u, 2, EOS]]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +137,7 @@ def test_rows_from_texts_cuts_a_conversation_and_keeps_its_closing_eos(
     chat: Scorer, side: str, expected: list[int]
 ) -> None:
     chat.tokenizer.truncation_side = side
-    assert chat.rows_from_texts([conversation("abcdefghijklmnop")]) == [expected]
+    assert ids_of(chat.rows_from_texts([conversation("abcdefghijklmnop")])) == [expected]
 
 
 @pytest.mark.parametrize("text", [b"ab", b'{"role": "user"}', b'["ab"]', b"1"])
@@ -135,8 +155,8 @@ def test_rows_from_texts_passes_on_what_the_chat_template_refuses(chat: Scorer) 
 
 def test_rows_from_tokens_takes_either_padding(scorer: Scorer) -> None:
     rows = [[0, 1, 2], [3]]
-    assert scorer.rows_from_tokens(*masked(rows)) == rows
-    assert scorer.rows_from_tokens(*masked(rows, left=True)) == rows
+    assert ids_of(scorer.rows_from_tokens(*masked(rows))) == rows
+    assert ids_of(scorer.rows_from_tokens(*masked(rows, left=True))) == rows
 
 
 @pytest.mark.parametrize(
@@ -170,22 +190,31 @@ def test_score_equals_hugging_face_for_every_length_in_any_company(folder: Path,
     ]
     expected = [alone(folder, row) for row in rows]
 
-    np.testing.assert_allclose(scorer.score(rows), expected, atol=1e-6)
-    np.testing.assert_allclose(scorer.score(rows[::-1]), expected[::-1], atol=1e-6)
+    np.testing.assert_allclose(rewards_of(scorer, rows), expected, atol=1e-6)
+    np.testing.assert_allclose(rewards_of(scorer, rows[::-1]), expected[::-1], atol=1e-6)
 
 
 def test_score_keeps_order_when_the_batch_is_cut_by_the_token_budget(
     scorer: Scorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [[0, 1, 2, 3], [4], [5, 6, 7], [8, 9]]
-    whole = scorer.score(rows)
+    whole = rewards_of(scorer, rows)
     monkeypatch.setattr(scorer, "tokens_per_forward", 4)
     passes = []
     forward = scorer._forward
     monkeypatch.setattr(scorer, "_forward", lambda rows: passes.append(len(rows)) or forward(rows))
 
-    np.testing.assert_allclose(scorer.score(rows), whole, atol=1e-6)
+    np.testing.assert_allclose(rewards_of(scorer, rows), whole, atol=1e-6)
     assert passes == [2, 1, 1]
+
+
+def test_batch_invariant_scores_are_those_of_each_row_alone_to_the_last_bit(tmp_path: Path) -> None:
+    folder = write_version(tmp_path, batch_invariant=True)
+    rows = [list(range(length)) for length in range(1, 13)] * 2
+
+    scores = rewards_of(Scorer(folder, "cpu"), rows)
+
+    assert scores.tolist() == [alone(folder, row) for row in rows]
 
 
 def test_a_pass_is_small_on_a_cpu(scorer: Scorer) -> None:
@@ -199,24 +228,26 @@ def test_score_normalises_each_reward_by_its_own_statistics(tmp_path: Path) -> N
     raw = np.array(alone(folder, [0, 1, EOS]))
 
     expected = (raw - [0.5, -1.0]) / [2.0, 0.25]
-    np.testing.assert_allclose(Scorer(folder, "cpu").score([[0, 1, EOS]])[0], expected, atol=1e-5)
+    np.testing.assert_allclose(rewards_of(Scorer(folder, "cpu"), [[0, 1, EOS]])[0], expected, atol=1e-5)
 
 
 def test_score_requests_splits_the_batch_as_it_was_asked(scorer: Scorer) -> None:
-    first, rejected, second = score_requests(scorer, [[[0], [1, 2]], RejectedError("no"), [[3, 4, 5]]])
+    first, rejected, second = score_requests(
+        scorer, [as_rows([[0], [1, 2]]), RejectedError("no"), as_rows([[3, 4, 5]])]
+    )
 
-    assert isinstance(first, np.ndarray) and isinstance(second, np.ndarray)
+    assert isinstance(first, Scores) and isinstance(second, Scores)
     assert isinstance(rejected, RejectedError)
-    np.testing.assert_allclose(first, scorer.score([[0], [1, 2]]), atol=1e-6)
-    np.testing.assert_allclose(second, scorer.score([[3, 4, 5]]), atol=1e-6)
+    np.testing.assert_allclose(first.rewards, rewards_of(scorer, [[0], [1, 2]]), atol=1e-6)
+    np.testing.assert_allclose(second.rewards, rewards_of(scorer, [[3, 4, 5]]), atol=1e-6)
 
 
 def test_score_requests_lets_only_the_failing_request_fail(scorer: Scorer) -> None:
     # An id beyond the embedding, which the checks of the real inputs would have refused, makes torch raise.
-    good, bad = score_requests(scorer, [[[0, 1]], [[10_000]]])
+    good, bad = score_requests(scorer, [as_rows([[0, 1]]), as_rows([[10_000]])])
 
-    assert isinstance(good, np.ndarray)
-    np.testing.assert_allclose(good, scorer.score([[0, 1]]), atol=1e-6)
+    assert isinstance(good, Scores)
+    np.testing.assert_allclose(good.rewards, rewards_of(scorer, [[0, 1]]), atol=1e-6)
     assert isinstance(bad, IndexError)
 
 
@@ -224,9 +255,9 @@ def test_score_requests_turns_a_score_that_is_nan_into_that_requests_error(folde
     scorer = Scorer(folder, "cpu")
     with torch.no_grad():
         scorer.model.network.transformer.wte.weight[7] = float("nan")
-    good, bad = score_requests(scorer, [[[0, 1]], [[2], [7]]])
+    good, bad = score_requests(scorer, [as_rows([[0, 1]]), as_rows([[2], [7]])])
 
-    assert isinstance(good, np.ndarray)
+    assert isinstance(good, Scores)
     assert isinstance(bad, ArithmeticError) and "row 1: the model's score is [nan]" in str(bad)
 
 

@@ -36,6 +36,8 @@ output [ { name: "rewards" data_type: TYPE_FP16 dims: [ -1 ] } ]
         ),
         RewardModelSpec("ens", members=("a", "b", "b"), max_queue_delay_us=0),
         RewardModelSpec("ens", form="token", members=("a", "b")),
+        RewardModelSpec("steps", granularity="step"),
+        RewardModelSpec("tokens", form="token", granularity="token"),
         RewardModelSpec("graph", form="token", engine="onnxruntime"),
         RewardModelSpec("graph", form="token", engine="pytorch"),
     ],
@@ -58,6 +60,25 @@ def test_to_pbtxt_batches_ragged_rows_and_sets_no_queue_policy() -> None:
     assert not config.dynamic_batching.HasField("default_queue_policy")
     assert config.version_policy.latest.num_versions == 1
     assert config.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_CPU
+
+
+def test_to_pbtxt_declares_dense_scores_of_any_number() -> None:
+    config = model_config_pb2.ModelConfig()
+    text_format.Parse(to_pbtxt(RewardModelSpec("m", granularity="step")), config)
+
+    outputs = {(output.name, output.data_type, *output.dims) for output in config.output}
+    floats, integers = model_config_pb2.TYPE_FP32, model_config_pb2.TYPE_INT32
+    assert outputs == {("rewards", floats, 1), ("step_rewards", floats, -1), ("step_ends", integers, -1)}
+
+
+def test_from_pbtxt_refuses_dense_scores_that_do_not_fit() -> None:
+    text = to_pbtxt(RewardModelSpec("m", granularity="step"))
+    with pytest.raises(ServingError, match="parameter granularity is 'word', none of"):
+        from_pbtxt(text.replace('"step"', '"word"'))
+    with pytest.raises(ServingError, match=r"other tensors; .*step_ends INT64"):
+        from_pbtxt(text.replace("TYPE_INT32", "TYPE_INT64"))
+    with pytest.raises(ServingError, match="other tensors"):
+        from_pbtxt(text.replace('"step"', '"sample"'))
 
 
 def test_from_pbtxt_accepts_a_foreign_token_model() -> None:

@@ -4,7 +4,7 @@ It stands alone: torch, transformers and numpy, nothing of the package that wrot
 `manifest.json` beside it. Four layers, top to bottom:
 
     ServedModel         padded token ids [rows, length] -> scores [rows, rewards]
-    Scorer              samples -> rows of token ids -> scores
+    Scorer              samples -> rows of token ids -> scores, of steps or tokens too if the manifest says so
     score_requests      many requests in one batch; a bad one fails alone
     TritonPythonModel   what Triton calls
 
@@ -18,6 +18,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,6 @@ try:
 except ModuleNotFoundError:  # run by hand: only Triton provides it
     pb_utils: Any = None
 
-Rows = list[list[int]]
-
 # Longest row times rows in one forward pass. On a GPU it bounds the memory of a batch that the server has put
 # together. On a CPU small passes are the fastest: their activations stay in the caches, and less is padding.
 # On dialogues, samples/s: 83 with 512 tokens a pass, 81 with 1,024, 60 with 4,096, 29 with 32,768.
@@ -42,6 +41,31 @@ TOKENS_PER_FORWARD = {"cpu": 1024, "cuda": 32_768}
 
 class RejectedError(ValueError):
     """The request is at fault, not the model: the same request fails again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A sample as the model reads it.
+
+    ids: its tokens. places: which of them end a step and so have a score of their own, ascending. ends: how
+    much of the sample lies before the end of each such step, in characters of the client's text, or in tokens
+    where the client sends those. Both are empty where the model scores samples only.
+    """
+
+    ids: list[int]
+    places: tuple[int, ...] = ()
+    ends: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """rewards: float32 [rows, rewards]. steps: per row float32 [its steps]; empty unless steps are scored."""
+
+    rewards: np.ndarray
+    steps: list[np.ndarray]
+
+
+Rows = list[Row]
 
 
 class ServedModel(nn.Module):
@@ -69,15 +93,41 @@ class ServedModel(nn.Module):
         if not self.has_head:
             scores = output.logits.float()
         elif self.manifest["pooling"] == "steps":
-            scores = self._step_scores(output.last_hidden_state, input_ids, attention_mask)
+            every = self._token_scores(output.last_hidden_state)
+            scores = _aggregate(self.manifest["aggregate"], every, self._step_ends(input_ids, attention_mask))
         else:
             scores = self._linear(self._pooled(output.last_hidden_state, input_ids, attention_mask))
+        return self._served(scores)
+
+    def dense(self, input_ids: Tensor, attention_mask: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores [rows, 1] as `forward` gives them, and one of every token [rows, length], in the same unit.
+
+        ends: bool [rows, length], True where a step ends; aggregated are the scores there.
+        """
+        states = self.network(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        every = self._token_scores(states)
+        if self.manifest["pooling"] == "steps":
+            scores = _aggregate(self.manifest["aggregate"], every, ends)
+        else:
+            scores = self._linear(self._pooled(states, input_ids, attention_mask))
+        return self._served(scores), self._served(every).squeeze(-1)
+
+    def _served(self, scores: Tensor) -> Tensor:
+        """Of all outputs [..., outputs] the rewards [..., rewards], normalised if the manifest says so."""
         if self.manifest.get("columns") is not None:
-            scores = scores[:, self.manifest["columns"]]
+            scores = scores[..., self.manifest["columns"]]
         if self.manifest["normalise"]:
             mean, std = (torch.tensor(self.manifest[name], device=scores.device) for name in ("mean", "std"))
             scores = (scores - mean) / std
         return scores
+
+    def _token_scores(self, states: Tensor) -> Tensor:
+        """The head's outputs at every token, [rows, length, outputs]; where it tells kinds of steps apart,
+        their probabilities."""
+        logits = self._linear(states)
+        if self.manifest["pooling"] != "steps" or logits.shape[-1] == 1:
+            return logits
+        return logits.softmax(dim=-1)
 
     def _linear(self, states: Tensor) -> Tensor:
         return nn.functional.linear(states.float(), self.weight, self.bias)
@@ -103,20 +153,14 @@ class ServedModel(nn.Module):
         is_eos = (input_ids == self.manifest["eos_token_id"]) & mask.bool()
         return torch.where(is_eos.any(dim=1), is_eos.int().argmax(dim=1), last)
 
-    def _step_scores(self, states: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """One number a row and output from the scores at the ends of its steps.
-
-        A step ends at each separator, and where the text ends: at the last token that is no eos.
-        """
-        logits = self._linear(states)
-        scores = logits if logits.shape[-1] == 1 else logits.softmax(dim=-1)
+    def _step_ends(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Where steps end, bool [rows, length]: at each separator, and at the last token that is no eos."""
         body = mask.bool()
         if self.manifest["eos_token_id"] is not None:
             body = body & (input_ids != self.manifest["eos_token_id"])
         last = _last_true(torch.where(body.any(dim=1, keepdim=True), body, mask.bool()))
         places = torch.arange(mask.shape[1], device=mask.device)
-        ends = (input_ids == self.manifest["separator_id"]) & mask.bool() | (places == last.unsqueeze(1))
-        return _aggregate(self.manifest["aggregate"], scores, ends.unsqueeze(-1), last)
+        return (input_ids == self.manifest["separator_id"]) & mask.bool() | (places == last.unsqueeze(1))
 
 
 def _last_true(where: Tensor) -> Tensor:
@@ -124,15 +168,16 @@ def _last_true(where: Tensor) -> Tensor:
     return (where.int() * torch.arange(where.shape[1], device=where.device)).argmax(dim=1)
 
 
-def _aggregate(how: str, scores: Tensor, ends: Tensor, last: Tensor) -> Tensor:
-    """Scores [rows, length, outputs] where `ends` [rows, length, 1] -> [rows, outputs]."""
+def _aggregate(how: str, scores: Tensor, ends: Tensor) -> Tensor:
+    """Scores [rows, length, outputs] where `ends` [rows, length] is True -> [rows, outputs]."""
+    where = ends.unsqueeze(-1)
     if how == "min":
-        return scores.masked_fill(~ends, torch.inf).amin(dim=1)
+        return scores.masked_fill(~where, torch.inf).amin(dim=1)
     if how == "prod":
-        return scores.masked_fill(~ends, 1.0).prod(dim=1)
+        return scores.masked_fill(~where, 1.0).prod(dim=1)
     if how == "mean":
-        return (scores * ends).sum(dim=1) / ends.sum(dim=1)
-    return scores[torch.arange(len(scores), device=scores.device), last]
+        return (scores * where).sum(dim=1) / where.sum(dim=1)
+    return scores[torch.arange(len(scores), device=scores.device), _last_true(ends)]
 
 
 def load_model(folder: Path, manifest: dict[str, Any]) -> ServedModel:
@@ -159,9 +204,14 @@ class Scorer:
         )
         if self.manifest.get("truncation_side"):
             self.tokenizer.truncation_side = self.manifest["truncation_side"]
+        self.granularity: str = self.manifest.get("granularity", "sample")
+        self.is_dense = self.granularity != "sample"
         self.model = load_model(folder, self.manifest).to(device)
         self.device = device
-        self.tokens_per_forward = TOKENS_PER_FORWARD[torch.device(device).type]
+        # Kernels round by the shape of what they get: only a row in a pass of its own is safe from others.
+        # A budget of 0 tokens has room for one row a pass.
+        is_alone = self.manifest.get("batch_invariant", False)
+        self.tokens_per_forward = 0 if is_alone else TOKENS_PER_FORWARD[torch.device(device).type]
 
     def rows_from_texts(self, texts: Sequence[bytes]) -> Rows:
         """Token ids of UTF-8 samples.
@@ -186,18 +236,54 @@ class Scorer:
             kept = np.flatnonzero(mask)
             if kept.size and kept[-1] - kept[0] + 1 != kept.size:
                 raise RejectedError(f"row {row}: attention_mask has a hole; padding goes at the ends")
-            rows.append(ids[kept].tolist())
+            rows.append(self._row(ids[kept].tolist(), list(range(1, kept.size + 1))))
         return self._checked(rows)
 
-    def score(self, rows: Rows) -> np.ndarray:
-        """Scores float32 [len(rows), rewards]; a row's score does not depend on the others'."""
-        rewards = len(self.manifest["reward_names"])
-        scores = np.empty((len(rows), rewards), dtype=np.float32)
-        for indices in _batches_by_length([len(row) for row in rows], self.tokens_per_forward):
-            scores[indices] = self._forward([rows[index] for index in indices])
-        return scores
+    def score(self, rows: Rows) -> Scores:
+        """Scores of all rows, in their order; a row's scores do not depend on the other rows."""
+        rewards = np.empty((len(rows), len(self.manifest["reward_names"])), dtype=np.float32)
+        steps: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * len(rows) if self.is_dense else []
+        for indices in _batches_by_length([len(row.ids) for row in rows], self.tokens_per_forward):
+            batch = [rows[index] for index in indices]
+            if not self.is_dense:
+                rewards[indices] = self._forward(batch)
+                continue
+            rewards[indices], every = self._dense(batch)
+            for index, row, scores in zip(indices, batch, every, strict=True):
+                steps[index] = scores[list(row.places)]
+        return Scores(rewards, steps)
 
-    def _encode(self, text: bytes, row: int) -> list[int]:
+    def _row(self, ids: list[int], ends: Sequence[int | None]) -> Row:
+        """The row of these tokens.
+
+        ends: how much of the client's sample lies before the end of each token; None for a token that the
+            template or the tokenizer added. Those end no step; where there are no others, the row is one step
+            that ends at 0.
+        """
+        if not self.is_dense or not ids:
+            return Row(ids)
+        told = {place: end for place, end in enumerate(ends) if end is not None}
+        own = list(told or range(len(ids)))
+        words = [place for place in own if ids[place] != self.manifest["eos_token_id"]] or own
+        if not told:
+            return Row(ids, (words[-1],), (0,))
+        if self.granularity == "step":
+            separators = {place for place in own if ids[place] == self.manifest["separator_id"]}
+            own = sorted(separators | {words[-1]})
+        return Row(ids, tuple(own), tuple(told[place] for place in own))
+
+    def _ends_in(self, sample: str, encoded: Any) -> list[int | None]:
+        """Where each token ends in the client's text, by the offsets into the template's."""
+        if not self.is_dense:
+            return []
+        before = self.manifest["template"].partition("{text}")[0]
+        start = len(before.format(eos=self.tokenizer.eos_token or ""))
+        return [
+            end - start if sequence is not None and start < end <= start + len(sample) else None
+            for (_, end), sequence in zip(encoded.offset_mapping, encoded.sequence_ids(), strict=True)
+        ]
+
+    def _encode(self, text: bytes, row: int) -> Row:
         """Ids of a sample in its template.
 
         A sample that is too long loses tokens on the tokenizer's truncation side; the special tokens that the
@@ -211,15 +297,17 @@ class Scorer:
             ) from error
         template, limit = self.manifest["template"], self.manifest["max_length"]
         if template == "chat":
-            return self._encode_chat(sample, row)
+            return Row(self._encode_chat(sample, row))
         eos = self.tokenizer.eos_token or ""
-        ids = self.tokenizer(template.format(text=sample, eos=eos)).input_ids
-        if len(ids) <= limit:
-            return ids
+        offsets = {"return_offsets_mapping": True} if self.is_dense else {}
+        whole = self.tokenizer(template.format(text=sample, eos=eos), **offsets)
+        if len(whole.input_ids) <= limit:
+            return self._row(whole.input_ids, self._ends_in(sample, whole))
         closing = [self.tokenizer.eos_token_id] if template.endswith("{eos}") else []
         opened = template.removesuffix("{eos}").format(text=sample, eos=eos)
-        cut = self.tokenizer(opened, truncation=True, max_length=limit - len(closing)).input_ids
-        return [*cut, *closing]
+        cut = self.tokenizer(opened, truncation=True, max_length=limit - len(closing), **offsets)
+        ends = [*self._ends_in(sample, cut), *[None] * len(closing)]
+        return self._row([*cut.input_ids, *closing], ends)
 
     def _encode_chat(self, sample: str, row: int) -> list[int]:
         """Ids of a conversation, a JSON list of messages, in the model's own chat template.
@@ -244,7 +332,7 @@ class Scorer:
 
     def _checked(self, rows: Rows) -> Rows:
         vocabulary, limit = self.manifest["vocab_size"], self.manifest["max_length"]
-        for row, ids in enumerate(rows):
+        for row, ids in enumerate(row.ids for row in rows):
             if not ids:
                 raise RejectedError(f"row {row} has no tokens")
             if len(ids) > limit:
@@ -255,14 +343,26 @@ class Scorer:
 
     @torch.inference_mode()
     def _forward(self, rows: Rows) -> np.ndarray:
+        return self.model(*self._padded(rows)).cpu().numpy()
+
+    @torch.inference_mode()
+    def _dense(self, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+        input_ids, mask = self._padded(rows)
+        ends = torch.zeros(mask.shape, dtype=torch.bool)
+        for row, places in enumerate(row.places for row in rows):
+            ends[row, list(places)] = True
+        scores, every = self.model.dense(input_ids, mask, ends.to(self.device))
+        return scores.cpu().numpy(), every.cpu().numpy()
+
+    def _padded(self, rows: Rows) -> tuple[Tensor, Tensor]:
         # Padded on the right, so that position i is token i for every architecture.
-        shape = (len(rows), max(len(row) for row in rows))
+        shape = (len(rows), max(len(row.ids) for row in rows))
         input_ids = torch.full(shape, self.manifest["pad_token_id"], dtype=torch.long)
         mask = torch.zeros(shape, dtype=torch.long)
-        for row, ids in enumerate(rows):
+        for row, ids in enumerate(row.ids for row in rows):
             input_ids[row, : len(ids)] = torch.tensor(ids)
             mask[row, : len(ids)] = 1
-        return self.model(input_ids.to(self.device), mask.to(self.device)).cpu().numpy()
+        return input_ids.to(self.device), mask.to(self.device)
 
 
 def _messages(sample: str, row: int) -> list[dict[str, Any]]:
@@ -278,13 +378,13 @@ def _messages(sample: str, row: int) -> list[dict[str, Any]]:
     return messages
 
 
-def score_requests(scorer: Scorer, requests: Sequence[Rows | Exception]) -> list[np.ndarray | Exception]:
+def score_requests(scorer: Scorer, requests: Sequence[Rows | Exception]) -> list[Scores | Exception]:
     """Score the rows of many requests together; what is already an exception stays one.
 
     If the batch fails, each request is scored once more alone, so that only the bad ones fail.
 
     Returns:
-        per request float32 [its rows, rewards], or why there are no scores.
+        per request the scores of its rows, or why there are none.
     """
     accepted = [rows for rows in requests if not isinstance(rows, Exception)]
     try:
@@ -294,24 +394,29 @@ def score_requests(scorer: Scorer, requests: Sequence[Rows | Exception]) -> list
     return [rows if isinstance(rows, Exception) else _finite(next(outcomes)) for rows in requests]
 
 
-def _score_together(scorer: Scorer, requests: Sequence[Rows]) -> list[np.ndarray | Exception]:
-    scores = scorer.score([ids for rows in requests for ids in rows])
-    ends = np.cumsum([len(rows) for rows in requests])[:-1]
-    return list(np.split(scores, ends)) if requests else []
+def _score_together(scorer: Scorer, requests: Sequence[Rows]) -> list[Scores | Exception]:
+    scores, start, parts = scorer.score([row for rows in requests for row in rows]), 0, []
+    for rows in requests:
+        own = slice(start, start + len(rows))
+        parts.append(Scores(scores.rewards[own], scores.steps[own]))
+        start += len(rows)
+    return parts
 
 
-def _score_alone(scorer: Scorer, rows: Rows) -> np.ndarray | Exception:
+def _score_alone(scorer: Scorer, rows: Rows) -> Scores | Exception:
     try:
         return scorer.score(rows)
     except Exception as error:  # becomes this request's error
         return error
 
 
-def _finite(scores: np.ndarray | Exception) -> np.ndarray | Exception:
-    if isinstance(scores, Exception) or np.isfinite(scores).all():
+def _finite(scores: Scores | Exception) -> Scores | Exception:
+    if isinstance(scores, Exception):
         return scores
-    row = int(np.flatnonzero(~np.isfinite(scores).all(axis=1))[0])
-    return ArithmeticError(f"row {row}: the model's score is {scores[row].tolist()}")
+    for row, values in [*enumerate(scores.rewards), *enumerate(scores.steps)]:
+        if not np.isfinite(values).all():
+            return ArithmeticError(f"row {row}: the model's score is {values.tolist()}")
+    return scores
 
 
 def _batches_by_length(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -345,8 +450,9 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer every request, each with its scores or its own error."""
-        outcomes = score_requests(self.scorer, [self._rows(request) for request in requests])
-        return [self._response(outcome) for outcome in outcomes]
+        asked = [self._rows(request) for request in requests]
+        outcomes = score_requests(self.scorer, asked)
+        return [self._response(rows, outcome) for rows, outcome in zip(asked, outcomes, strict=True)]
 
     def _rows(self, request: Any) -> Rows | Exception:
         try:
@@ -358,13 +464,26 @@ class TritonPythonModel:
         except RejectedError as error:
             return error
 
-    def _response(self, outcome: np.ndarray | Exception) -> Any:
-        if isinstance(outcome, np.ndarray):
-            return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor("rewards", outcome)])
+    def _response(self, rows: Rows | Exception, outcome: Scores | Exception) -> Any:
+        if isinstance(outcome, Scores) and not isinstance(rows, Exception):
+            tensors = {"rewards": outcome.rewards}
+            if self.scorer.is_dense:
+                tensors["step_rewards"] = filled_up(outcome.steps, np.nan, np.float32)
+                tensors["step_ends"] = filled_up([row.ends for row in rows], -1, np.int32)
+            outputs = [pb_utils.Tensor(name, values) for name, values in tensors.items()]
+            return pb_utils.InferenceResponse(output_tensors=outputs)
         rejected = isinstance(outcome, RejectedError)
         code = pb_utils.TritonError.INVALID_ARG if rejected else pb_utils.TritonError.INTERNAL
         message = str(outcome) if rejected else f"scoring failed: {type(outcome).__name__}: {outcome}"
         return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+
+
+def filled_up(rows: Sequence[Any], filler: int | float, dtype: Any) -> np.ndarray:
+    """Rows of any lengths as one array [rows, longest]: Triton knows rectangles only."""
+    values = np.full((len(rows), max(map(len, rows))), filler, dtype=dtype)
+    for index, row in enumerate(rows):
+        values[index, : len(row)] = row
+    return values
 
 
 def _input(request: Any, name: str) -> np.ndarray:
@@ -385,7 +504,8 @@ def main() -> None:
 
     in:  {"device": "cpu", "requests": [request, ...]} where a request is
          {"texts": [...]} or {"input_ids": [[...]], "attention_mask": [[...]]}
-    out: [{"scores": [[...], ...]} or {"error": "..."}, ...]
+    out: [{"scores": [[...], ...]} or {"error": "..."}, ...]; a model that scores steps or tokens adds
+         "step_scores": [[...], ...] and "step_ends": [[...], ...]
     """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # libraries may print; only answers belong on stdout
@@ -408,7 +528,11 @@ def _answer(scorer: Scorer, request: dict[str, Any]) -> dict[str, Any]:
     (outcome,) = score_requests(scorer, [rows])
     if isinstance(outcome, Exception):
         return {"error": f"scoring failed: {type(outcome).__name__}: {outcome}"}
-    return {"scores": outcome.tolist()}
+    answer: dict[str, Any] = {"scores": outcome.rewards.tolist()}
+    if scorer.is_dense:
+        answer["step_scores"] = [scores.tolist() for scores in outcome.steps]
+        answer["step_ends"] = [row.ends for row in rows]
+    return answer
 
 
 if __name__ == "__main__":

@@ -1,0 +1,155 @@
+"""Scores of steps and tokens through the real converter and the real server."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import tritonclient.grpc as triton
+
+from conch.converters.to_triton import main
+from conch.errors import ServerStartError
+from conch.serving.launcher import TritonServer
+from conch.serving.manifest import Golden
+from conch.serving.store import read_model
+from conch.serving.triton_ask import read_steps, request_inputs
+from conch.serving.triton_health import check_golden
+from tests.checkpoints import LETTERS, base_model, process_reward, save_value_head, value_head_tensors
+
+DEADLINE_S = 60.0
+SEMICOLON = LETTERS.index(";")
+STEPS = ["--step_separator", ";", "--granularity", "step"]
+ARGUMENTS: dict[str, list[str]] = {
+    "steps": [*STEPS, "--max_queue_delay_us", "20000"],
+    "steps-token": [*STEPS, "--form", "token", "--aggregate", "prod", "--max_queue_delay_us", "20000"],
+    "tokens": ["--granularity", "token", "--base_model", "base", "--template", "{text}{eos}"],
+}
+"""Name in the store -> how it is converted."""
+
+CHECKPOINTS = {"steps": "steps", "steps-token": "steps", "tokens": "head"}
+
+
+@dataclass(frozen=True)
+class Served:
+    """What was converted, and the server that has all of it. model: the process reward."""
+
+    folder: Path
+    model: Any
+    server: TritonServer
+
+
+def command(folder: Path, name: str, *more: str) -> list[str]:
+    arguments = [str(folder / "base") if argument == "base" else argument for argument in ARGUMENTS[name]]
+    return ["--checkpoint", str(folder / CHECKPOINTS[name]), *arguments, *more, "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("dense")
+    model = process_reward(folder / "steps", "qwen2")
+    base = base_model(folder / "base", "gpt2")
+    save_value_head(folder / "head", value_head_tensors(base), "pt")
+    for name in ARGUMENTS:
+        assert main(command(folder, name, "--name", name, "--model_store", str(folder / "store"))) == 0
+    with TritonServer(folder / "store", list(ARGUMENTS), ready_timeout_s=300.0) as server:
+        yield Served(folder, model, server)
+
+
+@torch.inference_mode()
+def probabilities(model: Any, ids: list[int]) -> list[float]:
+    """Of label 1 at every token."""
+    logits = model(torch.tensor([ids])).logits[0].double()
+    return torch.sigmoid(logits[:, 1] - logits[:, 0]).tolist()
+
+
+def expected_steps(model: Any, ids: list[int]) -> tuple[list[int], list[float]]:
+    """One character is one token, so ends are the same in both forms."""
+    every = probabilities(model, ids)
+    places = sorted({place for place, token in enumerate(ids) if token == SEMICOLON} | {len(ids) - 1})
+    return [place + 1 for place in places], [every[place] for place in places]
+
+
+def ids_of(text: str) -> list[int]:
+    return [LETTERS.index(letter) for letter in text]
+
+
+def ask(client: triton.InferenceServerClient, served: Served, name: str, texts: list[str]) -> Any:
+    """The reply to one request."""
+    spec = read_model(served.folder / "store", name).spec
+    if spec.form == "text":
+        request: dict[str, Any] = {"texts": texts}
+    else:
+        longest = max(map(len, texts))
+        padded = [[*ids_of(text), *[0] * (longest - len(text))] for text in texts]
+        mask = [[1] * len(text) + [0] * (longest - len(text)) for text in texts]
+        request = {"input_ids": padded, "attention_mask": mask}
+    return client.infer(name, request_inputs(request, spec), client_timeout=DEADLINE_S)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_verify_asks_for_dense_scores_as_well(
+    served: Served, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command(served.folder, name, "--verify", served.server.endpoint(name))
+    assert main(arguments) == 0
+    assert "batch of 7: each step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["steps", "steps-token"])
+def test_a_reply_is_a_rectangle_filled_up_with_nan_and_minus_one(served: Served, name: str) -> None:
+    with triton.InferenceServerClient(served.server.url) as client:
+        reply = ask(client, served, name, ["ab;cd;e", "a"])
+    assert reply.as_numpy("step_ends").tolist() == [[3, 6, 7], [1, -1, -1]]
+    assert np.isnan(reply.as_numpy("step_rewards")).tolist() == [[False] * 3, [False, True, True]]
+    assert reply.as_numpy("rewards").shape == (2, 1)
+
+
+@pytest.mark.parametrize("name", ["steps", "steps-token"])
+def test_requests_of_other_lengths_share_a_batch_and_get_their_own_steps(served: Served, name: str) -> None:
+    """32 callers at once, each with another number of rows and steps; the server joins their requests."""
+    texts = [f"{LETTERS[number % 19]};" * (1 + number % 9) + "ab" * (number % 6) for number in range(40)]
+    requests = [list(itertools.islice(itertools.cycle(texts), n, n + 1 + n % 4)) for n in range(32)]
+    together = threading.Barrier(len(requests))
+    with triton.InferenceServerClient(served.server.url) as client:
+        before = client.get_inference_statistics(name).model_stats[0]
+
+        def call(texts: list[str]) -> Any:
+            with triton.InferenceServerClient(served.server.url) as own:
+                together.wait(DEADLINE_S)
+                return ask(own, served, name, texts)
+
+        with ThreadPoolExecutor(len(requests)) as callers:
+            replies = list(callers.map(call, requests))
+        after = client.get_inference_statistics(name).model_stats[0]
+
+    for asked, reply in zip(requests, replies, strict=True):
+        ends, scores = read_steps(reply, name, len(asked))
+        for text, own_ends, own_scores in zip(asked, ends, scores, strict=True):
+            right_ends, right_scores = expected_steps(served.model, ids_of(text))
+            assert own_ends == right_ends
+            np.testing.assert_allclose(own_scores, right_scores, atol=1e-5)
+    executions = after.execution_count - before.execution_count
+    assert executions < len(requests), "no two requests shared a batch"
+
+
+def test_a_server_that_scores_a_step_otherwise_is_not_ready(served: Served) -> None:
+    """The sample's own score, the lowest, stays right."""
+    stored = read_model(served.folder / "store", "steps")
+    told = stored.golden.model_dump()
+    number = max(range(8), key=lambda n: len(told["samples"][n]["step_scores"]))
+    scores = list(told["samples"][number]["step_scores"])
+    scores[scores.index(max(scores))] += 0.01
+    told["samples"][number]["step_scores"] = scores
+    wrong = replace(stored, golden=Golden.model_validate(told))
+    with triton.InferenceServerClient(served.server.url) as client:
+        check_golden(client, stored)
+        with pytest.raises(ServerStartError, match=f"golden sample {number} scores its steps otherwise"):
+            check_golden(client, wrong)

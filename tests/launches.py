@@ -1,0 +1,88 @@
+"""Runs of several processes, started as users start them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs" / "accelerate"
+LONGEST_S = 300
+"""Of a run of seconds; the rest is for a machine that has much else to do."""
+
+
+def accelerate(config: str, num_processes: int, *options: str) -> list[str]:
+    """The command line up to the program, on a machine without a GPU; a free port is found.
+
+    config: stem of a file in `configs/accelerate`.
+    """
+    file = CONFIGS / f"{config}.yaml"
+    count = ["--num_processes", str(num_processes), "--main_process_port", str(free_port())]
+    return [*_module("accelerate.commands.launch"), "--config_file", str(file), *count, *options]
+
+
+def torchrun(num_processes: int, *options: str) -> list[str]:
+    """The same with torch's launcher, which knows no configuration."""
+    alone = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
+    return [*_module("torch.distributed.run"), "--nproc_per_node", str(num_processes), *(options or alone)]
+
+
+def start(command: Sequence[str], **environment: str) -> subprocess.Popen[str]:
+    """Start a command with the environment of CPU ranks; output and errors come on `stdout`."""
+    # Only torchrun asks for the CPU this way; with DeepSpeed it would turn DeepSpeed off.
+    cpu = {"ACCELERATE_USE_CPU": "true"} if "torch.distributed.run" in command else {}
+    return subprocess.Popen(
+        list(command),
+        cwd=ROOT,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **cpu, **environment},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """All output of a run that must end well."""
+    try:
+        output, _ = process.communicate(timeout=LONGEST_S)
+    finally:
+        kill_all(process)
+    assert process.returncode == 0, output[-6000:]
+    return output
+
+
+def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The processes that the launcher has started so far and that run Python, oldest first."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [child for child in psutil.Process(launcher.pid).children() if child.is_running()]
+    return []
+
+
+def kill_all(launcher: subprocess.Popen[str]) -> None:
+    """SIGKILL to whatever still runs. Launchers give ranks sessions of their own."""
+    everyone: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(launcher.pid)
+        everyone = [*process.children(recursive=True), process]
+    for one in everyone:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.send_signal(signal.SIGKILL)
+
+
+def free_port() -> int:
+    """A port that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _module(name: str) -> list[str]:
+    return [sys.executable, "-m", name]

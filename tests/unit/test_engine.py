@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+from accelerate.utils import DistributedType
+
+from conch.engine import check_kind
+from conch.errors import ConfigError, DistributedError
+from conch.trainers.common import rows_of_rank
+
+
+def test_a_batch_is_cut_into_ranks_minibatches_and_micro_batches() -> None:
+    assert rows_of_rank(128, "ppo.rollouts_per_step", ranks=2, minibatches=4, steps=8) == 64
+    assert rows_of_rank(7, "sft.batch_size", ranks=7, minibatches=1, steps=1) == 1
+
+
+@pytest.mark.parametrize(
+    ("total", "ranks", "minibatches", "steps", "message"),
+    [
+        (10, 4, 1, 1, "`n` = 10 does not divide among 4 processes: take 8 or 12"),
+        (3, 4, 1, 2, "`n` = 3 does not divide among 4 processes: take 8"),
+        (
+            12,
+            2,
+            1,
+            4,
+            "`n` = 12 gives each of 2 processes 6 rows, which do not divide into "
+            "`train.gradient_accumulation_steps` = 4: take 8 or 16",
+        ),
+        (
+            30,
+            3,
+            4,
+            1,
+            "`n` = 30 gives each of 3 processes 10 rows, which do not divide into `ppo.minibatches` = 4 "
+            "times `train.gradient_accumulation_steps` = 1: take 24 or 36",
+        ),
+    ],
+)
+def test_a_batch_that_does_not_come_out_whole_is_refused_with_the_nearest(
+    total: int, ranks: int, minibatches: int, steps: int, message: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        rows_of_rank(total, "n", ranks, minibatches, steps)
+    assert str(refused.value) == message
+
+
+def test_fsdp_is_refused_with_what_to_take() -> None:
+    with pytest.raises(DistributedError, match=r"^FSDP keeps .* configs/accelerate/zero3\.yaml"):
+        check_kind(DistributedType.FSDP)
+    check_kind(DistributedType.DEEPSPEED)
