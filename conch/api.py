@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from conch.config import Section, load
 from conch.errors import ConfigError
 from conch.log import setup_logging
-from conch.rewards.source import RewardSource
+from conch.rewards.source import UserReward
 from conch.trainers.ilql import ILQLRunConfig, ILQLTrainer
 from conch.trainers.online import MetricFn
 from conch.trainers.ppo import PPORunConfig, PPOTrainer
@@ -31,7 +31,7 @@ _NEEDS: dict[type[Section], set[str]] = {
 def train(
     model: str | PreTrainedModel,
     *,
-    reward: Callable[..., Any] | str | RewardSource | None = None,
+    reward: UserReward | Mapping[str, UserReward] | None = None,
     prompts: Sequence[str | Mapping[str, Any]] | None = None,
     samples: Sequence[Any] | None = None,
     rewards: Sequence[float] | None = None,
@@ -47,9 +47,10 @@ def train(
     its own.
 
     model: folder, hub id, or a loaded model (then give its `tokenizer`).
-    reward: `f(samples, prompts, outputs, **metadata)`, "host:port/model" of a served reward model, or any
-        `RewardSource`; for PPO and RFT, None takes `config["reward"]["url"]` or the TRITON_HOST environment
-        variable. ILQL and SFT use it to measure evaluation samples, not to learn.
+    reward: `f(samples, prompts, outputs, **metadata)`, "host:port/model" of a served reward model, any
+        `RewardSource`, or several of these by name (see `reward.combine`); for PPO and RFT, None takes
+        `config["reward"]["url"]` or the TRITON_HOST environment variable. ILQL and SFT use it to measure
+        evaluation samples, not to learn.
     prompts: strings, or dicts with a "prompt" whose other keys reach `reward` and `metric_fn` as keyword
         arguments.
     samples: for SFT strings, dicts with "prompt" and "completion", or dialogues; for ILQL strings or lists of

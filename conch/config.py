@@ -203,6 +203,20 @@ class RewardConfig(Section):
     """`host:port/model` of a served reward model, or `host1:port,host2:port/model` for several servers of the
     same model; None takes the TRITON_HOST environment variable. Unused when a Python function is passed."""
 
+    members: dict[str, str] = Field(default_factory=dict)
+    """Several rewards instead of one `url`: name -> what `url` may be. `combine` makes one of them."""
+
+    combine: Literal["sum", "mean", "wco", "uwo"] = "sum"
+    """Of several named rewards: `sum` them with `weights`, or take them for an ensemble whose reward is the
+    `mean` of their scores, the least (`wco`), or the mean less `uwo_weight` times the variance (`uwo`)."""
+
+    uwo_weight: float = Field(default=0.1, ge=0)
+    """With `combine=uwo`: what a variance of 1 costs."""
+
+    on_member_failure: Literal["fail", "renormalise"] = "fail"
+    """A sample that a member of an ensemble does not score: `fail` gives it the member's failure,
+    `renormalise` the objective over the others, counted as `reward/degraded_fraction`."""
+
     tls: TlsConfig = Field(default_factory=TlsConfig)
     """Certificates for a served reward model whose server speaks TLS."""
 
@@ -220,8 +234,9 @@ class RewardConfig(Section):
     """Deadline of one request, in seconds, beside what its length adds."""
 
     attempt_timeout_per_1k_tokens_s: float = Field(default=2.0, ge=0)
-    """Added to a request's deadlines for every 1,000 tokens in it, in seconds, so that long samples are not
-    the ones that get lost; 4 bytes of text count as a token."""
+    """Added to `attempt_timeout_s` and `deadline_s` for every 1,000 tokens in the request and in those that
+    the server works on before it, in seconds, so that long samples are not the ones that get lost. Raise it
+    for a slow server; 4 bytes of text count as a token."""
 
     deadline_s: float = Field(default=60.0, gt=0)
     """Deadline of one micro-batch with all its retries, in seconds, beside what its length adds."""
@@ -232,7 +247,7 @@ class RewardConfig(Section):
     micro_batch_size: int = Field(default=64, ge=1)
     """Samples per request, at most; lowered to the server's own limit."""
 
-    micro_batch_tokens: int = Field(default=16384, ge=1)
+    micro_batch_tokens: int = Field(default=8192, ge=1)
     """Tokens per request, at most, padding among them; a longer sample goes alone. 4 bytes of text count as a
     token."""
 
@@ -271,6 +286,12 @@ class RewardConfig(Section):
     delta: bool = False
     """The reward of a sample is its score less that of a reference answer to the same prompt: each prompt is
     a dict with an `original_output`, whose score is asked for once."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> RewardConfig:
+        if self.url is not None and self.members:
+            raise ValueError("give `url` for one reward or `members` for several, not both")
+        return self
 
     @model_validator(mode="after")
     def _range_in_order(self) -> RewardConfig:

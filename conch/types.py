@@ -93,6 +93,7 @@ class RewardResult:
     latency_s: seconds from the request to the reply.
     detail: for a failure, what happened, in words for a person; for a score of an ensemble that not all
         members gave, how many did.
+    members: for an ensemble's score, each member's own; None where it gave none.
     """
 
     status: RewardStatus
@@ -102,6 +103,7 @@ class RewardResult:
     version: str = ""
     latency_s: float = 0.0
     detail: str = ""
+    members: Mapping[str, float | None] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:

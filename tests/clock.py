@@ -2,5 +2,8 @@
 
 from __future__ import annotations
 
-CLOCK = ("time/", "reward/latency", "reward/wait", "reward/hidden")
+CLOCK = (
+    *("time/", "reward/latency", "reward/wait", "reward/hidden"),
+    *("reward/in_flight", "reward/queue", "reward/compute"),
+)
 """Beginnings of their names."""

@@ -11,7 +11,7 @@ from conch.config import EvalGenerationConfig, GenerationConfig, RewardConfig, l
 from conch.engine import Engine
 from conch.errors import ConfigError
 from conch.rewards.scorer import Scorer
-from conch.rewards.source import RewardSource
+from conch.rewards.source import RewardSource, UserReward
 from conch.tracking import Tracker
 from conch.trainers.common import mean_of_finite
 from conch.trainers.online import MetricFn, checked_source, metric_columns, total_reward
@@ -64,7 +64,7 @@ def longest_generation(variants: Sequence[Variant[GenerationT]]) -> GenerationT:
 
 def eval_source(
     engine: Engine,
-    reward: Callable[..., Any] | str | RewardSource | None,
+    reward: UserReward | Mapping[str, UserReward] | None,
     config: RewardConfig,
     prompts: Sequence[str | Mapping[str, Any]] | None,
 ) -> RewardSource | None:

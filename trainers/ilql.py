@@ -24,7 +24,7 @@ Legend: B samples, R response tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -58,7 +58,7 @@ from conch.models.loading import context_window
 from conch.models.trainable import choose_trainable
 from conch.ops import logprobs_of_labels, masked_sum
 from conch.rewards.scorer import Scorer
-from conch.rewards.source import RewardSource
+from conch.rewards.source import UserReward
 from conch.rollouts.hf_engine import HFEngine
 from conch.tracking import Tracker
 from conch.trainers.common import (
@@ -250,7 +250,7 @@ class ILQLTrainer:
         samples: Sequence[Sample],
         rewards: Sequence[float],
         eval_prompts: Sequence[str | Mapping[str, Any]] | None = None,
-        reward: Callable[..., Any] | str | RewardSource | None = None,
+        reward: UserReward | Mapping[str, UserReward] | None = None,
         metric_fn: MetricFn | None = None,
         model: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,

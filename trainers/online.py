@@ -25,7 +25,7 @@ from conch.models.loading import context_window
 from conch.ops import KLEstimator, Reduce, kl_estimate, masked_mean
 from conch.rewards.delta_reward import DeltaReward, check_originals
 from conch.rewards.scorer import combine
-from conch.rewards.source import RewardSource, from_user
+from conch.rewards.source import RewardSource, UserReward, from_user
 from conch.trainers.run import Run
 from conch.types import Metrics, Prompt, RewardResult, Rollout
 
@@ -154,6 +154,7 @@ def log_rollouts(
             "reward_status": reward.status.value,
             "scores": dict(reward.scores),
             "token_scores": reward.token_scores,
+            "members": dict(reward.members),
             "kl": nats,
         }
         for rollout, reward, nats in zip(rollouts, rewards, nats_of_each, strict=True)
@@ -219,7 +220,7 @@ def extra_keys(prompts: Sequence[str | Mapping[str, Any]]) -> list[str]:
 
 def checked_source(
     engine: Engine,
-    reward: Callable[..., Any] | str | RewardSource | None,
+    reward: UserReward | Mapping[str, UserReward] | None,
     config: RewardConfig,
     prompts: Sequence[str | Mapping[str, Any]],
 ) -> RewardSource:

@@ -21,7 +21,7 @@ Legend: B rollouts, R response tokens, T prompt and response tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,7 +55,7 @@ from conch.ops import (
     whiten,
 )
 from conch.rewards.scorer import Scorer
-from conch.rewards.source import RewardSource
+from conch.rewards.source import UserReward
 from conch.rollouts.hf_engine import HFEngine
 from conch.tracking import Tracker
 from conch.trainers.common import (
@@ -240,7 +240,7 @@ class PPOTrainer:
         self,
         config: PPORunConfig,
         *,
-        reward: Callable[..., Any] | str | RewardSource | None = None,
+        reward: UserReward | Mapping[str, UserReward] | None = None,
         prompts: Sequence[str | Mapping[str, Any]],
         eval_prompts: Sequence[str | Mapping[str, Any]] | None = None,
         metric_fn: MetricFn | None = None,

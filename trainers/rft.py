@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,7 @@ from conch.errors import ConfigError
 from conch.log import get_logger
 from conch.models.trainable import choose_trainable
 from conch.rewards.scorer import Scorer
-from conch.rewards.source import RewardSource
+from conch.rewards.source import UserReward
 from conch.rollouts.hf_engine import HFEngine
 from conch.tracking import Tracker
 from conch.trainers.common import (
@@ -216,7 +216,7 @@ class RFTTrainer:
         self,
         config: RFTRunConfig,
         *,
-        reward: Callable[..., Any] | str | RewardSource | None = None,
+        reward: UserReward | Mapping[str, UserReward] | None = None,
         prompts: Sequence[str | Mapping[str, Any]],
         eval_prompts: Sequence[str | Mapping[str, Any]] | None = None,
         metric_fn: MetricFn | None = None,

@@ -43,7 +43,7 @@ _FREE_KEYS = (
     *("train.best_metric", "train.early_stopping", "tracking.", "reward.url", "reward.attempt_timeout"),
     *("reward.connect_timeout_s", "reward.on_model_change", "reward.headers_env"),
     *("reward.deadline_s", "reward.max_in_flight", "reward.on_failure", "reward.wait_budget_s"),
-    "reward.checkpoint_after_s",
+    *("reward.members.", "reward.checkpoint_after_s"),
 )
 """Settings (or beginnings of their names) that a resumed run may change: none touches what is learned, but
 for the length of the run, which moves the end of the learning-rate schedule."""

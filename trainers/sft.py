@@ -11,7 +11,7 @@ Legend: B rows of a micro-batch, T columns, R those that may be learned (the las
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from conch.models.policy import response_logits
 from conch.models.trainable import choose_trainable
 from conch.ops import logprobs_of_labels, masked_sum
 from conch.rewards.scorer import Scorer
-from conch.rewards.source import RewardSource
+from conch.rewards.source import UserReward
 from conch.rollouts.hf_engine import HFEngine
 from conch.tracking import Tracker
 from conch.trainers.common import (
@@ -135,7 +135,7 @@ class SFTTrainer:
         samples: Sequence[Sample],
         eval_samples: Sequence[Sample] | None = None,
         eval_prompts: Sequence[str | Mapping[str, Any]] | None = None,
-        reward: Callable[..., Any] | str | RewardSource | None = None,
+        reward: UserReward | Mapping[str, UserReward] | None = None,
         metric_fn: MetricFn | None = None,
         model: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,

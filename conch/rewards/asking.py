@@ -8,13 +8,13 @@ another replica. If that one scores what the first refused, the first is at faul
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from conch.config import RewardConfig
 from conch.log import get_logger
+from conch.rewards.breaker import backoff_s
 from conch.rewards.counts import Counts
 from conch.rewards.identity import Identity
 from conch.rewards.memory import Memory
@@ -24,8 +24,6 @@ from conch.rewards.validate import ScoringCall, name_row
 from conch.types import RewardResult, RewardStatus
 
 _log = get_logger(__name__)
-_FIRST_PAUSE_S = 0.1
-_LONGEST_PAUSE_S = 2.0
 
 
 @dataclass(slots=True)
@@ -39,6 +37,7 @@ class _Effort:
     """
 
     rows: Sequence[Row]
+    tokens: int
     submitted: float
     started: float
     deadline: float
@@ -84,7 +83,7 @@ class Asker:
 
         Never takes longer than `deadline_s` after a replica's latest sign of life.
         """
-        scored = await self._settle(self._effort(rows, submitted), link)
+        scored = await self._settle(self._effort(rows, submitted, link.tokens), link)
         results = [each.result for each in scored]
         bad = [result for result in results if result.status is RewardStatus.INVALID]
         if bad:
@@ -93,15 +92,18 @@ class Asker:
             self._remember(row, each)
         return results
 
-    def _effort(self, rows: Sequence[Row], submitted: float) -> _Effort:
+    def _effort(self, rows: Sequence[Row], submitted: float, ahead: int = 0) -> _Effort:
+        """ahead: tokens that the server will work through before these."""
         started = time.monotonic()
         # From the last sign of life: when the server is gone, what queued gives up with what went before.
         alive = min(started, max(submitted, self.last_answer))
-        return _Effort(rows, submitted, started, alive + self.config.deadline_s + self._extra_s(rows))
+        tokens = sum(row.tokens for row in rows)
+        deadline = alive + self.config.deadline_s + self._extra_s(ahead + tokens)
+        return _Effort(rows, tokens, submitted, started, deadline)
 
-    def _extra_s(self, rows: Sequence[Row]) -> float:
-        """What long samples get on top of each deadline, in seconds."""
-        return self.config.attempt_timeout_per_1k_tokens_s * sum(row.tokens for row in rows) / 1000
+    def _extra_s(self, tokens: int) -> float:
+        """What so many tokens add to a deadline, in seconds."""
+        return self.config.attempt_timeout_per_1k_tokens_s * tokens / 1000
 
     async def _settle(self, effort: _Effort, link: Link | None = None) -> list[Scored]:
         reply = await self._persist(effort, link)
@@ -187,7 +189,7 @@ class Asker:
                 return reply
             if not reply.retryable and not self.pool.usable(but=effort.avoid):
                 return reply
-            await asyncio.sleep(min(_pause_s(effort.attempts), max(0.0, effort.left_s)))
+            await asyncio.sleep(min(backoff_s(effort.attempts), max(0.0, effort.left_s)))
             effort.reason = reply.status.value
             link = None
 
@@ -208,7 +210,8 @@ class Asker:
         return next((cause for cause in causes if cause is not None), None)
 
     async def _try(self, effort: _Effort, link: Link) -> Answer | Failure:
-        timeout_s = min(self.config.attempt_timeout_s + self._extra_s(effort.rows), effort.left_s)
+        link.tokens += effort.tokens
+        timeout_s = min(self.config.attempt_timeout_s + self._extra_s(link.tokens), effort.left_s)
         self.counts.requests += 1
         if effort.reason:
             self.counts.retries[effort.reason] += 1
@@ -224,6 +227,8 @@ class Asker:
             else:
                 self.last_answer = time.monotonic()
             return failure
+        finally:
+            link.tokens -= effort.tokens
         self.last_answer = time.monotonic()
         link.breaker.succeeded()
         return answer
@@ -317,8 +322,3 @@ def _counted(attempts: int) -> str:
 
 def _is_bad(scored: Scored) -> bool:
     return scored.result.status is RewardStatus.INVALID
-
-
-def _pause_s(attempts: int) -> float:
-    # Full jitter: ranks that failed together must not come back together.
-    return random.uniform(0, min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(attempts - 1, 10)))

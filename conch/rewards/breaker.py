@@ -82,3 +82,10 @@ class Breaker:
 
     def _half_failed(self) -> bool:
         return len(self._recent) == WINDOW and self._recent.count(False) * 2 >= WINDOW
+
+
+def backoff_s(attempts: int) -> float:
+    """Seconds before a request that failed `attempts` times is repeated: anything up to 0.1, 0.2, ... 2 s, so
+    that ranks that failed together do not come back together."""
+    longest = min(_LONGEST_URGENT_PAUSE_S, _FIRST_URGENT_PAUSE_S * 2 ** min(attempts - 1, 10))
+    return random.uniform(0, longest)

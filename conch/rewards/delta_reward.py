@@ -5,15 +5,14 @@ What is left is what the policy does better than the answer it is compared with;
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from types import TracebackType
 from typing import Any
 
 from conch.errors import DataError
-from conch.rewards.source import CountsTraffic, RewardSource, WantsChunks
+from conch.rewards.source import RewardSource
+from conch.rewards.wrapper import Wrapper, when_all_done
 from conch.types import Completion, Prompt, RewardResult, RewardStatus, Rollout
 
 ORIGINAL = "original_output"
@@ -22,7 +21,7 @@ _Request = tuple[Future[list[RewardResult]], int]
 """A request for baselines, and a baseline's place in it."""
 
 
-class DeltaReward:
+class DeltaReward(Wrapper):
     """Wraps a source; each prompt's `original_output` is scored once and remembered.
 
     encode: tokenises an original answer, for servers that read token ids.
@@ -32,50 +31,23 @@ class DeltaReward:
     """
 
     def __init__(self, source: RewardSource, encode: Callable[[str], Sequence[int]]) -> None:
-        self.name = f"{source.name} less the original's"
+        super().__init__(f"{source.name} less the original's", [source])
         self._source = source
         self._encode = encode
-        self.wants_chunks = isinstance(source, WantsChunks) and source.wants_chunks
         self._baselines: dict[tuple[str, str], _Request] = {}
-
-    @property
-    def requests(self) -> int:
-        """Requests sent so far."""
-        return self._source.requests if isinstance(self._source, CountsTraffic) else 0
-
-    @property
-    def retries(self) -> int:
-        """Those of them that repeated an earlier one."""
-        return self._source.retries if isinstance(self._source, CountsTraffic) else 0
-
-    def check(self) -> None:
-        """See `RewardSource.check`."""
-        self._source.check()
 
     def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:
         """See `RewardSource.submit`; scores are differences."""
         scored = self._source.submit(rollouts)
         self._ask_for_missing(rollouts)
         baselines = [self._baselines[_key(rollout.prompt)] for rollout in rollouts]
-        return _when_all_done(
-            {id(future): future for future in (scored, *(request for request, _ in baselines))},
+        return when_all_done(
+            [scored, *(request for request, _ in baselines)],
             lambda: [
                 _difference(result, request.result()[place])
                 for result, (request, place) in zip(scored.result(), baselines, strict=True)
             ],
         )
-
-    def close(self) -> None:
-        """See `RewardSource.close`."""
-        self._source.close()
-
-    def __enter__(self) -> DeltaReward:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _ask_for_missing(self, rollouts: Sequence[Rollout]) -> None:
         missing = {
@@ -131,26 +103,8 @@ def _difference(result: RewardResult, baseline: RewardResult) -> RewardResult:
         wrong = "`reward.delta` needs one score per objective, the same for a sample and for its original"
         return replace(result, status=RewardStatus.INVALID, scores={}, token_scores=None, detail=wrong)
     scores = {name: score - baseline.scores[name] for name, score in result.scores.items()}
-    return replace(result, scores=scores)
-
-
-def _when_all_done(
-    futures: Mapping[int, Future[list[RewardResult]]], make: Callable[[], list[RewardResult]]
-) -> Future[list[RewardResult]]:
-    """A future of `make()`, called once all of `futures` are done, by whoever finishes last."""
-    made: Future[list[RewardResult]] = Future()
-    lock, left = threading.Lock(), [len(futures)]
-
-    def count(_done: Future[list[RewardResult]]) -> None:
-        with lock:
-            left[0] -= 1
-            is_last = left[0] == 0
-        if is_last:
-            try:
-                made.set_result(make())
-            except BaseException as error:  # a source that broke: whoever waits must hear of it
-                made.set_exception(error)
-
-    for future in futures.values():
-        future.add_done_callback(count)
-    return made
+    members = {
+        name: None if score is None or (base := baseline.members.get(name)) is None else score - base
+        for name, score in result.members.items()
+    }
+    return replace(result, scores=scores, members=members, detail=result.detail or baseline.detail)

@@ -19,7 +19,7 @@ class Link:
     info: None until it was reached for the first time; it is not asked before.
     contents: version -> content hash, of every version that answered.
     lost: set when its breaker opens.
-    in_flight: requests under way. used: number of its latest request, to take turns.
+    in_flight: requests under way; tokens: in those. used: number of its latest request, to take turns.
     """
 
     replica: Replica
@@ -28,6 +28,7 @@ class Link:
     contents: dict[str, str] = field(default_factory=dict)
     lost: asyncio.Event = field(default_factory=asyncio.Event)
     in_flight: int = 0
+    tokens: int = 0
     used: int = 0
 
     @property

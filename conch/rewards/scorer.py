@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from conch.config import RewardConfig
 from conch.errors import ConfigError, RewardError, RewardInvalidError, RewardUnavailableError
 from conch.log import get_logger
+from conch.rewards.meter import Meter
 from conch.rewards.outage import Agree, Host, Outage
-from conch.rewards.overlap import Overlap
-from conch.rewards.source import CountsTraffic, RewardSource, WantsChunks
+from conch.rewards.source import RewardSource, WantsChunks
+from conch.rewards.traffic import ReportsTraffic
 from conch.types import Metrics, Prompt, RewardResult, RewardStatus, Rollout, RolloutEngine
 
 _log = get_logger(__name__)
@@ -57,12 +58,10 @@ class Scorer:
         self._agree = agree
         self._pending: list[_Asked] = []
         self._submitted = 0
-        self._overlap = Overlap()
         self._host: Host | None = None
         self._metrics: Metrics = {}
         self._weights_fit = False
-        self._submits = 0
-        self._traffic_before = self._traffic()
+        self._meter = Meter(source)
 
     def attach(self, host: Host) -> None:
         """From now on `host` notes all results, and saves and leaves during outages; on all ranks."""
@@ -111,22 +110,15 @@ class Scorer:
             counts = self._outlast(rollouts, results, counts)
         if self._host is not None:
             self._host.scored(rollouts, results)
-        self._metrics = self._measure(results)
+        self._metrics = self._meter.measure(results)
+        self._check_model()
         if counts.failed > self._tolerated(counts.total):
             raise self._error(results, counts)
         self._check_weights(results)
         return results
 
     def metrics(self) -> Metrics:
-        """This rank's figures of the last gather.
-
-        reward/latency_p50_s, reward/latency_p99_s: from a sample's request to its reply, seconds.
-        reward/wait_s: seconds that `gather` was blocked.
-        reward/hidden_fraction: of the time in which rewards were under way (any number of them; pauses of an
-            outage included), the share in which the trainer was not blocked. 1 where they took no time.
-        reward/failed_fraction: share of samples without a score.
-        reward/requests, reward/retries: requests sent since the gather before, and how many repeated another.
-        """
+        """This rank's figures of the last gather; see `Meter.measure`."""
         return dict(self._metrics)
 
     def _submit_chunks(self, chunks: Iterable[list[Rollout]]) -> Iterator[list[Rollout]]:
@@ -142,13 +134,12 @@ class Scorer:
             )
 
     def _send(self, rollouts: Iterable[Rollout]) -> Future[list[RewardResult]]:
-        self._submits += 1
         try:
             future = self._source.submit(list(rollouts))
         except Exception as error:  # raised by `_collect` instead, where it becomes results
             future = Future()
             future.set_exception(error)
-        self._overlap.track(future)
+        self._meter.sent(future)
         return future
 
     def _collect_pending(self) -> tuple[list[Rollout], list[RewardResult]]:
@@ -171,11 +162,17 @@ class Scorer:
                 chunk, f"reward {self._source.name} broke: {type(error).__name__}: {error}"
             )
         finally:
-            self._overlap.block(time.monotonic() - started)
+            self._meter.overlap.block(time.monotonic() - started)
         if len(results) != len(chunk):
             wrong = f"reward {self._source.name} gave {len(results)} results for {len(chunk)} samples"
             return _all_invalid(chunk, wrong)
         return results
+
+    def _check_model(self) -> None:
+        """With `on_model_change=raise` a changed model ends the run, however many failures are tolerated."""
+        change = self._source.model_change if isinstance(self._source, ReportsTraffic) else ""
+        if self._agree(int(change != "")):
+            raise RewardInvalidError(change or "the reward model has changed, as other ranks say")
 
     def _check_weights(self, results: Sequence[RewardResult]) -> None:
         """What objectives there are shows with the first results, perhaps on some ranks only."""
@@ -204,7 +201,7 @@ class Scorer:
         """Ask again, in lock step on all ranks, until the server is back, data is bad or the budget spent."""
         if counts.away == 0 or counts.bad > 0:
             return counts
-        outage = Outage(self._source.name, self._config, self._agree, self._overlap, self._host)
+        outage = Outage(self._source.name, self._config, self._agree, self._meter.overlap, self._host)
         while counts.away > 0 and counts.bad == 0 and outage.goes_on():
             self._ask_again(rollouts, results, outage)
             counts = self._count(results)
@@ -235,25 +232,6 @@ class Scorer:
             f"{summary}, {len(own)} of them on this rank; first: {worst.detail} ({worst.status.value})"
         )
 
-    def _measure(self, results: Sequence[RewardResult]) -> Metrics:
-        latencies = sorted(result.latency_s for result in results)
-        before, self._traffic_before = self._traffic_before, self._traffic()
-        wait_s, hidden = self._overlap.read()
-        return {
-            "reward/latency_p50_s": _percentile(latencies, 0.50),
-            "reward/latency_p99_s": _percentile(latencies, 0.99),
-            "reward/wait_s": wait_s,
-            "reward/hidden_fraction": hidden,
-            "reward/failed_fraction": sum(not result.ok for result in results) / max(1, len(results)),
-            "reward/requests": float(self._traffic_before[0] - before[0]),
-            "reward/retries": float(self._traffic_before[1] - before[1]),
-        }
-
-    def _traffic(self) -> tuple[int, int]:
-        if isinstance(self._source, CountsTraffic):
-            return self._source.requests, self._source.retries
-        return self._submits, 0
-
 
 def combine(result: RewardResult, weights: Mapping[str, float]) -> float:
     """The weighted sum of a scalar result's objectives; objectives without a weight weigh 1.
@@ -273,8 +251,3 @@ def combine(result: RewardResult, weights: Mapping[str, float]) -> float:
 
 def _all_invalid(chunk: Sequence[Rollout], detail: str) -> list[RewardResult]:
     return [RewardResult(RewardStatus.INVALID, detail=detail)] * len(chunk)
-
-
-def _percentile(ordered: Sequence[float], share: float) -> float:
-    """Nearest rank; 0 for no values."""
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0

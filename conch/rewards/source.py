@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
@@ -79,24 +79,37 @@ class WantsChunks(Protocol):
     wants_chunks: bool
 
 
+UserReward = Callable[..., Any] | str | RewardSource
+"""What a user may pass as a reward."""
+
+
 def from_user(
-    reward: Callable[..., Any] | str | RewardSource | None,
+    reward: UserReward | Mapping[str, UserReward] | None,
     config: RewardConfig,
     *,
     metadata_keys: Iterable[str] = (),
 ) -> RewardSource:
-    """Make a source of what a user gave; None stands for `config.url`, then for TRITON_HOST.
+    """Make a source of what a user gave; None stands for `config.members` or `config.url`, then for
+    TRITON_HOST.
 
-    reward: a Python function, `"host:port/model"`, or a source, which is returned as it is.
+    reward: a Python function, `"host:port/model"`, or a source, which is returned as it is; or several of
+        these by name, which `config.combine` makes one of.
     metadata_keys: the extra keys of the prompts in use; `check` sees whether a function takes them.
 
     Raises:
         ConfigError: nothing was given, or it is not something that gives rewards.
     """
     if reward is None:
-        reward = config.url or os.environ.get("TRITON_HOST")
+        reward = config.members or config.url or os.environ.get("TRITON_HOST")
     if not reward:
         raise ConfigError(_THREE_WAYS)
+    if isinstance(reward, Mapping):
+        members = {name: _from_one(each, config, metadata_keys) for name, each in reward.items()}
+        return _combined(members, config)
+    return _from_one(reward, config, metadata_keys)
+
+
+def _from_one(reward: object, config: RewardConfig, metadata_keys: Iterable[str]) -> RewardSource:
     if isinstance(reward, str):
         # Only a run with a served model needs tritonclient installed and loaded.
         from conch.rewards.triton_reward import TritonReward
@@ -108,4 +121,17 @@ def from_user(
         return CallableReward(reward, metadata_keys=metadata_keys)
     raise ConfigError(
         f"a reward must be a function, `host:port/model` or a RewardSource, not {type(reward).__name__}"
+    )
+
+
+def _combined(members: Mapping[str, RewardSource], config: RewardConfig) -> RewardSource:
+    from conch.rewards.ensemble_reward import EnsembleReward, JointReward  # they stand on sources
+
+    if config.combine == "sum":
+        return JointReward(members)
+    return EnsembleReward(
+        members,
+        config.combine,
+        uwo_weight=config.uwo_weight,
+        on_member_failure=config.on_member_failure,
     )

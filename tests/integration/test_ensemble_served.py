@@ -18,6 +18,7 @@ from conch.config import RewardConfig
 from conch.converters.ensemble import main, to_ensemble
 from conch.converters.to_triton import to_triton
 from conch.errors import ConversionError, ModelStoreError
+from conch.rewards.source import from_user
 from conch.rewards.triton_reward import TritonReward
 from conch.serving.ensemble_manifest import EnsembleManifest
 from conch.serving.launcher import TritonServer
@@ -77,9 +78,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         to_triton(checkpoint, name=name, model_store=store, max_batch_size=48)
     for objective in FORMULAS:
         ensemble(store, objective, objective=objective)
+    to_ensemble(["one", "two"], name="pair", model_store=store, objective="uwo", uwo_weight=WEIGHT)
     ensemble(store, "lenient", objective="uwo", on_member_failure="renormalise")
     with (
-        TritonServer(store, [*FORMULAS, "lenient"]) as server,
+        TritonServer(store, [*FORMULAS, "lenient", "pair"]) as server,
         triton.InferenceServerClient(server.url) as client,
     ):
         yield Served(store, server, client)
@@ -93,6 +95,20 @@ def without_member(served: Served) -> Iterator[None]:
         pass
     yield
     served.client.load_model("two", client_timeout=DEADLINE_S)
+
+
+def test_an_ensemble_in_the_client_gives_what_the_served_one_gives(served: Served) -> None:
+    members = {name: served.server.endpoint(name) for name in ("one", "two")}
+    rollouts = [Rollout(Prompt(text, ()), Completion("", (), (), "length"), 0) for text in TEXTS]
+    with from_user(None, RewardConfig(members=members, combine="uwo", uwo_weight=WEIGHT)) as source:
+        source.check()
+        found = source.submit(rollouts).result(DEADLINE_S)
+
+    together = served.infer("pair", TEXTS, ["rewards", "member_rewards"])
+    own = [list(result.members.values()) for result in found]
+    np.testing.assert_allclose(own, together["member_rewards"], atol=1e-5)
+    rewards = [[result.scores["reward"]] for result in found]
+    np.testing.assert_allclose(rewards, together["rewards"], atol=1e-5)
 
 
 @pytest.mark.parametrize("objective", FORMULAS)

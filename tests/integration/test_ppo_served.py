@@ -151,12 +151,12 @@ def test_server_away_with_wait_goes_on_with_the_same_numbers(
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_that_leaves_while_the_server_is_away_goes_on_with_the_same_numbers(
-    policy: Path, reward_model: RewardModel, tmp_path: Path, ranks: int
+    policy: Path, exact_store: Path, tmp_path: Path, ranks: int
 ) -> None:
     patient = ["reward.on_failure=wait", "reward.deadline_s=1", "reward.attempt_timeout_s=1"]
     patient += ["reward.checkpoint_after_s=1", "train.total_steps=8", "ppo.kl.target=0.1"]
-    store, storm = reward_model.model_store, tmp_path / "storm"
-    with TritonServer(store, [TEXT_MODEL]) as server:
+    storm = tmp_path / "storm"
+    with TritonServer(exact_store, [TEXT_MODEL]) as server:
         port = int(server.url.rsplit(":", 1)[1])
         arguments = command(policy, tmp_path / "calm", server.endpoint(TEXT_MODEL), *patient, ranks=ranks)
         output, _ = (undisturbed := start(arguments)).communicate(timeout=LONGEST_S)
@@ -169,7 +169,7 @@ def test_a_run_that_leaves_while_the_server_is_away_goes_on_with_the_same_number
         output, _ = waiting.communicate(timeout=LONGEST_S)
     assert waiting.returncode != 0
     assert "while the reward server is away" in output and "SIGTERM: left while waiting" in output
-    with TritonServer(store, [TEXT_MODEL], grpc_port=port) as server:
+    with TritonServer(exact_store, [TEXT_MODEL], grpc_port=port) as server:
         again = [*patient, "train.resume=auto"]
         resumed = start(command(policy, storm, server.endpoint(TEXT_MODEL), *again, ranks=ranks))
         output, _ = resumed.communicate(timeout=LONGEST_S)

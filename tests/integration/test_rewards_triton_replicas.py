@@ -222,6 +222,31 @@ def test_server_that_fails_fast_does_not_attract_all_requests(action: Action) ->
     assert len(a.requests) < 30  # its breaker opens
 
 
+def test_what_a_server_failed_on_goes_to_another_one_though_that_has_more_to_do() -> None:
+    release = {"a": threading.Event(), "b": threading.Event()}
+
+    def holding(name: str) -> Action:
+        def act(rows: list[Any], context: grpc.ServicerContext) -> Any:
+            assert release[name].wait(WAIT_S)
+            return reply([[1.0]])(rows, context)
+
+        return act
+
+    with servers() as (a, b), TritonReward(url(a, b), SINGLES) as reward:
+        reward.check()
+        a.script.extend([holding("a"), holding("a"), BUSY])
+        b.script.extend([holding("b")] * 2)
+        first = reward.submit(rollouts("q", "r", "s", "t"))
+        until(lambda: len(a.requests) == len(b.requests) == 1 + 2)
+        release["a"].set()
+        until(lambda: reward.traffic().most_in_flight == 2)  # only those of the other
+        # The idle one is asked and fails; the other has two requests under way, and still gets it.
+        assert values(reward.submit(rollouts("z")).result(WAIT_S)) == [2.0]
+        assert a.requests.count(["pz"]) == b.requests.count(["pz"]) == 1
+        release["b"].set()
+        assert values(first.result(WAIT_S)) == [1.0] * 4
+
+
 def test_frozen_server_costs_one_attempt_and_its_rows_go_elsewhere() -> None:
     config = CONFIG.model_copy(update={"attempt_timeout_s": 0.5, "attempt_timeout_per_1k_tokens_s": 0})
     release = threading.Event()
@@ -259,6 +284,15 @@ def test_row_that_both_servers_refuse_is_bad_data() -> None:
         assert reward.traffic().replica_faults == 0
     alone = [rows for rows in [*a.requests, *b.requests] if rows == [a.poison]]
     assert 1 <= len(alone) <= 2
+
+
+def test_bad_row_is_asked_at_two_servers_not_at_all() -> None:
+    with servers(TEXT, TEXT, TEXT) as fakes, TritonReward(url(*fakes), SINGLES) as reward:
+        reward.check()
+        for fake in fakes:
+            fake.poison = "pa"
+        assert not reward.submit(rollouts("a")).result(WAIT_S)[0].ok
+    assert sum(fake.requests.count(["pa"]) for fake in fakes) == 2
 
 
 def test_row_that_the_server_takes_for_a_wrong_request_is_not_asked_elsewhere() -> None:
@@ -315,6 +349,25 @@ def test_deadline_grows_with_the_length_of_what_is_asked() -> None:
             reward.submit(rollouts("a" * (count - 1))).result(WAIT_S)
     # 1 token adds 1 s and 1,000 add 1,000 s to 5 s; what is left of it has passed on the way.
     assert 5 < told[0] < 6.5 and 1000 < told[1] < 1020
+
+
+def test_deadline_grows_with_what_the_server_works_on_before() -> None:
+    told: list[float] = []
+    both = threading.Event()
+    config = SINGLES.model_copy(update={"attempt_timeout_per_1k_tokens_s": 1000.0})
+
+    def note(rows: list[Any], context: grpc.ServicerContext) -> Any:
+        told.append(context.time_remaining())
+        if len(told) == 2:
+            both.set()
+        assert both.wait(WAIT_S)
+        return reply([[1.0]])(rows, context)
+
+    with servers(TEXT) as (server,), TritonReward(server.url, config) as reward:
+        server.script.extend([note, note])
+        results = reward.submit(rollouts("a" * 3999, "b" * 3999)).result(WAIT_S)
+        assert values(results) == [1.0, 1.0]
+    assert 1000 < min(told) < 1020 and 2000 < max(told) < 2040
 
 
 def test_too_large_a_row_is_invalid_and_large_rows_go_one_by_one() -> None:

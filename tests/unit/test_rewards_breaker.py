@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from conch.rewards.breaker import IN_A_ROW, WINDOW, Breaker
+from conch.rewards.breaker import IN_A_ROW, WINDOW, Breaker, backoff_s
 from conch.rewards.replica import Failure
 from conch.types import RewardStatus
 
@@ -78,3 +78,9 @@ def test_pauses_stay_bounded_after_a_long_outage() -> None:
     for _ in range(5000):
         breaker.probe_failed(DOWN)
     assert breaker.pause_s(urgent=False) <= 30
+
+
+def test_backoff_is_anything_up_to_a_limit_that_doubles() -> None:
+    for attempts, longest in enumerate([0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0], start=1):
+        pauses = [backoff_s(attempts) for _ in range(400)]
+        assert 0 <= min(pauses) < longest / 4 and longest * 3 / 4 < max(pauses) <= longest

@@ -16,7 +16,9 @@ from conch.config import RewardConfig
 from conch.errors import ConfigError, RewardError, RewardInvalidError, RewardUnavailableError
 from conch.rewards import outage as outage_module
 from conch.rewards.callable_reward import CallableReward
+from conch.rewards.replica import ServerTimes
 from conch.rewards.scorer import Scorer, combine
+from conch.rewards.traffic import Traffic
 from conch.types import OnFinished, Prompt, RewardResult, RewardStatus, Rollout
 from tests.fakes.rollouts import rollout, rollouts
 
@@ -62,7 +64,7 @@ class Outage:
         if "u" in rollout.completion.text and self.left > 0:
             return RewardResult(RewardStatus.UNAVAILABLE, detail="nobody there", latency_s=2.0)
         text = rollout.completion.text
-        return RewardResult(RewardStatus.OK, scores={"reward": 1.0}, latency_s=1.0, detail=text)
+        return RewardResult(RewardStatus.OK, scores={"reward": 1.0}, latency_s=1.0, model=text)
 
 
 class Ranks:
@@ -164,7 +166,7 @@ def test_completions_are_requested_as_they_end_and_come_back_in_order() -> None:
 
     assert [rollout.completion.text for rollout in made] == ["a", "aa", "aaa", "aaaa"]
     assert source.asked == [["b"], ["aa"], ["a"], ["aaa"], ["aaaa"], ["bb"]]
-    assert [result.detail for result in scorer.gather()] == ["b", "a", "aa", "aaa", "aaaa", "bb"]
+    assert [result.model for result in scorer.gather()] == ["b", "a", "aa", "aaa", "aaaa", "bb"]
 
 
 def test_an_async_function_is_called_while_its_chunk_is_still_sampled() -> None:
@@ -464,14 +466,77 @@ def test_metrics_describe_the_last_gather() -> None:
     assert metrics == {
         "reward/latency_p50_s": 1.0,
         "reward/latency_p99_s": 2.0,
+        "reward/degraded_fraction": 0.0,
         "reward/failed_fraction": 0.25,
         "reward/requests": 2.0,
         "reward/retries": 0.0,
+        "reward/deduplicated": 0.0,
+        "reward/in_flight": 0.0,
+        "reward/queue_s": 0.0,
+        "reward/compute_s": 0.0,
     }
     scorer.submit(rollouts("a"))
     scorer.gather()
     assert scorer.metrics()["reward/requests"] == 1.0
     assert scorer.metrics()["reward/failed_fraction"] == 0.0
+
+
+class Served(Outage):
+    """A source that reports its traffic, as a client of servers does."""
+
+    def __init__(self) -> None:
+        super().__init__(rounds=0)
+        self.now = Traffic(requests=100, retries=10, deduplicated=20)
+        self.times: list[Future[ServerTimes]] = []
+        self.model_change = ""
+
+    def traffic(self) -> Traffic:
+        return self.now
+
+    def server_times(self) -> Future[ServerTimes]:
+        self.times.append(Future())
+        return self.times[-1]
+
+
+def test_traffic_is_that_since_the_gather_before() -> None:
+    source = Served()
+    scorer = Scorer(source, RewardConfig())
+    source.now = Traffic(requests=107, retries=13, deduplicated=25, most_in_flight=4)
+    scorer.gather()
+    found = scorer.metrics()
+    names = ("requests", "retries", "deduplicated", "in_flight")
+    assert [found[f"reward/{name}"] for name in names] == [7.0, 3.0, 5.0, 4.0]
+    scorer.gather()
+    assert [scorer.metrics()[f"reward/{name}"] for name in names[:3]] == [0.0] * 3
+
+
+def test_a_servers_own_times_are_never_waited_for() -> None:
+    source = Served()
+    scorer = Scorer(source, RewardConfig())
+
+    def measured() -> tuple[float, float]:
+        scorer.gather()
+        return scorer.metrics()["reward/queue_s"], scorer.metrics()["reward/compute_s"]
+
+    assert measured() == (0.0, 0.0)
+    assert measured() == (0.0, 0.0) and len(source.times) == 1, "no answer yet: not asked again"
+    source.times[0].set_result(ServerTimes(requests=4, queue_s=1.0, compute_s=6.0))
+    assert measured() == (0.25, 1.5)
+    source.times[1].set_exception(KeyError("oops"))
+    assert measured() == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("on_failure", ["raise", "drop", "wait"])
+def test_a_changed_model_makes_all_ranks_leave(on_failure: Any) -> None:
+    config = RewardConfig(on_failure=on_failure, max_failed_fraction=1)
+    changed = Served()
+    changed.model_change = "the model at h:1 was version 1, is 2"
+    outcomes = Ranks(2).run(
+        lambda agree: gather(changed, config, rollouts("a"), agree),
+        lambda agree: gather(Served(), config, rollouts("a"), agree),
+    )
+    assert [type(outcome) for outcome in outcomes] == [RewardInvalidError] * 2
+    assert "was version 1" in str(outcomes[0]) and "other ranks" in str(outcomes[1])
 
 
 def test_combine_weighs_objectives() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import GPT2ForSequenceClassification
 
 from conch.serving.python_backend.model import (
@@ -138,6 +140,24 @@ def test_rows_from_texts_cuts_a_conversation_and_keeps_its_closing_eos(
 ) -> None:
     chat.tokenizer.truncation_side = side
     assert ids_of(chat.rows_from_texts([conversation("abcdefghijklmnop")])) == [expected]
+
+
+def test_rows_from_texts_cuts_a_conversation_that_no_eos_closes(chat: Scorer, monkeypatch) -> None:
+    monkeypatch.setattr(chat.tokenizer, "truncation_side", "right")
+    monkeypatch.setattr(chat.tokenizer, "chat_template", "{{ messages[0]['content'] }}")
+    (row,) = chat.rows_from_texts([conversation("abcdefghijklmnop")])
+    assert row.ids == [*range(MAX_LENGTH)]
+
+
+def test_rows_from_texts_adds_no_special_tokens_to_what_the_chat_template_writes(
+    chat: Scorer, monkeypatch
+) -> None:
+    tokenizer = copy.deepcopy(chat.tokenizer)
+    opening = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", EOS)])
+    tokenizer.backend_tokenizer.post_processor = opening
+    monkeypatch.setattr(chat, "tokenizer", tokenizer)
+    assert tokenizer("a").input_ids == [EOS, 0]
+    assert ids_of(chat.rows_from_texts([conversation("a")])) == [[20, 0, EOS]]
 
 
 @pytest.mark.parametrize("text", [b"ab", b'{"role": "user"}', b'["ab"]', b"1"])
