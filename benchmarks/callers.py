@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 from tritonclient.grpc import InferenceServerClient, InferInput
 
@@ -75,8 +75,8 @@ def fixed_batches(url: str, work: Work, *, masked: bool) -> tuple[Way, Callable[
 
 def one_a_post(url: str, work: Work) -> tuple[Way, Callable[[], None]]:
     """One POST a sample, one after the other; callers share a pool of connections that stay open."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    client = httpx.Client(timeout=300.0, limits=limits)
+    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+    client = httpx2.Client(timeout=300.0, limits=limits)
 
     def score(places: Sequence[int]) -> Scored:
         started, scored = time.perf_counter(), []

@@ -24,7 +24,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import torch
 
 from benchmarks.callers import Scored, Way, ask_all, conch_way, fixed_batches, one_a_post
@@ -98,8 +98,8 @@ def _fastapi(checkpoint: Path, core: int) -> Iterator[str]:
 
 def _answers(url: str) -> bool:
     try:
-        return httpx.post(f"{url}/score", json={"query": ["a"]}, timeout=10.0).is_success
-    except httpx.TransportError:
+        return httpx2.post(f"{url}/score", json={"query": ["a"]}, timeout=10.0).is_success
+    except httpx2.TransportError:
         return False
 
 

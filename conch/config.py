@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from conch.errors import ConfigError
 
@@ -93,6 +93,9 @@ class TokenizerConfig(Section):
 
     truncate_prompts: bool = False
     """Cut prompts that do not fit the model's window instead of refusing them."""
+
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    """Longest prompt, in tokens, where that shall be less than the window leaves."""
 
 
 class OptimizerConfig(Section):
@@ -201,7 +204,12 @@ class RewardConfig(Section):
 
     url: str | None = None
     """`host:port/model` of a served reward model, or `host1:port,host2:port/model` for several servers of the
-    same model; None takes the TRITON_HOST environment variable. Unused when a Python function is passed."""
+    same model; `http://host:port/path` of an endpoint that speaks JSON. None takes the TRITON_HOST
+    environment variable. Unused when a Python function is passed."""
+
+    dialect: Literal["query", "goals"] = "query"
+    """Of an HTTP endpoint: `query` sends {"query": [sample, ...]} and reads {"rewards": [number, ...]};
+    `goals` sends [sample, ...] and reads {goal: [number, ...]}."""
 
     members: dict[str, str] = Field(default_factory=dict)
     """Several rewards instead of one `url`: name -> what `url` may be. `combine` makes one of them."""
@@ -287,6 +295,18 @@ class RewardConfig(Section):
     """The reward of a sample is its score less that of a reference answer to the same prompt: each prompt is
     a dict with an `original_output`, whose score is asked for once."""
 
+    dense: bool = False
+    """Take the scores of steps or tokens from a served model that gives them (converted with --granularity):
+    each goes to the token of the response in which its step ends. False takes the one score of a sample."""
+
+    @model_validator(mode="after")
+    def _dense_fits(self) -> RewardConfig:
+        if self.dense and self.delta:
+            raise ValueError("`delta` is a difference of two scores, `dense` gives more: set one of them")
+        if self.dense and self.score_range and not self.score_range[0] <= 0 <= self.score_range[1]:
+            raise ValueError("`score_range` must hold 0 with `dense`: tokens that end no step get it")
+        return self
+
     @model_validator(mode="after")
     def _one_source(self) -> RewardConfig:
         if self.url is not None and self.members:
@@ -355,14 +375,54 @@ class TrainConfig(Section):
 
 
 class DataConfig(Section):
-    """Files that a trainer's own command line reads; from Python the data is passed directly."""
+    """What a trainer's own command line reads; from Python the data is passed directly, and of these keys
+    `min_tokens` and `max_tokens` alone count."""
 
-    train: Path | None = None
-    """Training rows: a `.txt` file with one string a line, or `.jsonl` / `.jsonl.gz` with one value or object
-    a line."""
+    train: str | None = None
+    """Training rows: a `.txt`, `.jsonl`, `.json` (these also as `.gz`), `.csv` or `.parquet` file, a folder,
+    or a dataset of the Hugging Face hub, `owner/name` or `owner/name:split`. docs/data.md has the forms of
+    rows."""
 
-    eval: Path | None = None
+    eval: str | None = None
     """Evaluation rows, in the same forms."""
+
+    subset: str | None = None
+    """Configuration of a hub dataset that has several (`main` of `openai/gsm8k`)."""
+
+    folder: str | None = None
+    """Folder of a hub dataset to read instead of all (`harmless-base` of `Anthropic/hh-rlhf`)."""
+
+    revision: str | None = None
+    """Commit, tag or branch of a hub dataset."""
+
+    streaming: bool = False
+    """Read a hub dataset's rows as they come, without a copy on the disk: with `max_rows`, no more is fetched
+    than is used."""
+
+    max_rows: int | None = Field(default=None, ge=1)
+    """Training rows to take, the first ones; None takes all."""
+
+    max_eval_rows: int | None = Field(default=None, ge=1)
+    """Evaluation rows to take, the first ones; None takes all."""
+
+    min_tokens: int = Field(default=0, ge=0)
+    """Shorter training rows (prompts, for trainers that sample) are left out, and counted; in tokens."""
+
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Longer ones are left out instead of being cut, and counted; in tokens."""
+
+    @field_validator("train", "eval", mode="before")
+    @classmethod
+    def _path_as_text(cls, source: Any) -> Any:
+        return str(source) if isinstance(source, Path) else source
+
+    @model_validator(mode="after")
+    def _some_length_is_left(self) -> DataConfig:
+        if self.max_tokens is not None and self.max_tokens < self.min_tokens:
+            raise ValueError(
+                f"`max_tokens` = {self.max_tokens} is below `min_tokens` = {self.min_tokens}: no row is left"
+            )
+        return self
 
 
 class TrackingConfig(Section):

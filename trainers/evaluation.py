@@ -72,11 +72,12 @@ def eval_source(
     for: an environment that names a server is no wish for them.
 
     Raises:
-        ConfigError: `reward.delta` is set, or the source will not do.
+        ConfigError: `reward.delta` or `reward.dense` is set, or the source will not do.
         RewardError: it does not answer.
     """
-    if config.delta:
-        raise ConfigError("`reward.delta` is for rewards that are learned from; here they only measure")
+    if config.delta or config.dense:
+        name = "delta" if config.delta else "dense"
+        raise ConfigError(f"`reward.{name}` is for rewards that are learned from; here they only measure")
     if reward is None and config.url is None:
         return None
     return checked_source(engine, reward, config, prompts or [])

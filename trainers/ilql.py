@@ -47,11 +47,13 @@ from conch.config import (
     Section,
     load,
 )
-from conch.data.files import read_rows
+from conch.data.files import evaluation_rows, training_rows
+from conch.data.forms import prompt_form, rewarded_form
+from conch.data.lengths import fitting
 from conch.data.stream import IndexStream
-from conch.data.turns import TurnBatch, TurnSample, collate_turns, tokenize_turns
+from conch.data.turns import TurnBatch, TurnSample, collate_turns, cut_turns, tokenize_turns
 from conch.engine import Engine
-from conch.errors import ConfigError, DataError
+from conch.errors import DataError
 from conch.experience import take_rows
 from conch.models.ilql import DECODING_FILE, ILQLOutput, ILQLPolicy
 from conch.models.loading import context_window
@@ -287,14 +289,20 @@ class ILQLTrainer:
 
     def _init_data(self, lm: PreTrainedModel, samples: Any, rewards: Any) -> None:
         config, engine = self.config, self.engine
-        self.samples = tokenize_turns(
+        side, window = config.tokenizer.truncation_side, context_window(lm.config)
+        made = tokenize_turns(
             samples,
             self.tokenizer,
-            max_tokens=context_window(lm.config),
-            truncation_side=config.tokenizer.truncation_side,
+            max_tokens=None,
+            truncation_side=side,
             pairs_only=bool(lm.config.is_encoder_decoder),
         )
-        self.rewards = checked_rewards(rewards, len(self.samples), normalise=config.ilql.normalise_rewards)
+        checked = checked_rewards(rewards, len(made), normalise=False)
+        kept = fitting([len(sample.token_ids) for sample in made], config.data, "samples")
+        made = [made[row] for row in kept]
+        self.samples = made if window is None else cut_turns(made, window, side)
+        left = [checked[row] for row in kept]
+        self.rewards = checked_rewards(left, len(left), normalise=config.ilql.normalise_rewards)
         self.stream = IndexStream(len(self.samples), config.train.seed, engine.rank, engine.num_ranks)
         self._rows = rows_per_process(engine, config.train, config.ilql.batch_size, "ilql.batch_size")
 
@@ -464,20 +472,16 @@ _DECODING = ("max_new_tokens", "temperature", "top_k", "top_p")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Command line: `python -m conch.trainers.ilql key=value ...` with rows `{"sample": ..., "reward": ...}`
+    """Command line: `python -m conch.trainers.ilql key=value ...` with rewarded samples or preferences
     in `data.train` and prompts in `data.eval`."""
     config = load_run_config(ILQLRunConfig, argv, default_name="ilql")
-    if config.data.train is None:
-        raise ConfigError('no samples: set `data.train` to a .jsonl file of {"sample", "reward"} rows')
-    rows = read_rows(config.data.train)
-    for number, row in enumerate(rows):
-        if not isinstance(row, Mapping) or not {"sample", "reward"} <= row.keys():
-            raise DataError(f'row {number} of {config.data.train} is no {{"sample", "reward"}} object')
+    rows = training_rows(config.data, "samples", form=rewarded_form)
+    pairs = [pair for row in rows for pair in row]
     trainer = ILQLTrainer(
         config,
-        samples=[row["sample"] for row in rows],
-        rewards=[row["reward"] for row in rows],
-        eval_prompts=read_rows(config.data.eval) if config.data.eval else None,
+        samples=[sample for sample, _ in pairs],
+        rewards=[reward for _, reward in pairs],
+        eval_prompts=evaluation_rows(config.data, form=prompt_form),
     )
     try:
         trainer.fit()

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from conch.config import GenerationConfig, RewardConfig, Section, TokenizerConfig
+from conch.config import DataConfig, GenerationConfig, RewardConfig, Section, TokenizerConfig
 from conch.data.prompts import make_prompts
 from conch.engine import Engine
 from conch.errors import ConfigError, DataError
@@ -223,16 +223,26 @@ def checked_source(
     reward: UserReward | Mapping[str, UserReward] | None,
     config: RewardConfig,
     prompts: Sequence[str | Mapping[str, Any]],
+    tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None,
 ) -> RewardSource:
     """The reward source as user and configuration name it, once it has answered every rank.
+
+    tokenizer: gives the policy's, which `reward.dense` needs; called once samples are scored, so it may be
+        loaded after the source is found good.
 
     Raises:
         ConfigError: the source will not do.
         RewardError: it does not answer.
     """
-    source = from_user(reward, config, metadata_keys=extra_keys(prompts))
+    decode = None if tokenizer is None else lambda ids: decoded(tokenizer(), ids)
+    source = from_user(reward, config, metadata_keys=extra_keys(prompts), decode=decode)
     engine.together(source.check)
     return source
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Text of sampled ids, as in `Completion.text`."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def less_originals(
@@ -255,14 +265,17 @@ def fitting_prompts(
     config: TokenizerConfig,
     model: PreTrainedModel,
     generation: GenerationConfig,
+    lengths: DataConfig | None = None,
 ) -> list[Prompt]:
     """Prompts that leave room in the model's window for the longest completion.
+
+    lengths: which prompts to leave out for their length.
 
     Raises:
         ConfigError, DataError: see `room_for_prompts` and `conch.data.prompts.make_prompts`.
     """
     room = room_for_prompts(model, generation)
-    return make_prompts(prompts, tokenizer, config, max_tokens=room)
+    return make_prompts(prompts, tokenizer, config, max_tokens=room, lengths=lengths)
 
 
 def texts_of(chunks: Iterable[Sequence[Rollout]]) -> list[str]:

@@ -36,10 +36,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from conch.checkpoint import save_model
 from conch.cli import load_run_config, run_main
 from conch.config import EvalGenerationConfig, GenerationConfig, RewardConfig, RunConfig, Section
-from conch.data.files import read_rows
+from conch.data.files import evaluation_rows, training_rows
+from conch.data.forms import prompt_form
 from conch.data.stream import IndexStream
 from conch.engine import Engine, UpdateReport
-from conch.errors import ConfigError
 from conch.experience import Sequences, collate, take_rows
 from conch.models.policy import PolicyWithValue
 from conch.models.reference import build_reference
@@ -250,7 +250,7 @@ class PPOTrainer:
         self.config = config
         self.engine = engine = Engine(config.train)
         all_prompts = [*prompts, *(eval_prompts or [])]
-        self.source = checked_source(engine, reward, config.reward, all_prompts)
+        self.source = checked_source(engine, reward, config.reward, all_prompts, lambda: self.tokenizer)
         self.tokenizer = given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path)
         if config.reward.delta:
             self.source = less_originals(self.source, all_prompts, self.tokenizer)
@@ -279,7 +279,7 @@ class PPOTrainer:
         config, engine = self.config, self.engine
         self.variants = eval_variants(config.generation, config.eval_generation)
         fitting = partial(fitting_prompts, tokenizer=self.tokenizer, config=config.tokenizer, model=lm)
-        self.prompts = fitting(prompts, generation=config.generation)
+        self.prompts = fitting(prompts, generation=config.generation, lengths=config.data)
         eval_prompts = prompts if eval_prompts is None else eval_prompts
         self.eval_prompts = fitting(eval_prompts, generation=longest_generation(self.variants))
         self.stream = IndexStream(len(self.prompts), config.train.seed, engine.rank, engine.num_ranks)
@@ -562,11 +562,8 @@ they must be 1, 0 and 0."""
 def main(argv: Sequence[str]) -> None:
     """Command line: `python -m conch.trainers.ppo key=value ...` with prompts from `data.train`."""
     config = load_run_config(PPORunConfig, argv, default_name="ppo")
-    if config.data.train is None:
-        raise ConfigError("no prompts: set `data.train` to a .txt or .jsonl file")
-    prompts = read_rows(config.data.train)
-    eval_prompts = read_rows(config.data.eval) if config.data.eval else None
-    trainer = PPOTrainer(config, prompts=prompts, eval_prompts=eval_prompts)
+    prompts = training_rows(config.data, "prompts", form=prompt_form)
+    trainer = PPOTrainer(config, prompts=prompts, eval_prompts=evaluation_rows(config.data, form=prompt_form))
     try:
         trainer.fit()
     finally:

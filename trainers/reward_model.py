@@ -22,7 +22,7 @@ Legend: B texts or pairs, K objectives, T tokens (padded right).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from conch.config import (
     RunConfig,
     Section,
 )
-from conch.data.files import read_rows
+from conch.data.files import evaluation_rows, read_rows, training_rows
 from conch.data.judgements import (
     Judgement,
     Pairs,
@@ -55,6 +55,8 @@ from conch.data.judgements import (
     collate_texts,
     default_template,
     hold_out,
+    judgement,
+    judgements,
     template_mistake,
 )
 from conch.data.stream import IndexStream
@@ -202,14 +204,16 @@ class RewardModelTrainer:
         self,
         config: RewardModelRunConfig,
         *,
-        samples: Sequence[Mapping[str, Any]],
-        eval_samples: Sequence[Mapping[str, Any]] | None = None,
+        samples: Iterable[Mapping[str, Any]],
+        eval_samples: Iterable[Mapping[str, Any]] | None = None,
         reference: Sequence[str] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.config = config
         self.engine = Engine(config.train)
         self.scorer = None
+        samples = judgements(samples)
+        eval_samples = None if eval_samples is None else judgements(eval_samples, what="evaluation row")
         self._check_input(samples, eval_samples, reference)
         self.tokenizer = given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path)
         if self.tokenizer.pad_token_id == self.tokenizer.eos_token_id:
@@ -263,7 +267,7 @@ class RewardModelTrainer:
         self.template = settings.template or default_template(self.tokenizer)
         self.max_length = longest_text(settings.max_length, self.model, self.tokenizer)
         encoder = TextEncoder(self.tokenizer, self.template, self.max_length)
-        self.samples = encoder.encode_rows(samples, self.form)
+        self.samples = encoder.encode_rows(samples, self.form, self.config.data)
         self.eval_samples = encoder.encode_rows(eval_samples, self.form)
         if not eval_samples and settings.eval_fraction:
             self.samples, self.eval_samples = hold_out(
@@ -440,12 +444,12 @@ def _chunks(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 def main(argv: Sequence[str]) -> None:
     """Command line: `python -m conch.trainers.reward_model key=value ...` with rows from `data.train`."""
     config = load_run_config(RewardModelRunConfig, argv, default_name="reward_model")
-    if config.data.train is None:
-        raise ConfigError("no rows: set `data.train` to a .jsonl file")
-    eval_samples = read_rows(config.data.eval) if config.data.eval else None
     reference = read_rows(config.reward_model.reference) if config.reward_model.reference else None
     trainer = RewardModelTrainer(
-        config, samples=read_rows(config.data.train), eval_samples=eval_samples, reference=reference
+        config,
+        samples=training_rows(config.data, "rows", form=judgement),
+        eval_samples=evaluation_rows(config.data, form=judgement),
+        reference=reference,
     )
     try:
         trainer.fit()

@@ -39,7 +39,8 @@ from conch.config import (
     RunConfig,
     Section,
 )
-from conch.data.files import read_rows
+from conch.data.files import evaluation_rows, training_rows
+from conch.data.forms import prompt_form
 from conch.data.samples import TokenizedSample, collate
 from conch.data.stream import IndexStream
 from conch.engine import Engine, UpdateReport
@@ -226,7 +227,7 @@ class RFTTrainer:
         self.config = config
         self.engine = engine = Engine(config.train)
         all_prompts = [*prompts, *(eval_prompts or [])]
-        self.source = checked_source(engine, reward, config.reward, all_prompts)
+        self.source = checked_source(engine, reward, config.reward, all_prompts, lambda: self.tokenizer)
         self.tokenizer = given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path)
         if config.reward.delta:
             self.source = less_originals(self.source, all_prompts, self.tokenizer)
@@ -252,7 +253,7 @@ class RFTTrainer:
         config = self.config
         self.variants = eval_variants(config.generation, config.eval_generation)
         fitting = partial(fitting_prompts, tokenizer=self.tokenizer, config=config.tokenizer, model=self.lm)
-        self.prompts = fitting(prompts, generation=config.generation)
+        self.prompts = fitting(prompts, generation=config.generation, lengths=config.data)
         eval_prompts = prompts if eval_prompts is None else eval_prompts
         self.eval_prompts = fitting(eval_prompts, generation=longest_generation(self.variants))
         self._num_prompts = config.rft.prompts_per_round or len(self.prompts)
@@ -493,11 +494,8 @@ def _mean(values: Sequence[float]) -> float:
 def main(argv: Sequence[str]) -> None:
     """Command line: `python -m conch.trainers.rft key=value ...` with prompts from `data.train`."""
     config = load_run_config(RFTRunConfig, argv, default_name="rft")
-    if config.data.train is None:
-        raise ConfigError("no prompts: set `data.train` to a .txt or .jsonl file")
-    prompts = read_rows(config.data.train)
-    eval_prompts = read_rows(config.data.eval) if config.data.eval else None
-    trainer = RFTTrainer(config, prompts=prompts, eval_prompts=eval_prompts)
+    prompts = training_rows(config.data, "prompts", form=prompt_form)
+    trainer = RFTTrainer(config, prompts=prompts, eval_prompts=evaluation_rows(config.data, form=prompt_form))
     try:
         trainer.fit()
     finally:

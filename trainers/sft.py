@@ -11,7 +11,7 @@ Legend: B rows of a micro-batch, T columns, R those that may be learned (the las
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from conch.checkpoint import save_model
 from conch.cli import load_run_config, run_main
 from conch.config import (
+    DataConfig,
     EvalGenerationConfig,
     GenerationConfig,
     RewardConfig,
     RunConfig,
     Section,
 )
-from conch.data.files import read_rows
+from conch.data.files import evaluation_rows, training_rows
+from conch.data.forms import sample_form
 from conch.data.packing import PackedBatch, collate_packed
 from conch.data.samples import TokenBatch, TokenizedSample, collate, tokenize_samples
 from conch.data.stream import IndexStream
@@ -119,8 +121,8 @@ class TokenLoss(nn.Module):
 class SFTTrainer:
     """SFT with the verbs `experience` (texts to a batch) and `update`.
 
-    samples: strings, {"prompt", "completion"} pairs, or dialogues ({"messages": [{"role", "content"}, ...]}
-        or the list itself). eval_samples: held out, for the loss on them.
+    samples: strings, {"prompt", "completion"} pairs, dialogues ({"messages": [{"role", "content"}, ...]} or
+        the list itself), or what else docs/data.md has for SFT. eval_samples: held out, for the loss on them.
     eval_prompts: completed and measured in evaluations, by `metric_fn` and by `reward` where they are given.
     model: a loaded model with its tokenizer, instead of `config.model.path`.
 
@@ -132,8 +134,8 @@ class SFTTrainer:
         self,
         config: SFTRunConfig,
         *,
-        samples: Sequence[Sample],
-        eval_samples: Sequence[Sample] | None = None,
+        samples: Iterable[Sample],
+        eval_samples: Iterable[Sample] | None = None,
         eval_prompts: Sequence[str | Mapping[str, Any]] | None = None,
         reward: UserReward | Mapping[str, UserReward] | None = None,
         metric_fn: MetricFn | None = None,
@@ -149,7 +151,7 @@ class SFTTrainer:
         self.lm = given_or_loaded_lm(model, config.model).to(engine.device)  # pyright: ignore[reportArgumentType]
         check_vocabulary(self.lm, self.tokenizer)
         choose_trainable(self.lm, config.model)
-        self._init_data(samples, eval_samples or [])
+        self._init_data(samples, eval_samples)
         self._init_evaluation(eval_prompts or [], metric_fn)
         engine.prepare(
             TokenLoss(self.lm), config.optimizer, config.scheduler, total_updates=config.train.total_steps
@@ -158,24 +160,27 @@ class SFTTrainer:
         self.run = start_run(self, self.lm)
         self.run_dir = self.run.folder
 
-    def _init_data(self, samples: Sequence[Sample], eval_samples: Sequence[Sample]) -> None:
+    def _init_data(self, samples: Iterable[Sample], eval_samples: Iterable[Sample] | None) -> None:
         config, engine = self.config, self.engine
         self._capacity = longest_sample(config.sft, self.lm)
         if config.sft.packing:
             with evaluating(self.lm):
                 check_packing(self.lm, self._capacity or 0)
-        self.samples = self._tokenized(samples)
-        self.eval_samples = self._tokenized(eval_samples) if eval_samples else []
+        self.samples = self._tokenized(samples, config.data)
+        self.eval_samples = self._tokenized(held) if (held := list(eval_samples or [])) else []
         self._rows = rows_per_process(engine, config.train, config.sft.batch_size, "sft.batch_size")
         self.stream = IndexStream(len(self.samples), config.train.seed, engine.rank, engine.num_ranks)
 
-    def _tokenized(self, samples: Sequence[Sample]) -> list[TokenizedSample]:
+    def _tokenized(
+        self, samples: Iterable[Sample], lengths: DataConfig | None = None
+    ) -> list[TokenizedSample]:
         return tokenize_samples(
             samples,
             self.tokenizer,
             max_tokens=self._capacity,
             truncation_side=self.config.tokenizer.truncation_side,
             pairs_only=bool(self.lm.config.is_encoder_decoder),
+            lengths=lengths,
         )
 
     def _init_evaluation(
@@ -346,10 +351,11 @@ def read_chat_template(path: Path) -> str:
 def main(argv: Sequence[str]) -> None:
     """Command line: `python -m conch.trainers.sft key=value ...` with samples from `data.train`."""
     config = load_run_config(SFTRunConfig, argv, default_name="sft")
-    if config.data.train is None:
-        raise ConfigError("no samples: set `data.train` to a .txt or .jsonl file")
-    eval_samples = read_rows(config.data.eval) if config.data.eval else None
-    trainer = SFTTrainer(config, samples=read_rows(config.data.train), eval_samples=eval_samples)
+    trainer = SFTTrainer(
+        config,
+        samples=training_rows(config.data, "samples", form=sample_form),
+        eval_samples=evaluation_rows(config.data, form=sample_form),
+    )
     try:
         trainer.fit()
     finally:

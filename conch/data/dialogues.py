@@ -39,22 +39,72 @@ def messages_of(sample: Any) -> list[Message] | None:
     return list(messages) if is_dialogue else None
 
 
+def dialogue_of(sample: Any) -> tuple[list[Message], int] | None:
+    """The messages of a dialogue, or of {"prompt", "completion"} that are both dialogues, and how many of
+    them are prompt; None for anything else."""
+    messages = messages_of(sample)
+    if messages is not None:
+        return messages, 0
+    if not isinstance(sample, Mapping):
+        return None
+    prompt, completion = (messages_of(sample.get(key)) for key in ("prompt", "completion"))
+    return None if prompt is None or completion is None else ([*prompt, *completion], len(prompt))
+
+
+def render_prompt(messages: Sequence[Message], name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A dialogue as the text that an answer follows; where the assistant spoke last, its turn goes on.
+
+    name: of the prompt, for messages.
+
+    Raises:
+        DataError: the tokenizer has no chat template, or the template refuses the dialogue.
+    """
+    goes_on = messages[-1]["role"] == ASSISTANT
+    option = "continue_final_message" if goes_on else "add_generation_prompt"
+    return _rendered(messages, name, tokenizer, **{option: True})
+
+
+def render_dialogue(messages: Sequence[Message], name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A whole dialogue as text.
+
+    name: of the text, for messages.
+
+    Raises:
+        DataError: the tokenizer has no chat template, or the template refuses the dialogue.
+    """
+    return _rendered(messages, name, tokenizer)
+
+
+def _rendered(
+    messages: Sequence[Message], name: str, tokenizer: PreTrainedTokenizerBase, **options: bool
+) -> str:
+    if tokenizer.chat_template is None:
+        raise DataError(
+            f"{name} is a dialogue, and the tokenizer has no chat template: give it one, or texts"
+        )
+    try:
+        return _render(messages, tokenizer, **options)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise DataError(f"the chat template does not take {name}: {error}") from error
+
+
 def encode_dialogue(
-    messages: Sequence[Message], index: int, tokenizer: PreTrainedTokenizerBase
+    messages: Sequence[Message], index: int, tokenizer: PreTrainedTokenizerBase, *, num_prompt: int = 0
 ) -> tuple[tuple[int, ...], tuple[bool, ...]]:
     """Token ids, and a mask that is True where the assistant wrote them, the end of its turn included.
 
-    index: the sample's number, for messages.
+    index: the sample's number, for messages. num_prompt: messages at the beginning of which nothing is the
+        assistant's, whoever wrote them.
 
     Raises:
         DataError: the tokenizer has no chat template or tells no offsets, the template refuses the dialogue
             or renders a message differently once others follow, or nothing in it is the assistant's.
     """
     _check_tokenizer(tokenizer)
-    if not any(message["role"] == ASSISTANT for message in messages):
+    if not any(message["role"] == ASSISTANT for message in messages[num_prompt:]):
         raise DataError(f'dialogue {index} has no message with the role "{ASSISTANT}": nothing to learn')
     try:
-        text, spans = _render_spans(messages, index, tokenizer)
+        text, spans = _render_spans(messages, index, tokenizer, num_prompt)
     except (TemplateError, TypeError, ValueError) as error:
         raise DataError(f"the chat template does not take dialogue {index}: {error}") from error
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -79,9 +129,11 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _render_spans(
-    messages: Sequence[Message], index: int, tokenizer: PreTrainedTokenizerBase
+    messages: Sequence[Message], index: int, tokenizer: PreTrainedTokenizerBase, num_prompt: int
 ) -> tuple[str, list[Span]]:
-    """The dialogue as text, and from where to where in it the assistant speaks."""
+    """The dialogue as text, and from where to where in it the assistant speaks after the prompt."""
+    turns = [turn for turn, message in enumerate(messages) if message["role"] == ASSISTANT]
+    later = [turn for turn in turns if turn >= num_prompt]
     template = tokenizer.get_chat_template()
     if _GENERATION.search(template):
         # Not `apply_chat_template`, which maps the ends of spans to tokens by itself: where a span ends in a
@@ -89,13 +141,12 @@ def _render_spans(
         options: dict[str, Any] = {**tokenizer.special_tokens_map, "return_assistant_tokens_mask": True}
         rendered: Any = render_jinja_template([list(messages)], chat_template=template, **options)  # pyright: ignore[reportArgumentType]
         (text,), (spans,) = rendered
-        return text, spans
+        return text, spans[len(turns) - len(later) :]
     text = _render(messages, tokenizer)
     specials = tuple(
         token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content
     )
-    turns = [turn for turn, message in enumerate(messages) if message["role"] == ASSISTANT]
-    return text, [_span(messages, turn, text, specials, index, tokenizer) for turn in turns]
+    return text, [_span(messages, turn, text, specials, index, tokenizer) for turn in later]
 
 
 def _span(

@@ -2,7 +2,8 @@
 
 A row judges one text, {"text", "score": 0.5} or {"text", "scores": {"helpful": 1, "brief": 0}}, or compares
 two, {"chosen", "rejected"}, where it may add a "margin" and the "objective" that they were compared by. A
-text is a whole sample, prompt and output.
+text is a whole sample, prompt and output, or a dialogue for the tokenizer's chat template. The forms that
+`conch.data.forms` brings into these are taken too.
 
 Legend: B rows, K objectives, T tokens (padded right).
 """
@@ -20,6 +21,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from conch.config import DataConfig
+from conch.data.dialogues import render_dialogue
+from conch.data.forms import judgement_form, listed, text_of
+from conch.data.lengths import fitting
 from conch.errors import DataError
 from conch.log import get_logger
 from conch.types import DEFAULT_OBJECTIVE
@@ -115,6 +120,38 @@ class Pairs:
 # ------------------------------------------------------------------------------------------------------- rows
 
 
+def judgements(rows: Iterable[Any], *, what: str = "row") -> list[Any]:
+    """Rows of any form with their prompts in their texts, for `check_rows`.
+
+    what: how an error names a row.
+
+    Raises:
+        DataError: a prompt does not go with its texts, or a label is none.
+    """
+    return [_in_form(row, f"{what} {index}") for index, row in enumerate(listed(rows, f"{what}s"))]
+
+
+def _in_form(row: Any, name: str) -> Any:
+    try:
+        return judgement_form(row)
+    except DataError as error:
+        raise DataError(f"{name} {error}") from None
+
+
+def judgement(row: Any) -> Any:
+    """A row, alone, that a reward model can learn from, brought into form; how `read_rows` takes it.
+
+    Raises:
+        DataError: it can not, in words that follow its name.
+    """
+    made = judgement_form(row)
+    try:
+        _check_row(made, _form_of([made]), "")
+    except DataError as error:
+        raise DataError(str(error).lstrip(" :")) from None
+    return made
+
+
 def check_rows(rows: Sequence[Any], like: RowForm | None = None, *, what: str = "row") -> RowForm:
     """The form that these rows have in common; with `like`, that they have this very form.
 
@@ -154,7 +191,7 @@ def _check_row(row: Any, form: RowForm, name: str) -> None:
     if not isinstance(row, Mapping):
         raise DataError(f"{name} is no dict: rows are all {_FORMS} ({row!r})")
     for key in form.texts:
-        if not isinstance(row.get(key), str):
+        if text_of(row.get(key)) is None:
             keys = ", ".join(map(str, row))
             raise DataError(f'{name} has no string "{key}": rows are all {_FORMS} (keys here: {keys})')
     if form.compares:
@@ -291,11 +328,29 @@ class TextEncoder:
         self._num_texts, self._num_cut = self._num_texts + len(texts), self._num_cut + len(long)
         return found
 
-    def encode_rows(self, rows: Sequence[Mapping[str, Any]], form: RowForm) -> list[Judgement]:
-        """Rows that `check_rows` has passed, tokenised."""
-        columns = [self.encode([row[key] for row in rows]) for key in form.texts]
-        texts = zip(*columns, strict=True)
-        return [_judgement(row, ids, form) for row, ids in zip(rows, texts, strict=True)]
+    def encode_rows(
+        self, rows: Sequence[Mapping[str, Any]], form: RowForm, lengths: DataConfig | None = None
+    ) -> list[Judgement]:
+        """Rows that `check_rows` has passed, tokenised.
+
+        lengths: which rows to leave out for the length of their longest text, before any is cut.
+        """
+        texts = [
+            tuple(self._as_text(row[key], index) for key in form.texts) for index, row in enumerate(rows)
+        ]
+        if lengths is not None and (lengths.min_tokens or lengths.max_tokens):
+            kept = fitting(self._longest(texts), lengths, "rows")
+            rows, texts = [rows[index] for index in kept], [texts[index] for index in kept]
+        columns = [self.encode(column) for column in zip(*texts, strict=True)]
+        return [_judgement(row, ids, form) for row, ids in zip(rows, zip(*columns, strict=True), strict=True)]
+
+    def _as_text(self, text: Any, index: int) -> str:
+        return text if isinstance(text, str) else render_dialogue(text, f"row {index}", self._tokenizer)
+
+    def _longest(self, texts: Sequence[tuple[str, ...]]) -> list[int]:
+        """Of each row, the tokens of its longest text."""
+        columns = [self._tokenize(column, self._template) for column in zip(*texts, strict=True)]
+        return [max(map(len, row)) for row in zip(*columns, strict=True)]
 
     def report_cuts(self) -> None:
         """One warning, if any text so far was too long."""

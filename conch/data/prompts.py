@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from conch.config import TokenizerConfig
+from conch.config import DataConfig, TokenizerConfig
+from conch.data.dialogues import render_prompt
+from conch.data.forms import listed, prompt_form
+from conch.data.lengths import fitting
 from conch.errors import DataError
 from conch.log import get_logger
 from conch.types import Prompt
@@ -16,26 +19,35 @@ _log = get_logger(__name__)
 
 
 def make_prompts(
-    prompts: Sequence[str | Mapping[str, Any]],
+    prompts: Iterable[str | Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     config: TokenizerConfig,
     *,
     max_tokens: int | None,
+    lengths: DataConfig | None = None,
 ) -> list[Prompt]:
-    """Tokenise prompts given as strings, or as dicts with a "prompt" key whose other keys become metadata.
+    """Tokenise prompts given as strings, or as dicts with a "prompt" key, a string or a dialogue that the
+    tokenizer's chat template renders, whose other keys become metadata.
 
     max_tokens: the model's window less the longest completion; None where the model has no limit.
+    lengths: which prompts to leave out for their length.
 
     Raises:
         DataError: there are none, one is not a prompt, is empty, or does not fit (and may not be truncated).
     """
-    if isinstance(prompts, str):  # also a sequence of strings: its letters
-        raise DataError("the prompts are one string: give a list of prompts")
-    if len(prompts) == 0:
+    rows = listed(prompts, "prompts")
+    if not rows:
         raise DataError("the list of prompts is empty: give at least one prompt")
-    made = [_make_prompt(prompt, index, tokenizer) for index, prompt in enumerate(prompts)]
-    if max_tokens is None:
-        return made
+    made = [_make_prompt(row, index, tokenizer) for index, row in enumerate(rows)]
+    if lengths is not None:
+        made = [made[index] for index in fitting([len(each.token_ids) for each in made], lengths, "prompts")]
+    limits = [limit for limit in (max_tokens, config.max_prompt_tokens) if limit is not None]
+    return _fitted(made, min(limits), tokenizer, config) if limits else made
+
+
+def _fitted(
+    made: list[Prompt], max_tokens: int, tokenizer: PreTrainedTokenizerBase, config: TokenizerConfig
+) -> list[Prompt]:
     too_long = [index for index, prompt in enumerate(made) if len(prompt.token_ids) > max_tokens]
     if not too_long:
         return made
@@ -43,8 +55,9 @@ def make_prompts(
         worst = max(too_long, key=lambda index: len(made[index].token_ids))
         raise DataError(
             f"{len(too_long)} of {len(made)} prompts are longer than the {max_tokens} tokens that the model's"
-            f" window leaves them (prompt {worst} has {len(made[worst].token_ids)}): shorten them, lower "
-            "`generation.max_new_tokens`, or set `tokenizer.truncate_prompts=true`"
+            f" window leaves them, or `tokenizer.max_prompt_tokens` (prompt {worst} has "
+            f"{len(made[worst].token_ids)}): shorten them, lower `generation.max_new_tokens`, or set "
+            "`tokenizer.truncate_prompts=true`"
         )
     side = config.truncation_side
     _log.warning("%d of %d prompts cut to %d tokens on the %s", len(too_long), len(made), max_tokens, side)
@@ -52,16 +65,13 @@ def make_prompts(
 
 
 def _make_prompt(prompt: Any, index: int, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    metadata: dict[str, Any] = {}
-    text = prompt
-    if isinstance(prompt, Mapping):
-        metadata = {key: value for key, value in prompt.items() if key != "prompt"}
-        text = prompt.get("prompt")
-    if not isinstance(text, str):
-        raise DataError(
-            f'prompt {index} is neither a string nor a dict with a "prompt" string '
-            f"(got {type(text).__name__})"
-        )
+    try:
+        row = prompt_form(prompt)
+    except DataError as error:
+        raise DataError(f"prompt {index} {error}") from None
+    metadata = {} if isinstance(row, str) else {key: value for key, value in row.items() if key != "prompt"}
+    given = row if isinstance(row, str) else row["prompt"]
+    text = given if isinstance(given, str) else render_prompt(given, f"prompt {index}", tokenizer)
     ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not ids:
         raise DataError(f"prompt {index} is empty once tokenised: drop it, or start it with a bos token")

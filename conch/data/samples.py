@@ -6,7 +6,7 @@ sample is all that stands before the first token that is learned, the response a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,13 +15,14 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from conch.data.dialogues import encode_dialogue, messages_of
+from conch.config import DataConfig
+from conch.data.dialogues import dialogue_of, encode_dialogue
+from conch.data.forms import listed, sample_form
+from conch.data.lengths import fitting
 from conch.errors import DataError
 from conch.log import get_logger
 
 _log = get_logger(__name__)
-
-_PAIR = ("prompt", "completion")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,30 +63,35 @@ class TokenBatch:
 
 
 def tokenize_samples(
-    samples: Sequence[Any],
+    samples: Iterable[Any],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_tokens: int | None,
     truncation_side: Literal["left", "right"],
     pairs_only: bool = False,
+    lengths: DataConfig | None = None,
 ) -> list[TokenizedSample]:
     """Tokenise strings (all tokens after the first are learned), {"prompt", "completion"} pairs (the
-    completion is), and dialogues (the assistant's turns are; see `conch.data.dialogues`).
+    completion is), and dialogues (the assistant's turns are; see `conch.data.dialogues`), in any of the forms
+    of `conch.data.forms`.
 
     An eos token ends every string and pair, and is learned; a dialogue ends as the chat template has it.
     Samples of more than `max_tokens` tokens lose what is too much on `truncation_side`, and those of which
     nothing learned is left are dropped; one warning counts both.
 
-    pairs_only: for models that read the prompt apart from the completion.
+    pairs_only: for models that read the prompt apart from the completion. lengths: which samples to leave out
+        for their length.
 
     Raises:
         DataError: there are none, none is left, or one, named by its number, is empty or of another form.
     """
-    if isinstance(samples, str):  # also a sequence of strings: its letters
-        raise DataError("the samples are one string: give a list of samples")
-    if len(samples) == 0:
+    rows = listed(samples, "samples")
+    if not rows:
         raise DataError("the list of samples is empty: give at least one sample")
-    made = [_tokenize(sample, index, tokenizer, pairs_only) for index, sample in enumerate(samples)]
+    made = [_tokenize(row, index, tokenizer, pairs_only) for index, row in enumerate(rows)]
+    if lengths is not None:
+        kept = fitting([len(sample.token_ids) for sample in made], lengths, "samples")
+        made = [made[index] for index in kept]
     return made if max_tokens is None else _truncated(made, max_tokens, truncation_side)
 
 
@@ -107,10 +113,12 @@ def collate(
     return TokenBatch(ids.to(device), real.to(device), learned[:, longest_prompt:].to(device))
 
 
-def _tokenize(
-    sample: Any, index: int, tokenizer: PreTrainedTokenizerBase, pairs_only: bool
-) -> TokenizedSample:
-    is_pair = isinstance(sample, Mapping) and all(isinstance(sample.get(key), str) for key in _PAIR)
+def _tokenize(row: Any, index: int, tokenizer: PreTrainedTokenizerBase, pairs_only: bool) -> TokenizedSample:
+    try:
+        sample = sample_form(row)
+    except DataError as error:
+        raise DataError(f"sample {index} {error}") from None
+    is_pair = isinstance(sample, dict) and isinstance(sample.get("prompt"), str)
     if pairs_only and not is_pair:
         raise DataError(
             f"sample {index} is no pair; an encoder-decoder reads the prompt apart from the completion: give "
@@ -120,13 +128,10 @@ def _tokenize(
         return _tokenize_text(sample["prompt"], sample["completion"], index, tokenizer, pairs_only)
     if isinstance(sample, str):
         return _tokenize_text(None, sample, index, tokenizer, pairs_only)
-    messages = messages_of(sample)
-    if messages is None:
-        raise DataError(
-            f'sample {index} is neither a string, nor a dict of strings "prompt" and "completion", nor a '
-            'dialogue of messages with "role" and "content"'
-        )
-    return TokenizedSample(*encode_dialogue(messages, index, tokenizer))
+    dialogue = dialogue_of(sample)
+    assert dialogue is not None, "what `sample_form` gives is a text, a pair or a dialogue"
+    messages, num_prompt = dialogue
+    return TokenizedSample(*encode_dialogue(messages, index, tokenizer, num_prompt=num_prompt))
 
 
 def _tokenize_text(

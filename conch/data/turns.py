@@ -6,7 +6,7 @@ begins at a sample's first action and holds all that follows, later prompts too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from conch.data.dialogues import dialogue_of, encode_dialogue
+from conch.data.forms import listed
 from conch.errors import DataError
 from conch.log import get_logger
 
@@ -58,18 +60,20 @@ class TurnBatch:
 
 
 def tokenize_turns(
-    samples: Sequence[Any],
+    samples: Iterable[Any],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_tokens: int | None,
     truncation_side: Literal["left", "right"],
     pairs_only: bool = False,
 ) -> list[TurnSample]:
-    """Tokenise samples, each of them a string (all tokens after the first are actions) or a list of turns
-    `[prompt, output, prompt, output, ...]` (the outputs' tokens are).
+    """Tokenise samples, each of them a string (all tokens after the first are actions), a list of turns
+    `[prompt, output, prompt, output, ...]` (the outputs' tokens are), or a dialogue (the assistant's are; of
+    {"prompt", "completion"} dialogues those of the completion).
 
-    An eos token ends every sample, and is an action. Samples of more than `max_tokens` tokens lose what is
-    too much on `truncation_side`; a warning counts them.
+    An eos token ends every string and list, and is an action; a dialogue ends as the chat template has it.
+    Samples of more than `max_tokens` tokens lose what is too much on `truncation_side`; a warning counts
+    them.
 
     pairs_only: for models that read the prompt apart from the output: `[prompt, output]` and nothing else.
 
@@ -77,21 +81,27 @@ def tokenize_turns(
         DataError: there are none; or one, named by its number, is of another form, is empty or starts with an
             empty prompt, or has no action left once truncated.
     """
-    if isinstance(samples, str):  # also a sequence of strings: its letters
-        raise DataError("the samples are one string: give a list of samples")
-    if len(samples) == 0:
+    rows = listed(samples, "samples")
+    if not rows:
         raise DataError("the list of samples is empty: give at least one sample")
-    made = [_tokenize(sample, index, tokenizer, pairs_only) for index, sample in enumerate(samples)]
-    lengths = [len(sample.token_ids) for sample in made]
-    if max_tokens is None or max(lengths) <= max_tokens:
-        return made
+    made = [_tokenize(row, index, tokenizer, pairs_only) for index, row in enumerate(rows)]
+    return made if max_tokens is None else cut_turns(made, max_tokens, truncation_side)
+
+
+def cut_turns(
+    samples: Sequence[TurnSample], max_tokens: int, truncation_side: Literal["left", "right"]
+) -> list[TurnSample]:
+    """Samples of at most `max_tokens` tokens, as many as there were; see `tokenize_turns`."""
+    lengths = [len(sample.token_ids) for sample in samples]
+    if max(lengths) <= max_tokens:
+        return list(samples)
     _log.warning(
         "%d of %d samples are longer than the %d tokens of the model's window (the longest has %d): cut on "
         "the %s",
         sum(length > max_tokens for length in lengths),
-        *(len(made), max_tokens, max(lengths), truncation_side),
+        *(len(samples), max_tokens, max(lengths), truncation_side),
     )
-    return [_truncate(sample, index, max_tokens, truncation_side) for index, sample in enumerate(made)]
+    return [_truncate(sample, index, max_tokens, truncation_side) for index, sample in enumerate(samples)]
 
 
 def collate_turns(
@@ -121,6 +131,8 @@ def _tokenize(sample: Any, index: int, tokenizer: PreTrainedTokenizerBase, pairs
             )
         ids = _encode(sample, tokenizer)
         turns = [ids[:1], ids[1:]]
+    elif (dialogue := dialogue_of(sample)) is not None and not pairs_only:
+        return _tokenize_dialogue(*dialogue, index, tokenizer)
     else:
         turns = [_encode(turn, tokenizer) for turn in _checked_turns(sample, index, pairs_only)]
     if not turns[0]:
@@ -132,6 +144,13 @@ def _tokenize(sample: Any, index: int, tokenizer: PreTrainedTokenizerBase, pairs
         tuple(token for turn in turns for token in turn),
         tuple(number % 2 == 1 for number, turn in enumerate(turns) for _ in turn),
     )
+
+
+def _tokenize_dialogue(
+    messages: Sequence[Any], num_prompt: int, index: int, tokenizer: PreTrainedTokenizerBase
+) -> TurnSample:
+    ids, is_assistants = encode_dialogue(messages, index, tokenizer, num_prompt=num_prompt)
+    return TurnSample(ids, (False, *is_assistants[1:]))
 
 
 def _checked_turns(sample: Any, index: int, pairs_only: bool) -> Sequence[str]:

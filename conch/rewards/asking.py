@@ -262,7 +262,11 @@ class Asker:
         call = self._call(effort, link, answer.version)
         if self.identity.change:
             return call.failed(RewardStatus.INVALID, self.identity.change)
-        results = call.read_columns(answer.columns)
+        results = (
+            call.read(answer.token_scores, [len(row.bounds) - 1 for row in effort.rows])
+            if answer.token_scores
+            else call.read_columns(answer.columns)
+        )
         return [
             replace(result, detail=note) if note and result.ok else result
             for result, note in zip(results, answer.notes or [""] * len(results), strict=True)

@@ -35,8 +35,8 @@ class Endpoint:
         """
         if "://" in text:
             raise ConfigError(
-                f"reward `{text}`: HTTP endpoints are not supported yet. Serve the model with Triton, give "
-                "`host:port/model` with its gRPC port, or pass a Python function that calls the endpoint"
+                f"reward `{text}`: give a served model as `host:port/model` with its gRPC port, or an HTTP "
+                "endpoint as http://host:port/path or https://host:port/path"
             )
         match = _ENDPOINT.fullmatch(text.strip())
         if match is None or not 0 < int(match["port"]) < 65536:

@@ -42,6 +42,7 @@ class Memory:
 
 def _key(row: Row) -> bytes:
     digest = hashlib.blake2b(row.sample.encode("utf-8"), digest_size=16)
-    if row.token_ids:
-        digest.update(b"\0" + ",".join(map(str, row.token_ids)).encode())
+    for numbers in (row.token_ids, row.bounds):
+        if numbers:
+            digest.update(b"\0" + ",".join(map(str, numbers)).encode())
     return digest.digest()

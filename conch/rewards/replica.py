@@ -25,10 +25,12 @@ class Row:
     sample: prompt and output; can be encoded as UTF-8.
     token_ids: empty for models that take text.
     position: where the sample stands in its `submit`, for messages; no part of equality.
+    bounds: where dense rewards are asked for, `dense.response_bounds`; else empty.
     """
 
     sample: str
     token_ids: tuple[int, ...] = ()
+    bounds: tuple[int, ...] = ()
     position: int = field(default=0, compare=False)
 
     @property
@@ -111,11 +113,14 @@ class Answer:
         or not one per row, is found by the session.
     version: of the model, as the reply states it; "" if it does not.
     notes: per row what a person should know of its score ("scored by 1 of 2 members"), or ""; empty for none.
+    token_scores: per row one number for each token of the response, in place of `columns` where rows have
+        `bounds`; empty elsewhere.
     """
 
     columns: Mapping[str, Sequence[float]]
     version: str = ""
     notes: Sequence[str] = ()
+    token_scores: Sequence[Sequence[float]] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TypeVar
 
 from conch.config import RewardConfig
+from conch.rewards.dense import Decode
 from conch.rewards.loop_thread import LoopThread
 from conch.rewards.replica import Replica, ServerTimes
 from conch.rewards.rows import Tokenizer
@@ -31,9 +32,10 @@ class ServedReward:
         replicas: Sequence[Replica],
         config: RewardConfig,
         tokenizer: Tokenizer | None = None,
+        decode: Decode | None = None,
     ) -> None:
         self.name = name
-        self._session = Session(who, replicas, config, tokenizer)
+        self._session = Session(who, replicas, config, tokenizer, decode)
         self._thread = LoopThread(f"reward-{name}")
 
     @property

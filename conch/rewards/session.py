@@ -13,6 +13,7 @@ import itertools
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from conch.config import RewardConfig
@@ -21,6 +22,7 @@ from conch.log import get_logger
 from conch.rewards.asking import Asker
 from conch.rewards.batching import Job, Limits, Waiting, limits_of
 from conch.rewards.counts import Counts
+from conch.rewards.dense import Decode
 from conch.rewards.identity import Identity
 from conch.rewards.keeper import Keeper
 from conch.rewards.memory import Memory
@@ -41,10 +43,17 @@ class Session:
     """
 
     def __init__(
-        self, name: str, replicas: Sequence[Replica], config: RewardConfig, tokenizer: Tokenizer | None = None
+        self,
+        name: str,
+        replicas: Sequence[Replica],
+        config: RewardConfig,
+        tokenizer: Tokenizer | None = None,
+        decode: Decode | None = None,
     ) -> None:
         self._config = config
-        self._tokenizer = tokenizer
+        self._make_row = partial(
+            make_row, tokenizer=tokenizer, max_bytes=self._max_bytes, dense=config.dense, decode=decode
+        )
         self._counts = Counts()
         self._identity = Identity(config.on_model_change)
         self._memory = Memory(config.remember)
@@ -223,13 +232,13 @@ class Session:
         info = replace(infos[0], max_length=min(lengths, default=0))
         if problem := self._broken or self.model_change:
             return self._no_score(problem)
-        made = make_row(rollout, position, info, self._tokenizer, self._max_bytes)
+        made = self._make_row(rollout, position, info)
         if isinstance(made, Row):
             return made
         return self._no_score(f"{self._pool.name}: {name_row(position, rollout.sample)} {made}")
 
     def _probe(self, info: ModelInfo) -> Row:
-        made = make_row(PROBE, 0, info, self._tokenizer, self._max_bytes)
+        made = self._make_row(PROBE, 0, info)
         if isinstance(made, str):
             raise ReplicaError(Failure(RewardStatus.INVALID, f"a probe sample {made}"))
         return made

@@ -11,6 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 from conch.config import RewardConfig
 from conch.errors import ConfigError
 from conch.rewards.callable_reward import CallableReward
+from conch.rewards.dense import Decode
+from conch.rewards.http_url import SCHEMES
 from conch.types import RewardResult, Rollout
 
 _THREE_WAYS = (
@@ -88,13 +90,15 @@ def from_user(
     config: RewardConfig,
     *,
     metadata_keys: Iterable[str] = (),
+    decode: Decode | None = None,
 ) -> RewardSource:
     """Make a source of what a user gave; None stands for `config.members` or `config.url`, then for
     TRITON_HOST.
 
-    reward: a Python function, `"host:port/model"`, or a source, which is returned as it is; or several of
-        these by name, which `config.combine` makes one of.
+    reward: a Python function, `"host:port/model"`, `"http://host:port/path"`, or a source, which is returned
+        as it is; or several of these by name, which `config.combine` makes one of.
     metadata_keys: the extra keys of the prompts in use; `check` sees whether a function takes them.
+    decode: the policy's ids -> text, which `config.dense` needs.
 
     Raises:
         ConfigError: nothing was given, or it is not something that gives rewards.
@@ -104,23 +108,32 @@ def from_user(
     if not reward:
         raise ConfigError(_THREE_WAYS)
     if isinstance(reward, Mapping):
-        members = {name: _from_one(each, config, metadata_keys) for name, each in reward.items()}
+        if config.dense:
+            raise ConfigError("reward.dense takes the scores of one served model, here are several rewards")
+        members = {name: _from_one(each, config, metadata_keys, decode) for name, each in reward.items()}
         return _combined(members, config)
-    return _from_one(reward, config, metadata_keys)
+    return _from_one(reward, config, metadata_keys, decode)
 
 
-def _from_one(reward: object, config: RewardConfig, metadata_keys: Iterable[str]) -> RewardSource:
+def _from_one(
+    reward: object, config: RewardConfig, metadata_keys: Iterable[str], decode: Decode | None
+) -> RewardSource:
+    if isinstance(reward, str) and reward.startswith(SCHEMES):
+        from conch.rewards.http_reward import HttpReward
+
+        return HttpReward(reward, config)
     if isinstance(reward, str):
         # Only a run with a served model needs tritonclient installed and loaded.
         from conch.rewards.triton_reward import TritonReward
 
-        return TritonReward(reward, config)
+        return TritonReward(reward, config, decode=decode)
     if isinstance(reward, RewardSource):
         return reward
     if callable(reward):
         return CallableReward(reward, metadata_keys=metadata_keys)
     raise ConfigError(
-        f"a reward must be a function, `host:port/model` or a RewardSource, not {type(reward).__name__}"
+        "a reward must be a function, `host:port/model`, `http://host:port/path` or a RewardSource, not "
+        f"{type(reward).__name__}"
     )
 
 

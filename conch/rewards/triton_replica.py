@@ -13,11 +13,19 @@ from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from conch.errors import RewardInvalidError, ServingError
+from conch.rewards.dense import token_scores
 from conch.rewards.endpoint import Endpoint
 from conch.rewards.replica import Answer, Failure, ModelInfo, ReplicaError, Row, ServerTimes
 from conch.rewards.triton_check import require_model, require_server
 from conch.rewards.triton_failure import classify
-from conch.rewards.triton_wire import infer_inputs, infer_outputs, read_members_used, read_scores
+from conch.rewards.triton_wire import (
+    Steps,
+    infer_inputs,
+    infer_outputs,
+    read_members_used,
+    read_scores,
+    read_steps,
+)
 from conch.serving.pbtxt import spec_from_model_config
 from conch.serving.spec import RewardModelSpec
 from conch.serving.triton_channel import Access, open_aio_client
@@ -27,8 +35,13 @@ ReplyT = TypeVar("ReplyT")
 
 # Back ends in C++ put requests into one batch only if they are equally long.
 _BUCKET = 64
+_NOT_DENSE = (
+    "{} gives one score a sample, and reward.dense wants those of its steps or tokens: convert it with "
+    "--granularity step or token, or set reward.dense=false"
+)
 # gRPC's own thread reports the end of a cancelled call a moment later, and complains if the loop is closed.
 _LAST_EVENTS_S = 0.1
+_UNACKNOWLEDGED_MS = 10_000
 
 
 @dataclass(slots=True)
@@ -45,13 +58,18 @@ class TritonReplica:
 
     A connection may die without a word: its machine vanished, or a firewall forgot it. gRPC would go on using
     it for ever, so one on which a request timed out, and nothing came meanwhile, is left for a new one.
+
+    dense: whether the scores of steps or tokens are asked for; rows have `bounds` then.
     """
 
-    def __init__(self, endpoint: Endpoint, access: Access, connect_timeout_s: float) -> None:
+    def __init__(
+        self, endpoint: Endpoint, access: Access, connect_timeout_s: float, *, dense: bool = False
+    ) -> None:
         self.name = f"reward model `{endpoint.model}` at {endpoint.address}"
         self.model = endpoint.model
         self._endpoint = endpoint
         self._access = access
+        self._dense = dense
         self._options = _channel_options(connect_timeout_s)
         self._line: _Line | None = None
         self._left: list[_Line] = []
@@ -75,6 +93,8 @@ class TritonReplica:
             raise ReplicaError(
                 Failure(RewardStatus.INVALID, f"what {self._endpoint.address} serves cannot score: {error}")
             ) from error
+        if self._dense and not spec.is_dense:
+            raise ReplicaError(Failure(RewardStatus.INVALID, _NOT_DENSE.format(self.name)))
         self._spec, self._bucket = spec, _bucket(reply.config, spec)
         return ModelInfo(
             takes_tokens=spec.form == "token",
@@ -91,7 +111,7 @@ class TritonReplica:
         """See `Replica.ask`."""
         spec = self._spec
         assert spec is not None, "opened before"
-        inputs, outputs = infer_inputs(rows, spec, self._bucket), infer_outputs(spec)
+        inputs, outputs = infer_inputs(rows, spec, self._bucket), infer_outputs(spec, self._dense)
         reply = await self._asked(
             lambda client: client.infer(
                 self._endpoint.model, inputs, outputs=outputs, client_timeout=timeout_s
@@ -101,9 +121,11 @@ class TritonReplica:
         try:
             columns = read_scores(reply, len(rows), spec)
             used = read_members_used(reply, len(rows), spec)
+            placed = _placed(rows, read_steps(reply, rows, spec), spec) if self._dense else []
         except RewardInvalidError as error:
             raise ReplicaError(Failure(RewardStatus.INVALID, str(error), maybe_one_row=True)) from error
-        return Answer(columns, reply.get_response().model_version, _notes(used, len(spec.members)))
+        version = reply.get_response().model_version
+        return Answer(columns, version, _notes(used, len(spec.members)), placed)
 
     async def times(self, timeout_s: float) -> ServerTimes | None:
         """See `Replica.times`."""
@@ -168,6 +190,13 @@ class TritonReplica:
             await line.client.close()
 
 
+def _placed(rows: Sequence[Row], steps: Sequence[Steps], spec: RewardModelSpec) -> list[tuple[float, ...]]:
+    return [
+        token_scores(ends, scores, row.bounds, may_be_cut=spec.form == "text")
+        for row, (ends, scores) in zip(rows, steps, strict=True)
+    ]
+
+
 def _channel_options(connect_timeout_s: float) -> list[tuple[str, int]]:
     return [
         ("grpc.max_send_message_length", MAX_GRPC_MESSAGE_SIZE),
@@ -182,7 +211,11 @@ def _channel_options(connect_timeout_s: float) -> list[tuple[str, int]]:
         ("grpc.use_local_subchannel_pool", 1),
         # A proxy set for the internet does not lead to a machine of one's own cluster.
         ("grpc.enable_http_proxy", 0),
-        # No keep-alive: pings below the server's 300 s make it hang up; deadlines find a frozen one sooner.
+        # A connection that was cut without a word (a firewall forgot it, a machine lost power) is given up
+        # when what was sent went unacknowledged for so long; the kernel would go on for 15 minutes. gRPC sets
+        # that limit only along with pings. Those go at most every 310 s: below 300 s servers hang up.
+        ("grpc.keepalive_timeout_ms", _UNACKNOWLEDGED_MS),
+        ("grpc.keepalive_time_ms", 310_000),
     ]
 
 

@@ -13,10 +13,15 @@ from conch.serving.spec import (
     MASK_INPUT,
     MEMBERS_USED,
     OUTPUT,
+    STEP_ENDS,
+    STEP_REWARDS,
     TEXT_INPUT,
     TOKEN_INPUT,
     RewardModelSpec,
 )
+
+Steps = tuple[list[int], list[float]]
+"""Where a row's steps or tokens end, as `conch.serving.spec` counts it, and their scores."""
 
 _INTEGERS = {"INT32": np.int32, "INT64": np.int64}
 
@@ -43,9 +48,9 @@ def infer_inputs(rows: Sequence[Row], spec: RewardModelSpec, pad_to: int = 1) ->
     return inputs
 
 
-def infer_outputs(spec: RewardModelSpec) -> list[InferRequestedOutput]:
-    """What a request asks for: the rewards, and of an ensemble how many members gave them."""
-    names = [OUTPUT, MEMBERS_USED] if spec.members else [OUTPUT]
+def infer_outputs(spec: RewardModelSpec, dense: bool = False) -> list[InferRequestedOutput]:
+    """What a request asks for: the rewards, of an ensemble how many members gave them, and dense scores."""
+    names = [OUTPUT, *([MEMBERS_USED] if spec.members else []), *([STEP_REWARDS, STEP_ENDS] if dense else [])]
     return [InferRequestedOutput(name) for name in names]
 
 
@@ -72,14 +77,43 @@ def read_members_used(reply: InferResult, count: int, spec: RewardModelSpec) -> 
     return _read(reply, MEMBERS_USED, "INT32", [count, 1])[:, 0].tolist()
 
 
+def read_steps(reply: InferResult, rows: Sequence[Row], spec: RewardModelSpec) -> list[Steps]:
+    """Where each row's steps or tokens end, and their scores, without what fills short rows up.
+
+    Raises:
+        RewardInvalidError: an output is missing, of a wrong dtype or shape, or a row has no step, one that
+            does not follow on the one before or ends behind the sample, or a score that is no finite number.
+    """
+    ends = _read(reply, STEP_ENDS, "INT32", [len(rows), -1])
+    scores = _read(reply, STEP_REWARDS, "FP32", list(ends.shape))
+    return [
+        _steps(row, row_ends, row_scores, spec)
+        for row, row_ends, row_scores in zip(rows, ends, scores, strict=True)
+    ]
+
+
+def _steps(row: Row, ends: np.ndarray, scores: np.ndarray, spec: RewardModelSpec) -> Steps:
+    count = int((ends >= 0).sum())
+    ends, scores, rest = ends[:count], scores[:count], ends[count:]
+    length = len(row.token_ids) if spec.form == "token" else len(row.sample)
+    if count == 0 or (rest >= 0).any() or (np.diff(ends) < 0).any() or ends[-1] > length:
+        raise RewardInvalidError(f"the reply's steps end at {ends.tolist()} in a sample of length {length}")
+    if not np.isfinite(scores).all():
+        raise RewardInvalidError(f"the reply's scores of steps are {scores.tolist()}")
+    return ends.tolist(), scores.tolist()
+
+
 def _read(reply: InferResult, name: str, dtype: str, expected: list[int]) -> np.ndarray:
+    """expected: shape; -1 is any number, as long as there is one."""
     tensor = reply.get_output(name)
     if tensor is None:
         raise RewardInvalidError(f"the reply has no output `{name}`")
     datatype, shape = tensor.datatype, list(tensor.shape)  # pyright: ignore[reportAttributeAccessIssue]
     if datatype != dtype:
         raise RewardInvalidError(f"the reply's dtype is {datatype}, expected {dtype}")
-    if shape != expected:
+    if len(shape) != len(expected) or any(
+        there != wanted for there, wanted in zip(shape, expected, strict=True) if wanted >= 0
+    ):
         raise RewardInvalidError(f"the reply's shape is {shape}, expected {expected}: one row per sample")
     try:
         values = reply.as_numpy(name)

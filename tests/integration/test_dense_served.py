@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from collections.abc import Iterator
@@ -15,16 +16,30 @@ import pytest
 import torch
 import tritonclient.grpc as triton
 
+from conch.config import RewardConfig, load
 from conch.converters.to_triton import main
 from conch.errors import ServerStartError
+from conch.rewards.triton_reward import TritonReward
 from conch.serving.launcher import TritonServer
 from conch.serving.manifest import Golden
 from conch.serving.store import read_model
 from conch.serving.triton_ask import read_steps, request_inputs
 from conch.serving.triton_health import check_golden
-from tests.checkpoints import LETTERS, base_model, process_reward, save_value_head, value_head_tensors
+from conch.trainers.ppo import PPORunConfig, PPOTrainer
+from conch.types import Completion, Prompt, Rollout
+from tests.checkpoints import (
+    EOS,
+    LETTERS,
+    base_model,
+    process_reward,
+    save_value_head,
+    tokenizer_for,
+    value_head_tensors,
+)
+from tests.tiny import decoder_shape
 
 DEADLINE_S = 60.0
+TOKENIZER = tokenizer_for("qwen2")
 SEMICOLON = LETTERS.index(";")
 STEPS = ["--step_separator", ";", "--granularity", "step"]
 ARGUMENTS: dict[str, list[str]] = {
@@ -153,3 +168,110 @@ def test_a_server_that_scores_a_step_otherwise_is_not_ready(served: Served) -> N
         check_golden(client, stored)
         with pytest.raises(ServerStartError, match=f"golden sample {number} scores its steps otherwise"):
             check_golden(client, wrong)
+
+
+# ------------------------------------------------------------------------------------------------ the client
+
+
+def decode(ids: Any) -> str:
+    return TOKENIZER.decode(list(ids), skip_special_tokens=True)
+
+
+def rollout(prompt: str, output: str) -> Rollout:
+    """One that ends in an eos."""
+    ids = (*ids_of(output), EOS)
+    return Rollout(
+        Prompt(prompt, tuple(ids_of(prompt))), Completion(output, ids, (0.0,) * len(ids), "eos"), 0
+    )
+
+
+def right_row(served: Served, prompt: str, response: tuple[int, ...]) -> list[float]:
+    """The reward of each token: the probability of label 1 where a step of the response ends, else 0.
+
+    Tokens of no text (pad, eos, unk) are not part of the sample; the others are a character each.
+    """
+    read = [place for place, token in enumerate(response) if token < len(LETTERS)]
+    every = probabilities(served.model, [*ids_of(prompt), *(response[place] for place in read)])
+    every = every[len(prompt) :]
+    row = [0.0] * len(response)
+    for place, score in zip(read, every, strict=True):
+        if response[place] == SEMICOLON or place == read[-1]:
+            row[place] = score
+    return row
+
+
+ROLLOUTS = [rollout("a;b", "c;de;f"), rollout("q", ";"), rollout("a;", "bc"), rollout("ab", "k" * 20)]
+
+
+@pytest.mark.parametrize("name", ["steps", "steps-token"])
+def test_a_steps_score_lands_on_the_token_of_the_response_that_ends_it(served: Served, name: str) -> None:
+    """Steps of the prompt have none; the closing eos ends no step."""
+    config = RewardConfig(dense=True, micro_batch_size=3)
+    with TritonReward(served.server.endpoint(name), config, decode=decode) as reward:
+        reward.check()
+        results = reward.submit(ROLLOUTS).result(DEADLINE_S)
+        again = reward.submit(ROLLOUTS[:1]).result(DEADLINE_S)
+
+    for one, result in zip(ROLLOUTS, results, strict=True):
+        right = right_row(served, one.prompt.text, one.completion.token_ids)
+        assert result.token_scores == pytest.approx(right, abs=1e-5) and not result.scores
+    assert again[0].token_scores == results[0].token_scores  # remembered
+
+
+def test_each_token_of_a_value_head_has_its_score(served: Served) -> None:
+    with TritonReward(served.server.endpoint("tokens"), RewardConfig(dense=True), decode=decode) as reward:
+        results = reward.submit(ROLLOUTS).result(DEADLINE_S)
+    with triton.InferenceServerClient(served.server.url) as client:
+        reply = ask(client, served, "tokens", [one.sample for one in ROLLOUTS])
+    _, scores = read_steps(reply, "tokens", len(ROLLOUTS))
+
+    for one, result, of_sample in zip(ROLLOUTS, results, scores, strict=True):
+        right = [*of_sample[len(one.prompt.text) :], 0.0]  # the policy's eos is no text
+        assert result.token_scores == pytest.approx(right, abs=1e-5)
+
+
+def test_without_dense_the_reward_is_the_aggregate(served: Served) -> None:
+    with TritonReward(served.server.endpoint("steps"), RewardConfig()) as reward:
+        results = reward.submit(ROLLOUTS).result(DEADLINE_S)
+    for one, result in zip(ROLLOUTS, results, strict=True):
+        _, scores = expected_steps(served.model, ids_of(one.sample))
+        assert result.scores == {"reward": pytest.approx(min(scores), abs=1e-5)}
+        assert result.token_scores is None
+
+
+@pytest.mark.parametrize("name", ["steps", "steps-token"])
+def test_ppo_learns_from_each_step_where_it_ended(served: Served, name: str, tmp_path: Path) -> None:
+    """Without discount and KL a token's return less that of the next is its reward."""
+    settings = {
+        "model": {"architecture": decoder_shape("gpt2")},
+        "generation": {"max_new_tokens": 12, "chunk_size": 8},
+        "reward": {"url": served.server.endpoint(name), "dense": True},
+        "ppo": {"rollouts_per_step": 24, "lam": 1.0, "kl": {"coef": 0.0}},
+        "train": {"run_dir": str(tmp_path / "run")},
+    }
+    trainer = PPOTrainer(load(PPORunConfig, settings), prompts=["a;b", "cd", "e;"] * 8, tokenizer=TOKENIZER)
+    with contextlib.closing(trainer):
+        rollouts = trainer.rollout(trainer.prompts)
+        batch = trainer.experience(rollouts, trainer.score(rollouts))
+    returns = torch.nn.functional.pad(batch.returns, (0, 1))
+    rewards = (returns[:, :-1] - returns[:, 1:]).tolist()
+
+    steps = 0
+    for row, one in zip(rewards, rollouts, strict=True):
+        response = one.completion.token_ids
+        right = right_row(served, one.prompt.text, response)
+        if name == "steps-token":  # the model reads the sampled ids, special ones too
+            right = right_row_of_ids(served, one)
+        assert row[: len(response)] == pytest.approx(right, abs=1e-5)
+        assert not any(row[len(response) :])
+        steps += sum(score > 0 for score in right)
+    assert steps > len(rollouts), "no response had two steps"
+
+
+def right_row_of_ids(served: Served, one: Rollout) -> list[float]:
+    """The same where the model reads every id; a response of nothing but eos ends no step of its own."""
+    ids = [*one.prompt.token_ids, *one.completion.token_ids]
+    every, start = probabilities(served.model, ids), len(one.prompt.token_ids)
+    last = max(place for place, token in enumerate(ids) if token != EOS)
+    ends = [token == SEMICOLON or place == last for place, token in enumerate(ids)]
+    return [score if end else 0.0 for score, end in zip(every[start:], ends[start:], strict=True)]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import grpc
@@ -271,6 +272,24 @@ def test_port_that_never_speaks_costs_the_connect_timeout_only() -> None:
             assert not future.done()
 
 
+def test_connection_that_was_cut_without_a_word_is_given_up() -> None:
+    with servers(TEXT) as (server,), TritonReward(server.url, CONFIG) as reward:
+        assert reward.submit(rollouts("a")).result(WAIT_S)[0].ok
+        limits = [
+            connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+            for connection in connections_to(server.port)
+        ]
+    assert limits == [10_000]  # milliseconds until the kernel gives up what is not acknowledged
+
+
+def connections_to(port: int) -> Iterator[socket.socket]:
+    """Connections of this process to a port of this machine."""
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError), socket.socket(fileno=os.dup(int(name))) as copy:
+            if copy.family in (socket.AF_INET, socket.AF_INET6) and copy.getpeername()[1] == port:
+                yield copy
+
+
 def test_row_that_both_servers_refuse_is_bad_data() -> None:
     with servers() as (a, b), TritonReward(url(a, b), CONFIG) as reward:
         reward.check()
@@ -430,10 +449,12 @@ def test_servers_with_different_models_are_refused(other: RewardModelSpec, words
             with pytest.raises(RewardInvalidError, match=words) as caught:
                 reward.check()
             assert all(f"127.0.0.1:{fake.port}" in str(caught.value) for fake in (a, b))
+        a.requests.clear()
+        b.requests.clear()
         with TritonReward(url(a, b), CONFIG) as reward:  # without a check, only one of them is asked
             assert all(result.ok for result in reward.submit(rollouts("a", "bb", "ccc")).result(WAIT_S))
             until(lambda: reward.traffic().requests >= 3)
-    assert not (a.requests and b.requests[1:])
+    assert bool(a.requests) is not bool(b.requests)
 
 
 # A model that changes.

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from conch.cli import default_config_dir, load_run_config
 from conch.config import GenerationConfig, ModelConfig, RewardConfig, Section, TrainConfig, load
 from conch.errors import ConfigError
+from examples.hh.hh_data import SIZES
 
 CONFIGS = default_config_dir()
 # The program that a file belongs to, by the file's stem -> module and class of its configuration.
@@ -23,6 +24,16 @@ RUN_CONFIG_CLASSES = {
     "ilql": ("conch.trainers.ilql", "ILQLRunConfig"),
     "rft": ("conch.trainers.rft", "RFTRunConfig"),
     "quickstart": ("examples.randomwalks.quickstart", "QuickstartConfig"),
+    **{
+        f"{trainer}_{size}": (f"examples.hh.{program}", section)
+        for trainer, program, section in (
+            ("sft", "sft_hh", "SFTHHConfig"),
+            ("reward_model", "train_reward_hh", "RewardModelRunConfig"),
+            ("ppo", "ppo_hh", "PPOHHConfig"),
+            ("ilql", "ilql_hh", "ILQLHHConfig"),
+        )
+        for size in SIZES
+    },
 }
 RUN_CONFIGS = sorted(file for file in CONFIGS.rglob("*.yaml") if file.stem in RUN_CONFIG_CLASSES)
 ACCELERATE_CONFIGS = sorted((CONFIGS / "accelerate").glob("*.yaml"))

@@ -8,7 +8,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from conch.config import TokenizerConfig
+from conch.data.judgements import PreferencePair, TextEncoder, check_rows, judgements
+from conch.data.prompts import make_prompts
 from conch.data.samples import TokenizedSample, tokenize_samples
+from conch.data.turns import tokenize_turns
 from conch.errors import DataError
 from tests.tiny import char_tokenizer
 
@@ -73,6 +77,60 @@ def test_of_dialogues_all_turns_of_the_assistant_are_learned_to_their_ends(
     assert whole == "<system>s<eos>\n<user>ab<eos>\n<assistant>cd<eos>\n<user>e<eos>\n<assistant>f<eos>\n"
     assert learned == 10 * "." + "cd<eos>" + 6 * "." + "f<eos>."
     assert list(sample.token_ids) == tokenizer.apply_chat_template(DIALOGUE, return_dict=False)
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["by prefixes", "by blocks"])
+def test_of_a_prompt_with_its_completion_nothing_in_the_prompt_is_learned(template: str) -> None:
+    tokenizer = letters(template)
+    row = {"prompt": DIALOGUE[:4], "completion": DIALOGUE[4:]}
+    whole, learned = text_of(tokenized(row, tokenizer), tokenizer)
+    assert whole == "<system>s<eos>\n<user>ab<eos>\n<assistant>cd<eos>\n<user>e<eos>\n<assistant>f<eos>\n"
+    assert learned == 19 * "." + "f<eos>."
+
+
+def test_actions_of_a_dialogue_are_the_assistants_tokens() -> None:
+    tokenizer = letters(CHATML)
+    whole, completion = ({"messages": DIALOGUE}, {"prompt": DIALOGUE[:4], "completion": DIALOGUE[4:]})
+    made = tokenize_turns([whole, completion], tokenizer, max_tokens=None, truncation_side="left")
+    shown = [text_of(TokenizedSample(turn.token_ids, turn.is_action), tokenizer)[1] for turn in made]
+    assert shown == [10 * "." + "cd<eos>" + 6 * "." + "f<eos>.", 19 * "." + "f<eos>."]
+
+
+@pytest.mark.parametrize(
+    ("messages", "text"),
+    [
+        (DIALOGUE[1:4], "<user>ab<eos>\n<assistant>cd<eos>\n<user>e<eos>\n<assistant>"),
+        (DIALOGUE[1:3], "<user>ab<eos>\n<assistant>cd"),
+    ],
+    ids=["the assistant's turn", "the assistant's turn goes on"],
+)
+def test_prompts_are_rendered_up_to_where_the_answer_begins(messages: Any, text: str) -> None:
+    tokenizer = letters(CHATML)
+    row = {"prompt": messages, "answer": 3}
+    (prompt,) = make_prompts([row], tokenizer, TokenizerConfig(), max_tokens=None)
+    assert (prompt.text, dict(prompt.metadata)) == (text, {"answer": 3})
+    assert tokenizer.decode(prompt.token_ids) == text
+
+
+def test_a_reward_model_reads_dialogues_as_the_template_has_them() -> None:
+    tokenizer = letters(CHATML)
+    rows = judgements([{"prompt": DIALOGUE[1:2], "chosen": DIALOGUE[2:3], "rejected": DIALOGUE[4:]}])
+    (pair,) = TextEncoder(tokenizer, "{text}", None).encode_rows(rows, check_rows(rows))
+    assert isinstance(pair, PreferencePair)
+    assert tokenizer.decode(pair.chosen) == "<user>ab<eos>\n<assistant>cd<eos>\n"
+    assert tokenizer.decode(pair.rejected) == "<user>ab<eos>\n<assistant>f<eos>\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "has no chat template: give it one, or texts"),
+        (REFUSING, "does not take prompt 0: roles must alternate"),
+    ],
+)
+def test_prompts_that_cannot_be_rendered_are_refused(template: str | None, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        make_prompts([{"prompt": DIALOGUE[:2]}], letters(template), TokenizerConfig(), max_tokens=None)
 
 
 def test_a_turn_that_no_special_token_ends_is_learned_with_its_new_line() -> None:

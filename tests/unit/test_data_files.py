@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import gzip
+import json
+import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from conch.data.files import read_rows
-from conch.errors import DataError
+from conch.config import DataConfig, load
+from conch.data.files import evaluation_rows, read_rows, training_rows
+from conch.errors import ConfigError, DataError
 
 
 def written(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
 
@@ -37,14 +42,24 @@ def test_gzipped_jsonl_file_gives_its_values(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "wanted"),
     [
-        ("rows.csv", "a,b\n", "rows are read from .txt, .jsonl and .jsonl.gz files"),
+        ("rows.xml", "<a/>", "no such file is read as rows; rows are read from .txt, .jsonl, .json, .csv"),
         ("rows.txt", "\n \n", "is empty: give at least one row"),
         ("rows.txt", b"\xff\xfe", "cannot be read"),
-        ("rows.jsonl", '{"a": 1}\n\n{"a": \n', "line 3 of .* is not JSON"),
+        (
+            "rows.jsonl",
+            'a\n\n{"a": \n',
+            "none of the 2 rows .* line 1 is not JSON: .*; line 3 is not",
+        ),
+        ("rows.json", '[{"a": 1},', "is not JSON"),
+        ("rows.json", "[]", "is empty: give at least one row"),
+        ("rows.parquet", "no parquet", "cannot be read"),
         ("rows.jsonl.gz", b"no gzip", "cannot be read"),
         ("rows.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 100)[:-12], "cannot be read"),
     ],
-    ids=["another kind", "empty", "no UTF-8", "no JSON", "no gzip", "gzip cut short"],
+    ids=[
+        *("another kind", "empty", "no UTF-8", "no line is JSON", "array cut short", "empty array"),
+        *("no Parquet", "no gzip", "gzip cut short"),
+    ],
 )
 def test_bad_file_is_refused_with_its_name(
     name: str, content: str | bytes, wanted: str, tmp_path: Path
@@ -59,3 +74,105 @@ def test_bad_file_is_refused_with_its_name(
 def test_missing_file_is_refused_with_its_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.txt cannot be read: .*No such file"):
         read_rows(tmp_path / "nowhere.txt")
+
+
+@pytest.mark.parametrize("name", ["nowhere.csv", "nowhere.parquet", "nowhere.json"])
+def test_missing_table_is_refused_with_its_name(name: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"{name} cannot be read: "):
+        read_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", ['[{"a": 1}, {"a": 2}]', '{"a": 1}\n{"a": 2}\n'], ids=["array", "lines"])
+def test_json_file_gives_the_items_of_its_array_or_its_lines(content: str, tmp_path: Path) -> None:
+    assert read_rows(written(tmp_path / "rows.json", content)) == [{"a": 1}, {"a": 2}]
+
+
+def test_csv_file_gives_text_as_it_stands_and_numbers_as_numbers(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.csv", 'text,score\n"a, ""b""\nc",0.5\nNone,1\n,2\n')
+
+    assert read_rows(path) == [
+        {"text": 'a, "b"\nc', "score": 0.5},
+        {"text": "None", "score": 1},
+        {"text": None, "score": 2},
+    ]
+
+
+def test_parquet_file_gives_its_rows(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    rows = [{"messages": [{"role": "user", "content": "a"}], "n": number} for number in range(3)]
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
+
+    assert read_rows(tmp_path / "rows.parquet") == rows
+
+
+def test_saved_dataset_gives_the_rows_of_its_training_split(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    parts = {name: Dataset.from_list([{"a": name}]) for name in ("test", "train")}
+    DatasetDict(parts).save_to_disk(str(tmp_path / "both"))
+    parts["test"].save_to_disk(str(tmp_path / "one"))
+
+    assert read_rows(tmp_path / "both") == [{"a": "train"}]
+    assert read_rows(tmp_path / "one") == [{"a": "test"}]
+
+
+def positive(row: Any) -> int:
+    """A form: whole numbers above 0, tenfold."""
+    if not isinstance(row, int) or row <= 0:
+        raise DataError(f"is {row!r}, not above 0")
+    return 10 * row
+
+
+def test_bad_rows_are_left_out_counted_and_named_by_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("conch"), "propagate", True)
+    path = written(tmp_path / "rows.jsonl", "1\n-2\n\nx\n3\n" + "-1\n" * 5)
+
+    with caplog.at_level(logging.WARNING, "conch"):
+        assert read_rows(path, form=positive) == [10, 30]
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert message.startswith(
+        f"7 of 9 rows of {path} left out: line 2 is -2, not above 0; line 4 is not JSON"
+    )
+    assert message.endswith("line 7 is -1, not above 0; line 8 is -1, not above 0; and 2 more")
+
+
+def test_a_file_without_one_good_row_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.jsonl", "-1\n-2\n")
+
+    with pytest.raises(DataError, match=r"none of the 2 rows of .*rows\.jsonl can be used: line 1 is -1"):
+        read_rows(path, form=positive)
+
+
+def test_reading_ends_with_the_last_row_that_is_wanted(tmp_path: Path) -> None:
+    # What follows would be refused.
+    content = gzip.compress(b"-1\n1\n2\n" + b"3\n" * 10_000)[:-12]
+
+    assert read_rows(written(tmp_path / "a.jsonl.gz", content), form=positive, max_rows=2) == [10, 20]
+
+
+def test_configuration_names_rows_to_train_on_and_to_evaluate_on(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.jsonl", "1\n2\n3\n")
+    config = load(DataConfig, {"train": path, "eval": str(path), "max_rows": 2, "max_eval_rows": 1})
+
+    assert training_rows(config, "numbers", form=positive) == [10, 20]
+    assert evaluation_rows(config, form=positive) == [10]
+    assert evaluation_rows(DataConfig(), form=positive) is None
+    with pytest.raises(ConfigError, match=r"no numbers: set `data\.train`"):
+        training_rows(DataConfig(), "numbers", form=positive)
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "a/b/c", "/nowhere/at/all"])
+def test_a_path_to_nothing_is_not_looked_for_on_the_hub(source: str) -> None:
+    with pytest.raises(DataError, match=f"{source}: no such file is there; rows are read from"):
+        read_rows(source)
+
+
+def test_folder_gives_its_training_split(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        written(tmp_path / f"data/{split}.jsonl", json.dumps({"a": split}))
+
+    assert read_rows(tmp_path / "data") == [{"a": "train"}]

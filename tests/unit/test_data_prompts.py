@@ -38,7 +38,7 @@ def test_other_keys_of_a_dict_become_metadata() -> None:
         ([], "the list of prompts is empty: give at least one prompt"),
         ("abc", "the prompts are one string: give a list of prompts"),
         (["a", ""], "prompt 1 is empty once tokenised"),
-        (["a", 7], r'prompt 1 is neither a string nor a dict with a "prompt" string \(got int\)'),
+        (["a", 7], r'prompt 1 is neither a string nor a dict with a "prompt" string or dialogue \(got int\)'),
         ([{"text": "a"}], r"prompt 0 is neither .* \(got NoneType\)"),
         ([{"prompt": ["a"]}], r"prompt 0 is neither .* \(got list\)"),
         (["abcde", "a", "abcdef"], r"2 of 3 prompts are longer than the 4 tokens .* \(prompt 2 has 6\)"),
@@ -76,3 +76,10 @@ def test_long_prompts_are_cut_where_the_config_allows_it(
     assert short == Prompt("ab", (0, 1))
     assert long == Prompt(text, ids, {"answer": 4}), "text, ids and metadata stay together"
     assert f"1 of 2 prompts cut to 4 tokens on the {side}" in caplog.text
+
+
+def test_prompts_are_cut_to_a_length_below_what_the_window_leaves() -> None:
+    (prompt,) = make(["abcdef"], truncate_prompts=True, max_prompt_tokens=2)
+    assert prompt.text == "ef"
+    with pytest.raises(DataError, match=r"longer than the 2 tokens .* or `tokenizer\.max_prompt_tokens`"):
+        make(["abcdef"], max_tokens=None, max_prompt_tokens=2)

@@ -40,6 +40,7 @@ ALLOWED = {
 OWNERS = {
     "tritonclient": ("conch/*/triton*.py", "conch/serving/pbtxt.py"),
     "pytriton": (),
+    "httpx2": ("conch/rewards/http*.py",),
     "vllm": ("conch/**/vllm*.py",),
     "ray": ("conch/**/ray*.py",),
     "deepspeed": ("conch/deepspeed_*.py",),

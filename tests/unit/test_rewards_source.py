@@ -59,7 +59,7 @@ def test_no_reward_names_the_three_ways(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("http://host:8001/walks", "HTTP endpoints are not supported yet"),
+        ("grpc://host:8001/walks", "with its gRPC port"),
         ("a:8001,b/walks", "`b/walks` is not of the form `host:port/model`"),
         ("a:8001,/walks", "`/walks` is not of the form `host:port/model`"),
         ("a:8001/walks,b:8001/walks", "give the model once, after the last server"),
@@ -100,8 +100,8 @@ def test_other_types_are_refused() -> None:
     code = f"{imports}; from_user(3, RewardConfig())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (
-        "ConfigError: a reward must be a function, `host:port/model` or a RewardSource, not int"
-        in done.stderr
+        "ConfigError: a reward must be a function, `host:port/model`, `http://host:port/path` or a "
+        "RewardSource, not int" in done.stderr
     )
 
 

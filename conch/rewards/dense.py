@@ -1,0 +1,78 @@
+"""From the scores of a sample's steps to one reward for each token of its response.
+
+A step's score goes to the token in which the step ends, and all other tokens get 0.0; scores of several
+steps that end in one token add up, so nothing is lost where the model's tokens are shorter than the policy's.
+Steps of the prompt do not count: no token of the policy ends them.
+
+Where tokens end is counted in what the model was sent: characters of the text, or tokens. The policy's ids
+are never made again from the text: how much text each token stands for is seen by decoding them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+
+from conch.errors import RewardInvalidError
+from conch.types import Rollout
+
+Decode = Callable[[Sequence[int]], str]
+"""The policy's ids -> text, as the completions' texts were made."""
+
+_HALF_A_CHARACTER = "\ufffd"
+
+
+def response_bounds(rollout: Rollout, decode: Decode | None) -> tuple[int, ...]:
+    """Where the response begins in its sample, and where each of its tokens ends: R + 1 numbers, none falls.
+
+    decode: None counts tokens, else characters are counted.
+    """
+    if decode is None:
+        start = len(rollout.prompt.token_ids)
+        return tuple(range(start, start + len(rollout.completion.token_ids) + 1))
+    start = len(rollout.prompt.text)
+    return (start, *(start + end for end in _token_ends(rollout.completion.token_ids, decode)))
+
+
+def token_scores(
+    ends: Sequence[int], scores: Sequence[float], bounds: Sequence[int], *, may_be_cut: bool = True
+) -> tuple[float, ...]:
+    """One reward for each token of the response.
+
+    ends, scores: of the sample's steps. bounds: of `response_bounds`. may_be_cut: whether the model reads
+    less of a sample that is too long, as it does with texts; else it refuses such a sample.
+
+    Raises:
+        RewardInvalidError: all of the response was cut off; a zero would be a false reward.
+    """
+    placed = [0.0] * (len(bounds) - 1)
+    own = [(end, score) for end, score in zip(ends, scores, strict=True) if end > bounds[0]]
+    if not own and may_be_cut and bounds[-1] > bounds[0]:
+        raise RewardInvalidError(
+            "no step of the model's reply ends in the response: the sample was cut before it; serve the "
+            "model with a larger --max_length, or with --truncation_side left"
+        )
+    for end, score in own:
+        if placed:
+            placed[bisect_left(bounds, min(end, bounds[-1])) - 1] += score
+    return tuple(placed)
+
+
+def _token_ends(ids: Sequence[int], decode: Decode) -> list[int]:
+    """How many characters of the text there are when each token has been read.
+
+    Characters of several tokens belong to the last of them. A token is decoded together with those before it,
+    since some decoders treat the first token of a text in a way of its own, but never with the whole text,
+    which would take time that grows with the square of the length.
+    """
+    ends: list[int] = []
+    context = fresh = length = 0
+    for place in range(len(ids)):
+        before, after = decode(ids[context:fresh]), decode(ids[context : place + 1])
+        if len(after) > len(before) and not after.endswith(_HALF_A_CHARACTER):
+            length += len(after) - len(before)
+            context, fresh = fresh, place + 1
+        ends.append(length)
+    if fresh < len(ids):  # a response that was cut within a character
+        ends[-1] += len(decode(ids[context:])) - len(decode(ids[context:fresh]))
+    return ends

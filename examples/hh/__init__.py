@@ -1,0 +1,1 @@
+"""Helpful & Harmless: an assistant trained from preferences, with a reward model that Triton serves."""

@@ -1,0 +1,171 @@
+"""The Helpful & Harmless example: its data, its presets, and who hosts the reward."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from conch.config import DataConfig, ModelConfig, RewardConfig, TokenizerConfig
+from conch.errors import ConfigError, ConversionError, DataError, ServerStartError
+from examples.hh.hh_data import comparison, comparisons, preset, split_answer
+from examples.hh.hh_reward import HostedConfig, last_gpu, launchers_note, served_reward, tell
+from examples.hh.hh_tokenizer import tokenizer_for
+from examples.hh.smoke_table import ppo_figure
+
+DIALOGUE = "\n\nHuman: a?\n\nAssistant: b\n\nHuman: c?\n\nAssistant:"
+
+
+def test_dialogues_are_cut_behind_the_last_assistant() -> None:
+    assert split_answer(DIALOGUE + " d\n\ne") == (DIALOGUE, " d\n\ne")
+    with pytest.raises(DataError, match="without"):
+        split_answer("\n\nHuman: a?")
+
+
+def test_comparisons_come_whole_or_with_the_prompt_apart() -> None:
+    whole = comparison({"chosen": DIALOGUE + " yes", "rejected": DIALOGUE + " no"})
+    apart = comparison({"prompt": DIALOGUE, "chosen": " yes", "rejected": " no", "response": " yes"})
+    assert whole == apart
+    assert (whole.prompt, whole.chosen, whole.rejected) == (DIALOGUE, " yes", " no")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("abc", 'has no strings "chosen" and "rejected"'),
+        ({"chosen": DIALOGUE + " yes"}, 'has no strings "chosen" and "rejected"'),
+        ({"chosen": DIALOGUE + " yes", "rejected": DIALOGUE[:-1] + "? Assistant: no"}, "different prompts"),
+        ({"chosen": DIALOGUE + " ", "rejected": DIALOGUE + " no"}, "has an empty prompt or answer"),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, 'has no strings "chosen" and "rejected"'),
+    ],
+)
+def test_what_compares_nothing_is_refused(row: object, reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        comparison(row)
+
+
+def written(path: Path, numbers: range) -> Path:
+    """Three comparisons for each number's prompt."""
+    rows = [
+        {"prompt": f"{number}?", "chosen": " y", "rejected": f" {n}"} for number in numbers for n in "abc"
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_same_prompts_are_held_out_of_any_file_and_never_trained_on(tmp_path: Path) -> None:
+    train, held_out = comparisons(DataConfig(train=str(written(tmp_path / "a.jsonl", range(200)))))
+    assert len(train) + len(held_out) == 600
+    assert 60 < len(held_out) < 180
+    prompts = {row.prompt for row in held_out}
+    assert not prompts & {row.prompt for row in train}
+    _, others = comparisons(DataConfig(train=str(written(tmp_path / "b.jsonl", range(100, 300)))))
+    known = {f"{number}?" for number in range(100, 200)}
+    assert {row.prompt for row in others} & known == prompts & known
+
+
+def test_evaluation_data_that_is_given_is_taken(tmp_path: Path) -> None:
+    train, given = (written(tmp_path / name, range(end)) for name, end in (("a.jsonl", 3), ("b.jsonl", 2)))
+    rows, held_out = comparisons(DataConfig(train=str(train), eval=str(given), max_eval_rows=4))
+    assert (len(rows), len(held_out)) == (9, 4)
+
+
+def test_too_few_comparisons_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="are too few to hold some out"):
+        comparisons(DataConfig(train=str(written(tmp_path / "a.jsonl", range(1)))))
+
+
+def test_presets_are_chosen_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CONFIG_NAME", raising=False)
+    assert preset("ppo") == "hh/ppo_6B"
+    monkeypatch.setenv("CONFIG_NAME", "125M")
+    assert preset("sft") == "hh/sft_125M"
+    monkeypatch.setenv("CONFIG_NAME", "7B")
+    with pytest.raises(ConfigError, match="CONFIG_NAME=7B is no preset: choose among 125M, 1B, 6B, 20B"):
+        preset("ppo")
+
+
+def test_a_server_that_is_named_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_HOST", "one:8001/a")
+    with served_reward(RewardConfig(), HostedConfig()) as endpoint:
+        assert endpoint == "one:8001/a"
+    with served_reward(RewardConfig(url="two:8001/b"), HostedConfig()) as endpoint:
+        assert endpoint == "two:8001/b"
+
+
+@pytest.fixture
+def two_processes(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The environment of one of two processes on one machine, which nobody told of a server."""
+    monkeypatch.delenv("TRITON_HOST", raising=False)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    return monkeypatch
+
+
+def test_a_run_on_several_machines_needs_a_server_that_is_named(two_processes: pytest.MonkeyPatch) -> None:
+    two_processes.setenv("WORLD_SIZE", "4")
+    with (
+        pytest.raises(ServerStartError, match="set TRITON_HOST"),
+        served_reward(RewardConfig(), HostedConfig()),
+    ):
+        pass
+
+
+def test_a_process_that_does_not_host_takes_the_endpoint_that_the_first_left(
+    two_processes: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    two_processes.setattr("tempfile.tempdir", str(tmp_path))
+    two_processes.setenv("LOCAL_RANK", "1")
+    tell(launchers_note(), "localhost:9/hh")
+    with served_reward(RewardConfig(), HostedConfig()) as endpoint:
+        assert endpoint == "localhost:9/hh"
+    assert launchers_note().is_file(), "other processes may not have read it yet"
+
+
+def test_the_first_process_says_why_it_cannot_host(two_processes: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    two_processes.setenv("LOCAL_RANK", "0")
+    hosted = HostedConfig(
+        checkpoint=str(tmp_path / "nowhere"), base_model=None, revision=None, model_store=tmp_path / "store"
+    )
+    with pytest.raises(ConversionError, match="nowhere"), served_reward(RewardConfig(), hosted):
+        pass
+
+
+def test_the_last_visible_gpu_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert last_gpu() == "7"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert last_gpu() == "5"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert last_gpu() == ""
+
+
+def test_the_small_tokenizer_is_the_same_each_time_and_gives_text_back() -> None:
+    model = ModelConfig(architecture={"model_type": "gpt2", "vocab_size": 300})
+    texts = [DIALOGUE + " größer", "Human: human: abc"] * 3
+    one, other = (tokenizer_for(model, TokenizerConfig(), texts) for _ in range(2))
+    assert one.get_vocab() == other.get_vocab()
+    assert len(one) <= 300
+    assert (one.pad_token_id, one.eos_token_id) == (0, 1)
+    ids = one(DIALOGUE + " größer 山")["input_ids"]
+    assert one.decode(ids) == DIALOGUE + " größer 山"
+
+
+@pytest.mark.parametrize(("gain", "ok"), [(0.5, True), (0.05, False)])
+def test_a_gain_counts_by_its_standard_error(gain: float, ok: bool, tmp_path: Path) -> None:
+    # Gains of `gain` +- 0.2 on 20 prompts: a standard error of about 0.046.
+    (tmp_path / "samples").mkdir()
+    for step, shift in ((0, 0.0), (30, gain)):
+        with (tmp_path / f"samples/eval_{step:06d}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["prompt", "output", "reward"])
+            for number in range(20):
+                noise = 0.2 * (-1) ** number if step else 0.0
+                writer.writerow([f"{number}?", " y", number + shift + noise])
+    figure = ppo_figure(tmp_path)
+    assert figure.ok is ok
+    assert figure.after - figure.before == pytest.approx(gain)
