@@ -18,10 +18,11 @@ BUDGETS = (512, 1024, 2048, 4096, 8192, 16384)
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is scored: texts, and the ids that the text form makes of them."""
+    """What is scored: texts, the ids that the text form makes of them, and the id that pads them."""
 
     texts: list[str]
     ids: list[list[int]]
+    pad: int = 0
 
     def rollouts(self) -> list[Rollout]:
         """The same as a trainer has them."""
@@ -38,7 +39,7 @@ class Limit:
     def __init__(self, checkpoint: Path, core: int) -> None:
         self._model = AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()
         self._tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
-        self._pad = self._tokenizer.pad_token_id
+        self.pad = self._tokenizer.pad_token_id
         self._core = core
         self.budget = 0
 
@@ -67,7 +68,7 @@ class Limit:
         with on_core(self._core):
             for batch in self._batches(rows):
                 longest = len(rows[batch[-1]])
-                ids = torch.full((len(batch), longest), self._pad)
+                ids = torch.full((len(batch), longest), self.pad)
                 mask = torch.zeros_like(ids)
                 for line, index in enumerate(batch):
                     ids[line, : len(rows[index])] = torch.tensor(rows[index])

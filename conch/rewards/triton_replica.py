@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from tritonclient.grpc import MAX_GRPC_MESSAGE_SIZE
@@ -45,8 +47,20 @@ _LAST_EVENTS_S = 0.1
 _UNACKNOWLEDGED_MS = 10_000
 
 
+@dataclass(slots=True)
+class _Line:
+    """A connection, the requests that are on it, and when (monotonic clock) it last carried a reply."""
+
+    client: InferenceServerClient
+    in_flight: int = 0
+    last_reply: float = 0.0
+
+
 class TritonReplica:
     """The model of one server. `name` and `model` as in `Replica`.
+
+    A connection may die without a word: its machine vanished, or a firewall forgot it. gRPC would go on using
+    it for ever, so one on which a request timed out, and nothing came meanwhile, is left for a new one.
 
     dense: whether the scores of steps or tokens are asked for; rows have `bounds` then.
     """
@@ -60,7 +74,8 @@ class TritonReplica:
         self._access = access
         self._dense = dense
         self._options = _channel_options(connect_timeout_s)
-        self._client: InferenceServerClient | None = None
+        self._line: _Line | None = None
+        self._left: list[_Line] = []
         self._spec: RewardModelSpec | None = None
         self._bucket = 1
         self._was_cut_short = False
@@ -68,14 +83,13 @@ class TritonReplica:
 
     async def check(self, timeout_s: float) -> None:
         """See `Replica.check`."""
-        await require_server(self._connect(), self._endpoint, timeout_s, self._access)
-        await require_model(self._connect(), self._endpoint, timeout_s, self._access)
+        await require_server(self._connect().client, self._endpoint, timeout_s, self._access)
+        await require_model(self._connect().client, self._endpoint, timeout_s, self._access)
 
     async def open(self, timeout_s: float) -> ModelInfo:
         """See `Replica.open`."""
-        client = self._connect()
         reply: Any = await self._asked(
-            lambda: client.get_model_config(self._endpoint.model, client_timeout=timeout_s)
+            lambda client: client.get_model_config(self._endpoint.model, client_timeout=timeout_s)
         )
         try:
             spec = spec_from_model_config(reply.config)
@@ -99,11 +113,13 @@ class TritonReplica:
 
     async def ask(self, rows: Sequence[Row], timeout_s: float) -> Answer:
         """See `Replica.ask`."""
-        client, spec = self._connect(), self._spec
+        spec = self._spec
         assert spec is not None, "opened before"
         inputs, outputs = infer_inputs(rows, spec, self._bucket), infer_outputs(spec, self._dense)
         reply = await self._asked(
-            lambda: client.infer(self._endpoint.model, inputs, outputs=outputs, client_timeout=timeout_s)
+            lambda client: client.infer(
+                self._endpoint.model, inputs, outputs=outputs, client_timeout=timeout_s
+            )
         )
         assert reply is not None  # tritonclient returns a reply or raises
         try:
@@ -118,9 +134,8 @@ class TritonReplica:
 
     async def times(self, timeout_s: float) -> ServerTimes | None:
         """See `Replica.times`."""
-        client = self._connect()
         reply: Any = await self._asked(
-            lambda: client.get_inference_statistics(self._endpoint.model, client_timeout=timeout_s)
+            lambda client: client.get_inference_statistics(self._endpoint.model, client_timeout=timeout_s)
         )
         stats = [entry.inference_stats for entry in reply.model_stats]
         return ServerTimes(
@@ -134,9 +149,11 @@ class TritonReplica:
 
     async def close(self) -> None:
         """See `Replica.close`."""
-        if self._client is None:
-            return
-        await self._client.close()
+        lines, self._left = self._left, []
+        if self._line is not None:
+            lines.append(self._line)
+        for line in lines:
+            await line.client.close()
         if self._was_cut_short:
             await asyncio.sleep(_LAST_EVENTS_S)
 
@@ -145,20 +162,42 @@ class TritonReplica:
             _log.warning("%s: only %d of %d members score", self.name, used, members)
         self._members_used = used
 
-    async def _asked(self, question: Callable[[], Awaitable[ReplyT]]) -> ReplyT:
+    async def _asked(self, question: Callable[[InferenceServerClient], Awaitable[ReplyT]]) -> ReplyT:
+        line, started = self._connect(), time.monotonic()
+        line.in_flight += 1
         try:
-            return await question()
+            reply = await question(line.client)
+            line.last_reply = time.monotonic()
+            return reply
         except InferenceServerException as error:
-            raise ReplicaError(classify(error)) from error
+            failure = classify(error)
+            if failure.status is RewardStatus.TIMEOUT and line.last_reply < started:
+                self._leave(line)
+            raise ReplicaError(failure) from error
         except asyncio.CancelledError:
             self._was_cut_short = True
             raise
+        finally:
+            line.in_flight -= 1
+            await self._close_what_was_left()
 
-    def _connect(self) -> InferenceServerClient:
+    def _connect(self) -> _Line:
         # Made at first use because a channel belongs to the loop it is made in.
-        if self._client is None:
-            self._client = open_aio_client(self._endpoint.address, self._access, self._options)
-        return self._client
+        if self._line is None:
+            self._line = _Line(open_aio_client(self._endpoint.address, self._access, self._options))
+        return self._line
+
+    def _leave(self, line: _Line) -> None:
+        if self._line is line:
+            self._line = None
+            self._left.append(line)
+
+    async def _close_what_was_left(self) -> None:
+        """Closing cancels what is under way, so a line goes once nothing is."""
+        idle = [line for line in self._left if not line.in_flight]
+        self._left = [line for line in self._left if line.in_flight]
+        for line in idle:
+            await line.client.close()
 
 
 def _placed(rows: Sequence[Row], steps: Sequence[Steps], spec: RewardModelSpec) -> list[tuple[float, ...]]:
@@ -178,6 +217,8 @@ def _channel_options(connect_timeout_s: float) -> list[tuple[str, int]]:
         ("grpc.max_reconnect_backoff_ms", 1000),
         # By its name a pause; what it sets is how long one attempt to connect may take.
         ("grpc.min_reconnect_backoff_ms", max(1, int(connect_timeout_s * 1000))),
+        # Or a new channel would be given the old one's connection.
+        ("grpc.use_local_subchannel_pool", 1),
         # A proxy set for the internet does not lead to a machine of one's own cluster.
         ("grpc.enable_http_proxy", 0),
         # A connection that was cut without a word (a firewall forgot it, a machine lost power) is given up

@@ -23,11 +23,11 @@ RAISES = (grpc.StatusCode.INTERNAL, "Failed to process the request(s) for model 
 
 
 @pytest.fixture(scope="module")
-def server(hash_server: TritonServer) -> TritonServer:
-    """A relay and a source have come and gone already: libraries keep some things for good."""
+def server(hash_server: TritonServer) -> Iterator[TritonServer]:
+    """With a relay and a source beside the test's own: what gRPC keeps as long as there is any is no leak."""
     with FaultyRelay(hash_server.url) as relay, open_source(relay.url) as source:
         source.check()
-    return hash_server
+        yield hash_server
 
 
 @pytest.fixture

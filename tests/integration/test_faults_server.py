@@ -38,10 +38,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(store: Path) -> Iterator[TritonServer]:
-    """A server of this test's own; a source has come and gone already."""
-    with TritonServer(store, [MODEL]) as running:
-        with open_source(running.url) as source:
-            source.check()
+    """A server of this test's own, with a source beside the test's: what gRPC keeps for any is no leak."""
+    with TritonServer(store, [MODEL]) as running, open_source(running.url) as source:
+        source.check()
         yield running
 
 

@@ -28,11 +28,11 @@ from tests.footprint import nothing_is_left, wait_until
 
 
 @pytest.fixture(scope="module")
-def server(hash_server: TritonServer) -> TritonServer:
-    """A source has come and gone already: libraries keep some things for good."""
+def server(hash_server: TritonServer) -> Iterator[TritonServer]:
+    """With a source beside the test's own: what gRPC keeps as long as there is any is no leak."""
     with FaultyProxy(hash_server.url) as proxy, open_source(proxy.url) as source:
         source.check()
-    return hash_server
+        yield hash_server
 
 
 @pytest.fixture
@@ -99,6 +99,25 @@ def test_drip_slower_than_the_deadline_is_a_timeout_and_no_lasting_harm(proxy: F
         assert statuses_of(source.submit(fresh())) <= {"timeout", "unavailable"}
         proxy.fault = Fault()
         score_exactly(source)
+
+
+def test_half_open_connection_is_given_up_for_a_new_one(proxy: FaultyProxy) -> None:
+    with open_source(proxy.url, HASTY) as source:
+        source.check()
+        proxy.fault = Fault(swallow=True)
+        assert statuses_of(source.submit(fresh())) <= {"timeout", "unavailable"}
+        proxy.fault = Fault()
+        score_exactly(source)
+
+
+def test_half_open_connection_is_replaced_within_one_call(proxy: FaultyProxy) -> None:
+    with open_source(proxy.url, TIRELESS) as source:
+        source.check()
+        proxy.fault = Fault(swallow=True)
+        batch = fresh()
+        future = source.submit(batch)
+        heal_after(proxy, lambda: source.retries > 0)
+        assert_exact(batch, future.result(WAIT_S))
 
 
 def test_server_that_swallows_everything_is_told_before_the_run(proxy: FaultyProxy) -> None:
