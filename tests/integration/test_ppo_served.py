@@ -149,7 +149,7 @@ def test_server_away_with_wait_goes_on_with_the_same_numbers(
     assert [same_numbers(row) for row in storm] == [same_numbers(row) for row in calm]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_that_leaves_while_the_server_is_away_goes_on_with_the_same_numbers(
     policy: Path, exact_store: Path, tmp_path: Path, ranks: int
 ) -> None:
