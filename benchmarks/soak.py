@@ -97,8 +97,12 @@ def _look(requests: int, started: float) -> Look:
     return Look(requests, elapsed, memory.uss, memory.rss, process.num_fds(), process.num_threads())
 
 
-def soak(url: str, requests: int, *, callers: int = 8, batch: int = 4, looks: int = 10) -> Report:
+def soak(
+    url: str, requests: int, *, warm_up: int = 0, callers: int = 8, batch: int = 4, looks: int = 10
+) -> Report:
     """Send `requests` requests of `batch` samples through one client and look at the process in between.
+
+    warm_up: requests before the first look counts; memory settles after some 60,000.
 
     Raises:
         ConchError: a score is missing or wrong.
@@ -110,6 +114,8 @@ def soak(url: str, requests: int, *, callers: int = 8, batch: int = 4, looks: in
     ):
         source.check()
         batches, taken = _batches(batch), []
+        for _ in pool.map(lambda one: _score(source, one), itertools.islice(batches, warm_up)):
+            pass
         started, sent_before = time.perf_counter(), source.requests
         while (sent := source.requests - sent_before) < requests:
             work = list(itertools.islice(batches, min(every - sent % every, requests - sent)))
@@ -127,6 +133,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.soak", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--requests", type=int, default=200_000, help="default: %(default)s")
+    parser.add_argument(
+        "--warm-up", type=int, default=60_000, help="requests before that; default: %(default)s"
+    )
     parser.add_argument("--callers", type=int, default=8, help="threads that ask; default: %(default)s")
     parser.add_argument("--batch", type=int, default=4, help="samples a request; default: %(default)s")
     return parser
@@ -143,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 report = soak(
                     server.endpoint(MODEL),
                     arguments.requests,
+                    warm_up=arguments.warm_up,
                     callers=arguments.callers,
                     batch=arguments.batch,
                 )

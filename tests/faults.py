@@ -35,7 +35,7 @@ def open_source(url: str, config: RewardConfig = PATIENT) -> TritonReward:
 
 def fresh(count: int = 64) -> list[Rollout]:
     """Samples of many lengths that nobody has seen before, so that no score of them is remembered."""
-    return rollouts(*(f"text-{next(_numbers)} {'x' * (7 * place % 50)}" for place in range(count)))
+    return rollouts(*(f"word-{next(_numbers)} {'x' * (7 * place % 50)}" for place in range(count)))
 
 
 def is_exact(rollout: Rollout, result: RewardResult) -> bool:
