@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -75,6 +79,46 @@ def machine() -> dict[str, Any]:
         "machine": {"cpu": _cpu_name(), "cores": os.cpu_count(), "platform": platform.platform()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """What every comparison on two cores is told."""
+    add = parser.add_argument
+    add(
+        "--data",
+        type=Path,
+        required=True,
+        help="JSON lines (.gz or not) with `chosen` and `rejected` dialogues",
+    )
+    add("--layers", type=int, default=4, help="of the random GPT-2; default: %(default)s")
+    add("--width", type=int, default=256, help="of the random GPT-2; default: %(default)s")
+    add("--server-core", type=int, default=0, help="also the limit's; default: %(default)s")
+    add("--client-core", type=int, default=1, help="default: %(default)s")
+    add("--json", type=Path, help="also write every figure to this file")
+
+
+def run(
+    arguments: argparse.Namespace,
+    measure: Callable[[argparse.Namespace, Path], dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+) -> int:
+    """Measure on the client's core in a folder of its own, and print; returns the exit code."""
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        require_cores(arguments.server_core, arguments.client_core)
+        with (
+            tempfile.TemporaryDirectory(prefix="conch-benchmark-") as folder,
+            on_core(arguments.client_core),
+        ):
+            report = measure(arguments, Path(folder))
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    except (ConchError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(table(report))
+    return 0
 
 
 def _cpu_name() -> str:

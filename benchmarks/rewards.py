@@ -11,11 +11,9 @@ PPO steps with the reward served, and with the same reward in process on a secon
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,15 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import torch
 
 from benchmarks.callers import Scored, Way, ask_all, conch_way, fixed_batches, one_a_post
 from benchmarks.checkpoint import dialogues, write_checkpoint
 from benchmarks.limit import Limit, Work
-from benchmarks.measuring import check_scores, machine, on_core, require_cores, spread
+from benchmarks.measuring import add_common_options, check_scores, machine, on_core, run, spread
 from benchmarks.ppo_step import Steps, in_process, median_of, seconds_of
 from conch.converters.to_triton import to_triton
-from conch.errors import ConchError, ServerStartError
+from conch.errors import ServerStartError
 from conch.serving.launcher import TritonServer
 from conch.serving.ports import free_port
 
@@ -222,44 +219,18 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.rewards", description=(__doc__ or "").split("\n")[0]
     )
     add = parser.add_argument
-    add(
-        "--data",
-        type=Path,
-        required=True,
-        help="JSON lines (.gz or not) with `chosen` and `rejected` dialogues",
-    )
     add("--samples", type=int, default=256, help="dialogues to score in a round; default: %(default)s")
     add("--rounds", type=int, default=3, help="default: %(default)s")
     add("--callers", type=int, nargs="+", default=[1, 8, 64], help="default: %(default)s")
-    add("--layers", type=int, default=4, help="of the random GPT-2; default: %(default)s")
-    add("--width", type=int, default=256, help="of the random GPT-2; default: %(default)s")
     add("--steps", type=int, default=4, help="PPO steps that count, a run; default: %(default)s")
     add("--ppo-rounds", type=int, default=2, help="pairs of PPO runs; default: %(default)s")
-    add("--server-core", type=int, default=0, help="also the limit's; default: %(default)s")
-    add("--client-core", type=int, default=1, help="default: %(default)s")
-    add("--json", type=Path, help="also write every figure to this file")
+    add_common_options(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 with the tables on stdout, 1 after an error, told in a sentence on stderr."""
-    arguments = _parser().parse_args(argv)
-    torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        require_cores(arguments.server_core, arguments.client_core)
-        with (
-            tempfile.TemporaryDirectory(prefix="conch-benchmark-") as folder,
-            on_core(arguments.client_core),
-        ):
-            report = measure(arguments, Path(folder))
-        if arguments.json is not None:
-            arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    except (ConchError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(table(report))
-    return 0
+    return run(_parser().parse_args(argv), measure, table)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,8 @@ scores are compared first.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -25,11 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.checkpoint import dialogues, write_checkpoint
 from benchmarks.limit import Limit, Work
-from benchmarks.measuring import check_scores, machine, on_core, require_cores, spread, timed
+from benchmarks.measuring import add_common_options, check_scores, machine, on_core, run, spread, timed
 from conch.config import RewardConfig
 from conch.converters.to_triton import to_triton
 from conch.errors import ConchError
@@ -212,43 +207,17 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.serving", description=(__doc__ or "").split("\n")[0]
     )
     add = parser.add_argument
-    add(
-        "--data",
-        type=Path,
-        required=True,
-        help="JSON lines (.gz or not) with `chosen` and `rejected` dialogues",
-    )
     add("--samples", type=int, default=512, help="dialogues to score in a round; default: %(default)s")
     add("--rounds", type=int, default=7, help="default: %(default)s")
     add("--callers", type=int, default=4, help="clients at once; default: %(default)s")
     add("--call", type=int, default=64, help="samples that a caller asks for at once; default: %(default)s")
-    add("--layers", type=int, default=4, help="of the random GPT-2; default: %(default)s")
-    add("--width", type=int, default=256, help="of the random GPT-2; default: %(default)s")
-    add("--server-core", type=int, default=0, help="also the limit's; default: %(default)s")
-    add("--client-core", type=int, default=1, help="default: %(default)s")
-    add("--json", type=Path, help="also write every figure to this file")
+    add_common_options(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 with the table on stdout, 1 after an error, told in a sentence on stderr."""
-    arguments = _parser().parse_args(argv)
-    torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        require_cores(arguments.server_core, arguments.client_core)
-        with (
-            tempfile.TemporaryDirectory(prefix="conch-benchmark-") as folder,
-            on_core(arguments.client_core),
-        ):
-            report = measure(arguments, Path(folder))
-        if arguments.json is not None:
-            arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    except (ConchError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(table(report))
-    return 0
+    return run(_parser().parse_args(argv), measure, table)
 
 
 if __name__ == "__main__":
