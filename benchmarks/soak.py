@@ -4,8 +4,8 @@
 
 One client, one real server, `--callers` threads that each ask for one batch after the other; every score is
 held against the truth. The served model is a checksum (`tests/stores.py`), so that time goes into the client.
-USS is what the process alone holds in memory, Python's garbage collected before each look. The first tenth of
-the requests warms up.
+USS is what the process alone holds in memory, Python's garbage collected before each look. `--warm-up`
+requests go before, until the allocator's pools have settled.
 """
 
 from __future__ import annotations

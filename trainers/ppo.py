@@ -20,6 +20,7 @@ Legend: B rollouts, R response tokens, T prompt and response tokens.
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -167,6 +168,27 @@ class PPOBatch:
     returns: Float[Tensor, "B R"]
 
 
+@dataclass(frozen=True)
+class _Passes:
+    """What the models say of rollouts before any reward is known; all tensors are [B, R].
+
+    version: of the policy that was asked.
+    """
+
+    rollouts: list[Rollout]
+    version: int
+    sequences: Sequences
+    logprobs: Float[Tensor, "B R"]
+    ref_logprobs: Float[Tensor, "B R"]
+    values: Float[Tensor, "B R"]
+    entropy: Float[Tensor, "B R"]
+
+    def are_of(self, rollouts: Sequence[Rollout], version: int) -> bool:
+        """True if nothing has changed since: these very rollouts, and the same policy."""
+        same = len(rollouts) == len(self.rollouts) and all(map(operator.is_, rollouts, self.rollouts))
+        return same and version == self.version
+
+
 # --------------------------------------------------------------------------------------------- pure functions
 
 
@@ -261,6 +283,7 @@ class PPOTrainer:
         self.kl_controller = KLController(config.ppo.kl)
         self.shaper = RewardShaper(config.shaping, config.reward.weights, engine)
         self.policy_version = 0
+        self._passes: _Passes | None = None
         self._init_policy(lm)
         self.evaluator = Evaluator(
             engine,
@@ -323,9 +346,12 @@ class PPOTrainer:
     def score(self, rollouts: Sequence[Rollout]) -> list[RewardResult]:
         """Rewards of what `rollout` returned last.
 
+        The last ones are still under way, so the passes that `experience` needs are made before waiting.
+
         Raises:
             RewardError, ConfigError: on all ranks together; see `Scorer.gather`.
         """
+        self._passes = self._forward_of(rollouts)
         results = self.scorer.gather()
         assert len(results) == len(rollouts), "score() speaks of the last rollout() only"
         return results
@@ -335,8 +361,12 @@ class PPOTrainer:
     def experience(self, rollouts: Sequence[Rollout], rewards: Sequence[RewardResult]) -> PPOBatch:
         """Log-probs, values, token rewards and advantages; leaves statistics in `self.experience_metrics`."""
         config, reduce = self.config.ppo, self.engine.sum
-        sequences = collate(rollouts, self._pad_id, self.engine.device)
-        logprobs, ref_logprobs, values, spread = self._forward(sequences)
+        passes = self._passes
+        if passes is None or not passes.are_of(rollouts, self.policy_version):
+            passes = self._forward_of(rollouts)
+        self._passes = None
+        sequences, logprobs, ref_logprobs = passes.sequences, passes.logprobs, passes.ref_logprobs
+        values, spread = passes.values, passes.entropy
         has_reward = torch.tensor([reward.ok for reward in rewards], device=self.engine.device)
         mask = sequences.response_mask & has_reward.unsqueeze(1)
         self._kl_coef = self.kl_controller.coef
@@ -379,6 +409,12 @@ class PPOTrainer:
         return {**means, **first, **update_metrics(reports)}
 
     # ---------------------------------------------------------------------------------- parts of `experience`
+
+    @with_whole_weights
+    @torch.no_grad()
+    def _forward_of(self, rollouts: Sequence[Rollout]) -> _Passes:
+        sequences = collate(rollouts, self._pad_id, self.engine.device)
+        return _Passes(list(rollouts), self.policy_version, sequences, *self._forward(sequences))
 
     def _forward(self, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Log-probs of policy and reference, values and entropies, each [B, R]."""

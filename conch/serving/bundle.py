@@ -19,6 +19,14 @@ from pathlib import Path
 
 from conch.errors import ServerStartError
 
+# Bytes; see mallopt(3). By its defaults glibc gives the memory of a forward pass back to the kernel, which
+# zeroes every page before the next pass gets it again: 8 % of the time of a model on a CPU.
+HEAP = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(128 * 2**20),
+    "MALLOC_TOP_PAD_": str(8 * 2**20),
+}
+
 _INSTALL = "install the serving extra: pip install 'conch[serve]'"
 _PROBE_TIMEOUT_S = 60.0
 _PROBE = """
@@ -54,13 +62,11 @@ class Bundle:
         inherited = os.environ.get("LD_LIBRARY_PATH", "")
         libraries = [str(folder) for folder in self.library_path] + ([inherited] if inherited else [])
         return {
+            **HEAP,
             **os.environ,
             "LD_LIBRARY_PATH": os.pathsep.join(libraries),
             "PATH": os.pathsep.join([str(self.python_bin), os.environ.get("PATH", "")]),
-            "OMP_NUM_THREADS": str(cpu_threads),
-            "MKL_NUM_THREADS": str(cpu_threads),
-            "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_OFFLINE": "1",
+            **model_variables(cpu_threads),
         }
 
     def make_backend_directory(self, scratch: Path) -> Path:
@@ -177,3 +183,13 @@ def _libpython_folder() -> Path:
             "was built without; use a Python with a shared library (Debian: apt install libpython3-dev)"
         )
     return folder
+
+
+def model_variables(cpu_threads: int) -> dict[str, str]:
+    """Environment variables that every server process needs, wherever it runs."""
+    return {
+        "OMP_NUM_THREADS": str(cpu_threads),
+        "MKL_NUM_THREADS": str(cpu_threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from conch.errors import ServerStartError
-from conch.serving.bundle import Bundle, find_bundle
+from conch.serving.bundle import HEAP, Bundle, find_bundle, model_variables
 from conch.serving.flags import Places, ServerSettings
 
 _HELP_TIMEOUT_S = 120.0
@@ -249,13 +249,10 @@ def _places_inside(settings: ServerSettings, shm_prefix: str) -> Places:
 
 
 def _container_variables(settings: ServerSettings) -> dict[str, str]:
-    threads = str(settings.cpu_threads)
     return {
+        **HEAP,
+        **model_variables(settings.cpu_threads),
         "CUDA_VISIBLE_DEVICES": settings.gpu,
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
         "PYTHONNOUSERSITE": "1",  # packages in the user's home are not those of the image
     }
 

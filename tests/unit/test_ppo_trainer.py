@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,37 @@ def test_log_probs_of_the_trainer_are_those_of_the_sampler(run_dir: Path) -> Non
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
         sampled = torch.tensor(rollout.completion.logprobs, dtype=torch.float64)
         torch.testing.assert_close(sampled, expected, rtol=0, atol=1e-5)
+
+
+def test_log_probs_are_computed_while_rewards_are_under_way(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = threading.Event()
+    trainer = ppo_trainer(run_dir, reward_fn=lambda outputs, **_: [float(looked.wait(30.0)) for _ in outputs])
+    forward = trainer._forward
+    monkeypatch.setattr(trainer, "_forward", lambda sequences: (forward(sequences), looked.set())[0])
+
+    rollouts = trainer.rollout(trainer.prompts)
+    rewards = trainer.score(rollouts)
+
+    assert [result.scores["reward"] for result in rewards] == [1.0] * len(rollouts)
+
+
+def test_experience_of_other_samples_or_another_policy_is_computed_anew(run_dir: Path) -> None:
+    trainer = ppo_trainer(run_dir, optimizer=LINEAR_ADAM)
+    trainer.score(trainer.rollout(trainer.prompts))
+
+    others = trainer.experience(ROLLOUTS, scored(*SCORES))
+    rollouts = trainer.rollout(trainer.prompts)
+    rewards = trainer.score(rollouts)
+    trainer.update(others)
+    later = trainer.experience(rollouts, rewards)
+
+    for batch, samples, lm in ((others, ROLLOUTS, policy()), (later, rollouts, trainer.policy.lm)):
+        for row, rollout in enumerate(samples):
+            expected = token_logprobs(lm, rollout)
+            found = batch.old_logprobs[row, : len(expected)].double()
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_first_values_are_zero(run_dir: Path) -> None:

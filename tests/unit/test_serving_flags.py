@@ -102,6 +102,7 @@ def test_apptainer_mounts_read_only_and_shows_the_gpu() -> None:
     ]  # fmt: skip
     environment = apptainer_environment({"PATH": "/bin"}, asked)
     assert environment["SINGULARITYENV_CUDA_VISIBLE_DEVICES"] == "7"
+    assert environment["SINGULARITYENV_MALLOC_TRIM_THRESHOLD_"] == str(2**27)
     assert environment["APPTAINERENV_CUDA_VISIBLE_DEVICES"] == "7" and environment["PATH"] == "/bin"
     assert "--nv" not in apptainer_command("apptainer", Path("triton.sif"), settings(), Path("/tmp/s"), [])
 

@@ -45,4 +45,4 @@ def test_rows_of_like_length_share_a_pass_within_the_budget(scorer: Any) -> None
 
 
 def test_a_pass_is_small_on_a_cpu(scorer: Any) -> None:
-    assert scorer.tokens_per_forward == 1024
+    assert scorer.tokens_per_forward == 512

@@ -67,6 +67,15 @@ def test_environment_puts_this_python_first(monkeypatch: pytest.MonkeyPatch) -> 
     assert environment["OMP_NUM_THREADS"] == "3"
 
 
+def test_environment_keeps_the_heap_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "0")
+    environment = find_bundle().environment(cpu_threads=1)
+
+    assert environment["MALLOC_TRIM_THRESHOLD_"] == str(2**27)
+    assert environment["MALLOC_TOP_PAD_"] == "0"
+
+
 def test_start_refuses_a_model_that_is_not_there(tmp_path: Path) -> None:
     store_model(tmp_path)
     with pytest.raises(ModelStoreError, match="there are: lengths"):

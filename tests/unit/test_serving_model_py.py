@@ -238,7 +238,7 @@ def test_batch_invariant_scores_are_those_of_each_row_alone_to_the_last_bit(tmp_
 
 
 def test_a_pass_is_small_on_a_cpu(scorer: Scorer) -> None:
-    assert scorer.tokens_per_forward == 1024
+    assert scorer.tokens_per_forward == 512
 
 
 def test_score_normalises_each_reward_by_its_own_statistics(tmp_path: Path) -> None:

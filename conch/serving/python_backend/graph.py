@@ -36,7 +36,7 @@ TORCHSCRIPT_FILE = "model.pt"
 
 # Longest row times rows in one forward pass. On a GPU it bounds the memory of a batch that the server has put
 # together. On a CPU small passes are the fastest: their activations stay in the caches, and less is padding.
-TOKENS_PER_FORWARD = {"cpu": 1024, "cuda": 32_768}
+TOKENS_PER_FORWARD = {"cpu": 512, "cuda": 32_768}
 
 
 class RejectedError(ValueError):
