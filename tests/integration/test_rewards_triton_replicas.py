@@ -98,6 +98,30 @@ def test_each_server_gets_no_more_than_max_in_flight() -> None:
         assert reward.traffic().most_in_flight <= 4 and reward.traffic().most_in_flight == 0
 
 
+def test_server_that_has_less_to_do_is_asked() -> None:
+    release = threading.Event()
+    with servers() as (a, b), TritonReward(url(a, b), SINGLES) as reward:
+        reward.check()
+        before = len(b.requests)
+        a.score = lambda row: [1.0 if release.wait(WAIT_S) else 0.0]
+        slow = reward.submit(rollouts("slow"))
+        until(lambda: len(a.requests) + len(b.requests) == 2 + before)
+        answers = [values(reward.submit(rollouts("q" * n)).result(WAIT_S)) for n in range(1, 6)]
+        release.set()
+        assert values(slow.result(WAIT_S)) == [1.0]
+    assert answers == [[n + 1.0] for n in range(1, 6)]
+    assert len(a.requests) == 2 and len(b.requests) == before + 5
+
+
+def test_of_idle_servers_one_that_just_failed_is_asked_last() -> None:
+    with servers() as (a, b), TritonReward(url(a, b), SINGLES) as reward:
+        reward.check()
+        always(a, BUSY)
+        for count in range(1, 9):
+            assert values(reward.submit(rollouts("q" * count)).result(WAIT_S)) == [count + 1.0]
+    assert len(a.requests) <= 2  # the probe, and the one that failed
+
+
 def test_rows_gather_while_all_places_are_taken() -> None:
     release = threading.Event()
     config = CONFIG.model_copy(update={"max_in_flight": 1})
