@@ -508,6 +508,21 @@ def test_swapped_model_is_noticed(policy: OnModelChange, caplog: pytest.LogCaptu
         assert change == "" and caplog.text.count("the reward model has changed") == (policy == "warn")
 
 
+def test_late_answer_of_the_old_model_is_not_remembered() -> None:
+    release = threading.Event()
+    config = CONFIG.model_copy(update={"on_model_change": "accept"})
+    with servers(TEXT) as (server,), TritonReward(server.url, config) as reward:
+        reward.submit(rollouts("a")).result(WAIT_S)
+        server.script.append(lambda rows, context: release.wait(WAIT_S) and reply([[5.0]])(rows, context))
+        late = reward.submit(rollouts("late"))
+        until(lambda: len(server.requests) == 2)
+        swap(server)
+        assert values(reward.submit(rollouts("b")).result(WAIT_S)) == [-1.0]
+        release.set()
+        assert [(result.version, *result.scores.values()) for result in late.result(WAIT_S)] == [("1", 5.0)]
+        assert values(reward.submit(rollouts("late")).result(WAIT_S)) == [-1.0]
+
+
 def test_republished_content_under_a_new_number_is_no_change() -> None:
     with servers(TEXT) as (server,), TritonReward(server.url, CONFIG) as reward:
         reward.submit(rollouts("a")).result(WAIT_S)
