@@ -258,8 +258,9 @@ class Engine:
             yield
 
     def _is_sharded(self) -> bool:
-        """True where no rank holds all weights."""
-        if self.accelerator.distributed_type is not DistributedType.DEEPSPEED:
+        """True where no rank holds all weights; until `prepare` each one does."""
+        is_deepspeed = self.accelerator.distributed_type is DistributedType.DEEPSPEED
+        if not is_deepspeed or not hasattr(self, "module"):
             return False
         from conch import deepspeed_zero3
 

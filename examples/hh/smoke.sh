@@ -2,13 +2,15 @@
 # The whole of Helpful & Harmless on two CPU processes: DeepSpeed ZeRO-2 in bf16, the bundled Triton, a real file.
 #   ./smoke.sh harmless-base.jsonl.gz [folder]      (or HH_DATA=... ./smoke.sh)
 # SFT -> reward model -> to_triton -> Triton -> PPO, ILQL and SFT, measured by the same served reward; then a table.
-# STEPS=0.1 takes a tenth of all steps, to see that it runs.
+# Leaves with code 1, and a sentence for each, where figures fall short of what the table promises. STEPS=0.1 takes a
+# tenth of all steps, to see that it runs; its figures fall short.
 set -euo pipefail
 
 data=${1:-${HH_DATA:-}}
 [[ -n $data ]] || { echo "usage: smoke.sh DATA.jsonl[.gz] [FOLDER]" >&2; exit 2; }
 data=$(realpath "$data")
 out=$(realpath -m "${2:-outputs/hh/smoke}")
+[[ ! -e $out/sft ]] || { echo "error: $out holds former runs: delete it, or name another folder" >&2; exit 2; }
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 export CONFIG_NAME=tiny DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
@@ -34,7 +36,7 @@ phase() { # name, script, steps, overrides...
 mkdir -p "$out"
 policy=$out/sft/checkpoints/best
 phase sft sft_hh.py 300 measure_reward=false
-phase reward_model train_reward_hh.py 60 model.path="$policy"
+phase reward_model train_reward_hh.py 49 model.path="$policy"
 
 echo "== to_triton ($(date +%T))"
 "$python" to_triton.py --checkpoint "$out/reward_model/checkpoints/best" --name hh-tiny --model_store "$out/model_store" \
@@ -42,8 +44,10 @@ echo "== to_triton ($(date +%T))"
 
 # Each of these hosts the reward model by itself, as no TRITON_HOST is set.
 hosted=(hosted.model_store="$out/model_store" model.path="$policy")
-phase ppo ppo_hh.py 30 "${hosted[@]}"
+phase ppo ppo_hh.py 20 "${hosted[@]}"
 phase ilql ilql_hh.py 60 "${hosted[@]}"
 phase sft_more sft_hh.py 30 "${hosted[@]}" model.architecture=null
 
+times >"$out/times.txt" # the second line: user and system time of all that was started here
+echo "== took $SECONDS s, CPU time $(tail -n 1 "$out/times.txt")"
 "$python" smoke_table.py "$data" "$out"

@@ -1,6 +1,6 @@
 """What came of `smoke.sh`: `python smoke_table.py DATA FOLDER` prints a table of the runs below the folder.
 
-Leaves with code 1 where a figure falls short of what `smoke.sh` promises.
+Leaves with code 1, and a sentence for each, where figures fall short of what `smoke.sh` promises.
 """
 
 from __future__ import annotations
@@ -33,6 +33,11 @@ class Figure:
     after: float
     wanted: str = ""
     ok: bool = True
+
+    def missed(self) -> str:
+        """The sentence that says what was not reached."""
+        reached = f"went from {self.before:.3f} to {self.after:.3f}"
+        return f"{self.name}: {reached}, which is not what smoke.sh promises ({self.wanted})"
 
 
 def figures(folder: Path, num_pairs: int) -> list[Figure]:
@@ -89,7 +94,10 @@ def main(argv: Sequence[str]) -> int:
     for line in lines:
         verdict = f"  {'ok' if line.ok else 'NOT'}: {line.wanted}" if line.wanted else ""
         print(f"{line.name:38}{line.before:9.3f}{line.after:9.3f}{verdict}")
-    return 0 if all(line.ok for line in lines) else 1
+    missed = [line for line in lines if not line.ok]
+    for line in missed:
+        print(f"error: {line.missed()}", file=sys.stderr)
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from conch.engine import check_kind
+from conch.config import TrainConfig
+from conch.engine import Engine, check_kind
 from conch.errors import ConfigError, DistributedError
 from conch.trainers.common import rows_of_rank
 
@@ -52,3 +55,13 @@ def test_fsdp_is_refused_with_what_to_take(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(DistributedError, match=r"^FSDP keeps"):  # what it becomes on CPUs
         check_kind(DistributedType.MULTI_CPU)
+
+
+def test_until_it_is_prepared_a_model_is_whole_under_deepspeed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reward model's scores are measured before training, to normalise its head."""
+    engine = Engine(TrainConfig())
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.DEEPSPEED)
+    head = torch.nn.Linear(1, 1)
+    with engine.whole_weights(), engine.writable_weights(head), torch.no_grad():
+        head.weight.fill_(2.0)
+    assert head(torch.ones(1)) - head.bias == 2.0

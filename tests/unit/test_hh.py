@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from conch.config import DataConfig
 from conch.errors import ConfigError, DataError
 from examples.hh.hh_data import comparison, comparisons, preset, split_answer
-from examples.hh.smoke_table import ppo_figure
+from examples.hh.smoke_table import main, ppo_figure
 
 DIALOGUE = "\n\nHuman: a?\n\nAssistant: b\n\nHuman: c?\n\nAssistant:"
 
@@ -85,17 +86,52 @@ def test_presets_are_chosen_by_the_environment(monkeypatch: pytest.MonkeyPatch) 
         preset("ppo")
 
 
-@pytest.mark.parametrize(("gain", "ok"), [(0.5, True), (0.05, False)])
-def test_a_gain_counts_by_its_standard_error(gain: float, ok: bool, tmp_path: Path) -> None:
-    # Gains of `gain` +- 0.2 on 20 prompts: a standard error of about 0.046.
-    (tmp_path / "samples").mkdir()
+def evaluated(run: Path, gain: float) -> Path:
+    """The samples of a PPO run whose rewards rose by `gain` +- 0.2 on 20 prompts: a standard error of
+    0.046."""
+    (run / "samples").mkdir(parents=True)
     for step, shift in ((0, 0.0), (30, gain)):
-        with (tmp_path / f"samples/eval_{step:06d}.csv").open("w", newline="") as file:
+        with (run / f"samples/eval_{step:06d}.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["prompt", "output", "reward"])
             for number in range(20):
                 noise = 0.2 * (-1) ** number if step else 0.0
                 writer.writerow([f"{number}?", " y", number + shift + noise])
-    figure = ppo_figure(tmp_path)
+    return run
+
+
+@pytest.mark.parametrize(("gain", "ok"), [(0.5, True), (0.05, False)])
+def test_a_gain_counts_by_its_standard_error(gain: float, ok: bool, tmp_path: Path) -> None:
+    figure = ppo_figure(evaluated(tmp_path, gain))
     assert figure.ok is ok
     assert figure.after - figure.before == pytest.approx(gain)
+
+
+def table(folder: Path, capsys: pytest.CaptureFixture[str], *, gain: float, accuracy: float) -> Any:
+    """(exit code, errors) of the table of runs in which everything went well but perhaps two figures."""
+    evaluated(folder / "ppo", gain)
+    for run, metric, values in (
+        ("sft", "eval/loss", (5.0, 4.0)),
+        ("reward_model", "eval/accuracy", (0.5, accuracy)),
+        ("ilql", "eval/reward", (0.1, 0.2)),
+        ("sft_more", "eval/reward", (0.1, 0.2)),
+    ):
+        (folder / run).mkdir()
+        lines = [json.dumps({metric: value}) + "\n" for value in values]
+        (folder / run / "metrics.jsonl").write_text("".join(lines))
+    code = main([str(written(folder / "a.jsonl", range(200))), str(folder)])
+    return code, capsys.readouterr().err
+
+
+def test_a_table_of_good_figures_ends_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert table(tmp_path, capsys, gain=0.5, accuracy=0.99) == (0, "")
+
+
+def test_each_mark_that_was_missed_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, errors = table(tmp_path, capsys, gain=0.05, accuracy=0.52)
+    assert code == 1
+    assert [line.partition(":")[2].partition(" on ")[0] for line in errors.splitlines()] == [
+        " reward model: accuracy",
+        " PPO: reward",
+    ]
+    assert "went from 0.500 to 0.520, which is not what smoke.sh promises (above 0." in errors
