@@ -11,6 +11,7 @@ from conch.config import Section, load
 from conch.errors import ConfigError
 from conch.log import setup_logging
 from conch.rewards.source import UserReward
+from conch.trainers.grpo import GRPORunConfig, GRPOTrainer
 from conch.trainers.ilql import ILQLRunConfig, ILQLTrainer
 from conch.trainers.online import MetricFn
 from conch.trainers.ppo import PPORunConfig, PPOTrainer
@@ -21,6 +22,7 @@ RunConfigT = TypeVar("RunConfigT", bound=Section)
 
 _NEEDS: dict[type[Section], set[str]] = {
     PPORunConfig: {"prompts"},
+    GRPORunConfig: {"prompts"},
     RFTRunConfig: {"prompts"},
     ILQLRunConfig: {"samples", "rewards"},
     SFTRunConfig: {"samples"},
@@ -39,16 +41,16 @@ def train(
     metric_fn: MetricFn | None = None,
     config: Mapping[str, Any] | Section | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-) -> PPOTrainer | RFTTrainer | ILQLTrainer | SFTTrainer:
+) -> PPOTrainer | GRPOTrainer | RFTTrainer | ILQLTrainer | SFTTrainer:
     """Train `model` and return its trainer: `.run_dir`, `.generate`, `.save_pretrained`, `.close`.
 
     What is given picks the algorithm: `prompts` are learned from by PPO with a `reward`; `samples` with
-    `rewards` by ILQL; `samples` alone by SFT. A `config` of a run config's type (`RFTRunConfig`, say) picks
+    `rewards` by ILQL; `samples` alone by SFT. A `config` of a run config's type (`GRPORunConfig`, say) picks
     its own.
 
     model: folder, hub id, or a loaded model (then give its `tokenizer`).
     reward: `f(samples, prompts, outputs, **metadata)`, "host:port/model" of a served reward model, any
-        `RewardSource`, or several of these by name (see `reward.combine`); for PPO and RFT, None takes
+        `RewardSource`, or several of these by name (see `reward.combine`); for PPO, GRPO and RFT, None takes
         `config["reward"]["url"]` or the TRITON_HOST environment variable. ILQL and SFT use it to measure
         evaluation samples, not to learn.
     prompts: strings, or dicts with a "prompt" whose other keys reach `reward` and `metric_fn` as keyword
@@ -105,9 +107,13 @@ def _section_for(config: Mapping[str, Any] | Section | None, given: set[str]) ->
     return section
 
 
-def _make(run: Section, given: dict[str, Any]) -> PPOTrainer | RFTTrainer | ILQLTrainer | SFTTrainer:
+def _make(
+    run: Section, given: dict[str, Any]
+) -> PPOTrainer | GRPOTrainer | RFTTrainer | ILQLTrainer | SFTTrainer:
     if isinstance(run, PPORunConfig):
         return PPOTrainer(run, **given)
+    if isinstance(run, GRPORunConfig):
+        return GRPOTrainer(run, **given)
     if isinstance(run, RFTRunConfig):
         return RFTTrainer(run, **given)
     if isinstance(run, ILQLRunConfig):

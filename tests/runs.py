@@ -12,6 +12,7 @@ from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from conch.config import load
 from conch.models.ilql import ILQLPolicy
+from conch.trainers.grpo import GRPORunConfig, GRPOTrainer
 from conch.trainers.ilql import ILQLRunConfig, ILQLTrainer
 from conch.trainers.ppo import PPORunConfig, PPOTrainer
 from conch.trainers.reward_model import RewardModelRunConfig, RewardModelTrainer
@@ -75,6 +76,29 @@ def ppo_trainer(run_dir: Path, *, lm: PreTrainedModel | None = None, **settings:
     )
     return PPOTrainer(
         load(PPORunConfig, values),
+        **{"reward": reward, "prompts": PROMPTS, "tokenizer": TOKENIZER, "model": lm or policy(), **given},
+    )
+
+
+def grpo_trainer(run_dir: Path, *, lm: PreTrainedModel | None = None, **settings: Any) -> GRPOTrainer:
+    """A trainer of 2 groups of 4 rollouts of up to 5 tokens; one epoch in one minibatch.
+
+    settings: sections of the run config, `reward_fn`, `prompts`, `eval_prompts`, `metric_fn`.
+    """
+    names = ("prompts", "eval_prompts", "metric_fn")
+    given = {name: settings.pop(name) for name in names if name in settings}
+    reward = settings.pop("reward_fn", vowels)
+    values = _merged(
+        {
+            "model": {"architecture": {"model_type": "gpt2"}},
+            "generation": {"max_new_tokens": 5},
+            "grpo": {"prompts_per_step": 2, "group_size": 4, "minibatches": 1, "forward_batch_size": 3},
+            "train": {"total_steps": 4, "run_dir": run_dir, "max_grad_norm": 1e6},
+        },
+        settings,
+    )
+    return GRPOTrainer(
+        load(GRPORunConfig, values),
         **{"reward": reward, "prompts": PROMPTS, "tokenizer": TOKENIZER, "model": lm or policy(), **given},
     )
 

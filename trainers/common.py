@@ -95,7 +95,8 @@ def rows_per_process(engine: Engine, train: TrainConfig, total: int, name: str, 
 def rows_of_rank(total: int, name: str, ranks: int, minibatches: int, steps: int) -> int:
     """The one place where batches are cut: into ranks, these into minibatches, these into micro-batches.
 
-    total: rows of a whole batch, the setting `name`. steps: micro-batches of an update.
+    total: rows of a whole batch, the setting `name`, which begins with its section. steps: micro-batches of
+    an update.
 
     Raises:
         ConfigError: it does not come out whole, with the numbers named, and the nearest that do.
@@ -107,7 +108,8 @@ def rows_of_rank(total: int, name: str, ranks: int, minibatches: int, steps: int
     remedy = f"take {below} or {below + unit}" if below else f"take {unit}"
     if total % ranks:
         raise ConfigError(f"`{name}` = {total} does not divide among {ranks} processes: {remedy}")
-    cut = f"`ppo.minibatches` = {minibatches} times " if minibatches > 1 else ""
+    section = name.partition(".")[0]
+    cut = f"`{section}.minibatches` = {minibatches} times " if minibatches > 1 else ""
     raise ConfigError(
         f"`{name}` = {total} gives each of {ranks} processes {total // ranks} rows, which do not divide into "
         f"{cut}`train.gradient_accumulation_steps` = {steps}: {remedy}"

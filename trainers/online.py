@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,6 +28,7 @@ from conch.ops import KLEstimator, Reduce, kl_estimate, masked_mean
 from conch.rewards.delta_reward import DeltaReward, check_originals
 from conch.rewards.scorer import combine
 from conch.rewards.source import RewardSource, UserReward, from_user
+from conch.trainers.common import given_or_loaded_tokenizer
 from conch.trainers.run import Run
 from conch.types import Metrics, Prompt, RewardResult, Rollout
 
@@ -73,6 +76,26 @@ class KLController:
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Go on where `state_dict` was taken."""
         self.coef = state["coef"]
+
+
+ValueT = TypeVar("ValueT")
+
+
+@dataclass(frozen=True)
+class Ahead(Generic[ValueT]):
+    """What the models say of rollouts, computed while their rewards are still under way.
+
+    version: of the policy that was asked.
+    """
+
+    rollouts: list[Rollout]
+    version: int
+    value: ValueT
+
+    def is_of(self, rollouts: Sequence[Rollout], version: int) -> bool:
+        """True if nothing has changed since: these very rollouts, and the same policy."""
+        same = len(rollouts) == len(self.rollouts) and all(map(operator.is_, rollouts, self.rollouts))
+        return same and version == self.version
 
 
 def total_reward(result: RewardResult, weights: Mapping[str, float]) -> float:
@@ -281,6 +304,28 @@ def fitting_prompts(
     """
     room = room_for_prompts(model, generation)
     return make_prompts(prompts, tokenizer, config, max_tokens=room, lengths=lengths)
+
+
+def opened_reward(
+    engine: Engine,
+    reward: UserReward | Mapping[str, UserReward] | None,
+    config: Any,
+    prompts: Sequence[str | Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[RewardSource, PreTrainedTokenizerBase]:
+    """What a trainer learns from, once it has answered every rank, and the policy's tokenizer.
+
+    config: the run's, for its sections `reward`, `tokenizer` and `model`.
+
+    Raises:
+        ConchError: see `checked_source`, `given_or_loaded_tokenizer` and `less_originals`.
+    """
+    loaded: list[PreTrainedTokenizerBase] = []
+    source = checked_source(engine, reward, config.reward, prompts, lambda: loaded[0])
+    loaded.append(given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path))
+    if config.reward.delta and config.reward.replay is None:  # what is recorded is the difference
+        source = less_originals(source, prompts, loaded[0])
+    return source, loaded[0]
 
 
 def texts_of(chunks: Iterable[Sequence[Rollout]]) -> list[str]:

@@ -20,7 +20,6 @@ Legend: B rollouts, R response tokens, T prompt and response tokens.
 
 from __future__ import annotations
 
-import operator
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,22 +62,21 @@ from conch.trainers.common import (
     check_vocabulary,
     evaluating,
     given_or_loaded_lm,
-    given_or_loaded_tokenizer,
     rows_per_process,
     update_metrics,
     with_whole_weights,
 )
 from conch.trainers.evaluation import Evaluator, eval_variants, longest_generation
 from conch.trainers.online import (
+    Ahead,
     KLConfig,
     KLController,
     MetricFn,
-    checked_source,
     explained_variance,
     fitting_prompts,
-    less_originals,
     log_rollouts,
     mean_kl,
+    opened_reward,
     reward_metrics,
     rollout_metrics,
     texts_of,
@@ -170,23 +168,13 @@ class PPOBatch:
 
 @dataclass(frozen=True)
 class _Passes:
-    """What the models say of rollouts before any reward is known; all tensors are [B, R].
+    """What the models say of rollouts before any reward is known; all tensors are [B, R]."""
 
-    version: of the policy that was asked.
-    """
-
-    rollouts: list[Rollout]
-    version: int
     sequences: Sequences
     logprobs: Float[Tensor, "B R"]
     ref_logprobs: Float[Tensor, "B R"]
     values: Float[Tensor, "B R"]
     entropy: Float[Tensor, "B R"]
-
-    def are_of(self, rollouts: Sequence[Rollout], version: int) -> bool:
-        """True if nothing has changed since: these very rollouts, and the same policy."""
-        same = len(rollouts) == len(self.rollouts) and all(map(operator.is_, rollouts, self.rollouts))
-        return same and version == self.version
 
 
 # --------------------------------------------------------------------------------------------- pure functions
@@ -272,10 +260,7 @@ class PPOTrainer:
         self.config = config
         self.engine = engine = Engine(config.train)
         all_prompts = [*prompts, *(eval_prompts or [])]
-        self.source = checked_source(engine, reward, config.reward, all_prompts, lambda: self.tokenizer)
-        self.tokenizer = given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path)
-        if config.reward.delta and config.reward.replay is None:  # what is recorded is the difference
-            self.source = less_originals(self.source, all_prompts, self.tokenizer)
+        self.source, self.tokenizer = opened_reward(engine, reward, config, all_prompts, tokenizer)
         self.scorer = Scorer(self.source, config.reward, engine.sum_int)
         lm = given_or_loaded_lm(model, config.model)
         check_vocabulary(lm, self.tokenizer)
@@ -283,7 +268,7 @@ class PPOTrainer:
         self.kl_controller = KLController(config.ppo.kl)
         self.shaper = RewardShaper(config.shaping, config.reward.weights, engine)
         self.policy_version = 0
-        self._passes: _Passes | None = None
+        self._ahead: Ahead[_Passes] | None = None
         self._init_policy(lm)
         self.evaluator = Evaluator(
             engine,
@@ -351,7 +336,7 @@ class PPOTrainer:
         Raises:
             RewardError, ConfigError: on all ranks together; see `Scorer.gather`.
         """
-        self._passes = self._forward_of(rollouts)
+        self._ahead = Ahead(list(rollouts), self.policy_version, self._passes(rollouts))
         results = self.scorer.gather()
         assert len(results) == len(rollouts), "score() speaks of the last rollout() only"
         return results
@@ -361,10 +346,9 @@ class PPOTrainer:
     def experience(self, rollouts: Sequence[Rollout], rewards: Sequence[RewardResult]) -> PPOBatch:
         """Log-probs, values, token rewards and advantages; leaves statistics in `self.experience_metrics`."""
         config, reduce = self.config.ppo, self.engine.sum
-        passes = self._passes
-        if passes is None or not passes.are_of(rollouts, self.policy_version):
-            passes = self._forward_of(rollouts)
-        self._passes = None
+        ahead, self._ahead = self._ahead, None
+        is_known = ahead is not None and ahead.is_of(rollouts, self.policy_version)
+        passes = ahead.value if is_known else self._passes(rollouts)
         sequences, logprobs, ref_logprobs = passes.sequences, passes.logprobs, passes.ref_logprobs
         values, spread = passes.values, passes.entropy
         has_reward = torch.tensor([reward.ok for reward in rewards], device=self.engine.device)
@@ -412,9 +396,9 @@ class PPOTrainer:
 
     @with_whole_weights
     @torch.no_grad()
-    def _forward_of(self, rollouts: Sequence[Rollout]) -> _Passes:
+    def _passes(self, rollouts: Sequence[Rollout]) -> _Passes:
         sequences = collate(rollouts, self._pad_id, self.engine.device)
-        return _Passes(list(rollouts), self.policy_version, sequences, *self._forward(sequences))
+        return _Passes(sequences, *self._forward(sequences))
 
     def _forward(self, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Log-probs of policy and reference, values and entropies, each [B, R]."""

@@ -54,7 +54,6 @@ from conch.tracking import Tracker
 from conch.trainers.common import (
     check_vocabulary,
     given_or_loaded_lm,
-    given_or_loaded_tokenizer,
     rows_per_process,
     update_metrics,
     with_whole_weights,
@@ -63,10 +62,9 @@ from conch.trainers.evaluation import Evaluator, eval_variants, longest_generati
 from conch.trainers.online import (
     MetricFn,
     agreed_objectives,
-    checked_source,
     fitting_prompts,
-    less_originals,
     log_rollouts,
+    opened_reward,
     reward_metrics,
     texts_of,
     total_reward,
@@ -227,10 +225,7 @@ class RFTTrainer:
         self.config = config
         self.engine = engine = Engine(config.train)
         all_prompts = [*prompts, *(eval_prompts or [])]
-        self.source = checked_source(engine, reward, config.reward, all_prompts, lambda: self.tokenizer)
-        self.tokenizer = given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path)
-        if config.reward.delta and config.reward.replay is None:  # what is recorded is the difference
-            self.source = less_originals(self.source, all_prompts, self.tokenizer)
+        self.source, self.tokenizer = opened_reward(engine, reward, config, all_prompts, tokenizer)
         self.scorer = Scorer(self.source, config.reward, engine.sum_int)
         self.lm = given_or_loaded_lm(model, config.model).to(engine.device)  # pyright: ignore[reportArgumentType]
         check_vocabulary(self.lm, self.tokenizer)

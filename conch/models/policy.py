@@ -112,6 +112,21 @@ class ValueBranch(nn.Module):
             parameter.requires_grad_(gradient is not None)
 
 
+class Policy(nn.Module):
+    """A language model as the one trained module of an algorithm without values: DDP and DeepSpeed act in the
+    forward pass of what they wrap."""
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def forward(
+        self, input_ids: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], num_response: int
+    ) -> Float[Tensor, "B R V"]:
+        """See `response_logits`."""
+        return response_logits(self.lm, input_ids, attention_mask, num_response)
+
+
 class PolicyWithValue(nn.Module):
     """The one trained module of PPO: language model and value head on a shared trunk.
 

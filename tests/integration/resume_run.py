@@ -15,6 +15,7 @@ import yaml
 
 from conch.cli import run_main
 from conch.config import load
+from conch.trainers.grpo import GRPORunConfig, GRPOTrainer
 from conch.trainers.ilql import ILQLRunConfig, ILQLTrainer
 from conch.trainers.ppo import PPORunConfig, PPOTrainer
 from conch.trainers.reward_model import RewardModelRunConfig, RewardModelTrainer
@@ -34,6 +35,13 @@ def ppo(values: dict[str, Any]) -> Any:
     base = {"model": MODEL, "generation": {"max_new_tokens": 6, "chunk_size": 8}, **shaped, **values}
     config = load(PPORunConfig, base)
     return PPOTrainer(config, reward=share_of_a, prompts=list(LETTERS[:7]), tokenizer=char_tokenizer(LETTERS))
+
+
+def grpo(values: dict[str, Any]) -> Any:
+    grouped = {"prompts_per_step": 4, "group_size": 4, "kl": {"target": 1.0, "horizon": 100}, "max_draws": 2}
+    base = {"model": MODEL, "generation": {"max_new_tokens": 6}, "grpo": grouped, **values}
+    config = load(GRPORunConfig, base)
+    return GRPOTrainer(config, reward=share_of_a, prompts=list(LETTERS), tokenizer=char_tokenizer(LETTERS))
 
 
 def sft(values: dict[str, Any]) -> Any:
@@ -70,6 +78,7 @@ def rft(values: dict[str, Any]) -> Any:
 
 KINDS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "ppo": ppo,
+    "grpo": grpo,
     "sft": sft,
     "reward_model": reward_model,
     "ilql": ilql,

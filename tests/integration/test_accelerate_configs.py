@@ -17,7 +17,7 @@ from tests.launches import accelerate, finish, start
 
 CLOCK = ("time/", "reward/latency", "reward/wait")
 SOON = ("ilql", "ppo")
-REST = ("sft", "reward_model", "rft")
+REST = ("sft", "reward_model", "rft", "grpo")
 
 Found = dict[str, Any]
 

@@ -23,6 +23,7 @@ RUN_CONFIG_CLASSES = {
     "ppo": ("conch.trainers.ppo", "PPORunConfig"),
     "ppo_exact": ("conch.trainers.ppo", "PPORunConfig"),
     "ilql": ("conch.trainers.ilql", "ILQLRunConfig"),
+    "grpo": ("conch.trainers.grpo", "GRPORunConfig"),
     "rft": ("conch.trainers.rft", "RFTRunConfig"),
     "quickstart": ("examples.randomwalks.quickstart", "QuickstartConfig"),
     "sentiments/offline": ("examples.sentiments.offline", "OfflineConfig"),

@@ -20,13 +20,13 @@ def test_a_batch_is_cut_into_ranks_minibatches_and_micro_batches() -> None:
     ("total", "ranks", "minibatches", "steps", "message"),
     [
         (10, 4, 1, 1, "`n` = 10 does not divide among 4 processes: take 8 or 12"),
-        (3, 4, 1, 2, "`n` = 3 does not divide among 4 processes: take 8"),
+        (3, 4, 1, 2, "`ppo.n` = 3 does not divide among 4 processes: take 8"),
         (
             12,
             2,
             1,
             4,
-            "`n` = 12 gives each of 2 processes 6 rows, which do not divide into "
+            "`ppo.n` = 12 gives each of 2 processes 6 rows, which do not divide into "
             "`train.gradient_accumulation_steps` = 4: take 8 or 16",
         ),
         (
@@ -34,7 +34,7 @@ def test_a_batch_is_cut_into_ranks_minibatches_and_micro_batches() -> None:
             3,
             4,
             1,
-            "`n` = 30 gives each of 3 processes 10 rows, which do not divide into `ppo.minibatches` = 4 "
+            "`ppo.n` = 30 gives each of 3 processes 10 rows, which do not divide into `ppo.minibatches` = 4 "
             "times `train.gradient_accumulation_steps` = 1: take 24 or 36",
         ),
     ],
@@ -43,7 +43,7 @@ def test_a_batch_that_does_not_come_out_whole_is_refused_with_the_nearest(
     total: int, ranks: int, minibatches: int, steps: int, message: str
 ) -> None:
     with pytest.raises(ConfigError) as refused:
-        rows_of_rank(total, "n", ranks, minibatches, steps)
+        rows_of_rank(total, "ppo.n", ranks, minibatches, steps)
     assert str(refused.value) == message
 
 

@@ -1,0 +1,561 @@
+"""Group-relative policy optimisation: a completion is compared with the others of its prompt.
+
+For the G completions y_1..y_G of a prompt, with rewards r_i, n_i tokens and rho_it = pi(y_it) / pi_old(y_it):
+
+    A_i = (r_i - mean(r)) / std(r)                 over the group's completions that have a reward
+    L   = -sum_i sum_t w_it * min(rho_it * A_i, clip(rho_it, 1 - eps_low, 1 + eps_high) * A_i)
+
+    grpo      w_it = 1 / (N * n_i), N completions       Shao et al. 2024, arXiv:2402.03300, equation 3
+    dapo      w_it = 1 / (number of tokens)             Yu et al. 2025, arXiv:2503.14476, equation 8
+    dr_grpo   w_it = 1 / (N * max_new_tokens), and A_i is not divided by std(r)
+                                                        Liu et al. 2025, arXiv:2503.20783, section 3.2
+    gspo      as grpo, with the whole response's ratio: rho_it = (pi(y_i) / pi_old(y_i))^(1 / n_i)
+                                                        Zheng et al. 2025, arXiv:2507.18071, equation 5
+
+`advantage=leave_one_out` takes the mean of the other completions off instead and divides by nothing (RLOO,
+Ahmadian et al. 2024, arXiv:2402.14740, section 3).
+
+Where this differs from common code: all sums and counts run over the minibatch of all ranks; pi_old comes
+from the trainer's own forward pass; a group whose rewards are all alike teaches nothing (its advantages are
+0, never noise divided by noise); a completion whose reward failed is left out of its group, never scored 0.
+The KL to the reference stands in the loss (with the gradient of k2 whatever the estimator), or in the rewards
+before they are compared; with `kl.coef=0` there is no reference at all.
+
+Legend: B rollouts (those of a prompt together), G rollouts a prompt, R response tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from conch.checkpoint import save_model
+from conch.cli import load_run_config, run_main
+from conch.config import GenerationConfig
+from conch.data.files import evaluation_rows, training_rows
+from conch.data.forms import prompt_form
+from conch.data.stream import IndexStream
+from conch.engine import Engine, UpdateReport
+from conch.experience import Sequences, collate, take_rows
+from conch.models.policy import Policy
+from conch.models.reference import Reference, build_reference
+from conch.models.trainable import choose_trainable
+from conch.ops import (
+    entropy,
+    kl_estimate,
+    kl_loss_terms,
+    logprobs_of_labels,
+    masked_mean,
+)
+from conch.rewards.scorer import Scorer
+from conch.rewards.source import UserReward
+from conch.rollouts.hf_engine import HFEngine
+from conch.tracking import Tracker
+from conch.trainers.common import (
+    check_vocabulary,
+    evaluating,
+    given_or_loaded_lm,
+    rows_of_rank,
+    rows_per_process,
+    update_metrics,
+    with_whole_weights,
+)
+from conch.trainers.evaluation import Evaluator, eval_variants, longest_generation
+from conch.trainers.grpo_config import GRPORunConfig
+from conch.trainers.grpo_terms import (
+    clipped_loss_terms,
+    effective_share,
+    group_advantages,
+    has_spread,
+    overlong_penalties,
+    policy_ratio,
+    sampler_weights,
+    token_weights,
+)
+from conch.trainers.online import (
+    Ahead,
+    KLController,
+    MetricFn,
+    fitting_prompts,
+    log_rollouts,
+    mean_kl,
+    opened_reward,
+    reward_metrics,
+    rollout_metrics,
+    texts_of,
+)
+from conch.trainers.run import fit, start_run
+from conch.trainers.shaping import RewardShaper
+from conch.types import Metrics, Prompt, RewardResult, Rollout
+
+
+@dataclass(frozen=True)
+class GRPOBatch:
+    """One step's samples, ready to train on. All [B, R] but `sequences` and `advantages` [B].
+
+    loss_mask: True at response tokens of samples that have a reward. old_logprobs: of the policy that
+    sampled. ref_logprobs: of the reference, or `old_logprobs` where there is none. correction: weights that
+    make up for the sampler's distance from the trainer, 1 where they are off.
+    """
+
+    sequences: Sequences
+    loss_mask: Bool[Tensor, "B R"]
+    old_logprobs: Float[Tensor, "B R"]
+    ref_logprobs: Float[Tensor, "B R"]
+    advantages: Float[Tensor, " B"]
+    correction: Float[Tensor, "B R"]
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """What the models say of rollouts before any reward is known; all tensors are [B, R]."""
+
+    sequences: Sequences
+    logprobs: Float[Tensor, "B R"]
+    ref_logprobs: Float[Tensor, "B R"]
+    entropy: Float[Tensor, "B R"]
+
+
+# ---------------------------------------------------------------------------------------------------- trainer
+
+
+class GRPOTrainer:
+    """GRPO with the four verbs `rollout`, `score`, `experience`, `update`; `fit` is the loop over them.
+
+    model: a loaded decoder with its tokenizer, instead of `config.model.path`.
+
+    Raises:
+        ConchError: from the constructor, for everything that can be known to be wrong before training.
+    """
+
+    def __init__(
+        self,
+        config: GRPORunConfig,
+        *,
+        reward: UserReward | Mapping[str, UserReward] | None = None,
+        prompts: Sequence[str | Mapping[str, Any]],
+        eval_prompts: Sequence[str | Mapping[str, Any]] | None = None,
+        metric_fn: MetricFn | None = None,
+        model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        self.config = config
+        self.engine = engine = Engine(config.train)
+        all_prompts = [*prompts, *(eval_prompts or [])]
+        self.source, self.tokenizer = opened_reward(engine, reward, config, all_prompts, tokenizer)
+        self.scorer = Scorer(self.source, config.reward, engine.sum_int)
+        lm = given_or_loaded_lm(model, config.model)
+        check_vocabulary(lm, self.tokenizer)
+        self._init_data(lm, prompts, eval_prompts)
+        self.kl_controller = KLController(config.grpo.kl)
+        self.shaper = RewardShaper(config.shaping, config.reward.weights, engine)
+        self.policy_version = 0
+        self._ahead: Ahead[_Passes] | None = None
+        self._init_policy(lm)
+        self.evaluator = Evaluator(
+            engine,
+            self.eval_prompts,
+            self.variants,
+            self._make_sampler,
+            scorer=self.scorer,
+            weights=config.reward.weights,
+            metric_fn=metric_fn,
+            default_repeats=config.train.eval_repeats,
+        )
+        self.run = start_run(self, self.policy)
+        self.run_dir = self.run.folder
+
+    def _init_data(self, lm: PreTrainedModel, prompts: Any, eval_prompts: Any) -> None:
+        config, engine, grpo = self.config, self.engine, self.config.grpo
+        self.variants = eval_variants(config.generation, config.eval_generation)
+        fitting = partial(fitting_prompts, tokenizer=self.tokenizer, config=config.tokenizer, model=lm)
+        self.prompts = fitting(prompts, generation=config.generation, lengths=config.data)
+        eval_prompts = prompts if eval_prompts is None else eval_prompts
+        self.eval_prompts = fitting(eval_prompts, generation=longest_generation(self.variants))
+        self.stream = IndexStream(len(self.prompts), config.train.seed, engine.rank, engine.num_ranks)
+        self._num_prompts = rows_of_rank(
+            grpo.prompts_per_step, "grpo.prompts_per_step", engine.num_ranks, 1, 1
+        )
+        total = grpo.prompts_per_step * grpo.group_size
+        name = "grpo.prompts_per_step * group_size"
+        self._rows = rows_per_process(engine, config.train, total, name, grpo.minibatches)
+
+    def _init_policy(self, lm: PreTrainedModel) -> None:
+        config, engine = self.config, self.engine
+        choose_trainable(lm, config.model)
+        self.policy = Policy(lm).to(engine.device)
+        engine.prepare(
+            self.policy,
+            config.optimizer,
+            config.scheduler,
+            total_updates=config.train.total_steps * config.grpo.epochs * config.grpo.minibatches,
+        )
+        self.reference: Reference | None = None
+        if config.grpo.kl.coef > 0:
+            with engine.whole_weights():
+                self.reference = build_reference(lm, config.model.num_layers_unfrozen)
+        self.sampler = self._make_sampler(config.generation)
+        engine.seed_sampling()
+
+    def _make_sampler(self, generation: GenerationConfig) -> HFEngine:
+        return HFEngine(
+            lambda: self.policy.lm,
+            self.tokenizer,
+            generation,
+            version=lambda: self.policy_version,
+            autocast=self.engine.autocast,
+        )
+
+    # ----------------------------------------------------------------------------------------- the four verbs
+
+    @with_whole_weights
+    def rollout(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """Sample `group_size` completions per prompt, which stand together; each one's reward is requested as
+        soon as it has ended."""
+        repeated = [prompt for prompt in prompts for _ in range(self.config.grpo.group_size)]
+        return self.scorer.submit_each(self.sampler, repeated)
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[RewardResult]:
+        """Rewards of what `rollout` returned last.
+
+        The last ones are still under way, so the passes that `experience` needs are made before waiting;
+        unless some of the rollouts may be replaced.
+
+        Raises:
+            RewardError, ConfigError: on all ranks together; see `Scorer.gather`.
+        """
+        if self.config.grpo.max_draws == 1:
+            self._ahead = Ahead(list(rollouts), self.policy_version, self._passes(rollouts))
+        results = self.scorer.gather()
+        assert len(results) == len(rollouts), "score() speaks of the last rollout() only"
+        return results
+
+    @with_whole_weights
+    @torch.no_grad()
+    def experience(self, rollouts: Sequence[Rollout], rewards: Sequence[RewardResult]) -> GRPOBatch:
+        """Log-probs and advantages; leaves statistics in `self.experience_metrics`.
+
+        rollouts: whole groups, as `rollout` returns them.
+        """
+        config = self.config.grpo
+        ahead, self._ahead = self._ahead, None
+        is_known = ahead is not None and ahead.is_of(rollouts, self.policy_version)
+        passes = ahead.value if is_known else self._passes(rollouts)
+        sequences = passes.sequences
+        is_scored = torch.tensor([reward.ok for reward in rewards], device=self.engine.device)
+        # An empty response has no token to learn from, nor one that its reward could stand at.
+        valid = is_scored & sequences.response_mask.any(dim=1)
+        mask = sequences.response_mask & valid.unsqueeze(1)
+        self._kl_coef = self.kl_controller.coef
+        totals = self._totals(rollouts, rewards, passes, mask)
+        advantages = group_advantages(totals, valid, config.group_size, config.advantage_kind)
+        correction = torch.ones_like(passes.logprobs)
+        if config.sampler_correction is not None:
+            correction = sampler_weights(
+                passes.logprobs, sequences.sampling_logprobs, config.sampler_correction
+            )
+        batch = GRPOBatch(sequences, mask, passes.logprobs, passes.ref_logprobs, advantages, correction)
+        self.experience_metrics = {
+            **self.scorer.metrics(),
+            **reward_metrics(rewards, self.config.reward.weights, self.shaper.objectives, self.engine.sum),
+            **rollout_metrics(rollouts, sequences, passes.logprobs, self.engine.sum),
+            **self._statistics(batch, passes, valid),
+        }
+        return batch
+
+    def update(self, batch: GRPOBatch) -> Metrics:
+        """All epochs and minibatches over one step's samples."""
+        config = self.config.grpo
+        columns: list[Metrics] = []
+        reports: list[UpdateReport] = []
+        for _ in range(config.epochs):
+            for rows in torch.randperm(self._rows).chunk(config.minibatches):
+                stats, report = self._update_minibatch(take_rows(batch, rows))
+                columns.append(stats)
+                reports.append(report)
+        self.policy_version += 1
+        means = {name: sum(stats[name] for stats in columns) / len(columns) for name in columns[0]}
+        first = {f"{name}_first": columns[0][name] for name in _FIRST}
+        return {**means, **first, **update_metrics(reports)}
+
+    # ---------------------------------------------------------------------------------- parts of `experience`
+
+    @with_whole_weights
+    @torch.no_grad()
+    def _passes(self, rollouts: Sequence[Rollout]) -> _Passes:
+        sequences = collate(rollouts, self._pad_id, self.engine.device)
+        columns: list[tuple[Tensor, ...]] = []
+        for rows in torch.arange(len(sequences.input_ids)).split(self.config.grpo.forward_batch_size):
+            with evaluating(self.policy), self.engine.autocast():
+                columns.append(self._forward(take_rows(sequences, rows)))
+        return _Passes(sequences, *(torch.cat(column) for column in zip(*columns, strict=True)))
+
+    def _forward(self, part: Sequences) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs of policy and reference, and entropies."""
+        inputs = (part.input_ids, part.attention_mask, part.num_response)
+        if self.reference is None:
+            logits = self.engine.module(*inputs)
+            ours = theirs = self._logprobs(logits, part)
+        else:
+            with self.reference.recording():
+                logits = self.engine.module(*inputs)
+            ours, theirs = (self._logprobs(each, part) for each in (logits, self.reference.logits(*inputs)))
+        return ours, theirs, entropy(logits, self.config.generation.temperature)
+
+    def _logprobs(self, logits: Tensor, sequences: Sequences) -> Tensor:
+        return logprobs_of_labels(logits, sequences.response_ids, self.config.generation.temperature)
+
+    def _totals(
+        self,
+        rollouts: Sequence[Rollout],
+        rewards: Sequence[RewardResult],
+        passes: _Passes,
+        mask: Bool[Tensor, "B R"],
+    ) -> Float[Tensor, " B"]:
+        """What completions are compared by: shaped rewards less penalties, 0 where there is none."""
+        config, longest = self.config.grpo, self.config.generation.max_new_tokens
+        totals = self.shaper.shape(rollouts, rewards, mask).sum(dim=1)
+        penalties = overlong_penalties(rollouts, longest, config.overlong_buffer, config.overlong_penalty)
+        totals = totals - penalties.to(totals.device)
+        if config.kl.placement == "loss":
+            return totals
+        kl = kl_estimate(passes.logprobs, passes.ref_logprobs, config.kl.estimator)
+        return totals - self._kl_coef * torch.where(mask, kl, torch.zeros_like(kl)).sum(dim=1)
+
+    def _statistics(self, batch: GRPOBatch, passes: _Passes, valid: Bool[Tensor, " B"]) -> Metrics:
+        """Of advantages, distances and weights, over all ranks."""
+        config, reduce, mask = self.config.grpo, self.engine.sum, passes.sequences.response_mask
+        is_flat = ~(batch.advantages != 0).reshape(-1, config.group_size).any(dim=1)
+        metrics = {
+            "policy/entropy": float(masked_mean(passes.entropy, mask, reduce)),
+            "grpo/advantage_std": float(masked_mean(batch.advantages**2, valid, reduce)) ** 0.5,
+            "grpo/flat_fraction": float(masked_mean(is_flat.float(), torch.ones_like(is_flat), reduce)),
+        }
+        if self.reference is not None:
+            measured = mean_kl(passes.logprobs, passes.ref_logprobs, mask, reduce)
+            self.kl_controller.update(measured, config.prompts_per_step * config.group_size)
+            metrics |= {"policy/kl": measured, "policy/kl_coef": self._kl_coef}
+        if config.sampler_correction is not None:
+            weights, most = batch.correction, config.sampler_correction
+            moments = [float(masked_mean(each, mask, reduce)) for each in (weights, weights**2)]
+            metrics |= {
+                "rollout/correction_mean": moments[0],
+                "rollout/correction_clipped_fraction": float(
+                    masked_mean((weights >= most).float(), mask, reduce)
+                ),
+                "rollout/effective_share": effective_share(*moments),
+            }
+        return metrics
+
+    # -------------------------------------------------------------------------------------- parts of `update`
+
+    def _update_minibatch(self, batch: GRPOBatch) -> tuple[Metrics, UpdateReport]:
+        """One optimizer update; statistics are means over the minibatch's tokens on all ranks."""
+        config, reduce = self.config, self.engine.sum
+        weights = token_weights(batch.loss_mask, config.grpo.loss, config.generation.max_new_tokens, reduce)
+        shares = batch.loss_mask.float() / reduce(batch.loss_mask.sum()).clamp(min=1)
+        stats: dict[str, Tensor] = {}
+
+        def loss_of(rows: Tensor) -> Tensor:
+            part = take_rows(batch, rows)
+            loss, columns = self._loss(part, weights[rows], shares[rows])
+            for name, column in columns.items():
+                stats[name] = stats.get(name, torch.zeros_like(column)) + column.detach()
+            return loss
+
+        micro_batches = torch.arange(len(batch.loss_mask)).chunk(config.train.gradient_accumulation_steps)
+        report = self.engine.update(micro_batches, loss_of)
+        summed = dict(zip(stats, reduce(torch.stack(list(stats.values()))).tolist(), strict=True))
+        squares = summed.pop("train/ratio_squared")
+        return {**summed, "train/effective_share": effective_share(summed["train/ratio"], squares)}, report
+
+    def _loss(self, batch: GRPOBatch, weights: Tensor, shares: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """This micro-batch's part of the loss, and its parts of means over tokens."""
+        config, mask, sequences = self.config.grpo, batch.loss_mask, batch.sequences
+        logits = self.engine.module(sequences.input_ids, sequences.attention_mask, sequences.num_response)
+        logprobs = self._logprobs(logits, sequences)
+        ratio = policy_ratio(logprobs, batch.old_logprobs, mask, config.loss)
+        terms, is_clipped = clipped_loss_terms(ratio, batch.advantages, config.clip_low, config.clip_high)
+
+        def weighed(values: Tensor, by: Tensor) -> Tensor:
+            return torch.where(mask, values * by, torch.zeros_like(values)).sum()
+
+        policy_loss = weighed(terms * batch.correction, weights)
+        loss = policy_loss
+        columns = {"train/policy_loss": policy_loss}
+        if self.reference is not None and config.kl.placement == "loss":
+            kl = weighed(kl_loss_terms(logprobs, batch.ref_logprobs, config.kl.estimator), weights)
+            loss = loss + self._kl_coef * kl
+            columns["train/kl_loss"] = kl
+        approx_kl = kl_estimate(batch.old_logprobs, logprobs.detach(), "k3")
+        return loss, {
+            "train/loss": loss,
+            **columns,
+            "train/ratio": weighed(ratio, shares),
+            "train/ratio_squared": weighed(ratio**2, shares),
+            "train/approx_kl": weighed(approx_kl, shares),
+            "train/clip_fraction": weighed(is_clipped.float(), shares),
+        }
+
+    # ----------------------------------------------------------------------------------------------- the loop
+
+    @property
+    def default_best_metric(self) -> str:
+        """The first metric of the user's `metric_fn`, else the reward."""
+        return self.evaluator.gold_metric or "eval/reward"
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `conch.trainers.run.Trainer`."""
+        return {
+            "stream": self.stream.state_dict(),
+            "kl_controller": self.kl_controller.state_dict(),
+            "shaper": self.shaper.state_dict(),
+            "policy_version": self.policy_version,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+        self.stream.load_state_dict(state["stream"])
+        self.kl_controller.load_state_dict(state["kl_controller"])
+        self.shaper.load_state_dict(state["shaper"])
+        self.policy_version = state["policy_version"]
+
+    def fit(self) -> Path:
+        """Train for `train.total_steps` steps; returns the run folder."""
+        return fit(self, "grpo")
+
+    def step(self) -> Metrics:
+        """One rollout with its updates."""
+        seconds: dict[str, float] = {}
+        started = time.perf_counter()
+        rollouts, rewards, draws = self._draw(seconds)
+        with _clocked(seconds, "time/experience_s"):
+            batch = self.experience(rollouts, rewards)
+        if self.config.tracking.rollouts:
+            kl = batch.old_logprobs - batch.ref_logprobs
+            mask = batch.sequences.response_mask
+            log_rollouts(self.engine, self.run, rollouts, rewards, torch.where(mask, kl, 0.0).sum(dim=1))
+        with _clocked(seconds, "time/update_s"):
+            metrics = {**self.experience_metrics, **self.update(batch), "grpo/draws": float(draws)}
+        config = self.config.grpo
+        tokens = config.prompts_per_step * config.group_size * metrics["rollout/length_mean"]
+        return {**metrics, **seconds, "time/tokens_per_s": tokens / (time.perf_counter() - started)}
+
+    def _draw(self, seconds: dict[str, float]) -> tuple[list[Rollout], list[RewardResult], int]:
+        """A step's groups, those without spread replaced as far as `max_draws` allows; and the draws it took.
+
+        All ranks draw equally often, and each keeps the groups that it sampled.
+        """
+        kept: list[tuple[list[Rollout], list[RewardResult]]] = []
+        flat: list[tuple[list[Rollout], list[RewardResult]]] = []
+        for draw in range(1, self.config.grpo.max_draws + 1):
+            prompts = [self.prompts[row] for row in self.stream.draw(self._num_prompts)]
+            with _clocked(seconds, "time/rollout_s"):
+                rollouts = self.rollout(prompts)
+            with _clocked(seconds, "time/score_s"):
+                rewards = self.score(rollouts)
+            if self.config.grpo.max_draws == 1:
+                return rollouts, rewards, draw
+            for group in self._groups(rollouts, rewards):
+                (kept if has_spread(group[1], self.config.reward.weights) else flat).append(group)
+            if not self.engine.sum_int(max(0, self._num_prompts - len(kept))):
+                break
+        chosen = [*kept, *flat][: self._num_prompts]
+        rollouts = [rollout for group, _ in chosen for rollout in group]
+        return rollouts, [reward for _, group in chosen for reward in group], draw
+
+    def _groups(
+        self, rollouts: Sequence[Rollout], rewards: Sequence[RewardResult]
+    ) -> Iterator[tuple[list[Rollout], list[RewardResult]]]:
+        size = self.config.grpo.group_size
+        for first in range(0, len(rollouts), size):
+            yield list(rollouts[first : first + size]), list(rewards[first : first + size])
+
+    @with_whole_weights
+    def evaluate(
+        self, tracker: Tracker | None = None, step: int = 0, *, repeats: int | None = None
+    ) -> Metrics:
+        """Sample `repeats` (or `train.eval_repeats`) completions per evaluation prompt.
+
+        Returns the mean reward, means of the user's metrics, and, where there is a reference, the KL to the
+        start in nats per sample.
+        """
+        extra = None if self.reference is None else lambda rollouts: {"eval/kl": self.kl_to_start(rollouts)}
+        return self.evaluator.run(tracker, step, repeats=repeats, extra=extra)
+
+    def kl_to_start(self, rollouts: Sequence[Rollout]) -> float:
+        """KL(policy || starting policy) in nats per sample, estimated on `rollouts` of the current policy."""
+        assert self.reference is not None, "`kl.coef=0` keeps no reference"
+        if not rollouts:  # a rank without prompts to evaluate; the others wait for its share of the mean
+            nothing = torch.zeros(0, 1, device=self.engine.device)
+            return mean_kl(nothing, nothing, nothing.bool(), self.engine.sum)
+        passes = self._passes(rollouts)
+        mask = passes.sequences.response_mask
+        return mean_kl(passes.logprobs, passes.ref_logprobs, mask, self.engine.sum)
+
+    @with_whole_weights
+    def generate(self, prompts: Sequence[str], *, greedy: bool = False) -> list[str]:
+        """Completions of the current policy."""
+        config = self.config
+        made = fitting_prompts(prompts, self.tokenizer, config.tokenizer, self.policy.lm, config.generation)
+        return texts_of(self.sampler.generate(made, greedy=greedy))
+
+    @with_whole_weights
+    def save_pretrained(self, folder: Path) -> Path:
+        """Write the policy as a Hugging Face folder. Call it on all ranks."""
+
+        def write() -> None:
+            if self.engine.is_main:
+                merge = self.config.model.merge_adapter
+                save_model(folder, self.policy.lm, self.tokenizer, merge_adapter=merge)
+
+        self.engine.together(write)
+        return folder
+
+    def close(self) -> None:
+        """Stop the reward client and leave the process group."""
+        self.source.close()
+        self.engine.close()
+
+    @property
+    def _pad_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
+
+
+_FIRST = ("train/ratio", "train/approx_kl", "train/clip_fraction")
+"""Statistics also reported for the first minibatch alone, where the policy is still the one that sampled:
+they must be 1, 0 and 0."""
+
+
+@contextmanager
+def _clocked(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the block's seconds to `name`."""
+    started = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line: `python -m conch.trainers.grpo key=value ...` with prompts from `data.train`."""
+    config = load_run_config(GRPORunConfig, argv, default_name="grpo")
+    prompts = training_rows(config.data, "prompts", form=prompt_form)
+    evaluated = evaluation_rows(config.data, form=prompt_form)
+    trainer = GRPOTrainer(config, prompts=prompts, eval_prompts=evaluated)
+    try:
+        trainer.fit()
+    finally:
+        trainer.close()
+
+
+if __name__ == "__main__":
+    run_main(main)
