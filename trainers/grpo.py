@@ -87,6 +87,7 @@ from conch.trainers.online import (
     KLController,
     MetricFn,
     fitting_prompts,
+    known_or_computed,
     log_rollouts,
     mean_kl,
     opened_reward,
@@ -249,8 +250,7 @@ class GRPOTrainer:
         """
         config = self.config.grpo
         ahead, self._ahead = self._ahead, None
-        is_known = ahead is not None and ahead.is_of(rollouts, self.policy_version)
-        passes = ahead.value if is_known else self._passes(rollouts)
+        passes = known_or_computed(ahead, rollouts, self.policy_version, self._passes)
         sequences = passes.sequences
         is_scored = torch.tensor([reward.ok for reward in rewards], device=self.engine.device)
         # An empty response has no token to learn from, nor one that its reward could stand at.
@@ -458,21 +458,23 @@ class GRPOTrainer:
         """
         kept: list[tuple[list[Rollout], list[RewardResult]]] = []
         flat: list[tuple[list[Rollout], list[RewardResult]]] = []
-        for draw in range(1, self.config.grpo.max_draws + 1):
+        draws = 0
+        while draws < self.config.grpo.max_draws:
+            draws += 1
             prompts = [self.prompts[row] for row in self.stream.draw(self._num_prompts)]
             with _clocked(seconds, "time/rollout_s"):
                 rollouts = self.rollout(prompts)
             with _clocked(seconds, "time/score_s"):
                 rewards = self.score(rollouts)
             if self.config.grpo.max_draws == 1:
-                return rollouts, rewards, draw
+                return rollouts, rewards, draws
             for group in self._groups(rollouts, rewards):
                 (kept if has_spread(group[1], self.config.reward.weights) else flat).append(group)
             if not self.engine.sum_int(max(0, self._num_prompts - len(kept))):
                 break
         chosen = [*kept, *flat][: self._num_prompts]
         rollouts = [rollout for group, _ in chosen for rollout in group]
-        return rollouts, [reward for _, group in chosen for reward in group], draw
+        return rollouts, [reward for _, group in chosen for reward in group], draws
 
     def _groups(
         self, rollouts: Sequence[Rollout], rewards: Sequence[RewardResult]

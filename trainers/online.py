@@ -98,6 +98,18 @@ class Ahead(Generic[ValueT]):
         return same and version == self.version
 
 
+def known_or_computed(
+    ahead: Ahead[ValueT] | None,
+    rollouts: Sequence[Rollout],
+    version: int,
+    compute: Callable[[Sequence[Rollout]], ValueT],
+) -> ValueT:
+    """What was computed ahead, if it is of these rollouts and this policy; else it is computed now."""
+    if ahead is not None and ahead.is_of(rollouts, version):
+        return ahead.value
+    return compute(rollouts)
+
+
 def total_reward(result: RewardResult, weights: Mapping[str, float]) -> float:
     """A sample's reward as one number: the weighted sum of its objectives, or the sum over its tokens.
 

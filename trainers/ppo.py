@@ -74,6 +74,7 @@ from conch.trainers.online import (
     MetricFn,
     explained_variance,
     fitting_prompts,
+    known_or_computed,
     log_rollouts,
     mean_kl,
     opened_reward,
@@ -347,8 +348,7 @@ class PPOTrainer:
         """Log-probs, values, token rewards and advantages; leaves statistics in `self.experience_metrics`."""
         config, reduce = self.config.ppo, self.engine.sum
         ahead, self._ahead = self._ahead, None
-        is_known = ahead is not None and ahead.is_of(rollouts, self.policy_version)
-        passes = ahead.value if is_known else self._passes(rollouts)
+        passes = known_or_computed(ahead, rollouts, self.policy_version, self._passes)
         sequences, logprobs, ref_logprobs = passes.sequences, passes.logprobs, passes.ref_logprobs
         values, spread = passes.values, passes.entropy
         has_reward = torch.tensor([reward.ok for reward in rewards], device=self.engine.device)
