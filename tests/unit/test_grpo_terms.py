@@ -60,6 +60,10 @@ def test_a_group_of_equal_rewards_teaches_nothing(kind: Advantage, reward: float
     assert advantages_of(*[reward] * 4, kind=kind) == [0.0] * 4
 
 
+def test_rounding_is_no_difference_to_learn_from() -> None:
+    assert advantages_of(1.0, 1.0000001, 1.0, 1.0) == [0.0] * 4
+
+
 @pytest.mark.parametrize("kind", ["group_std", "group_mean", "leave_one_out"])
 def test_a_failed_reward_is_left_out_of_its_group(kind: Advantage) -> None:
     valid = torch.tensor([True, False, True, True])
