@@ -11,10 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DistilBertConfig
 
-from conch.errors import RewardInvalidError
+from conch.config import RewardConfig
+from conch.errors import ConversionError, RewardInvalidError
 from conch.plots import read_metric
 from conch.serving.launcher import TritonServer
+from examples.hosting import served_reward
 from examples.sentiments import (
     dense_ppo_sentiments,
     ilql_sentiments,
@@ -23,6 +27,13 @@ from examples.sentiments import (
     sft_sentiments,
     train_reward_sentiments,
 )
+from examples.sentiments.positive import (
+    HostedDistilBERT,
+    PositiveProbability,
+    positive_reward,
+    probabilities,
+)
+from tests.checkpoints import PAD, random_model, tokenizer_for
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared/data/sentiment/rt-polarity.jsonl.gz"
@@ -151,6 +162,51 @@ def test_a_classifier_without_scores_of_tokens_is_refused(folder: Path, server: 
                 f"train.run_dir={folder}/refused",
             ]
         )
+
+
+@pytest.fixture(scope="module")
+def distilbert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier of the kind and with the labels of the hub's."""
+    folder = tmp_path_factory.mktemp("distilbert")
+    config = DistilBertConfig(
+        vocab_size=24,
+        dim=32,
+        n_layers=2,
+        n_heads=2,
+        hidden_dim=48,
+        max_position_embeddings=32,
+        pad_token_id=PAD,
+        id2label={0: "NEGATIVE", 1: "POSITIVE"},
+        label2id={"NEGATIVE": 0, "POSITIVE": 1},
+    )
+    random_model(AutoModelForSequenceClassification, config).save_pretrained(folder)
+    tokenizer_for("bert").save_pretrained(folder)
+    return folder
+
+
+def test_distilbert_gives_the_softmax_of_its_logits(distilbert: Path, tmp_path: Path) -> None:
+    hosted = HostedDistilBERT(checkpoint=str(distilbert), dtype="float32", model_store=tmp_path)
+    texts = ["cde", "edcfghi", "jklmnopqrs"]
+    with served_reward(RewardConfig(), hosted) as endpoint:
+        source = positive_reward(endpoint, RewardConfig())
+        assert isinstance(source, PositiveProbability)
+        with source:
+            source.check()
+            found = probabilities(source, texts)
+    model = AutoModelForSequenceClassification.from_pretrained(distilbert).eval()
+    tokenizer = AutoTokenizer.from_pretrained(distilbert)
+    with torch.no_grad():
+        logits = [model(**tokenizer(text, return_tensors="pt")).logits[0] for text in texts]
+    assert found == pytest.approx([float(each.softmax(dim=0)[1]) for each in logits], abs=1e-5)
+    assert max(found) - min(found) > 1e-3
+
+
+def test_distilbert_has_no_scores_of_tokens(distilbert: Path, tmp_path: Path) -> None:
+    hosted = HostedDistilBERT(
+        checkpoint=str(distilbert), dtype="float32", model_store=tmp_path, form="token", granularity="token"
+    )
+    with pytest.raises(ConversionError, match="token"), served_reward(RewardConfig(), hosted):
+        pass
 
 
 @pytest.mark.slow

@@ -83,9 +83,10 @@ def test_default_curves_have_titles_with_units() -> None:
 
 def test_metrics_are_drawn_over_another_one(tmp_path: Path) -> None:
     write_run(tmp_path)
-    path = plot_against(tmp_path, "reward/mean", "nats", {"eval/reward": "served"})
+    # The one was logged at ten steps, the other at one of them.
+    path = plot_against(tmp_path, "eval/reward", "nats", {"reward/mean": "served"})
 
-    assert path == tmp_path / "plots/eval_reward_over_reward_mean.png"
+    assert path == tmp_path / "plots/reward_mean_over_eval_reward.png"
     assert png_size(path) == (840, 504)
 
 

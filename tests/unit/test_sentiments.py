@@ -13,7 +13,7 @@ from conch.errors import ConfigError, DataError, RewardInvalidError
 from conch.rewards.callable_reward import CallableReward
 from conch.tracking import METRICS_FILE
 from conch.types import Completion, Prompt, RewardStatus, Rollout
-from examples.sentiments.offline import risen
+from examples.sentiments.offline import OfflineConfig, risen, run
 from examples.sentiments.positive import (
     PositiveProbability,
     changes,
@@ -206,3 +206,8 @@ def test_a_probability_must_begin_even_and_end_high(
     figure = risen(tmp_path, "eval/reward", "served", 0.85)
     assert figure.ok is ok
     assert (figure.before, figure.after) == (values[0], values[-1])
+
+
+def test_the_offline_path_wants_reviews_before_it_begins() -> None:
+    with pytest.raises(ConfigError, match=r"no reviews: give data=<file>"):
+        run(OfflineConfig())
