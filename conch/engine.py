@@ -398,6 +398,9 @@ def check_kind(kind: DistributedType) -> None:
     Raises:
         DistributedError: says what to take instead.
     """
+    # On CPUs accelerate passes over FSDP without a word, and the processes would train under DDP.
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        kind = DistributedType.FSDP
     if kind in (DistributedType.FSDP, DistributedType.MEGATRON_LM):
         raise DistributedError(
             f"{kind.value} keeps no whole weights to sample from, to evaluate and to save: launch with "

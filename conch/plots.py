@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,25 +50,61 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 def plot_run(run_dir: Path, names: Sequence[str] = tuple(LABELS)) -> list[Path]:
     """Write one PNG for each of `names` that the run logged to `<run_dir>/plots/`; returns their paths."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     written: list[Path] = []
     for name in names:
         steps, values = read_metric(run_dir, name)
         if not steps:
             continue
-        figure = Figure(figsize=(7, 4.2), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
+        figure, axes = _new_figure()
         axes.plot(steps, values, marker="o", markersize=3, linewidth=1.5)
         axes.set(xlabel="step", ylabel=LABELS.get(name, name), title=f"{name}  ({run_dir.name})")
         axes.grid(alpha=0.3)
-        path = run_dir / "plots" / f"{name.replace('/', '_')}.png"
-        path.parent.mkdir(exist_ok=True)
-        figure.savefig(path, dpi=120)
-        written.append(path)
+        written.append(_saved(figure, run_dir, name))
     return written
+
+
+def plot_against(run_dir: Path, x: str, x_label: str, labels: Mapping[str, str]) -> Path:
+    """Draw metrics over another one, `x`, that was logged at the same steps, all in one PNG in
+    `<run_dir>/plots/`; returns its path.
+
+    labels: metric -> what the legend says of it. Labels give units.
+
+    Raises:
+        DataError: see `read_metric`; or a metric was never logged with `x`.
+    """
+    x_at = dict(zip(*read_metric(run_dir, x), strict=True))
+    curves = {name: _over(x_at, *read_metric(run_dir, name)) for name in labels}
+    for name, points in curves.items():
+        if not points:
+            raise DataError(f"{run_dir} logged no `{name}` at a step at which it logged `{x}`")
+    figure, axes = _new_figure()
+    for name, points in curves.items():
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.5, label=labels[name])
+    axes.set(xlabel=x_label, title=run_dir.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _saved(figure, run_dir, "_".join((*labels, "over", x)))
+
+
+def _over(x_at: dict[int, float], steps: list[int], values: list[float]) -> list[tuple[float, float]]:
+    """Points in the order of steps."""
+    return [(x_at[step], value) for step, value in zip(steps, values, strict=True) if step in x_at]
+
+
+def _new_figure() -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _saved(figure: Any, run_dir: Path, name: str) -> Path:
+    path = run_dir / "plots" / f"{name.replace('/', '_')}.png"
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path
 
 
 def main(argv: Sequence[str]) -> None:

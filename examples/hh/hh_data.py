@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from typing import Any
 
 from conch.config import DataConfig
 from conch.data.files import evaluation_rows, training_rows
-from conch.errors import ConfigError, DataError
+from conch.errors import DataError
+from examples import presets
 
 SIZES = ("125M", "1B", "6B", "20B", "tiny")
 DEFAULT_SIZE = "6B"
@@ -34,10 +34,7 @@ def preset(trainer: str) -> str:
     Raises:
         ConfigError: there is no such size.
     """
-    size = os.environ.get("CONFIG_NAME") or DEFAULT_SIZE
-    if size not in SIZES:
-        raise ConfigError(f"CONFIG_NAME={size} is no preset: choose among {', '.join(SIZES)}")
-    return f"hh/{trainer}_{size}"
+    return presets.preset("hh", trainer, SIZES, DEFAULT_SIZE)
 
 
 def comparison(row: Any) -> Comparison:

@@ -1,37 +1,20 @@
-"""The reward of Helpful & Harmless: a model that a Triton server serves, ours where nobody named one."""
+"""The reward of Helpful & Harmless: GPT-J's where nobody named another."""
 
 from __future__ import annotations
 
-import os
-import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from conch.config import RewardConfig, Section
-from conch.converters.conversion import Reading
-from conch.converters.to_triton import to_triton
-from conch.errors import ServerStartError
-from conch.log import get_logger
+from conch.config import RewardConfig
 from conch.rewards.source import RewardSource, from_user
-from conch.serving.launcher import ServerOptions, TritonServer
-from conch.serving.manifest import ServedDtype
 from conch.trainers.online import less_originals
-
-_log = get_logger("conch.hh")
-
-_LONGEST_WAIT_S = 3600.0
-_POLL_S = 0.5
+from examples.hosting import HostedConfig
 
 
-class HostedConfig(Section):
-    """The reward model that a program serves by itself where neither `reward.url` nor TRITON_HOST names a
-    server. It is converted first where the store has none of this name."""
+class HostedGPTJ(HostedConfig):
+    """The reward model that the programs host: GPT-J's unless they are told otherwise."""
 
     name: str = "gptj-rm-static"
     """Model in the store."""
@@ -44,105 +27,6 @@ class HostedConfig(Section):
 
     revision: str | None = "676bfd4d"
     """Commit of the checkpoint."""
-
-    dtype: ServedDtype = "float16"
-    """Precision of the served weights."""
-
-    model_store: Path = Path("model_store")
-    """Folder of converted models."""
-
-
-@contextmanager
-def served_reward(config: RewardConfig, hosted: HostedConfig) -> Iterator[str]:
-    """`host:port/model` of the reward model, for as long as the context lasts.
-
-    The first process of a machine hosts it on the last GPU, or on the CPU where there is none; the others
-    wait until it is ready. Processes on several machines need a server that is named.
-
-    Raises:
-        ConchError: it cannot be hosted. The launcher then ends the processes that wait.
-    """
-    told = config.url or os.environ.get("TRITON_HOST")
-    if told:
-        yield told
-        return
-    if _number("WORLD_SIZE", 1) != _number("LOCAL_WORLD_SIZE", 1):
-        raise ServerStartError("a run on several machines needs a server for its reward: set TRITON_HOST")
-    if _number("LOCAL_RANK", 0) == 0:
-        with _hosting(hosted) as endpoint:
-            yield endpoint
-    else:
-        yield _wait_for_host()
-
-
-@contextmanager
-def _hosting(hosted: HostedConfig) -> Iterator[str]:
-    """Convert and serve, and tell the other processes of this machine."""
-    gpu = last_gpu()
-    if not (hosted.model_store / hosted.name).is_dir():
-        _convert(hosted, gpu)
-    server = TritonServer(
-        hosted.model_store, [hosted.name], options=ServerOptions(gpu=gpu), ready_timeout_s=600.0
-    )
-    _log.info("hosting %s on %s", hosted.name, f"GPU {gpu}" if gpu else "the CPU")
-    note = launchers_note()
-    with server:
-        endpoint = server.endpoint(hosted.name)
-        tell(note, endpoint)
-        try:
-            yield endpoint
-        finally:
-            note.unlink(missing_ok=True)
-
-
-def _convert(hosted: HostedConfig, gpu: str) -> None:
-    _log.info("converting %s for Triton into %s", hosted.checkpoint, hosted.model_store / hosted.name)
-    to_triton(
-        hosted.checkpoint,
-        name=hosted.name,
-        model_store=hosted.model_store,
-        dtype=hosted.dtype,
-        instance_kind="gpu" if gpu else "cpu",
-        reading=Reading(base_model=hosted.base_model, revision=hosted.revision),
-    )
-
-
-def last_gpu() -> str:
-    """The last GPU that this process may use, as CUDA_VISIBLE_DEVICES names it; "" where there is none."""
-    if not torch.cuda.is_available():
-        return ""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",")[-1].strip() if visible else str(torch.cuda.device_count() - 1)
-
-
-def _wait_for_host() -> str:
-    note, deadline = launchers_note(), time.monotonic() + _LONGEST_WAIT_S
-    while not note.is_file():
-        if time.monotonic() > deadline:
-            raise ServerStartError(
-                f"the first process hosts no reward model after {_LONGEST_WAIT_S:.0f} s: see its output"
-            )
-        time.sleep(_POLL_S)
-    return note.read_text(encoding="utf-8")
-
-
-def launchers_note() -> Path:
-    """A file that the processes of one launcher agree on, and no others: named by the launcher's number and
-    the moment at which it was started."""
-    parent = os.getppid()
-    started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
-    return Path(tempfile.gettempdir()) / f"conch-hh-{os.getuid()}-{parent}-{started}.txt"
-
-
-def tell(note: Path, endpoint: str) -> None:
-    """Leave the endpoint in a file that is whole as soon as it is there."""
-    aside = note.with_suffix(".partial")
-    aside.write_text(endpoint, encoding="utf-8")
-    aside.replace(note)
-
-
-def _number(variable: str, default: int) -> int:
-    return int(os.environ.get(variable) or default)
 
 
 def delta_source(

@@ -16,15 +16,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is no
 
 from conch.cli import load_run_config, run_main
 from conch.trainers.ilql import ILQLRunConfig, ILQLTrainer
+from examples.byte_pairs import tokenizer_for
 from examples.hh.hh_data import comparisons, preset, with_originals
-from examples.hh.hh_reward import HostedConfig, delta_source, served_reward
-from examples.hh.hh_tokenizer import tokenizer_for
+from examples.hh.hh_reward import HostedGPTJ, delta_source
+from examples.hosting import served_reward
 
 
 class ILQLHHConfig(ILQLRunConfig):
     """An ILQL run, and the reward model that it may have to host."""
 
-    hosted: HostedConfig = HostedConfig()
+    hosted: HostedGPTJ = HostedGPTJ()
 
 
 def train(config: ILQLHHConfig) -> Path:

@@ -18,13 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is no
 from conch.cli import load_run_config, run_main
 from conch.trainers.ppo import PPORunConfig, PPOTrainer
 from examples.hh.hh_data import comparisons, preset, with_originals
-from examples.hh.hh_reward import HostedConfig, served_reward
+from examples.hh.hh_reward import HostedGPTJ
+from examples.hosting import served_reward
 
 
 class PPOHHConfig(PPORunConfig):
     """A PPO run, and the reward model that it may have to host."""
 
-    hosted: HostedConfig = HostedConfig()
+    hosted: HostedGPTJ = HostedGPTJ()
 
 
 def train(config: PPOHHConfig) -> Path:

@@ -19,15 +19,16 @@ from transformers import PreTrainedTokenizerBase
 from conch.cli import load_run_config, run_main
 from conch.rewards.source import RewardSource
 from conch.trainers.sft import SFTRunConfig, SFTTrainer
+from examples.byte_pairs import tokenizer_for
 from examples.hh.hh_data import Comparison, comparisons, preset, with_originals
-from examples.hh.hh_reward import HostedConfig, delta_source, served_reward
-from examples.hh.hh_tokenizer import tokenizer_for
+from examples.hh.hh_reward import HostedGPTJ, delta_source
+from examples.hosting import served_reward
 
 
 class SFTHHConfig(SFTRunConfig):
     """An SFT run, and the reward model that it may have to host."""
 
-    hosted: HostedConfig = HostedConfig()
+    hosted: HostedGPTJ = HostedGPTJ()
 
     measure_reward: bool = True
     """Whether evaluations sample answers to held-out prompts and have them scored."""

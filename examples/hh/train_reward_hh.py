@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is no
 
 from conch.cli import load_run_config, run_main
 from conch.trainers.reward_model import RewardModelRunConfig, RewardModelTrainer
+from examples.byte_pairs import tokenizer_for
 from examples.hh.hh_data import Comparison, comparisons, preset
-from examples.hh.hh_tokenizer import tokenizer_for
 
 
 def train(config: RewardModelRunConfig) -> Path:

@@ -98,6 +98,30 @@ def test_each_server_gets_no_more_than_max_in_flight() -> None:
         assert reward.traffic().most_in_flight <= 4 and reward.traffic().most_in_flight == 0
 
 
+def test_server_that_has_less_to_do_is_asked() -> None:
+    release = threading.Event()
+    with servers() as (a, b), TritonReward(url(a, b), SINGLES) as reward:
+        reward.check()
+        before = len(b.requests)
+        a.score = lambda row: [1.0 if release.wait(WAIT_S) else 0.0]
+        slow = reward.submit(rollouts("slow"))
+        until(lambda: len(a.requests) + len(b.requests) == 2 + before)
+        answers = [values(reward.submit(rollouts("q" * n)).result(WAIT_S)) for n in range(1, 6)]
+        release.set()
+        assert values(slow.result(WAIT_S)) == [1.0]
+    assert answers == [[n + 1.0] for n in range(1, 6)]
+    assert len(a.requests) == 2 and len(b.requests) == before + 5
+
+
+def test_of_idle_servers_one_that_just_failed_is_asked_last() -> None:
+    with servers() as (a, b), TritonReward(url(a, b), SINGLES) as reward:
+        reward.check()
+        always(a, BUSY)
+        for count in range(1, 9):
+            assert values(reward.submit(rollouts("q" * count)).result(WAIT_S)) == [count + 1.0]
+    assert len(a.requests) <= 2  # the probe, and the one that failed
+
+
 def test_rows_gather_while_all_places_are_taken() -> None:
     release = threading.Event()
     config = CONFIG.model_copy(update={"max_in_flight": 1})
@@ -482,6 +506,21 @@ def test_swapped_model_is_noticed(policy: OnModelChange, caplog: pytest.LogCaptu
         # What was remembered of the old model is forgotten.
         assert values(results) == [-1.0] * 3 and {result.version for result in results} == {"2"}
         assert change == "" and caplog.text.count("the reward model has changed") == (policy == "warn")
+
+
+def test_late_answer_of_the_old_model_is_not_remembered() -> None:
+    release = threading.Event()
+    config = CONFIG.model_copy(update={"on_model_change": "accept"})
+    with servers(TEXT) as (server,), TritonReward(server.url, config) as reward:
+        reward.submit(rollouts("a")).result(WAIT_S)
+        server.script.append(lambda rows, context: release.wait(WAIT_S) and reply([[5.0]])(rows, context))
+        late = reward.submit(rollouts("late"))
+        until(lambda: len(server.requests) == 2)
+        swap(server)
+        assert values(reward.submit(rollouts("b")).result(WAIT_S)) == [-1.0]
+        release.set()
+        assert [(result.version, *result.scores.values()) for result in late.result(WAIT_S)] == [("1", 5.0)]
+        assert values(reward.submit(rollouts("late")).result(WAIT_S)) == [-1.0]
 
 
 def test_republished_content_under_a_new_number_is_no_change() -> None:

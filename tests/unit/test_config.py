@@ -12,10 +12,11 @@ from pydantic import ValidationError
 from conch.cli import default_config_dir, load_run_config
 from conch.config import GenerationConfig, ModelConfig, RewardConfig, Section, TrainConfig, load
 from conch.errors import ConfigError
-from examples.hh.hh_data import SIZES
+from examples.hh import hh_data
+from examples.sentiments import reviews
 
 CONFIGS = default_config_dir()
-# The program that a file belongs to, by the file's stem -> module and class of its configuration.
+# The program that a file belongs to, by its stem or with its folder -> module and class of its settings.
 RUN_CONFIG_CLASSES = {
     "sft": ("conch.trainers.sft", "SFTRunConfig"),
     "reward_model": ("conch.trainers.reward_model", "RewardModelRunConfig"),
@@ -24,18 +25,39 @@ RUN_CONFIG_CLASSES = {
     "ilql": ("conch.trainers.ilql", "ILQLRunConfig"),
     "rft": ("conch.trainers.rft", "RFTRunConfig"),
     "quickstart": ("examples.randomwalks.quickstart", "QuickstartConfig"),
+    "sentiments/offline": ("examples.sentiments.offline", "OfflineConfig"),
     **{
-        f"{trainer}_{size}": (f"examples.hh.{program}", section)
+        f"hh/{trainer}_{size}": (f"examples.hh.{program}", section)
         for trainer, program, section in (
             ("sft", "sft_hh", "SFTHHConfig"),
             ("reward_model", "train_reward_hh", "RewardModelRunConfig"),
             ("ppo", "ppo_hh", "PPOHHConfig"),
             ("ilql", "ilql_hh", "ILQLHHConfig"),
         )
-        for size in SIZES
+        for size in hh_data.SIZES
+    },
+    **{
+        f"sentiments/{trainer}_{size}": (f"examples.sentiments.{program}_sentiments", section)
+        for trainer, program, section in (
+            ("sft", "sft", "SFTSentimentsConfig"),
+            ("reward_model", "train_reward", "RewardSentimentsConfig"),
+            ("ppo", "ppo", "PPOSentimentsConfig"),
+            ("dense_ppo", "dense_ppo", "PPOSentimentsConfig"),
+            ("rft", "rft", "RFTSentimentsConfig"),
+            ("ilql", "ilql", "ILQLSentimentsConfig"),
+        )
+        for size in reviews.SIZES
     },
 }
-RUN_CONFIGS = sorted(file for file in CONFIGS.rglob("*.yaml") if file.stem in RUN_CONFIG_CLASSES)
+
+
+def program_of(file: Path) -> str | None:
+    """The key in RUN_CONFIG_CLASSES; None where no program is known for the file."""
+    names = (str(file.relative_to(CONFIGS).with_suffix("")), file.stem)
+    return next((name for name in names if name in RUN_CONFIG_CLASSES), None)
+
+
+RUN_CONFIGS = sorted(file for file in CONFIGS.rglob("*.yaml") if program_of(file))
 ACCELERATE_CONFIGS = sorted((CONFIGS / "accelerate").glob("*.yaml"))
 
 
@@ -47,7 +69,7 @@ class Outer(Section):
 
 
 def run_config_class(file: Path) -> type[Section]:
-    module, name = RUN_CONFIG_CLASSES[file.stem]
+    module, name = RUN_CONFIG_CLASSES[program_of(file) or ""]
     return getattr(importlib.import_module(module), name)
 
 

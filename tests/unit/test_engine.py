@@ -47,10 +47,14 @@ def test_a_batch_that_does_not_come_out_whole_is_refused_with_the_nearest(
     assert str(refused.value) == message
 
 
-def test_fsdp_is_refused_with_what_to_take() -> None:
+def test_fsdp_is_refused_with_what_to_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    check_kind(DistributedType.DEEPSPEED)
     with pytest.raises(DistributedError, match=r"^FSDP keeps .* configs/accelerate/zero3\.yaml"):
         check_kind(DistributedType.FSDP)
-    check_kind(DistributedType.DEEPSPEED)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(DistributedError, match=r"^FSDP keeps"):  # what it becomes on CPUs
+        check_kind(DistributedType.MULTI_CPU)
 
 
 def test_until_it_is_prepared_a_model_is_whole_under_deepspeed_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The Helpful & Harmless example: its data, its presets, and who hosts the reward."""
+"""The Helpful & Harmless example: its data and its presets."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 
-from conch.config import DataConfig, ModelConfig, RewardConfig, TokenizerConfig
-from conch.errors import ConfigError, ConversionError, DataError, ServerStartError
+from conch.config import DataConfig
+from conch.errors import ConfigError, DataError
 from examples.hh.hh_data import comparison, comparisons, preset, split_answer
-from examples.hh.hh_reward import HostedConfig, last_gpu, launchers_note, served_reward, tell
-from examples.hh.hh_tokenizer import tokenizer_for
 from examples.hh.smoke_table import main, ppo_figure
 
 DIALOGUE = "\n\nHuman: a?\n\nAssistant: b\n\nHuman: c?\n\nAssistant:"
@@ -86,74 +84,6 @@ def test_presets_are_chosen_by_the_environment(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("CONFIG_NAME", "7B")
     with pytest.raises(ConfigError, match="CONFIG_NAME=7B is no preset: choose among 125M, 1B, 6B, 20B"):
         preset("ppo")
-
-
-def test_a_server_that_is_named_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_HOST", "one:8001/a")
-    with served_reward(RewardConfig(), HostedConfig()) as endpoint:
-        assert endpoint == "one:8001/a"
-    with served_reward(RewardConfig(url="two:8001/b"), HostedConfig()) as endpoint:
-        assert endpoint == "two:8001/b"
-
-
-@pytest.fixture
-def two_processes(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """The environment of one of two processes on one machine, which nobody told of a server."""
-    monkeypatch.delenv("TRITON_HOST", raising=False)
-    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        monkeypatch.setenv(name, "2")
-    return monkeypatch
-
-
-def test_a_run_on_several_machines_needs_a_server_that_is_named(two_processes: pytest.MonkeyPatch) -> None:
-    two_processes.setenv("WORLD_SIZE", "4")
-    with (
-        pytest.raises(ServerStartError, match="set TRITON_HOST"),
-        served_reward(RewardConfig(), HostedConfig()),
-    ):
-        pass
-
-
-def test_a_process_that_does_not_host_takes_the_endpoint_that_the_first_left(
-    two_processes: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    two_processes.setattr("tempfile.tempdir", str(tmp_path))
-    two_processes.setenv("LOCAL_RANK", "1")
-    tell(launchers_note(), "localhost:9/hh")
-    with served_reward(RewardConfig(), HostedConfig()) as endpoint:
-        assert endpoint == "localhost:9/hh"
-    assert launchers_note().is_file(), "other processes may not have read it yet"
-
-
-def test_the_first_process_says_why_it_cannot_host(two_processes: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    two_processes.setenv("LOCAL_RANK", "0")
-    hosted = HostedConfig(
-        checkpoint=str(tmp_path / "nowhere"), base_model=None, revision=None, model_store=tmp_path / "store"
-    )
-    with pytest.raises(ConversionError, match="nowhere"), served_reward(RewardConfig(), hosted):
-        pass
-
-
-def test_the_last_visible_gpu_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert last_gpu() == "7"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    assert last_gpu() == "5"
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert last_gpu() == ""
-
-
-def test_the_small_tokenizer_is_the_same_each_time_and_gives_text_back() -> None:
-    model = ModelConfig(architecture={"model_type": "gpt2", "vocab_size": 300})
-    texts = [DIALOGUE + " größer", "Human: human: abc"] * 3
-    one, other = (tokenizer_for(model, TokenizerConfig(), texts) for _ in range(2))
-    assert one.get_vocab() == other.get_vocab()
-    assert len(one) <= 300
-    assert (one.pad_token_id, one.eos_token_id) == (0, 1)
-    ids = one(DIALOGUE + " größer 山")["input_ids"]
-    assert one.decode(ids) == DIALOGUE + " größer 山"
 
 
 def evaluated(run: Path, gain: float) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from conch.errors import DataError
-from conch.plots import LABELS, main, plot_run, read_metric
+from conch.plots import LABELS, main, plot_against, plot_run, read_metric
 from conch.tracking import METRICS_FILE
 
 
@@ -79,3 +79,17 @@ def test_command_line_refuses_metrics_that_were_not_logged(tmp_path: Path) -> No
 
 def test_default_curves_have_titles_with_units() -> None:
     assert "nats" in LABELS["policy/kl"] and "mean" in LABELS["eval/reward"]
+
+
+def test_metrics_are_drawn_over_another_one(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    path = plot_against(tmp_path, "reward/mean", "nats", {"eval/reward": "served"})
+
+    assert path == tmp_path / "plots/eval_reward_over_reward_mean.png"
+    assert png_size(path) == (840, 504)
+
+
+def test_metrics_of_other_steps_are_not_drawn_over_one(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    with pytest.raises(DataError, match="logged no `policy/kl` at a step at which it logged `reward/mean`"):
+        plot_against(tmp_path, "reward/mean", "nats", {"eval/reward": "served", "policy/kl": "KL"})

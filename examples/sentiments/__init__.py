@@ -1,0 +1,1 @@
+"""Sentiment: a writer of film reviews that learns to be kind, from a classifier that Triton serves."""
