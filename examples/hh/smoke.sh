@@ -17,7 +17,8 @@ export CONFIG_NAME=tiny DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 unset TRITON_HOST
 share=${STEPS:-1}
 python=${PYTHON:-python}
-launch=("$python" -m accelerate.commands.launch --num_processes 2
+# Port 0 takes a free one: the usual one may be another run's.
+launch=("$python" -m accelerate.commands.launch --num_processes 2 --main_process_port 0
 	--config_file ../../configs/accelerate/zero2-bf16.yaml)
 
 steps() { # the given number of steps, or a share of them
