@@ -19,7 +19,7 @@ def test_a_batch_is_cut_into_ranks_minibatches_and_micro_batches() -> None:
 @pytest.mark.parametrize(
     ("total", "ranks", "minibatches", "steps", "message"),
     [
-        (10, 4, 1, 1, "`n` = 10 does not divide among 4 processes: take 8 or 12"),
+        (10, 4, 1, 1, "`ppo.n` = 10 does not divide among 4 processes: take 8 or 12"),
         (3, 4, 1, 2, "`ppo.n` = 3 does not divide among 4 processes: take 8"),
         (
             12,
