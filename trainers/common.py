@@ -128,6 +128,34 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         module.train(was_training)
 
 
+_FIRST = ("train/ratio", "train/approx_kl", "train/clip_fraction")
+"""Statistics also reported for the first minibatch alone, where the policy is still the one that sampled:
+they must be 1, 0 and 0."""
+
+
+def updates_over(
+    num_rows: int,
+    epochs: int,
+    minibatches: int,
+    update: Callable[[torch.Tensor], tuple[Metrics, UpdateReport]],
+) -> Metrics:
+    """All epochs over one step's samples, shuffled anew each time; means over the updates, and what the first
+    one found.
+
+    update: one optimizer update on these rows.
+    """
+    columns: list[Metrics] = []
+    reports: list[UpdateReport] = []
+    for _ in range(epochs):
+        for rows in torch.randperm(num_rows).chunk(minibatches):
+            stats, report = update(rows)
+            columns.append(stats)
+            reports.append(report)
+    means = {name: sum(stats[name] for stats in columns) / len(columns) for name in columns[0]}
+    first = {f"{name}_first": columns[0][name] for name in _FIRST}
+    return {**means, **first, **update_metrics(reports)}
+
+
 def update_metrics(reports: Sequence[UpdateReport]) -> Metrics:
     """What one or more optimizer updates in a row did to the weights; the rate is the last one's."""
     return {

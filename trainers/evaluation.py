@@ -5,7 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conch.config import EvalGenerationConfig, GenerationConfig, RewardConfig, load
 from conch.engine import Engine
@@ -14,7 +17,7 @@ from conch.rewards.scorer import Scorer
 from conch.rewards.source import RewardSource, UserReward
 from conch.tracking import Tracker
 from conch.trainers.common import mean_of_finite
-from conch.trainers.online import MetricFn, checked_source, metric_columns, total_reward
+from conch.trainers.online import MetricFn, checked_source, fitting_prompts, metric_columns, total_reward
 from conch.types import Metrics, Prompt, Rollout, RolloutEngine
 
 GenerationT = TypeVar("GenerationT", bound=GenerationConfig)
@@ -60,6 +63,37 @@ def _variant(suffix: str, base: GenerationT, changed: Mapping[str, Any]) -> Vari
 def longest_generation(variants: Sequence[Variant[GenerationT]]) -> GenerationT:
     """The one that leaves the least room for prompts."""
     return max((variant.generation for variant in variants), key=lambda each: each.max_new_tokens)
+
+
+@dataclass(frozen=True)
+class SampledPrompts(Generic[GenerationT]):
+    """What a trainer samples from: prompts to learn from, prompts to evaluate on, and the ways to do that."""
+
+    train: list[Prompt]
+    evaluation: list[Prompt]
+    variants: list[Variant[GenerationT]]
+
+
+def sampled_prompts(
+    config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    lm: PreTrainedModel,
+    prompts: Sequence[str | Mapping[str, Any]],
+    eval_prompts: Sequence[str | Mapping[str, Any]] | None,
+) -> SampledPrompts[Any]:
+    """Prompts that leave room for a completion; without `eval_prompts`, all that are learned from are
+    evaluated on, whatever their length.
+
+    config: the run's, for its sections `generation`, `eval_generation`, `tokenizer` and `data`.
+
+    Raises:
+        ConfigError, DataError: see `fitting_prompts` and `eval_variants`.
+    """
+    variants = eval_variants(config.generation, config.eval_generation)
+    fitting = partial(fitting_prompts, tokenizer=tokenizer, config=config.tokenizer, model=lm)
+    train = fitting(prompts, generation=config.generation, lengths=config.data)
+    evaluated = prompts if eval_prompts is None else eval_prompts
+    return SampledPrompts(train, fitting(evaluated, generation=longest_generation(variants)), variants)
 
 
 def eval_source(

@@ -30,7 +30,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +66,10 @@ from conch.trainers.common import (
     given_or_loaded_lm,
     rows_of_rank,
     rows_per_process,
-    update_metrics,
+    updates_over,
     with_whole_weights,
 )
-from conch.trainers.evaluation import Evaluator, eval_variants, longest_generation
+from conch.trainers.evaluation import Evaluator, sampled_prompts
 from conch.trainers.grpo_config import GRPORunConfig
 from conch.trainers.grpo_terms import (
     clipped_loss_terms,
@@ -178,11 +177,8 @@ class GRPOTrainer:
 
     def _init_data(self, lm: PreTrainedModel, prompts: Any, eval_prompts: Any) -> None:
         config, engine, grpo = self.config, self.engine, self.config.grpo
-        self.variants = eval_variants(config.generation, config.eval_generation)
-        fitting = partial(fitting_prompts, tokenizer=self.tokenizer, config=config.tokenizer, model=lm)
-        self.prompts = fitting(prompts, generation=config.generation, lengths=config.data)
-        eval_prompts = prompts if eval_prompts is None else eval_prompts
-        self.eval_prompts = fitting(eval_prompts, generation=longest_generation(self.variants))
+        made = sampled_prompts(config, self.tokenizer, lm, prompts, eval_prompts)
+        self.prompts, self.eval_prompts, self.variants = made.train, made.evaluation, made.variants
         self.stream = IndexStream(len(self.prompts), config.train.seed, engine.rank, engine.num_ranks)
         self._num_prompts = rows_of_rank(
             grpo.prompts_per_step, "grpo.prompts_per_step", engine.num_ranks, 1, 1
@@ -276,17 +272,14 @@ class GRPOTrainer:
     def update(self, batch: GRPOBatch) -> Metrics:
         """All epochs and minibatches over one step's samples."""
         config = self.config.grpo
-        columns: list[Metrics] = []
-        reports: list[UpdateReport] = []
-        for _ in range(config.epochs):
-            for rows in torch.randperm(self._rows).chunk(config.minibatches):
-                stats, report = self._update_minibatch(take_rows(batch, rows))
-                columns.append(stats)
-                reports.append(report)
+        metrics = updates_over(
+            self._rows,
+            config.epochs,
+            config.minibatches,
+            lambda rows: self._update_minibatch(take_rows(batch, rows)),
+        )
         self.policy_version += 1
-        means = {name: sum(stats[name] for stats in columns) / len(columns) for name in columns[0]}
-        first = {f"{name}_first": columns[0][name] for name in _FIRST}
-        return {**means, **first, **update_metrics(reports)}
+        return metrics
 
     # ---------------------------------------------------------------------------------- parts of `experience`
 
@@ -532,11 +525,6 @@ class GRPOTrainer:
     @property
     def _pad_id(self) -> int:
         return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
-
-
-_FIRST = ("train/ratio", "train/approx_kl", "train/clip_fraction")
-"""Statistics also reported for the first minibatch alone, where the policy is still the one that sampled:
-they must be 1, 0 and 0."""
 
 
 @contextmanager

@@ -23,7 +23,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +62,10 @@ from conch.trainers.common import (
     evaluating,
     given_or_loaded_lm,
     rows_per_process,
-    update_metrics,
+    updates_over,
     with_whole_weights,
 )
-from conch.trainers.evaluation import Evaluator, eval_variants, longest_generation
+from conch.trainers.evaluation import Evaluator, sampled_prompts
 from conch.trainers.online import (
     Ahead,
     KLConfig,
@@ -286,11 +285,8 @@ class PPOTrainer:
 
     def _init_data(self, lm: PreTrainedModel, prompts: Any, eval_prompts: Any) -> None:
         config, engine = self.config, self.engine
-        self.variants = eval_variants(config.generation, config.eval_generation)
-        fitting = partial(fitting_prompts, tokenizer=self.tokenizer, config=config.tokenizer, model=lm)
-        self.prompts = fitting(prompts, generation=config.generation, lengths=config.data)
-        eval_prompts = prompts if eval_prompts is None else eval_prompts
-        self.eval_prompts = fitting(eval_prompts, generation=longest_generation(self.variants))
+        made = sampled_prompts(config, self.tokenizer, lm, prompts, eval_prompts)
+        self.prompts, self.eval_prompts, self.variants = made.train, made.evaluation, made.variants
         self.stream = IndexStream(len(self.prompts), config.train.seed, engine.rank, engine.num_ranks)
         total = config.ppo.rollouts_per_step
         self._rows = rows_per_process(
@@ -380,17 +376,14 @@ class PPOTrainer:
     def update(self, batch: PPOBatch) -> Metrics:
         """All epochs and minibatches over one step's samples."""
         config = self.config.ppo
-        columns: list[Metrics] = []
-        reports: list[UpdateReport] = []
-        for _ in range(config.epochs):
-            for rows in torch.randperm(self._rows).chunk(config.minibatches):
-                stats, report = self._update_minibatch(take_rows(batch, rows))
-                columns.append(stats)
-                reports.append(report)
+        metrics = updates_over(
+            self._rows,
+            config.epochs,
+            config.minibatches,
+            lambda rows: self._update_minibatch(take_rows(batch, rows)),
+        )
         self.policy_version += 1
-        means = {name: sum(stats[name] for stats in columns) / len(columns) for name in columns[0]}
-        first = {f"{name}_first": columns[0][name] for name in _FIRST}
-        return {**means, **first, **update_metrics(reports)}
+        return metrics
 
     # ---------------------------------------------------------------------------------- parts of `experience`
 
@@ -536,9 +529,9 @@ class PPOTrainer:
         if not rollouts:  # a rank without prompts to evaluate; the others wait for its share of the mean
             nothing = torch.zeros(0, 1, device=self.engine.device)
             return mean_kl(nothing, nothing, nothing.bool(), self.engine.sum)
-        sequences = collate(rollouts, self._pad_id, self.engine.device)
-        logprobs, reference, _, _ = self._forward(sequences)
-        return mean_kl(logprobs, reference, sequences.response_mask, self.engine.sum)
+        passes = self._passes(rollouts)
+        mask = passes.sequences.response_mask
+        return mean_kl(passes.logprobs, passes.ref_logprobs, mask, self.engine.sum)
 
     @with_whole_weights
     def generate(self, prompts: Sequence[str], *, greedy: bool = False) -> list[str]:
@@ -572,11 +565,6 @@ class PPOTrainer:
     @property
     def _pad_id(self) -> int:
         return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
-
-
-_FIRST = ("train/ratio", "train/approx_kl", "train/clip_fraction")
-"""Statistics also reported for the first minibatch alone, where the policy is still the one that sampled:
-they must be 1, 0 and 0."""
 
 
 def main(argv: Sequence[str]) -> None:

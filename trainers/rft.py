@@ -22,7 +22,6 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ from conch.trainers.common import (
     update_metrics,
     with_whole_weights,
 )
-from conch.trainers.evaluation import Evaluator, eval_variants, longest_generation
+from conch.trainers.evaluation import Evaluator, sampled_prompts
 from conch.trainers.online import (
     MetricFn,
     agreed_objectives,
@@ -246,11 +245,8 @@ class RFTTrainer:
 
     def _init_data(self, prompts: Any, eval_prompts: Any) -> None:
         config = self.config
-        self.variants = eval_variants(config.generation, config.eval_generation)
-        fitting = partial(fitting_prompts, tokenizer=self.tokenizer, config=config.tokenizer, model=self.lm)
-        self.prompts = fitting(prompts, generation=config.generation, lengths=config.data)
-        eval_prompts = prompts if eval_prompts is None else eval_prompts
-        self.eval_prompts = fitting(eval_prompts, generation=longest_generation(self.variants))
+        made = sampled_prompts(config, self.tokenizer, self.lm, prompts, eval_prompts)
+        self.prompts, self.eval_prompts, self.variants = made.train, made.evaluation, made.variants
         self._num_prompts = config.rft.prompts_per_round or len(self.prompts)
         if self._num_prompts > len(self.prompts):
             raise ConfigError(
