@@ -12,6 +12,7 @@
     │   └── ServerStartError        tritonserver did not start or did not become ready
     ├── ConversionError         a checkpoint cannot be converted
     │   └── ParityError             the converted model does not score like the original
+    ├── RolloutError            completions could not be sampled: memory, or a server that is away or astray
     ├── CheckpointError         a checkpoint cannot be written or read
     └── DistributedError        the ranks that run are not the ranks that were asked for
 
@@ -69,6 +70,10 @@ class ConversionError(ConchError):
 
 class ParityError(ConversionError):
     """A converted model does not score like the original; nothing was published."""
+
+
+class RolloutError(ConchError):
+    """Completions could not be sampled: no memory for the engine, or no server that answers as it must."""
 
 
 class CheckpointError(ConchError):

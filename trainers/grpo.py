@@ -40,7 +40,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conch.checkpoint import save_model
 from conch.cli import load_run_config, run_main
-from conch.config import GenerationConfig
 from conch.data.files import evaluation_rows, training_rows
 from conch.data.forms import prompt_form
 from conch.data.stream import IndexStream
@@ -58,7 +57,6 @@ from conch.ops import (
 )
 from conch.rewards.scorer import Scorer
 from conch.rewards.source import UserReward
-from conch.rollouts.hf_engine import HFEngine
 from conch.tracking import Tracker
 from conch.trainers.common import (
     check_vocabulary,
@@ -95,6 +93,7 @@ from conch.trainers.online import (
     texts_of,
 )
 from conch.trainers.run import fit, start_run
+from conch.trainers.sampling import Samplers
 from conch.trainers.shaping import RewardShaper
 from conch.types import Metrics, Prompt, RewardResult, Rollout
 
@@ -201,17 +200,11 @@ class GRPOTrainer:
         if config.grpo.kl.coef > 0:
             with engine.whole_weights():
                 self.reference = build_reference(lm, config.model.num_layers_unfrozen)
+        self._make_sampler = Samplers(
+            config.rollout, engine, self.tokenizer, lambda: self.policy.lm, lambda: self.policy_version
+        )
         self.sampler = self._make_sampler(config.generation)
         engine.seed_sampling()
-
-    def _make_sampler(self, generation: GenerationConfig) -> HFEngine:
-        return HFEngine(
-            lambda: self.policy.lm,
-            self.tokenizer,
-            generation,
-            version=lambda: self.policy_version,
-            autocast=self.engine.autocast,
-        )
 
     # ----------------------------------------------------------------------------------------- the four verbs
 
@@ -264,7 +257,9 @@ class GRPOTrainer:
         self.experience_metrics = {
             **self.scorer.metrics(),
             **reward_metrics(rewards, self.config.reward.weights, self.shaper.objectives, self.engine.sum),
-            **rollout_metrics(rollouts, sequences, passes.logprobs, self.engine.sum),
+            **rollout_metrics(
+                rollouts, sequences, passes.logprobs, self.engine.sum, self.config.rollout.logprob_gap_alarm
+            ),
             **self._statistics(batch, passes, valid),
         }
         return batch
@@ -518,8 +513,9 @@ class GRPOTrainer:
         return folder
 
     def close(self) -> None:
-        """Stop the reward client and leave the process group."""
+        """Stop the reward client and the sampler, and leave the process group."""
         self.source.close()
+        self._make_sampler.close()
         self.engine.close()
 
     @property

@@ -6,7 +6,14 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from conch.config import EvalGenerationConfig, GenerationConfig, RewardConfig, RunConfig, Section
+from conch.config import (
+    EvalGenerationConfig,
+    GenerationConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    Section,
+)
 from conch.ops import KLEstimator
 from conch.trainers.grpo_terms import Advantage, LossForm
 from conch.trainers.online import KLConfig
@@ -97,6 +104,7 @@ class GRPORunConfig(RunConfig):
 
     generation: GenerationConfig = GenerationConfig()
     eval_generation: EvalGenerationConfig = EvalGenerationConfig()
+    rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     shaping: ShapingConfig = ShapingConfig()
     grpo: GRPOConfig = GRPOConfig()

@@ -23,6 +23,7 @@ from conch.data.prompts import make_prompts
 from conch.engine import Engine
 from conch.errors import ConfigError, DataError
 from conch.experience import Sequences
+from conch.log import get_logger
 from conch.models.loading import context_window
 from conch.ops import KLEstimator, Reduce, kl_estimate, masked_mean
 from conch.rewards.delta_reward import DeltaReward, check_originals
@@ -31,6 +32,8 @@ from conch.rewards.source import RewardSource, UserReward, from_user
 from conch.trainers.common import given_or_loaded_tokenizer
 from conch.trainers.run import Run
 from conch.types import Metrics, Prompt, RewardResult, Rollout
+
+_log = get_logger(__name__)
 
 MetricFn = Callable[..., Mapping[str, Sequence[float] | float]]
 """`f(samples, prompts, outputs, **metadata)` -> name -> one value per sample, or one for all."""
@@ -153,18 +156,33 @@ def _spread(values: Sequence[float], reduce: Reduce) -> Metrics:
 
 
 def rollout_metrics(
-    rollouts: Sequence[Rollout], sequences: Sequences, logprobs: Float[Tensor, "B R"], reduce: Reduce
+    rollouts: Sequence[Rollout],
+    sequences: Sequences,
+    logprobs: Float[Tensor, "B R"],
+    reduce: Reduce,
+    alarm: float | None = None,
 ) -> Metrics:
-    """Lengths, the share cut by the limit, and the distance of the sampler's log-probs from the trainer's."""
+    """Lengths, the share cut by the limit, and the distance of the sampler's log-probs from the trainer's.
+
+    alarm: nats of that distance above which a warning is written.
+    """
     mask = sequences.response_mask
     reasons = [rollout.completion.finish_reason for rollout in rollouts]
     cut = torch.tensor([reason == "length" for reason in reasons], device=mask.device)
     everyone = torch.ones_like(cut)
-    gap = (logprobs - sequences.sampling_logprobs).abs()
+    gap = float(masked_mean((logprobs - sequences.sampling_logprobs).abs(), mask, reduce))
+    if alarm is not None and gap > alarm:
+        _log.warning(
+            "the sampler's log-probs are %.3g nats a token from the trainer's, above "
+            "`rollout.logprob_gap_alarm` = %g: what is trained on was sampled from another distribution "
+            "(another precision, stale weights, or a cut by `generation.top_k` or `top_p`)",
+            gap,
+            alarm,
+        )
     return {
         "rollout/length_mean": float(masked_mean(mask.sum(dim=1).float(), everyone, reduce)),
         "rollout/truncated_fraction": float(masked_mean(cut.float(), everyone, reduce)),
-        "rollout/logprob_gap": float(masked_mean(gap, mask, reduce)),
+        "rollout/logprob_gap": gap,
     }
 
 

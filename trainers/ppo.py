@@ -34,7 +34,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conch.checkpoint import save_model
 from conch.cli import load_run_config, run_main
-from conch.config import EvalGenerationConfig, GenerationConfig, RewardConfig, RunConfig, Section
+from conch.config import (
+    EvalGenerationConfig,
+    GenerationConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    Section,
+)
 from conch.data.files import evaluation_rows, training_rows
 from conch.data.forms import prompt_form
 from conch.data.stream import IndexStream
@@ -55,7 +62,6 @@ from conch.ops import (
 )
 from conch.rewards.scorer import Scorer
 from conch.rewards.source import UserReward
-from conch.rollouts.hf_engine import HFEngine
 from conch.tracking import Tracker
 from conch.trainers.common import (
     check_vocabulary,
@@ -82,6 +88,7 @@ from conch.trainers.online import (
     texts_of,
 )
 from conch.trainers.run import fit, start_run
+from conch.trainers.sampling import Samplers
 from conch.trainers.shaping import RewardShaper, ShapingConfig
 from conch.types import Metrics, Prompt, RewardResult, Rollout
 
@@ -144,6 +151,7 @@ class PPORunConfig(RunConfig):
 
     generation: GenerationConfig = GenerationConfig()
     eval_generation: EvalGenerationConfig = EvalGenerationConfig()
+    rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     shaping: ShapingConfig = ShapingConfig()
     ppo: PPOConfig = PPOConfig()
@@ -306,17 +314,11 @@ class PPOTrainer:
         )
         with engine.whole_weights():
             self.reference = build_reference(lm, config.model.num_layers_unfrozen)
+        self._make_sampler = Samplers(
+            config.rollout, engine, self.tokenizer, lambda: self.policy.lm, lambda: self.policy_version
+        )
         self.sampler = self._make_sampler(config.generation)
         engine.seed_sampling()
-
-    def _make_sampler(self, generation: GenerationConfig) -> HFEngine:
-        return HFEngine(
-            lambda: self.policy.lm,
-            self.tokenizer,
-            generation,
-            version=lambda: self.policy_version,
-            autocast=self.engine.autocast,
-        )
 
     # ----------------------------------------------------------------------------------------- the four verbs
 
@@ -362,7 +364,7 @@ class PPOTrainer:
         self.experience_metrics = {
             **self.scorer.metrics(),
             **reward_metrics(rewards, self.config.reward.weights, self.shaper.objectives, reduce),
-            **rollout_metrics(rollouts, sequences, logprobs, reduce),
+            **rollout_metrics(rollouts, sequences, logprobs, reduce, self.config.rollout.logprob_gap_alarm),
             "policy/entropy": float(masked_mean(spread, sequences.response_mask, reduce)),
             "policy/kl": measured,
             "policy/kl_coef": self._kl_coef,
@@ -558,8 +560,9 @@ class PPOTrainer:
         return folder
 
     def close(self) -> None:
-        """Stop the reward client and leave the process group."""
+        """Stop the reward client and the sampler, and leave the process group."""
         self.source.close()
+        self._make_sampler.close()
         self.engine.close()
 
     @property

@@ -35,6 +35,7 @@ from conch.config import (
     EvalGenerationConfig,
     GenerationConfig,
     RewardConfig,
+    RolloutConfig,
     RunConfig,
     Section,
 )
@@ -48,7 +49,6 @@ from conch.log import get_logger
 from conch.models.trainable import choose_trainable
 from conch.rewards.scorer import Scorer
 from conch.rewards.source import UserReward
-from conch.rollouts.hf_engine import HFEngine
 from conch.tracking import Tracker
 from conch.trainers.common import (
     check_vocabulary,
@@ -69,6 +69,7 @@ from conch.trainers.online import (
     total_reward,
 )
 from conch.trainers.run import fit, start_run
+from conch.trainers.sampling import Samplers
 from conch.trainers.sft import TokenLoss
 from conch.types import Metrics, Prompt, RewardResult, Rollout
 
@@ -118,6 +119,7 @@ class RFTRunConfig(RunConfig):
 
     generation: GenerationConfig = GenerationConfig()
     eval_generation: EvalGenerationConfig = EvalGenerationConfig()
+    rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     rft: RFTConfig = RFTConfig()
 
@@ -262,21 +264,15 @@ class RFTTrainer:
         choose_trainable(self.lm, config.model)
         total_updates = config.train.total_steps * config.rft.updates_per_step
         engine.prepare(TokenLoss(self.lm), config.optimizer, config.scheduler, total_updates=total_updates)
+        self._make_sampler = Samplers(
+            config.rollout, engine, self.tokenizer, lambda: self.lm, lambda: self.policy_version
+        )
         self.sampler = self._make_sampler(config.generation)
         engine.seed_sampling()
         self.policy_version = 0
         self.steps_done = 0
         self.pool: list[Candidates] = []
         self._objectives: list[str] = []
-
-    def _make_sampler(self, generation: GenerationConfig) -> HFEngine:
-        return HFEngine(
-            lambda: self.lm,
-            self.tokenizer,
-            generation,
-            version=lambda: self.policy_version,
-            autocast=self.engine.autocast,
-        )
 
     # ----------------------------------------------------------------------------------------- the four verbs
 
@@ -462,8 +458,9 @@ class RFTTrainer:
         return folder
 
     def close(self) -> None:
-        """Stop the reward client and leave the process group."""
+        """Stop the reward client and the sampler, and leave the process group."""
         self.source.close()
+        self._make_sampler.close()
         self.engine.close()
 
 

@@ -159,9 +159,10 @@ class StopStrings(StoppingCriteria):
         """True for rows that are to end."""
         del scores
         responses = input_ids[:, self._num_given :].tolist()
-        return torch.tensor([self._has_stop(row) for row in responses], device=input_ids.device)
+        return torch.tensor([self.has_stop(row) for row in responses], device=input_ids.device)
 
-    def _has_stop(self, ids: list[int]) -> bool:
+    def has_stop(self, ids: list[int]) -> bool:
+        """True where the response `ids` hold a stop string."""
         # A look at the tail first: decoding all of a long response at each of its tokens would be quadratic.
         near = contains_any(self._decode(ids[-self._window :]), self._stop)
         return near and contains_any(self._decode(ids), self._stop)

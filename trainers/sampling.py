@@ -1,0 +1,72 @@
+"""The engine that a run's section `rollout` names, in one place for all trainers that learn from rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from conch.config import GenerationConfig, RolloutConfig
+from conch.engine import Engine
+from conch.rollouts.hf_engine import HFEngine
+from conch.types import RolloutEngine
+
+_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Samplers:
+    """Gives a `RolloutEngine` for a generation config; what they share is made once, with the first.
+
+    lm: the policy's language model, asked for whenever it is used. version: number of updates it has seen.
+    """
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerBase,
+        lm: Callable[[], PreTrainedModel],
+        version: Callable[[], int],
+    ) -> None:
+        self._config = config
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._lm = lm
+        self._version = version
+        self._vllm: Any = None
+
+    def __call__(self, generation: GenerationConfig) -> RolloutEngine:
+        """Called on all ranks together.
+
+        Raises:
+            ConchError: on all ranks, where vLLM cannot do what is asked for.
+        """
+        if self._config.engine == "hf":
+            autocast = self._engine.autocast
+            return HFEngine(self._lm, self._tokenizer, generation, version=self._version, autocast=autocast)
+        from conch.rollouts.vllm_engine import VLLMEngine
+
+        if self._vllm is None:
+            self._engine.together(self._start)
+        assert self._vllm is not None
+        return VLLMEngine(self._vllm, self._tokenizer, generation, version=self._version)
+
+    def _start(self) -> None:
+        from conch.rollouts.vllm_engine import ColocatedVLLM
+
+        several = self._engine.num_ranks > 1
+        self._vllm = ColocatedVLLM(self._lm, self._config, self._dtype(), several=several)
+
+    def _dtype(self) -> torch.dtype:
+        """As `rollout.dtype` says; `auto` is what the policy's forward passes run in."""
+        if self._config.dtype != "auto":
+            return getattr(torch, self._config.dtype)
+        return _PRECISIONS.get(self._engine.accelerator.mixed_precision, self._lm().dtype)
+
+    def close(self) -> None:
+        """Give back what sampling holds."""
+        if self._vllm is not None:
+            self._vllm.close()
+            self._vllm = None
