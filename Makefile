@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart check format test unit test-slow test-int8 wheel clean
+.PHONY: help install quickstart check format test unit test-slow test-int8 vllm-test wheel clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) \
@@ -53,18 +53,22 @@ format: $(STAMP)  ## rewrite the sources as `make check` wants them
 	$(BIN)/python -m ruff format .
 
 test: check  ## check, then unit and integration tests: what .ci/run calls
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu and not int8" $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu and not int8 and not vllm" $(ARGS)
 
 unit: $(STAMP)  ## unit tests alone
 	$(BIN)/python -m pytest $(PARALLEL) tests/unit $(ARGS)
 
 test-slow: $(STAMP)  ## the tests that `make test` leaves out for their length
-	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not gpu and not vllm" $(ARGS)
 
 # torchao makes every import of transformers seconds slower, so it stays out of .venv.
 test-int8: $(STAMP)  ## the tests that need torchao, which is fetched into .int8/
 	test -d .int8/torchao || $(PIP) install --no-deps --constraint constraints.txt --target .int8 torchao
 	PYTHONPATH=.int8 $(BIN)/python -m pytest -m int8 $(ARGS)
+
+vllm-test:  ## the tests that need vLLM, in .venv-vllm, an environment with it that is made first
+	PYTHON=$(PYTHON) tests/vllm_env.sh
+	.venv-vllm/bin/python -m pytest -m vllm tests/vllm $(ARGS)
 
 wheel: $(STAMP)  ## build the source distribution and the wheel into dist/
 	$(BIN)/python -m build --no-isolation

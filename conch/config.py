@@ -183,6 +183,14 @@ class RolloutConfig(Section):
     """What vLLM gives back of a GPU's memory while the trainer computes: 1 the cache, and the weights go to
     the CPU's memory; 2 both; 0 nothing. On a CPU nothing can be given back."""
 
+    weights: Literal["broadcast", "files"] = "broadcast"
+    """How servers get the weights after an update: `broadcast` sends them over the network (gloo, or NCCL
+    between GPUs); `files` writes them to shared memory, for servers on the trainer's machine."""
+
+    deadline_s: float = Field(default=600.0, gt=0)
+    """Seconds without a new completion from any server after which sampling gives up, and the longest that a
+    server may take for new weights."""
+
     logprob_gap_alarm: float | None = Field(default=0.1, gt=0)
     """Nats of `rollout/logprob_gap` above which a warning is written; None writes none."""
 

@@ -12,7 +12,8 @@
     │   └── ServerStartError        tritonserver did not start or did not become ready
     ├── ConversionError         a checkpoint cannot be converted
     │   └── ParityError             the converted model does not score like the original
-    ├── RolloutError            completions could not be sampled: memory, or a server that is away or astray
+    ├── RolloutError            completions could not be sampled: memory, or a server that goes astray
+    │   └── RolloutUnavailableError  a server that samples is away, or does not answer in time
     ├── CheckpointError         a checkpoint cannot be written or read
     └── DistributedError        the ranks that run are not the ranks that were asked for
 
@@ -74,6 +75,10 @@ class ParityError(ConversionError):
 
 class RolloutError(ConchError):
     """Completions could not be sampled: no memory for the engine, or no server that answers as it must."""
+
+
+class RolloutUnavailableError(RolloutError):
+    """A server that samples is away or its deadline passed. Another one, or asking again, may help."""
 
 
 class CheckpointError(ConchError):

@@ -25,7 +25,7 @@ install_import_hook("conch", "beartype.beartype")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TESTS = Path(__file__).parent
-FOLDER_MARKERS = {"unit": "unit", "integration": "integration", "invariance": "integration"}
+FOLDER_MARKERS = {"unit": "unit", "integration": "integration", "invariance": "integration", "vllm": "vllm"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from uuid import uuid4
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,6 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from conch.config import GenerationConfig, RolloutConfig
 from conch.engine import Engine
 from conch.rollouts.hf_engine import HFEngine
+from conch.rollouts.served_engine import ServedEngine
+from conch.rollouts.server_pool import ServerPool
+from conch.rollouts.weight_sync import checkpoint_tensors
 from conch.types import RolloutEngine
 
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,7 +39,7 @@ class Samplers:
         self._tokenizer = tokenizer
         self._lm = lm
         self._version = version
-        self._vllm: Any = None
+        self._shared: Any = None
 
     def __call__(self, generation: GenerationConfig) -> RolloutEngine:
         """Called on all ranks together.
@@ -46,18 +50,32 @@ class Samplers:
         if self._config.engine == "hf":
             autocast = self._engine.autocast
             return HFEngine(self._lm, self._tokenizer, generation, version=self._version, autocast=autocast)
+        if self._shared is None:
+            self._engine.together(self._start_pool if self._config.urls else self._start_vllm)
+        if isinstance(self._shared, ServerPool):
+            deadline_s = self._config.deadline_s
+            return ServedEngine(
+                self._shared, self._tokenizer, generation, version=self._version, deadline_s=deadline_s
+            )
+        assert self._shared is not None
         from conch.rollouts.vllm_engine import VLLMEngine
 
-        if self._vllm is None:
-            self._engine.together(self._start)
-        assert self._vllm is not None
-        return VLLMEngine(self._vllm, self._tokenizer, generation, version=self._version)
+        return VLLMEngine(self._shared, self._tokenizer, generation, version=self._version)
 
-    def _start(self) -> None:
+    def _start_vllm(self) -> None:
         from conch.rollouts.vllm_engine import ColocatedVLLM
 
         several = self._engine.num_ranks > 1
-        self._vllm = ColocatedVLLM(self._lm, self._config, self._dtype(), several=several)
+        self._shared = ColocatedVLLM(self._lm, self._config, self._dtype(), several=several)
+
+    def _start_pool(self) -> None:
+        self._shared = ServerPool(
+            self._config,
+            lambda: checkpoint_tensors(self._lm()),
+            source=self._engine.broadcast(uuid4().hex),
+            sends=self._engine.is_main,
+        )
+        self._shared.check()
 
     def _dtype(self) -> torch.dtype:
         """As `rollout.dtype` says; `auto` is what the policy's forward passes run in."""
@@ -67,6 +85,6 @@ class Samplers:
 
     def close(self) -> None:
         """Give back what sampling holds."""
-        if self._vllm is not None:
-            self._vllm.close()
-            self._vllm = None
+        if self._shared is not None:
+            self._shared.close()
+            self._shared = None

@@ -22,6 +22,9 @@ _CPU_BLOCK = 32
 WORKER = "conch.rollouts.vllm_worker.WeightReceiver"
 """What vLLM's workers get from us."""
 
+SERVER = "CONCH_ROLLOUT_SERVER"
+"""Variable by which a rollout server tells the processes below it its id."""
+
 _CPU_CACHE_GB = 1.0
 _GIB = 2**30
 
@@ -161,6 +164,8 @@ def explained(error: Exception, folder: str) -> Exception:
     return ModelError(f"vLLM cannot serve this model: {reason.replace(folder, 'it')[:400]}")
 
 
-def quiet_compiler() -> AbstractContextManager[Any]:
-    """On a CPU vLLM would spend half a minute compiling one comparison of two columns."""
-    return torch.compiler.set_stance("force_eager") if platform().is_cpu() else nullcontext()
+def quiet_compiler(config: RolloutConfig) -> AbstractContextManager[Any]:
+    """On a CPU even an eager vLLM would spend half a minute compiling one comparison of two columns."""
+    if platform().is_cpu() and config.eager is not False:
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()

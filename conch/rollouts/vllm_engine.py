@@ -122,7 +122,7 @@ class ColocatedVLLM:
 
     def _hand_over(self, version: int) -> None:
         tensors = checkpoint_tensors(self._lm())
-        with quiet_compiler():
+        with quiet_compiler(self._config):
             self._engine.collective_rpc("take_tensors", args=(tensors.items(),))
         if not self._engine.reset_prefix_cache():
             raise RolloutError("vLLM still samples while it gets new weights: finish one generation first")
@@ -168,7 +168,7 @@ class ColocatedVLLM:
         return name
 
     def _step(self) -> list[Any]:
-        with quiet_compiler():
+        with quiet_compiler(self._config):
             return self._engine.step()
 
     def _sampled(self, made: Any) -> Sampled:

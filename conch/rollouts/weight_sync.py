@@ -1,16 +1,35 @@
-"""The policy's weights, as an engine that loads Hugging Face checkpoints wants them."""
+"""The policy's weights under the names of a Hugging Face checkpoint, and their ways to servers: a broadcast,
+or a file in shared memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed import (
+    BroadcastOptions,
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage]
+)
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from conch.errors import RolloutError, RolloutUnavailableError
+from conch.rollouts.wire import TensorSpec
+
+SHARED_MEMORY = Path("/dev/shm")
 _ADAPTER = "default"
+_JOINED = "joined"
+_CPU = torch.device("cpu")
 
 
 @torch.no_grad()
@@ -54,3 +73,148 @@ def _with_adapter(lm: nn.Module, name: str, tensor: Tensor) -> Tensor:
     layer = lm.get_submodule(owner.removesuffix(".base_layer"))
     assert isinstance(layer, BaseTunerLayer)
     return tensor + layer.get_delta_weight(_ADAPTER).to(tensor.dtype)  # pyright: ignore[reportCallIssue]
+
+
+# ------------------------------------------------------------------------------------------------- to servers
+
+
+def specs_of(tensors: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
+    """What a receiver must know before the tensors come."""
+    return tuple(
+        TensorSpec(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    )
+
+
+class SharedFile:
+    """One safetensors file in shared memory, which holds the latest weights that were written."""
+
+    def __init__(self, source: str) -> None:
+        self._folder = SHARED_MEMORY / f"conch-{source}"
+        self._version: int | None = None
+        self._lock = threading.Lock()
+
+    def path(self, version: int, tensors: Callable[[], Mapping[str, Tensor]]) -> Path:
+        """The file with this version's weights, which are asked for where it is not there yet.
+
+        Raises:
+            RolloutError: shared memory is full, or there is none.
+        """
+        file = self._folder / f"{version}.safetensors"
+        with self._lock:
+            if self._version != version:
+                try:
+                    self._folder.mkdir(exist_ok=True)
+                    self._forget()
+                    save_file({name: each.contiguous() for name, each in tensors().items()}, file)
+                except (OSError, SafetensorError) as error:
+                    raise RolloutError(
+                        f"the weights cannot be written to {self._folder}: {error}; make room there, or set "
+                        "`rollout.weights=broadcast`"
+                    ) from error
+                self._version = version
+        return file
+
+    def _forget(self) -> None:
+        for old in self._folder.glob("*.safetensors"):
+            old.unlink()
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self._folder.is_dir():
+            self._forget()
+            self._folder.rmdir()
+
+
+def open_store(host: str, timeout_s: float) -> TCPStore:
+    """Where a group's members find each other; listens on a port of its own at this address of ours."""
+    timeout = timedelta(seconds=timeout_s)
+    return TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+
+
+def join(store: TCPStore) -> None:
+    """Say that this process comes to the group."""
+    store.add(_JOINED, 1)
+
+
+def wait_for_members(store: TCPStore, count: int, is_over: Callable[[], bool], timeout_s: float) -> bool:
+    """True once so many have said that they come; False where they will not, or take too long."""
+    end = time.monotonic() + timeout_s
+    while store.add(_JOINED, 0) < count:
+        if is_over() or time.monotonic() > end:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+class Group:
+    """A process group beside torch's own, of the trainer (rank 0) and one server's workers.
+
+    address: of this process, as the others reach it.
+
+    Raises:
+        RolloutError: the others did not come.
+    """
+
+    def __init__(
+        self, store: TCPStore, rank: int, size: int, backend: str, *, address: str, timeout_s: float
+    ) -> None:
+        self._device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else _CPU
+        timeout = timedelta(seconds=timeout_s)
+        try:
+            self._group = (
+                _nccl(store, rank, size, timeout)
+                if backend == "nccl"
+                else _gloo(store, rank, size, timeout, address)
+            )
+        except RuntimeError as error:
+            raise RolloutError(f"no {backend} group for the weights: {_first_line(error)}") from error
+
+    def send(self, tensors: Iterable[Tensor]) -> None:
+        """Broadcast them, one after the other."""
+        for tensor in tensors:
+            self._broadcast(tensor.to(self._device).contiguous())
+
+    def receive(self, specs: Iterable[TensorSpec]) -> Iterator[tuple[str, Tensor]]:
+        """What rank 0 sends."""
+        for spec in specs:
+            tensor = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=self._device)
+            self._broadcast(tensor)
+            yield spec.name, tensor
+
+    def _broadcast(self, tensor: Tensor) -> None:
+        if tensor.numel() == 0:
+            return
+        # As bytes: gloo does not know every type of number.
+        options = BroadcastOptions()
+        options.rootRank = 0
+        try:
+            self._group.broadcast([tensor.reshape(-1).view(torch.uint8)], options).wait()
+        except RuntimeError as error:
+            raise RolloutUnavailableError(f"the weights were not taken: {_first_line(error)}") from error
+
+
+def _gloo(store: TCPStore, rank: int, size: int, timeout: timedelta, address: str) -> Any:
+    options = torch.distributed.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
+    # By itself gloo takes the address that this machine's name stands for, which may lead nowhere.
+    options._devices = [torch.distributed.ProcessGroupGloo.create_device(hostname=address)]
+    options._timeout = timeout
+    return torch.distributed.ProcessGroupGloo(store, rank, size, options)
+
+
+def _nccl(store: TCPStore, rank: int, size: int, timeout: timedelta) -> Any:
+    options = torch.distributed.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return torch.distributed.ProcessGroupNCCL(store, rank, size, options)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:300]
+
+
+def address_towards(host: str, port: int) -> str:
+    """This machine's address on the way to another; nothing is sent."""
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family[0], socket.SOCK_DGRAM) as probe:
+        probe.connect(family[4])
+        return str(probe.getsockname()[0])

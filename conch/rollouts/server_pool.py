@@ -1,0 +1,212 @@
+"""Servers that sample: which of them live, which weights they hold, and how much each has to do."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from conch.config import RolloutConfig
+from conch.errors import RolloutUnavailableError
+from conch.log import get_logger
+from conch.rollouts.http_server import ServerLink, parse_servers
+from conch.rollouts.weight_sync import (
+    Group,
+    SharedFile,
+    address_towards,
+    open_store,
+    specs_of,
+    wait_for_members,
+)
+from conch.rollouts.wire import Given, Health, Stamp
+
+_log = get_logger(__name__)
+
+_LOOK_S = 0.5
+"""Between two looks at servers that are away or hold other weights."""
+
+_JOIN_S = 60.0
+"""Longest for a server to join the group in which weights are broadcast."""
+
+
+@dataclass(eq=False)
+class Server:
+    """One server.
+
+    health: None where it is away. tokens, rows: asked for and not here yet. probe: the latest look at it.
+    next_look: when the next may be, in seconds of the monotonic clock.
+    """
+
+    link: ServerLink
+    health: Health | None = None
+    tokens: int = 0
+    rows: int = 0
+    probe: Future[None] | None = field(default=None, repr=False)
+    next_look: float = 0.0
+
+    def holds(self, stamp: Stamp) -> bool:
+        """True where it lives and has these weights."""
+        return self.health is not None and self.health.stamp == stamp
+
+
+class ServerPool:
+    """The servers of `config.urls`.
+
+    tensors: the policy's weights as a checkpoint names them. source: names this run, the same on all of its
+    ranks. sends: True on the one rank that gives servers their weights; the others wait until they have them.
+    """
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        tensors: Callable[[], Mapping[str, Tensor]],
+        *,
+        source: str,
+        sends: bool,
+    ) -> None:
+        assert config.urls is not None
+        self._config = config
+        self._tensors = tensors
+        self._source = source
+        self._sends = sends
+        self.servers = [Server(ServerLink(url, config.deadline_s)) for url in parse_servers(config.urls)]
+        self._file = SharedFile(source)
+        self._refitting = threading.Lock()
+        self.threads = ThreadPoolExecutor(max_workers=16 * len(self.servers), thread_name_prefix="rollouts")
+
+    def check(self) -> None:
+        """Look at all servers once.
+
+        Raises:
+            RolloutUnavailableError: none of them answers.
+        """
+        reasons = [reason for server in self.servers if (reason := self._look(server))]
+        if len(reasons) == len(self.servers):
+            raise RolloutUnavailableError(
+                f"no server of `rollout.urls` answers: {'; '.join(reasons)}; start one with "
+                "`python -m conch.rollouts.serve`"
+            )
+
+    def stamp(self, version: int) -> Stamp:
+        """Which weights of this run."""
+        return Stamp(source=self._source, version=version)
+
+    @property
+    def window(self) -> int | None:
+        """The shortest window of the servers that live, in tokens."""
+        return min((server.health.window for server in self.servers if server.health), default=None)
+
+    def ready(self, version: int) -> list[Server]:
+        """All servers that hold these weights, one at least; those that live get them first.
+
+        Raises:
+            RolloutUnavailableError: none came to hold them before the deadline.
+        """
+        stamp, end = self.stamp(version), time.monotonic() + self._config.deadline_s
+        while True:
+            for server in self.servers:
+                self.revive(server, stamp)
+            for server in self.servers:
+                if server.probe is not None:
+                    server.probe.result()
+            able = [server for server in self.servers if server.holds(stamp)]
+            if able:
+                return able
+            if time.monotonic() > end:
+                raise RolloutUnavailableError(
+                    f"no server came to hold version {version} of the weights within `rollout.deadline_s` = "
+                    f"{self._config.deadline_s:g}: {', '.join(each.link.address for each in self.servers)}"
+                )
+            time.sleep(_LOOK_S)
+
+    def revive(self, server: Server, stamp: Stamp) -> None:
+        """Look at a server that is away or astray, and give it these weights: in a thread, now and then.
+
+        Raises:
+            RolloutError: it said that it can never take them.
+        """
+        if server.probe is not None and server.probe.done():
+            server.probe.result()
+        busy = server.probe is not None and not server.probe.done()
+        if busy or server.holds(stamp) or time.monotonic() < server.next_look:
+            return
+        server.next_look = time.monotonic() + _LOOK_S
+        server.probe = self.threads.submit(self._revive, server, stamp)
+
+    def _revive(self, server: Server, stamp: Stamp) -> None:
+        was_away = server.health is None
+        if self._look(server) is not None or server.holds(stamp) or not self._sends:
+            return
+        try:
+            server.health = self._refit(server, stamp)
+        except RolloutUnavailableError as error:
+            server.health = None
+            _log.warning("a rollout server did not take its weights: %s", error)
+            return
+        if was_away and stamp.version:
+            _log.info("rollout server %s is back, and has version %d", server.link.address, stamp.version)
+
+    def _look(self, server: Server) -> str | None:
+        """Why it cannot be asked; None where it can."""
+        try:
+            server.health = server.link.health()
+        except RolloutUnavailableError as error:
+            server.health = None
+            return str(error)
+        return None
+
+    def lost(self, server: Server, error: Exception) -> None:
+        """It broke off: nothing is asked of it until it answers again and has been given its weights."""
+        if server.health is not None:
+            _log.warning("rollout server lost, its work goes to others: %s", error)
+        server.health = None
+
+    def _refit(self, server: Server, stamp: Stamp) -> Health:
+        if self._config.weights == "files":
+            path = self._file.path(stamp.version, self._tensors)
+            return server.link.refit(Given(stamp=stamp, path=str(path)))
+        return self._broadcast(server, stamp)
+
+    def _broadcast(self, server: Server, stamp: Stamp) -> Health:
+        """In a group with this server alone: one that dies then takes no other's weights along."""
+        assert server.health is not None
+        tensors = self._tensors()
+        on_gpus = server.health.device == "cuda" and next(iter(tensors.values())).is_cuda
+        backend = "nccl" if on_gpus else "gloo"
+        address = address_towards(server.link.host, server.link.port)
+        store = open_store(address, _JOIN_S)
+        given = Given(stamp=stamp, host=address, port=store.port, backend=backend, tensors=specs_of(tensors))
+        taken = self.threads.submit(server.link.refit, given)
+        workers = server.health.workers
+        if not wait_for_members(store, workers, taken.done, _JOIN_S):
+            if taken.done():
+                taken.result()  # raises what the server refused, or why it is gone
+            raise RolloutUnavailableError(f"{server.link.address} did not come for its weights")
+        group = Group(store, 0, 1 + workers, backend, address=address, timeout_s=self._config.deadline_s)
+        group.send(tensors.values())
+        return taken.result()
+
+    def close(self) -> None:
+        """Let go of the servers, which live on."""
+        self.threads.shutdown(wait=False, cancel_futures=True)
+        for server in self.servers:
+            server.link.close()
+        if self._sends:
+            self._file.close()
+
+
+def least_busy(servers: Sequence[Server], rows: int) -> Server | None:
+    """Who has the fewest tokens to sample, of those that have room for `rows` more; None where all are full.
+
+    A server without work always has room.
+    """
+    able = [
+        server
+        for server in servers
+        if server.health is not None and (not server.rows or server.rows + rows <= server.health.max_num_seqs)
+    ]
+    return min(able, key=lambda server: server.tokens, default=None)

@@ -1,0 +1,246 @@
+"""vLLM behind three addresses; `conch.rollouts.wire` has what is said there."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+from uuid import uuid4
+
+import uvicorn
+from fastapi import FastAPI, HTTPException
+from fastapi.responses import StreamingResponse
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from conch.config import TokenizerConfig
+from conch.log import get_logger
+from conch.models.loading import load_tokenizer
+from conch.rollouts.ending import Ending
+from conch.rollouts.serve import ServeConfig
+from conch.rollouts.vllm_build import (
+    SERVER,
+    check_architecture,
+    check_installed,
+    check_servable,
+    engine_settings,
+    explained,
+)
+from conch.rollouts.vllm_engine import sampling_params
+from conch.rollouts.wire import Asked, Given, Health, Line, Stamp
+
+_log = get_logger(__name__)
+
+BAD, ASTRAY, GONE = 400, 409, 503
+
+
+class RolloutServer:
+    """One vLLM engine in processes of its own, and which weights it holds.
+
+    engine: vLLM's `AsyncLLM`.
+    """
+
+    def __init__(self, engine: Any, tokenizer: PreTrainedTokenizerBase, deadline_s: float) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._deadline_s = deadline_s
+        self._instance = uuid4().hex
+        self._stamp: Stamp | None = None
+        self._refitting = asyncio.Lock()
+        self._endings: dict[tuple[str, ...], Ending] = {}
+
+    async def health(self) -> Health:
+        """What a trainer must know before it asks. Where vLLM has died, this process leaves: who watches it
+        can start another."""
+        if self._engine.errored:
+            signal.raise_signal(signal.SIGTERM)
+            raise HTTPException(GONE, "vLLM has died here; its log says why")
+        config = self._engine.vllm_config
+        return Health(
+            instance=self._instance,
+            stamp=self._stamp,
+            window=config.model_config.max_model_len,
+            max_num_seqs=config.scheduler_config.max_num_seqs,
+            workers=config.parallel_config.world_size,
+            device=config.device_config.device_type,
+        )
+
+    async def refit(self, given: Given) -> Health:
+        """Take up new weights, once what is being sampled has ended; until they are whole there are none."""
+        async with self._refitting:
+            self._stamp = None
+            await self._engine.pause_generation(mode="wait", clear_cache=True)
+            try:
+                await self._take(given)
+                await self._engine.reset_prefix_cache()
+                await self._engine.update_weight_version(str(given.stamp.version))
+                self._stamp = given.stamp
+            finally:
+                await self._engine.resume_generation()
+        return await self.health()
+
+    async def _take(self, given: Given) -> None:
+        if given.path is None:
+            arguments = (given.model_dump(), self._deadline_s)
+            await self._engine.collective_rpc("take_broadcast", timeout=self._deadline_s, args=arguments)
+            return
+        if not os.path.exists(given.path):
+            raise HTTPException(
+                BAD, f"no {given.path} on this machine: set `rollout.weights=broadcast` in the trainer"
+            )
+        await self._engine.collective_rpc("take_file", timeout=self._deadline_s, args=(given.path,))
+
+    def check(self, asked: Asked) -> None:
+        """Refuse what cannot be sampled as it is asked for."""
+        if asked.stamp != self._stamp:
+            held = (
+                "no weights"
+                if self._stamp is None
+                else f"those of {self._stamp.version} of {self._stamp.source}"
+            )
+            raise HTTPException(
+                ASTRAY,
+                f"version {asked.stamp.version} of {asked.stamp.source} was asked for, {held} are here",
+            )
+        if asked.eos_id != self._tokenizer.eos_token_id:
+            raise HTTPException(
+                BAD,
+                f"the trainer's tokenizer ends a text with token {asked.eos_id}, this server's with "
+                f"{self._tokenizer.eos_token_id}: serve the policy's own folder",
+            )
+        longest = max(len(wanted.token_ids) for wanted in asked.wanted)
+        window = self._engine.vllm_config.model_config.max_model_len
+        if longest + asked.generation.max_new_tokens > window:
+            raise HTTPException(
+                BAD,
+                f"a prompt of {longest} tokens and `generation.max_new_tokens` = "
+                f"{asked.generation.max_new_tokens} do not fit this server's window of {window}: raise its "
+                "`window`, or lower `data.max_tokens`",
+            )
+
+    async def lines(self, asked: Asked) -> AsyncIterator[str]:
+        """One line a completion, as they end. Whoever stops reading stops the sampling."""
+        assert self._stamp is not None
+        ending = self._ending(asked.generation.stop)
+        tasks = [
+            asyncio.ensure_future(self._complete(asked, ending, self._stamp.version, prompt, sample))
+            for prompt, wanted in enumerate(asked.wanted)
+            for sample in range(len(wanted.seeds))
+        ]
+        try:
+            for done in asyncio.as_completed(tasks):
+                yield (await done).model_dump_json() + "\n"
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _complete(self, asked: Asked, ending: Ending, version: int, prompt: int, sample: int) -> Line:
+        wanted = asked.wanted[prompt]
+        params = sampling_params(
+            asked.generation,
+            ending.eos_id,
+            greedy=asked.greedy,
+            seed=wanted.seeds[sample],
+            watched=ending.watches,
+        )
+        tokens = {"type": "token", "prompt_token_ids": list(wanted.token_ids)}
+        made: Any = None
+        async with aclosing(self._engine.generate(tokens, params, uuid4().hex)) as outputs:
+            async for output in outputs:
+                made = output.outputs[0]
+                if output.finished or ending.reached(made.token_ids):
+                    break
+        completion = ending.completion(made.token_ids, made.logprobs.logprobs)
+        # What was ended from here has no span; no weights come in while it is sampled.
+        versions = {int(span.version) for span in made.weight_versions or []} or {version}
+        return Line(
+            prompt=prompt,
+            sample=sample,
+            token_ids=completion.token_ids,
+            logprobs=completion.logprobs,
+            text=completion.text,
+            finish_reason=completion.finish_reason,
+            version=min(versions),
+        )
+
+    def _ending(self, stop: tuple[str, ...]) -> Ending:
+        if stop not in self._endings:
+            self._endings[stop] = Ending(self._tokenizer, stop)
+        return self._endings[stop]
+
+
+def make_app(server: RolloutServer) -> FastAPI:
+    """The three addresses."""
+    app = FastAPI(title="Conch rollouts")
+
+    @app.get("/health")
+    async def health() -> Health:
+        return await server.health()
+
+    @app.post("/weights")
+    async def weights(given: Given) -> Health:
+        return await server.refit(given)
+
+    @app.post("/generate")
+    async def generate(asked: Asked) -> StreamingResponse:
+        server.check(asked)
+        return StreamingResponse(server.lines(asked), media_type="application/x-ndjson")
+
+    # FastAPI finds these by their annotations, which it reads from the module.
+    del health, weights, generate
+    return app
+
+
+def serve(config: ServeConfig) -> None:
+    """Run until told to stop.
+
+    Raises:
+        ConchError: vLLM is not there, or cannot serve the model.
+    """
+    check_installed()
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ[SERVER] = str(os.getpid())
+    # uvicorn raises it once more when it has stopped, and vLLM's processes are still to be ended then.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    tokenizer = load_tokenizer(TokenizerConfig(), config.model)
+    asyncio.run(_serve(config, tokenizer))
+
+
+async def _serve(config: ServeConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    engine = _build(config)
+    try:
+        app = make_app(RolloutServer(engine, tokenizer, config.deadline_s))
+        listening = uvicorn.Server(
+            uvicorn.Config(app, host=config.host, port=config.port, log_level="warning", access_log=False)
+        )
+        _log.info("serving %s on %s:%d", config.model, config.host, config.port)
+        await listening.serve()
+    finally:
+        engine.shutdown()
+
+
+def _build(config: ServeConfig) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
+    from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore[reportMissingImports]
+
+    model = AutoConfig.from_pretrained(config.model)
+    for name in model.architectures or []:
+        check_architecture(name)
+    # vLLM's own "auto" takes half precision for a model that is stored in float32.
+    dtype = (model.dtype or "float32") if config.dtype == "auto" else config.dtype
+    settings = engine_settings(config.model, config.engine(), dtype)
+    try:
+        made = AsyncEngineArgs(
+            **settings,
+            load_format="dummy",
+            tensor_parallel_size=config.tensor_parallel,
+            disable_log_stats=True,
+            enable_log_requests=False,
+        )
+        check_servable(made.create_engine_config())
+        return AsyncLLM.from_engine_args(made)
+    except (ValueError, RuntimeError) as error:
+        raise explained(error, config.model) from error

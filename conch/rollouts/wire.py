@@ -1,0 +1,90 @@
+"""What trainers and rollout servers say to each other, as JSON over HTTP.
+
+    GET  /health     -> Health
+    POST /weights    Given -> Health, once the weights are in
+    POST /generate   Asked -> one line of JSON for each completion, as it ends: Line
+
+A server refuses with `{"detail": one sentence}`: 400 what it can never do, 409 weights that it does not hold.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from conch.config import GenerationConfig, Section
+from conch.types import FinishReason
+
+
+class Stamp(Section):
+    """Which weights. source: the run that they are of. version: updates that its policy had seen."""
+
+    source: str
+    version: int
+
+
+class Health(Section):
+    """A server that can be asked.
+
+    instance: of its process; another one after a restart. stamp: None before it was given any weights.
+    window: longest prompt and completion together, in tokens. max_num_seqs: completions sampled at once.
+    workers: processes that each hold a part of the weights. device: `cpu` or `cuda`.
+    """
+
+    instance: str
+    stamp: Stamp | None
+    window: int
+    max_num_seqs: int
+    workers: int
+    device: str
+
+
+class TensorSpec(Section):
+    """A tensor that is to come. dtype: its name in torch."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Given(Section):
+    """New weights. path: a safetensors file that server and trainer both see; or else host, port, backend: of
+    the group that the tensors are broadcast in, in their order."""
+
+    stamp: Stamp
+    path: str | None = None
+    host: str = ""
+    port: int = 0
+    backend: Literal["gloo", "nccl"] = "gloo"
+    tensors: tuple[TensorSpec, ...] = ()
+
+
+class Wanted(Section):
+    """Completions of one prompt, one for each seed."""
+
+    token_ids: tuple[int, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field(min_length=1)
+
+
+class Asked(Section):
+    """Completions of several prompts, all from these weights. eos_id: ends one, by the asker's tokenizer."""
+
+    stamp: Stamp
+    generation: GenerationConfig
+    greedy: bool
+    eos_id: int
+    wanted: tuple[Wanted, ...] = Field(min_length=1)
+
+
+class Line(Section):
+    """A completion. prompt, sample: its places in `wanted` and in the seeds there. version: of the weights
+    that made it."""
+
+    prompt: int
+    sample: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    finish_reason: FinishReason
+    version: int

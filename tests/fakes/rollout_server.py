@@ -1,0 +1,123 @@
+"""A rollout server without a model, on a real socket: every completion is the prompt's ids and the seed.
+
+What it says is `conch.rollouts.wire`, written down here once more in plain JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+class FakeRolloutServer:
+    """Answers on `address`. events: what it was asked, in order: `weights 3`, `generate 3`, `refused 3`.
+
+    before_line: called before each completion is sent, with its number since the start; an exception breaks
+        the connection off. says_version: of the policy, in each completion; None says the truth.
+    """
+
+    def __init__(self, port: int = 0, *, window: int = 64, max_num_seqs: int = 8) -> None:
+        self.events: list[str] = []
+        self.stamp: dict[str, Any] | None = None
+        self.before_line: Callable[[int], None] = lambda _number: None
+        self.says_version: int | None = None
+        self.weights_answer: tuple[int, Any] | None = None
+        self.lines = 0
+        self.most_rows = 0
+        self._rows = 0
+        self._health = {"window": window, "max_num_seqs": max_num_seqs, "workers": 1, "device": "cpu"}
+        self._lock = threading.Lock()
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
+        self._http.daemon_threads = True
+        self.port = self._http.server_address[1]
+        self.address = f"127.0.0.1:{self.port}"
+        threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def stop(self) -> None:
+        """Nobody answers any more; a connection in use is broken off by an exception of `before_line`."""
+        self._http.shutdown()
+        self._http.server_close()
+
+    def health(self) -> dict[str, Any]:
+        return {"instance": str(id(self)), "stamp": self.stamp, **self._health}
+
+    def take_weights(self, body: dict[str, Any]) -> tuple[int, Any]:
+        if self.weights_answer is not None:
+            return self.weights_answer
+        self.stamp = body["stamp"]
+        self.events.append(f"weights {self.stamp['version']}")
+        return 200, self.health()
+
+    def lines_for(self, body: dict[str, Any]) -> list[dict[str, Any]]:
+        version = self.says_version if self.says_version is not None else body["stamp"]["version"]
+        return [
+            {
+                "prompt": prompt,
+                "sample": sample,
+                "token_ids": [*wanted["token_ids"], seed % 1000],
+                "logprobs": [-0.5] * (len(wanted["token_ids"]) + 1),
+                "text": "x",
+                "finish_reason": "length",
+                "version": version,
+            }
+            for prompt, wanted in enumerate(body["wanted"])
+            for sample, seed in enumerate(wanted["seeds"])
+        ]
+
+    def sending(self, rows: int) -> None:
+        with self._lock:
+            self._rows += rows
+            self.most_rows = max(self.most_rows, self._rows)
+
+    def next_line(self) -> int:
+        with self._lock:
+            self.lines += 1
+            return self.lines
+
+
+def _handler(server: FakeRolloutServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._reply(200, server.health())
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            if self.path == "/weights":
+                self._reply(*server.take_weights(body))
+                return
+            version = body["stamp"]["version"]
+            if body["stamp"] != server.stamp:
+                server.events.append(f"refused {version}")
+                self._reply(409, {"detail": f"version {version} is not here"})
+                return
+            server.events.append(f"generate {version}")
+            self._stream(server.lines_for(body))
+
+        def _stream(self, lines: list[dict[str, Any]]) -> None:
+            self.send_response(200)
+            self.end_headers()
+            server.sending(len(lines))
+            try:
+                for line in lines:
+                    server.before_line(server.next_line())
+                    self.wfile.write(json.dumps(line).encode() + b"\n")
+                    self.wfile.flush()
+            except ConnectionError:
+                self.close_connection = True
+            finally:
+                server.sending(-len(lines))
+
+        def _reply(self, status: int, content: Any) -> None:
+            text = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("content-length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            del format, args
+
+    return Handler

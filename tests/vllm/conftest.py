@@ -1,0 +1,58 @@
+"""A model that vLLM can run on a CPU (heads of 32), and engines over it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import pytest
+import torch
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from conch.config import RolloutConfig
+from conch.rollouts.vllm_engine import ColocatedVLLM
+from tests.tiny import char_tokenizer, tiny_gpt2_config
+
+CACHE_GB = 0.05
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """vLLM and what it imports warn of much that is not ours."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.filterwarnings("default"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a letter."""
+    return char_tokenizer("abcdefghijklmnopqrst ")
+
+
+def make_lm(tokenizer: PreTrainedTokenizerFast, seed: int) -> GPT2LMHeadModel:
+    """A random GPT-2 whose distributions are far from even."""
+    torch.manual_seed(seed)
+    config = tiny_gpt2_config(tokenizer, n_embd=64, n_head=2, n_layer=3, n_positions=160)
+    lm = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return lm
+
+
+@pytest.fixture(scope="session")
+def lm(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
+    """The policy, which tests may move: `colocated` holds what it was when its version was asked for."""
+    return make_lm(tokenizer, 0)
+
+
+@pytest.fixture(scope="session")
+def colocated(lm: GPT2LMHeadModel) -> Iterator[ColocatedVLLM]:
+    """vLLM in this process."""
+    config = RolloutConfig(engine="vllm", kv_cache_gb=CACHE_GB)
+    vllm = ColocatedVLLM(lambda: lm, config, torch.float32, several=False)
+    yield vllm
+    vllm.close()

@@ -1,0 +1,204 @@
+"""Servers of their own processes: sampled from, refitted, killed and started again."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from conch.config import GenerationConfig, RolloutConfig
+from conch.errors import RolloutError
+from conch.rollouts.hf_engine import HFEngine
+from conch.rollouts.http_server import ServerLink
+from conch.rollouts.served_engine import ServedEngine
+from conch.rollouts.server_pool import ServerPool
+from conch.rollouts.weight_sync import checkpoint_tensors
+from conch.types import Prompt, Rollout
+from tests.launches import ROOT, free_port
+from tests.vllm.conftest import CACHE_GB, make_lm
+from tests.vllm.test_colocated import TEXTS, assert_alike
+
+READY_S = 400.0
+"""Three processes import vLLM, on a machine that may have much else to do."""
+
+
+class ServerProcess:
+    """`python -m conch.rollouts.serve`, and what it started."""
+
+    def __init__(self, model: Path, port: int) -> None:
+        self.model = model
+        self.port = port
+        self.address = f"127.0.0.1:{port}"
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "conch.rollouts.serve", f"model={self.model}", f"port={self.port}"]
+        self.process = subprocess.Popen([*command, f"kv_cache_gb={CACHE_GB}"], cwd=ROOT)
+
+    def family(self) -> list[psutil.Process]:
+        """It and all below it."""
+        me = psutil.Process(self.process.pid)
+        return [me, *me.children(recursive=True)]
+
+    def kill(self) -> None:
+        """SIGKILL to the server alone; waits until those below it have left by themselves."""
+        family = self.family()
+        self.process.kill()
+        self.process.wait()
+        _, alive = psutil.wait_procs(family, timeout=30)
+        for left_over in alive:
+            left_over.kill()
+        assert not alive, "what a killed server started lives on"
+
+    def stop(self) -> None:
+        """SIGTERM; nothing may be left."""
+        family = self.family()
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(60)
+        _, alive = psutil.wait_procs(family, timeout=30)
+        for left_over in alive:
+            left_over.kill()
+        assert not alive, "what a stopped server started lives on"
+
+
+@pytest.fixture(scope="module")
+def servers(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
+) -> Iterator[tuple[ServerProcess, ServerProcess]]:
+    """Two that are ready. Their folder holds other weights than the policy's."""
+    folder = tmp_path_factory.mktemp("served")
+    make_lm(tokenizer, 5).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    running = ServerProcess(folder, free_port()), ServerProcess(folder, free_port())
+    try:
+        for server in running:
+            wait_until(ServerLink(server.address, READY_S).health)
+        yield running
+    finally:
+        for server in running:
+            if server.process.poll() is None:
+                server.stop()
+
+
+def wait_until(answers: Callable[[], Any]) -> None:
+    """Until it no longer raises what a server does that is away."""
+    end = time.monotonic() + READY_S
+    while time.monotonic() < end:
+        with contextlib.suppress(RolloutError):
+            answers()
+            return
+        time.sleep(0.5)
+    raise AssertionError("the server did not become ready")
+
+
+def pool_of(*servers: ServerProcess, lm: GPT2LMHeadModel | None = None, **settings: Any) -> ServerPool:
+    urls = ",".join(server.address for server in servers)
+    config = RolloutConfig(engine="vllm", urls=urls, **settings)
+    tensors = {} if lm is None else checkpoint_tensors(lm)
+    return ServerPool(config, lambda: tensors, source=f"run-{time.monotonic_ns()}", sends=True)
+
+
+def engine_of(
+    pool: ServerPool, tokenizer: PreTrainedTokenizerFast, version: Callable[[], int], **generation: Any
+) -> ServedEngine:
+    config = GenerationConfig(**{"max_new_tokens": 24, "chunk_size": 8, **generation})
+    return ServedEngine(pool, tokenizer, config, version=version, deadline_s=READY_S)
+
+
+def prompts(tokenizer: PreTrainedTokenizerFast, *texts: str) -> list[Prompt]:
+    return [Prompt(text, tuple(tokenizer(text)["input_ids"])) for text in texts]
+
+
+def all_of(engine: Any, given: list[Prompt], **settings: Any) -> list[Rollout]:
+    return [rollout for chunk in engine.generate(given, **settings) for rollout in chunk]
+
+
+@pytest.mark.parametrize("weights", ["broadcast", "files"])
+@pytest.mark.parametrize("stop", [(), ("g",)])
+def test_greedy_completions_are_those_of_transformers_after_every_update(
+    servers: tuple[ServerProcess, ServerProcess],
+    tokenizer: PreTrainedTokenizerFast,
+    weights: str,
+    stop: tuple[str, ...],
+) -> None:
+    given = prompts(tokenizer, *TEXTS)
+    for version in (3, 4):
+        lm = make_lm(tokenizer, version)
+        pool = pool_of(*servers, lm=lm, weights=weights)
+        config = GenerationConfig(max_new_tokens=24, stop=stop)
+        wanted = all_of(HFEngine(lambda lm=lm: lm, tokenizer, config, version=lambda: 0), given, greedy=True)
+        served = engine_of(pool, tokenizer, lambda version=version: version, stop=stop)
+        found = all_of(served, given, greedy=True)
+        assert_alike(found, wanted)
+        assert {rollout.policy_version for rollout in found} == {version}
+        pool.close()
+
+
+def test_same_seed_samples_the_same_wherever_it_is_sampled(
+    servers: tuple[ServerProcess, ServerProcess], tokenizer: PreTrainedTokenizerFast, lm: GPT2LMHeadModel
+) -> None:
+    given = prompts(tokenizer, *TEXTS * 4)
+    found = []
+    for asked in (servers, servers[:1]):
+        pool = pool_of(*asked, lm=lm)
+        torch.manual_seed(0)
+        rollouts = all_of(engine_of(pool, tokenizer, lambda: 0), given)
+        found.append([rollout.completion.token_ids for rollout in rollouts])
+        pool.close()
+    assert found[0] == found[1]
+
+
+def test_nothing_is_lost_with_a_killed_server_and_it_is_refitted_when_it_is_back(
+    servers: tuple[ServerProcess, ServerProcess], tokenizer: PreTrainedTokenizerFast, lm: GPT2LMHeadModel
+) -> None:
+    victim = servers[1]
+    pool = pool_of(*servers, lm=lm)
+    version = [0]
+    engine = engine_of(pool, tokenizer, lambda: version[0], max_new_tokens=120)
+    given = prompts(tokenizer, *[f"{a}{b}" for a in "abcdefghij" for b in "abcdefghijklmnop"])
+    told: list[int] = []
+
+    def kill_once(ended: Any) -> None:
+        if not told:
+            victim.kill()
+        told.extend(ended)
+
+    made = all_of(engine, given, on_finished=kill_once)
+    assert [rollout.prompt for rollout in made] == given
+    assert sorted(told) == list(range(len(given)))
+    assert not pool.servers[1].holds(pool.stamp(0))
+    victim.start()
+    wait_until(pool.servers[1].link.health)
+    version[0] = 1
+    assert {rollout.policy_version for rollout in all_of(engine, given)} == {1}
+    assert pool.servers[1].link.health().stamp == pool.stamp(1)
+    pool.close()
+
+
+def test_server_with_other_weights_or_another_end_refuses(
+    servers: tuple[ServerProcess, ServerProcess], tokenizer: PreTrainedTokenizerFast, lm: GPT2LMHeadModel
+) -> None:
+    pool = pool_of(servers[0], lm=lm)
+    engine = engine_of(pool, tokenizer, lambda: 0)
+    assert len(all_of(engine, prompts(tokenizer, "a"))) == 1
+    engine._eos_id = 3
+    with pytest.raises(
+        RolloutError, match=r"ends a text with token 3, this server's with 22: serve the policy"
+    ):
+        all_of(engine, prompts(tokenizer, "a"))
+    pool.close()
+    lost = pool_of(servers[0], lm=lm, weights="files")
+    lost._file.path = lambda *_: Path("/nowhere/0.safetensors")  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(RolloutError, match=r"no /nowhere/0.safetensors on this machine: set .*=broadcast"):
+        lost.ready(0)
+    lost.close()
