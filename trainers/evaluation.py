@@ -84,13 +84,14 @@ def sampled_prompts(
     """Prompts that leave room for a completion; without `eval_prompts`, all that are learned from are
     evaluated on, whatever their length.
 
-    config: the run's, for its sections `generation`, `eval_generation`, `tokenizer` and `data`.
+    config: the run's, for its sections `generation`, `eval_generation`, `rollout`, `tokenizer` and `data`.
 
     Raises:
         ConfigError, DataError: see `fitting_prompts` and `eval_variants`.
     """
     variants = eval_variants(config.generation, config.eval_generation)
-    fitting = partial(fitting_prompts, tokenizer=tokenizer, config=config.tokenizer, model=lm)
+    window = config.rollout.window if config.rollout.engine == "vllm" else None
+    fitting = partial(fitting_prompts, tokenizer=tokenizer, config=config.tokenizer, model=lm, window=window)
     train = fitting(prompts, generation=config.generation, lengths=config.data)
     evaluated = prompts if eval_prompts is None else eval_prompts
     return SampledPrompts(train, fitting(evaluated, generation=longest_generation(variants)), variants)

@@ -324,15 +324,16 @@ def fitting_prompts(
     model: PreTrainedModel,
     generation: GenerationConfig,
     lengths: DataConfig | None = None,
+    window: int | None = None,
 ) -> list[Prompt]:
     """Prompts that leave room in the model's window for the longest completion.
 
-    lengths: which prompts to leave out for their length.
+    lengths: which prompts to leave out for their length. window: the sampler's own, in tokens.
 
     Raises:
         ConfigError, DataError: see `room_for_prompts` and `conch.data.prompts.make_prompts`.
     """
-    room = room_for_prompts(model, generation)
+    room = room_for_prompts(model, generation, window)
     return make_prompts(prompts, tokenizer, config, max_tokens=room, lengths=lengths)
 
 
@@ -363,13 +364,21 @@ def texts_of(chunks: Iterable[Sequence[Rollout]]) -> list[str]:
     return [rollout.completion.text for chunk in chunks for rollout in chunk]
 
 
-def room_for_prompts(model: PreTrainedModel, generation: GenerationConfig) -> int | None:
-    """Tokens that the model's window leaves for a prompt; None where it has no limit.
+def room_for_prompts(
+    model: PreTrainedModel, generation: GenerationConfig, sampler_window: int | None = None
+) -> int | None:
+    """Tokens that the model's window, or the sampler's where it is shorter, leaves for a prompt; None where
+    there is no limit.
 
     Raises:
-        ConfigError: none are left.
+        ConfigError: none are left, or the sampler's window is longer than the model's.
     """
     window = context_window(model.config)
+    if window is not None and sampler_window is not None and sampler_window > window:
+        raise ConfigError(
+            f"`rollout.window` = {sampler_window} is longer than the model's window of {window} tokens"
+        )
+    window = sampler_window or window
     if window is None:
         return None
     if window <= generation.max_new_tokens:

@@ -112,6 +112,8 @@ def engine_settings(model: str, config: RolloutConfig, dtype: torch.dtype | str)
     }
     if is_cpu:
         settings["block_size"] = _CPU_BLOCK
+        # Where a prompt is computed in parts, vLLM winds its request's generator back: a CPU's has no way.
+        settings["enable_chunked_prefill"] = False
     cache = config.kv_cache_gb or (_CPU_CACHE_GB if is_cpu else None)
     if cache is not None:
         settings["kv_cache_memory_bytes"] = int(cache * _GIB)
@@ -162,6 +164,16 @@ def explained(error: Exception, folder: str) -> Exception:
             f"`rollout.window` or `rollout.max_num_seqs` ({reason[:400]})"
         )
     return ModelError(f"vLLM cannot serve this model: {reason.replace(folder, 'it')[:400]}")
+
+
+def leave_groups() -> None:
+    """Leave the groups that vLLM made within the trainers' one, while that is still there."""
+    from vllm.distributed import parallel_state  # pyright: ignore[reportMissingImports]
+
+    parallel_state.destroy_model_parallel()
+    if parallel_state._WORLD is not None:
+        parallel_state._WORLD.destroy()
+        parallel_state._WORLD = None
 
 
 def quiet_compiler(config: RolloutConfig) -> AbstractContextManager[Any]:

@@ -30,6 +30,7 @@ from conch.rollouts.vllm_build import (
     build,
     check_architecture,
     check_installed,
+    leave_groups,
     platform,
     quiet_compiler,
     write_config,
@@ -38,9 +39,6 @@ from conch.rollouts.weight_sync import checkpoint_tensors
 from conch.types import OnFinished, Prompt, Rollout
 
 _log = get_logger(__name__)
-
-_AT_THE_END = 1 << 30
-"""Tokens between two reports on a request that nobody has to look at before it has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +70,8 @@ def sampling_params(
         logprobs=0,
         flat_logprobs=True,
         detokenize=False,
-        output_kind=RequestOutputKind.CUMULATIVE,
-        stream_interval=1 if watched else _AT_THE_END,
+        output_kind=RequestOutputKind.CUMULATIVE if watched else RequestOutputKind.FINAL_ONLY,
+        skip_clone=True,  # made for one request
         **shaping,
     )
 
@@ -182,6 +180,7 @@ class ColocatedVLLM:
         """Give back all memory."""
         if self._several:  # the core's own shutdown would leave the trainers' process group, too
             self._engine.model_executor.shutdown()
+            leave_groups()
         else:
             self._engine.engine_core.shutdown()
 

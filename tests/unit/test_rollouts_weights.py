@@ -15,12 +15,13 @@ from conch.config import GenerationConfig, RolloutConfig, load
 from conch.errors import ConfigError
 from conch.experience import collate
 from conch.models.adapter import add_adapter, merged_copy
+from conch.models.loading import context_window
 from conch.rollouts.ending import Ending
 from conch.rollouts.hf_engine import HFEngine
 from conch.rollouts.ordering import check_window, in_order
 from conch.rollouts.vllm_build import check_installed
 from conch.rollouts.weight_sync import checkpoint_tensors
-from conch.trainers.online import rollout_metrics
+from conch.trainers.online import rollout_metrics, room_for_prompts
 from conch.types import Prompt, Rollout
 from tests.fakes.rollouts import rollout
 from tests.tiny import LANGUAGE_MODELS, char_tokenizer, tiny_decoder
@@ -108,6 +109,18 @@ def test_prompt_beyond_the_window_is_refused() -> None:
         ConfigError, match=r"a prompt of 4 tokens .*= 5 do not fit vLLM's window of 8: .*max_tokens` to 3"
     ):
         check_window(prompts, GenerationConfig(max_new_tokens=5), 8)
+
+
+def test_samplers_window_leaves_less_room_for_prompts() -> None:
+    lm, generation = tiny_decoder("gpt2"), GenerationConfig(max_new_tokens=4)
+    of_model = context_window(lm.config)
+    assert of_model is not None
+    assert room_for_prompts(lm, generation) == of_model - 4
+    assert room_for_prompts(lm, generation, 10) == 6
+    with pytest.raises(ConfigError, match="leaves no room for a prompt in the model's window of 4 tokens"):
+        room_for_prompts(lm, generation, 4)
+    with pytest.raises(ConfigError, match=rf"`rollout.window` = {of_model + 1} is longer than the model's"):
+        room_for_prompts(lm, generation, of_model + 1)
 
 
 # --------------------------------------------------------------------------------------------------- settings

@@ -53,6 +53,8 @@ def lm(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
 def colocated(lm: GPT2LMHeadModel) -> Iterator[ColocatedVLLM]:
     """vLLM in this process."""
     config = RolloutConfig(engine="vllm", kv_cache_gb=CACHE_GB)
+    before = torch.get_rng_state()
     vllm = ColocatedVLLM(lambda: lm, config, torch.float32, several=False)
+    assert torch.equal(torch.get_rng_state(), before), "vLLM has seeded the trainer's generator"
     yield vllm
     vllm.close()

@@ -113,6 +113,26 @@ def test_stop_strings_are_cut_as_transformers_engine_cuts_them(both: Any) -> Non
         assert not any(stop in rollout.completion.text for stop in pair.config.stop)
 
 
+def test_nothing_is_sampled_behind_a_stop_string(both: Any, colocated: ColocatedVLLM) -> None:
+    pair = both(stop=("g",), max_new_tokens=100)
+    colocated.refit(pair.version)
+    ended: list[int] = []
+    sample = colocated.sample
+
+    def watched(*arguments: Any) -> Any:
+        for sampled in sample(*arguments):
+            yield sampled
+            stopped = [each.token_ids for each in sampled.values() if 6 in each.token_ids]  # a "g"
+            ended.extend(ids.index(6) - len(ids) for ids in stopped)
+
+    colocated.sample = watched  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        all_of(pair.vllm, pair.prompts(*TEXTS))
+    finally:
+        colocated.sample = sample  # pyright: ignore[reportAttributeAccessIssue]
+    assert set(ended) == {-1}
+
+
 def test_samples_of_a_prompt_differ_and_a_run_repeats(both: Any) -> None:
     pair = both()
     prompts = pair.prompts(*["a b"] * 8, *["c"] * 8)
@@ -150,6 +170,14 @@ def test_prompt_of_a_group_is_computed_once(both: Any, colocated: ColocatedVLLM)
     assert sorted(cached) == [0] + [96] * 7  # of 100 tokens, in blocks of 32
 
 
+def test_more_prompts_than_one_pass_takes_are_sampled(both: Any) -> None:
+    pair = both(max_new_tokens=8, chunk_size=40)
+    prompts = pair.prompts(*[f"{a}{b}" * 50 for a in "abcdefgh" for b in "ijklm"])
+    assert sum(len(prompt.token_ids) for prompt in prompts) == 4000
+    assert len(all_of(pair.vllm, prompts)) == 40  # first, while nothing of them is in the cache
+    assert_alike(all_of(pair.vllm, prompts, greedy=True), all_of(pair.hf, prompts, greedy=True))
+
+
 def test_completions_are_told_of_as_they_end_and_come_in_order(both: Any) -> None:
     pair = both()
     prompts = pair.prompts(*TEXTS * 2)
@@ -176,8 +204,9 @@ def test_new_weights_take_effect_and_no_cache_is_stale(
 
 def test_sampling_that_was_broken_off_leaves_nothing_behind(both: Any, colocated: ColocatedVLLM) -> None:
     pair = both()
-    chunks = pair.vllm.generate(pair.prompts(*TEXTS * 4))
+    chunks = pair.vllm.generate(pair.prompts(*TEXTS * 40))  # more than are sampled at once
     next(chunks)
+    assert colocated._engine.has_unfinished_requests()
     chunks.close()
     assert not colocated._engine.has_unfinished_requests()
     pair.version = next(VERSIONS)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.integration.example_runs import run_example
-from tests.launches import ROOT
+from tests.launches import finish, torchrun
+from tests.launches import start as start_run
 
 SHAPE = ("model.architecture.n_embd=128", "model.architecture.n_head=4")
 """Heads of 32: for those of the examples' own policy vLLM has no kernel on a CPU."""
@@ -48,17 +46,6 @@ def test_walks_become_short(algorithm: str, gate: float, start: Path, tmp_path: 
 def test_two_ranks_sample_each_in_its_own_process(start: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     overrides = [f"model.path={start}", f"train.run_dir={run_dir}", *ENGINE, "train.total_steps=4"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*launch, "-m", "examples.randomwalks.grpo_randomwalks", *overrides, "train.num_processes=2"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    program = ["-m", "examples.randomwalks.grpo_randomwalks", *overrides, "train.num_processes=2"]
+    assert "Traceback" not in finish(start_run([*torchrun(2), *program]))
     check_rows(run_dir)
