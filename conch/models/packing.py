@@ -26,7 +26,7 @@ def packed_logits(
     return output.logits[:, :-1]
 
 
-def as_attention_takes_it(lm: PreTrainedModel, mask: Bool[Tensor, "B 1 T T"]) -> Tensor:
+def as_attention_takes_it(lm: PreTrainedModel, mask: Bool[Tensor, "B 1 S T"]) -> Tensor:
     """Scaled dot-product attention takes a mask as it is, in any precision; the plain one adds it to its
     scores."""
     if lm.config._attn_implementation == "sdpa":
