@@ -7,6 +7,7 @@ import gzip
 import json
 import random
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from benchmarks.checkpoint import byte_pairs
 from benchmarks.forced_lengths import EndAt
 from conch.errors import ConchError
+from conch.rollouts.hf_engine import HFEngine
+from conch.trainers.grpo import GRPOTrainer
+from conch.trainers.ppo import PPOTrainer
 from conch.types import Prompt
 from examples.randomwalks.task import MAX_LENGTH, RandomWalks, letter_tokenizer
 
@@ -121,6 +125,18 @@ def case_of(name: str, data: Path | None, *, small: bool = False) -> Case:
     if small:
         return dialogue_case(data, 8, 4, layers=1, width=64, max_prompt_tokens=24, max_new_tokens=24)
     return dialogue_case(data)
+
+
+def forced_engine(trainer: PPOTrainer | GRPOTrainer, end_at: EndAt) -> HFEngine:
+    """The trainer's own engine, but for rows that end where `end_at` lets them."""
+    return HFEngine(
+        lambda: trainer.policy.lm,
+        trainer.tokenizer,
+        trainer.config.generation,
+        version=lambda: trainer.policy_version,
+        autocast=trainer.engine.autocast,
+        processors=lambda: nullcontext([end_at]),
+    )
 
 
 def _gpt2(shape: dict[str, Any]) -> GPT2Config:

@@ -19,7 +19,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -40,13 +39,12 @@ from benchmarks.measuring import (
     spread,
     timed,
 )
-from benchmarks.policies import Case, case_of
+from benchmarks.policies import Case, case_of, forced_engine
 from conch.cli import load_run_config
 from conch.config import load
 from conch.models.policy import response_logits
 from conch.models.reference import FullCopyReference, Reference, SharedTrunkReference
 from conch.models.trainable import choose_trainable
-from conch.rollouts.hf_engine import HFEngine
 from conch.trainers.ppo import PPORunConfig, PPOTrainer
 from examples.randomwalks.sft_start import GRAPH_SEED, sft_start
 from examples.randomwalks.task import RandomWalks
@@ -100,13 +98,7 @@ def dialogue_trainer(folder: Path, case: Case) -> PPOTrainer:
         model=case.model(),
         tokenizer=case.tokenizer,
     )
-    trainer.sampler = HFEngine(
-        lambda: trainer.policy.lm,
-        case.tokenizer,
-        trainer.config.generation,
-        version=lambda: trainer.policy_version,
-        processors=lambda: nullcontext([case.end_at()]),
-    )
+    trainer.sampler = forced_engine(trainer, case.end_at())
     return trainer
 
 
