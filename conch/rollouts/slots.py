@@ -234,8 +234,11 @@ class SlotDecoder:
         return 1 + len(self._unseen) + max(row.next_column for row in self._rows if row is not None)
 
     def _history(self) -> Int[Tensor, "S W"]:
-        rows = [(*row.prompt, *row.ids) if row is not None else (self._pad_id,) for row in self._rows]
-        return pad_left(rows, self._pad_id, self._lm.device)[0]
+        """Of a free slot that of another, so that nobody has to know of free slots."""
+        other = next(row for row in self._rows if row is not None)
+        rows = [row if row is not None else other for row in self._rows]
+        read = [(*row.prompt, *row.ids) for row in rows]
+        return pad_left(read, self._pad_id, self._lm.device)[0]
 
     def _look(self, slots: Sequence[int], unseen: Sequence[tuple[Tensor, Tensor]]) -> list[Row]:
         """Note the tokens of these slots, and free those that have ended."""
@@ -257,7 +260,7 @@ class SlotDecoder:
         return finished
 
     def _free(self, slots: Sequence[int]) -> None:
-        """A free slot goes on with the others until it is taken, and sees its first column alone: in a row that
+        """A free slot goes on with the others until it is taken, and sees its first column alone: where a row
         sees nothing some kernels put NaN, of which nothing can be drawn."""
         freed = torch.tensor(slots, dtype=torch.long, device=self._lm.device)
         self._start[freed], self._end[freed], self._is_alive[freed] = 0, 0, False
@@ -278,9 +281,6 @@ def pad_left(
 ) -> tuple[Int[Tensor, "B W"], Bool[Tensor, "B W"]]:
     """Token ids, and a mask that is True at real tokens."""
     longest = max(map(len, rows))
-    ids = torch.full((len(rows), longest), pad_id)
-    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
-    for number, row in enumerate(rows):
-        ids[number, longest - len(row) :] = torch.tensor(row)
-        mask[number, longest - len(row) :] = True
-    return ids.to(device), mask.to(device)
+    ids = torch.tensor([[pad_id] * (longest - len(row)) + list(row) for row in rows])
+    lengths = torch.tensor([[len(row)] for row in rows])
+    return ids.to(device), (torch.arange(longest) >= longest - lengths).to(device)

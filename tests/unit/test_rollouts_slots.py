@@ -131,6 +131,7 @@ def test_processors_are_told_what_each_row_has_read() -> None:
     lm, processor = tiny_decoder("gpt2"), Forbid()
     found = sample(lm, TEXTS, chunk_size=3, max_new_tokens=6, processors=[processor])
     pad = TOKENIZER.pad_token_id
+    assert all(row[-1] != pad for row in processor.seen), "free slots are not shown"
     histories = {tuple(token for token in row if token != pad) for row in processor.seen}
     for rollout in found:
         read = (*rollout.prompt.token_ids, *rollout.completion.token_ids)
