@@ -40,7 +40,7 @@ def dialogues(path: Path, count: int) -> list[str]:
 
 def write_checkpoint(folder: Path, texts: list[str], *, layers: int, width: int) -> Path:
     """Save a random GPT-2 classifier, window 1,024 tokens, and a byte-level BPE made from `texts`."""
-    tokenizer = _tokenizer(texts)
+    tokenizer = byte_pairs(texts)
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=len(tokenizer),
@@ -58,7 +58,8 @@ def write_checkpoint(folder: Path, texts: list[str], *, layers: int, width: int)
     return folder
 
 
-def _tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def byte_pairs(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `VOCABULARY` tokens made from `texts`, with `<pad>` and `<eos>`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -7,11 +7,13 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 
 from conch.errors import ConchError
 
+ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 1e-4
 
 
@@ -42,11 +45,46 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
+def cell(figures: Mapping[str, float], digits: int) -> str:
+    """A spread as tables show it: median (lowest-highest)."""
+    return f"{figures['median']:.{digits}f} ({figures['low']:.{digits}f}-{figures['high']:.{digits}f})"
+
+
 def timed(call: Callable[[], Any]) -> tuple[Any, float]:
     """What a call returns, and its seconds."""
     started = time.perf_counter()
     result = call()
     return result, time.perf_counter() - started
+
+
+def resident_bytes(of: str = "VmRSS") -> int:
+    """Memory that this process holds, or with `VmHWM` the most it has held since `forget_peak`.
+
+    Not `ru_maxrss`, which begins with what the parent process held.
+    """
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{of}:"):
+            return int(line.split()[1]) * 1024
+    raise ConchError(f"/proc/self/status has no {of}: memory cannot be measured here")
+
+
+def forget_peak() -> None:
+    """From here on, the peak is that of what follows."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def alone(module: str, *arguments: str) -> dict[str, Any]:
+    """What a module prints last, one JSON object, run in a process of its own.
+
+    Raises:
+        ConchError: it fails; its own words stand above.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        raise ConchError(f"`{module} {' '.join(arguments)}` ended with code {done.returncode}")
+    return json.loads(lines[-1])
 
 
 @contextmanager
@@ -105,12 +143,23 @@ def run(
     """Measure on the client's core in a folder of its own, and print; returns the exit code."""
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
+
+    def bound(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         require_cores(arguments.server_core, arguments.client_core)
-        with (
-            tempfile.TemporaryDirectory(prefix="conch-benchmark-") as folder,
-            on_core(arguments.client_core),
-        ):
+        with on_core(arguments.client_core):
+            return measure(arguments, folder)
+
+    return run_unbound(arguments, bound, table)
+
+
+def run_unbound(
+    arguments: argparse.Namespace,
+    measure: Callable[[argparse.Namespace, Path], dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+) -> int:
+    """Measure on any core in a folder of its own, and print; returns the exit code."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="conch-benchmark-") as folder:
             report = measure(arguments, Path(folder))
         if arguments.json is not None:
             arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -119,6 +168,21 @@ def run(
         return 1
     print(table(report))
     return 0
+
+
+def head(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What every report begins with."""
+    told = {key: str(value) for key, value in vars(arguments).items()}
+    return {"date": date.today().isoformat(), **machine(), "arguments": told}
+
+
+def add_policy_options(parser: argparse.ArgumentParser) -> None:
+    """What benchmarks of rollouts and steps are told."""
+    add = parser.add_argument
+    add("--data", type=Path, help="HH dialogues, JSON lines (.gz or not); default: like lengths, drawn")
+    add("--threads", type=int, default=os.cpu_count(), help="of torch; default: %(default)s")
+    add("--json", type=Path, help="also write every figure to this file")
+    add("--small", action="store_true", help="tiny shapes and few rows, to try the script itself")
 
 
 def _cpu_name() -> str:

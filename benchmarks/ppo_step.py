@@ -1,89 +1,291 @@
-"""A PPO step with a served reward, against the same step with that reward in process on a second core."""
+"""Seconds of each phase of a PPO step, its peak memory, and what a shared-trunk reference saves.
+
+    python -m benchmarks.ppo_step --data harmless-base.jsonl.gz
+
+Randomwalks as trlX runs it: 140 walks from an SFT policy, in batches of 20, then 4 epochs of 2 updates, with
+a full copy as reference. trlX updates on 100 and 40 walks, we on 70 and 70. A second run samples the 140 in
+one batch. Then a GPT-2 shape of 30 million weights on 32 HH prompts, with responses as long as the answers
+there (forced by `benchmarks/forced_lengths.py`, for a model without training does not end by itself), one
+epoch of 2 updates in micro-batches of 8. Last, for that shape with 2 of 8 blocks trained, both references:
+bytes that each holds beside the policy, and seconds that its log-probs take beyond the policy's own pass.
+
+Every run has a process of its own. A step is what `trainer.step()` does; the first ones warm up. Peak memory
+is that of the whole process, as it was taken of trlX.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-import statistics
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from torch import nn
+from transformers import PreTrainedModel
 
-from benchmarks.checkpoint import WINDOW
-from benchmarks.limit import Limit
+from benchmarks.measuring import (
+    ROOT,
+    add_policy_options,
+    alone,
+    cell,
+    forget_peak,
+    head,
+    resident_bytes,
+    run_unbound,
+    spread,
+    timed,
+)
+from benchmarks.policies import Case, case_of, forced_engine
+from conch.cli import load_run_config
 from conch.config import load
+from conch.models.policy import response_logits
+from conch.models.reference import FullCopyReference, Reference, SharedTrunkReference
+from conch.models.trainable import choose_trainable
 from conch.trainers.ppo import PPORunConfig, PPOTrainer
+from examples.randomwalks.sft_start import GRAPH_SEED, sft_start
+from examples.randomwalks.task import RandomWalks
 
-_PROMPT_TOKENS = 64
-_PHASES = ("time/rollout_s", "time/score_s", "time/experience_s", "time/update_s")
+TRLX = {"step": 1.6, "rollout": 0.35, "score": 0.34, "experience": None, "update": 0.92, "peak_mb": 745}
+"""Seconds and MB of trlX (torch 2.13, transformers 4.32) on two cores; passes of policy and reference are
+under `score`, where ours run while rewards are under way."""
+
+PHASES = ("rollout", "score", "experience", "update")
+WALKS = {"walks-20": 20, "walks-140": 140}
+REFERENCES = ("reference-shared", "reference-full")
+_UNFROZEN = 2
 
 
-class Steps:
-    """PPO over the beginnings of dialogues with a random GPT-2, the reward model's size.
+def walk_trainer(folder: Path, start: Path, chunk_size: int) -> PPOTrainer:
+    """The example's PPO, with its presets. start: the policy that it begins with."""
+    config = load_run_config(
+        PPORunConfig,
+        [
+            f"model.path={start}",
+            f"train.run_dir={folder}/run",
+            f"generation.chunk_size={chunk_size}",
+            "train.total_steps=1000",
+            "tracking.rollouts=false",
+        ],
+        default_name="randomwalks/ppo_exact",
+        config_dir=ROOT / "configs",
+    )
+    task = RandomWalks(GRAPH_SEED)
+    return PPOTrainer(config, reward=task.reward, prompts=task.start_nodes)
 
-    folder: for checkpoint and runs. steps: of a run; the first warms up and does not count.
+
+def dialogue_trainer(folder: Path, case: Case) -> PPOTrainer:
+    """PPO over half of the case's prompts; their responses have the lengths drawn."""
+    rows = len(case.prompts) // 2  # 4 micro-batches
+    settings = {
+        "model": {"architecture": {"model_type": "gpt2"}},
+        "generation": {"max_new_tokens": case.max_new_tokens, "chunk_size": case.chunk_size},
+        "ppo": {
+            "rollouts_per_step": rows,
+            "epochs": 1,
+            "minibatches": 2,
+            "forward_batch_size": case.chunk_size,
+        },
+        "train": {"run_dir": f"{folder}/run", "total_steps": 1000, "gradient_accumulation_steps": 2},
+    }
+    trainer = PPOTrainer(
+        load(PPORunConfig, settings),
+        reward=lambda samples, **_: [float(len(sample) % 7) for sample in samples],
+        prompts=[prompt.text for prompt in case.prompts],
+        model=case.model(),
+        tokenizer=case.tokenizer,
+    )
+    trainer.sampler = forced_engine(trainer, case.end_at())
+    return trainer
+
+
+def phases_of(trainer: PPOTrainer, steps: int, warm_up: int) -> dict[str, Any]:
+    """Seconds of each phase and of the step, step by step, and the process's peak."""
+    columns: dict[str, list[float]] = {name: [] for name in ("step", *PHASES)}
+    lengths = []
+    try:
+        for number in range(warm_up + steps):
+            metrics, seconds = timed(trainer.step)
+            if number >= warm_up:
+                lengths.append(metrics["rollout/length_mean"])
+                columns["step"].append(seconds)
+                for name in PHASES:
+                    columns[name].append(metrics[f"time/{name}_s"])
+    finally:
+        trainer.close()
+    return {
+        "seconds": {name: spread(column) for name, column in columns.items()},
+        "response_tokens": median(lengths),
+        "peak_bytes": resident_bytes("VmHWM"),
+    }
+
+
+def reference_cost(case: Case, *, shared: bool, rounds: int = 5) -> dict[str, Any]:
+    """Bytes that a reference holds beside the policy, and seconds of both and of the policy's pass alone.
+
+    A batch of 8 prompts with random responses; `_UNFROZEN` blocks train, whatever the reference.
     """
-
-    def __init__(self, folder: Path, checkpoint: Path, texts: Sequence[str], *, steps: int) -> None:
-        self._folder = folder
-        self._steps = steps
-        self._tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
-        shape = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-        self._shape = {name: shape[name] for name in ("vocab_size", "n_layer", "n_embd", "n_head")}
-        ids = self._tokenizer(list(texts)).input_ids
-        self.prompts = [self._tokenizer.decode(row[:_PROMPT_TOKENS]) for row in ids]
-        self._runs = 0
-
-    def run(self, reward: str | Callable[..., Any]) -> list[dict[str, float]]:
-        """The metrics of every step that counts."""
-        self._runs += 1
-        folder = self._folder / f"ppo_{self._runs}"
-        trainer = PPOTrainer(
-            load(PPORunConfig, self._settings(folder)),
-            reward=reward,
-            prompts=self.prompts,
-            model=self._policy(),
-            tokenizer=self._tokenizer,
-        )
-        try:
-            trainer.fit()
-        finally:
-            trainer.close()
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines][1:]
-
-    def _settings(self, folder: Path) -> dict[str, Any]:
-        return {
-            "model": {"architecture": {"model_type": "gpt2"}},
-            "generation": {"max_new_tokens": 64, "chunk_size": 8},
-            "reward": {"remember": 0, "deadline_s": 300.0},
-            "ppo": {"rollouts_per_step": 64, "epochs": 1, "minibatches": 4, "forward_batch_size": 16},
-            "train": {"run_dir": str(folder), "total_steps": self._steps},
-        }
-
-    def _policy(self) -> GPT2LMHeadModel:
-        torch.manual_seed(0)
-        special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": self._tokenizer.eos_token_id}
-        no_dropout: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        return GPT2LMHeadModel(GPT2Config(n_positions=WINDOW, **self._shape, **special, **no_dropout))
+    lm = case.model()
+    blocks = min(_UNFROZEN, case.model_config.n_layer)
+    config = {"architecture": {"model_type": "gpt2"}, "num_layers_unfrozen": blocks}
+    choose_trainable(lm, load(PPORunConfig, {"model": config}).model)
+    inputs = _batch(case)
+    before = resident_bytes()
+    forget_peak()
+    reference = SharedTrunkReference(lm, blocks) if shared else FullCopyReference(lm)
+    columns: dict[str, list[float]] = {"policy": [], "both": []}
+    with torch.no_grad():
+        for number in range(rounds + 1):
+            alone_s = timed(lambda: response_logits(lm, *inputs))[1]
+            both_s = timed(lambda: _both(lm, reference, inputs))[1]
+            if number:
+                columns["policy"].append(alone_s)
+                columns["both"].append(both_s)
+    added = [both - own for both, own in zip(columns["both"], columns["policy"], strict=True)]
+    return {
+        "weight_bytes": bytes_beside(reference, lm),
+        "added_peak_bytes": resident_bytes("VmHWM") - before,
+        "peak_bytes": resident_bytes("VmHWM"),
+        "seconds": {**{name: spread(column) for name, column in columns.items()}, "added": spread(added)},
+    }
 
 
-def in_process(limit: Limit) -> Callable[..., list[float]]:
-    """The reward model as a Python function; it computes on its own core, in the reward's thread."""
-
-    def reward(samples: Sequence[str], **_: Any) -> list[float]:
-        return limit.score_texts(samples)
-
-    return reward
+def _both(lm: PreTrainedModel, reference: Reference, inputs: tuple[torch.Tensor, torch.Tensor, int]) -> None:
+    with reference.recording():
+        response_logits(lm, *inputs)
+    reference.logits(*inputs)
 
 
-def seconds_of(step: dict[str, float]) -> float:
-    """A whole step."""
-    return sum(step[name] for name in _PHASES)
+def _batch(case: Case) -> tuple[torch.Tensor, torch.Tensor, int]:
+    prompts = [list(prompt.token_ids) for prompt in case.prompts[:8]]
+    longest = max(map(len, prompts))
+    num_response = max(case.expected[:8])
+    ids = torch.full((len(prompts), longest + num_response), 2)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    for row, (prompt, length) in enumerate(zip(prompts, case.expected, strict=False)):
+        ids[row, longest - len(prompt) : longest] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) : longest + length] = True
+    return ids, mask, num_response
 
 
-def median_of(steps: Sequence[dict[str, float]], name: str) -> float:
-    """Of one metric over the steps."""
-    return statistics.median(step[name] for step in steps)
+def bytes_beside(reference: Reference, lm: nn.Module) -> int:
+    """Bytes of the reference's weights and buffers that are not the policy's own."""
+
+    def stored(module: nn.Module) -> dict[int, int]:
+        tensors = [*module.parameters(), *module.buffers()]
+        return {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+
+    own = stored(lm)
+    found: dict[int, int] = {}
+    for value in vars(reference).values():
+        if isinstance(value, nn.Module):
+            found |= stored(value)
+    return sum(size for place, size in found.items() if place not in own)
+
+
+def measure_alone(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What one of the processes says. --alone: what to measure, and a folder to work in."""
+    what, folder = arguments.alone[0], Path(arguments.alone[1])
+    if what in WALKS:
+        trainer = walk_trainer(folder / what, _start(folder, arguments.small), WALKS[what])
+        return phases_of(trainer, arguments.steps, arguments.warm_up)
+    case = case_of("dialogues", arguments.data, small=arguments.small)
+    if what in REFERENCES:
+        return {"case": case.name, **reference_cost(case, shared=what == "reference-shared")}
+    # Long enough to need no warming up beyond one step.
+    trainer = dialogue_trainer(folder / what, case)
+    return {"case": case.name, **phases_of(trainer, arguments.dialogue_steps, 1)}
+
+
+def _start(folder: Path, small: bool) -> Path:
+    """The policy after SFT, trained at the first call; small: random weights."""
+    if not small:
+        return sft_start(folder)
+    case, start = case_of("walks", None), folder / "start"
+    case.model().save_pretrained(start)
+    case.tokenizer.save_pretrained(start)
+    return start
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One process after the other."""
+    told = ["--threads", str(arguments.threads), "--steps", str(arguments.steps)]
+    told += ["--warm-up", str(arguments.warm_up), "--dialogue-steps", str(arguments.dialogue_steps)]
+    told += [] if arguments.data is None else ["--data", str(arguments.data)]
+    told += ["--small"] if arguments.small else []
+    _start(folder, arguments.small)
+    found = {}
+    for what in (*WALKS, "dialogues", *REFERENCES):
+        print(f"{what} ...", file=sys.stderr)
+        found[what] = alone("benchmarks.ppo_step", "--alone", what, str(folder), *told)
+    ratios = {
+        key: found["reference-shared"][key] / found["reference-full"][key]
+        for key in ("weight_bytes", "added_peak_bytes", "peak_bytes")
+    }
+    return {
+        **head(arguments),
+        **found,
+        "shared_over_full": ratios,
+        "step_over_trlx": found["walks-20"]["seconds"]["step"]["median"] / float(TRLX["step"] or 0),
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """As Markdown."""
+    names = ("step", *PHASES)
+    lines = ["| PPO step, s | " + " | ".join(names) + " | peak, MB |", "|---" * (2 + len(names)) + "|"]
+    cells = ["" if TRLX[name] is None else str(TRLX[name]) for name in (*names, "peak_mb")]
+    lines.append("| trlX, randomwalks, batches of 20 | " + " | ".join(cells) + " |")
+    for what, title in (
+        ("walks-20", "randomwalks, batches of 20"),
+        ("walks-140", "randomwalks, one batch"),
+        ("dialogues", f"30M GPT-2, {report['dialogues']['case']}"),
+    ):
+        run = report[what]
+        cells = [cell(run["seconds"][name], 3) for name in names]
+        lines.append(f"| {title} | {' | '.join(cells)} | {run['peak_bytes'] / 1e6:.0f} |")
+    lines += ["", f"batches of 20 over trlX: {report['step_over_trlx']:.2f}", ""]
+    lines.append(
+        "| reference | weights beside the policy's, MB | peak beside it, MB | added s | policy alone, s |"
+    )
+    lines.append("|---|---|---|---|---|")
+    for what, title in zip(REFERENCES, ("shared trunk, 2 blocks", "full copy"), strict=True):
+        run = report[what]
+        sizes = f"{run['weight_bytes'] / 1e6:.1f} | {run['added_peak_bytes'] / 1e6:.0f}"
+        seconds = f"{cell(run['seconds']['added'], 3)} | {cell(run['seconds']['policy'], 3)}"
+        lines.append(f"| {title} | {sizes} | {seconds} |")
+    ratios = report["shared_over_full"]
+    lines.append(
+        f"| shared over full | {ratios['weight_bytes']:.2f} | {ratios['added_peak_bytes']:.2f} | | |"
+    )
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.ppo_step", description=(__doc__ or "").split("\n")[0]
+    )
+    add = parser.add_argument
+    add("--steps", type=int, default=20, help="of randomwalks that count; default: %(default)s")
+    add("--warm-up", type=int, default=3, help="steps before those; default: %(default)s")
+    add("--dialogue-steps", type=int, default=2, help="of the 30M GPT-2 that count; default: %(default)s")
+    add("--alone", nargs=2, metavar=("WHAT", "FOLDER"), help="only one measurement, in this process")
+    add_policy_options(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0 with the tables on stdout, 1 after an error, told in a sentence on stderr."""
+    arguments = _parser().parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    if arguments.alone is None:
+        return run_unbound(arguments, measure, table)
+    print(json.dumps(measure_alone(arguments)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

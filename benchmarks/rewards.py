@@ -28,7 +28,7 @@ from benchmarks.callers import Scored, Way, ask_all, conch_way, fixed_batches, o
 from benchmarks.checkpoint import dialogues, write_checkpoint
 from benchmarks.limit import Limit, Work
 from benchmarks.measuring import add_common_options, check_scores, machine, on_core, run, spread
-from benchmarks.ppo_step import Steps, in_process, median_of, seconds_of
+from benchmarks.served_step import Steps, in_process, median_of, seconds_of
 from conch.converters.to_triton import to_triton
 from conch.errors import ServerStartError
 from conch.serving.launcher import TritonServer

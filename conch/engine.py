@@ -35,6 +35,7 @@ from transformers import get_scheduler
 
 from conch.config import OptimizerConfig, SchedulerConfig, TrainConfig
 from conch.errors import CheckpointError, ConchError, ConfigError, DistributedError
+from conch.heap import keep_heap
 from conch.launched import launched_processes, leave_with_launcher
 
 # Tied weights are saved once, and loaded as what they are; nobody has to check anything.
@@ -95,7 +96,9 @@ class Engine:
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
         has_gpu = torch.cuda.is_available()
-        if not has_gpu:  # else DeepSpeed, where installed, looks for a GPU first and warns
+        if not has_gpu:
+            keep_heap()
+            # Else DeepSpeed, where installed, looks for a GPU first and warns.
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # Naming a backend makes accelerate expect a process group: not for a single process.
         backend = "gloo" if not has_gpu and launched_processes() > 1 else None
@@ -179,6 +182,8 @@ class Engine:
             lr=optimizer.learning_rate,
             betas=optimizer.betas,
             eps=optimizer.eps,
+            # One kernel for all parameters. DeepSpeed puts an optimizer of its own around it.
+            fused=self.accelerator.distributed_type is not DistributedType.DEEPSPEED,
         )
         name = "constant_with_warmup" if scheduler.name == "constant" else scheduler.name
         # Not prepared: accelerate would step it once per process, and a schedule here counts updates.

@@ -6,8 +6,8 @@ is True where a position counts. Everything here computes in float32 at least, w
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -64,7 +64,7 @@ def whiten(
 
 
 _CHUNK_ELEMENTS = 2**24
-"""Most logits held in float32 at once by `logprobs_of_labels` (64 MiB)."""
+"""Most logits held in float32 at once by what follows (64 MiB)."""
 
 
 def logprobs_of_labels(
@@ -72,25 +72,59 @@ def logprobs_of_labels(
 ) -> Float[Tensor, "B R"]:
     """Log-probability of each label under softmax(logits / temperature).
 
-    Some rows at a time, so that half-precision logits of a large vocabulary are never all copied to float32.
+    Logits are looked at in blocks, forwards and backwards: neither a float32 copy nor the probabilities of
+    all of them ever exist, only the gradient in the logits' own dtype. Differentiable once.
     """
-    rows = max(1, _CHUNK_ELEMENTS // max(1, logits.shape[1] * logits.shape[2]))
-    chunks = zip(logits.split(rows), labels.split(rows), strict=True)
-    return torch.cat([_label_logprobs(some, label, temperature) for some, label in chunks])
+    return _LabelLogprobs.apply(logits, labels, temperature)  # pyright: ignore[reportReturnType]
 
 
-def _label_logprobs(
-    logits: Float[Tensor, "N R V"], labels: Int[Tensor, "N R"], temperature: float
-) -> Float[Tensor, "N R"]:
-    wide = at_least_float32(logits) / temperature
-    chosen = wide.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    return chosen - wide.logsumexp(dim=-1)
+class _LabelLogprobs(torch.autograd.Function):
+    """log p_y = z_y - log sum_v exp z_v, z = logits / temperature; d log p_y / d logits_v = (1[v = y] - p_v)
+    / temperature, where p is made again from what the logsumexp was."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        normaliser, chosen = (torch.empty(labels.shape, dtype=dtype, device=logits.device) for _ in range(2))
+        for block in _blocks(logits.shape):
+            wide = at_least_float32(logits[block]) / temperature
+            normaliser[block] = wide.logsumexp(dim=-1)
+            chosen[block] = wide.gather(-1, labels[block].unsqueeze(-1)).squeeze(-1)
+        ctx.save_for_backward(logits, labels, normaliser)
+        ctx.temperature = temperature
+        return chosen - normaliser
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        logits, labels, normaliser = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for block in _blocks(logits.shape):
+            wide = at_least_float32(logits[block]) / ctx.temperature
+            share = (grad[block] / ctx.temperature).unsqueeze(-1)
+            made = (wide - normaliser[block].unsqueeze(-1)).exp().mul_(-share)
+            gradient[block] = made.scatter_add_(-1, labels[block].unsqueeze(-1), share.to(made.dtype))
+        return gradient, None, None
 
 
 def entropy(logits: Float[Tensor, "B R V"], temperature: float = 1.0) -> Float[Tensor, "B R"]:
-    """Entropy in nats of softmax(logits / temperature)."""
-    logprobs = (at_least_float32(logits) / temperature).log_softmax(dim=-1)
-    return -(logprobs.exp() * logprobs).sum(dim=-1)
+    """Entropy in nats of softmax(logits / temperature); in blocks, for use without gradient."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    found = torch.empty(logits.shape[:2], dtype=dtype, device=logits.device)
+    for block in _blocks(logits.shape):
+        logprobs = (at_least_float32(logits[block]) / temperature).log_softmax(dim=-1)
+        found[block] = -(logprobs.exp() * logprobs).sum(dim=-1)
+    return found
+
+
+def _blocks(shape: torch.Size) -> Iterator[tuple[slice, slice]]:
+    """Cut [B, R, V] into blocks [b, r, V] of at most `_CHUNK_ELEMENTS`."""
+    num_rows, num_columns, vocabulary = shape
+    columns = max(1, min(num_columns, _CHUNK_ELEMENTS // max(1, vocabulary)))
+    rows = max(1, _CHUNK_ELEMENTS // max(1, columns * vocabulary))
+    for row in range(0, num_rows, rows):
+        for column in range(0, num_columns, columns):
+            yield slice(row, row + rows), slice(column, column + columns)
 
 
 def kl_estimate(
@@ -134,3 +168,22 @@ def clipped_log_ratio(
 ) -> Float[Tensor, "B R"]:
     """log(new/old) kept within ±bound, so that exp() of it stays finite."""
     return (logprobs - old_logprobs).clamp(-bound, bound)
+
+
+def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Numbers of the samples in each row: the longest first, each into the first row that has room for it.
+
+    The order depends on nothing but the lengths. capacity: of a row; none of the lengths exceeds it.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for sample in sorted(range(len(lengths)), key=lambda sample: -lengths[sample]):
+        length = lengths[sample]
+        assert length <= capacity, f"a sample of {length} tokens does not fit a row of {capacity}"
+        row = next((row for row, left in enumerate(room) if left >= length), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(capacity)
+        rows[row].append(sample)
+        room[row] -= length
+    return rows

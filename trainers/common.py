@@ -19,6 +19,7 @@ from conch.models.loading import (
     check_start_token,
     check_tokenizer,
     disable_dropout,
+    fuse_activations,
     load_lm,
     load_tokenizer,
 )
@@ -49,6 +50,7 @@ def given_or_loaded_lm(given: PreTrainedModel | None, config: ModelConfig) -> Pr
     check_start_token(given.config)
     if config.disable_dropout:
         disable_dropout(given)
+    fuse_activations(given)
     return given
 
 

@@ -47,6 +47,7 @@ from conch.engine import Engine, UpdateReport
 from conch.experience import Sequences, collate, take_rows
 from conch.models.policy import Policy
 from conch.models.reference import Reference, build_reference
+from conch.models.rows import Layout, Rows
 from conch.models.trainable import choose_trainable
 from conch.ops import (
     entropy,
@@ -189,6 +190,7 @@ class GRPOTrainer:
     def _init_policy(self, lm: PreTrainedModel) -> None:
         config, engine = self.config, self.engine
         choose_trainable(lm, config.model)
+        self.layout = Layout(lm)
         self.policy = Policy(lm).to(engine.device)
         engine.prepare(
             self.policy,
@@ -290,18 +292,23 @@ class GRPOTrainer:
 
     def _forward(self, part: Sequences) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs of policy and reference, and entropies."""
-        inputs = (part.input_ids, part.attention_mask, part.num_response)
+        rows = self._laid_out(part)
         if self.reference is None:
-            logits = self.engine.module(*inputs)
-            ours = theirs = self._logprobs(logits, part)
+            logits = self.engine.module(*rows.inputs)
+            ours = theirs = self._logprobs(logits, rows)
         else:
             with self.reference.recording():
-                logits = self.engine.module(*inputs)
-            ours, theirs = (self._logprobs(each, part) for each in (logits, self.reference.logits(*inputs)))
-        return ours, theirs, entropy(logits, self.config.generation.temperature)
+                logits = self.engine.module(*rows.inputs)
+            both = logits, self.reference.logits(*rows.inputs)
+            ours, theirs = (self._logprobs(each, rows) for each in both)
+        return ours, theirs, rows.of_samples(entropy(logits, self.config.generation.temperature))
 
-    def _logprobs(self, logits: Tensor, sequences: Sequences) -> Tensor:
-        return logprobs_of_labels(logits, sequences.response_ids, self.config.generation.temperature)
+    def _laid_out(self, part: Sequences) -> Rows:
+        return self.layout.rows(part.input_ids, part.attention_mask, part.num_response)
+
+    def _logprobs(self, logits: Tensor, rows: Rows) -> Tensor:
+        temperature = self.config.generation.temperature
+        return rows.of_samples(logprobs_of_labels(logits, rows.labels, temperature))
 
     def _totals(
         self,
@@ -369,9 +376,8 @@ class GRPOTrainer:
 
     def _loss(self, batch: GRPOBatch, weights: Tensor, shares: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's part of the loss, and its parts of means over tokens."""
-        config, mask, sequences = self.config.grpo, batch.loss_mask, batch.sequences
-        logits = self.engine.module(sequences.input_ids, sequences.attention_mask, sequences.num_response)
-        logprobs = self._logprobs(logits, sequences)
+        config, mask, rows = self.config.grpo, batch.loss_mask, self._laid_out(batch.sequences)
+        logprobs = self._logprobs(self.engine.module(*rows.inputs), rows)
         ratio = policy_ratio(logprobs, batch.old_logprobs, mask, config.loss)
         terms, is_clipped = clipped_loss_terms(ratio, batch.advantages, config.clip_low, config.clip_high)
 

@@ -49,6 +49,7 @@ from conch.engine import Engine, UpdateReport
 from conch.experience import Sequences, collate, take_rows
 from conch.models.policy import PolicyWithValue
 from conch.models.reference import build_reference
+from conch.models.rows import Layout, Rows
 from conch.models.trainable import choose_trainable
 from conch.ops import (
     clipped_log_ratio,
@@ -304,6 +305,7 @@ class PPOTrainer:
     def _init_policy(self, lm: PreTrainedModel) -> None:
         config, engine = self.config, self.engine
         choose_trainable(lm, config.model)
+        self.layout = Layout(lm)
         value_layers = config.ppo.num_value_layers_unfrozen
         self.policy = PolicyWithValue(lm, num_value_layers=value_layers).to(engine.device)
         engine.prepare(
@@ -400,20 +402,23 @@ class PPOTrainer:
         columns: list[tuple[Tensor, ...]] = []
         size = self.config.ppo.forward_batch_size
         for rows in torch.arange(len(sequences.input_ids)).split(size):
-            part = take_rows(sequences, rows)
-            inputs = (part.input_ids, part.attention_mask, part.num_response)
+            laid_out = self._laid_out(take_rows(sequences, rows))
             with evaluating(self.policy), self.engine.autocast():
                 with self.reference.recording():
-                    output = self.engine.module(*inputs)
-                reference_logits = self.reference.logits(*inputs)
-            ours, theirs = self._logprobs(output.logits, part), self._logprobs(reference_logits, part)
+                    output = self.engine.module(*laid_out.inputs)
+                reference_logits = self.reference.logits(*laid_out.inputs)
+            ours, theirs = (self._logprobs(each, laid_out) for each in (output.logits, reference_logits))
             spread = entropy(output.logits, self.config.generation.temperature)
-            columns.append((ours, theirs, output.values, spread))
+            columns.append((ours, theirs, *map(laid_out.of_samples, (output.values, spread))))
         logprobs, reference, values, spread = (torch.cat(column) for column in zip(*columns, strict=True))
         return logprobs, reference, values, spread
 
-    def _logprobs(self, logits: Tensor, sequences: Sequences) -> Tensor:
-        return logprobs_of_labels(logits, sequences.response_ids, self.config.generation.temperature)
+    def _laid_out(self, part: Sequences) -> Rows:
+        return self.layout.rows(part.input_ids, part.attention_mask, part.num_response)
+
+    def _logprobs(self, logits: Tensor, rows: Rows) -> Tensor:
+        temperature = self.config.generation.temperature
+        return rows.of_samples(logprobs_of_labels(logits, rows.labels, temperature))
 
     # -------------------------------------------------------------------------------------- parts of `update`
 
@@ -436,13 +441,13 @@ class PPOTrainer:
 
     def _loss(self, batch: PPOBatch, num_tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's share of loss and statistics: sums over tokens / tokens of the minibatch."""
-        config, mask, sequences = self.config.ppo, batch.loss_mask, batch.sequences
-        output = self.engine.module(sequences.input_ids, sequences.attention_mask, sequences.num_response)
-        logprobs = self._logprobs(output.logits, sequences)
+        config, mask, rows = self.config.ppo, batch.loss_mask, self._laid_out(batch.sequences)
+        output = self.engine.module(*rows.inputs)
+        logprobs, values = self._logprobs(output.logits, rows), rows.of_samples(output.values)
         terms, ratio, is_clipped = policy_loss_terms(
             logprobs, batch.old_logprobs, batch.advantages, config.clip_ratio, config.dual_clip
         )
-        value_terms = value_loss_terms(output.values, batch.old_values, batch.returns, config.clip_value)
+        value_terms = value_loss_terms(values, batch.old_values, batch.returns, config.clip_value)
 
         def share(per_token: Tensor) -> Tensor:
             return masked_sum(per_token, mask) / num_tokens

@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from conch.data.samples import TokenBatch, TokenizedSample
+from conch.ops import first_fit
 
 
 @dataclass(frozen=True)
@@ -23,25 +24,6 @@ class PackedBatch(TokenBatch):
     """
 
     position_ids: Int[Tensor, "B T"]
-
-
-def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Numbers of the samples in each row: the longest first, each into the first row that has room for it.
-
-    The order depends on nothing but the lengths. capacity: of a row; none of the lengths exceeds it.
-    """
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for sample in sorted(range(len(lengths)), key=lambda sample: -lengths[sample]):
-        length = lengths[sample]
-        assert length <= capacity, f"a sample of {length} tokens does not fit a row of {capacity}"
-        row = next((row for row, left in enumerate(room) if left >= length), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(capacity)
-        rows[row].append(sample)
-        room[row] -= length
-    return rows
 
 
 def collate_packed(

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.activations import NewGELUActivation
 from transformers.utils.logging import disable_progress_bar
 
 from conch.config import ModelConfig, TokenizerConfig
@@ -219,6 +220,14 @@ def disable_dropout(model: nn.Module) -> None:
                     setattr(holder, name, 0.0)
 
 
+def fuse_activations(model: nn.Module) -> None:
+    """Let GPT-2's GELU run as one kernel: the same formula, which transformers computes in eight operations,
+    each of which writes, and keeps for its gradient, a tensor of the widest size in a block."""
+    for name, module in list(model.named_modules()):
+        if type(module) is NewGELUActivation:
+            model.set_submodule(name, nn.GELU(approximate="tanh"))
+
+
 def _load(
     class_of: Callable[[PretrainedConfig], Any],
     config: ModelConfig,
@@ -241,6 +250,7 @@ def _load(
         _init_reward_head(model)
     if config.disable_dropout:
         disable_dropout(model)
+    fuse_activations(model)
     return model
 
 

@@ -21,12 +21,17 @@ def packed_logits(
 ) -> Float[Tensor, "B R V"]:
     """Logits that chose each token but a row's first, R = T - 1; those of a sample's first token mean
     nothing."""
-    mask = isolating_mask(position_ids)
-    # Scaled dot-product attention takes it as it is, in any precision; the plain one adds it to its scores.
-    if lm.config._attn_implementation != "sdpa":
-        mask = torch.zeros_like(mask, dtype=lm.dtype).masked_fill(~mask, torch.finfo(lm.dtype).min)
+    mask = as_attention_takes_it(lm, isolating_mask(position_ids))
     output = lm(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
     return output.logits[:, :-1]
+
+
+def as_attention_takes_it(lm: PreTrainedModel, mask: Bool[Tensor, "B 1 S T"]) -> Tensor:
+    """Scaled dot-product attention takes a mask as it is, in any precision; the plain one adds it to its
+    scores."""
+    if lm.config._attn_implementation == "sdpa":
+        return mask
+    return torch.zeros_like(mask, dtype=lm.dtype).masked_fill(~mask, torch.finfo(lm.dtype).min)
 
 
 def isolating_mask(position_ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B 1 T T"]:
@@ -35,8 +40,15 @@ def isolating_mask(position_ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B 1 T T"]:
     Padding, each of whose positions is 0, sees itself alone: a row of nothing would make the attention NaN.
     """
     sample = (position_ids == 0).cumsum(dim=-1)
-    is_same = sample.unsqueeze(-1) == sample.unsqueeze(-2)
-    return is_same.tril().unsqueeze(1)
+    return sharing_mask(sample, torch.zeros_like(sample))
+
+
+def sharing_mask(family: Int[Tensor, "B T"], member: Int[Tensor, "B T"]) -> Bool[Tensor, "B 1 T T"]:
+    """True at [b, 0, i, j] where token i may look at token j: of its own family, not behind it, and either of
+    its own member or of member 0, which all members of the family begin with."""
+    is_family = family.unsqueeze(-1) == family.unsqueeze(-2)
+    is_seen = (member.unsqueeze(-1) == member.unsqueeze(-2)) | (member == 0).unsqueeze(-2)
+    return (is_family & is_seen).tril().unsqueeze(1)
 
 
 def check_packing(lm: PreTrainedModel, max_tokens: int) -> None:
@@ -65,18 +77,26 @@ def check_packing(lm: PreTrainedModel, max_tokens: int) -> None:
             f"`sft.packing` needs attention that takes a mask, not {lm.config._attn_implementation!r}: load "
             'the model with attn_implementation="sdpa"'
         )
-    one, other = (torch.tensor([[first, 1, 0, 1, 0]], device=lm.device) for first in (0, 1))
-    positions = torch.tensor([[0, 1, 0, 1, 2]], device=lm.device)
-    with torch.no_grad():
-        seen, unseen = (packed_logits(lm, ids, positions)[:, 2:] for ids in (one, other))
-    if not torch.equal(seen, unseen):
+    if not keeps_apart(lm):
         raise ConfigError(
             f"`sft.packing` is not possible: {name} looks from one sample at another; turn it off"
         )
 
 
+@torch.no_grad()
+def keeps_apart(lm: PreTrainedModel) -> bool:
+    """True for a model whose logits of a row's second sample do not depend on the first. It is tried out:
+    architectures that remember otherwise than by attention cannot be told by their signature."""
+    one, other = (torch.tensor([[first, 1, 0, 1, 0]], device=lm.device) for first in (0, 1))
+    positions = torch.tensor([[0, 1, 0, 1, 2]], device=lm.device)
+    seen, unseen = (packed_logits(lm, ids, positions)[:, 2:] for ids in (one, other))
+    return torch.equal(seen, unseen)
+
+
 def sliding_window(config: PretrainedConfig) -> int | None:
     """Tokens that the model's local attention looks back, None where all of it is global."""
+    if "local" in getattr(config, "attention_layers", ()):  # GPT-Neo
+        return int(config.window_size)
     window = getattr(config, "sliding_window", None)
     layers = getattr(config, "layer_types", None)
     is_used = layers is None or "sliding_attention" in layers

@@ -3,6 +3,10 @@
 Legend: B sequences, T tokens (prompt padded left, response padded right), R response positions (the last R of
 T), V vocabulary, D hidden size. Position r of an output always speaks of response token r and is read at the
 token before it: the state in which that token was chosen.
+
+Every forward pass here also takes packed rows (`conch.models.rows`): B rows of T columns with several
+samples in each, a mask [B, 1, T, T], positions, and instead of R the places where the K response tokens of
+all samples were chosen. Its outputs are [1, K, ...].
 """
 
 from __future__ import annotations
@@ -21,11 +25,18 @@ from transformers import PreTrainedModel
 from conch.errors import ConfigError, ModelError
 from conch.models.adapter import base_of, has_adapter, merge_in_place
 from conch.models.loading import decoder_layers
+from conch.models.packing import as_attention_takes_it
 from conch.models.replay import StandIn, Trunk, name_of
 from conch.ops import at_least_float32, position_ids
 
 HEADS_FILE = "heads.safetensors"
 """Value heads and the like, beside the Hugging Face weights; `from_pretrained` does not look at it."""
+
+AttentionMask = Bool[Tensor, "B T"] | Bool[Tensor, "B 1 T T"]
+"""True at real tokens, False at padding on either side; of packed rows, True where one token sees another."""
+
+Chosen = int | Int[Tensor, " K"]
+"""R: what the last R tokens were chosen from is put out. Of packed rows: the places among all B * T."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +96,15 @@ class ValueBranch(nn.Module):
         return self._trunk.recording()
 
     def forward(
-        self, input_ids: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], num_response: int
-    ) -> Float[Tensor, "B R D"]:
-        """States of the positions that choose the last `num_response` tokens."""
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: AttentionMask,
+        chosen: Chosen,
+        position_ids: Int[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "N R D"]:
+        """States of the positions that choose the last tokens."""
         assert self._trunk.is_recorded, "no forward pass was recorded for this batch"
-        _, states = response_logits_and_states(self.top, input_ids, attention_mask, num_response)
+        _, states = response_logits_and_states(self.top, input_ids, attention_mask, chosen, position_ids)
         self._trunk.forget()
         return states
 
@@ -121,10 +136,14 @@ class Policy(nn.Module):
         self.lm = lm
 
     def forward(
-        self, input_ids: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], num_response: int
-    ) -> Float[Tensor, "B R V"]:
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: AttentionMask,
+        chosen: Chosen,
+        position_ids: Int[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "N R V"]:
         """See `response_logits`."""
-        return response_logits(self.lm, input_ids, attention_mask, num_response)
+        return response_logits(self.lm, input_ids, attention_mask, chosen, position_ids)
 
 
 class PolicyWithValue(nn.Module):
@@ -140,18 +159,20 @@ class PolicyWithValue(nn.Module):
         self.value_head = ValueHead(_head_width(lm))
 
     def forward(
-        self, input_ids: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], num_response: int
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: AttentionMask,
+        chosen: Chosen,
+        position_ids: Int[Tensor, "B T"] | None = None,
     ) -> PolicyOutput:
-        """Logits and values of the last `num_response` positions.
-
-        attention_mask: True at real tokens, False at padding on either side.
-        """
+        """Logits and values of the response positions."""
+        inputs = (input_ids, attention_mask, chosen, position_ids)
         if self.value_branch is None:
-            logits, states = response_logits_and_states(self.lm, input_ids, attention_mask, num_response)
+            logits, states = response_logits_and_states(self.lm, *inputs)
         else:
             with self.value_branch.recording():
-                logits = response_logits(self.lm, input_ids, attention_mask, num_response)
-            states = self.value_branch(input_ids, attention_mask, num_response)
+                logits = response_logits(self.lm, *inputs)
+            states = self.value_branch(*inputs)
         return PolicyOutput(logits, self.value_head(states))
 
     def head_tensors(self) -> dict[str, Tensor]:
@@ -160,24 +181,50 @@ class PolicyWithValue(nn.Module):
 
 
 def response_logits(
-    lm: PreTrainedModel, input_ids: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], num_response: int
-) -> Float[Tensor, "B R V"]:
-    """Logits that chose each of the last `num_response` tokens; the head runs on those positions only.
+    lm: PreTrainedModel,
+    input_ids: Int[Tensor, "B T"],
+    attention_mask: AttentionMask,
+    chosen: Chosen,
+    position_ids: Int[Tensor, "B T"] | None = None,
+) -> Float[Tensor, "N R V"]:
+    """Logits that chose each response token; the head runs on those positions only.
 
-    The encoder of an encoder-decoder reads the prompt, its decoder the response.
+    The encoder of an encoder-decoder reads the prompt, its decoder the response. position_ids: of packed
+    rows, and of those only.
     """
-    inputs, chosen_at = _inputs(lm, input_ids, attention_mask, num_response)
+    if isinstance(chosen, Tensor):
+        return _packed_logits_and_states(lm, input_ids, attention_mask, chosen, position_ids)[0]
+    inputs, chosen_at = _inputs(lm, input_ids, attention_mask, chosen)
     return lm(**inputs, use_cache=False).logits[:, chosen_at]
 
 
 def response_logits_and_states(
-    lm: PreTrainedModel, input_ids: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], num_response: int
-) -> tuple[Float[Tensor, "B R V"], Float[Tensor, "B R D"]]:
+    lm: PreTrainedModel,
+    input_ids: Int[Tensor, "B T"],
+    attention_mask: AttentionMask,
+    chosen: Chosen,
+    position_ids: Int[Tensor, "B T"] | None = None,
+) -> tuple[Float[Tensor, "N R V"], Float[Tensor, "N R D"]]:
     """As `response_logits`, with the hidden states that these logits were computed from."""
-    inputs, chosen_at = _inputs(lm, input_ids, attention_mask, num_response)
+    if isinstance(chosen, Tensor):
+        return _packed_logits_and_states(lm, input_ids, attention_mask, chosen, position_ids)
+    inputs, chosen_at = _inputs(lm, input_ids, attention_mask, chosen)
     with captured_head_input(lm) as captured:
         logits = lm(**inputs, use_cache=False).logits
     return logits[:, chosen_at], captured[0][:, chosen_at]
+
+
+def _packed_logits_and_states(
+    lm: PreTrainedModel,
+    input_ids: Int[Tensor, "B T"],
+    attention_mask: Bool[Tensor, "B 1 T T"],
+    chosen: Int[Tensor, " K"],
+    position_ids: Int[Tensor, "B T"] | None,
+) -> tuple[Float[Tensor, "1 K V"], Float[Tensor, "1 K D"]]:
+    mask = as_attention_takes_it(lm, attention_mask)
+    with captured_head_input(lm, chosen) as captured:
+        output = lm(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
+    return output.logits, captured[0]
 
 
 def _inputs(
@@ -206,14 +253,23 @@ def _inputs(
 
 
 @contextmanager
-def captured_head_input(lm: PreTrainedModel) -> Iterator[list[Tensor]]:
+def captured_head_input(
+    lm: PreTrainedModel, chosen: Int[Tensor, " K"] | None = None
+) -> Iterator[list[Tensor]]:
     """Collect what the language-model head reads: the trunk's last hidden states, final norm included.
 
     Reading them here instead of through `output_hidden_states` keeps one layer's states instead of all.
+
+    chosen: places among all positions of all rows; the head then reads [1, K, D] of these alone.
     """
-    head = _head(lm)
     captured: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda _module, args: captured.append(args[0]))
+
+    def capture(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        states = args[0] if chosen is None else args[0].flatten(0, 1)[chosen].unsqueeze(0)
+        captured.append(states)
+        return (states, *args[1:])
+
+    handle = _head(lm).register_forward_pre_hook(capture)
     try:
         yield captured
     finally:

@@ -14,13 +14,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from conch.models.adapter import adapter_off, has_adapter
 from conch.models.loading import decoder_layers
-from conch.models.policy import response_logits
+from conch.models.policy import AttentionMask, Chosen, response_logits
 from conch.models.replay import Trunk
 
 
@@ -33,9 +33,13 @@ class Reference(Protocol):
         ...
 
     def logits(
-        self, input_ids: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], num_response: int
-    ) -> Float[Tensor, "B R V"]:
-        """Logits of the last `num_response` tokens; see `conch.models.policy.response_logits`."""
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: AttentionMask,
+        chosen: Chosen,
+        position_ids: Int[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "N R V"]:
+        """Logits of the response tokens; see `conch.models.policy.response_logits`."""
         ...
 
 
@@ -64,10 +68,14 @@ class FullCopyReference:
 
     @torch.no_grad()
     def logits(
-        self, input_ids: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], num_response: int
-    ) -> Float[Tensor, "B R V"]:
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: AttentionMask,
+        chosen: Chosen,
+        position_ids: Int[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "N R V"]:
         """See `Reference.logits`."""
-        return response_logits(self._lm, input_ids, attention_mask, num_response)
+        return response_logits(self._lm, input_ids, attention_mask, chosen, position_ids)
 
 
 class AdapterOffReference:
@@ -82,14 +90,18 @@ class AdapterOffReference:
 
     @torch.no_grad()
     def logits(
-        self, input_ids: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], num_response: int
-    ) -> Float[Tensor, "B R V"]:
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: AttentionMask,
+        chosen: Chosen,
+        position_ids: Int[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "N R V"]:
         """See `Reference.logits`. The adapter is on again afterwards."""
         was_training = self._lm.training
         self._lm.eval()
         try:
             with adapter_off(self._lm):
-                return response_logits(self._lm, input_ids, attention_mask, num_response)
+                return response_logits(self._lm, input_ids, attention_mask, chosen, position_ids)
         finally:
             self._lm.train(was_training)
 
@@ -108,10 +120,14 @@ class SharedTrunkReference:
 
     @torch.no_grad()
     def logits(
-        self, input_ids: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], num_response: int
-    ) -> Float[Tensor, "B R V"]:
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: AttentionMask,
+        chosen: Chosen,
+        position_ids: Int[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "N R V"]:
         """See `Reference.logits`. Must follow a forward pass of the same batch under `recording`."""
         assert self._trunk.is_recorded, "no forward pass was recorded for this batch"
-        logits = response_logits(self._lm, input_ids, attention_mask, num_response)
+        logits = response_logits(self._lm, input_ids, attention_mask, chosen, position_ids)
         self._trunk.forget()
         return logits

@@ -29,7 +29,7 @@ class Ending:
 
     def reached(self, ids: list[int]) -> bool:
         """True once a stop string stands in the text of these sampled ids."""
-        return self._criterion is not None and self._criterion.has_stop(ids)
+        return self._criterion is not None and self._criterion.in_ids(ids)
 
     def completion(self, ids: Sequence[int], logprobs: Sequence[float]) -> Completion:
         """What the sampled ids come to; what follows their end is cut off, whatever it is."""

@@ -1,4 +1,4 @@
-"""Sample completions with `transformers.generate`.
+"""Sample completions with a transformers model in the trainer's own process.
 
 Legend: B prompts of a chunk, P prompt tokens (padded left), R response tokens (padded right), T = P + R,
 V vocabulary.
@@ -10,10 +10,11 @@ import logging
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import GenerationConfig as HFGenerationConfig
 from transformers import (
@@ -29,7 +30,10 @@ from transformers import (
 )
 
 from conch.config import GenerationConfig
+from conch.models.packing import sliding_window
+from conch.models.rows import takes_packed_rows
 from conch.rollouts.finish import FinishWatcher, Harvest, LogprobRecorder
+from conch.rollouts.slots import SlotDecoder, pad_left
 from conch.types import Completion, FinishReason, OnFinished, Prompt, Rollout
 
 Decode = Callable[[Sequence[int]], str]
@@ -67,22 +71,92 @@ class HFEngine:
         self._processors = processors
         self._pad_id = int(tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
         self._eos_id = int(tokenizer.eos_token_id)  # pyright: ignore[reportArgumentType]
+        self._keeps_apart: bool | None = None
+        self._stop = StopStrings(config.stop, self._decode, 0) if config.stop else None
 
     def generate(
         self, prompts: Sequence[Prompt], *, greedy: bool = False, on_finished: OnFinished | None = None
     ) -> Iterator[list[Rollout]]:
-        """See `RolloutEngine.generate`. What is sampled does not depend on `on_finished`."""
+        """See `RolloutEngine.generate`. What is sampled does not depend on `on_finished`.
+
+        Decoders that can be decoded in slots are (`conch.rollouts.slots`), `chunk_size` rows at a time, each
+        of which makes room for the next prompt when it ends; for others `transformers.generate` samples chunk
+        by chunk.
+        """
         size = self._config.chunk_size
+        if self._takes_slots(prompts):
+            yield from self._generate_in_slots(prompts, greedy, on_finished)
+            return
         for start in range(0, len(prompts), size):
             chunk = prompts[start : start + size]
             harvest = Harvest(chunk, self._completion, self._version(), start, on_finished)
             self._generate_chunk(harvest, greedy, watched=on_finished is not None)
             yield harvest.rollouts()
 
+    # ---------------------------------------------------------------------------------------------- in slots
+
+    def _takes_slots(self, prompts: Sequence[Prompt]) -> bool:
+        lm = self._lm()
+        if self._keeps_apart is None:
+            self._keeps_apart = takes_packed_rows(lm)
+        window = sliding_window(lm.config)
+        if not self._keeps_apart or window is None or not prompts:
+            return self._keeps_apart
+        return max(len(each.token_ids) for each in prompts) + self._config.max_new_tokens <= window
+
+    def _generate_in_slots(
+        self, prompts: Sequence[Prompt], greedy: bool, on_finished: OnFinished | None
+    ) -> Iterator[list[Rollout]]:
+        decoder = SlotDecoder(
+            self._lm(),
+            [prompt.token_ids for prompt in prompts],
+            num_slots=self._config.chunk_size,
+            max_new_tokens=self._config.max_new_tokens,
+            pad_id=self._pad_id,
+            ended=self._has_ended,
+        )
+        made: dict[int, Rollout] = {}
+        size = self._config.chunk_size
+        for start in range(0, len(prompts), size):
+            places = range(start, min(start + size, len(prompts)))
+            self._decode_until(places, decoder, prompts, made, greedy, on_finished)
+            yield [made.pop(place) for place in places]
+
+    @torch.no_grad()
+    def _decode_until(
+        self,
+        places: Sequence[int],
+        decoder: SlotDecoder,
+        prompts: Sequence[Prompt],
+        made: dict[int, Rollout],
+        greedy: bool,
+        on_finished: OnFinished | None,
+    ) -> None:
+        """Until all of `places` are in `made`, which gets whatever ends meanwhile."""
+        with _sampling_mode(self._lm()), self._autocast(), self._processors() as processors:
+            pick = partial(_pick, [*processors, *self._warpers(greedy)], greedy)
+            while not all(place in made for place in places):
+                rows = decoder.advance(pick, wants_history=bool(processors))
+                fresh = {
+                    row.place: Rollout(
+                        prompts[row.place], self._completion(row.ids, row.logprobs), self._version()
+                    )
+                    for row in rows
+                }
+                made |= fresh
+                if fresh and on_finished is not None:
+                    on_finished(fresh)
+
+    def _has_ended(self, ids: list[int]) -> bool:
+        return ids[-1] == self._eos_id or (self._stop is not None and self._stop.in_ids(ids))
+
+    # ---------------------------------------------------------------------------------------- chunk by chunk
+
     @torch.no_grad()
     def _generate_chunk(self, harvest: Harvest, greedy: bool, watched: bool) -> None:
         lm = self._lm()
-        input_ids, attention_mask = _pad_left(harvest.prompts, self._pad_id, lm.device)
+        rows = [prompt.token_ids for prompt in harvest.prompts]
+        input_ids, attention_mask = pad_left(rows, self._pad_id, lm.device)
         # What comes out begins with the prompt; beside an encoder, with the decoder's start token.
         num_given = 1 if lm.config.is_encoder_decoder else input_ids.shape[1]
         recorder, stopping = LogprobRecorder(), self._stopping(num_given)
@@ -159,13 +233,25 @@ class StopStrings(StoppingCriteria):
         """True for rows that are to end."""
         del scores
         responses = input_ids[:, self._num_given :].tolist()
-        return torch.tensor([self.has_stop(row) for row in responses], device=input_ids.device)
+        return torch.tensor([self.in_ids(row) for row in responses], device=input_ids.device)
 
-    def has_stop(self, ids: list[int]) -> bool:
-        """True where the response `ids` hold a stop string."""
+    def in_ids(self, ids: list[int]) -> bool:
+        """Whether the text of a response has a stop string."""
         # A look at the tail first: decoding all of a long response at each of its tokens would be quadratic.
         near = contains_any(self._decode(ids[-self._window :]), self._stop)
         return near and contains_any(self._decode(ids), self._stop)
+
+
+def _pick(
+    processors: Sequence[LogitsProcessor], greedy: bool, history: Tensor | None, logits: Float[Tensor, "N V"]
+) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
+    """Tokens, and their log-probs under the distribution that they were drawn from."""
+    scores = logits.float()
+    for processor in processors:
+        scores = processor(history, scores)  # pyright: ignore[reportArgumentType]  our own need no history
+    logprobs = scores.log_softmax(dim=-1)
+    tokens = logprobs.argmax(dim=-1) if greedy else torch.multinomial(logprobs.exp(), 1).squeeze(1)
+    return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
 
 
 def contains_any(text: str, strings: Sequence[str]) -> bool:
@@ -205,16 +291,3 @@ def _sampling_mode(lm: PreTrainedModel) -> Iterator[None]:
     finally:
         lm.generation_config = of_checkpoint
         lm.train(was_training)
-
-
-def _pad_left(
-    prompts: Sequence[Prompt], pad_id: int, device: torch.device
-) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
-    """Token ids, and a mask that is True at real tokens."""
-    longest = max(len(prompt.token_ids) for prompt in prompts)
-    ids = torch.full((len(prompts), longest), pad_id)
-    mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
-        mask[row, longest - len(prompt.token_ids) :] = True
-    return ids.to(device), mask.to(device)

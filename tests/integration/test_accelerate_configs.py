@@ -15,7 +15,7 @@ import torch
 
 from tests.launches import accelerate, finish, start
 
-CLOCK = ("time/", "reward/latency", "reward/wait")
+CLOCK = ("time/", "reward/latency", "reward/wait", "reward/hidden")
 SOON = ("ilql", "ppo")
 REST = ("sft", "reward_model", "rft", "grpo")
 

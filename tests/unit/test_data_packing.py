@@ -6,8 +6,9 @@ import random
 
 import pytest
 
-from conch.data.packing import collate_packed, first_fit
+from conch.data.packing import collate_packed
 from conch.data.samples import TokenizedSample
+from conch.ops import first_fit
 
 PAD = 9
 

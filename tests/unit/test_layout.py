@@ -19,7 +19,7 @@ LONGEST_FUNCTION = 70
 # columns before its own, and the parts of its column do not know each other.
 COLUMNS = (
     {"types", "config", "errors", "log"},
-    {"ops", "cli", "disk", "option_names", "launched", "deepspeed_zero3"},
+    {"ops", "cli", "disk", "option_names", "launched", "heap", "deepspeed_zero3"},
     {"models", "data", "serving"},
     {"rollouts", "rewards", "experience", "engine", "checkpoint", "tracking", "sizing"},
     {"plots"},

@@ -21,6 +21,7 @@ from transformers import (
     CLIPModel,
     GPT2LMHeadModel,
 )
+from transformers.activations import NewGELUActivation
 
 from conch.config import ModelConfig, TokenizerConfig
 from conch.errors import ConfigError, ModelError
@@ -434,6 +435,29 @@ def test_damaged_tokenizer_is_refused(text: str, tmp_path: Path) -> None:
 def test_missing_tokenizer_folder_is_named() -> None:
     with pytest.raises(ModelError, match=r"there is no folder '/nowhere/at/all' .* check `tokenizer\.path`"):
         load_tokenizer(TokenizerConfig(path="/nowhere/at/all"))
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh"])
+def test_gelu_of_gpt2_runs_as_one_kernel_with_its_values_and_gradients(activation: str) -> None:
+    plain = NewGELUActivation()
+    lm = load_lm(ModelConfig(architecture={**decoder_shape("gpt2"), "activation_function": activation}))
+    fused = decoder_layers(lm)[0].mlp.act
+    assert not any(isinstance(module, NewGELUActivation) for module in lm.modules())
+    states = torch.linspace(-8, 8, 4001, dtype=torch.float64, requires_grad=True)
+    found = []
+    for act in (plain, fused):
+        values = act(states)
+        found.append((values.detach(), torch.autograd.grad(values.sum(), states)[0]))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-9)
+
+
+def test_model_with_a_fused_gelu_is_saved_as_what_it_was(tmp_path: Path) -> None:
+    lm = load_lm(ModelConfig(architecture=decoder_shape("gpt2"))).eval()
+    lm.save_pretrained(tmp_path)
+    again = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    assert isinstance(decoder_layers(again)[0].mlp.act, NewGELUActivation)
+    ids = torch.arange(8).unsqueeze(0)
+    torch.testing.assert_close(lm(ids).logits, again(ids).logits)
 
 
 def test_no_tokenizer_at_all_is_refused() -> None:

@@ -119,6 +119,38 @@ def test_logprobs_of_labels_are_the_same_in_chunks(monkeypatch: pytest.MonkeyPat
     assert torch.equal(ops.logprobs_of_labels(logits, labels), whole)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_gradients_of_logprobs_are_those_of_a_log_softmax(
+    temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "_CHUNK_ELEMENTS", 2 * 9)  # two columns of one row at a time
+    logits = torch.randn(3, 5, 9, dtype=torch.float64, requires_grad=True)
+    labels, weights = torch.randint(9, (3, 5)), torch.randn(3, 5, dtype=torch.float64)
+    (ops.logprobs_of_labels(logits, labels, temperature) * weights).sum().backward()
+    found, logits.grad = logits.grad, None
+    plain = (logits / temperature).log_softmax(dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    (plain * weights).sum().backward()
+    torch.testing.assert_close(found, logits.grad)
+
+
+def test_gradients_of_half_precision_logits_are_rounded_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    exact = (8 * torch.randn(2, 6, 50, generator=generator)).bfloat16().float().requires_grad_()
+    half = exact.detach().bfloat16().requires_grad_()
+    labels = torch.randint(50, (2, 6), generator=generator)
+    for logits in (exact, half):
+        ops.logprobs_of_labels(logits, labels).sum().backward()
+    assert half.grad is not None and exact.grad is not None
+    assert torch.equal(half.grad, exact.grad.bfloat16())
+
+
+def test_entropy_is_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(5, 3, 7)
+    whole = ops.entropy(logits)
+    monkeypatch.setattr(ops, "_CHUNK_ELEMENTS", 2 * 7)
+    torch.testing.assert_close(ops.entropy(logits), whole)
+
+
 def test_logprobs_of_half_precision_logits_are_float32() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = 8 * torch.randn(4, 6, 50, generator=generator)

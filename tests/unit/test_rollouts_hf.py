@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from conch.config import GenerationConfig
 from conch.models.policy import response_logits
+from conch.models.rows import takes_packed_rows
 from conch.ops import logprobs_of_labels
 from conch.rollouts.hf_engine import HFEngine, cut_at_end
 from conch.types import Prompt, Rollout
@@ -178,18 +179,19 @@ def test_handing_over_early_changes_nothing_of_what_is_sampled(family: str, sett
 
 def test_each_completion_is_handed_over_the_moment_it_ends() -> None:
     lm, steps = cycle_decoder(TOKENIZER), []
-    lm.register_forward_hook(lambda *_: steps.append(1))
     config = GenerationConfig(max_new_tokens=8, stop=("de",), chunk_size=3)
     engine = HFEngine(lambda: lm, TOKENIZER, config, version=lambda: 0)
+    list(engine.generate(prompts("t")))  # it has found out by now how the model may be run
+    lm.register_forward_hook(lambda *_: steps.append(1))
     told: dict[int, tuple[int, str]] = {}
 
     def note(finished: Mapping[int, Rollout]) -> None:
         told.update({n: (len(steps), rollout.completion.text) for n, rollout in finished.items()})
 
-    # t: u and the end; b: stopped at c|de; f: reaches the limit. The last of a second chunk is alone.
+    # t: u and the end; s is read in its place, in the third pass; b: stopped at c|de; f: reaches the limit.
     list(engine.generate(prompts("t", "b", "f", "s"), on_finished=note))
 
-    assert told == {0: (2, "u"), 1: (3, "c"), 2: (8, "ghijklmn"), 3: (11, "tu")}
+    assert told == {0: (2, "u"), 1: (4, "c"), 3: (5, "tu"), 2: (9, "ghijklmn")}
 
 
 def test_seed_reproduces_a_rollout_and_another_seed_does_not() -> None:
@@ -296,10 +298,13 @@ def test_stop_string_that_begins_in_the_prompt_does_not_count() -> None:
 
 def test_generation_stops_where_all_rows_have_stopped() -> None:
     lm, steps = cycle_decoder(TOKENIZER), []
+    tried = takes_packed_rows(lm)
     lm.register_forward_hook(lambda *_: steps.append(1))
+    takes_packed_rows(lm)
+    num_tried = len(steps)
     sample(lm, prompts("a", "b"), max_new_tokens=12, stop=("de",))
 
-    assert len(steps) == 4, "a: bcde"
+    assert tried and len(steps) == num_tried + num_tried + 4, "a: bcde"
 
 
 def test_stop_string_far_behind_many_tokens_is_found() -> None:

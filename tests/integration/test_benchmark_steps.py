@@ -1,0 +1,44 @@
+"""The benchmarks of rollouts and PPO steps run small, in all their processes, to their tables."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_small(module: str, folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+    """Report and table."""
+    report = folder / "report.json"
+    command = [sys.executable, "-m", module, "--small", "--threads", "1", "--json", str(report), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(report.read_text()), done.stdout
+
+
+@pytest.mark.slow
+def test_rollouts_of_both_sides_are_compared(tmp_path: Path) -> None:
+    report, table = run_small("benchmarks.rollout", tmp_path, "--rounds", "2")
+    assert [each["case"] for each in report["results"]] == ["randomwalks", "synthetic lengths"]
+    for each in report["results"]:
+        assert list(each["sides"]) == ["Conch", "transformers.generate"]
+        assert all(side["peak_bytes"] > 0 for side in each["sides"].values())
+        low, high = (each["sides"][name]["tokens_per_s"] for name in each["sides"])
+        assert each["ratio"]["low"] <= low["high"] / high["low"]
+        assert f"| {each['case']} | {each['rows']}, 4 | {each['response_tokens']} | Conch | " in table
+
+
+@pytest.mark.slow
+def test_ppo_steps_and_references_are_measured(tmp_path: Path) -> None:
+    report, table = run_small("benchmarks.ppo_step", tmp_path, "--steps", "1", "--warm-up", "0")
+    for what in ("walks-20", "walks-140", "dialogues"):
+        assert 0 < report[what]["seconds"]["update"]["median"] < report[what]["seconds"]["step"]["median"]
+    assert 0 < report["shared_over_full"]["weight_bytes"] < 1
+    assert report["step_over_trlx"] == pytest.approx(report["walks-20"]["seconds"]["step"]["median"] / 1.6)
+    assert "| trlX, randomwalks, batches of 20 | 1.6 | 0.35 | 0.34 |  | 0.92 | 745 |" in table
