@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -75,7 +74,6 @@ class ServerPool:
         self._sends = sends
         self.servers = [Server(ServerLink(url, config.deadline_s)) for url in parse_servers(config.urls)]
         self._file = SharedFile(source)
-        self._refitting = threading.Lock()
         self.threads = ThreadPoolExecutor(max_workers=16 * len(self.servers), thread_name_prefix="rollouts")
 
     def check(self) -> None:

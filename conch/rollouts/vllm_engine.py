@@ -22,7 +22,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conch.config import GenerationConfig, RolloutConfig
 from conch.errors import RolloutError
-from conch.log import get_logger
 from conch.models.loading import context_window
 from conch.rollouts.ending import Ending
 from conch.rollouts.ordering import check_window, in_order
@@ -37,8 +36,6 @@ from conch.rollouts.vllm_build import (
 )
 from conch.rollouts.weight_sync import checkpoint_tensors
 from conch.types import OnFinished, Prompt, Rollout
-
-_log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

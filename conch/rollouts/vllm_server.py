@@ -47,7 +47,6 @@ class RolloutServer:
         self._engine = engine
         self._tokenizer = tokenizer
         self._deadline_s = deadline_s
-        self._instance = uuid4().hex
         self._stamp: Stamp | None = None
         self._refitting = asyncio.Lock()
         self._endings: dict[tuple[str, ...], Ending] = {}
@@ -60,7 +59,6 @@ class RolloutServer:
             raise HTTPException(GONE, "vLLM has died here; its log says why")
         config = self._engine.vllm_config
         return Health(
-            instance=self._instance,
             stamp=self._stamp,
             window=config.model_config.max_model_len,
             max_num_seqs=config.scheduler_config.max_num_seqs,

@@ -27,12 +27,11 @@ class Stamp(Section):
 class Health(Section):
     """A server that can be asked.
 
-    instance: of its process; another one after a restart. stamp: None before it was given any weights.
+    stamp: None before it was given any weights.
     window: longest prompt and completion together, in tokens. max_num_seqs: completions sampled at once.
     workers: processes that each hold a part of the weights. device: `cpu` or `cuda`.
     """
 
-    instance: str
     stamp: Stamp | None
     window: int
     max_num_seqs: int

@@ -26,6 +26,7 @@ class FakeRolloutServer:
         self.says_version: int | None = None
         self.weights_answer: tuple[int, Any] | None = None
         self.lines = 0
+        self.looks = 0
         self.most_rows = 0
         self._rows = 0
         self._health = {"window": window, "max_num_seqs": max_num_seqs, "workers": 1, "device": "cpu"}
@@ -42,7 +43,7 @@ class FakeRolloutServer:
         self._http.server_close()
 
     def health(self) -> dict[str, Any]:
-        return {"instance": str(id(self)), "stamp": self.stamp, **self._health}
+        return {"stamp": self.stamp, **self._health}
 
     def take_weights(self, body: dict[str, Any]) -> tuple[int, Any]:
         if self.weights_answer is not None:
@@ -81,6 +82,7 @@ class FakeRolloutServer:
 def _handler(server: FakeRolloutServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            server.looks += 1
             self._reply(200, server.health())
 
         def do_POST(self) -> None:

@@ -140,7 +140,7 @@ def test_one_that_hangs_gets_no_more_while_the_other_works(start: Callable[..., 
 def test_least_busy_has_room_and_the_fewest_tokens(
     state: list[tuple[int, int] | None], wanted: int | None
 ) -> None:
-    health = Health(instance="i", stamp=None, window=9, max_num_seqs=8, workers=1, device="cpu")
+    health = Health(stamp=None, window=9, max_num_seqs=8, workers=1, device="cpu")
     servers = [
         Server(ServerLink("h:1", 1.0), health, *each) if each else Server(ServerLink("h:1", 1.0))
         for each in state
@@ -221,6 +221,17 @@ def test_server_restarted_between_two_calls_is_given_the_same_weights_again(
     assert again.events == ["refused 0", "weights 0", "generate 0"]
 
 
+def test_completion_that_comes_twice_counts_once(start: Callable[..., FakeRolloutServer]) -> None:
+    server = start()
+    lines_for = server.lines_for
+    server.lines_for = lambda body: [line for each in lines_for(body) for line in (each, each)]  # pyright: ignore[reportAttributeAccessIssue]
+    told: list[int] = []
+    wanted = prompts(4)
+    made = list(Sampling(server).engine.generate(wanted, on_finished=lambda ended: told.extend(ended)))
+    assert asked_for([each for chunk in made for each in chunk]) == [prompt.token_ids for prompt in wanted]
+    assert sorted(told) == [0, 1, 2, 3]
+
+
 def test_completion_of_another_version_is_refused(start: Callable[..., FakeRolloutServer]) -> None:
     server = start()
     server.says_version = 7
@@ -275,6 +286,8 @@ def test_rank_that_does_not_send_waits_for_the_weights(start: Callable[..., Fake
     follower = Sampling(server, sends=False)
     with ThreadPoolExecutor(1) as thread:
         asked = thread.submit(follower, prompts(1))
+        while server.looks < 3 and not asked.done():
+            time.sleep(0.001)
         assert not server.events
         Sampling(server).pool.ready(0)
         assert len(asked.result(LONG_S)) == 1

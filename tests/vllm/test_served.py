@@ -82,7 +82,9 @@ def servers(
     running = ServerProcess(folder, free_port()), ServerProcess(folder, free_port())
     try:
         for server in running:
-            wait_until(ServerLink(server.address, READY_S).health)
+            link = ServerLink(server.address, READY_S)
+            wait_until(link.health)
+            link.close()
         yield running
     finally:
         for server in running:
