@@ -151,8 +151,8 @@ class RolloutConfig(Section):
     """What samples the completions that are learned from and evaluated on."""
 
     engine: Literal["hf", "vllm"] = "hf"
-    """`hf` samples with the policy itself in the trainer's processes; `vllm` with vLLM, in them too, or on the
-    servers of `urls`."""
+    """`hf` samples with the policy itself in the trainer's processes; `vllm` with vLLM, in them too, or on
+    the servers of `urls`."""
 
     urls: str | None = None
     """`host:port` of a vLLM server (`python -m conch.rollouts.serve`), or several, `host1:port,host2:port`.
