@@ -133,8 +133,8 @@ def reference_cost(case: Case, *, shared: bool, rounds: int = 5) -> dict[str, An
     config = {"architecture": {"model_type": "gpt2"}, "num_layers_unfrozen": blocks}
     choose_trainable(lm, load(PPORunConfig, {"model": config}).model)
     inputs = _batch(case)
-    before = resident_bytes()
     forget_peak()
+    before = resident_bytes()
     reference = SharedTrunkReference(lm, blocks) if shared else FullCopyReference(lm)
     columns: dict[str, list[float]] = {"policy": [], "both": []}
     with torch.no_grad():

@@ -160,8 +160,8 @@ def take_turns(case: Case, rounds: int) -> dict[str, Rates]:
 def peak_of(case: Case, name: str) -> int:
     """Bytes that one pass over all prompts takes beyond what the process held before."""
     side = SIDES[name](case, case.model())
-    before = resident_bytes()
     forget_peak()
+    before = resident_bytes()
     check(case, name, side())
     return resident_bytes("VmHWM") - before
 

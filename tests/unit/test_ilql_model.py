@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from conch.checkpoint import save_model
 from conch.errors import ModelError
 from conch.models.ilql import ILQLPolicy
+from conch.models.loading import fuse_activations
 from tests.runs import EOS, LETTERS, PAD, TOKENIZER, policy, shake_heads
 from tests.tiny import DECODERS, tiny_decoder
 
@@ -232,6 +233,7 @@ def test_saved_policy_scores_and_generates_as_before(tmp_path: Path) -> None:
     mask[:, PAD] = True
     decoding = {"beta": 5.0, "max_new_tokens": 6, "top_k": 4, "eos_token_id": EOS, "pad_token_id": PAD}
     made = awake(policy(), num_q_heads=3, logit_mask=mask, decoding=decoding)
+    fuse_activations(made.lm)  # as what is loaded has them
     loaded = ILQLPolicy.from_pretrained(save(tmp_path / "saved", made))
     inputs = a_batch(highest=len(LETTERS))
     before, after = made(*inputs, RESPONSE), loaded(*inputs, RESPONSE)
