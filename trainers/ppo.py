@@ -56,7 +56,6 @@ from conch.ops import (
     entropy,
     kl_estimate,
     kl_loss_terms,
-    logprobs_of_labels,
     masked_mean,
     masked_sum,
     whiten,
@@ -417,8 +416,7 @@ class PPOTrainer:
         return self.layout.rows(part.input_ids, part.attention_mask, part.num_response)
 
     def _logprobs(self, logits: Tensor, rows: Rows) -> Tensor:
-        temperature = self.config.generation.temperature
-        return rows.of_samples(logprobs_of_labels(logits, rows.labels, temperature))
+        return rows.logprobs(logits, self.config.generation.temperature)
 
     # -------------------------------------------------------------------------------------- parts of `update`
 

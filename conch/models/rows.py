@@ -5,7 +5,7 @@ share it: the prompt is read once, and each response sees it and itself (as in t
 engines, Zheng et al. 2023, arXiv:2312.07104). What a model puts out is the same but for rounding.
 
 Legend: B samples, T columns (P prompt, padded left, and R response, padded right), N rows of C columns, K
-response tokens of all samples.
+response tokens of all samples, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from conch.log import get_logger
 from conch.models.packing import keeps_apart, sharing_mask, sliding_window
-from conch.ops import first_fit
+from conch.ops import first_fit, logprobs_of_labels
 
 _log = get_logger(__name__)
 
@@ -39,6 +39,10 @@ class Rows:
     inputs: tuple[Any, ...]
     labels: Int[Tensor, "N K"]
     response_mask: Bool[Tensor, "B R"]
+
+    def logprobs(self, logits: Float[Tensor, "N K V"], temperature: float) -> Float[Tensor, "B R"]:
+        """Of the response tokens, from a forward pass's logits; see `conch.ops.logprobs_of_labels`."""
+        return self.of_samples(logprobs_of_labels(logits, self.labels, temperature))
 
     def of_samples(self, values: Float[Tensor, "N K"]) -> Float[Tensor, "B R"]:
         """What a forward pass gave for each label, in the samples' places; 0 where there is no token."""

@@ -81,8 +81,7 @@ class _Layer(DynamicLayer):
     def read(self, slots: Tensor, made: Sequence[Tensor], of: Tensor) -> None:
         """Take the keys and values of prompts over into slots."""
         for number, new in enumerate(made):
-            if new.shape[2] > self._buffers[number].shape[2]:
-                self.grow(new.shape[2])
+            self.grow(new.shape[2])
             self._buffers[number][slots, :, : new.shape[2]] = new[of].to(self._buffers[number].dtype)
 
     def grow(self, width: int) -> None:
@@ -130,11 +129,6 @@ class SlotDecoder:
         self._start, self._end, self._last = zeros, zeros.clone(), zeros.clone()
         self._is_alive = zeros.bool()
         self._one_logit = "logits_to_keep" in inspect.signature(lm.forward).parameters
-
-    @property
-    def is_done(self) -> bool:
-        """True once every completion was given."""
-        return not self._waiting and not self._num_alive
 
     def advance(self, pick: Pick, *, wants_history: bool) -> list[Row]:
         """Read waiting prompts into free slots, or else add a token to each row; the rows that have ended.
