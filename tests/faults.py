@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import logging
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 
 from conch.config import RewardConfig
 from conch.rewards.triton_reward import TritonReward
+from conch.serving.launcher import TritonServer
 from conch.types import RewardResult, Rollout
 from tests.fakes.rollouts import rollouts
 from tests.stores import HASH_MODEL, hash_score, store_model
@@ -26,6 +30,31 @@ def hash_store(folder: Path) -> Path:
     """A store whose model scores a text the same in any batch, to the last bit."""
     store_model(folder, MODEL, model_py=HASH_MODEL, golden_score=hash_score("ab"))
     return folder
+
+
+@contextmanager
+def kept_running(server: TritonServer) -> Iterator[TritonServer]:
+    """A started server that is started again at its port should it die, as `conch.serving up` would do.
+
+    Once in many thousand replies that a client breaks off, Triton's gRPC threads crash by themselves (a
+    mutex of a request that is gone): what is tested here is the client, which must outlast that, too.
+    """
+    over = threading.Event()
+
+    def keep() -> None:
+        while not over.wait(0.1):
+            if not server.is_running:
+                logging.getLogger(__name__).warning("Triton has died: %s", server.log_tail(12))
+                server.stop()
+                server.start(again=True)
+
+    keeper = threading.Thread(target=keep)
+    keeper.start()
+    try:
+        yield server
+    finally:
+        over.set()
+        keeper.join()
 
 
 def open_source(url: str, config: RewardConfig = PATIENT) -> TritonReward:

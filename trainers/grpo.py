@@ -16,7 +16,8 @@ For the G completions y_1..y_G of a prompt, with rewards r_i, n_i tokens and rho
 Ahmadian et al. 2024, arXiv:2402.14740, section 3).
 
 Where this differs from common code: all sums and counts run over the minibatch of all ranks; pi_old comes
-from the trainer's own forward pass; a group whose rewards are all alike teaches nothing (its advantages are
+from the trainer's own forward pass (where nothing but the ratio of a step's one update asks for it, from that
+update's, and the ratio is 1); a group whose rewards are all alike teaches nothing (its advantages are
 0, never noise divided by noise); a completion whose reward failed is left out of its group, never scored 0.
 The KL to the reference stands in the loss (with the gradient of k2 whatever the estimator), or in the rewards
 before they are compared; with `kl.coef=0` there is no reference at all.
@@ -28,8 +29,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ from conch.trainers.common import (
     with_whole_weights,
 )
 from conch.trainers.evaluation import Evaluator, sampled_prompts
+from conch.trainers.grpo_batch import GRPOBatch, Passes, joined, kl_of_samples
 from conch.trainers.grpo_config import GRPORunConfig
 from conch.trainers.grpo_terms import (
     clipped_loss_terms,
@@ -86,44 +87,18 @@ from conch.trainers.online import (
     fitting_prompts,
     known_or_computed,
     log_rollouts,
+    logprob_gap,
     mean_kl,
     opened_reward,
     reward_metrics,
     rollout_metrics,
     texts_of,
+    warn_of_gap,
 )
 from conch.trainers.run import fit, start_run
 from conch.trainers.sampling import Samplers
 from conch.trainers.shaping import RewardShaper
 from conch.types import Metrics, Prompt, RewardResult, Rollout
-
-
-@dataclass(frozen=True)
-class GRPOBatch:
-    """One step's samples, ready to train on. All [B, R] but `sequences` and `advantages` [B].
-
-    loss_mask: True at response tokens of samples that have a reward. old_logprobs: of the policy that
-    sampled. ref_logprobs: of the reference, or `old_logprobs` where there is none. correction: weights that
-    make up for the sampler's distance from the trainer, 1 where they are off.
-    """
-
-    sequences: Sequences
-    loss_mask: Bool[Tensor, "B R"]
-    old_logprobs: Float[Tensor, "B R"]
-    ref_logprobs: Float[Tensor, "B R"]
-    advantages: Float[Tensor, " B"]
-    correction: Float[Tensor, "B R"]
-
-
-@dataclass(frozen=True)
-class _Passes:
-    """What the models say of rollouts before any reward is known; all tensors are [B, R]."""
-
-    sequences: Sequences
-    logprobs: Float[Tensor, "B R"]
-    ref_logprobs: Float[Tensor, "B R"]
-    entropy: Float[Tensor, "B R"]
-
 
 # ---------------------------------------------------------------------------------------------------- trainer
 
@@ -159,7 +134,7 @@ class GRPOTrainer:
         self.kl_controller = KLController(config.grpo.kl)
         self.shaper = RewardShaper(config.shaping, config.reward.weights, engine)
         self.policy_version = 0
-        self._ahead: Ahead[_Passes] | None = None
+        self._ahead: Ahead[Passes] | None = None
         self._init_policy(lm)
         self.evaluator = Evaluator(
             engine,
@@ -201,6 +176,13 @@ class GRPOTrainer:
         if config.grpo.kl.coef > 0:
             with engine.whole_weights():
                 self.reference = build_reference(lm, config.model.num_layers_unfrozen)
+        # Without all of these the log-probs of the one update's own forward pass serve as the old ones, too.
+        self._passes_first = (
+            self.reference is not None
+            or config.grpo.epochs * config.grpo.minibatches > 1
+            or config.grpo.sampler_correction is not None
+            or not config.model.disable_dropout
+        )
         self._make_sampler = Samplers(
             config.rollout, engine, self.tokenizer, lambda: self.policy.lm, lambda: self.policy_version
         )
@@ -249,8 +231,9 @@ class GRPOTrainer:
         self._kl_coef = self.kl_controller.coef
         totals = self._totals(rollouts, rewards, passes, mask)
         advantages = group_advantages(totals, valid, config.group_size, config.advantage_kind)
-        correction = torch.ones_like(passes.logprobs)
+        correction = None
         if config.sampler_correction is not None:
+            assert passes.logprobs is not None
             correction = sampler_weights(
                 passes.logprobs, sequences.sampling_logprobs, config.sampler_correction
             )
@@ -258,9 +241,7 @@ class GRPOTrainer:
         self.experience_metrics = {
             **self.scorer.metrics(),
             **reward_metrics(rewards, self.config.reward.weights, self.shaper.objectives, self.engine.sum),
-            **rollout_metrics(
-                rollouts, sequences, passes.logprobs, self.engine.sum, self.config.rollout.logprob_gap_alarm
-            ),
+            **rollout_metrics(rollouts, sequences, self.engine.sum),
             **self._statistics(batch, passes, valid),
         }
         return batch
@@ -274,6 +255,8 @@ class GRPOTrainer:
             config.minibatches,
             lambda rows: self._update_minibatch(take_rows(batch, rows)),
         )
+        if batch.old_logprobs is None:
+            warn_of_gap(metrics["rollout/logprob_gap"], self.config.rollout.logprob_gap_alarm)
         self.policy_version += 1
         return metrics
 
@@ -281,26 +264,24 @@ class GRPOTrainer:
 
     @with_whole_weights
     @torch.no_grad()
-    def _passes(self, rollouts: Sequence[Rollout]) -> _Passes:
+    def _passes(self, rollouts: Sequence[Rollout]) -> Passes:
         sequences = collate(rollouts, self._pad_id, self.engine.device)
-        columns: list[tuple[Tensor, ...]] = []
+        if not self._passes_first:
+            return Passes(sequences)
+        columns: list[tuple[Tensor | None, ...]] = []
         for rows in torch.arange(len(sequences.input_ids)).split(self.config.grpo.forward_batch_size):
             with evaluating(self.policy), self.engine.autocast():
                 columns.append(self._forward(take_rows(sequences, rows)))
-        return _Passes(sequences, *(torch.cat(column) for column in zip(*columns, strict=True)))
+        return Passes(sequences, *(joined(column) for column in zip(*columns, strict=True)))
 
-    def _forward(self, part: Sequences) -> tuple[Tensor, Tensor, Tensor]:
+    def _forward(self, part: Sequences) -> tuple[Tensor, Tensor | None, Tensor]:
         """Log-probs of policy and reference, and entropies."""
-        rows = self._laid_out(part)
-        if self.reference is None:
+        rows, theirs = self._laid_out(part), None
+        with nullcontext() if self.reference is None else self.reference.recording():
             logits = self.engine.module(*rows.inputs)
-            ours = theirs = self._logprobs(logits, rows)
-        else:
-            with self.reference.recording():
-                logits = self.engine.module(*rows.inputs)
-            both = logits, self.reference.logits(*rows.inputs)
-            ours, theirs = (self._logprobs(each, rows) for each in both)
-        return ours, theirs, rows.of_samples(entropy(logits, self.config.generation.temperature))
+        if self.reference is not None:
+            theirs = self._logprobs(self.reference.logits(*rows.inputs), rows)
+        return self._logprobs(logits, rows), theirs, self._entropy(logits, rows)
 
     def _laid_out(self, part: Sequences) -> Rows:
         return self.layout.rows(part.input_ids, part.attention_mask, part.num_response)
@@ -308,11 +289,15 @@ class GRPOTrainer:
     def _logprobs(self, logits: Tensor, rows: Rows) -> Tensor:
         return rows.logprobs(logits, self.config.generation.temperature)
 
+    @torch.no_grad()
+    def _entropy(self, logits: Tensor, rows: Rows) -> Tensor:
+        return rows.of_samples(entropy(logits, self.config.generation.temperature))
+
     def _totals(
         self,
         rollouts: Sequence[Rollout],
         rewards: Sequence[RewardResult],
-        passes: _Passes,
+        passes: Passes,
         mask: Bool[Tensor, "B R"],
     ) -> Float[Tensor, " B"]:
         """What completions are compared by: shaped rewards less penalties, 0 where there is none."""
@@ -320,35 +305,43 @@ class GRPOTrainer:
         totals = self.shaper.shape(rollouts, rewards, mask).sum(dim=1)
         penalties = overlong_penalties(rollouts, longest, config.overlong_buffer, config.overlong_penalty)
         totals = totals - penalties.to(totals.device)
-        if config.kl.placement == "loss":
+        if passes.ref_logprobs is None or config.kl.placement == "loss":
             return totals
+        assert passes.logprobs is not None
         kl = kl_estimate(passes.logprobs, passes.ref_logprobs, config.kl.estimator)
         return totals - self._kl_coef * torch.where(mask, kl, torch.zeros_like(kl)).sum(dim=1)
 
-    def _statistics(self, batch: GRPOBatch, passes: _Passes, valid: Bool[Tensor, " B"]) -> Metrics:
+    def _statistics(self, batch: GRPOBatch, passes: Passes, valid: Bool[Tensor, " B"]) -> Metrics:
         """Of advantages, distances and weights, over all ranks."""
         config, reduce, mask = self.config.grpo, self.engine.sum, passes.sequences.response_mask
         is_flat = ~(batch.advantages != 0).reshape(-1, config.group_size).any(dim=1)
         metrics = {
-            "policy/entropy": float(masked_mean(passes.entropy, mask, reduce)),
             "grpo/advantage_std": float(masked_mean(batch.advantages**2, valid, reduce)) ** 0.5,
             "grpo/flat_fraction": float(masked_mean(is_flat.float(), torch.ones_like(is_flat), reduce)),
         }
-        if self.reference is not None:
+        if passes.logprobs is None or passes.entropy is None:
+            return metrics
+        alarm = self.config.rollout.logprob_gap_alarm
+        metrics |= {
+            "policy/entropy": float(masked_mean(passes.entropy, mask, reduce)),
+            "rollout/logprob_gap": logprob_gap(passes.logprobs, passes.sequences, reduce, alarm),
+        }
+        if passes.ref_logprobs is not None:
             measured = mean_kl(passes.logprobs, passes.ref_logprobs, mask, reduce)
             self.kl_controller.update(measured, config.prompts_per_step * config.group_size)
             metrics |= {"policy/kl": measured, "policy/kl_coef": self._kl_coef}
-        if config.sampler_correction is not None:
-            weights, most = batch.correction, config.sampler_correction
-            moments = [float(masked_mean(each, mask, reduce)) for each in (weights, weights**2)]
-            metrics |= {
-                "rollout/correction_mean": moments[0],
-                "rollout/correction_clipped_fraction": float(
-                    masked_mean((weights >= most).float(), mask, reduce)
-                ),
-                "rollout/effective_share": effective_share(*moments),
-            }
+        if batch.correction is not None and config.sampler_correction is not None:
+            metrics |= self._correction_metrics(batch.correction, config.sampler_correction, mask)
         return metrics
+
+    def _correction_metrics(self, weights: Tensor, most: float, mask: Tensor) -> Metrics:
+        moments = [float(masked_mean(each, mask, self.engine.sum)) for each in (weights, weights**2)]
+        clipped = masked_mean((weights >= most).float(), mask, self.engine.sum)
+        return {
+            "rollout/correction_mean": moments[0],
+            "rollout/correction_clipped_fraction": float(clipped),
+            "rollout/effective_share": effective_share(*moments),
+        }
 
     # -------------------------------------------------------------------------------------- parts of `update`
 
@@ -375,21 +368,26 @@ class GRPOTrainer:
     def _loss(self, batch: GRPOBatch, weights: Tensor, shares: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's part of the loss, and its parts of means over tokens."""
         config, mask, rows = self.config.grpo, batch.loss_mask, self._laid_out(batch.sequences)
-        logprobs = self._logprobs(self.engine.module(*rows.inputs), rows)
-        ratio = policy_ratio(logprobs, batch.old_logprobs, mask, config.loss)
+        logits = self.engine.module(*rows.inputs)
+        logprobs = self._logprobs(logits, rows)
+        old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+        ratio = policy_ratio(logprobs, old_logprobs, mask, config.loss)
         terms, is_clipped = clipped_loss_terms(ratio, batch.advantages, config.clip_low, config.clip_high)
 
         def weighed(values: Tensor, by: Tensor) -> Tensor:
             return torch.where(mask, values * by, torch.zeros_like(values)).sum()
 
-        policy_loss = weighed(terms * batch.correction, weights)
-        loss = policy_loss
-        columns = {"train/policy_loss": policy_loss}
-        if self.reference is not None and config.kl.placement == "loss":
+        loss = weighed(terms if batch.correction is None else terms * batch.correction, weights)
+        columns = {"train/policy_loss": loss}
+        if batch.ref_logprobs is not None and config.kl.placement == "loss":
             kl = weighed(kl_loss_terms(logprobs, batch.ref_logprobs, config.kl.estimator), weights)
             loss = loss + self._kl_coef * kl
             columns["train/kl_loss"] = kl
-        approx_kl = kl_estimate(batch.old_logprobs, logprobs.detach(), "k3")
+        if batch.old_logprobs is None:
+            gap = (logprobs.detach() - batch.sequences.sampling_logprobs).abs()
+            columns["policy/entropy"] = weighed(self._entropy(logits, rows), shares)
+            columns["rollout/logprob_gap"] = weighed(gap, shares)
+        approx_kl = kl_estimate(old_logprobs, logprobs.detach(), "k3")
         return loss, {
             "train/loss": loss,
             **columns,
@@ -434,9 +432,7 @@ class GRPOTrainer:
         with _clocked(seconds, "time/experience_s"):
             batch = self.experience(rollouts, rewards)
         if self.config.tracking.rollouts:
-            kl = batch.old_logprobs - batch.ref_logprobs
-            mask = batch.sequences.response_mask
-            log_rollouts(self.engine, self.run, rollouts, rewards, torch.where(mask, kl, 0.0).sum(dim=1))
+            log_rollouts(self.engine, self.run, rollouts, rewards, kl_of_samples(batch))
         with _clocked(seconds, "time/update_s"):
             metrics = {**self.experience_metrics, **self.update(batch), "grpo/draws": float(draws)}
         config = self.config.grpo
@@ -494,6 +490,7 @@ class GRPOTrainer:
             nothing = torch.zeros(0, 1, device=self.engine.device)
             return mean_kl(nothing, nothing, nothing.bool(), self.engine.sum)
         passes = self._passes(rollouts)
+        assert passes.logprobs is not None and passes.ref_logprobs is not None
         mask = passes.sequences.response_mask
         return mean_kl(passes.logprobs, passes.ref_logprobs, mask, self.engine.sum)
 

@@ -155,22 +155,33 @@ def _spread(values: Sequence[float], reduce: Reduce) -> Metrics:
     return {"reward/mean": mean, "reward/std": variance**0.5, "reward/failed_fraction": 1 - share}
 
 
-def rollout_metrics(
-    rollouts: Sequence[Rollout],
-    sequences: Sequences,
-    logprobs: Float[Tensor, "B R"],
-    reduce: Reduce,
-    alarm: float | None = None,
-) -> Metrics:
-    """Lengths, the share cut by the limit, and the distance of the sampler's log-probs from the trainer's.
-
-    alarm: nats of that distance above which a warning is written.
-    """
+def rollout_metrics(rollouts: Sequence[Rollout], sequences: Sequences, reduce: Reduce) -> Metrics:
+    """Lengths, and the share cut by the limit."""
     mask = sequences.response_mask
     reasons = [rollout.completion.finish_reason for rollout in rollouts]
     cut = torch.tensor([reason == "length" for reason in reasons], device=mask.device)
     everyone = torch.ones_like(cut)
-    gap = float(masked_mean((logprobs - sequences.sampling_logprobs).abs(), mask, reduce))
+    return {
+        "rollout/length_mean": float(masked_mean(mask.sum(dim=1).float(), everyone, reduce)),
+        "rollout/truncated_fraction": float(masked_mean(cut.float(), everyone, reduce)),
+    }
+
+
+def logprob_gap(
+    logprobs: Float[Tensor, "B R"], sequences: Sequences, reduce: Reduce, alarm: float | None = None
+) -> float:
+    """Distance of the sampler's log-probs from the trainer's: mean of absolute differences, nats a token.
+
+    alarm: see `warn_of_gap`.
+    """
+    distance = (logprobs - sequences.sampling_logprobs).abs()
+    gap = float(masked_mean(distance, sequences.response_mask, reduce))
+    warn_of_gap(gap, alarm)
+    return gap
+
+
+def warn_of_gap(gap: float, alarm: float | None) -> None:
+    """Write a warning where `logprob_gap` is above `alarm`, in nats a token."""
     if alarm is not None and gap > alarm:
         _log.warning(
             "the sampler's log-probs are %.3g nats a token from the trainer's, above "
@@ -179,11 +190,6 @@ def rollout_metrics(
             gap,
             alarm,
         )
-    return {
-        "rollout/length_mean": float(masked_mean(mask.sum(dim=1).float(), everyone, reduce)),
-        "rollout/truncated_fraction": float(masked_mean(cut.float(), everyone, reduce)),
-        "rollout/logprob_gap": gap,
-    }
 
 
 def log_rollouts(

@@ -81,6 +81,7 @@ from conch.trainers.online import (
     fitting_prompts,
     known_or_computed,
     log_rollouts,
+    logprob_gap,
     mean_kl,
     opened_reward,
     reward_metrics,
@@ -362,10 +363,12 @@ class PPOTrainer:
             per_token = whiten(per_token, mask, reduce, shift_mean=False)
         advantages, returns = gae(per_token, values, mask, config.gamma, config.lam)
         measured = mean_kl(logprobs, ref_logprobs, sequences.response_mask, reduce)
+        alarm = self.config.rollout.logprob_gap_alarm
         self.experience_metrics = {
             **self.scorer.metrics(),
             **reward_metrics(rewards, self.config.reward.weights, self.shaper.objectives, reduce),
-            **rollout_metrics(rollouts, sequences, logprobs, reduce, self.config.rollout.logprob_gap_alarm),
+            **rollout_metrics(rollouts, sequences, reduce),
+            "rollout/logprob_gap": logprob_gap(logprobs, sequences, reduce, alarm),
             "policy/entropy": float(masked_mean(spread, sequences.response_mask, reduce)),
             "policy/kl": measured,
             "policy/kl_coef": self._kl_coef,

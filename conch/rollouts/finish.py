@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 
+from conch.rollouts.ending import Ending
 from conch.types import Completion, OnFinished, Prompt, Rollout
 
 _GPU_STRIDE = 8
@@ -91,6 +92,25 @@ class LogprobRecorder(LogitsProcessor):
         if len(self._columns) < ids.shape[1]:
             self.take(ids[:, -1:])
         return torch.cat(self._columns, dim=-1)[:, : ids.shape[1]]
+
+
+class StopStrings(StoppingCriteria):
+    """Ends a row once its response contains a stop string.
+
+    num_given: tokens of `input_ids` that come before the responses.
+    """
+
+    def __init__(self, ending: Ending, num_given: int) -> None:
+        self._ending = ending
+        self._num_given = num_given
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  BoolTensor is the CPU's alone
+        self, input_ids: Int[Tensor, "B T"], scores: Any, **_kwargs: Any
+    ) -> Bool[Tensor, " B"]:
+        """True for rows that are to end."""
+        del scores
+        responses = input_ids[:, self._num_given :].tolist()
+        return torch.tensor([self._ending.reached(row) for row in responses], device=input_ids.device)
 
 
 class FinishWatcher(StoppingCriteria):

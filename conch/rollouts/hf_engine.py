@@ -7,14 +7,13 @@ V vocabulary.
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig as HFGenerationConfig
 from transformers import (
@@ -22,7 +21,6 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -32,11 +30,10 @@ from transformers import (
 from conch.config import GenerationConfig
 from conch.models.packing import sliding_window
 from conch.models.rows import takes_packed_rows
-from conch.rollouts.finish import FinishWatcher, Harvest, LogprobRecorder
+from conch.rollouts.ending import Ending
+from conch.rollouts.finish import FinishWatcher, Harvest, LogprobRecorder, StopStrings
 from conch.rollouts.slots import SlotDecoder, pad_left
-from conch.types import Completion, FinishReason, OnFinished, Prompt, Rollout
-
-Decode = Callable[[Sequence[int]], str]
+from conch.types import OnFinished, Prompt, Rollout
 
 # transformers itself drops a mask that hides nothing, and then warns that there is none.
 logging.getLogger("transformers.modeling_utils").addFilter(
@@ -64,15 +61,13 @@ class HFEngine:
         processors: Callable[[], AbstractContextManager[Sequence[LogitsProcessor]]] = lambda: nullcontext(()),
     ) -> None:
         self._lm = lm
-        self._tokenizer = tokenizer
         self._config = config
         self._version = version
         self._autocast = autocast
         self._processors = processors
+        self._ending = Ending(tokenizer, config.stop)
         self._pad_id = int(tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
-        self._eos_id = int(tokenizer.eos_token_id)  # pyright: ignore[reportArgumentType]
         self._keeps_apart: bool | None = None
-        self._stop = StopStrings(config.stop, self._decode, 0) if config.stop else None
 
     def generate(
         self, prompts: Sequence[Prompt], *, greedy: bool = False, on_finished: OnFinished | None = None
@@ -89,7 +84,7 @@ class HFEngine:
             return
         for start in range(0, len(prompts), size):
             chunk = prompts[start : start + size]
-            harvest = Harvest(chunk, self._completion, self._version(), start, on_finished)
+            harvest = Harvest(chunk, self._ending.completion, self._version(), start, on_finished)
             self._generate_chunk(harvest, greedy, watched=on_finished is not None)
             yield harvest.rollouts()
 
@@ -139,7 +134,7 @@ class HFEngine:
                 rows = decoder.advance(pick, wants_history=bool(processors))
                 fresh = {
                     row.place: Rollout(
-                        prompts[row.place], self._completion(row.ids, row.logprobs), self._version()
+                        prompts[row.place], self._ending.completion(row.ids, row.logprobs), self._version()
                     )
                     for row in rows
                 }
@@ -148,7 +143,7 @@ class HFEngine:
                     on_finished(fresh)
 
     def _has_ended(self, ids: list[int]) -> bool:
-        return ids[-1] == self._eos_id or (self._stop is not None and self._stop.in_ids(ids))
+        return ids[-1] == self._ending.eos_id or self._ending.reached(ids)
 
     # ---------------------------------------------------------------------------------------- chunk by chunk
 
@@ -162,7 +157,7 @@ class HFEngine:
         recorder, stopping = LogprobRecorder(), self._stopping(num_given)
         if watched:
             stopping = StoppingCriteriaList(
-                [FinishWatcher(harvest, recorder, stopping, self._eos_id, num_given)]
+                [FinishWatcher(harvest, recorder, stopping, self._ending.eos_id, num_given)]
             )
         with _sampling_mode(lm), self._autocast(), self._processors() as processors:
             sequences = lm.generate(  # pyright: ignore[reportCallIssue]  typed as a Tensor attribute
@@ -182,7 +177,7 @@ class HFEngine:
         return HFGenerationConfig(
             max_new_tokens=self._config.max_new_tokens,
             do_sample=not greedy,
-            eos_token_id=self._eos_id,
+            eos_token_id=self._ending.eos_id,
             pad_token_id=self._pad_id,
             decoder_start_token_id=getattr(lm.config, "decoder_start_token_id", None),
             **shaping,
@@ -200,46 +195,9 @@ class HFEngine:
         return warpers
 
     def _stopping(self, num_given: int) -> StoppingCriteriaList:
-        if not self._config.stop:
+        if not self._ending.watches:
             return StoppingCriteriaList()
-        return StoppingCriteriaList([StopStrings(self._config.stop, self._decode, num_given)])
-
-    def _completion(self, ids: list[int], logprobs: list[float]) -> Completion:
-        ids, reason = cut_at_end(ids, self._eos_id, self._config.stop, self._decode)
-        return Completion(self._decode(ids), tuple(ids), tuple(logprobs[: len(ids)]), reason)
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(text)
-
-
-class StopStrings(StoppingCriteria):
-    """Ends a row once its response contains a stop string.
-
-    Unlike the criterion of `transformers`, it does not count one that begins in the prompt. It reads text
-    without special tokens, as `Completion.text` has it.
-    """
-
-    def __init__(self, stop: Sequence[str], decode: Decode, num_given: int) -> None:
-        self._stop = stop
-        self._decode = decode
-        self._num_given = num_given
-        # A character takes at most four byte tokens; the rest is for special tokens, which have no text.
-        self._window = 4 * max(map(len, stop)) + 8
-
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  BoolTensor is the CPU's alone
-        self, input_ids: Int[Tensor, "B T"], scores: Any, **_kwargs: Any
-    ) -> Bool[Tensor, " B"]:
-        """True for rows that are to end."""
-        del scores
-        responses = input_ids[:, self._num_given :].tolist()
-        return torch.tensor([self.in_ids(row) for row in responses], device=input_ids.device)
-
-    def in_ids(self, ids: list[int]) -> bool:
-        """Whether the text of a response has a stop string."""
-        # A look at the tail first: decoding all of a long response at each of its tokens would be quadratic.
-        near = contains_any(self._decode(ids[-self._window :]), self._stop)
-        return near and contains_any(self._decode(ids), self._stop)
+        return StoppingCriteriaList([StopStrings(self._ending, num_given)])
 
 
 def _pick(
@@ -252,31 +210,6 @@ def _pick(
     logprobs = scores.log_softmax(dim=-1)
     tokens = logprobs.argmax(dim=-1) if greedy else torch.multinomial(logprobs.exp(), 1).squeeze(1)
     return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
-
-
-def contains_any(text: str, strings: Sequence[str]) -> bool:
-    """True where one of `strings` stands in `text`."""
-    return any(string in text for string in strings)
-
-
-def cut_at_end(
-    ids: list[int], eos_token_id: int, stop: Sequence[str], decode: Decode
-) -> tuple[list[int], FinishReason]:
-    """Drop what follows the first eos (kept) or the first stop string (cut off), and say why the text ends.
-
-    A token that holds the beginning of a stop string goes with it, so ids and text stay aligned.
-    """
-    reason: FinishReason = "length"
-    if eos_token_id in ids:
-        ids, reason = ids[: ids.index(eos_token_id) + 1], "eos"
-    text = decode(ids)
-    if not contains_any(text, stop):
-        return ids, reason
-    start = min(text.find(string) for string in stop if string in text)
-    keep = bisect_left(range(len(ids)), True, key=lambda n: contains_any(decode(ids[:n]), stop))
-    while keep > 0 and len(decode(ids[:keep])) > start:
-        keep -= 1
-    return ids[:keep], "stop"
 
 
 @contextmanager

@@ -10,9 +10,11 @@ import pytest
 
 from conch.converters.conversion import Conversion
 from conch.converters.to_triton import to_triton
+from conch.serving.flags import LOOPBACK
 from conch.serving.launcher import TritonServer
+from conch.serving.ports import free_port
 from tests.faults import MODEL as HASH
-from tests.faults import hash_store
+from tests.faults import hash_store, kept_running
 from tests.tiny import reward_checkpoint
 
 TEXT_MODEL = "walks"
@@ -53,7 +55,8 @@ def reward_server(reward_model: RewardModel) -> Iterator[TritonServer]:
 @pytest.fixture(scope="session")
 def hash_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     """A running server whose scores are the same in any batch, see `tests/faults.py`. Do not harm it."""
-    with TritonServer(hash_store(tmp_path_factory.mktemp("hash-store")), [HASH]) as server:
+    store, port = hash_store(tmp_path_factory.mktemp("hash-store")), free_port(LOOPBACK)
+    with TritonServer(store, [HASH], grpc_port=port) as server, kept_running(server):
         yield server
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import threading
 from collections.abc import Sequence
@@ -173,6 +174,54 @@ def test_without_a_kl_there_is_no_reference(run_dir: Path) -> None:
     assert trainer.reference is None
     assert {"policy/kl", "policy/kl_coef", "train/kl_loss"}.isdisjoint(trainer.step())
     assert "eval/kl" not in trainer.evaluate()
+
+
+def test_a_steps_only_update_finds_the_old_log_probs_itself(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = []
+    for passes_first in (True, False):
+        trainer = grpo_trainer(
+            tmp_path / str(passes_first),
+            grpo={"kl": {"coef": 0.0}},
+            rollout={"logprob_gap_alarm": 0.1},
+            optimizer=LINEAR_ADAM,
+            train={"gradient_accumulation_steps": 2},
+        )
+        assert not trainer._passes_first
+        trainer._passes_first = passes_first
+        calls: list[bool] = []
+        trainer.policy.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))  # noqa: B023
+        batch = trainer.experience(ROLLOUTS, scored(*[0.0, 1.0, 0.0, 2.0] * 2))
+        with caplog.at_level(logging.WARNING):
+            metrics = {**trainer.experience_metrics, **trainer.update(batch)}
+        assert calls == [False] * 3 * passes_first + [True] * 2
+        found.append((parameters(trainer.policy.lm), metrics))
+    (first, metrics_first), (alone, metrics_alone) = found
+    torch.testing.assert_close(alone, first, rtol=0, atol=2e-6)
+    assert not torch.equal(alone, parameters(policy()))
+    assert metrics_alone == pytest.approx(metrics_first, abs=1e-5)
+    assert metrics_alone["rollout/logprob_gap"] > 0.1 and metrics_alone["policy/entropy"] > 0.1
+    assert [
+        text for text in caplog.messages if "`rollout.logprob_gap_alarm` = 0.1" in text
+    ] == caplog.messages
+    assert len(caplog.messages) == 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"grpo": {"kl": {"coef": 0.1}}},
+        {"grpo": {"epochs": 2}},
+        {"grpo": {"minibatches": 2}},
+        {"grpo": {"sampler_correction": 2.0}},
+        {"model": {"disable_dropout": False}},
+    ],
+)
+def test_old_log_probs_come_first_where_something_needs_them(run_dir: Path, settings: dict[str, Any]) -> None:
+    settings = {**settings, "grpo": {"kl": {"coef": 0.0}, **settings.get("grpo", {})}}
+    trainer = grpo_trainer(run_dir, **settings)
+    assert trainer.experience(ROLLOUTS, scored(*SCORES)).old_logprobs is not None
 
 
 def test_long_responses_are_penalised_before_they_are_compared(run_dir: Path) -> None:

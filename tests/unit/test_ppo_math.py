@@ -20,6 +20,7 @@ from conch.trainers.online import (
     KLController,
     explained_variance,
     extra_keys,
+    logprob_gap,
     mean_kl,
     metric_columns,
     reward_metrics,
@@ -254,10 +255,10 @@ def test_rollout_metrics_count_truncated_and_mask_padding() -> None:
     ]
     sequences = collate(rollouts, PAD)
     trainers_own = torch.where(sequences.response_mask, sequences.sampling_logprobs - 0.25, 1e9)
-    metrics = rollout_metrics(rollouts, sequences, trainers_own, only_this_rank)
+    metrics = rollout_metrics(rollouts, sequences, only_this_rank)
     assert metrics["rollout/length_mean"] == 6 / 4
     assert metrics["rollout/truncated_fraction"] == 1 / 4
-    assert metrics["rollout/logprob_gap"] == pytest.approx(0.25)
+    assert logprob_gap(trainers_own, sequences, only_this_rank) == pytest.approx(0.25)
 
 
 def test_mean_kl_sums_over_a_response_and_averages_over_samples() -> None:

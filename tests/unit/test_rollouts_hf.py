@@ -17,7 +17,8 @@ from conch.config import GenerationConfig
 from conch.models.policy import response_logits
 from conch.models.rows import takes_packed_rows
 from conch.ops import logprobs_of_labels
-from conch.rollouts.hf_engine import HFEngine, cut_at_end
+from conch.rollouts.ending import cut_at_end
+from conch.rollouts.hf_engine import HFEngine
 from conch.types import Prompt, Rollout
 from tests.tiny import LANGUAGE_MODELS, char_tokenizer, constant_decoder, cycle_decoder, tiny_decoder
 

@@ -16,12 +16,12 @@ from conch.errors import ConfigError
 from conch.experience import collate
 from conch.models.adapter import add_adapter, merged_copy
 from conch.models.loading import context_window
+from conch.ops import only_this_rank
 from conch.rollouts.ending import Ending
-from conch.rollouts.hf_engine import HFEngine
 from conch.rollouts.ordering import check_window, in_order
 from conch.rollouts.vllm_build import check_installed
 from conch.rollouts.weight_sync import checkpoint_tensors
-from conch.trainers.online import rollout_metrics, room_for_prompts
+from conch.trainers.online import logprob_gap, room_for_prompts
 from conch.types import Prompt, Rollout
 from tests.fakes.rollouts import rollout
 from tests.tiny import LANGUAGE_MODELS, char_tokenizer, tiny_decoder
@@ -84,15 +84,6 @@ def test_chunks_come_in_the_order_of_prompts_as_soon_as_they_are_whole() -> None
     assert told == [3, 1, 0]
     assert list(chunks) == [made[2:4], made[4:]]
     assert told == [3, 1, 0, 4, 2]
-
-
-@pytest.mark.parametrize("stop", [(), ("bc",), ("h", "ca")])
-def test_ending_makes_of_ids_what_the_hf_engine_does(stop: tuple[str, ...]) -> None:
-    engine = HFEngine(lambda: tiny_decoder("gpt2"), TOKENIZER, GenerationConfig(stop=stop), version=lambda: 0)
-    eos = int(TOKENIZER.eos_token_id)
-    for ids in ([0, 1, 2, 0], [2, 0, eos, 1, 2], [eos], [7, 7]):
-        logprobs = [-0.1 * place for place in range(len(ids))]
-        assert Ending(TOKENIZER, stop).completion(ids, logprobs) == engine._completion(ids, logprobs)
 
 
 def test_ending_is_reached_with_the_token_that_completes_a_stop_string() -> None:
@@ -163,9 +154,9 @@ def test_gap_between_sampler_and_trainer_is_warned_of_above_its_bound(
     sequences = collate(sampled, 0)
     trainers_own = sequences.sampling_logprobs - 0.25
     with caplog.at_level(logging.WARNING):
-        rollout_metrics(sampled, sequences, trainers_own, lambda values: values, 0.26)
-        rollout_metrics(sampled, sequences, trainers_own, lambda values: values)
+        logprob_gap(trainers_own, sequences, only_this_rank, 0.26)
+        logprob_gap(trainers_own, sequences, only_this_rank)
         assert not caplog.messages
-        rollout_metrics(sampled, sequences, trainers_own, lambda values: values, 0.24)
+        logprob_gap(trainers_own, sequences, only_this_rank, 0.24)
     (message,) = caplog.messages
     assert "0.25 nats a token" in message and "`rollout.logprob_gap_alarm` = 0.24" in message
