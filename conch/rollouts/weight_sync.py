@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -24,10 +25,10 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from conch.errors import RolloutError, RolloutUnavailableError
+from conch.models.adapter import ADAPTER_NAME
 from conch.rollouts.wire import TensorSpec
 
 SHARED_MEMORY = Path("/dev/shm")
-_ADAPTER = "default"
 _JOINED = "joined"
 _CPU = torch.device("cpu")
 
@@ -62,17 +63,24 @@ def _plain_name(name: str) -> str | None:
     """The name that a tensor has without peft's layers around it; None for what is peft's own."""
     if any(part.startswith("lora_") for part in name.split(".")) or ".original_module." in name:
         return None
-    return name.replace(".base_layer.", ".").replace(f".modules_to_save.{_ADAPTER}.", ".")
+    return name.replace(".base_layer.", ".").replace(f".modules_to_save.{ADAPTER_NAME}.", ".")
 
 
 def _with_adapter(lm: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """`tensor` plus what the adapter adds to it."""
+    """`tensor` as peft's `merge` would leave it."""
     owner, _, kind = name.rpartition(".")
-    if kind != "weight" or not owner.endswith(".base_layer"):
+    if not owner.endswith(".base_layer"):
         return tensor
     layer = lm.get_submodule(owner.removesuffix(".base_layer"))
-    assert isinstance(layer, BaseTunerLayer)
-    return tensor + layer.get_delta_weight(_ADAPTER).to(tensor.dtype)  # pyright: ignore[reportCallIssue]
+    assert isinstance(layer, LoraLayer) and isinstance(layer, BaseTunerLayer)
+    if kind == "bias":
+        if not layer.lora_bias[ADAPTER_NAME]:
+            return tensor
+        added = layer.lora_B[ADAPTER_NAME].bias * layer.scaling[ADAPTER_NAME]
+        return tensor + added.to(tensor.dtype)
+    if ADAPTER_NAME in layer.lora_variant:  # DoRA, and others that add no mere product
+        return layer.lora_variant[ADAPTER_NAME].merge_safe(layer, ADAPTER_NAME, tensor.clone())
+    return tensor + layer.get_delta_weight(ADAPTER_NAME).to(tensor.dtype)  # pyright: ignore[reportCallIssue]
 
 
 # ------------------------------------------------------------------------------------------------- to servers
