@@ -34,15 +34,15 @@ _CPU = torch.device("cpu")
 
 
 @torch.no_grad()
-def checkpoint_tensors(lm: PreTrainedModel) -> dict[str, Tensor]:
-    """Names and weights as in the model's checkpoint: tied ones once, an adapter merged in.
+def checkpoint_tensors(lm: PreTrainedModel, *, merged: bool = True) -> dict[str, Tensor]:
+    """Names and weights as in the model's checkpoint: tied ones once, an adapter merged in, or left out.
 
     Nothing is copied but what an adapter changes, or what a checkpoint stores in another shape.
     """
-    return revert_weight_conversion(lm, dict(_distinct(lm)))
+    return revert_weight_conversion(lm, dict(_distinct(lm, merged)))
 
 
-def _distinct(lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def _distinct(lm: PreTrainedModel, merged: bool) -> Iterator[tuple[str, Tensor]]:
     """Each tensor under the first of its names, which is that of the embeddings where the head is tied."""
     unsaved = {f"{prefix}.{name}".lstrip(".") for prefix, name in _unsaved_buffers(lm)}
     seen: set[int] = set()
@@ -51,7 +51,7 @@ def _distinct(lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         if plain is None or name in unsaved or id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        yield plain, _with_adapter(lm, name, tensor.detach())
+        yield plain, _with_adapter(lm, name, tensor.detach()) if merged else tensor.detach()
 
 
 def _unsaved_buffers(lm: nn.Module) -> Iterator[tuple[str, str]]:
