@@ -292,16 +292,16 @@ def test_killed_server_gets_base_and_adapter_when_it_is_back(
 def test_server_gets_a_policy_whole_that_it_has_no_room_for(
     server: ServerProcess, tokenizer: PreTrainedTokenizerFast
 ) -> None:
+    small = make_adapted("llama", tokenizer)
+    served = Served(server, small, tokenizer, "files")
+    assert_sampled_from(small, served.engine, tokenizer)
+    assert served.parts() == ["base", "adapter"]
+    served.pool.close()
     large = make_adapted("llama", tokenizer, r=9)  # vLLM's next size above 6 is 8
     served = Served(server, large, tokenizer, "files")
     assert_sampled_from(large, served.engine, tokenizer)
     assert served.parts() == ["whole"]
     assert served.pool.servers[0].link.health().base is None
-    served.pool.close()
-    small = make_adapted("llama", tokenizer)
-    served = Served(server, small, tokenizer, "files")
-    assert_sampled_from(small, served.engine, tokenizer)
-    assert served.parts() == ["base", "adapter"]
     link = ServerLink(server.address, READY_S)
     with pytest.raises(AstrayError, match="the base of another is not here"):
         link.refit(Given(stamp=Stamp(source="another", version=0), part="adapter", path="/nowhere"))
