@@ -187,6 +187,11 @@ class RolloutConfig(Section):
     """How servers get the weights after an update: `broadcast` sends them over the network (gloo, or NCCL
     between GPUs); `files` writes them to shared memory, for servers on the trainer's machine."""
 
+    merge_adapter: bool | None = None
+    """False hands a LoRA adapter over by itself, wherever vLLM can take it, and its base once; True merges it
+    and hands all weights over each time. None leaves it to servers (their `lora_rank`), and in the trainer's
+    processes merges on a CPU alone, where sampling through an adapter costs more than that."""
+
     deadline_s: float = Field(default=600.0, gt=0)
     """Seconds without a new completion from any server after which sampling gives up, and the longest that a
     server may take for new weights."""

@@ -14,7 +14,6 @@ from conch.engine import Engine
 from conch.rollouts.hf_engine import HFEngine
 from conch.rollouts.served_engine import ServedEngine
 from conch.rollouts.server_pool import ServerPool
-from conch.rollouts.weight_sync import checkpoint_tensors
 from conch.types import RolloutEngine
 
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -71,7 +70,7 @@ class Samplers:
     def _start_pool(self) -> None:
         self._shared = ServerPool(
             self._config,
-            lambda: checkpoint_tensors(self._lm()),
+            self._lm,
             source=self._engine.broadcast(uuid4().hex),
             sends=self._engine.is_main,
         )

@@ -29,7 +29,9 @@ from conch.errors import ConfigError, ModelError
 ADAPTER_FILE = "adapter_config.json"
 """As peft names it; a folder that has it holds an adapter, not a model."""
 
-_ADAPTER = "default"
+ADAPTER_NAME = "default"
+"""As transformers and we name the one adapter that a model has."""
+
 _PATH_KEY = "base_model_name_or_path"
 _STARTS_AS_BASE = (True, "gaussian")
 _NO_PART_OF_IT = (
@@ -77,7 +79,7 @@ def add_adapter(model: PreTrainedModel, settings: dict[str, Any], *, merged_when
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
             # What of it matters is refused below.
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
-            model.add_adapter(lora, _ADAPTER)
+            model.add_adapter(lora, ADAPTER_NAME)
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"`model.peft_config` does not fit a {type(model).__name__}: {error}") from error
     lora.base_model_name_or_path = base
@@ -114,10 +116,10 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Write the adapter alone, as `peft.PeftModel.from_pretrained(base, folder)` reads it."""
     # `PreTrainedModel.save_pretrained` would ask the model hub whether the base's vocabulary has grown.
-    tensors = get_peft_model_state_dict(model, adapter_name=_ADAPTER, save_embedding_layers=False)
+    tensors = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
     on_cpu = {f"base_model.model.{name}": tensor.cpu().contiguous() for name, tensor in tensors.items()}
     save_file(on_cpu, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    model.peft_config[_ADAPTER].save_pretrained(str(folder))  # pyright: ignore[reportIndexIssue, reportArgumentType, reportOptionalSubscript]
+    model.peft_config[ADAPTER_NAME].save_pretrained(str(folder))  # pyright: ignore[reportIndexIssue, reportArgumentType, reportOptionalSubscript]
 
 
 def merged_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -136,7 +138,7 @@ def merge_in_place(model: PreTrainedModel) -> None:
             module.merge()  # pyright: ignore[reportCallIssue]  of all kinds of layers that LoRA has
             model.set_submodule(name, module.get_base_layer())
         elif isinstance(module, AuxiliaryTrainingWrapper):
-            model.set_submodule(name, module.get_submodule(f"modules_to_save.{_ADAPTER}"))
+            model.set_submodule(name, module.get_submodule(f"modules_to_save.{ADAPTER_NAME}"))
     if has_adapter(model):
         raise ModelError(
             f"the adapter of {type(model).__name__} cannot be merged: set `model.merge_adapter=false`"

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from conch.cli import describe, run_main
 from conch.config import RolloutConfig, Section, load
 from conch.errors import ConfigError
+from conch.rollouts.wire import HIGHEST_RANK, LoraRoom
 
 
 class ServeConfig(Section):
@@ -49,11 +50,31 @@ class ServeConfig(Section):
     eager: bool | None = None
     """True neither compiles nor records graphs; None is eager on a CPU alone."""
 
+    lora_rank: int = Field(default=0, ge=0, le=HIGHEST_RANK)
+    """Highest rank of an adapter that a trainer may hand over by itself, after its base; it sends all weights
+    with the adapter merged in where its own is higher. 0 takes merged ones alone, and samples faster."""
+
+    lora_modules: tuple[str, ...] = ()
+    """Last parts of the names of the layers that adapters may be on, `[q_proj, v_proj]`; the fewer, the
+    faster it samples. None named takes them on all."""
+
     tensor_parallel: int = Field(default=1, ge=1)
     """GPUs that share the weights."""
 
     deadline_s: float = Field(default=600.0, gt=0)
     """Longest that a trainer may take to send its weights, in seconds."""
+
+    @model_validator(mode="after")
+    def _modules_have_a_rank(self) -> ServeConfig:
+        if self.lora_modules and not self.lora_rank:
+            raise ValueError(
+                "`lora_modules` says where adapters may be: give their `lora_rank`, or leave it out"
+            )
+        return self
+
+    def room(self) -> LoraRoom | None:
+        """For adapters."""
+        return LoraRoom(rank=self.lora_rank, modules=self.lora_modules) if self.lora_rank else None
 
     def engine(self) -> RolloutConfig:
         """The same as a trainer's settings have it, for what both engines share."""

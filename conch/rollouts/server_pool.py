@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import get_args
 
-from torch import Tensor
+from transformers import PreTrainedModel
 
 from conch.config import RolloutConfig
 from conch.errors import RolloutUnavailableError
 from conch.log import get_logger
 from conch.rollouts.http_server import ServerLink, parse_servers
+from conch.rollouts.lora_sync import Handover
 from conch.rollouts.weight_sync import (
     Group,
     SharedFile,
@@ -21,7 +23,7 @@ from conch.rollouts.weight_sync import (
     specs_of,
     wait_for_members,
 )
-from conch.rollouts.wire import Given, Health, Stamp
+from conch.rollouts.wire import Given, Health, Part, Stamp
 
 _log = get_logger(__name__)
 
@@ -55,25 +57,27 @@ class Server:
 class ServerPool:
     """The servers of `config.urls`.
 
-    tensors: the policy's weights as a checkpoint names them. source: names this run, the same on all of its
-    ranks. sends: True on the one rank that gives servers their weights; the others wait until they have them.
+    lm: called when weights are handed over. source: names this run, the same on all of its ranks. sends: True
+        on the one rank that gives servers their weights; the others wait until they have them.
     """
 
     def __init__(
         self,
         config: RolloutConfig,
-        tensors: Callable[[], Mapping[str, Tensor]],
+        lm: Callable[[], PreTrainedModel],
         *,
         source: str,
         sends: bool,
     ) -> None:
         assert config.urls is not None
         self._config = config
-        self._tensors = tensors
+        self._handover = Handover(lm, merge=config.merge_adapter is True)
         self._source = source
         self._sends = sends
         self.servers = [Server(ServerLink(url, config.deadline_s)) for url in parse_servers(config.urls)]
-        self._file = SharedFile(source)
+        self._files: dict[Part, SharedFile] = {
+            part: SharedFile(f"{source}-{part}") for part in get_args(Part)
+        }
         self.threads = ThreadPoolExecutor(max_workers=16 * len(self.servers), thread_name_prefix="rollouts")
 
     def check(self) -> None:
@@ -164,20 +168,36 @@ class ServerPool:
         server.health = None
 
     def _refit(self, server: Server, stamp: Stamp) -> Health:
-        if self._config.weights == "files":
-            path = self._file.path(stamp.version, self._tensors)
-            return server.link.refit(Given(stamp=stamp, path=str(path)))
-        return self._broadcast(server, stamp)
+        assert server.health is not None
+        if not self._handover.adapter_alone(server.health.lora):
+            return self._give(server, stamp, "whole")
+        if server.health.base != stamp.source:
+            self._give(server, stamp, "base")
+        return self._give(server, stamp, "adapter")
 
-    def _broadcast(self, server: Server, stamp: Stamp) -> Health:
+    def _give(self, server: Server, stamp: Stamp, part: Part) -> Health:
+        if self._config.weights == "broadcast":
+            return self._broadcast(server, stamp, part)
+        version = 0 if part == "base" else stamp.version  # a base is written once
+        path = self._files[part].path(version, lambda: self._handover.tensors(part))
+        return server.link.refit(Given(stamp=stamp, part=part, path=str(path)))
+
+    def _broadcast(self, server: Server, stamp: Stamp, part: Part) -> Health:
         """In a group with this server alone: one that dies then takes no other's weights along."""
         assert server.health is not None
-        tensors = self._tensors()
+        tensors = self._handover.tensors(part)
         on_gpus = server.health.device == "cuda" and next(iter(tensors.values())).is_cuda
         backend = "nccl" if on_gpus else "gloo"
         address = address_towards(server.link.host, server.link.port)
         store = open_store(address, _JOIN_S)
-        given = Given(stamp=stamp, host=address, port=store.port, backend=backend, tensors=specs_of(tensors))
+        given = Given(
+            stamp=stamp,
+            part=part,
+            host=address,
+            port=store.port,
+            backend=backend,
+            tensors=specs_of(tensors),
+        )
         taken = self.threads.submit(server.link.refit, given)
         workers = server.health.workers
         if not wait_for_members(store, workers, taken.done, _JOIN_S):
@@ -194,7 +214,8 @@ class ServerPool:
         for server in self.servers:
             server.link.close()
         if self._sends:
-            self._file.close()
+            for file in self._files.values():
+                file.close()
 
 
 def least_busy(servers: Sequence[Server], rows: int) -> Server | None:

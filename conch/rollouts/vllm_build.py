@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from conch.config import RolloutConfig
 from conch.errors import ConfigError, ModelError, RolloutError
+from conch.rollouts.vllm_lora import lora_settings
+from conch.rollouts.wire import LoraRoom
 
 SUPPORTED = "0.32"
 """The release whose inner parts this file knows."""
@@ -68,8 +70,10 @@ def write_config(lm: PreTrainedModel, folder: str) -> str:
     return folder
 
 
-def build(folder: str, config: RolloutConfig, dtype: torch.dtype, several: bool) -> Any:
-    """An engine without weights.
+def build(
+    folder: str, config: RolloutConfig, dtype: torch.dtype, *, several: bool, lora: LoraRoom | None
+) -> Any:
+    """An engine without weights. lora: room for an adapter that shall be handed over by itself.
 
     Raises:
         ModelError, RolloutError: vLLM cannot serve the model, or lacks the memory.
@@ -79,7 +83,8 @@ def build(folder: str, config: RolloutConfig, dtype: torch.dtype, several: bool)
         from vllm.engine.arg_utils import EngineArgs  # pyright: ignore[reportMissingImports]
         from vllm.v1.engine.llm_engine import LLMEngine  # pyright: ignore[reportMissingImports]
 
-        made = EngineArgs(**engine_settings(folder, config, dtype), load_format="dummy", **_place(several))
+        settings = {**engine_settings(folder, config, dtype), **lora_settings(lora)}
+        made = EngineArgs(**settings, load_format="dummy", **_place(several))
         try:
             vllm_config = made.create_engine_config()
             check_servable(vllm_config)

@@ -2,7 +2,8 @@
 
 vLLM lives in an environment of its own (docs/rollouts.md): this file and the others named `vllm_*` import
 it, and only when they are used. The model is built from the policy's configuration, without weights; they are
-handed over before each phase of sampling in which the policy is another one than in the last.
+handed over before each phase of sampling in which the policy is another one than in the last: all of them, or
+an adapter alone where vLLM can take it so (`conch.rollouts.lora_sync`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from conch.config import GenerationConfig, RolloutConfig
 from conch.errors import RolloutError
 from conch.models.loading import context_window
 from conch.rollouts.ending import Ending
+from conch.rollouts.lora_sync import Handover
 from conch.rollouts.ordering import check_window, in_order
 from conch.rollouts.vllm_build import (
     build,
@@ -34,7 +36,8 @@ from conch.rollouts.vllm_build import (
     quiet_compiler,
     write_config,
 )
-from conch.rollouts.weight_sync import checkpoint_tensors
+from conch.rollouts.vllm_lora import adapter_request, knows_lora
+from conch.rollouts.wire import LoraRoom, Part
 from conch.types import OnFinished, Prompt, Rollout
 
 
@@ -96,14 +99,19 @@ class ColocatedVLLM:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         check_architecture(type(lm()).__name__)
-        self._lm = lm
+        merge = platform().is_cpu() if config.merge_adapter is None else config.merge_adapter
+        self._handover = Handover(lm, merge=merge)
         self._config = config
         self._several = several
         self._loaded: int | None = None
+        self._has_base = False
+        self._adapter: Any = None
         self._names = itertools.count()
         self.window = config.window or context_window(lm().config)
         with tempfile.TemporaryDirectory() as folder, _generators_untouched():
-            self._engine = build(write_config(lm(), folder), config, dtype, several)
+            room = self._handover.room_wanted() if knows_lora(type(lm()).__name__) else None
+            self._engine = build(write_config(lm(), folder), config, dtype, several=several, lora=room)
+        self._takes_adapter = self._handover.adapter_alone(room and self._room())
         self._can_sleep = config.sleep_level > 0 and platform().is_sleep_mode_available()
 
     def refit(self, version: int) -> None:
@@ -115,21 +123,33 @@ class ColocatedVLLM:
         if self._can_sleep:
             self._engine.wake_up()
 
+    def _room(self) -> LoraRoom:
+        return LoraRoom.model_validate(self._engine.collective_rpc("lora_room")[0])
+
     def _hand_over(self, version: int) -> None:
-        tensors = checkpoint_tensors(self._lm())
-        with quiet_compiler(self._config):
-            self._engine.collective_rpc("take_tensors", args=(tensors.items(),))
+        if self._takes_adapter:
+            if not self._has_base:
+                self._give("base")
+                self._has_base = True
+            self._give("adapter")
+            self._adapter = adapter_request(version)
+        else:
+            self._give("whole")
         if not self._engine.reset_prefix_cache():
             raise RolloutError("vLLM still samples while it gets new weights: finish one generation first")
         self._engine.engine_core.set_weight_version(str(version))
         self._loaded = version
+
+    def _give(self, part: Part) -> None:
+        with quiet_compiler(self._config):
+            self._engine.collective_rpc("take_part", args=(part, self._handover.tensors(part).items()))
 
     def rest(self) -> None:
         """Give back memory until the next `refit`."""
         if self._can_sleep:
             self._engine.sleep(level=self._config.sleep_level)
             if self._config.sleep_level == 2:
-                self._loaded = None
+                self._loaded, self._has_base = None, False
 
     def sample(
         self, prompts: Sequence[Sequence[int]], params: Sequence[Any], reached: Callable[[list[int]], bool]
@@ -159,7 +179,8 @@ class ColocatedVLLM:
 
     def _add(self, token_ids: list[int], params: Any) -> str:
         name = str(next(self._names))
-        self._engine.add_request(name, {"type": "token", "prompt_token_ids": token_ids}, params)
+        tokens = {"type": "token", "prompt_token_ids": token_ids}
+        self._engine.add_request(name, tokens, params, lora_request=self._adapter)
         return name
 
     def _step(self) -> list[Any]:

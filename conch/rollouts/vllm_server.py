@@ -17,6 +17,7 @@ from fastapi.responses import StreamingResponse
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from conch.config import TokenizerConfig
+from conch.errors import ModelError
 from conch.log import get_logger
 from conch.models.loading import load_tokenizer
 from conch.rollouts.ending import Ending
@@ -30,7 +31,8 @@ from conch.rollouts.vllm_build import (
     explained,
 )
 from conch.rollouts.vllm_engine import sampling_params
-from conch.rollouts.wire import Asked, Given, Health, Line, Stamp
+from conch.rollouts.vllm_lora import adapter_request, knows_lora, lora_settings
+from conch.rollouts.wire import Asked, Given, Health, Line, LoraRoom, Stamp
 
 _log = get_logger(__name__)
 
@@ -40,14 +42,19 @@ BAD, ASTRAY, GONE = 400, 409, 503
 class RolloutServer:
     """One vLLM engine in processes of its own, and which weights it holds.
 
-    engine: vLLM's `AsyncLLM`.
+    engine: vLLM's `AsyncLLM`. room: for adapters; None where it was made without.
     """
 
-    def __init__(self, engine: Any, tokenizer: PreTrainedTokenizerBase, deadline_s: float) -> None:
+    def __init__(
+        self, engine: Any, tokenizer: PreTrainedTokenizerBase, deadline_s: float, room: LoraRoom | None
+    ) -> None:
         self._engine = engine
+        self._room = room
         self._tokenizer = tokenizer
         self._deadline_s = deadline_s
         self._stamp: Stamp | None = None
+        self._base: str | None = None
+        self._adapter: Any = None
         self._refitting = asyncio.Lock()
         self._endings: dict[tuple[str, ...], Ending] = {}
 
@@ -64,21 +71,34 @@ class RolloutServer:
             max_num_seqs=config.scheduler_config.max_num_seqs,
             workers=config.parallel_config.world_size,
             device=config.device_config.device_type,
+            lora=self._room,
+            base=self._base,
         )
 
     async def refit(self, given: Given) -> Health:
         """Take up new weights, once what is being sampled has ended; until they are whole there are none."""
         async with self._refitting:
+            if given.part == "adapter" and given.stamp.source != self._base:
+                raise HTTPException(ASTRAY, f"the base of {given.stamp.source} is not here")
             self._stamp = None
+            if given.part != "adapter":
+                self._base = None
             await self._engine.pause_generation(mode="wait", clear_cache=True)
             try:
                 await self._take(given)
                 await self._engine.reset_prefix_cache()
                 await self._engine.update_weight_version(str(given.stamp.version))
-                self._stamp = given.stamp
+                self._hold(given)
             finally:
                 await self._engine.resume_generation()
         return await self.health()
+
+    def _hold(self, given: Given) -> None:
+        if given.part == "base":
+            self._base = given.stamp.source
+            return
+        self._adapter = adapter_request(given.stamp.version) if given.part == "adapter" else None
+        self._stamp = given.stamp
 
     async def _take(self, given: Given) -> None:
         if given.path is None:
@@ -89,7 +109,7 @@ class RolloutServer:
             raise HTTPException(
                 BAD, f"no {given.path} on this machine: set `rollout.weights=broadcast` in the trainer"
             )
-        await self._engine.collective_rpc("take_file", timeout=self._deadline_s, args=(given.path,))
+        await self._engine.collective_rpc("take_file", timeout=self._deadline_s, args=(given.model_dump(),))
 
     def check(self, asked: Asked) -> None:
         """Refuse what cannot be sampled as it is asked for."""
@@ -146,7 +166,8 @@ class RolloutServer:
         )
         tokens = {"type": "token", "prompt_token_ids": list(wanted.token_ids)}
         made: Any = None
-        async with aclosing(self._engine.generate(tokens, params, uuid4().hex)) as outputs:
+        sampling = self._engine.generate(tokens, params, uuid4().hex, lora_request=self._adapter)
+        async with aclosing(sampling) as outputs:
             async for output in outputs:
                 made = output.outputs[0]
                 if output.finished or ending.reached(made.token_ids):
@@ -210,7 +231,8 @@ def serve(config: ServeConfig) -> None:
 async def _serve(config: ServeConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     engine = _build(config)
     try:
-        app = make_app(RolloutServer(engine, tokenizer, config.deadline_s))
+        room = LoraRoom(**(await engine.collective_rpc("lora_room"))[0]) if config.lora_rank else None
+        app = make_app(RolloutServer(engine, tokenizer, config.deadline_s, room))
         listening = uvicorn.Server(
             uvicorn.Config(app, host=config.host, port=config.port, log_level="warning", access_log=False)
         )
@@ -227,9 +249,11 @@ def _build(config: ServeConfig) -> Any:
     model = AutoConfig.from_pretrained(config.model)
     for name in model.architectures or []:
         check_architecture(name)
+        if config.lora_rank and not knows_lora(name):
+            raise ModelError(f"vLLM has no LoRA for a {name}: leave `lora_rank` out; adapters come merged")
     # vLLM's own "auto" takes half precision for a model that is stored in float32.
     dtype = (model.dtype or "float32") if config.dtype == "auto" else config.dtype
-    settings = engine_settings(config.model, config.engine(), dtype)
+    settings = {**engine_settings(config.model, config.engine(), dtype), **lora_settings(config.room())}
     try:
         made = AsyncEngineArgs(
             **settings,

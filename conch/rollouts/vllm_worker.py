@@ -15,19 +15,31 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from vllm.lora.layers.base_linear import (  # pyright: ignore[reportMissingImports]
+    BaseLinearLayerWithLoRA,
+)
+from vllm.lora.lora_model import LoRAModel  # pyright: ignore[reportMissingImports]
+from vllm.lora.peft_helper import PEFTHelper  # pyright: ignore[reportMissingImports]
+from vllm.model_executor.layers.linear import (  # pyright: ignore[reportMissingImports]
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+)
 from vllm.model_executor.layers.utils import (  # pyright: ignore[reportMissingImports]
     dispatch_cpu_unquantized_gemm,
 )
 
+from conch.errors import RolloutError
+from conch.rollouts.lora_sync import adapter_rank
 from conch.rollouts.vllm_build import SERVER
+from conch.rollouts.vllm_lora import ADAPTER_ID
 from conch.rollouts.weight_sync import Group, address_towards, join
-from conch.rollouts.wire import Given
+from conch.rollouts.wire import Given, Part
 
 _LOOK_S = 1.0
 
 
 class WeightReceiver:
-    """Takes up weights that are named as in a checkpoint."""
+    """Takes up weights that are named as in a checkpoint, or an adapter's as peft names them."""
 
     # Of vLLM's worker.
     model_runner: Any
@@ -35,19 +47,23 @@ class WeightReceiver:
     rank: int
     device: torch.device
 
-    def take_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def take_part(self, part: Part, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Load them in place. They may be the trainer's own, which are read only."""
+        if part == "adapter":
+            _load_adapter(self.model_runner.lora_manager, dict(tensors))
+            return
         self.model_runner.reload_weights(weights_iterator=tensors)
         _repack_heads(self.model_runner.get_model())
 
-    def take_file(self, path: str) -> None:
-        """Load a safetensors file."""
+    def take_file(self, given: dict[str, Any]) -> None:
+        """Load a safetensors file. given: a `Given` as plain values."""
         self._compile_nothing()
-        with safe_open(path, framework="pt") as file:
-            self.take_tensors((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+        with safe_open(given["path"], framework="pt") as file:
+            tensors = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+            self.take_part(given["part"], tensors)
 
     def take_broadcast(self, given: dict[str, Any], timeout_s: float) -> None:
-        """Load what a trainer broadcasts. given: a `Given` as plain values."""
+        """Load what a trainer broadcasts."""
         self._compile_nothing()
         offer = Given.model_validate(given)
         store = TCPStore(offer.host, offer.port, is_master=False, timeout=timedelta(seconds=timeout_s))
@@ -55,7 +71,12 @@ class WeightReceiver:
         address = address_towards(offer.host, offer.port)
         size = 1 + self.vllm_config.parallel_config.world_size
         group = Group(store, 1 + self.rank, size, offer.backend, address=address, timeout_s=timeout_s)
-        self.take_tensors(group.receive(offer.tensors))
+        self.take_part(offer.part, group.receive(offer.tensors))
+
+    def lora_room(self) -> dict[str, Any]:
+        """A `LoraRoom` as plain values."""
+        manager = self.model_runner.lora_manager
+        return {"rank": manager.lora_config.max_lora_rank, "modules": sorted(_modules_with_lora(manager))}
 
     def _compile_nothing(self) -> None:
         """In a process of its own an eager engine must not compile at all; see `quiet_compiler`."""
@@ -70,6 +91,45 @@ def _repack_heads(model: nn.Module) -> None:
         weight = getattr(module, "weight", None)
         if hasattr(module, "cpu_linear") and weight is not None and weight.numel() > 0:
             dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+
+def _load_adapter(manager: Any, tensors: dict[str, Tensor]) -> None:
+    """Put an adapter in the place of the one that was there. manager: vLLM's, of adapters.
+
+    Raises:
+        RolloutError: vLLM has no layer for some of it, and would leave that out.
+    """
+    models, rank = manager._adapter_manager, adapter_rank(tensors)
+    names = getattr(models.model, "hf_to_vllm_mapper", None)
+    adapter = LoRAModel.from_lora_tensors(
+        ADAPTER_ID,
+        tensors,
+        PEFTHelper(r=rank, lora_alpha=rank, target_modules=[]),  # a scale of 1: theirs is in the tensors
+        device="cpu",
+        dtype=manager.lora_config.lora_dtype,
+        weights_mapper=None if names is None else names.get_rename_mapper(),
+    )
+    known = {part for name in models.modules for part in models.packed_modules.get(name, [name])}
+    if not adapter.loras.keys() <= known:
+        raise RolloutError(f"vLLM has no layer for {min(adapter.loras.keys() - known)} of the adapter")
+    models.remove_adapter(ADAPTER_ID)
+    models.add_adapter(adapter)
+    models.activate_adapter(ADAPTER_ID)
+
+
+def _modules_with_lora(manager: Any) -> set[str]:
+    """Last parts of the names, as in a checkpoint, of the layers that may have an adapter. Those that are
+    fused in a checkpoint already are left out: vLLM may keep their rows in another order."""
+    models, found = manager._adapter_manager, set[str]()
+    for name, layer in models.modules.items():
+        own = name.rpartition(".")[2]
+        parts = models.packed_modules_mapping.get(own, [own])
+        fused = len(parts) == 1 and isinstance(
+            getattr(layer, "base_layer", None), QKVParallelLinear | MergedColumnParallelLinear
+        )
+        if isinstance(layer, BaseLinearLayerWithLoRA) and not fused:
+            found.update(parts)
+    return found
 
 
 def _leave_with(server: int) -> None:

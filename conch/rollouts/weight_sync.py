@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -24,24 +25,24 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from conch.errors import RolloutError, RolloutUnavailableError
+from conch.models.adapter import ADAPTER_NAME
 from conch.rollouts.wire import TensorSpec
 
 SHARED_MEMORY = Path("/dev/shm")
-_ADAPTER = "default"
 _JOINED = "joined"
 _CPU = torch.device("cpu")
 
 
 @torch.no_grad()
-def checkpoint_tensors(lm: PreTrainedModel) -> dict[str, Tensor]:
-    """Names and weights as in the model's checkpoint: tied ones once, an adapter merged in.
+def checkpoint_tensors(lm: PreTrainedModel, *, merged: bool = True) -> dict[str, Tensor]:
+    """Names and weights as in the model's checkpoint: tied ones once, an adapter merged in, or left out.
 
     Nothing is copied but what an adapter changes, or what a checkpoint stores in another shape.
     """
-    return revert_weight_conversion(lm, dict(_distinct(lm)))
+    return revert_weight_conversion(lm, dict(_distinct(lm, merged)))
 
 
-def _distinct(lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def _distinct(lm: PreTrainedModel, merged: bool) -> Iterator[tuple[str, Tensor]]:
     """Each tensor under the first of its names, which is that of the embeddings where the head is tied."""
     unsaved = {f"{prefix}.{name}".lstrip(".") for prefix, name in _unsaved_buffers(lm)}
     seen: set[int] = set()
@@ -50,7 +51,7 @@ def _distinct(lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         if plain is None or name in unsaved or id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        yield plain, _with_adapter(lm, name, tensor.detach())
+        yield plain, _with_adapter(lm, name, tensor.detach()) if merged else tensor.detach()
 
 
 def _unsaved_buffers(lm: nn.Module) -> Iterator[tuple[str, str]]:
@@ -62,17 +63,24 @@ def _plain_name(name: str) -> str | None:
     """The name that a tensor has without peft's layers around it; None for what is peft's own."""
     if any(part.startswith("lora_") for part in name.split(".")) or ".original_module." in name:
         return None
-    return name.replace(".base_layer.", ".").replace(f".modules_to_save.{_ADAPTER}.", ".")
+    return name.replace(".base_layer.", ".").replace(f".modules_to_save.{ADAPTER_NAME}.", ".")
 
 
 def _with_adapter(lm: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """`tensor` plus what the adapter adds to it."""
+    """`tensor` as peft's `merge` would leave it."""
     owner, _, kind = name.rpartition(".")
-    if kind != "weight" or not owner.endswith(".base_layer"):
+    if not owner.endswith(".base_layer"):
         return tensor
     layer = lm.get_submodule(owner.removesuffix(".base_layer"))
-    assert isinstance(layer, BaseTunerLayer)
-    return tensor + layer.get_delta_weight(_ADAPTER).to(tensor.dtype)  # pyright: ignore[reportCallIssue]
+    assert isinstance(layer, LoraLayer) and isinstance(layer, BaseTunerLayer)
+    if kind == "bias":
+        if not layer.lora_bias[ADAPTER_NAME]:
+            return tensor
+        added = layer.lora_B[ADAPTER_NAME].bias * layer.scaling[ADAPTER_NAME]
+        return tensor + added.to(tensor.dtype)
+    if ADAPTER_NAME in layer.lora_variant:  # DoRA, and others that add no mere product
+        return layer.lora_variant[ADAPTER_NAME].merge_safe(layer, ADAPTER_NAME, tensor.clone())
+    return tensor + layer.get_delta_weight(ADAPTER_NAME).to(tensor.dtype)  # pyright: ignore[reportCallIssue]
 
 
 # ------------------------------------------------------------------------------------------------- to servers

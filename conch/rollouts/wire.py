@@ -24,12 +24,26 @@ class Stamp(Section):
     version: int
 
 
+HIGHEST_RANK = 512
+"""Of an adapter that vLLM can be told to make room for."""
+
+
+class LoraRoom(Section):
+    """What of an adapter vLLM can take. rank: the highest. modules: last parts of the names of the layers
+    that it may be on."""
+
+    rank: int
+    modules: tuple[str, ...]
+
+
 class Health(Section):
     """A server that can be asked.
 
     stamp: None before it was given any weights.
     window: longest prompt and completion together, in tokens. max_num_seqs: completions sampled at once.
     workers: processes that each hold a part of the weights. device: `cpu` or `cuda`.
+    lora: None where it takes no adapter. base: the run whose base it holds, for its adapters; None where it
+        holds none.
     """
 
     stamp: Stamp | None
@@ -37,6 +51,8 @@ class Health(Section):
     max_num_seqs: int
     workers: int
     device: str
+    lora: LoraRoom | None = None
+    base: str | None = None
 
 
 class TensorSpec(Section):
@@ -47,11 +63,20 @@ class TensorSpec(Section):
     shape: tuple[int, ...]
 
 
+Part = Literal["whole", "base", "adapter"]
+"""Of a policy: all of its weights; those that its adapter adds to, which never change; or the adapter."""
+
+
 class Given(Section):
-    """New weights. path: a safetensors file that server and trainer both see; or else host, port, backend: of
-    the group that the tensors are broadcast in, in their order."""
+    """New weights. A base cannot be sampled from before an adapter has come; an adapter is refused (409) by a
+    server that does not hold the base of its source.
+
+    path: a safetensors file that server and trainer both see; or else host, port, backend: of the group that
+        the tensors are broadcast in, in their order.
+    """
 
     stamp: Stamp
+    part: Part = "whole"
     path: str | None = None
     host: str = ""
     port: int = 0

@@ -13,15 +13,21 @@ from typing import Any
 
 
 class FakeRolloutServer:
-    """Answers on `address`. events: what it was asked, in order: `weights 3`, `generate 3`, `refused 3`.
+    """Answers on `address`. events: what it was asked, in order: `weights 3`, `generate 3`, `refused 3`;
+    of adapters `base 3` and `adapter 3`.
 
+    lora: its room for adapters, in plain JSON.
     before_line: called before each completion is sent, with its number since the start; an exception breaks
         the connection off. says_version: of the policy, in each completion; None says the truth.
     """
 
-    def __init__(self, port: int = 0, *, window: int = 64, max_num_seqs: int = 8) -> None:
+    def __init__(
+        self, port: int = 0, *, window: int = 64, max_num_seqs: int = 8, lora: dict[str, Any] | None = None
+    ) -> None:
         self.events: list[str] = []
         self.stamp: dict[str, Any] | None = None
+        self.base: str | None = None
+        self.files: list[str] = []
         self.before_line: Callable[[int], None] = lambda _number: None
         self.says_version: int | None = None
         self.weights_answer: tuple[int, Any] | None = None
@@ -29,7 +35,13 @@ class FakeRolloutServer:
         self.looks = 0
         self.most_rows = 0
         self._rows = 0
-        self._health = {"window": window, "max_num_seqs": max_num_seqs, "workers": 1, "device": "cpu"}
+        self._health: dict[str, Any] = {
+            "window": window,
+            "max_num_seqs": max_num_seqs,
+            "workers": 1,
+            "device": "cpu",
+        }
+        self._health["lora"] = lora
         self._lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
         self._http.daemon_threads = True
@@ -43,13 +55,19 @@ class FakeRolloutServer:
         self._http.server_close()
 
     def health(self) -> dict[str, Any]:
-        return {"stamp": self.stamp, **self._health}
+        return {"stamp": self.stamp, "base": self.base, **self._health}
 
     def take_weights(self, body: dict[str, Any]) -> tuple[int, Any]:
         if self.weights_answer is not None:
             return self.weights_answer
-        self.stamp = body["stamp"]
-        self.events.append(f"weights {self.stamp['version']}")
+        stamp, part = body["stamp"], body["part"]
+        if part == "adapter" and self.base != stamp["source"]:
+            return 409, {"detail": "its base is not here"}
+        if part != "adapter":
+            self.base = stamp["source"] if part == "base" else None
+        self.stamp = None if part == "base" else stamp
+        self.events.append(f"{'weights' if part == 'whole' else part} {stamp['version']}")
+        self.files.append(body["path"])
         return 200, self.health()
 
     def lines_for(self, body: dict[str, Any]) -> list[dict[str, Any]]:

@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from conch.config import GenerationConfig, RolloutConfig
 from conch.errors import ConfigError, RolloutError, RolloutUnavailableError
+from conch.models.adapter import add_adapter
 from conch.rollouts import server_pool, weight_sync
 from conch.rollouts.http_server import ServerLink, parse_servers
 from conch.rollouts.serve import ServeConfig
@@ -27,10 +29,11 @@ from conch.rollouts.wire import Health
 from conch.types import Prompt, Rollout
 from tests.fakes.rollout_server import FakeRolloutServer
 from tests.footprint import wait_until
-from tests.tiny import char_tokenizer
+from tests.tiny import char_tokenizer, tiny_decoder
 
 TOKENIZER = char_tokenizer("abcdefgh")
 LONG_S = 60.0
+LM = tiny_decoder("gpt2")
 WEIGHTS = {"w": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0], dtype=torch.bfloat16)}
 
 
@@ -58,11 +61,16 @@ class Sampling:
     """An engine over servers, as a trainer's rank has it."""
 
     def __init__(
-        self, *servers: FakeRolloutServer, sends: bool = True, deadline_s: float = LONG_S, **generation: Any
+        self,
+        *servers: FakeRolloutServer,
+        lm: PreTrainedModel = LM,
+        sends: bool = True,
+        deadline_s: float = LONG_S,
+        **generation: Any,
     ) -> None:
         urls = ",".join(server.address for server in servers)
         config = RolloutConfig(engine="vllm", urls=urls, weights="files", deadline_s=deadline_s)
-        self.pool = ServerPool(config, lambda: WEIGHTS, source="run", sends=sends)
+        self.pool = ServerPool(config, lambda: lm, source="run", sends=sends)
         self.version = 0
         self.engine = ServedEngine(
             self.pool,
@@ -298,6 +306,74 @@ def test_rank_that_does_not_send_waits_for_the_weights(start: Callable[..., Fake
     assert server.events == ["weights 0", "generate 0"]
 
 
+ROOM = {"rank": 8, "modules": ["q_proj", "v_proj"]}
+
+
+def adapted() -> PreTrainedModel:
+    lm = tiny_decoder("llama")
+    add_adapter(lm, {"r": 4, "target_modules": ["q_proj"]}, merged_when_saved=True)
+    return lm
+
+
+def names_in(path: str) -> set[str]:
+    return set(load_file(path))
+
+
+def test_adapter_goes_alone_once_its_base_is_there(start: Callable[..., FakeRolloutServer]) -> None:
+    server = start(lora=ROOM)
+    sampling = Sampling(server, lm=adapted())
+    sampling(prompts(1))
+    base, first = (names_in(path) for path in server.files)
+    assert "model.norm.weight" in base and len(base) == len(tiny_decoder("llama").state_dict())
+    assert first == {
+        f"model.layers.{layer}.self_attn.q_proj.lora_{factor}.weight" for layer in range(3) for factor in "AB"
+    }
+    sampling.version = 1
+    sampling(prompts(1))
+    assert server.events == ["base 0", "adapter 0", "generate 0", "adapter 1", "generate 1"]
+    assert names_in(server.files[-1]) == first
+    sampling.pool.close()
+    assert not any(Path(path).exists() for path in server.files)
+
+
+def test_restarted_server_is_given_its_base_before_the_adapter(
+    start: Callable[..., FakeRolloutServer],
+) -> None:
+    server = start(lora=ROOM)
+    sampling = Sampling(server, lm=adapted())
+    sampling(prompts(1))
+    server.stop()
+    again = start(server.port, lora=ROOM)
+    sampling(prompts(1))
+    assert again.events == ["refused 0", "base 0", "adapter 0", "generate 0"]
+
+
+def test_server_that_lost_its_base_to_another_run_is_given_it_again(
+    start: Callable[..., FakeRolloutServer],
+) -> None:
+    server = start(lora=ROOM)
+    sampling = Sampling(server, lm=adapted())
+    sampling(prompts(1))
+    server.base, server.stamp = "other", {"source": "other", "version": 0}
+    sampling.version = 1
+    sampling(prompts(1))
+    assert server.events[3:] == ["base 1", "adapter 1", "generate 1"]
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "modules": ["q_proj"]}, {"rank": 8, "modules": ["fc"]}])
+def test_each_server_gets_what_it_can_take(
+    lora: dict[str, Any] | None, start: Callable[..., FakeRolloutServer]
+) -> None:
+    able, other = start(lora=ROOM), start(lora=lora)
+    sampling = Sampling(able, other, lm=adapted())
+    sampling(prompts(2))
+    sampling.version = 1
+    sampling(prompts(2))
+    assert [each for each in able.events if "generate" not in each] == ["base 0", "adapter 0", "adapter 1"]
+    assert [each for each in other.events if "generate" not in each] == ["weights 0", "weights 1"]
+    assert "model.norm.weight" in names_in(other.files[-1])
+
+
 def test_shared_file_holds_the_latest_weights_alone(tmp_path: Path) -> None:
     file = SharedFile("run")
     path = file.path(3, lambda: WEIGHTS)
@@ -372,6 +448,8 @@ def test_addresses_are_read() -> None:
         (["model=x", "prot=1"], "unknown key `prot`; did you mean `port`"),
         (["port=8100"], "`model` is missing"),
         (["model=x", "port=0"], "`port`: "),
+        (["model=x", "lora_rank=513"], "`lora_rank`: "),
+        (["model=x", "lora_modules=[q_proj]"], "`lora_modules` says where adapters may be: give their"),
     ],
 )
 def test_bad_arguments_of_a_server_are_refused(arguments: list[str], complaint: str) -> None:
@@ -383,3 +461,9 @@ def test_server_and_trainer_make_engines_of_the_same_settings() -> None:
     made = ServeConfig(model="x", window=9, kv_cache_gb=2, max_num_seqs=3, eager=True).engine()
     assert (made.window, made.kv_cache_gb, made.max_num_seqs, made.eager) == (9, 2, 3, True)
     assert made.memory_share == 0.9 and made.sleep_level == 0
+
+
+def test_server_makes_room_for_adapters_where_it_is_told_to() -> None:
+    assert ServeConfig(model="x").room() is None
+    room = ServeConfig(model="x", lora_rank=4, lora_modules=("q_proj",)).room()
+    assert room is not None and (room.rank, room.modules) == (4, ("q_proj",))

@@ -6,6 +6,7 @@ import importlib.metadata
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,10 +48,22 @@ def test_weights_are_handed_over_and_not_copied() -> None:
     assert not any(tensor.requires_grad for tensor in given.values())
 
 
-@pytest.mark.parametrize(("family", "target"), [("gpt2", "c_attn"), ("llama", "q_proj")])
-def test_adapter_is_merged_into_what_is_given_and_left_alone(family: str, target: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "target", "settings"),
+    [
+        ("gpt2", "c_attn", {}),
+        ("llama", "q_proj", {}),
+        ("llama", "q_proj", {"use_dora": True}),
+        ("gpt2", "c_attn", {"use_dora": True}),
+        ("qwen2", "q_proj", {"lora_bias": True}),
+    ],
+)
+def test_adapter_is_merged_into_what_is_given_and_left_alone(
+    family: str, target: str, settings: dict[str, Any]
+) -> None:
     lm = tiny_decoder(family)
-    add_adapter(lm, {"r": 2, "lora_alpha": 4, "target_modules": [target]}, merged_when_saved=True)
+    settings = {"r": 2, "lora_alpha": 4, "target_modules": [target], **settings}
+    add_adapter(lm, settings, merged_when_saved=True)
     with torch.no_grad():
         for name, parameter in lm.named_parameters():
             if "lora_" in name:

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from conch.config import GenerationConfig, RolloutConfig
 from conch.errors import RolloutError
@@ -22,7 +22,6 @@ from conch.rollouts.hf_engine import HFEngine
 from conch.rollouts.http_server import ServerLink
 from conch.rollouts.served_engine import ServedEngine
 from conch.rollouts.server_pool import ServerPool
-from conch.rollouts.weight_sync import checkpoint_tensors
 from conch.types import Prompt, Rollout
 from tests.launches import ROOT, free_port
 from tests.vllm.conftest import CACHE_GB, make_lm
@@ -35,15 +34,17 @@ READY_S = 400.0
 class ServerProcess:
     """`python -m conch.rollouts.serve`, and what it started."""
 
-    def __init__(self, model: Path, port: int) -> None:
+    def __init__(self, model: Path, port: int, *settings: str) -> None:
         self.model = model
+        self.settings = settings
         self.port = port
         self.address = f"127.0.0.1:{port}"
         self.start()
 
     def start(self) -> None:
         command = [sys.executable, "-m", "conch.rollouts.serve", f"model={self.model}", f"port={self.port}"]
-        self.process = subprocess.Popen([*command, f"kv_cache_gb={CACHE_GB}"], cwd=ROOT)
+        settings = [f"kv_cache_gb={CACHE_GB}", *self.settings]
+        self.process = subprocess.Popen([*command, *settings], cwd=ROOT)
 
     def family(self) -> list[psutil.Process]:
         """It and all below it."""
@@ -103,11 +104,10 @@ def wait_until(answers: Callable[[], Any]) -> None:
     raise AssertionError("the server did not become ready")
 
 
-def pool_of(*servers: ServerProcess, lm: GPT2LMHeadModel | None = None, **settings: Any) -> ServerPool:
+def pool_of(*servers: ServerProcess, lm: PreTrainedModel, **settings: Any) -> ServerPool:
     urls = ",".join(server.address for server in servers)
     config = RolloutConfig(engine="vllm", urls=urls, **settings)
-    tensors = {} if lm is None else checkpoint_tensors(lm)
-    return ServerPool(config, lambda: tensors, source=f"run-{time.monotonic_ns()}", sends=True)
+    return ServerPool(config, lambda: lm, source=f"run-{time.monotonic_ns()}", sends=True)
 
 
 def engine_of(
@@ -200,7 +200,7 @@ def test_server_with_other_weights_or_another_end_refuses(
         all_of(engine, prompts(tokenizer, "a"))
     pool.close()
     lost = pool_of(servers[0], lm=lm, weights="files")
-    lost._file.path = lambda *_: Path("/nowhere/0.safetensors")  # pyright: ignore[reportAttributeAccessIssue]
+    lost._files["whole"].path = lambda *_: Path("/nowhere/0.safetensors")  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(RolloutError, match=r"no /nowhere/0.safetensors on this machine: set .*=broadcast"):
         lost.ready(0)
     lost.close()
