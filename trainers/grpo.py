@@ -96,7 +96,7 @@ from conch.trainers.online import (
     warn_of_gap,
 )
 from conch.trainers.run import fit, start_run
-from conch.trainers.sampling import Samplers
+from conch.trainers.sampling import Samplers, check_sampling
 from conch.trainers.shaping import RewardShaper
 from conch.types import Metrics, Prompt, RewardResult, Rollout
 
@@ -123,6 +123,7 @@ class GRPOTrainer:
         model: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        check_sampling(config.rollout)
         self.config = config
         self.engine = engine = Engine(config.train)
         all_prompts = [*prompts, *(eval_prompts or [])]

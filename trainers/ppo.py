@@ -89,7 +89,7 @@ from conch.trainers.online import (
     texts_of,
 )
 from conch.trainers.run import fit, start_run
-from conch.trainers.sampling import Samplers
+from conch.trainers.sampling import Samplers, check_sampling
 from conch.trainers.shaping import RewardShaper, ShapingConfig
 from conch.types import Metrics, Prompt, RewardResult, Rollout
 
@@ -266,6 +266,7 @@ class PPOTrainer:
         model: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        check_sampling(config.rollout)
         self.config = config
         self.engine = engine = Engine(config.train)
         all_prompts = [*prompts, *(eval_prompts or [])]

@@ -69,7 +69,7 @@ from conch.trainers.online import (
     total_reward,
 )
 from conch.trainers.run import fit, start_run
-from conch.trainers.sampling import Samplers
+from conch.trainers.sampling import Samplers, check_sampling
 from conch.trainers.sft import TokenLoss
 from conch.types import Metrics, Prompt, RewardResult, Rollout
 
@@ -223,6 +223,7 @@ class RFTTrainer:
         model: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        check_sampling(config.rollout)
         self.config = config
         self.engine = engine = Engine(config.train)
         all_prompts = [*prompts, *(eval_prompts or [])]

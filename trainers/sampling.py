@@ -14,9 +14,20 @@ from conch.engine import Engine
 from conch.rollouts.hf_engine import HFEngine
 from conch.rollouts.served_engine import ServedEngine
 from conch.rollouts.server_pool import ServerPool
+from conch.rollouts.vllm_build import check_installed
 from conch.types import RolloutEngine
 
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_sampling(config: RolloutConfig) -> None:
+    """Say before long work what can be known of sampling without the model.
+
+    Raises:
+        ConfigError: vLLM is asked for in this process, and is absent or of another version than Conch knows.
+    """
+    if config.engine == "vllm" and config.urls is None:
+        check_installed()
 
 
 class Samplers:

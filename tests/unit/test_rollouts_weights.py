@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from conch.rollouts.weight_sync import checkpoint_tensors
 from conch.trainers.online import logprob_gap, room_for_prompts
 from conch.types import Prompt, Rollout
 from tests.fakes.rollouts import rollout
+from tests.runs import grpo_trainer, ppo_trainer
 from tests.tiny import LANGUAGE_MODELS, char_tokenizer, tiny_decoder
 
 TOKENIZER = char_tokenizer("abcdefgh")
@@ -158,6 +159,19 @@ def test_vllm_of_another_version_is_refused(
         return
     with pytest.raises(ConfigError, match=complaint):
         check_installed()
+
+
+@pytest.mark.parametrize("trainer", [ppo_trainer, grpo_trainer])
+def test_absent_vllm_is_told_of_before_anything_is_asked_or_written(
+    trainer: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    with pytest.raises(ConfigError, match=r"`rollout.engine=vllm` needs vLLM, which is not installed"):
+        trainer(tmp_path / "run", rollout={"engine": "vllm"}, reward_fn="refused when it is looked at")
+    assert not (tmp_path / "run").exists()
 
 
 def test_gap_between_sampler_and_trainer_is_warned_of_above_its_bound(
