@@ -8,6 +8,8 @@ the trainer (`rollout.urls=host:8100`), before each phase of sampling. Its log s
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from typing import Literal
 
@@ -17,6 +19,7 @@ from pydantic import Field, model_validator
 from conch.cli import describe, run_main
 from conch.config import RolloutConfig, Section, load
 from conch.errors import ConfigError
+from conch.rollouts.keeper import KEEPER, keep
 from conch.rollouts.wire import HIGHEST_RANK, LoraRoom
 
 
@@ -64,6 +67,10 @@ class ServeConfig(Section):
     deadline_s: float = Field(default=600.0, gt=0)
     """Longest that a trainer may take to send its weights, in seconds."""
 
+    restart: bool = True
+    """Start the server again when it is killed or its vLLM has died; the trainer then gives it its weights
+    before it samples. False leaves that to systemd, Slurm or Kubernetes."""
+
     @model_validator(mode="after")
     def _modules_have_a_rank(self) -> ServeConfig:
         if self.lora_modules and not self.lora_rank:
@@ -92,6 +99,8 @@ def main(argv: Sequence[str]) -> None:
         if not sign:
             raise ConfigError(f"`{key}` is no setting: write key=value; --help lists the keys")
     config = load(ServeConfig, {key: yaml.safe_load(value) for key, _, value in pairs})
+    if config.restart and KEEPER not in os.environ:
+        raise SystemExit(keep([sys.executable, "-m", "conch.rollouts.serve", *argv]))
     from conch.rollouts.vllm_server import serve
 
     serve(config)

@@ -21,6 +21,7 @@ from conch.errors import ModelError
 from conch.log import get_logger
 from conch.models.loading import load_tokenizer
 from conch.rollouts.ending import Ending
+from conch.rollouts.keeper import DIED, leave_with_keeper
 from conch.rollouts.serve import ServeConfig
 from conch.rollouts.vllm_build import (
     SERVER,
@@ -59,8 +60,8 @@ class RolloutServer:
         self._endings: dict[tuple[str, ...], Ending] = {}
 
     async def health(self) -> Health:
-        """What a trainer must know before it asks. Where vLLM has died, this process leaves: who watches it
-        can start another."""
+        """What a trainer must know before it asks. Where vLLM has died, this process leaves: its keeper, or
+        who else watches it, starts another."""
         if self._engine.errored:
             signal.raise_signal(signal.SIGTERM)
             raise HTTPException(GONE, "vLLM has died here; its log says why")
@@ -224,6 +225,7 @@ def serve(config: ServeConfig) -> None:
     os.environ[SERVER] = str(os.getpid())
     # uvicorn raises it once more when it has stopped, and vLLM's processes are still to be ended then.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    leave_with_keeper(lambda: os.kill(os.getpid(), signal.SIGTERM))
     tokenizer = load_tokenizer(TokenizerConfig(), config.model)
     asyncio.run(_serve(config, tokenizer))
 
@@ -239,7 +241,10 @@ async def _serve(config: ServeConfig, tokenizer: PreTrainedTokenizerBase) -> Non
         _log.info("serving %s on %s:%d", config.model, config.host, config.port)
         await listening.serve()
     finally:
+        has_died = engine.errored
         engine.shutdown()
+        if has_died:
+            sys.exit(DIED)
 
 
 def _build(config: ServeConfig) -> Any:

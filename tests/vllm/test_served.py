@@ -43,7 +43,7 @@ class ServerProcess:
 
     def start(self) -> None:
         command = [sys.executable, "-m", "conch.rollouts.serve", f"model={self.model}", f"port={self.port}"]
-        settings = [f"kv_cache_gb={CACHE_GB}", *self.settings]
+        settings = [f"kv_cache_gb={CACHE_GB}", "restart=false", *self.settings]
         self.process = subprocess.Popen([*command, *settings], cwd=ROOT)
 
     def family(self) -> list[psutil.Process]:
@@ -185,6 +185,41 @@ def test_nothing_is_lost_with_a_killed_server_and_it_is_refitted_when_it_is_back
     assert {rollout.policy_version for rollout in all_of(engine, given)} == {1}
     assert pool.servers[1].link.health().stamp == pool.stamp(1)
     pool.close()
+
+
+@pytest.mark.parametrize("part", ["server", "vLLM below it"])
+def test_what_dies_is_started_again_and_refitted_by_itself(
+    part: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, lm: GPT2LMHeadModel
+) -> None:
+    lm.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    kept = ServerProcess(tmp_path, free_port(), "restart=true")
+    pool = pool_of(kept, lm=lm)
+    try:
+        wait_until(pool.servers[0].link.health)
+        (server,) = kept.family()[0].children()
+        victim = server if part == "server" else engine_core(server)
+        killed: list[int] = []
+
+        def kill_once(_ended: Any) -> None:
+            if not killed:
+                killed.append(victim.pid)
+                victim.kill()
+
+        engine = engine_of(pool, tokenizer, lambda: 0, max_new_tokens=120)
+        given = prompts(tokenizer, *[f"{a}{b}" for a in "abcdefghij" for b in "abcdefghijklmnop"])
+        made = all_of(engine, given, on_finished=kill_once)
+        assert [rollout.prompt for rollout in made] == given and killed
+        (another,) = kept.family()[0].children()
+        assert another.pid != server.pid
+    finally:
+        pool.close()
+        kept.stop()
+
+
+def engine_core(server: psutil.Process) -> psutil.Process:
+    """vLLM's engine, which a server talks to: the largest of the processes below it."""
+    return max(server.children(), key=lambda process: process.memory_info().rss)
 
 
 def test_server_with_other_weights_or_another_end_refuses(
