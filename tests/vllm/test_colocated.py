@@ -108,8 +108,9 @@ def test_logprobs_are_of_the_distribution_that_was_cut(both: Any, shaping: dict[
 def test_stop_strings_are_cut_as_transformers_engine_cuts_them(both: Any) -> None:
     pair = both(stop=("g", "kh", "b"))
     for rollout in all_of(pair.vllm, pair.prompts(*TEXTS * 3)):
-        made = pair.hf._completion(list(rollout.completion.token_ids), list(rollout.completion.logprobs))
-        assert made.token_ids == rollout.completion.token_ids and made.text == rollout.completion.text
+        found = rollout.completion
+        made = pair.hf._ending.completion(found.token_ids, found.logprobs)
+        assert made.token_ids == found.token_ids and made.text == found.text
         assert not any(stop in rollout.completion.text for stop in pair.config.stop)
 
 
