@@ -69,10 +69,22 @@ def resident_bytes(of: str = "VmRSS") -> int:
     raise ConchError(f"/proc/self/status has no {of}: memory cannot be measured here")
 
 
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
+"""As <malloc.h> numbers the parameters of mallopt(3)."""
+
+
 def forget_peak() -> None:
     """From here on, the peak is that of what follows; memory that glibc holds free is given back first."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def give_back_at_once() -> None:
+    """Have glibc give large blocks back as they are freed, so that a peak of this process is one of what it
+    uses, not of what it keeps; slower."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_MMAP_THRESHOLD, 2**16)
+    libc.mallopt(_TRIM_THRESHOLD, 2**16)
 
 
 def alone(module: str, *arguments: str) -> dict[str, Any]:

@@ -74,4 +74,4 @@ def test_both_references_are_measured(case: Case) -> None:
     assert 0 < shared["weight_bytes"] < full["weight_bytes"]
     for found in (shared, full):
         assert found["seconds"]["both"]["median"] >= found["seconds"]["policy"]["low"] > 0
-        assert found["added_peak_bytes"] > 0
+        assert found["peak_bytes"] >= found["weight_bytes"]
