@@ -248,7 +248,8 @@ class GRPOTrainer:
         return batch
 
     def update(self, batch: GRPOBatch) -> Metrics:
-        """All epochs and minibatches over one step's samples."""
+        """All epochs and minibatches over one step's samples, once: a batch without old log-probs takes those
+        of the policy that it meets."""
         config = self.config.grpo
         metrics = updates_over(
             self._rows,

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conch.config import GenerationConfig, RolloutConfig
 from conch.engine import Engine
+from conch.errors import ConfigError
+from conch.models.adapter import adapted_and_shared
 from conch.rollouts.hf_engine import HFEngine
 from conch.rollouts.served_engine import ServedEngine
 from conch.rollouts.server_pool import ServerPool
@@ -61,6 +63,7 @@ class Samplers:
             autocast = self._engine.autocast
             return HFEngine(self._lm, self._tokenizer, generation, version=self._version, autocast=autocast)
         if self._shared is None:
+            self._check_adapter()
             self._engine.together(self._start_pool if self._config.urls else self._start_vllm)
         if isinstance(self._shared, ServerPool):
             deadline_s = self._config.deadline_s
@@ -71,6 +74,14 @@ class Samplers:
         from conch.rollouts.vllm_engine import VLLMEngine
 
         return VLLMEngine(self._shared, self._tokenizer, generation, version=self._version)
+
+    def _check_adapter(self) -> None:
+        shared = adapted_and_shared(self._lm())
+        if shared is not None:
+            raise ConfigError(
+                f"`model.peft_config.target_modules` names {shared}, whose weight embeddings and head share: "
+                "vLLM cannot be given an adapter on it; leave it out, or set `rollout.engine=hf`"
+            )
 
     def _start_vllm(self) -> None:
         from conch.rollouts.vllm_engine import ColocatedVLLM

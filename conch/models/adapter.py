@@ -253,17 +253,23 @@ def _check_adapted(model: PreTrainedModel, lora: LoraConfig, merged_when_saved: 
                 f"`model.peft_config.layers_to_transform`: no layer {number} of {type(model).__name__} has "
                 "what `target_modules` names"
             )
-    if not merged_when_saved or not model.config.tie_word_embeddings:
-        return
-    for name, module in adapted.items():
-        if module.get_base_layer() in (
-            base_of(model.get_input_embeddings()),
-            base_of(model.get_output_embeddings()),
-        ):
-            raise ConfigError(
-                f"`model.peft_config.target_modules` names {name}, whose weight embeddings and head share: "
-                "an adapter on it cannot be merged; set `model.merge_adapter=false` or leave it out"
-            )
+    shared = adapted_and_shared(model) if merged_when_saved else None
+    if shared is not None:
+        raise ConfigError(
+            f"`model.peft_config.target_modules` names {shared}, whose weight embeddings and head share: an "
+            "adapter on it cannot be merged; set `model.merge_adapter=false` or leave it out"
+        )
+
+
+def adapted_and_shared(model: PreTrainedModel) -> str | None:
+    """Name of a layer with an adapter whose weight embeddings and head share; None where there is none."""
+    if not model.config.tie_word_embeddings:
+        return None
+    ends = (base_of(model.get_input_embeddings()), base_of(model.get_output_embeddings()))
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and module.get_base_layer() in ends:
+            return name
+    return None
 
 
 def classifier_heads(model: PreTrainedModel) -> list[str]:

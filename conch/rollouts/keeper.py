@@ -25,51 +25,55 @@ _LIVED_S = 300.0
 """Who lived that long begins anew with the shortest pause."""
 
 _LOOK_S = 1.0
+_SLICE_S = 0.1
+_INTERRUPTED = 130
 
 
 def keep(command: Sequence[str]) -> int:
     """Run a server; one that is killed, or ends with `DIED`, is started again after a pause that doubles.
 
-    SIGTERM ends both. Call it from the main thread.
+    SIGTERM ends both, as Ctrl-C does, which reaches the server by itself. Call it from the main thread.
 
     Returns:
-        The exit code of a server that ended otherwise, by itself or because it was told to.
+        The exit code: 0 after SIGTERM, 130 after Ctrl-C, else that of a server that ended otherwise.
     """
-    over = threading.Event()
+    told: list[int] = []
     running: list[subprocess.Popen[bytes]] = []
 
     def leave(*_: object) -> None:
-        over.set()
+        told.append(0)
         for server in running:
             server.terminate()
 
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, leave),
+        signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: told.append(_INTERRUPTED)),
+    }
     pause_s = _FIRST_PAUSE_S
     try:
-        while True:
+        while not told:
             started = time.monotonic()
             running[:] = [subprocess.Popen(command, env={**os.environ, KEEPER: str(os.getpid())})]
-            if over.is_set():  # told so while it was being started
+            if told:  # while it was being started
                 running[0].terminate()
-            code = _code_of(running[0])
-            if over.is_set() or not (code < 0 or code == DIED):
-                return max(code, 0)
-            pause_s = _FIRST_PAUSE_S if time.monotonic() - started > _LIVED_S else pause_s
-            _log.warning("the rollout server %s; it is started again in %g s", _how(code), pause_s)
-            if over.wait(pause_s):
-                return 0
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            code = running[0].wait()
+            if not told and not (code < 0 or code == DIED):
+                return code
+            if not told:
+                pause_s = _FIRST_PAUSE_S if time.monotonic() - started > _LIVED_S else pause_s
+                _log.warning("the rollout server %s; it is started again in %g s", _how(code), pause_s)
+                _pause(pause_s, told)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        return told[0]
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _code_of(server: subprocess.Popen[bytes]) -> int:
-    """Wait for its end. Ctrl-C reaches it by itself, and is its affair."""
-    while True:
-        try:
-            return server.wait()
-        except KeyboardInterrupt:
-            continue
+def _pause(seconds: float, told: Sequence[int]) -> None:
+    end = time.monotonic() + seconds
+    while not told and time.monotonic() < end:
+        time.sleep(min(_SLICE_S, seconds))
 
 
 def _how(code: int) -> str:

@@ -43,12 +43,14 @@ BAD, ASTRAY, GONE = 400, 409, 503
 class RolloutServer:
     """One vLLM engine in processes of its own, and which weights it holds.
 
-    engine: vLLM's `AsyncLLM`. room: for adapters; None where it was made without.
+    engine: vLLM's `AsyncLLM`. room: for adapters; None where it was made without. has_died: True once the
+    engine was found dead, not where somebody ends all processes together.
     """
 
     def __init__(
         self, engine: Any, tokenizer: PreTrainedTokenizerBase, deadline_s: float, room: LoraRoom | None
     ) -> None:
+        self.has_died = False
         self._engine = engine
         self._room = room
         self._tokenizer = tokenizer
@@ -63,6 +65,7 @@ class RolloutServer:
         """What a trainer must know before it asks. Where vLLM has died, this process leaves: its keeper, or
         who else watches it, starts another."""
         if self._engine.errored:
+            self.has_died = True
             signal.raise_signal(signal.SIGTERM)
             raise HTTPException(GONE, "vLLM has died here; its log says why")
         config = self._engine.vllm_config
@@ -231,19 +234,20 @@ def serve(config: ServeConfig) -> None:
 
 
 async def _serve(config: ServeConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    engine = _build(config)
+    engine, server = _build(config), None
     try:
         room = LoraRoom(**(await engine.collective_rpc("lora_room"))[0]) if config.lora_rank else None
-        app = make_app(RolloutServer(engine, tokenizer, config.deadline_s, room))
+        server = RolloutServer(engine, tokenizer, config.deadline_s, room)
         listening = uvicorn.Server(
-            uvicorn.Config(app, host=config.host, port=config.port, log_level="warning", access_log=False)
+            uvicorn.Config(
+                make_app(server), host=config.host, port=config.port, log_level="warning", access_log=False
+            )
         )
         _log.info("serving %s on %s:%d", config.model, config.host, config.port)
         await listening.serve()
     finally:
-        has_died = engine.errored
         engine.shutdown()
-        if has_died:
+        if server is not None and server.has_died:
             sys.exit(DIED)
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -65,6 +66,23 @@ def test_pauses_double_up_to_the_longest(
         *("0.01 s", "0.02 s", "0.03 s", "0.03 s"),
     ]
     assert caplog.messages[0] == "the rollout server has lost its vLLM; it is started again in 0.01 s"
+
+
+def test_ctrl_c_ends_both_however_the_server_takes_it(tmp_path: Path) -> None:
+    log = tmp_path / "lives"
+    command = server(log, f"signal.signal(signal.SIGINT, lambda *_: sys.exit({DIED})); time.sleep(600)")
+    script = f"from conch.rollouts.keeper import keep; raise SystemExit(keep({command!r}))"
+    above = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
+    wait_until(lambda: bool(ids_in(log)), lambda: "no server was started")
+    time.sleep(0.3)  # its handler stands
+    os.killpg(above.pid, signal.SIGINT)
+    assert above.wait(30) == 130
+    assert len(ids_in(log)) == 1
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])

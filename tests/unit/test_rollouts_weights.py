@@ -174,6 +174,19 @@ def test_absent_vllm_is_told_of_before_anything_is_asked_or_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_adapter_on_a_weight_that_embeddings_and_head_share_is_refused_for_vllm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("conch.models.adapter._base_path", lambda _model: "base")
+    adapter = {"r": 2, "target_modules": ["lm_head"]}
+    with pytest.raises(ConfigError, match=r"names lm_head, whose weight .* share: vLLM cannot be given an"):
+        grpo_trainer(
+            tmp_path / "run",
+            model={"peft_config": adapter},
+            rollout={"engine": "vllm", "urls": "127.0.0.1:9"},
+        )
+
+
 def test_gap_between_sampler_and_trainer_is_warned_of_above_its_bound(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
