@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from conch.errors import ConchError
+from conch.heap import set_thresholds
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 1e-4
@@ -69,10 +70,6 @@ def resident_bytes(of: str = "VmRSS") -> int:
     raise ConchError(f"/proc/self/status has no {of}: memory cannot be measured here")
 
 
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
-"""As <malloc.h> numbers the parameters of mallopt(3)."""
-
-
 def forget_peak() -> None:
     """From here on, the peak is that of what follows; memory that glibc holds free is given back first."""
     ctypes.CDLL(None).malloc_trim(0)
@@ -82,9 +79,7 @@ def forget_peak() -> None:
 def give_back_at_once() -> None:
     """Have glibc give large blocks back as they are freed, so that a peak of this process is one of what it
     uses, not of what it keeps; slower."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_MMAP_THRESHOLD, 2**16)
-    libc.mallopt(_TRIM_THRESHOLD, 2**16)
+    set_thresholds(2**16, 2**16)
 
 
 def alone(module: str, *arguments: str) -> dict[str, Any]:

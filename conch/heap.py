@@ -21,7 +21,13 @@ def keep_heap() -> None:
     """
     if not sys.platform.startswith("linux") or any(name in os.environ for name in _USERS_OWN):
         return
+    set_thresholds(2**30, 2**31 - 1)
+
+
+def set_thresholds(mmap_bytes: int, trim_bytes: int) -> None:
+    """Bytes from which glibc asks the kernel for a block alone, and from which it gives back what is free at
+    the heap's end; without glibc nothing happens."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, 2**30)
-        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_MMAP_THRESHOLD, mmap_bytes)
+        mallopt(_TRIM_THRESHOLD, trim_bytes)

@@ -100,8 +100,6 @@ from conch.trainers.sampling import Samplers, check_sampling
 from conch.trainers.shaping import RewardShaper
 from conch.types import Metrics, Prompt, RewardResult, Rollout
 
-# ---------------------------------------------------------------------------------------------------- trainer
-
 
 class GRPOTrainer:
     """GRPO with the four verbs `rollout`, `score`, `experience`, `update`; `fit` is the loop over them.

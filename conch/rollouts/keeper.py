@@ -57,13 +57,14 @@ def keep(command: Sequence[str]) -> int:
             if told:  # while it was being started
                 running[0].terminate()
             code = running[0].wait()
-            if not told and not (code < 0 or code == DIED):
+            if told:
+                break
+            if code >= 0 and code != DIED:
                 return code
-            if not told:
-                pause_s = _FIRST_PAUSE_S if time.monotonic() - started > _LIVED_S else pause_s
-                _log.warning("the rollout server %s; it is started again in %g s", _how(code), pause_s)
-                _pause(pause_s, told)
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            pause_s = _FIRST_PAUSE_S if time.monotonic() - started > _LIVED_S else pause_s
+            _log.warning("the rollout server %s; it is started again in %g s", _how(code), pause_s)
+            _pause(pause_s, told)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         return told[0]
     finally:
         for number, handler in before.items():

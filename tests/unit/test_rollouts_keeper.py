@@ -68,10 +68,9 @@ def test_pauses_double_up_to_the_longest(
     assert caplog.messages[0] == "the rollout server has lost its vLLM; it is started again in 0.01 s"
 
 
-def test_ctrl_c_ends_both_however_the_server_takes_it(tmp_path: Path) -> None:
-    log = tmp_path / "lives"
-    command = server(log, f"signal.signal(signal.SIGINT, lambda *_: sys.exit({DIED})); time.sleep(600)")
-    script = f"from conch.rollouts.keeper import keep; raise SystemExit(keep({command!r}))"
+def keeper_of(log: Path, body: str) -> subprocess.Popen[bytes]:
+    """A keeper in a process and a session of its own, whose server has noted its id."""
+    script = f"from conch.rollouts.keeper import keep; raise SystemExit(keep({server(log, body)!r}))"
     above = subprocess.Popen(
         [sys.executable, "-c", script],
         cwd=ROOT,
@@ -79,6 +78,12 @@ def test_ctrl_c_ends_both_however_the_server_takes_it(tmp_path: Path) -> None:
         start_new_session=True,
     )
     wait_until(lambda: bool(ids_in(log)), lambda: "no server was started")
+    return above
+
+
+def test_ctrl_c_ends_both_however_the_server_takes_it(tmp_path: Path) -> None:
+    log = tmp_path / "lives"
+    above = keeper_of(log, f"signal.signal(signal.SIGINT, lambda *_: sys.exit({DIED})); time.sleep(600)")
     time.sleep(0.3)  # its handler stands
     os.killpg(above.pid, signal.SIGINT)
     assert above.wait(30) == 130
@@ -88,17 +93,7 @@ def test_ctrl_c_ends_both_however_the_server_takes_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
 def test_a_server_leaves_with_its_keeper(tmp_path: Path, sent: signal.Signals) -> None:
     log = tmp_path / "lives"
-    command = server(log, "time.sleep(600)")
-    above = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            f"from conch.rollouts.keeper import keep; raise SystemExit(keep({command!r}))",
-        ],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    wait_until(lambda: bool(ids_in(log)), lambda: "no server was started")
+    above = keeper_of(log, "time.sleep(600)")
     below = psutil.Process(ids_in(log)[0])
     above.send_signal(sent)
     assert above.wait(30) == (0 if sent == signal.SIGTERM else -sent)
