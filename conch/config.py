@@ -43,6 +43,10 @@ class ModelConfig(Section):
     dtype: Dtype = "float32"
     """Precision the weights are held in."""
 
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] | None = None
+    """Kernels of attention; None takes sdpa where the model knows it, else eager. Those of flash-attention
+    need its package, a CUDA GPU, and half precision, of the weights or by `train.mixed_precision`."""
+
     num_layers_unfrozen: int = Field(default=-1, ge=-1)
     """Transformer blocks to train, counted from the top; -1 trains everything. With a number, the reference
     of PPO shares the frozen trunk and copies only these blocks; with -1 it is a full copy."""

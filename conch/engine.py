@@ -155,6 +155,11 @@ class Engine:
         return self.accelerator.device
 
     @property
+    def precision(self) -> str:
+        """What the trained module computes in beside its weights' own precision: "no", "bf16" or "fp16"."""
+        return self.accelerator.mixed_precision
+
+    @property
     def is_main(self) -> bool:
         """True on the one rank that prints and writes."""
         return self.accelerator.is_main_process

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from conch.config import ModelConfig, TokenizerConfig, TrainConfig
 from conch.engine import Engine, UpdateReport
 from conch.errors import ConfigError, ModelError
+from conch.models.kernels import check_kernels, put_kernels
 from conch.models.loading import (
     check_start_token,
     check_tokenizer,
@@ -39,15 +40,19 @@ def with_whole_weights(verb: VerbT) -> VerbT:
     return whole  # pyright: ignore[reportReturnType]  the same signature
 
 
-def given_or_loaded_lm(given: PreTrainedModel | None, config: ModelConfig) -> PreTrainedModel:
-    """The model that a user passed, with dropout as the config says, or the one that the config names.
+def given_or_loaded_lm(given: PreTrainedModel | None, config: ModelConfig, precision: str) -> PreTrainedModel:
+    """The model that a user passed, with dropout and kernels as the config says, or the one that it names.
+
+    precision: the mixed precision that it is trained in, see `Engine.precision`.
 
     Raises:
-        ModelError, ConfigError: see `load_lm`.
+        ModelError, ConfigError: see `load_lm` and `check_kernels`.
     """
+    check_kernels(config, precision, given)
     if given is None:
         return load_lm(config)
     check_start_token(given.config)
+    put_kernels(given, config)
     if config.disable_dropout:
         disable_dropout(given)
     fuse_activations(given)

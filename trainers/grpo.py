@@ -127,7 +127,7 @@ class GRPOTrainer:
         all_prompts = [*prompts, *(eval_prompts or [])]
         self.source, self.tokenizer = opened_reward(engine, reward, config, all_prompts, tokenizer)
         self.scorer = Scorer(self.source, config.reward, engine.sum_int)
-        lm = given_or_loaded_lm(model, config.model)
+        lm = given_or_loaded_lm(model, config.model, engine.precision)
         check_vocabulary(lm, self.tokenizer)
         self._init_data(lm, prompts, eval_prompts)
         self.kl_controller = KLController(config.grpo.kl)
@@ -163,6 +163,7 @@ class GRPOTrainer:
     def _init_policy(self, lm: PreTrainedModel) -> None:
         config, engine = self.config, self.engine
         choose_trainable(lm, config.model)
+        lm.to(engine.device)  # pyright: ignore[reportArgumentType]
         self.layout = Layout(lm)
         self.policy = Policy(lm).to(engine.device)
         engine.prepare(

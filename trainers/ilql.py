@@ -262,7 +262,7 @@ class ILQLTrainer:
         self.engine = engine = Engine(config.train)
         self.source = eval_source(engine, reward, config.reward, eval_prompts)
         self.tokenizer = given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path)
-        lm = given_or_loaded_lm(model, config.model)
+        lm = given_or_loaded_lm(model, config.model, engine.precision)
         check_vocabulary(lm, self.tokenizer)
         self._init_data(lm, samples, rewards)
         self.variants = eval_variants(config.generation, config.eval_generation)

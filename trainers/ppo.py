@@ -272,7 +272,7 @@ class PPOTrainer:
         all_prompts = [*prompts, *(eval_prompts or [])]
         self.source, self.tokenizer = opened_reward(engine, reward, config, all_prompts, tokenizer)
         self.scorer = Scorer(self.source, config.reward, engine.sum_int)
-        lm = given_or_loaded_lm(model, config.model)
+        lm = given_or_loaded_lm(model, config.model, engine.precision)
         check_vocabulary(lm, self.tokenizer)
         self._init_data(lm, prompts, eval_prompts)
         self.kl_controller = KLController(config.ppo.kl)
@@ -306,6 +306,7 @@ class PPOTrainer:
     def _init_policy(self, lm: PreTrainedModel) -> None:
         config, engine = self.config, self.engine
         choose_trainable(lm, config.model)
+        lm.to(engine.device)  # pyright: ignore[reportArgumentType]
         self.layout = Layout(lm)
         value_layers = config.ppo.num_value_layers_unfrozen
         self.policy = PolicyWithValue(lm, num_value_layers=value_layers).to(engine.device)

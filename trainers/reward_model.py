@@ -63,6 +63,7 @@ from conch.data.stream import IndexStream
 from conch.engine import Engine
 from conch.errors import ConfigError, DataError, ModelError
 from conch.experience import take_rows
+from conch.models.kernels import check_kernels
 from conch.models.loading import context_window, load_sequence_classifier
 from conch.models.trainable import choose_trainable
 from conch.tracking import Tracker
@@ -247,6 +248,7 @@ class RewardModelTrainer:
         config = self.config
         self.rng_seed = config.train.seed if (seed := config.reward_model.rng_seed) is None else seed
         torch.manual_seed(self.rng_seed)
+        check_kernels(config.model, self.engine.precision)
         model = load_sequence_classifier(
             config.model,
             num_labels=len(self.form.reward_names),

@@ -229,7 +229,8 @@ class RFTTrainer:
         all_prompts = [*prompts, *(eval_prompts or [])]
         self.source, self.tokenizer = opened_reward(engine, reward, config, all_prompts, tokenizer)
         self.scorer = Scorer(self.source, config.reward, engine.sum_int)
-        self.lm = given_or_loaded_lm(model, config.model).to(engine.device)  # pyright: ignore[reportArgumentType]
+        lm = given_or_loaded_lm(model, config.model, engine.precision)
+        self.lm = lm.to(engine.device)  # pyright: ignore[reportArgumentType]
         check_vocabulary(self.lm, self.tokenizer)
         self._init_data(prompts, eval_prompts)
         self._init_policy()

@@ -148,7 +148,8 @@ class SFTTrainer:
         self.tokenizer = given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path)
         if config.sft.chat_template is not None:
             self.tokenizer.chat_template = read_chat_template(config.sft.chat_template)
-        self.lm = given_or_loaded_lm(model, config.model).to(engine.device)  # pyright: ignore[reportArgumentType]
+        lm = given_or_loaded_lm(model, config.model, engine.precision)
+        self.lm = lm.to(engine.device)  # pyright: ignore[reportArgumentType]
         check_vocabulary(self.lm, self.tokenizer)
         choose_trainable(self.lm, config.model)
         self._init_data(samples, eval_samples)

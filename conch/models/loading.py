@@ -30,6 +30,7 @@ from conch.config import ModelConfig, TokenizerConfig
 from conch.errors import ConfigError, ModelError
 from conch.log import get_logger
 from conch.models.adapter import adapter_base, merge_saved_adapter
+from conch.models.kernels import check_architecture, put_kernels
 
 _log = get_logger(__name__)
 
@@ -241,11 +242,16 @@ def _load(
         model = _load(class_of, of_base, new_head_allowed=new_head_allowed, **overrides)
         return merge_saved_adapter(model, str(config.path))
     model_config = _model_config(config, overrides)
-    auto_class, dtype = class_of(model_config), getattr(torch, config.dtype)
+    auto_class = class_of(model_config)
+    check_architecture(config, auto_class, model_config)
+    settings: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+    if config.attention is not None:
+        settings["attn_implementation"] = config.attention
     if config.path is None:
-        model, fresh_head = _from_config(auto_class, model_config, dtype), True
+        model, fresh_head = _from_config(auto_class, model_config, settings), True
     else:
-        model, fresh_head = _from_pretrained(auto_class, config, model_config, dtype, new_head_allowed)
+        model, fresh_head = _from_pretrained(auto_class, config, model_config, settings, new_head_allowed)
+    put_kernels(model, config)
     if new_head_allowed and fresh_head:
         _init_reward_head(model)
     if config.disable_dropout:
@@ -289,9 +295,11 @@ def _config_of_shape(shape: dict[str, Any]) -> PretrainedConfig:
         raise ConfigError(f"`model.architecture` is not valid: {_one_line(error)}") from error
 
 
-def _from_config(auto_class: Any, model_config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _from_config(
+    auto_class: Any, model_config: PretrainedConfig, settings: dict[str, Any]
+) -> PreTrainedModel:
     try:
-        return auto_class.from_config(model_config, dtype=dtype)
+        return auto_class.from_config(model_config, **settings)
     except ValueError as error:
         raise ConfigError(
             f"`model.architecture` of type {model_config.model_type} makes no model for "
@@ -303,7 +311,7 @@ def _from_pretrained(
     auto_class: Any,
     config: ModelConfig,
     model_config: PretrainedConfig,
-    dtype: torch.dtype,
+    settings: dict[str, Any],
     new_head_allowed: bool,
 ) -> tuple[PreTrainedModel, bool]:
     path = str(config.path)
@@ -312,8 +320,8 @@ def _from_pretrained(
             path,
             config=model_config,
             revision=config.revision,
-            dtype=dtype,
             trust_remote_code=config.trust_remote_code,
+            **settings,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with the tensors named
         )

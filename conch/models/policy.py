@@ -5,8 +5,8 @@ T), V vocabulary, D hidden size. Position r of an output always speaks of respon
 token before it: the state in which that token was chosen.
 
 Every forward pass here also takes packed rows (`conch.models.rows`): B rows of T columns with several
-samples in each, a mask [B, 1, T, T], positions, and instead of R the places where the K response tokens of
-all samples were chosen. Its outputs are [1, K, ...].
+samples in each, a mask [B, 1, T, T] (or none, of one row for attention that takes lengths), positions, and
+instead of R the places where the K response tokens of all samples were chosen. Its outputs are [1, K, ...].
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from transformers import PreTrainedModel
 from conch.errors import ConfigError, ModelError
 from conch.models.adapter import base_of, has_adapter, merge_in_place
 from conch.models.loading import decoder_layers
-from conch.models.packing import as_attention_takes_it
+from conch.models.packing import attention_inputs, trial_precision
 from conch.models.replay import StandIn, Trunk, name_of
 from conch.ops import at_least_float32, position_ids
 
 HEADS_FILE = "heads.safetensors"
 """Value heads and the like, beside the Hugging Face weights; `from_pretrained` does not look at it."""
 
-AttentionMask = Bool[Tensor, "B T"] | Bool[Tensor, "B 1 T T"]
-"""True at real tokens, False at padding on either side; of packed rows, True where one token sees another."""
+AttentionMask = Bool[Tensor, "B T"] | Bool[Tensor, "B 1 T T"] | None
+"""True at real tokens, False at padding on either side; of packed rows, True where one token sees another.
+None: one packed row, in which each position 0 begins a sample that sees itself alone."""
 
 Chosen = int | Int[Tensor, " K"]
 """R: what the last R tokens were chosen from is put out. Of packed rows: the places among all B * T."""
@@ -116,7 +117,7 @@ class ValueBranch(nn.Module):
         was_training = lm.training
         lm.eval()
         self.top.eval()
-        with torch.enable_grad():
+        with torch.enable_grad(), trial_precision(lm):
             with self.recording():
                 response_logits(lm, ids, torch.ones_like(ids, dtype=torch.bool), 1)
             states = self(ids, torch.ones_like(ids, dtype=torch.bool), 1)
@@ -217,23 +218,25 @@ def response_logits_and_states(
 def _packed_logits_and_states(
     lm: PreTrainedModel,
     input_ids: Int[Tensor, "B T"],
-    attention_mask: Bool[Tensor, "B 1 T T"],
+    attention_mask: Bool[Tensor, "B 1 T T"] | None,
     chosen: Int[Tensor, " K"],
     position_ids: Int[Tensor, "B T"] | None,
 ) -> tuple[Float[Tensor, "1 K V"], Float[Tensor, "1 K D"]]:
-    mask = as_attention_takes_it(lm, attention_mask)
+    assert position_ids is not None, "packed rows have positions"
+    told = attention_inputs(lm, attention_mask, position_ids)
     with captured_head_input(lm, chosen) as captured:
-        output = lm(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
+        output = lm(input_ids=input_ids, position_ids=position_ids, use_cache=False, **told)
     return output.logits, captured[0]
 
 
 def _inputs(
-    lm: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, num_response: int
+    lm: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, num_response: int
 ) -> tuple[dict[str, Any], slice]:
     """What `lm` takes for a `prompt | response` batch, and which positions of its output choose the response.
 
     Here alone decoders and encoder-decoders differ.
     """
+    assert attention_mask is not None, "padded rows have a mask"
     if not lm.config.is_encoder_decoder:
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long()}
         # Models with relative positions take no `position_ids`: they see the padding in the mask.

@@ -4,13 +4,15 @@ In a packed row samples stand one after the other, none of which sees another. R
 share it: the prompt is read once, and each response sees it and itself (as in the prefix trees of serving
 engines, Zheng et al. 2023, arXiv:2312.07104). What a model puts out is the same but for rounding.
 
+Attention that takes lengths instead of masks (flash-attention) cannot share a prompt: all samples stand in
+one row then, each with its own, and nothing is padded.
+
 Legend: B samples, T columns (P prompt, padded left, and R response, padded right), N rows of C columns, K
 response tokens of all samples, V vocabulary.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +24,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from conch.log import get_logger
-from conch.models.packing import keeps_apart, sharing_mask, sliding_window
+from conch.models.packing import (
+    attends_by_lengths,
+    attends_by_mask,
+    keeps_apart,
+    sharing_mask,
+    sliding_window,
+    takes_positions,
+)
 from conch.ops import first_fit, logprobs_of_labels
 
 _log = get_logger(__name__)
@@ -53,11 +62,13 @@ class Rows:
 
 
 class Layout:
-    """Makes the rows for one model; which kind, is found out once. Give it the model before it is wrapped."""
+    """Makes the rows for one model; which kind, is found out once. Give it the model on the device where it
+    will run, before it is wrapped."""
 
     def __init__(self, lm: PreTrainedModel) -> None:
-        self.packs = takes_packed_rows(lm)
-        self._window = sliding_window(lm.config) if self.packs else None
+        self._shares = takes_packed_rows(lm)
+        self.packs = self._shares or takes_one_row(lm)
+        self._window = sliding_window(lm.config)
         if not self.packs:
             _log.info("%s reads padded rows: it does not take packed ones", type(lm).__name__)
 
@@ -67,20 +78,29 @@ class Layout:
         """attention_mask: True at real tokens, which are contiguous in each sample."""
         if not self.packs:
             return padded_rows(input_ids, attention_mask, num_response)
-        pieces = _pieces(input_ids, attention_mask, num_response)
+        pieces = _pieces(input_ids, attention_mask, num_response, self._shares)
+        if not self._shares:  # kernels that take lengths keep to a local attention's window themselves
+            return _packed_rows(input_ids, attention_mask, num_response, [pieces], masked=False)
         capacity = max(piece.length for piece in pieces)
         if self._window is not None and capacity > self._window:
             return padded_rows(input_ids, attention_mask, num_response)
         filled = first_fit([piece.length for piece in pieces], capacity)
         rows = [[pieces[index] for index in row] for row in filled]
-        return _packed_rows(input_ids, attention_mask, num_response, rows)
+        return _packed_rows(input_ids, attention_mask, num_response, rows, masked=True)
 
 
 def takes_packed_rows(lm: PreTrainedModel) -> bool:
     """Whether the model keeps apart what stands in a row under a mask that says so."""
-    if lm.config.is_encoder_decoder or "position_ids" not in inspect.signature(lm.forward).parameters:
-        return False
-    if lm.config._attn_implementation not in ("sdpa", "eager"):
+    return attends_by_mask(lm) and _keeps_apart(lm)
+
+
+def takes_one_row(lm: PreTrainedModel) -> bool:
+    """Whether the model keeps samples apart that stand in one row, told their lengths alone."""
+    return attends_by_lengths(lm) and _keeps_apart(lm)
+
+
+def _keeps_apart(lm: PreTrainedModel) -> bool:
+    if not takes_positions(lm):
         return False
     was_training = lm.training
     try:
@@ -123,15 +143,19 @@ class _Piece:
         return sum(length for _, length in self.responses)
 
 
-def _pieces(input_ids: Tensor, attention_mask: Tensor, num_response: int) -> list[_Piece]:
+def _pieces(input_ids: Tensor, attention_mask: Tensor, num_response: int, shares: bool) -> list[_Piece]:
     """All responses, those of a prompt together while they are no longer than it or than the longest one:
-    beyond that, attention over the whole row would cost more than reading the prompt again."""
+    beyond that, attention over the whole row would cost more than reading the prompt again.
+
+    shares: whether a prompt may stand once for several responses at all.
+    """
     ids, mask = input_ids.cpu().numpy(), attention_mask.cpu().numpy()
     prompts, responses = mask[:, :-num_response].sum(axis=1), mask[:, -num_response:].sum(axis=1)
-    families: dict[bytes, list[int]] = {}
+    families: dict[bytes | int, list[int]] = {}
     for sample in np.flatnonzero(responses).tolist():
         end = ids.shape[1] - num_response
-        families.setdefault(ids[sample, end - prompts[sample] : end].tobytes(), []).append(sample)
+        prompt = ids[sample, end - prompts[sample] : end].tobytes()
+        families.setdefault(prompt if shares else sample, []).append(sample)
     pieces = []
     for samples in families.values():
         most = max(int(prompts[samples[0]]), *(int(responses[each]) - 1 for each in samples))
@@ -150,7 +174,7 @@ def _shared(samples: Sequence[int], prompt: int, responses: Any, most: int) -> l
 
 
 def _packed_rows(
-    input_ids: Tensor, attention_mask: Tensor, num_response: int, filled: list[list[_Piece]]
+    input_ids: Tensor, attention_mask: Tensor, num_response: int, filled: list[list[_Piece]], *, masked: bool
 ) -> Rows:
     ids, device = input_ids.cpu().numpy(), input_ids.device
     width = max(sum(piece.length for piece in row) for row in filled)
@@ -171,8 +195,9 @@ def _packed_rows(
         torch.from_numpy(each).to(device) for each in (*table, family, places)
     )
     response_mask = attention_mask[:, -num_response:]
+    mask = sharing_mask(family, member) if masked else None
     return Rows(
-        (read, sharing_mask(family, member), places, positions),
+        (read, mask, places, positions),
         input_ids[:, -num_response:][response_mask].unsqueeze(0),
         response_mask,
     )

@@ -42,6 +42,7 @@ OWNERS = {
     "pytriton": (),
     "httpx2": ("conch/rewards/http*.py", "conch/rollouts/http*.py"),
     "vllm": ("conch/**/vllm*.py",),
+    "flash_attn": (),
     "ray": ("conch/**/ray*.py",),
     "deepspeed": ("conch/deepspeed_*.py",),
     "fastapi": ("conch/service/app.py", "conch/rollouts/vllm_server.py"),
