@@ -47,6 +47,10 @@ class ModelConfig(Section):
     """Kernels of attention; None takes sdpa where the model knows it, else eager. Those of flash-attention
     need its package, a CUDA GPU, and half precision, of the weights or by `train.mixed_precision`."""
 
+    liger: bool = False
+    """Compute norms, rotary embeddings and MLPs by the Triton kernels of the package liger-kernel, on a CUDA
+    GPU. Changes the model's architecture for the whole process."""
+
     num_layers_unfrozen: int = Field(default=-1, ge=-1)
     """Transformer blocks to train, counted from the top; -1 trains everything. With a number, the reference
     of PPO shares the frozen trunk and copies only these blocks; with -1 it is a full copy."""

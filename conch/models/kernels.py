@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from conch.config import ModelConfig
 from conch.errors import ConfigError
+from conch.models.liger import apply_liger, check_liger_knows
 
 _PACKAGES = {
     "flash_attention_2": ("flash_attn", "flash-attn (`pip install flash-attn --no-build-isolation`)"),
@@ -40,6 +41,8 @@ def check_kernels(config: ModelConfig, precision: str, given: PreTrainedModel | 
     if attention in _PACKAGES:
         dtype = getattr(torch, config.dtype) if given is None else given.dtype
         _check_flash(attention, dtype, precision)
+    if config.liger:
+        _check_liger()
 
 
 def _check_flash(attention: str, dtype: torch.dtype, precision: str) -> None:
@@ -57,6 +60,14 @@ def _check_flash(attention: str, dtype: torch.dtype, precision: str) -> None:
         )
 
 
+def _check_liger() -> None:
+    if find_spec("liger_kernel") is None:
+        raise ConfigError(
+            "`model.liger` needs the package liger-kernel: `pip install 'conch[liger]'`, or turn it off"
+        )
+    _check_gpu("`model.liger`")
+
+
 def _check_gpu(setting: str) -> None:
     if not torch.cuda.is_available():
         raise ConfigError(
@@ -70,6 +81,8 @@ def check_architecture(config: ModelConfig, auto_class: Any, model_config: Pretr
     Raises:
         ConfigError: names the architecture.
     """
+    if config.liger:
+        check_liger_knows(model_config.model_type)
     # What a checkpoint brings as code of its own, is transformers' to judge.
     if config.attention in _SUPPORT and type(model_config) in auto_class._model_mapping:
         found = auto_class._model_mapping[type(model_config)]
@@ -100,3 +113,5 @@ def put_kernels(lm: PreTrainedModel, config: ModelConfig) -> None:
                 f"`model.attention={wanted}`: a loaded {type(lm).__name__} cannot change its attention; load "
                 f'it with `attn_implementation="{wanted}"`'
             )
+    if config.liger:
+        apply_liger(lm)

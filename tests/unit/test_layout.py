@@ -43,6 +43,7 @@ OWNERS = {
     "httpx2": ("conch/rewards/http*.py", "conch/rollouts/http*.py"),
     "vllm": ("conch/**/vllm*.py",),
     "flash_attn": (),
+    "liger_kernel": ("conch/models/liger.py",),
     "ray": ("conch/**/ray*.py",),
     "deepspeed": ("conch/deepspeed_*.py",),
     "fastapi": ("conch/service/app.py", "conch/rollouts/vllm_server.py"),

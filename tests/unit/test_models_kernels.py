@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from conch.config import ModelConfig
 from conch.errors import ConfigError
@@ -39,6 +41,27 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
 
     return install
+
+
+@pytest.fixture
+def liger(monkeypatch: pytest.MonkeyPatch, installed: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """A package in Liger's place, which knows Llama only; what it was asked to do."""
+    asked: list[tuple[Any, dict[str, Any]]] = []
+    names = ("liger_kernel", "liger_kernel.transformers", "liger_kernel.transformers.monkey_patch")
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    package, table = sys.modules[names[1]], sys.modules[names[2]]
+    package.monkey_patch = table  # pyright: ignore[reportAttributeAccessIssue]
+    table.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None, "opt": None}  # pyright: ignore[reportAttributeAccessIssue]
+
+    def apply(model: PreTrainedModel, **settings: Any) -> None:
+        if model.config.model_type == "opt":
+            raise TypeError("no OPT")
+        asked.append((model, settings))
+
+    package._apply_liger_kernel_to_instance = apply  # pyright: ignore[reportAttributeAccessIssue]
+    installed("liger_kernel")
+    return asked
 
 
 # -------------------------------------------------------------------------------------------------- attention
@@ -120,9 +143,9 @@ def test_flash_attention_takes_half_precision_of_weights_or_training(
         check_kernels(config(attention=attention), "no")
 
 
-@pytest.mark.parametrize("settings", [{"attention": FLASH[0]}, {"attention": FLASH[1]}])
+@pytest.mark.parametrize("settings", [{"attention": FLASH[0]}, {"attention": FLASH[1]}, {"liger": True}])
 def test_kernels_of_a_gpu_are_refused_without_one(installed: Any, settings: dict[str, Any]) -> None:
-    installed("flash_attn", "flash_attn_interface", gpu=False)
+    installed("flash_attn", "flash_attn_interface", "liger_kernel", gpu=False)
     with pytest.raises(ConfigError, match=r"`model\..*` needs a CUDA GPU, and torch sees none here"):
         check_kernels(config(dtype="bfloat16", **settings), "no")
 
@@ -185,3 +208,41 @@ def test_sampling_by_attention_of_lengths_goes_through_transformers(tmp_path: Pa
         [made] = list(trainer.sampler.generate(trainer.prompts, greedy=True))
     for rollout, row in zip(made, expected[:, ids.shape[1] :].tolist(), strict=True):
         assert row[: len(rollout.completion.token_ids)] == list(rollout.completion.token_ids)
+
+
+# ------------------------------------------------------------------------------------------------------ Liger
+
+
+def test_liger_that_is_not_installed_is_refused(installed: Any) -> None:
+    installed()
+    with pytest.raises(ConfigError, match=r"`model.liger` needs the package liger-kernel: `pip install"):
+        check_kernels(config("llama", liger=True), "no")
+
+
+def test_liger_gets_the_model_and_leaves_the_loss_alone(liger: Any, tmp_path: Path) -> None:
+    nothing = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    wanted = config("llama", liger=True)
+    lm = given_or_loaded_lm(None, wanted, "no")
+    given = given_or_loaded_lm(tiny_decoder("llama"), wanted, "no")
+    lm.save_pretrained(tmp_path)
+    classifier = load_sequence_classifier(
+        ModelConfig(path=str(tmp_path), liger=True), num_labels=1, pad_token_id=21
+    )
+    assert [(id(model), settings) for model, settings in liger] == [
+        (id(model), nothing) for model in (lm, given, classifier)
+    ]
+
+
+def test_models_that_liger_does_not_know_are_refused(liger: Any, tmp_path: Path) -> None:
+    message = r"Liger has no kernels for the model type gpt2; turn it off \(it has some for llama, opt\)"
+    with pytest.raises(ConfigError, match=message):
+        load_lm(config("gpt2", liger=True))
+    with pytest.raises(ConfigError, match=message):
+        given_or_loaded_lm(policy(), config("llama", liger=True), "no")
+    with pytest.raises(
+        ConfigError, match=r"cannot put its kernels into a OPTForCausalLM \(no OPT\): turn it off"
+    ):
+        load_lm(config("opt", liger=True))
+    AutoModelForCausalLM.from_config(policy().config).config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="model type gpt2"):  # before the weights, of which there are none
+        load_lm(ModelConfig(path=str(tmp_path), liger=True))
