@@ -55,7 +55,7 @@ def load_lm(config: ModelConfig) -> PreTrainedModel:
 
     Raises:
         ModelError: the model is missing, unreadable or incomplete.
-        ConfigError: `architecture` names an unknown model type or key.
+        ConfigError: `architecture` names an unknown model type or key, or knows no such kernels.
     """
     return _load(_lm_class, config)
 
@@ -82,7 +82,7 @@ def load_sequence_classifier(config: ModelConfig, *, num_labels: int, pad_token_
 
     Raises:
         ModelError: the model is missing, unreadable or incomplete.
-        ConfigError: `architecture` names an unknown model type or key.
+        ConfigError: `architecture` names an unknown model type or key, or knows no such kernels.
     """
     return _load(
         lambda _: AutoModelForSequenceClassification,

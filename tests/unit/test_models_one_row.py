@@ -317,7 +317,7 @@ def test_float32_weights_train_by_mixed_precision(tmp_path: Path, settings: dict
     trainer = ppo_trainer(
         tmp_path, lm=reading_lengths(policy()), train={"mixed_precision": "bf16"}, **settings
     )
-    assert trainer.layout.packs
+    assert trainer.layout.packs and trainer.engine.precision == "bf16"
     before = parameters(trainer.policy)
     assert trainer.step()["rollout/logprob_gap"] < 0.05
     assert not torch.equal(parameters(trainer.policy), before)
