@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from conch.checkpoint import save_model
 from conch.cli import load_run_config, run_main
 from conch.data.files import evaluation_rows, training_rows
 from conch.data.forms import prompt_form
@@ -60,10 +59,13 @@ from conch.rewards.source import UserReward
 from conch.tracking import Tracker
 from conch.trainers.common import (
     check_vocabulary,
+    clocked,
     evaluating,
     given_or_loaded_lm,
     rows_of_rank,
     rows_per_process,
+    save_on_main,
+    update_with_statistics,
     updates_over,
     with_whole_weights,
 )
@@ -365,20 +367,14 @@ class GRPOTrainer:
         config, reduce = self.config, self.engine.sum
         weights = token_weights(batch.loss_mask, config.grpo.loss, config.generation.max_new_tokens, reduce)
         shares = batch.loss_mask.float() / reduce(batch.loss_mask.sum()).clamp(min=1)
-        stats: dict[str, Tensor] = {}
-
-        def loss_of(rows: Tensor) -> Tensor:
-            part = take_rows(batch, rows)
-            loss, columns = self._loss(part, weights[rows], shares[rows])
-            for name, column in columns.items():
-                stats[name] = stats.get(name, torch.zeros_like(column)) + column.detach()
-            return loss
-
-        micro_batches = torch.arange(len(batch.loss_mask)).chunk(config.train.gradient_accumulation_steps)
-        report = self.engine.update(micro_batches, loss_of)
-        summed = dict(zip(stats, reduce(torch.stack(list(stats.values()))).tolist(), strict=True))
-        squares = summed.pop("train/ratio_squared")
-        return {**summed, "train/effective_share": effective_share(summed["train/ratio"], squares)}, report
+        means, report = update_with_statistics(
+            self.engine,
+            len(batch.loss_mask),
+            config.train.gradient_accumulation_steps,
+            lambda rows: self._loss(take_rows(batch, rows), weights[rows], shares[rows]),
+        )
+        squares = means.pop("train/ratio_squared")
+        return {**means, "train/effective_share": effective_share(means["train/ratio"], squares)}, report
 
     def _loss(self, batch: GRPOBatch, weights: Tensor, shares: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's part of the loss, and its parts of means over tokens."""
@@ -447,11 +443,11 @@ class GRPOTrainer:
         seconds: dict[str, float] = {}
         started = time.perf_counter()
         rollouts, rewards, draws = self._draw(seconds)
-        with _clocked(seconds, "time/experience_s"):
+        with clocked(seconds, "time/experience_s"):
             batch = self.experience(rollouts, rewards)
         if self.config.tracking.rollouts:
             log_rollouts(self.engine, self.run, rollouts, rewards, kl_to_show(batch))
-        with _clocked(seconds, "time/update_s"):
+        with clocked(seconds, "time/update_s"):
             metrics = {**self.experience_metrics, **self.update(batch), "grpo/draws": float(draws)}
         config = self.config.grpo
         tokens = config.prompts_per_step * config.group_size * metrics["rollout/length_mean"]
@@ -468,9 +464,9 @@ class GRPOTrainer:
         while draws < self.config.grpo.max_draws:
             draws += 1
             prompts = [self.prompts[row] for row in self.stream.draw(self._num_prompts)]
-            with _clocked(seconds, "time/rollout_s"):
+            with clocked(seconds, "time/rollout_s"):
                 rollouts = self.rollout(prompts)
-            with _clocked(seconds, "time/score_s"):
+            with clocked(seconds, "time/score_s"):
                 rewards = self.score(rollouts)
             if self.config.grpo.max_draws == 1:
                 return rollouts, rewards, draws
@@ -522,14 +518,7 @@ class GRPOTrainer:
     @with_whole_weights
     def save_pretrained(self, folder: Path) -> Path:
         """Write the policy as a Hugging Face folder. Call it on all ranks."""
-
-        def write() -> None:
-            if self.engine.is_main:
-                merge = self.config.model.merge_adapter
-                save_model(folder, self.policy.lm, self.tokenizer, merge_adapter=merge)
-
-        self.engine.together(write)
-        return folder
+        return save_on_main(self.engine, folder, self.policy.lm, self.tokenizer, self.config.model)
 
     def close(self) -> None:
         """Stop the reward client and the sampler, and leave the process group."""
@@ -542,24 +531,13 @@ class GRPOTrainer:
         return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
 
 
-@contextmanager
-def _clocked(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Add the block's seconds to `name`."""
-    started = time.perf_counter()
-    yield
-    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
-
-
 def main(argv: Sequence[str]) -> None:
     """Command line: `python -m conch.trainers.grpo key=value ...` with prompts from `data.train`."""
     config = load_run_config(GRPORunConfig, argv, default_name="grpo")
     prompts = training_rows(config.data, "prompts", form=prompt_form)
     evaluated = evaluation_rows(config.data, form=prompt_form)
-    trainer = GRPOTrainer(config, prompts=prompts, eval_prompts=evaluated)
-    try:
+    with closing(GRPOTrainer(config, prompts=prompts, eval_prompts=evaluated)) as trainer:
         trainer.fit()
-    finally:
-        trainer.close()
 
 
 if __name__ == "__main__":

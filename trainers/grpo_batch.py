@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from conch.experience import Sequences
+from conch.trainers.online import kl_of_each
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,7 @@ def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
 def kl_of_samples(batch: GRPOBatch, logprobs: Float[Tensor, "B R"]) -> Float[Tensor, " B"]:
     """From the policy with these log-probs to the reference, in nats of each sample."""
     assert batch.ref_logprobs is not None, "without a reference there is no KL"
-    kl = logprobs - batch.ref_logprobs
-    return torch.where(batch.sequences.response_mask, kl, 0.0).sum(dim=1)
+    return kl_of_each(logprobs, batch.ref_logprobs, batch.sequences.response_mask)
 
 
 def kl_to_show(batch: GRPOBatch) -> Float[Tensor, " B"] | None:
