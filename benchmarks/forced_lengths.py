@@ -27,6 +27,7 @@ class EndAt(LogitsProcessor):
         self._eos_id = eos_id
         self._first_marker = first_marker
         self._lengths = torch.tensor(lengths, dtype=torch.long)
+        self.reads_history = len(lengths) > 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids: [B, T], padded left or not. scores: [B, V]."""

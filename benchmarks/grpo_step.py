@@ -7,7 +7,7 @@ Randomwalks: 16 prompts of 8 completions, each of 9 tokens, one update of one mi
 and with one. Then a GPT-2 shape of 30 million weights: 8 HH prompts of 4 completions that are as long as the
 answer there, 4 micro-batches. Weights are random; both sides' rows end where `benchmarks/forced_lengths.py`
 lets them. Both compute in float32 with the same loss, sample all completions in one batch and take their own
-optimizer; TRL without gradient checkpointing, which is on by default.
+optimizer; TRL without gradient checkpointing, which is on by default (`--trl-checkpoints` leaves it on).
 
 Each side has a process and an environment of its own, and both wait until they are told to take a step: they
 take turns, step by step, in an order that changes. A step is rollout, rewards, log-probs and update, without
@@ -51,7 +51,16 @@ SHAPES = {"walks": (16, 8, 1), "dialogues": (8, 4, 4)}
 """Prompts a step, completions a prompt, micro-batches."""
 
 
-def write_spec(folder: Path, case: Case, name: str, beta: float, steps: int, threads: int) -> Path:
+def write_spec(
+    folder: Path,
+    case: Case,
+    name: str,
+    beta: float,
+    steps: int,
+    threads: int,
+    *,
+    trl_checkpoints: bool = False,
+) -> Path:
     """Model, tokenizer and what both sides must know of them."""
     prompts_per_step, group_size, micro_batches = SHAPES[name]
     if case.lengths is None:
@@ -67,6 +76,7 @@ def write_spec(folder: Path, case: Case, name: str, beta: float, steps: int, thr
         **{"eos_id": case.eos_id, "first_marker": case.first_marker, "max_new_tokens": case.max_new_tokens},
         **{"prompts_per_step": prompts_per_step, "group_size": group_size, "micro_batches": micro_batches},
         **{"beta": beta, "learning_rate": 1e-4, "steps": steps, "threads": threads},
+        "trl_checkpoints": trl_checkpoints,
     }
     file = folder / "spec.json"
     file.write_text(json.dumps(spec), encoding="utf-8")
@@ -220,7 +230,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         case = case_of(name, arguments.data, small=arguments.small)
         place = folder / str(number)
         place.mkdir()
-        spec_file = write_spec(place, case, name, beta, warm_up + steps, arguments.threads)
+        trl_checkpoints = arguments.trl_checkpoints
+        spec_file = write_spec(
+            place, case, name, beta, warm_up + steps, arguments.threads, trl_checkpoints=trl_checkpoints
+        )
         results.append({"case": case.name, **compare(spec_file, arguments.trl_python, warm_up)})
     return {**head(arguments), "results": results}
 
@@ -253,6 +266,11 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=2,
         help="of the 30M GPT-2; 0 leaves it out; default: %(default)s",
+    )
+    add(
+        "--trl-checkpoints",
+        action="store_true",
+        help="leave TRL's gradient checkpointing on, as it is by default",
     )
     add("--alone", type=Path, metavar="SPEC", help="only our side, one step for each line that comes in")
     add_policy_options(parser)

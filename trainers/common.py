@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from conch.checkpoint import save_model
 from conch.config import ModelConfig, TokenizerConfig, TrainConfig
 from conch.engine import Engine, UpdateReport
 from conch.errors import ConfigError, ModelError
@@ -123,6 +126,38 @@ def rows_of_rank(total: int, name: str, ranks: int, minibatches: int, steps: int
     )
 
 
+def save_on_main(
+    engine: Engine,
+    folder: Path,
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ModelConfig,
+    **beside: Any,
+) -> Path:
+    """Write a Hugging Face folder, on rank 0 alone; called on all ranks.
+
+    beside: `heads` and `extra` of `conch.checkpoint.save_model`.
+
+    Raises:
+        CheckpointError: it cannot be written; a DistributedError on the other ranks.
+    """
+
+    def write() -> None:
+        if engine.is_main:
+            save_model(folder, lm, tokenizer, merge_adapter=config.merge_adapter, **beside)
+
+    engine.together(write)
+    return folder
+
+
+@contextmanager
+def clocked(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the block's seconds to `seconds[name]`."""
+    started = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Without gradient and without dropout."""
@@ -138,6 +173,29 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 _FIRST = ("train/ratio", "train/approx_kl", "train/clip_fraction")
 """Statistics also reported for the first minibatch alone, where the policy is still the one that sampled:
 they must be 1, 0 and 0."""
+
+
+def update_with_statistics(
+    engine: Engine,
+    num_rows: int,
+    micro_batches: int,
+    loss_of: Callable[[torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]],
+) -> tuple[Metrics, UpdateReport]:
+    """One optimizer update from `num_rows` rows, and statistics summed over micro-batches and ranks.
+
+    loss_of: from a micro-batch's rows, its share of the loss and its share of each statistic.
+    """
+    summed: dict[str, torch.Tensor] = {}
+
+    def noted(rows: torch.Tensor) -> torch.Tensor:
+        loss, shares = loss_of(rows)
+        for name, share in shares.items():
+            summed[name] = summed.get(name, torch.zeros_like(share)) + share.detach()
+        return loss
+
+    report = engine.update(torch.arange(num_rows).chunk(micro_batches), noted)
+    totals = engine.sum(torch.stack(list(summed.values()))).tolist()
+    return dict(zip(summed, totals, strict=True)), report
 
 
 def updates_over(

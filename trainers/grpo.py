@@ -16,8 +16,8 @@ For the G completions y_1..y_G of a prompt, with rewards r_i, n_i tokens and rho
 Ahmadian et al. 2024, arXiv:2402.14740, section 3).
 
 Where this differs from common code: all sums and counts run over the minibatch of all ranks; pi_old comes
-from the trainer's own forward pass (where nothing but the ratio of a step's one update asks for it, from that
-update's, and the ratio is 1); a group whose rewards are all alike teaches nothing (its advantages are
+from the trainer's own forward pass (where nothing asks for it before a step's one update, from that update's,
+and the ratio is 1); a group whose rewards are all alike teaches nothing (its advantages are
 0, never noise divided by noise); a completion whose reward failed is left out of its group, never scored 0.
 The KL to the reference stands in the loss (with the gradient of k2 whatever the estimator), or in the rewards
 before they are compared; with `kl.coef=0` there is no reference at all.
@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from conch.checkpoint import save_model
 from conch.cli import load_run_config, run_main
 from conch.data.files import evaluation_rows, training_rows
 from conch.data.forms import prompt_form
@@ -60,15 +59,18 @@ from conch.rewards.source import UserReward
 from conch.tracking import Tracker
 from conch.trainers.common import (
     check_vocabulary,
+    clocked,
     evaluating,
     given_or_loaded_lm,
     rows_of_rank,
     rows_per_process,
+    save_on_main,
+    update_with_statistics,
     updates_over,
     with_whole_weights,
 )
 from conch.trainers.evaluation import Evaluator, sampled_prompts
-from conch.trainers.grpo_batch import GRPOBatch, Passes, joined, kl_of_samples
+from conch.trainers.grpo_batch import GRPOBatch, Passes, joined, kl_of_samples, kl_to_show
 from conch.trainers.grpo_config import GRPORunConfig
 from conch.trainers.grpo_terms import (
     clipped_loss_terms,
@@ -178,7 +180,8 @@ class GRPOTrainer:
                 self.reference = build_reference(lm, config.model.num_layers_unfrozen)
         # Without all of these the log-probs of the one update's own forward pass serve as the old ones, too.
         self._passes_first = (
-            self.reference is not None
+            (self.reference is not None and not self.reference.stands_alone)
+            or (self.reference is not None and config.grpo.kl.placement == "reward")
             or config.grpo.epochs * config.grpo.minibatches > 1
             or config.grpo.sampler_correction is not None
             or not config.model.disable_dropout
@@ -258,6 +261,9 @@ class GRPOTrainer:
         )
         if batch.old_logprobs is None:
             warn_of_gap(metrics["rollout/logprob_gap"], self.config.rollout.logprob_gap_alarm)
+            if "policy/kl" in metrics:
+                self._note_kl(metrics["policy/kl"])
+                metrics["policy/kl_coef"] = self._kl_coef
         self.policy_version += 1
         return metrics
 
@@ -266,18 +272,26 @@ class GRPOTrainer:
     @with_whole_weights
     @torch.no_grad()
     def _passes(self, rollouts: Sequence[Rollout]) -> Passes:
+        return self._asked(rollouts, policy_too=self._passes_first)
+
+    def _asked(self, rollouts: Sequence[Rollout], *, policy_too: bool) -> Passes:
         sequences = collate(rollouts, self._pad_id, self.engine.device)
-        if not self._passes_first:
+        if not policy_too and self.reference is None:
             return Passes(sequences)
         columns: list[tuple[Tensor | None, ...]] = []
         for rows in torch.arange(len(sequences.input_ids)).split(self.config.grpo.forward_batch_size):
             with evaluating(self.policy), self.engine.autocast():
-                columns.append(self._forward(take_rows(sequences, rows)))
+                columns.append(self._forward(take_rows(sequences, rows), policy_too))
         return Passes(sequences, *(joined(column) for column in zip(*columns, strict=True)))
 
-    def _forward(self, part: Sequences) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _forward(
+        self, part: Sequences, policy_too: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Log-probs of policy and reference, and entropies."""
         rows, theirs = self._laid_out(part), None
+        if not policy_too:
+            assert self.reference is not None
+            return None, self._logprobs(self.reference.logits(*rows.inputs), rows), None
         with nullcontext() if self.reference is None else self.reference.recording():
             logits = self.engine.module(*rows.inputs)
         if self.reference is not None:
@@ -329,11 +343,14 @@ class GRPOTrainer:
         }
         if passes.ref_logprobs is not None:
             measured = mean_kl(passes.logprobs, passes.ref_logprobs, mask, reduce)
-            self.kl_controller.update(measured, config.prompts_per_step * config.group_size)
+            self._note_kl(measured)
             metrics |= {"policy/kl": measured, "policy/kl_coef": self._kl_coef}
         if batch.correction is not None and config.sampler_correction is not None:
             metrics |= self._correction_metrics(batch.correction, config.sampler_correction, mask)
         return metrics
+
+    def _note_kl(self, measured: float) -> None:
+        self.kl_controller.update(measured, self.config.grpo.prompts_per_step * self.config.grpo.group_size)
 
     def _correction_metrics(self, weights: Tensor, most: float, mask: Tensor) -> Metrics:
         moments = [float(masked_mean(each, mask, self.engine.sum)) for each in (weights, weights**2)]
@@ -351,20 +368,14 @@ class GRPOTrainer:
         config, reduce = self.config, self.engine.sum
         weights = token_weights(batch.loss_mask, config.grpo.loss, config.generation.max_new_tokens, reduce)
         shares = batch.loss_mask.float() / reduce(batch.loss_mask.sum()).clamp(min=1)
-        stats: dict[str, Tensor] = {}
-
-        def loss_of(rows: Tensor) -> Tensor:
-            part = take_rows(batch, rows)
-            loss, columns = self._loss(part, weights[rows], shares[rows])
-            for name, column in columns.items():
-                stats[name] = stats.get(name, torch.zeros_like(column)) + column.detach()
-            return loss
-
-        micro_batches = torch.arange(len(batch.loss_mask)).chunk(config.train.gradient_accumulation_steps)
-        report = self.engine.update(micro_batches, loss_of)
-        summed = dict(zip(stats, reduce(torch.stack(list(stats.values()))).tolist(), strict=True))
-        squares = summed.pop("train/ratio_squared")
-        return {**summed, "train/effective_share": effective_share(summed["train/ratio"], squares)}, report
+        means, report = update_with_statistics(
+            self.engine,
+            len(batch.loss_mask),
+            config.train.gradient_accumulation_steps,
+            lambda rows: self._loss(take_rows(batch, rows), weights[rows], shares[rows]),
+        )
+        squares = means.pop("train/ratio_squared")
+        return {**means, "train/effective_share": effective_share(means["train/ratio"], squares)}, report
 
     def _loss(self, batch: GRPOBatch, weights: Tensor, shares: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's part of the loss, and its parts of means over tokens."""
@@ -388,6 +399,9 @@ class GRPOTrainer:
             gap = (logprobs.detach() - batch.sequences.sampling_logprobs).abs()
             columns["policy/entropy"] = weighed(self._entropy(logits, rows), shares)
             columns["rollout/logprob_gap"] = weighed(gap, shares)
+            if batch.ref_logprobs is not None:
+                of_each = kl_of_samples(batch, logprobs.detach())
+                columns["policy/kl"] = of_each.sum() / (config.prompts_per_step * config.group_size)
         approx_kl = kl_estimate(old_logprobs, logprobs.detach(), "k3")
         return loss, {
             "train/loss": loss,
@@ -430,11 +444,11 @@ class GRPOTrainer:
         seconds: dict[str, float] = {}
         started = time.perf_counter()
         rollouts, rewards, draws = self._draw(seconds)
-        with _clocked(seconds, "time/experience_s"):
+        with clocked(seconds, "time/experience_s"):
             batch = self.experience(rollouts, rewards)
         if self.config.tracking.rollouts:
-            log_rollouts(self.engine, self.run, rollouts, rewards, kl_of_samples(batch))
-        with _clocked(seconds, "time/update_s"):
+            log_rollouts(self.engine, self.run, rollouts, rewards, kl_to_show(batch))
+        with clocked(seconds, "time/update_s"):
             metrics = {**self.experience_metrics, **self.update(batch), "grpo/draws": float(draws)}
         config = self.config.grpo
         tokens = config.prompts_per_step * config.group_size * metrics["rollout/length_mean"]
@@ -451,9 +465,9 @@ class GRPOTrainer:
         while draws < self.config.grpo.max_draws:
             draws += 1
             prompts = [self.prompts[row] for row in self.stream.draw(self._num_prompts)]
-            with _clocked(seconds, "time/rollout_s"):
+            with clocked(seconds, "time/rollout_s"):
                 rollouts = self.rollout(prompts)
-            with _clocked(seconds, "time/score_s"):
+            with clocked(seconds, "time/score_s"):
                 rewards = self.score(rollouts)
             if self.config.grpo.max_draws == 1:
                 return rollouts, rewards, draws
@@ -490,7 +504,7 @@ class GRPOTrainer:
         if not rollouts:  # a rank without prompts to evaluate; the others wait for its share of the mean
             nothing = torch.zeros(0, 1, device=self.engine.device)
             return mean_kl(nothing, nothing, nothing.bool(), self.engine.sum)
-        passes = self._passes(rollouts)
+        passes = self._asked(rollouts, policy_too=True)
         assert passes.logprobs is not None and passes.ref_logprobs is not None
         mask = passes.sequences.response_mask
         return mean_kl(passes.logprobs, passes.ref_logprobs, mask, self.engine.sum)
@@ -505,14 +519,7 @@ class GRPOTrainer:
     @with_whole_weights
     def save_pretrained(self, folder: Path) -> Path:
         """Write the policy as a Hugging Face folder. Call it on all ranks."""
-
-        def write() -> None:
-            if self.engine.is_main:
-                merge = self.config.model.merge_adapter
-                save_model(folder, self.policy.lm, self.tokenizer, merge_adapter=merge)
-
-        self.engine.together(write)
-        return folder
+        return save_on_main(self.engine, folder, self.policy.lm, self.tokenizer, self.config.model)
 
     def close(self) -> None:
         """Stop the reward client and the sampler, and leave the process group."""
@@ -525,24 +532,13 @@ class GRPOTrainer:
         return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
 
 
-@contextmanager
-def _clocked(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Add the block's seconds to `name`."""
-    started = time.perf_counter()
-    yield
-    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
-
-
 def main(argv: Sequence[str]) -> None:
     """Command line: `python -m conch.trainers.grpo key=value ...` with prompts from `data.train`."""
     config = load_run_config(GRPORunConfig, argv, default_name="grpo")
     prompts = training_rows(config.data, "prompts", form=prompt_form)
     evaluated = evaluation_rows(config.data, form=prompt_form)
-    trainer = GRPOTrainer(config, prompts=prompts, eval_prompts=evaluated)
-    try:
+    with closing(GRPOTrainer(config, prompts=prompts, eval_prompts=evaluated)) as trainer:
         trainer.fit()
-    finally:
-        trainer.close()
 
 
 if __name__ == "__main__":

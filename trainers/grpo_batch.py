@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from conch.experience import Sequences
+from conch.trainers.online import kl_of_each
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,16 @@ def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     return torch.cat(present) if present else None
 
 
-def kl_of_samples(batch: GRPOBatch) -> Float[Tensor, " B"] | None:
-    """To the reference, in nats of each sample; None where there is no reference."""
-    if batch.old_logprobs is None or batch.ref_logprobs is None:
+def kl_of_samples(batch: GRPOBatch, logprobs: Float[Tensor, "B R"]) -> Float[Tensor, " B"]:
+    """From the policy with these log-probs to the reference, in nats of each sample."""
+    assert batch.ref_logprobs is not None, "without a reference there is no KL"
+    return kl_of_each(logprobs, batch.ref_logprobs, batch.sequences.response_mask)
+
+
+def kl_to_show(batch: GRPOBatch) -> Float[Tensor, " B"] | None:
+    """The same before the update, None where there is no reference. A step that makes no pass of the policy
+    before its update takes the log-probs under which the samples were drawn."""
+    if batch.ref_logprobs is None:
         return None
-    kl = batch.old_logprobs - batch.ref_logprobs
-    return torch.where(batch.sequences.response_mask, kl, 0.0).sum(dim=1)
+    known = batch.sequences.sampling_logprobs if batch.old_logprobs is None else batch.old_logprobs
+    return kl_of_samples(batch, known)

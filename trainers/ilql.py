@@ -25,6 +25,7 @@ Legend: B samples, R response tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,6 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from conch.checkpoint import save_model
 from conch.cli import load_run_config, run_main
 from conch.config import (
     EvalGenerationConfig,
@@ -68,7 +68,9 @@ from conch.trainers.common import (
     given_or_loaded_lm,
     given_or_loaded_tokenizer,
     rows_per_process,
+    save_on_main,
     update_metrics,
+    update_with_statistics,
     with_whole_weights,
 )
 from conch.trainers.evaluation import Evaluator, eval_source, eval_variants, longest_generation
@@ -348,24 +350,19 @@ class ILQLTrainer:
         actions of all ranks."""
         config = self.config.ilql
         num_actions = self.engine.sum(batch.turns.action_mask.sum()).clamp(min=1).float()
-        stats: dict[str, Tensor] = {}
-
-        def loss_of(rows: Tensor) -> Tensor:
-            loss, shares = self._loss(take_rows(batch, rows), num_actions)
-            for name, share in shares.items():
-                stats[name] = stats.get(name, torch.zeros_like(share)) + share.detach()
-            return loss
-
-        steps = self.config.train.gradient_accumulation_steps
-        report = self.engine.update(torch.arange(len(batch.rewards)).chunk(steps), loss_of)
+        means, report = update_with_statistics(
+            self.engine,
+            len(batch.rewards),
+            self.config.train.gradient_accumulation_steps,
+            lambda rows: self._loss(take_rows(batch, rows), num_actions),
+        )
         self.policy_version += 1
         if self.policy_version % config.steps_for_target_q_sync == 0:
             with self.engine.writable_weights(self.policy.q_heads, self.policy.target_q_heads):
                 self.policy.sync_targets(config.alpha)
-        summed = self.engine.sum(torch.stack(list(stats.values()))).tolist()
         return {
             "train/loss": report.loss,
-            **{f"train/{name}": value for name, value in zip(stats, summed, strict=True)},
+            **{f"train/{name}": mean for name, mean in means.items()},
             **update_metrics([report]),
             "train/epoch": self.stream.epoch,
         }
@@ -436,20 +433,15 @@ class ILQLTrainer:
     def save_pretrained(self, folder: Path) -> Path:
         """Write a Hugging Face folder with the heads beside it, for `ILQLPolicy.from_pretrained`. Call it on
         all ranks."""
-
-        def write() -> None:
-            if self.engine.is_main:
-                save_model(
-                    folder,
-                    self.policy.lm,
-                    self.tokenizer,
-                    heads=self.policy.head_tensors(),
-                    extra={DECODING_FILE: self.policy.settings()},
-                    merge_adapter=self.config.model.merge_adapter,
-                )
-
-        self.engine.together(write)
-        return folder
+        return save_on_main(
+            self.engine,
+            folder,
+            self.policy.lm,
+            self.tokenizer,
+            self.config.model,
+            heads=self.policy.head_tensors(),
+            extra={DECODING_FILE: self.policy.settings()},
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """See `conch.trainers.run.Trainer`."""
@@ -477,16 +469,15 @@ def main(argv: Sequence[str]) -> None:
     config = load_run_config(ILQLRunConfig, argv, default_name="ilql")
     rows = training_rows(config.data, "samples", form=rewarded_form)
     pairs = [pair for row in rows for pair in row]
-    trainer = ILQLTrainer(
-        config,
-        samples=[sample for sample, _ in pairs],
-        rewards=[reward for _, reward in pairs],
-        eval_prompts=evaluation_rows(config.data, form=prompt_form),
-    )
-    try:
+    with closing(
+        ILQLTrainer(
+            config,
+            samples=[sample for sample, _ in pairs],
+            rewards=[reward for _, reward in pairs],
+            eval_prompts=evaluation_rows(config.data, form=prompt_form),
+        )
+    ) as trainer:
         trainer.fit()
-    finally:
-        trainer.close()
 
 
 if __name__ == "__main__":

@@ -226,15 +226,24 @@ def log_rollouts(
         (folder / f"step_{run.step + 1}.jsonl").write_text(text, encoding="utf-8")
 
 
+def kl_of_each(
+    logprobs: Float[Tensor, "B R"], reference_logprobs: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"]
+) -> Float[Tensor, " B"]:
+    """KL(policy || reference) of each sample in nats: k1 summed over its response.
+
+    mask: True at response tokens.
+    """
+    return torch.where(mask, kl_estimate(logprobs, reference_logprobs), torch.zeros_like(logprobs)).sum(dim=1)
+
+
 def mean_kl(
     logprobs: Float[Tensor, "B R"],
     reference_logprobs: Float[Tensor, "B R"],
     mask: Bool[Tensor, "B R"],
     reduce: Reduce,
 ) -> float:
-    """KL(policy || reference) in nats per sample: k1 summed over each response, mean over all ranks."""
-    per_token = torch.where(mask, kl_estimate(logprobs, reference_logprobs), torch.zeros_like(logprobs))
-    per_sample = per_token.sum(dim=1)
+    """KL(policy || reference) in nats per sample: the mean of `kl_of_each` over all ranks."""
+    per_sample = kl_of_each(logprobs, reference_logprobs, mask)
     return float(masked_mean(per_sample, torch.ones_like(per_sample, dtype=torch.bool), reduce))
 
 

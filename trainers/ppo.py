@@ -20,8 +20,8 @@ Legend: B rollouts, R response tokens, T prompt and response tokens.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from conch.checkpoint import save_model
 from conch.cli import load_run_config, run_main
 from conch.config import (
     EvalGenerationConfig,
@@ -65,9 +64,12 @@ from conch.rewards.source import UserReward
 from conch.tracking import Tracker
 from conch.trainers.common import (
     check_vocabulary,
+    clocked,
     evaluating,
     given_or_loaded_lm,
     rows_per_process,
+    save_on_main,
+    update_with_statistics,
     updates_over,
     with_whole_weights,
 )
@@ -79,6 +81,7 @@ from conch.trainers.online import (
     MetricFn,
     explained_variance,
     fitting_prompts,
+    kl_of_each,
     known_or_computed,
     log_rollouts,
     logprob_gap,
@@ -427,20 +430,13 @@ class PPOTrainer:
 
     def _update_minibatch(self, batch: PPOBatch) -> tuple[Metrics, UpdateReport]:
         """One optimizer update; statistics are means over the minibatch's tokens on all ranks."""
-        steps = self.config.train.gradient_accumulation_steps
         num_tokens = self.engine.sum(batch.loss_mask.sum()).clamp(min=1).float()
-        stats: dict[str, Tensor] = {}
-
-        def loss_of(rows: Tensor) -> Tensor:
-            loss, shares = self._loss(take_rows(batch, rows), num_tokens)
-            for name, share in shares.items():
-                stats[name] = stats.get(name, torch.zeros_like(share)) + share.detach()
-            return loss
-
-        micro_batches = torch.arange(len(batch.loss_mask)).chunk(steps)
-        report = self.engine.update(micro_batches, loss_of)
-        summed = self.engine.sum(torch.stack(list(stats.values())))
-        return dict(zip(stats, summed.tolist(), strict=True)), report
+        return update_with_statistics(
+            self.engine,
+            len(batch.loss_mask),
+            self.config.train.gradient_accumulation_steps,
+            lambda rows: self._loss(take_rows(batch, rows), num_tokens),
+        )
 
     def _loss(self, batch: PPOBatch, num_tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's share of loss and statistics: sums over tokens / tokens of the minibatch."""
@@ -499,26 +495,22 @@ class PPOTrainer:
 
     def step(self) -> Metrics:
         """One rollout with its updates."""
-        marks = [time.perf_counter()]
+        seconds: dict[str, float] = {}
         prompts = [self.prompts[row] for row in self.stream.draw(self._rows)]
-        rollouts = self.rollout(prompts)
-        marks.append(time.perf_counter())
-        rewards = self.score(rollouts)
-        marks.append(time.perf_counter())
-        batch = self.experience(rollouts, rewards)
-        marks.append(time.perf_counter())
-        if self.config.tracking.rollouts:
-            kl = batch.old_logprobs - batch.ref_logprobs
-            mask = batch.sequences.response_mask
-            log_rollouts(self.engine, self.run, rollouts, rewards, torch.where(mask, kl, 0.0).sum(dim=1))
-        metrics = {**self.experience_metrics, **self.update(batch)}
-        marks.append(time.perf_counter())
-        phases = ("rollout", "score", "experience", "update")
-        seconds = {
-            f"time/{name}_s": end - start for name, start, end in zip(phases, marks, marks[1:], strict=False)
-        }
+        with clocked(seconds, "time/rollout_s"):
+            rollouts = self.rollout(prompts)
+        with clocked(seconds, "time/score_s"):
+            rewards = self.score(rollouts)
+        with clocked(seconds, "time/experience_s"):
+            batch = self.experience(rollouts, rewards)
+        with clocked(seconds, "time/update_s"):
+            if self.config.tracking.rollouts:
+                mask = batch.sequences.response_mask
+                kl = kl_of_each(batch.old_logprobs, batch.ref_logprobs, mask)
+                log_rollouts(self.engine, self.run, rollouts, rewards, kl)
+            metrics = {**self.experience_metrics, **self.update(batch)}
         tokens = self.config.ppo.rollouts_per_step * metrics["rollout/length_mean"]
-        return {**metrics, **seconds, "time/tokens_per_s": tokens / (marks[-1] - marks[0])}
+        return {**metrics, **seconds, "time/tokens_per_s": tokens / sum(seconds.values())}
 
     @with_whole_weights
     def evaluate(
@@ -553,19 +545,10 @@ class PPOTrainer:
     @with_whole_weights
     def save_pretrained(self, folder: Path) -> Path:
         """Write the policy as a Hugging Face folder, the value head beside it. Call it on all ranks."""
-
-        def write() -> None:
-            if self.engine.is_main:
-                save_model(
-                    folder,
-                    self.policy.lm,
-                    self.tokenizer,
-                    heads=self.policy.head_tensors(),
-                    merge_adapter=self.config.model.merge_adapter,
-                )
-
-        self.engine.together(write)
-        return folder
+        heads = self.policy.head_tensors()
+        return save_on_main(
+            self.engine, folder, self.policy.lm, self.tokenizer, self.config.model, heads=heads
+        )
 
     def close(self) -> None:
         """Stop the reward client and the sampler, and leave the process group."""
@@ -582,11 +565,9 @@ def main(argv: Sequence[str]) -> None:
     """Command line: `python -m conch.trainers.ppo key=value ...` with prompts from `data.train`."""
     config = load_run_config(PPORunConfig, argv, default_name="ppo")
     prompts = training_rows(config.data, "prompts", form=prompt_form)
-    trainer = PPOTrainer(config, prompts=prompts, eval_prompts=evaluation_rows(config.data, form=prompt_form))
-    try:
+    evaluated = evaluation_rows(config.data, form=prompt_form)
+    with closing(PPOTrainer(config, prompts=prompts, eval_prompts=evaluated)) as trainer:
         trainer.fit()
-    finally:
-        trainer.close()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ Legend: B texts or pairs, K objectives, T tokens (padded right).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,6 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from conch.checkpoint import save_model
 from conch.cli import load_run_config, run_main
 from conch.config import (
     RunConfig,
@@ -72,6 +72,7 @@ from conch.trainers.common import (
     evaluating,
     given_or_loaded_tokenizer,
     rows_per_process,
+    save_on_main,
     update_metrics,
     with_whole_weights,
 )
@@ -390,19 +391,8 @@ class RewardModelTrainer:
             "normalise": self.config.reward_model.normalise,
             "rng_seed": self.rng_seed,
         }
-
-        def write() -> None:
-            if self.engine.is_main:
-                save_model(
-                    folder,
-                    self.model,
-                    self.tokenizer,
-                    extra={METADATA_FILE: metadata},
-                    merge_adapter=self.config.model.merge_adapter,
-                )
-
-        self.engine.together(write)
-        return folder
+        extra = {METADATA_FILE: metadata}
+        return save_on_main(self.engine, folder, self.model, self.tokenizer, self.config.model, extra=extra)
 
     def state_dict(self) -> dict[str, Any]:
         """See `conch.trainers.run.Trainer`."""
@@ -447,16 +437,15 @@ def main(argv: Sequence[str]) -> None:
     """Command line: `python -m conch.trainers.reward_model key=value ...` with rows from `data.train`."""
     config = load_run_config(RewardModelRunConfig, argv, default_name="reward_model")
     reference = read_rows(config.reward_model.reference) if config.reward_model.reference else None
-    trainer = RewardModelTrainer(
-        config,
-        samples=training_rows(config.data, "rows", form=judgement),
-        eval_samples=evaluation_rows(config.data, form=judgement),
-        reference=reference,
-    )
-    try:
+    with closing(
+        RewardModelTrainer(
+            config,
+            samples=training_rows(config.data, "rows", form=judgement),
+            eval_samples=evaluation_rows(config.data, form=judgement),
+            reference=reference,
+        )
+    ) as trainer:
         trainer.fit()
-    finally:
-        trainer.close()
 
 
 if __name__ == "__main__":

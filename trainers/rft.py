@@ -19,8 +19,8 @@ rank holds all completions of the round and learns its part of each batch.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ import numpy as np
 from pydantic import Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from conch.checkpoint import save_model
 from conch.cli import load_run_config, run_main
 from conch.config import (
     EvalGenerationConfig,
@@ -52,8 +51,10 @@ from conch.rewards.source import UserReward
 from conch.tracking import Tracker
 from conch.trainers.common import (
     check_vocabulary,
+    clocked,
     given_or_loaded_lm,
     rows_per_process,
+    save_on_main,
     update_metrics,
     with_whole_weights,
 )
@@ -368,21 +369,17 @@ class RFTTrainer:
 
     def _grow(self) -> Metrics:
         """Begin a round: new prompts, and completions of the current policy for them."""
-        marks = [time.perf_counter()]
         repeats, engine = self.config.rft.n_generations_per_prompt, self.engine
+        seconds: dict[str, float] = {}
         rows = [row for row in self.stream.draw(self._num_prompts) for _ in range(repeats)]
-        rollouts = self.rollout([self.prompts[row] for row in rows[engine.rank :: engine.num_ranks]])
-        marks.append(time.perf_counter())
-        rewards = self.score(rollouts)
-        marks.append(time.perf_counter())
-        self.pool = self.experience(rollouts, rewards)
-        if self.config.tracking.rollouts:
-            log_rollouts(engine, self.run, rollouts, rewards)
-        marks.append(time.perf_counter())
-        phases = ("rollout", "score", "experience")
-        seconds = {
-            f"time/{name}_s": end - start for name, start, end in zip(phases, marks, marks[1:], strict=False)
-        }
+        with clocked(seconds, "time/rollout_s"):
+            rollouts = self.rollout([self.prompts[row] for row in rows[engine.rank :: engine.num_ranks]])
+        with clocked(seconds, "time/score_s"):
+            rewards = self.score(rollouts)
+        with clocked(seconds, "time/experience_s"):
+            self.pool = self.experience(rollouts, rewards)
+            if self.config.tracking.rollouts:
+                log_rollouts(engine, self.run, rollouts, rewards)
         return {**self.experience_metrics, **seconds}
 
     # ----------------------------------------------------------------------------------------------- the loop
@@ -425,10 +422,11 @@ class RFTTrainer:
     def step(self) -> Metrics:
         """One selection with its updates; the first step of a round samples first."""
         sampled = self._grow() if self._round_begins else {}
-        start = time.perf_counter()
-        learned = self.update(self.pool)
+        seconds: dict[str, float] = {}
+        with clocked(seconds, "time/update_s"):
+            learned = self.update(self.pool)
         self.steps_done += 1
-        return {**sampled, **learned, "time/update_s": time.perf_counter() - start}
+        return {**sampled, **learned, **seconds}
 
     @with_whole_weights
     def evaluate(
@@ -450,14 +448,7 @@ class RFTTrainer:
     @with_whole_weights
     def save_pretrained(self, folder: Path) -> Path:
         """Write the model as a Hugging Face folder. Call it on all ranks."""
-
-        def write() -> None:
-            if self.engine.is_main:
-                merge = self.config.model.merge_adapter
-                save_model(folder, self.lm, self.tokenizer, merge_adapter=merge)
-
-        self.engine.together(write)
-        return folder
+        return save_on_main(self.engine, folder, self.lm, self.tokenizer, self.config.model)
 
     def close(self) -> None:
         """Stop the reward client and the sampler, and leave the process group."""
@@ -485,11 +476,9 @@ def main(argv: Sequence[str]) -> None:
     """Command line: `python -m conch.trainers.rft key=value ...` with prompts from `data.train`."""
     config = load_run_config(RFTRunConfig, argv, default_name="rft")
     prompts = training_rows(config.data, "prompts", form=prompt_form)
-    trainer = RFTTrainer(config, prompts=prompts, eval_prompts=evaluation_rows(config.data, form=prompt_form))
-    try:
+    evaluated = evaluation_rows(config.data, form=prompt_form)
+    with closing(RFTTrainer(config, prompts=prompts, eval_prompts=evaluated)) as trainer:
         trainer.fit()
-    finally:
-        trainer.close()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ Legend: B rows of a micro-batch, T columns, R those that may be learned (the las
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from conch.checkpoint import save_model
 from conch.cli import load_run_config, run_main
 from conch.config import (
     DataConfig,
@@ -53,6 +53,7 @@ from conch.trainers.common import (
     given_or_loaded_lm,
     given_or_loaded_tokenizer,
     rows_per_process,
+    save_on_main,
     update_metrics,
     with_whole_weights,
 )
@@ -294,13 +295,7 @@ class SFTTrainer:
     @with_whole_weights
     def save_pretrained(self, folder: Path) -> Path:
         """Write the model as a Hugging Face folder. Call it on all ranks."""
-
-        def write() -> None:
-            if self.engine.is_main:
-                save_model(folder, self.lm, self.tokenizer, merge_adapter=self.config.model.merge_adapter)
-
-        self.engine.together(write)
-        return folder
+        return save_on_main(self.engine, folder, self.lm, self.tokenizer, self.config.model)
 
     def state_dict(self) -> dict[str, Any]:
         """See `conch.trainers.run.Trainer`."""
@@ -352,15 +347,14 @@ def read_chat_template(path: Path) -> str:
 def main(argv: Sequence[str]) -> None:
     """Command line: `python -m conch.trainers.sft key=value ...` with samples from `data.train`."""
     config = load_run_config(SFTRunConfig, argv, default_name="sft")
-    trainer = SFTTrainer(
-        config,
-        samples=training_rows(config.data, "samples", form=sample_form),
-        eval_samples=evaluation_rows(config.data, form=sample_form),
-    )
-    try:
+    with closing(
+        SFTTrainer(
+            config,
+            samples=training_rows(config.data, "samples", form=sample_form),
+            eval_samples=evaluation_rows(config.data, form=sample_form),
+        )
+    ) as trainer:
         trainer.fit()
-    finally:
-        trainer.close()
 
 
 if __name__ == "__main__":

@@ -223,6 +223,9 @@ class AdvantageShaping(LogitsProcessor):
     captured: what the language-model head reads, see `conch.models.policy.captured_head_input`; emptied here.
     """
 
+    reads_history = False
+    """Looks at the last token alone; see `conch.rollouts.slots.Sampling`."""
+
     def __init__(self, policy: ILQLPolicy, beta: float, captured: list[Tensor]) -> None:
         self._policy = policy
         self._beta = beta

@@ -26,7 +26,13 @@ from conch.models.replay import Trunk
 
 @runtime_checkable
 class Reference(Protocol):
-    """Gives the logits of the policy as it was at the start."""
+    """Gives the logits of the policy as it was at the start.
+
+    stands_alone: whether `logits` needs no forward pass of the trained model before it.
+    """
+
+    @property
+    def stands_alone(self) -> bool: ...
 
     def recording(self) -> AbstractContextManager[None]:
         """Run the trained model's forward pass inside; `logits` then speaks of that very batch."""
@@ -59,6 +65,8 @@ def build_reference(lm: PreTrainedModel, num_layers_unfrozen: int) -> Reference:
 class FullCopyReference:
     """A frozen copy of the whole model."""
 
+    stands_alone = True
+
     def __init__(self, lm: PreTrainedModel) -> None:
         self._lm = copy.deepcopy(lm).eval().requires_grad_(False)
 
@@ -80,6 +88,8 @@ class FullCopyReference:
 
 class AdapterOffReference:
     """The trained model itself, run with its adapter off: no second copy of any weight."""
+
+    stands_alone = True
 
     def __init__(self, lm: PreTrainedModel) -> None:
         self._lm = lm
@@ -108,6 +118,8 @@ class AdapterOffReference:
 
 class SharedTrunkReference:
     """Frozen copies of the top blocks over the trained model's own frozen trunk."""
+
+    stands_alone = False
 
     def __init__(self, lm: PreTrainedModel, num_layers_unfrozen: int) -> None:
         self._trunk = Trunk(lm, num_layers_unfrozen)

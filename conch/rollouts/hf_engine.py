@@ -9,11 +9,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig as HFGenerationConfig
 from transformers import (
@@ -32,7 +30,7 @@ from conch.models.packing import sliding_window
 from conch.models.rows import takes_packed_rows
 from conch.rollouts.ending import Ending
 from conch.rollouts.finish import FinishWatcher, Harvest, LogprobRecorder, StopStrings
-from conch.rollouts.slots import SlotDecoder, pad_left
+from conch.rollouts.slots import Sampling, SlotDecoder, pad_left
 from conch.types import OnFinished, Prompt, Rollout
 
 # transformers itself drops a mask that hides nothing, and then warns that there is none.
@@ -46,7 +44,8 @@ class HFEngine:
 
     lm: called for each chunk, so that it may be the unwrapped module of a trainer. version: gives the number
     of updates the policy has seen. autocast: the precision context of training. processors: opened around
-    each chunk; what it yields changes the logits before temperature, top-k and top-p do. Sampling draws from
+    each chunk; what it yields changes the logits before temperature, top-k and top-p do, and may be told the
+    last token alone instead of all that was read where its `reads_history` is False. Sampling draws from
     torch's global generator: seed it per rank.
     """
 
@@ -129,9 +128,9 @@ class HFEngine:
     ) -> None:
         """Until all of `places` are in `made`, which gets whatever ends meanwhile."""
         with _sampling_mode(self._lm()), self._autocast(), self._processors() as processors:
-            pick = partial(_pick, [*processors, *self._warpers(greedy)], greedy)
+            sampling = Sampling(processors, self._warpers(greedy), greedy=greedy)
             while not all(place in made for place in places):
-                rows = decoder.advance(pick, wants_history=bool(processors))
+                rows = decoder.advance(sampling)
                 fresh = {
                     row.place: Rollout(
                         prompts[row.place], self._ending.completion(row.ids, row.logprobs), self._version()
@@ -198,18 +197,6 @@ class HFEngine:
         if not self._ending.watches:
             return StoppingCriteriaList()
         return StoppingCriteriaList([StopStrings(self._ending, num_given)])
-
-
-def _pick(
-    processors: Sequence[LogitsProcessor], greedy: bool, history: Tensor | None, logits: Float[Tensor, "N V"]
-) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
-    """Tokens, and their log-probs under the distribution that they were drawn from."""
-    scores = logits.float()
-    for processor in processors:
-        scores = processor(history, scores)  # pyright: ignore[reportArgumentType]  our own need no history
-    logprobs = scores.log_softmax(dim=-1)
-    tokens = logprobs.argmax(dim=-1) if greedy else torch.multinomial(logprobs.exp(), 1).squeeze(1)
-    return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
 
 
 @contextmanager

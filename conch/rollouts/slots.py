@@ -20,16 +20,45 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, LogitsProcessor, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from conch.models.packing import as_attention_takes_it
 from conch.ops import position_ids
 
-Pick = Callable[
-    [Int[Tensor, "N W"] | None, Float[Tensor, "N V"]], tuple[Int[Tensor, " N"], Float[Tensor, " N"]]
-]
-"""What was read so far (padded left), and logits -> the tokens that come next, and their log-probs."""
+
+class Sampling:
+    """Chooses the next tokens from logits.
+
+    processors, then warpers: change the logits, in this order. A processor whose `reads_history` is False is
+    content with the last token instead of all that was read; warpers look at logits alone. greedy: take the
+    likeliest token.
+
+    wants_history: whether `scores` is to be told all that was read.
+    """
+
+    def __init__(
+        self, processors: Sequence[LogitsProcessor], warpers: Sequence[LogitsProcessor], *, greedy: bool
+    ) -> None:
+        self.wants_history = any(getattr(each, "reads_history", True) for each in processors)
+        self._processors = [*processors, *warpers]
+        self._greedy = greedy
+
+    def scores(self, read: Int[Tensor, "N W"], logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+        """The log-probs that are sampled from, of the rows of the forward pass just done, in its order.
+
+        read: what stands before, padded left, or the last of it alone (W = 1).
+        """
+        scores = logits.float()
+        for processor in self._processors:
+            scores = processor(read, scores)  # pyright: ignore[reportArgumentType]  any integer type will do
+        return scores.log_softmax(dim=-1)
+
+    def draw(self, scores: Float[Tensor, "N V"]) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
+        """A token for each row, and its log-prob."""
+        tokens = scores.argmax(dim=-1) if self._greedy else torch.multinomial(scores.exp(), 1).squeeze(1)
+        return tokens, scores.gather(1, tokens.unsqueeze(1)).squeeze(1)
+
 
 _GPU_STRIDE = 8
 """Steps between two looks at a GPU, each of which waits for it: a row ends 7 tokens late at most."""
@@ -61,7 +90,7 @@ class _Layer(DynamicLayer):
         super().__init__()
         self.is_initialized = True
         self._buffers = [keys, values]
-        self.place: tuple[Tensor, Tensor] | None = None
+        self.place: tuple[Tensor | slice, Tensor | int] | None = None
         self.width = 0
 
     def update(
@@ -130,19 +159,15 @@ class SlotDecoder:
         self._is_alive = zeros.bool()
         self._one_logit = "logits_to_keep" in inspect.signature(lm.forward).parameters
 
-    def advance(self, pick: Pick, *, wants_history: bool) -> list[Row]:
-        """Read waiting prompts into free slots, or else add a token to each row; the rows that have ended.
-
-        wants_history: whether `pick` is to be told what was read. Prompts that are alike are then read each
-            for itself, so that what the model computes stands in the order of the rows.
-        """
+    def advance(self, sampling: Sampling) -> list[Row]:
+        """Read waiting prompts into free slots, or else add a token to each row; the rows that have ended."""
         free = len(self._rows) - self._num_alive
         # Prompts are read some at a time: alone, one would use as few of the machine's units as a token does.
         if self._waiting and free >= min(len(self._waiting), max(1, len(self._rows) // 8)):
-            return self._admit(pick, wants_history)
+            return self._admit(sampling)
         if not self._waiting and 4 * self._num_alive <= 3 * len(self._rows):
             self._drop_free_slots()
-        return self._step(pick, wants_history)
+        return self._step(sampling)
 
     @property
     def _num_alive(self) -> int:
@@ -150,13 +175,12 @@ class SlotDecoder:
 
     # ---------------------------------------------------------------------------------------- reading prompts
 
-    def _admit(self, pick: Pick, wants_history: bool) -> list[Row]:
+    def _admit(self, sampling: Sampling) -> list[Row]:
         free = [slot for slot, row in enumerate(self._rows) if row is None]
         places, prompts = zip(*(self._waiting.popleft() for _ in free[: len(self._waiting)]), strict=True)
-        read = list(prompts) if wants_history else list(dict.fromkeys(prompts))
+        read = list(dict.fromkeys(prompts))
         number = {prompt: index for index, prompt in enumerate(read)}
-        own = range(len(prompts)) if wants_history else [number[prompt] for prompt in prompts]
-        of = torch.tensor(list(own), device=self._lm.device)
+        of = torch.tensor([number[prompt] for prompt in prompts], device=self._lm.device)
         ids, mask = pad_left(read, self._pad_id, self._lm.device)
         logits, width = self._read(ids, mask, free[: len(places)], of)
         for slot, place, prompt in zip(free, places, prompts, strict=False):
@@ -164,7 +188,9 @@ class SlotDecoder:
         slots = torch.tensor(free[: len(places)], device=self._lm.device)
         self._start[slots] = width - mask.sum(dim=1)[of]
         self._end[slots], self._is_alive[slots] = width, True
-        tokens, logprobs = pick(ids[of] if wants_history else None, logits[of])
+        tokens, logprobs = sampling.draw(
+            sampling.scores(ids if sampling.wants_history else ids[:, -1:], logits)[of]
+        )
         self._last[slots] = tokens
         return self._look(slots.tolist(), [(tokens, logprobs)])
 
@@ -197,11 +223,10 @@ class SlotDecoder:
 
     # -------------------------------------------------------------------------------------- adding one token
 
-    def _step(self, pick: Pick, wants_history: bool) -> list[Row]:
-        slots = torch.arange(len(self._rows), device=self._lm.device)
-        width = self._width
+    def _step(self, sampling: Sampling) -> list[Row]:
+        width, place = self._width, self._place()
         for layer in self._layers:
-            layer.place, layer.width = (slots, self._end), width
+            layer.place, layer.width = place, width
             layer.grow(width)
         columns = torch.arange(width, device=self._lm.device)
         seen = (columns >= self._start.unsqueeze(1)) & (columns <= self._end.unsqueeze(1))
@@ -213,10 +238,11 @@ class SlotDecoder:
             use_cache=True,
         )
         self._end = self._end + self._is_alive
-        tokens, logprobs = pick(self._history() if wants_history else None, output.logits[:, -1])
+        read = self._history() if sampling.wants_history else self._last.unsqueeze(1)
+        tokens, logprobs = sampling.draw(sampling.scores(read, output.logits[:, -1]))
         self._last = tokens
         self._unseen.append((tokens, logprobs))
-        stride = _GPU_STRIDE if tokens.is_cuda and not wants_history else 1
+        stride = _GPU_STRIDE if tokens.is_cuda and not sampling.wants_history else 1
         if len(self._unseen) < stride:
             return []
         unseen, self._unseen = self._unseen, []
@@ -226,6 +252,14 @@ class SlotDecoder:
     def _width(self) -> int:
         """Columns that a step looks at, with the one that it writes."""
         return 1 + len(self._unseen) + max(row.next_column for row in self._rows if row is not None)
+
+    def _place(self) -> tuple[Tensor | slice, Tensor | int]:
+        """Slots and columns that this step writes. Where all rows stand in one column, as most often, it is a
+        slice: a plain copy. Free slots write there, too, where nobody looks."""
+        columns = {row.next_column for row in self._rows if row is not None}
+        if len(columns) == 1:
+            return slice(None), columns.pop() + len(self._unseen)
+        return torch.arange(len(self._rows), device=self._lm.device), self._end
 
     def _history(self) -> Int[Tensor, "S W"]:
         """Of a free slot that of another, so that nobody has to know of free slots."""

@@ -62,6 +62,7 @@ def test_both_sides_are_set_alike(spec: dict[str, Any]) -> None:
     assert theirs["beta"] == ours.grpo.kl.coef
     assert theirs["loss_type"] == ours.grpo.loss
     assert theirs["learning_rate"] == ours.optimizer.learning_rate
+    assert theirs["gradient_checkpointing"] is ours.model.gradient_checkpointing is False
     assert ours.grpo.epochs == ours.grpo.minibatches == 1
     assert ours.generation.chunk_size == completions
 

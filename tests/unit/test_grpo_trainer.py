@@ -19,6 +19,7 @@ from transformers import GPT2LMHeadModel
 from conch.config import load
 from conch.errors import ConfigError
 from conch.trainers.grpo import GRPORunConfig, GRPOTrainer
+from conch.trainers.grpo_batch import kl_to_show
 from conch.trainers.grpo_terms import LossForm, token_weights
 from conch.types import Rollout
 from tests.runs import (
@@ -96,7 +97,7 @@ def test_loss_is_that_of_the_paper(run_dir: Path, form: LossForm) -> None:
     trainer = grpo_trainer(
         run_dir,
         lm=policy(),
-        grpo={"loss": form, **CLIPS, "kl": {"coef": 0.5, "placement": "loss", "estimator": "k3"}},
+        grpo={"loss": form, **CLIPS, "epochs": 2, "kl": {"coef": 0.5, "estimator": "k3"}},
     )
     batch = trainer.experience(ROLLOUTS, scored(*SCORES))
     shake(trainer.policy.lm, 0.1, seed=5)
@@ -176,31 +177,41 @@ def test_without_a_kl_there_is_no_reference(run_dir: Path) -> None:
     assert "eval/kl" not in trainer.evaluate()
 
 
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
 def test_a_steps_only_update_finds_the_old_log_probs_itself(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kl_coef: float
 ) -> None:
     found = []
     for passes_first in (True, False):
         trainer = grpo_trainer(
             tmp_path / str(passes_first),
-            grpo={"kl": {"coef": 0.0}},
+            grpo={"kl": {"coef": kl_coef, "target": 1.0} if kl_coef else {"coef": 0.0}},
             rollout={"logprob_gap_alarm": 0.1},
             optimizer=LINEAR_ADAM,
             train={"gradient_accumulation_steps": 2},
         )
         assert not trainer._passes_first
         trainer._passes_first = passes_first
+        shake(trainer.policy.lm, 0.1, seed=5)
         calls: list[bool] = []
         trainer.policy.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))  # noqa: B023
         batch = trainer.experience(ROLLOUTS, scored(*[0.0, 1.0, 0.0, 2.0] * 2))
         with caplog.at_level(logging.WARNING):
             metrics = {**trainer.experience_metrics, **trainer.update(batch)}
         assert calls == [False] * 3 * passes_first + [True] * 2
-        found.append((parameters(trainer.policy.lm), metrics))
-    (first, metrics_first), (alone, metrics_alone) = found
+        shown = kl_to_show(batch)
+        assert (shown is None) == (kl_coef == 0.0)
+        if shown is not None and passes_first:
+            assert metrics["policy/kl"] == pytest.approx(float(shown.mean())) != 0.0
+        if shown is not None and not passes_first:
+            drawn_under = torch.tensor([sum(rollout.completion.logprobs) for rollout in ROLLOUTS])
+            torch.testing.assert_close(shown, drawn_under - batch.ref_logprobs.sum(dim=1))
+        found.append((parameters(trainer.policy.lm), metrics, trainer.kl_controller.coef))
+    (first, metrics_first, coef_first), (alone, metrics_alone, coef_alone) = found
     torch.testing.assert_close(alone, first, rtol=0, atol=2e-6)
     assert not torch.equal(alone, parameters(policy()))
     assert metrics_alone == pytest.approx(metrics_first, abs=1e-5)
+    assert coef_alone == pytest.approx(coef_first, rel=1e-6) and (coef_alone != kl_coef) == bool(kl_coef)
     assert metrics_alone["rollout/logprob_gap"] > 0.1 and metrics_alone["policy/entropy"] > 0.1
     assert [
         text for text in caplog.messages if "`rollout.logprob_gap_alarm` = 0.1" in text
@@ -208,10 +219,18 @@ def test_a_steps_only_update_finds_the_old_log_probs_itself(
     assert len(caplog.messages) == 2
 
 
+def test_evaluation_measures_the_policys_distance_where_steps_make_no_pass_of_it(run_dir: Path) -> None:
+    trainer = grpo_trainer(run_dir, grpo={"kl": {"coef": 0.3}})
+    assert not trainer._passes_first
+    shake(trainer.policy.lm, 0.1, seed=5)
+    assert trainer.evaluate()["eval/kl"] > 0.1
+
+
 @pytest.mark.parametrize(
     "settings",
     [
-        {"grpo": {"kl": {"coef": 0.1}}},
+        {"grpo": {"kl": {"coef": 0.1}}, "model": {"num_layers_unfrozen": 1}},
+        {"grpo": {"kl": {"coef": 0.1, "placement": "reward"}}},
         {"grpo": {"epochs": 2}},
         {"grpo": {"minibatches": 2}},
         {"grpo": {"sampler_correction": 2.0}},
@@ -296,7 +315,7 @@ def test_log_probs_are_computed_while_rewards_are_under_way(
         run_dir, reward_fn=lambda outputs, **_: [float(looked.wait(30.0)) for _ in outputs]
     )
     forward = trainer._forward
-    monkeypatch.setattr(trainer, "_forward", lambda part: (forward(part), looked.set())[0])
+    monkeypatch.setattr(trainer, "_forward", lambda *given: (forward(*given), looked.set())[0])
     rewards = trainer.score(trainer.rollout(trainer.prompts[:2]))
     assert [result.scores["reward"] for result in rewards] == [1.0] * 8
 

@@ -13,9 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from conch.checkpoint import save_model
+from conch.config import GenerationConfig
 from conch.errors import ModelError
 from conch.models.ilql import ILQLPolicy
 from conch.models.loading import fuse_activations
+from conch.rollouts.hf_engine import HFEngine
+from conch.types import Prompt
 from tests.runs import EOS, LETTERS, PAD, TOKENIZER, policy, shake_heads
 from tests.tiny import DECODERS, tiny_decoder
 
@@ -172,6 +175,24 @@ def test_decoding_scores_are_log_pi_plus_beta_advantages(beta: float) -> None:
                 break
             expected = shaped_by_hand(made, ids, beta)[0]
             torch.testing.assert_close(scores[row], expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_prompts_that_are_alike_are_each_shaped_by_their_own_states_in_slots() -> None:
+    made = awake(policy(), logit_mask=torch.eye(policy().config.vocab_size).bool())
+    texts = ("abc", "de", "abc", "f", "de", "abc")
+    prompts = [Prompt(text, tuple(TOKENIZER(text).input_ids)) for text in texts]
+    config = GenerationConfig(max_new_tokens=5, chunk_size=4)
+    engine = HFEngine(
+        lambda: made.lm, TOKENIZER, config, version=lambda: 0, processors=lambda: made.shaping(3.0)
+    )
+    for rollout in (each for chunk in engine.generate(prompts, greedy=True) for each in chunk):
+        ids = list(rollout.prompt.token_ids)
+        for token in rollout.completion.token_ids:
+            scores = shaped_by_hand(made, torch.tensor([ids]), 3.0)[0]
+            scores[ids[-1]] = -torch.inf
+            assert token == int(scores.argmax())
+            ids.append(token)
 
 
 @torch.no_grad()

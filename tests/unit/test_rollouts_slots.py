@@ -127,6 +127,28 @@ class Forbid(LogitsProcessor):
         return scores.scatter(1, input_ids[:, -1:], -torch.inf)
 
 
+class ForbidByLast(Forbid):
+    reads_history = False
+
+
+def test_a_processor_that_is_content_with_the_last_token_is_told_that_alone() -> None:
+    lm, processor = tiny_decoder("gpt2"), ForbidByLast()
+    settings: dict[str, Any] = {"chunk_size": 4, "max_new_tokens": 6, "temperature": 1.3}
+    found = sample(lm, TEXTS, processors=[processor], **settings)
+    expected = sample(lm, TEXTS, processors=[Forbid()], **settings)
+    assert {len(row) for row in processor.seen} == {1}
+    assert found == expected
+
+
+@pytest.mark.parametrize("kind", [Forbid, ForbidByLast])
+def test_a_prompt_of_a_group_is_read_once_with_processors_too(kind: type[Forbid]) -> None:
+    lm, processor = tiny_decoder("gpt2"), kind()
+    shapes = counted(lm)
+    sample(lm, ["abcd"] * 5 + ["ef"] * 3, chunk_size=8, max_new_tokens=4, processors=[processor])
+    assert shapes[2:4] == [(2, 4), (8, 1)], "after the two passes that try the model out"
+    assert [row[-1] for row in processor.seen[:2]] == TOKENIZER("df").input_ids
+
+
 def test_processors_are_told_what_each_row_has_read() -> None:
     lm, processor = tiny_decoder("gpt2"), Forbid()
     found = sample(lm, TEXTS, chunk_size=3, max_new_tokens=6, processors=[processor])
