@@ -88,6 +88,12 @@ def test_checkpoints_are_loaded_with_it_and_keep_no_trace_of_it(tmp_path: Path, 
     assert model.config._attn_implementation == (attention or "sdpa")
 
 
+def test_classes_that_fix_their_attention_are_made_with_the_one_asked_for() -> None:
+    with reference_kernels():
+        lm = load_lm(config("gptj").model_copy(update={"attention": NAME}))
+    assert type(lm.transformer.h[0].attn).__name__ == "GPTJFlashAttention2"
+
+
 def test_models_that_know_no_sdpa_are_loaded_as_ever_unless_it_is_asked_for() -> None:
     shape = {"model_type": "bloom", "vocab_size": 24, "hidden_size": 32, "n_layer": 2, "n_head": 2}
     assert load_lm(ModelConfig(architecture=shape)).config._attn_implementation == "eager"
