@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from conch.config import GenerationConfig
 from conch.errors import ConchError, RolloutError, RolloutUnavailableError
 from conch.rollouts.http_server import AstrayError
+from conch.rollouts.lease import Lease
 from conch.rollouts.ordering import check_window, in_order
 from conch.rollouts.server_pool import Server, ServerPool, least_busy
-from conch.rollouts.wire import Asked, Line, Stamp, Wanted
+from conch.rollouts.wire import Asked, Line, Wanted
 from conch.types import Completion, OnFinished, Prompt, Rollout
 
 _PORTIONS = 4
@@ -78,14 +79,14 @@ class ServedEngine:
             ConfigError: a prompt is longer than the servers' window leaves room for.
             RolloutError: no server answers before the deadline, or one answers with other weights.
         """
-        stamp = self._pool.stamp(self._version())
-        servers = self._pool.ready(stamp.version)
-        check_window(prompts, self._config, self._pool.window)
-        seeds = torch.randint(2**31, (len(prompts),)).tolist()
-        size = max(1, -(-len(prompts) // (len(servers) * _PORTIONS)))
-        work = _Work(self._pool, self._config, self._eos_id, stamp, greedy, self._deadline_s)
-        portions = cut(prompts, range(len(prompts)), seeds, size)
-        yield from in_order(prompts, work.finished(prompts, portions), self._config.chunk_size, on_finished)
+        with self._pool.lease(self._version()) as lease:
+            servers = self._pool.ready(lease)
+            check_window(prompts, self._config, self._pool.window)
+            seeds = torch.randint(2**31, (len(prompts),)).tolist()
+            size = max(1, -(-len(prompts) // (len(servers) * _PORTIONS)))
+            work = _Work(self._pool, self._config, self._eos_id, lease, greedy, self._deadline_s)
+            finished = work.finished(prompts, cut(prompts, range(len(prompts)), seeds, size))
+            yield from in_order(prompts, finished, self._config.chunk_size, on_finished)
 
 
 class _Work:
@@ -96,14 +97,15 @@ class _Work:
         pool: ServerPool,
         config: GenerationConfig,
         eos_id: int,
-        stamp: Stamp,
+        lease: Lease,
         greedy: bool,
         deadline_s: float,
     ) -> None:
         self._pool = pool
         self._config = config
         self._eos_id = eos_id
-        self._stamp = stamp
+        self._lease = lease
+        self._stamp = lease.stamp
         self._greedy = greedy
         self._deadline_s = deadline_s
         self._events: queue.SimpleQueue[_Ended | tuple[Server, int, Line]] = queue.SimpleQueue()
@@ -137,7 +139,7 @@ class _Work:
     def _launch(self) -> None:
         """Ask for what waits, as far as servers have room; look after those that are away."""
         for server in self._pool.servers:
-            self._pool.revive(server, self._stamp)
+            self._pool.revive(server, self._lease)
         while self._waiting:
             able = [server for server in self._pool.servers if server.holds(self._stamp)]
             server = least_busy(able, self._waiting[0].rows)

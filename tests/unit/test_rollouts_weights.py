@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from conch.config import GenerationConfig, RolloutConfig, load
 from conch.errors import ConfigError
@@ -19,9 +20,11 @@ from conch.models.adapter import add_adapter, merged_copy
 from conch.models.loading import context_window
 from conch.ops import only_this_rank
 from conch.rollouts.ending import Ending
+from conch.rollouts.lora_sync import Handover
 from conch.rollouts.ordering import check_window, in_order
 from conch.rollouts.vllm_build import check_installed
-from conch.rollouts.weight_sync import checkpoint_tensors
+from conch.rollouts.weight_sync import checkpoint_names, checkpoint_tensors
+from conch.rollouts.wire import LoraRoom
 from conch.trainers.online import logprob_gap, room_for_prompts
 from conch.types import Prompt, Rollout
 from tests.fakes.rollouts import rollout
@@ -39,6 +42,44 @@ def test_weights_are_those_of_the_saved_checkpoint(family: str, tmp_path: Path) 
     given = checkpoint_tensors(lm)
     assert given.keys() == saved.keys()
     assert all(torch.equal(given[name], saved[name]) for name in saved)
+
+
+def fused_experts() -> PreTrainedModel:
+    """A model that holds in one tensor what its checkpoint has expert by expert."""
+    config = AutoConfig.for_model(
+        "mixtral",
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        vocab_size=30,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def as_zero3_leaves_them(lm: PreTrainedModel) -> None:
+    """Its parameters outside of a pass: each rank has a part, and what they are whole is a note."""
+    for parameter in lm.parameters():
+        parameter.ds_shape = parameter.shape  # pyright: ignore[reportAttributeAccessIssue]
+        parameter.data = torch.empty(0)
+
+
+@pytest.mark.parametrize("family", [*sorted(LANGUAGE_MODELS), "mixtral"])
+def test_names_are_known_without_the_weights(family: str) -> None:
+    lm = fused_experts() if family == "mixtral" else tiny_decoder(family)
+    wanted = set(checkpoint_tensors(lm))
+    assert checkpoint_names(lm) == wanted
+    as_zero3_leaves_them(lm)
+    assert checkpoint_names(lm) == wanted
+
+
+def test_adapter_on_sharded_weights_can_go_alone() -> None:
+    lm = fused_experts()
+    add_adapter(lm, {"r": 2, "target_modules": ["q_proj"]}, merged_when_saved=True)
+    as_zero3_leaves_them(lm)
+    assert Handover(lambda: lm).room_wanted() == LoraRoom(rank=2, modules=("q_proj",))
 
 
 def test_weights_are_handed_over_and_not_copied() -> None:

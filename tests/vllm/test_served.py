@@ -236,6 +236,7 @@ def test_server_with_other_weights_or_another_end_refuses(
     pool.close()
     lost = pool_of(servers[0], lm=lm, weights="files")
     lost._files["whole"].path = lambda *_: Path("/nowhere/0.safetensors")  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.raises(RolloutError, match=r"no /nowhere/0.safetensors on this machine: set .*=broadcast"):
-        lost.ready(0)
+    no_file = r"no /nowhere/0.safetensors on this machine: set .*=broadcast"
+    with pytest.raises(RolloutError, match=no_file), lost.lease(0) as lease:
+        lost.ready(lease)
     lost.close()
