@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +28,7 @@ from conch.ops import only_this_rank
 from conch.rollouts.ending import Ending
 from conch.rollouts.lora_sync import Handover
 from conch.rollouts.ordering import check_window, in_order
-from conch.rollouts.vllm_build import check_installed
+from conch.rollouts.vllm_build import check_installed, was_killed
 from conch.rollouts.weight_sync import checkpoint_names, checkpoint_tensors
 from conch.rollouts.wire import LoraRoom
 from conch.trainers.online import logprob_gap, room_for_prompts
@@ -200,6 +206,34 @@ def test_vllm_of_another_version_is_refused(
         return
     with pytest.raises(ConfigError, match=complaint):
         check_installed()
+
+
+def start_core(lives: tuple[Callable[..., object], float], sent: signal.Signals | None) -> None:
+    """As vLLM starts one that does not come up."""
+    core = multiprocessing.get_context("spawn").Process(target=lives[0], args=lives[1:])
+    launch = SimpleNamespace(engine_manager=SimpleNamespace(processes=[core]))
+    core.start()
+    if sent is not None:
+        assert core.pid is not None
+        os.kill(core.pid, sent)
+    multiprocessing.connection.wait([core.sentinel])
+    raise RuntimeError(f"Engine core initialization failed: {launch.engine_manager.processes}")
+
+
+@pytest.mark.parametrize(
+    ("lives", "sent", "is_so"),
+    [
+        ((time.sleep, 600), signal.SIGKILL, True),
+        ((time.sleep, 600), signal.SIGTERM, False),
+        ((os._exit, 1), None, False),
+    ],
+)
+def test_core_that_was_killed_as_it_loaded_is_told_from_one_that_failed(
+    lives: tuple[Callable[..., object], float], sent: signal.Signals | None, is_so: bool
+) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        start_core(lives, sent)
+    assert was_killed(caught.value) is is_so
 
 
 @pytest.mark.parametrize("trainer", [ppo_trainer, grpo_trainer])

@@ -217,6 +217,38 @@ def test_what_dies_is_started_again_and_refitted_by_itself(
         kept.stop()
 
 
+def test_vllm_that_is_killed_as_it_loads_is_started_again(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, lm: GPT2LMHeadModel
+) -> None:
+    lm.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    kept = ServerProcess(tmp_path, free_port(), "restart=true")
+    link = ServerLink(kept.address, READY_S)
+    try:
+        first, core = loading(kept)
+        core.kill()
+        wait_until(link.health)
+        (server,) = kept.family()[0].children()
+        assert server.pid != first.pid
+    finally:
+        link.close()
+        kept.stop()
+
+
+def loading(kept: ServerProcess) -> tuple[psutil.Process, psutil.Process]:
+    """A keeper's server and vLLM's engine below it, as soon as that is there: it imports vLLM then."""
+    end = time.monotonic() + READY_S
+    while time.monotonic() < end:
+        for process in kept.family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if any("spawn_main" in part for part in process.cmdline()):
+                    server = process.parent()
+                    assert server is not None
+                    return server, process
+        time.sleep(0.05)
+    raise AssertionError("vLLM was not started")
+
+
 def engine_core(server: psutil.Process) -> psutil.Process:
     """vLLM's engine, which a server talks to: the largest of the processes below it."""
     return max(server.children(), key=lambda process: process.memory_info().rss)
