@@ -24,7 +24,7 @@ from conch.rollouts.served_engine import ServedEngine
 from conch.rollouts.server_pool import ServerPool
 from conch.types import Prompt, Rollout
 from tests.launches import ROOT, free_port
-from tests.vllm.conftest import CACHE_GB, make_lm
+from tests.vllm.conftest import CACHE_GB, make_lm, prompts
 from tests.vllm.test_colocated import TEXTS, assert_alike
 
 READY_S = 400.0
@@ -115,10 +115,6 @@ def engine_of(
 ) -> ServedEngine:
     config = GenerationConfig(**{"max_new_tokens": 24, "chunk_size": 8, **generation})
     return ServedEngine(pool, tokenizer, config, version=version, deadline_s=READY_S)
-
-
-def prompts(tokenizer: PreTrainedTokenizerFast, *texts: str) -> list[Prompt]:
-    return [Prompt(text, tuple(tokenizer(text)["input_ids"])) for text in texts]
 
 
 def all_of(engine: Any, given: list[Prompt], **settings: Any) -> list[Rollout]:
