@@ -14,7 +14,7 @@ from conch.log import get_logger
 _log = get_logger(__name__)
 
 DIED = 70
-"""Exit code of a server whose vLLM has died (EX_SOFTWARE of sysexits.h)."""
+"""Exit code of a server whose vLLM has died, or was killed as it loaded (EX_SOFTWARE of sysexits.h)."""
 
 KEEPER = "CONCH_ROLLOUT_KEEPER"
 """Variable by which a keeper tells the server below it its own id."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from conch.log import get_logger
 from conch.models.adapter import ADAPTER_NAME, has_adapter
-from conch.rollouts.weight_sync import checkpoint_tensors
+from conch.rollouts.weight_sync import checkpoint_names, checkpoint_tensors
 from conch.rollouts.wire import HIGHEST_RANK, LoraRoom, Part
 
 _log = get_logger(__name__)
@@ -24,20 +24,21 @@ _BY_CHOICE = "`rollout.merge_adapter` is true, or left out in a process on a CPU
 class Handover:
     """What a policy hands over: all of its weights, or its adapter on a base that is there already.
 
-    lm: asked for whenever it is used. merge: True never gives an adapter by itself.
+    lm: asked for whenever it is used; the first time here, where its adapter must be on. merge: True never
+        gives an adapter by itself.
     """
 
     def __init__(self, lm: Callable[[], PreTrainedModel], *, merge: bool = False) -> None:
         self._lm = lm
-        self._merge = merge
+        self._never = _BY_CHOICE if merge else why_never_alone(lm())
         self._reasons: dict[LoraRoom | None, str | None] = {}
         self._lock = threading.Lock()
 
     def room_wanted(self) -> LoraRoom | None:
         """For an adapter that could go alone; None where the policy has none."""
-        lm = self._lm()
-        if self._merge or not has_adapter(lm) or _why_special(lm) is not None:
+        if self._never is not None:
             return None
+        lm = self._lm()
         modules = {name.rpartition(".")[2] for name, _ in _lora_layers(lm)}
         return LoraRoom(rank=_rank(lm), modules=tuple(sorted(modules)))
 
@@ -47,14 +48,13 @@ class Handover:
         with self._lock:  # servers are given their weights in threads
             if room not in self._reasons:
                 lm = self._lm()
-                reason = _BY_CHOICE if self._merge else why_merged(lm, room)
-                self._reasons[room] = reason
+                reason = self._reasons[room] = self._never or why_no_room(lm, room)
                 if reason is not None and has_adapter(lm):
                     _log.info("vLLM gets the policy's weights whole, with the adapter merged in: %s", reason)
             return self._reasons[room] is None
 
     def tensors(self, part: Part) -> dict[str, Tensor]:
-        """Names and weights, as `vllm_worker` takes them."""
+        """Names and weights, as `vllm_worker` takes them. They must be whole."""
         lm = self._lm()
         return adapter_tensors(lm) if part == "adapter" else checkpoint_tensors(lm, merged=part == "whole")
 
@@ -78,18 +78,11 @@ def adapter_rank(tensors: Mapping[str, Tensor]) -> int:
     return max(len(tensor) for name, tensor in tensors.items() if name.endswith(".lora_A.weight"))
 
 
-def why_merged(lm: PreTrainedModel, room: LoraRoom | None) -> str | None:
-    """Why the adapter cannot go alone, in words that end a sentence; None where it can.
-
-    room: what of LoRA vLLM can take.
-    """
+def why_never_alone(lm: PreTrainedModel) -> str | None:
+    """Why the adapter can go alone into no vLLM, in words that end a sentence; None where it can. Reads no
+    weight. Of what is more than B A x beside a plain linear layer, vLLM would know nothing."""
     if not has_adapter(lm):
         return "it has none"
-    return _why_special(lm) or _why_no_room(lm, room)
-
-
-def _why_special(lm: PreTrainedModel) -> str | None:
-    """Of what is more than B A x beside a plain linear layer, vLLM would know nothing."""
     for name, parameter in lm.named_parameters():
         if parameter.requires_grad and ".lora_" not in name:
             return f"{name} is trained beside it"
@@ -99,7 +92,7 @@ def _why_special(lm: PreTrainedModel) -> str | None:
             return f"{name} {reason}"
     if _rank(lm) > HIGHEST_RANK:
         return f"its rank of {_rank(lm)} is above {HIGHEST_RANK}, the highest that vLLM makes room for"
-    stored = checkpoint_tensors(lm, merged=False)
+    stored = checkpoint_names(lm)
     for name, _ in _lora_layers(lm):
         if f"{name}.weight" not in stored:
             return f"checkpoints have another name for {name}"
@@ -119,7 +112,8 @@ def _why_special_layer(layer: BaseTunerLayer) -> str | None:
     return None
 
 
-def _why_no_room(lm: PreTrainedModel, room: LoraRoom | None) -> str | None:
+def why_no_room(lm: PreTrainedModel, room: LoraRoom | None) -> str | None:
+    """Why the adapter does not go into this room of vLLM's; None where it does."""
     if room is None:
         return f"vLLM has no LoRA for a {type(lm).__name__}, or its server was started with `lora_rank` = 0"
     if _rank(lm) > room.rank:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
+
 from conch.config import GenerationConfig
 from conch.errors import ConfigError
 from conch.types import OnFinished, Prompt, Rollout
@@ -28,6 +30,11 @@ def in_order(
                 break
             yield [made[place] for place in places]
             start = places.stop
+
+
+def draw_seeds(count: int) -> list[int]:
+    """One for each completion, from torch's generator: so a run repeats, whatever is batched together."""
+    return torch.randint(2**31, (count,)).tolist()
 
 
 def check_window(prompts: Sequence[Prompt], config: GenerationConfig, window: int | None) -> None:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from conch.config import GenerationConfig
 from conch.errors import ConchError, RolloutError, RolloutUnavailableError
 from conch.rollouts.http_server import AstrayError
-from conch.rollouts.ordering import check_window, in_order
+from conch.rollouts.lease import Lease
+from conch.rollouts.ordering import check_window, draw_seeds, in_order
 from conch.rollouts.server_pool import Server, ServerPool, least_busy
-from conch.rollouts.wire import Asked, Line, Stamp, Wanted
+from conch.rollouts.wire import Asked, Line, Wanted
 from conch.types import Completion, OnFinished, Prompt, Rollout
 
 _PORTIONS = 4
@@ -46,6 +47,10 @@ class _Ended:
     portion: Portion
     tokens: int
     error: ConchError | None
+
+
+_Event = _Ended | tuple[Server, int, Line]
+"""A completion comes with its place."""
 
 
 class ServedEngine:
@@ -78,14 +83,14 @@ class ServedEngine:
             ConfigError: a prompt is longer than the servers' window leaves room for.
             RolloutError: no server answers before the deadline, or one answers with other weights.
         """
-        stamp = self._pool.stamp(self._version())
-        servers = self._pool.ready(stamp.version)
-        check_window(prompts, self._config, self._pool.window)
-        seeds = torch.randint(2**31, (len(prompts),)).tolist()
-        size = max(1, -(-len(prompts) // (len(servers) * _PORTIONS)))
-        work = _Work(self._pool, self._config, self._eos_id, stamp, greedy, self._deadline_s)
-        portions = cut(prompts, range(len(prompts)), seeds, size)
-        yield from in_order(prompts, work.finished(prompts, portions), self._config.chunk_size, on_finished)
+        with self._pool.lease(self._version()) as lease:
+            servers = self._pool.ready(lease)
+            check_window(prompts, self._config, self._pool.window)
+            seeds = draw_seeds(len(prompts))
+            size = max(1, -(-len(prompts) // (len(servers) * _PORTIONS)))
+            work = _Work(self._pool, self._config, self._eos_id, lease, greedy, self._deadline_s)
+            finished = work.finished(prompts, cut(prompts, range(len(prompts)), seeds, size))
+            yield from in_order(prompts, finished, self._config.chunk_size, on_finished)
 
 
 class _Work:
@@ -96,17 +101,18 @@ class _Work:
         pool: ServerPool,
         config: GenerationConfig,
         eos_id: int,
-        stamp: Stamp,
+        lease: Lease,
         greedy: bool,
         deadline_s: float,
     ) -> None:
         self._pool = pool
         self._config = config
         self._eos_id = eos_id
-        self._stamp = stamp
+        self._lease = lease
+        self._stamp = lease.stamp
         self._greedy = greedy
         self._deadline_s = deadline_s
-        self._events: queue.SimpleQueue[_Ended | tuple[Server, int, Line]] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._waiting: deque[Portion] = deque()
         self._missing: set[int] = set()
         self._astray = 0
@@ -137,7 +143,7 @@ class _Work:
     def _launch(self) -> None:
         """Ask for what waits, as far as servers have room; look after those that are away."""
         for server in self._pool.servers:
-            self._pool.revive(server, self._stamp)
+            self._pool.revive(server, self._lease)
         while self._waiting:
             able = [server for server in self._pool.servers if server.holds(self._stamp)]
             server = least_busy(able, self._waiting[0].rows)
@@ -184,20 +190,22 @@ class _Work:
     def _landed(self, prompts: Sequence[Prompt]) -> dict[int, Rollout]:
         """What has come since the last look, after waiting a moment for the first."""
         landed: dict[int, Rollout] = {}
-        try:
-            event = self._events.get(timeout=_WAKE_S)
+        for event in self._news():
+            if isinstance(event, _Ended):
+                self._settle(event)
+                continue
+            server, place, line = event
+            self._check_version(server, line)
+            if place in self._missing:
+                self._missing.remove(place)
+                landed[place] = Rollout(prompts[place], _completion(line), line.version)
+        return landed
+
+    def _news(self) -> Iterator[_Event]:
+        with contextlib.suppress(queue.Empty):
+            yield self._events.get(timeout=_WAKE_S)
             while True:
-                if isinstance(event, _Ended):
-                    self._settle(event)
-                else:
-                    server, place, line = event
-                    self._check_version(server, line)
-                    if place in self._missing:
-                        self._missing.remove(place)
-                        landed[place] = Rollout(prompts[place], _completion(line), line.version)
-                event = self._events.get_nowait()
-        except queue.Empty:
-            return landed
+                yield self._events.get_nowait()
 
     def _check_version(self, server: Server, line: Line) -> None:
         if line.version != self._stamp.version:

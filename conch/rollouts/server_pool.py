@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import get_args
 
 from transformers import PreTrainedModel
 
 from conch.config import RolloutConfig
-from conch.errors import RolloutUnavailableError
+from conch.errors import RolloutError, RolloutUnavailableError
 from conch.log import get_logger
 from conch.rollouts.http_server import ServerLink, parse_servers
+from conch.rollouts.lease import Lease
 from conch.rollouts.lora_sync import Handover
 from conch.rollouts.weight_sync import (
     Group,
@@ -38,8 +40,9 @@ _JOIN_S = 60.0
 class Server:
     """One server.
 
-    health: None where it is away. tokens, rows: asked for and not here yet. probe: the latest look at it.
-    next_look: when the next may be, in seconds of the monotonic clock.
+    health: None where it is away. tokens, rows: asked for and not here yet. probe: the latest look at it,
+    and lease: the rollout that it was for. next_look: when the next may be, in seconds of the monotonic
+    clock.
     """
 
     link: ServerLink
@@ -47,6 +50,7 @@ class Server:
     tokens: int = 0
     rows: int = 0
     probe: Future[None] | None = field(default=None, repr=False)
+    lease: Lease | None = field(default=None, repr=False)
     next_look: float = 0.0
 
     def holds(self, stamp: Stamp) -> bool:
@@ -57,8 +61,9 @@ class Server:
 class ServerPool:
     """The servers of `config.urls`.
 
-    lm: called when weights are handed over. source: names this run, the same on all of its ranks. sends: True
-        on the one rank that gives servers their weights; the others wait until they have them.
+    lm: called when weights are handed over, within a lease. source: names this run, the same on all of its
+        ranks. sends: True on the one rank that gives servers their weights; the others wait until they have
+        them.
     """
 
     def __init__(
@@ -97,56 +102,74 @@ class ServerPool:
         """Which weights of this run."""
         return Stamp(source=self._source, version=version)
 
+    @contextmanager
+    def lease(self, version: int) -> Iterator[Lease]:
+        """A rollout with these weights: inside, they may be read and are not to change. What is under way
+        afterwards, with servers that are slow or back late, reads them no more."""
+        lease = Lease(self.stamp(version))
+        try:
+            yield lease
+        finally:
+            lease.end()
+
     @property
     def window(self) -> int | None:
         """The shortest window of the servers that live, in tokens."""
         return min((server.health.window for server in self.servers if server.health), default=None)
 
-    def ready(self, version: int) -> list[Server]:
+    def ready(self, lease: Lease) -> list[Server]:
         """All servers that hold these weights, one at least; those that live get them first.
 
         Raises:
             RolloutUnavailableError: none came to hold them before the deadline.
         """
-        stamp, end = self.stamp(version), time.monotonic() + self._config.deadline_s
+        end = time.monotonic() + self._config.deadline_s
         while True:
             for server in self.servers:
-                self.revive(server, stamp)
+                self.revive(server, lease)
             for server in self.servers:
-                if server.probe is not None:
+                if server.probe is not None and server.lease is lease:
                     server.probe.result()
-            able = [server for server in self.servers if server.holds(stamp)]
+            able = [server for server in self.servers if server.holds(lease.stamp)]
             if able:
                 return able
             if time.monotonic() > end:
                 raise RolloutUnavailableError(
-                    f"no server came to hold version {version} of the weights within `rollout.deadline_s` = "
-                    f"{self._config.deadline_s:g}: {', '.join(each.link.address for each in self.servers)}"
+                    f"no server came to hold version {lease.stamp.version} of the weights within "
+                    f"`rollout.deadline_s` = {self._config.deadline_s:g}: "
+                    f"{', '.join(each.link.address for each in self.servers)}"
                 )
             time.sleep(_LOOK_S)
 
-    def revive(self, server: Server, stamp: Stamp) -> None:
+    def revive(self, server: Server, lease: Lease) -> None:
         """Look at a server that is away or astray, and give it these weights: in a thread, now and then.
 
         Raises:
             RolloutError: it said that it can never take them.
         """
-        if server.probe is not None and server.probe.done():
+        if server.probe is not None:
+            if not server.probe.done():
+                return
             server.probe.result()
-        busy = server.probe is not None and not server.probe.done()
-        if busy or server.holds(stamp) or time.monotonic() < server.next_look:
+        is_early = server.lease is lease and time.monotonic() < server.next_look
+        if is_early or server.holds(lease.stamp):
             return
         server.next_look = time.monotonic() + _LOOK_S
-        server.probe = self.threads.submit(self._revive, server, stamp)
+        server.lease = lease
+        server.probe = self.threads.submit(self._revive, server, lease)
 
-    def _revive(self, server: Server, stamp: Stamp) -> None:
-        was_away = server.health is None
+    def _revive(self, server: Server, lease: Lease) -> None:
+        was_away, stamp = server.health is None, lease.stamp
         if self._look(server) is not None or server.holds(stamp) or not self._sends:
             return
         try:
-            server.health = self._refit(server, stamp)
-        except RolloutUnavailableError as error:
+            server.health = self._refit(server, lease)
+        except RolloutError as error:
             server.health = None
+            if lease.is_over:  # the next rollout looks again
+                return
+            if not isinstance(error, RolloutUnavailableError):
+                raise
             _log.warning("a rollout server did not take its weights: %s", error)
             return
         if was_away and stamp.version:
@@ -167,36 +190,33 @@ class ServerPool:
             _log.warning("rollout server lost, its work goes to others: %s", error)
         server.health = None
 
-    def _refit(self, server: Server, stamp: Stamp) -> Health:
+    def _refit(self, server: Server, lease: Lease) -> Health:
         assert server.health is not None
         if not self._handover.adapter_alone(server.health.lora):
-            return self._give(server, stamp, "whole")
-        if server.health.base != stamp.source:
-            self._give(server, stamp, "base")
-        return self._give(server, stamp, "adapter")
+            return self._give(server, lease, "whole")
+        if server.health.base != lease.stamp.source:
+            self._give(server, lease, "base")
+        return self._give(server, lease, "adapter")
 
-    def _give(self, server: Server, stamp: Stamp, part: Part) -> Health:
+    def _give(self, server: Server, lease: Lease, part: Part) -> Health:
         if self._config.weights == "broadcast":
-            return self._broadcast(server, stamp, part)
-        version = 0 if part == "base" else stamp.version  # a base is written once
-        path = self._files[part].path(version, lambda: self._handover.tensors(part))
-        return server.link.refit(Given(stamp=stamp, part=part, path=str(path)))
+            return self._broadcast(server, lease, part)
+        version = 0 if part == "base" else lease.stamp.version  # a base is written once
+        with lease.reading():
+            path = self._files[part].path(version, lambda: self._handover.tensors(part))
+        return server.link.refit(Given(stamp=lease.stamp, part=part, path=str(path)))
 
-    def _broadcast(self, server: Server, stamp: Stamp, part: Part) -> Health:
+    def _broadcast(self, server: Server, lease: Lease, part: Part) -> Health:
         """In a group with this server alone: one that dies then takes no other's weights along."""
         assert server.health is not None
-        tensors = self._handover.tensors(part)
-        on_gpus = server.health.device == "cuda" and next(iter(tensors.values())).is_cuda
-        backend = "nccl" if on_gpus else "gloo"
+        with lease.reading():
+            tensors = lease.lend(self._handover.tensors(part))
+            specs, are_on_gpu = specs_of(tensors), next(iter(tensors.values())).is_cuda
+        backend = "nccl" if server.health.device == "cuda" and are_on_gpu else "gloo"
         address = address_towards(server.link.host, server.link.port)
         store = open_store(address, _JOIN_S)
         given = Given(
-            stamp=stamp,
-            part=part,
-            host=address,
-            port=store.port,
-            backend=backend,
-            tensors=specs_of(tensors),
+            stamp=lease.stamp, part=part, host=address, port=store.port, backend=backend, tensors=specs
         )
         taken = self.threads.submit(server.link.refit, given)
         workers = server.health.workers
@@ -205,8 +225,9 @@ class ServerPool:
                 taken.result()  # raises what the server refused, or why it is gone
             raise RolloutUnavailableError(f"{server.link.address} did not come for its weights")
         group = Group(store, 0, 1 + workers, backend, address=address, timeout_s=self._config.deadline_s)
-        group.send(tensors.values())
-        return taken.result()
+        with closing(group):
+            group.send(lease.copies(tensors))
+            return taken.result()
 
     def close(self) -> None:
         """Let go of the servers, which live on."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import signal
+import traceback
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -26,6 +28,9 @@ WORKER = "conch.rollouts.vllm_worker.WeightReceiver"
 
 SERVER = "CONCH_ROLLOUT_SERVER"
 """Variable by which a rollout server tells the processes below it its id."""
+
+_LEAVES_S = 10.0
+"""Longest for a process that has closed its pipes to be gone."""
 
 _CPU_CACHE_GB = 1.0
 _GIB = 2**30
@@ -169,6 +174,23 @@ def explained(error: Exception, folder: str) -> Exception:
             f"`rollout.window` or `rollout.max_num_seqs` ({reason[:400]})"
         )
     return ModelError(f"vLLM cannot serve this model: {reason.replace(folder, 'it')[:400]}")
+
+
+def was_killed(error: Exception) -> bool:
+    """True where vLLM's core was killed as it loaded, by somebody or by the system for want of memory. What
+    fails by itself leaves with a code of its own, and what crashes would do so again.
+
+    error: of the start.
+    """
+    # Its text has the codes as vLLM found them, and a process that ends closes its pipes, by which vLLM knows
+    # of it, a moment before it has one: here the processes are asked themselves.
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        manager = getattr(frame.f_locals.get("launch"), "engine_manager", None)
+        for core in getattr(manager, "processes", ()):
+            core.join(_LEAVES_S)
+            if core.exitcode == -signal.SIGKILL:
+                return True
+    return False
 
 
 def leave_groups() -> None:

@@ -26,7 +26,7 @@ from conch.errors import RolloutError
 from conch.models.loading import context_window
 from conch.rollouts.ending import Ending
 from conch.rollouts.lora_sync import Handover
-from conch.rollouts.ordering import check_window, in_order
+from conch.rollouts.ordering import check_window, draw_seeds, in_order
 from conch.rollouts.vllm_build import (
     build,
     check_architecture,
@@ -74,11 +74,6 @@ def sampling_params(
         skip_clone=True,  # made for one request
         **shaping,
     )
-
-
-def draw_seeds(count: int) -> list[int]:
-    """One for each completion, from torch's generator: so a run repeats, whatever vLLM batches together."""
-    return torch.randint(2**31, (count,)).tolist()
 
 
 class ColocatedVLLM:
@@ -165,17 +160,23 @@ class ColocatedVLLM:
         }
         try:
             while pending:
-                ended: dict[int, Sampled] = {}
-                for output in self._step():
-                    name, made = output.request_id, output.outputs[0]
-                    if output.finished or reached(made.token_ids):
-                        if not output.finished:
-                            self._engine.abort_request([name])
-                        ended[pending.pop(name)] = self._sampled(made)
+                ended = self._ended(reached)
                 if ended:
-                    yield ended
+                    yield {pending.pop(name): each for name, each in ended.items()}
         finally:
             self._engine.abort_request(list(pending))
+
+    def _ended(self, reached: Callable[[list[int]], bool]) -> dict[str, Sampled]:
+        """Completions that one more step has brought to their end, by their requests' names."""
+        ended: dict[str, Sampled] = {}
+        for output in self._step():
+            made = output.outputs[0]
+            if not output.finished:
+                if not reached(made.token_ids):
+                    continue
+                self._engine.abort_request([output.request_id])
+            ended[output.request_id] = self._sampled(made)
+        return ended
 
     def _add(self, token_ids: list[int], params: Any) -> str:
         name = str(next(self._names))
@@ -240,24 +241,12 @@ class VLLMEngine:
             self._vllm.rest()
 
     def _sampled(self, prompts: Sequence[Prompt], greedy: bool) -> Iterator[dict[int, Rollout]]:
-        ending, made = (
-            self._ending,
-            self._vllm.sample(
-                [prompt.token_ids for prompt in prompts],
-                [
-                    sampling_params(
-                        self._config,
-                        self._ending.eos_id,
-                        greedy=greedy,
-                        seed=seed,
-                        watched=self._ending.watches,
-                    )
-                    for seed in draw_seeds(len(prompts))
-                ],
-                self._ending.reached,
-            ),
-        )
-        for ended in made:
+        ending = self._ending
+        params = [
+            sampling_params(self._config, ending.eos_id, greedy=greedy, seed=seed, watched=ending.watches)
+            for seed in draw_seeds(len(prompts))
+        ]
+        for ended in self._vllm.sample([each.token_ids for each in prompts], params, ending.reached):
             yield {
                 place: Rollout(prompts[place], ending.completion(each.token_ids, each.logprobs), each.version)
                 for place, each in ended.items()

@@ -30,6 +30,7 @@ from conch.rollouts.vllm_build import (
     check_servable,
     engine_settings,
     explained,
+    was_killed,
 )
 from conch.rollouts.vllm_engine import sampling_params
 from conch.rollouts.vllm_lora import adapter_request, knows_lora, lora_settings
@@ -222,6 +223,7 @@ def serve(config: ServeConfig) -> None:
 
     Raises:
         ConchError: vLLM is not there, or cannot serve the model.
+        SystemExit: 0 where it was told to stop, `DIED` where vLLM has died.
     """
     check_installed()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -274,4 +276,7 @@ def _build(config: ServeConfig) -> Any:
         check_servable(made.create_engine_config())
         return AsyncLLM.from_engine_args(made)
     except (ValueError, RuntimeError) as error:
+        if was_killed(error):
+            _log.error("vLLM was killed while it loaded")
+            sys.exit(DIED)
         raise explained(error, config.model) from error

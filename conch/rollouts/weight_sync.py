@@ -39,11 +39,27 @@ def checkpoint_tensors(lm: PreTrainedModel, *, merged: bool = True) -> dict[str,
 
     Nothing is copied but what an adapter changes, or what a checkpoint stores in another shape.
     """
-    return revert_weight_conversion(lm, dict(_distinct(lm, merged)))
+    own = {
+        plain: _with_adapter(lm, name, tensor.detach()) if merged else tensor.detach()
+        for plain, name, tensor in _distinct(lm)
+    }
+    return revert_weight_conversion(lm, own)
 
 
-def _distinct(lm: PreTrainedModel, merged: bool) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor under the first of its names, which is that of the embeddings where the head is tied."""
+def checkpoint_names(lm: PreTrainedModel) -> set[str]:
+    """The names of `checkpoint_tensors`. No weight is read, so they need not be whole."""
+    # Of its shape is what a checkpoint cuts up, experts that a model holds fused: ZeRO-3 leaves a parameter
+    # without its own, and notes it.
+    shapes = {
+        plain: torch.empty(getattr(tensor, "ds_shape", tensor.shape), device="meta")
+        for plain, _, tensor in _distinct(lm)
+    }
+    return set(revert_weight_conversion(lm, shapes))
+
+
+def _distinct(lm: PreTrainedModel) -> Iterator[tuple[str, str, Tensor]]:
+    """Each tensor with its plain name and its own, under the first of its names, which is that of the
+    embeddings where the head is tied."""
     unsaved = {f"{prefix}.{name}".lstrip(".") for prefix, name in _unsaved_buffers(lm)}
     seen: set[int] = set()
     for name, tensor in [*lm.named_parameters(), *lm.named_buffers()]:
@@ -51,7 +67,7 @@ def _distinct(lm: PreTrainedModel, merged: bool) -> Iterator[tuple[str, Tensor]]
         if plain is None or name in unsaved or id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        yield plain, _with_adapter(lm, name, tensor.detach()) if merged else tensor.detach()
+        yield plain, name, tensor
 
 
 def _unsaved_buffers(lm: nn.Module) -> Iterator[tuple[str, str]]:
@@ -170,7 +186,7 @@ class Group:
         self._device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else _CPU
         timeout = timedelta(seconds=timeout_s)
         try:
-            self._group = (
+            self._group: Any = (
                 _nccl(store, rank, size, timeout)
                 if backend == "nccl"
                 else _gloo(store, rank, size, timeout, address)
@@ -189,6 +205,11 @@ class Group:
             tensor = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=self._device)
             self._broadcast(tensor)
             yield spec.name, tensor
+
+    def close(self) -> None:
+        """Leave: who still waits for a tensor gets an error, even where an exception that somebody keeps
+        holds on to this group."""
+        self._group = None
 
     def _broadcast(self, tensor: Tensor) -> None:
         if tensor.numel() == 0:

@@ -16,18 +16,25 @@ class FakeRolloutServer:
     """Answers on `address`. events: what it was asked, in order: `weights 3`, `generate 3`, `refused 3`;
     of adapters `base 3` and `adapter 3`.
 
-    lora: its room for adapters, in plain JSON.
+    lora: its room for adapters, in plain JSON. before_look: called before it says what it holds.
     before_line: called before each completion is sent, with its number since the start; an exception breaks
         the connection off. says_version: of the policy, in each completion; None says the truth.
     """
 
     def __init__(
-        self, port: int = 0, *, window: int = 64, max_num_seqs: int = 8, lora: dict[str, Any] | None = None
+        self,
+        port: int = 0,
+        *,
+        window: int = 64,
+        max_num_seqs: int = 8,
+        lora: dict[str, Any] | None = None,
+        before_look: Callable[[], object] = lambda: None,
     ) -> None:
         self.events: list[str] = []
         self.stamp: dict[str, Any] | None = None
         self.base: str | None = None
         self.files: list[str] = []
+        self.before_look = before_look
         self.before_line: Callable[[int], None] = lambda _number: None
         self.says_version: int | None = None
         self.weights_answer: tuple[int, Any] | None = None
@@ -101,6 +108,7 @@ def _handler(server: FakeRolloutServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             server.looks += 1
+            server.before_look()
             self._reply(200, server.health())
 
         def do_POST(self) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,3 +28,10 @@ def run_example(name: str, *overrides: str) -> dict[str, float]:
     return {
         found: float(value) for found, value in re.findall(r"^(eval/\S+)\s+([\d.]+)$", result.stdout, re.M)
     }
+
+
+def assert_shortest_walks(runs: Sequence[dict[str, float]]) -> None:
+    """The gates of PPO with exact optimality as its reward, over what several seeds came to."""
+    sampled = [run["eval/optimality"] for run in runs]
+    assert sum(sampled) / len(runs) >= 0.97 and min(sampled) >= 0.94
+    assert min(run["eval/optimality@do_sample=false"] for run in runs) >= 0.99

@@ -12,7 +12,13 @@ from transformers import PreTrainedModel
 
 from conch.models.adapter import ADAPTER_NAME, adapter_off, add_adapter, merged_copy
 from conch.rollouts import lora_sync
-from conch.rollouts.lora_sync import Handover, adapter_rank, adapter_tensors, why_merged
+from conch.rollouts.lora_sync import (
+    Handover,
+    adapter_rank,
+    adapter_tensors,
+    why_never_alone,
+    why_no_room,
+)
 from conch.rollouts.weight_sync import checkpoint_tensors
 from conch.rollouts.wire import LoraRoom
 from tests.tiny import tiny_decoder
@@ -29,6 +35,11 @@ def adapted(*, family: str = "llama", **settings: Any) -> PreTrainedModel:
             if ".lora_" in name:
                 parameter.copy_(torch.randn_like(parameter))
     return lm
+
+
+def why_merged(lm: PreTrainedModel, room: LoraRoom | None) -> str | None:
+    """Whatever the reason is."""
+    return why_never_alone(lm) or why_no_room(lm, room)
 
 
 @pytest.fixture(autouse=True)
@@ -95,9 +106,17 @@ def test_adapter_on_a_layer_that_checkpoints_call_otherwise_goes_merged(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lm = adapted()
-    renamed = {f"language_model.{name}": tensor for name, tensor in checkpoint_tensors(lm).items()}
-    monkeypatch.setattr(lora_sync, "checkpoint_tensors", lambda _lm, merged: {} if merged else renamed)
+    renamed = {f"language_model.{name}" for name in checkpoint_tensors(lm)}
+    monkeypatch.setattr(lora_sync, "checkpoint_names", lambda _lm: renamed)
     assert "checkpoints have another name for model.layers.0.self_attn.q_proj" in str(why_merged(lm, ROOM))
+
+
+def test_adapter_that_is_switched_off_for_the_reference_still_goes_alone() -> None:
+    lm = adapted()
+    handover = Handover(lambda: lm)
+    with adapter_off(lm):
+        assert handover.adapter_alone(ROOM)
+        assert handover.room_wanted() is not None
 
 
 def test_reason_is_said_once_and_only_where_there_is_an_adapter(caplog: pytest.LogCaptureFixture) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,80 +14,42 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from conch.config import GenerationConfig, RolloutConfig
 from conch.errors import ConfigError, RolloutError, RolloutUnavailableError
-from conch.models.adapter import add_adapter
-from conch.rollouts import server_pool, weight_sync
+from conch.rollouts import weight_sync
 from conch.rollouts.http_server import ServerLink, parse_servers
 from conch.rollouts.serve import ServeConfig
 from conch.rollouts.serve import main as serve_main
-from conch.rollouts.served_engine import ServedEngine, cut, without
-from conch.rollouts.server_pool import Server, ServerPool, least_busy
+from conch.rollouts.served_engine import cut, without
+from conch.rollouts.server_pool import Server, least_busy
 from conch.rollouts.weight_sync import Group, SharedFile, join, open_store, specs_of, wait_for_members
 from conch.rollouts.wire import Health
 from conch.types import Prompt, Rollout
 from tests.fakes.rollout_server import FakeRolloutServer
 from tests.footprint import wait_until
-from tests.tiny import char_tokenizer, tiny_decoder
+from tests.served_sampling import (
+    LONG_S,
+    ROOM,
+    Sampling,
+    adapted,
+    fake_servers,
+    look_often_and_write_to,
+    prompts,
+)
+from tests.tiny import tiny_decoder
 
-TOKENIZER = char_tokenizer("abcdefgh")
-LONG_S = 60.0
-LM = tiny_decoder("gpt2")
 WEIGHTS = {"w": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0], dtype=torch.bfloat16)}
 
 
 @pytest.fixture(autouse=True)
 def _looks_often_and_writes_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_pool, "_LOOK_S", 0.01)
-    monkeypatch.setattr(weight_sync, "SHARED_MEMORY", tmp_path)
+    look_often_and_write_to(tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., FakeRolloutServer]]:
-    """Starts servers, and stops those that still run."""
-    running: list[FakeRolloutServer] = []
-
-    def make(*args: Any, **settings: Any) -> FakeRolloutServer:
-        running.append(FakeRolloutServer(*args, **settings))
-        return running[-1]
-
-    yield make
-    for server in running:
-        server.stop()
-
-
-class Sampling:
-    """An engine over servers, as a trainer's rank has it."""
-
-    def __init__(
-        self,
-        *servers: FakeRolloutServer,
-        lm: PreTrainedModel = LM,
-        sends: bool = True,
-        deadline_s: float = LONG_S,
-        **generation: Any,
-    ) -> None:
-        urls = ",".join(server.address for server in servers)
-        config = RolloutConfig(engine="vllm", urls=urls, weights="files", deadline_s=deadline_s)
-        self.pool = ServerPool(config, lambda: lm, source="run", sends=sends)
-        self.version = 0
-        self.engine = ServedEngine(
-            self.pool,
-            TOKENIZER,
-            GenerationConfig(**{"max_new_tokens": 4, "chunk_size": 3, **generation}),
-            version=lambda: self.version,
-            deadline_s=deadline_s,
-        )
-
-    def __call__(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        return [rollout for chunk in self.engine.generate(prompts) for rollout in chunk]
-
-
-def prompts(count: int) -> list[Prompt]:
-    """Of different ids, so that each is a request of its own."""
-    return [Prompt("p", (place // 8, place % 8)) for place in range(count)]
+    with fake_servers() as make:
+        yield make
 
 
 def asked_for(rollouts: Sequence[Rollout]) -> list[tuple[int, ...]]:
@@ -301,18 +264,11 @@ def test_rank_that_does_not_send_waits_for_the_weights(start: Callable[..., Fake
         while server.looks < 3 and not asked.done():
             time.sleep(0.001)
         assert not server.events
-        Sampling(server).pool.ready(0)
+        pool = Sampling(server).pool
+        with pool.lease(0) as lease:
+            pool.ready(lease)
         assert len(asked.result(LONG_S)) == 1
     assert server.events == ["weights 0", "generate 0"]
-
-
-ROOM = {"rank": 8, "modules": ["q_proj", "v_proj"]}
-
-
-def adapted() -> PreTrainedModel:
-    lm = tiny_decoder("llama")
-    add_adapter(lm, {"r": 4, "target_modules": ["q_proj"]}, merged_when_saved=True)
-    return lm
 
 
 def names_in(path: str) -> set[str]:
@@ -394,8 +350,9 @@ def test_shared_memory_that_is_full_is_explained(tmp_path: Path) -> None:
         SharedFile("run").path(0, lambda: WEIGHTS)
 
 
-def test_broadcast_brings_every_tensor_as_it_was() -> None:
-    tensors = {**WEIGHTS, "empty": torch.zeros(0, 2), "turned": torch.arange(6).reshape(2, 3).T}
+@contextmanager
+def sender_and_received(tensors: dict[str, Tensor]) -> Iterator[tuple[Group, Future[dict[str, Tensor]]]]:
+    """A group, and what its other member will have received of tensors like these."""
     store = open_store("127.0.0.1", LONG_S)
     settings: dict[str, Any] = {"address": "127.0.0.1", "timeout_s": LONG_S}
 
@@ -407,7 +364,21 @@ def test_broadcast_brings_every_tensor_as_it_was() -> None:
     with ThreadPoolExecutor(1) as thread:
         received = thread.submit(receive)
         assert wait_for_members(store, 1, received.done, LONG_S)
-        Group(store, 0, 2, "gloo", **settings).send(tensors.values())
+        yield Group(store, 0, 2, "gloo", **settings), received
+
+
+def test_nobody_waits_in_a_group_that_was_left() -> None:
+    with sender_and_received(WEIGHTS) as (group, received):
+        group.send([WEIGHTS["w"]])
+        group.close()
+        with pytest.raises(RolloutUnavailableError, match="the weights were not taken"):
+            received.result(LONG_S / 2)
+
+
+def test_broadcast_brings_every_tensor_as_it_was() -> None:
+    tensors = {**WEIGHTS, "empty": torch.zeros(0, 2), "turned": torch.arange(6).reshape(2, 3).T}
+    with sender_and_received(tensors) as (group, received):
+        group.send(tensors.values())
         found = received.result(LONG_S)
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():

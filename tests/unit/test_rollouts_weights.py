@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from conch.config import GenerationConfig, RolloutConfig, load
 from conch.errors import ConfigError
@@ -19,9 +26,11 @@ from conch.models.adapter import add_adapter, merged_copy
 from conch.models.loading import context_window
 from conch.ops import only_this_rank
 from conch.rollouts.ending import Ending
+from conch.rollouts.lora_sync import Handover
 from conch.rollouts.ordering import check_window, in_order
-from conch.rollouts.vllm_build import check_installed
-from conch.rollouts.weight_sync import checkpoint_tensors
+from conch.rollouts.vllm_build import check_installed, was_killed
+from conch.rollouts.weight_sync import checkpoint_names, checkpoint_tensors
+from conch.rollouts.wire import LoraRoom
 from conch.trainers.online import logprob_gap, room_for_prompts
 from conch.types import Prompt, Rollout
 from tests.fakes.rollouts import rollout
@@ -39,6 +48,44 @@ def test_weights_are_those_of_the_saved_checkpoint(family: str, tmp_path: Path) 
     given = checkpoint_tensors(lm)
     assert given.keys() == saved.keys()
     assert all(torch.equal(given[name], saved[name]) for name in saved)
+
+
+def fused_experts() -> PreTrainedModel:
+    """A model that holds in one tensor what its checkpoint has expert by expert."""
+    config = AutoConfig.for_model(
+        "mixtral",
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        vocab_size=30,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def as_zero3_leaves_them(lm: PreTrainedModel) -> None:
+    """Its parameters outside of a pass: each rank has a part, and what they are whole is a note."""
+    for parameter in lm.parameters():
+        parameter.ds_shape = parameter.shape  # pyright: ignore[reportAttributeAccessIssue]
+        parameter.data = torch.empty(0)
+
+
+@pytest.mark.parametrize("family", [*sorted(LANGUAGE_MODELS), "mixtral"])
+def test_names_are_known_without_the_weights(family: str) -> None:
+    lm = fused_experts() if family == "mixtral" else tiny_decoder(family)
+    wanted = set(checkpoint_tensors(lm))
+    assert checkpoint_names(lm) == wanted
+    as_zero3_leaves_them(lm)
+    assert checkpoint_names(lm) == wanted
+
+
+def test_adapter_on_sharded_weights_can_go_alone() -> None:
+    lm = fused_experts()
+    add_adapter(lm, {"r": 2, "target_modules": ["q_proj"]}, merged_when_saved=True)
+    as_zero3_leaves_them(lm)
+    assert Handover(lambda: lm).room_wanted() == LoraRoom(rank=2, modules=("q_proj",))
 
 
 def test_weights_are_handed_over_and_not_copied() -> None:
@@ -159,6 +206,34 @@ def test_vllm_of_another_version_is_refused(
         return
     with pytest.raises(ConfigError, match=complaint):
         check_installed()
+
+
+def start_core(lives: tuple[Callable[..., object], float], sent: signal.Signals | None) -> None:
+    """As vLLM starts one that does not come up."""
+    core = multiprocessing.get_context("spawn").Process(target=lives[0], args=lives[1:])
+    launch = SimpleNamespace(engine_manager=SimpleNamespace(processes=[core]))
+    core.start()
+    if sent is not None:
+        assert core.pid is not None
+        os.kill(core.pid, sent)
+    multiprocessing.connection.wait([core.sentinel])
+    raise RuntimeError(f"Engine core initialization failed: {launch.engine_manager.processes}")
+
+
+@pytest.mark.parametrize(
+    ("lives", "sent", "is_so"),
+    [
+        ((time.sleep, 600), signal.SIGKILL, True),
+        ((time.sleep, 600), signal.SIGTERM, False),
+        ((os._exit, 1), None, False),
+    ],
+)
+def test_core_that_was_killed_as_it_loaded_is_told_from_one_that_failed(
+    lives: tuple[Callable[..., object], float], sent: signal.Signals | None, is_so: bool
+) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        start_core(lives, sent)
+    assert was_killed(caught.value) is is_so
 
 
 @pytest.mark.parametrize("trainer", [ppo_trainer, grpo_trainer])

@@ -10,10 +10,14 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import pytest
 import torch
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+from jaxtyping import Float
+from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from conch.config import RolloutConfig
+from conch.models.policy import response_logits
+from conch.ops import logprobs_of_labels
 from conch.rollouts.vllm_engine import ColocatedVLLM
+from conch.types import Prompt, Rollout
 from tests.tiny import char_tokenizer, tiny_gpt2_config
 
 CACHE_GB = 0.05
@@ -41,6 +45,22 @@ def make_lm(tokenizer: PreTrainedTokenizerFast, seed: int) -> GPT2LMHeadModel:
         for parameter in lm.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return lm
+
+
+def prompts(tokenizer: PreTrainedTokenizerFast, *texts: str) -> list[Prompt]:
+    """Of texts."""
+    return [Prompt(text, tuple(tokenizer(text)["input_ids"])) for text in texts]
+
+
+def trainers_logprobs(
+    lm: PreTrainedModel, rollout: Rollout, temperature: float = 1.0
+) -> Float[torch.Tensor, " R"]:
+    """Of a completion, by one forward pass over all of it."""
+    prompt, response = rollout.prompt.token_ids, rollout.completion.token_ids
+    ids = torch.tensor([[*prompt, *response]])
+    with torch.no_grad():
+        logits = response_logits(lm, ids, torch.ones_like(ids, dtype=torch.bool), len(response))
+    return logprobs_of_labels(logits, torch.tensor([response]), temperature)[0]
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,10 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast, T5Config, T5F
 
 from conch.config import GenerationConfig, RolloutConfig
 from conch.errors import ConfigError, ModelError, RolloutError
-from conch.models.policy import response_logits
-from conch.ops import logprobs_of_labels
 from conch.rollouts.hf_engine import HFEngine
 from conch.rollouts.vllm_engine import ColocatedVLLM, VLLMEngine
 from conch.types import Prompt, Rollout
-from tests.vllm.conftest import make_lm
+from tests.vllm.conftest import make_lm, prompts, trainers_logprobs
 
 VERSIONS = itertools.count(1)
 """Each test takes one of its own, so that it gets the weights as they are then."""
@@ -38,15 +36,7 @@ class Both:
         self.vllm = VLLMEngine(vllm, tokenizer, config, version=lambda: self.version)
 
     def prompts(self, *texts: str) -> list[Prompt]:
-        return [Prompt(text, tuple(self.tokenizer(text)["input_ids"])) for text in texts]
-
-    def trainers_logprobs(self, rollout: Rollout) -> torch.Tensor:
-        """Of a completion, by one forward pass over all of it."""
-        prompt, response = rollout.prompt.token_ids, rollout.completion.token_ids
-        ids = torch.tensor([[*prompt, *response]])
-        with torch.no_grad():
-            logits = response_logits(self.lm, ids, torch.ones_like(ids, dtype=torch.bool), len(response))
-        return logprobs_of_labels(logits, torch.tensor([response]), self.config.temperature)[0]
+        return prompts(self.tokenizer, *texts)
 
 
 @pytest.fixture
@@ -92,7 +82,7 @@ def test_some_completion_ends_at_each_end(both: Any) -> None:
 def test_logprobs_are_those_of_the_trainer(both: Any, temperature: float) -> None:
     pair = both(temperature=temperature)
     for rollout in all_of(pair.vllm, pair.prompts(*TEXTS)):
-        wanted = pair.trainers_logprobs(rollout)
+        wanted = trainers_logprobs(pair.lm, rollout, temperature)
         torch.testing.assert_close(torch.tensor(rollout.completion.logprobs), wanted, atol=1e-4, rtol=0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,8 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from conch.config import GenerationConfig, RolloutConfig
 from conch.errors import ModelError
 from conch.models.adapter import add_adapter
-from conch.models.policy import response_logits
-from conch.ops import logprobs_of_labels
 from conch.rollouts import vllm_server
 from conch.rollouts.hf_engine import HFEngine
 from conch.rollouts.http_server import AstrayError, ServerLink
@@ -25,9 +23,8 @@ from conch.rollouts.serve import ServeConfig
 from conch.rollouts.vllm_engine import ColocatedVLLM, VLLMEngine
 from conch.rollouts.weight_sync import checkpoint_tensors
 from conch.rollouts.wire import Given, Health, Stamp
-from conch.types import Prompt, Rollout
 from tests.launches import free_port
-from tests.vllm.conftest import CACHE_GB
+from tests.vllm.conftest import CACHE_GB, prompts, trainers_logprobs
 from tests.vllm.test_colocated import TEXTS, all_of, assert_alike
 from tests.vllm.test_served import READY_S, ServerProcess, engine_of, pool_of, wait_until
 
@@ -79,19 +76,6 @@ def move_adapter(lm: PreTrainedModel, seed: int) -> None:
     for name, parameter in lm.named_parameters():
         if ".lora_" in name:
             parameter.copy_(torch.randn_like(parameter) * SPREAD)
-
-
-def prompts(tokenizer: PreTrainedTokenizerFast, *texts: str) -> list[Prompt]:
-    return [Prompt(text, tuple(tokenizer(text)["input_ids"])) for text in texts]
-
-
-def trainers_logprobs(lm: PreTrainedModel, rollout: Rollout) -> torch.Tensor:
-    """Of a completion, by one forward pass over all of it."""
-    prompt, response = rollout.prompt.token_ids, rollout.completion.token_ids
-    ids = torch.tensor([[*prompt, *response]])
-    with torch.no_grad():
-        logits = response_logits(lm, ids, torch.ones_like(ids, dtype=torch.bool), len(response))
-    return logprobs_of_labels(logits, torch.tensor([response]), 1.0)[0]
 
 
 def assert_sampled_from(lm: PreTrainedModel, engine: Any, tokenizer: PreTrainedTokenizerFast) -> list[str]:
@@ -232,10 +216,16 @@ class Served:
     """A policy, an engine over the server, and what that is given: its part and the tensors' names."""
 
     def __init__(
-        self, server: ServerProcess, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, weights: str
+        self,
+        server: ServerProcess,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        weights: Literal["broadcast", "files"],
+        **settings: Any,
     ) -> None:
-        self.lm = lm
+        self.lm = lm = make_adapted("llama", tokenizer, **settings)
         self.version = 0
+        self._tokenizer = tokenizer
         self.pool = pool_of(server, lm=lm, weights=weights)
         self.engine = engine_of(self.pool, tokenizer, lambda: self.version)
         self.given: list[tuple[str, set[str]]] = []
@@ -250,64 +240,82 @@ class Served:
 
         self.pool.servers[0].link.refit = watched  # pyright: ignore[reportAttributeAccessIssue]
 
+    def assert_sampled_from(self) -> list[str]:
+        """Gives texts."""
+        return assert_sampled_from(self.lm, self.engine, self._tokenizer)
+
+    def update(self, seed: int) -> None:
+        move_adapter(self.lm, seed)
+        self.version += 1
+
     def parts(self) -> list[str]:
         return [part for part, _ in self.given]
 
 
+@pytest.fixture
+def serve(server: ServerProcess, tokenizer: PreTrainedTokenizerFast) -> Iterator[Callable[..., Served]]:
+    """Makes a policy that the server samples from; closes what it has opened."""
+    made: list[Served] = []
+
+    def make(**settings: Any) -> Served:
+        made.append(Served(server, tokenizer, **settings))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.pool.close()
+
+
 @pytest.mark.parametrize("weights", ["broadcast", "files"])
 def test_server_samples_from_the_adapter_after_every_update(
-    weights: str, server: ServerProcess, tokenizer: PreTrainedTokenizerFast
+    weights: str, serve: Callable[..., Served]
 ) -> None:
-    lm = make_adapted("llama", tokenizer)
-    served = Served(server, lm, tokenizer, weights)
-    before = assert_sampled_from(lm, served.engine, tokenizer)
-    move_adapter(lm, 1)
-    served.version = 1
-    after = assert_sampled_from(lm, served.engine, tokenizer)
+    served = serve(weights=weights)
+    before = served.assert_sampled_from()
+    served.update(seed=1)
+    after = served.assert_sampled_from()
     assert served.parts() == ["base", "adapter", "adapter"]
-    assert served.given[0][1] == set(checkpoint_tensors(lm))
-    assert all(names == set(adapter_tensors(lm)) for _, names in served.given[1:])
+    assert served.given[0][1] == set(checkpoint_tensors(served.lm))
+    assert all(names == set(adapter_tensors(served.lm)) for _, names in served.given[1:])
     assert sum(one != other for one, other in zip(before, after, strict=True)) > 3
-    served.pool.close()
 
 
 def test_killed_server_gets_base_and_adapter_when_it_is_back(
-    server: ServerProcess, tokenizer: PreTrainedTokenizerFast
+    server: ServerProcess, serve: Callable[..., Served]
 ) -> None:
-    lm = make_adapted("llama", tokenizer)
-    served = Served(server, lm, tokenizer, "broadcast")
-    assert_sampled_from(lm, served.engine, tokenizer)
+    served = serve(weights="broadcast")
+    served.assert_sampled_from()
     server.kill()
     server.start()
     wait_until_ready(server)
-    move_adapter(lm, 2)
-    served.version = 1
-    assert_sampled_from(lm, served.engine, tokenizer)
+    served.update(seed=2)
+    served.assert_sampled_from()
     assert served.parts() == ["base", "adapter"] * 2
     health = served.pool.servers[0].link.health()
     assert health.stamp == served.pool.stamp(1) and health.base == served.pool.stamp(1).source
-    served.pool.close()
 
 
-def test_server_gets_a_policy_whole_that_it_has_no_room_for(
-    server: ServerProcess, tokenizer: PreTrainedTokenizerFast
+def test_server_gets_a_policy_whole_that_it_has_no_room_for(serve: Callable[..., Served]) -> None:
+    small = serve(weights="files")
+    small.assert_sampled_from()
+    assert small.parts() == ["base", "adapter"]
+    large = serve(weights="files", r=9)  # vLLM's next size above 6 is 8
+    large.assert_sampled_from()
+    assert large.parts() == ["whole"]
+    assert large.pool.servers[0].link.health().base is None
+
+
+def test_adapter_of_a_base_that_is_not_there_is_refused(
+    server: ServerProcess, serve: Callable[..., Served]
 ) -> None:
-    small = make_adapted("llama", tokenizer)
-    served = Served(server, small, tokenizer, "files")
-    assert_sampled_from(small, served.engine, tokenizer)
-    assert served.parts() == ["base", "adapter"]
-    served.pool.close()
-    large = make_adapted("llama", tokenizer, r=9)  # vLLM's next size above 6 is 8
-    served = Served(server, large, tokenizer, "files")
-    assert_sampled_from(large, served.engine, tokenizer)
-    assert served.parts() == ["whole"]
-    assert served.pool.servers[0].link.health().base is None
+    served = serve(weights="broadcast")
+    served.assert_sampled_from()
     link = ServerLink(server.address, READY_S)
     with pytest.raises(AstrayError, match="the base of another is not here"):
         link.refit(Given(stamp=Stamp(source="another", version=0), part="adapter", path="/nowhere"))
     link.close()
-    assert len(all_of(served.engine, prompts(tokenizer, "a"))) == 1
-    served.pool.close()
+    served.assert_sampled_from()
+    assert served.parts() == ["base", "adapter"]  # what it held it holds still
 
 
 def test_room_for_adapters_of_a_model_that_takes_none_is_refused(tmp_path: Path, lm: PreTrainedModel) -> None:

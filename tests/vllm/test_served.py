@@ -24,7 +24,7 @@ from conch.rollouts.served_engine import ServedEngine
 from conch.rollouts.server_pool import ServerPool
 from conch.types import Prompt, Rollout
 from tests.launches import ROOT, free_port
-from tests.vllm.conftest import CACHE_GB, make_lm
+from tests.vllm.conftest import CACHE_GB, make_lm, prompts
 from tests.vllm.test_colocated import TEXTS, assert_alike
 
 READY_S = 400.0
@@ -115,10 +115,6 @@ def engine_of(
 ) -> ServedEngine:
     config = GenerationConfig(**{"max_new_tokens": 24, "chunk_size": 8, **generation})
     return ServedEngine(pool, tokenizer, config, version=version, deadline_s=READY_S)
-
-
-def prompts(tokenizer: PreTrainedTokenizerFast, *texts: str) -> list[Prompt]:
-    return [Prompt(text, tuple(tokenizer(text)["input_ids"])) for text in texts]
 
 
 def all_of(engine: Any, given: list[Prompt], **settings: Any) -> list[Rollout]:
@@ -217,6 +213,38 @@ def test_what_dies_is_started_again_and_refitted_by_itself(
         kept.stop()
 
 
+def test_vllm_that_is_killed_as_it_loads_is_started_again(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, lm: GPT2LMHeadModel
+) -> None:
+    lm.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    kept = ServerProcess(tmp_path, free_port(), "restart=true")
+    link = ServerLink(kept.address, READY_S)
+    try:
+        first, core = loading(kept)
+        core.kill()
+        wait_until(link.health)
+        (server,) = kept.family()[0].children()
+        assert server.pid != first.pid
+    finally:
+        link.close()
+        kept.stop()
+
+
+def loading(kept: ServerProcess) -> tuple[psutil.Process, psutil.Process]:
+    """A keeper's server and vLLM's engine below it, as soon as that is there: it imports vLLM then."""
+    end = time.monotonic() + READY_S
+    while time.monotonic() < end:
+        for process in kept.family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if any("spawn_main" in part for part in process.cmdline()):
+                    server = process.parent()
+                    assert server is not None
+                    return server, process
+        time.sleep(0.05)
+    raise AssertionError("vLLM was not started")
+
+
 def engine_core(server: psutil.Process) -> psutil.Process:
     """vLLM's engine, which a server talks to: the largest of the processes below it."""
     return max(server.children(), key=lambda process: process.memory_info().rss)
@@ -236,6 +264,7 @@ def test_server_with_other_weights_or_another_end_refuses(
     pool.close()
     lost = pool_of(servers[0], lm=lm, weights="files")
     lost._files["whole"].path = lambda *_: Path("/nowhere/0.safetensors")  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.raises(RolloutError, match=r"no /nowhere/0.safetensors on this machine: set .*=broadcast"):
-        lost.ready(0)
+    no_file = r"no /nowhere/0.safetensors on this machine: set .*=broadcast"
+    with pytest.raises(RolloutError, match=no_file), lost.lease(0) as lease:
+        lost.ready(lease)
     lost.close()
