@@ -154,6 +154,11 @@ class GenerationConfig(Section):
     """Prompts generated at once per process. A served reward is asked for as soon as a completion has ended,
     a Python function's when its chunk has, while the next is generated."""
 
+    @property
+    def cuts(self) -> bool:
+        """Whether some tokens of the policy's are never sampled."""
+        return self.top_k > 0 or self.top_p < 1.0
+
 
 class RolloutConfig(Section):
     """What samples the completions that are learned from and evaluated on."""

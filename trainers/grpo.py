@@ -447,7 +447,7 @@ class GRPOTrainer:
         with clocked(seconds, "time/experience_s"):
             batch = self.experience(rollouts, rewards)
         if self.config.tracking.rollouts:
-            log_rollouts(self.engine, self.run, rollouts, rewards, kl_to_show(batch))
+            log_rollouts(self.engine, self.run, rollouts, rewards, kl_to_show(batch, self.config.generation))
         with clocked(seconds, "time/update_s"):
             metrics = {**self.experience_metrics, **self.update(batch), "grpo/draws": float(draws)}
         config = self.config.grpo
@@ -498,6 +498,8 @@ class GRPOTrainer:
         extra = None if self.reference is None else lambda rollouts: {"eval/kl": self.kl_to_start(rollouts)}
         return self.evaluator.run(tracker, step, repeats=repeats, extra=extra)
 
+    @with_whole_weights
+    @torch.no_grad()
     def kl_to_start(self, rollouts: Sequence[Rollout]) -> float:
         """KL(policy || starting policy) in nats per sample, estimated on `rollouts` of the current policy."""
         assert self.reference is not None, "`kl.coef=0` keeps no reference"

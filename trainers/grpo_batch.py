@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from conch.config import GenerationConfig
 from conch.experience import Sequences
 from conch.trainers.online import kl_of_each
 
@@ -56,10 +57,13 @@ def kl_of_samples(batch: GRPOBatch, logprobs: Float[Tensor, "B R"]) -> Float[Ten
     return kl_of_each(logprobs, batch.ref_logprobs, batch.sequences.response_mask)
 
 
-def kl_to_show(batch: GRPOBatch) -> Float[Tensor, " B"] | None:
-    """The same before the update, None where there is no reference. A step that makes no pass of the policy
-    before its update takes the log-probs under which the samples were drawn."""
-    if batch.ref_logprobs is None:
+def kl_to_show(batch: GRPOBatch, generation: GenerationConfig) -> Float[Tensor, " B"] | None:
+    """The same before the update; None where there is no reference.
+
+    A step that makes no pass of the policy before its update takes the log-probs under which the samples were
+    drawn, and None where top-k or top-p cut what they were drawn from: those are not the policy's.
+    """
+    if batch.ref_logprobs is None or (batch.old_logprobs is None and generation.cuts):
         return None
     known = batch.sequences.sampling_logprobs if batch.old_logprobs is None else batch.old_logprobs
     return kl_of_samples(batch, known)

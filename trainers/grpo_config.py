@@ -112,7 +112,7 @@ class GRPORunConfig(RunConfig):
     @model_validator(mode="after")
     def _settings_fit_each_other(self) -> GRPORunConfig:
         generation, grpo = self.generation, self.grpo
-        if grpo.sampler_correction is not None and (generation.top_k > 0 or generation.top_p < 1.0):
+        if grpo.sampler_correction is not None and generation.cuts:
             raise ValueError(
                 "`grpo.sampler_correction` compares whole distributions, but `generation.top_k` or `top_p` "
                 "cuts the sampler's: leave one of them out"

@@ -37,26 +37,35 @@ def check_kernels(config: ModelConfig, precision: str, given: PreTrainedModel | 
     Raises:
         ConfigError: a package is missing, there is no CUDA GPU, or the weights are in float32 and stay so.
     """
-    attention = config.attention or (given.config._attn_implementation if given is not None else None)
+    asked, attention = f"`model.attention={config.attention}`", config.attention
+    if attention is None and given is not None:
+        attention = given.config._attn_implementation
+        asked = f"the given model's attention, {attention},"
     if attention in _PACKAGES:
-        dtype = getattr(torch, config.dtype) if given is None else given.dtype
-        _check_flash(attention, dtype, precision)
+        _check_flash(attention, asked)
+        if precision == "no":
+            _check_half(asked, config, given)
     if config.liger:
         _check_liger()
 
 
-def _check_flash(attention: str, dtype: torch.dtype, precision: str) -> None:
-    setting = f"`model.attention={attention}`"
+def _check_flash(attention: str, asked: str) -> None:
+    """asked: where the attention was named."""
     module, package = _PACKAGES[attention]
     # With `kernels`, transformers takes builds of the hub where the package itself is missing.
     if find_spec(module) is None and find_spec("kernels") is None:
-        raise ConfigError(f"{setting} needs the package {package}: install it, or leave the setting out")
-    _check_gpu(setting)
-    if dtype not in (torch.float16, torch.bfloat16) and precision == "no":
+        raise ConfigError(f"{asked} needs the package {package}: install it, or set `model.attention=sdpa`")
+    _check_gpu(asked, "set `model.attention=sdpa`")
+
+
+def _check_half(asked: str, config: ModelConfig, given: PreTrainedModel | None) -> None:
+    dtype = getattr(torch, config.dtype) if given is None else given.dtype
+    remedy = "set `model.dtype=bfloat16`" if given is None else "load the model in bfloat16"
+    if dtype not in (torch.float16, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         raise ConfigError(
-            f"{setting} computes in half precision, the weights are in {name} and nothing casts them: set "
-            "`train.mixed_precision=bf16` or `model.dtype=bfloat16`"
+            f"{asked} computes in half precision, the weights are in {name} and nothing casts them: set "
+            f"`train.mixed_precision=bf16`, or {remedy}"
         )
 
 
@@ -65,14 +74,12 @@ def _check_liger() -> None:
         raise ConfigError(
             "`model.liger` needs the package liger-kernel: `pip install 'conch[liger]'`, or turn it off"
         )
-    _check_gpu("`model.liger`")
+    _check_gpu("`model.liger`", "turn it off")
 
 
-def _check_gpu(setting: str) -> None:
+def _check_gpu(asked: str, remedy: str) -> None:
     if not torch.cuda.is_available():
-        raise ConfigError(
-            f"{setting} needs a CUDA GPU, and torch sees none here: leave it out on this machine"
-        )
+        raise ConfigError(f"{asked} needs a CUDA GPU, and torch sees none here: {remedy} on this machine")
 
 
 def check_architecture(config: ModelConfig, auto_class: Any, model_config: PretrainedConfig) -> None:

@@ -133,8 +133,8 @@ def check_packing(lm: PreTrainedModel, max_tokens: int) -> None:
         )
     if not attends_by_mask(lm) and not attends_by_lengths(lm):
         raise ConfigError(
-            f"`sft.packing` needs attention that takes a mask, not {lm.config._attn_implementation!r}: load "
-            'the model with attn_implementation="sdpa"'
+            "`sft.packing` needs attention that takes a mask or lengths, not "
+            f"{lm.config._attn_implementation!r}: set `model.attention=sdpa`"
         )
     if not keeps_apart(lm):
         raise ConfigError(

@@ -61,7 +61,8 @@ class Sampling:
 
 
 _GPU_STRIDE = 8
-"""Steps between two looks at a GPU, each of which waits for it: a row ends 7 tokens late at most."""
+"""Steps between two looks at a GPU, each of which waits for it: a row ends 7 tokens late at most, and never
+behind the longest that a response may be, where the model may have no position."""
 
 _SPARE_COLUMNS = 64
 """Columns that buffers grow by."""
@@ -242,11 +243,17 @@ class SlotDecoder:
         tokens, logprobs = sampling.draw(sampling.scores(read, output.logits[:, -1]))
         self._last = tokens
         self._unseen.append((tokens, logprobs))
-        stride = _GPU_STRIDE if tokens.is_cuda and not sampling.wants_history else 1
-        if len(self._unseen) < stride:
+        if len(self._unseen) < self._stride(sampling):
             return []
         unseen, self._unseen = self._unseen, []
         return self._look(range(len(self._rows)), unseen)
+
+    def _stride(self, sampling: Sampling) -> int:
+        """Steps from one look to the next."""
+        if sampling.wants_history or not _waits_for(self._last.device):
+            return 1
+        longest = max(len(row.ids) for row in self._rows if row is not None)
+        return min(_GPU_STRIDE, self._max_new_tokens - longest)
 
     @property
     def _width(self) -> int:
@@ -302,6 +309,11 @@ class SlotDecoder:
         self._start, self._end, self._last, self._is_alive = (
             each[slots] for each in (self._start, self._end, self._last, self._is_alive)
         )
+
+
+def _waits_for(device: torch.device) -> bool:
+    """Whether looking at a tensor there waits for work that is under way."""
+    return device.type == "cuda"
 
 
 def pad_left(

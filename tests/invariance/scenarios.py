@@ -27,6 +27,7 @@ from conch.types import RewardResult, RewardStatus
 from tests.runs import (
     LINEAR_ADAM,
     TOKENIZER,
+    grpo_trainer,
     ilql_trainer,
     letters_rollout,
     parameters,
@@ -57,6 +58,12 @@ REWARDS = [
     *scored(1.0, -9.0, 0.5, 3.0, None, 1.5, -1.0),
     RewardResult(RewardStatus.OK, token_scores=(4.0,)),
 ]
+
+GROUPS = [
+    *(letters_rollout("ab", text) for text in ("bcdef", "e", "ghabc", "aaaa")),
+    *(letters_rollout("h", text, "stop") for text in ("h", "", "abcd", "f")),
+]
+GROUP_REWARDS = scored(1.0, -9.0, 0.5, None, 3.0, 1.5, -1.0, 2.0)
 
 
 def processes(folder: Path) -> dict[str, Any]:
@@ -154,6 +161,33 @@ def ppo(folder: Path) -> dict[str, Any]:
     }
 
 
+def grpo(folder: Path) -> dict[str, Any]:
+    """Two steps on given groups, a failed reward among them: the update finds the policy's log-probs, and the
+    KL that the adaptive weight goes by."""
+    trainer = grpo_trainer(
+        folder / "grpo",
+        lm=policy(**SMALL).double(),
+        optimizer=LINEAR_ADAM,
+        grpo={"kl": {"coef": 0.2, "target": 0.01, "horizon": 100}},
+        train={"gradient_accumulation_steps": 2},
+    )
+    rank, size = trainer.engine.rank, len(GROUPS) // trainer.engine.num_ranks
+    mine = slice(rank * size, (rank + 1) * size)
+    found: dict[str, Any] = {}
+    for step in range(2):
+        batch = trainer.experience(GROUPS[mine], GROUP_REWARDS[mine])
+        assert batch.old_logprobs is None
+        metrics = {**trainer.experience_metrics, **trainer.update(batch)}
+        found |= {f"{name} {step}": value for name, value in numbers(metrics).items()}
+    assert found["policy/kl 1"] != 0.0
+    return {
+        **found,
+        "kl_coef": trainer.kl_controller.coef,
+        "kl_to_start": trainer.kl_to_start(GROUPS[mine]),
+        "parameters": parameters(trainer.policy),
+    }
+
+
 def moments(folder: Path) -> dict[str, Any]:
     """Running moments of batches of unequal size, one of them empty on a rank."""
     engine, running = Engine(TrainConfig()), RunningMoments()
@@ -243,6 +277,7 @@ SCENARIOS = (
     pairs,
     ilql,
     ppo,
+    grpo,
     moments,
     rank_dependent,
     uneven_evaluation,

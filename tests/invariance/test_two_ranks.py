@@ -74,6 +74,7 @@ def test_there_are_truly_two_processes(ranks: list[dict[str, Found]], tmp_path: 
         ("pairs", 1e-4, 1e-6),
         ("ilql", 1e-4, 1e-6),
         ("ppo", 1e-4, 1e-6),
+        ("grpo", 1e-4, 1e-6),
         ("moments", 1e-12, 0.0),
     ],
 )

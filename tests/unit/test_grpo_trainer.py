@@ -199,7 +199,9 @@ def test_a_steps_only_update_finds_the_old_log_probs_itself(
         with caplog.at_level(logging.WARNING):
             metrics = {**trainer.experience_metrics, **trainer.update(batch)}
         assert calls == [False] * 3 * passes_first + [True] * 2
-        shown = kl_to_show(batch)
+        shown = kl_to_show(batch, trainer.config.generation)
+        cut = trainer.config.generation.model_copy(update={"top_k": 3})
+        assert (kl_to_show(batch, cut) is None) == (kl_coef == 0.0 or not passes_first)
         assert (shown is None) == (kl_coef == 0.0)
         if shown is not None and passes_first:
             assert metrics["policy/kl"] == pytest.approx(float(shown.mean())) != 0.0

@@ -20,7 +20,7 @@ from conch.models.kernels import check_kernels
 from conch.models.loading import load_lm, load_sequence_classifier
 from conch.rollouts.slots import pad_left
 from conch.trainers.common import given_or_loaded_lm
-from tests.runs import PROMPTS, ilql_trainer, policy, ppo_trainer, reward_trainer, sft_trainer
+from tests.runs import PROMPTS, grpo_trainer, ilql_trainer, policy, ppo_trainer, reward_trainer, sft_trainer
 from tests.tiny import decoder_shape, tiny_decoder
 from tests.varlen import NAME, reference_kernels
 
@@ -144,7 +144,7 @@ def test_flash_attention_takes_half_precision_of_weights_or_training(
     check_kernels(config(attention=attention, dtype="float16"), "no")
     check_kernels(config(attention=attention), "bf16")
     with pytest.raises(
-        ConfigError, match=r"weights are in float32.*`train.mixed_precision=bf16` or `model.dtype"
+        ConfigError, match=r"weights are in float32.*`train.mixed_precision=bf16`, or set `model.dtype"
     ):
         check_kernels(config(attention=attention), "no")
 
@@ -176,7 +176,10 @@ def test_a_given_model_is_asked_for_its_own_precision(installed: Any) -> None:
     installed("flash_attn")
     lm = policy()
     lm.config._attn_implementation = FLASH[0]
-    with pytest.raises(ConfigError, match="the weights are in float32"):
+    with pytest.raises(
+        ConfigError,
+        match=r"the given model's attention, flash_attention_2,.*in float32.*or load the model in bfloat16",
+    ):
         given_or_loaded_lm(lm, config(dtype="bfloat16"), "no")
     assert given_or_loaded_lm(lm.bfloat16(), config(), "no") is lm
 
@@ -185,11 +188,12 @@ def test_a_given_model_is_asked_for_its_own_precision(installed: Any) -> None:
     "make",
     [
         lambda folder, **settings: ppo_trainer(folder, **settings),
+        lambda folder, **settings: grpo_trainer(folder, **settings),
         lambda folder, **settings: sft_trainer(folder, PROMPTS, **settings),
         lambda folder, **settings: ilql_trainer(folder, PROMPTS, [0.0] * len(PROMPTS), **settings),
         lambda folder, **settings: reward_trainer(folder, SCORED, **settings),
     ],
-    ids=["ppo", "sft", "ilql", "reward model"],
+    ids=["ppo", "grpo", "sft", "ilql", "reward model"],
 )
 def test_trainers_refuse_before_they_begin(tmp_path: Path, installed: Any, make: Any) -> None:
     """The precision is that of accelerate, which no config names here."""

@@ -57,12 +57,17 @@ def counted(lm: PreTrainedModel) -> list[tuple[int, int]]:
     return shapes
 
 
-@pytest.mark.parametrize("spare", [1, 64], ids=["growing buffers", "wide buffers"])
+@pytest.mark.parametrize(
+    ("spare", "on_gpu"),
+    [(1, False), (64, False), (1, True)],
+    ids=["growing buffers", "wide buffers", "as on a GPU"],
+)
 @pytest.mark.parametrize("family", DECODERS)
 def test_rows_in_few_slots_are_what_they_are_alone(
-    family: str, spare: int, monkeypatch: pytest.MonkeyPatch
+    family: str, spare: int, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slots, "_SPARE_COLUMNS", spare)
+    monkeypatch.setattr(slots, "_waits_for", lambda _device: on_gpu)
     lm = tiny_decoder(family)
     settings: dict[str, Any] = {"max_new_tokens": 9, "stop": ("c", "ab", "q")}
     found = sample(lm, TEXTS, greedy=True, chunk_size=3, **settings)
@@ -114,6 +119,17 @@ def test_a_free_slot_whose_columns_are_not_looked_at_any_more_does_no_harm() -> 
     texts = ["klmnopqrst", *"tttt", *"aaaa"]
     found = sample(lm, texts, chunk_size=5, max_new_tokens=6)
     assert [r.completion.text for r in found] == ["u"] * 5 + ["bcdefg"] * 4
+
+
+@pytest.mark.parametrize("longest", range(2, 12))
+def test_rows_that_are_seldom_looked_at_end_where_the_model_has_no_more_positions(
+    longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "_waits_for", lambda _device: True)
+    lm = tiny_decoder("gpt2", n_positions=5 + longest)
+    found = sample(lm, TEXTS, chunk_size=4, max_new_tokens=longest)
+    assert max(len(r.completion.token_ids) for r in found) == longest
+    assert max(map(len, TEXTS)) == 5
 
 
 class Forbid(LogitsProcessor):
