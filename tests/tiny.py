@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -159,3 +161,17 @@ def cycle_decoder(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
         lm.transformer.wte.weight.copy_(torch.eye(size))
         lm.lm_head.weight.zero_()[order.roll(-1), order] = 100.0
     return lm
+
+
+def padded_batch(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int
+) -> tuple[Tensor, Tensor, int]:
+    """Ids and mask [B, T] of prompts padded left and responses padded right, wider than need be on both
+    sides, and the columns of responses."""
+    wide, long = max(map(len, prompts)) + 2, max(1, *map(len, responses)) + 1
+    ids = torch.full((len(prompts), wide + long), pad_id)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        place = slice(wide - len(prompt), wide + len(response))
+        ids[row, place], mask[row, place] = torch.tensor([*prompt, *response]), True
+    return ids, mask, long

@@ -167,7 +167,7 @@ class GRPOTrainer:
         choose_trainable(lm, config.model)
         lm.to(engine.device)  # pyright: ignore[reportArgumentType]
         self.layout = Layout(lm)
-        self.policy = Policy(lm).to(engine.device)
+        self.policy = Policy(lm)
         engine.prepare(
             self.policy,
             config.optimizer,
@@ -180,8 +180,10 @@ class GRPOTrainer:
                 self.reference = build_reference(lm, config.model.num_layers_unfrozen)
         # Without all of these the log-probs of the one update's own forward pass serve as the old ones, too.
         self._passes_first = (
-            (self.reference is not None and not self.reference.stands_alone)
-            or (self.reference is not None and config.grpo.kl.placement == "reward")
+            (
+                self.reference is not None
+                and (not self.reference.stands_alone or config.grpo.kl.placement == "reward")
+            )
             or config.grpo.epochs * config.grpo.minibatches > 1
             or config.grpo.sampler_correction is not None
             or not config.model.disable_dropout

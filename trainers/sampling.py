@@ -102,7 +102,7 @@ class Samplers:
         """As `rollout.dtype` says; `auto` is what the policy's forward passes run in."""
         if self._config.dtype != "auto":
             return getattr(torch, self._config.dtype)
-        return _PRECISIONS.get(self._engine.accelerator.mixed_precision, self._lm().dtype)
+        return _PRECISIONS.get(self._engine.precision, self._lm().dtype)
 
     def close(self) -> None:
         """Give back what sampling holds."""

@@ -116,7 +116,6 @@ class _Work:
         self._waiting: deque[Portion] = deque()
         self._missing: set[int] = set()
         self._astray = 0
-        self._closed = False
 
     def finished(
         self, prompts: Sequence[Prompt], portions: Sequence[Portion]
@@ -125,20 +124,17 @@ class _Work:
         self._waiting.extend(portions)
         self._missing = {place for each in portions for column in each.places for place in column}
         heard = time.monotonic()
-        try:
-            while self._missing:
-                self._launch()
-                landed = self._landed(prompts)
-                if landed:
-                    heard = time.monotonic()
-                    yield landed
-                elif time.monotonic() - heard > self._deadline_s:
-                    raise RolloutUnavailableError(
-                        f"{len(self._missing)} completions are missing, and no server sent one for "
-                        f"`rollout.deadline_s` = {self._deadline_s:g}"
-                    )
-        finally:
-            self._closed = True
+        while self._missing:
+            self._launch()
+            landed = self._landed(prompts)
+            if landed:
+                heard = time.monotonic()
+                yield landed
+            elif time.monotonic() - heard > self._deadline_s:
+                raise RolloutUnavailableError(
+                    f"{len(self._missing)} completions are missing, and no server sent one for "
+                    f"`rollout.deadline_s` = {self._deadline_s:g}"
+                )
 
     def _launch(self) -> None:
         """Ask for what waits, as far as servers have room; look after those that are away."""
@@ -175,7 +171,7 @@ class _Work:
         count = 0
         try:
             for line in server.link.completions(asked):
-                if self._closed:
+                if self._lease.is_over:
                     break
                 self._events.put((server, portion.places[line.prompt][line.sample], line))
                 count += 1
@@ -219,7 +215,7 @@ class _Work:
         server, portion, error = ended.server, ended.portion, ended.error
         server.tokens -= ended.tokens
         server.rows -= portion.rows
-        if error is None or self._closed:
+        if error is None:
             return
         if not isinstance(error, RolloutUnavailableError):
             raise error

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
@@ -28,7 +27,7 @@ from conch.models.trainable import checkpoint_activations
 from conch.ops import entropy
 from conch.trainers.sft import token_loss_sum
 from tests.runs import LINEAR_ADAM, grpo_trainer, parameters, policy, ppo_trainer, sft_trainer
-from tests.tiny import DECODERS, decoder_shape, tiny_decoder
+from tests.tiny import DECODERS, decoder_shape, padded_batch, tiny_decoder
 from tests.varlen import NAME, reference_kernels
 
 PAD = 21
@@ -43,16 +42,6 @@ TAKERS = ("gpt2", "llama", "qwen2", "qwen3", "gpt_neox", "opt")
 def kernels() -> Iterator[None]:
     with reference_kernels():
         yield
-
-
-@pytest.fixture
-def fresh_accelerate() -> Iterator[None]:
-    """accelerate remembers a process's precision; forget it before and after."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def decoder(family: str, **overrides: Any) -> PreTrainedModel:
@@ -73,13 +62,7 @@ def reading_lengths(lm: PreTrainedModel) -> PreTrainedModel:
 def a_batch(
     prompts: list[list[int]] = PROMPTS, responses: list[list[int]] = RESPONSES
 ) -> tuple[Tensor, Tensor, int]:
-    wide, long = max(map(len, prompts)) + 2, max(1, *map(len, responses)) + 1
-    ids = torch.full((len(prompts), wide + long), PAD)
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        place = slice(wide - len(prompt), wide + len(response))
-        ids[row, place], mask[row, place] = torch.tensor([*prompt, *response]), True
-    return ids, mask, long
+    return padded_batch(prompts, responses, PAD)
 
 
 def awake(module: PolicyWithValue) -> PolicyWithValue:

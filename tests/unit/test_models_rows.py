@@ -16,7 +16,7 @@ from conch.models.reference import build_reference
 from conch.models.rows import Layout, Rows, padded_rows
 from conch.ops import logprobs_of_labels
 from tests.runs import LINEAR_ADAM, grpo_trainer, parameters, policy, ppo_trainer
-from tests.tiny import DECODERS, tiny_decoder
+from tests.tiny import DECODERS, padded_batch, tiny_decoder
 
 PAD = 21
 PROMPTS = [[1, 2, 3, 4], [5, 6], [1, 2, 3, 4], [1, 2, 3, 4], [7, 8, 9], [2]]
@@ -27,13 +27,7 @@ RESPONSES = [[10, 11, 12], [13, 14, 15, 16, 17], [18, 17], [], [19, 20], [3, 3, 
 def a_batch(
     prompts: list[list[int]] = PROMPTS, responses: list[list[int]] = RESPONSES
 ) -> tuple[Tensor, Tensor, int]:
-    wide, long = max(map(len, prompts)) + 2, max(1, *map(len, responses)) + 1
-    ids = torch.full((len(prompts), wide + long), PAD)
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        place = slice(wide - len(prompt), wide + len(response))
-        ids[row, place], mask[row, place] = torch.tensor([*prompt, *response]), True
-    return ids, mask, long
+    return padded_batch(prompts, responses, PAD)
 
 
 def awake(policy: PolicyWithValue) -> PolicyWithValue:

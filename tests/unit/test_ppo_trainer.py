@@ -6,13 +6,13 @@ import copy
 import json
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 from transformers import GPT2LMHeadModel
 
 from conch.errors import ConfigError, DataError, ModelError
@@ -49,16 +49,6 @@ SCORES = (1.0, -2.0, 0.5, 3.0, 0.0, 1.5, -1.0, 2.0)
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     return tmp_path / "run"
-
-
-@pytest.fixture
-def fresh_accelerate() -> Iterator[None]:
-    """accelerate remembers a process's precision; forget it before and after."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def token_logprobs(lm: GPT2LMHeadModel, rollout: Rollout, temperature: float = 1.0) -> torch.Tensor:
