@@ -37,6 +37,7 @@ from conch.config import OptimizerConfig, SchedulerConfig, TrainConfig
 from conch.errors import CheckpointError, ConchError, ConfigError, DistributedError
 from conch.heap import keep_heap
 from conch.launched import launched_processes, leave_with_launcher
+from conch.ops import at_least_float32
 
 # Tied weights are saved once, and loaded as what they are; nobody has to check anything.
 logging.getLogger("accelerate.utils.other").addFilter(
@@ -216,7 +217,7 @@ class Engine:
         for micro_batch in micro_batches:
             with _peer_loss_explained(), self.accelerator.accumulate(self.module):
                 loss = loss_of(micro_batch)
-                total += loss.detach().float()
+                total = total + at_least_float32(loss.detach())
                 self.accelerator.backward(loss * (steps * self.num_ranks))
                 if self.accelerator.sync_gradients:
                     grad_norm, skipped = self._step()

@@ -158,6 +158,11 @@ def kl_loss_terms(
     return smooth + (kl_estimate(logprobs, reference_logprobs, estimator) - smooth).detach()
 
 
+def head_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Precision of a head on a trunk of this dtype: float32, or float64 where the trunk has it."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def at_least_float32(values: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
     """The same values in float32, or untouched where they are float64 already."""
     return values if values.dtype == torch.float64 else values.float()

@@ -16,6 +16,7 @@ from conch.trainers.grpo import GRPORunConfig, GRPOTrainer
 from conch.trainers.ilql import ILQLRunConfig, ILQLTrainer
 from conch.trainers.ppo import PPORunConfig, PPOTrainer
 from conch.trainers.reward_model import RewardModelRunConfig, RewardModelTrainer
+from conch.trainers.rft import RFTRunConfig, RFTTrainer
 from conch.trainers.sft import SFTRunConfig, SFTTrainer
 from conch.types import Completion, FinishReason, Prompt, RewardResult, RewardStatus, Rollout
 from tests.tiny import char_tokenizer, tiny_gpt2_config
@@ -33,8 +34,20 @@ def policy(seed: int = 0, **overrides: Any) -> GPT2LMHeadModel:
     """A random language model whose next-token distributions are far from uniform."""
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(tiny_gpt2_config(TOKENIZER, **overrides))
-    shake(model, 0.15, seed)
+    redraw(model, 0.15, seed)
     return model
+
+
+def redraw(module: torch.nn.Module, size: float, seed: int = 1) -> None:
+    """Normal weights of this size, around 1 in norms: the same on every processor.
+
+    `torch.randn` of float32 is not: its vectorised kernels round other than its plain one. In float64 there
+    is only the plain one.
+    """
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(1.0 if parameter.ndim == 1 and parameter.mean() > 0.5 else 0.0)
+    shake(module, size, seed)
 
 
 def shake(model: torch.nn.Module, size: float, seed: int = 1) -> None:
@@ -201,6 +214,30 @@ def reward_trainer(run_dir: Path, samples: Sequence[Any], **settings: Any) -> Re
     )
     shake(trainer.model, noise)
     return trainer
+
+
+def rft_trainer(run_dir: Path, *, lm: PreTrainedModel | None = None, **settings: Any) -> RFTTrainer:
+    """A trainer of 4 completions of up to 5 tokens for each of 8 prompts, two steps a round.
+
+    settings: sections of the run config, `reward_fn`, `prompts`, `eval_prompts`, `metric_fn`.
+    """
+    names = ("prompts", "eval_prompts", "metric_fn")
+    given = {name: settings.pop(name) for name in names if name in settings}
+    reward = settings.pop("reward_fn", vowels)
+    rft = {"n_generations_per_prompt": 4, "n_improve_steps": 2, "batch_size": 8, "updates_per_step": 2}
+    values = _merged(
+        {
+            "model": {"architecture": {"model_type": "gpt2"}},
+            "generation": {"max_new_tokens": 5},
+            "rft": {**rft, "start_percentile": 0.5, "end_percentile": 0.9},
+            "train": {"total_steps": 6, "run_dir": run_dir, "max_grad_norm": 1e6},
+        },
+        settings,
+    )
+    return RFTTrainer(
+        load(RFTRunConfig, values),
+        **{"reward": reward, "prompts": PROMPTS, "tokenizer": TOKENIZER, "model": lm or policy(), **given},
+    )
 
 
 def letters_rollout(

@@ -66,6 +66,7 @@ from conch.experience import take_rows
 from conch.models.kernels import check_kernels
 from conch.models.loading import context_window, load_sequence_classifier
 from conch.models.trainable import choose_trainable
+from conch.ops import at_least_float32
 from conch.tracking import Tracker
 from conch.trainers.common import (
     check_vocabulary,
@@ -138,8 +139,9 @@ class RewardModelRunConfig(RunConfig):
 
 
 def scores_of(model: nn.Module, texts: Texts) -> Float[Tensor, "B K"]:
-    """One float32 score per text and objective."""
-    return model(input_ids=texts.input_ids, attention_mask=texts.attention_mask.long()).logits.float()
+    """One score per text and objective, in float32 at least."""
+    scores = model(input_ids=texts.input_ids, attention_mask=texts.attention_mask.long()).logits
+    return at_least_float32(scores)
 
 
 def scores_and_loss(

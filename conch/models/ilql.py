@@ -25,7 +25,7 @@ from conch.config import ModelConfig
 from conch.errors import ModelError
 from conch.models.loading import load_lm
 from conch.models.policy import HEADS_FILE, captured_head_input, response_logits_and_states
-from conch.ops import at_least_float32
+from conch.ops import at_least_float32, head_dtype
 
 DECODING_FILE = "ilql.json"
 """Number of heads and how to decode, beside the weights."""
@@ -39,7 +39,7 @@ _GENERATE_KEYS = ("max_new_tokens", "temperature", "top_k", "top_p", "eos_token_
 class ILQLOutput:
     """logits: [B, R, V], of each response token given all before it. qs: of each Q head, the values [B, R, V]
     of all tokens. target_q: [B, R], the least that a target head gives the response token, without gradient.
-    values: [B, R]. All but the logits are float32."""
+    values: [B, R]. All but the logits are float32 at least."""
 
     logits: Float[Tensor, "B R V"]
     qs: tuple[Float[Tensor, "B R V"], ...]
@@ -58,7 +58,7 @@ class Head(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, states: Float[Tensor, "*S D"]) -> Float[Tensor, "*S V"]:
-        """Outputs of each state, in float32."""
+        """Outputs of each state, in float32 at least."""
         return at_least_float32(self.out(torch.relu(self.hidden(states.to(self.hidden.weight.dtype)))))
 
 
@@ -99,9 +99,10 @@ class ILQLPolicy(nn.Module):
         super().__init__()
         vocabulary, width = _head_shape(lm)
         self.lm = lm
-        self.q_heads = nn.ModuleList(Head(width, vocabulary) for _ in range(num_q_heads))
+        dtype = head_dtype(lm.dtype)
+        self.q_heads = nn.ModuleList(Head(width, vocabulary) for _ in range(num_q_heads)).to(dtype)
         self.target_q_heads = TargetHeads(self.q_heads)
-        self.value_head = Head(width, 1)
+        self.value_head = Head(width, 1).to(dtype)
         self.decoding = dict(decoding or {})
         if logit_mask is not None:
             _check_mask(logit_mask, vocabulary)

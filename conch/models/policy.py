@@ -27,7 +27,7 @@ from conch.models.adapter import base_of, has_adapter, merge_in_place
 from conch.models.loading import decoder_layers
 from conch.models.packing import attention_inputs, trial_precision
 from conch.models.replay import StandIn, Trunk, name_of
-from conch.ops import at_least_float32, position_ids
+from conch.ops import at_least_float32, head_dtype, position_ids
 
 HEADS_FILE = "heads.safetensors"
 """Value heads and the like, beside the Hugging Face weights; `from_pretrained` does not look at it."""
@@ -42,7 +42,7 @@ Chosen = int | Int[Tensor, " K"]
 
 @dataclass(frozen=True)
 class PolicyOutput:
-    """logits: [B, R, V], of each response token given all before it. values: [B, R], float32."""
+    """logits: [B, R, V], of each response token given all before it. values: [B, R], at least float32."""
 
     logits: Float[Tensor, "B R V"]
     values: Float[Tensor, "B R"]
@@ -59,7 +59,7 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, states: Float[Tensor, "B R D"]) -> Float[Tensor, "B R"]:
-        """One value per state, in float32."""
+        """One value per state, in float32 at least."""
         values = self.out(torch.relu(self.hidden(states.to(self.hidden.weight.dtype)))).squeeze(-1)
         return at_least_float32(values)
 
@@ -157,7 +157,7 @@ class PolicyWithValue(nn.Module):
         super().__init__()
         self.lm = lm
         self.value_branch = ValueBranch(lm, num_value_layers) if num_value_layers else None
-        self.value_head = ValueHead(_head_width(lm))
+        self.value_head = ValueHead(_head_width(lm)).to(head_dtype(lm.dtype))
 
     def forward(
         self,

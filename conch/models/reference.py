@@ -1,5 +1,11 @@
 """The frozen starting policy that PPO measures its distance from.
 
+Until the first update its logits equal the policy's bit for bit, on any processor: both run the same
+operations on tensors of the same shapes, and the copies keep each weight's `requires_grad`, though nothing
+here computes a gradient. torch multiplies differently by a frozen weight (`should_fold` in ATen's
+LinearAlgebra.cpp, 2.13): the rows that `logits_to_keep` leaves are not contiguous, and meet a weight that
+learns in one `mm`, a frozen one in a `bmm`. The two may round apart, and the first KL would not be 0.
+
 Three kinds with one interface: a full copy, a shared trunk, and the trained model with its adapter off. The
 shared trunk costs the memory and the time of the top blocks only, see `conch.models.replay`; the adapter's
 reference costs no memory, and the time of a whole forward pass.
@@ -68,7 +74,7 @@ class FullCopyReference:
     stands_alone = True
 
     def __init__(self, lm: PreTrainedModel) -> None:
-        self._lm = copy.deepcopy(lm).eval().requires_grad_(False)
+        self._lm = copy.deepcopy(lm).eval()
 
     def recording(self) -> AbstractContextManager[None]:
         """Nothing to record: the copy runs on its own."""
@@ -124,7 +130,7 @@ class SharedTrunkReference:
     def __init__(self, lm: PreTrainedModel, num_layers_unfrozen: int) -> None:
         self._trunk = Trunk(lm, num_layers_unfrozen)
         frozen = [p for p in lm.parameters() if not p.requires_grad]
-        self._lm = self._trunk.copy_top([*frozen, *lm.buffers()]).eval().requires_grad_(False)
+        self._lm = self._trunk.copy_top([*frozen, *lm.buffers()]).eval()
 
     def recording(self) -> AbstractContextManager[None]:
         """Remember what the trunk puts out."""

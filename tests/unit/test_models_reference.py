@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from conch.models.loading import decoder_layers, freeze_trunk
@@ -14,6 +17,7 @@ from conch.models.policy import PolicyWithValue, response_logits
 from conch.models.reference import FullCopyReference, Reference, SharedTrunkReference, build_reference
 from tests.tiny import LANGUAGE_MODELS, tiny_decoder
 
+PRODUCTS = {getattr(torch.ops.aten, name).default for name in ("mm", "bmm", "addmm", "baddbmm")}
 RESPONSE = 4
 UNFROZEN = [-1, 1, 2, 3]
 
@@ -116,11 +120,56 @@ def test_nothing_of_the_reference_is_trainable_and_its_mode_is_evaluation(unfroz
     lm = tiny_decoder("gpt2").train()
     freeze_trunk(lm, unfrozen)
     was_trainable = [p.requires_grad for p in lm.parameters()]
-    model = reference_model(build_reference(lm, unfrozen))
+    reference = build_reference(lm, unfrozen)
+    with reference.recording():
+        response_logits(lm, *a_batch())
 
-    assert not any(p.requires_grad for p in model.parameters())
-    assert not any(module.training for module in model.modules())
+    assert not reference.logits(*a_batch()).requires_grad
+    assert not any(module.training for module in reference_model(reference).modules())
     assert [p.requires_grad for p in lm.parameters()] == was_trainable and lm.training
+
+
+class Operations(TorchDispatchMode):
+    """Collects the operations that run inside, each with the shapes and strides of its tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        self.found.append((func, *((each.shape, each.stride(), each.dtype) for each in tensors)))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
+@torch.no_grad()
+def test_full_copy_runs_the_operations_of_the_policy(family: str) -> None:
+    """Equal on every processor, not only where two kernels happen to round alike."""
+    lm = tiny_decoder(family)
+    reference, ran = build_reference(lm, -1), []
+    for run in (lambda: response_logits(lm, *a_batch()), lambda: reference.logits(*a_batch())):
+        with Operations() as operations:
+            run()
+        ran.append(operations.found)
+
+    assert len(ran[0]) > 20 and ran[0] == ran[1]
+
+
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
+@torch.no_grad()
+def test_shared_trunk_ends_in_the_operations_of_the_policy(family: str) -> None:
+    lm = tiny_decoder(family)
+    freeze_trunk(lm, 1)
+    reference = build_reference(lm, 1)
+    with reference.recording(), Operations() as whole:
+        response_logits(lm, *a_batch())
+    with Operations() as top:
+        reference.logits(*a_batch())
+    products = [[each for each in operations.found if each[0] in PRODUCTS] for operations in (whole, top)]
+
+    assert len(products[0]) > len(products[1]) >= 4, "attention, perceptron and head of one block"
+    assert products[0][-len(products[1]) :] == products[1]
 
 
 def test_encoder_of_the_trunk_runs_once_for_policy_and_reference() -> None:

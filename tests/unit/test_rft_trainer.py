@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,57 +16,27 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from conch.checkpoint import steps_of
-from conch.config import load
 from conch.errors import ConfigError, RewardInvalidError
-from conch.trainers.rft import Candidates, RFTRunConfig, RFTTrainer
+from conch.trainers.rft import Candidates, RFTTrainer
 from tests.clock import CLOCK
 from tests.runs import (
     EOS,
     LINEAR_ADAM,
     PROMPTS,
-    TOKENIZER,
     letters_rollout,
     parameters,
     policy,
+    rft_trainer,
     scored,
     vowels,
 )
 
-BASE: dict[str, dict[str, Any]] = {
-    "model": {"architecture": {"model_type": "gpt2"}},
-    "generation": {"max_new_tokens": 5},
-    "rft": {
-        "n_generations_per_prompt": 4,
-        "n_improve_steps": 2,
-        "start_percentile": 0.5,
-        "end_percentile": 0.9,
-        "batch_size": 8,
-        "updates_per_step": 2,
-    },
-    "train": {"total_steps": 6, "max_grad_norm": 1e6},
-}
 # At percentile 0.5 one of each prompt's two is kept: [2, 3, eos] and [4].
 POOL = [
     Candidates((0,), ((2, 3, EOS), (1,)), (1.0, 0.0)),
     Candidates((5, 6), ((4,), (7, 7, 7)), (2.0, 1.0)),
 ]
 LEARNED = [([0, 2, 3, EOS], 1), ([5, 6, 4], 2)]
-
-
-def rft_trainer(run_dir: Path, *, lm: GPT2LMHeadModel | None = None, **settings: Any) -> RFTTrainer:
-    """A trainer of 4 completions of up to 5 tokens for each of 8 prompts.
-
-    settings: sections of the run config, `reward_fn`, and keyword arguments of the trainer.
-    """
-    names = ("prompts", "eval_prompts", "metric_fn")
-    given = {name: settings.pop(name) for name in names if name in settings}
-    reward: Callable[..., Any] = settings.pop("reward_fn", vowels)
-    sections = {name: {**BASE.get(name, {}), **settings.get(name, {})} for name in {*BASE, *settings}}
-    sections["train"]["run_dir"] = run_dir
-    return RFTTrainer(
-        load(RFTRunConfig, sections),
-        **{"reward": reward, "prompts": PROMPTS, "tokenizer": TOKENIZER, "model": lm or policy(), **given},
-    )
 
 
 @pytest.fixture
