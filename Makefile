@@ -13,16 +13,17 @@ SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12)
 # One process a core, at most four; a file's tests stay together, since they share what is slow to set up.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+USUAL := not slow and not gpu and not int8 and not vllm
 
 # DeepSpeed would compile its CUDA kernels at installation; it builds the few it uses at run time.
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart check format test unit test-slow test-int8 vllm-test wheel clean
+.PHONY: help install quickstart check format test unit test-slow test-int8 test-elsewhere vllm-test wheel clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) \
-		| awk 'BEGIN {FS = ":.*## "} {printf "  make %-12s %s\n", $$1, $$2}'
+		| awk 'BEGIN {FS = ":.*## "} {printf "  make %-14s %s\n", $$1, $$2}'
 	@echo
 	@echo "  Variables: PYTHON=python3.12 (for install), SEED=1 and ARGS=\"key=value ...\" (for quickstart; ARGS for tests too)"
 
@@ -53,7 +54,7 @@ format: $(STAMP)  ## rewrite the sources as `make check` wants them
 	$(BIN)/python -m ruff format .
 
 test: check  ## check, then unit and integration tests: what .ci/run calls
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu and not int8 and not vllm" $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "$(USUAL)" $(ARGS)
 
 unit: $(STAMP)  ## unit tests alone
 	$(BIN)/python -m pytest $(PARALLEL) tests/unit $(ARGS)
@@ -65,6 +66,9 @@ test-slow: $(STAMP)  ## the tests that `make test` leaves out for their length
 test-int8: $(STAMP)  ## the tests that need torchao, which is fetched into .int8/
 	test -d .int8/torchao || $(PIP) install --no-deps --constraint constraints.txt --target .int8 torchao
 	PYTHONPATH=.int8 $(BIN)/python -m pytest -m int8 $(ARGS)
+
+test-elsewhere: $(STAMP)  ## as root: the tests as on a machine of somebody else's; tests/elsewhere.sh says how
+	tests/elsewhere.sh $(PARALLEL) -m "$(USUAL)" $(ARGS)
 
 vllm-test:  ## the tests that need vLLM, in .venv-vllm, an environment with it that is made first
 	PYTHON=$(PYTHON) tests/vllm_env.sh
