@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,7 @@ _WILDCARDS = ("0.0.0.0", "::", "")
 _GRACE_S = EXIT_TIMEOUT_S + 5.0
 _STOP_DEADLINE_S = _GRACE_S + 25.0
 _PORT_TRIES = 3
+_OTHER_TEMPORARY_FOLDERS = ("/tmp", "/var/tmp")
 _LOG_TAIL_LINES = 20
 # What tritonserver prints when the port went to somebody else between our look and its bind.
 _PORT_LOST = "already in use"
@@ -294,7 +296,7 @@ class TritonServer:
 
     def _spawn(self, known: frozenset[str]) -> None:
         assert self.log_file is not None
-        scratch = Path(tempfile.mkdtemp(prefix="conch-triton-"))
+        scratch = scratch_folder()
         shm_prefix = f"conch_{os.getpid()}_{secrets.token_hex(4)}_"
         self._cleanup = (shm_prefix, str(scratch))
         runtime, settings = self.options.runtime, self._settings()
@@ -372,6 +374,22 @@ class TritonServer:
         self._guard = None
         guard.clean_up(*self._cleanup)  # for a guard that was killed
         return code
+
+
+def scratch_folder() -> Path:
+    """A new temporary folder whose path needs no quotes: the server's back end hands it to a shell bare.
+
+    Raises:
+        ServerStartError: no such folder can be made.
+    """
+    usual = tempfile.gettempdir()
+    for parent in (usual, *_OTHER_TEMPORARY_FOLDERS):
+        if shlex.quote(parent) == parent and os.access(parent, os.W_OK | os.X_OK):
+            return Path(tempfile.mkdtemp(prefix="conch-triton-", dir=parent))
+    raise ServerStartError(
+        f"the temporary folder {usual!r} has a space or another character in its name that tritonserver's "
+        "python back end does not take; set TMPDIR to one without, for example TMPDIR=/var/tmp"
+    )
 
 
 class _PortLostError(ServerStartError):

@@ -75,6 +75,16 @@ def test_server_serves_on_the_asked_port_and_leaves_nothing(store: Path, tmp_pat
     assert "successfully loaded" in (tmp_path / "logs" / "server.log").read_text()
 
 
+def test_server_serves_where_folders_have_spaces_in_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spaced = tmp_path / "some files"
+    store_model(spaced / "store", MODEL)
+    monkeypatch.setattr("tempfile.tempdir", str(spaced))
+    with TritonServer(spaced / "store", [MODEL]) as server:
+        assert server.log_file is not None and server.log_file.parent == spaced
+
+
 def test_stop_ends_the_server_though_a_forked_child_holds_the_pipe(store: Path) -> None:
     server = TritonServer(store, [MODEL])
     server.start()

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from conch.errors import ModelStoreError, ServerStartError
+from conch.serving import launcher
 from conch.serving.bundle import check_model_python, check_platform, find_bundle
-from conch.serving.launcher import TritonServer
+from conch.serving.launcher import TritonServer, scratch_folder
 from tests.stores import store_model
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -120,3 +121,27 @@ def test_stop_before_start_does_nothing(tmp_path: Path) -> None:
     server = TritonServer(tmp_path, ["lengths"])
     server.stop()
     assert not server.is_running
+
+
+@pytest.fixture
+def spaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The temporary folder, whose name would be two words to a shell."""
+    folder = tmp_path / "some files"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return folder
+
+
+def test_scratch_folder_is_no_two_words_to_a_shell(spaced: Path) -> None:
+    folder = scratch_folder()
+    folder.rmdir()
+
+    assert spaced not in folder.parents and " " not in str(folder)
+
+
+def test_scratch_folder_that_cannot_be_is_told_with_a_remedy(
+    spaced: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "_OTHER_TEMPORARY_FOLDERS", ("/nowhere",))
+    with pytest.raises(ServerStartError, match=r"some files' has a space .* set TMPDIR to one without"):
+        scratch_folder()
