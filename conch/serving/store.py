@@ -34,6 +34,8 @@ EMBEDDED_CONFIG = f"configs/{EMBEDDED_NAME}.pbtxt"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _AGAIN = "convert the model again with conch-to-triton"
+# Conversions keep to the umask of whoever runs them, and a server may be somebody else.
+_LET_READ = "whoever made it must let this user read it: chmod -R a+rX {}"
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -102,17 +104,28 @@ def list_models(model_store: Path) -> list[str]:
             if is_valid_name(entry.name) and (entry / CONFIG).is_file()
         )
     except OSError as error:
+        remedy = "give an existing folder, or make one with conch-to-triton"
+        if isinstance(error, PermissionError):
+            remedy = _LET_READ.format(model_store)
         raise ModelStoreError(
-            f"model store {model_store} cannot be read ({error.strerror}); "
-            "give an existing folder, or make one with conch-to-triton"
+            f"model store {model_store} cannot be read ({error.strerror}); {remedy}"
         ) from error
 
 
 def versions(model_store: Path, name: str) -> list[int]:
-    """Version numbers of a model, ascending; empty for a model that is not there."""
+    """Version numbers of a model, ascending; empty for a model that is not there.
+
+    Raises:
+        ModelStoreError: this user may not look.
+    """
     folder = model_store / name
-    entries = folder.iterdir() if folder.is_dir() else ()
-    return sorted(int(entry.name) for entry in entries if entry.name.isdecimal() and entry.is_dir())
+    try:
+        entries = folder.iterdir() if folder.is_dir() else ()
+        return sorted(int(entry.name) for entry in entries if entry.name.isdecimal() and entry.is_dir())
+    except PermissionError as error:
+        raise ModelStoreError(
+            f"{folder} cannot be read ({error.strerror}); {_LET_READ.format(folder)}"
+        ) from error
 
 
 def latest_version(model_store: Path, name: str) -> int:
@@ -292,6 +305,8 @@ def _read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError as error:
         raise ModelStoreError(f"{path} is missing; {_AGAIN}") from error
+    except PermissionError as error:
+        raise ModelStoreError(f"{path} cannot be read ({error}); {_LET_READ.format(path.parent)}") from error
     except OSError as error:
         raise ModelStoreError(f"{path} cannot be read ({error}); {_AGAIN}") from error
 
@@ -344,7 +359,7 @@ def _stage_warmup(
 
 
 def _share(folder: Path) -> None:
-    """Let whoever may read the folder read its files.
+    """Let whoever may read the folder read its files: as the umask says, which may be nobody else.
 
     What safetensors writes, its owner alone can read, and a server often runs as another user.
     """

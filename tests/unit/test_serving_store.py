@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +25,8 @@ from conch.serving.store import (
     versions,
 )
 from tests.stores import store_model
+
+NOBODY = 65534
 
 
 def everything_below(folder: Path) -> dict[str, bytes]:
@@ -47,11 +53,52 @@ def test_publish_takes_the_next_version_and_leaves_the_old_one(tmp_path: Path) -
     verify_files(read_model(tmp_path, "lengths"))
 
 
-def test_publish_leaves_no_staging_folder_and_a_readable_version(tmp_path: Path) -> None:
+@pytest.fixture
+def umask() -> Iterator[Callable[[int], object]]:
+    """What sets it until the test's end."""
+    before = os.umask(0o022)
+    os.umask(before)
+    yield os.umask
+    os.umask(before)
+
+
+@pytest.mark.parametrize(("mask", "shared"), [(0o022, 0o055), (0o077, 0)])
+def test_publish_leaves_no_staging_folder_and_a_version_as_the_umask_says(
+    tmp_path: Path, umask: Callable[[int], object], mask: int, shared: int
+) -> None:
+    umask(mask)
     path = store_model(tmp_path)
 
     assert [entry.name for entry in tmp_path.iterdir()] == ["lengths"]
-    assert path.stat().st_mode & 0o055 == 0o055
+    assert path.stat().st_mode & 0o077 == shared
+    files = [file for file in (tmp_path / "lengths").rglob("*") if file.is_file()]
+    assert {file.stat().st_mode & 0o077 for file in files} == {shared & 0o066}
+
+
+@contextlib.contextmanager
+def as_nobody() -> Iterator[None]:
+    """Root reads everything, so it becomes another user for a while."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.parametrize("closed", [".", "lengths", "lengths/1/manifest.json"])
+def test_store_that_this_user_may_not_read_is_told_with_who_can_help(tmp_path: Path, closed: str) -> None:
+    # Below pytest's own folder nobody else reads anything.
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "store"
+        store_model(store)
+        Path(folder).chmod(0o755)
+        (store / closed).chmod(0)
+        for read in (read_model, owner_of):
+            with as_nobody(), pytest.raises(ModelStoreError, match=r"Permission denied.* chmod -R a\+rX"):
+                read(store, "lengths")
+        (store / closed).chmod(0o755)
 
 
 def test_published_files_can_be_read_by_whoever_reads_the_config(tmp_path: Path) -> None:
