@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -104,6 +105,7 @@ def find_bundle() -> Bundle:
     for path in (bundle.server, bundle.backend, bundle.stub, bundle.library_path[1]):
         if not path.exists():
             raise ServerStartError(f"nvidia-pytriton is installed without {path}; {_INSTALL}")
+    check_programs(bundle.server, bundle.stub)
     check_model_python(_probe_python(bundle.python_bin / "python3"))
     return bundle
 
@@ -124,6 +126,20 @@ def check_platform(system: str, machine: str, python: tuple[int, int]) -> None:
             f"the bundled tritonserver needs Python 3.10, 3.11 or 3.12 and this is {python[0]}.{python[1]}; "
             "make the environment with one of those"
         )
+
+
+def check_programs(*programs: Path) -> None:
+    """Refuse programs that this user may not run: the server would only say so of a model, if at all.
+
+    Raises:
+        ServerStartError: names the program and what its owner can do.
+    """
+    for program in programs:
+        if not os.access(program, os.R_OK | os.X_OK):
+            raise ServerStartError(
+                f"this user may not run {program}; whoever installed nvidia-pytriton must allow it: "
+                f"chmod 755 {shlex.quote(str(program))}"
+            )
 
 
 def check_model_python(found: dict[str, str]) -> None:

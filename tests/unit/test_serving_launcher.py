@@ -9,7 +9,7 @@ import pytest
 
 from conch.errors import ModelStoreError, ServerStartError
 from conch.serving import launcher
-from conch.serving.bundle import check_model_python, check_platform, find_bundle
+from conch.serving.bundle import check_model_python, check_platform, check_programs, find_bundle
 from conch.serving.launcher import TritonServer, scratch_folder
 from tests.stores import store_model
 
@@ -55,6 +55,13 @@ def test_check_platform_accepts_the_pythons_with_a_stub(python: tuple[int, int])
 def test_check_platform_refuses_the_rest(platform: tuple[str, str, tuple[int, int]], expected: str) -> None:
     with pytest.raises(ServerStartError, match=expected):
         check_platform(*platform)
+
+
+def test_check_programs_refuses_what_this_user_may_not_run(tmp_path: Path) -> None:
+    stub = tmp_path / "stub"
+    stub.touch(0o600)
+    with pytest.raises(ServerStartError, match=f"this user may not run {stub}; .*: chmod 755 {stub}"):
+        check_programs(Path(sys.executable), stub)
 
 
 def test_environment_puts_this_python_first(monkeypatch: pytest.MonkeyPatch) -> None:
