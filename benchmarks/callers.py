@@ -13,12 +13,13 @@ from typing import Any
 
 import httpx2
 import numpy as np
-from tritonclient.grpc import InferenceServerClient, InferInput
+from tritonclient.grpc import InferInput
 
 from benchmarks.limit import Work
 from conch.config import RewardConfig
 from conch.errors import ConchError
 from conch.rewards.triton_reward import TritonReward
+from conch.serving.triton_channel import Access, open_client
 
 FIXED_BATCH = 24
 
@@ -52,7 +53,7 @@ def fixed_batches(url: str, work: Work, *, masked: bool) -> tuple[Way, Callable[
     masked: False as trlX does it, which sends no mask: the model then computes the padding, too.
     """
     address, model = url.split("/")
-    client = InferenceServerClient(address)
+    client = open_client(address, Access())
 
     def score(places: Sequence[int]) -> Scored:
         started, scored = time.perf_counter(), []
@@ -76,7 +77,7 @@ def fixed_batches(url: str, work: Work, *, masked: bool) -> tuple[Way, Callable[
 def one_a_post(url: str, work: Work) -> tuple[Way, Callable[[], None]]:
     """One POST a sample, one after the other; callers share a pool of connections that stay open."""
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-    client = httpx2.Client(timeout=300.0, limits=limits)
+    client = httpx2.Client(timeout=300.0, limits=limits, trust_env=False)
 
     def score(places: Sequence[int]) -> Scored:
         started, scored = time.perf_counter(), []

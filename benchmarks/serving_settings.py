@@ -28,6 +28,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTo
 
 from conch.converters.to_triton import to_triton
 from conch.serving.launcher import TritonServer
+from conch.serving.triton_channel import Access, open_client
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TEXT = (LETTERS * 3)[:63]
@@ -115,7 +116,7 @@ def first_after_load(store: Path, warm: bool) -> dict[str, float]:
     with (
         changed(store, without) as copy,
         TritonServer(copy, [NAME]) as server,
-        triton.InferenceServerClient(server.url) as client,
+        open_client(server.url, Access()) as client,
     ):
         client.load_model(NAME)
         times = [timed(client) for _ in range(50)]
@@ -126,10 +127,10 @@ def calls(url: str, callers: int, requests: int) -> dict[str, float]:
     """Score `requests` texts from each of `callers` threads."""
 
     def work(count: int) -> list[float]:
-        with triton.InferenceServerClient(url) as client:
+        with open_client(url, Access()) as client:
             return [timed(client) for _ in range(count)]
 
-    with triton.InferenceServerClient(url) as client, ThreadPoolExecutor(callers) as pool:
+    with open_client(url, Access()) as client, ThreadPoolExecutor(callers) as pool:
         before, started = executions(client), time.perf_counter()
         times = [ms for part in pool.map(work, [requests] * callers) for ms in part]
         seconds = time.perf_counter() - started

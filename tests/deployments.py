@@ -19,6 +19,7 @@ import tritonclient.grpc as triton
 
 from conch.serving import deployment
 from conch.serving.deployment import Deployment
+from conch.serving.triton_channel import Access, open_client
 
 DEADLINE_S = 120.0
 
@@ -108,7 +109,7 @@ def callers(url: str, model: str = "lengths", *, threads: int = 4) -> Iterator[l
     outcomes: list[list[Any]] = [[] for _ in range(threads)]
 
     def work(mine: list[Any]) -> None:
-        with triton.InferenceServerClient(url) as client:
+        with open_client(url, Access()) as client:
             while not stop.is_set():
                 try:
                     mine.append(score(client, "abcd", model))

@@ -18,6 +18,7 @@ from tritonclient.utils import InferenceServerException
 from conch.converters.to_triton import main
 from conch.serving.launcher import TritonServer
 from conch.serving.store import read_model
+from conch.serving.triton_channel import Access, open_client
 from tests.checkpoints import (
     EOS,
     PAD,
@@ -90,7 +91,7 @@ def server(store: Path) -> Iterator[TritonServer]:
 def score(server: TritonServer, model: str, text: str) -> np.ndarray:
     tensor = triton.InferInput("text", [1, 1], "BYTES")
     tensor.set_data_from_numpy(np.array([[text.encode()]], dtype=np.object_))
-    with triton.InferenceServerClient(server.url) as client:
+    with open_client(server.url, Access()) as client:
         scores = client.infer(model, [tensor], client_timeout=DEADLINE_S).as_numpy("rewards")
     assert scores is not None
     return scores[0]

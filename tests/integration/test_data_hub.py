@@ -46,7 +46,7 @@ def read(hub: str, home: Path, *asked: tuple[str, dict[str, Any]]) -> list[Any]:
     result = subprocess.run(
         [sys.executable, "-c", READ, json.dumps(asked)],
         cwd=ROOT,
-        env={**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"},
+        env={**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "no_proxy": "*"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -24,6 +24,7 @@ from conch.serving.launcher import TritonServer
 from conch.serving.manifest import Golden
 from conch.serving.store import read_model
 from conch.serving.triton_ask import read_steps, request_inputs
+from conch.serving.triton_channel import Access, open_client
 from conch.serving.triton_health import check_golden
 from conch.trainers.ppo import PPORunConfig, PPOTrainer
 from conch.types import Completion, Prompt, Rollout
@@ -120,7 +121,7 @@ def test_verify_asks_for_dense_scores_as_well(
 
 @pytest.mark.parametrize("name", ["steps", "steps-token"])
 def test_a_reply_is_a_rectangle_filled_up_with_nan_and_minus_one(served: Served, name: str) -> None:
-    with triton.InferenceServerClient(served.server.url) as client:
+    with open_client(served.server.url, Access()) as client:
         reply = ask(client, served, name, ["ab;cd;e", "a"])
     assert reply.as_numpy("step_ends").tolist() == [[3, 6, 7], [1, -1, -1]]
     assert np.isnan(reply.as_numpy("step_rewards")).tolist() == [[False] * 3, [False, True, True]]
@@ -133,11 +134,11 @@ def test_requests_of_other_lengths_share_a_batch_and_get_their_own_steps(served:
     texts = [f"{LETTERS[number % 19]};" * (1 + number % 9) + "ab" * (number % 6) for number in range(40)]
     requests = [list(itertools.islice(itertools.cycle(texts), n, n + 1 + n % 4)) for n in range(32)]
     together = threading.Barrier(len(requests))
-    with triton.InferenceServerClient(served.server.url) as client:
+    with open_client(served.server.url, Access()) as client:
         before = client.get_inference_statistics(name).model_stats[0]
 
         def call(texts: list[str]) -> Any:
-            with triton.InferenceServerClient(served.server.url) as own:
+            with open_client(served.server.url, Access()) as own:
                 together.wait(DEADLINE_S)
                 return ask(own, served, name, texts)
 
@@ -164,7 +165,7 @@ def test_a_server_that_scores_a_step_otherwise_is_not_ready(served: Served) -> N
     scores[scores.index(max(scores))] += 0.01
     told["samples"][number]["step_scores"] = scores
     wrong = replace(stored, golden=Golden.model_validate(told))
-    with triton.InferenceServerClient(served.server.url) as client:
+    with open_client(served.server.url, Access()) as client:
         check_golden(client, stored)
         with pytest.raises(ServerStartError, match=f"golden sample {number} scores its steps otherwise"):
             check_golden(client, wrong)
@@ -221,7 +222,7 @@ def test_a_steps_score_lands_on_the_token_of_the_response_that_ends_it(served: S
 def test_each_token_of_a_value_head_has_its_score(served: Served) -> None:
     with TritonReward(served.server.endpoint("tokens"), RewardConfig(dense=True), decode=decode) as reward:
         results = reward.submit(ROLLOUTS).result(DEADLINE_S)
-    with triton.InferenceServerClient(served.server.url) as client:
+    with open_client(served.server.url, Access()) as client:
         reply = ask(client, served, "tokens", [one.sample for one in ROLLOUTS])
     _, scores = read_steps(reply, "tokens", len(ROLLOUTS))
 

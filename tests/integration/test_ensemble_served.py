@@ -26,6 +26,7 @@ from conch.serving.ensemble_manifest import EnsembleManifest
 from conch.serving.launcher import TritonServer
 from conch.serving.pbtxt import spec_from_model_config
 from conch.serving.store import list_models, read_model
+from conch.serving.triton_channel import Access, open_client
 from conch.types import Completion, Prompt, RewardStatus, Rollout
 from tests.tiny import reward_checkpoint
 
@@ -100,7 +101,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     ensemble(store, "lenient", objective="uwo", on_member_failure="renormalise")
     with (
         TritonServer(store, [*FORMULAS, "lenient", "pair"]) as server,
-        triton.InferenceServerClient(server.url) as client,
+        open_client(server.url, Access()) as client,
     ):
         yield Served(store, server, client)
 

@@ -19,6 +19,7 @@ from conch.rewards.triton_reward import TritonReward
 from conch.serving.launcher import TritonServer
 from conch.serving.pbtxt import spec_from_model_config
 from conch.serving.store import list_models, read_model, verify_files
+from conch.serving.triton_channel import Access, open_client
 from conch.types import Completion, Prompt, Rollout
 from tests.tiny import reward_checkpoint
 
@@ -81,7 +82,7 @@ def test_text_form_joins_a_tokenizer_and_the_graph(checkpoint: Path, tmp_path: P
         with TritonReward(server.endpoint("walks"), RewardConfig()) as reward:
             reward.check()
             results = reward.submit([text_rollout(text) for text in samples]).result()
-        with triton.InferenceServerClient(server.url) as client:
+        with open_client(server.url, Access()) as client:
             assert spec_from_model_config(client.get_model_config("walks").config) == conversion.spec
             tensor = triton.InferInput("text", [1, 1], "BYTES")
             tensor.set_data_from_numpy(np.array([[b"\xff"]], dtype=np.object_))

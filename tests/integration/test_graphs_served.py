@@ -32,6 +32,7 @@ from conch.serving.manifest import GOLDEN, MANIFEST, Golden, GoldenSample, Manif
 from conch.serving.python_backend import graph as served
 from conch.serving.spec import Engine, RewardModelSpec
 from conch.serving.store import publish, staged_version
+from conch.serving.triton_channel import Access, open_client
 from conch.types import Completion, Prompt, Rollout
 
 VOCABULARY, PAD, MAX_LENGTH = 40, 1, 12
@@ -209,7 +210,7 @@ def test_a_bad_row_is_refused_as_the_callers_fault(server: TritonServer, ids, ma
     for name, values in (("input_ids", ids), ("attention_mask", mask)):
         tensors.append(triton.InferInput(name, [1, len(values[0])], "INT64"))
         tensors[-1].set_data_from_numpy(np.array(values, dtype=np.int64))
-    with triton.InferenceServerClient(server.url) as client:
+    with open_client(server.url, Access()) as client:
         with pytest.raises(InferenceServerException, match=expected) as caught:
             client.infer("onnxruntime-gpt2", tensors, client_timeout=30.0)
         assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"

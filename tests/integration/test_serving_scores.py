@@ -14,6 +14,7 @@ from tritonclient.utils import InferenceServerException
 
 from conch.serving.launcher import TritonServer
 from conch.serving.pbtxt import spec_from_model_config
+from conch.serving.triton_channel import Access, open_client
 from tests.integration.conftest import TEXT_MODEL, TOKEN_MODEL, RewardModel
 
 LETTERS = "abcdefghijklmnopqrstu"
@@ -23,7 +24,7 @@ DEADLINE_S = 30.0
 
 @pytest.fixture
 def client(reward_server: TritonServer) -> Iterator[triton.InferenceServerClient]:
-    with triton.InferenceServerClient(reward_server.url) as client:
+    with open_client(reward_server.url, Access()) as client:
         yield client
 
 

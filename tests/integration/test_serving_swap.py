@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tritonclient.grpc as triton
 
 from conch.serving import deployment
+from conch.serving.triton_channel import Access, open_client
 from tests.deployments import callers, conch, detach, score, status, stubs, wait_until
 from tests.stores import LENGTH_MODEL, store_ensemble, store_model, store_text_graph
 
@@ -33,7 +33,7 @@ def times(factor: int) -> str:
 
 def ask(name: str, model: str = MODEL) -> tuple[float, str]:
     """What the first server of a deployment says of `abcd`, and by which version."""
-    with triton.InferenceServerClient(deployment.read(name).replicas[0].url) as client:
+    with open_client(deployment.read(name).replicas[0].url, Access()) as client:
         return score(client, "abcd", model)
 
 

@@ -25,6 +25,7 @@ from tests.stores import store_model
 
 MODEL = "lengths"
 SECRET = "correct-horse-battery"
+NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 ROLLOUT = Rollout(Prompt("abc", (1,)), Completion("de", (), (), "length"), policy_version=0)
 
 
@@ -142,7 +143,7 @@ def test_http_asks_for_the_secret_too_and_keeps_loading_to_the_supervisor(store:
         request = urllib.request.Request(f"http://{server.http_url}/v2/{path}", headers=headers)
         request.method = "POST" if path.startswith("repository") else "GET"
         try:
-            with urllib.request.urlopen(request, timeout=20) as reply:
+            with NO_PROXY.open(request, timeout=60) as reply:
                 return reply.status
         except urllib.error.HTTPError as error:
             error.close()

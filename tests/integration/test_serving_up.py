@@ -11,9 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-import tritonclient.grpc as triton
 
 from conch.serving import deployment
+from conch.serving.triton_channel import Access, open_client
 from tests.deployments import (
     DEADLINE_S,
     conch,
@@ -100,7 +100,7 @@ def test_a_killed_stub_is_healed_without_a_restart(store: Path) -> None:
 
     now = deployment.read("mine").replicas[0]
     assert now.restarts == 0 and now.pid == server and now.phase == "ready"
-    with triton.InferenceServerClient(now.url) as client:
+    with open_client(now.url, Access()) as client:
         assert score(client, "abcd")[0] == 4.0
 
 
@@ -135,7 +135,7 @@ def test_a_killed_server_is_started_again(store: Path) -> None:
     now = deployment.read("mine").replicas[0]
     assert now.pid != running.replicas[0].pid and all(is_gone(stub) for stub in stubs_before)
     assert len(shared_memory(running.pid)) == len(stubs(now.pid))
-    with triton.InferenceServerClient(now.url) as client:
+    with open_client(now.url, Access()) as client:
         assert score(client, "abcd")[0] == 4.0
 
 
@@ -178,7 +178,7 @@ def test_an_address_that_is_up_already_is_checked_against_the_store(store: Path)
 
 
 def test_others_on_this_machine_may_score_but_not_load(store: Path) -> None:
-    with triton.InferenceServerClient(detach(store, "mine").replicas[0].url) as client:
+    with open_client(detach(store, "mine").replicas[0].url, Access()) as client:
         assert score(client, "abcd")[0] == 4.0
         with pytest.raises(Exception, match="This protocol is restricted"):
             client.unload_model(MODEL, client_timeout=DEADLINE_S)
