@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from conch.config import DataConfig
@@ -205,10 +206,10 @@ def _table(path: Path, kind: str) -> Iterator[_Line]:
         raise DataError(f"{path} cannot be read: there is no such file")
     # Words that pandas takes for a missing value ("None", "NA") are answers; an empty cell is none.
     options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
-    with _refusing(str(path)):
-        yield from _numbered(
-            load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)
-        )
+    # Streaming stores nothing, yet wants a cache; the user's may not be writable.
+    with TemporaryDirectory(prefix="conch-table-") as cache, _refusing(str(path)):
+        options |= {"streaming": True, "cache_dir": cache}
+        yield from _numbered(load_dataset(kind, data_files=str(path), split="train", **options))
 
 
 def _dataset(name: str, split: str, source: str, config: DataConfig) -> Iterator[_Line]:
@@ -247,4 +248,16 @@ def _refusing(source: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = " ".join(str(error).split())[:400] or type(error).__name__
-        raise DataError(f"{source} cannot be read: {reason}") from error
+        raise DataError(f"{source} cannot be read: {reason}{_about_cache(error)}") from error
+
+
+def _about_cache(error: Exception) -> str:
+    """What to do where it was not the data but the folder of `datasets` that could not be used."""
+    from datasets import config
+
+    caches = (Path(config.HF_CACHE_HOME), Path(config.HF_DATASETS_CACHE))
+    file = Path(str(error.filename)) if isinstance(error, OSError) and error.filename else None
+    # The folder, what is in it, or one above it that could not be made.
+    if file is None or not any(file.is_relative_to(cache) or cache.is_relative_to(file) for cache in caches):
+        return ""
+    return "; set HF_HOME to a folder that this user can write"

@@ -171,6 +171,25 @@ def test_a_path_to_nothing_is_not_looked_for_on_the_hub(source: str) -> None:
         read_rows(source)
 
 
+@pytest.fixture
+def no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody can write where `datasets` keeps copies."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "/proc/nowhere/datasets")
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_tables_are_read_without_a_cache(tmp_path: Path) -> None:
+    file = written(tmp_path / "rows.csv", "a\n1\n2\n")
+    assert read_rows(file) == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_cache_that_cannot_be_written_is_told_with_a_remedy(tmp_path: Path) -> None:
+    written(tmp_path / "data/train.jsonl", json.dumps({"a": 1}))
+    with pytest.raises(DataError, match=r"data cannot be read: .*/proc/nowhere.*; set HF_HOME to a folder"):
+        read_rows(tmp_path / "data")
+
+
 def test_folder_gives_its_training_split(tmp_path: Path) -> None:
     for split in ("train", "test"):
         written(tmp_path / f"data/{split}.jsonl", json.dumps({"a": split}))
