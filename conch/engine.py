@@ -117,6 +117,9 @@ class Engine:
             kwargs_handlers=[process_group, DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         check_kind(self.accelerator.distributed_type)
+        plugin = self.accelerator.state.deepspeed_plugin
+        if plugin is not None and (not has_gpu or plugin.hf_ds_config.is_offload()):
+            check_operators_folder()
         self._is_whole = False
         self._build_models_whole()
         self._check_processes()
@@ -416,6 +419,23 @@ def check_kind(kind: DistributedType) -> None:
         raise DistributedError(
             f"{kind.value} keeps no whole weights to sample from, to evaluate and to save: launch with "
             "configs/accelerate/zero3.yaml, or zero2-bf16.yaml where the weights fit a GPU"
+        )
+
+
+def check_operators_folder() -> None:
+    """Refuse a folder in which DeepSpeed could not build its CPU operators: it would say so only after the
+    models are loaded, and not what to do about it.
+
+    Raises:
+        ConfigError: names the folder and the variable that sets another.
+    """
+    wanted = os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions"
+    folder = Path(wanted).expanduser().absolute()
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"DeepSpeed builds its CPU operators in {folder}, which this user cannot write: set "
+            "TORCH_EXTENSIONS_DIR to a folder that is writable"
         )
 
 

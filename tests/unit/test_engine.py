@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from conch.config import TrainConfig
-from conch.engine import Engine, check_kind
+from conch.engine import Engine, check_kind, check_operators_folder
 from conch.errors import ConfigError, DistributedError
 from conch.trainers.common import rows_of_rank
 
@@ -55,6 +57,17 @@ def test_fsdp_is_refused_with_what_to_take(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(DistributedError, match=r"^FSDP keeps"):  # what it becomes on CPUs
         check_kind(DistributedType.MULTI_CPU)
+
+
+def test_operators_that_could_not_be_built_are_refused_with_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "new" / "folder"))
+    check_operators_folder()
+    # Nobody, not even root, has leave to write there.
+    monkeypatch.setattr("os.access", lambda path, mode: not Path(path).is_relative_to(tmp_path))
+    with pytest.raises(ConfigError, match=r"in .*new/folder, .* set TORCH_EXTENSIONS_DIR to a folder"):
+        check_operators_folder()
 
 
 def test_until_it_is_prepared_a_model_is_whole_under_deepspeed_too(monkeypatch: pytest.MonkeyPatch) -> None:
