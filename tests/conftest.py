@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +17,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.pop("TRITON_HOST", None)
+
+# Nor do they read or fill the user's caches, which may not be writable. Workers share one.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _caches = tempfile.mkdtemp(prefix="conch-tests-")
+    atexit.register(shutil.rmtree, _caches, ignore_errors=True)
+    os.environ["HF_HOME"] = _caches
 
 import pytest
 from jaxtyping import install_import_hook

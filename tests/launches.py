@@ -39,8 +39,7 @@ def start(command: Sequence[str], **environment: str) -> subprocess.Popen[str]:
     """Start a command with the environment of CPU ranks; output and errors come on `stdout`."""
     # Only torchrun asks for the CPU this way; with DeepSpeed it would turn DeepSpeed off.
     cpu = {"ACCELERATE_USE_CPU": "true"} if "torch.distributed.run" in command else {}
-    # DeepSpeed builds its operators for each environment; builds of two in one folder wait for each other.
-    cpu["TORCH_EXTENSIONS_DIR"] = str(Path(sys.prefix) / "torch_extensions")
+    cpu["TORCH_EXTENSIONS_DIR"] = str(_built_operators())
     return subprocess.Popen(
         list(command),
         cwd=ROOT,
@@ -49,6 +48,13 @@ def start(command: Sequence[str], **environment: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
+
+
+def _built_operators() -> Path:
+    """Where DeepSpeed builds its operators: one folder for each environment, since builds of two in one wait
+    for each other. Where the environment is somebody else's they are built anew, in the tests' own cache."""
+    folder = sys.prefix if os.access(sys.prefix, os.W_OK) else os.environ["HF_HOME"]
+    return Path(folder) / "torch_extensions"
 
 
 def finish(process: subprocess.Popen[str]) -> str:
