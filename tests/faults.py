@@ -18,10 +18,15 @@ from tests.fakes.rollouts import rollouts
 from tests.stores import HASH_MODEL, hash_score, store_model
 
 MODEL = "hash"
-WAIT_S = 60.0
-PATIENT = RewardConfig(attempt_timeout_s=20, deadline_s=60, micro_batch_size=8)
-HASTY = RewardConfig(attempt_timeout_s=0.5, deadline_s=1.5, micro_batch_size=8)
-TIRELESS = RewardConfig(attempt_timeout_s=0.5, deadline_s=60, micro_batch_size=8)
+WAIT_S = 150.0
+PATIENT = RewardConfig(attempt_timeout_s=30, deadline_s=120, micro_batch_size=8)
+# A check gives each of its questions a quarter of the deadline; less than a second is too little where
+# others keep the processors busy.
+HASTY = RewardConfig(attempt_timeout_s=1, deadline_s=4, micro_batch_size=8)
+TIRELESS = RewardConfig(attempt_timeout_s=0.5, deadline_s=120, micro_batch_size=8)
+WAITING = RewardConfig(
+    attempt_timeout_s=1, deadline_s=4, on_failure="wait", wait_budget_s=WAIT_S, micro_batch_size=8
+)
 
 _numbers = itertools.count()
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import psutil
 
-SETTLED_S = 30.0
+SETTLED_S = 60.0
 # A client that is not closed holds 2 files and 4 threads or more. gRPC's own pool, one for the whole process,
 # may grow by less between two looks and keeps what it has.
 _FILES_OF_THE_POOL = 1

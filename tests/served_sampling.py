@@ -19,7 +19,7 @@ from conch.types import Prompt, Rollout
 from tests.fakes.rollout_server import FakeRolloutServer
 from tests.tiny import char_tokenizer, tiny_decoder
 
-LONG_S = 60.0
+LONG_S = 120.0
 ROOM = {"rank": 8, "modules": ["q_proj", "v_proj"]}
 """For what `adapted` has."""
 

@@ -30,7 +30,7 @@ from tests.checkpoints import (
     value_head_tensors,
 )
 
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'][0] }}:{{ message['content'] }};{% endfor %}<eos>"
 )

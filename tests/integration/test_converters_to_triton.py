@@ -198,7 +198,7 @@ def test_help_and_mistakes_answer_without_importing_torch() -> None:
         "print(code, sorted({'torch', 'transformers', 'tritonclient'} & set(sys.modules)))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True
     )
 
     assert done.stdout.strip() == "1 []"

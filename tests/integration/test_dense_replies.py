@@ -16,9 +16,9 @@ from conch.serving.spec import RewardModelSpec
 from conch.types import Completion, Prompt, RewardResult, Rollout
 from tests.fakes.triton_server import Action, FakeTriton, Row, response
 
-WAIT_S = 60.0
+WAIT_S = 120.0
 SPEC = RewardModelSpec("steps", granularity="step")
-CONFIG = RewardConfig(dense=True, attempt_timeout_s=10, deadline_s=30)
+CONFIG = RewardConfig(dense=True, attempt_timeout_s=30, deadline_s=100)
 NAN = float("nan")
 
 

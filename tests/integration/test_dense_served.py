@@ -39,7 +39,7 @@ from tests.checkpoints import (
 )
 from tests.tiny import decoder_shape
 
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 TOKENIZER = tokenizer_for("qwen2")
 SEMICOLON = LETTERS.index(";")
 STEPS = ["--step_separator", ";", "--granularity", "step"]

@@ -33,7 +33,7 @@ from tests.tiny import reward_checkpoint
 LETTERS = "abcdefghijklmnopqrstu"
 MEMBERS = ["one", "two", "three"]
 WEIGHT = 0.3
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0
 FORMULAS = {
     "mean": statistics.fmean,
     "wco": min,

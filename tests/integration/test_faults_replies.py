@@ -10,12 +10,21 @@ import grpc
 import numpy as np
 import pytest
 
-from conch.config import RewardConfig
 from conch.errors import RewardInvalidError, RewardUnavailableError
 from conch.rewards.scorer import Scorer
 from conch.serving.launcher import TritonServer
 from tests.fakes.faulty_relay import Alter, FaultyRelay
-from tests.faults import HASTY, PATIENT, WAIT_S, assert_exact, fresh, is_exact, open_source, score_exactly
+from tests.faults import (
+    HASTY,
+    PATIENT,
+    WAIT_S,
+    WAITING,
+    assert_exact,
+    fresh,
+    is_exact,
+    open_source,
+    score_exactly,
+)
 from tests.footprint import nothing_is_left, wait_until
 
 AWAY = (grpc.StatusCode.UNAVAILABLE, "Server is stopping")
@@ -133,7 +142,7 @@ def test_errors_that_come_at_once_end_by_the_deadline_and_cause_no_storm(relay: 
         relay.error = AWAY
         results = source.submit(fresh()).result(WAIT_S)
         assert {result.status.value for result in results} == {"unavailable"}
-        # 1.5 s of pauses of up to 0.1, 0.2, 0.4, ... s, for each of four requests at once; without pauses
+        # 4 s of pauses of up to 0.1, 0.2, 0.4, ... s, for each of four requests at once; without pauses
         # there would be a thousand requests a second.
         assert relay.requests < 200
         relay.error = None
@@ -178,13 +187,10 @@ def test_scorer_drops_what_is_bad_and_keeps_the_others_exact(relay: FaultyRelay)
 
 
 def test_scorer_waits_out_errors_with_the_same_rewards(relay: FaultyRelay) -> None:
-    config = RewardConfig(
-        attempt_timeout_s=0.5, deadline_s=0.5, on_failure="wait", wait_budget_s=WAIT_S, micro_batch_size=8
-    )
     batch = fresh()
-    with open_source(relay.url, config) as source:
+    with open_source(relay.url, WAITING) as source:
         source.check()
-        scorer = Scorer(source, config)
+        scorer = Scorer(source, WAITING)
         relay.error = AWAY
         scorer.submit(batch)
         wait_until(lambda: relay.harmed >= 3, lambda: "nothing was asked")

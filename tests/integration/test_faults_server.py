@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from conch.config import RewardConfig
 from conch.rewards.scorer import Scorer
 from conch.serving.launcher import TritonServer
 from tests.fakes.faulty_proxy import Fault, FaultyProxy
@@ -19,6 +18,7 @@ from tests.faults import (
     MODEL,
     TIRELESS,
     WAIT_S,
+    WAITING,
     assert_exact,
     fresh,
     hash_store,
@@ -27,8 +27,6 @@ from tests.faults import (
     statuses_of,
 )
 from tests.footprint import nothing_is_left, wait_until
-
-WAITING = RewardConfig(attempt_timeout_s=0.5, deadline_s=0.5, on_failure="wait", wait_budget_s=WAIT_S)
 
 
 @pytest.fixture(scope="module")

@@ -87,7 +87,7 @@ def test_text_form_joins_a_tokenizer_and_the_graph(checkpoint: Path, tmp_path: P
             tensor = triton.InferInput("text", [1, 1], "BYTES")
             tensor.set_data_from_numpy(np.array([[b"\xff"]], dtype=np.object_))
             with pytest.raises(InferenceServerException, match="row 0: text is not UTF-8"):
-                client.infer("walks", [tensor], client_timeout=30.0)
+                client.infer("walks", [tensor], client_timeout=120.0)
     assert [result.scores["reward"] for result in results] == pytest.approx(expected, abs=1e-5)
 
 

@@ -212,7 +212,7 @@ def test_a_bad_row_is_refused_as_the_callers_fault(server: TritonServer, ids, ma
         tensors[-1].set_data_from_numpy(np.array(values, dtype=np.int64))
     with open_client(server.url, Access()) as client:
         with pytest.raises(InferenceServerException, match=expected) as caught:
-            client.infer("onnxruntime-gpt2", tensors, client_timeout=30.0)
+            client.infer("onnxruntime-gpt2", tensors, client_timeout=120.0)
         assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
 
 

@@ -24,8 +24,8 @@ from tests.integration.conftest import TEXT_MODEL, TOKEN_MODEL, RewardModel
 LETTERS = "abcdefghijklmnopqrstu"
 EOS = 22
 WAIT_S = 120.0
-CONFIG = RewardConfig(attempt_timeout_s=10, deadline_s=30)
-HASTY = RewardConfig(attempt_timeout_s=2, deadline_s=3)
+CONFIG = RewardConfig(attempt_timeout_s=30, deadline_s=100)
+HASTY = RewardConfig(attempt_timeout_s=2, deadline_s=6)
 
 
 def walk(prompt: str, output: str) -> Rollout:

@@ -23,8 +23,8 @@ from conch.types import RewardResult, RewardStatus, Rollout
 from tests.fakes.rollouts import letter_ids, rollout, rollouts
 from tests.fakes.triton_server import Action, FakeTriton, fail, hang, reply, response
 
-WAIT_S = 60
-CONFIG = RewardConfig(attempt_timeout_s=5, deadline_s=20)
+WAIT_S = 120
+CONFIG = RewardConfig(attempt_timeout_s=30, deadline_s=100)
 HASTY = RewardConfig(attempt_timeout_s=0.3, deadline_s=1)
 TEXT = RewardModelSpec(name="walks", max_batch_size=4)
 TOKEN = RewardModelSpec(name="walks", form="token", max_batch_size=4)
@@ -99,7 +99,8 @@ def test_submit_returns_at_once_and_no_more_than_max_in_flight_are_sent() -> Non
     with FakeTriton(TEXT, slow) as server, TritonReward(server.url, config) as reward:
         future = reward.submit(rollouts("a", "b", "c", "d", "e"))
         deadline = time.monotonic() + WAIT_S
-        while server.most_in_flight < 2 and time.monotonic() < deadline:
+        while server.most_in_flight < 2:
+            assert time.monotonic() < deadline, "two were not sent"
             time.sleep(0.01)
         assert not future.done()
         assert reward.requests == 3  # for the model's configuration, and two for scores
@@ -268,11 +269,19 @@ def test_hanging_server_times_out_and_later_requests_go_on() -> None:
         assert "no reply in time" in results[0].detail
         release.set()
         server.script.clear()
-        assert values(reward.submit(rollouts("a")).result(WAIT_S)) == [2.0]
+        assert values(in_the_end(reward)) == [2.0]
+
+
+def in_the_end(reward: TritonReward) -> list[RewardResult]:
+    """Asked with haste again and again, which a busy machine may need."""
+    deadline = time.monotonic() + WAIT_S
+    while not (results := reward.submit(rollouts("a")).result(WAIT_S))[0].ok:
+        assert time.monotonic() < deadline, results[0].detail
+    return results
 
 
 def test_nothing_listening_is_unavailable_for_all_within_one_deadline() -> None:
-    config = HASTY.model_copy(update={"micro_batch_size": 1, "max_in_flight": 1})
+    config = RewardConfig(attempt_timeout_s=2, deadline_s=3, micro_batch_size=1, max_in_flight=1)
     with FakeTriton(TEXT, length) as server, TritonReward(server.url, config) as reward:
         reward.check()
         server.stop()
@@ -280,7 +289,7 @@ def test_nothing_listening_is_unavailable_for_all_within_one_deadline() -> None:
         results = reward.submit(rollouts(*("a" * count for count in range(60)))).result(WAIT_S)
     assert [result.status for result in results] == [RewardStatus.UNAVAILABLE] * 60
     assert "1 attempt in" in results[0].detail and "not back after" in results[-1].detail
-    assert time.monotonic() - started < 20  # one after the other they would take a minute
+    assert time.monotonic() - started < 60  # one after the other they would take three minutes
 
 
 def test_server_that_comes_back_on_its_port_is_used_again() -> None:
@@ -290,9 +299,7 @@ def test_server_that_comes_back_on_its_port_is_used_again() -> None:
         assert reward.submit(rollouts("a")).result(WAIT_S)[0].status is RewardStatus.UNAVAILABLE
         for _ in range(2):
             with FakeTriton(TEXT, length, port=port):
-                # A connection attempt that failed is repeated after a second at the latest.
-                patient = [reward.submit(rollouts("a")).result(WAIT_S)[0] for _ in range(5)]
-                assert patient[-1].ok
+                assert in_the_end(reward)[0].ok
             assert reward.submit(rollouts("a")).result(WAIT_S)[0].status is RewardStatus.UNAVAILABLE
 
 

@@ -64,13 +64,16 @@ def test_killed_and_frozen_servers_lose_no_reward_and_are_used_again(
     """One story for several faults, because each start takes seconds."""
     a, b = servers
     config = CONFIG.model_copy(update={"remember": 0})
+    earliest = answered(a) + answered(b)
     with TritonReward(url(a, b), config) as reward:
         reward.check()
         before = answered(a), answered(b)
         assert values(reward.submit(rollouts(*OUTPUTS)).result(WAIT_S)) == SCORES
-        gained = reward.server_times().result(WAIT_S)
         assert min(answered(a) - before[0], answered(b) - before[1]) > 1  # both took part
-        assert gained.requests == answered(a) + answered(b) - sum(before) and gained.compute_s > 0
+        least = answered(a) + answered(b) - sum(before)
+        gained = reward.server_times().result(WAIT_S)
+        # A probe may be answered between two readings.
+        assert least <= gained.requests <= answered(a) + answered(b) - earliest and gained.compute_s > 0
 
         future = reward.submit(rollouts(*OUTPUTS))
         os.kill(a.pid, signal.SIGKILL)

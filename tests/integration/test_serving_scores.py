@@ -19,7 +19,7 @@ from tests.integration.conftest import TEXT_MODEL, TOKEN_MODEL, RewardModel
 
 LETTERS = "abcdefghijklmnopqrstu"
 PAD, EOS, MAX_LENGTH = 21, 22, 12
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0
 
 
 @pytest.fixture

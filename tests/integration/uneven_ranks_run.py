@@ -24,8 +24,8 @@ def main(argv: Sequence[str]) -> None:
     folder, url, on_failure = Path(argv[0]), argv[1], argv[2]
     reward = {
         "on_failure": on_failure,
-        "attempt_timeout_s": 0.5,
-        "deadline_s": 1.0,
+        "attempt_timeout_s": 2.0,
+        "deadline_s": 4.0,
         "wait_budget_s": LONGEST_S,
     }
     trainer = ppo_trainer(folder / "run", reward_fn=url, reward=reward)

@@ -17,7 +17,7 @@ from conch.rewards.callable_reward import CallableReward
 from conch.types import RewardResult, RewardStatus, Rollout
 from tests.fakes.rollouts import rollout, rollouts
 
-WAIT_S = 30
+WAIT_S = 120
 
 
 def score(function: Callable[..., Any], batch: list[Rollout]) -> list[RewardResult]:

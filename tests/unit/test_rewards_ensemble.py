@@ -22,7 +22,7 @@ from conch.rewards.triton_reward import TritonReward
 from conch.types import RewardResult, RewardStatus, Rollout
 from tests.fakes.rollouts import rollouts
 
-WAIT_S = 30
+WAIT_S = 120
 BATCH = rollouts("a", "bb", "ccc")
 
 

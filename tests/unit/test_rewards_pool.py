@@ -14,7 +14,7 @@ from conch.rewards.triton_replica import TritonReplica
 from conch.serving.triton_channel import Access
 from conch.types import RewardStatus
 
-LONG_S = 60.0
+LONG_S = 120.0
 PASSING = Failure(RewardStatus.UNAVAILABLE, "Server exiting", retryable=True)
 DOWN = Failure(RewardStatus.UNAVAILABLE, "Connection refused", retryable=True, is_down=True)
 REFUSED = Failure(RewardStatus.UNAVAILABLE, "This protocol is restricted", is_down=True)

@@ -19,7 +19,7 @@ from tests.fakes.rollouts import rollouts
 from tests.runs import PROMPTS, ppo_trainer
 from tests.unit.test_run import interrupt_after, metrics_of, weights
 
-WAIT_S = 30
+WAIT_S = 120
 TRAIN = {"total_steps": 4, "eval_every": 2, "save_every": 2, "max_grad_norm": 1.0}
 
 

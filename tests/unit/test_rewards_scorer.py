@@ -22,7 +22,7 @@ from conch.rewards.traffic import Traffic
 from conch.types import OnFinished, Prompt, RewardResult, RewardStatus, Rollout
 from tests.fakes.rollouts import rollout, rollouts
 
-WAIT_S = 30
+WAIT_S = 120
 
 
 def length(samples: list[str], prompts: list[str], outputs: list[str]) -> list[float]:

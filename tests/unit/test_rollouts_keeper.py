@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -27,6 +26,7 @@ leave_with_keeper(lambda: os.kill(os.getpid(), signal.SIGTERM))
 {body}
 """
 ROOT = Path(__file__).resolve().parents[2]
+ENDS_IN_S = 120
 
 
 def server(log: Path, body: str) -> list[str]:
@@ -83,10 +83,12 @@ def keeper_of(log: Path, body: str) -> subprocess.Popen[bytes]:
 
 def test_ctrl_c_ends_both_however_the_server_takes_it(tmp_path: Path) -> None:
     log = tmp_path / "lives"
-    above = keeper_of(log, f"signal.signal(signal.SIGINT, lambda *_: sys.exit({DIED})); time.sleep(600)")
-    time.sleep(0.3)  # its handler stands
+    stands = tmp_path / "handler"
+    handler = f"signal.signal(signal.SIGINT, lambda *_: sys.exit({DIED})); open({str(stands)!r}, 'w').close()"
+    above = keeper_of(log, f"{handler}; time.sleep(600)")
+    wait_until(stands.exists, lambda: "the server set no handler")
     os.killpg(above.pid, signal.SIGINT)
-    assert above.wait(30) == 130
+    assert above.wait(ENDS_IN_S) == 130
     assert len(ids_in(log)) == 1
 
 
@@ -96,6 +98,6 @@ def test_a_server_leaves_with_its_keeper(tmp_path: Path, sent: signal.Signals) -
     above = keeper_of(log, "time.sleep(600)")
     below = psutil.Process(ids_in(log)[0])
     above.send_signal(sent)
-    assert above.wait(30) == (0 if sent == signal.SIGTERM else -sent)
-    assert psutil.wait_procs([below], timeout=30)[1] == []
+    assert above.wait(ENDS_IN_S) == (0 if sent == signal.SIGTERM else -sent)
+    assert psutil.wait_procs([below], timeout=ENDS_IN_S)[1] == []
     assert len(ids_in(log)) == 1

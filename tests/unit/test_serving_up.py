@@ -43,7 +43,7 @@ def up(store: Path, *arguments: str) -> int:
 
 
 def check(store: Path, fake: FakeTriton) -> int:
-    return up(store, "--url", f"127.0.0.1:{fake.port}", "--ready-timeout", "5")
+    return up(store, "--url", f"127.0.0.1:{fake.port}", "--ready-timeout", "60")
 
 
 def test_a_server_that_scores_right_is_ready(store: Path, fake: FakeTriton, capsys: Any) -> None:
@@ -112,7 +112,7 @@ def test_a_server_that_is_not_ready_in_time_is_told_with_what_it_lacks(
 ) -> None:
     url = f"127.0.0.1:{fake.port}"
     fake.ready = False
-    assert up(store, "--url", url, "--ready-timeout", "0.2") == 1
+    assert up(store, "--url", url, "--ready-timeout", "2") == 1
     assert f"{url} was not ready in time (it says that it is not ready)" in capsys.readouterr().err
     fake.stop()
     assert up(store, "--url", url, "--ready-timeout", "0.2") == 1

@@ -57,7 +57,7 @@ def call(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess
         env={**os.environ, "PATH": str(cwd / "bin")},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
 
