@@ -93,8 +93,8 @@ def test_source_distribution_holds_files_where_the_checkout_has_links(distributi
 
 
 def test_installed_wheel_imports_its_own_trainers(installed: Path) -> None:
-    program = "import conch, conch.trainers.ppo as ppo; print(conch.__file__, ppo.__file__)"
-    for file in run(installed, "-c", program, cwd=installed.parent).split():
+    program = "import conch, conch.trainers.ppo as ppo; print(conch.__file__, ppo.__file__, sep='\\n')"
+    for file in run(installed, "-c", program, cwd=installed.parent).splitlines():
         assert Path(file).is_relative_to(installed.parents[1])
 
 
