@@ -30,7 +30,7 @@ from conch.serving.flags import (
     server_flags,
 )
 from conch.serving.members import read_with_members
-from conch.serving.ports import check_port, free_port
+from conch.serving.ports import check_port, free_port, wait_until_open
 from conch.serving.runtime import BundledRuntime, Invocation, Runtime, repository_of
 from conch.serving.store import StoredModel, verify_files
 from conch.serving.tls import ClientTls, ServerTls, own_client
@@ -272,13 +272,7 @@ class TritonServer:
         self._open_log(keep=keep_log)
         try:
             self._spawn(known)
-            wait_until_ready(
-                self.url,
-                self.stored,
-                self.access,
-                is_alive=lambda: self.is_running and not self._aborted,
-                deadline=deadline,
-            )
+            self._wait_until_ready(deadline)
         except ServerStartError as error:
             died = not self.is_running
             code = self._stop_guard()
@@ -293,6 +287,16 @@ class TritonServer:
             self._stop_guard()
             raise
         _log.info("tritonserver serves %s at %s, log %s", ", ".join(self._models), self.url, self.log_file)
+
+    def _wait_until_ready(self, deadline: float) -> None:
+        def is_alive() -> bool:
+            return self.is_running and not self._aborted
+
+        wait_until_ready(self.url, self.stored, self.access, is_alive=is_alive, deadline=deadline)
+        # tritonserver opens gRPC's port first, and models may be scored before the others are open.
+        for port in (self._http_port, self._metrics_port):
+            if port is not None:
+                wait_until_open(self._reachable_host, port, is_alive=is_alive, deadline=deadline)
 
     def _spawn(self, known: frozenset[str]) -> None:
         assert self.log_file is not None

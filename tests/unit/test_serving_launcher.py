@@ -11,6 +11,7 @@ from conch.errors import ModelStoreError, ServerStartError
 from conch.serving import launcher
 from conch.serving.bundle import check_model_python, check_platform, check_programs, find_bundle
 from conch.serving.launcher import TritonServer, scratch_folder
+from conch.serving.ports import free_port, wait_until_open
 from tests.stores import store_model
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -60,7 +61,7 @@ def test_check_platform_refuses_the_rest(platform: tuple[str, str, tuple[int, in
 def test_check_programs_refuses_what_this_user_may_not_run(tmp_path: Path) -> None:
     stub = tmp_path / "stub"
     stub.touch(0o600)
-    with pytest.raises(ServerStartError, match=f"this user may not run {stub}; .*: chmod 755 {stub}"):
+    with pytest.raises(ServerStartError, match=f"this user may not run {stub}; .*: chmod 755 .*stub"):
         check_programs(Path(sys.executable), stub)
 
 
@@ -152,3 +153,25 @@ def test_scratch_folder_that_cannot_be_is_told_with_a_remedy(
     monkeypatch.setattr(launcher, "_OTHER_TEMPORARY_FOLDERS", ("/nowhere",))
     with pytest.raises(ServerStartError, match=r"some files' has a space .* set TMPDIR to one without"):
         scratch_folder()
+
+
+def test_port_that_opens_late_is_waited_for() -> None:
+    port, listeners = free_port("127.0.0.1"), list[socket.socket]()
+
+    def is_alive() -> bool:
+        """Asked once the port was found closed."""
+        listeners.append(socket.create_server(("127.0.0.1", port)))
+        return True
+
+    wait_until_open("127.0.0.1", port, is_alive=is_alive, deadline=float("inf"))
+    (listener,) = listeners
+    listener.close()
+
+
+@pytest.mark.parametrize(
+    ("is_alive", "expected"), [(False, "died before it opened port"), (True, "was not opened in time")]
+)
+def test_port_that_never_opens_is_told(is_alive: bool, expected: str) -> None:
+    port = free_port("127.0.0.1")
+    with pytest.raises(ServerStartError, match=expected):
+        wait_until_open("127.0.0.1", port, is_alive=lambda: is_alive, deadline=0.0)
