@@ -21,8 +21,8 @@ export DS_BUILD_OPS := 0
 .PHONY: help install quickstart check format test unit test-processors test-slow test-int8 vllm-test wheel clean
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) \
-		| awk 'BEGIN {FS = ":.*## "} {printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(firstword $(MAKEFILE_LIST)) \
+		| awk 'BEGIN {FS = ":.*## "} {printf "  make %-16s %s\n", $$1, $$2}'
 	@echo
 	@echo "  Variables: PYTHON=python3.12 (for install), SEED=1 and ARGS=\"key=value ...\" (for quickstart; ARGS for tests too)"
 
