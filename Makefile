@@ -19,11 +19,12 @@ USUAL := not slow and not gpu and not int8 and not vllm
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart check format test unit test-slow test-int8 test-elsewhere vllm-test wheel clean
+.PHONY: help install quickstart check format test unit test-processors test-slow test-int8 test-elsewhere vllm-test
+.PHONY: wheel clean
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) \
-		| awk 'BEGIN {FS = ":.*## "} {printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(firstword $(MAKEFILE_LIST)) \
+		| awk 'BEGIN {FS = ":.*## "} {printf "  make %-16s %s\n", $$1, $$2}'
 	@echo
 	@echo "  Variables: PYTHON=python3.12 (for install), SEED=1 and ARGS=\"key=value ...\" (for quickstart; ARGS for tests too)"
 
@@ -53,11 +54,15 @@ format: $(STAMP)  ## rewrite the sources as `make check` wants them
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
-test: check  ## check, then unit and integration tests: what .ci/run calls
+test: check  ## check, all tests but slow ones, the numeric ones once more as on another processor: what .ci/run calls
 	$(BIN)/python -m pytest $(PARALLEL) -m "$(USUAL)" $(ARGS)
+	$(BIN)/python -m tests.processors foreign -- --quiet $(ARGS)
 
 unit: $(STAMP)  ## unit tests alone
 	$(BIN)/python -m pytest $(PARALLEL) tests/unit $(ARGS)
+
+test-processors: $(STAMP)  ## unit and invariance tests with other processors' kernels and 1 to 4 threads; a table
+	$(BIN)/python -m tests.processors -- --quiet $(ARGS)
 
 test-slow: $(STAMP)  ## the tests that `make test` leaves out for their length
 	$(BIN)/python -m pytest -m "slow and not gpu and not vllm" $(ARGS)

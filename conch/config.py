@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from conch.errors import ConfigError
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 OnFailure = Literal["raise", "drop", "wait"]
 OnModelChange = Literal["raise", "warn", "accept"]
 
@@ -41,7 +41,8 @@ class ModelConfig(Section):
     them."""
 
     dtype: Dtype = "float32"
-    """Precision the weights are held in."""
+    """Precision the weights are held in. float64 is for comparing runs to the last digits: across processors,
+    numbers of threads or layouts of a batch."""
 
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] | None = None
     """Kernels of attention; None takes sdpa where the model knows it, else eager. Those of flash-attention

@@ -97,8 +97,8 @@ class Options:
     """Microseconds that the server may wait to fill a batch; a lone caller pays them on every request."""
 
     batch_invariant: bool = False
-    """Score each row by itself: the same to the last bit in any batch, for runs that must repeat exactly.
-    Slower. Python back end only."""
+    """Score each row by itself: on one machine the same to the last bit in any batch, for runs that must
+    repeat. Slower. Python back end only."""
 
     instances: int = 1
     """Copies of the model that the server runs side by side; each takes its memory."""

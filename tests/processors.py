@@ -2,7 +2,7 @@
 
     python -m tests.processors                      # all settings, one after the other
     python -m tests.processors foreign threads-4    # some of them
-    python -m tests.processors avx2 -- -k reference # what follows `--` goes to pytest
+    python -m tests.processors aten-avx2 -- -k reference    # what follows `--` goes to pytest
 
 A library's kernels depend on the instructions that it finds and on the number of threads; these settings make
 it choose those of another machine. Results differ in the last bits then, which no test may depend on.
@@ -18,6 +18,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS: dict[str, dict[str, str]] = {
@@ -38,6 +40,7 @@ SETTINGS: dict[str, dict[str, str]] = {
         "OMP_NUM_THREADS": "2",
     },
 }
+NUMERIC = ["tests/unit", "tests/invariance"]
 WORKERS = ["--numprocesses", "auto", "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder"]
 CHOSEN = "not slow and not gpu and not int8 and not vllm"
 SEEN = "import torch; print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())"
@@ -45,13 +48,18 @@ SEEN = "import torch; print(torch.backends.cpu.get_cpu_capability(), torch.get_n
 
 @dataclass(frozen=True)
 class Outcome:
-    """seen: the instruction set and the threads that torch reports. counts: of tests, by how they ended."""
+    """What a run of the tests came to.
+
+    seen: the instruction set and the number of threads that torch reports.
+    counts: tests by outcome.
+    is_bad: pytest failed.
+    """
 
     name: str
     seen: str
     counts: dict[str, int]
     seconds: float
-    returncode: int
+    is_bad: bool
 
     def row(self) -> str:
         """A line of the table."""
@@ -67,18 +75,20 @@ def run(name: str, arguments: list[str]) -> Outcome:
     )
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch, "report.xml")
-        command = [sys.executable, "-m", "pytest", *WORKERS, "-m", CHOSEN, f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", *WORKERS, "-m", CHOSEN, f"--junitxml={report}", *arguments]
+        if not any((ROOT / argument.partition("::")[0]).exists() for argument in arguments):
+            command += NUMERIC
         started = time.monotonic()
-        ended = subprocess.run(
-            [*command, *arguments, "tests/unit", "tests/invariance"], env=environment, cwd=ROOT
-        )
+        ended = subprocess.run(command, env=environment, cwd=ROOT)
         seconds = time.monotonic() - started
         counts = counted(report) if report.exists() else dict.fromkeys(("passed", "failed", "skipped"), 0)
-    return Outcome(name, seen.stdout.strip(), counts, seconds, ended.returncode)
+    # With `-k` and the like there may be nothing to run.
+    is_bad = ended.returncode not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+    return Outcome(name, seen.stdout.strip(), counts, seconds, is_bad)
 
 
 def counted(report: Path) -> dict[str, int]:
-    """How the tests of a JUnit report ended."""
+    """How many tests of a JUnit report ended in which way."""
     suites = ElementTree.parse(report).getroot().iter("testsuite")
     totals = [
         {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
@@ -104,7 +114,7 @@ def main(argv: list[str]) -> int:
         outcomes.append(run(name, arguments))
     print(f"\n{'setting':<15}{'torch':<12}{'passed':>9}{'failed':>9}{'skipped':>9}{'seconds':>9}")
     print("\n".join(outcome.row() for outcome in outcomes))
-    return int(any(outcome.returncode for outcome in outcomes))
+    return int(any(outcome.is_bad for outcome in outcomes))
 
 
 if __name__ == "__main__":

@@ -30,12 +30,15 @@ PROMPTS = ["a", "bc", "def", "g", "ha", "b", "cd", "e"]
 LINEAR_ADAM = {"learning_rate": 0.1, "eps": 1.0}
 
 
-def policy(seed: int = 0, **overrides: Any) -> GPT2LMHeadModel:
-    """A random language model whose next-token distributions are far from uniform."""
+def policy(seed: int = 0, *, dtype: torch.dtype = torch.float64, **overrides: Any) -> GPT2LMHeadModel:
+    """A random language model whose next-token distributions are far from uniform.
+
+    dtype: float64 unless a test is about another precision, as in `tests.tiny.tiny_decoder`.
+    """
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(tiny_gpt2_config(TOKENIZER, **overrides))
     redraw(model, 0.15, seed)
-    return model
+    return model.to(dtype)
 
 
 def redraw(module: torch.nn.Module, size: float, seed: int = 1) -> None:
@@ -203,7 +206,7 @@ def reward_trainer(run_dir: Path, samples: Sequence[Any], **settings: Any) -> Re
     shape = tiny_gpt2_config(TOKENIZER).to_diff_dict()
     values = _merged(
         {
-            "model": {"architecture": {**shape, "model_type": "gpt2"}},
+            "model": {"architecture": {**shape, "model_type": "gpt2"}, "dtype": "float64"},
             "reward_model": {"batch_size": 8},
             "train": {"run_dir": run_dir, "max_grad_norm": 1e6},
         },

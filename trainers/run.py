@@ -1,7 +1,8 @@
 """A run: its folder, its loop over steps, and how it goes on after an interruption.
 
-A resumed run is the run that was not interrupted, bit for bit on a CPU: the trainer is built as at first (the
-reference of PPO is the policy of the very start), then takes up what the checkpoint holds.
+A resumed run is the run that was not interrupted, bit for bit on the same type of CPU with the same threads
+and torch: the trainer is built as at first (the reference of PPO is the policy of the very start), then takes
+up what the checkpoint holds.
 """
 
 from __future__ import annotations

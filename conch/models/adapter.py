@@ -25,6 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from conch.errors import ConfigError, ModelError
+from conch.ops import head_dtype
 
 ADAPTER_FILE = "adapter_config.json"
 """As peft names it; a folder that has it holds an adapter, not a model."""
@@ -86,7 +87,7 @@ def add_adapter(model: PreTrainedModel, settings: dict[str, Any], *, merged_when
     _check_adapted(model, lora, merged_when_saved)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(head_dtype(parameter.dtype))
 
 
 def has_adapter(model: nn.Module) -> bool:

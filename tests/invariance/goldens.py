@@ -55,14 +55,14 @@ def versions() -> dict[str, str]:
 
 def runs(folder: Path) -> dict[str, Run]:
     """Trainer -> the metrics of its steps."""
-    sft = sft_trainer(folder / "sft", SAMPLES, lm=policy(**SMALL).double(), optimizer=ADAM)
+    sft = sft_trainer(folder / "sft", SAMPLES, lm=policy(**SMALL), optimizer=ADAM)
     regression = reward_trainer(folder / "regression", SCORED, optimizer=ADAM)
     pairs = reward_trainer(folder / "pairs", PAIRS, optimizer=ADAM)
     for trainer in (regression, pairs):
-        redraw(trainer.model.double(), 0.1)
+        redraw(trainer.model, 0.1)
     rewards = [float(len(sample)) for sample in SAMPLES]
     texts = [sample if isinstance(sample, str) else "".join(sample.values()) for sample in SAMPLES]
-    ilql = ilql_trainer(folder / "ilql", texts, rewards, lm=policy(**SMALL).double(), optimizer=ADAM)
+    ilql = ilql_trainer(folder / "ilql", texts, rewards, lm=policy(**SMALL), optimizer=ADAM)
     for head in (ilql.policy.q_heads, ilql.policy.value_head):
         redraw(head, 0.3)
     ilql.policy.sync_targets(1.0)
@@ -80,7 +80,7 @@ def ppo(run_dir: Path) -> Run:
     """Steps with running moments, a failed reward and an adaptive KL weight."""
     trainer = ppo_trainer(
         run_dir,
-        lm=policy(**SMALL).double(),
+        lm=policy(**SMALL),
         optimizer=ADAM,
         ppo={"kl": KL},
         shaping={"clip": 5.0, "scaling": "running", "missing_eos_penalty": 1.0},
@@ -97,7 +97,7 @@ def grpo(run_dir: Path) -> Run:
     """Steps of two epochs on groups, one with a failed reward, with an adaptive KL weight in the loss."""
     trainer = grpo_trainer(
         run_dir,
-        lm=policy(**SMALL).double(),
+        lm=policy(**SMALL),
         optimizer=ADAM,
         grpo={"kl": KL, "epochs": 2},
     )
@@ -111,7 +111,7 @@ def grpo(run_dir: Path) -> Run:
 def rft(run_dir: Path) -> Run:
     """Steps of one round on the completions of its first: the bar rises from step to step."""
     trainer = rft_trainer(
-        run_dir, lm=policy(**SMALL).double(), optimizer=ADAM, rft={"n_improve_steps": STEPS, "batch_size": 4}
+        run_dir, lm=policy(**SMALL), optimizer=ADAM, rft={"n_improve_steps": STEPS, "batch_size": 4}
     )
     pool = trainer.experience(GROUPS, GROUP_REWARDS)
     found = []

@@ -81,7 +81,7 @@ def sft(folder: Path) -> dict[str, Any]:
     trainer = sft_trainer(
         folder / "sft",
         SAMPLES,
-        lm=policy(**SMALL).double(),
+        lm=policy(**SMALL),
         eval_samples=SAMPLES[:5],
         optimizer=LINEAR_ADAM,
         sft={"batch_size": 8},
@@ -122,7 +122,7 @@ def ilql(folder: Path) -> dict[str, Any]:
         folder / "ilql",
         texts,
         [float(len(text)) for text in texts],
-        lm=policy(**SMALL).double(),
+        lm=policy(**SMALL),
         optimizer=LINEAR_ADAM,
         ilql={"batch_size": 8, "steps_for_target_q_sync": 1},
     )
@@ -136,7 +136,7 @@ def ppo(folder: Path) -> dict[str, Any]:
     """Two steps on given rollouts: rewards scaled by running moments, a failure, an adaptive KL weight."""
     trainer = ppo_trainer(
         folder / "ppo",
-        lm=policy(**SMALL).double(),
+        lm=policy(**SMALL),
         optimizer=LINEAR_ADAM,
         ppo={
             "kl": {"coef": 0.2, "target": 0.01, "horizon": 100},
@@ -166,7 +166,7 @@ def grpo(folder: Path) -> dict[str, Any]:
     KL that the adaptive weight goes by."""
     trainer = grpo_trainer(
         folder / "grpo",
-        lm=policy(**SMALL).double(),
+        lm=policy(**SMALL),
         optimizer=LINEAR_ADAM,
         grpo={"kl": {"coef": 0.2, "target": 0.01, "horizon": 100}},
         train={"gradient_accumulation_steps": 2},

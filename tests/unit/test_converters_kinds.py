@@ -34,6 +34,7 @@ from tests.checkpoints import (
     save_value_head,
     value_head_tensors,
 )
+from tests.numerics import assert_scores_close
 from tests.tiny import DECODERS
 
 SEMICOLON = LETTERS.index(";")
@@ -58,9 +59,7 @@ def served(name: Path, reading: Reading | None = None, *, dtype: Any = "float32"
     write_version(folder, checkpoint, _manifest(options, checkpoint))
     scores = Scorer(folder, "cpu").score([Row(ids) for ids in ROWS]).rewards
     if dtype == "float32":
-        np.testing.assert_allclose(
-            scores, [expected.scores[tuple(row)] for row in ROWS], rtol=1e-5, atol=1e-5
-        )
+        assert_scores_close(scores, [expected.scores[tuple(row)] for row in ROWS])
     return scores
 
 
@@ -82,9 +81,7 @@ def first_eos(row: list[int]) -> int:
 def test_a_classifier_of_any_family_scores_the_same(tmp_path: Path, family: str) -> None:
     model = classifier(tmp_path / "model", family, num_labels=2)
 
-    np.testing.assert_allclose(
-        served(tmp_path / "model"), each_alone(lambda ids: model(ids).logits), atol=1e-5
-    )
+    assert_scores_close(served(tmp_path / "model"), each_alone(lambda ids: model(ids).logits))
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])
@@ -107,7 +104,7 @@ def test_a_half_precision_checkpoint_is_served_in_any_precision(tmp_path: Path, 
     model = classifier(tmp_path / "model", family, dtype="bfloat16")
     exact = each_alone(lambda ids: model(ids).logits)
 
-    np.testing.assert_allclose(served(tmp_path / "model"), exact, atol=1e-5)
+    assert_scores_close(served(tmp_path / "model"), exact)
     half = served(tmp_path / "model", dtype="bfloat16")
     assert 0 < np.abs(half - exact).max() < 0.1
 
@@ -126,7 +123,7 @@ def test_a_value_head_is_read_at_the_first_eos(tmp_path: Path, family: str, how:
 
     right = pooled(trunk, tensors["v_head.weight"], first_eos)
     reading = Reading(base_model=str(tmp_path / "base"))
-    np.testing.assert_allclose(served(tmp_path / "head", reading), right, atol=1e-5)
+    assert_scores_close(served(tmp_path / "head", reading), right)
 
 
 def test_a_half_precision_value_head_with_old_buffers_stays_in_half_precision(tmp_path: Path) -> None:
@@ -180,7 +177,7 @@ def test_pooling_reads_where_it_says(tmp_path: Path, rule: Any, where: Callable[
     model = classifier(tmp_path / "model", "llama")
 
     right = pooled(model.model, model.score.weight, where)
-    np.testing.assert_allclose(served(tmp_path / "model", Reading(pooling=rule)), right, atol=1e-5)
+    assert_scores_close(served(tmp_path / "model", Reading(pooling=rule)), right)
 
 
 def test_pooling_takes_the_mean_over_the_samples_own_tokens(tmp_path: Path) -> None:
@@ -189,7 +186,7 @@ def test_pooling_takes_the_mean_over_the_samples_own_tokens(tmp_path: Path) -> N
         lambda ids: model.transformer(ids).last_hidden_state.mean(dim=1) @ model.score.weight.T
     )
 
-    np.testing.assert_allclose(served(tmp_path / "model", Reading(pooling="mean")), right, atol=1e-5)
+    assert_scores_close(served(tmp_path / "model", Reading(pooling="mean")), right)
 
 
 def step_probabilities(model: Any, row: list[int]) -> list[float]:
@@ -213,7 +210,7 @@ def test_a_process_reward_combines_the_scores_of_the_steps(
         right = [[combine(step_probabilities(model, row))] for row in ROWS]
 
     scores = served(tmp_path / "model", Reading(step_separator=";", aggregate=aggregate))
-    np.testing.assert_allclose(scores, right, atol=1e-5)
+    assert_scores_close(scores, right)
 
 
 def test_a_process_reward_of_one_output_is_its_raw_score(tmp_path: Path) -> None:
@@ -223,7 +220,7 @@ def test_a_process_reward_of_one_output_is_its_raw_score(tmp_path: Path) -> None
     scores = served(tmp_path / "model", Reading(step_separator=";", aggregate="last"))
 
     last = [max((p for p, token in enumerate(row) if token != EOS), default=0) for row in ROWS]
-    np.testing.assert_allclose(scores[:, 0], [r[p] for r, p in zip(right, last, strict=True)], atol=1e-5)
+    assert_scores_close(scores[:, 0], [r[p] for r, p in zip(right, last, strict=True)])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "roberta"])
@@ -232,8 +229,8 @@ def test_mean_and_std_are_folded_into_the_head(tmp_path: Path, family: str) -> N
     (tmp_path / "model" / "reward_model.json").write_text('{"mean": [0.5, -2.0], "std": [0.25, 4.0]}')
     right = (each_alone(lambda ids: model(ids).logits) - [0.5, -2.0]) / [0.25, 4.0]
 
-    np.testing.assert_allclose(served(tmp_path / "model", Reading(normalise="fold")), right, atol=3e-5)
-    np.testing.assert_allclose(served(tmp_path / "model", Reading(normalise="parameters")), right, atol=3e-5)
+    assert_scores_close(served(tmp_path / "model", Reading(normalise="fold")), right)
+    assert_scores_close(served(tmp_path / "model", Reading(normalise="parameters")), right)
 
 
 def test_rewards_are_chosen_by_name_or_number_with_their_statistics(tmp_path: Path) -> None:
@@ -245,7 +242,7 @@ def test_rewards_are_chosen_by_name_or_number_with_their_statistics(tmp_path: Pa
     for normalise in ("fold", "parameters"):
         reading = Reading(rewards=("brief", "0"), normalise=normalise)
         assert read_checkpoint(str(tmp_path / "model"), reading).reward_names == ("brief", "kind")
-        np.testing.assert_allclose(served(tmp_path / "model", reading), right, atol=1e-5)
+        assert_scores_close(served(tmp_path / "model", reading), right)
 
 
 def save_adapter(folder: Path, base: Any, task: TaskType) -> Any:
@@ -274,7 +271,7 @@ def test_an_adapter_is_merged_into_its_base(tmp_path: Path, named_by: str) -> No
         (tmp_path / "base").rename(tmp_path / "moved")
         reading = Reading(base_model=str(tmp_path / "moved"))
 
-    np.testing.assert_allclose(served(tmp_path / "adapter", reading), right, atol=1e-5)
+    assert_scores_close(served(tmp_path / "adapter", reading), right)
 
 
 # ---------------------------------------------------------------------------------------------------- refused

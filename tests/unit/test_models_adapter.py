@@ -23,6 +23,7 @@ from conch.models.reference import AdapterOffReference, build_reference
 from conch.models.trainable import choose_trainable
 from conch.rollouts.hf_engine import HFEngine
 from conch.types import Prompt
+from tests.numerics import network_rounding, rounding
 from tests.tiny import LANGUAGE_MODELS, char_tokenizer, decoder_shape, tiny_decoder
 
 TOKENIZER = char_tokenizer("abcdefghijklmnopqrstu")
@@ -46,6 +47,11 @@ def logits(model: PreTrainedModel) -> Tensor:
 def settings(family: str = "gpt2", *, merge: bool = True, **peft_config: Any) -> ModelConfig:
     values = {"r": 2, "lora_alpha": 4, **peft_config}
     return ModelConfig(architecture=decoder_shape(family), peft_config=values, merge_adapter=merge)
+
+
+def base_model(family: str) -> PreTrainedModel:
+    """Frozen, as it is below an adapter: torch may multiply by weights that learn in another order."""
+    return tiny_decoder(family).requires_grad_(False)  # pyright: ignore[reportReturnType]
 
 
 def adapted(family: str, *, learned: bool = True, **peft_config: Any) -> PreTrainedModel:
@@ -92,7 +98,7 @@ def test_adapter_and_value_head_alone_learn(family: str) -> None:
 
 @pytest.mark.parametrize("family", LANGUAGE_MODELS)
 def test_model_starts_as_its_base_and_is_it_again_with_the_adapter_off(family: str) -> None:
-    base, lm = logits(tiny_decoder(family)), adapted(family, learned=False)
+    base, lm = logits(base_model(family)), adapted(family, learned=False)
     assert torch.equal(logits(lm), base)
     learn(lm)
 
@@ -104,7 +110,7 @@ def test_model_starts_as_its_base_and_is_it_again_with_the_adapter_off(family: s
 
 @pytest.mark.parametrize("family", LANGUAGE_MODELS)
 def test_reference_of_an_adapted_model_is_its_base(family: str) -> None:
-    base, lm = logits(tiny_decoder(family)), adapted(family, learned=False).train()
+    base, lm = logits(base_model(family)), adapted(family, learned=False).train()
     reference, parameters = build_reference(lm, -1), len(list(lm.parameters()))
     assert isinstance(reference, AdapterOffReference)
     assert torch.equal(reference.logits(*a_batch()), logits(lm)), "KL must be exactly 0 at first"
@@ -128,7 +134,7 @@ def test_adapter_is_on_again_after_a_failure() -> None:
 
 def test_trained_copies_of_whole_modules_come_on_again() -> None:
     lm = adapted("gpt2", modules_to_save=["ln_f"])
-    base, trained = logits(tiny_decoder("gpt2")), logits(lm)
+    base, trained = logits(base_model("gpt2")), logits(lm)
 
     assert torch.equal(build_reference(lm, -1).logits(*a_batch()), base)
     assert torch.equal(logits(lm), trained)
@@ -164,7 +170,8 @@ def test_adapted_model_samples_from_what_it_learned() -> None:
         table = response_logits(lm, ids, torch.ones_like(ids, dtype=torch.bool), ids.shape[1] - 2)
     expected = table.log_softmax(-1).gather(-1, ids[:, 2:, None])[0, :, 0]
 
-    torch.testing.assert_close(torch.tensor(rollout.completion.logprobs), expected, rtol=0, atol=5e-6)
+    sampled = torch.tensor(rollout.completion.logprobs, dtype=torch.float64)
+    torch.testing.assert_close(sampled, expected, rtol=0, atol=rounding(table, 8))
 
 
 def test_head_of_a_reward_model_trains_beside_its_adapter() -> None:
@@ -182,7 +189,7 @@ def test_head_of_a_reward_model_trains_beside_its_adapter() -> None:
 @pytest.mark.parametrize("family", LANGUAGE_MODELS)
 def test_adapter_is_saved_alone_and_peft_loads_it_onto_the_base(family: str, tmp_path: Path) -> None:
     auto_class = AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
-    tiny_decoder(family).save_pretrained(tmp_path / "base")
+    tiny_decoder(family, dtype=torch.float32).save_pretrained(tmp_path / "base")
     config = ModelConfig(path=str(tmp_path / "base"), peft_config={"r": 2})
     lm = load_lm(config)
     choose_trainable(lm, config)
@@ -192,14 +199,16 @@ def test_adapter_is_saved_alone_and_peft_loads_it_onto_the_base(family: str, tmp
 
     assert (folder / "adapter_config.json").is_file() and (folder / "adapter_model.safetensors").is_file()
     assert not (folder / "model.safetensors").exists() and not (folder / "config.json").exists()
-    torch.testing.assert_close(logits(loaded.base_model.model), logits(lm), rtol=0, atol=1e-6)
-    torch.testing.assert_close(logits(load_lm(ModelConfig(path=str(folder)))), logits(lm), rtol=0, atol=1e-5)
+    expected = logits(lm)
+    bound = network_rounding(expected)
+    torch.testing.assert_close(logits(loaded.base_model.model), expected, rtol=0, atol=bound)
+    torch.testing.assert_close(logits(load_lm(ModelConfig(path=str(folder)))), expected, rtol=0, atol=bound)
 
 
 @ignore_peft
 def test_saved_adapter_finds_its_base_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    tiny_decoder("llama").save_pretrained("base")
+    tiny_decoder("llama", dtype=torch.float32).save_pretrained("base")
     config = ModelConfig(path="base", peft_config={"r": 2})
     lm = load_lm(config)
     choose_trainable(lm, config)
@@ -208,7 +217,9 @@ def test_saved_adapter_finds_its_base_from_anywhere(tmp_path: Path, monkeypatch:
     monkeypatch.chdir("/")
     loaded = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "step_1"))
 
-    torch.testing.assert_close(logits(loaded.base_model.model.eval()), logits(lm), rtol=0, atol=1e-6)
+    expected = logits(lm)
+    found = logits(loaded.base_model.model.eval())
+    torch.testing.assert_close(found, expected, rtol=0, atol=network_rounding(expected))
 
 
 @pytest.mark.parametrize("family", LANGUAGE_MODELS)
@@ -223,7 +234,7 @@ def test_merged_folder_is_an_ordinary_model_and_the_live_one_is_untouched(
 
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert not (folder / "adapter_config.json").exists() and not has_adapter(loaded)
-    torch.testing.assert_close(logits(loaded.eval()), before, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(loaded.eval()), before, rtol=0, atol=1e-10)
     assert torch.equal(logits(lm), before)
     assert all(torch.equal(tensor, state[name]) for name, tensor in lm.state_dict().items())
 
@@ -242,11 +253,12 @@ def test_saved_reward_model_scores_as_it_did(merge: bool, tmp_path: Path) -> Non
     folder = save_model(tmp_path / "rm", model, TOKENIZER, merge_adapter=merge)
     loaded = load_sequence_classifier(ModelConfig(path=str(folder)), num_labels=1, pad_token_id=PAD).eval()
 
-    torch.testing.assert_close(loaded(*a_batch()[:1]).logits, scores, rtol=0, atol=1e-5)
+    found = loaded(*a_batch()[:1]).logits
+    torch.testing.assert_close(found, scores, rtol=0, atol=network_rounding(scores))
 
 
 def test_adapter_on_a_merged_one_belongs_to_it(tmp_path: Path) -> None:
-    tiny_decoder("gpt2").save_pretrained(tmp_path / "base")
+    tiny_decoder("gpt2", dtype=torch.float32).save_pretrained(tmp_path / "base")
     path = str(tmp_path / "base")
     for name in ("first", "second"):
         config = ModelConfig(path=path, peft_config={"r": 2})
@@ -255,7 +267,8 @@ def test_adapter_on_a_merged_one_belongs_to_it(tmp_path: Path) -> None:
         learn(lm)
         path = str(save_model(tmp_path / name, lm, TOKENIZER))
 
-    torch.testing.assert_close(logits(load_lm(ModelConfig(path=path))), logits(lm), rtol=0, atol=1e-5)
+    found, expected = logits(load_lm(ModelConfig(path=path))), logits(lm)
+    torch.testing.assert_close(found, expected, rtol=0, atol=network_rounding(expected))
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ def test_a_given_model_whose_class_fixes_its_attention_is_refused(installed: Any
 
 def test_a_given_model_is_asked_for_its_own_precision(installed: Any) -> None:
     installed("flash_attn")
-    lm = policy()
+    lm = policy(dtype=torch.float32)
     lm.config._attn_implementation = FLASH[0]
     with pytest.raises(
         ConfigError,
@@ -207,7 +207,7 @@ def test_trainers_refuse_before_they_begin(tmp_path: Path, installed: Any, make:
 def test_sampling_by_attention_of_lengths_goes_through_transformers(tmp_path: Path) -> None:
     """The masks of slots are of a form that it does not take."""
     with reference_kernels():
-        lm = policy().double()
+        lm = policy()
         prompts = [prompt.token_ids for prompt in ppo_trainer(tmp_path / "a", lm=lm).prompts]
         ids, mask = pad_left(prompts, 8, lm.device)
         expected = lm.generate(

@@ -47,7 +47,7 @@ def kernels() -> Iterator[None]:
 def decoder(family: str, **overrides: Any) -> PreTrainedModel:
     """In float64; its attention is sdpa."""
     if family != "qwen3":
-        return tiny_decoder(family, **overrides).double()
+        return tiny_decoder(family, **overrides)
     torch.manual_seed(0)
     shape = {"vocab_size": 24, "pad_token_id": PAD, "eos_token_id": 22, **QWEN3, **overrides}
     return AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **shape)).eval().double()
@@ -272,7 +272,7 @@ def test_an_update_on_one_row_is_that_on_padded_ones(
     tmp_path: Path, make: Any, model: dict[str, Any]
 ) -> None:
     moved, metrics, rollouts = [], [], None
-    for lm in (policy().double(), reading_lengths(policy().double())):
+    for lm in (policy(), reading_lengths(policy())):
         trainer = make(
             tmp_path / lm.config._attn_implementation,
             lm=lm,

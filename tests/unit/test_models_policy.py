@@ -13,6 +13,7 @@ from conch.config import ModelConfig
 from conch.errors import ModelError
 from conch.models.loading import load_lm
 from conch.models.policy import PolicyWithValue, response_logits
+from tests.numerics import family_rounding, network_rounding
 from tests.tiny import LANGUAGE_MODELS, char_tokenizer, decoder_shape, tiny_decoder, tiny_gpt2_config
 
 PAD = 21
@@ -63,8 +64,9 @@ def test_padding_on_either_side_changes_neither_logits_nor_values(family: str) -
     plain = policy(ids, mask, RESPONSE)
     output = policy(*padded(ids, left=4, right=2), RESPONSE + 2)
 
-    torch.testing.assert_close(output.logits[:, :RESPONSE], plain.logits, rtol=0, atol=2e-6)
-    torch.testing.assert_close(output.values[:, :RESPONSE], plain.values, rtol=0, atol=2e-6)
+    for found, wanted in ((output.logits, plain.logits), (output.values, plain.values)):
+        bound = family_rounding(family, wanted)
+        torch.testing.assert_close(found[:, :RESPONSE], wanted, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("family", LANGUAGE_MODELS)
@@ -80,7 +82,8 @@ def test_rows_of_different_lengths_have_the_logits_they_have_alone(family: str) 
         prompt, response = ids[row : row + 1, PROMPT - length : PROMPT], ids[row : row + 1, PROMPT:]
         for action in range(RESPONSE):
             alone, _ = next_alone(lm, prompt, response[:, :action])
-            torch.testing.assert_close(together[row : row + 1, action], alone, rtol=0, atol=5e-6)
+            bound = family_rounding(family, alone)
+            torch.testing.assert_close(together[row : row + 1, action], alone, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("family", LANGUAGE_MODELS)
@@ -94,8 +97,9 @@ def test_logits_and_values_are_read_at_the_token_before_the_action(family: str) 
     for action in range(RESPONSE):
         logits, states = next_alone(lm, ids[:, :PROMPT], ids[:, PROMPT : PROMPT + action])
         value = policy.value_head(states.unsqueeze(1))[:, 0]
-        torch.testing.assert_close(output.logits[:, action], logits, rtol=0, atol=5e-6)
-        torch.testing.assert_close(output.values[:, action], value, rtol=0, atol=5e-6)
+        for found, wanted in ((output.logits, logits), (output.values, value)):
+            bound = family_rounding(family, wanted)
+            torch.testing.assert_close(found[:, action], wanted, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
@@ -157,7 +161,7 @@ def test_values_of_a_bfloat16_policy_are_float32() -> None:
     values = copy.deepcopy(exact).to(torch.bfloat16)(*a_batch(), RESPONSE).values
 
     assert values.dtype == torch.float32
-    torch.testing.assert_close(values, exact(*a_batch(), RESPONSE).values, rtol=0, atol=0.1)
+    torch.testing.assert_close(values.double(), exact(*a_batch(), RESPONSE).values, rtol=0, atol=0.1)
 
 
 def test_model_without_a_language_model_head_is_refused() -> None:
@@ -178,7 +182,7 @@ def test_decoder_that_takes_no_position_ids_sees_its_padding_in_the_mask() -> No
     plain = response_logits(lm, ids, mask, RESPONSE)
     wide = response_logits(lm, *padded(ids, left=4, right=2), RESPONSE + 2)
 
-    torch.testing.assert_close(wide[:, :RESPONSE], plain, rtol=0, atol=2e-6)
+    torch.testing.assert_close(wide[:, :RESPONSE], plain, rtol=0, atol=network_rounding(plain, layers=2))
     assert "logits_to_keep" in given and "position_ids" not in given
 
 

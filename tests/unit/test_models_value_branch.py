@@ -130,9 +130,14 @@ def test_branch_has_dropout_of_its_own() -> None:
 
 def test_copy_of_a_policy_has_a_branch_of_its_own() -> None:
     policy = awake(PolicyWithValue(tiny_decoder("gpt2"), num_value_layers=1))
-    copied = copy.deepcopy(policy).double()
+    copied = copy.deepcopy(policy)
+    before = policy(*a_batch()).values
+    assert policy.value_branch is not None
+    for parameter in policy.value_branch.parameters():
+        parameter.data.zero_()
 
-    torch.testing.assert_close(copied(*a_batch()).values.float(), policy(*a_batch()).values)
+    torch.testing.assert_close(copied(*a_batch()).values, before, rtol=0, atol=1e-10)
+    assert not torch.isclose(policy(*a_batch()).values, before).any()
 
 
 def test_layers_between_embeddings_and_blocks_are_frozen_in_the_branch() -> None:

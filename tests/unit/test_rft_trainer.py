@@ -58,7 +58,7 @@ def likelihood_loss(lm: GPT2LMHeadModel, samples: Sequence[tuple[list[int], int]
 
 
 def test_update_is_adam_on_the_likelihood_of_what_is_kept(run_dir: Path) -> None:
-    lm = policy().double()
+    lm = policy()
     reference = copy.deepcopy(lm)
     loss = likelihood_loss(reference, LEARNED)
     loss.backward()
@@ -88,7 +88,7 @@ def test_accumulation_changes_nothing(tmp_path: Path) -> None:
     for steps in (1, 4):
         trainer = rft_trainer(
             tmp_path / str(steps),
-            lm=policy().double(),
+            lm=policy(),
             optimizer=LINEAR_ADAM,
             train={"gradient_accumulation_steps": steps},
         )

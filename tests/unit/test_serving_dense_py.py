@@ -27,6 +27,7 @@ from tests.checkpoints import (
     save_value_head,
     value_head_tensors,
 )
+from tests.numerics import assert_scores_close
 
 SEMICOLON = LETTERS.index(";")
 STEPS = Reading(step_separator=";", granularity="step")
@@ -134,7 +135,7 @@ def test_ends_are_characters_where_tokens_are_bytes(tmp_path: Path) -> None:
     scorer = scorer_of(tmp_path / "model", TOKENS)
     assert ends_of(scorer, text) == [(1, 1, 2, 3, 3, 3, 4, 4, 4, 4, 5, 6, 7)]
     (row,) = rows = scorer.rows_from_texts([text.encode()])
-    np.testing.assert_allclose(scorer.score(rows).steps[0], probabilities(model, row.ids), atol=1e-6)
+    assert_scores_close(scorer.score(rows).steps[0], probabilities(model, row.ids))
 
 
 def test_ends_of_the_token_form_count_the_tokens_that_are_no_padding(steps: Scorer) -> None:
@@ -156,9 +157,9 @@ def test_steps_score_like_hugging_face_in_any_company(qwen: tuple[Path, Any], st
 
     for row, told in zip(rows, scores.steps, strict=True):
         every = probabilities(qwen[1], row.ids)
-        np.testing.assert_allclose(told, [every[place] for place in row.places], atol=1e-6)
+        assert_scores_close(told, [every[place] for place in row.places])
     means = [[told.mean()] for told in scores.steps]
-    np.testing.assert_allclose(scores.rewards, means, atol=1e-6)
+    assert_scores_close(scores.rewards, means)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_the_reward_is_the_aggregate_of_the_steps(
     scorer = scorer_of(qwen[0], replace(STEPS, aggregate=aggregate))
     scores = scorer.score(scorer.rows_from_texts([b"ab;cde;f", b"dd;a;"]))
     right = [[expected(told)] for told in scores.steps]
-    np.testing.assert_allclose(scores.rewards, right, atol=1e-6)
+    assert_scores_close(scores.rewards, right)
 
 
 def test_the_reward_is_that_of_the_same_model_without_dense_scores(qwen: tuple[Path, Any]) -> None:
@@ -180,7 +181,7 @@ def test_the_reward_is_that_of_the_same_model_without_dense_scores(qwen: tuple[P
         scorer.score(scorer.rows_from_texts(texts)).rewards
         for scorer in (scorer_of(qwen[0], STEPS), scorer_of(qwen[0], Reading(step_separator=";")))
     ]
-    np.testing.assert_allclose(*both, atol=1e-6)
+    assert_scores_close(*both)
 
 
 def test_every_token_of_a_value_head_is_scored(tmp_path: Path) -> None:
@@ -196,7 +197,7 @@ def test_every_token_of_a_value_head_is_scored(tmp_path: Path) -> None:
     base.base_model.load_state_dict(trunk)
     with torch.inference_mode():
         right = (base.base_model(torch.tensor([row.ids])).last_hidden_state[0] @ weight.T)[:, 0]
-    np.testing.assert_allclose(scores.steps[0], right, atol=1e-5)
+    assert_scores_close(scores.steps[0], right)
     assert scores.rewards[0, 0] == pytest.approx(float(right[2]), abs=1e-5)  # at the first eos
     assert row.ends == (1, 2, 3, 4)
 
@@ -212,8 +213,8 @@ def test_every_token_of_a_classifier_is_scored_in_the_unit_of_its_reward(tmp_pat
     for normalise in ("fold", "parameters"):
         scorer = scorer_of(tmp_path / "model", replace(TOKENS, rewards=("1",), normalise=normalise))
         scores = scorer.score([row_of_ids(scorer, *row)])
-        np.testing.assert_allclose(scores.steps[0], right, atol=1e-5)
-        np.testing.assert_allclose(scores.rewards, [[sample]], atol=1e-5)
+        assert_scores_close(scores.steps[0], right)
+        assert_scores_close(scores.rewards, [[sample]])
 
 
 def test_steps_stay_with_their_rows_when_the_batch_is_cut(
@@ -227,7 +228,7 @@ def test_steps_stay_with_their_rows_when_the_batch_is_cut(
     assert isinstance(outcomes[0], Scores) and isinstance(outcomes[2], Scores)
     told = [*outcomes[0].steps, *outcomes[2].steps]
     for row, scores in zip(itertools.chain(*requests), told, strict=True):
-        np.testing.assert_allclose(scores, steps.score([row]).steps[0], atol=1e-6)
+        assert_scores_close(scores, steps.score([row]).steps[0])
 
 
 def test_a_step_that_is_nan_fails_its_request_alone(qwen: tuple[Path, Any]) -> None:

@@ -21,6 +21,7 @@ from conch.serving.python_backend.model import (
     refuse_numpy_2,
     score_requests,
 )
+from tests.numerics import assert_scores_close
 from tests.tiny import reward_checkpoint
 
 PAD, EOS, VOCABULARY, MAX_LENGTH = 21, 22, 24, 12
@@ -210,8 +211,8 @@ def test_score_equals_hugging_face_for_every_length_in_any_company(folder: Path,
     ]
     expected = [alone(folder, row) for row in rows]
 
-    np.testing.assert_allclose(rewards_of(scorer, rows), expected, atol=1e-6)
-    np.testing.assert_allclose(rewards_of(scorer, rows[::-1]), expected[::-1], atol=1e-6)
+    assert_scores_close(rewards_of(scorer, rows), expected)
+    assert_scores_close(rewards_of(scorer, rows[::-1]), expected[::-1])
 
 
 def test_score_keeps_order_when_the_batch_is_cut_by_the_token_budget(
@@ -224,7 +225,7 @@ def test_score_keeps_order_when_the_batch_is_cut_by_the_token_budget(
     forward = scorer._forward
     monkeypatch.setattr(scorer, "_forward", lambda rows: passes.append(len(rows)) or forward(rows))
 
-    np.testing.assert_allclose(rewards_of(scorer, rows), whole, atol=1e-6)
+    assert_scores_close(rewards_of(scorer, rows), whole)
     assert passes == [2, 1, 1]
 
 
@@ -248,7 +249,7 @@ def test_score_normalises_each_reward_by_its_own_statistics(tmp_path: Path) -> N
     raw = np.array(alone(folder, [0, 1, EOS]))
 
     expected = (raw - [0.5, -1.0]) / [2.0, 0.25]
-    np.testing.assert_allclose(rewards_of(Scorer(folder, "cpu"), [[0, 1, EOS]])[0], expected, atol=1e-5)
+    assert_scores_close(rewards_of(Scorer(folder, "cpu"), [[0, 1, EOS]])[0], expected)
 
 
 def test_score_requests_splits_the_batch_as_it_was_asked(scorer: Scorer) -> None:
@@ -258,8 +259,8 @@ def test_score_requests_splits_the_batch_as_it_was_asked(scorer: Scorer) -> None
 
     assert isinstance(first, Scores) and isinstance(second, Scores)
     assert isinstance(rejected, RejectedError)
-    np.testing.assert_allclose(first.rewards, rewards_of(scorer, [[0], [1, 2]]), atol=1e-6)
-    np.testing.assert_allclose(second.rewards, rewards_of(scorer, [[3, 4, 5]]), atol=1e-6)
+    assert_scores_close(first.rewards, rewards_of(scorer, [[0], [1, 2]]))
+    assert_scores_close(second.rewards, rewards_of(scorer, [[3, 4, 5]]))
 
 
 def test_score_requests_lets_only_the_failing_request_fail(scorer: Scorer) -> None:
@@ -267,7 +268,7 @@ def test_score_requests_lets_only_the_failing_request_fail(scorer: Scorer) -> No
     good, bad = score_requests(scorer, [as_rows([[0, 1]]), as_rows([[10_000]])])
 
     assert isinstance(good, Scores)
-    np.testing.assert_allclose(good.rewards, rewards_of(scorer, [[0, 1]]), atol=1e-6)
+    assert_scores_close(good.rewards, rewards_of(scorer, [[0, 1]]))
     assert isinstance(bad, IndexError)
 
 
