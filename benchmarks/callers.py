@@ -18,8 +18,8 @@ from tritonclient.grpc import InferInput
 from benchmarks.limit import Work
 from conch.config import RewardConfig
 from conch.errors import ConchError
-from conch.rewards.triton_reward import TritonReward
-from conch.serving.triton_channel import Access, open_client
+from conch.rewards.served import TritonReward
+from conch.triton.channel import Access, open_client
 
 FIXED_BATCH = 24
 

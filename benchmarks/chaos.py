@@ -30,8 +30,7 @@ from typing import Any
 import torch
 
 from conch.errors import ConchError
-from conch.serving.launcher import TritonServer
-from conch.serving.ports import free_port
+from conch.serving.server.server import TritonServer, free_port
 from tests.runs import ppo_trainer
 from tests.stores import HASH_MODEL, hash_score, store_model
 

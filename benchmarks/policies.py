@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from benchmarks.checkpoint import byte_pairs
 from benchmarks.forced_lengths import EndAt
 from conch.errors import ConchError
-from conch.rollouts.hf_engine import HFEngine
+from conch.rollouts.hf.engine import HFEngine
 from conch.trainers.grpo import GRPOTrainer
 from conch.trainers.ppo import PPOTrainer
 from conch.types import Prompt

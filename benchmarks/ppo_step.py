@@ -43,9 +43,9 @@ from benchmarks.measuring import (
 from benchmarks.policies import Case, case_of, forced_engine
 from conch.cli import load_run_config
 from conch.config import load
+from conch.models.freezing import choose_trainable
 from conch.models.policy import response_logits
 from conch.models.reference import FullCopyReference, Reference, SharedTrunkReference
-from conch.models.trainable import choose_trainable
 from conch.trainers.ppo import PPORunConfig, PPOTrainer
 from examples.randomwalks.sft_start import GRAPH_SEED, sft_start
 from examples.randomwalks.task import RandomWalks

@@ -31,8 +31,7 @@ from benchmarks.measuring import add_common_options, check_scores, machine, on_c
 from benchmarks.served_step import Steps, in_process, median_of, seconds_of
 from conch.converters.to_triton import to_triton
 from conch.errors import ServerStartError
-from conch.serving.launcher import TritonServer
-from conch.serving.ports import free_port
+from conch.serving.server.server import TritonServer, free_port
 
 LIMIT, OURS = "in process, best batching", "Conch"
 TEXT, TOKEN = "text", "token"

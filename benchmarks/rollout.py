@@ -43,7 +43,7 @@ from benchmarks.measuring import (
 from benchmarks.policies import Case, case_of
 from conch.config import GenerationConfig
 from conch.errors import ConchError
-from conch.rollouts.hf_engine import HFEngine
+from conch.rollouts.hf.engine import HFEngine
 
 OURS, PLAIN = "Conch", "transformers.generate"
 CASES = ("walks", "dialogues")

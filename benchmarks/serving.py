@@ -28,10 +28,10 @@ from benchmarks.measuring import add_common_options, check_scores, machine, on_c
 from conch.config import RewardConfig
 from conch.converters.to_triton import to_triton
 from conch.errors import ConchError
-from conch.rewards.triton_reward import TritonReward
-from conch.serving.launcher import TritonServer
-from conch.serving.manifest import Backend
-from conch.serving.spec import Form
+from conch.rewards.served import TritonReward
+from conch.serving.server.server import TritonServer
+from conch.store.manifest import Backend
+from conch.triton.contract import Form
 from conch.types import Rollout
 
 FROM_TEXT, FROM_TOKENS = "in process, from text", "in process, from tokens"

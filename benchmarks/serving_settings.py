@@ -27,8 +27,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
 
 from conch.converters.to_triton import to_triton
-from conch.serving.launcher import TritonServer
-from conch.serving.triton_channel import Access, open_client
+from conch.serving.server.server import TritonServer
+from conch.triton.channel import Access, open_client
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TEXT = (LETTERS * 3)[:63]

@@ -25,8 +25,8 @@ import psutil
 
 from conch.config import RewardConfig
 from conch.errors import ConchError
-from conch.rewards.triton_reward import TritonReward
-from conch.serving.launcher import TritonServer
+from conch.rewards.served import TritonReward
+from conch.serving.server.server import TritonServer
 from conch.types import Completion, Prompt, Rollout
 from tests.stores import HASH_MODEL, hash_score, store_model
 

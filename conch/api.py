@@ -9,11 +9,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conch.config import Section, load
 from conch.errors import ConfigError
+from conch.evaluation.metrics import MetricFn
 from conch.log import setup_logging
-from conch.rewards.source import UserReward
+from conch.rewards.base import UserReward
 from conch.trainers.grpo import GRPORunConfig, GRPOTrainer
 from conch.trainers.ilql import ILQLRunConfig, ILQLTrainer
-from conch.trainers.online import MetricFn
 from conch.trainers.ppo import PPORunConfig, PPOTrainer
 from conch.trainers.rft import RFTRunConfig, RFTTrainer
 from conch.trainers.sft import SFTRunConfig, SFTTrainer

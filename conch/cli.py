@@ -6,6 +6,8 @@ A YAML file below `configs/` is composed by Hydra (its `defaults` list may pull 
 folder or from `configs/`), `key=value` overrides are laid over it, and the result is validated against the
 program's section. Hydra changes no working directory and writes no files here. Overrides may name keys that
 the YAML leaves out: the section alone decides which keys exist.
+
+Command lines of several words take dashes and underscores alike.
 """
 
 from __future__ import annotations
@@ -234,3 +236,16 @@ def _type_name(annotation: Any) -> str:
     if isinstance(annotation, type) and not arguments:
         return annotation.__name__
     return str(annotation).replace("typing.", "")
+
+
+def written_with(sign: Literal["-", "_"], argv: Sequence[str]) -> list[str]:
+    """The arguments with `sign` between the words of each option's name; values stay as they are."""
+    other = "_" if sign == "-" else "-"
+    return [_renamed(argument, other, sign) for argument in argv]
+
+
+def _renamed(argument: str, old: str, new: str) -> str:
+    name, equals, value = argument.partition("=")
+    if name.startswith("--"):
+        name = "--" + name[2:].replace(old, new)
+    return name + equals + value

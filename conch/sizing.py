@@ -23,14 +23,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from conch.cli import run_main
+from conch.cli import run_main, written_with
 from conch.config import ModelConfig
 from conch.errors import ConfigError, ModelError
+from conch.models.freezing import choose_trainable
 from conch.models.loading import decoder_layers, disable_dropout, fuse_activations
 from conch.models.policy import ValueHead, captured_head_input
-from conch.models.trainable import choose_trainable
 from conch.ops import logprobs_of_labels
-from conch.option_names import written_with
 
 GIB = 2**30
 LEFT_FREE = 0.1

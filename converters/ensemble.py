@@ -15,15 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from conch.converters.conversion import Conversion
-from conch.converters.ensemble_options import EnsembleOptions
-from conch.converters.ensemble_parity import member_scores, prove
-from conch.converters.ensemble_version import publish_ensemble
+from conch.cli import written_with
+from conch.converters.backends.ensemble import publish_ensemble
+from conch.converters.options import Conversion, EnsembleOptions
+from conch.converters.parity.ensemble import member_scores, prove
 from conch.errors import ConchError, ConversionError, ParityError
-from conch.option_names import written_with
-from conch.serving.ensemble_manifest import EnsembleMember, Objective, OnMemberFailure
-from conch.serving.manifest import Manifest
-from conch.serving.store import (
+from conch.store.manifest import EnsembleMember, Manifest, Objective, OnMemberFailure
+from conch.store.store import (
     StoredModel,
     list_models,
     read_model,

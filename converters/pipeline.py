@@ -15,21 +15,23 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from conch.converters import graph_form, onnx_text, python_form, torchao_int8
-from conch.converters.cases import Case, build_cases, requests_of
-from conch.converters.checkpoint import Checkpoint, checkpoint_sha256, read_checkpoint
-from conch.converters.comparison import Expected, compare
-from conch.converters.conversion import Conversion, Options
-from conch.converters.dense import check_dense
-from conch.converters.parity import ParityReport
-from conch.converters.reference import expected_scores, golden_of
-from conch.converters.served_form import Request, ServedForm
-from conch.converters.version_files import write_beside
+from conch.converters.backends import graph as graph_form
+from conch.converters.backends import onnx as onnx_text
+from conch.converters.backends import python as python_form
+from conch.converters.backends import python as torchao_int8
+from conch.converters.backends.version_files import write_beside
+from conch.converters.checkpoints.reader import Checkpoint, check_dense, checkpoint_sha256, read_checkpoint
+from conch.converters.options import Conversion, Options
+from conch.converters.parity.compare import Expected, compare
+from conch.converters.parity.reference import expected_scores, golden_of
+from conch.converters.parity.report import ParityReport
+from conch.converters.parity.samples import Case, build_cases, requests_of
+from conch.converters.parity.subprocess_model import Request, ServedForm
 from conch.errors import ConversionError, ParityError
 from conch.log import get_logger
-from conch.serving.manifest import MANIFEST, Backend, Golden, Manifest
-from conch.serving.spec import Engine, RewardModelSpec, TokenizerSpec, ensemble_parts
-from conch.serving.store import owner_of, publish, staged_version
+from conch.store.manifest import MANIFEST, Backend, Golden, Manifest
+from conch.store.store import owner_of, publish, staged_version
+from conch.triton.contract import Engine, RewardModelSpec, TokenizerSpec, ensemble_parts
 
 _log = get_logger(__name__)
 

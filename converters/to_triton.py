@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from conch.converters.conversion import Conversion, Normalise, Options, Reading, Side, default_name
+from conch.cli import written_with
+from conch.converters.options import Conversion, Normalise, Options, Reading, Side, default_name
 from conch.errors import ConchError, ParityError
 from conch.log import setup_logging
-from conch.option_names import written_with
-from conch.serving.manifest import Aggregate, Backend, Pooling, ServedDtype
-from conch.serving.spec import Form, Granularity
+from conch.store.manifest import Aggregate, Backend, Pooling, ServedDtype
+from conch.triton.contract import Form, Granularity
 
 _POOLINGS = tuple(rule for rule in get_args(Pooling) if rule != "steps")
 
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _verify(endpoint: str, checkpoint: str, dtype: ServedDtype, reading: Reading) -> int:
-    from conch.converters.verify import verify
+    from conch.converters.parity.live_server import verify
 
     report = verify(endpoint, checkpoint, dtype, reading)
     print(report.table())

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 from conch.config import RewardConfig, Section
-from conch.converters.conversion import Reading
+from conch.converters.options import Reading
 from conch.converters.to_triton import to_triton
 from conch.errors import ServerStartError
 from conch.log import get_logger
-from conch.serving.launcher import ServerOptions, TritonServer
-from conch.serving.manifest import ServedDtype
-from conch.serving.spec import Form, Granularity
+from conch.serving.server.server import ServerOptions, TritonServer
+from conch.store.manifest import ServedDtype
+from conch.triton.contract import Form, Granularity
 
 _log = get_logger("conch.hosting")
 

@@ -10,12 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+from conch.addresses import Endpoint
 from conch.config import RewardConfig
 from conch.errors import ConchError, RewardUnavailableError
-from conch.rewards.endpoint import Endpoint
-from conch.rewards.triton_reward import TritonReward
-from conch.serving.manifest import Golden
-from conch.serving.store import read_model
+from conch.rewards.served import TritonReward
+from conch.store.manifest import Golden
+from conch.store.store import read_model
 from conch.types import Completion, Prompt, Rollout
 
 

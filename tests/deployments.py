@@ -17,9 +17,9 @@ import numpy as np
 import psutil
 import tritonclient.grpc as triton
 
-from conch.serving import deployment
-from conch.serving.deployment import Deployment
-from conch.serving.triton_channel import Access, open_client
+from conch.serving.deployment import state as deployment
+from conch.serving.deployment.state import Deployment
+from conch.triton.channel import Access, open_client
 
 DEADLINE_S = 120.0
 

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from conch.config import RewardConfig
-from conch.rewards.triton_reward import TritonReward
-from conch.serving.launcher import TritonServer
+from conch.rewards.served import TritonReward
+from conch.serving.server.server import TritonServer
 from conch.types import RewardResult, Rollout
 from tests.fakes.rollouts import rollouts
 from tests.stores import HASH_MODEL, hash_score, store_model

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from conch.config import GenerationConfig, RolloutConfig
 from conch.models.adapter import add_adapter
-from conch.rollouts import server_pool, weight_sync
-from conch.rollouts.served_engine import ServedEngine
-from conch.rollouts.server_pool import ServerPool
+from conch.rollouts import weight_sync
+from conch.rollouts.remote import pool as server_pool
+from conch.rollouts.remote.engine import ServedEngine
+from conch.rollouts.remote.pool import ServerPool
 from conch.types import Prompt, Rollout
 from tests.fakes.rollout_server import FakeRolloutServer
 from tests.tiny import char_tokenizer, tiny_decoder

@@ -11,11 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from conch import serving
-from conch.serving.ensemble_manifest import EnsembleManifest, EnsembleMember
-from conch.serving.manifest import GOLDEN, MANIFEST, Golden, GoldenSample, Manifest, sha256_of
-from conch.serving.spec import RewardModelSpec, TokenizerSpec, ensemble_parts
-from conch.serving.store import publish, read_model, staged_version
+from conch.converters import triton_models
+from conch.store.manifest import (
+    GOLDEN,
+    MANIFEST,
+    EnsembleManifest,
+    EnsembleMember,
+    Golden,
+    GoldenSample,
+    Manifest,
+    sha256_of,
+)
+from conch.store.store import publish, read_model, staged_version
+from conch.triton.contract import RewardModelSpec, TokenizerSpec, ensemble_parts
 
 # Runs in the real server, where it starts in a second: the score of a text is its length.
 LENGTH_MODEL = """
@@ -83,7 +91,7 @@ def store_ensemble(store: Path, name: str, members: Sequence[str]) -> Path:
     stored = [read_model(store, member) for member in members]
     score = sum(model.golden.samples[0].scores[0] for model in stored) / len(stored)
     with staged_version(store, name) as folder:
-        shutil.copyfile(Path(serving.__file__).parent / "python_backend" / "ensemble.py", folder / "model.py")
+        shutil.copyfile(Path(triton_models.__file__).parent / "ensemble_model.py", folder / "model.py")
         golden = Golden(tolerance=1e-4, samples=(GoldenSample(text="ab", scores=(score,)),))
         (folder / GOLDEN).write_text(golden.model_dump_json())
         manifest = EnsembleManifest(

@@ -38,69 +38,75 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from conch.advantages import SMALLEST_SPREAD, group_advantages
 from conch.cli import load_run_config, run_main
 from conch.data.files import evaluation_rows, training_rows
-from conch.data.forms import prompt_form
-from conch.data.stream import IndexStream
-from conch.engine import Engine, UpdateReport
-from conch.experience import Sequences, collate, take_rows
+from conch.data.formats import prompt_form
+from conch.data.index_sampler import IndexStream
+from conch.data.rollout_batch import Sequences, collate, take_rows
+from conch.distributed.train_engine import Engine, UpdateReport
+from conch.evaluation.evaluator import Evaluator, sampled_prompts
+from conch.evaluation.metrics import MetricFn
+from conch.losses import clipped_loss_terms, effective_share, policy_ratio, sampler_weights, token_weights
+from conch.models.forward import Layout, Rows
+from conch.models.freezing import choose_trainable
 from conch.models.policy import Policy
 from conch.models.reference import Reference, build_reference
-from conch.models.rows import Layout, Rows
-from conch.models.trainable import choose_trainable
 from conch.ops import (
     entropy,
     kl_estimate,
     kl_loss_terms,
     masked_mean,
 )
-from conch.rewards.scorer import Scorer
-from conch.rewards.source import UserReward
-from conch.tracking import Tracker
-from conch.trainers.common import (
+from conch.rewards.base import UserReward
+from conch.rewards.scorer import Scorer, total_reward
+from conch.rollouts.factory import Samplers, check_sampling
+from conch.rollouts.prompts import fitting_prompts
+from conch.runs.tracking import Tracker
+from conch.trainers.grpo_batch import GRPOBatch, Passes, joined, kl_of_samples, kl_to_show
+from conch.trainers.grpo_config import GRPORunConfig
+from conch.training.kl import KLController, mean_kl
+from conch.training.loop import fit
+from conch.training.online import Ahead, known_or_computed
+from conch.training.resume import start_run
+from conch.training.reward_shaping import RewardShaper
+from conch.training.setup import (
     check_vocabulary,
-    clocked,
     evaluating,
     given_or_loaded_lm,
+    opened_reward,
     rows_of_rank,
     rows_per_process,
     save_on_main,
-    update_with_statistics,
-    updates_over,
     with_whole_weights,
 )
-from conch.trainers.evaluation import Evaluator, sampled_prompts
-from conch.trainers.grpo_batch import GRPOBatch, Passes, joined, kl_of_samples, kl_to_show
-from conch.trainers.grpo_config import GRPORunConfig
-from conch.trainers.grpo_terms import (
-    clipped_loss_terms,
-    effective_share,
-    group_advantages,
-    has_spread,
-    overlong_penalties,
-    policy_ratio,
-    sampler_weights,
-    token_weights,
-)
-from conch.trainers.online import (
-    Ahead,
-    KLController,
-    MetricFn,
-    fitting_prompts,
-    known_or_computed,
+from conch.training.statistics import (
+    clocked,
     log_rollouts,
     logprob_gap,
-    mean_kl,
-    opened_reward,
     reward_metrics,
     rollout_metrics,
-    texts_of,
+    update_with_statistics,
+    updates_over,
     warn_of_gap,
 )
-from conch.trainers.run import fit, start_run
-from conch.trainers.sampling import Samplers, check_sampling
-from conch.trainers.shaping import RewardShaper
 from conch.types import Metrics, Prompt, RewardResult, Rollout
+
+
+def overlong_penalties(
+    rollouts: Sequence[Rollout], max_new_tokens: int, buffer: int, penalty: float
+) -> Float[Tensor, " B"]:
+    """0 up to `max_new_tokens - buffer` tokens, then growing linearly to `penalty` at `max_new_tokens`."""
+    lengths = torch.tensor([len(rollout.completion.token_ids) for rollout in rollouts]).float()
+    if buffer == 0:
+        return torch.zeros_like(lengths)
+    return penalty * ((lengths - (max_new_tokens - buffer)) / buffer).clamp(min=0, max=1)
+
+
+def has_spread(rewards: Sequence[RewardResult], weights: Mapping[str, float]) -> bool:
+    """Whether a group teaches anything: two of its rewards differ."""
+    values = [total_reward(reward, weights) for reward in rewards if reward.ok]
+    return len(values) > 1 and max(values) - min(values) > SMALLEST_SPREAD * (1 + max(map(abs, values)))
 
 
 class GRPOTrainer:
@@ -422,7 +428,7 @@ class GRPOTrainer:
         return self.evaluator.gold_metric or "eval/reward"
 
     def state_dict(self) -> dict[str, Any]:
-        """See `conch.trainers.run.Trainer`."""
+        """See `conch.training.loop.Trainer`."""
         return {
             "stream": self.stream.state_dict(),
             "kl_controller": self.kl_controller.state_dict(),
@@ -518,7 +524,8 @@ class GRPOTrainer:
         """Completions of the current policy."""
         config = self.config
         made = fitting_prompts(prompts, self.tokenizer, config.tokenizer, self.policy.lm, config.generation)
-        return texts_of(self.sampler.generate(made, greedy=greedy))
+        chunks = self.sampler.generate(made, greedy=greedy)
+        return [rollout.completion.text for chunk in chunks for rollout in chunk]
 
     @with_whole_weights
     def save_pretrained(self, folder: Path) -> Path:

@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from conch.config import GenerationConfig
-from conch.experience import Sequences
-from conch.trainers.online import kl_of_each
+from conch.data.rollout_batch import Sequences
+from conch.training.kl import kl_of_each
 
 
 @dataclass(frozen=True)

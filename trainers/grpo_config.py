@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from conch.advantages import Advantage
 from conch.config import (
     EvalGenerationConfig,
     GenerationConfig,
@@ -14,10 +15,10 @@ from conch.config import (
     RunConfig,
     Section,
 )
+from conch.losses import LossForm
 from conch.ops import KLEstimator
-from conch.trainers.grpo_terms import Advantage, LossForm
-from conch.trainers.online import KLConfig
-from conch.trainers.shaping import ShapingConfig
+from conch.training.kl import KLConfig
+from conch.training.reward_shaping import ShapingConfig
 
 
 class GRPOKLConfig(KLConfig):

@@ -48,34 +48,35 @@ from conch.config import (
     load,
 )
 from conch.data.files import evaluation_rows, training_rows
-from conch.data.forms import prompt_form, rewarded_form
-from conch.data.lengths import fitting
-from conch.data.stream import IndexStream
-from conch.data.turns import TurnBatch, TurnSample, collate_turns, cut_turns, tokenize_turns
-from conch.engine import Engine
+from conch.data.formats import fitting, prompt_form, rewarded_form
+from conch.data.index_sampler import IndexStream
+from conch.data.multi_turn import TurnBatch, TurnSample, collate_turns, cut_turns, tokenize_turns
+from conch.data.rollout_batch import take_rows
+from conch.distributed.train_engine import Engine
 from conch.errors import DataError
-from conch.experience import take_rows
+from conch.evaluation.evaluator import Evaluator, eval_variants, longest_generation
+from conch.evaluation.metrics import MetricFn
+from conch.models.freezing import choose_trainable
 from conch.models.ilql import DECODING_FILE, ILQLOutput, ILQLPolicy
 from conch.models.loading import context_window
-from conch.models.trainable import choose_trainable
 from conch.ops import logprobs_of_labels, masked_sum
+from conch.rewards.base import UserReward
 from conch.rewards.scorer import Scorer
-from conch.rewards.source import UserReward
-from conch.rollouts.hf_engine import HFEngine
-from conch.tracking import Tracker
-from conch.trainers.common import (
+from conch.rollouts.hf.engine import HFEngine
+from conch.rollouts.prompts import fitting_prompts
+from conch.runs.tracking import Tracker
+from conch.training.loop import fit
+from conch.training.resume import start_run
+from conch.training.setup import (
     check_vocabulary,
+    eval_source,
     given_or_loaded_lm,
     given_or_loaded_tokenizer,
     rows_per_process,
     save_on_main,
-    update_metrics,
-    update_with_statistics,
     with_whole_weights,
 )
-from conch.trainers.evaluation import Evaluator, eval_source, eval_variants, longest_generation
-from conch.trainers.online import MetricFn, fitting_prompts, texts_of
-from conch.trainers.run import fit, start_run
+from conch.training.statistics import update_metrics, update_with_statistics
 from conch.types import Metrics
 
 Sample = str | Sequence[str]
@@ -427,7 +428,8 @@ class ILQLTrainer:
         if beta is not None:
             generation = load(ILQLGenerationConfig, {**generation.model_dump(), "beta": beta})
         made = fitting_prompts(prompts, self.tokenizer, self.config.tokenizer, self.policy.lm, generation)
-        return texts_of(self._make_sampler(generation).generate(made, greedy=greedy))
+        chunks = self._make_sampler(generation).generate(made, greedy=greedy)
+        return [rollout.completion.text for chunk in chunks for rollout in chunk]
 
     @with_whole_weights
     def save_pretrained(self, folder: Path) -> Path:
@@ -444,7 +446,7 @@ class ILQLTrainer:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """See `conch.trainers.run.Trainer`."""
+        """See `conch.training.loop.Trainer`."""
         return {"stream": self.stream.state_dict(), "policy_version": self.policy_version}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

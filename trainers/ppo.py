@@ -11,9 +11,9 @@ For a prompt x and a sampled response y of n tokens (Ziegler et al. 2019, arXiv:
 
 Where this differs from common code: means run over the tokens of all ranks at once; advantages are whitened
 over the valid tokens of the whole rollout batch and all ranks; pi_old comes from the trainer's own forward
-pass, not from the sampler; scores are shaped in the fixed order of `conch.trainers.shaping`; a sample whose
-reward failed is masked out, never scored 0. With `ppo.kl.placement=loss` the KL leaves r_t, and c times its
-estimate joins the loss, with the gradient of k2 whatever the estimator (`conch.ops.kl_loss_terms`).
+pass, not from the sampler; scores are shaped in the fixed order of `conch.training.reward_shaping`; a sample
+whose reward failed is masked out, never scored 0. With `ppo.kl.placement=loss` the KL leaves r_t, and c times
+its estimate joins the loss, with the gradient of k2 whatever the estimator (`conch.ops.kl_loss_terms`).
 
 Legend: B rollouts, R response tokens, T prompt and response tokens.
 """
@@ -32,6 +32,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from conch.advantages import gae
 from conch.cli import load_run_config, run_main
 from conch.config import (
     EvalGenerationConfig,
@@ -42,16 +43,18 @@ from conch.config import (
     Section,
 )
 from conch.data.files import evaluation_rows, training_rows
-from conch.data.forms import prompt_form
-from conch.data.stream import IndexStream
-from conch.engine import Engine, UpdateReport
-from conch.experience import Sequences, collate, take_rows
+from conch.data.formats import prompt_form
+from conch.data.index_sampler import IndexStream
+from conch.data.rollout_batch import Sequences, collate, take_rows
+from conch.distributed.train_engine import Engine, UpdateReport
+from conch.evaluation.evaluator import Evaluator, sampled_prompts
+from conch.evaluation.metrics import MetricFn
+from conch.losses import policy_loss_terms, value_loss_terms
+from conch.models.forward import Layout, Rows
+from conch.models.freezing import choose_trainable
 from conch.models.policy import PolicyWithValue
 from conch.models.reference import build_reference
-from conch.models.rows import Layout, Rows
-from conch.models.trainable import choose_trainable
 from conch.ops import (
-    clipped_log_ratio,
     entropy,
     kl_estimate,
     kl_loss_terms,
@@ -59,41 +62,35 @@ from conch.ops import (
     masked_sum,
     whiten,
 )
+from conch.rewards.base import UserReward
 from conch.rewards.scorer import Scorer
-from conch.rewards.source import UserReward
-from conch.tracking import Tracker
-from conch.trainers.common import (
+from conch.rollouts.factory import Samplers, check_sampling
+from conch.rollouts.prompts import fitting_prompts
+from conch.runs.tracking import Tracker
+from conch.training.kl import KLConfig, KLController, kl_of_each, mean_kl
+from conch.training.loop import fit
+from conch.training.online import Ahead, known_or_computed
+from conch.training.resume import start_run
+from conch.training.reward_shaping import RewardShaper, ShapingConfig
+from conch.training.setup import (
     check_vocabulary,
-    clocked,
     evaluating,
     given_or_loaded_lm,
+    opened_reward,
     rows_per_process,
     save_on_main,
-    update_with_statistics,
-    updates_over,
     with_whole_weights,
 )
-from conch.trainers.evaluation import Evaluator, sampled_prompts
-from conch.trainers.online import (
-    Ahead,
-    KLConfig,
-    KLController,
-    MetricFn,
+from conch.training.statistics import (
+    clocked,
     explained_variance,
-    fitting_prompts,
-    kl_of_each,
-    known_or_computed,
     log_rollouts,
     logprob_gap,
-    mean_kl,
-    opened_reward,
     reward_metrics,
     rollout_metrics,
-    texts_of,
+    update_with_statistics,
+    updates_over,
 )
-from conch.trainers.run import fit, start_run
-from conch.trainers.sampling import Samplers, check_sampling
-from conch.trainers.shaping import RewardShaper, ShapingConfig
 from conch.types import Metrics, Prompt, RewardResult, Rollout
 
 
@@ -190,60 +187,6 @@ class _Passes:
 
 
 # --------------------------------------------------------------------------------------------- pure functions
-
-
-def gae(
-    rewards: Float[Tensor, "B R"],
-    values: Float[Tensor, "B R"],
-    mask: Bool[Tensor, "B R"],
-    gamma: float,
-    lam: float,
-) -> tuple[Float[Tensor, "B R"], Float[Tensor, "B R"]]:
-    """Advantages and returns by generalised advantage estimation; the value after the last token is 0.
-
-    mask: True at response tokens, which stand at the front of each row.
-    """
-    advantages = torch.zeros_like(rewards)
-    following_advantage = torch.zeros_like(rewards[:, 0])
-    following_value = torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * following_value - values[:, t]
-        advantage = delta + gamma * lam * following_advantage
-        advantages[:, t] = following_advantage = torch.where(
-            mask[:, t], advantage, torch.zeros_like(advantage)
-        )
-        following_value = torch.where(mask[:, t], values[:, t], torch.zeros_like(advantage))
-    return advantages, torch.where(mask, advantages + values, torch.zeros_like(values))
-
-
-def policy_loss_terms(
-    logprobs: Float[Tensor, "B R"],
-    old_logprobs: Float[Tensor, "B R"],
-    advantages: Float[Tensor, "B R"],
-    clip_ratio: float,
-    dual_clip: float | None = None,
-) -> tuple[Float[Tensor, "B R"], Float[Tensor, "B R"], Bool[Tensor, "B R"]]:
-    """Per-token clipped loss, the ratio, and where the clip was the larger term."""
-    ratio = clipped_log_ratio(logprobs, old_logprobs).exp()
-    plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
-    losses = torch.maximum(plain, clipped)
-    if dual_clip is not None:
-        losses = torch.where(advantages < 0, torch.minimum(losses, -advantages * dual_clip), losses)
-    return losses, ratio, clipped > plain
-
-
-def value_loss_terms(
-    values: Float[Tensor, "B R"],
-    old_values: Float[Tensor, "B R"],
-    returns: Float[Tensor, "B R"],
-    clip_value: float | None,
-) -> Float[Tensor, "B R"]:
-    """Per-token squared error, with values kept near the old ones unless `clip_value` is None."""
-    if clip_value is None:
-        return 0.5 * (values - returns) ** 2
-    near = old_values + (values - old_values).clamp(-clip_value, clip_value)
-    return 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2)
 
 
 # ---------------------------------------------------------------------------------------------------- trainer
@@ -474,7 +417,7 @@ class PPOTrainer:
         return self.evaluator.gold_metric or "eval/reward"
 
     def state_dict(self) -> dict[str, Any]:
-        """See `conch.trainers.run.Trainer`."""
+        """See `conch.training.loop.Trainer`."""
         return {
             "stream": self.stream.state_dict(),
             "kl_controller": self.kl_controller.state_dict(),
@@ -540,7 +483,8 @@ class PPOTrainer:
         """Completions of the current policy."""
         config = self.config
         made = fitting_prompts(prompts, self.tokenizer, config.tokenizer, self.policy.lm, config.generation)
-        return texts_of(self.sampler.generate(made, greedy=greedy))
+        chunks = self.sampler.generate(made, greedy=greedy)
+        return [rollout.completion.text for chunk in chunks for rollout in chunk]
 
     @with_whole_weights
     def save_pretrained(self, folder: Path) -> Path:

@@ -41,7 +41,8 @@ from conch.config import (
     Section,
 )
 from conch.data.files import evaluation_rows, read_rows, training_rows
-from conch.data.judgements import (
+from conch.data.index_sampler import IndexStream
+from conch.data.preferences import (
     Judgement,
     Pairs,
     PreferencePair,
@@ -59,26 +60,26 @@ from conch.data.judgements import (
     judgements,
     template_mistake,
 )
-from conch.data.stream import IndexStream
-from conch.engine import Engine
+from conch.data.rollout_batch import take_rows
+from conch.distributed.train_engine import Engine
 from conch.errors import ConfigError, DataError, ModelError
-from conch.experience import take_rows
+from conch.evaluation.metrics import pair_metrics, score_metrics
+from conch.models.freezing import choose_trainable
 from conch.models.kernels import check_kernels
 from conch.models.loading import context_window, load_sequence_classifier
-from conch.models.trainable import choose_trainable
 from conch.ops import at_least_float32
-from conch.tracking import Tracker
-from conch.trainers.common import (
+from conch.runs.tracking import Tracker
+from conch.training.loop import fit
+from conch.training.resume import start_run
+from conch.training.setup import (
     check_vocabulary,
     evaluating,
     given_or_loaded_tokenizer,
     rows_per_process,
     save_on_main,
-    update_metrics,
     with_whole_weights,
 )
-from conch.trainers.reward_evaluation import pair_metrics, score_metrics
-from conch.trainers.run import fit, start_run
+from conch.training.statistics import update_metrics
 from conch.types import Metrics
 
 METADATA_FILE = "reward_model.json"
@@ -196,7 +197,7 @@ def normalise_head(model: PreTrainedModel, mean: Sequence[float], std: Sequence[
 class RewardModelTrainer:
     """Reward modelling with the verbs `experience` (rows to a batch) and `update`.
 
-    samples: rows, all of one form (see `conch.data.judgements`). eval_samples: held-out rows of that form;
+    samples: rows, all of one form (see `conch.data.preferences`). eval_samples: held-out rows of that form;
         None holds out `reward_model.eval_fraction` of the samples. reference: texts whose scores' mean and
         standard deviation are saved; None takes those of rows (see `reward_model.reference`).
 
@@ -397,7 +398,7 @@ class RewardModelTrainer:
         return save_on_main(self.engine, folder, self.model, self.tokenizer, self.config.model, extra=extra)
 
     def state_dict(self) -> dict[str, Any]:
-        """See `conch.trainers.run.Trainer`."""
+        """See `conch.training.loop.Trainer`."""
         return {"stream": self.stream.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -39,39 +39,33 @@ from conch.config import (
     Section,
 )
 from conch.data.files import evaluation_rows, training_rows
-from conch.data.forms import prompt_form
+from conch.data.formats import prompt_form
+from conch.data.index_sampler import IndexStream
 from conch.data.samples import TokenizedSample, collate
-from conch.data.stream import IndexStream
-from conch.engine import Engine, UpdateReport
+from conch.distributed.train_engine import Engine, UpdateReport
 from conch.errors import ConfigError
+from conch.evaluation.evaluator import Evaluator, sampled_prompts
+from conch.evaluation.metrics import MetricFn
 from conch.log import get_logger
-from conch.models.trainable import choose_trainable
-from conch.rewards.scorer import Scorer
-from conch.rewards.source import UserReward
-from conch.tracking import Tracker
-from conch.trainers.common import (
+from conch.models.freezing import choose_trainable
+from conch.rewards.base import UserReward
+from conch.rewards.scorer import Scorer, total_reward
+from conch.rollouts.factory import Samplers, check_sampling
+from conch.rollouts.prompts import fitting_prompts
+from conch.runs.tracking import Tracker
+from conch.trainers.sft import TokenLoss
+from conch.training.loop import fit
+from conch.training.resume import start_run
+from conch.training.reward_shaping import agreed_objectives
+from conch.training.setup import (
     check_vocabulary,
-    clocked,
     given_or_loaded_lm,
+    opened_reward,
     rows_per_process,
     save_on_main,
-    update_metrics,
     with_whole_weights,
 )
-from conch.trainers.evaluation import Evaluator, sampled_prompts
-from conch.trainers.online import (
-    MetricFn,
-    agreed_objectives,
-    fitting_prompts,
-    log_rollouts,
-    opened_reward,
-    reward_metrics,
-    texts_of,
-    total_reward,
-)
-from conch.trainers.run import fit, start_run
-from conch.trainers.sampling import Samplers, check_sampling
-from conch.trainers.sft import TokenLoss
+from conch.training.statistics import clocked, log_rollouts, reward_metrics, update_metrics
 from conch.types import Metrics, Prompt, RewardResult, Rollout
 
 _log = get_logger(__name__)
@@ -394,7 +388,7 @@ class RFTTrainer:
         return self.evaluator.gold_metric or "eval/reward"
 
     def state_dict(self) -> dict[str, Any]:
-        """See `conch.trainers.run.Trainer`. Within a round it holds the ids of all of its completions."""
+        """See `conch.training.loop.Trainer`. Within a round it holds the ids of all of its completions."""
         pool = [] if self._round_begins else self.pool
         return {
             "stream": self.stream.state_dict(),
@@ -443,7 +437,8 @@ class RFTTrainer:
         """Completions of the current policy."""
         config = self.config
         made = fitting_prompts(prompts, self.tokenizer, config.tokenizer, self.lm, config.generation)
-        return texts_of(self.sampler.generate(made, greedy=greedy))
+        chunks = self.sampler.generate(made, greedy=greedy)
+        return [rollout.completion.text for chunk in chunks for rollout in chunk]
 
     @with_whole_weights
     def save_pretrained(self, folder: Path) -> Path:

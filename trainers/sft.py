@@ -32,34 +32,37 @@ from conch.config import (
     Section,
 )
 from conch.data.files import evaluation_rows, training_rows
-from conch.data.forms import sample_form
+from conch.data.formats import sample_form
+from conch.data.index_sampler import IndexStream
 from conch.data.packing import PackedBatch, collate_packed
 from conch.data.samples import TokenBatch, TokenizedSample, collate, tokenize_samples
-from conch.data.stream import IndexStream
-from conch.engine import Engine
+from conch.distributed.train_engine import Engine
 from conch.errors import ConfigError
+from conch.evaluation.evaluator import Evaluator, eval_variants, longest_generation
+from conch.evaluation.metrics import MetricFn
+from conch.models.attention import check_packing, packed_logits
+from conch.models.freezing import choose_trainable
 from conch.models.loading import context_window
-from conch.models.packing import check_packing, packed_logits
 from conch.models.policy import response_logits
-from conch.models.trainable import choose_trainable
 from conch.ops import logprobs_of_labels, masked_sum
+from conch.rewards.base import UserReward
 from conch.rewards.scorer import Scorer
-from conch.rewards.source import UserReward
-from conch.rollouts.hf_engine import HFEngine
-from conch.tracking import Tracker
-from conch.trainers.common import (
+from conch.rollouts.hf.engine import HFEngine
+from conch.rollouts.prompts import fitting_prompts
+from conch.runs.tracking import Tracker
+from conch.training.loop import fit
+from conch.training.resume import start_run
+from conch.training.setup import (
     check_vocabulary,
+    eval_source,
     evaluating,
     given_or_loaded_lm,
     given_or_loaded_tokenizer,
     rows_per_process,
     save_on_main,
-    update_metrics,
     with_whole_weights,
 )
-from conch.trainers.evaluation import Evaluator, eval_source, eval_variants, longest_generation
-from conch.trainers.online import MetricFn, fitting_prompts, texts_of
-from conch.trainers.run import fit, start_run
+from conch.training.statistics import update_metrics
 from conch.types import Metrics
 
 Sample = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -290,7 +293,8 @@ class SFTTrainer:
         """Completions of the current model."""
         config = self.config
         made = fitting_prompts(prompts, self.tokenizer, config.tokenizer, self.lm, config.generation)
-        return texts_of(self._make_sampler(config.generation).generate(made, greedy=greedy))
+        chunks = self._make_sampler(config.generation).generate(made, greedy=greedy)
+        return [rollout.completion.text for chunk in chunks for rollout in chunk]
 
     @with_whole_weights
     def save_pretrained(self, folder: Path) -> Path:
@@ -298,7 +302,7 @@ class SFTTrainer:
         return save_on_main(self.engine, folder, self.lm, self.tokenizer, self.config.model)
 
     def state_dict(self) -> dict[str, Any]:
-        """See `conch.trainers.run.Trainer`."""
+        """See `conch.training.loop.Trainer`."""
         return {"stream": self.stream.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -8,9 +8,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from conch.config import DataConfig, TokenizerConfig
-from conch.data.dialogues import render_prompt
-from conch.data.forms import listed, prompt_form
-from conch.data.lengths import fitting
+from conch.data.chat import render_prompt
+from conch.data.formats import fitting, listed, prompt_form
 from conch.errors import DataError
 from conch.log import get_logger
 from conch.types import Prompt

@@ -16,9 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from conch.config import DataConfig
-from conch.data.dialogues import dialogue_of, encode_dialogue
-from conch.data.forms import listed, sample_form
-from conch.data.lengths import fitting
+from conch.data.chat import dialogue_of, encode_dialogue
+from conch.data.formats import fitting, listed, sample_form
 from conch.errors import DataError
 from conch.log import get_logger
 
@@ -72,8 +71,8 @@ def tokenize_samples(
     lengths: DataConfig | None = None,
 ) -> list[TokenizedSample]:
     """Tokenise strings (all tokens after the first are learned), {"prompt", "completion"} pairs (the
-    completion is), and dialogues (the assistant's turns are; see `conch.data.dialogues`), in any of the forms
-    of `conch.data.forms`.
+    completion is), and dialogues (the assistant's turns are; see `conch.data.chat`), in any of the forms
+    of `conch.data.formats`.
 
     An eos token ends every string and pair, and is learned; a dialogue ends as the chat template has it.
     Samples of more than `max_tokens` tokens lose what is too much on `truncation_side`, and those of which

@@ -225,7 +225,7 @@ class AdvantageShaping(LogitsProcessor):
     """
 
     reads_history = False
-    """Looks at the last token alone; see `conch.rollouts.slots.Sampling`."""
+    """Looks at the last token alone; see `conch.rollouts.hf.continuous_batching.Sampling`."""
 
     def __init__(self, policy: ILQLPolicy, beta: float, captured: list[Tensor]) -> None:
         self._policy = policy

@@ -188,23 +188,6 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return next(iter(found.values()))
 
 
-def freeze_trunk(model: PreTrainedModel, num_layers_unfrozen: int) -> None:
-    """Leave only the top `num_layers_unfrozen` blocks trainable; -1 leaves all.
-
-    Embeddings, an encoder, final norm and head are frozen with the trunk: the reference shares them.
-    """
-    if num_layers_unfrozen == -1:
-        return
-    layers = decoder_layers(model)
-    if num_layers_unfrozen > len(layers):
-        raise ConfigError(
-            f"`model.num_layers_unfrozen` is {num_layers_unfrozen}; the model has {len(layers)} layers"
-        )
-    model.requires_grad_(False)
-    for layer in layers[len(layers) - num_layers_unfrozen :]:
-        layer.requires_grad_(True)
-
-
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout probability to 0, of activations and of whole layers.
 

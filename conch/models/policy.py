@@ -4,7 +4,7 @@ Legend: B sequences, T tokens (prompt padded left, response padded right), R res
 T), V vocabulary, D hidden size. Position r of an output always speaks of response token r and is read at the
 token before it: the state in which that token was chosen.
 
-Every forward pass here also takes packed rows (`conch.models.rows`): B rows of T columns with several
+Every forward pass here also takes packed rows (`conch.models.forward`): B rows of T columns with several
 samples in each, a mask [B, 1, T, T] (or none, of one row for attention that takes lengths), positions, and
 instead of R the places where the K response tokens of all samples were chosen. Its outputs are [1, K, ...].
 """
@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 
 from conch.errors import ConfigError, ModelError
 from conch.models.adapter import base_of, has_adapter, merge_in_place
+from conch.models.attention import attention_inputs, trial_precision
 from conch.models.loading import decoder_layers
-from conch.models.packing import attention_inputs, trial_precision
-from conch.models.replay import StandIn, Trunk, name_of
+from conch.models.shared_trunk import StandIn, Trunk, name_of
 from conch.ops import at_least_float32, head_dtype, position_ids
 
 HEADS_FILE = "heads.safetensors"

@@ -7,8 +7,8 @@ LinearAlgebra.cpp, 2.13): the rows that `logits_to_keep` leaves are not contiguo
 learns in one `mm`, a frozen one in a `bmm`. The two may round apart, and the first KL would not be 0.
 
 Three kinds with one interface: a full copy, a shared trunk, and the trained model with its adapter off. The
-shared trunk costs the memory and the time of the top blocks only, see `conch.models.replay`; the adapter's
-reference costs no memory, and the time of a whole forward pass.
+shared trunk costs the memory and the time of the top blocks only, see `conch.models.shared_trunk`; the
+adapter's reference costs no memory, and the time of a whole forward pass.
 
 Legend: B sequences, T tokens, R response positions (the last R of T), V vocabulary.
 """
@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from conch.models.adapter import adapter_off, has_adapter
 from conch.models.loading import decoder_layers
 from conch.models.policy import AttentionMask, Chosen, response_logits
-from conch.models.replay import Trunk
+from conch.models.shared_trunk import Trunk
 
 
 @runtime_checkable

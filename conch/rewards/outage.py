@@ -9,7 +9,7 @@ from typing import Any, NoReturn, Protocol, runtime_checkable
 
 from conch.config import RewardConfig
 from conch.log import get_logger
-from conch.rewards.overlap import Overlap
+from conch.rewards.metrics import Overlap
 from conch.types import RewardResult, Rollout
 
 _log = get_logger(__name__)

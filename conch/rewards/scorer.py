@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -10,10 +11,9 @@ from dataclasses import dataclass
 from conch.config import RewardConfig
 from conch.errors import ConfigError, RewardError, RewardInvalidError, RewardUnavailableError
 from conch.log import get_logger
-from conch.rewards.meter import Meter
+from conch.rewards.base import ReportsTraffic, RewardSource, WantsChunks
+from conch.rewards.metrics import Meter
 from conch.rewards.outage import Agree, Host, Outage
-from conch.rewards.source import RewardSource, WantsChunks
-from conch.rewards.traffic import ReportsTraffic
 from conch.types import Metrics, Prompt, RewardResult, RewardStatus, Rollout, RolloutEngine
 
 _log = get_logger(__name__)
@@ -251,3 +251,15 @@ def combine(result: RewardResult, weights: Mapping[str, float]) -> float:
 
 def _all_invalid(chunk: Sequence[Rollout], detail: str) -> list[RewardResult]:
     return [RewardResult(RewardStatus.INVALID, detail=detail)] * len(chunk)
+
+
+def total_reward(result: RewardResult, weights: Mapping[str, float]) -> float:
+    """A sample's reward as one number: the weighted sum of its objectives, or the sum over its tokens.
+
+    NaN where the reward failed.
+    """
+    if not result.ok:
+        return math.nan
+    if result.token_scores is not None:
+        return float(sum(result.token_scores))
+    return combine(result, weights)

@@ -19,8 +19,8 @@ from pydantic import Field, model_validator
 from conch.cli import describe, run_main
 from conch.config import RolloutConfig, Section, load
 from conch.errors import ConfigError
-from conch.rollouts.keeper import KEEPER, keep
-from conch.rollouts.wire import HIGHEST_RANK, LoraRoom
+from conch.rollouts.protocol import HIGHEST_RANK, LoraRoom
+from conch.rollouts.vllm.restart import KEEPER, keep
 
 
 class ServeConfig(Section):
@@ -101,7 +101,7 @@ def main(argv: Sequence[str]) -> None:
     config = load(ServeConfig, {key: yaml.safe_load(value) for key, _, value in pairs})
     if config.restart and KEEPER not in os.environ:
         raise SystemExit(keep([sys.executable, "-m", "conch.rollouts.serve", *argv]))
-    from conch.rollouts.vllm_server import serve
+    from conch.rollouts.vllm.server import serve
 
     serve(config)
 

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from conch.cli import written_with
 from conch.errors import ConchError
-from conch.option_names import written_with
-from conch.serving import commands
-from conch.serving.flags import LOOPBACK
+from conch.serving.deployment import commands
+from conch.serving.server.flags import LOOPBACK
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,8 +8,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from conch.config import RewardConfig
-from conch.rewards.source import RewardSource, from_user
-from conch.trainers.online import less_originals
+from conch.rewards.base import RewardSource
+from conch.rewards.factory import from_user
+from conch.training.setup import less_originals
 from examples.hosting import HostedConfig
 
 

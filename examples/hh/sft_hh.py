@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is no
 from transformers import PreTrainedTokenizerBase
 
 from conch.cli import load_run_config, run_main
-from conch.rewards.source import RewardSource
+from conch.rewards.base import RewardSource
 from conch.trainers.sft import SFTRunConfig, SFTTrainer
 from examples.byte_pairs import tokenizer_for
 from examples.hh.hh_data import Comparison, comparisons, preset, with_originals

@@ -17,7 +17,7 @@ from statistics import fmean, stdev
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is not installed
 
 from conch.config import DataConfig
-from conch.tracking import METRICS_FILE
+from conch.runs.tracking import METRICS_FILE
 from examples.hh.hh_data import comparisons
 
 ERRORS = 3.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from conch.engine import Engine
-from conch.tracking import Tracker
+from conch.distributed.train_engine import Engine
+from conch.runs.tracking import Tracker
 from conch.types import Metrics
 from examples.randomwalks.task import RandomWalks
 

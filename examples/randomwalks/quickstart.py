@@ -20,15 +20,15 @@ from typing import Any
 
 from pydantic import Field
 
-from conch.checkpoint import steps_of
 from conch.cli import compose, load_run_config, run_main
 from conch.config import Section, TrainConfig, load
 from conch.converters.to_triton import to_triton
 from conch.log import get_logger
-from conch.plots import plot_run
-from conch.serving.bundle import find_bundle
-from conch.serving.launcher import TritonServer
-from conch.tracking import make_run_dir
+from conch.runs.checkpoint import steps_of
+from conch.runs.plots import plot_run
+from conch.runs.tracking import make_run_dir
+from conch.serving.server.runtime import find_bundle
+from conch.serving.server.server import TritonServer
 from conch.trainers.ppo import PPORunConfig, PPOTrainer
 from conch.trainers.reward_model import RewardModelRunConfig, RewardModelTrainer
 from conch.trainers.sft import SFTRunConfig, SFTTrainer

@@ -22,16 +22,16 @@ from typing import TypeVar
 
 from pydantic import Field
 
-from conch.checkpoint import steps_of
 from conch.cli import load_run_config, run_main
 from conch.config import DataConfig, RewardConfig, RunConfig, Section
 from conch.converters.to_triton import to_triton
 from conch.errors import ConfigError
 from conch.log import get_logger
-from conch.plots import plot_against, read_metric
-from conch.rewards.source import from_user
-from conch.serving.bundle import find_bundle
-from conch.serving.launcher import TritonServer
+from conch.rewards.factory import from_user
+from conch.runs.checkpoint import steps_of
+from conch.runs.plots import plot_against, read_metric
+from conch.serving.server.runtime import find_bundle
+from conch.serving.server.server import TritonServer
 from examples.sentiments import ppo_sentiments, sft_sentiments, train_reward_sentiments
 from examples.sentiments.positive import PositiveProbability, probabilities
 from examples.sentiments.reviews import Review, ReviewsConfig, reviews

@@ -10,8 +10,9 @@ from dataclasses import replace
 
 from conch.config import RewardConfig
 from conch.errors import RewardInvalidError
-from conch.rewards.source import RewardSource, UserReward, from_user
-from conch.rewards.wrapper import Wrapper, when_all_done
+from conch.rewards.base import RewardSource, UserReward
+from conch.rewards.combined import Wrapper, when_all_done
+from conch.rewards.factory import from_user
 from conch.types import DEFAULT_OBJECTIVE, Completion, Prompt, RewardResult, RewardStatus, Rollout
 from examples.hosting import HostedConfig
 

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is not installed
 
 from conch.cli import load_run_config, run_main
-from conch.trainers.online import MetricFn
+from conch.evaluation.metrics import MetricFn
 from conch.trainers.ppo import PPORunConfig, PPOTrainer
 from examples.hosting import served_reward
 from examples.sentiments.positive import HostedDistilBERT, positive_reward

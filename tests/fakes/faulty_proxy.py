@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from conch.rewards.loop_thread import LoopThread
+from conch.rewards.client.event_loop import LoopThread
 
 _PIECE = 65536
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)

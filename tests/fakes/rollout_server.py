@@ -1,6 +1,6 @@
 """A rollout server without a model, on a real socket: every completion is the prompt's ids and the seed.
 
-What it says is `conch.rollouts.wire`, written down here once more in plain JSON.
+What it says is `conch.rollouts.protocol`, written down here once more in plain JSON.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 from tritonclient.utils import deserialize_bytes_tensor, triton_to_np_dtype
 
-from conch.serving.pbtxt import to_pbtxt
-from conch.serving.spec import RewardModelSpec
+from conch.triton.config_pbtxt import to_pbtxt
+from conch.triton.contract import RewardModelSpec
 
 Row = Any  # str in text form, tuple of the unmasked ids in token form
 EXTENSIONS = ["model_repository", "model_configuration", "statistics"]

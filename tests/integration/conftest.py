@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from conch.converters.conversion import Conversion
+from conch.converters.options import Conversion
 from conch.converters.to_triton import to_triton
-from conch.serving.flags import LOOPBACK
-from conch.serving.launcher import TritonServer
-from conch.serving.ports import free_port
+from conch.serving.server.flags import LOOPBACK
+from conch.serving.server.server import TritonServer, free_port
 from tests.faults import MODEL as HASH
 from tests.faults import hash_store, kept_running
 from tests.tiny import reward_checkpoint

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from conch.config import OptimizerConfig, SchedulerConfig, TrainConfig
-from conch.engine import Engine
+from conch.distributed.train_engine import Engine
 
 
 def main() -> None:

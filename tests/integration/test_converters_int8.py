@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from conch.converters.checkpoint import read_checkpoint
-from conch.converters.conversion import Options, Reading
+from conch.converters.backends.python import write_version
+from conch.converters.checkpoints.reader import read_checkpoint
+from conch.converters.options import Options, Reading
 from conch.converters.pipeline import _manifest
-from conch.converters.python_form import write_version
-from conch.serving.python_backend.model import Row, Scorer
+from conch.converters.triton_models.reward_model import Row, Scorer
 from tests.checkpoints import base_model, classifier, save_value_head, value_head_tensors
 
 pytestmark = pytest.mark.int8

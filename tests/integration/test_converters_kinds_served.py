@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from tritonclient.utils import InferenceServerException
 
 from conch.converters.to_triton import main
-from conch.serving.launcher import TritonServer
-from conch.serving.store import read_model
-from conch.serving.triton_channel import Access, open_client
+from conch.serving.server.server import TritonServer
+from conch.store.store import read_model
+from conch.triton.channel import Access, open_client
 from tests.checkpoints import (
     EOS,
     PAD,

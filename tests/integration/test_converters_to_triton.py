@@ -13,12 +13,12 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertForSequenceClassification, GPT2ForSequenceClassification
 
-from conch.converters import python_form
-from conch.converters.conversion import Reading
-from conch.converters.served_form import ServedForm
+from conch.converters.backends import python as python_form
+from conch.converters.options import Reading
+from conch.converters.parity.subprocess_model import ServedForm
 from conch.converters.to_triton import main, to_triton
 from conch.errors import ConversionError, ParityError
-from conch.serving.store import list_models, read_model, verify_files, versions
+from conch.store.store import list_models, read_model, verify_files, versions
 from tests.integration.conftest import TEXT_MODEL, TOKEN_MODEL, RewardModel
 from tests.stores import store_model
 from tests.tiny import char_tokenizer, reward_checkpoint

@@ -11,8 +11,8 @@ import pytest
 
 from conch.config import RewardConfig
 from conch.errors import RewardInvalidError
-from conch.rewards.triton_reward import TritonReward
-from conch.serving.spec import RewardModelSpec
+from conch.rewards.served import TritonReward
+from conch.triton.contract import RewardModelSpec
 from conch.types import Completion, Prompt, RewardResult, Rollout
 from tests.fakes.triton_server import Action, FakeTriton, Row, response
 

@@ -19,14 +19,14 @@ import tritonclient.grpc as triton
 from conch.config import RewardConfig, load
 from conch.converters.to_triton import main
 from conch.errors import ServerStartError
-from conch.rewards.triton_reward import TritonReward
-from conch.serving.launcher import TritonServer
-from conch.serving.manifest import Golden
-from conch.serving.store import read_model
-from conch.serving.triton_ask import read_steps, request_inputs
-from conch.serving.triton_channel import Access, open_client
-from conch.serving.triton_health import check_golden
+from conch.rewards.served import TritonReward
+from conch.serving.server.health import check_golden
+from conch.serving.server.server import TritonServer
+from conch.store.manifest import Golden
+from conch.store.store import read_model
 from conch.trainers.ppo import PPORunConfig, PPOTrainer
+from conch.triton.channel import Access, open_client
+from conch.triton.client import read_steps, request_inputs
 from conch.types import Completion, Prompt, Rollout
 from tests.checkpoints import (
     EOS,

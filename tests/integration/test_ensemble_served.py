@@ -17,16 +17,16 @@ from tritonclient.utils import InferenceServerException
 from conch.config import RewardConfig
 from conch.converters import ensemble as converter
 from conch.converters.ensemble import main, to_ensemble
-from conch.converters.ensemble_parity import member_scores
+from conch.converters.parity.ensemble import member_scores
 from conch.converters.to_triton import to_triton
 from conch.errors import ConversionError, ModelStoreError
-from conch.rewards.source import from_user
-from conch.rewards.triton_reward import TritonReward
-from conch.serving.ensemble_manifest import EnsembleManifest
-from conch.serving.launcher import TritonServer
-from conch.serving.pbtxt import spec_from_model_config
-from conch.serving.store import list_models, read_model
-from conch.serving.triton_channel import Access, open_client
+from conch.rewards.factory import from_user
+from conch.rewards.served import TritonReward
+from conch.serving.server.server import TritonServer
+from conch.store.manifest import EnsembleManifest
+from conch.store.store import list_models, read_model
+from conch.triton.channel import Access, open_client
+from conch.triton.config_pbtxt import spec_from_model_config
 from conch.types import Completion, Prompt, RewardStatus, Rollout
 from tests.tiny import reward_checkpoint
 

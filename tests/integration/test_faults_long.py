@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import chaos, soak
-from conch.serving.launcher import TritonServer
+from conch.serving.server.server import TritonServer
 from tests.faults import MODEL
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from conch.errors import RewardInvalidError, RewardUnavailableError
 from conch.rewards.scorer import Scorer
-from conch.serving.launcher import TritonServer
+from conch.serving.server.server import TritonServer
 from tests.fakes.faulty_relay import Alter, FaultyRelay
 from tests.faults import (
     HASTY,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from conch.rewards.scorer import Scorer
-from conch.serving.launcher import TritonServer
+from conch.serving.server.server import TritonServer
 from tests.fakes.faulty_proxy import Fault, FaultyProxy
 from tests.faults import (
     HASTY,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from conch.errors import RewardUnavailableError
-from conch.serving.launcher import TritonServer
+from conch.serving.server.server import TritonServer
 from tests.fakes.faulty_proxy import Fault, FaultyProxy
 from tests.faults import (
     HASTY,

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.chaos import Outcome
-from conch.serving.launcher import TritonServer
+from conch.serving.server.server import TritonServer
 from tests.faults import MODEL, hash_store
 from tests.footprint import wait_until
 

@@ -12,14 +12,14 @@ from transformers import GPT2ForSequenceClassification
 from tritonclient.utils import InferenceServerException
 
 from conch.config import RewardConfig
-from conch.converters.conversion import Reading
+from conch.converters.options import Reading
 from conch.converters.to_triton import main, to_triton
 from conch.errors import ConversionError
-from conch.rewards.triton_reward import TritonReward
-from conch.serving.launcher import TritonServer
-from conch.serving.pbtxt import spec_from_model_config
-from conch.serving.store import list_models, read_model, verify_files
-from conch.serving.triton_channel import Access, open_client
+from conch.rewards.served import TritonReward
+from conch.serving.server.server import TritonServer
+from conch.store.store import list_models, read_model, verify_files
+from conch.triton.channel import Access, open_client
+from conch.triton.config_pbtxt import spec_from_model_config
 from conch.types import Completion, Prompt, Rollout
 from tests.tiny import reward_checkpoint
 

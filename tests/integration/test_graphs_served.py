@@ -22,17 +22,17 @@ from transformers import (
 from tritonclient.utils import InferenceServerException
 
 from conch.config import RewardConfig
-from conch.converters.onnx_export import export_onnx
-from conch.converters.served_form import ServedForm
-from conch.converters.torchscript_export import export_torchscript
+from conch.converters.backends.onnx import export_onnx
+from conch.converters.backends.torchscript import export_torchscript
+from conch.converters.parity.subprocess_model import ServedForm
+from conch.converters.triton_models import graph_model as served
 from conch.errors import ConversionError
-from conch.rewards.triton_reward import TritonReward
-from conch.serving.launcher import TritonServer
-from conch.serving.manifest import GOLDEN, MANIFEST, Golden, GoldenSample, Manifest, sha256_of
-from conch.serving.python_backend import graph as served
-from conch.serving.spec import Engine, RewardModelSpec
-from conch.serving.store import publish, staged_version
-from conch.serving.triton_channel import Access, open_client
+from conch.rewards.served import TritonReward
+from conch.serving.server.server import TritonServer
+from conch.store.manifest import GOLDEN, MANIFEST, Golden, GoldenSample, Manifest, sha256_of
+from conch.store.store import publish, staged_version
+from conch.triton.channel import Access, open_client
+from conch.triton.contract import Engine, RewardModelSpec
 from conch.types import Completion, Prompt, Rollout
 
 VOCABULARY, PAD, MAX_LENGTH = 40, 1, 12

@@ -17,7 +17,7 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from conch.converters.to_triton import to_triton
-from conch.serving.launcher import TritonServer
+from conch.serving.server.server import TritonServer
 from tests.integration.conftest import TEXT_MODEL, RewardModel
 from tests.integration.letters_run import LETTERS
 from tests.tiny import char_tokenizer, tiny_gpt2_config

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from conch.converters.served_form import ServedForm
+from conch.converters.parity.subprocess_model import ServedForm
 from conch.converters.to_triton import to_triton
 from tests.runs import EOS, reward_trainer
 

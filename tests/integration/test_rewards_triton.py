@@ -16,8 +16,8 @@ from transformers import GPT2ForSequenceClassification
 from conch.config import RewardConfig
 from conch.errors import RewardUnavailableError
 from conch.rewards.scorer import Scorer
-from conch.rewards.triton_reward import TritonReward
-from conch.serving.launcher import TritonServer
+from conch.rewards.served import TritonReward
+from conch.serving.server.server import TritonServer
 from conch.types import Completion, Prompt, RewardStatus, Rollout
 from tests.integration.conftest import TEXT_MODEL, TOKEN_MODEL, RewardModel
 

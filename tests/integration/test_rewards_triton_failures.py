@@ -17,8 +17,8 @@ from tritonclient.grpc import model_config_pb2
 
 from conch.config import RewardConfig
 from conch.errors import RewardError, RewardInvalidError, RewardUnavailableError
-from conch.rewards.triton_reward import TritonReward
-from conch.serving.spec import RewardModelSpec
+from conch.rewards.served import TritonReward
+from conch.triton.contract import RewardModelSpec
 from conch.types import RewardResult, RewardStatus, Rollout
 from tests.fakes.rollouts import letter_ids, rollout, rollouts
 from tests.fakes.triton_server import Action, FakeTriton, fail, hang, reply, response
@@ -412,7 +412,7 @@ def test_check_fails_when_the_probe_does(action: Action, kind: type[RewardError]
 LEAVES_NOTHING = """
 import contextlib, gc, os, socket, sys, threading, time
 from conch.config import RewardConfig
-from conch.rewards.triton_reward import TritonReward
+from conch.rewards.served import TritonReward
 from tests.fakes.rollouts import rollouts
 
 def sockets():
@@ -469,7 +469,7 @@ def test_program_that_forgets_to_close_ends_cleanly() -> None:
     code = """
 import sys
 from conch.config import RewardConfig
-from conch.rewards.triton_reward import TritonReward
+from conch.rewards.served import TritonReward
 from tests.fakes.rollouts import rollouts
 reward = TritonReward(sys.argv[1], RewardConfig())
 print(reward.submit(rollouts("a")).result(60)[0].scores)

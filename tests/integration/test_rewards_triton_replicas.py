@@ -16,10 +16,10 @@ import pytest
 
 from conch.config import OnModelChange, RewardConfig
 from conch.errors import RewardInvalidError, RewardUnavailableError
-from conch.rewards.batching import Waiting
-from conch.rewards.triton_replica import TritonReplica
-from conch.rewards.triton_reward import TritonReward
-from conch.serving.spec import RewardModelSpec
+from conch.rewards.client.queue import Waiting
+from conch.rewards.client.triton import TritonReplica
+from conch.rewards.served import TritonReward
+from conch.triton.contract import RewardModelSpec
 from conch.types import RewardResult, RewardStatus
 from tests.fakes.rollouts import rollouts
 from tests.fakes.triton_server import Action, FakeTriton, fail, hang, reply

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from conch.config import RewardConfig
-from conch.rewards.triton_reward import TritonReward
-from conch.serving.launcher import TritonServer
-from conch.serving.triton_channel import Access, open_client
+from conch.rewards.served import TritonReward
+from conch.serving.server.server import TritonServer
+from conch.triton.channel import Access, open_client
 from conch.types import RewardResult, RewardStatus
 from tests.deployments import conch, detach
 from tests.fakes.rollouts import rollouts

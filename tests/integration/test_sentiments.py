@@ -16,8 +16,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Dist
 
 from conch.config import RewardConfig
 from conch.errors import ConversionError, RewardInvalidError
-from conch.plots import read_metric
-from conch.serving.launcher import TritonServer
+from conch.runs.plots import read_metric
+from conch.serving.server.server import TritonServer
 from examples.hosting import served_reward
 from examples.sentiments import (
     dense_ppo_sentiments,

@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from conch.errors import ServerStartError
-from conch.serving import launcher
-from conch.serving.launcher import TritonServer
+from conch.serving.server import server as launcher
+from conch.serving.server.server import TritonServer
 from tests.stores import LENGTH_MODEL, store_model
 
 MODEL = "lengths"
@@ -24,7 +24,7 @@ DEADLINE_S = 120.0
 
 PARENT = """
 import sys, time
-from conch.serving.launcher import TritonServer
+from conch.serving.server.server import TritonServer
 with TritonServer(sys.argv[1], [sys.argv[2]]) as server:
     print(server.pid, server.url, flush=True)
     time.sleep(600)

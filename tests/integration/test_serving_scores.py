@@ -12,9 +12,9 @@ import tritonclient.grpc as triton
 from transformers import GPT2ForSequenceClassification
 from tritonclient.utils import InferenceServerException
 
-from conch.serving.launcher import TritonServer
-from conch.serving.pbtxt import spec_from_model_config
-from conch.serving.triton_channel import Access, open_client
+from conch.serving.server.server import TritonServer
+from conch.triton.channel import Access, open_client
+from conch.triton.config_pbtxt import spec_from_model_config
 from tests.integration.conftest import TEXT_MODEL, TOKEN_MODEL, RewardModel
 
 LETTERS = "abcdefghijklmnopqrstu"

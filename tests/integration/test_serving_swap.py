@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from conch.serving import deployment
-from conch.serving.triton_channel import Access, open_client
+from conch.serving.deployment import state as deployment
+from conch.triton.channel import Access, open_client
 from tests.deployments import callers, conch, detach, score, status, stubs, wait_until
 from tests.stores import LENGTH_MODEL, store_ensemble, store_model, store_text_graph
 

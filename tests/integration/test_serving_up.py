@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from conch.serving import deployment
-from conch.serving.triton_channel import Access, open_client
+from conch.serving.deployment import state as deployment
+from conch.triton.channel import Access, open_client
 from tests.deployments import (
     DEADLINE_S,
     conch,

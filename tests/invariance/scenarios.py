@@ -20,9 +20,9 @@ import torch.distributed
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conch.config import TrainConfig
-from conch.engine import Engine
+from conch.distributed.train_engine import Engine
 from conch.errors import ConchError, ConfigError
-from conch.trainers.shaping import RunningMoments
+from conch.training.reward_shaping import RunningMoments
 from conch.types import RewardResult, RewardStatus
 from tests.runs import (
     LINEAR_ADAM,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,11 +20,13 @@ LONGEST_FUNCTION = 70
 # columns before its own, and the parts of its column do not know each other.
 COLUMNS = (
     {"types", "config", "errors", "log"},
-    {"ops", "cli", "disk", "option_names", "launched", "heap", "deepspeed_zero3"},
-    {"models", "data", "serving"},
-    {"rollouts", "rewards", "experience", "engine", "checkpoint", "tracking", "sizing"},
-    {"plots"},
-    {"trainers", "service"},
+    {"ops", "addresses", "atomic_files", "cli"},
+    {"losses", "advantages"},
+    {"distributed", "data", "models", "triton"},
+    {"rollouts", "rewards", "store", "runs", "sizing"},
+    {"evaluation", "serving", "plots"},
+    {"training"},
+    {"trainers"},
     {"api"},
 )
 BASE = COLUMNS[0]
@@ -32,29 +35,34 @@ ALLOWED = {
     for column, parts in enumerate(COLUMNS)
     for part in parts
 } | {
-    "converters": set().union(*COLUMNS[:3]),
+    "serving": {*BASE, *COLUMNS[1], "triton", "store"},
+    "converters": {*BASE, *COLUMNS[1], "data", "models", "triton", "store"},
     "__init__": {"api"},
 }
 
 # Optional or heavy library -> the files (as patterns below the root) that may import it.
 OWNERS = {
-    "tritonclient": ("conch/*/triton*.py", "conch/serving/pbtxt.py"),
+    "tritonclient": (
+        "conch/triton/*.py",
+        "conch/store/warmup.py",
+        "conch/rewards/client/triton*.py",
+        "conch/serving/*/*.py",
+    ),
     "pytriton": (),
-    "httpx2": ("conch/rewards/http*.py", "conch/rollouts/http*.py"),
-    "vllm": ("conch/**/vllm*.py",),
+    "httpx2": ("conch/rewards/client/http.py", "conch/rollouts/remote/client.py"),
+    "vllm": ("conch/rollouts/vllm/*.py",),
     "flash_attn": (),
-    "liger_kernel": ("conch/models/liger.py",),
-    "ray": ("conch/**/ray*.py",),
-    "deepspeed": ("conch/deepspeed_*.py",),
-    "fastapi": ("conch/service/app.py", "conch/rollouts/vllm_server.py"),
-    "uvicorn": ("conch/service/app.py", "conch/rollouts/vllm_server.py"),
-    "wandb": ("conch/tracking.py",),
-    "tensorboard": ("conch/tracking.py",),
-    "matplotlib": ("conch/plots.py",),
+    "liger_kernel": ("conch/models/kernels.py",),
+    "ray": ("conch/rollouts/ray/*.py",),
+    "deepspeed": ("conch/distributed/zero3.py",),
+    "fastapi": ("conch/*/app.py", "conch/rollouts/vllm/server.py"),
+    "uvicorn": ("conch/*/app.py", "conch/rollouts/vllm/server.py"),
+    "wandb": ("conch/runs/tracking.py",),
+    "tensorboard": ("conch/runs/tracking.py",),
+    "matplotlib": ("conch/runs/plots.py",),
 }
-TORCH_FREE = ("rewards", "serving", *sorted(BASE), "cli", "option_names")
-# Run inside the server, never in the process that starts it.
-RUN_IN_SERVER = "conch/serving/python_backend/*.py"
+TORCH_FREE = ("triton", "store", "rewards", "serving", *sorted(BASE), "addresses", "atomic_files", "cli")
+LONGEST_LISTING = 13
 
 
 def source_files() -> list[Path]:
@@ -64,7 +72,7 @@ def source_files() -> list[Path]:
 
 
 def part_of(file: Path) -> str:
-    """`conch/rewards/source.py` -> `rewards`, `conch/ops.py` -> `ops`, `trainers/ppo.py` -> `trainers`."""
+    """`conch/rewards/factory.py` -> `rewards`, `conch/ops.py` -> `ops`, `trainers/ppo.py` -> `trainers`."""
     return Path(file.parts[1]).stem if file.parts[0] == "conch" else file.parts[0]
 
 
@@ -111,15 +119,18 @@ def test_imports_follow_the_arrows(file: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "module", "allowed"),
     [
-        ("rewards", "conch.serving.spec", True),
-        ("rewards", "conch.rewards.source", True),
-        ("trainers", "conch.engine.Engine", True),
-        ("converters", "conch.models.load", True),
+        ("rewards", "conch.triton.contract", True),
+        ("rewards", "conch.rewards.base", True),
+        ("trainers", "conch.distributed.train_engine.Engine", True),
+        ("rewards", "conch.serving.server.flags", False),
+        ("serving", "conch.rewards.factory", False),
+        ("converters", "conch.serving.server.server", False),
+        ("converters", "conch.store.manifest", True),
         ("errors", "conch.types.Prompt", True),
         ("ops", "conch.cli.compose", False),
         ("models", "conch.data.prompts", False),
-        ("rollouts", "conch.rewards.source", False),
-        ("engine", "conch.trainers.ppo", False),
+        ("rollouts", "conch.rewards.factory", False),
+        ("distributed", "conch.trainers.ppo", False),
         ("converters", "conch.trainers.ppo", False),
         ("api", "trainers.ppo", False),
         ("ops", ".types.Prompt", False),
@@ -143,7 +154,7 @@ def test_torch_free_parts_import_no_torch() -> None:
     mistakes = [
         f"{file}:{line}: {module}"
         for file in FILES
-        if part_of(file) in TORCH_FREE and not file.match(RUN_IN_SERVER)
+        if part_of(file) in TORCH_FREE
         for line, module in imported_modules(file)
         if module.split(".")[0] in heavy
     ]
@@ -155,8 +166,8 @@ def test_torch_free_parts_import_no_torch() -> None:
     [
         ("conch", ("torch", "transformers", "tritonclient", "hydra", "pydantic")),
         ("conch.cli", ("torch", "transformers", "tritonclient", "hydra")),
-        ("conch.rewards.triton_reward", ("torch", "transformers")),
-        ("conch.serving.launcher", ("torch", "transformers", "pytriton")),
+        ("conch.rewards.served", ("torch", "transformers")),
+        ("conch.serving.server.server", ("torch", "transformers", "pytriton")),
         ("conch.converters.to_triton", ("torch", "transformers")),
     ],
 )
@@ -187,3 +198,8 @@ def test_root_folders_are_linked_into_the_package(name: str) -> None:
     link = ROOT / "conch" / name
     assert link.is_symlink()
     assert link.resolve() == ROOT / name
+
+
+def test_no_folder_lists_more_than_a_reader_can_take_in() -> None:
+    counts = Counter(file.parent for file in FILES)
+    assert {str(folder): count for folder, count in counts.items() if count > LONGEST_LISTING} == {}

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from conch.cli import written_with
 from conch.converters import ensemble, to_triton
-from conch.option_names import written_with
 from conch.serving import __main__ as serving
 
 

@@ -16,7 +16,7 @@ from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFa
 from conch.config import RolloutConfig
 from conch.models.policy import response_logits
 from conch.ops import logprobs_of_labels
-from conch.rollouts.vllm_engine import ColocatedVLLM
+from conch.rollouts.vllm.engine import ColocatedVLLM
 from conch.types import Prompt, Rollout
 from tests.tiny import char_tokenizer, tiny_gpt2_config
 

@@ -12,8 +12,8 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast, T5Config, T5F
 
 from conch.config import GenerationConfig, RolloutConfig
 from conch.errors import ConfigError, ModelError, RolloutError
-from conch.rollouts.hf_engine import HFEngine
-from conch.rollouts.vllm_engine import ColocatedVLLM, VLLMEngine
+from conch.rollouts.hf.engine import HFEngine
+from conch.rollouts.vllm.engine import ColocatedVLLM, VLLMEngine
 from conch.types import Prompt, Rollout
 from tests.vllm.conftest import make_lm, prompts, trainers_logprobs
 

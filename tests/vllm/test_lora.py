@@ -15,14 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from conch.config import GenerationConfig, RolloutConfig
 from conch.errors import ModelError
 from conch.models.adapter import add_adapter
-from conch.rollouts import vllm_server
-from conch.rollouts.hf_engine import HFEngine
-from conch.rollouts.http_server import AstrayError, ServerLink
-from conch.rollouts.lora_sync import adapter_tensors
+from conch.rollouts.hf.engine import HFEngine
+from conch.rollouts.protocol import Given, Health, Stamp
+from conch.rollouts.remote.client import AstrayError, ServerLink
 from conch.rollouts.serve import ServeConfig
-from conch.rollouts.vllm_engine import ColocatedVLLM, VLLMEngine
-from conch.rollouts.weight_sync import checkpoint_tensors
-from conch.rollouts.wire import Given, Health, Stamp
+from conch.rollouts.vllm import server as vllm_server
+from conch.rollouts.vllm.engine import ColocatedVLLM, VLLMEngine
+from conch.rollouts.weight_sync import adapter_tensors, checkpoint_tensors
 from tests.launches import free_port
 from tests.vllm.conftest import CACHE_GB, prompts, trainers_logprobs
 from tests.vllm.test_colocated import TEXTS, all_of, assert_alike

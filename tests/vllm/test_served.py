@@ -18,10 +18,10 @@ from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFa
 
 from conch.config import GenerationConfig, RolloutConfig
 from conch.errors import RolloutError
-from conch.rollouts.hf_engine import HFEngine
-from conch.rollouts.http_server import ServerLink
-from conch.rollouts.served_engine import ServedEngine
-from conch.rollouts.server_pool import ServerPool
+from conch.rollouts.hf.engine import HFEngine
+from conch.rollouts.remote.client import ServerLink
+from conch.rollouts.remote.engine import ServedEngine
+from conch.rollouts.remote.pool import ServerPool
 from conch.types import Prompt, Rollout
 from tests.launches import ROOT, free_port
 from tests.vllm.conftest import CACHE_GB, make_lm, prompts

@@ -1,0 +1,63 @@
+"""Advantages: generalised advantage estimation, and comparison within a group.
+
+Legend: B rollouts (of GRPO those of a prompt together), G rollouts a prompt, R response tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def gae(
+    rewards: Float[Tensor, "B R"],
+    values: Float[Tensor, "B R"],
+    mask: Bool[Tensor, "B R"],
+    gamma: float,
+    lam: float,
+) -> tuple[Float[Tensor, "B R"], Float[Tensor, "B R"]]:
+    """Advantages and returns by generalised advantage estimation; the value after the last token is 0.
+
+    mask: True at response tokens, which stand at the front of each row.
+    """
+    advantages = torch.zeros_like(rewards)
+    following_advantage = torch.zeros_like(rewards[:, 0])
+    following_value = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * following_value - values[:, t]
+        advantage = delta + gamma * lam * following_advantage
+        advantages[:, t] = following_advantage = torch.where(
+            mask[:, t], advantage, torch.zeros_like(advantage)
+        )
+        following_value = torch.where(mask[:, t], values[:, t], torch.zeros_like(advantage))
+    return advantages, torch.where(mask, advantages + values, torch.zeros_like(values))
+
+
+Advantage = Literal["group_std", "group_mean", "leave_one_out"]
+
+
+SMALLEST_SPREAD = 1e-6
+"""Rewards of a group that differ by less, against their size, are alike: what is left is rounding."""
+
+
+def group_advantages(
+    rewards: Float[Tensor, " B"], valid: Bool[Tensor, " B"], group_size: int, kind: Advantage
+) -> Float[Tensor, " B"]:
+    """Each reward against those of its group; 0 in groups whose rewards are all alike, and where not valid.
+
+    valid: True where there is a reward; the others count nowhere.
+    """
+    present = valid.reshape(-1, group_size)
+    scores = torch.where(valid, rewards, torch.zeros_like(rewards)).reshape(-1, group_size)
+    count = present.sum(dim=1, keepdim=True).clamp(min=1)
+    mean = scores.sum(dim=1, keepdim=True) / count
+    centred = torch.where(present, scores - mean, torch.zeros_like(scores))
+    std = (centred.square().sum(dim=1, keepdim=True) / count).sqrt()
+    if kind == "leave_one_out":  # r_i - mean of the others = (r_i - mean of all) * n / (n - 1)
+        centred = centred * count / (count - 1).clamp(min=1)
+    scaled = centred / std if kind == "group_std" else centred
+    has_spread = std > SMALLEST_SPREAD * (1 + mean.abs())
+    return torch.where(has_spread, scaled, torch.zeros_like(scaled)).reshape(-1)

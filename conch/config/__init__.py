@@ -1,0 +1,28 @@
+"""The sections of a run's configuration, validated and frozen.
+
+Each trainer composes the sections it needs into its own run config (see `trainers/ppo.py`). A constructor
+takes its own section, never the whole. Unknown keys are refused with the nearest valid name. `load` turns a
+plain mapping into a section and pydantic's report into one readable ConfigError.
+"""
+
+from __future__ import annotations
+
+from conch.config.base import Section as Section
+from conch.config.base import SectionT as SectionT
+from conch.config.base import load as load
+from conch.config.data import DataConfig as DataConfig
+from conch.config.generation import EvalGenerationConfig as EvalGenerationConfig
+from conch.config.generation import GenerationConfig as GenerationConfig
+from conch.config.model import Dtype as Dtype
+from conch.config.model import ModelConfig as ModelConfig
+from conch.config.model import TokenizerConfig as TokenizerConfig
+from conch.config.optim import OptimizerConfig as OptimizerConfig
+from conch.config.optim import SchedulerConfig as SchedulerConfig
+from conch.config.reward import OnFailure as OnFailure
+from conch.config.reward import OnModelChange as OnModelChange
+from conch.config.reward import RewardConfig as RewardConfig
+from conch.config.reward import TlsConfig as TlsConfig
+from conch.config.rollout import RolloutConfig as RolloutConfig
+from conch.config.run import RunConfig as RunConfig
+from conch.config.run import TrackingConfig as TrackingConfig
+from conch.config.run import TrainConfig as TrainConfig

@@ -1,0 +1,91 @@
+"""Which model is trained, how much of it, and its tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from conch.config.base import Section
+
+Dtype = Literal["float64", "float32", "bfloat16", "float16"]
+
+
+class ModelConfig(Section):
+    """Which model to train, and how much of it."""
+
+    path: str | None = None
+    """Folder or hub id of the model. Give this or `architecture`."""
+
+    revision: str | None = None
+    """Hub revision (commit, tag or branch) of `path`."""
+
+    architecture: dict[str, Any] | None = None
+    """Start from random weights of this shape: the keys of the transformers config, `model_type` among
+    them."""
+
+    dtype: Dtype = "float32"
+    """Precision the weights are held in. float64 is for comparing runs to the last digits: across processors,
+    numbers of threads or layouts of a batch."""
+
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] | None = None
+    """Kernels of attention; None takes sdpa where the model knows it, else eager. Those of flash-attention
+    need its package, a CUDA GPU, and half precision, of the weights or by `train.mixed_precision`."""
+
+    liger: bool = False
+    """Compute norms, rotary embeddings and MLPs by the Triton kernels of the package liger-kernel, on a CUDA
+    GPU. Changes the model's architecture for the whole process."""
+
+    num_layers_unfrozen: int = Field(default=-1, ge=-1)
+    """Transformer blocks to train, counted from the top; -1 trains everything. With a number, the reference
+    of PPO shares the frozen trunk and copies only these blocks; with -1 it is a full copy."""
+
+    disable_dropout: bool = True
+    """Set every dropout to 0, so that sampling and training see the same policy."""
+
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Off unless you have read that code."""
+
+    peft_config: dict[str, Any] | None = None
+    """Train an adapter instead of the weights: the keys of peft's `LoraConfig` (`r`, `lora_alpha`,
+    `target_modules`, ...). The reference of PPO is then the model with its adapter off."""
+
+    merge_adapter: bool = False
+    """Save the adapter merged into the weights, for programs that know no adapters, instead of on its own."""
+
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if (self.path is None) == (self.architecture is None):
+            raise ValueError("give exactly one of `path` and `architecture`")
+        if self.architecture is not None and "model_type" not in self.architecture:
+            raise ValueError("`architecture` needs `model_type` (for example gpt2)")
+        if self.num_layers_unfrozen == 0:
+            raise ValueError("`num_layers_unfrozen` is 0: nothing would be trained; use -1 for all layers")
+        if self.peft_config is not None and self.num_layers_unfrozen != -1:
+            raise ValueError(
+                "`peft_config` freezes all but the adapter: leave `num_layers_unfrozen` at -1 and choose "
+                "layers with `peft_config.layers_to_transform`"
+            )
+        return self
+
+
+class TokenizerConfig(Section):
+    """Which tokenizer to use."""
+
+    path: str | None = None
+    """Folder or hub id; None takes the model's."""
+
+    pad_token: str | None = None
+    """Padding token, for tokenizers that have none. Must be in the vocabulary and should differ from eos."""
+
+    truncation_side: Literal["left", "right"] = "left"
+    """Which end of a too long prompt is cut when `truncate_prompts` allows it."""
+
+    truncate_prompts: bool = False
+    """Cut prompts that do not fit the model's window instead of refusing them."""
+
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    """Longest prompt, in tokens, where that shall be less than the window leaves."""

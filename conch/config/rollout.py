@@ -1,0 +1,68 @@
+"""What samples: transformers or vLLM, here or on servers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from conch.config.base import Section
+
+
+class RolloutConfig(Section):
+    """What samples the completions that are learned from and evaluated on."""
+
+    engine: Literal["hf", "vllm"] = "hf"
+    """`hf` samples with the policy itself in the trainer's processes; `vllm` with vLLM, in them too, or on
+    the servers of `urls`."""
+
+    urls: str | None = None
+    """`host:port` of a vLLM server (`python -m conch.rollouts.serve`), or several, `host1:port,host2:port`.
+    None runs vLLM in each of the trainer's processes, on its GPU."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of vLLM's weights; `auto` takes the one that the policy is trained in. A server has its
+    own."""
+
+    window: int | None = Field(default=None, ge=2)
+    """Longest prompt and completion together, in tokens; less than the model's window saves memory. None
+    takes the model's. A server has its own."""
+
+    memory_share: float = Field(default=0.3, gt=0, lt=1)
+    """Part of a GPU's memory that vLLM may take beside the trainer, its weights included."""
+
+    kv_cache_gb: float | None = Field(default=None, gt=0)
+    """GiB for keys and values, instead of what `memory_share` leaves; None takes 1 on a CPU."""
+
+    max_num_seqs: int = Field(default=256, ge=1)
+    """Completions that vLLM samples at once, per process."""
+
+    eager: bool | None = None
+    """True neither compiles nor records graphs: vLLM starts at once and samples more slowly. None is eager on
+    a CPU alone."""
+
+    sleep_level: Literal[0, 1, 2] = 2
+    """What vLLM gives back of a GPU's memory while the trainer computes: 1 the cache, and the weights go to
+    the CPU's memory; 2 both; 0 nothing. On a CPU nothing can be given back."""
+
+    weights: Literal["broadcast", "files"] = "broadcast"
+    """How servers get the weights after an update: `broadcast` sends them over the network (gloo, or NCCL
+    between GPUs); `files` writes them to shared memory, for servers on the trainer's machine."""
+
+    merge_adapter: bool | None = None
+    """False hands a LoRA adapter over by itself, wherever vLLM can take it, and its base once; True merges it
+    and hands all weights over each time. None leaves it to servers (their `lora_rank`), and in the trainer's
+    processes merges on a CPU alone, where sampling through an adapter costs more than that."""
+
+    deadline_s: float = Field(default=600.0, gt=0)
+    """Seconds without a new completion from any server after which sampling gives up, and the longest that a
+    server may take for new weights."""
+
+    logprob_gap_alarm: float | None = Field(default=0.1, gt=0)
+    """Nats of `rollout/logprob_gap` above which a warning is written; None writes none."""
+
+    @model_validator(mode="after")
+    def _servers_run_vllm(self) -> RolloutConfig:
+        if self.urls is not None and self.engine != "vllm":
+            raise ValueError("`rollout.urls` names vLLM servers: set `rollout.engine=vllm`, or leave it out")
+        return self

@@ -1,0 +1,98 @@
+"""The run itself: steps, checkpoints, tracking; what every run config has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from conch.config.base import Section
+from conch.config.data import DataConfig
+from conch.config.model import ModelConfig, TokenizerConfig
+from conch.config.optim import OptimizerConfig, SchedulerConfig
+
+
+class TrainConfig(Section):
+    """Length, numerics and housekeeping of a run."""
+
+    seed: int = Field(default=0, ge=0)
+    """Seeds weights, data order and sampling; each rank adds its number to it for sampling."""
+
+    total_steps: int = Field(default=100, ge=1)
+    """Steps of the trainer's loop: optimizer updates offline; one rollout with all its updates for PPO; one
+    selection with its updates for RFT."""
+
+    output_dir: Path = Path("outputs")
+    """A run's folder is made below: `<output_dir>/<date>/<time>/`."""
+
+    run_dir: Path | None = None
+    """Exact folder of the run instead; must not hold another run, unless `resume` continues it."""
+
+    resume: str | None = None
+    """Go on with an interrupted run, exactly where a checkpoint left it: the folder of a run or of one of its
+    checkpoints, or `auto` for the run in `run_dir` (without one: the newest below `output_dir`), which starts
+    anew where there is none."""
+
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Micro-batches per optimizer update; changes memory, not the result."""
+
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """Autocast precision; None takes what `accelerate launch` was told."""
+
+    num_processes: int | None = Field(default=None, ge=1)
+    """Processes this run must have; any other number is refused (some launchers silently start one)."""
+
+    eval_every: int = Field(default=0, ge=0)
+    """Evaluate every so many steps, and at the start and end; 0 never evaluates."""
+
+    eval_repeats: int = Field(default=1, ge=1)
+    """Completions sampled per evaluation prompt."""
+
+    save_every: int = Field(default=0, ge=0)
+    """Save a checkpoint every so many steps; 0 saves only the last. The end of the run always saves."""
+
+    keep_last: int | None = Field(default=None, ge=1)
+    """Checkpoints to keep beside the best one; older ones are deleted. None keeps all."""
+
+    best_metric: str | None = None
+    """Evaluation metric by which the best checkpoint is chosen, for example `eval/reward`; lower is better
+    for names that end in `loss`, else higher. None takes the trainer's own choice: the first metric of
+    `metric_fn`, else `eval/reward`; offline `eval/loss` or the reward model's accuracy or correlation."""
+
+    early_stopping: int = Field(default=0, ge=0)
+    """Stop after so many evaluations in a row without a better `best_metric`; 0 never stops early."""
+
+
+class TrackingConfig(Section):
+    """Where metrics go. `metrics.jsonl` in the run folder is always written."""
+
+    wandb: bool = False
+    """Log to Weights & Biases; never asks for a login: without credentials the run is logged offline."""
+
+    tensorboard: bool = False
+    """Log to TensorBoard event files in the run folder."""
+
+    project: str = "conch"
+    """Weights & Biases project."""
+
+    sample_rows: int = Field(default=16, ge=0)
+    """Rows of each table of samples written to `samples/`."""
+
+    rollouts: bool = False
+    """Write every rollout that is trained on to `rollouts/step_N.jsonl`, with its reward and KL."""
+
+
+class RunConfig(Section):
+    """The sections that every trainer's run has; each trainer adds its own."""
+
+    model: ModelConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    tracking: TrackingConfig = TrackingConfig()

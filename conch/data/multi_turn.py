@@ -1,0 +1,194 @@
+"""Samples as turns: token ids with a mask of the tokens that somebody chose.
+
+Legend: B samples, P prompt tokens (padded left), R response tokens (padded right), T = P + R. The response
+begins at a sample's first action and holds all that follows, later prompts too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from conch.data.chat import dialogue_of, encode_dialogue
+from conch.data.formats import listed
+from conch.errors import DataError
+from conch.log import get_logger
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TurnSample:
+    """token_ids: the whole sample, eos included. is_action: True at the tokens of output turns; never at the
+    first token, before which there is no state to act in."""
+
+    token_ids: tuple[int, ...]
+    is_action: tuple[bool, ...]
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens before the first action."""
+        return self.is_action.index(True)
+
+
+@dataclass(frozen=True)
+class TurnBatch:
+    """input_ids [B, T]: prompt and response. attention_mask [B, T]: True at real tokens.
+
+    action_mask [B, R]: True at actions, which stand among the last R columns of `input_ids`.
+    """
+
+    input_ids: Int[Tensor, "B T"]
+    attention_mask: Bool[Tensor, "B T"]
+    action_mask: Bool[Tensor, "B R"]
+
+    @property
+    def num_response(self) -> int:
+        """R, the columns that hold responses."""
+        return self.action_mask.shape[1]
+
+    @property
+    def response_ids(self) -> Int[Tensor, "B R"]:
+        """The last R columns of `input_ids`."""
+        return self.input_ids[:, -self.num_response :]
+
+
+def tokenize_turns(
+    samples: Iterable[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int | None,
+    truncation_side: Literal["left", "right"],
+    pairs_only: bool = False,
+) -> list[TurnSample]:
+    """Tokenise samples, each of them a string (all tokens after the first are actions), a list of turns
+    `[prompt, output, prompt, output, ...]` (the outputs' tokens are), or a dialogue (the assistant's are; of
+    {"prompt", "completion"} dialogues those of the completion).
+
+    An eos token ends every string and list, and is an action; a dialogue ends as the chat template has it.
+    Samples of more than `max_tokens` tokens lose what is too much on `truncation_side`; a warning counts
+    them.
+
+    pairs_only: for models that read the prompt apart from the output: `[prompt, output]` and nothing else.
+
+    Raises:
+        DataError: there are none; or one, named by its number, is of another form, is empty or starts with an
+            empty prompt, or has no action left once truncated.
+    """
+    rows = listed(samples, "samples")
+    if not rows:
+        raise DataError("the list of samples is empty: give at least one sample")
+    made = [_tokenize(row, index, tokenizer, pairs_only) for index, row in enumerate(rows)]
+    return made if max_tokens is None else cut_turns(made, max_tokens, truncation_side)
+
+
+def cut_turns(
+    samples: Sequence[TurnSample], max_tokens: int, truncation_side: Literal["left", "right"]
+) -> list[TurnSample]:
+    """Samples of at most `max_tokens` tokens, as many as there were; see `tokenize_turns`."""
+    lengths = [len(sample.token_ids) for sample in samples]
+    if max(lengths) <= max_tokens:
+        return list(samples)
+    _log.warning(
+        "%d of %d samples are longer than the %d tokens of the model's window (the longest has %d): cut on "
+        "the %s",
+        sum(length > max_tokens for length in lengths),
+        *(len(samples), max_tokens, max(lengths), truncation_side),
+    )
+    return [_truncate(sample, index, max_tokens, truncation_side) for index, sample in enumerate(samples)]
+
+
+def collate_turns(
+    samples: Sequence[TurnSample], pad_token_id: int, device: torch.device | str = "cpu"
+) -> TurnBatch:
+    """Pad samples so that all responses begin in the same column."""
+    longest_prompt = max(sample.num_prompt for sample in samples)
+    longest_response = max(len(sample.token_ids) - sample.num_prompt for sample in samples)
+    shape = (len(samples), longest_prompt + longest_response)
+    ids = torch.full(shape, pad_token_id, dtype=torch.long)
+    real, actions = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+    for row, sample in enumerate(samples):
+        start = longest_prompt - sample.num_prompt
+        columns = slice(start, start + len(sample.token_ids))
+        ids[row, columns] = torch.tensor(sample.token_ids)
+        real[row, columns] = True
+        actions[row, columns] = torch.tensor(sample.is_action)
+    return TurnBatch(ids.to(device), real.to(device), actions[:, longest_prompt:].to(device))
+
+
+def _tokenize(sample: Any, index: int, tokenizer: PreTrainedTokenizerBase, pairs_only: bool) -> TurnSample:
+    if isinstance(sample, str):
+        if pairs_only:
+            raise DataError(
+                f"sample {index} is one string; an encoder-decoder reads the prompt apart from the output: "
+                "give [prompt, output]"
+            )
+        ids = _encode(sample, tokenizer)
+        turns = [ids[:1], ids[1:]]
+    elif (dialogue := dialogue_of(sample)) is not None and not pairs_only:
+        return _tokenize_dialogue(*dialogue, index, tokenizer)
+    else:
+        turns = [_encode(turn, tokenizer) for turn in _checked_turns(sample, index, pairs_only)]
+    if not turns[0]:
+        what = "sample" if isinstance(sample, str) else "first prompt of sample"
+        raise DataError(f"{what} {index} is empty once tokenised: drop it, or start it with a bos token")
+    if turns[-1][-1:] != [tokenizer.eos_token_id]:
+        turns[-1] = [*turns[-1], int(tokenizer.eos_token_id)]  # pyright: ignore[reportArgumentType]
+    return TurnSample(
+        tuple(token for turn in turns for token in turn),
+        tuple(number % 2 == 1 for number, turn in enumerate(turns) for _ in turn),
+    )
+
+
+def _tokenize_dialogue(
+    messages: Sequence[Any], num_prompt: int, index: int, tokenizer: PreTrainedTokenizerBase
+) -> TurnSample:
+    ids, is_assistants = encode_dialogue(messages, index, tokenizer, num_prompt=num_prompt)
+    return TurnSample(ids, (False, *is_assistants[1:]))
+
+
+def _checked_turns(sample: Any, index: int, pairs_only: bool) -> Sequence[str]:
+    """The sample, where it is what its type says.
+
+    Raises:
+        DataError: it is not.
+    """
+    if not isinstance(sample, Sequence) or not all(isinstance(turn, str) for turn in sample):
+        raise DataError(
+            f"sample {index} is neither a string nor a list of strings [prompt, output, ...] "
+            f"(got {type(sample).__name__})"
+        )
+    if len(sample) == 0 or len(sample) % 2:
+        raise DataError(
+            f"sample {index} has {len(sample)} turns: give prompts and outputs by turns, an even number"
+        )
+    if pairs_only and len(sample) != 2:
+        raise DataError(
+            f"sample {index} has {len(sample)} turns; an encoder-decoder takes two: [prompt, output]"
+        )
+    return sample
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []  # pyright: ignore[reportArgumentType]
+
+
+def _truncate(sample: TurnSample, index: int, max_tokens: int, side: str) -> TurnSample:
+    if len(sample.token_ids) <= max_tokens:
+        return sample
+    kept = slice(-max_tokens, None) if side == "left" else slice(max_tokens)
+    # What comes first now may have been an action; nothing is left of the state it was chosen in.
+    is_action = (False, *sample.is_action[kept][1:])
+    if not any(is_action):
+        raise DataError(
+            f"sample {index} has no action left: the first {max_tokens} of its {len(sample.token_ids)} "
+            "tokens, which the model's window holds, are prompt; shorten it, or set "
+            "`tokenizer.truncation_side=left`"
+        )
+    return TurnSample(sample.token_ids[kept], is_action)

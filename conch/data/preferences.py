@@ -1,0 +1,412 @@
+"""Judged texts for reward models: checked, put into the template, tokenised once, and padded into batches.
+
+A row judges one text, {"text", "score": 0.5} or {"text", "scores": {"helpful": 1, "brief": 0}}, or compares
+two, {"chosen", "rejected"}, where it may add a "margin" and the "objective" that they were compared by. A
+text is a whole sample, prompt and output, or a dialogue for the tokenizer's chat template. The forms that
+`conch.data.formats` brings into these are taken too.
+
+Legend: B rows, K objectives, T tokens (padded right).
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from conch.config import DataConfig
+from conch.data.chat import render_dialogue
+from conch.data.formats import fitting, judgement_form, listed, text_of
+from conch.errors import DataError
+from conch.log import get_logger
+from conch.types import DEFAULT_OBJECTIVE
+
+_log = get_logger(__name__)
+
+_FORMS = '{"text", "score"}, or all {"text", "scores"}, or all {"chosen", "rejected"}'
+
+
+@dataclass(frozen=True)
+class RowForm:
+    """What the rows of a data set have in common.
+
+    compares: rows are pairs. objectives: the names that rows give; none where there is but one objective.
+    """
+
+    compares: bool
+    objectives: tuple[str, ...] = ()
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Keys of a row's texts, in the order in which they are scored."""
+        return ("chosen", "rejected") if self.compares else ("text",)
+
+    @property
+    def reward_names(self) -> tuple[str, ...]:
+        """One name per output of the reward model."""
+        return self.objectives or (DEFAULT_OBJECTIVE,)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredText:
+    """token_ids: the text in its template. scores: one per objective."""
+
+    token_ids: tuple[int, ...]
+    scores: tuple[float, ...]
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal for rows that judge the same."""
+        return self.token_ids
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """chosen, rejected: token ids of the texts in their template. margin: by how much the one should at least
+    be ahead. objective: number of the output that this is about."""
+
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+    margin: float = 0.0
+    objective: int = 0
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal for rows that compare the same, whichever is preferred."""
+        return frozenset((self.chosen, self.rejected))
+
+
+Judgement = ScoredText | PreferencePair
+
+
+@dataclass(frozen=True)
+class Texts:
+    """input_ids [B, T]; attention_mask [B, T], True at real tokens."""
+
+    input_ids: Int[Tensor, "B T"]
+    attention_mask: Bool[Tensor, "B T"]
+
+
+@dataclass(frozen=True)
+class ScoredTexts:
+    """Texts with the scores [B, K] they should get."""
+
+    texts: Texts
+    targets: Float[Tensor, "B K"]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Preferences: of each pair, text 0 is preferred to text 1.
+
+    input_ids [B, 2, T]; attention_mask [B, 2, T], True at real tokens; margins [B]; objectives [B], the
+    outputs that the pairs are about.
+    """
+
+    input_ids: Int[Tensor, "B 2 T"]
+    attention_mask: Bool[Tensor, "B 2 T"]
+    margins: Float[Tensor, " B"]
+    objectives: Int[Tensor, " B"]
+
+
+# ------------------------------------------------------------------------------------------------------- rows
+
+
+def judgements(rows: Iterable[Any], *, what: str = "row") -> list[Any]:
+    """Rows of any form with their prompts in their texts, for `check_rows`.
+
+    what: how an error names a row.
+
+    Raises:
+        DataError: a prompt does not go with its texts, or a label is none.
+    """
+    return [_in_form(row, f"{what} {index}") for index, row in enumerate(listed(rows, f"{what}s"))]
+
+
+def _in_form(row: Any, name: str) -> Any:
+    try:
+        return judgement_form(row)
+    except DataError as error:
+        raise DataError(f"{name} {error}") from None
+
+
+def judgement(row: Any) -> Any:
+    """A row, alone, that a reward model can learn from, brought into form; how `read_rows` takes it.
+
+    Raises:
+        DataError: it can not, in words that follow its name.
+    """
+    made = judgement_form(row)
+    try:
+        _check_row(made, _form_of([made]), "")
+    except DataError as error:
+        raise DataError(str(error).lstrip(" :")) from None
+    return made
+
+
+def check_rows(rows: Sequence[Any], like: RowForm | None = None, *, what: str = "row") -> RowForm:
+    """The form that these rows have in common; with `like`, that they have this very form.
+
+    what: how an error names a row.
+
+    Raises:
+        DataError: there are none, a row has other keys, a text is no string, a number is not finite or a
+            margin below 0, or an objective cannot be a name.
+    """
+    if not rows:
+        raise DataError(f"no {what}s to make a reward model with: give at least one")
+    form = like or _form_of(rows)
+    for index, row in enumerate(rows):
+        _check_row(row, form, f"{what} {index}")
+    return form
+
+
+def _form_of(rows: Sequence[Any]) -> RowForm:
+    first = rows[0]
+    if not isinstance(first, Mapping) or not ("score" in first or "scores" in first):
+        named = [row["objective"] for row in rows if isinstance(row, Mapping) and "objective" in row]
+        return RowForm(compares=True, objectives=_names(named))
+    scores = first.get("scores")
+    return RowForm(compares=False, objectives=_names(scores) if isinstance(scores, Mapping) else ())
+
+
+def _names(given: Iterable[Any]) -> tuple[str, ...]:
+    """Each name once."""
+    names = list(given)
+    for name in names:
+        if not isinstance(name, str) or not name or "," in name:
+            raise DataError(f"objective {name!r}: a name is a string that is not empty and holds no comma")
+    return tuple(dict.fromkeys(names))
+
+
+def _check_row(row: Any, form: RowForm, name: str) -> None:
+    if not isinstance(row, Mapping):
+        raise DataError(f"{name} is no dict: rows are all {_FORMS} ({row!r})")
+    for key in form.texts:
+        if text_of(row.get(key)) is None:
+            keys = ", ".join(map(str, row))
+            raise DataError(f'{name} has no string "{key}": rows are all {_FORMS} (keys here: {keys})')
+    if form.compares:
+        _check_pair(row, form, name)
+    else:
+        _check_scores(row, form, name)
+
+
+def _check_pair(row: Mapping[str, Any], form: RowForm, name: str) -> None:
+    margin = row.get("margin", 0.0)
+    if not _is_finite_number(margin) or margin < 0:
+        raise DataError(f"{name}: its margin {margin!r} is not a finite number of at least 0")
+    if form.objectives and row.get("objective") not in form.objectives:
+        known = ", ".join(form.objectives)
+        raise DataError(
+            f"{name} has the objective {row.get('objective')!r}: training rows have {known}, and every row "
+            'needs an "objective" where one has it'
+        )
+    if not form.objectives and "objective" in row:
+        raise DataError(f"{name} has the objective {row['objective']!r}, training rows have none")
+
+
+def _check_scores(row: Mapping[str, Any], form: RowForm, name: str) -> None:
+    scores = row.get("scores") if form.objectives else {DEFAULT_OBJECTIVE: row.get("score")}
+    if not isinstance(scores, Mapping) or set(scores) != set(form.reward_names):
+        given = ", ".join(map(str, scores)) if isinstance(scores, Mapping) else repr(scores)
+        raise DataError(
+            f'{name} does not have the "scores" that rows have here, {", ".join(form.reward_names)} ({given})'
+        )
+    for objective, score in scores.items():
+        if not _is_finite_number(score):
+            of = f" for {objective}" if form.objectives else ""
+            raise DataError(f"{name}: its score {score!r}{of} is not a finite number")
+
+
+def _is_finite_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and bool(np.isfinite(value))
+
+
+def check_texts(texts: Sequence[Any]) -> None:
+    """Raise DataError unless there are reference texts, and all are strings."""
+    if isinstance(texts, str) or not texts:
+        raise DataError("the reference texts must be a list of at least one string")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(f"reference text {index} is no string (got {type(text).__name__})")
+
+
+def hold_out(
+    rows: Sequence[Judgement], fraction: float, seed: int
+) -> tuple[list[Judgement], list[Judgement]]:
+    """Split at random into rows to train on and this share of rows to evaluate on.
+
+    Repetitions of a row stay with it: what is held out is not trained on.
+
+    Raises:
+        DataError: one of the parts would be empty.
+    """
+    distinct = list(dict.fromkeys(row.identity for row in rows))
+    order = np.random.default_rng(seed).permutation(len(distinct))
+    held = {distinct[index] for index in order[: round(fraction * len(distinct))]}
+    if not 0 < len(held) < len(distinct):
+        raise DataError(
+            f"`reward_model.eval_fraction` = {fraction} holds out {len(held)} of {len(distinct)} different "
+            "rows: at least one must be held out, and one must be left"
+        )
+    return [row for row in rows if row.identity not in held], [row for row in rows if row.identity in held]
+
+
+# ----------------------------------------------------------------------------------------------------- tokens
+
+
+def template_mistake(template: str) -> str | None:
+    """Why this is not a format string with {text} once, at most {eos} beside it; None where it is."""
+    try:
+        fields = [
+            (name, spec, how) for _, name, spec, how in string.Formatter().parse(template) if name is not None
+        ]
+    except ValueError as error:
+        return f"template {template!r} is not a format string: {error}"
+    names = [name for name, _, _ in fields]
+    if (
+        names.count("text") != 1
+        or set(names) - {"text", "eos"}
+        or any(spec or how for _, spec, how in fields)
+    ):
+        return f"template {template!r} must hold {{text}} once, may hold {{eos}}, and nothing else in {{}}"
+    return None
+
+
+def default_template(tokenizer: Any) -> str:
+    """The sample and an eos token; the sample alone if the tokenizer closes a text itself or has no eos."""
+    closes = tokenizer("").input_ids[-1:]
+    return (
+        "{text}"
+        if (closes and closes[0] != tokenizer.bos_token_id) or not tokenizer.eos_token
+        else "{text}{eos}"
+    )
+
+
+class TextEncoder:
+    """Shows texts to a reward model as the server will: in the template, and cut where they are too long.
+
+    A text that is too long loses tokens on the tokenizer's truncation side; the special tokens that the
+    tokenizer adds, and an {eos} that closes the template, stay, because the score may be read there.
+
+    template: format string over {text} and {eos}. max_length: in tokens, special ones included; None sets no
+    limit.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int | None) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+        self._max_length = max_length
+        self._num_texts = self._num_cut = 0
+
+    def encode(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Token ids of each text.
+
+        Raises:
+            DataError: a text has no tokens.
+        """
+        found = [tuple(ids) for ids in self._tokenize(texts, self._template)]
+        limit = self._max_length
+        long = [row for row, ids in enumerate(found) if limit is not None and len(ids) > limit]
+        for row, ids in zip(long, self._cut([texts[row] for row in long]), strict=True):
+            found[row] = ids
+        for text, ids in zip(texts, found, strict=True):
+            if not ids:
+                raise DataError(
+                    f"the text {text!r} has no tokens in the template {self._template!r}: drop it, or end "
+                    "the template with {eos}"
+                )
+        self._num_texts, self._num_cut = self._num_texts + len(texts), self._num_cut + len(long)
+        return found
+
+    def encode_rows(
+        self, rows: Sequence[Mapping[str, Any]], form: RowForm, lengths: DataConfig | None = None
+    ) -> list[Judgement]:
+        """Rows that `check_rows` has passed, tokenised.
+
+        lengths: which rows to leave out for the length of their longest text, before any is cut.
+        """
+        texts = [
+            tuple(self._as_text(row[key], index) for key in form.texts) for index, row in enumerate(rows)
+        ]
+        if lengths is not None and (lengths.min_tokens or lengths.max_tokens):
+            kept = fitting(self._longest(texts), lengths, "rows")
+            rows, texts = [rows[index] for index in kept], [texts[index] for index in kept]
+        columns = [self.encode(column) for column in zip(*texts, strict=True)]
+        return [_judgement(row, ids, form) for row, ids in zip(rows, zip(*columns, strict=True), strict=True)]
+
+    def _as_text(self, text: Any, index: int) -> str:
+        return text if isinstance(text, str) else render_dialogue(text, f"row {index}", self._tokenizer)
+
+    def _longest(self, texts: Sequence[tuple[str, ...]]) -> list[int]:
+        """Of each row, the tokens of its longest text."""
+        columns = [self._tokenize(column, self._template) for column in zip(*texts, strict=True)]
+        return [max(map(len, row)) for row in zip(*columns, strict=True)]
+
+    def report_cuts(self) -> None:
+        """One warning, if any text so far was too long."""
+        if self._num_cut:
+            _log.warning(
+                "%d of %d texts cut to %d tokens on the %s",
+                *(self._num_cut, self._num_texts, self._max_length, self._tokenizer.truncation_side),
+            )
+
+    def _tokenize(self, texts: Sequence[str], template: str, **options: Any) -> list[list[int]]:
+        if not texts:
+            return []
+        eos = self._tokenizer.eos_token or ""
+        formatted = [template.format(text=text, eos=eos) for text in texts]
+        return self._tokenizer(formatted, verbose=False, **options)["input_ids"]  # pyright: ignore[reportReturnType]
+
+    def _cut(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        closing = [self._tokenizer.eos_token_id] if self._template.endswith("{eos}") else []
+        room = (self._max_length or 0) - len(closing)
+        opened = self._tokenize(texts, self._template.removesuffix("{eos}"), truncation=True, max_length=room)
+        return [(*ids, *closing) for ids in opened]  # pyright: ignore[reportReturnType]
+
+
+def _judgement(row: Mapping[str, Any], texts: tuple[tuple[int, ...], ...], form: RowForm) -> Judgement:
+    """A checked row with the token ids of its one text or two."""
+    if form.compares:
+        about = form.objectives.index(row["objective"]) if form.objectives else 0
+        return PreferencePair(*texts, margin=float(row.get("margin", 0.0)), objective=about)
+    scores = [row["scores"][name] for name in form.objectives] if form.objectives else [row["score"]]
+    return ScoredText(*texts, scores=tuple(float(score) for score in scores))
+
+
+# ---------------------------------------------------------------------------------------------------- batches
+
+
+def collate_texts(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | str) -> Texts:
+    """Pad on the right to the longest text."""
+    lengths = torch.tensor([len(ids) for ids in rows])
+    longest = int(lengths.max())
+    padded = torch.tensor([[*ids, *[pad_token_id] * (longest - len(ids))] for ids in rows])
+    mask = torch.arange(longest) < lengths.unsqueeze(1)
+    return Texts(padded.to(device), mask.to(device))
+
+
+def collate_judgements(
+    rows: Sequence[Judgement], pad_token_id: int, device: torch.device | str = "cpu"
+) -> ScoredTexts | Pairs:
+    """Pad rows, all of one kind, into a batch."""
+    scored = [row for row in rows if isinstance(row, ScoredText)]
+    if scored:
+        texts = collate_texts([row.token_ids for row in scored], pad_token_id, device)
+        return ScoredTexts(texts, torch.tensor([row.scores for row in scored], device=device))
+    pairs = [row for row in rows if isinstance(row, PreferencePair)]
+    flat = collate_texts([ids for row in pairs for ids in (row.chosen, row.rejected)], pad_token_id, device)
+    return Pairs(
+        flat.input_ids.unflatten(0, (-1, 2)),
+        flat.attention_mask.unflatten(0, (-1, 2)),
+        margins=torch.tensor([row.margin for row in pairs], device=device),
+        objectives=torch.tensor([row.objective for row in pairs], device=device),
+    )

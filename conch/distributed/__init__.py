@@ -1,0 +1,1 @@
+"""The processes of one run: accelerate, ZeRO-3, launchers, memory settings."""

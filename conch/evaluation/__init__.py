@@ -1,0 +1,1 @@
+"""Measuring a policy or a reward model, in a run or alone."""

@@ -1,0 +1,180 @@
+"""Evaluation by sampling, shared by the trainers whose models write: a reward, the user's metrics, a table,
+for each value of a swept generation argument."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from conch.config import EvalGenerationConfig, GenerationConfig, load
+from conch.distributed.train_engine import Engine
+from conch.errors import ConfigError
+from conch.evaluation.metrics import MetricFn, mean_of_finite, metric_columns
+from conch.rewards.scorer import Scorer, total_reward
+from conch.rollouts.prompts import fitting_prompts
+from conch.runs.tracking import Tracker
+from conch.types import Metrics, Prompt, Rollout, RolloutEngine
+
+GenerationT = TypeVar("GenerationT", bound=GenerationConfig)
+_NOT_GENERATION = "do_sample"
+
+
+@dataclass(frozen=True)
+class Variant(Generic[GenerationT]):
+    """One way to generate that is evaluated. suffix: of its metrics, `@beta=100` in a sweep, else empty."""
+
+    suffix: str
+    generation: GenerationT
+    greedy: bool
+
+
+def eval_variants(base: GenerationT, over: EvalGenerationConfig) -> list[Variant[GenerationT]]:
+    """`base` with what `over` sets, once for each value of the key that is a list.
+
+    Raises:
+        ConfigError: `over` holds a value that `base` would refuse.
+    """
+    given = {name: value for name, value in over.model_dump().items() if value is not None}
+    swept = next((name for name, value in given.items() if isinstance(value, list)), None)
+    if swept is None:
+        return [_variant("", base, given)]
+    values = given.pop(swept)
+    return [_variant(f"@{swept}={_shown(value)}", base, {**given, swept: value}) for value in values]
+
+
+def _shown(value: int | float) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}"
+
+
+def _variant(suffix: str, base: GenerationT, changed: Mapping[str, Any]) -> Variant[GenerationT]:
+    generation = {name: value for name, value in changed.items() if name != _NOT_GENERATION}
+    try:
+        made = load(type(base), {**base.model_dump(), **generation})
+    except ConfigError as error:
+        raise ConfigError(f"`eval_generation`: {error}") from None
+    return Variant(suffix, made, greedy=not changed.get(_NOT_GENERATION, True))
+
+
+def longest_generation(variants: Sequence[Variant[GenerationT]]) -> GenerationT:
+    """The one that leaves the least room for prompts."""
+    return max((variant.generation for variant in variants), key=lambda each: each.max_new_tokens)
+
+
+@dataclass(frozen=True)
+class SampledPrompts(Generic[GenerationT]):
+    """What a trainer samples from: prompts to learn from, prompts to evaluate on, and the ways to do that."""
+
+    train: list[Prompt]
+    evaluation: list[Prompt]
+    variants: list[Variant[GenerationT]]
+
+
+def sampled_prompts(
+    config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    lm: PreTrainedModel,
+    prompts: Sequence[str | Mapping[str, Any]],
+    eval_prompts: Sequence[str | Mapping[str, Any]] | None,
+) -> SampledPrompts[Any]:
+    """Prompts that leave room for a completion; without `eval_prompts`, all that are learned from are
+    evaluated on, whatever their length.
+
+    config: the run's, for its sections `generation`, `eval_generation`, `rollout`, `tokenizer` and `data`.
+
+    Raises:
+        ConfigError, DataError: see `fitting_prompts` and `eval_variants`.
+    """
+    variants = eval_variants(config.generation, config.eval_generation)
+    window = config.rollout.window if config.rollout.engine == "vllm" else None
+    fitting = partial(fitting_prompts, tokenizer=tokenizer, config=config.tokenizer, model=lm, window=window)
+    train = fitting(prompts, generation=config.generation, lengths=config.data)
+    evaluated = prompts if eval_prompts is None else eval_prompts
+    return SampledPrompts(train, fitting(evaluated, generation=longest_generation(variants)), variants)
+
+
+class Evaluator:
+    """Samples completions of evaluation prompts on all ranks and measures them.
+
+    make_sampler: gives an engine for a generation config. scorer: None measures without a reward.
+    weights: of the reward's objectives. default_repeats: completions per prompt.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: Sequence[Prompt],
+        variants: Sequence[Variant[Any]],
+        make_sampler: Callable[[Any], RolloutEngine],
+        *,
+        scorer: Scorer | None,
+        weights: Mapping[str, float],
+        metric_fn: MetricFn | None,
+        default_repeats: int,
+    ) -> None:
+        self._engine = engine
+        self._prompts = prompts
+        self._samplers = [(variant, make_sampler(variant.generation)) for variant in variants]
+        self._scorer = scorer
+        self._weights = weights
+        self._metric_fn = metric_fn
+        self._default_repeats = default_repeats
+        self.gold_metric: str | None = None
+        """The first metric of `metric_fn`, as `eval/<name>`; known after the first evaluation."""
+
+    def run(
+        self,
+        tracker: Tracker | None = None,
+        step: int = 0,
+        *,
+        repeats: int | None = None,
+        extra: Callable[[list[Rollout]], Metrics] | None = None,
+    ) -> Metrics:
+        """Metrics `eval/<name>` of every variant; in a sweep those without a suffix are of its last value.
+
+        repeats: completions per prompt instead of the default. extra: measures this rank's rollouts, with
+            collectives if it likes; gives metrics that are the same on all ranks.
+
+        Raises:
+            RewardError, DataError: on all ranks.
+        """
+        prompts = [prompt for prompt in self._prompts for _ in range(repeats or self._default_repeats)]
+        mine = prompts[self._engine.rank :: self._engine.num_ranks]
+        metrics: Metrics = {}
+        for variant, sampler in self._samplers:
+            found = self._measure(variant, sampler, mine, tracker, step, extra)
+            metrics |= {f"{name}{variant.suffix}": value for name, value in found.items()}
+            metrics |= found
+        return metrics
+
+    def _measure(
+        self,
+        variant: Variant[Any],
+        sampler: RolloutEngine,
+        prompts: Sequence[Prompt],
+        tracker: Tracker | None,
+        step: int,
+        extra: Callable[[list[Rollout]], Metrics] | None,
+    ) -> Metrics:
+        if self._scorer is not None:
+            rollouts = self._scorer.submit_each(sampler, prompts, greedy=variant.greedy)
+        else:
+            chunks = sampler.generate(prompts, greedy=variant.greedy)
+            rollouts = [rollout for chunk in chunks for rollout in chunk]
+        metrics = extra(rollouts) if extra is not None else {}
+        columns: dict[str, list[float]] = {}
+        if self._scorer is not None:
+            values = [total_reward(result, self._weights) for result in self._scorer.gather()]
+            columns["reward"] = self._engine.gather(values)
+        rollouts = self._engine.gather(rollouts)
+        gold = metric_columns(self._metric_fn, rollouts)
+        self.gold_metric = next((f"eval/{name}" for name in gold), None)
+        columns |= gold
+        if tracker is not None:
+            texts = [(rollout.prompt.text, rollout.completion.text) for rollout in rollouts]
+            rows = [[*pair, *numbers] for pair, *numbers in zip(texts, *columns.values(), strict=True)]
+            tracker.table(f"eval{variant.suffix}", step, ["prompt", "output", *columns], rows)
+        return metrics | {f"eval/{name}": mean_of_finite(column) for name, column in columns.items()}

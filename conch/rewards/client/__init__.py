@@ -1,0 +1,1 @@
+"""One asyncio client of one model on several servers: queue, retries, replicas, transports. No torch."""

@@ -1,0 +1,138 @@
+"""Scores that are known already.
+
+Is it still the model that it was? Scores of two models must never be mixed without a word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import replace
+
+from conch.config import OnModelChange
+from conch.log import get_logger
+from conch.rewards.client.transport import ModelInfo, Row
+from conch.types import RewardResult
+
+
+class Memory:
+    """The latest `size` scores, by a hash of what was scored: small, whatever the texts are."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._results: OrderedDict[bytes, RewardResult] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def find(self, row: Row) -> RewardResult | None:
+        """The result of an equal row, which took no time now."""
+        key = _key(row)
+        found = self._results.get(key)
+        if found is None:
+            return None
+        self._results.move_to_end(key)
+        return replace(found, latency_s=0.0)
+
+    def keep(self, row: Row, result: RewardResult) -> None:
+        """Remember it; the one that was not asked for longest goes."""
+        self._results[_key(row)] = result
+        if len(self._results) > self._size:
+            self._results.popitem(last=False)
+
+    def clear(self) -> None:
+        """Forget all: the model is another."""
+        self._results.clear()
+
+
+def _key(row: Row) -> bytes:
+    digest = hashlib.blake2b(row.sample.encode("utf-8"), digest_size=16)
+    for numbers in (row.token_ids, row.bounds):
+        if numbers:
+            digest.update(b"\0" + ",".join(map(str, numbers)).encode())
+    return digest.digest()
+
+
+_log = get_logger(__name__)
+_LIKE = "replicas of one reward must serve the same model: load the same version on all of them"
+
+
+class Identity:
+    """The model that a source began with: known by its content hash, or where there is none by its version.
+
+    change: with `raise`, one sentence once the model is another; else "".
+    """
+
+    def __init__(self, policy: OnModelChange) -> None:
+        self.change = ""
+        self._policy = policy
+        self._first: tuple[str, ModelInfo] | None = None
+        self._contents: set[str] = set()
+        self._versions: set[str] = set()
+        self._current = ("", "")
+
+    def refusal(self, name: str, info: ModelInfo, *, is_new: bool) -> str:
+        """Why a replica that was just reached cannot take part, naming another that it differs from; or "".
+
+        is_new: it was not reached before. One that comes back with other content is a change of the model,
+            to be told with `answered`.
+        """
+        if self._first is None:
+            self._first = (name, info)
+            self._contents.update({info.content} - {""})
+            return ""
+        other, ours = self._first
+        if info.takes_tokens != ours.takes_tokens:
+            return f"{name} takes {_form(info)}, but {other} takes {_form(ours)}; {_LIKE}"
+        if info.reward_names != ours.reward_names:
+            return f"{name} gives {_rewards(info)}, but {other} gives {_rewards(ours)}; {_LIKE}"
+        if is_new and self._is_news(self._contents, info.content):
+            return f"{name} serves content {info.content[:12]}, but {other} {ours.content[:12]}; {_LIKE}"
+        return ""
+
+    def answered(self, name: str, version: str, content: str) -> bool:
+        """Note what model answers; True if it is one that was not seen before.
+
+        content: its hash; "" if the server does not say, and then the version tells.
+        """
+        seen, key = (self._contents, content) if content else (self._versions, version)
+        is_news = self._is_news(seen, key)
+        seen.add(key)
+        if is_news or self._current == ("", ""):
+            self._current = _identity(version, content)
+        if is_news:
+            self._report(
+                f"{name} now serves version {version or '?'}{f', content {content[:12]}' if content else ''}"
+            )
+        return is_news
+
+    def is_current(self, version: str, content: str) -> bool:
+        """Whether this is the model that began to answer last: late answers of the one before are not."""
+        return _identity(version, content) == self._current
+
+    def _is_news(self, seen: set[str], key: str) -> bool:
+        return bool(key and seen) and key not in seen
+
+    def _report(self, news: str) -> None:
+        if self._policy == "accept":
+            _log.info("%s; its scores count from now on", news)
+        elif self._policy == "warn":
+            _log.warning("%s: the reward model has changed, and the run goes on with it", news)
+        elif not self.change:
+            self.change = (
+                f"{news}, another model than the one that this run began with: serve that one again, start a "
+                "new run, or set reward.on_model_change=accept"
+            )
+            _log.error("%s", self.change)
+
+
+def _identity(version: str, content: str) -> tuple[str, str]:
+    return (content, "") if content else ("", version)
+
+
+def _form(info: ModelInfo) -> str:
+    return "token ids" if info.takes_tokens else "text"
+
+
+def _rewards(info: ModelInfo) -> str:
+    return f"the rewards {', '.join(info.reward_names)}"

@@ -1,0 +1,129 @@
+"""Requests to and replies from a served reward model, in text or token form (see `conch.triton.contract`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from tritonclient.grpc import InferInput, InferRequestedOutput, InferResult
+
+from conch.errors import RewardInvalidError
+from conch.rewards.client.transport import Row
+from conch.triton.contract import (
+    MASK_INPUT,
+    MEMBERS_USED,
+    OUTPUT,
+    STEP_ENDS,
+    STEP_REWARDS,
+    TEXT_INPUT,
+    TOKEN_INPUT,
+    RewardModelSpec,
+)
+
+Steps = tuple[list[int], list[float]]
+"""Where a row's steps or tokens end, as `conch.triton.contract` counts it, and their scores."""
+
+_INTEGERS = {"INT32": np.int32, "INT64": np.int64}
+
+
+def infer_inputs(rows: Sequence[Row], spec: RewardModelSpec, pad_to: int = 1) -> list[InferInput]:
+    """The input tensors of one request: `text` [n, 1], or `input_ids` and `attention_mask` [n, longest].
+
+    pad_to: the longest row is padded to a multiple of this, but never beyond what the model takes.
+    """
+    if spec.form == "text":
+        texts = np.array([[row.sample.encode("utf-8")] for row in rows], dtype=object)
+        return [_tensor(TEXT_INPUT, texts, "BYTES")]
+    longest = max(len(row.token_ids) for row in rows)
+    width = max(longest, min(-(-longest // pad_to) * pad_to, spec.max_length or 2**31))
+    shape = (len(rows), width)
+    ids = np.zeros(shape, dtype=_INTEGERS[spec.input_dtype])
+    mask = np.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, : len(row.token_ids)] = row.token_ids
+        mask[index, : len(row.token_ids)] = 1
+    inputs = [_tensor(TOKEN_INPUT, ids, spec.input_dtype)]
+    if spec.takes_attention_mask:
+        inputs.append(_tensor(MASK_INPUT, mask, spec.input_dtype))
+    return inputs
+
+
+def infer_outputs(spec: RewardModelSpec, dense: bool = False) -> list[InferRequestedOutput]:
+    """What a request asks for: the rewards, of an ensemble how many members gave them, and dense scores."""
+    names = [OUTPUT, *([MEMBERS_USED] if spec.members else []), *([STEP_REWARDS, STEP_ENDS] if dense else [])]
+    return [InferRequestedOutput(name) for name in names]
+
+
+def read_scores(reply: InferResult, count: int, spec: RewardModelSpec) -> dict[str, list[float]]:
+    """The scores of a reply to `count` rows, one column per reward name. Finiteness is checked by the caller.
+
+    Triton checks what goes into a model and nothing of what comes out, so everything is checked here.
+
+    Raises:
+        RewardInvalidError: output missing, wrong dtype or wrong shape.
+    """
+    scores = _read(reply, OUTPUT, spec.output_dtype, [count, len(spec.reward_names)])
+    return {name: scores[:, column].tolist() for column, name in enumerate(spec.reward_names)}
+
+
+def read_members_used(reply: InferResult, count: int, spec: RewardModelSpec) -> list[int]:
+    """How many members of an ensemble gave each row's score; for any other model nothing.
+
+    Raises:
+        RewardInvalidError: output missing, wrong dtype or wrong shape.
+    """
+    if not spec.members:
+        return []
+    return _read(reply, MEMBERS_USED, "INT32", [count, 1])[:, 0].tolist()
+
+
+def read_steps(reply: InferResult, rows: Sequence[Row], spec: RewardModelSpec) -> list[Steps]:
+    """Where each row's steps or tokens end, and their scores, without what fills short rows up.
+
+    Raises:
+        RewardInvalidError: an output is missing, of a wrong dtype or shape, or a row has no step, one that
+            does not follow on the one before or ends behind the sample, or a score that is no finite number.
+    """
+    ends = _read(reply, STEP_ENDS, "INT32", [len(rows), -1])
+    scores = _read(reply, STEP_REWARDS, "FP32", list(ends.shape))
+    return [
+        _steps(row, row_ends, row_scores, spec)
+        for row, row_ends, row_scores in zip(rows, ends, scores, strict=True)
+    ]
+
+
+def _steps(row: Row, ends: np.ndarray, scores: np.ndarray, spec: RewardModelSpec) -> Steps:
+    count = int((ends >= 0).sum())
+    ends, scores, rest = ends[:count], scores[:count], ends[count:]
+    length = len(row.token_ids) if spec.form == "token" else len(row.sample)
+    if count == 0 or (rest >= 0).any() or (np.diff(ends) < 0).any() or ends[-1] > length:
+        raise RewardInvalidError(f"the reply's steps end at {ends.tolist()} in a sample of length {length}")
+    if not np.isfinite(scores).all():
+        raise RewardInvalidError(f"the reply's scores of steps are {scores.tolist()}")
+    return ends.tolist(), scores.tolist()
+
+
+def _read(reply: InferResult, name: str, dtype: str, expected: list[int]) -> np.ndarray:
+    """expected: shape; -1 is any number, as long as there is one."""
+    tensor = reply.get_output(name)
+    if tensor is None:
+        raise RewardInvalidError(f"the reply has no output `{name}`")
+    datatype, shape = tensor.datatype, list(tensor.shape)  # pyright: ignore[reportAttributeAccessIssue]
+    if datatype != dtype:
+        raise RewardInvalidError(f"the reply's dtype is {datatype}, expected {dtype}")
+    if len(shape) != len(expected) or any(
+        there != wanted for there, wanted in zip(shape, expected, strict=True) if wanted >= 0
+    ):
+        raise RewardInvalidError(f"the reply's shape is {shape}, expected {expected}: one row per sample")
+    try:
+        values = reply.as_numpy(name)
+    except ValueError as error:
+        raise RewardInvalidError(f"the reply's bytes do not fit its shape {shape}: {error}") from error
+    assert values is not None
+    return values
+
+
+def _tensor(name: str, values: np.ndarray, datatype: str) -> InferInput:
+    tensor = InferInput(name, list(values.shape), datatype)
+    tensor.set_data_from_numpy(values)
+    return tensor

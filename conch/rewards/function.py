@@ -1,0 +1,139 @@
+"""A reward that is a Python function of the user."""
+
+from __future__ import annotations
+
+import inspect
+import sysconfig
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any
+
+from conch.errors import ConfigError
+from conch.rewards.client.event_loop import LoopThread
+from conch.rewards.results import ScoringCall
+from conch.types import RewardResult, RewardStatus, Rollout
+
+_ARGUMENTS = ("samples", "prompts", "outputs")
+_INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+
+class CallableReward:
+    """Calls `function(samples, prompts, outputs, **metadata)`, sync or async, in one background thread.
+
+    The function gets lists with one entry per sample: `samples[i] == prompts[i] + outputs[i]`, and for each
+    extra key of the prompts a list with None where a prompt lacks it. It returns a list of numbers, a list of
+    per-token lists (each as long as its completion's `token_ids`), or a dict of objective -> list of numbers.
+    A sync function is called for one whole chunk at a time; an async one as completions end, and its calls
+    overlap. Neither has a deadline.
+
+    metadata_keys: the extra keys that `check` makes sure the function takes.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, metadata_keys: Iterable[str] = ()) -> None:
+        self.name = _name_of(function)
+        self.requests = 0
+        self.retries = 0
+        self.wants_chunks = not _is_async(function)
+        self._who = f"reward function `{self.name}`"
+        self._function = function
+        self._metadata_keys = tuple(metadata_keys)
+        self._thread = LoopThread(f"reward-{self.name}")
+
+    def check(self) -> None:
+        """Look at the function's signature; it is not called.
+
+        Raises:
+            ConfigError: it does not take `samples`, `prompts`, `outputs` and the metadata keys by name.
+        """
+        problem = self._misfit(self._metadata_keys)
+        if problem:
+            raise ConfigError(problem)
+
+    def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:
+        """Start scoring and return at once; see `RewardSource.submit`."""
+        return self._thread.submit(self._score(list(rollouts)))
+
+    def close(self) -> None:
+        """Cancel async calls and join the thread; a sync call that does not return is left behind."""
+        self._thread.close()
+
+    def __enter__(self) -> CallableReward:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def _score(self, rollouts: list[Rollout]) -> list[RewardResult]:
+        if not rollouts:
+            return []
+        samples = [rollout.sample for rollout in rollouts]
+        metadata = _metadata(rollouts)
+        problem = self._misfit(metadata)
+        if problem:
+            return ScoringCall(self._who, samples, self.name).failed(RewardStatus.INVALID, problem)
+        arguments = {
+            "samples": samples,
+            "prompts": [rollout.prompt.text for rollout in rollouts],
+            "outputs": [rollout.completion.text for rollout in rollouts],
+            **metadata,
+        }
+        token_counts = [len(rollout.completion.token_ids) for rollout in rollouts]
+        return await self._call(arguments, token_counts)
+
+    async def _call(self, arguments: dict[str, list[Any]], token_counts: list[int]) -> list[RewardResult]:
+        samples = tuple(arguments["samples"])  # the function may change its lists
+        self.requests += 1
+        started = time.monotonic()
+        try:
+            reply = self._function(**arguments)
+            if inspect.isawaitable(reply):
+                reply = await reply
+        except (Exception, SystemExit) as error:
+            # SystemExit too: it would end the thread and leave the caller waiting for ever.
+            elapsed = time.monotonic() - started
+            return ScoringCall(self._who, samples, self.name, latency_s=elapsed).failed(
+                RewardStatus.INVALID, f"{self._who} raised {type(error).__name__}: {error}{_where(error)}"
+            )
+        call = ScoringCall(self._who, samples, self.name, latency_s=time.monotonic() - started)
+        return call.read(reply, token_counts)
+
+    def _misfit(self, metadata_keys: Iterable[str]) -> str:
+        taken = [key for key in metadata_keys if key in _ARGUMENTS]
+        if taken:
+            return f"prompts have the extra key `{taken[0]}`, which is an argument of every reward; rename it"
+        try:
+            signature = inspect.signature(self._function)
+        except ValueError:  # some functions written in C do not tell theirs
+            return ""
+        try:
+            signature.bind(**dict.fromkeys([*_ARGUMENTS, *metadata_keys]))
+        except TypeError as error:
+            wanted = ", ".join([*_ARGUMENTS, *metadata_keys, "**metadata"])
+            return f"{self._who} has the wrong signature ({error}): define it as `{self.name}({wanted})`"
+        return ""
+
+
+def _metadata(rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
+    keys = dict.fromkeys(key for rollout in rollouts for key in rollout.prompt.metadata)
+    return {key: [rollout.prompt.metadata.get(key) for rollout in rollouts] for key in keys}
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    named = inspect.unwrap(getattr(function, "func", function))
+    return getattr(named, "__name__", type(named).__name__)
+
+
+def _where(error: BaseException) -> str:
+    """` (file:line)` of the user's innermost frame: below ours, above any installed library."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    own = [frame for frame in frames if not frame.filename.startswith(_INSTALLED)] or frames[:1]
+    return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""

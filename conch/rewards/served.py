@@ -1,0 +1,190 @@
+"""The face of a served reward model, whatever the transport: never blocks the training thread.
+
+A reward model served by Triton, called over gRPC.
+
+A reward that an HTTP endpoint gives as JSON.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Sequence
+from concurrent.futures import Future
+from types import TracebackType
+from typing import TypeVar
+
+from conch.addresses import Endpoint, parse_urls, secret_headers
+from conch.config import RewardConfig, TlsConfig
+from conch.errors import ConfigError
+from conch.rewards.base import ServerTimes, Traffic
+from conch.rewards.client.client import Session, Tokenizer
+from conch.rewards.client.event_loop import LoopThread
+from conch.rewards.client.http import HttpReplica
+from conch.rewards.client.transport import Replica
+from conch.rewards.client.triton import TritonReplica
+from conch.rewards.token_rewards import Decode
+from conch.triton.channel import configured_access
+from conch.types import RewardResult, Rollout
+
+FaceT = TypeVar("FaceT", bound="ServedReward")
+
+
+class ServedReward:
+    """Scores rollouts with one model that several replicas serve. Nothing is sent before `check` or `submit`.
+
+    name: as `RewardSource.name`. who: how messages call the model with its servers.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        who: str,
+        replicas: Sequence[Replica],
+        config: RewardConfig,
+        tokenizer: Tokenizer | None = None,
+        decode: Decode | None = None,
+    ) -> None:
+        self.name = name
+        self._session = Session(who, replicas, config, tokenizer, decode)
+        self._thread = LoopThread(f"reward-{name}")
+
+    @property
+    def requests(self) -> int:
+        """See `Traffic.requests`."""
+        return self._session.requests
+
+    @property
+    def retries(self) -> int:
+        """See `Traffic.retries`."""
+        return self._session.retries
+
+    @property
+    def model_change(self) -> str:
+        """See `ReportsTraffic.model_change`."""
+        return self._session.model_change
+
+    def traffic(self) -> Traffic:
+        """See `ReportsTraffic.traffic`."""
+        return self._session.traffic()
+
+    def server_times(self) -> Future[ServerTimes]:
+        """See `ReportsTraffic.server_times`."""
+        return self._thread.submit(self._session.server_times())
+
+    def check(self) -> None:
+        """Ask every server for the model, its configuration and one score; takes `deadline_s` at most.
+
+        A server that is away is a warning, as long as there is another.
+
+        Raises:
+            RewardUnavailableError: host unknown, nothing listening, model absent or not ready, no answer.
+            RewardInvalidError: the model is of neither form, the servers' models differ, or the probe's score
+                is not valid.
+        """
+        self._thread.submit(self._session.check()).result()
+
+    def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:
+        """Start scoring and return at once; see `RewardSource.submit`.
+
+        Each micro-batch ends within `deadline_s` of its first attempt; servers that are gone end them all
+        within `deadline_s` of their last sign of life.
+        """
+        return self._thread.submit(self._session.score(list(rollouts)))
+
+    def close(self) -> None:
+        """Cancel what is under way, close connections and join the thread. A second call does nothing."""
+        self._thread.close(self._session.close)
+
+    def __enter__(self: FaceT) -> FaceT:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class TritonReward(ServedReward):
+    """Scores rollouts with the model at `url`: `host:port/model`, or `host1:port,host2:port/model` where
+    several servers have it; the ports are those of gRPC.
+
+    Form (text or tokens), batch limit, longest sample and dtypes are read from the server. A token-form
+    model gets the sampled ids as they are, so it must share the policy's tokenizer; if it does not,
+    `tokenizer` must turn a sample into the model's ids.
+
+    With `config.dense` the scores of steps or tokens become `RewardResult.token_scores`, see `dense.py`. For
+    a text-form model `decode` must turn the policy's ids into text, as the completions' texts were made.
+
+    Raises:
+        ConfigError: `url` is not of that form, a certificate cannot be read, a secret's variable is not set,
+            or `dense` and `tokenizer` are given together.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        config: RewardConfig,
+        tokenizer: Tokenizer | None = None,
+        decode: Decode | None = None,
+    ) -> None:
+        if config.dense and tokenizer is not None:
+            raise ConfigError(
+                "reward.dense and a tokenizer of the reward model's own: its tokens are not the policy's, so "
+                "their scores have no place in a response; serve the model in the text form"
+            )
+        endpoints = Endpoint.parse_all(url)
+        access = configured_access(config.tls, config.secret_env, secret_headers(config.headers_env))
+        replicas = [
+            TritonReplica(endpoint, access, config.connect_timeout_s, dense=config.dense)
+            for endpoint in endpoints
+        ]
+        servers, model = ", ".join(endpoint.address for endpoint in endpoints), endpoints[0].model
+        super().__init__(
+            f"{model} at {servers}",
+            f"reward model `{model}` at {servers}",
+            replicas,
+            config,
+            tokenizer,
+            decode,
+        )
+
+
+class HttpReward(ServedReward):
+    """Scores rollouts with what listens at `url`: `http://host:port/path`, or several with a comma between.
+
+    `config.dialect` says what is sent and what comes back; see `HttpReplica`. Everything else (queue,
+    retries, deadlines, checks) is as with served reward models.
+
+    Raises:
+        ConfigError: `url` is not of that form, a certificate cannot be read, or a secret's variable is not
+            set.
+    """
+
+    def __init__(self, url: str, config: RewardConfig) -> None:
+        if config.secret_env is not None:
+            raise ConfigError(
+                "`reward.secret_env` is for Triton servers: give an HTTP endpoint its token with "
+                "`reward.headers_env.authorization=VARIABLE`"
+            )
+        urls = parse_urls(url)
+        headers, context = secret_headers(config.headers_env), _context(config.tls)
+        replicas = [HttpReplica(each, config, headers, context) for each in urls]
+        shown = ", ".join(urls)
+        super().__init__(shown, f"reward endpoint {shown}", replicas, config)
+
+
+def _context(tls: TlsConfig) -> ssl.SSLContext:
+    """Certificates are always verified: by `tls.ca`, or by the system's authorities."""
+    try:
+        context = ssl.create_default_context(cafile=None if tls.ca is None else str(tls.ca))
+        if tls.cert is not None and tls.key is not None:
+            context.load_cert_chain(str(tls.cert), str(tls.key), password=_no_password)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise ConfigError(
+            f"reward.tls: a certificate or key cannot be read ({error}); give PEM files, the key unencrypted"
+        ) from error
+    return context
+
+
+def _no_password() -> str:
+    raise ValueError("the key is encrypted")

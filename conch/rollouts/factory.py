@@ -1,0 +1,111 @@
+"""The engine that a run's section `rollout` names, in one place for all trainers that learn from rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from uuid import uuid4
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from conch.config import GenerationConfig, RolloutConfig
+from conch.distributed.train_engine import Engine
+from conch.errors import ConfigError
+from conch.models.adapter import adapted_and_shared
+from conch.rollouts.hf.engine import HFEngine
+from conch.rollouts.remote.engine import ServedEngine
+from conch.rollouts.remote.pool import ServerPool
+from conch.rollouts.vllm.build import check_installed
+from conch.types import RolloutEngine
+
+_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_sampling(config: RolloutConfig) -> None:
+    """Say before long work what can be known of sampling without the model.
+
+    Raises:
+        ConfigError: vLLM is asked for in this process, and is absent or of another version than Conch knows.
+    """
+    if config.engine == "vllm" and config.urls is None:
+        check_installed()
+
+
+class Samplers:
+    """Gives a `RolloutEngine` for a generation config; what they share is made once, with the first.
+
+    lm: the policy's language model, asked for whenever it is used. version: number of updates it has seen.
+    """
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerBase,
+        lm: Callable[[], PreTrainedModel],
+        version: Callable[[], int],
+    ) -> None:
+        self._config = config
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._lm = lm
+        self._version = version
+        self._shared: Any = None
+
+    def __call__(self, generation: GenerationConfig) -> RolloutEngine:
+        """Called on all ranks together.
+
+        Raises:
+            ConchError: on all ranks, where vLLM cannot do what is asked for.
+        """
+        if self._config.engine == "hf":
+            autocast = self._engine.autocast
+            return HFEngine(self._lm, self._tokenizer, generation, version=self._version, autocast=autocast)
+        if self._shared is None:
+            self._check_adapter()
+            self._engine.together(self._start_pool if self._config.urls else self._start_vllm)
+        if isinstance(self._shared, ServerPool):
+            deadline_s = self._config.deadline_s
+            return ServedEngine(
+                self._shared, self._tokenizer, generation, version=self._version, deadline_s=deadline_s
+            )
+        assert self._shared is not None
+        from conch.rollouts.vllm.engine import VLLMEngine
+
+        return VLLMEngine(self._shared, self._tokenizer, generation, version=self._version)
+
+    def _check_adapter(self) -> None:
+        shared = adapted_and_shared(self._lm())
+        if shared is not None:
+            raise ConfigError(
+                f"`model.peft_config.target_modules` names {shared}, whose weight embeddings and head share: "
+                "vLLM cannot be given an adapter on it; leave it out, or set `rollout.engine=hf`"
+            )
+
+    def _start_vllm(self) -> None:
+        from conch.rollouts.vllm.engine import ColocatedVLLM
+
+        several = self._engine.num_ranks > 1
+        self._shared = ColocatedVLLM(self._lm, self._config, self._dtype(), several=several)
+
+    def _start_pool(self) -> None:
+        self._shared = ServerPool(
+            self._config,
+            self._lm,
+            source=self._engine.broadcast(uuid4().hex),
+            sends=self._engine.is_main,
+        )
+        self._shared.check()
+
+    def _dtype(self) -> torch.dtype:
+        """As `rollout.dtype` says; `auto` is what the policy's forward passes run in."""
+        if self._config.dtype != "auto":
+            return getattr(torch, self._config.dtype)
+        return _PRECISIONS.get(self._engine.precision, self._lm().dtype)
+
+    def close(self) -> None:
+        """Give back what sampling holds."""
+        if self._shared is not None:
+            self._shared.close()
+            self._shared = None

@@ -1,0 +1,1 @@
+"""Sampling on rollout servers: requests, weights, and which servers live."""

@@ -1,0 +1,262 @@
+"""Models and checkpoints that are whole or not there: written aside, then renamed.
+
+A checkpoint is a folder `checkpoints/step_N`:
+
+    config.json, model.safetensors, ...   the Hugging Face folder, which `from_pretrained` loads, or an
+                                          adapter's: adapter_config.json, adapter_model.safetensors
+    state/                                weights, optimizer and random states, as accelerate writes them
+    trainer_state.json                    step, data position, controllers, configuration, versions
+    files.json                            size and CRC-32 of every file: what `verify` checks
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from conch.atomic_files import sync, sync_tree
+from conch.errors import CheckpointError
+from conch.log import get_logger
+from conch.models.adapter import has_adapter, merged_copy, save_adapter
+from conch.models.policy import HEADS_FILE
+
+_log = get_logger(__name__)
+
+STATE_FOLDER = "state"
+STATE_FILE = "trainer_state.json"
+FILES_FILE = "files.json"
+BEST_LINK = "best"
+CHECKPOINTS = "checkpoints"
+FORMAT = 1
+"""Of `trainer_state.json`; raised when a field changes its meaning."""
+
+
+def save_model(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    heads: Mapping[str, Tensor] | None = None,
+    extra: Mapping[str, Mapping[str, Any]] | None = None,
+    merge_adapter: bool = False,
+) -> Path:
+    """Write a folder that `from_pretrained` and vLLM load; replaces an older one of that name at once.
+
+    A model with an adapter leaves the adapter alone there, as peft loads it onto the base model, or with
+    `merge_adapter` an ordinary model that has it in its weights; in memory it stays as it is.
+
+    heads: tensors for `heads.safetensors`. extra: file name -> content of JSON files beside the weights.
+
+    Raises:
+        CheckpointError: no space, no permission, or another failure of the disk; nothing half-written stays,
+            and an older checkpoint of that name is as it was.
+    """
+    check_space(folder.parent, model_bytes(model))
+    partial = partial_of(folder)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        if has_adapter(model) and not merge_adapter:
+            save_adapter(model, partial)
+        else:
+            (merged_copy(model) if has_adapter(model) else model).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        if heads:
+            on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in heads.items()}
+            save_file(on_cpu, partial / HEADS_FILE)
+        for name, content in (extra or {}).items():
+            (partial / name).write_text(json.dumps(content, indent=2) + "\n")
+        _replace(partial, folder)
+    # safetensors reports a full disk as its own error type, which is no OSError
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"the checkpoint {folder} cannot be written: {error}") from error
+    return folder
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuse to start writing `needed` bytes where they do not fit.
+
+    Raises:
+        CheckpointError: says how much there is, how much is needed, and where.
+    """
+    existing = folder.resolve()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise CheckpointError(f"{existing} is a file, not a folder: choose another `train.output_dir`")
+    if not os.access(existing, os.W_OK):
+        raise CheckpointError(f"{existing} is not writable: choose another `train.output_dir`")
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise CheckpointError(
+            f"not enough disk space for a checkpoint in {folder}: {needed / 1e6:,.0f} MB needed, "
+            f"{free / 1e6:,.0f} MB free; free some, or choose another `train.output_dir`"
+        )
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Size of the parameters, each counted once, with a tenth for the tokenizer and the rest."""
+    parameters: dict[int, torch.Tensor] = {id(p): p for p in model.parameters()}
+    return int(1.1 * sum(_numel(p) * p.element_size() for p in parameters.values())) + 1_000_000
+
+
+def checkpoint_bytes(module: nn.Module) -> int:
+    """Size of a whole checkpoint: the model twice, and two float32 moments for what is trained."""
+    trained = sum(_numel(p) for p in module.parameters() if p.requires_grad)
+    return 2 * model_bytes(module) + 8 * trained
+
+
+def _numel(parameter: Tensor) -> int:
+    """Elements of a parameter, also of one that ZeRO-3 has spread over the ranks and left empty here."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+# ------------------------------------------------------------------------------------------ whole checkpoints
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk. state: the content of its `trainer_state.json`."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def run_dir(self) -> Path:
+        """The run that it belongs to."""
+        return self.folder.parent.parent
+
+    @property
+    def step(self) -> int:
+        """Steps done when it was saved."""
+        return int(self.state["step"])
+
+
+def partial_of(folder: Path) -> Path:
+    """Where a folder is written before it gets its name."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def seal(partial: Path, folder: Path, state: Mapping[str, Any]) -> None:
+    """Complete what stands in `partial` with state and checksums, and give it its name at once.
+
+    Everything is on disk before the rename: neither a kill nor a power cut leaves half a checkpoint under a
+    checkpoint's name.
+
+    Raises:
+        CheckpointError: the disk failed; nothing half-written stays.
+    """
+    try:
+        (partial / STATE_FILE).write_text(json.dumps({"format": FORMAT, **state}, indent=2) + "\n")
+        listing = {str(file.relative_to(partial)): _fingerprint(file) for file in _files(partial)}
+        (partial / FILES_FILE).write_text(json.dumps(listing, indent=2) + "\n")
+        sync_tree(partial)
+        _replace(partial, folder)
+        sync(folder.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"the checkpoint {folder} cannot be written: {error}") from error
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint, every file of which is as it was written.
+
+    Raises:
+        CheckpointError: it is none, or damaged; the file is named.
+    """
+    try:
+        listing = json.loads((folder / FILES_FILE).read_text())
+        damaged = [name for name, written in listing.items() if _fingerprint(folder / name) != written]
+        if damaged:
+            raise CheckpointError(f"{folder} is damaged: {damaged[0]} is not as it was written")
+        state = json.loads((folder / STATE_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is no whole checkpoint: {error}") from error
+    if state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"the checkpoint {folder} has format {state.get('format')}, this version of Conch reads {FORMAT}"
+        )
+    return Checkpoint(folder, state)
+
+
+def steps_of(run_dir: Path) -> dict[int, Path]:
+    """Step -> checkpoint folder of a run, whole or not, newest first."""
+    found = {
+        int(match[1]): folder
+        for folder in (run_dir / CHECKPOINTS).glob("step_*")
+        if (match := re.fullmatch(r"step_(\d+)", folder.name))
+    }
+    return dict(sorted(found.items(), reverse=True))
+
+
+def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
+    """The newest whole checkpoint of a run; damaged ones are named in a warning and passed over."""
+    for folder in steps_of(run_dir).values():
+        try:
+            return read_checkpoint(folder)
+        except CheckpointError as error:
+            _log.warning("%s; going back to the one before", error)
+    return None
+
+
+def link_best(folder: Path) -> None:
+    """Point `checkpoints/best` to this checkpoint."""
+    aside = folder.with_name(f".{BEST_LINK}.partial")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(folder.name)
+    os.replace(aside, folder.with_name(BEST_LINK))
+
+
+def delete_checkpoint(folder: Path) -> None:
+    """Remove one whole; a kill meanwhile leaves nothing that looks like a checkpoint."""
+    doomed = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def delete_leftovers(run_dir: Path) -> None:
+    """Remove what a killed process was writing or deleting."""
+    for pattern in (".*.partial", ".*.old"):
+        for path in (run_dir / CHECKPOINTS).glob(pattern):
+            path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def _fingerprint(file: Path) -> dict[str, int]:
+    checksum = 0
+    with file.open("rb") as content:
+        while block := content.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return {"bytes": file.stat().st_size, "crc32": checksum}
+
+
+def _replace(new: Path, final: Path) -> None:
+    """Put `new` in `final`'s place. A folder cannot be renamed over a full one: step aside first."""
+    old = final.with_name(f".{final.name}.old")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(final, old)
+    try:
+        os.replace(new, final)
+    except OSError:
+        if old.exists():
+            os.replace(old, final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

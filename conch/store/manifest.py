@@ -1,0 +1,270 @@
+"""What stands in a version folder beside the weights: `manifest.json` and `golden.json`.
+
+The `manifest.json` of an ensemble; its `golden.json` is like any model's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from conch.config import Section
+from conch.triton.contract import Form, Granularity
+
+MANIFEST = "manifest.json"
+GOLDEN = "golden.json"
+
+ServedDtype = Literal["float32", "float16", "bfloat16", "int8"]
+"""Precision of served weights. int8: of linear layers, by channel; what is beside them stays float32."""
+
+Backend = Literal["python", "onnx", "torchscript"]
+"""What a version is written for."""
+
+Pooling = Literal["hf", "last_token", "first_eos", "cls", "mean", "steps"]
+"""Which tokens' states become the score. `hf`: what the checkpoint's own transformers class does.
+`last_token`: the last one that is no padding. `first_eos`: the first eos, the last token where there is none.
+`cls`: the first token. `mean`: all of them. `steps`: the ends of a text's steps, for process rewards."""
+
+Aggregate = Literal["min", "mean", "last", "prod"]
+"""How the scores of a text's steps become one."""
+
+_CHUNK_BYTES = 1 << 20
+
+
+class ParitySummary(Section):
+    """How far the served model is from the original; the table stands in `parity.txt`."""
+
+    max_error: float
+    """Largest difference of a score, divided by max(1, |score|)."""
+
+    max_difference: float | None = None
+    """Largest difference of a score."""
+
+    mean_difference: float | None = None
+    """Mean difference of a score."""
+
+    tolerance: float
+    """Largest difference that is let through."""
+
+    samples: int
+    """Scores compared."""
+
+
+class Manifest(Section):
+    """Where a served model comes from and how it scores. `model.py` reads its settings from here."""
+
+    format: Literal[1] = 1
+    """Version of this file's layout."""
+
+    name: str
+    """Model the version belongs to."""
+
+    form: Form
+    """`text` or `token`."""
+
+    backend: Backend = "python"
+    """What the version is written for."""
+
+    source: str
+    """Checkpoint folder's name, or hub id."""
+
+    source_sha256: str = ""
+    """Hash of the checkpoint's weights, by which a later conversion knows its own; "" if not known."""
+
+    base_model: str | None = None
+    """Model that the checkpoint builds on, for value heads and adapters: folder's name or hub id."""
+
+    revision: str | None = None
+    """Hub revision that was converted."""
+
+    created_at: str
+    """Time of the conversion, UTC, ISO 8601."""
+
+    template: str
+    """Python format string over {text} and {eos} that makes the model's input from a sample; or `chat`: a
+    sample is a JSON list of messages, and goes through the tokenizer's chat template."""
+
+    truncation_side: Literal["left", "right"] | None = None
+    """Side on which a text that is too long loses tokens; None takes the tokenizer's."""
+
+    pooling: Pooling = "hf"
+    """Which tokens' states become the score."""
+
+    layout: Literal["classifier", "trunk"] = "classifier"
+    """`classifier`: a transformers sequence classifier, whose class pools. `trunk`: a model without head, and
+    the head in `head.safetensors`; `model.py` pools."""
+
+    columns: tuple[int, ...] | None = None
+    """Numbers of the head's outputs that are served; None serves all."""
+
+    separator_id: int | None = None
+    """Token that ends a step; of pooling `steps`."""
+
+    aggregate: Aggregate | None = None
+    """How the scores of steps become one; of pooling `steps`."""
+
+    granularity: Granularity = "sample"
+    """`step`, `token`: steps or tokens get scores of their own as well, see `conch.triton.contract`."""
+
+    batch_invariant: bool = False
+    """Whether each row goes through the model by itself, unpadded: its score is then the same to the last bit
+    whatever it shares a request or a batch with."""
+
+    max_length: int = Field(ge=1)
+    """Tokens a sample may have, special tokens included."""
+
+    reward_names: tuple[str, ...]
+    """One name per score."""
+
+    normalise: bool
+    """Whether `model.py` computes (raw - mean) / std."""
+
+    folded: bool = False
+    """Whether the head's weights compute (raw - mean) / std already."""
+
+    mean: tuple[float, ...] | None = None
+    """Mean of raw scores on reference samples, per reward; None if never measured."""
+
+    std: tuple[float, ...] | None = None
+    """Standard deviation of raw scores on reference samples, per reward; None if never measured."""
+
+    dtype: ServedDtype
+    """Precision of the served weights."""
+
+    pad_token_id: int
+    """Fills short rows of a batch, on the right."""
+
+    eos_token_id: int | None = None
+    """What {eos} stands for."""
+
+    vocab_size: int
+    """Token ids must be below this."""
+
+    trust_remote_code: bool = False
+    """Whether the model runs code that came with the checkpoint."""
+
+    tools: dict[str, str]
+    """Versions of python and of the libraries that converted the model."""
+
+    parity: ParitySummary | None = None
+    """Result of the parity check; None only while that check runs."""
+
+    files: dict[str, str] = Field(default_factory=dict)
+    """Path below the version folder -> sha256, for every other file."""
+
+
+class GoldenSample(Section):
+    """One sample whose score is known: `text` in the text form, `input_ids` in the token form."""
+
+    text: str | None = None
+    """The client's sample."""
+
+    input_ids: tuple[int, ...] | None = None
+    """Token ids, without padding."""
+
+    scores: tuple[float, ...]
+    """What the original model says, after normalisation if the server normalises; one per reward."""
+
+    step_scores: tuple[float, ...] | None = None
+    """Its scores of steps or tokens, where the model gives these; None elsewhere."""
+
+    step_ends: tuple[int, ...] | None = None
+    """Where these belong: characters of `text`, or tokens, before the end of each."""
+
+    def request(self) -> dict[str, Any]:
+        """The sample as a request of one row: `texts`, or `input_ids` and `attention_mask`."""
+        if self.text is not None:
+            return {"texts": [self.text]}
+        assert self.input_ids is not None
+        return {"input_ids": [list(self.input_ids)], "attention_mask": [[1] * len(self.input_ids)]}
+
+
+class Golden(Section):
+    """Samples that a server must score right before it counts as ready."""
+
+    tolerance: float = Field(gt=0)
+    """Largest difference let through, divided by max(1, |score|)."""
+
+    samples: tuple[GoldenSample, ...] = Field(min_length=1)
+    """The samples."""
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal sha256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+Objective = Literal["mean", "wco", "uwo"]
+OnMemberFailure = Literal["fail", "renormalise"]
+
+
+class EnsembleMember(Section):
+    """One model of the store whose score goes into the combined reward."""
+
+    name: str
+    """Model in the same store."""
+
+    reward: str
+    """Which of its rewards is used."""
+
+    column: int = Field(ge=0)
+    """Where that reward stands in the model's `rewards`."""
+
+    columns: int = Field(ge=1)
+    """How many rewards the model returns."""
+
+    version: int
+    """Version that the ensemble was made with."""
+
+    content_sha256: str
+    """Hash of that version's manifest."""
+
+
+class EnsembleManifest(Section):
+    """Who the members are and how their scores become one. The ensemble's `model.py` reads it."""
+
+    format: Literal[1] = 1
+    """Version of this file's layout."""
+
+    name: str
+    """Model the version belongs to."""
+
+    form: Form
+    """`text` or `token`, the same for all members."""
+
+    created_at: str
+    """Time of writing, UTC, ISO 8601."""
+
+    members: tuple[EnsembleMember, ...] = Field(min_length=2)
+    """The members, in the order of the columns of `member_rewards`."""
+
+    objective: Objective
+    """`mean`: mean of the scores. `wco`: the lowest. `uwo`: mean - uwo_weight * population variance."""
+
+    uwo_weight: float = Field(ge=0, allow_inf_nan=False)
+    """Weight of the variance; used by `uwo` alone."""
+
+    on_member_failure: OnMemberFailure
+    """A sample without one member's score: `fail` refuses it, `renormalise` combines the scores there are."""
+
+    reward_names: tuple[str]
+    """Name of the combined reward."""
+
+    max_length: int = Field(ge=1)
+    """The lowest limit of the members, in tokens."""
+
+    tools: dict[str, str]
+    """Versions of python and numpy."""
+
+    parity: ParitySummary | None = None
+    """Result of the comparison with the formula; None only while it runs."""
+
+    files: dict[str, str] = Field(default_factory=dict)
+    """Path below the version folder -> sha256, for every other file."""

@@ -1,0 +1,224 @@
+"""Where a run stands, and its checkpoints: after a step, or of how things stood before one that waits."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn, Protocol, runtime_checkable
+
+from conch import __version__
+from conch.config import TrainConfig
+from conch.distributed.train_engine import Engine, RandomState
+from conch.log import get_logger
+from conch.rewards.replay import append_lines, line_of
+from conch.rewards.scorer import Scorer
+from conch.runs.checkpoint import (
+    CHECKPOINTS,
+    STATE_FOLDER,
+    check_space,
+    checkpoint_bytes,
+    delete_checkpoint,
+    link_best,
+    partial_of,
+    seal,
+    steps_of,
+)
+from conch.runs.tracking import Tracker
+from conch.types import Metrics, RewardResult, Rollout
+
+_log = get_logger(__name__)
+
+SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
+"""143: what a shell reports for a process that SIGTERM ended; schedulers take it for a preemption."""
+
+
+@runtime_checkable
+class Trainer(Protocol):
+    """What the loop drives; `Resumable`, too."""
+
+    config: Any
+    engine: Engine
+    run: Run
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """None for a trainer that asks for no rewards; with one there is a `config.reward`."""
+        ...
+
+    @property
+    def default_best_metric(self) -> str:
+        """The evaluation metric that decides which checkpoint is best, unless `train.best_metric` does."""
+        ...
+
+    def step(self) -> Metrics:
+        """One step of training."""
+        ...
+
+    def evaluate(self, tracker: Tracker | None = None, step: int = 0) -> Metrics:
+        """Measure on held-out data; may write tables to `tracker`."""
+        ...
+
+    def save_pretrained(self, folder: Path) -> Path:
+        """Write the model; called on all ranks."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside weights, optimizer and random states: JSON values, the same on all
+        ranks."""
+        ...
+
+
+@dataclass
+class Run:
+    """Where a run stands.
+
+    folder: the run's own. step: steps done. best, best_step: of the metric that decides, None before the
+    first evaluation. worse: evaluations in a row that were not better. measured: metrics of the last step
+    while its evaluation is under way, {} before the first step, else None. saved: the step of the latest
+    checkpoint. continued: True for a resumed run.
+    """
+
+    folder: Path
+    step: int = 0
+    best: float | None = None
+    best_step: int = 0
+    worse: int = 0
+    measured: Metrics | None = None
+    saved: int | None = None
+    continued: bool = False
+
+    def note(self, step: int, metric: str, value: float) -> bool:
+        """Compare an evaluation with the best so far; True where it is better. NaN never is."""
+        sign = -1 if metric.endswith("loss") else 1
+        better = value == value and (self.best is None or sign * value > sign * self.best)
+        if better:
+            self.best, self.best_step = value, step
+        self.worse = 0 if better else self.worse + 1
+        return better
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run takes up; not the folder, which may be moved."""
+        kept = ("step", "best", "best_step", "worse", "measured")
+        return {name: getattr(self, name) for name in kept}
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a step or an evaluation moves before it has its rewards, as it stood at the beginning. Weights and
+    optimizer are not here: nothing is learned before."""
+
+    random: RandomState
+    trainer: dict[str, Any]
+
+
+class RunHost:
+    """What the scorer of a run asks of it; see `conch.rewards.outage.Host`.
+
+    received: True once this process got SIGTERM.
+    """
+
+    def __init__(self, trainer: Trainer, received: Callable[[], bool]) -> None:
+        self._trainer = trainer
+        self._received = received
+        self._begun: Begun | None = None
+
+    def begin(self) -> None:
+        """A step or an evaluation begins: `save` will go back to here."""
+        if self._trainer.scorer is not None and self._trainer.config.reward.on_failure == "wait":
+            self._begun = Begun(self._trainer.engine.random_state(), self._trainer.state_dict())
+
+    def save(self) -> None:
+        """Save what stood at the last `begin`, unless a checkpoint of just that is there."""
+        run = self._trainer.run
+        if run.saved == run.step and run.measured is None:
+            _log.warning("the checkpoint of step %d in %s stands before this one", run.step, run.folder)
+            return
+        folder = save_checkpoint(self._trainer, self._begun)
+        _log.warning("saved %s while the reward server is away: train.resume=%s", folder, run.folder)
+
+    def leaving(self) -> bool:
+        """True once this process got SIGTERM."""
+        return self._received()
+
+    def leave(self) -> NoReturn:
+        """Save and leave.
+
+        Raises:
+            SystemExit: code 143.
+        """
+        self.save()
+        folder = self._trainer.run.folder
+        _log.warning("SIGTERM: left while waiting for rewards; go on with train.resume=%s", folder)
+        raise SystemExit(SIGTERM_EXIT_CODE)
+
+    def scored(self, rollouts: Sequence[Rollout], results: Sequence[RewardResult]) -> None:
+        """Write the rewards of all ranks to the run's record, where one is kept."""
+        trainer = self._trainer
+        if not trainer.config.reward.record:
+            return
+        engine, run = trainer.engine, trainer.run
+        where = {"step": run.step, "phase": "eval", "rank": engine.rank}
+        if run.measured is None:
+            where |= {"step": run.step + 1, "phase": "train"}
+        pairs = zip(rollouts, results, strict=True)
+        lines = engine.gather([line_of(rollout, result, **where) for rollout, result in pairs])
+        if engine.is_main:
+            append_lines(run.folder, lines)
+
+
+def is_due(step: int, train: TrainConfig) -> bool:
+    """True where `train.save_every` asks for a checkpoint after this step."""
+    return bool(train.save_every) and step % train.save_every == 0
+
+
+def save_checkpoint(trainer: Trainer, begun: Begun | None = None) -> Path:
+    """Write the whole state after `run.step` steps; called on all ranks.
+
+    begun: for a checkpoint within a step or an evaluation: what stood at its beginning.
+
+    Raises:
+        CheckpointError: on all ranks; older checkpoints are as they were.
+    """
+    engine, run = trainer.engine, trainer.run
+    folder = run.folder / CHECKPOINTS / f"step_{run.step}"
+    partial = partial_of(folder)
+    engine.together(lambda: check_space(run.folder, checkpoint_bytes(engine.unwrapped)))
+    trainer.save_pretrained(partial)
+    with engine.rewound(begun.random) if begun else nullcontext():
+        engine.together(lambda: engine.save_state(partial / STATE_FOLDER))
+    state = {
+        "step": run.step,
+        "algorithm": type(trainer.config).__name__,
+        "num_processes": engine.num_ranks,
+        "run": run.state_dict(),
+        "trainer": begun.trainer if begun else trainer.state_dict(),
+        "engine": engine.state_dict(),
+        "config": trainer.config.model_dump(mode="json"),
+        "versions": {"conch": __version__, **{name: version(name) for name in ("torch", "transformers")}},
+    }
+
+    def finish() -> None:
+        if engine.is_main:
+            seal(partial, folder, state)
+            _tidy(run, trainer.config.train)
+
+    engine.together(finish)
+    run.saved = run.step
+    return folder
+
+
+def _tidy(run: Run, train: TrainConfig) -> None:
+    """Point to the best checkpoint, and delete those that nothing asks for."""
+    saved = steps_of(run.folder)
+    if run.best_step in saved:
+        link_best(saved[run.best_step])
+    # A former best one that was not due has no claim left.
+    regular = [step for step in saved if step == run.step or is_due(step, train)]
+    kept = {*(regular[: train.keep_last] if train.keep_last else regular), run.best_step}
+    for step, path in saved.items():
+        if step not in kept:
+            delete_checkpoint(path)

@@ -1,0 +1,77 @@
+"""The distance to the reference: its settings, its adaptive weight, and how it is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor
+
+from conch.config import Section
+from conch.ops import KLEstimator, Reduce, kl_estimate, masked_mean
+
+
+class KLConfig(Section):
+    """The penalty for leaving the reference."""
+
+    coef: float = Field(default=0.05, ge=0)
+    """Weight c of the KL in the reward; the start value where it adapts."""
+
+    estimator: KLEstimator = "k1"
+    """Per-token estimate k; see `conch.ops.kl_estimate`."""
+
+    placement: Literal["reward", "loss"] = "reward"
+    """Whether the KL is taken off the rewards, or added to the loss."""
+
+    target: float | None = Field(default=None, gt=0)
+    """KL in nats per sample that the weight is steered to; None keeps the weight fixed."""
+
+    horizon: int = Field(default=10_000, ge=1)
+    """Samples over which the adaptive weight reacts."""
+
+
+class KLController:
+    """Weight of the KL penalty: fixed, or steered to a target (Ziegler et al. 2019, section 2.2)."""
+
+    def __init__(self, config: KLConfig) -> None:
+        self._config = config
+        self.coef = config.coef
+
+    def update(self, kl: float, num_samples: int) -> None:
+        """kl: measured, in nats per sample. num_samples: samples of all ranks that it was measured on."""
+        if self._config.target is None:
+            return
+        error = min(max(kl / self._config.target - 1, -0.2), 0.2)
+        self.coef *= 1 + error * num_samples / self._config.horizon
+
+    def state_dict(self) -> dict[str, float]:
+        """What `load_state_dict` needs to go on from here."""
+        return {"coef": self.coef}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.coef = state["coef"]
+
+
+def kl_of_each(
+    logprobs: Float[Tensor, "B R"], reference_logprobs: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"]
+) -> Float[Tensor, " B"]:
+    """KL(policy || reference) of each sample in nats: k1 summed over its response.
+
+    mask: True at response tokens.
+    """
+    return torch.where(mask, kl_estimate(logprobs, reference_logprobs), torch.zeros_like(logprobs)).sum(dim=1)
+
+
+def mean_kl(
+    logprobs: Float[Tensor, "B R"],
+    reference_logprobs: Float[Tensor, "B R"],
+    mask: Bool[Tensor, "B R"],
+    reduce: Reduce,
+) -> float:
+    """KL(policy || reference) in nats per sample: the mean of `kl_of_each` over all ranks."""
+    per_sample = kl_of_each(logprobs, reference_logprobs, mask)
+    return float(masked_mean(per_sample, torch.ones_like(per_sample, dtype=torch.bool), reduce))

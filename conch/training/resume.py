@@ -1,0 +1,162 @@
+"""How a run begins or goes on: its folder, the checkpoint to take up, the settings that may change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from torch import nn
+
+from conch.config import Section, TrainConfig
+from conch.distributed.train_engine import Engine
+from conch.errors import CheckpointError
+from conch.log import get_logger
+from conch.runs.checkpoint import (
+    CHECKPOINTS,
+    STATE_FOLDER,
+    Checkpoint,
+    check_space,
+    checkpoint_bytes,
+    delete_leftovers,
+    newest_checkpoint,
+    read_checkpoint,
+    steps_of,
+)
+from conch.runs.tracking import METRICS_FILE, make_run_dir
+from conch.training.checkpointing import Run
+
+_log = get_logger(__name__)
+
+_FREE_KEYS = (
+    *("train.resume", "train.run_dir", "train.output_dir", "train.total_steps", "train.num_processes"),
+    *("train.eval_every", "train.eval_repeats", "train.save_every", "train.keep_last"),
+    *("train.best_metric", "train.early_stopping", "tracking.", "reward.url", "reward.attempt_timeout"),
+    *("reward.connect_timeout_s", "reward.on_model_change", "reward.headers_env"),
+    *("reward.deadline_s", "reward.max_in_flight", "reward.on_failure", "reward.wait_budget_s"),
+    *("reward.members.", "reward.checkpoint_after_s", "reward.record", "reward.replay"),
+)
+"""Settings (or beginnings of their names) that a resumed run may change: none touches what is learned, but
+for the length of the run, which moves the end of the learning-rate schedule."""
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """What a checkpoint restores."""
+
+    config: Any
+    engine: Engine
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `Trainer.state_dict` gave."""
+        ...
+
+
+def start_run(trainer: Resumable, module: nn.Module) -> Run:
+    """Make the run's folder, or take up the run that `train.resume` names: the last thing a constructor does.
+
+    module: what is trained, for an estimate of a checkpoint's size.
+
+    Raises:
+        ConfigError: the folder cannot be made or holds another run.
+        CheckpointError: nothing to go on with, another model or configuration, or too little disk space.
+    """
+    engine, config = trainer.engine, trainer.config
+    found: list[tuple[Path, Checkpoint | None]] = []
+    engine.together(lambda: found.append(_find(config)) if engine.is_main else None)
+    # Rank 0 has read and checked every byte: once is enough.
+    folder, resumed = engine.broadcast(found[0] if found else (Path(), None))
+    engine.together(lambda: check_space(folder, checkpoint_bytes(module)))
+    run = Run(folder)
+    if resumed is not None:
+        engine.together(lambda: _take_up(trainer, run, resumed))
+    return run
+
+
+def _find(config: Any) -> tuple[Path, Checkpoint | None]:
+    """The run's folder and the checkpoint to go on with, None for a new run. Rank 0 alone."""
+    checkpoint = _checkpoint_to_resume(config)
+    if checkpoint is None:
+        train: TrainConfig = config.train
+        if train.resume == "auto" and train.run_dir is not None:
+            # Interrupted before its first checkpoint: nothing there is worth more than a new start.
+            (train.run_dir / METRICS_FILE).unlink(missing_ok=True)
+        return make_run_dir(train), None
+    _check_same(checkpoint, config)
+    delete_leftovers(checkpoint.run_dir)
+    return checkpoint.run_dir.resolve(), Checkpoint(checkpoint.folder.resolve(), checkpoint.state)
+
+
+def _checkpoint_to_resume(config: Any) -> Checkpoint | None:
+    train: TrainConfig = config.train
+    if train.resume is None:
+        return None
+    if train.resume == "auto":
+        runs = [train.run_dir] if train.run_dir is not None else _runs_below(train.output_dir)
+        return next((found for run in runs if (found := newest_checkpoint(run)) is not None), None)
+    folder = Path(train.resume)
+    if not folder.is_dir():
+        raise CheckpointError(f"`train.resume` = {folder}: there is no such folder")
+    if steps_of(folder):
+        checkpoint = newest_checkpoint(folder)
+        if checkpoint is None:
+            raise CheckpointError(f"`train.resume` = {folder}: none of its checkpoints is whole")
+        return checkpoint
+    return read_checkpoint(folder.resolve())  # through `best`, which is a link
+
+
+def _runs_below(output_dir: Path) -> list[Path]:
+    """Folders of runs that saved something, newest first."""
+    runs = {path.parent.parent for path in output_dir.glob(f"*/*/{CHECKPOINTS}/step_*")}
+    return sorted(runs, reverse=True)
+
+
+def _check_same(checkpoint: Checkpoint, config: Section) -> None:
+    """Refuse a checkpoint of another algorithm or configuration.
+
+    Raises:
+        CheckpointError: names what differs.
+    """
+    state = checkpoint.state
+    if state["algorithm"] != type(config).__name__:
+        raise CheckpointError(
+            f"the checkpoint {checkpoint.folder} is of a {state['algorithm']}, this run is a "
+            f"{type(config).__name__}"
+        )
+    old, new = _flat(state["config"]), _flat(config.model_dump(mode="json"))
+    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+    refused = [key for key in changed if not key.startswith(_FREE_KEYS)]
+    if refused:
+        named = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in refused[:5])
+        raise CheckpointError(
+            f"the checkpoint {checkpoint.folder} was made with another configuration: {named}. "
+            "Go on with the old one, or start a new run from the checkpoint with `model.path`"
+        )
+    if "train.total_steps" in changed:
+        _log.warning("train.total_steps was %s, is %s", old["train.total_steps"], new["train.total_steps"])
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested keys as `section.key`."""
+    if not isinstance(values, dict) or not values:
+        return {prefix: values}
+    return {
+        key: value
+        for name, inner in values.items()
+        for key, value in _flat(inner, f"{prefix}.{name}" if prefix else name).items()
+    }
+
+
+def _take_up(trainer: Resumable, run: Run, checkpoint: Checkpoint) -> None:
+    state, engine = checkpoint.state, trainer.engine
+    if state["num_processes"] != engine.num_ranks:
+        raise CheckpointError(
+            f"the checkpoint {checkpoint.folder} was saved by {state['num_processes']} processes, here run "
+            f"{engine.num_ranks}: start as many, or start a new run from it with `model.path`"
+        )
+    trainer.load_state_dict(state["trainer"])
+    engine.load_state_dict(state["engine"])
+    engine.load_state(checkpoint.folder / STATE_FOLDER)
+    for name, value in state["run"].items():
+        setattr(run, name, value)
+    run.continued, run.saved = True, run.step
+    _log.info("going on with %s after step %d", run.folder, run.step)

@@ -1,0 +1,213 @@
+"""From what a reward source gave to the rewards that an algorithm learns from.
+
+The order is fixed, and every statistic is over the valid samples of all ranks:
+
+    1. objectives are combined: weighted sum; or each normalised, then summed; or summed, then normalised
+    2. clipped to +-clip
+    3. divided by a standard deviation: of all scores so far (running), or of the first step's (reference)
+    4. less the penalty for a response that was cut by the limit
+
+Per-token (dense) rewards are clipped token by token, and scaled by the spread of their sums. The mean is
+never taken off by clipping and scaling: the sign of a reward keeps its meaning.
+
+Legend: B rollouts, R response tokens, K objectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from conch.config import Section
+from conch.distributed.train_engine import Engine
+from conch.errors import ConfigError
+from conch.ops import Reduce, masked_mean, masked_sum, only_this_rank, whiten
+from conch.types import RewardResult, Rollout
+
+
+class ShapingConfig(Section):
+    """What happens to scores before they are learned from, in this order."""
+
+    combine: Literal["sum", "normalise_then_sum", "sum_then_normalise"] = "sum"
+    """How several objectives become one score, weighted by `reward.weights`. Normalised means: mean 0 and
+    standard deviation 1 over the step's samples. Before the sum it gives objectives of any unit their weight;
+    after it, the larger unit decides."""
+
+    clip: float | None = Field(default=None, gt=0)
+    """Scores are clipped to plus or minus this; None leaves them."""
+
+    scaling: Literal["none", "running", "reference"] = "none"
+    """`running` divides scores by their standard deviation over the run so far; `reference` by that of the
+    first step, whose samples are the starting policy's."""
+
+    reference_std: float | None = Field(default=None, gt=0)
+    """With `reference`: the standard deviation to divide by, instead of measuring it."""
+
+    missing_eos_penalty: float | None = Field(default=None, ge=0)
+    """Taken off the score of a response cut by `max_new_tokens`; None takes nothing off."""
+
+    @model_validator(mode="after")
+    def _reference_belongs_to_scaling(self) -> ShapingConfig:
+        if self.reference_std is not None and self.scaling != "reference":
+            raise ValueError("`reference_std` needs `scaling: reference`")
+        return self
+
+
+class RunningMoments:
+    """Mean and variance of all scores so far, over all ranks (parallel update of Chan et al. 1979)."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.sum_squares = 0.0, 0.0, 0.0
+
+    def update(
+        self, scores: Float[Tensor, " B"], valid: Bool[Tensor, " B"], reduce: Reduce = only_this_rank
+    ) -> None:
+        """Take in this step's scores where `valid` is True."""
+        wide = scores.double()
+        count = float(reduce(valid.sum().double()))
+        if count == 0:
+            return
+        mean = float(masked_mean(wide, valid, reduce))
+        squares = float(reduce(masked_sum((wide - mean) ** 2, valid)))
+        delta, total = mean - self.mean, self.count + count
+        self.sum_squares += squares + delta**2 * self.count * count / total
+        self.mean += delta * count / total
+        self.count = total
+
+    def state_dict(self) -> dict[str, float]:
+        """What `load_state_dict` needs to go on from here."""
+        return {"count": self.count, "mean": self.mean, "sum_squares": self.sum_squares}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.count, self.mean, self.sum_squares = state["count"], state["mean"], state["sum_squares"]
+
+    @property
+    def std(self) -> float:
+        """Biased standard deviation; 1 until there is any spread."""
+        std = (self.sum_squares / self.count) ** 0.5 if self.count else 0.0
+        return std if std > 1e-8 else 1.0
+
+
+class RewardShaper:
+    """Shapes the rewards of step after step; remembers the spread of what it has seen."""
+
+    def __init__(self, config: ShapingConfig, weights: Mapping[str, float], engine: Engine) -> None:
+        self._config = config
+        self._weights = weights
+        self._engine = engine
+        self.objectives: list[str] = []
+        """Names, the same on all ranks; empty before the first rewards."""
+        self.moments = RunningMoments()
+
+    def shape(
+        self, rollouts: Sequence[Rollout], rewards: Sequence[RewardResult], mask: Bool[Tensor, "B R"]
+    ) -> Float[Tensor, "B R"]:
+        """Rewards per response token: a scalar score at the last one, dense ones where they belong.
+
+        mask: True at response tokens of samples that have a reward; the others get 0. A scalar score of an
+        empty response has no token to go to and is lost.
+
+        Raises:
+            ConfigError: dense rewards with a `combine` that is about objectives.
+        """
+        valid = torch.tensor([reward.ok for reward in rewards], device=mask.device)
+        scalar = self._clip(self._combined(rewards, mask.device))
+        dense = self._clip(_dense(rewards, mask))
+        scale = self._scale(scalar + dense.sum(dim=1), valid)
+        scalar = scalar / scale - self._penalties(rollouts, mask.device)
+        shaped = dense / scale + at_last_token(torch.where(valid, scalar, torch.zeros_like(scalar)), mask)
+        return torch.where(mask, shaped, torch.zeros_like(shaped))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on from here."""
+        return {"moments": self.moments.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.moments.load_state_dict(state["moments"])
+
+    def _combined(self, rewards: Sequence[RewardResult], device: torch.device) -> Float[Tensor, " B"]:
+        """One score per sample; 0 for failures and dense rewards."""
+        is_dense = any(reward.token_scores is not None for reward in rewards)
+        if self._config.combine != "sum" and self._engine.sum_int(int(is_dense)):
+            raise ConfigError(
+                f"`shaping.combine`={self._config.combine} is about objectives, these rewards are per token:"
+                " set it to `sum`"
+            )
+        self.objectives = self.objectives or agreed_objectives(rewards, self._engine)
+        names = self.objectives
+        rows = [[reward.scores.get(name, float("nan")) for name in names] for reward in rewards]
+        scores = torch.tensor(rows, device=device).reshape(len(rewards), len(names))
+        return combine_objectives(
+            scores, [self._weights.get(name, 1.0) for name in names], self._config.combine, self._engine.sum
+        )
+
+    def _clip(self, values: Tensor) -> Tensor:
+        bound = self._config.clip
+        return values if bound is None else values.clamp(-bound, bound)
+
+    def _scale(self, totals: Float[Tensor, " B"], valid: Bool[Tensor, " B"]) -> float:
+        if self._config.scaling == "none":
+            return 1.0
+        if self._config.scaling == "running":
+            self.moments.update(totals, valid, self._engine.sum)
+            return self.moments.std
+        if self._config.reference_std is not None:
+            return self._config.reference_std
+        if self.moments.count == 0:
+            self.moments.update(totals, valid, self._engine.sum)
+        return self.moments.std
+
+    def _penalties(self, rollouts: Sequence[Rollout], device: torch.device) -> Float[Tensor, " B"]:
+        penalty = self._config.missing_eos_penalty or 0.0
+        cut = [rollout.completion.finish_reason == "length" for rollout in rollouts]
+        return penalty * torch.tensor(cut, device=device).float()
+
+
+def combine_objectives(
+    scores: Float[Tensor, "B K"],
+    weights: Sequence[float],
+    how: Literal["sum", "normalise_then_sum", "sum_then_normalise"],
+    reduce: Reduce = only_this_rank,
+) -> Float[Tensor, " B"]:
+    """One score per sample from K objectives; NaN counts as absent and leaves no trace in any statistic.
+
+    A sample without any objective gets 0.
+    """
+    present = ~scores.isnan()
+    known = torch.where(present, scores, torch.zeros_like(scores))
+    if how == "normalise_then_sum":
+        columns = [whiten(known[:, k], present[:, k], reduce) for k in range(scores.shape[1])]
+        known = torch.stack(columns, dim=1) if columns else known
+    total = (known * torch.tensor(weights, device=scores.device)).sum(dim=1)
+    return whiten(total, present.any(dim=1), reduce) if how == "sum_then_normalise" else total
+
+
+def at_last_token(scores: Float[Tensor, " B"], mask: Bool[Tensor, "B R"]) -> Float[Tensor, "B R"]:
+    """Each row's score at its last position where `mask` is True, 0 elsewhere."""
+    placed = torch.zeros(mask.shape, dtype=scores.dtype, device=mask.device)
+    lengths = mask.sum(dim=1)
+    rows = torch.nonzero(lengths > 0).squeeze(-1)
+    placed[rows, lengths[rows] - 1] = scores[rows]
+    return placed
+
+
+def _dense(rewards: Sequence[RewardResult], mask: Bool[Tensor, "B R"]) -> Float[Tensor, "B R"]:
+    """Per-token rewards as they came; 0 for scalar ones."""
+    dense = torch.zeros(mask.shape, device=mask.device)
+    for row, reward in enumerate(rewards):
+        if reward.token_scores is not None:
+            dense[row, : len(reward.token_scores)] = torch.tensor(reward.token_scores, device=mask.device)
+    return torch.where(mask, dense, torch.zeros_like(dense))
+
+
+def agreed_objectives(rewards: Sequence[RewardResult], engine: Engine) -> list[str]:
+    """Names of the objectives, the same on all ranks, also on one that has no reward to see them by."""
+    own = sorted({name for reward in rewards for name in reward.scores})
+    return sorted(set(engine.gather(own)))

@@ -1,0 +1,262 @@
+"""What all trainers share: starting checks, and reports of updates. Functions, not a base class."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from conch.config import (
+    ModelConfig,
+    RewardConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from conch.distributed.train_engine import Engine
+from conch.errors import ConfigError, ModelError
+from conch.models.kernels import check_kernels, put_kernels
+from conch.models.loading import (
+    check_start_token,
+    check_tokenizer,
+    disable_dropout,
+    fuse_activations,
+    load_lm,
+    load_tokenizer,
+)
+from conch.rewards.base import RewardSource, UserReward
+from conch.rewards.combined import DeltaReward, check_originals
+from conch.rewards.factory import from_user
+from conch.runs.checkpoint import save_model
+
+VerbT = TypeVar("VerbT", bound=Callable[..., Any])
+
+
+def with_whole_weights(verb: VerbT) -> VerbT:
+    """A trainer's method that runs the model without training it: see `Engine.whole_weights`."""
+
+    @functools.wraps(verb)
+    def whole(trainer: Any, *args: Any, **settings: Any) -> Any:
+        with trainer.engine.whole_weights():
+            return verb(trainer, *args, **settings)
+
+    return whole  # pyright: ignore[reportReturnType]  the same signature
+
+
+def given_or_loaded_lm(given: PreTrainedModel | None, config: ModelConfig, precision: str) -> PreTrainedModel:
+    """The model that a user passed, with dropout and kernels as the config says, or the one that it names.
+
+    precision: the mixed precision that it is trained in, see `Engine.precision`.
+
+    Raises:
+        ModelError, ConfigError: see `load_lm` and `check_kernels`.
+    """
+    check_kernels(config, precision, given)
+    if given is None:
+        return load_lm(config)
+    check_start_token(given.config)
+    put_kernels(given, config)
+    if config.disable_dropout:
+        disable_dropout(given)
+    fuse_activations(given)
+    return given
+
+
+def given_or_loaded_tokenizer(
+    given: PreTrainedTokenizerBase | None, config: TokenizerConfig, model_path: str | None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that a user passed, checked, or else the one that the config names.
+
+    Raises:
+        ModelError: there is none, or its special tokens will not do.
+    """
+    if given is None:
+        return load_tokenizer(config, model_path)
+    check_tokenizer(given, name=given.name_or_path or type(given).__name__)
+    return given
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer whose special tokens the model has no embeddings for.
+
+    Raises:
+        ModelError: names the token and both sizes.
+    """
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    known = embeddings.num_embeddings
+    for name, token_id in (("pad", tokenizer.pad_token_id), ("eos", tokenizer.eos_token_id)):
+        if int(token_id) >= known:  # pyright: ignore[reportArgumentType]
+            raise ModelError(
+                f"the tokenizer's {name} token has id {token_id}, the vocabulary ends at {known - 1}; "
+                "take the model's own tokenizer, or a `tokenizer.pad_token` of its vocabulary"
+            )
+
+
+def rows_per_process(engine: Engine, train: TrainConfig, total: int, name: str, minibatches: int = 1) -> int:
+    """A process's part of `total` rows; see `rows_of_rank`.
+
+    Raises:
+        ConfigError: it does not come out whole.
+    """
+    return rows_of_rank(total, name, engine.num_ranks, minibatches, train.gradient_accumulation_steps)
+
+
+def rows_of_rank(total: int, name: str, ranks: int, minibatches: int, steps: int) -> int:
+    """The one place where batches are cut: into ranks, these into minibatches, these into micro-batches.
+
+    total: rows of a whole batch, the setting `name`, which begins with its section. steps: micro-batches of
+    an update.
+
+    Raises:
+        ConfigError: it does not come out whole, with the numbers named, and the nearest that do.
+    """
+    unit = ranks * minibatches * steps
+    if total % unit == 0:
+        return total // ranks
+    below = total - total % unit
+    remedy = f"take {below} or {below + unit}" if below else f"take {unit}"
+    if total % ranks:
+        raise ConfigError(f"`{name}` = {total} does not divide among {ranks} processes: {remedy}")
+    section = name.partition(".")[0]
+    cut = f"`{section}.minibatches` = {minibatches} times " if minibatches > 1 else ""
+    raise ConfigError(
+        f"`{name}` = {total} gives each of {ranks} processes {total // ranks} rows, which do not divide into "
+        f"{cut}`train.gradient_accumulation_steps` = {steps}: {remedy}"
+    )
+
+
+def save_on_main(
+    engine: Engine,
+    folder: Path,
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ModelConfig,
+    **beside: Any,
+) -> Path:
+    """Write a Hugging Face folder, on rank 0 alone; called on all ranks.
+
+    beside: `heads` and `extra` of `conch.runs.checkpoint.save_model`.
+
+    Raises:
+        CheckpointError: it cannot be written; a DistributedError on the other ranks.
+    """
+
+    def write() -> None:
+        if engine.is_main:
+            save_model(folder, lm, tokenizer, merge_adapter=config.merge_adapter, **beside)
+
+    engine.together(write)
+    return folder
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Without gradient and without dropout."""
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(was_training)
+
+
+def eval_source(
+    engine: Engine,
+    reward: UserReward | Mapping[str, UserReward] | None,
+    config: RewardConfig,
+    prompts: Sequence[str | Mapping[str, Any]] | None,
+) -> RewardSource | None:
+    """Where a trainer that learns from no reward has its evaluations' rewards from, None where none are asked
+    for: an environment that names a server is no wish for them.
+
+    Raises:
+        ConfigError: `reward.delta` or `reward.dense` is set, or the source will not do.
+        RewardError: it does not answer.
+    """
+    if config.delta or config.dense:
+        name = "delta" if config.delta else "dense"
+        raise ConfigError(f"`reward.{name}` is for rewards that are learned from; here they only measure")
+    if reward is None and config.url is None and not config.members and config.replay is None:
+        return None
+    return checked_source(engine, reward, config, prompts or [])
+
+
+def extra_keys(prompts: Sequence[str | Mapping[str, Any]]) -> list[str]:
+    """The keys, beside "prompt", that a reward function gets as metadata."""
+    keys = dict.fromkeys(key for prompt in prompts if isinstance(prompt, Mapping) for key in prompt)
+    return [key for key in keys if key != "prompt"]
+
+
+def checked_source(
+    engine: Engine,
+    reward: UserReward | Mapping[str, UserReward] | None,
+    config: RewardConfig,
+    prompts: Sequence[str | Mapping[str, Any]],
+    tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None,
+) -> RewardSource:
+    """The reward source as user and configuration name it, once it has answered every rank.
+
+    tokenizer: gives the policy's, which `reward.dense` needs; called once samples are scored, so it may be
+        loaded after the source is found good.
+
+    Raises:
+        ConfigError: the source will not do.
+        RewardError: it does not answer.
+    """
+    decode = None if tokenizer is None else lambda ids: decoded(tokenizer(), ids)
+    keys = extra_keys(prompts)
+    sources: list[RewardSource] = []
+    engine.together(
+        lambda: sources.append(from_user(reward, config, metadata_keys=keys, decode=decode, rank=engine.rank))
+    )
+    (source,) = sources
+    engine.together(source.check)
+    return source
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Text of sampled ids, as in `Completion.text`."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def less_originals(
+    source: RewardSource,
+    prompts: Sequence[str | Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> RewardSource:
+    """Rewards less those of each prompt's original output: `reward.delta`.
+
+    Raises:
+        DataError: a prompt has no original output.
+    """
+    check_originals(prompts)
+    return DeltaReward(source, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore[reportReturnType]
+
+
+def opened_reward(
+    engine: Engine,
+    reward: UserReward | Mapping[str, UserReward] | None,
+    config: Any,
+    prompts: Sequence[str | Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[RewardSource, PreTrainedTokenizerBase]:
+    """What a trainer learns from, once it has answered every rank, and the policy's tokenizer.
+
+    config: the run's, for its sections `reward`, `tokenizer` and `model`.
+
+    Raises:
+        ConchError: see `checked_source`, `given_or_loaded_tokenizer` and `less_originals`.
+    """
+    loaded: list[PreTrainedTokenizerBase] = []
+    source = checked_source(engine, reward, config.reward, prompts, lambda: loaded[0])
+    loaded.append(given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path))
+    if config.reward.delta and config.reward.replay is None:  # what is recorded is the difference
+        source = less_originals(source, prompts, loaded[0])
+    return source, loaded[0]

@@ -1,0 +1,196 @@
+"""Statistics of a step: rewards, completions and updates, as metrics and as a log of rollouts."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from conch.data.rollout_batch import Sequences
+from conch.distributed.train_engine import Engine, UpdateReport
+from conch.evaluation.metrics import mean_of_finite
+from conch.log import get_logger
+from conch.ops import Reduce, masked_mean
+from conch.rewards.scorer import total_reward
+from conch.training.loop import Run
+from conch.types import Metrics, RewardResult, Rollout
+
+_log = get_logger(__name__)
+
+
+def reward_metrics(
+    rewards: Sequence[RewardResult], weights: Mapping[str, float], objectives: Sequence[str], reduce: Reduce
+) -> Metrics:
+    """Mean and spread of the rewards of all ranks, NaN where there are none, and the share that failed.
+
+    objectives: where there are several, each one's mean is reported as well; the same on all ranks.
+    """
+    metrics = _spread([total_reward(reward, weights) for reward in rewards], reduce)
+    if len(objectives) > 1:
+        for name in objectives:
+            column = [reward.scores.get(name, math.nan) for reward in rewards]
+            metrics[f"reward/mean/{name}"] = _spread(column, reduce)["reward/mean"]
+    return metrics
+
+
+def _spread(values: Sequence[float], reduce: Reduce) -> Metrics:
+    raw = torch.tensor(values, dtype=torch.float64)
+    valid = raw.isfinite()
+    share = float(masked_mean(valid.double(), torch.ones_like(valid), reduce))
+    mean = float(masked_mean(raw, valid, reduce)) if share else math.nan
+    variance = float(masked_mean((raw - mean) ** 2, valid, reduce)) if share else math.nan
+    return {"reward/mean": mean, "reward/std": variance**0.5, "reward/failed_fraction": 1 - share}
+
+
+def rollout_metrics(rollouts: Sequence[Rollout], sequences: Sequences, reduce: Reduce) -> Metrics:
+    """Lengths, and the share cut by the limit."""
+    mask = sequences.response_mask
+    reasons = [rollout.completion.finish_reason for rollout in rollouts]
+    cut = torch.tensor([reason == "length" for reason in reasons], device=mask.device)
+    everyone = torch.ones_like(cut)
+    return {
+        "rollout/length_mean": float(masked_mean(mask.sum(dim=1).float(), everyone, reduce)),
+        "rollout/truncated_fraction": float(masked_mean(cut.float(), everyone, reduce)),
+    }
+
+
+def logprob_gap(
+    logprobs: Float[Tensor, "B R"], sequences: Sequences, reduce: Reduce, alarm: float | None = None
+) -> float:
+    """Distance of the sampler's log-probs from the trainer's: mean of absolute differences, nats a token.
+
+    alarm: see `warn_of_gap`.
+    """
+    distance = (logprobs - sequences.sampling_logprobs).abs()
+    gap = float(masked_mean(distance, sequences.response_mask, reduce))
+    warn_of_gap(gap, alarm)
+    return gap
+
+
+def warn_of_gap(gap: float, alarm: float | None) -> None:
+    """Write a warning where `logprob_gap` is above `alarm`, in nats a token."""
+    if alarm is not None and gap > alarm:
+        _log.warning(
+            "the sampler's log-probs are %.3g nats a token from the trainer's, above "
+            "`rollout.logprob_gap_alarm` = %g: what is trained on was sampled from another distribution "
+            "(another precision, stale weights, or a cut by `generation.top_k` or `top_p`)",
+            gap,
+            alarm,
+        )
+
+
+def log_rollouts(
+    engine: Engine,
+    run: Run,
+    rollouts: Sequence[Rollout],
+    rewards: Sequence[RewardResult],
+    kl: Float[Tensor, " B"] | None = None,
+) -> None:
+    """Write what all ranks are about to train on to `rollouts/step_N.jsonl`.
+
+    kl: to the reference, in nats per sample; None where there is no reference.
+    """
+    nats_of_each = [None] * len(rollouts) if kl is None else kl.tolist()
+    rows = [
+        {
+            "prompt": rollout.prompt.text,
+            "output": rollout.completion.text,
+            "finish_reason": rollout.completion.finish_reason,
+            "policy_version": rollout.policy_version,
+            "reward_status": reward.status.value,
+            "scores": dict(reward.scores),
+            "token_scores": reward.token_scores,
+            "members": dict(reward.members),
+            "kl": nats,
+        }
+        for rollout, reward, nats in zip(rollouts, rewards, nats_of_each, strict=True)
+    ]
+    rows = engine.gather(rows)
+    if engine.is_main:
+        folder = run.folder / "rollouts"
+        folder.mkdir(exist_ok=True)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"step_{run.step + 1}.jsonl").write_text(text, encoding="utf-8")
+
+
+def explained_variance(
+    values: Float[Tensor, "B R"], returns: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"], reduce: Reduce
+) -> float:
+    """1 for perfect values, 0 for values no better than a constant, over all ranks."""
+    mean = masked_mean(returns, mask, reduce)
+    spread = masked_mean((returns - mean) ** 2, mask, reduce)
+    return float(1 - masked_mean((returns - values) ** 2, mask, reduce) / spread.clamp(min=1e-8))
+
+
+@contextmanager
+def clocked(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the block's seconds to `seconds[name]`."""
+    started = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def update_with_statistics(
+    engine: Engine,
+    num_rows: int,
+    micro_batches: int,
+    loss_of: Callable[[torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]],
+) -> tuple[Metrics, UpdateReport]:
+    """One optimizer update from `num_rows` rows, and statistics summed over micro-batches and ranks.
+
+    loss_of: from a micro-batch's rows, its share of the loss and its share of each statistic.
+    """
+    summed: dict[str, torch.Tensor] = {}
+
+    def noted(rows: torch.Tensor) -> torch.Tensor:
+        loss, shares = loss_of(rows)
+        for name, share in shares.items():
+            summed[name] = summed.get(name, torch.zeros_like(share)) + share.detach()
+        return loss
+
+    report = engine.update(torch.arange(num_rows).chunk(micro_batches), noted)
+    totals = engine.sum(torch.stack(list(summed.values()))).tolist()
+    return dict(zip(summed, totals, strict=True)), report
+
+
+def updates_over(
+    num_rows: int,
+    epochs: int,
+    minibatches: int,
+    update: Callable[[torch.Tensor], tuple[Metrics, UpdateReport]],
+) -> Metrics:
+    """All epochs over one step's samples, shuffled anew each time; means over the updates, and what the first
+    one found.
+
+    update: one optimizer update on these rows.
+    """
+    columns: list[Metrics] = []
+    reports: list[UpdateReport] = []
+    for _ in range(epochs):
+        for rows in torch.randperm(num_rows).chunk(minibatches):
+            stats, report = update(rows)
+            columns.append(stats)
+            reports.append(report)
+    means = {name: sum(stats[name] for stats in columns) / len(columns) for name in columns[0]}
+    first = {f"{name}_first": columns[0][name] for name in _FIRST}
+    return {**means, **first, **update_metrics(reports)}
+
+
+def update_metrics(reports: Sequence[UpdateReport]) -> Metrics:
+    """What one or more optimizer updates in a row did to the weights; the rate is the last one's."""
+    return {
+        "train/grad_norm": mean_of_finite([report.grad_norm for report in reports if not report.skipped]),
+        "train/learning_rate": reports[-1].learning_rate,
+        "train/skipped_updates": float(sum(report.skipped for report in reports)),
+    }
+
+
+_FIRST = ("train/ratio", "train/approx_kl", "train/clip_fraction")
+"""Statistics also reported for the first minibatch alone, where the policy is still the one that sampled:
+they must be 1, 0 and 0."""

@@ -1,0 +1,1 @@
+"""What is spoken with Triton Inference Server: contracts, config.pbtxt, channels, TLS. No torch."""

@@ -1,0 +1,1 @@
+"""Writers of versions, one file a Triton back end."""

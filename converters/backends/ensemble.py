@@ -1,0 +1,92 @@
+"""Write the version folder of an ensemble, compare it with the formula, and publish it."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+from conch.converters import triton_models
+from conch.converters.backends.version_files import write_beside
+from conch.converters.options import Conversion, EnsembleOptions
+from conch.converters.parity.ensemble import Expected
+from conch.converters.parity.subprocess_model import ServedForm
+from conch.errors import ConversionError, ParityError
+from conch.store.manifest import MANIFEST, EnsembleManifest, EnsembleMember
+from conch.store.store import StoredModel, publish
+from conch.triton.contract import RewardModelSpec
+
+ENSEMBLE_PY = Path(triton_models.__file__).parent / "ensemble_model.py"
+
+
+def publish_ensemble(
+    folder: Path,
+    store: Path,
+    options: EnsembleOptions,
+    stored: Sequence[StoredModel],
+    members: tuple[EnsembleMember, ...],
+    expected: Expected,
+) -> Conversion:
+    """Fill an empty staging folder and make it the ensemble's latest version.
+
+    Raises:
+        ParityError: the written `model.py` combines other than the formula.
+        ConversionError: the folder cannot be written.
+        ModelStoreError: the store cannot be written.
+    """
+    manifest = _manifest(options, stored, members)
+    try:
+        shutil.copyfile(ENSEMBLE_PY, folder / "model.py")
+        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
+        with ServedForm(folder) as served:
+            report = expected.report(served.score([case.request for case in expected.cases], "cpu"))
+        if not report.ok:
+            raise ParityError(
+                f"ensemble {options.name} does not combine as its formula says, nothing was published "
+                f"(worst: {report.worst.name})\n{report.table()}"
+            )
+        content_sha256 = write_beside(folder, manifest, expected.golden, report)
+    except OSError as error:
+        raise ConversionError(f"could not write the ensemble below {store}: {error}") from error
+    spec = _spec(options, stored, members, manifest, content_sha256)
+    return Conversion(publish(folder, spec, store), spec, report)
+
+
+def _manifest(
+    options: EnsembleOptions, stored: Sequence[StoredModel], members: tuple[EnsembleMember, ...]
+) -> EnsembleManifest:
+    rewards = {member.reward for member in members}
+    return EnsembleManifest(
+        name=options.name,
+        form=stored[0].spec.form,
+        created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        members=members,
+        objective=options.objective,
+        uwo_weight=options.uwo_weight,
+        on_member_failure=options.on_member_failure,
+        reward_names=(rewards.pop() if len(rewards) == 1 else "reward",),
+        max_length=min(model.spec.max_length for model in stored),
+        tools={"python": platform.python_version(), "numpy": version("numpy")},
+    )
+
+
+def _spec(
+    options: EnsembleOptions,
+    stored: Sequence[StoredModel],
+    members: Sequence[EnsembleMember],
+    manifest: EnsembleManifest,
+    content_sha256: str,
+) -> RewardModelSpec:
+    return RewardModelSpec(
+        name=options.name,
+        form=manifest.form,
+        max_batch_size=min(model.spec.max_batch_size for model in stored),
+        reward_names=manifest.reward_names,
+        max_length=manifest.max_length,
+        max_queue_delay_us=0,  # the members wait to fill their batches; waiting twice gains nothing
+        content_sha256=content_sha256,
+        members=tuple(member.name for member in members),
+    )

@@ -1,0 +1,1 @@
+"""Reading checkpoints: where the files are, which architecture, what is refused."""

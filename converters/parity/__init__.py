@@ -1,0 +1,1 @@
+"""The proof that a served model scores like its checkpoint."""

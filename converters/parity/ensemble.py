@@ -1,0 +1,158 @@
+"""What an ensemble must return: every member's own scores, and the formula on them, written a second time."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from conch.converters.options import EnsembleOptions
+from conch.converters.parity.report import CaseResult, ParityReport
+from conch.converters.parity.subprocess_model import Request, ServedForm
+from conch.errors import ConversionError
+from conch.store.manifest import EnsembleMember, Golden, GoldenSample
+from conch.store.store import StoredModel
+
+# Of the combination alone, which is float64 up to the last step: the members' own errors are not in it.
+_TOLERANCE = 1e-6
+_GOLDEN_SAMPLES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Scores per sample and member, None where a member gives none, and what must come of them."""
+
+    name: str
+    scores: list[list[float | None]]
+    expected: list[float]
+
+    @property
+    def request(self) -> Request:
+        return {"member_rewards": self.scores}
+
+    def result(self, reply: dict[str, Any]) -> CaseResult:
+        """Hold the reply against the options."""
+        right = self.expected
+        pairs = list(zip(reply["scores"], right, strict=True))
+        differences = [abs(row[0] - score) for row, score in pairs]
+        differences = [each if math.isfinite(each) else math.inf for each in differences]
+        relative = (
+            each / max(1.0, abs(right)) for each, right in zip(differences, self.expected, strict=True)
+        )
+        return CaseResult(
+            self.name, len(pairs), max(relative), max(differences), statistics.fmean(differences)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What an ensemble must return on which samples."""
+
+    cases: list[Case]
+    golden: Golden
+
+    def report(self, replies: Sequence[dict[str, Any]]) -> ParityReport:
+        """Compare the replies to the requests of `cases`."""
+        pairs = zip(self.cases, replies, strict=True)
+        return ParityReport(tuple(case.result(reply) for case, reply in pairs), _TOLERANCE)
+
+
+def member_scores(
+    stored: Sequence[StoredModel], members: Sequence[EnsembleMember], device: str
+) -> tuple[list[GoldenSample], list[list[tuple[float, float]]]]:
+    """Score all members' golden samples by every member, each in a fresh process.
+
+    Returns:
+        the samples; per sample and member its score and the absolute error that it may have on a server.
+
+    Raises:
+        ConversionError: a member fails, or no longer scores its own golden samples right.
+    """
+    limit = min(model.spec.max_length for model in stored)
+    samples = [sample for model in stored for sample in model.golden.samples if _fits(sample, limit)]
+    distinct = list({(sample.text, sample.input_ids): sample for sample in samples}.values())
+    columns = []
+    for model, member in zip(stored, members, strict=True):
+        rows = _served_scores(model, distinct, device)
+        _check_own_golden(model, distinct, rows)
+        tolerance = model.golden.tolerance
+        scores = [row[member.column] for row in rows]
+        columns.append([(score, tolerance * max(1.0, abs(score))) for score in scores])
+    return distinct, [list(row) for row in zip(*columns, strict=True)]
+
+
+def prove(
+    samples: Sequence[GoldenSample], scores: Sequence[Sequence[tuple[float, float]]], options: EnsembleOptions
+) -> Expected:
+    """The cases that the written ensemble is held against, and its golden samples."""
+    whole: list[list[float | None]] = [[score for score, _ in row] for row in scores]
+    cases = [_case("all members", whole, options)]
+    for absent in range(len(whole[0])):
+        without = [[None if index == absent else score for index, score in enumerate(row)] for row in whole]
+        cases.append(_case(f"without member {absent + 1}", without, options))
+    expected = cases[0].expected
+    tolerances = (
+        _error_bound(row, options) / max(1.0, abs(right)) for row, right in zip(scores, expected, strict=True)
+    )
+    golden = tuple(
+        sample.model_copy(update={"scores": (score,)})
+        for sample, score in zip(samples, expected, strict=True)
+    )
+    step = -(-len(golden) // _GOLDEN_SAMPLES)
+    return Expected(cases, Golden(tolerance=max(tolerances), samples=golden[::step]))
+
+
+def _case(name: str, scores: list[list[float | None]], options: EnsembleOptions) -> Case:
+    return Case(name, scores, [_combined([s for s in row if s is not None], options) for row in scores])
+
+
+def _combined(scores: Sequence[float], options: EnsembleOptions) -> float:
+    if options.objective == "wco":
+        return min(scores)
+    penalty = options.uwo_weight * statistics.pvariance(scores) if options.objective == "uwo" else 0.0
+    return statistics.fmean(scores) - penalty
+
+
+def _error_bound(row: Sequence[tuple[float, float]], options: EnsembleOptions) -> float:
+    """How far the reward may be off when every score may be off by its own error; to first order."""
+    errors = [error for _, error in row]
+    if options.objective == "wco":
+        return max(errors)
+    mean = statistics.fmean(score for score, _ in row)
+    # d variance = 2/k * sum (score - mean) d score
+    slope = 2 * statistics.fmean(abs(score - mean) * error for score, error in row)
+    return statistics.fmean(errors) + (options.uwo_weight * slope if options.objective == "uwo" else 0.0)
+
+
+def _fits(sample: GoldenSample, limit: int) -> bool:
+    return sample.input_ids is None or len(sample.input_ids) <= limit
+
+
+def _served_scores(model: StoredModel, samples: Sequence[GoldenSample], device: str) -> list[list[float]]:
+    with ServedForm(model.path) as served:
+        replies = served.score([sample.request() for sample in samples], device)
+    for sample, reply in zip(samples, replies, strict=True):
+        if "error" in reply:
+            raise ConversionError(f"member {model.name} does not score {_shown(sample)}: {reply['error']}")
+    return [reply["scores"][0] for reply in replies]
+
+
+def _check_own_golden(
+    model: StoredModel, samples: Sequence[GoldenSample], rows: Sequence[Sequence[float]]
+) -> None:
+    scores = {(s.text, s.input_ids): row for s, row in zip(samples, rows, strict=True)}
+    for sample in model.golden.samples:
+        row = scores.get((sample.text, sample.input_ids))
+        for score, right in zip(row or (), sample.scores if row else (), strict=True):
+            if not abs(score - right) <= model.golden.tolerance * max(1.0, abs(right)):  # so that NaN fails
+                raise ConversionError(
+                    f"member {model.name} scores {score} on {_shown(sample)}, expected {right}: "
+                    "the libraries are not those of its conversion; convert it again"
+                )
+
+
+def _shown(sample: GoldenSample, longest: int = 40) -> str:
+    shown = repr(sample.text) if sample.text is not None else f"ids {list(sample.input_ids or ())}"
+    return shown if len(shown) <= longest else f"{shown[:longest]}..."

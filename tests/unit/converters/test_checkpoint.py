@@ -1,0 +1,228 @@
+"""What the converter refuses to serve, each with its reason, before anything is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForSequenceClassification, GPT2LMHeadModel
+
+from conch.converters.checkpoints.reader import check_template, read_checkpoint
+from conch.converters.options import Options, Reading
+from conch.data.preferences import default_template
+from conch.errors import ConversionError
+from tests.tiny import char_tokenizer, reward_checkpoint, tiny_gpt2_config
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_read_checkpoint_takes_the_defaults_of_the_model(tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(str(reward_checkpoint(tmp_path)))
+
+    assert checkpoint.template == "{text}{eos}"
+    assert checkpoint.max_length == 16
+    assert checkpoint.reward_names == ("reward",)
+    assert checkpoint.mean is None and checkpoint.std is None
+    assert checkpoint.model.dtype == torch.float32
+
+
+def test_read_checkpoint_takes_what_the_trainer_wrote(tmp_path: Path) -> None:
+    told = {"template": "{text}", "max_length": 12, "reward_names": ["walk"], "mean": 0.1, "std": 0.4}
+    checkpoint = read_checkpoint(str(reward_checkpoint(tmp_path, reward_model=told)))
+
+    assert (checkpoint.template, checkpoint.max_length) == ("{text}", 12)
+    assert (checkpoint.reward_names, checkpoint.mean, checkpoint.std) == (("walk",), (0.1,), (0.4,))
+
+
+def test_read_checkpoint_lets_arguments_win(tmp_path: Path) -> None:
+    folder = reward_checkpoint(tmp_path, reward_model={"template": "{text}", "max_length": 12})
+    checkpoint = read_checkpoint(str(folder), Reading(template="a{text}", max_length=10))
+
+    assert (checkpoint.template, checkpoint.max_length) == ("a{text}", 10)
+
+
+def test_read_checkpoint_names_several_rewards_after_the_labels(tmp_path: Path) -> None:
+    folder = reward_checkpoint(tmp_path, num_labels=2, id2label={0: "helpful", 1: "harmless"})
+    assert read_checkpoint(str(folder)).reward_names == ("helpful", "harmless")
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({"max_lenght": 12}, r"reward_model\.json: (?s:.*)did you mean `max_length`"),
+        ({"pooling": "max"}, r"reward_model\.json: (?s:.*)pooling"),
+        (
+            {"reward_names": ["a", "b"]},
+            r"the head has 1 outputs \(num_labels\) but reward_model.json names 2: a, b",
+        ),
+        ({"reward_names": ["a,b"]}, "hold no comma"),
+        ({"template": "{txt}"}, "must hold {text} once"),
+        ({"max_length": 17}, "max_length is 17, the model's window is 16"),
+        ({"max_length": 0}, "max_length is 0"),
+        ({"mean": 0.0, "std": 0.0}, "std is .* must be above 0"),
+        ({"mean": [0.0, 1.0]}, "mean has 2 values for 1 rewards"),
+    ],
+)
+def test_read_checkpoint_refuses_a_reward_model_file(
+    tmp_path: Path, told: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(ConversionError, match=expected):
+        read_checkpoint(str(reward_checkpoint(tmp_path, reward_model=told)))
+
+
+def test_read_checkpoint_refuses_a_reward_model_file_that_is_no_json(tmp_path: Path) -> None:
+    (reward_checkpoint(tmp_path) / "reward_model.json").write_text("[1")
+    with pytest.raises(ConversionError, match=r"reward_model\.json is not a readable JSON object"):
+        read_checkpoint(str(tmp_path))
+
+
+def test_read_checkpoint_refuses_a_folder_without_tokenizer(tmp_path: Path) -> None:
+    folder = reward_checkpoint(tmp_path)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ConversionError, match=r"has no tokenizer files; save"):
+        read_checkpoint(str(folder))
+
+
+def test_read_checkpoint_refuses_a_language_model_whose_head_would_be_random(tmp_path: Path) -> None:
+    tokenizer = char_tokenizer("abc")
+    GPT2LMHeadModel(tiny_gpt2_config(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(
+        ConversionError, match=r"no complete AutoModelForSequenceClassification: score\.weight missing"
+    ):
+        read_checkpoint(str(tmp_path))
+
+
+def test_read_checkpoint_refuses_an_adapter_that_names_no_model(tmp_path: Path) -> None:
+    folder = reward_checkpoint(tmp_path / "checkpoint")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        ConversionError, match=r"adapter_config\.json .*names no base model.*or give --base_model"
+    ):
+        read_checkpoint(str(folder))
+
+
+def test_read_checkpoint_refuses_missing_tensors(tmp_path: Path) -> None:
+    edit_weights(reward_checkpoint(tmp_path), lambda weights: weights.pop("transformer.h.1.ln_1.weight"))
+    with pytest.raises(ConversionError, match=r"transformer\.h\.1\.ln_1\.weight missing"):
+        read_checkpoint(str(tmp_path))
+
+
+def test_read_checkpoint_refuses_tensors_of_another_shape(tmp_path: Path) -> None:
+    edit_json(reward_checkpoint(tmp_path) / "config.json", id2label={"0": "a", "1": "b"})
+    with pytest.raises(ConversionError, match=r"score\.weight|cannot be loaded"):
+        read_checkpoint(str(tmp_path))
+
+
+def test_read_checkpoint_refuses_nan_weights(tmp_path: Path) -> None:
+    def poison(weights: dict[str, torch.Tensor]) -> None:
+        weights["transformer.ln_f.bias"][3] = float("nan")
+
+    edit_weights(reward_checkpoint(tmp_path), poison)
+    with pytest.raises(ConversionError, match=r"weight transformer\.ln_f\.bias holds NaN"):
+        read_checkpoint(str(tmp_path))
+
+
+def test_read_checkpoint_refuses_a_model_without_pad_token(tmp_path: Path) -> None:
+    edit_json(reward_checkpoint(tmp_path) / "config.json", pad_token_id=None)
+    with pytest.raises(ConversionError, match="has no pad_token_id, so samples cannot be batched"):
+        read_checkpoint(str(tmp_path))
+
+
+def test_read_checkpoint_refuses_a_tokenizer_that_is_too_big(tmp_path: Path) -> None:
+    reward_checkpoint(tmp_path, letters="abc")
+    char_tokenizer("abcdefgh").save_pretrained(tmp_path)
+    with pytest.raises(
+        ConversionError, match=r"the tokenizer's highest id is 10, but the model embeds ids 0\.\.5"
+    ):
+        read_checkpoint(str(tmp_path))
+
+
+def test_read_checkpoint_refuses_what_is_no_model_folder(tmp_path: Path) -> None:
+    char_tokenizer("abc").save_pretrained(tmp_path)
+    with pytest.raises(ConversionError, match="no configuration that transformers knows"):
+        read_checkpoint(str(tmp_path))
+
+
+def test_read_checkpoint_keeps_the_window_of_an_encoder(tmp_path: Path) -> None:
+    tokenizer = char_tokenizer("abc")
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=20,
+        num_labels=1,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+
+    assert read_checkpoint(str(tmp_path)).max_length == 20
+
+
+def test_default_template_adds_no_eos_where_the_tokenizer_closes_the_text() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = char_tokenizer("abc")
+    assert default_template(tokenizer) == "{text}{eos}"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", tokenizer.eos_token_id)]
+    )
+    assert default_template(tokenizer) == "{text}"
+
+
+@pytest.mark.parametrize("template", ["{text}", "{text}{eos}", "Q: {text}{eos}", "{{}}{text}"])
+def test_check_template_accepts(template: str) -> None:
+    check_template(template, char_tokenizer("abc"))
+
+
+@pytest.mark.parametrize(
+    "template", ["", "{eos}", "{text}{text}", "{text!r}", "{text:>9}", "{0}", "{text.upper}", "{text"]
+)
+def test_check_template_refuses(template: str) -> None:
+    with pytest.raises(ConversionError, match="template"):
+        check_template(template, char_tokenizer("abc"))
+
+
+def test_check_template_refuses_eos_where_the_tokenizer_has_none() -> None:
+    tokenizer = char_tokenizer("abc")
+    tokenizer.eos_token = None
+    with pytest.raises(ConversionError, match="has no eos token"):
+        check_template("{text}{eos}", tokenizer)
+
+
+def test_options_refuse_a_base_model_that_is_not_there() -> None:
+    with pytest.raises(ConversionError, match=r"base model folder \./nowhere does not exist"):
+        Options("org/model", "name", Path("store"), reading=Reading(base_model="./nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"keep": -1}, "keep is -1"),
+        ({"gpu": -1}, "gpu is -1"),
+        ({"max_batch_size": 0}, "max_batch_size is 0"),
+        ({"max_queue_delay_us": -1}, "max_queue_delay_us is -1"),
+        ({"instances": 0}, "instances is 0"),
+        ({"form": "token", "reading": Reading(template="chat")}, "needs --form text"),
+    ],
+)
+def test_options_refuse_what_cannot_be(settings: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConversionError, match=expected):
+        Options("org/model", "name", Path("store"), **settings)

@@ -1,0 +1,133 @@
+"""Rows of public datasets: what each trainer makes of every form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from conch.data.formats import judgement_form, listed, prompt_form, rewarded_form, sample_form
+from conch.data.preferences import judgement
+from conch.errors import DataError
+
+ASKED = [{"role": "user", "content": "sky?"}]
+BLUE = [{"role": "assistant", "content": "blue"}]
+GREEN = [{"role": "assistant", "content": "green"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "sample"),
+    [
+        ("abc", "abc"),
+        ({"text": "abc", "source": "x"}, "abc"),
+        ({"messages": [*ASKED, *BLUE]}, {"messages": [*ASKED, *BLUE]}),
+        ({"prompt": "a", "completion": "b", "id": 3}, {"prompt": "a", "completion": "b"}),
+        ({"prompt": ASKED, "completion": BLUE}, {"prompt": ASKED, "completion": BLUE}),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "completion": "b"}),
+        ({"chosen": "ab", "rejected": "ac"}, "ab"),
+        ({"chosen": [*ASKED, *BLUE], "rejected": [*ASKED, *GREEN]}, {"messages": [*ASKED, *BLUE]}),
+    ],
+)
+def test_sample_of_every_form(row: Any, sample: Any) -> None:
+    made = sample_form(row)
+    assert made == sample
+
+
+@pytest.mark.parametrize(
+    "row",
+    [3, None, [], {"prompt": "a"}, {"completion": "b"}, {"prompt": ASKED, "completion": "b"}, {"text": 3}],
+)
+def test_what_is_no_sample_is_refused(row: Any) -> None:
+    with pytest.raises(DataError, match="is neither a string"):
+        sample_form(row)
+
+
+def test_prompts_keep_their_other_keys() -> None:
+    assert prompt_form("a") == "a"
+    assert prompt_form({"prompt": ASKED, "answer": 3}) == {"prompt": ASKED, "answer": 3}
+    for row in ({"prompt": 3}, {"text": "a"}, 3, [*ASKED]):
+        with pytest.raises(DataError, match="is neither a string nor a dict"):
+            prompt_form(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "made"),
+    [
+        ({"chosen": "ab", "rejected": "ac", "margin": 1}, {"chosen": "ab", "rejected": "ac", "margin": 1}),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, {"chosen": "ab", "rejected": "ac"}),
+        (
+            {"prompt": ASKED, "chosen": BLUE, "rejected": GREEN},
+            {"chosen": [*ASKED, *BLUE], "rejected": [*ASKED, *GREEN]},
+        ),
+        ({"prompt": "a", "completion": "b", "label": True}, {"text": "ab", "score": 1.0}),
+        ({"prompt": "a", "completion": "b", "label": False}, {"text": "ab", "score": 0.0}),
+        ({"prompt": "a", "text": "b", "score": 0.5}, {"text": "ab", "score": 0.5}),
+    ],
+)
+def test_judgement_of_every_form(row: Any, made: Any) -> None:
+    assert judgement_form(row) == made
+    assert judgement(row) == made
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "a", "chosen": BLUE, "rejected": GREEN}, 'needs a "prompt" and a "chosen" that are both'),
+        (
+            {"prompt": "a", "completion": "b", "label": "good"},
+            "has the label 'good': it must be true or false",
+        ),
+        ({"chosen": "ab"}, 'has no string "rejected"'),
+        ({"chosen": "ab", "rejected": "ac", "margin": -1}, "its margin -1 is not a finite number"),
+        ({"text": "ab", "score": float("nan")}, "its score nan is not a finite number"),
+    ],
+)
+def test_what_is_no_judgement_is_refused_in_words_that_follow_its_name(row: Any, reason: str) -> None:
+    with pytest.raises(DataError) as caught:
+        judgement(row)
+    assert str(caught.value).startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("row", "made"),
+    [
+        ({"sample": ["a", "b"], "reward": 0.3}, [(["a", "b"], 0.3)]),
+        ({"prompt": "a", "completion": "b", "label": True}, [(["a", "b"], 1.0)]),
+        ({"prompt": "a", "completion": "b", "label": 0}, [(["a", "b"], -1.0)]),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, [(["a", "b"], 1.0), (["a", "c"], -1.0)]),
+        (
+            {"chosen": "The sky is blue.", "rejected": "The sky is black."},
+            [(["The sky is", " blue."], 1.0), (["The sky is", " black."], -1.0)],
+        ),
+        (
+            {"chosen": [*ASKED, *BLUE], "rejected": [*ASKED, *GREEN]},
+            [({"prompt": ASKED, "completion": BLUE}, 1.0), ({"prompt": ASKED, "completion": GREEN}, -1.0)],
+        ),
+    ],
+)
+def test_rewarded_samples_of_every_form(row: Any, made: Any) -> None:
+    assert rewarded_form(row) == made
+
+
+def test_an_answer_is_never_empty_where_one_text_begins_with_the_other() -> None:
+    (chosen, _), (rejected, _) = rewarded_form({"chosen": "I am", "rejected": "I am not"})
+    assert (chosen, rejected) == (["I", " am"], ["I", " am not"])
+
+
+@pytest.mark.parametrize("row", ["a", {"chosen": "ab", "rejected": 3}, {"chosen": "a", "rejected": "b"}, {}])
+def test_what_has_no_reward_is_refused(row: Any) -> None:
+    with pytest.raises(DataError):
+        rewarded_form(row)
+
+
+def test_rows_of_datasets_are_listed_and_its_dicts_refused() -> None:
+    from datasets import Dataset, DatasetDict
+
+    split = Dataset.from_list([{"text": "a"}, {"text": "b"}])
+    assert listed(split, "samples") == [{"text": "a"}, {"text": "b"}]
+    assert listed(split["text"], "samples") == ["a", "b"]
+    assert listed(split.to_iterable_dataset(), "samples") == [{"text": "a"}, {"text": "b"}]
+    with pytest.raises(DataError, match="the samples are a dict of train: give one of its values"):
+        listed(DatasetDict({"train": split}), "samples")
+    with pytest.raises(DataError, match="the samples are one string"):
+        listed("abc", "samples")

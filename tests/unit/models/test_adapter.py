@@ -1,0 +1,345 @@
+"""An adapter trains alone, comes off without a trace, and is saved alone or merged."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from conch.config import GenerationConfig, ModelConfig
+from conch.errors import ConfigError, ModelError
+from conch.models.adapter import adapter_off, has_adapter, merged_copy
+from conch.models.freezing import choose_trainable
+from conch.models.loading import load_lm, load_sequence_classifier
+from conch.models.policy import PolicyWithValue, response_logits
+from conch.models.reference import AdapterOffReference, build_reference
+from conch.rollouts.hf.engine import HFEngine
+from conch.runs.checkpoint import save_model
+from conch.types import Prompt
+from tests.numerics import network_rounding, rounding
+from tests.tiny import LANGUAGE_MODELS, char_tokenizer, decoder_shape, tiny_decoder
+
+TOKENIZER = char_tokenizer("abcdefghijklmnopqrstu")
+PAD = 21
+ignore_peft = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
+def a_batch() -> tuple[Tensor, Tensor, int]:
+    """Rows with 3 and 0 pads on the left."""
+    ids = torch.randint(0, PAD, (2, 10), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[0, :3] = False
+    return ids.masked_fill(~mask, PAD), mask, 4
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> Tensor:
+    return response_logits(model, *a_batch())
+
+
+def settings(family: str = "gpt2", *, merge: bool = True, **peft_config: Any) -> ModelConfig:
+    values = {"r": 2, "lora_alpha": 4, **peft_config}
+    return ModelConfig(architecture=decoder_shape(family), peft_config=values, merge_adapter=merge)
+
+
+def base_model(family: str) -> PreTrainedModel:
+    """Frozen, as it is below an adapter: torch may multiply by weights that learn in another order."""
+    return tiny_decoder(family).requires_grad_(False)  # pyright: ignore[reportReturnType]
+
+
+def adapted(family: str, *, learned: bool = True, **peft_config: Any) -> PreTrainedModel:
+    """A model with an adapter, as if it had learned something."""
+    lm = tiny_decoder(family)
+    choose_trainable(lm, settings(family, **peft_config))
+    if learned:
+        learn(lm)
+    return lm
+
+
+@torch.no_grad()
+def learn(model: PreTrainedModel) -> None:
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+def classifier(**peft_config: Any) -> PreTrainedModel:
+    config = settings("llama", **peft_config)
+    torch.manual_seed(0)
+    model = load_sequence_classifier(config, num_labels=1, pad_token_id=PAD)
+    choose_trainable(model, config)
+    return model
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
+def test_adapter_and_value_head_alone_learn(family: str) -> None:
+    policy = PolicyWithValue(adapted(family))
+    torch.nn.init.normal_(policy.value_head.out.weight)
+    before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+    output = policy(*a_batch())
+    (output.logits.square().mean() + (output.values - 1).square().mean()).backward()
+    optimizer.step()
+    moved = {name for name, tensor in policy.state_dict().items() if not torch.equal(tensor, before[name])}
+
+    assert moved == {name for name in before if "lora_" in name or name.startswith("value_head.")}
+
+
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
+def test_model_starts_as_its_base_and_is_it_again_with_the_adapter_off(family: str) -> None:
+    base, lm = logits(base_model(family)), adapted(family, learned=False)
+    assert torch.equal(logits(lm), base)
+    learn(lm)
+
+    assert not torch.isclose(logits(lm), base).all()
+    with adapter_off(lm):
+        assert torch.equal(logits(lm), base)
+    assert not torch.isclose(logits(lm), base).all()
+
+
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
+def test_reference_of_an_adapted_model_is_its_base(family: str) -> None:
+    base, lm = logits(base_model(family)), adapted(family, learned=False).train()
+    reference, parameters = build_reference(lm, -1), len(list(lm.parameters()))
+    assert isinstance(reference, AdapterOffReference)
+    assert torch.equal(reference.logits(*a_batch()), logits(lm)), "KL must be exactly 0 at first"
+    learn(lm)
+    trained, was_trainable = logits(lm), [p.requires_grad for p in lm.parameters()]
+
+    assert torch.equal(reference.logits(*a_batch()), base)
+    assert torch.equal(logits(lm), trained) and lm.training
+    assert [p.requires_grad for p in lm.parameters()] == was_trainable and len(was_trainable) == parameters
+
+
+def test_adapter_is_on_again_after_a_failure() -> None:
+    lm = adapted("gpt2")
+    trained = logits(lm)
+    ids, mask, _ = a_batch()
+    with pytest.raises(IndexError):
+        build_reference(lm, -1).logits(ids + 1000, mask, 4)
+
+    assert torch.equal(logits(lm), trained)
+
+
+def test_trained_copies_of_whole_modules_come_on_again() -> None:
+    lm = adapted("gpt2", modules_to_save=["ln_f"])
+    base, trained = logits(base_model("gpt2")), logits(lm)
+
+    assert torch.equal(build_reference(lm, -1).logits(*a_batch()), base)
+    assert torch.equal(logits(lm), trained)
+
+
+def test_adapter_has_no_dropout_unless_the_config_allows_it() -> None:
+    lm = adapted("gpt2", lora_dropout=0.5).train()
+
+    assert torch.equal(logits(lm), logits(lm))
+
+
+def test_adapter_of_a_bfloat16_model_is_held_in_float32() -> None:
+    lm = tiny_decoder("llama").bfloat16()
+    choose_trainable(lm, settings("llama"))
+    learn(lm)
+
+    assert {p.dtype for p in lm.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in lm.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert logits(lm).dtype == torch.bfloat16
+    merged = merged_copy(lm)
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(logits(merged), logits(lm), rtol=0, atol=0.1)
+
+
+def test_adapted_model_samples_from_what_it_learned() -> None:
+    lm = adapted("gpt2")
+    config = GenerationConfig(max_new_tokens=4)
+    [[rollout]] = list(
+        HFEngine(lambda: lm, TOKENIZER, config, version=lambda: 0).generate([Prompt("ab", (0, 1))])
+    )
+    ids = torch.tensor([[0, 1, *rollout.completion.token_ids]])
+    with torch.no_grad():
+        table = response_logits(lm, ids, torch.ones_like(ids, dtype=torch.bool), ids.shape[1] - 2)
+    expected = table.log_softmax(-1).gather(-1, ids[:, 2:, None])[0, :, 0]
+
+    sampled = torch.tensor(rollout.completion.logprobs, dtype=torch.float64)
+    torch.testing.assert_close(sampled, expected, rtol=0, atol=rounding(table, 8))
+
+
+def test_head_of_a_reward_model_trains_beside_its_adapter() -> None:
+    model = classifier()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+
+    assert {"score" in name or "lora_" in name for name in trained} == {True}
+    assert any("score" in name for name in trained)
+
+
+# ----------------------------------------------------------------------------------------------------- saving
+
+
+@ignore_peft
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
+def test_adapter_is_saved_alone_and_peft_loads_it_onto_the_base(family: str, tmp_path: Path) -> None:
+    auto_class = AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
+    tiny_decoder(family, dtype=torch.float32).save_pretrained(tmp_path / "base")
+    config = ModelConfig(path=str(tmp_path / "base"), peft_config={"r": 2})
+    lm = load_lm(config)
+    choose_trainable(lm, config)
+    learn(lm)
+    folder = save_model(tmp_path / "step_1", lm, TOKENIZER)
+    loaded = PeftModel.from_pretrained(auto_class.from_pretrained(tmp_path / "base"), str(folder)).eval()
+
+    assert (folder / "adapter_config.json").is_file() and (folder / "adapter_model.safetensors").is_file()
+    assert not (folder / "model.safetensors").exists() and not (folder / "config.json").exists()
+    expected = logits(lm)
+    bound = network_rounding(expected)
+    torch.testing.assert_close(logits(loaded.base_model.model), expected, rtol=0, atol=bound)
+    torch.testing.assert_close(logits(load_lm(ModelConfig(path=str(folder)))), expected, rtol=0, atol=bound)
+
+
+@ignore_peft
+def test_saved_adapter_finds_its_base_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_decoder("llama", dtype=torch.float32).save_pretrained("base")
+    config = ModelConfig(path="base", peft_config={"r": 2})
+    lm = load_lm(config)
+    choose_trainable(lm, config)
+    learn(lm)
+    save_model(tmp_path / "step_1", lm, TOKENIZER)
+    monkeypatch.chdir("/")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "step_1"))
+
+    expected = logits(lm)
+    found = logits(loaded.base_model.model.eval())
+    torch.testing.assert_close(found, expected, rtol=0, atol=network_rounding(expected))
+
+
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
+def test_merged_folder_is_an_ordinary_model_and_the_live_one_is_untouched(
+    family: str, tmp_path: Path
+) -> None:
+    lm = adapted(family)
+    before, state = logits(lm), {name: tensor.clone() for name, tensor in lm.state_dict().items()}
+    folder = save_model(tmp_path / "step_1", lm, TOKENIZER, merge_adapter=True)
+    auto_class = AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
+    loaded, info = auto_class.from_pretrained(folder, output_loading_info=True)
+
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not (folder / "adapter_config.json").exists() and not has_adapter(loaded)
+    torch.testing.assert_close(logits(loaded.eval()), before, rtol=0, atol=1e-10)
+    assert torch.equal(logits(lm), before)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in lm.state_dict().items())
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@torch.no_grad()
+def test_saved_reward_model_scores_as_it_did(merge: bool, tmp_path: Path) -> None:
+    config = settings("llama")
+    torch.manual_seed(0)
+    load_sequence_classifier(config, num_labels=1, pad_token_id=PAD).save_pretrained(tmp_path / "base")
+    config = ModelConfig(path=str(tmp_path / "base"), peft_config={"r": 2})
+    model = load_sequence_classifier(config, num_labels=1, pad_token_id=PAD)
+    choose_trainable(model, config)
+    learn(model)
+    scores = model.eval()(*a_batch()[:1]).logits
+    folder = save_model(tmp_path / "rm", model, TOKENIZER, merge_adapter=merge)
+    loaded = load_sequence_classifier(ModelConfig(path=str(folder)), num_labels=1, pad_token_id=PAD).eval()
+
+    found = loaded(*a_batch()[:1]).logits
+    torch.testing.assert_close(found, scores, rtol=0, atol=network_rounding(scores))
+
+
+def test_adapter_on_a_merged_one_belongs_to_it(tmp_path: Path) -> None:
+    tiny_decoder("gpt2", dtype=torch.float32).save_pretrained(tmp_path / "base")
+    path = str(tmp_path / "base")
+    for name in ("first", "second"):
+        config = ModelConfig(path=path, peft_config={"r": 2})
+        lm = load_lm(config)
+        choose_trainable(lm, config)
+        learn(lm)
+        path = str(save_model(tmp_path / name, lm, TOKENIZER))
+
+    found, expected = logits(load_lm(ModelConfig(path=path))), logits(lm)
+    torch.testing.assert_close(found, expected, rtol=0, atol=network_rounding(expected))
+
+
+@pytest.mark.parametrize(
+    ("damage", "wanted"),
+    [
+        ("{", "damaged"),
+        ("{}", "damaged"),
+        ('{"base_model_name_or_path": null}', "names no base model"),
+        ('{"base_model_name_or_path": "/nowhere/base"}', "no folder '/nowhere/base'"),
+    ],
+)
+def test_adapter_without_its_base_is_refused(damage: str, wanted: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(damage)
+
+    with pytest.raises(ModelError, match=wanted):
+        load_lm(ModelConfig(path=str(tmp_path)))
+
+
+def test_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
+    for folder, width in (("base", 32), ("other", 64)):
+        tiny_decoder("llama", hidden_size=width).save_pretrained(tmp_path / folder)
+    config = ModelConfig(path=str(tmp_path / "base"), peft_config={"r": 2})
+    lm = load_lm(config)
+    choose_trainable(lm, config)
+    file = save_model(tmp_path / "step_1", lm, TOKENIZER) / "adapter_config.json"
+    file.write_text(
+        json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(tmp_path / "other")})
+    )
+
+    with pytest.raises(ModelError, match=r"the adapter in .*step_1' does not fit its base .*other'"):
+        load_lm(ModelConfig(path=str(tmp_path / "step_1")))
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("peft_config", "wanted"),
+    [
+        ({"lora_alfa": 2}, r"`model\.peft_config\.lora_alfa` is no key .* did you mean `lora_alpha`"),
+        ({"r": 0}, "`r` should be a positive integer"),
+        ({"target_modules": ["c_attn", "q_prj"]}, "GPT2LMHeadModel has no layer 'q_prj'; there are .*c_attn"),
+        ({"target_modules": "nothing"}, "does not fit a GPT2LMHeadModel: .*nothing"),
+        ({"modules_to_save": ["ln_g"]}, "modules_to_save.*: GPT2LMHeadModel has no layer 'ln_g'"),
+        ({"layers_to_transform": [0, 7]}, "no layer 7 of GPT2LMHeadModel"),
+        ({"bias": "all"}, "`model.peft_config.bias` must be none"),
+        ({"init_lora_weights": False}, "init_lora_weights` = False would start the model elsewhere"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights` = 'pissa' would start the model elsewhere"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication` makes an adapter that cannot"),
+        ({"target_modules": ["lm_head"]}, "names lm_head, whose weight embeddings and head share"),
+        ({"target_modules": ["wte"]}, "names transformer.wte, whose weight embeddings and head share"),
+    ],
+)
+def test_bad_peft_config_is_refused(peft_config: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(ConfigError, match=wanted):
+        choose_trainable(tiny_decoder("gpt2"), settings("gpt2", **peft_config))
+
+
+def test_adapter_whose_base_is_nowhere_must_be_merged() -> None:
+    with pytest.raises(ConfigError, match=r"comes from no folder: set `model\.merge_adapter=true`"):
+        choose_trainable(tiny_decoder("gpt2"), settings("gpt2", merge=False))
+
+
+def test_second_adapter_is_refused() -> None:
+    lm = adapted("gpt2")
+
+    with pytest.raises(ConfigError, match="carries an adapter already"):
+        choose_trainable(lm, settings("gpt2"))
+
+
+def test_copy_of_an_adapted_model_keeps_its_adapter() -> None:
+    lm = adapted("gpt2")
+
+    assert torch.equal(logits(copy.deepcopy(lm)), logits(lm))

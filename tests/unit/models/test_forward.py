@@ -1,0 +1,199 @@
+"""Packed rows, with prompts that responses share, give what padded rows give: outputs, gradients, updates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from conch.models.forward import Layout, Rows, padded_rows
+from conch.models.freezing import freeze_trunk
+from conch.models.policy import PolicyWithValue
+from conch.models.reference import build_reference
+from conch.ops import logprobs_of_labels
+from tests.numerics import family_rounding, network_rounding
+from tests.runs import LINEAR_ADAM, grpo_trainer, parameters, policy, ppo_trainer
+from tests.tiny import DECODERS, padded_batch, tiny_decoder
+
+PAD = 21
+PROMPTS = [[1, 2, 3, 4], [5, 6], [1, 2, 3, 4], [1, 2, 3, 4], [7, 8, 9], [2]]
+RESPONSES = [[10, 11, 12], [13, 14, 15, 16, 17], [18, 17], [], [19, 20], [3, 3, 3, 3]]
+"""One prompt has three responses, one of them empty."""
+
+
+def a_batch(
+    prompts: list[list[int]] = PROMPTS, responses: list[list[int]] = RESPONSES
+) -> tuple[Tensor, Tensor, int]:
+    return padded_batch(prompts, responses, PAD)
+
+
+def awake(policy: PolicyWithValue) -> PolicyWithValue:
+    torch.manual_seed(2)
+    for parameter in policy.value_head.parameters():
+        torch.nn.init.normal_(parameter)
+    return policy
+
+
+def found(policy: PolicyWithValue, rows: Rows) -> tuple[Tensor, Tensor]:
+    output = policy(*rows.inputs)
+    return rows.of_samples(logprobs_of_labels(output.logits, rows.labels, 0.7)), rows.of_samples(
+        output.values
+    )
+
+
+@pytest.mark.parametrize("value_layers", [0, 2])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", DECODERS)
+def test_packed_rows_give_the_outputs_and_gradients_of_padded_ones(
+    family: str, attention: str, value_layers: int
+) -> None:
+    # Eager attention takes its softmax in float32, where the least float64 of a mask becomes -inf.
+    is_exact = attention == "sdpa"
+    lm = tiny_decoder(family, dtype=torch.float64 if is_exact else torch.float32)
+    lm.set_attn_implementation(attention)
+    layout = Layout(lm)
+    assert layout.packs
+    outputs, gradients = [], []
+    for rows in (padded_rows(*a_batch()), layout.rows(*a_batch())):
+        module = awake(PolicyWithValue(lm, num_value_layers=value_layers))
+        logprobs, values = found(module, rows)
+        module.zero_grad()
+        (
+            (logprobs * torch.linspace(1, 2, logprobs.numel()).view_as(logprobs)).sum()
+            + values.square().sum()
+        ).backward()
+        outputs.append(torch.stack([logprobs, values]).detach())
+        gradients.append({name: p.grad for name, p in module.named_parameters() if p.grad is not None})
+    bound = family_rounding(family, outputs[0]) if is_exact else network_rounding(outputs[0])
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=bound)
+    assert (outputs[0][:, ~a_batch()[1][:, -a_batch()[2] :]] == 0).all()
+    assert gradients[0].keys() == gradients[1].keys()
+    largest = max(float(gradient.abs().max()) for gradient in gradients[0].values())
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=bound * largest)
+
+
+@pytest.mark.parametrize("unfrozen", [-1, 1])
+@torch.no_grad()
+def test_references_read_packed_rows_and_start_as_the_policy(unfrozen: int) -> None:
+    lm = tiny_decoder("llama")
+    freeze_trunk(lm, unfrozen)
+    policy, reference, rows = PolicyWithValue(lm), build_reference(lm, unfrozen), Layout(lm).rows(*a_batch())
+    with reference.recording():
+        logits = policy(*rows.inputs).logits
+    assert torch.equal(reference.logits(*rows.inputs), logits)
+    assert logits.shape[:2] == (1, sum(map(len, RESPONSES)))
+
+
+def test_a_prompt_is_read_once_for_its_responses_and_last_tokens_not_at_all() -> None:
+    ids, _, _, positions = Layout(tiny_decoder("gpt2")).rows(*a_batch()).inputs
+    # The longest piece is 1, 2, 3, 4 with 10, 11 and 18: 7 columns in a row. 12, 17, ... are last tokens.
+    assert sorted(map(tuple, ids.tolist())) == [
+        (1, 2, 3, 4, 10, 11, 18),
+        (2, 3, 3, 3, 0, 0, 0),
+        (5, 6, 13, 14, 15, 16, 0),
+        (7, 8, 9, 19, 0, 0, 0),
+    ]
+    assert positions[ids.tolist().index([1, 2, 3, 4, 10, 11, 18])].tolist() == [0, 1, 2, 3, 4, 5, 4]
+
+
+def test_responses_to_one_prompt_share_it_up_to_its_own_length() -> None:
+    prompts, responses = [[1, 2, 3, 4, 5, 6]] * 5, [[7, 8, 9]] * 5
+    ids = Layout(tiny_decoder("gpt2")).rows(*a_batch(prompts, responses)).inputs[0]
+    # Two read tokens each: three responses fill six columns beside the prompt, the other two stand apart.
+    assert ids.tolist() == [[1, 2, 3, 4, 5, 6, *[7, 8] * 3], [1, 2, 3, 4, 5, 6, *[7, 8] * 2, 0, 0]]
+
+
+def test_short_samples_stand_in_one_row() -> None:
+    prompts, responses = [[1, 2, 3, 4], [5], [6]], [[7, 8, 9], [10, 11], [12, 13]]
+    ids = Layout(tiny_decoder("gpt2")).rows(*a_batch(prompts, responses)).inputs[0]
+    assert ids.tolist() == [[1, 2, 3, 4, 7, 8], [5, 10, 6, 12, 0, 0]]
+
+
+def test_responses_without_a_token_still_run_the_model() -> None:
+    """DDP waits for a gradient of every parameter."""
+    policy, rows = awake(PolicyWithValue(tiny_decoder("gpt2"))), None
+    rows = Layout(policy.lm).rows(*a_batch([[1, 2], [3]], [[], []]))
+    logprobs, values = found(policy, rows)
+    (logprobs.sum() + values.sum()).backward()
+    assert logprobs.shape == (2, 2) and (logprobs == 0).all()
+    assert all(p.grad is not None and not p.grad.any() for p in policy.parameters())
+
+
+def bloom() -> Any:
+    config = AutoConfig.for_model("bloom", vocab_size=24, hidden_size=32, n_layer=2, n_head=2)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def forgetful() -> Any:
+    lm = policy()
+    wrapped = lm.forward
+
+    def forward(position_ids: Any = None, attention_mask: Any = None, **inputs: Any) -> Any:
+        return wrapped(**inputs)
+
+    lm.forward = forward  # pyright: ignore[reportAttributeAccessIssue]
+    return lm
+
+
+@pytest.mark.parametrize("made", [bloom, lambda: tiny_decoder("t5"), forgetful])
+def test_models_that_take_no_packed_rows_read_padded_ones(made: Any) -> None:
+    layout = Layout(made())
+    assert not layout.packs
+    ids, mask, num_response = layout.rows(*a_batch()).inputs
+    assert ids.shape == (6, 4 + 6) and num_response == 6, "columns before the longest prompt are gone"
+    assert torch.equal(ids[mask], a_batch()[0][a_batch()[1]])
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 5}),
+        (
+            "gpt_neo",
+            {"attention_types": [[["global", "local"], 1]], "window_size": 5, "num_layers": 2},
+        ),
+    ],
+)
+@torch.no_grad()
+def test_rows_longer_than_a_local_attention_sees_are_padded(family: str, settings: dict[str, Any]) -> None:
+    """Their mask would let tokens look further back than the model ever did."""
+    shape = {"hidden_size": 32, "num_heads": 2, "max_position_embeddings": 32, "bos_token_id": None}
+    settings = {**settings, **(shape if family == "gpt_neo" else {})}
+    if family == "gpt_neo":
+        config = AutoConfig.for_model("gpt_neo", vocab_size=24, pad_token_id=21, eos_token_id=22, **settings)
+        lm = AutoModelForCausalLM.from_config(config).eval()
+    else:
+        lm = tiny_decoder(family, **settings)
+    layout = Layout(lm)
+    assert len(layout.rows(*a_batch()).inputs) == 3
+    short = a_batch([[1, 2], [3]], [[4, 5, 6], [7]])
+    rows, padded = layout.rows(*short), padded_rows(*short)
+    assert len(rows.inputs) == 4
+    module = PolicyWithValue(lm)
+    wanted = found(module, padded)[0]
+    torch.testing.assert_close(found(module, rows)[0], wanted, rtol=0, atol=family_rounding(family, wanted))
+
+
+@pytest.mark.parametrize("make", [ppo_trainer, grpo_trainer])
+def test_an_update_on_packed_rows_is_that_on_padded_ones(tmp_path: Path, make: Any) -> None:
+    moved, metrics = [], []
+    for packs in (False, True):
+        trainer = make(
+            tmp_path / str(packs),
+            lm=policy(),
+            optimizer=LINEAR_ADAM,
+            train={"gradient_accumulation_steps": 2},
+        )
+        assert trainer.layout.packs
+        trainer.layout.packs = packs
+        rollouts = trainer.rollout(trainer.prompts[:2] if make is grpo_trainer else trainer.prompts[:8])
+        batch = trainer.experience(rollouts, trainer.score(rollouts))
+        metrics.append(trainer.update(batch)["train/loss"])
+        moved.append(parameters(trainer.policy))
+    torch.testing.assert_close(moved[1], moved[0], rtol=1e-9, atol=1e-11)
+    assert metrics[1] == pytest.approx(metrics[0], rel=1e-6, abs=1e-9)

@@ -1,0 +1,143 @@
+"""Identity, Memory and secret headers: small parts of the client of a served model."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from conch.addresses import secret_headers
+from conch.config import OnModelChange
+from conch.errors import ConfigError
+from conch.rewards.client.cache import Identity, Memory
+from conch.rewards.client.transport import ModelInfo, Row
+from conch.types import RewardResult, RewardStatus
+
+OLD, NEW = ModelInfo(reward_names=("help",), content="0" * 64), "1" * 64
+
+
+def identity(policy: OnModelChange = "raise") -> Identity:
+    made = Identity(policy)
+    assert made.refusal("model `m` at a", OLD, is_new=True) == ""
+    return made
+
+
+@pytest.mark.parametrize(
+    ("info", "words"),
+    [
+        (
+            ModelInfo(takes_tokens=True, reward_names=("help",)),
+            "`m` at b takes token ids, but model `m` at a",
+        ),
+        (ModelInfo(reward_names=("harm",)), "at b gives the rewards harm, but model `m` at a gives the rew"),
+        (
+            ModelInfo(reward_names=("help",), content=NEW),
+            "at b serves content 111111111111, but model `m` at a 000000000000",
+        ),
+    ],
+)
+def test_replica_of_another_model_is_refused_naming_both(info: ModelInfo, words: str) -> None:
+    refusal = identity().refusal("model `m` at b", info, is_new=True)
+    assert words in refusal
+    assert "load the same version on all of them" in refusal
+
+
+def test_replica_that_does_not_state_its_content_is_taken() -> None:
+    assert identity().refusal("model `m` at b", ModelInfo(reward_names=("help",)), is_new=True) == ""
+
+
+def test_replica_that_comes_back_changed_is_a_change_of_the_model() -> None:
+    model = identity()
+    assert model.refusal("a", ModelInfo(reward_names=("help",), content=NEW), is_new=False) == ""
+    assert model.answered("a", "2", NEW)
+    assert "a now serves version 2, content 111111111111, another model" in model.change
+    assert "reward.on_model_change=accept" in model.change
+
+
+def test_same_content_under_another_version_number_is_the_same_model() -> None:
+    model = identity()
+    assert not model.answered("a", "1", OLD.content)
+    assert not model.answered("b", "7", OLD.content)
+    assert model.change == ""
+
+
+def test_without_a_hash_the_version_tells() -> None:
+    model = Identity("raise")
+    assert not model.answered("a", "1", "")
+    assert not model.answered("a", "1", "")
+    assert model.is_current("1", "")
+    assert model.answered("a", "2", "")
+    assert model.is_current("2", "") and not model.is_current("1", "")
+    assert "a now serves version 2, another model" in model.change
+
+
+@pytest.mark.parametrize(
+    ("policy", "level"), [("warn", logging.WARNING), ("accept", logging.INFO), ("raise", logging.ERROR)]
+)
+def test_change_is_told_once_as_loud_as_configured(
+    policy: OnModelChange, level: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "conch")
+    model = identity(policy)
+    assert [model.answered("a", "2", NEW) for _ in range(3)] == [True, False, False]
+    assert not model.answered("a", "1", OLD.content)  # late answers of the old version
+    assert model.is_current("2", NEW) and not model.is_current("1", OLD.content)
+    assert [record.levelno for record in caplog.records] == [level]
+    assert bool(model.change) is (policy == "raise")
+
+
+def result(value: float) -> RewardResult:
+    return RewardResult(RewardStatus.OK, {"reward": value}, latency_s=3.0)
+
+
+def test_memory_keeps_the_rows_that_were_asked_for_last() -> None:
+    memory = Memory(2)
+    memory.keep(Row("a"), result(1.0))
+    memory.keep(Row("b"), result(2.0))
+    found = memory.find(Row("a", position=9))
+    assert found is not None and (found.scores["reward"], found.latency_s) == (1, 0.0)
+    memory.keep(Row("c"), result(3.0))
+    assert memory.find(Row("b")) is None and memory.find(Row("a")) and len(memory) == 2
+    memory.clear()
+    assert memory.find(Row("a")) is None
+
+
+def test_memory_tells_rows_apart_that_look_alike() -> None:
+    memory = Memory(9)
+    memory.keep(Row("a", (1, 23)), result(1.0))
+    assert memory.find(Row("a", (12, 3))) is None
+    assert memory.find(Row("a")) is None
+
+
+def test_memory_of_size_0_remembers_nothing() -> None:
+    memory = Memory(0)
+    memory.keep(Row("a"), result(1.0))
+    assert memory.find(Row("a")) is None
+
+
+def test_headers_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", "Bearer abc=")
+    assert secret_headers({"Authorization": "MY_TOKEN"}) == {"authorization": "Bearer abc="}
+
+
+@pytest.mark.parametrize(
+    ("header", "value", "words"),
+    [
+        ("authorization", None, "MY_TOKEN, which is to hold header `authorization`, is not set"),
+        ("authorization", "", "is not set or empty"),
+        ("authorization", "hunter2\nx-admin: 1", "cannot stand in a header"),
+        ("authorization", "passwört", "cannot stand in a header"),
+        ("bad header", "hunter2", "`bad header` cannot be a header of ours"),
+        ("grpc-timeout", "hunter2", "`grpc-timeout` cannot be a header of ours"),
+        ("token-bin", "hunter2", "`token-bin` cannot be a header of ours"),
+    ],
+)
+def test_unfit_headers_are_refused_without_showing_the_value(
+    header: str, value: str | None, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MY_TOKEN", raising=False)
+    if value is not None:
+        monkeypatch.setenv("MY_TOKEN", value)
+    with pytest.raises(ConfigError, match=words) as caught:
+        secret_headers({header: "MY_TOKEN"})
+    assert "hunter2" not in str(caught.value) and "passw" not in str(caught.value)

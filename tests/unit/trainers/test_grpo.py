@@ -1,0 +1,370 @@
+"""Real GRPO trainers of a tiny policy: what a step must be, against unpadded float64 loops."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2LMHeadModel
+
+from conch.config import load
+from conch.errors import ConfigError
+from conch.losses import LossForm, token_weights
+from conch.trainers.grpo import GRPORunConfig, GRPOTrainer
+from conch.trainers.grpo_batch import kl_to_show
+from conch.types import Rollout
+from tests.runs import (
+    LINEAR_ADAM,
+    PROMPTS,
+    grpo_trainer,
+    letters_rollout,
+    parameters,
+    policy,
+    scored,
+    shake,
+)
+
+ROLLOUTS = [
+    letters_rollout("ab", "bcd"),
+    letters_rollout("ab", "e"),
+    letters_rollout("ab", "ghabc", "length"),
+    letters_rollout("ab", "", "stop"),
+    letters_rollout("h", "aa", "stop"),
+    letters_rollout("h", "hg"),
+    letters_rollout("h", "abcd"),
+    letters_rollout("h", "f", "length"),
+]
+SCORES = (1.0, -2.0, 0.5, 9.0, 0.0, 1.5, None, 2.0)
+FORMS: tuple[LossForm, ...] = ("grpo", "dr_grpo", "dapo", "gspo")
+CLIPS = {"clip_low": 0.1, "clip_high": 0.3}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+def token_logprobs(lm: GPT2LMHeadModel, rollout: Rollout) -> torch.Tensor:
+    """Log-probs of a completion from a forward pass of this one sample, without padding, in float64."""
+    prompt, completion = rollout.prompt.token_ids, rollout.completion.token_ids
+    with torch.no_grad():
+        logits = copy.deepcopy(lm).double()(input_ids=torch.tensor([[*prompt, *completion]])).logits[0]
+    logprobs = logits.log_softmax(-1)
+    return torch.stack(
+        [logprobs[len(prompt) - 1 + place, token] for place, token in enumerate(completion)]
+        or [torch.zeros((), dtype=torch.float64)]
+    )[: len(completion)]
+
+
+def loss_by_loop(
+    form: LossForm, new: GPT2LMHeadModel, old: GPT2LMHeadModel, kl_coef: float, longest: int
+) -> float:
+    """The loss as the papers write it, sample by sample; the reference is the old policy."""
+    used = [
+        row for row, score in enumerate(SCORES) if score is not None and ROLLOUTS[row].completion.token_ids
+    ]
+    num_tokens = sum(len(ROLLOUTS[row].completion.token_ids) for row in used)
+    total = 0.0
+    for row in used:
+        group = [SCORES[other] for other in used if other // 4 == row // 4]
+        mean = sum(group) / len(group)
+        std = math.sqrt(sum((score - mean) ** 2 for score in group) / len(group))
+        advantage = (SCORES[row] - mean) / (1.0 if form == "dr_grpo" else std)
+        log_ratio = token_logprobs(new, ROLLOUTS[row]) - token_logprobs(old, ROLLOUTS[row])
+        if form == "gspo":
+            log_ratio = log_ratio.mean().expand_as(log_ratio)
+        ratio = log_ratio.exp()
+        gain = torch.minimum(advantage * ratio, advantage * ratio.clamp(0.9, 1.3))
+        to_reference = token_logprobs(old, ROLLOUTS[row]) - token_logprobs(new, ROLLOUTS[row])
+        terms = kl_coef * (to_reference.exp() - 1 - to_reference) - gain
+        per = {"dapo": num_tokens, "dr_grpo": len(used) * longest}.get(form, len(used) * len(ratio))
+        total += float(terms.sum()) / per
+    return total
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_loss_is_that_of_the_paper(run_dir: Path, form: LossForm) -> None:
+    old = policy()
+    trainer = grpo_trainer(
+        run_dir,
+        lm=policy(),
+        grpo={"loss": form, **CLIPS, "epochs": 2, "kl": {"coef": 0.5, "estimator": "k3"}},
+    )
+    batch = trainer.experience(ROLLOUTS, scored(*SCORES))
+    shake(trainer.policy.lm, 0.1, seed=5)
+    mask = batch.loss_mask
+    shares = mask.float() / mask.sum()
+    loss, stats = trainer._loss(batch, token_weights(mask, form, 5), shares)
+    assert float(stats["train/clip_fraction"]) > 0  # the clip is part of what is compared
+    assert loss.item() == pytest.approx(loss_by_loop(form, trainer.policy.lm, old, 0.5, longest=5), abs=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_first_minibatch_is_on_policy(run_dir: Path, form: LossForm) -> None:
+    grpo = {"loss": form, "epochs": 2, "minibatches": 2}
+    trainer = grpo_trainer(
+        run_dir, grpo=grpo, optimizer={"learning_rate": 0.01}, generation={"temperature": 0.7}
+    )
+    metrics = trainer.step()
+    assert metrics["train/ratio_first"] == pytest.approx(1.0, abs=1e-5)
+    assert metrics["train/approx_kl_first"] == pytest.approx(0.0, abs=1e-9)
+    assert metrics["train/clip_fraction_first"] == 0.0
+    assert metrics["policy/kl"] == 0.0
+    # Later minibatches are not: the figures above say something.
+    assert metrics["train/approx_kl"] > 1e-5 and 0 < metrics["train/effective_share"] < 1
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_accumulation_changes_nothing(tmp_path: Path, form: LossForm) -> None:
+    found = []
+    for steps in (1, 2, 4):
+        trainer = grpo_trainer(
+            tmp_path / str(steps),
+            grpo={"loss": form},
+            train={"gradient_accumulation_steps": steps},
+            optimizer=LINEAR_ADAM,
+        )
+        trainer.update(trainer.experience(ROLLOUTS, scored(*SCORES)))
+        found.append(parameters(trainer.policy.lm))
+    assert not torch.equal(found[0], parameters(policy()))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=1e-10)
+
+
+def test_samples_without_reward_or_tokens_are_left_out(run_dir: Path) -> None:
+    batch = grpo_trainer(run_dir).experience(ROLLOUTS, scored(*SCORES))
+    assert [bool(row.any()) for row in batch.loss_mask] == [True, True, True, False, True, True, False, True]
+    assert batch.advantages[3] == batch.advantages[6] == 0.0
+    assert float(batch.advantages[:3].sum()) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_completions_of_a_prompt_stand_together(run_dir: Path) -> None:
+    trainer = grpo_trainer(run_dir)
+    rollouts = trainer.rollout(trainer.prompts[:3])
+    assert [rollout.prompt.text for rollout in rollouts] == [text for text in PROMPTS[:3] for _ in range(4)]
+    assert len({rollout.completion.text for rollout in rollouts}) > 3
+    assert len(trainer.score(rollouts)) == 12
+
+
+def test_kl_in_the_rewards_is_compared_with_them(run_dir: Path) -> None:
+    kl = {"coef": 0.5, "placement": "reward", "estimator": "k1"}
+    trainer = grpo_trainer(run_dir, grpo={"kl": kl, "advantage": "group_mean"})
+    start = policy()
+    shake(trainer.policy.lm, 0.1, seed=5)
+    batch = trainer.experience(ROLLOUTS, scored(*SCORES))
+    totals = [
+        score
+        - 0.5 * float((token_logprobs(trainer.policy.lm, rollout) - token_logprobs(start, rollout)).sum())
+        for rollout, score in zip(ROLLOUTS[:3], SCORES[:3], strict=True)
+    ]
+    mean = sum(totals) / 3
+    assert batch.advantages[:3].tolist() == pytest.approx([total - mean for total in totals], abs=1e-4)
+
+
+def test_without_a_kl_there_is_no_reference(run_dir: Path) -> None:
+    trainer = grpo_trainer(run_dir, grpo={"kl": {"coef": 0.0}})
+    assert trainer.reference is None
+    assert {"policy/kl", "policy/kl_coef", "train/kl_loss"}.isdisjoint(trainer.step())
+    assert "eval/kl" not in trainer.evaluate()
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+def test_a_steps_only_update_finds_the_old_log_probs_itself(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kl_coef: float
+) -> None:
+    found = []
+    for passes_first in (True, False):
+        trainer = grpo_trainer(
+            tmp_path / str(passes_first),
+            grpo={"kl": {"coef": kl_coef, "target": 1.0} if kl_coef else {"coef": 0.0}},
+            rollout={"logprob_gap_alarm": 0.1},
+            optimizer=LINEAR_ADAM,
+            train={"gradient_accumulation_steps": 2},
+        )
+        assert not trainer._passes_first
+        trainer._passes_first = passes_first
+        shake(trainer.policy.lm, 0.1, seed=5)
+        calls: list[bool] = []
+        trainer.policy.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))  # noqa: B023
+        batch = trainer.experience(ROLLOUTS, scored(*[0.0, 1.0, 0.0, 2.0] * 2))
+        with caplog.at_level(logging.WARNING):
+            metrics = {**trainer.experience_metrics, **trainer.update(batch)}
+        assert calls == [False] * 3 * passes_first + [True] * 2
+        shown = kl_to_show(batch, trainer.config.generation)
+        cut = trainer.config.generation.model_copy(update={"top_k": 3})
+        assert (kl_to_show(batch, cut) is None) == (kl_coef == 0.0 or not passes_first)
+        assert (shown is None) == (kl_coef == 0.0)
+        if shown is not None and passes_first:
+            assert metrics["policy/kl"] == pytest.approx(float(shown.mean())) != 0.0
+        if shown is not None and not passes_first:
+            drawn_under = torch.tensor([sum(rollout.completion.logprobs) for rollout in ROLLOUTS])
+            torch.testing.assert_close(shown, drawn_under - batch.ref_logprobs.sum(dim=1))
+        found.append((parameters(trainer.policy.lm), metrics, trainer.kl_controller.coef))
+    (first, metrics_first, coef_first), (alone, metrics_alone, coef_alone) = found
+    torch.testing.assert_close(alone, first, rtol=0, atol=1e-10)
+    assert not torch.equal(alone, parameters(policy()))
+    assert metrics_alone == pytest.approx(metrics_first, abs=1e-5)
+    assert coef_alone == pytest.approx(coef_first, rel=1e-6) and (coef_alone != kl_coef) == bool(kl_coef)
+    assert metrics_alone["rollout/logprob_gap"] > 0.1 and metrics_alone["policy/entropy"] > 0.1
+    assert [
+        text for text in caplog.messages if "`rollout.logprob_gap_alarm` = 0.1" in text
+    ] == caplog.messages
+    assert len(caplog.messages) == 2
+
+
+def test_evaluation_measures_the_policys_distance_where_steps_make_no_pass_of_it(run_dir: Path) -> None:
+    trainer = grpo_trainer(run_dir, grpo={"kl": {"coef": 0.3}})
+    assert not trainer._passes_first
+    shake(trainer.policy.lm, 0.1, seed=5)
+    assert trainer.evaluate()["eval/kl"] > 0.1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"grpo": {"kl": {"coef": 0.1}}, "model": {"num_layers_unfrozen": 1}},
+        {"grpo": {"kl": {"coef": 0.1, "placement": "reward"}}},
+        {"grpo": {"epochs": 2}},
+        {"grpo": {"minibatches": 2}},
+        {"grpo": {"sampler_correction": 2.0}},
+        {"model": {"disable_dropout": False}},
+    ],
+)
+def test_old_log_probs_come_first_where_something_needs_them(run_dir: Path, settings: dict[str, Any]) -> None:
+    settings = {**settings, "grpo": {"kl": {"coef": 0.0}, **settings.get("grpo", {})}}
+    trainer = grpo_trainer(run_dir, **settings)
+    assert trainer.experience(ROLLOUTS, scored(*SCORES)).old_logprobs is not None
+
+
+def test_long_responses_are_penalised_before_they_are_compared(run_dir: Path) -> None:
+    trainer = grpo_trainer(
+        run_dir, grpo={"overlong_buffer": 2, "overlong_penalty": 4.0, "advantage": "group_mean"}
+    )
+    batch = trainer.experience(ROLLOUTS, scored(*[0.0] * 8))
+    # Of "bcd" and eos (4 tokens), "e" and eos, and "ghabc" (5): less 2, 0 and 4.
+    assert batch.advantages[:3].tolist() == pytest.approx([0.0, 2.0, -2.0])
+
+
+def test_groups_without_spread_are_replaced(run_dir: Path) -> None:
+    """Only completions of "a" and "bc" differ in reward."""
+
+    def reward(prompts: Sequence[str], outputs: Sequence[str], **_: Any) -> list[float]:
+        return [float(number) * (prompt in ("a", "bc")) for number, prompt in enumerate(prompts)]
+
+    def drawn(max_draws: int) -> tuple[list[str], dict[str, float]]:
+        trainer = grpo_trainer(
+            run_dir.with_name(f"draws_{max_draws}"), reward_fn=reward, grpo={"max_draws": max_draws}
+        )
+        seconds: dict[str, float] = {}
+        rollouts, rewards, draws = trainer._draw(seconds)
+        assert len(rollouts) == len(rewards) == 8 and seconds["time/rollout_s"] > 0
+        trainer.experience(rollouts, rewards)
+        return [rollout.prompt.text for rollout in rollouts[::4]], {
+            **trainer.experience_metrics,
+            "draws": draws,
+        }
+
+    once, metrics = drawn(1)
+    assert set(once) != {"a", "bc"} and metrics["grpo/flat_fraction"] > 0 and metrics["draws"] == 1
+    often, metrics = drawn(8)
+    assert set(often) <= {"a", "bc"} and metrics["grpo/flat_fraction"] == 0.0 and 1 < metrics["draws"] <= 4
+
+
+def test_flat_groups_fill_up_where_draws_run_out(run_dir: Path) -> None:
+    trainer = grpo_trainer(
+        run_dir,
+        reward_fn=lambda outputs, **_: [1.0] * len(outputs),
+        grpo={"max_draws": 2, "forward_batch_size": 8},
+    )
+    before = parameters(trainer.policy.lm)
+    metrics = trainer.step()
+    assert metrics["grpo/draws"] == 2 and metrics["grpo/flat_fraction"] == 1.0
+    # Nothing to learn, and the KL is exactly 0: policy and reference read the same rows in one batch of 8.
+    assert torch.equal(parameters(trainer.policy.lm), before)
+
+
+def test_sampler_correction_weighs_tokens_and_is_measured(run_dir: Path) -> None:
+    trainer = grpo_trainer(run_dir, grpo={"sampler_correction": 1.5})
+    metrics = trainer.step()
+    assert metrics["rollout/correction_mean"] == pytest.approx(1.0, abs=1e-4)
+    assert metrics["rollout/effective_share"] == pytest.approx(1.0, abs=1e-4)
+    # These claim that the sampler gave each token a log-probability of -2.5.
+    claimed = [
+        replace(each, completion=replace(each.completion, logprobs=(-2.5,) * len(each.completion.token_ids)))
+        for each in ROLLOUTS
+    ]
+    batch = trainer.experience(claimed, scored(*SCORES))
+    expected = (batch.old_logprobs + 2.5).exp().clamp(max=1.5)
+    torch.testing.assert_close(batch.correction[batch.loss_mask], expected[batch.loss_mask])
+    assert 0 < trainer.experience_metrics["rollout/correction_clipped_fraction"] < 1
+    weights = token_weights(batch.loss_mask, "grpo", 5)
+    plain = replace(batch, correction=torch.ones_like(batch.correction))
+    ours, theirs = (trainer._loss(each, weights, weights)[1]["train/policy_loss"] for each in (batch, plain))
+    assert abs((ours - theirs).item()) > 1e-3
+
+
+def test_log_probs_are_computed_while_rewards_are_under_way(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = threading.Event()
+    trainer = grpo_trainer(
+        run_dir, reward_fn=lambda outputs, **_: [float(looked.wait(30.0)) for _ in outputs]
+    )
+    forward = trainer._forward
+    monkeypatch.setattr(trainer, "_forward", lambda *given: (forward(*given), looked.set())[0])
+    rewards = trainer.score(trainer.rollout(trainer.prompts[:2]))
+    assert [result.scores["reward"] for result in rewards] == [1.0] * 8
+
+
+def test_letters_are_learned(run_dir: Path) -> None:
+    trainer = grpo_trainer(
+        run_dir,
+        grpo={"prompts_per_step": 8, "group_size": 8, "minibatches": 2, "kl": {"coef": 0.0}},
+        optimizer={"learning_rate": 0.01},
+        train={"total_steps": 25, "eval_every": 25, "eval_repeats": 8},
+    )
+    trainer.fit()
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["eval/reward"] < 2 and rows[-1]["eval/reward"] > 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"grpo": {"group_size": 1}}, "`group_size` = 1 leaves nothing to compare with: take at least 2"),
+        ({"grpo": {"loss": "dr_grpo", "advantage": "group_std"}}, "divides by no standard deviation"),
+        (
+            {"grpo": {"sampler_correction": 2.0}, "generation": {"top_p": 0.9}},
+            "`grpo.sampler_correction` compares whole distributions",
+        ),
+        (
+            {"grpo": {"overlong_buffer": 9}, "generation": {"max_new_tokens": 8}},
+            "`grpo.overlong_buffer` = 9 is longer than `generation.max_new_tokens` = 8",
+        ),
+        ({"grpo": {"loss": "gpro"}}, "grpo.loss"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(GRPORunConfig, {"model": {"path": "gpt2"}, **settings})
+
+
+def test_a_batch_that_does_not_come_out_whole_is_refused(run_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"group_size` = 8 gives .* into `grpo\.minibatches` = 3"):
+        grpo_trainer(run_dir, grpo={"minibatches": 3})
+
+
+def test_dr_grpo_takes_the_mean_alone_by_itself(run_dir: Path) -> None:
+    trainer: GRPOTrainer = grpo_trainer(run_dir, grpo={"loss": "dr_grpo"})
+    batch = trainer.experience(ROLLOUTS, scored(*SCORES))
+    mean = (1.0 - 2.0 + 0.5) / 3
+    assert batch.advantages[:3].tolist() == pytest.approx([1.0 - mean, -2.0 - mean, 0.5 - mean])
