@@ -42,8 +42,7 @@ from benchmarks.measuring import (
 from benchmarks.policies import Case, case_of, forced_engine
 from conch.config import load
 from conch.errors import ConchError
-from conch.trainers.grpo import GRPOTrainer
-from conch.trainers.grpo_config import GRPORunConfig
+from conch.trainers.grpo import GRPORunConfig, GRPOTrainer
 
 OURS, THEIRS = "Conch", "TRL"
 BETA = 0.04

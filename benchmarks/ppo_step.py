@@ -50,11 +50,19 @@ from conch.trainers.ppo import PPORunConfig, PPOTrainer
 from examples.randomwalks.sft_start import GRAPH_SEED, sft_start
 from examples.randomwalks.task import RandomWalks
 
-TRLX = {"step": 1.6, "rollout": 0.35, "score": 0.34, "experience": None, "update": 0.92, "peak_mb": 745}
-"""Seconds and MB of trlX (torch 2.13, transformers 4.32) on two cores; passes of policy and reference are
-under `score`, where ours run while rewards are under way."""
+TRLX = {
+    "step": 1.6,
+    "rollout": 0.35,
+    "logprobs": None,
+    "score": 0.34,
+    "experience": None,
+    "update": 0.92,
+    "peak_mb": 745,
+}
+"""Seconds and MB of trlX (torch 2.13, transformers 4.32) on two cores; its `score` holds the passes of policy
+and reference, which are our `logprobs`."""
 
-PHASES = ("rollout", "score", "experience", "update")
+PHASES = ("rollout", "logprobs", "score", "experience", "update")
 WALKS = {"walks-20": 20, "walks-140": 140}
 REFERENCES = ("reference-shared", "reference-full")
 _UNFROZEN = 2

@@ -17,7 +17,7 @@ from conch.config import load
 from conch.trainers.ppo import PPORunConfig, PPOTrainer
 
 _PROMPT_TOKENS = 64
-_PHASES = ("time/rollout_s", "time/score_s", "time/experience_s", "time/update_s")
+_PHASES = ("time/rollout_s", "time/logprobs_s", "time/score_s", "time/experience_s", "time/update_s")
 
 
 class Steps:

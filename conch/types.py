@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 FinishReason = Literal["eos", "stop", "length"]
 Metrics = dict[str, float]
@@ -111,28 +111,13 @@ class RewardResult:
         return self.status is RewardStatus.OK
 
 
-BatchT = TypeVar("BatchT")
+@dataclass(frozen=True, slots=True)
+class RolloutGroup:
+    """Completions of one prompt, sampled together, with their rewards: one per rollout, in order."""
 
-
-@runtime_checkable
-class Algorithm(Protocol[BatchT]):
-    """The four verbs of an online algorithm; offline ones (SFT, reward models) have the last two only."""
-
-    def rollout(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        """Sample one completion per prompt."""
-        ...
-
-    def score(self, rollouts: Sequence[Rollout]) -> list[RewardResult]:
-        """One result per rollout, in order."""
-        ...
-
-    def experience(self, rollouts: Sequence[Rollout], rewards: Sequence[RewardResult]) -> BatchT:
-        """Turn rollouts and rewards into what `update` trains on."""
-        ...
-
-    def update(self, batch: BatchT) -> Metrics:
-        """Train on one batch and report."""
-        ...
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    rewards: tuple[RewardResult, ...]
 
 
 OnFinished = Callable[[Mapping[int, Rollout]], None]

@@ -243,6 +243,20 @@ def rft_trainer(run_dir: Path, *, lm: PreTrainedModel | None = None, **settings:
     )
 
 
+def batch_of(
+    trainer: PPOTrainer | GRPOTrainer, rollouts: Sequence[Rollout], rewards: Sequence[RewardResult]
+) -> Any:
+    """What a trainer learns from, of given rollouts."""
+    return batch_and_metrics(trainer, rollouts, rewards)[0]
+
+
+def batch_and_metrics(
+    trainer: PPOTrainer | GRPOTrainer, rollouts: Sequence[Rollout], rewards: Sequence[RewardResult]
+) -> tuple[Any, dict[str, float]]:
+    """The same with the statistics of the step."""
+    return trainer.make_batch(rollouts, rewards, trainer.compute_logprobs(rollouts))  # pyright: ignore[reportArgumentType]
+
+
 def letters_rollout(
     prompt: str, output: str, reason: FinishReason = "eos", logprob: float = -1.0, **metadata: Any
 ) -> Rollout:

@@ -28,56 +28,54 @@ Legend: B rollouts (those of a prompt together), G rollouts a prompt, R response
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import Field, model_validator
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from conch.advantages import SMALLEST_SPREAD, group_advantages
+from conch.advantages import SMALLEST_SPREAD, Advantage, group_advantages
 from conch.cli import load_run_config, run_main
+from conch.config import (
+    GenerationConfig,
+    OnlineRunConfig,
+    Section,
+)
 from conch.data.files import evaluation_rows, training_rows
 from conch.data.formats import prompt_form
 from conch.data.index_sampler import IndexStream
 from conch.data.rollout_batch import Sequences, collate, take_rows
-from conch.distributed.train_engine import Engine, UpdateReport
-from conch.evaluation.evaluator import Evaluator, sampled_prompts
-from conch.evaluation.metrics import MetricFn
-from conch.losses import clipped_loss_terms, effective_share, policy_ratio, sampler_weights, token_weights
+from conch.distributed.train_engine import UpdateReport
+from conch.losses import (
+    LossForm,
+    clipped_loss_terms,
+    effective_share,
+    policy_ratio,
+    sampler_weights,
+    token_weights,
+)
 from conch.models.forward import Layout, Rows
-from conch.models.freezing import choose_trainable
 from conch.models.policy import Policy
 from conch.models.reference import Reference, build_reference
 from conch.ops import (
+    KLEstimator,
     entropy,
     kl_estimate,
     kl_loss_terms,
     masked_mean,
 )
-from conch.rewards.base import UserReward
-from conch.rewards.scorer import Scorer, total_reward
-from conch.rollouts.factory import Samplers, check_sampling
-from conch.rollouts.prompts import fitting_prompts
-from conch.runs.tracking import Tracker
-from conch.trainers.grpo_batch import GRPOBatch, Passes, joined, kl_of_samples, kl_to_show
-from conch.trainers.grpo_config import GRPORunConfig
-from conch.training.kl import KLController, mean_kl
-from conch.training.loop import fit
-from conch.training.online import Ahead, known_or_computed
-from conch.training.resume import start_run
-from conch.training.reward_shaping import RewardShaper
+from conch.rewards.scorer import total_reward
+from conch.training.kl import KLConfig, KLController, kl_of_each, mean_kl
+from conch.training.online import OnlineTrainer
+from conch.training.reward_shaping import RewardShaper, ShapingConfig
 from conch.training.setup import (
-    check_vocabulary,
     evaluating,
-    given_or_loaded_lm,
-    opened_reward,
     rows_of_rank,
     rows_per_process,
-    save_on_main,
     with_whole_weights,
 )
 from conch.training.statistics import (
@@ -90,7 +88,162 @@ from conch.training.statistics import (
     updates_over,
     warn_of_gap,
 )
-from conch.types import Metrics, Prompt, RewardResult, Rollout
+from conch.types import Metrics, Prompt, RewardResult, Rollout, RolloutGroup
+
+
+class GRPOKLConfig(KLConfig):
+    """The penalty for leaving the reference, where GRPO has it: in the loss."""
+
+    coef: float = Field(default=0.04, ge=0)
+    """Weight of the KL; 0 does without a reference."""
+
+    estimator: KLEstimator = "k3"
+    """Per-token estimate; see `conch.ops.kl_estimate`."""
+
+    placement: Literal["reward", "loss"] = "loss"
+    """Whether the KL is added to the loss, or taken off the rewards before they are compared."""
+
+
+class GRPOConfig(Section):
+    """The algorithm's own settings."""
+
+    prompts_per_step: int = Field(default=16, ge=1)
+    """Prompts per step, over all processes."""
+
+    group_size: int = 8
+    """G, completions per prompt."""
+
+    epochs: int = Field(default=1, ge=1)
+    """Passes over a step's samples."""
+
+    minibatches: int = Field(default=2, ge=1)
+    """Optimizer updates per pass."""
+
+    forward_batch_size: int = Field(default=64, ge=1)
+    """Samples per process in one forward pass without gradient; changes memory, not the result."""
+
+    loss: LossForm = "grpo"
+    """How tokens are weighed, and what the ratio is of; see the head of `trainers/grpo.py`."""
+
+    advantage: Advantage | None = None
+    """What a reward is compared with: its group's mean, in standard deviations (`group_std`) or not
+    (`group_mean`), or the mean of the others (`leave_one_out`). None takes `group_mean` with dr_grpo, else
+    `group_std`."""
+
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    """eps_low: how far a token's probability may fall in one step before its gradient ends."""
+
+    clip_high: float = Field(default=0.2, gt=0)
+    """eps_high: how far it may rise; more than `clip_low` leaves room for rare tokens (DAPO takes 0.28).
+    gspo's ratios are means over a response, and want 3e-4 and 4e-4 or so."""
+
+    sampler_correction: float | None = Field(default=None, gt=0)
+    """Weigh each token by pi_old of the trainer over that of the sampler, at most this much: for samplers
+    with other kernels than the trainer's (truncated importance sampling; 2 is usual). None does not."""
+
+    max_draws: int = Field(default=1, ge=1)
+    """Rollouts per step, at most, to replace groups whose rewards are all alike by groups of other prompts
+    (dynamic sampling, DAPO section 3.2). 1 replaces none."""
+
+    overlong_buffer: int = Field(default=0, ge=0)
+    """Tokens before `max_new_tokens` over which a penalty for length grows from 0 (DAPO, equation 13)."""
+
+    overlong_penalty: float = Field(default=1.0, ge=0)
+    """That penalty at `max_new_tokens`."""
+
+    kl: GRPOKLConfig = GRPOKLConfig()
+    """Distance to the reference."""
+
+    @model_validator(mode="after")
+    def _a_group_has_others(self) -> GRPOConfig:
+        if self.group_size < 2:
+            raise ValueError(
+                f"`group_size` = {self.group_size} leaves nothing to compare with: take at least 2"
+            )
+        if self.advantage == "group_std" and self.loss == "dr_grpo":
+            raise ValueError("`loss: dr_grpo` divides by no standard deviation: leave `advantage` out")
+        return self
+
+    @property
+    def advantage_kind(self) -> Advantage:
+        """`advantage`, or what goes with the loss."""
+        return self.advantage or ("group_mean" if self.loss == "dr_grpo" else "group_std")
+
+
+class GRPORunConfig(OnlineRunConfig):
+    """Everything a GRPO run is made from."""
+
+    shaping: ShapingConfig = ShapingConfig()
+    grpo: GRPOConfig = GRPOConfig()
+
+    @model_validator(mode="after")
+    def _settings_fit_each_other(self) -> GRPORunConfig:
+        generation, grpo = self.generation, self.grpo
+        if grpo.sampler_correction is not None and generation.cuts:
+            raise ValueError(
+                "`grpo.sampler_correction` compares whole distributions, but `generation.top_k` or `top_p` "
+                "cuts the sampler's: leave one of them out"
+            )
+        if grpo.overlong_buffer > generation.max_new_tokens:
+            raise ValueError(
+                f"`grpo.overlong_buffer` = {grpo.overlong_buffer} is longer than "
+                f"`generation.max_new_tokens` = {generation.max_new_tokens}"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class GRPOBatch:
+    """One step's samples, ready to train on. All [B, R] but `sequences` and `advantages` [B].
+
+    loss_mask: True at response tokens of samples that have a reward. old_logprobs: of the policy that
+    sampled; None where a step's one update finds them by itself. ref_logprobs: of the reference, where there
+    is one. correction: weights that make up for the sampler's distance from the trainer, where they are on.
+    kl_coef: weight of the KL.
+    """
+
+    sequences: Sequences
+    loss_mask: Bool[Tensor, "B R"]
+    old_logprobs: Float[Tensor, "B R"] | None
+    ref_logprobs: Float[Tensor, "B R"] | None
+    advantages: Float[Tensor, " B"]
+    correction: Float[Tensor, "B R"] | None
+    kl_coef: float
+
+
+@dataclass(frozen=True)
+class GRPOOutputs:
+    """What the models say of rollouts before any reward is known; None where they were not asked, or where
+    there is no reference."""
+
+    sequences: Sequences
+    logprobs: Float[Tensor, "B R"] | None = None
+    ref_logprobs: Float[Tensor, "B R"] | None = None
+    entropy: Float[Tensor, "B R"] | None = None
+
+
+def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """One tensor; None where there is none to join."""
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None
+
+
+def kl_of_samples(batch: GRPOBatch, logprobs: Float[Tensor, "B R"]) -> Float[Tensor, " B"]:
+    """From the policy with these log-probs to the reference, in nats of each sample."""
+    assert batch.ref_logprobs is not None, "without a reference there is no KL"
+    return kl_of_each(logprobs, batch.ref_logprobs, batch.sequences.response_mask)
+
+
+def kl_to_show(batch: GRPOBatch, generation: GenerationConfig) -> Float[Tensor, " B"] | None:
+    """The same before the update; None where there is no reference.
+
+    A step that makes no pass of the policy before its update takes the log-probs under which the samples were
+    drawn, and None where top-k or top-p cut what they were drawn from: those are not the policy's.
+    """
+    if batch.ref_logprobs is None or (batch.old_logprobs is None and generation.cuts):
+        return None
+    known = batch.sequences.sampling_logprobs if batch.old_logprobs is None else batch.old_logprobs
+    return kl_of_samples(batch, known)
 
 
 def overlong_penalties(
@@ -109,57 +262,22 @@ def has_spread(rewards: Sequence[RewardResult], weights: Mapping[str, float]) ->
     return len(values) > 1 and max(values) - min(values) > SMALLEST_SPREAD * (1 + max(map(abs, values)))
 
 
-class GRPOTrainer:
-    """GRPO with the four verbs `rollout`, `score`, `experience`, `update`; `fit` is the loop over them.
+def groups_of(rollouts: Sequence[Rollout], rewards: Sequence[RewardResult], size: int) -> list[RolloutGroup]:
+    """The groups that stand one after the other."""
+    cuts = [slice(first, first + size) for first in range(0, len(rollouts), size)]
+    return [
+        RolloutGroup(rollouts[cut.start].prompt, tuple(rollouts[cut]), tuple(rewards[cut])) for cut in cuts
+    ]
 
-    model: a loaded decoder with its tokenizer, instead of `config.model.path`.
 
-    Raises:
-        ConchError: from the constructor, for everything that can be known to be wrong before training.
-    """
+class GRPOTrainer(OnlineTrainer):
+    """GRPO; see `OnlineTrainer` for what it is made from."""
 
-    def __init__(
-        self,
-        config: GRPORunConfig,
-        *,
-        reward: UserReward | Mapping[str, UserReward] | None = None,
-        prompts: Sequence[str | Mapping[str, Any]],
-        eval_prompts: Sequence[str | Mapping[str, Any]] | None = None,
-        metric_fn: MetricFn | None = None,
-        model: PreTrainedModel | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> None:
-        check_sampling(config.rollout)
-        self.config = config
-        self.engine = engine = Engine(config.train)
-        all_prompts = [*prompts, *(eval_prompts or [])]
-        self.source, self.tokenizer = opened_reward(engine, reward, config, all_prompts, tokenizer)
-        self.scorer = Scorer(self.source, config.reward, engine.sum_int)
-        lm = given_or_loaded_lm(model, config.model, engine.precision)
-        check_vocabulary(lm, self.tokenizer)
-        self._init_data(lm, prompts, eval_prompts)
-        self.kl_controller = KLController(config.grpo.kl)
-        self.shaper = RewardShaper(config.shaping, config.reward.weights, engine)
-        self.policy_version = 0
-        self._ahead: Ahead[Passes] | None = None
-        self._init_policy(lm)
-        self.evaluator = Evaluator(
-            engine,
-            self.eval_prompts,
-            self.variants,
-            self._make_sampler,
-            scorer=self.scorer,
-            weights=config.reward.weights,
-            metric_fn=metric_fn,
-            default_repeats=config.train.eval_repeats,
-        )
-        self.run = start_run(self, self.policy)
-        self.run_dir = self.run.folder
+    name = "grpo"
+    config: GRPORunConfig
 
-    def _init_data(self, lm: PreTrainedModel, prompts: Any, eval_prompts: Any) -> None:
+    def plan_batches(self) -> None:
         config, engine, grpo = self.config, self.engine, self.config.grpo
-        made = sampled_prompts(config, self.tokenizer, lm, prompts, eval_prompts)
-        self.prompts, self.eval_prompts, self.variants = made.train, made.evaluation, made.variants
         self.stream = IndexStream(len(self.prompts), config.train.seed, engine.rank, engine.num_ranks)
         self._num_prompts = rows_of_rank(
             grpo.prompts_per_step, "grpo.prompts_per_step", engine.num_ranks, 1, 1
@@ -168,94 +286,170 @@ class GRPOTrainer:
         name = "grpo.prompts_per_step * group_size"
         self._rows = rows_per_process(engine, config.train, total, name, grpo.minibatches)
 
-    def _init_policy(self, lm: PreTrainedModel) -> None:
+    def setup(self) -> Policy:
+        """The policy alone."""
         config, engine = self.config, self.engine
-        choose_trainable(lm, config.model)
-        lm.to(engine.device)  # pyright: ignore[reportArgumentType]
-        self.layout = Layout(lm)
-        self.policy = Policy(lm)
-        engine.prepare(
-            self.policy,
-            config.optimizer,
-            config.scheduler,
-            total_updates=config.train.total_steps * config.grpo.epochs * config.grpo.minibatches,
-        )
-        self.reference: Reference | None = None
-        if config.grpo.kl.coef > 0:
-            with engine.whole_weights():
-                self.reference = build_reference(lm, config.model.num_layers_unfrozen)
-        # Without all of these the log-probs of the one update's own forward pass serve as the old ones, too.
-        self._passes_first = (
-            (
-                self.reference is not None
-                and (not self.reference.stands_alone or config.grpo.kl.placement == "reward")
-            )
-            or config.grpo.epochs * config.grpo.minibatches > 1
-            or config.grpo.sampler_correction is not None
+        self.layout = Layout(self.lm)
+        self.kl_controller = KLController(config.grpo.kl)
+        self.shaper = RewardShaper(config.shaping, config.reward.weights, engine)
+        self.stateful |= {"kl_controller": self.kl_controller, "shaper": self.shaper}
+        self.policy = Policy(self.lm)
+        return self.policy
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.config.grpo.epochs * self.config.grpo.minibatches
+
+    @property
+    def checkpointed(self) -> Policy:
+        return self.policy
+
+    def make_reference(self) -> Reference | None:
+        """See `OnlineTrainer.make_reference`. Also decides when the policy's own log-probs are computed."""
+        config, grpo = self.config, self.config.grpo
+        reference = build_reference(self.lm, config.model.num_layers_unfrozen) if grpo.kl.coef > 0 else None
+        needs_policy = reference is not None and (not reference.stands_alone or grpo.kl.placement == "reward")
+        # Else the log-probs that the step's one update computes anyway serve as the old ones: the ratio is 1.
+        self.computes_old_logprobs = (
+            needs_policy
+            or self.updates_per_step > 1
+            or grpo.sampler_correction is not None
             or not config.model.disable_dropout
         )
-        self._make_sampler = Samplers(
-            config.rollout, engine, self.tokenizer, lambda: self.policy.lm, lambda: self.policy_version
-        )
-        self.sampler = self._make_sampler(config.generation)
-        engine.seed_sampling()
+        return reference
 
-    # ----------------------------------------------------------------------------------------- the four verbs
+    # ----------------------------------------------------------------------------------------------- one step
 
-    @with_whole_weights
+    def step(self) -> Metrics:
+        """One rollout with its updates."""
+        seconds: dict[str, float] = {}
+        started = time.perf_counter()
+        if self.config.grpo.max_draws == 1:
+            with clocked(seconds, "time/rollout_s"):
+                rollouts = self.rollout(self.next_prompts())
+            with clocked(seconds, "time/logprobs_s"):
+                outputs = self.compute_logprobs(rollouts)
+            with clocked(seconds, "time/score_s"):
+                rewards = self.score(rollouts)
+            draws = 1
+        else:
+            rollouts, rewards, draws = self._sample_groups(seconds)
+            with clocked(seconds, "time/logprobs_s"):
+                outputs = self.compute_logprobs(rollouts)
+        with clocked(seconds, "time/experience_s"):
+            batch, metrics = self.make_batch(rollouts, rewards, outputs)
+        if self.config.tracking.rollouts:
+            log_rollouts(self.engine, self.run, rollouts, rewards, kl_to_show(batch, self.config.generation))
+        with clocked(seconds, "time/update_s"):
+            metrics |= self.update(batch)
+        config = self.config.grpo
+        tokens = config.prompts_per_step * config.group_size * metrics["rollout/length_mean"]
+        speed = tokens / (time.perf_counter() - started)
+        return {**metrics, **seconds, "grpo/draws": float(draws), "time/tokens_per_s": speed}
+
+    def next_prompts(self) -> list[Prompt]:
+        """This rank's prompts of the next step."""
+        return [self.prompts[row] for row in self.stream.draw(self._num_prompts)]
+
     def rollout(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """Sample `group_size` completions per prompt, which stand together; each one's reward is requested as
         soon as it has ended."""
-        repeated = [prompt for prompt in prompts for _ in range(self.config.grpo.group_size)]
-        return self.scorer.submit_each(self.sampler, repeated)
+        return super().rollout([prompt for prompt in prompts for _ in range(self.config.grpo.group_size)])
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[RewardResult]:
-        """Rewards of what `rollout` returned last.
+    def _sample_groups(self, seconds: dict[str, float]) -> tuple[list[Rollout], list[RewardResult], int]:
+        """A step's groups, those without spread replaced as far as `max_draws` allows; and the draws it took.
 
-        The last ones are still under way, so the passes that `experience` needs are made before waiting;
-        unless some of the rollouts may be replaced.
-
-        Raises:
-            RewardError, ConfigError: on all ranks together; see `Scorer.gather`.
+        All ranks draw equally often, and each keeps the groups that it sampled.
         """
-        if self.config.grpo.max_draws == 1:
-            self._ahead = Ahead(list(rollouts), self.policy_version, self._passes(rollouts))
-        results = self.scorer.gather()
-        assert len(results) == len(rollouts), "score() speaks of the last rollout() only"
-        return results
+        kept: list[RolloutGroup] = []
+        flat: list[RolloutGroup] = []
+        draws = 0
+        while draws < self.config.grpo.max_draws:
+            draws += 1
+            with clocked(seconds, "time/rollout_s"):
+                rollouts = self.rollout(self.next_prompts())
+            with clocked(seconds, "time/score_s"):
+                rewards = self.score(rollouts)
+            for group in groups_of(rollouts, rewards, self.config.grpo.group_size):
+                (kept if has_spread(group.rewards, self.config.reward.weights) else flat).append(group)
+            if not self.engine.sum_int(max(0, self._num_prompts - len(kept))):
+                break
+        chosen = [*kept, *flat][: self._num_prompts]
+        rollouts = [rollout for group in chosen for rollout in group.rollouts]
+        return rollouts, [reward for group in chosen for reward in group.rewards], draws
 
     @with_whole_weights
     @torch.no_grad()
-    def experience(self, rollouts: Sequence[Rollout], rewards: Sequence[RewardResult]) -> GRPOBatch:
-        """Log-probs and advantages; leaves statistics in `self.experience_metrics`.
+    def compute_logprobs(self, rollouts: Sequence[Rollout], *, policy_too: bool | None = None) -> GRPOOutputs:
+        """Forward passes of policy and reference over each rollout, where the algorithm needs them.
 
-        rollouts: whole groups, as `rollout` returns them.
+        policy_too: whether the policy is asked; None leaves it to `computes_old_logprobs`.
         """
-        config = self.config.grpo
-        ahead, self._ahead = self._ahead, None
-        passes = known_or_computed(ahead, rollouts, self.policy_version, self._passes)
-        sequences = passes.sequences
+        policy_too = self.computes_old_logprobs if policy_too is None else policy_too
+        sequences = collate(rollouts, self.pad_id, self.engine.device)
+        if not policy_too and self.reference is None:
+            return GRPOOutputs(sequences)
+        columns: list[tuple[Tensor | None, ...]] = []
+        for rows in torch.arange(len(sequences.input_ids)).split(self.config.grpo.forward_batch_size):
+            with evaluating(self.policy), self.engine.autocast():
+                columns.append(self._forward(take_rows(sequences, rows), policy_too))
+        return GRPOOutputs(sequences, *(joined(column) for column in zip(*columns, strict=True)))
+
+    def _forward(
+        self, part: Sequences, policy_too: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Log-probs of policy and reference, and entropies."""
+        packed, ref_logprobs = self._packed(part), None
+        if not policy_too:
+            assert self.reference is not None
+            return None, self._logprobs(self.reference.logits(*packed.inputs), packed), None
+        with nullcontext() if self.reference is None else self.reference.recording():
+            logits = self.engine.module(*packed.inputs)
+        if self.reference is not None:
+            ref_logprobs = self._logprobs(self.reference.logits(*packed.inputs), packed)
+        return self._logprobs(logits, packed), ref_logprobs, self._entropy(logits, packed)
+
+    def _packed(self, part: Sequences) -> Rows:
+        return self.layout.rows(part.input_ids, part.attention_mask, part.num_response)
+
+    def _logprobs(self, logits: Tensor, packed: Rows) -> Tensor:
+        return packed.logprobs(logits, self.config.generation.temperature)
+
+    @torch.no_grad()
+    def _entropy(self, logits: Tensor, packed: Rows) -> Tensor:
+        return packed.of_samples(entropy(logits, self.config.generation.temperature))
+
+    @torch.no_grad()
+    def make_batch(
+        self, rollouts: Sequence[Rollout], rewards: Sequence[RewardResult], outputs: GRPOOutputs
+    ) -> tuple[GRPOBatch, Metrics]:
+        """Advantages of whole groups, as `rollout` returns them, and the step's statistics.
+
+        Moves the running moments of rewards, and the KL weight where the KL is known before the update.
+        """
+        config, sequences = self.config.grpo, outputs.sequences
         is_scored = torch.tensor([reward.ok for reward in rewards], device=self.engine.device)
         # An empty response has no token to learn from, nor one that its reward could stand at.
         valid = is_scored & sequences.response_mask.any(dim=1)
         mask = sequences.response_mask & valid.unsqueeze(1)
-        self._kl_coef = self.kl_controller.coef
-        totals = self._totals(rollouts, rewards, passes, mask)
+        kl_coef = self.kl_controller.coef
+        totals = self._totals(rollouts, rewards, outputs, mask, kl_coef)
         advantages = group_advantages(totals, valid, config.group_size, config.advantage_kind)
         correction = None
         if config.sampler_correction is not None:
-            assert passes.logprobs is not None
+            assert outputs.logprobs is not None
             correction = sampler_weights(
-                passes.logprobs, sequences.sampling_logprobs, config.sampler_correction
+                outputs.logprobs, sequences.sampling_logprobs, config.sampler_correction
             )
-        batch = GRPOBatch(sequences, mask, passes.logprobs, passes.ref_logprobs, advantages, correction)
-        self.experience_metrics = {
+        batch = GRPOBatch(
+            sequences, mask, outputs.logprobs, outputs.ref_logprobs, advantages, correction, kl_coef
+        )
+        return batch, {
             **self.scorer.metrics(),
             **reward_metrics(rewards, self.config.reward.weights, self.shaper.objectives, self.engine.sum),
             **rollout_metrics(rollouts, sequences, self.engine.sum),
-            **self._statistics(batch, passes, valid),
+            **self._statistics(batch, outputs, valid),
         }
-        return batch
 
     def update(self, batch: GRPOBatch) -> Metrics:
         """All epochs and minibatches over one step's samples, once: a batch without old log-probs takes those
@@ -271,88 +465,48 @@ class GRPOTrainer:
             warn_of_gap(metrics["rollout/logprob_gap"], self.config.rollout.logprob_gap_alarm)
             if "policy/kl" in metrics:
                 self._note_kl(metrics["policy/kl"])
-                metrics["policy/kl_coef"] = self._kl_coef
+                metrics["policy/kl_coef"] = batch.kl_coef
         self.policy_version += 1
         return metrics
-
-    # ---------------------------------------------------------------------------------- parts of `experience`
-
-    @with_whole_weights
-    @torch.no_grad()
-    def _passes(self, rollouts: Sequence[Rollout]) -> Passes:
-        return self._asked(rollouts, policy_too=self._passes_first)
-
-    def _asked(self, rollouts: Sequence[Rollout], *, policy_too: bool) -> Passes:
-        sequences = collate(rollouts, self._pad_id, self.engine.device)
-        if not policy_too and self.reference is None:
-            return Passes(sequences)
-        columns: list[tuple[Tensor | None, ...]] = []
-        for rows in torch.arange(len(sequences.input_ids)).split(self.config.grpo.forward_batch_size):
-            with evaluating(self.policy), self.engine.autocast():
-                columns.append(self._forward(take_rows(sequences, rows), policy_too))
-        return Passes(sequences, *(joined(column) for column in zip(*columns, strict=True)))
-
-    def _forward(
-        self, part: Sequences, policy_too: bool
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Log-probs of policy and reference, and entropies."""
-        rows, theirs = self._laid_out(part), None
-        if not policy_too:
-            assert self.reference is not None
-            return None, self._logprobs(self.reference.logits(*rows.inputs), rows), None
-        with nullcontext() if self.reference is None else self.reference.recording():
-            logits = self.engine.module(*rows.inputs)
-        if self.reference is not None:
-            theirs = self._logprobs(self.reference.logits(*rows.inputs), rows)
-        return self._logprobs(logits, rows), theirs, self._entropy(logits, rows)
-
-    def _laid_out(self, part: Sequences) -> Rows:
-        return self.layout.rows(part.input_ids, part.attention_mask, part.num_response)
-
-    def _logprobs(self, logits: Tensor, rows: Rows) -> Tensor:
-        return rows.logprobs(logits, self.config.generation.temperature)
-
-    @torch.no_grad()
-    def _entropy(self, logits: Tensor, rows: Rows) -> Tensor:
-        return rows.of_samples(entropy(logits, self.config.generation.temperature))
 
     def _totals(
         self,
         rollouts: Sequence[Rollout],
         rewards: Sequence[RewardResult],
-        passes: Passes,
+        outputs: GRPOOutputs,
         mask: Bool[Tensor, "B R"],
+        kl_coef: float,
     ) -> Float[Tensor, " B"]:
         """What completions are compared by: shaped rewards less penalties, 0 where there is none."""
         config, longest = self.config.grpo, self.config.generation.max_new_tokens
         totals = self.shaper.shape(rollouts, rewards, mask).sum(dim=1)
         penalties = overlong_penalties(rollouts, longest, config.overlong_buffer, config.overlong_penalty)
         totals = totals - penalties.to(totals.device)
-        if passes.ref_logprobs is None or config.kl.placement == "loss":
+        if outputs.ref_logprobs is None or config.kl.placement == "loss":
             return totals
-        assert passes.logprobs is not None
-        kl = kl_estimate(passes.logprobs, passes.ref_logprobs, config.kl.estimator)
-        return totals - self._kl_coef * torch.where(mask, kl, torch.zeros_like(kl)).sum(dim=1)
+        assert outputs.logprobs is not None
+        kl = kl_estimate(outputs.logprobs, outputs.ref_logprobs, config.kl.estimator)
+        return totals - kl_coef * torch.where(mask, kl, torch.zeros_like(kl)).sum(dim=1)
 
-    def _statistics(self, batch: GRPOBatch, passes: Passes, valid: Bool[Tensor, " B"]) -> Metrics:
+    def _statistics(self, batch: GRPOBatch, outputs: GRPOOutputs, valid: Bool[Tensor, " B"]) -> Metrics:
         """Of advantages, distances and weights, over all ranks."""
-        config, reduce, mask = self.config.grpo, self.engine.sum, passes.sequences.response_mask
+        config, reduce, mask = self.config.grpo, self.engine.sum, outputs.sequences.response_mask
         is_flat = ~(batch.advantages != 0).reshape(-1, config.group_size).any(dim=1)
         metrics = {
             "grpo/advantage_std": float(masked_mean(batch.advantages**2, valid, reduce)) ** 0.5,
             "grpo/flat_fraction": float(masked_mean(is_flat.float(), torch.ones_like(is_flat), reduce)),
         }
-        if passes.logprobs is None or passes.entropy is None:
+        if outputs.logprobs is None or outputs.entropy is None:
             return metrics
         alarm = self.config.rollout.logprob_gap_alarm
         metrics |= {
-            "policy/entropy": float(masked_mean(passes.entropy, mask, reduce)),
-            "rollout/logprob_gap": logprob_gap(passes.logprobs, passes.sequences, reduce, alarm),
+            "policy/entropy": float(masked_mean(outputs.entropy, mask, reduce)),
+            "rollout/logprob_gap": logprob_gap(outputs.logprobs, outputs.sequences, reduce, alarm),
         }
-        if passes.ref_logprobs is not None:
-            measured = mean_kl(passes.logprobs, passes.ref_logprobs, mask, reduce)
+        if outputs.ref_logprobs is not None:
+            measured = mean_kl(outputs.logprobs, outputs.ref_logprobs, mask, reduce)
             self._note_kl(measured)
-            metrics |= {"policy/kl": measured, "policy/kl_coef": self._kl_coef}
+            metrics |= {"policy/kl": measured, "policy/kl_coef": batch.kl_coef}
         if batch.correction is not None and config.sampler_correction is not None:
             metrics |= self._correction_metrics(batch.correction, config.sampler_correction, mask)
         return metrics
@@ -368,8 +522,6 @@ class GRPOTrainer:
             "rollout/correction_clipped_fraction": float(clipped),
             "rollout/effective_share": effective_share(*moments),
         }
-
-    # -------------------------------------------------------------------------------------- parts of `update`
 
     def _update_minibatch(self, batch: GRPOBatch) -> tuple[Metrics, UpdateReport]:
         """One optimizer update; statistics are means over the minibatch's tokens on all ranks."""
@@ -387,26 +539,30 @@ class GRPOTrainer:
 
     def _loss(self, batch: GRPOBatch, weights: Tensor, shares: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's part of the loss, and its parts of means over tokens."""
-        config, mask, rows = self.config.grpo, batch.loss_mask, self._laid_out(batch.sequences)
-        logits = self.engine.module(*rows.inputs)
-        logprobs = self._logprobs(logits, rows)
+        config, mask, packed = self.config.grpo, batch.loss_mask, self._packed(batch.sequences)
+        logits = self.engine.module(*packed.inputs)
+        logprobs = self._logprobs(logits, packed)
         old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
         ratio = policy_ratio(logprobs, old_logprobs, mask, config.loss)
-        terms, is_clipped = clipped_loss_terms(ratio, batch.advantages, config.clip_low, config.clip_high)
+        per_token_loss, is_clipped = clipped_loss_terms(
+            ratio, batch.advantages, config.clip_low, config.clip_high
+        )
+        if batch.correction is not None:
+            per_token_loss = per_token_loss * batch.correction
 
-        def weighed(values: Tensor, by: Tensor) -> Tensor:
+        def weighted_sum(values: Tensor, by: Tensor) -> Tensor:
             return torch.where(mask, values * by, torch.zeros_like(values)).sum()
 
-        loss = weighed(terms if batch.correction is None else terms * batch.correction, weights)
+        loss = weighted_sum(per_token_loss, weights)
         columns = {"train/policy_loss": loss}
         if batch.ref_logprobs is not None and config.kl.placement == "loss":
-            kl = weighed(kl_loss_terms(logprobs, batch.ref_logprobs, config.kl.estimator), weights)
-            loss = loss + self._kl_coef * kl
+            kl = weighted_sum(kl_loss_terms(logprobs, batch.ref_logprobs, config.kl.estimator), weights)
+            loss = loss + batch.kl_coef * kl
             columns["train/kl_loss"] = kl
         if batch.old_logprobs is None:
             gap = (logprobs.detach() - batch.sequences.sampling_logprobs).abs()
-            columns["policy/entropy"] = weighed(self._entropy(logits, rows), shares)
-            columns["rollout/logprob_gap"] = weighed(gap, shares)
+            columns["policy/entropy"] = weighted_sum(self._entropy(logits, packed), shares)
+            columns["rollout/logprob_gap"] = weighted_sum(gap, shares)
             if batch.ref_logprobs is not None:
                 of_each = kl_of_samples(batch, logprobs.detach())
                 columns["policy/kl"] = of_each.sum() / (config.prompts_per_step * config.group_size)
@@ -414,133 +570,16 @@ class GRPOTrainer:
         return loss, {
             "train/loss": loss,
             **columns,
-            "train/ratio": weighed(ratio, shares),
-            "train/ratio_squared": weighed(ratio**2, shares),
-            "train/approx_kl": weighed(approx_kl, shares),
-            "train/clip_fraction": weighed(is_clipped.float(), shares),
+            "train/ratio": weighted_sum(ratio, shares),
+            "train/ratio_squared": weighted_sum(ratio**2, shares),
+            "train/approx_kl": weighted_sum(approx_kl, shares),
+            "train/clip_fraction": weighted_sum(is_clipped.float(), shares),
         }
 
-    # ----------------------------------------------------------------------------------------------- the loop
-
-    @property
-    def default_best_metric(self) -> str:
-        """The first metric of the user's `metric_fn`, else the reward."""
-        return self.evaluator.gold_metric or "eval/reward"
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `conch.training.loop.Trainer`."""
-        return {
-            "stream": self.stream.state_dict(),
-            "kl_controller": self.kl_controller.state_dict(),
-            "shaper": self.shaper.state_dict(),
-            "policy_version": self.policy_version,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
-        self.stream.load_state_dict(state["stream"])
-        self.kl_controller.load_state_dict(state["kl_controller"])
-        self.shaper.load_state_dict(state["shaper"])
-        self.policy_version = state["policy_version"]
-
-    def fit(self) -> Path:
-        """Train for `train.total_steps` steps; returns the run folder."""
-        return fit(self, "grpo")
-
-    def step(self) -> Metrics:
-        """One rollout with its updates."""
-        seconds: dict[str, float] = {}
-        started = time.perf_counter()
-        rollouts, rewards, draws = self._draw(seconds)
-        with clocked(seconds, "time/experience_s"):
-            batch = self.experience(rollouts, rewards)
-        if self.config.tracking.rollouts:
-            log_rollouts(self.engine, self.run, rollouts, rewards, kl_to_show(batch, self.config.generation))
-        with clocked(seconds, "time/update_s"):
-            metrics = {**self.experience_metrics, **self.update(batch), "grpo/draws": float(draws)}
-        config = self.config.grpo
-        tokens = config.prompts_per_step * config.group_size * metrics["rollout/length_mean"]
-        return {**metrics, **seconds, "time/tokens_per_s": tokens / (time.perf_counter() - started)}
-
-    def _draw(self, seconds: dict[str, float]) -> tuple[list[Rollout], list[RewardResult], int]:
-        """A step's groups, those without spread replaced as far as `max_draws` allows; and the draws it took.
-
-        All ranks draw equally often, and each keeps the groups that it sampled.
-        """
-        kept: list[tuple[list[Rollout], list[RewardResult]]] = []
-        flat: list[tuple[list[Rollout], list[RewardResult]]] = []
-        draws = 0
-        while draws < self.config.grpo.max_draws:
-            draws += 1
-            prompts = [self.prompts[row] for row in self.stream.draw(self._num_prompts)]
-            with clocked(seconds, "time/rollout_s"):
-                rollouts = self.rollout(prompts)
-            with clocked(seconds, "time/score_s"):
-                rewards = self.score(rollouts)
-            if self.config.grpo.max_draws == 1:
-                return rollouts, rewards, draws
-            for group in self._groups(rollouts, rewards):
-                (kept if has_spread(group[1], self.config.reward.weights) else flat).append(group)
-            if not self.engine.sum_int(max(0, self._num_prompts - len(kept))):
-                break
-        chosen = [*kept, *flat][: self._num_prompts]
-        rollouts = [rollout for group, _ in chosen for rollout in group]
-        return rollouts, [reward for _, group in chosen for reward in group], draws
-
-    def _groups(
-        self, rollouts: Sequence[Rollout], rewards: Sequence[RewardResult]
-    ) -> Iterator[tuple[list[Rollout], list[RewardResult]]]:
-        size = self.config.grpo.group_size
-        for first in range(0, len(rollouts), size):
-            yield list(rollouts[first : first + size]), list(rewards[first : first + size])
-
-    @with_whole_weights
-    def evaluate(
-        self, tracker: Tracker | None = None, step: int = 0, *, repeats: int | None = None
-    ) -> Metrics:
-        """Sample `repeats` (or `train.eval_repeats`) completions per evaluation prompt.
-
-        Returns the mean reward, means of the user's metrics, and, where there is a reference, the KL to the
-        start in nats per sample.
-        """
-        extra = None if self.reference is None else lambda rollouts: {"eval/kl": self.kl_to_start(rollouts)}
-        return self.evaluator.run(tracker, step, repeats=repeats, extra=extra)
-
-    @with_whole_weights
-    @torch.no_grad()
-    def kl_to_start(self, rollouts: Sequence[Rollout]) -> float:
-        """KL(policy || starting policy) in nats per sample, estimated on `rollouts` of the current policy."""
-        assert self.reference is not None, "`kl.coef=0` keeps no reference"
-        if not rollouts:  # a rank without prompts to evaluate; the others wait for its share of the mean
-            nothing = torch.zeros(0, 1, device=self.engine.device)
-            return mean_kl(nothing, nothing, nothing.bool(), self.engine.sum)
-        passes = self._asked(rollouts, policy_too=True)
-        assert passes.logprobs is not None and passes.ref_logprobs is not None
-        mask = passes.sequences.response_mask
-        return mean_kl(passes.logprobs, passes.ref_logprobs, mask, self.engine.sum)
-
-    @with_whole_weights
-    def generate(self, prompts: Sequence[str], *, greedy: bool = False) -> list[str]:
-        """Completions of the current policy."""
-        config = self.config
-        made = fitting_prompts(prompts, self.tokenizer, config.tokenizer, self.policy.lm, config.generation)
-        chunks = self.sampler.generate(made, greedy=greedy)
-        return [rollout.completion.text for chunk in chunks for rollout in chunk]
-
-    @with_whole_weights
-    def save_pretrained(self, folder: Path) -> Path:
-        """Write the policy as a Hugging Face folder. Call it on all ranks."""
-        return save_on_main(self.engine, folder, self.policy.lm, self.tokenizer, self.config.model)
-
-    def close(self) -> None:
-        """Stop the reward client and the sampler, and leave the process group."""
-        self.source.close()
-        self._make_sampler.close()
-        self.engine.close()
-
-    @property
-    def _pad_id(self) -> int:
-        return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
+    def policy_and_reference(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor, Tensor]:
+        outputs = self.compute_logprobs(rollouts, policy_too=True)
+        assert outputs.logprobs is not None and outputs.ref_logprobs is not None
+        return outputs.logprobs, outputs.ref_logprobs, outputs.sequences.response_mask
 
 
 def main(argv: Sequence[str]) -> None:

@@ -22,51 +22,32 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import Field, model_validator
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conch.cli import load_run_config, run_main
 from conch.config import (
-    EvalGenerationConfig,
-    GenerationConfig,
-    RewardConfig,
-    RolloutConfig,
-    RunConfig,
+    OnlineRunConfig,
     Section,
 )
 from conch.data.files import evaluation_rows, training_rows
 from conch.data.formats import prompt_form
 from conch.data.index_sampler import IndexStream
 from conch.data.samples import TokenizedSample, collate
-from conch.distributed.train_engine import Engine, UpdateReport
+from conch.distributed.train_engine import UpdateReport
 from conch.errors import ConfigError
-from conch.evaluation.evaluator import Evaluator, sampled_prompts
-from conch.evaluation.metrics import MetricFn
 from conch.log import get_logger
-from conch.models.freezing import choose_trainable
-from conch.rewards.base import UserReward
-from conch.rewards.scorer import Scorer, total_reward
-from conch.rollouts.factory import Samplers, check_sampling
-from conch.rollouts.prompts import fitting_prompts
-from conch.runs.tracking import Tracker
+from conch.rewards.scorer import total_reward
 from conch.trainers.sft import TokenLoss
-from conch.training.loop import fit
-from conch.training.resume import start_run
+from conch.training.online import OnlineTrainer
 from conch.training.reward_shaping import agreed_objectives
 from conch.training.setup import (
-    check_vocabulary,
-    given_or_loaded_lm,
-    opened_reward,
     rows_per_process,
-    save_on_main,
-    with_whole_weights,
 )
 from conch.training.statistics import clocked, log_rollouts, reward_metrics, update_metrics
-from conch.types import Metrics, Prompt, RewardResult, Rollout
+from conch.types import Metrics, RewardResult, Rollout
 
 _log = get_logger(__name__)
 
@@ -109,13 +90,9 @@ class RFTConfig(Section):
         return self
 
 
-class RFTRunConfig(RunConfig):
+class RFTRunConfig(OnlineRunConfig):
     """Everything an RFT run is made from."""
 
-    generation: GenerationConfig = GenerationConfig()
-    eval_generation: EvalGenerationConfig = EvalGenerationConfig()
-    rollout: RolloutConfig = RolloutConfig()
-    reward: RewardConfig = RewardConfig()
     rft: RFTConfig = RFTConfig()
 
 
@@ -196,101 +173,68 @@ def keep_best(candidates: Candidates, percentile: float, min_score: float | None
 # ---------------------------------------------------------------------------------------------------- trainer
 
 
-class RFTTrainer:
-    """RFT with the four verbs `rollout`, `score`, `experience`, `update`; `fit` is the loop over them.
+class RFTTrainer(OnlineTrainer):
+    """RFT; see `OnlineTrainer` for what it is made from.
 
     A round's completions are sampled in its first step and learned from in all of its steps.
-
-    model: a loaded model with its tokenizer, instead of `config.model.path`.
-
-    Raises:
-        ConchError: from the constructor, for everything that can be known to be wrong before training.
     """
 
-    def __init__(
-        self,
-        config: RFTRunConfig,
-        *,
-        reward: UserReward | Mapping[str, UserReward] | None = None,
-        prompts: Sequence[str | Mapping[str, Any]],
-        eval_prompts: Sequence[str | Mapping[str, Any]] | None = None,
-        metric_fn: MetricFn | None = None,
-        model: PreTrainedModel | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> None:
-        check_sampling(config.rollout)
-        self.config = config
-        self.engine = engine = Engine(config.train)
-        all_prompts = [*prompts, *(eval_prompts or [])]
-        self.source, self.tokenizer = opened_reward(engine, reward, config, all_prompts, tokenizer)
-        self.scorer = Scorer(self.source, config.reward, engine.sum_int)
-        lm = given_or_loaded_lm(model, config.model, engine.precision)
-        self.lm = lm.to(engine.device)  # pyright: ignore[reportArgumentType]
-        check_vocabulary(self.lm, self.tokenizer)
-        self._init_data(prompts, eval_prompts)
-        self._init_policy()
-        self.evaluator = Evaluator(
-            engine,
-            self.eval_prompts,
-            self.variants,
-            self._make_sampler,
-            scorer=self.scorer,
-            weights=config.reward.weights,
-            metric_fn=metric_fn,
-            default_repeats=config.train.eval_repeats,
-        )
-        self.run = start_run(self, self.lm)
-        self.run_dir = self.run.folder
+    name = "rft"
+    config: RFTRunConfig
 
-    def _init_data(self, prompts: Any, eval_prompts: Any) -> None:
+    def plan_batches(self) -> None:
         config = self.config
-        made = sampled_prompts(config, self.tokenizer, self.lm, prompts, eval_prompts)
-        self.prompts, self.eval_prompts, self.variants = made.train, made.evaluation, made.variants
         self._num_prompts = config.rft.prompts_per_round or len(self.prompts)
         if self._num_prompts > len(self.prompts):
             raise ConfigError(
                 f"`rft.prompts_per_round` = {self._num_prompts} is more than the {len(self.prompts)} prompts "
                 "given; leave it out to take all of them"
             )
-        # Every rank draws the same prompts; `_grow` deals their completions out.
+        # Every rank draws the same prompts; `_start_round` deals their completions out.
         self.stream = IndexStream(len(self.prompts), config.train.seed)
         self._rows = rows_per_process(self.engine, config.train, config.rft.batch_size, "rft.batch_size")
 
-    def _init_policy(self) -> None:
-        config, engine = self.config, self.engine
-        choose_trainable(self.lm, config.model)
-        total_updates = config.train.total_steps * config.rft.updates_per_step
-        engine.prepare(TokenLoss(self.lm), config.optimizer, config.scheduler, total_updates=total_updates)
-        self._make_sampler = Samplers(
-            config.rollout, engine, self.tokenizer, lambda: self.lm, lambda: self.policy_version
-        )
-        self.sampler = self._make_sampler(config.generation)
-        engine.seed_sampling()
-        self.policy_version = 0
+    def setup(self) -> TokenLoss:
+        """The model with its loss; a round's candidates are part of what a resumed run takes up."""
         self.steps_done = 0
         self.pool: list[Candidates] = []
         self._objectives: list[str] = []
+        return TokenLoss(self.lm)
 
-    # ----------------------------------------------------------------------------------------- the four verbs
+    @property
+    def updates_per_step(self) -> int:
+        return self.config.rft.updates_per_step
 
-    @with_whole_weights
-    def rollout(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        """Sample a completion per prompt; each one's reward is requested as soon as it has ended."""
-        return self.scorer.submit_each(self.sampler, prompts)
+    # ----------------------------------------------------------------------------------------------- one step
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[RewardResult]:
-        """Rewards of what `rollout` returned last.
+    def step(self) -> Metrics:
+        """One selection with its updates; the first step of a round samples first."""
+        sampled = self._start_round() if self._round_begins else {}
+        seconds: dict[str, float] = {}
+        with clocked(seconds, "time/update_s"):
+            learned = self.update(self.pool)
+        self.steps_done += 1
+        return {**sampled, **learned, **seconds}
 
-        Raises:
-            RewardError, ConfigError: on all ranks together; see `Scorer.gather`.
-        """
-        results = self.scorer.gather()
-        assert len(results) == len(rollouts), "score() speaks of the last rollout() only"
-        return results
+    def _start_round(self) -> Metrics:
+        """New prompts, and completions of the current policy for them."""
+        repeats, engine = self.config.rft.n_generations_per_prompt, self.engine
+        seconds: dict[str, float] = {}
+        rows = [row for row in self.stream.draw(self._num_prompts) for _ in range(repeats)]
+        with clocked(seconds, "time/rollout_s"):
+            rollouts = self.rollout([self.prompts[row] for row in rows[engine.rank :: engine.num_ranks]])
+        with clocked(seconds, "time/score_s"):
+            rewards = self.score(rollouts)
+        with clocked(seconds, "time/experience_s"):
+            self.pool, metrics = self.make_batch(rollouts, rewards)
+            if self.config.tracking.rollouts:
+                log_rollouts(engine, self.run, rollouts, rewards)
+        return {**metrics, **seconds}
 
-    def experience(self, rollouts: Sequence[Rollout], rewards: Sequence[RewardResult]) -> list[Candidates]:
-        """The completions of all ranks that have a score, by prompt; the same on all ranks. Leaves statistics
-        in `self.experience_metrics`."""
+    def make_batch(
+        self, rollouts: Sequence[Rollout], rewards: Sequence[RewardResult]
+    ) -> tuple[list[Candidates], Metrics]:
+        """Scored completions of all ranks by prompt, the same on all ranks; and the step's statistics."""
         weights = self.config.reward.weights
         own = [
             (rollout.prompt.token_ids, rollout.completion, total_reward(reward, weights))
@@ -301,14 +245,14 @@ class RFTTrainer:
         cut = [completion.finish_reason == "length" for _, completion, _ in rows]
         self._objectives = self._objectives or agreed_objectives(rewards, self.engine)
         pool = group_by_prompt((prompt, completion.token_ids, score) for prompt, completion, score in rows)
-        self.experience_metrics = {
+        metrics = {
             **self.scorer.metrics(),
             **reward_metrics(rewards, weights, self._objectives, self.engine.sum),
             "rollout/length_mean": sum(lengths) / len(rows),
             "rollout/truncated_fraction": sum(cut) / len(rows),
             "rft/pool_size": float(sum(len(candidates.scores) for candidates in pool)),
         }
-        return pool
+        return pool, metrics
 
     def update(self, pool: Sequence[Candidates]) -> Metrics:
         """Keep the best completions, by the percentile of this step of the round, and learn them.
@@ -337,8 +281,6 @@ class RFTTrainer:
             **update_metrics(reports),
         }
 
-    # ------------------------------------------------------------------------------------- parts of the verbs
-
     def _learn(self, samples: Sequence[TokenizedSample]) -> list[UpdateReport]:
         """This step's updates, on batches of shuffled samples."""
         engine = self.engine
@@ -361,38 +303,15 @@ class RFTTrainer:
             lambda part: engine.module(collate(part, pad_id, engine.device)) / num_tokens,
         )
 
-    def _grow(self) -> Metrics:
-        """Begin a round: new prompts, and completions of the current policy for them."""
-        repeats, engine = self.config.rft.n_generations_per_prompt, self.engine
-        seconds: dict[str, float] = {}
-        rows = [row for row in self.stream.draw(self._num_prompts) for _ in range(repeats)]
-        with clocked(seconds, "time/rollout_s"):
-            rollouts = self.rollout([self.prompts[row] for row in rows[engine.rank :: engine.num_ranks]])
-        with clocked(seconds, "time/score_s"):
-            rewards = self.score(rollouts)
-        with clocked(seconds, "time/experience_s"):
-            self.pool = self.experience(rollouts, rewards)
-            if self.config.tracking.rollouts:
-                log_rollouts(engine, self.run, rollouts, rewards)
-        return {**self.experience_metrics, **seconds}
-
-    # ----------------------------------------------------------------------------------------------- the loop
-
     @property
     def _round_begins(self) -> bool:
         return self.steps_done % self.config.rft.n_improve_steps == 0
-
-    @property
-    def default_best_metric(self) -> str:
-        """The first metric of the user's `metric_fn`, else the reward."""
-        return self.evaluator.gold_metric or "eval/reward"
 
     def state_dict(self) -> dict[str, Any]:
         """See `conch.training.loop.Trainer`. Within a round it holds the ids of all of its completions."""
         pool = [] if self._round_begins else self.pool
         return {
-            "stream": self.stream.state_dict(),
-            "policy_version": self.policy_version,
+            **super().state_dict(),
             "steps_done": self.steps_done,
             "objectives": self._objectives,
             "pool": [[one.prompt_ids, one.completions, one.scores] for one in pool],
@@ -400,56 +319,13 @@ class RFTTrainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` gave."""
-        self.stream.load_state_dict(state["stream"])
-        self.policy_version = state["policy_version"]
+        super().load_state_dict(state)
         self.steps_done = state["steps_done"]
         self._objectives = state["objectives"]
         self.pool = [
             Candidates(tuple(prompt), tuple(map(tuple, completions)), tuple(scores))
             for prompt, completions, scores in state["pool"]
         ]
-
-    def fit(self) -> Path:
-        """Train for `train.total_steps` steps; returns the run folder."""
-        return fit(self, "rft")
-
-    def step(self) -> Metrics:
-        """One selection with its updates; the first step of a round samples first."""
-        sampled = self._grow() if self._round_begins else {}
-        seconds: dict[str, float] = {}
-        with clocked(seconds, "time/update_s"):
-            learned = self.update(self.pool)
-        self.steps_done += 1
-        return {**sampled, **learned, **seconds}
-
-    @with_whole_weights
-    def evaluate(
-        self, tracker: Tracker | None = None, step: int = 0, *, repeats: int | None = None
-    ) -> Metrics:
-        """Sample `repeats` (or `train.eval_repeats`) completions per evaluation prompt.
-
-        Returns the mean reward and means of the user's metrics.
-        """
-        return self.evaluator.run(tracker, step, repeats=repeats)
-
-    @with_whole_weights
-    def generate(self, prompts: Sequence[str], *, greedy: bool = False) -> list[str]:
-        """Completions of the current policy."""
-        config = self.config
-        made = fitting_prompts(prompts, self.tokenizer, config.tokenizer, self.lm, config.generation)
-        chunks = self.sampler.generate(made, greedy=greedy)
-        return [rollout.completion.text for chunk in chunks for rollout in chunk]
-
-    @with_whole_weights
-    def save_pretrained(self, folder: Path) -> Path:
-        """Write the model as a Hugging Face folder. Call it on all ranks."""
-        return save_on_main(self.engine, folder, self.lm, self.tokenizer, self.config.model)
-
-    def close(self) -> None:
-        """Stop the reward client and the sampler, and leave the process group."""
-        self.source.close()
-        self._make_sampler.close()
-        self.engine.close()
 
 
 def _selection_metrics(kept: Sequence[Kept]) -> Metrics:

@@ -9,8 +9,11 @@ from pydantic import Field
 
 from conch.config.base import Section
 from conch.config.data import DataConfig
+from conch.config.generation import EvalGenerationConfig, GenerationConfig
 from conch.config.model import ModelConfig, TokenizerConfig
 from conch.config.optim import OptimizerConfig, SchedulerConfig
+from conch.config.reward import RewardConfig
+from conch.config.rollout import RolloutConfig
 
 
 class TrainConfig(Section):
@@ -96,3 +99,12 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+
+class OnlineRunConfig(RunConfig):
+    """What runs have that sample completions and learn from their rewards."""
+
+    generation: GenerationConfig = GenerationConfig()
+    eval_generation: EvalGenerationConfig = EvalGenerationConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()

@@ -65,13 +65,15 @@ BatchT = TypeVar("BatchT")
 
 
 def take_rows(batch: BatchT, rows: Int[Tensor, " N"]) -> BatchT:
-    """The given rows of a dataclass of tensors (and of such dataclasses, or None), as another of the same
-    kind."""
+    """The given rows of a dataclass of tensors (and of such dataclasses), as another of the same kind.
+
+    None and numbers hold for all rows and stay.
+    """
     assert is_dataclass(batch)
 
     def taken(value: Any) -> Any:
-        if value is None:
-            return None
-        return take_rows(value, rows) if is_dataclass(value) else value[rows.to(value.device)]
+        if isinstance(value, torch.Tensor):
+            return value[rows.to(value.device)]
+        return take_rows(value, rows) if is_dataclass(value) else value
 
     return type(batch)(**{field.name: taken(getattr(batch, field.name)) for field in fields(batch)})

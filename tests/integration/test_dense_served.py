@@ -37,6 +37,7 @@ from tests.checkpoints import (
     tokenizer_for,
     value_head_tensors,
 )
+from tests.runs import batch_of
 from tests.tiny import decoder_shape
 
 DEADLINE_S = 120.0
@@ -253,7 +254,7 @@ def test_ppo_learns_from_each_step_where_it_ended(served: Served, name: str, tmp
     trainer = PPOTrainer(load(PPORunConfig, settings), prompts=["a;b", "cd", "e;"] * 8, tokenizer=TOKENIZER)
     with contextlib.closing(trainer):
         rollouts = trainer.rollout(trainer.prompts)
-        batch = trainer.experience(rollouts, trainer.score(rollouts))
+        batch = batch_of(trainer, rollouts, trainer.score(rollouts))
     returns = torch.nn.functional.pad(batch.returns, (0, 1))
     rewards = (returns[:, :-1] - returns[:, 1:]).tolist()
 

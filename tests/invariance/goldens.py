@@ -31,6 +31,7 @@ from tests.invariance.scenarios import (
     SMALL,
 )
 from tests.runs import (
+    batch_and_metrics,
     grpo_trainer,
     ilql_trainer,
     policy,
@@ -88,8 +89,8 @@ def ppo(run_dir: Path) -> Run:
     redraw(trainer.policy.value_head.hidden, 0.3)
     found = []
     for _ in range(STEPS):
-        batch = trainer.experience(ROLLOUTS, REWARDS)
-        found.append(numbers({**trainer.experience_metrics, **trainer.update(batch)}))
+        batch, metrics = batch_and_metrics(trainer, ROLLOUTS, REWARDS)
+        found.append(numbers({**metrics, **trainer.update(batch)}))
     return found
 
 
@@ -103,8 +104,8 @@ def grpo(run_dir: Path) -> Run:
     )
     found = []
     for _ in range(STEPS):
-        batch = trainer.experience(GROUPS, GROUP_REWARDS)
-        found.append(numbers({**trainer.experience_metrics, **trainer.update(batch)}))
+        batch, metrics = batch_and_metrics(trainer, GROUPS, GROUP_REWARDS)
+        found.append(numbers({**metrics, **trainer.update(batch)}))
     return found
 
 
@@ -113,10 +114,10 @@ def rft(run_dir: Path) -> Run:
     trainer = rft_trainer(
         run_dir, lm=policy(**SMALL), optimizer=ADAM, rft={"n_improve_steps": STEPS, "batch_size": 4}
     )
-    pool = trainer.experience(GROUPS, GROUP_REWARDS)
+    pool, metrics = trainer.make_batch(GROUPS, GROUP_REWARDS)
     found = []
     for _ in range(STEPS):
-        found.append(numbers({**trainer.experience_metrics, **trainer.update(pool)}))
+        found.append(numbers({**metrics, **trainer.update(pool)}))
         trainer.steps_done += 1
     return found
 

@@ -27,6 +27,7 @@ from conch.types import RewardResult, RewardStatus
 from tests.runs import (
     LINEAR_ADAM,
     TOKENIZER,
+    batch_and_metrics,
     grpo_trainer,
     ilql_trainer,
     letters_rollout,
@@ -146,8 +147,8 @@ def ppo(folder: Path) -> dict[str, Any]:
     rank, ranks = trainer.engine.rank, trainer.engine.num_ranks
     found: dict[str, Any] = {}
     for step in range(2):
-        batch = trainer.experience(ROLLOUTS[rank::ranks], REWARDS[rank::ranks])
-        metrics = {**trainer.experience_metrics, **trainer.update(batch)}
+        batch, metrics = batch_and_metrics(trainer, ROLLOUTS[rank::ranks], REWARDS[rank::ranks])
+        metrics |= trainer.update(batch)
         found |= {f"{name} {step}": value for name, value in numbers(metrics).items()}
     moments = trainer.shaper.moments
     own_tokens = int(batch.loss_mask.sum())
@@ -175,9 +176,9 @@ def grpo(folder: Path) -> dict[str, Any]:
     mine = slice(rank * size, (rank + 1) * size)
     found: dict[str, Any] = {}
     for step in range(2):
-        batch = trainer.experience(GROUPS[mine], GROUP_REWARDS[mine])
+        batch, metrics = batch_and_metrics(trainer, GROUPS[mine], GROUP_REWARDS[mine])
         assert batch.old_logprobs is None
-        metrics = {**trainer.experience_metrics, **trainer.update(batch)}
+        metrics |= trainer.update(batch)
         found |= {f"{name} {step}": value for name, value in numbers(metrics).items()}
     assert found["policy/kl 1"] != 0.0
     return {

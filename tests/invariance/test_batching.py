@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from tests.invariance.scenarios import PAIRS, REWARDS, ROLLOUTS, SAMPLES, SCORED, SMALL
-from tests.runs import LINEAR_ADAM, parameters, policy, ppo_trainer, reward_trainer, sft_trainer
+from tests.runs import (
+    LINEAR_ADAM,
+    batch_of,
+    parameters,
+    policy,
+    ppo_trainer,
+    reward_trainer,
+    sft_trainer,
+)
 
 ACCUMULATION = pytest.mark.parametrize("steps", [2, 4, 8])
 
@@ -27,7 +35,7 @@ def sft_update(run_dir: Path, steps: int) -> tuple[torch.Tensor, float]:
 
 def ppo_update(run_dir: Path, steps: int) -> tuple[torch.Tensor, float]:
     trainer = ppo_trainer(run_dir, lm=policy(**SMALL), **cut(steps))
-    metrics = trainer.update(trainer.experience(ROLLOUTS, REWARDS))
+    metrics = trainer.update(batch_of(trainer, ROLLOUTS, REWARDS))
     return parameters(trainer.policy.lm), metrics["train/loss"]
 
 
@@ -55,9 +63,9 @@ def test_accumulation_gives_the_same_reward_model(
 
 @pytest.mark.parametrize("forward_batch_size", [1, 3, 8])
 def test_forward_batch_size_does_not_change_experience(tmp_path: Path, forward_batch_size: int) -> None:
-    whole = ppo_trainer(tmp_path / "whole", ppo={"forward_batch_size": 64}).experience(ROLLOUTS, REWARDS)
+    whole = batch_of(ppo_trainer(tmp_path / "whole", ppo={"forward_batch_size": 64}), ROLLOUTS, REWARDS)
     settings = {"forward_batch_size": forward_batch_size}
-    parts = ppo_trainer(tmp_path / "parts", ppo=settings).experience(ROLLOUTS, REWARDS)
+    parts = batch_of(ppo_trainer(tmp_path / "parts", ppo=settings), ROLLOUTS, REWARDS)
     for name in ("old_logprobs", "old_values", "advantages", "returns"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=0, atol=1e-10)
 
@@ -66,7 +74,7 @@ def test_order_of_samples_does_not_change_the_update(tmp_path: Path) -> None:
     found = []
     for name, order in (("forth", slice(None)), ("back", slice(None, None, -1))):
         trainer = ppo_trainer(tmp_path / name, lm=policy(**SMALL), optimizer=LINEAR_ADAM)
-        trainer.update(trainer.experience(ROLLOUTS[order], REWARDS[order]))
+        trainer.update(batch_of(trainer, ROLLOUTS[order], REWARDS[order]))
         found.append(parameters(trainer.policy))
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-10)
 

@@ -16,7 +16,7 @@ from conch.models.policy import PolicyWithValue
 from conch.models.reference import build_reference
 from conch.ops import logprobs_of_labels
 from tests.numerics import family_rounding, network_rounding
-from tests.runs import LINEAR_ADAM, grpo_trainer, parameters, policy, ppo_trainer
+from tests.runs import LINEAR_ADAM, batch_of, grpo_trainer, parameters, policy, ppo_trainer
 from tests.tiny import DECODERS, padded_batch, tiny_decoder
 
 PAD = 21
@@ -192,7 +192,7 @@ def test_an_update_on_packed_rows_is_that_on_padded_ones(tmp_path: Path, make: A
         assert trainer.layout.packs
         trainer.layout.packs = packs
         rollouts = trainer.rollout(trainer.prompts[:2] if make is grpo_trainer else trainer.prompts[:8])
-        batch = trainer.experience(rollouts, trainer.score(rollouts))
+        batch = batch_of(trainer, rollouts, trainer.score(rollouts))
         metrics.append(trainer.update(batch)["train/loss"])
         moved.append(parameters(trainer.policy))
     torch.testing.assert_close(moved[1], moved[0], rtol=1e-9, atol=1e-11)

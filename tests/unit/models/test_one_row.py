@@ -25,7 +25,15 @@ from conch.models.policy import PolicyWithValue
 from conch.models.reference import build_reference
 from conch.ops import entropy
 from conch.trainers.sft import token_loss_sum
-from tests.runs import LINEAR_ADAM, grpo_trainer, parameters, policy, ppo_trainer, sft_trainer
+from tests.runs import (
+    LINEAR_ADAM,
+    batch_of,
+    grpo_trainer,
+    parameters,
+    policy,
+    ppo_trainer,
+    sft_trainer,
+)
 from tests.tiny import DECODERS, decoder_shape, padded_batch, tiny_decoder
 from tests.varlen import NAME, reference_kernels
 
@@ -285,7 +293,7 @@ def test_an_update_on_one_row_is_that_on_padded_ones(
         rewards = trainer.score(sampled)
         # The same samples for both: these samplers add up in another order.
         rollouts = rollouts or (sampled, rewards)
-        batch = trainer.experience(*rollouts)
+        batch = batch_of(trainer, *rollouts)
         metrics.append(trainer.update(batch)["train/loss"])
         moved.append(parameters(trainer.policy))
     torch.testing.assert_close(moved[1], moved[0], rtol=1e-9, atol=1e-11)

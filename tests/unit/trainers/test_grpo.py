@@ -19,12 +19,13 @@ from transformers import GPT2LMHeadModel
 from conch.config import load
 from conch.errors import ConfigError
 from conch.losses import LossForm, token_weights
-from conch.trainers.grpo import GRPORunConfig, GRPOTrainer
-from conch.trainers.grpo_batch import kl_to_show
+from conch.trainers.grpo import GRPORunConfig, GRPOTrainer, kl_to_show
 from conch.types import Rollout
 from tests.runs import (
     LINEAR_ADAM,
     PROMPTS,
+    batch_and_metrics,
+    batch_of,
     grpo_trainer,
     letters_rollout,
     parameters,
@@ -99,7 +100,7 @@ def test_loss_is_that_of_the_paper(run_dir: Path, form: LossForm) -> None:
         lm=policy(),
         grpo={"loss": form, **CLIPS, "epochs": 2, "kl": {"coef": 0.5, "estimator": "k3"}},
     )
-    batch = trainer.experience(ROLLOUTS, scored(*SCORES))
+    batch = batch_of(trainer, ROLLOUTS, scored(*SCORES))
     shake(trainer.policy.lm, 0.1, seed=5)
     mask = batch.loss_mask
     shares = mask.float() / mask.sum()
@@ -133,7 +134,7 @@ def test_accumulation_changes_nothing(tmp_path: Path, form: LossForm) -> None:
             train={"gradient_accumulation_steps": steps},
             optimizer=LINEAR_ADAM,
         )
-        trainer.update(trainer.experience(ROLLOUTS, scored(*SCORES)))
+        trainer.update(batch_of(trainer, ROLLOUTS, scored(*SCORES)))
         found.append(parameters(trainer.policy.lm))
     assert not torch.equal(found[0], parameters(policy()))
     for other in found[1:]:
@@ -141,7 +142,7 @@ def test_accumulation_changes_nothing(tmp_path: Path, form: LossForm) -> None:
 
 
 def test_samples_without_reward_or_tokens_are_left_out(run_dir: Path) -> None:
-    batch = grpo_trainer(run_dir).experience(ROLLOUTS, scored(*SCORES))
+    batch = batch_of(grpo_trainer(run_dir), ROLLOUTS, scored(*SCORES))
     assert [bool(row.any()) for row in batch.loss_mask] == [True, True, True, False, True, True, False, True]
     assert batch.advantages[3] == batch.advantages[6] == 0.0
     assert float(batch.advantages[:3].sum()) == pytest.approx(0.0, abs=1e-6)
@@ -160,7 +161,7 @@ def test_kl_in_the_rewards_is_compared_with_them(run_dir: Path) -> None:
     trainer = grpo_trainer(run_dir, grpo={"kl": kl, "advantage": "group_mean"})
     start = policy()
     shake(trainer.policy.lm, 0.1, seed=5)
-    batch = trainer.experience(ROLLOUTS, scored(*SCORES))
+    batch = batch_of(trainer, ROLLOUTS, scored(*SCORES))
     totals = [
         score
         - 0.5 * float((token_logprobs(trainer.policy.lm, rollout) - token_logprobs(start, rollout)).sum())
@@ -190,14 +191,14 @@ def test_a_steps_only_update_finds_the_old_log_probs_itself(
             optimizer=LINEAR_ADAM,
             train={"gradient_accumulation_steps": 2},
         )
-        assert not trainer._passes_first
-        trainer._passes_first = passes_first
+        assert not trainer.computes_old_logprobs
+        trainer.computes_old_logprobs = passes_first
         shake(trainer.policy.lm, 0.1, seed=5)
         calls: list[bool] = []
         trainer.policy.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))  # noqa: B023
-        batch = trainer.experience(ROLLOUTS, scored(*[0.0, 1.0, 0.0, 2.0] * 2))
+        batch, metrics = batch_and_metrics(trainer, ROLLOUTS, scored(*[0.0, 1.0, 0.0, 2.0] * 2))
         with caplog.at_level(logging.WARNING):
-            metrics = {**trainer.experience_metrics, **trainer.update(batch)}
+            metrics |= trainer.update(batch)
         assert calls == [False] * 3 * passes_first + [True] * 2
         shown = kl_to_show(batch, trainer.config.generation)
         cut = trainer.config.generation.model_copy(update={"top_k": 3})
@@ -223,7 +224,7 @@ def test_a_steps_only_update_finds_the_old_log_probs_itself(
 
 def test_evaluation_measures_the_policys_distance_where_steps_make_no_pass_of_it(run_dir: Path) -> None:
     trainer = grpo_trainer(run_dir, grpo={"kl": {"coef": 0.3}})
-    assert not trainer._passes_first
+    assert not trainer.computes_old_logprobs
     shake(trainer.policy.lm, 0.1, seed=5)
     assert trainer.evaluate()["eval/kl"] > 0.1
 
@@ -242,14 +243,14 @@ def test_evaluation_measures_the_policys_distance_where_steps_make_no_pass_of_it
 def test_old_log_probs_come_first_where_something_needs_them(run_dir: Path, settings: dict[str, Any]) -> None:
     settings = {**settings, "grpo": {"kl": {"coef": 0.0}, **settings.get("grpo", {})}}
     trainer = grpo_trainer(run_dir, **settings)
-    assert trainer.experience(ROLLOUTS, scored(*SCORES)).old_logprobs is not None
+    assert batch_of(trainer, ROLLOUTS, scored(*SCORES)).old_logprobs is not None
 
 
 def test_long_responses_are_penalised_before_they_are_compared(run_dir: Path) -> None:
     trainer = grpo_trainer(
         run_dir, grpo={"overlong_buffer": 2, "overlong_penalty": 4.0, "advantage": "group_mean"}
     )
-    batch = trainer.experience(ROLLOUTS, scored(*[0.0] * 8))
+    batch = batch_of(trainer, ROLLOUTS, scored(*[0.0] * 8))
     # Of "bcd" and eos (4 tokens), "e" and eos, and "ghabc" (5): less 2, 0 and 4.
     assert batch.advantages[:3].tolist() == pytest.approx([0.0, 2.0, -2.0])
 
@@ -265,13 +266,10 @@ def test_groups_without_spread_are_replaced(run_dir: Path) -> None:
             run_dir.with_name(f"draws_{max_draws}"), reward_fn=reward, grpo={"max_draws": max_draws}
         )
         seconds: dict[str, float] = {}
-        rollouts, rewards, draws = trainer._draw(seconds)
+        rollouts, rewards, draws = trainer._sample_groups(seconds)
         assert len(rollouts) == len(rewards) == 8 and seconds["time/rollout_s"] > 0
-        trainer.experience(rollouts, rewards)
-        return [rollout.prompt.text for rollout in rollouts[::4]], {
-            **trainer.experience_metrics,
-            "draws": draws,
-        }
+        _, metrics = batch_and_metrics(trainer, rollouts, rewards)
+        return [rollout.prompt.text for rollout in rollouts[::4]], {**metrics, "draws": draws}
 
     once, metrics = drawn(1)
     assert set(once) != {"a", "bc"} and metrics["grpo/flat_fraction"] > 0 and metrics["draws"] == 1
@@ -302,10 +300,10 @@ def test_sampler_correction_weighs_tokens_and_is_measured(run_dir: Path) -> None
         replace(each, completion=replace(each.completion, logprobs=(-2.5,) * len(each.completion.token_ids)))
         for each in ROLLOUTS
     ]
-    batch = trainer.experience(claimed, scored(*SCORES))
+    batch, metrics = batch_and_metrics(trainer, claimed, scored(*SCORES))
     expected = (batch.old_logprobs + 2.5).exp().clamp(max=1.5)
     torch.testing.assert_close(batch.correction[batch.loss_mask], expected[batch.loss_mask])
-    assert 0 < trainer.experience_metrics["rollout/correction_clipped_fraction"] < 1
+    assert 0 < metrics["rollout/correction_clipped_fraction"] < 1
     weights = token_weights(batch.loss_mask, "grpo", 5)
     plain = replace(batch, correction=torch.ones_like(batch.correction))
     ours, theirs = (trainer._loss(each, weights, weights)[1]["train/policy_loss"] for each in (batch, plain))
@@ -319,10 +317,9 @@ def test_log_probs_are_computed_while_rewards_are_under_way(
     trainer = grpo_trainer(
         run_dir, reward_fn=lambda outputs, **_: [float(looked.wait(30.0)) for _ in outputs]
     )
-    forward = trainer._forward
-    monkeypatch.setattr(trainer, "_forward", lambda *given: (forward(*given), looked.set())[0])
-    rewards = trainer.score(trainer.rollout(trainer.prompts[:2]))
-    assert [result.scores["reward"] for result in rewards] == [1.0] * 8
+    compute = trainer.compute_logprobs
+    monkeypatch.setattr(trainer, "compute_logprobs", lambda rollouts: (compute(rollouts), looked.set())[0])
+    assert trainer.step()["reward/mean"] == 1.0, "rewards were waited for before"
 
 
 def test_letters_are_learned(run_dir: Path) -> None:
@@ -365,6 +362,6 @@ def test_a_batch_that_does_not_come_out_whole_is_refused(run_dir: Path) -> None:
 
 def test_dr_grpo_takes_the_mean_alone_by_itself(run_dir: Path) -> None:
     trainer: GRPOTrainer = grpo_trainer(run_dir, grpo={"loss": "dr_grpo"})
-    batch = trainer.experience(ROLLOUTS, scored(*SCORES))
+    batch = batch_of(trainer, ROLLOUTS, scored(*SCORES))
     mean = (1.0 - 2.0 + 0.5) / 3
     assert batch.advantages[:3].tolist() == pytest.approx([1.0 - mean, -2.0 - mean, 0.5 - mean])

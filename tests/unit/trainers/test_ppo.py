@@ -25,6 +25,8 @@ from tests.runs import (
     PAD,
     PROMPTS,
     TOKENIZER,
+    batch_and_metrics,
+    batch_of,
     letters_rollout,
     parameters,
     policy,
@@ -65,7 +67,7 @@ def token_logprobs(lm: GPT2LMHeadModel, rollout: Rollout, temperature: float = 1
 
 def returns_of(trainer: PPOTrainer, rewards: Sequence[RewardResult]) -> list[float]:
     """Each sample's return at its first token: with gamma = lambda = 1 and no KL, its whole reward."""
-    return trainer.experience(ROLLOUTS, rewards).returns[:, 0].tolist()
+    return batch_of(trainer, ROLLOUTS, rewards).returns[:, 0].tolist()
 
 
 def plain(**ppo: Any) -> dict[str, Any]:
@@ -98,8 +100,8 @@ def test_first_minibatch_is_on_policy(run_dir: Path, num_layers_unfrozen: int) -
 def test_log_probs_of_the_trainer_are_those_of_the_sampler(run_dir: Path) -> None:
     trainer = ppo_trainer(run_dir, generation={"max_new_tokens": 5, "temperature": 0.6})
     rollouts = trainer.rollout(trainer.prompts)
-    batch = trainer.experience(rollouts, trainer.score(rollouts))
-    assert trainer.experience_metrics["rollout/logprob_gap"] < 1e-5
+    batch, metrics = batch_and_metrics(trainer, rollouts, trainer.score(rollouts))
+    assert metrics["rollout/logprob_gap"] < 1e-5
     for row, rollout in enumerate(rollouts):
         expected = token_logprobs(trainer.policy.lm, rollout, temperature=0.6)
         found = batch.old_logprobs[row, : len(expected)].double()
@@ -113,34 +115,14 @@ def test_log_probs_are_computed_while_rewards_are_under_way(
 ) -> None:
     looked = threading.Event()
     trainer = ppo_trainer(run_dir, reward_fn=lambda outputs, **_: [float(looked.wait(30.0)) for _ in outputs])
-    forward = trainer._forward
-    monkeypatch.setattr(trainer, "_forward", lambda sequences: (forward(sequences), looked.set())[0])
+    compute = trainer.compute_logprobs
+    monkeypatch.setattr(trainer, "compute_logprobs", lambda rollouts: (compute(rollouts), looked.set())[0])
 
-    rollouts = trainer.rollout(trainer.prompts)
-    rewards = trainer.score(rollouts)
-
-    assert [result.scores["reward"] for result in rewards] == [1.0] * len(rollouts)
-
-
-def test_experience_of_other_samples_or_another_policy_is_computed_anew(run_dir: Path) -> None:
-    trainer = ppo_trainer(run_dir, optimizer=LINEAR_ADAM)
-    trainer.score(trainer.rollout(trainer.prompts))
-
-    others = trainer.experience(ROLLOUTS, scored(*SCORES))
-    rollouts = trainer.rollout(trainer.prompts)
-    rewards = trainer.score(rollouts)
-    trainer.update(others)
-    later = trainer.experience(rollouts, rewards)
-
-    for batch, samples, lm in ((others, ROLLOUTS, policy()), (later, rollouts, trainer.policy.lm)):
-        for row, rollout in enumerate(samples):
-            expected = token_logprobs(lm, rollout)
-            found = batch.old_logprobs[row, : len(expected)].double()
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    assert trainer.step()["reward/mean"] == 1.0, "rewards were waited for before"
 
 
 def test_first_values_are_zero(run_dir: Path) -> None:
-    batch = ppo_trainer(run_dir).experience(ROLLOUTS, scored(*SCORES))
+    batch = batch_of(ppo_trainer(run_dir), ROLLOUTS, scored(*SCORES))
     assert not batch.old_values.any()
 
 
@@ -162,7 +144,7 @@ def test_kl_of_every_token_is_taken_off(run_dir: Path) -> None:
     shake(trainer.policy, 0.05)
     trainer.policy.value_head.out.weight.data.zero_()
     trainer.policy.value_head.out.bias.data.zero_()
-    batch = trainer.experience(ROLLOUTS, scored(*SCORES))
+    batch, metrics = batch_and_metrics(trainer, ROLLOUTS, scored(*SCORES))
     kls = []
     for row, rollout in enumerate(ROLLOUTS):
         kl = token_logprobs(trainer.policy.lm, rollout) - token_logprobs(start, rollout)
@@ -171,16 +153,17 @@ def test_kl_of_every_token_is_taken_off(run_dir: Path) -> None:
             expected = SCORES[row] - 0.3 * float(kl[t:].sum())
             assert float(batch.returns[row, t]) == pytest.approx(expected, abs=1e-4)
     # Prompts and padding are of all lengths here and do not count.
-    assert trainer.experience_metrics["policy/kl"] == pytest.approx(sum(kls) / len(kls), abs=1e-4)
+    assert metrics["policy/kl"] == pytest.approx(sum(kls) / len(kls), abs=1e-4)
     assert trainer.kl_to_start(ROLLOUTS) == pytest.approx(sum(kls) / len(kls), abs=1e-4)
 
 
 def test_missing_eos_is_penalised_and_counted(run_dir: Path) -> None:
     trainer = ppo_trainer(run_dir, ppo=plain(), shaping={"missing_eos_penalty": 10.0})
     expected = [score - (10.0 if index in (2, 7) else 0.0) for index, score in enumerate(SCORES)]
-    assert returns_of(trainer, scored(*SCORES)) == pytest.approx(expected)
-    assert trainer.experience_metrics["rollout/truncated_fraction"] == 2 / 8
-    assert trainer.experience_metrics["reward/mean"] == pytest.approx(sum(SCORES) / 8)
+    batch, metrics = batch_and_metrics(trainer, ROLLOUTS, scored(*SCORES))
+    assert batch.returns[:, 0].tolist() == pytest.approx(expected)
+    assert metrics["rollout/truncated_fraction"] == 2 / 8
+    assert metrics["reward/mean"] == pytest.approx(sum(SCORES) / 8)
 
 
 def test_scores_are_clipped_first_and_scaled_second(run_dir: Path) -> None:
@@ -200,7 +183,7 @@ def test_dense_rewards_land_on_their_tokens(run_dir: Path) -> None:
     trainer = ppo_trainer(run_dir, ppo=plain())
     rewards = scored(*SCORES)
     rewards[0] = RewardResult(RewardStatus.OK, token_scores=(1.0, 0.0, -2.0, 5.0))
-    returns = trainer.experience(ROLLOUTS, rewards).returns
+    returns = batch_of(trainer, ROLLOUTS, rewards).returns
     assert returns[0].tolist() == pytest.approx([4.0, 3.0, 3.0, 5.0, 0.0])
     assert returns[1, :2].tolist() == pytest.approx([-2.0, -2.0])
 
@@ -219,7 +202,7 @@ def test_weight_of_an_objective_that_the_reward_lacks_is_refused_with_the_scores
 
 
 def test_advantages_are_whitened_over_valid_tokens(run_dir: Path) -> None:
-    batch = ppo_trainer(run_dir).experience(ROLLOUTS, scored(*SCORES[:-1], None))
+    batch = batch_of(ppo_trainer(run_dir), ROLLOUTS, scored(*SCORES[:-1], None))
     valid = batch.advantages[batch.loss_mask].double()
     assert valid.numel() == sum(len(rollout.completion.token_ids) for rollout in ROLLOUTS[:-1])
     assert abs(float(valid.mean())) < 1e-6
@@ -230,9 +213,9 @@ def test_advantages_are_whitened_over_valid_tokens(run_dir: Path) -> None:
 def test_experience_of_a_sample_does_not_depend_on_its_neighbours(run_dir: Path) -> None:
     trainer = ppo_trainer(run_dir, ppo=plain())
     shake(trainer.policy, 0.05)
-    together = trainer.experience(ROLLOUTS, scored(*SCORES))
+    together = batch_of(trainer, ROLLOUTS, scored(*SCORES))
     for row, rollout in enumerate(ROLLOUTS):
-        alone = trainer.experience([rollout], scored(SCORES[row]))
+        alone = batch_of(trainer, [rollout], scored(SCORES[row]))
         length = int(alone.loss_mask.sum())
         for name in ("old_logprobs", "old_values", "returns"):
             one, many = getattr(alone, name)[0, :length], getattr(together, name)[row, :length]
@@ -248,7 +231,7 @@ def test_kl_in_the_loss_leaves_the_rewards_alone(run_dir: Path) -> None:
         ppo={"lam": 1.0, "value_coef": 0.0, "kl": {"coef": 0.3, "placement": "loss", "estimator": "k3"}},
     )
     shake(trainer.policy.lm, 0.05)
-    batch = trainer.experience(ROLLOUTS, scored(*SCORES))
+    batch = batch_of(trainer, ROLLOUTS, scored(*SCORES))
     assert batch.returns[:, 0].tolist() == pytest.approx(SCORES, abs=1e-5)
     metrics = trainer.update(batch)
     k3, tokens = 0.0, 0
@@ -265,7 +248,7 @@ def test_whitened_rewards_keep_their_mean(run_dir: Path) -> None:
     raw = torch.zeros(8, 6)
     for row, rollout in enumerate(ROLLOUTS):
         raw[row, len(rollout.completion.token_ids) - 1] = SCORES[row]
-    mask = trainer.experience(ROLLOUTS, scored(*SCORES)).loss_mask
+    mask = batch_of(trainer, ROLLOUTS, scored(*SCORES)).loss_mask
     std = float(raw[:, : mask.shape[1]][mask].std(correction=0))
     expected = [score / std for score in SCORES]
     assert returns_of(trainer, scored(*SCORES)) == pytest.approx(expected, abs=1e-5)
@@ -334,7 +317,7 @@ def test_greedy_evaluation_gives_the_same_output_each_time(run_dir: Path) -> Non
 
 def updated(run_dir: Path, rollouts: list[Rollout], rewards: list[RewardResult]) -> torch.Tensor:
     trainer = ppo_trainer(run_dir, optimizer=LINEAR_ADAM)
-    trainer.update(trainer.experience(rollouts, rewards))
+    trainer.update(batch_of(trainer, rollouts, rewards))
     return parameters(trainer.policy)
 
 
@@ -353,9 +336,9 @@ def test_a_sample_without_reward_leaves_the_loss(tmp_path: Path) -> None:
 
 def test_failures_are_counted_and_not_averaged_in(run_dir: Path) -> None:
     trainer = ppo_trainer(run_dir)
-    trainer.experience(ROLLOUTS, scored(1.0, None, 3.0, *[2.0] * 5))
-    assert trainer.experience_metrics["reward/mean"] == 2.0
-    assert trainer.experience_metrics["reward/failed_fraction"] == 1 / 8
+    _, metrics = batch_and_metrics(trainer, ROLLOUTS, scored(1.0, None, 3.0, *[2.0] * 5))
+    assert metrics["reward/mean"] == 2.0
+    assert metrics["reward/failed_fraction"] == 1 / 8
 
 
 @pytest.mark.parametrize("reason", ["stop", "length"])
@@ -363,16 +346,16 @@ def test_empty_responses_do_no_harm(run_dir: Path, reason: Any) -> None:
     trainer = ppo_trainer(run_dir)
     empty = [letters_rollout(prompt, "", reason) for prompt in PROMPTS]
     before = parameters(trainer.policy)
-    metrics = trainer.update(trainer.experience(empty, scored(*SCORES)))
+    metrics = trainer.update(batch_of(trainer, empty, scored(*SCORES)))
     assert metrics["train/loss"] == 0.0 and torch.equal(parameters(trainer.policy), before)
-    some = trainer.update(trainer.experience([*empty[:4], *ROLLOUTS[4:]], scored(*SCORES)))
+    some = trainer.update(batch_of(trainer, [*empty[:4], *ROLLOUTS[4:]], scored(*SCORES)))
     assert all(math.isfinite(value) for value in some.values())
     assert parameters(trainer.policy).isfinite().all()
 
 
 def test_non_finite_gradient_is_skipped_and_counted(run_dir: Path) -> None:
     trainer = ppo_trainer(run_dir, scheduler={"name": "linear"})
-    batch = trainer.experience(ROLLOUTS, scored(*SCORES))
+    batch = batch_of(trainer, ROLLOUTS, scored(*SCORES))
     broken = copy.deepcopy(batch)
     broken.advantages[0, 0] = math.inf
     before = parameters(trainer.policy)
@@ -399,8 +382,8 @@ def off_policy_batch(trainer: PPOTrainer) -> PPOBatch:
     def noise() -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    with torch.no_grad():
-        logprobs, _, values, _ = trainer._forward(sequences)
+    outputs = trainer.compute_logprobs(ROLLOUTS)
+    logprobs, values = outputs.logprobs, outputs.values
     return PPOBatch(
         sequences,
         mask,
@@ -409,6 +392,7 @@ def off_policy_batch(trainer: PPOTrainer) -> PPOBatch:
         old_values=values + 0.4 * noise(),
         advantages=noise(),
         returns=values + noise(),
+        kl_coef=0.0,
     )
 
 
@@ -472,7 +456,7 @@ def test_learning_rate_falls_to_zero_over_all_updates(run_dir: Path) -> None:
         scheduler={"name": "linear"},
         optimizer={"learning_rate": 0.012},
     )
-    batch = trainer.experience(ROLLOUTS, scored(*SCORES))
+    batch = batch_of(trainer, ROLLOUTS, scored(*SCORES))
     rates = [trainer.update(batch)["train/learning_rate"] for _ in range(3)]
     # 12 updates from 0.012 down by 0.001: the 4th, 8th and 12th.
     assert rates == pytest.approx([0.009, 0.005, 0.001])
@@ -498,9 +482,9 @@ def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
     half = ppo_trainer(tmp_path / "half", lm=lm, train={"mixed_precision": "bf16"})
     prompts = half.prompts
     rollouts = half.rollout(prompts)
-    own = half.experience(rollouts, half.score(rollouts))
-    assert half.experience_metrics["policy/kl"] == 0.0
-    assert half.experience_metrics["rollout/logprob_gap"] < 0.05
+    own, metrics = batch_and_metrics(half, rollouts, half.score(rollouts))
+    assert metrics["policy/kl"] == 0.0
+    assert metrics["rollout/logprob_gap"] < 0.05
     for tensor in (own.old_logprobs, own.old_values, own.advantages, own.returns):
         assert tensor.dtype == torch.float32
     found = half.update(batch)

@@ -148,9 +148,8 @@ def test_experience_leaves_failed_rewards_out_and_counts_them(run_dir: Path) -> 
         letters_rollout("a", ""),
     ]
     trainer = rft_trainer(run_dir)
-    pool = trainer.experience(rollouts, scored(1.0, None, None, -3.0))
+    pool, metrics = trainer.make_batch(rollouts, scored(1.0, None, None, -3.0))
     assert pool == [Candidates((0,), ((1, 2, EOS), (EOS,)), (1.0, -3.0))]
-    metrics = trainer.experience_metrics
     assert metrics["rft/pool_size"] == 2 and metrics["reward/failed_fraction"] == 0.5
     assert metrics["reward/mean"] == -1.0
     assert metrics["rollout/length_mean"] == (3 + 1 + 2 + 1) / 4
