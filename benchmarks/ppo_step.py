@@ -43,7 +43,7 @@ from benchmarks.measuring import (
 from benchmarks.policies import Case, case_of, forced_engine
 from conch.cli import load_run_config
 from conch.config import load
-from conch.models.freezing import choose_trainable
+from conch.models.freezing import freeze_layers
 from conch.models.policy import response_logits
 from conch.models.reference import FullCopyReference, Reference, SharedTrunkReference
 from conch.trainers.ppo import PPORunConfig, PPOTrainer
@@ -141,7 +141,7 @@ def reference_cost(case: Case, *, shared: bool, rounds: int = 5) -> dict[str, An
     lm = case.model()
     blocks = min(_UNFROZEN, case.model_config.n_layer)
     config = {"architecture": {"model_type": "gpt2"}, "num_layers_unfrozen": blocks}
-    choose_trainable(lm, load(PPORunConfig, {"model": config}).model)
+    freeze_layers(lm, load(PPORunConfig, {"model": config}).model)
     inputs = _batch(case)
     reference = SharedTrunkReference(lm, blocks) if shared else FullCopyReference(lm)
     columns: dict[str, list[float]] = {"policy": [], "both": []}

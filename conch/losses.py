@@ -87,7 +87,7 @@ def clipped_loss_terms(
     return torch.maximum(plain, clipped), clipped > plain
 
 
-def sampler_weights(
+def truncated_importance_weights(
     logprobs: Float[Tensor, "B R"], sampling_logprobs: Float[Tensor, "B R"], most: float
 ) -> Float[Tensor, "B R"]:
     """Importance weights of the trainer's distribution against the sampler's, truncated at `most` (Ionides
@@ -95,7 +95,7 @@ def sampler_weights(
     return clipped_log_ratio(logprobs, sampling_logprobs).exp().clamp(max=most)
 
 
-def effective_share(mean_weight: float, mean_square: float) -> float:
+def effective_sample_size(mean_weight: float, mean_square: float) -> float:
     """Effective sample size of importance weights, (sum w)^2 / sum w^2, as a share of their number (Kong
     1992): 1 where all are alike. NaN without weights."""
     return mean_weight**2 / mean_square if mean_square > 0 else float("nan")

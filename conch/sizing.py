@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from conch.cli import run_main, written_with
 from conch.config import ModelConfig
 from conch.errors import ConfigError, ModelError
-from conch.models.freezing import choose_trainable
+from conch.models.freezing import freeze_layers
 from conch.models.loading import decoder_layers, disable_dropout, fuse_activations
 from conch.models.policy import ValueHead, captured_head_input
 from conch.ops import logprobs_of_labels
@@ -254,7 +254,7 @@ def _meta_lm(config: PretrainedConfig, setup: Setup) -> PreTrainedModel:
         )
         disable_dropout(lm)
         fuse_activations(lm)
-        choose_trainable(lm, chosen)
+        freeze_layers(lm, chosen)
     return lm.train()
 
 

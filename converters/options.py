@@ -24,7 +24,7 @@ Side = Literal["left", "right"]
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class ReadOptions:
     """How to read a checkpoint; None takes what the checkpoint, or the kind of it, says."""
 
     base_model: str | None = None
@@ -69,7 +69,7 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class ConversionOptions:
     """A conversion.
 
     Raises:
@@ -122,7 +122,7 @@ class Options:
     dry_run: bool = False
     """Do everything, the comparison too, but publish nothing."""
 
-    reading: Reading = field(default_factory=Reading)
+    reading: ReadOptions = field(default_factory=ReadOptions)
     """How to read the checkpoint."""
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from conch.converters.backends import python as python_form
 from conch.converters.backends import python as torchao_int8
 from conch.converters.backends.version_files import write_beside
 from conch.converters.checkpoints.reader import Checkpoint, check_dense, checkpoint_sha256, read_checkpoint
-from conch.converters.options import Conversion, Options
+from conch.converters.options import Conversion, ConversionOptions
 from conch.converters.parity.compare import Expected, compare
 from conch.converters.parity.reference import expected_scores, golden_of
 from conch.converters.parity.report import ParityReport
@@ -59,7 +59,7 @@ class Written:
     expected: Expected
 
 
-def convert(options: Options) -> Conversion:
+def convert(options: ConversionOptions) -> Conversion:
     """Read the checkpoint, write a version aside, compare its scores, and publish it if they agree.
 
     Raises:
@@ -94,7 +94,7 @@ def convert(options: Options) -> Conversion:
         return Conversion(publish(folder, spec, options.model_store, **placement), spec, report)
 
 
-def _convert_onnx_text(options: Options) -> Conversion:
+def _convert_onnx_text(options: ConversionOptions) -> Conversion:
     """Three models: tokenizer, token form, and the ensemble of both; checked before any is published."""
     tokenizer_name, onnx_name = ensemble_parts(options.name)
     as_token = replace(options, form="token", name=onnx_name)
@@ -129,7 +129,7 @@ def _convert_onnx_text(options: Options) -> Conversion:
         return Conversion(publish(folder, spec, options.model_store, **placement), spec, report)
 
 
-def _write(options: Options, folder: Path) -> Written:
+def _write(options: ConversionOptions, folder: Path) -> Written:
     """All that needs the original: its model is freed when this returns."""
     _log.info("reading %s", options.checkpoint)
     checkpoint = read_checkpoint(options.checkpoint, options.reading)
@@ -145,7 +145,7 @@ def _write(options: Options, folder: Path) -> Written:
 
 
 @contextlib.contextmanager
-def _staged(options: Options) -> Iterator[Path]:
+def _staged(options: ConversionOptions) -> Iterator[Path]:
     """Where the version is written: in the store, or for a dry run, which leaves it alone, elsewhere."""
     if not options.dry_run:
         with staged_version(options.model_store, options.name) as folder:
@@ -157,7 +157,7 @@ def _staged(options: Options) -> Iterator[Path]:
         yield folder
 
 
-def _refuse_other_checkpoint(options: Options) -> None:
+def _refuse_other_checkpoint(options: ConversionOptions) -> None:
     there = owner_of(options.model_store, options.name) if not options.force else None
     if there is None or there.sha256 == checkpoint_sha256(options.checkpoint, options.reading):
         return
@@ -167,7 +167,7 @@ def _refuse_other_checkpoint(options: Options) -> None:
     )
 
 
-def _manifest(options: Options, checkpoint: Checkpoint) -> Manifest:
+def _manifest(options: ConversionOptions, checkpoint: Checkpoint) -> Manifest:
     return Manifest(
         name=options.name,
         form=options.form,
@@ -206,13 +206,13 @@ def _public_name(name: str) -> str:
     return Path(name).resolve().name if Path(name).exists() else name
 
 
-def _tools(options: Options) -> dict[str, str]:
+def _tools(options: ConversionOptions) -> dict[str, str]:
     names = [*_TOOLS, *_MORE_TOOLS.get(options.backend, ())] + ["torchao"] * (options.dtype == "int8")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def _finish(
-    folder: Path, options: Options, manifest: Manifest, golden: Golden, report: ParityReport
+    folder: Path, options: ConversionOptions, manifest: Manifest, golden: Golden, report: ParityReport
 ) -> RewardModelSpec:
     """Write what stands beside the weights."""
     content_sha256 = write_beside(folder, manifest, golden, report)
@@ -244,7 +244,7 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _parity_failure(report: ParityReport, options: Options) -> str:
+def _parity_failure(report: ParityReport, options: ConversionOptions) -> str:
     return (
         f"{options.checkpoint}: the converted model does not score like the original, nothing was published "
         f"(worst: {report.worst.name})\n{report.table()}"

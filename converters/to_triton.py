@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from conch.cli import written_with
-from conch.converters.options import Conversion, Normalise, Options, Reading, Side, default_name
+from conch.converters.options import Conversion, ConversionOptions, Normalise, ReadOptions, Side, default_name
 from conch.errors import ConchError, ParityError
 from conch.log import setup_logging
 from conch.store.manifest import Aggregate, Backend, Pooling, ServedDtype
@@ -43,7 +43,7 @@ def to_triton(
     keep: int | None = None,
     force: bool = False,
     dry_run: bool = False,
-    reading: Reading | None = None,
+    reading: ReadOptions | None = None,
 ) -> Conversion:
     """Publish a checkpoint as the next version of a model in the store.
 
@@ -52,14 +52,14 @@ def to_triton(
         name: model in the store; None takes the checkpoint's last name.
         reading: how to read the checkpoint, where not as its `reward_model.json` or its kind says.
 
-    The other arguments are those of `Options`.
+    The other arguments are those of `ConversionOptions`.
 
     Raises:
         ConversionError: the checkpoint cannot be served faithfully, or the name is another checkpoint's.
         ParityError: the converted model scores differently; nothing was published.
         ModelStoreError: the store cannot be written.
     """
-    options = Options(
+    options = ConversionOptions(
         checkpoint=str(checkpoint),
         name=default_name(str(checkpoint)) if name is None else name,
         model_store=Path(model_store),
@@ -75,7 +75,7 @@ def to_triton(
         keep=keep,
         force=force,
         dry_run=dry_run,
-        reading=reading or Reading(),
+        reading=reading or ReadOptions(),
     )
     # torch and transformers are imported here, so that --help and mistakes in the arguments answer at once.
     from conch.converters.pipeline import convert
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.pop("quiet"):
         setup_logging()
     arguments["rewards"] = tuple(arguments["rewards"])
-    reading = Reading(**{name: arguments.pop(name) for name in Reading.__dataclass_fields__})
+    reading = ReadOptions(**{name: arguments.pop(name) for name in ReadOptions.__dataclass_fields__})
     endpoint = arguments.pop("verify")
     try:
         if endpoint is not None:
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _verify(endpoint: str, checkpoint: str, dtype: ServedDtype, reading: Reading) -> int:
+def _verify(endpoint: str, checkpoint: str, dtype: ServedDtype, reading: ReadOptions) -> int:
     from conch.converters.parity.live_server import verify
 
     report = verify(endpoint, checkpoint, dtype, reading)

@@ -69,7 +69,8 @@ class Outcome:
 
 def run(name: str, arguments: list[str]) -> Outcome:
     """Run pytest under a setting; its output goes to the terminal."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **SETTINGS[name]}
+    # Several workers may have more threads together than there are cores: those that wait must not spin.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **SETTINGS[name]}
     seen = subprocess.run(
         [sys.executable, "-c", SEEN], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
     )

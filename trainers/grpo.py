@@ -53,12 +53,12 @@ from conch.distributed.train_engine import UpdateReport
 from conch.losses import (
     LossForm,
     clipped_loss_terms,
-    effective_share,
+    effective_sample_size,
     policy_ratio,
-    sampler_weights,
     token_weights,
+    truncated_importance_weights,
 )
-from conch.models.forward import Layout, Rows
+from conch.models.forward import BatchPacker, PackedBatch
 from conch.models.policy import Policy
 from conch.models.reference import Reference, build_reference
 from conch.ops import (
@@ -73,17 +73,17 @@ from conch.training.kl import KLConfig, KLController, kl_of_each, mean_kl
 from conch.training.online import OnlineTrainer
 from conch.training.reward_shaping import RewardShaper, ShapingConfig
 from conch.training.setup import (
-    evaluating,
+    eval_mode,
     rows_of_rank,
     rows_per_process,
     with_whole_weights,
 )
 from conch.training.statistics import (
-    clocked,
     log_rollouts,
     logprob_gap,
     reward_metrics,
     rollout_metrics,
+    timer,
     update_with_statistics,
     updates_over,
     warn_of_gap,
@@ -289,7 +289,7 @@ class GRPOTrainer(OnlineTrainer):
     def setup(self) -> Policy:
         """The policy alone."""
         config, engine = self.config, self.engine
-        self.layout = Layout(self.lm)
+        self.layout = BatchPacker(self.lm)
         self.kl_controller = KLController(config.grpo.kl)
         self.shaper = RewardShaper(config.shaping, config.reward.weights, engine)
         self.stateful |= {"kl_controller": self.kl_controller, "shaper": self.shaper}
@@ -325,22 +325,22 @@ class GRPOTrainer(OnlineTrainer):
         seconds: dict[str, float] = {}
         started = time.perf_counter()
         if self.config.grpo.max_draws == 1:
-            with clocked(seconds, "time/rollout_s"):
+            with timer(seconds, "time/rollout_s"):
                 rollouts = self.rollout(self.next_prompts())
-            with clocked(seconds, "time/logprobs_s"):
+            with timer(seconds, "time/logprobs_s"):
                 outputs = self.compute_logprobs(rollouts)
-            with clocked(seconds, "time/score_s"):
+            with timer(seconds, "time/score_s"):
                 rewards = self.score(rollouts)
             draws = 1
         else:
             rollouts, rewards, draws = self._sample_groups(seconds)
-            with clocked(seconds, "time/logprobs_s"):
+            with timer(seconds, "time/logprobs_s"):
                 outputs = self.compute_logprobs(rollouts)
-        with clocked(seconds, "time/experience_s"):
+        with timer(seconds, "time/experience_s"):
             batch, metrics = self.make_batch(rollouts, rewards, outputs)
         if self.config.tracking.rollouts:
             log_rollouts(self.engine, self.run, rollouts, rewards, kl_to_show(batch, self.config.generation))
-        with clocked(seconds, "time/update_s"):
+        with timer(seconds, "time/update_s"):
             metrics |= self.update(batch)
         config = self.config.grpo
         tokens = config.prompts_per_step * config.group_size * metrics["rollout/length_mean"]
@@ -366,9 +366,9 @@ class GRPOTrainer(OnlineTrainer):
         draws = 0
         while draws < self.config.grpo.max_draws:
             draws += 1
-            with clocked(seconds, "time/rollout_s"):
+            with timer(seconds, "time/rollout_s"):
                 rollouts = self.rollout(self.next_prompts())
-            with clocked(seconds, "time/score_s"):
+            with timer(seconds, "time/score_s"):
                 rewards = self.score(rollouts)
             for group in groups_of(rollouts, rewards, self.config.grpo.group_size):
                 (kept if has_spread(group.rewards, self.config.reward.weights) else flat).append(group)
@@ -391,7 +391,7 @@ class GRPOTrainer(OnlineTrainer):
             return GRPOOutputs(sequences)
         columns: list[tuple[Tensor | None, ...]] = []
         for rows in torch.arange(len(sequences.input_ids)).split(self.config.grpo.forward_batch_size):
-            with evaluating(self.policy), self.engine.autocast():
+            with eval_mode(self.policy), self.engine.autocast():
                 columns.append(self._forward(take_rows(sequences, rows), policy_too))
         return GRPOOutputs(sequences, *(joined(column) for column in zip(*columns, strict=True)))
 
@@ -409,14 +409,14 @@ class GRPOTrainer(OnlineTrainer):
             ref_logprobs = self._logprobs(self.reference.logits(*packed.inputs), packed)
         return self._logprobs(logits, packed), ref_logprobs, self._entropy(logits, packed)
 
-    def _packed(self, part: Sequences) -> Rows:
+    def _packed(self, part: Sequences) -> PackedBatch:
         return self.layout.rows(part.input_ids, part.attention_mask, part.num_response)
 
-    def _logprobs(self, logits: Tensor, packed: Rows) -> Tensor:
+    def _logprobs(self, logits: Tensor, packed: PackedBatch) -> Tensor:
         return packed.logprobs(logits, self.config.generation.temperature)
 
     @torch.no_grad()
-    def _entropy(self, logits: Tensor, packed: Rows) -> Tensor:
+    def _entropy(self, logits: Tensor, packed: PackedBatch) -> Tensor:
         return packed.of_samples(entropy(logits, self.config.generation.temperature))
 
     @torch.no_grad()
@@ -438,7 +438,7 @@ class GRPOTrainer(OnlineTrainer):
         correction = None
         if config.sampler_correction is not None:
             assert outputs.logprobs is not None
-            correction = sampler_weights(
+            correction = truncated_importance_weights(
                 outputs.logprobs, sequences.sampling_logprobs, config.sampler_correction
             )
         batch = GRPOBatch(
@@ -520,7 +520,7 @@ class GRPOTrainer(OnlineTrainer):
         return {
             "rollout/correction_mean": moments[0],
             "rollout/correction_clipped_fraction": float(clipped),
-            "rollout/effective_share": effective_share(*moments),
+            "rollout/effective_share": effective_sample_size(*moments),
         }
 
     def _update_minibatch(self, batch: GRPOBatch) -> tuple[Metrics, UpdateReport]:
@@ -535,7 +535,10 @@ class GRPOTrainer(OnlineTrainer):
             lambda rows: self._loss(take_rows(batch, rows), weights[rows], shares[rows]),
         )
         squares = means.pop("train/ratio_squared")
-        return {**means, "train/effective_share": effective_share(means["train/ratio"], squares)}, report
+        return {
+            **means,
+            "train/effective_share": effective_sample_size(means["train/ratio"], squares),
+        }, report
 
     def _loss(self, batch: GRPOBatch, weights: Tensor, shares: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's part of the loss, and its parts of means over tokens."""

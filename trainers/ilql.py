@@ -52,26 +52,26 @@ from conch.data.formats import fitting, prompt_form, rewarded_form
 from conch.data.index_sampler import IndexStream
 from conch.data.multi_turn import TurnBatch, TurnSample, collate_turns, cut_turns, tokenize_turns
 from conch.data.rollout_batch import take_rows
-from conch.distributed.train_engine import Engine
+from conch.distributed.train_engine import TrainEngine
 from conch.errors import DataError
 from conch.evaluation.evaluator import Evaluator, eval_variants, longest_generation
 from conch.evaluation.metrics import MetricFn
-from conch.models.freezing import choose_trainable
+from conch.models.freezing import freeze_layers
 from conch.models.ilql import DECODING_FILE, ILQLOutput, ILQLPolicy
 from conch.models.loading import context_window
 from conch.ops import logprobs_of_labels, masked_sum
 from conch.rewards.base import UserReward
-from conch.rewards.scorer import Scorer
+from conch.rewards.scorer import RewardScorer
 from conch.rollouts.hf.engine import HFEngine
-from conch.rollouts.prompts import fitting_prompts
+from conch.rollouts.prompts import tokenize_prompts
 from conch.runs.tracking import Tracker
 from conch.training.loop import fit
 from conch.training.resume import start_run
 from conch.training.setup import (
     check_vocabulary,
     eval_source,
-    given_or_loaded_lm,
-    given_or_loaded_tokenizer,
+    load_policy,
+    load_policy_tokenizer,
     rows_per_process,
     save_on_main,
     with_whole_weights,
@@ -262,21 +262,21 @@ class ILQLTrainer:
         logit_mask: Bool[Tensor, "V V"] | None = None,
     ) -> None:
         self.config = config
-        self.engine = engine = Engine(config.train)
+        self.engine = engine = TrainEngine(config.train)
         self.source = eval_source(engine, reward, config.reward, eval_prompts)
-        self.tokenizer = given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path)
-        lm = given_or_loaded_lm(model, config.model, engine.precision)
+        self.tokenizer = load_policy_tokenizer(tokenizer, config.tokenizer, config.model.path)
+        lm = load_policy(model, config.model, engine.precision)
         check_vocabulary(lm, self.tokenizer)
         self._init_data(lm, samples, rewards)
         self.variants = eval_variants(config.generation, config.eval_generation)
         longest = longest_generation(self.variants)
         self.eval_prompts = (
-            fitting_prompts(eval_prompts, self.tokenizer, config.tokenizer, lm, longest)
+            tokenize_prompts(eval_prompts, self.tokenizer, config.tokenizer, lm, longest)
             if eval_prompts
             else []
         )
         self._init_policy(lm, logit_mask)
-        self.scorer = Scorer(self.source, config.reward, engine.sum_int) if self.source else None
+        self.scorer = RewardScorer(self.source, config.reward, engine.sum_int) if self.source else None
         self.evaluator = Evaluator(
             engine,
             self.eval_prompts,
@@ -311,7 +311,7 @@ class ILQLTrainer:
 
     def _init_policy(self, lm: PreTrainedModel, logit_mask: Tensor | None) -> None:
         config, engine = self.config, self.engine
-        choose_trainable(lm, config.model)
+        freeze_layers(lm, config.model)
         self.policy = ILQLPolicy(
             lm,
             num_q_heads=config.ilql.num_q_heads,
@@ -427,7 +427,7 @@ class ILQLTrainer:
         generation = self.config.generation
         if beta is not None:
             generation = load(ILQLGenerationConfig, {**generation.model_dump(), "beta": beta})
-        made = fitting_prompts(prompts, self.tokenizer, self.config.tokenizer, self.policy.lm, generation)
+        made = tokenize_prompts(prompts, self.tokenizer, self.config.tokenizer, self.policy.lm, generation)
         chunks = self._make_sampler(generation).generate(made, greedy=greedy)
         return [rollout.completion.text for chunk in chunks for rollout in chunk]
 

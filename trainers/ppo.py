@@ -42,7 +42,7 @@ from conch.data.index_sampler import IndexStream
 from conch.data.rollout_batch import Sequences, collate, take_rows
 from conch.distributed.train_engine import UpdateReport
 from conch.losses import policy_loss_terms, value_loss_terms
-from conch.models.forward import Layout, Rows
+from conch.models.forward import BatchPacker, PackedBatch
 from conch.models.policy import PolicyWithValue
 from conch.models.reference import Reference, build_reference
 from conch.ops import (
@@ -57,18 +57,18 @@ from conch.training.kl import KLConfig, KLController, kl_of_each, mean_kl
 from conch.training.online import OnlineTrainer
 from conch.training.reward_shaping import RewardShaper, ShapingConfig
 from conch.training.setup import (
-    evaluating,
+    eval_mode,
     rows_per_process,
     save_on_main,
     with_whole_weights,
 )
 from conch.training.statistics import (
-    clocked,
     explained_variance,
     log_rollouts,
     logprob_gap,
     reward_metrics,
     rollout_metrics,
+    timer,
     update_with_statistics,
     updates_over,
 )
@@ -187,7 +187,7 @@ class PPOTrainer(OnlineTrainer):
     def setup(self) -> PolicyWithValue:
         """The policy with its value head."""
         config, engine = self.config, self.engine
-        self.layout = Layout(self.lm)
+        self.layout = BatchPacker(self.lm)
         self.kl_controller = KLController(config.ppo.kl)
         self.shaper = RewardShaper(config.shaping, config.reward.weights, engine)
         self.stateful |= {"kl_controller": self.kl_controller, "shaper": self.shaper}
@@ -211,18 +211,18 @@ class PPOTrainer(OnlineTrainer):
     def step(self) -> Metrics:
         """One rollout with its updates."""
         seconds: dict[str, float] = {}
-        with clocked(seconds, "time/rollout_s"):
+        with timer(seconds, "time/rollout_s"):
             rollouts = self.rollout([self.prompts[row] for row in self.stream.draw(self._rows)])
-        with clocked(seconds, "time/logprobs_s"):
+        with timer(seconds, "time/logprobs_s"):
             outputs = self.compute_logprobs(rollouts)
-        with clocked(seconds, "time/score_s"):
+        with timer(seconds, "time/score_s"):
             rewards = self.score(rollouts)
-        with clocked(seconds, "time/experience_s"):
+        with timer(seconds, "time/experience_s"):
             batch, metrics = self.make_batch(rollouts, rewards, outputs)
         if self.config.tracking.rollouts:
             kl = kl_of_each(outputs.logprobs, outputs.ref_logprobs, outputs.sequences.response_mask)
             log_rollouts(self.engine, self.run, rollouts, rewards, kl)
-        with clocked(seconds, "time/update_s"):
+        with timer(seconds, "time/update_s"):
             metrics |= self.update(batch)
         tokens = self.config.ppo.rollouts_per_step * metrics["rollout/length_mean"]
         return {**metrics, **seconds, "time/tokens_per_s": tokens / sum(seconds.values())}
@@ -237,7 +237,7 @@ class PPOTrainer(OnlineTrainer):
         assert reference is not None, "PPO keeps one"
         for rows in torch.arange(len(sequences.input_ids)).split(self.config.ppo.forward_batch_size):
             packed = self._packed(take_rows(sequences, rows))
-            with evaluating(self.policy), self.engine.autocast():
+            with eval_mode(self.policy), self.engine.autocast():
                 with reference.recording():
                     output = self.engine.module(*packed.inputs)
                 ref_logits = reference.logits(*packed.inputs)
@@ -301,7 +301,7 @@ class PPOTrainer(OnlineTrainer):
         self.policy_version += 1
         return metrics
 
-    def _packed(self, part: Sequences) -> Rows:
+    def _packed(self, part: Sequences) -> PackedBatch:
         return self.layout.rows(part.input_ids, part.attention_mask, part.num_response)
 
     def _update_minibatch(self, batch: PPOBatch) -> tuple[Metrics, UpdateReport]:

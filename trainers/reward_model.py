@@ -61,10 +61,10 @@ from conch.data.preferences import (
     template_mistake,
 )
 from conch.data.rollout_batch import take_rows
-from conch.distributed.train_engine import Engine
+from conch.distributed.train_engine import TrainEngine
 from conch.errors import ConfigError, DataError, ModelError
 from conch.evaluation.metrics import pair_metrics, score_metrics
-from conch.models.freezing import choose_trainable
+from conch.models.freezing import freeze_layers
 from conch.models.kernels import check_kernels
 from conch.models.loading import context_window, load_sequence_classifier
 from conch.ops import at_least_float32
@@ -73,8 +73,8 @@ from conch.training.loop import fit
 from conch.training.resume import start_run
 from conch.training.setup import (
     check_vocabulary,
-    evaluating,
-    given_or_loaded_tokenizer,
+    eval_mode,
+    load_policy_tokenizer,
     rows_per_process,
     save_on_main,
     with_whole_weights,
@@ -215,12 +215,12 @@ class RewardModelTrainer:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.config = config
-        self.engine = Engine(config.train)
+        self.engine = TrainEngine(config.train)
         self.scorer = None
         samples = judgements(samples)
         eval_samples = None if eval_samples is None else judgements(eval_samples, what="evaluation row")
         self._check_input(samples, eval_samples, reference)
-        self.tokenizer = given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path)
+        self.tokenizer = load_policy_tokenizer(tokenizer, config.tokenizer, config.model.path)
         if self.tokenizer.pad_token_id == self.tokenizer.eos_token_id:
             raise ModelError(
                 "the tokenizer's pad and eos are one token: a reward model reads its score at the last token "
@@ -258,7 +258,7 @@ class RewardModelTrainer:
             num_labels=len(self.form.reward_names),
             pad_token_id=self._pad_token_id,
         )
-        choose_trainable(model, config.model)
+        freeze_layers(model, config.model)
         check_vocabulary(model, self.tokenizer)
         self.model = model.to(self.engine.device)  # pyright: ignore[reportArgumentType]
 
@@ -334,7 +334,7 @@ class RewardModelTrainer:
         mine = self.eval_samples[self.engine.rank :: self.engine.num_ranks]
         found: list[list[float]] = []
         loss = torch.zeros((), device=self.engine.device)
-        with evaluating(self.model):
+        with eval_mode(self.model):
             for batch in map(self.experience, _chunks(mine, self._rows)):
                 scores, batch_loss = scores_and_loss(self.model, batch, self.config.reward_model.center_coef)
                 found += scores.tolist()
@@ -363,7 +363,7 @@ class RewardModelTrainer:
         every rank. Call it on all."""
         mine = self._reference[self.engine.rank :: self.engine.num_ranks]
         found: list[list[float]] = []
-        with evaluating(self.model):
+        with eval_mode(self.model):
             for rows in _chunks(mine, _FORWARD_ROWS):
                 texts = collate_texts(rows, self._pad_token_id, self.engine.device)
                 found += scores_of(self.model, texts).tolist()

@@ -46,7 +46,7 @@ from conch.training.reward_shaping import agreed_objectives
 from conch.training.setup import (
     rows_per_process,
 )
-from conch.training.statistics import clocked, log_rollouts, reward_metrics, update_metrics
+from conch.training.statistics import log_rollouts, reward_metrics, timer, update_metrics
 from conch.types import Metrics, RewardResult, Rollout
 
 _log = get_logger(__name__)
@@ -211,7 +211,7 @@ class RFTTrainer(OnlineTrainer):
         """One selection with its updates; the first step of a round samples first."""
         sampled = self._start_round() if self._round_begins else {}
         seconds: dict[str, float] = {}
-        with clocked(seconds, "time/update_s"):
+        with timer(seconds, "time/update_s"):
             learned = self.update(self.pool)
         self.steps_done += 1
         return {**sampled, **learned, **seconds}
@@ -221,11 +221,11 @@ class RFTTrainer(OnlineTrainer):
         repeats, engine = self.config.rft.n_generations_per_prompt, self.engine
         seconds: dict[str, float] = {}
         rows = [row for row in self.stream.draw(self._num_prompts) for _ in range(repeats)]
-        with clocked(seconds, "time/rollout_s"):
+        with timer(seconds, "time/rollout_s"):
             rollouts = self.rollout([self.prompts[row] for row in rows[engine.rank :: engine.num_ranks]])
-        with clocked(seconds, "time/score_s"):
+        with timer(seconds, "time/score_s"):
             rewards = self.score(rollouts)
-        with clocked(seconds, "time/experience_s"):
+        with timer(seconds, "time/experience_s"):
             self.pool, metrics = self.make_batch(rollouts, rewards)
             if self.config.tracking.rollouts:
                 log_rollouts(engine, self.run, rollouts, rewards)

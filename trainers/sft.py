@@ -36,28 +36,28 @@ from conch.data.formats import sample_form
 from conch.data.index_sampler import IndexStream
 from conch.data.packing import PackedBatch, collate_packed
 from conch.data.samples import TokenBatch, TokenizedSample, collate, tokenize_samples
-from conch.distributed.train_engine import Engine
+from conch.distributed.train_engine import TrainEngine
 from conch.errors import ConfigError
 from conch.evaluation.evaluator import Evaluator, eval_variants, longest_generation
 from conch.evaluation.metrics import MetricFn
 from conch.models.attention import check_packing, packed_logits
-from conch.models.freezing import choose_trainable
+from conch.models.freezing import freeze_layers
 from conch.models.loading import context_window
 from conch.models.policy import response_logits
 from conch.ops import logprobs_of_labels, masked_sum
 from conch.rewards.base import UserReward
-from conch.rewards.scorer import Scorer
+from conch.rewards.scorer import RewardScorer
 from conch.rollouts.hf.engine import HFEngine
-from conch.rollouts.prompts import fitting_prompts
+from conch.rollouts.prompts import tokenize_prompts
 from conch.runs.tracking import Tracker
 from conch.training.loop import fit
 from conch.training.resume import start_run
 from conch.training.setup import (
     check_vocabulary,
+    eval_mode,
     eval_source,
-    evaluating,
-    given_or_loaded_lm,
-    given_or_loaded_tokenizer,
+    load_policy,
+    load_policy_tokenizer,
     rows_per_process,
     save_on_main,
     with_whole_weights,
@@ -147,15 +147,15 @@ class SFTTrainer:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.config = config
-        self.engine = engine = Engine(config.train)
+        self.engine = engine = TrainEngine(config.train)
         self.source = eval_source(engine, reward, config.reward, eval_prompts)
-        self.tokenizer = given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path)
+        self.tokenizer = load_policy_tokenizer(tokenizer, config.tokenizer, config.model.path)
         if config.sft.chat_template is not None:
             self.tokenizer.chat_template = read_chat_template(config.sft.chat_template)
-        lm = given_or_loaded_lm(model, config.model, engine.precision)
+        lm = load_policy(model, config.model, engine.precision)
         self.lm = lm.to(engine.device)  # pyright: ignore[reportArgumentType]
         check_vocabulary(self.lm, self.tokenizer)
-        choose_trainable(self.lm, config.model)
+        freeze_layers(self.lm, config.model)
         self._init_data(samples, eval_samples)
         self._init_evaluation(eval_prompts or [], metric_fn)
         engine.prepare(
@@ -169,7 +169,7 @@ class SFTTrainer:
         config, engine = self.config, self.engine
         self._capacity = longest_sample(config.sft, self.lm)
         if config.sft.packing:
-            with evaluating(self.lm):
+            with eval_mode(self.lm):
                 check_packing(self.lm, self._capacity or 0)
         self.samples = self._tokenized(samples, config.data)
         self.eval_samples = self._tokenized(held) if (held := list(eval_samples or [])) else []
@@ -197,9 +197,9 @@ class SFTTrainer:
         variants = eval_variants(config.generation, config.eval_generation)
         longest = longest_generation(variants)
         self.eval_prompts = (
-            fitting_prompts(prompts, self.tokenizer, config.tokenizer, self.lm, longest) if prompts else []
+            tokenize_prompts(prompts, self.tokenizer, config.tokenizer, self.lm, longest) if prompts else []
         )
-        self.scorer = Scorer(self.source, config.reward, engine.sum_int) if self.source else None
+        self.scorer = RewardScorer(self.source, config.reward, engine.sum_int) if self.source else None
         self.evaluator = Evaluator(
             engine,
             self.eval_prompts,
@@ -271,7 +271,7 @@ class SFTTrainer:
         mine = self.eval_samples[self.engine.rank :: self.engine.num_ranks]
         size = self._rows // self.config.train.gradient_accumulation_steps
         totals = torch.zeros(2, dtype=torch.float64)
-        with evaluating(self.lm), self.engine.autocast():
+        with eval_mode(self.lm), self.engine.autocast():
             for start in range(0, len(mine), size):
                 batch = self._laid_out(mine[start : start + size])
                 loss = float(token_loss_sum(self.lm, batch))
@@ -292,7 +292,7 @@ class SFTTrainer:
     def generate(self, prompts: Sequence[str], *, greedy: bool = False) -> list[str]:
         """Completions of the current model."""
         config = self.config
-        made = fitting_prompts(prompts, self.tokenizer, config.tokenizer, self.lm, config.generation)
+        made = tokenize_prompts(prompts, self.tokenizer, config.tokenizer, self.lm, config.generation)
         chunks = self._make_sampler(config.generation).generate(made, greedy=greedy)
         return [rollout.completion.text for chunk in chunks for rollout in chunk]
 

@@ -1,8 +1,8 @@
 """One trained module, its optimizer and its processes: everything that touches accelerate.
 
 The rule that keeps results independent of how a batch is cut: a loss is a sum divided by the *global* count
-of what it sums over, taken over all micro-batches of all ranks. `Engine.update` undoes the averaging that
-DDP, DeepSpeed and accelerate's accumulation apply, so that gradients are those of that sum.
+of what it sums over, taken over all micro-batches of all ranks. `TrainEngine.update` undoes the averaging
+that DDP, DeepSpeed and accelerate's accumulation apply, so that gradients are those of that sum.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class RandomState:
     devices: list[Tensor]
 
 
-class Engine:
+class TrainEngine:
     """Owns the processes; `prepare` gives it the one module it trains."""
 
     module: nn.Module
@@ -407,7 +407,7 @@ def _set_random_state(state: RandomState) -> None:
 
 
 def check_kind(kind: DistributedType) -> None:
-    """Refuse what shards weights in a way that `Engine.whole_weights` cannot undo.
+    """Refuse what shards weights in a way that `TrainEngine.whole_weights` cannot undo.
 
     Raises:
         DistributedError: says what to take instead.

@@ -11,11 +11,11 @@ from typing import Any, Generic, TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conch.config import EvalGenerationConfig, GenerationConfig, load
-from conch.distributed.train_engine import Engine
+from conch.distributed.train_engine import TrainEngine
 from conch.errors import ConfigError
 from conch.evaluation.metrics import MetricFn, mean_of_finite, metric_columns
-from conch.rewards.scorer import Scorer, total_reward
-from conch.rollouts.prompts import fitting_prompts
+from conch.rewards.scorer import RewardScorer, total_reward
+from conch.rollouts.prompts import tokenize_prompts
 from conch.runs.tracking import Tracker
 from conch.types import Metrics, Prompt, Rollout, RolloutEngine
 
@@ -86,11 +86,11 @@ def sampled_prompts(
     config: the run's, for its sections `generation`, `eval_generation`, `rollout`, `tokenizer` and `data`.
 
     Raises:
-        ConfigError, DataError: see `fitting_prompts` and `eval_variants`.
+        ConfigError, DataError: see `tokenize_prompts` and `eval_variants`.
     """
     variants = eval_variants(config.generation, config.eval_generation)
     window = config.rollout.window if config.rollout.engine == "vllm" else None
-    fitting = partial(fitting_prompts, tokenizer=tokenizer, config=config.tokenizer, model=lm, window=window)
+    fitting = partial(tokenize_prompts, tokenizer=tokenizer, config=config.tokenizer, model=lm, window=window)
     train = fitting(prompts, generation=config.generation, lengths=config.data)
     evaluated = prompts if eval_prompts is None else eval_prompts
     return SampledPrompts(train, fitting(evaluated, generation=longest_generation(variants)), variants)
@@ -105,12 +105,12 @@ class Evaluator:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: TrainEngine,
         prompts: Sequence[Prompt],
         variants: Sequence[Variant[Any]],
         make_sampler: Callable[[Any], RolloutEngine],
         *,
-        scorer: Scorer | None,
+        scorer: RewardScorer | None,
         weights: Mapping[str, float],
         metric_fn: MetricFn | None,
         default_repeats: int,

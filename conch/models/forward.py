@@ -38,7 +38,7 @@ _log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Rows:
+class PackedBatch:
     """What models read, and the way back.
 
     inputs: arguments of a policy's or reference's forward pass, see `conch.models.policy`. labels: the
@@ -61,7 +61,7 @@ class Rows:
         return torch.where(self.response_mask, values, nothing)
 
 
-class Layout:
+class BatchPacker:
     """Makes the rows for one model; which kind, is found out once. Give it the model on the device where it
     will run, before it is wrapped."""
 
@@ -74,7 +74,7 @@ class Layout:
 
     def rows(
         self, input_ids: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], num_response: int
-    ) -> Rows:
+    ) -> PackedBatch:
         """attention_mask: True at real tokens, which are contiguous in each sample."""
         if not self.packs:
             return padded_rows(input_ids, attention_mask, num_response)
@@ -111,11 +111,11 @@ def _keeps_apart(lm: PreTrainedModel) -> bool:
 
 def padded_rows(
     input_ids: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], num_response: int
-) -> Rows:
+) -> PackedBatch:
     """A row for each sample, without the columns before the longest prompt."""
     used = attention_mask.any(dim=0).long().argmax()
     first = min(int(used), input_ids.shape[1] - num_response - 1)
-    return Rows(
+    return PackedBatch(
         (input_ids[:, first:], attention_mask[:, first:], num_response),
         input_ids[:, -num_response:],
         attention_mask[:, -num_response:],
@@ -175,7 +175,7 @@ def _shared(samples: Sequence[int], prompt: int, responses: Any, most: int) -> l
 
 def _packed_rows(
     input_ids: Tensor, attention_mask: Tensor, num_response: int, filled: list[list[_Piece]], *, masked: bool
-) -> Rows:
+) -> PackedBatch:
     ids, device = input_ids.cpu().numpy(), input_ids.device
     width = max(sum(piece.length for piece in row) for row in filled)
     # Padding is a family of its own in each column, so that it sees itself: what sees nothing becomes NaN.
@@ -196,7 +196,7 @@ def _packed_rows(
     )
     response_mask = attention_mask[:, -num_response:]
     mask = sharing_mask(family, member) if masked else None
-    return Rows(
+    return PackedBatch(
         (read, mask, places, positions),
         input_ids[:, -num_response:][response_mask].unsqueeze(0),
         response_mask,

@@ -12,7 +12,7 @@ from conch.models.adapter import add_adapter, classifier_heads
 from conch.models.loading import decoder_layers, disable_dropout
 
 
-def choose_trainable(model: PreTrainedModel, config: ModelConfig) -> None:
+def freeze_layers(model: PreTrainedModel, config: ModelConfig) -> None:
     """Freeze what `config` leaves alone: all but the top blocks, or all but an adapter; or nothing.
 
     A classifier's head always trains. Call it before the model moves into an optimizer or a reference.

@@ -109,7 +109,7 @@ def _check_supported(model_class: type[PreTrainedModel], attention: str) -> None
         )
 
 
-def put_kernels(lm: PreTrainedModel, config: ModelConfig) -> None:
+def apply_kernels(lm: PreTrainedModel, config: ModelConfig) -> None:
     """Let a loaded model compute by the kernels that `config` names, where it does not yet.
 
     Raises:

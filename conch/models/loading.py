@@ -30,7 +30,7 @@ from conch.config import ModelConfig, TokenizerConfig
 from conch.errors import ConfigError, ModelError
 from conch.log import get_logger
 from conch.models.adapter import adapter_base, merge_saved_adapter
-from conch.models.kernels import check_architecture, put_kernels
+from conch.models.kernels import apply_kernels, check_architecture
 
 _log = get_logger(__name__)
 
@@ -234,7 +234,7 @@ def _load(
         model, fresh_head = _from_config(auto_class, model_config, settings), True
     else:
         model, fresh_head = _from_pretrained(auto_class, config, model_config, settings, new_head_allowed)
-    put_kernels(model, config)
+    apply_kernels(model, config)
     if new_head_allowed and fresh_head:
         _init_reward_head(model)
     if config.disable_dropout:

@@ -26,7 +26,7 @@ from conch.errors import ConfigError, ModelError
 from conch.models.adapter import base_of, has_adapter, merge_in_place
 from conch.models.attention import attention_inputs, trial_precision
 from conch.models.loading import decoder_layers
-from conch.models.shared_trunk import StandIn, Trunk, name_of
+from conch.models.shared_trunk import ReplayedBlock, Trunk, name_of
 from conch.ops import at_least_float32, head_dtype, position_ids
 
 HEADS_FILE = "heads.safetensors"
@@ -86,7 +86,7 @@ class ValueBranch(nn.Module):
         below = [*trunk.modules, head, *embeddings.values()]
         self.top = trunk.copy_top([p for module in below for p in module.parameters()])
         for name, module in embeddings.items():
-            self.top.set_submodule(name, StandIn(module))
+            self.top.set_submodule(name, ReplayedBlock(module))
         self.top.set_submodule(name_of(lm, head), nn.Identity())
         if has_adapter(self.top):
             merge_in_place(self.top)

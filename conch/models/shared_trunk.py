@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from conch.models.loading import decoder_layers
 
 
-class Recording:
+class RecordedOutput:
     """What one module put out last: a tensor, a tuple or more, as the architecture has it."""
 
     output: Any = None
@@ -39,14 +39,14 @@ class Recording:
         self.output = output
 
 
-class StandIn(nn.Module):
+class ReplayedBlock(nn.Module):
     """Takes a module's place in a copy: replays what was recorded, or runs the module where nothing is.
 
     Models read attributes of their blocks (an attention type, say): they reach the real block, which is kept
     out of the module tree so that nobody moves, trains or counts it twice.
     """
 
-    def __init__(self, module: nn.Module, recording: Recording | None = None) -> None:
+    def __init__(self, module: nn.Module, recording: RecordedOutput | None = None) -> None:
         super().__init__()
         self.__dict__["_real"] = module
         self.__dict__["_recording"] = recording
@@ -67,8 +67,8 @@ class Trunk:
         layers = decoder_layers(lm)
         self._lm = lm
         self._blocks = list(layers)[: len(layers) - num_top]
-        self._last = Recording(self._blocks[-1]) if self._blocks else None
-        self._encoder = Recording(lm.get_encoder()) if lm.config.is_encoder_decoder else None
+        self._last = RecordedOutput(self._blocks[-1]) if self._blocks else None
+        self._encoder = RecordedOutput(lm.get_encoder()) if lm.config.is_encoder_decoder else None
         self._recordings = [recording for recording in (self._last, self._encoder) if recording is not None]
 
     @property
@@ -85,10 +85,10 @@ class Trunk:
         copied = copy.deepcopy(self._lm, {id(tensor): tensor for tensor in shared})
         layers = decoder_layers(copied)
         for index, block in enumerate(self._blocks):
-            layers[index] = StandIn(block, self._last)
+            layers[index] = ReplayedBlock(block, self._last)
         if self._encoder is not None:
             encoder = self._lm.get_encoder()
-            copied.set_submodule(name_of(self._lm, encoder), StandIn(encoder, self._encoder))
+            copied.set_submodule(name_of(self._lm, encoder), ReplayedBlock(encoder, self._encoder))
         return copied
 
     @contextmanager

@@ -4,5 +4,5 @@ from __future__ import annotations
 
 from conch.rewards.base import RewardSource as RewardSource
 from conch.rewards.factory import from_user as from_user
-from conch.rewards.scorer import Scorer as Scorer
+from conch.rewards.scorer import RewardScorer as RewardScorer
 from conch.rewards.scorer import combine as combine

@@ -1,6 +1,6 @@
 """What a reward client counts, for the scorer's metrics.
 
-What the parts of one client count together; `Traffic` is its snapshot.
+What the parts of one client count together; `ClientStats` is its snapshot.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from conch.types import RewardResult, Rollout
 
 
 @dataclass(frozen=True, slots=True)
-class Traffic:
+class ClientStats:
     """Counts since the source was made, but for the last field.
 
     requests: sent, those that failed, repeats and probes among them.
@@ -37,10 +37,10 @@ class Traffic:
 
 
 @runtime_checkable
-class ReportsTraffic(Protocol):
+class ReportsStats(Protocol):
     """A source of served rewards; the scorer asks it once a step."""
 
-    def traffic(self) -> Traffic:
+    def traffic(self) -> ClientStats:
         """A snapshot; starts `most_in_flight` anew."""
         ...
 
@@ -63,7 +63,7 @@ class ReportsTraffic(Protocol):
 
 @dataclass(slots=True)
 class Counts:
-    """As in `Traffic`."""
+    """As in `ClientStats`."""
 
     requests: int = 0
     retries: Counter[str] = field(default_factory=Counter)

@@ -26,14 +26,21 @@ from typing import Any, Literal, TypeVar
 
 from conch.errors import ConchError, DataError, RewardInvalidError
 from conch.log import get_logger
-from conch.rewards.base import CountsTraffic, ReportsTraffic, RewardSource, ServerTimes, Traffic, WantsChunks
+from conch.rewards.base import (
+    ClientStats,
+    CountsTraffic,
+    ReportsStats,
+    RewardSource,
+    ServerTimes,
+    WantsChunks,
+)
 from conch.types import DEFAULT_OBJECTIVE, Completion, Prompt, RewardResult, RewardStatus, Rollout
 
 MadeT = TypeVar("MadeT")
-WrapperT = TypeVar("WrapperT", bound="Wrapper")
+WrapperT = TypeVar("WrapperT", bound="CompositeReward")
 
 
-class Wrapper:
+class CompositeReward:
     """Checks, closes and counts for all of `sources`; `submit` is its heirs' own.
 
     name: as `RewardSource.name`.
@@ -56,15 +63,15 @@ class Wrapper:
 
     @property
     def model_change(self) -> str:
-        """The first change of a model among the sources; see `ReportsTraffic.model_change`."""
-        changes = (each.model_change for each in self.sources if isinstance(each, ReportsTraffic))
+        """The first change of a model among the sources; see `ReportsStats.model_change`."""
+        changes = (each.model_change for each in self.sources if isinstance(each, ReportsStats))
         return next((change for change in changes if change), "")
 
-    def traffic(self) -> Traffic:
+    def traffic(self) -> ClientStats:
         """Sums over the sources; `most_in_flight` is no more than the sum."""
-        found = [each.traffic() for each in self.sources if isinstance(each, ReportsTraffic)]
+        found = [each.traffic() for each in self.sources if isinstance(each, ReportsStats)]
         reasons = {reason for each in found for reason in each.retries_by}
-        return Traffic(
+        return ClientStats(
             requests=self.requests,
             retries=self.retries,
             retries_by={name: sum(each.retries_by.get(name, 0) for each in found) for name in reasons},
@@ -74,8 +81,8 @@ class Wrapper:
         )
 
     def server_times(self) -> Future[ServerTimes]:
-        """Sums over the sources; see `ReportsTraffic.server_times`."""
-        futures = [each.server_times() for each in self.sources if isinstance(each, ReportsTraffic)]
+        """Sums over the sources; see `ReportsStats.server_times`."""
+        futures = [each.server_times() for each in self.sources if isinstance(each, ReportsStats)]
 
         def total() -> ServerTimes:
             found = [future.result() for future in futures]
@@ -142,7 +149,7 @@ _Row = Mapping[str, RewardResult]
 """What each member said of one sample."""
 
 
-class _Members(Wrapper):
+class _Members(CompositeReward):
     """Named sources that score the same samples."""
 
     def __init__(self, what: str, members: Mapping[str, RewardSource]) -> None:
@@ -264,7 +271,7 @@ class EnsembleReward(_Members):
         return note
 
 
-class JointReward(_Members):
+class SumReward(_Members):
     """All objectives of its members side by side, to be summed with `reward.weights`.
 
     An objective is called like its member, or `member/objective` where the member has several. A sample that
@@ -307,7 +314,7 @@ _Request = tuple[Future[list[RewardResult]], int]
 """A request for baselines, and a baseline's place in it."""
 
 
-class DeltaReward(Wrapper):
+class DeltaReward(CompositeReward):
     """Wraps a source; each prompt's `original_output` is scored once and remembered.
 
     encode: tokenises an original answer, for servers that read token ids.

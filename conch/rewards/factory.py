@@ -9,7 +9,7 @@ from conch.addresses import SCHEMES
 from conch.config import RewardConfig
 from conch.errors import ConfigError
 from conch.rewards.base import RewardSource, UserReward
-from conch.rewards.function import CallableReward
+from conch.rewards.function import FunctionReward
 from conch.rewards.replay import ReplayReward
 from conch.rewards.token_rewards import Decode
 
@@ -70,7 +70,7 @@ def _from_one(
     if isinstance(reward, RewardSource):
         return reward
     if callable(reward):
-        return CallableReward(reward, metadata_keys=metadata_keys)
+        return FunctionReward(reward, metadata_keys=metadata_keys)
     raise ConfigError(
         "a reward must be a function, `host:port/model`, `http://host:port/path` or a RewardSource, not "
         f"{type(reward).__name__}"
@@ -78,10 +78,10 @@ def _from_one(
 
 
 def _combined(members: Mapping[str, RewardSource], config: RewardConfig) -> RewardSource:
-    from conch.rewards.combined import EnsembleReward, JointReward  # they stand on sources
+    from conch.rewards.combined import EnsembleReward, SumReward  # they stand on sources
 
     if config.combine == "sum":
-        return JointReward(members)
+        return SumReward(members)
     return EnsembleReward(
         members,
         config.combine,

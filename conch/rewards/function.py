@@ -13,14 +13,14 @@ from typing import Any
 
 from conch.errors import ConfigError
 from conch.rewards.client.event_loop import LoopThread
-from conch.rewards.results import ScoringCall
+from conch.rewards.results import ReplyParser
 from conch.types import RewardResult, RewardStatus, Rollout
 
 _ARGUMENTS = ("samples", "prompts", "outputs")
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
-class CallableReward:
+class FunctionReward:
     """Calls `function(samples, prompts, outputs, **metadata)`, sync or async, in one background thread.
 
     The function gets lists with one entry per sample: `samples[i] == prompts[i] + outputs[i]`, and for each
@@ -60,7 +60,7 @@ class CallableReward:
         """Cancel async calls and join the thread; a sync call that does not return is left behind."""
         self._thread.close()
 
-    def __enter__(self) -> CallableReward:
+    def __enter__(self) -> FunctionReward:
         return self
 
     def __exit__(
@@ -75,7 +75,7 @@ class CallableReward:
         metadata = _metadata(rollouts)
         problem = self._misfit(metadata)
         if problem:
-            return ScoringCall(self._who, samples, self.name).failed(RewardStatus.INVALID, problem)
+            return ReplyParser(self._who, samples, self.name).failed(RewardStatus.INVALID, problem)
         arguments = {
             "samples": samples,
             "prompts": [rollout.prompt.text for rollout in rollouts],
@@ -96,10 +96,10 @@ class CallableReward:
         except (Exception, SystemExit) as error:
             # SystemExit too: it would end the thread and leave the caller waiting for ever.
             elapsed = time.monotonic() - started
-            return ScoringCall(self._who, samples, self.name, latency_s=elapsed).failed(
+            return ReplyParser(self._who, samples, self.name, latency_s=elapsed).failed(
                 RewardStatus.INVALID, f"{self._who} raised {type(error).__name__}: {error}{_where(error)}"
             )
-        call = ScoringCall(self._who, samples, self.name, latency_s=time.monotonic() - started)
+        call = ReplyParser(self._who, samples, self.name, latency_s=time.monotonic() - started)
         return call.read(reply, token_counts)
 
     def _misfit(self, metadata_keys: Iterable[str]) -> str:

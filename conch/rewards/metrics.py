@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from conch.rewards.base import CountsTraffic, ReportsTraffic, RewardSource, ServerTimes, Traffic
+from conch.rewards.base import ClientStats, CountsTraffic, ReportsStats, RewardSource, ServerTimes
 from conch.types import Metrics, RewardResult
 
 
-class Meter:
+class ScorerMetrics:
     """Metrics of one rank, from one gather to the next. overlap: to be told of time that was waited."""
 
     def __init__(self, source: RewardSource) -> None:
-        self.overlap = Overlap()
+        self.overlap = OverlapTimer()
         self._source = source
         self._sent = 0
         self._traffic_before = self._traffic()
@@ -69,17 +69,17 @@ class Meter:
             "reward/in_flight": float(now.most_in_flight),
         }
 
-    def _traffic(self) -> Traffic:
-        if isinstance(self._source, ReportsTraffic):
+    def _traffic(self) -> ClientStats:
+        if isinstance(self._source, ReportsStats):
             return self._source.traffic()
         if isinstance(self._source, CountsTraffic):
-            return Traffic(self._source.requests, self._source.retries)
-        return Traffic(self._sent)
+            return ClientStats(self._source.requests, self._source.retries)
+        return ClientStats(self._sent)
 
     def _measure_servers(self) -> Metrics:
         """What the servers told since the gather before: the trainer does not wait for statistics."""
         times = ServerTimes()
-        if isinstance(self._source, ReportsTraffic):
+        if isinstance(self._source, ReportsStats):
             if self._times is not None and self._times.done() and self._times.exception() is None:
                 times = self._times.result()
             if self._times is None or self._times.done():
@@ -95,7 +95,7 @@ def _percentile(ordered: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
 
-class Overlap:
+class OverlapTimer:
     """Measures from one `read` to the next. `track` may be called in one thread, futures end in any.
 
     Rewards are under way from a request to its answer; several at once count once, not several times.

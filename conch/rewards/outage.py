@@ -9,7 +9,7 @@ from typing import Any, NoReturn, Protocol, runtime_checkable
 
 from conch.config import RewardConfig
 from conch.log import get_logger
-from conch.rewards.metrics import Overlap
+from conch.rewards.metrics import OverlapTimer
 from conch.types import RewardResult, Rollout
 
 _log = get_logger(__name__)
@@ -26,7 +26,7 @@ Agree = Callable[[int], int]
 
 
 @runtime_checkable
-class Host(Protocol):
+class OutageHooks(Protocol):
     """What a run does for its scorer."""
 
     def save(self) -> None:
@@ -58,7 +58,7 @@ class Outage:
     """
 
     def __init__(
-        self, name: str, config: RewardConfig, agree: Agree, overlap: Overlap, host: Host | None
+        self, name: str, config: RewardConfig, agree: Agree, overlap: OverlapTimer, host: OutageHooks | None
     ) -> None:
         self._name = name
         self._config = config

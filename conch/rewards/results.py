@@ -20,7 +20,7 @@ class _BadValueError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class ScoringCall:
+class ReplyParser:
     """One finished call for rewards, with what every message and result needs to say.
 
     who: who was asked, as messages call it: "reward function `f`", "reward model `walks` at 127.0.0.1:8001".

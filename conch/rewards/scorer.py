@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from conch.config import RewardConfig
 from conch.errors import ConfigError, RewardError, RewardInvalidError, RewardUnavailableError
 from conch.log import get_logger
-from conch.rewards.base import ReportsTraffic, RewardSource, WantsChunks
-from conch.rewards.metrics import Meter
-from conch.rewards.outage import Agree, Host, Outage
+from conch.rewards.base import ReportsStats, RewardSource, WantsChunks
+from conch.rewards.metrics import ScorerMetrics
+from conch.rewards.outage import Agree, Outage, OutageHooks
 from conch.types import Metrics, Prompt, RewardResult, RewardStatus, Rollout, RolloutEngine
 
 _log = get_logger(__name__)
@@ -45,7 +45,7 @@ class _Counts:
         return self.away + self.bad
 
 
-class Scorer:
+class RewardScorer:
     """Sends rollouts to a reward source as they come and applies `config.on_failure` when they are collected.
 
     agree: sums over ranks. What is decided depends on agreed numbers only, so all ranks raise together or
@@ -58,12 +58,12 @@ class Scorer:
         self._agree = agree
         self._pending: list[_Asked] = []
         self._submitted = 0
-        self._host: Host | None = None
+        self._host: OutageHooks | None = None
         self._metrics: Metrics = {}
         self._weights_fit = False
-        self._meter = Meter(source)
+        self._meter = ScorerMetrics(source)
 
-    def attach(self, host: Host) -> None:
+    def attach(self, host: OutageHooks) -> None:
         """From now on `host` notes all results, and saves and leaves during outages; on all ranks."""
         self._host = host
 
@@ -118,7 +118,7 @@ class Scorer:
         return results
 
     def metrics(self) -> Metrics:
-        """This rank's figures of the last gather; see `Meter.measure`."""
+        """This rank's figures of the last gather; see `ScorerMetrics.measure`."""
         return dict(self._metrics)
 
     def _submit_chunks(self, chunks: Iterable[list[Rollout]]) -> Iterator[list[Rollout]]:
@@ -170,7 +170,7 @@ class Scorer:
 
     def _check_model(self) -> None:
         """With `on_model_change=raise` a changed model ends the run, however many failures are tolerated."""
-        change = self._source.model_change if isinstance(self._source, ReportsTraffic) else ""
+        change = self._source.model_change if isinstance(self._source, ReportsStats) else ""
         if self._agree(int(change != "")):
             raise RewardInvalidError(change or "the reward model has changed, as other ranks say")
 

@@ -16,11 +16,11 @@ from typing import TypeVar
 from conch.addresses import Endpoint, parse_urls, secret_headers
 from conch.config import RewardConfig, TlsConfig
 from conch.errors import ConfigError
-from conch.rewards.base import ServerTimes, Traffic
-from conch.rewards.client.client import Session, Tokenizer
+from conch.rewards.base import ClientStats, ServerTimes
+from conch.rewards.client.client import RewardClient, Tokenizer
 from conch.rewards.client.event_loop import LoopThread
 from conch.rewards.client.http import HttpReplica
-from conch.rewards.client.transport import Replica
+from conch.rewards.client.transport import Transport
 from conch.rewards.client.triton import TritonReplica
 from conch.rewards.token_rewards import Decode
 from conch.triton.channel import configured_access
@@ -39,23 +39,23 @@ class ServedReward:
         self,
         name: str,
         who: str,
-        replicas: Sequence[Replica],
+        replicas: Sequence[Transport],
         config: RewardConfig,
         tokenizer: Tokenizer | None = None,
         decode: Decode | None = None,
     ) -> None:
         self.name = name
-        self._session = Session(who, replicas, config, tokenizer, decode)
+        self._session = RewardClient(who, replicas, config, tokenizer, decode)
         self._thread = LoopThread(f"reward-{name}")
 
     @property
     def requests(self) -> int:
-        """See `Traffic.requests`."""
+        """See `ClientStats.requests`."""
         return self._session.requests
 
     @property
     def retries(self) -> int:
-        """See `Traffic.retries`."""
+        """See `ClientStats.retries`."""
         return self._session.retries
 
     @property
@@ -63,7 +63,7 @@ class ServedReward:
         """See `ReportsTraffic.model_change`."""
         return self._session.model_change
 
-    def traffic(self) -> Traffic:
+    def traffic(self) -> ClientStats:
         """See `ReportsTraffic.traffic`."""
         return self._session.traffic()
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conch.config import GenerationConfig, RolloutConfig
-from conch.distributed.train_engine import Engine
+from conch.distributed.train_engine import TrainEngine
 from conch.errors import ConfigError
 from conch.models.adapter import adapted_and_shared
 from conch.rollouts.hf.engine import HFEngine
@@ -41,7 +41,7 @@ class Samplers:
     def __init__(
         self,
         config: RolloutConfig,
-        engine: Engine,
+        engine: TrainEngine,
         tokenizer: PreTrainedTokenizerBase,
         lm: Callable[[], PreTrainedModel],
         version: Callable[[], int],

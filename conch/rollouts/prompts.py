@@ -14,7 +14,7 @@ from conch.models.loading import context_window
 from conch.types import Prompt
 
 
-def fitting_prompts(
+def tokenize_prompts(
     prompts: Sequence[str | Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     config: TokenizerConfig,

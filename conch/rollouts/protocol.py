@@ -17,7 +17,7 @@ from conch.config import GenerationConfig, Section
 from conch.types import FinishReason
 
 
-class Stamp(Section):
+class WeightVersion(Section):
     """Which weights. source: the run that they are of. version: updates that its policy had seen."""
 
     source: str
@@ -46,7 +46,7 @@ class Health(Section):
         holds none.
     """
 
-    stamp: Stamp | None
+    stamp: WeightVersion | None
     window: int
     max_num_seqs: int
     workers: int
@@ -67,7 +67,7 @@ Part = Literal["whole", "base", "adapter"]
 """Of a policy: all of its weights; those that its adapter adds to, which never change; or the adapter."""
 
 
-class Given(Section):
+class WeightUpdate(Section):
     """New weights. A base cannot be sampled from before an adapter has come; an adapter is refused (409) by a
     server that does not hold the base of its source.
 
@@ -75,7 +75,7 @@ class Given(Section):
         the tensors are broadcast in, in their order.
     """
 
-    stamp: Stamp
+    stamp: WeightVersion
     part: Part = "whole"
     path: str | None = None
     host: str = ""
@@ -84,24 +84,24 @@ class Given(Section):
     tensors: tuple[TensorSpec, ...] = ()
 
 
-class Wanted(Section):
+class PromptRequest(Section):
     """Completions of one prompt, one for each seed."""
 
     token_ids: tuple[int, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(min_length=1)
 
 
-class Asked(Section):
+class GenerateRequest(Section):
     """Completions of several prompts, all from these weights. eos_id: ends one, by the asker's tokenizer."""
 
-    stamp: Stamp
+    stamp: WeightVersion
     generation: GenerationConfig
     greedy: bool
     eos_id: int
-    wanted: tuple[Wanted, ...] = Field(min_length=1)
+    wanted: tuple[PromptRequest, ...] = Field(min_length=1)
 
 
-class Line(Section):
+class CompletionReply(Section):
     """A completion. prompt, sample: its places in `wanted` and in the seeds there. version: of the weights
     that made it."""
 

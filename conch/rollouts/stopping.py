@@ -12,7 +12,7 @@ from conch.types import Completion, FinishReason
 Decode = Callable[[Sequence[int]], str]
 
 
-class Ending:
+class StopCondition:
     """The rule of one tokenizer and one set of stop strings.
 
     It reads text without special tokens, as `Completion.text` has it, and of responses alone: a stop string

@@ -12,10 +12,10 @@ from typing import Any, NoReturn, Protocol, runtime_checkable
 
 from conch import __version__
 from conch.config import TrainConfig
-from conch.distributed.train_engine import Engine, RandomState
+from conch.distributed.train_engine import RandomState, TrainEngine
 from conch.log import get_logger
 from conch.rewards.replay import append_lines, line_of
-from conch.rewards.scorer import Scorer
+from conch.rewards.scorer import RewardScorer
 from conch.runs.checkpoint import (
     CHECKPOINTS,
     STATE_FOLDER,
@@ -41,11 +41,11 @@ class Trainer(Protocol):
     """What the loop drives; `Resumable`, too."""
 
     config: Any
-    engine: Engine
+    engine: TrainEngine
     run: Run
 
     @property
-    def scorer(self) -> Scorer | None:
+    def scorer(self) -> RewardScorer | None:
         """None for a trainer that asks for no rewards; with one there is a `config.reward`."""
         ...
 
@@ -107,7 +107,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Begun:
+class StepStart:
     """What a step or an evaluation moves before it has its rewards, as it stood at the beginning. Weights and
     optimizer are not here: nothing is learned before."""
 
@@ -115,8 +115,8 @@ class Begun:
     trainer: dict[str, Any]
 
 
-class RunHost:
-    """What the scorer of a run asks of it; see `conch.rewards.outage.Host`.
+class RunOutageHooks:
+    """What the scorer of a run asks of it; see `conch.rewards.outage.OutageHooks`.
 
     received: True once this process got SIGTERM.
     """
@@ -124,12 +124,12 @@ class RunHost:
     def __init__(self, trainer: Trainer, received: Callable[[], bool]) -> None:
         self._trainer = trainer
         self._received = received
-        self._begun: Begun | None = None
+        self._begun: StepStart | None = None
 
     def begin(self) -> None:
         """A step or an evaluation begins: `save` will go back to here."""
         if self._trainer.scorer is not None and self._trainer.config.reward.on_failure == "wait":
-            self._begun = Begun(self._trainer.engine.random_state(), self._trainer.state_dict())
+            self._begun = StepStart(self._trainer.engine.random_state(), self._trainer.state_dict())
 
     def save(self) -> None:
         """Save what stood at the last `begin`, unless a checkpoint of just that is there."""
@@ -175,7 +175,7 @@ def is_due(step: int, train: TrainConfig) -> bool:
     return bool(train.save_every) and step % train.save_every == 0
 
 
-def save_checkpoint(trainer: Trainer, begun: Begun | None = None) -> Path:
+def save_checkpoint(trainer: Trainer, begun: StepStart | None = None) -> Path:
     """Write the whole state after `run.step` steps; called on all ranks.
 
     begun: for a checkpoint within a step or an evaluation: what stood at its beginning.

@@ -19,7 +19,14 @@ from conch.errors import ConfigError
 from conch.log import get_logger
 from conch.rewards.replay import cut_lines
 from conch.runs.tracking import Tracker
-from conch.training.checkpointing import SIGTERM_EXIT_CODE, Run, RunHost, Trainer, is_due, save_checkpoint
+from conch.training.checkpointing import (
+    SIGTERM_EXIT_CODE,
+    Run,
+    RunOutageHooks,
+    Trainer,
+    is_due,
+    save_checkpoint,
+)
 from conch.types import Metrics
 
 _log = get_logger(__name__)
@@ -52,7 +59,7 @@ def fit(trainer: Trainer, name: str) -> Path:
         done_steps=_logged_steps(run) if run.continued else None,
     )
     with tracker, _sigterm() as received:
-        host = RunHost(trainer, received)
+        host = RunOutageHooks(trainer, received)
         if trainer.engine.is_main:
             kept = run.step if run.continued else -1
             cut_lines(run.folder, kept, evaluated=run.measured is None)
@@ -71,7 +78,7 @@ def _logged_steps(run: Run) -> int:
     return run.step - (run.measured is not None)
 
 
-def _begin(trainer: Trainer, tracker: Tracker, host: RunHost) -> None:
+def _begin(trainer: Trainer, tracker: Tracker, host: RunOutageHooks) -> None:
     """Evaluate what training starts from, or again what an interrupted run was evaluating."""
     run = trainer.run
     if run.measured:
@@ -80,7 +87,7 @@ def _begin(trainer: Trainer, tracker: Tracker, host: RunHost) -> None:
         tracker.log(0, _evaluate(trainer, tracker, host, {})[0])
 
 
-def _advance(trainer: Trainer, tracker: Tracker, host: RunHost) -> None:
+def _advance(trainer: Trainer, tracker: Tracker, host: RunOutageHooks) -> None:
     """One step with what is due after it."""
     host.begin()
     metrics = trainer.step()
@@ -88,7 +95,7 @@ def _advance(trainer: Trainer, tracker: Tracker, host: RunHost) -> None:
     _conclude(trainer, tracker, host, metrics)
 
 
-def _conclude(trainer: Trainer, tracker: Tracker, host: RunHost, metrics: Metrics) -> None:
+def _conclude(trainer: Trainer, tracker: Tracker, host: RunOutageHooks, metrics: Metrics) -> None:
     """What is due after a step that had these metrics."""
     run, train = trainer.run, trainer.config.train
     last = run.step == train.total_steps
@@ -108,7 +115,9 @@ def _conclude(trainer: Trainer, tracker: Tracker, host: RunHost, metrics: Metric
         raise SystemExit(SIGTERM_EXIT_CODE)
 
 
-def _evaluate(trainer: Trainer, tracker: Tracker, host: RunHost, measured: Metrics) -> tuple[Metrics, bool]:
+def _evaluate(
+    trainer: Trainer, tracker: Tracker, host: RunOutageHooks, measured: Metrics
+) -> tuple[Metrics, bool]:
     """Metrics of an evaluation, and whether it is the best so far.
 
     measured: what the step before it reported, {} before the first.

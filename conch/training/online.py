@@ -24,23 +24,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conch.data.index_sampler import IndexStream
-from conch.distributed.train_engine import Engine
+from conch.distributed.train_engine import TrainEngine
 from conch.evaluation.evaluator import Evaluator, sampled_prompts
 from conch.evaluation.metrics import MetricFn
-from conch.models.freezing import choose_trainable
+from conch.models.freezing import freeze_layers
 from conch.models.reference import Reference
 from conch.rewards.base import UserReward
-from conch.rewards.scorer import Scorer
+from conch.rewards.scorer import RewardScorer
 from conch.rollouts.factory import Samplers, check_sampling
-from conch.rollouts.prompts import fitting_prompts
+from conch.rollouts.prompts import tokenize_prompts
 from conch.runs.tracking import Tracker
 from conch.training.kl import mean_kl
 from conch.training.loop import fit
 from conch.training.resume import start_run
 from conch.training.setup import (
     check_vocabulary,
-    given_or_loaded_lm,
-    opened_reward,
+    load_policy,
+    open_reward,
     save_on_main,
     with_whole_weights,
 )
@@ -94,18 +94,18 @@ class OnlineTrainer(ABC):
     ) -> None:
         check_sampling(config.rollout)
         self.config = config
-        self.engine = engine = Engine(config.train)
+        self.engine = engine = TrainEngine(config.train)
         all_prompts = [*prompts, *(eval_prompts or [])]
-        self.source, self.tokenizer = opened_reward(engine, reward, config, all_prompts, tokenizer)
-        self.scorer = Scorer(self.source, config.reward, engine.sum_int)
-        self.lm = lm = given_or_loaded_lm(model, config.model, engine.precision)
+        self.source, self.tokenizer = open_reward(engine, reward, config, all_prompts, tokenizer)
+        self.scorer = RewardScorer(self.source, config.reward, engine.sum_int)
+        self.lm = lm = load_policy(model, config.model, engine.precision)
         check_vocabulary(lm, self.tokenizer)
         found = sampled_prompts(config, self.tokenizer, lm, prompts, eval_prompts)
         self.prompts, self.eval_prompts, self.variants = found.train, found.evaluation, found.variants
         self.policy_version = 0
         self.plan_batches()
         self.stateful: dict[str, Stateful] = {"stream": self.stream}
-        choose_trainable(lm, config.model)
+        freeze_layers(lm, config.model)
         lm.to(engine.device)  # pyright: ignore[reportArgumentType]
         module = self.setup()
         total_updates = config.train.total_steps * self.updates_per_step
@@ -173,7 +173,7 @@ class OnlineTrainer(ABC):
         """Wait for the rewards of what `rollout` returned last.
 
         Raises:
-            RewardError, ConfigError: on all ranks together; see `Scorer.gather`.
+            RewardError, ConfigError: on all ranks together; see `RewardScorer.gather`.
         """
         results = self.scorer.gather()
         assert len(results) == len(rollouts), "score() speaks of the last rollout() only"
@@ -211,7 +211,7 @@ class OnlineTrainer(ABC):
     def generate(self, prompts: Sequence[str], *, greedy: bool = False) -> list[str]:
         """Completions of the current policy."""
         config = self.config
-        tokenized = fitting_prompts(prompts, self.tokenizer, config.tokenizer, self.lm, config.generation)
+        tokenized = tokenize_prompts(prompts, self.tokenizer, config.tokenizer, self.lm, config.generation)
         chunks = self.sampler.generate(tokenized, greedy=greedy)
         return [rollout.completion.text for chunk in chunks for rollout in chunk]
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import nn
 
 from conch.config import Section, TrainConfig
-from conch.distributed.train_engine import Engine
+from conch.distributed.train_engine import TrainEngine
 from conch.errors import CheckpointError
 from conch.log import get_logger
 from conch.runs.checkpoint import (
@@ -44,7 +44,7 @@ class Resumable(Protocol):
     """What a checkpoint restores."""
 
     config: Any
-    engine: Engine
+    engine: TrainEngine
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `Trainer.state_dict` gave."""
@@ -68,7 +68,7 @@ def start_run(trainer: Resumable, module: nn.Module) -> Run:
     engine.together(lambda: check_space(folder, checkpoint_bytes(module)))
     run = Run(folder)
     if resumed is not None:
-        engine.together(lambda: _take_up(trainer, run, resumed))
+        engine.together(lambda: _restore(trainer, run, resumed))
     return run
 
 
@@ -146,7 +146,7 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def _take_up(trainer: Resumable, run: Run, checkpoint: Checkpoint) -> None:
+def _restore(trainer: Resumable, run: Run, checkpoint: Checkpoint) -> None:
     state, engine = checkpoint.state, trainer.engine
     if state["num_processes"] != engine.num_ranks:
         raise CheckpointError(

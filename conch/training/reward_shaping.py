@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from conch.config import Section
-from conch.distributed.train_engine import Engine
+from conch.distributed.train_engine import TrainEngine
 from conch.errors import ConfigError
 from conch.ops import Reduce, masked_mean, masked_sum, only_this_rank, whiten
 from conch.types import RewardResult, Rollout
@@ -97,7 +97,7 @@ class RunningMoments:
 class RewardShaper:
     """Shapes the rewards of step after step; remembers the spread of what it has seen."""
 
-    def __init__(self, config: ShapingConfig, weights: Mapping[str, float], engine: Engine) -> None:
+    def __init__(self, config: ShapingConfig, weights: Mapping[str, float], engine: TrainEngine) -> None:
         self._config = config
         self._weights = weights
         self._engine = engine
@@ -207,7 +207,7 @@ def _dense(rewards: Sequence[RewardResult], mask: Bool[Tensor, "B R"]) -> Float[
     return torch.where(mask, dense, torch.zeros_like(dense))
 
 
-def agreed_objectives(rewards: Sequence[RewardResult], engine: Engine) -> list[str]:
+def agreed_objectives(rewards: Sequence[RewardResult], engine: TrainEngine) -> list[str]:
     """Names of the objectives, the same on all ranks, also on one that has no reward to see them by."""
     own = sorted({name for reward in rewards for name in reward.scores})
     return sorted(set(engine.gather(own)))

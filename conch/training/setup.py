@@ -18,9 +18,9 @@ from conch.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from conch.distributed.train_engine import Engine
+from conch.distributed.train_engine import TrainEngine
 from conch.errors import ConfigError, ModelError
-from conch.models.kernels import check_kernels, put_kernels
+from conch.models.kernels import apply_kernels, check_kernels
 from conch.models.loading import (
     check_start_token,
     check_tokenizer,
@@ -38,7 +38,7 @@ VerbT = TypeVar("VerbT", bound=Callable[..., Any])
 
 
 def with_whole_weights(verb: VerbT) -> VerbT:
-    """A trainer's method that runs the model without training it: see `Engine.whole_weights`."""
+    """A trainer's method that runs the model without training it: see `TrainEngine.whole_weights`."""
 
     @functools.wraps(verb)
     def whole(trainer: Any, *args: Any, **settings: Any) -> Any:
@@ -48,10 +48,10 @@ def with_whole_weights(verb: VerbT) -> VerbT:
     return whole  # pyright: ignore[reportReturnType]  the same signature
 
 
-def given_or_loaded_lm(given: PreTrainedModel | None, config: ModelConfig, precision: str) -> PreTrainedModel:
+def load_policy(given: PreTrainedModel | None, config: ModelConfig, precision: str) -> PreTrainedModel:
     """The model that a user passed, with dropout and kernels as the config says, or the one that it names.
 
-    precision: the mixed precision that it is trained in, see `Engine.precision`.
+    precision: the mixed precision that it is trained in, see `TrainEngine.precision`.
 
     Raises:
         ModelError, ConfigError: see `load_lm` and `check_kernels`.
@@ -60,14 +60,14 @@ def given_or_loaded_lm(given: PreTrainedModel | None, config: ModelConfig, preci
     if given is None:
         return load_lm(config)
     check_start_token(given.config)
-    put_kernels(given, config)
+    apply_kernels(given, config)
     if config.disable_dropout:
         disable_dropout(given)
     fuse_activations(given)
     return given
 
 
-def given_or_loaded_tokenizer(
+def load_policy_tokenizer(
     given: PreTrainedTokenizerBase | None, config: TokenizerConfig, model_path: str | None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that a user passed, checked, or else the one that the config names.
@@ -98,7 +98,9 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
             )
 
 
-def rows_per_process(engine: Engine, train: TrainConfig, total: int, name: str, minibatches: int = 1) -> int:
+def rows_per_process(
+    engine: TrainEngine, train: TrainConfig, total: int, name: str, minibatches: int = 1
+) -> int:
     """A process's part of `total` rows; see `rows_of_rank`.
 
     Raises:
@@ -132,7 +134,7 @@ def rows_of_rank(total: int, name: str, ranks: int, minibatches: int, steps: int
 
 
 def save_on_main(
-    engine: Engine,
+    engine: TrainEngine,
     folder: Path,
     lm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -156,7 +158,7 @@ def save_on_main(
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
+def eval_mode(module: nn.Module) -> Iterator[None]:
     """Without gradient and without dropout."""
     was_training = module.training
     module.eval()
@@ -168,7 +170,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def eval_source(
-    engine: Engine,
+    engine: TrainEngine,
     reward: UserReward | Mapping[str, UserReward] | None,
     config: RewardConfig,
     prompts: Sequence[str | Mapping[str, Any]] | None,
@@ -195,7 +197,7 @@ def extra_keys(prompts: Sequence[str | Mapping[str, Any]]) -> list[str]:
 
 
 def checked_source(
-    engine: Engine,
+    engine: TrainEngine,
     reward: UserReward | Mapping[str, UserReward] | None,
     config: RewardConfig,
     prompts: Sequence[str | Mapping[str, Any]],
@@ -240,8 +242,8 @@ def less_originals(
     return DeltaReward(source, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore[reportReturnType]
 
 
-def opened_reward(
-    engine: Engine,
+def open_reward(
+    engine: TrainEngine,
     reward: UserReward | Mapping[str, UserReward] | None,
     config: Any,
     prompts: Sequence[str | Mapping[str, Any]],
@@ -252,11 +254,11 @@ def opened_reward(
     config: the run's, for its sections `reward`, `tokenizer` and `model`.
 
     Raises:
-        ConchError: see `checked_source`, `given_or_loaded_tokenizer` and `less_originals`.
+        ConchError: see `checked_source`, `load_policy_tokenizer` and `less_originals`.
     """
     loaded: list[PreTrainedTokenizerBase] = []
     source = checked_source(engine, reward, config.reward, prompts, lambda: loaded[0])
-    loaded.append(given_or_loaded_tokenizer(tokenizer, config.tokenizer, config.model.path))
+    loaded.append(load_policy_tokenizer(tokenizer, config.tokenizer, config.model.path))
     if config.reward.delta and config.reward.replay is None:  # what is recorded is the difference
         source = less_originals(source, prompts, loaded[0])
     return source, loaded[0]

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from conch.data.rollout_batch import Sequences
-from conch.distributed.train_engine import Engine, UpdateReport
+from conch.distributed.train_engine import TrainEngine, UpdateReport
 from conch.evaluation.metrics import mean_of_finite
 from conch.log import get_logger
 from conch.ops import Reduce, masked_mean
@@ -86,7 +86,7 @@ def warn_of_gap(gap: float, alarm: float | None) -> None:
 
 
 def log_rollouts(
-    engine: Engine,
+    engine: TrainEngine,
     run: Run,
     rollouts: Sequence[Rollout],
     rewards: Sequence[RewardResult],
@@ -129,7 +129,7 @@ def explained_variance(
 
 
 @contextmanager
-def clocked(seconds: dict[str, float], name: str) -> Iterator[None]:
+def timer(seconds: dict[str, float], name: str) -> Iterator[None]:
     """Add the block's seconds to `seconds[name]`."""
     started = time.perf_counter()
     yield
@@ -137,7 +137,7 @@ def clocked(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def update_with_statistics(
-    engine: Engine,
+    engine: TrainEngine,
     num_rows: int,
     micro_batches: int,
     loss_of: Callable[[torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]],

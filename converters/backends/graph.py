@@ -12,7 +12,7 @@ from conch.converters.backends import python as python_form
 from conch.converters.backends.onnx import check_onnx_installed, export_onnx
 from conch.converters.backends.torchscript import export_torchscript
 from conch.converters.checkpoints.reader import Checkpoint
-from conch.converters.options import Options
+from conch.converters.options import ConversionOptions
 from conch.converters.triton_models.reward_model import load_model
 from conch.errors import ConversionError
 from conch.store.manifest import MANIFEST, Manifest
@@ -20,7 +20,7 @@ from conch.store.manifest import MANIFEST, Manifest
 GRAPH_PY = Path(triton_models.__file__).parent / "graph_model.py"
 
 
-def check_options(options: Options) -> None:
+def check_options(options: ConversionOptions) -> None:
     """Raise ConversionError for what no graph can be, before long work."""
     if options.form == "text" and options.backend == "torchscript":
         raise ConversionError(

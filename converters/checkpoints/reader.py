@@ -23,7 +23,7 @@ from conch.converters.checkpoints.architectures import (
     read_network,
 )
 from conch.converters.checkpoints.files import Source, find_source
-from conch.converters.options import Normalise, Reading
+from conch.converters.options import Normalise, ReadOptions
 from conch.data.preferences import default_template, template_mistake
 from conch.errors import ConfigError, ConversionError, ModelError
 from conch.models.adapter import adapter_base
@@ -103,14 +103,14 @@ class Checkpoint:
         return self.model.base_model
 
 
-def read_checkpoint(name: str, reading: Reading | None = None) -> Checkpoint:
+def read_checkpoint(name: str, reading: ReadOptions | None = None) -> Checkpoint:
     """Load a folder, file or hub id; what `reading` says wins over `reward_model.json`.
 
     Raises:
         ConversionError: missing, of no kind we know, incomplete weights, NaN, no tokenizer, no pad token, or
             settings that contradict the model.
     """
-    wanted = reading or Reading()
+    wanted = reading or ReadOptions()
     source = find_source(name, wanted.revision)
     told = _read_reward_model_file(source.folder / REWARD_MODEL_FILE)
     tokenizer = _load_tokenizer(source, wanted)
@@ -150,7 +150,7 @@ def read_checkpoint(name: str, reading: Reading | None = None) -> Checkpoint:
     )
 
 
-def checkpoint_sha256(name: str, reading: Reading) -> str:
+def checkpoint_sha256(name: str, reading: ReadOptions) -> str:
     """What `read_checkpoint` would give as `sha256`, without loading the model; at disk speed."""
     source = find_source(name, reading.revision)
     if not source.is_adapter:
@@ -202,7 +202,7 @@ def _json_object(path: Path) -> dict[str, Any]:
         raise ConversionError(f"{path} is not a readable JSON object: {error}") from error
 
 
-def _load_tokenizer(source: Source, wanted: Reading) -> Any:
+def _load_tokenizer(source: Source, wanted: ReadOptions) -> Any:
     """The checkpoint's own, else the base model's."""
     tokenizer = _tokenizer_in(source.folder, wanted.trust_remote_code)
     base = _base_of(source, wanted)
@@ -219,7 +219,7 @@ def _load_tokenizer(source: Source, wanted: Reading) -> Any:
     return tokenizer
 
 
-def _base_of(source: Source, wanted: Reading) -> str:
+def _base_of(source: Source, wanted: ReadOptions) -> str:
     try:
         return wanted.base_model or adapter_base(str(source.folder)) or ""
     except ModelError as error:
@@ -262,7 +262,7 @@ def _pooling(source: Source, wanted: Pooling | None, network: Network) -> Poolin
     return wanted
 
 
-def _check_granularity(source: Source, wanted: Reading, pooling: Pooling, network: Network) -> None:
+def _check_granularity(source: Source, wanted: ReadOptions, pooling: Pooling, network: Network) -> None:
     if wanted.granularity == "step" and pooling != "steps":
         raise ConversionError(
             f"{source.name} is no process reward model (a token classifier), so its steps have no scores: "
@@ -282,7 +282,7 @@ def _check_granularity(source: Source, wanted: Reading, pooling: Pooling, networ
 
 
 def _steps(
-    source: Source, wanted: Reading, pooling: Pooling, tokenizer: Any, outputs: int
+    source: Source, wanted: ReadOptions, pooling: Pooling, tokenizer: Any, outputs: int
 ) -> tuple[int | None, Aggregate | None]:
     if pooling != "steps":
         if wanted.step_separator is not None or wanted.aggregate is not None:

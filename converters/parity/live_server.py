@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from conch.converters.checkpoints.reader import check_dense, read_checkpoint
-from conch.converters.options import Reading
+from conch.converters.options import ReadOptions
 from conch.converters.parity.compare import compare
 from conch.converters.parity.reference import expected_scores
 from conch.converters.parity.report import ParityReport
@@ -16,7 +16,7 @@ from conch.store.manifest import ServedDtype
 from conch.triton.client import Server
 
 
-def verify(endpoint: str, checkpoint: str, dtype: ServedDtype, reading: Reading) -> ParityReport:
+def verify(endpoint: str, checkpoint: str, dtype: ServedDtype, reading: ReadOptions) -> ParityReport:
     """Compare a served model with the checkpoint that it should have been made from.
 
     endpoint: `host:port/model`. dtype: whose tolerance counts. reading: as at the conversion; a length that

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from conch.distributed.train_engine import Engine
+from conch.distributed.train_engine import TrainEngine
 from conch.runs.tracking import Tracker
 from conch.types import Metrics
 from examples.randomwalks.task import RandomWalks
@@ -16,7 +16,7 @@ NUM_MEASURED = 4000
 class SamplingTrainer(Protocol):
     """A trainer that evaluates by sampling."""
 
-    engine: Engine
+    engine: TrainEngine
 
     def fit(self) -> Path: ...
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from conch.config import RewardConfig
 from conch.errors import RewardInvalidError
 from conch.rewards.base import RewardSource, UserReward
-from conch.rewards.combined import Wrapper, when_all_done
+from conch.rewards.combined import CompositeReward, when_all_done
 from conch.rewards.factory import from_user
 from conch.types import DEFAULT_OBJECTIVE, Completion, Prompt, RewardResult, RewardStatus, Rollout
 from examples.hosting import HostedConfig
@@ -32,7 +32,7 @@ class HostedDistilBERT(HostedConfig):
     """Folder or hub id of the classifier."""
 
 
-class PositiveProbability(Wrapper):
+class PositiveProbability(CompositeReward):
     """Wraps a served classifier: a sample's reward is P(positive), in [0, 1].
 
     A classifier with one score serves log-odds, P = sigmoid(score); one with two serves the logits of

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from conch.converters.backends.python import write_version
 from conch.converters.checkpoints.reader import read_checkpoint
-from conch.converters.options import Options, Reading
+from conch.converters.options import ConversionOptions, ReadOptions
 from conch.converters.pipeline import _manifest
 from conch.converters.triton_models.reward_model import Row, Scorer
 from tests.checkpoints import base_model, classifier, save_value_head, value_head_tensors
@@ -23,11 +23,11 @@ ROWS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [3] * 20]
 
 def served(name: Path, **reading: str) -> Path:
     """A version folder in eight bits."""
-    checkpoint = read_checkpoint(str(name), Reading(**reading))
+    checkpoint = read_checkpoint(str(name), ReadOptions(**reading))
     folder = name.parent / "version"
     folder.mkdir()
     write_version(
-        folder, checkpoint, _manifest(Options(str(name), "model", folder, dtype="int8"), checkpoint)
+        folder, checkpoint, _manifest(ConversionOptions(str(name), "model", folder, dtype="int8"), checkpoint)
     )
     return folder
 

@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertForSequenceClassification, GPT2ForSequenceClassification
 
 from conch.converters.backends import python as python_form
-from conch.converters.options import Reading
+from conch.converters.options import ReadOptions
 from conch.converters.parity.subprocess_model import ServedForm
 from conch.converters.to_triton import main, to_triton
 from conch.errors import ConversionError, ParityError
@@ -67,7 +67,7 @@ def test_to_triton_serves_half_precision_and_normalised_scores_within_their_tole
         name="walks",
         model_store=tmp_path / "store",
         dtype="bfloat16",
-        reading=Reading(normalise="parameters"),
+        reading=ReadOptions(normalise="parameters"),
         max_batch_size=8,
         max_queue_delay_us=0,
         instances=2,
@@ -165,7 +165,9 @@ def test_a_dry_run_makes_no_store(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_to_triton_refuses_normalise_without_statistics(tmp_path: Path) -> None:
     checkpoint = reward_checkpoint(tmp_path / "checkpoint")
     with pytest.raises(ConversionError, match=r"no reward_model\.json with `mean` and `std`"):
-        to_triton(checkpoint, name="walks", model_store=tmp_path / "store", reading=Reading(normalise="fold"))
+        to_triton(
+            checkpoint, name="walks", model_store=tmp_path / "store", reading=ReadOptions(normalise="fold")
+        )
     assert everything_in(tmp_path / "store") == []
 
 

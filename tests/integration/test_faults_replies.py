@@ -1,5 +1,5 @@
-"""What wrong replies and quick errors do to `TritonReward` and `Scorer`: a relay changes what a real server
-answers."""
+"""What wrong replies and quick errors do to `TritonReward` and `RewardScorer`: a relay changes what a real
+server answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from conch.errors import RewardInvalidError, RewardUnavailableError
-from conch.rewards.scorer import Scorer
+from conch.rewards.scorer import RewardScorer
 from conch.serving.server.server import TritonServer
 from tests.fakes.faulty_relay import Alter, FaultyRelay
 from tests.faults import (
@@ -163,7 +163,7 @@ def test_model_that_raises_on_everything_is_not_asked_for_ever(relay: FaultyRela
 def test_scorer_raises_what_kind_of_fault_it_was(relay: FaultyRelay) -> None:
     with open_source(relay.url, HASTY) as source:
         source.check()
-        scorer = Scorer(source, HASTY)
+        scorer = RewardScorer(source, HASTY)
         relay.alter = all_nan
         scorer.submit(fresh())
         with pytest.raises(RewardInvalidError, match=r"64 of 64 samples got no reward.*nan"):
@@ -179,7 +179,7 @@ def test_scorer_drops_what_is_bad_and_keeps_the_others_exact(relay: FaultyRelay)
     relay.alter = nan_where_seven
     batch = fresh()
     with open_source(relay.url, config) as source:
-        scorer = Scorer(source, config)
+        scorer = RewardScorer(source, config)
         scorer.submit(batch)
         results = scorer.gather()
     assert scorer.metrics()["reward/failed_fraction"] == 2 / 64
@@ -190,7 +190,7 @@ def test_scorer_waits_out_errors_with_the_same_rewards(relay: FaultyRelay) -> No
     batch = fresh()
     with open_source(relay.url, WAITING) as source:
         source.check()
-        scorer = Scorer(source, WAITING)
+        scorer = RewardScorer(source, WAITING)
         relay.error = AWAY
         scorer.submit(batch)
         wait_until(lambda: relay.harmed >= 3, lambda: "nothing was asked")

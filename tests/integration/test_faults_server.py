@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conch.rewards.scorer import Scorer
+from conch.rewards.scorer import RewardScorer
 from conch.serving.server.server import TritonServer
 from tests.fakes.faulty_proxy import Fault, FaultyProxy
 from tests.faults import (
@@ -92,7 +92,7 @@ def test_scorer_waits_for_a_killed_server_with_the_same_rewards(server: TritonSe
     batch = fresh()
     with nothing_is_left(), open_source(server.url, WAITING) as source:
         source.check()
-        scorer = Scorer(source, WAITING)
+        scorer = RewardScorer(source, WAITING)
         port = kill(server)
         scorer.submit(batch)
         wait_until(lambda: source.requests > 4, lambda: "nothing was asked")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from conch.errors import RewardUnavailableError
+from conch.rewards.served import TritonReward
 from conch.serving.server.server import TritonServer
 from tests.fakes.faulty_proxy import Fault, FaultyProxy
 from tests.faults import (

@@ -15,7 +15,7 @@ from transformers import GPT2ForSequenceClassification
 
 from conch.config import RewardConfig
 from conch.errors import RewardUnavailableError
-from conch.rewards.scorer import Scorer
+from conch.rewards.scorer import RewardScorer
 from conch.rewards.served import TritonReward
 from conch.serving.server.server import TritonServer
 from conch.types import Completion, Prompt, RewardStatus, Rollout
@@ -110,7 +110,7 @@ def test_dead_server_is_unavailable_and_waiting_outlasts_it(
     successor = TritonServer(reward_model.model_store, [TEXT_MODEL], grpc_port=port)
     starter = threading.Thread(target=successor.start)
     with reward:
-        scorer = Scorer(reward, patient)
+        scorer = RewardScorer(reward, patient)
         scorer.submit(WALKS)
         starter.start()
         try:

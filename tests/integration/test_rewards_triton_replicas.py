@@ -16,7 +16,7 @@ import pytest
 
 from conch.config import OnModelChange, RewardConfig
 from conch.errors import RewardInvalidError, RewardUnavailableError
-from conch.rewards.client.queue import Waiting
+from conch.rewards.client.queue import RequestQueue
 from conch.rewards.client.triton import TritonReplica
 from conch.rewards.served import TritonReward
 from conch.triton.contract import RewardModelSpec
@@ -605,7 +605,7 @@ def test_mistake_in_the_background_is_told_to_all_who_wait_and_all_who_come(
         raise KeyError("oops")
 
     with servers(TEXT) as (server,), TritonReward(server.url, CONFIG) as reward:
-        monkeypatch.setattr(Waiting, "take", broken)
+        monkeypatch.setattr(RequestQueue, "take", broken)
         for _ in range(2):
             (result,) = reward.submit(rollouts("a")).result(WAIT_S)
             assert result.status is RewardStatus.INVALID and "the client broke: KeyError" in result.detail

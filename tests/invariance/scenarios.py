@@ -20,7 +20,7 @@ import torch.distributed
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conch.config import TrainConfig
-from conch.distributed.train_engine import Engine
+from conch.distributed.train_engine import TrainEngine
 from conch.errors import ConchError, ConfigError
 from conch.training.reward_shaping import RunningMoments
 from conch.types import RewardResult, RewardStatus
@@ -72,8 +72,8 @@ def processes(folder: Path) -> dict[str, Any]:
     running = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     return {
         "world_size": running,
-        "engine": Engine(TrainConfig(num_processes=running)).num_ranks,
-        "refused": message_of(lambda: Engine(TrainConfig(num_processes=running + 1))),
+        "engine": TrainEngine(TrainConfig(num_processes=running)).num_ranks,
+        "refused": message_of(lambda: TrainEngine(TrainConfig(num_processes=running + 1))),
     }
 
 
@@ -191,7 +191,7 @@ def grpo(folder: Path) -> dict[str, Any]:
 
 def moments(folder: Path) -> dict[str, Any]:
     """Running moments of batches of unequal size, one of them empty on a rank."""
-    engine, running = Engine(TrainConfig()), RunningMoments()
+    engine, running = TrainEngine(TrainConfig()), RunningMoments()
     for batch in ([1.0, 5.0, 2.0], [7.0], [-3.0, math.nan, 4.0, 8.0]):
         mine = torch.tensor(batch[engine.rank :: engine.num_ranks])
         running.update(mine, ~mine.isnan(), engine.sum)
@@ -238,7 +238,7 @@ def broken_gradient(folder: Path) -> dict[str, Any]:
 
 def failures(folder: Path) -> dict[str, Any]:
     """What each rank raises when the last one alone fails."""
-    engine = Engine(TrainConfig())
+    engine = TrainEngine(TrainConfig())
 
     def work() -> None:
         if engine.rank == engine.num_ranks - 1:
@@ -290,7 +290,7 @@ SCENARIOS = (
 def main(folder: Path) -> None:
     """Run all scenarios on this rank and write what it found."""
     torch.set_num_threads(1)
-    engine = Engine(TrainConfig())
+    engine = TrainEngine(TrainConfig())
     found = {scenario.__name__: scenario(folder / "runs") for scenario in SCENARIOS}
     torch.save(found, folder / f"rank_{engine.rank}.pt")
     engine.wait_for_everyone()

@@ -121,7 +121,7 @@ def test_imports_follow_the_arrows(file: Path) -> None:
     [
         ("rewards", "conch.triton.contract", True),
         ("rewards", "conch.rewards.base", True),
-        ("trainers", "conch.distributed.train_engine.Engine", True),
+        ("trainers", "conch.distributed.train_engine.TrainEngine", True),
         ("rewards", "conch.serving.server.flags", False),
         ("serving", "conch.rewards.factory", False),
         ("converters", "conch.serving.server.server", False),

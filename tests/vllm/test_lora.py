@@ -16,7 +16,7 @@ from conch.config import GenerationConfig, RolloutConfig
 from conch.errors import ModelError
 from conch.models.adapter import add_adapter
 from conch.rollouts.hf.engine import HFEngine
-from conch.rollouts.protocol import Given, Health, Stamp
+from conch.rollouts.protocol import Health, WeightUpdate, WeightVersion
 from conch.rollouts.remote.client import AstrayError, ServerLink
 from conch.rollouts.serve import ServeConfig
 from conch.rollouts.vllm import server as vllm_server
@@ -230,7 +230,7 @@ class Served:
         self.given: list[tuple[str, set[str]]] = []
         refit = self.pool.servers[0].link.refit
 
-        def watched(given: Given) -> Health:
+        def watched(given: WeightUpdate) -> Health:
             names = (
                 {spec.name for spec in given.tensors} if given.path is None else set(load_file(given.path))
             )
@@ -311,7 +311,9 @@ def test_adapter_of_a_base_that_is_not_there_is_refused(
     served.assert_sampled_from()
     link = ServerLink(server.address, READY_S)
     with pytest.raises(AstrayError, match="the base of another is not here"):
-        link.refit(Given(stamp=Stamp(source="another", version=0), part="adapter", path="/nowhere"))
+        link.refit(
+            WeightUpdate(stamp=WeightVersion(source="another", version=0), part="adapter", path="/nowhere")
+        )
     link.close()
     served.assert_sampled_from()
     assert served.parts() == ["base", "adapter"]  # what it held it holds still

@@ -11,11 +11,11 @@ from dataclasses import replace
 
 from conch.config import OnModelChange
 from conch.log import get_logger
-from conch.rewards.client.transport import ModelInfo, Row
+from conch.rewards.client.transport import ModelInfo, ScoringRow
 from conch.types import RewardResult
 
 
-class Memory:
+class ScoreCache:
     """The latest `size` scores, by a hash of what was scored: small, whatever the texts are."""
 
     def __init__(self, size: int) -> None:
@@ -25,7 +25,7 @@ class Memory:
     def __len__(self) -> int:
         return len(self._results)
 
-    def find(self, row: Row) -> RewardResult | None:
+    def find(self, row: ScoringRow) -> RewardResult | None:
         """The result of an equal row, which took no time now."""
         key = _key(row)
         found = self._results.get(key)
@@ -34,7 +34,7 @@ class Memory:
         self._results.move_to_end(key)
         return replace(found, latency_s=0.0)
 
-    def keep(self, row: Row, result: RewardResult) -> None:
+    def keep(self, row: ScoringRow, result: RewardResult) -> None:
         """Remember it; the one that was not asked for longest goes."""
         self._results[_key(row)] = result
         if len(self._results) > self._size:
@@ -45,7 +45,7 @@ class Memory:
         self._results.clear()
 
 
-def _key(row: Row) -> bytes:
+def _key(row: ScoringRow) -> bytes:
     digest = hashlib.blake2b(row.sample.encode("utf-8"), digest_size=16)
     for numbers in (row.token_ids, row.bounds):
         if numbers:
@@ -57,7 +57,7 @@ _log = get_logger(__name__)
 _LIKE = "replicas of one reward must serve the same model: load the same version on all of them"
 
 
-class Identity:
+class ModelIdentity:
     """The model that a source began with: known by its content hash, or where there is none by its version.
 
     change: with `raise`, one sentence once the model is another; else "".

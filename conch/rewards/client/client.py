@@ -21,21 +21,21 @@ from typing import Any
 from conch.config import RewardConfig
 from conch.errors import RewardError, RewardInvalidError, RewardUnavailableError
 from conch.log import get_logger
-from conch.rewards.base import Counts, ServerTimes, Traffic
-from conch.rewards.client.cache import Identity, Memory
-from conch.rewards.client.health import Keeper
-from conch.rewards.client.pool import Link, Pool
-from conch.rewards.client.queue import Job, Limits, Waiting, limits_of
-from conch.rewards.client.retry import Asker
-from conch.rewards.client.transport import Failure, ModelInfo, Replica, ReplicaError, Row
-from conch.rewards.results import ScoringCall, name_row
+from conch.rewards.base import ClientStats, Counts, ServerTimes
+from conch.rewards.client.cache import ModelIdentity, ScoreCache
+from conch.rewards.client.health import HealthChecker
+from conch.rewards.client.pool import Pool, ReplicaState
+from conch.rewards.client.queue import BatchLimits, QueuedRow, RequestQueue, limits_of
+from conch.rewards.client.retry import RetryingScorer
+from conch.rewards.client.transport import Failure, ModelInfo, ReplicaError, ScoringRow, Transport
+from conch.rewards.results import ReplyParser, name_row
 from conch.rewards.token_rewards import Decode, response_bounds
 from conch.types import Completion, Prompt, RewardResult, RewardStatus, Rollout
 
 _log = get_logger(__name__)
 
 
-class Session:
+class RewardClient:
     """One client of one served model on one server or several. All coroutines must run in the same loop.
 
     name: how messages call the model with its servers.
@@ -44,7 +44,7 @@ class Session:
     def __init__(
         self,
         name: str,
-        replicas: Sequence[Replica],
+        replicas: Sequence[Transport],
         config: RewardConfig,
         tokenizer: Tokenizer | None = None,
         decode: Decode | None = None,
@@ -54,25 +54,25 @@ class Session:
             make_row, tokenizer=tokenizer, max_bytes=self._max_bytes, dense=config.dense, decode=decode
         )
         self._counts = Counts()
-        self._identity = Identity(config.on_model_change)
-        self._memory = Memory(config.remember)
+        self._identity = ModelIdentity(config.on_model_change)
+        self._memory = ScoreCache(config.remember)
         self._pool = Pool(name, replicas, config.max_in_flight)
-        self._asker = Asker(self._pool, config, self._identity, self._counts, self._memory)
-        self._keeper = Keeper(self._asker, self._probe)
-        self._waiting = Waiting()
-        self._under_way: dict[Row, Job] = {}
+        self._asker = RetryingScorer(self._pool, config, self._identity, self._counts, self._memory)
+        self._keeper = HealthChecker(self._asker, self._probe)
+        self._waiting = RequestQueue()
+        self._under_way: dict[ScoringRow, QueuedRow] = {}
         self._numbers = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
         self._broken = ""
 
     @property
     def requests(self) -> int:
-        """See `Traffic`."""
+        """See `ClientStats`."""
         return self._counts.requests
 
     @property
     def retries(self) -> int:
-        """See `Traffic`."""
+        """See `ClientStats`."""
         return sum(self._counts.retries.values())
 
     @property
@@ -80,11 +80,11 @@ class Session:
         """See `ReportsTraffic`."""
         return self._identity.change
 
-    def traffic(self) -> Traffic:
+    def traffic(self) -> ClientStats:
         """See `ReportsTraffic`. May be called from any thread."""
         most, self._pool.most_in_flight = self._pool.most_in_flight, self._pool.in_flight
         retries = dict(self._counts.retries)
-        return Traffic(
+        return ClientStats(
             requests=self._counts.requests,
             retries=sum(retries.values()),
             retries_by=retries,
@@ -128,14 +128,14 @@ class Session:
         submitted = time.monotonic()
         failure = await self._unreachable(submitted)
         if failure is not None:
-            call = ScoringCall(
+            call = ReplyParser(
                 self._pool.name,
                 [rollout.sample for rollout in rollouts],
                 self._pool.model,
                 latency_s=time.monotonic() - submitted,
             )
             return call.failed(failure.status, f"{self._pool.name}: {failure.detail}")
-        fresh: dict[Row, Job] = {}
+        fresh: dict[ScoringRow, QueuedRow] = {}
         results = [self._ask_for(place, rollout, submitted, fresh) for place, rollout in enumerate(rollouts)]
         self._under_way.update(fresh)
         self._waiting.add(list(fresh.values()))
@@ -147,7 +147,7 @@ class Session:
         for link in self._pool.links:
             await link.replica.close()
 
-    async def _problem(self, link: Link) -> RewardError | None:
+    async def _problem(self, link: ReplicaState) -> RewardError | None:
         """Why a replica cannot be used; None once it is in use."""
         deadline = time.monotonic() + self._config.deadline_s
         timeout_s = min(self._config.attempt_timeout_s, self._config.deadline_s / 4)  # four questions
@@ -212,7 +212,7 @@ class Session:
         return [link.info for link in self._pool.links if link.info is not None]
 
     def _ask_for(
-        self, position: int, rollout: Rollout, submitted: float, fresh: dict[Row, Job]
+        self, position: int, rollout: Rollout, submitted: float, fresh: dict[ScoringRow, QueuedRow]
     ) -> asyncio.Future[RewardResult]:
         """The future result of one rollout; a row that has to be sent is added to `fresh`."""
         row = self._row(position, rollout)
@@ -225,23 +225,23 @@ class Session:
         if job is not None:
             self._counts.deduplicated += 1
             return job.done
-        fresh[row] = job = Job(
+        fresh[row] = job = QueuedRow(
             row, next(self._numbers), submitted, asyncio.get_running_loop().create_future()
         )
         return job.done
 
-    def _row(self, position: int, rollout: Rollout) -> Row | RewardResult:
+    def _row(self, position: int, rollout: Rollout) -> ScoringRow | RewardResult:
         infos = self._infos()
         lengths = [info.max_length for info in infos if info.max_length]
         info = replace(infos[0], max_length=min(lengths, default=0))
         if problem := self._broken or self.model_change:
             return self._no_score(problem)
         made = self._make_row(rollout, position, info)
-        if isinstance(made, Row):
+        if isinstance(made, ScoringRow):
             return made
         return self._no_score(f"{self._pool.name}: {name_row(position, rollout.sample)} {made}")
 
-    def _probe(self, info: ModelInfo) -> Row:
+    def _probe(self, info: ModelInfo) -> ScoringRow:
         made = self._make_row(PROBE, 0, info)
         if isinstance(made, str):
             raise ReplicaError(Failure(RewardStatus.INVALID, f"a probe sample {made}"))
@@ -266,11 +266,11 @@ class Session:
             else:
                 self._pool.release(link)
 
-    def _limits(self) -> Limits:
+    def _limits(self) -> BatchLimits:
         config = self._config
         return limits_of(self._infos(), config.micro_batch_size, config.micro_batch_tokens, self._max_bytes)
 
-    def _time_up(self, job: Job) -> float:
+    def _time_up(self, job: QueuedRow) -> float:
         return max(job.submitted, self._asker.last_answer) + self._config.deadline_s
 
     def _patience_s(self) -> float:
@@ -285,12 +285,12 @@ class Session:
         for job in over:
             since = min(now, max(job.submitted, self._asker.last_answer))
             failure = self._asker.give_up(since, None, 0)
-            call = ScoringCall(
+            call = ReplyParser(
                 self._pool.name, [job.row.sample], self._pool.model, latency_s=now - job.submitted
             )
             self._end(job, *call.failed(failure.status, f"{self._pool.name}: {failure.detail}"))
 
-    async def _settle(self, jobs: list[Job], link: Link) -> None:
+    async def _settle(self, jobs: list[QueuedRow], link: ReplicaState) -> None:
         rows = [job.row for job in jobs]
         try:
             results = await self._asker.settle(rows, link, max(job.submitted for job in jobs))
@@ -300,7 +300,7 @@ class Session:
         for job, result in zip(jobs, results, strict=True):
             self._end(job, result)
 
-    def _end(self, job: Job, result: RewardResult) -> None:
+    def _end(self, job: QueuedRow, result: RewardResult) -> None:
         del self._under_way[job.row]
         if not job.done.done():
             job.done.set_result(result)
@@ -335,7 +335,7 @@ def make_row(
     *,
     dense: bool = False,
     decode: Decode | None = None,
-) -> Row | str:
+) -> ScoringRow | str:
     """The row, or why the sample cannot be sent.
 
     tokenizer: makes a sample's ids for models that take tokens; None sends the sampled ids as they are.
@@ -354,7 +354,7 @@ def make_row(
         return "has no tokens"
     if info.max_length and len(ids) > info.max_length:
         return f"has {len(ids)} tokens, the model takes {info.max_length} at most"
-    row = Row(sample, ids, bounds, position)
+    row = ScoringRow(sample, ids, bounds, position)
     if row.size > max_bytes:
         return f"takes {row.size / 1e6:.1f} MB, more than reward.max_request_mb={max_bytes / 1e6:g}"
     return row

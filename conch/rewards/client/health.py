@@ -8,29 +8,29 @@ from dataclasses import replace
 
 from conch.log import get_logger
 from conch.rewards.base import ServerTimes
-from conch.rewards.client.pool import Link
-from conch.rewards.client.retry import Asker, check_shape
-from conch.rewards.client.transport import Failure, ModelInfo, ReplicaError, Row
-from conch.rewards.results import ScoringCall
+from conch.rewards.client.pool import ReplicaState
+from conch.rewards.client.retry import RetryingScorer, check_shape
+from conch.rewards.client.transport import Failure, ModelInfo, ReplicaError, ScoringRow
+from conch.rewards.results import ReplyParser
 from conch.types import RewardStatus
 
 _log = get_logger(__name__)
 
 
-class Keeper:
+class HealthChecker:
     """Brings a pool's replicas into use. A lost one counts as back when it scores: health flags lie.
 
     make_probe: a row that any model of this form scores.
     """
 
-    def __init__(self, asker: Asker, make_probe: Callable[[ModelInfo], Row]) -> None:
+    def __init__(self, asker: RetryingScorer, make_probe: Callable[[ModelInfo], ScoringRow]) -> None:
         self._asker = asker
         self._pool = asker.pool
         self._config = asker.config
         self._make_probe = make_probe
-        self._times: dict[Link, ServerTimes] = {}
+        self._times: dict[ReplicaState, ServerTimes] = {}
 
-    async def keep(self, link: Link) -> None:
+    async def keep(self, link: ReplicaState) -> None:
         """Run for as long as the replica is of use to somebody."""
         if not link.is_usable and link.breaker.cause is None:
             await self._try(link, is_probe=False)
@@ -41,7 +41,7 @@ class Keeper:
             link.lost.clear()
             await link.lost.wait()
 
-    async def reach(self, link: Link, timeout_s: float, *, with_score: bool) -> None:
+    async def reach(self, link: ReplicaState, timeout_s: float, *, with_score: bool) -> None:
         """Learn what the model is and take the replica into use.
 
         with_score: only if it scores a row.
@@ -68,7 +68,7 @@ class Keeper:
         self._pool.serve()
         await self.gained(link, timeout_s)
 
-    async def gained(self, link: Link, timeout_s: float) -> ServerTimes:
+    async def gained(self, link: ReplicaState, timeout_s: float) -> ServerTimes:
         """What the server's statistics gained since the call before; nothing if it does not tell."""
         try:
             now = await link.replica.times(timeout_s)
@@ -84,7 +84,7 @@ class Keeper:
             now.requests - before.requests, now.queue_s - before.queue_s, now.compute_s - before.compute_s
         )
 
-    async def _try(self, link: Link, *, is_probe: bool) -> None:
+    async def _try(self, link: ReplicaState, *, is_probe: bool) -> None:
         if is_probe:
             self._asker.counts.retries["probe"] += 1
         try:
@@ -98,12 +98,12 @@ class Keeper:
         if is_probe:
             _log.info("%s scores again", link.replica.name)
 
-    async def _score_one(self, link: Link, info: ModelInfo, timeout_s: float) -> None:
+    async def _score_one(self, link: ReplicaState, info: ModelInfo, timeout_s: float) -> None:
         row = self._asker.known_row or self._make_probe(info)
         self._asker.counts.requests += 1
         answer = await link.replica.ask([row], timeout_s)
         check_shape(answer, 1, link)
-        call = ScoringCall(
+        call = ReplyParser(
             link.replica.name, [row.sample], self._pool.model, score_range=self._config.score_range
         )
         (result,) = call.read_columns(answer.columns)
@@ -112,7 +112,7 @@ class Keeper:
             raise ReplicaError(Failure(RewardStatus.INVALID, problem))
         self._asker.heard_from(link, answer.version, info.content)
 
-    async def _rest(self, link: Link) -> None:
+    async def _rest(self, link: ReplicaState) -> None:
         """Until the next probe is due; much sooner where samples wait and there is nobody else to ask."""
         pause_s = link.breaker.pause_s(urgent=False)
         try:

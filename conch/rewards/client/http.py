@@ -22,7 +22,7 @@ import httpx2
 from conch.config import RewardConfig
 from conch.errors import RewardUnavailableError
 from conch.rewards.base import ServerTimes
-from conch.rewards.client.transport import Answer, Failure, ModelInfo, ReplicaError, Row
+from conch.rewards.client.transport import Failure, ModelInfo, ReplicaError, Reply, ScoringRow
 from conch.types import DEFAULT_OBJECTIVE, RewardStatus
 
 _REPLY_LIMIT = 16_000_000
@@ -66,7 +66,7 @@ class HttpReplica:
         del timeout_s
         return ModelInfo(max_rows=self._config.micro_batch_size)
 
-    async def ask(self, rows: Sequence[Row], timeout_s: float) -> Answer:
+    async def ask(self, rows: Sequence[ScoringRow], timeout_s: float) -> Reply:
         """See `Replica.ask`."""
         samples = [row.sample for row in rows]
         body = json.dumps({"query": samples} if self._config.dialect == "query" else samples)
@@ -79,7 +79,7 @@ class HttpReplica:
             raise ReplicaError(_of_connection(error)) from error
         except httpx2.HTTPError as error:
             _refuse(f"the reply cannot be read ({type(error).__name__})")
-        return Answer(_columns(reply, self._config.dialect))
+        return Reply(_columns(reply, self._config.dialect))
 
     async def times(self, timeout_s: float) -> ServerTimes | None:
         """See `Replica.times`: there are none."""

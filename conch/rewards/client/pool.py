@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from conch.log import rank
-from conch.rewards.client.transport import Failure, ModelInfo, Replica
+from conch.rewards.client.transport import Failure, ModelInfo, Transport
 
 IN_A_ROW = 5
 WINDOW = 20
@@ -26,7 +26,7 @@ _FIRST_URGENT_PAUSE_S = 0.1
 _LONGEST_URGENT_PAUSE_S = 2.0
 
 
-class Breaker:
+class CircuitBreaker:
     """The state of one replica.
 
     Opens at once on a failure that concerns every request (`Failure.is_down`); on others after `IN_A_ROW`, or
@@ -98,7 +98,7 @@ def backoff_s(attempts: int) -> float:
 
 
 @dataclass(eq=False, slots=True)
-class Link:
+class ReplicaState:
     """One replica as the client sees it.
 
     info: None until it was reached for the first time; it is not asked before.
@@ -107,8 +107,8 @@ class Link:
     in_flight: requests under way; tokens: in those. used: number of its latest request, to take turns.
     """
 
-    replica: Replica
-    breaker: Breaker = field(default_factory=Breaker)
+    replica: Transport
+    breaker: CircuitBreaker = field(default_factory=CircuitBreaker)
     info: ModelInfo | None = None
     contents: dict[str, str] = field(default_factory=dict)
     lost: asyncio.Event = field(default_factory=asyncio.Event)
@@ -130,8 +130,8 @@ class Link:
 
 @dataclass(eq=False, slots=True)
 class _Waiter:
-    avoid: Collection[Link]
-    granted: asyncio.Future[Link | None]
+    avoid: Collection[ReplicaState]
+    granted: asyncio.Future[ReplicaState | None]
 
 
 class Pool:
@@ -142,12 +142,12 @@ class Pool:
     most_in_flight: most requests under way at once; whoever reads it may set it back.
     """
 
-    def __init__(self, name: str, replicas: Sequence[Replica], max_in_flight: int) -> None:
+    def __init__(self, name: str, replicas: Sequence[Transport], max_in_flight: int) -> None:
         self.name = name
         self.model = replicas[0].model
         # Each rank begins with another replica, or the first would get the first request of all of them.
         turn = rank() % len(replicas)
-        self.links = [Link(replica) for replica in (*replicas[turn:], *replicas[:turn])]
+        self.links = [ReplicaState(replica) for replica in (*replicas[turn:], *replicas[:turn])]
         self.wanted = asyncio.Event()
         self.most_in_flight = 0
         self._max_in_flight = max_in_flight
@@ -160,7 +160,7 @@ class Pool:
         """Requests under way at all replicas."""
         return sum(link.in_flight for link in self.links)
 
-    def usable(self, *, but: Collection[Link] = ()) -> list[Link]:
+    def usable(self, *, but: Collection[ReplicaState] = ()) -> list[ReplicaState]:
         """Replicas that may be asked."""
         return [link for link in self.links if link.is_usable and link not in but]
 
@@ -174,8 +174,8 @@ class Pool:
         return None if None in lasting else lasting[0]
 
     async def acquire(
-        self, timeout_s: float, *, avoid: Collection[Link] = (), is_retry: bool = False
-    ) -> Link | None:
+        self, timeout_s: float, *, avoid: Collection[ReplicaState] = (), is_retry: bool = False
+    ) -> ReplicaState | None:
         """Wait for a place; None after `timeout_s`, or at once where waiting is of no use. Then `release` it.
 
         avoid: replicas to take only if there is no other usable one.
@@ -199,7 +199,7 @@ class Pool:
                 queue.remove(waiter)
             self._note_wanted()
 
-    def release(self, link: Link) -> None:
+    def release(self, link: ReplicaState) -> None:
         """Give a place back."""
         link.in_flight -= 1
         self.serve()
@@ -218,14 +218,14 @@ class Pool:
         for queue in (self._retries, self._fresh):
             yield from (waiter for waiter in queue if not waiter.granted.done())
 
-    def _grant(self, waiter: _Waiter, link: Link) -> None:
+    def _grant(self, waiter: _Waiter, link: ReplicaState) -> None:
         self._given += 1
         link.used = self._given
         link.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         _answer(waiter.granted, link)
 
-    def _choose(self, avoid: Collection[Link]) -> Link | None:
+    def _choose(self, avoid: Collection[ReplicaState]) -> ReplicaState | None:
         preferred = self.usable(but=avoid) or self.usable()
         free = [link for link in preferred if link.in_flight < self._max_in_flight]
         # One that fails fast always has free places: among equals it comes last, until its breaker opens.
@@ -238,6 +238,6 @@ class Pool:
             self.wanted.clear()
 
 
-def _answer(future: asyncio.Future[Link | None], link: Link | None) -> None:
+def _answer(future: asyncio.Future[ReplicaState | None], link: ReplicaState | None) -> None:
     if not future.done():
         future.set_result(link)

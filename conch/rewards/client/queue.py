@@ -7,18 +7,18 @@ import bisect
 from collections import deque
 from dataclasses import dataclass, field
 
-from conch.rewards.client.transport import ModelInfo, Row
+from conch.rewards.client.transport import ModelInfo, ScoringRow
 from conch.types import RewardResult
 
 
 @dataclass(eq=False, slots=True)
-class Job:
+class QueuedRow:
     """One row on its way to a result.
 
     number: of its own, counting up. submitted: on the clock of `time.monotonic`.
     """
 
-    row: Row
+    row: ScoringRow
     number: int
     submitted: float
     done: asyncio.Future[RewardResult]
@@ -32,7 +32,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class BatchLimits:
     """What goes into one request at most, but for a single row, which always does.
 
     tokens: counting padding. bytes: of texts or ids.
@@ -49,15 +49,15 @@ class Limits:
         return -(-tokens // self.pad_to) * self.pad_to
 
 
-class Waiting:
+class RequestQueue:
     """Rows of all submits, sorted by length, so that a request needs little padding.
 
     A request holds the row that has waited longest and its neighbours by length: nothing is left behind.
     """
 
     def __init__(self) -> None:
-        self._sorted: list[Job] = []
-        self._arrived: deque[Job] = deque()
+        self._sorted: list[QueuedRow] = []
+        self._arrived: deque[QueuedRow] = deque()
         self._filled = asyncio.Event()
         self.tokens = 0
 
@@ -65,7 +65,7 @@ class Waiting:
         return len(self._sorted)
 
     @property
-    def oldest(self) -> Job | None:
+    def oldest(self) -> QueuedRow | None:
         """The job that has waited longest."""
         while self._arrived and not self._arrived[0].is_waiting:
             self._arrived.popleft()
@@ -75,7 +75,7 @@ class Waiting:
         """Wait until there is a row."""
         await self._filled.wait()
 
-    def add(self, jobs: list[Job]) -> None:
+    def add(self, jobs: list[QueuedRow]) -> None:
         """Put the rows of one submit in, in any order."""
         ordered = sorted(jobs, key=lambda job: job.order)
         self._arrived.extend(ordered)
@@ -85,7 +85,7 @@ class Waiting:
         if self._sorted:
             self._filled.set()
 
-    def take(self, limits: Limits, share: float = 1.0) -> list[Job]:
+    def take(self, limits: BatchLimits, share: float = 1.0) -> list[QueuedRow]:
         """Remove the rows of the next request; none if nothing waits.
 
         share: of all that waits, what one request should hold at most, so that several servers get some.
@@ -98,20 +98,20 @@ class Waiting:
             pass
         return self._remove(window.start, window.end)
 
-    def drop(self, jobs: list[Job]) -> None:
+    def drop(self, jobs: list[QueuedRow]) -> None:
         """Remove these."""
         for job in jobs:
             place = self._place(job)
             self._remove(place, place + 1)
 
-    def all(self) -> list[Job]:
+    def all(self) -> list[QueuedRow]:
         """All rows, the longest waiting first."""
         return [job for job in self._arrived if job.is_waiting]
 
-    def _place(self, job: Job) -> int:
+    def _place(self, job: QueuedRow) -> int:
         return bisect.bisect_left(self._sorted, job.order, key=lambda other: other.order)
 
-    def _remove(self, start: int, end: int) -> list[Job]:
+    def _remove(self, start: int, end: int) -> list[QueuedRow]:
         jobs = self._sorted[start:end]
         del self._sorted[start:end]
         for job in jobs:
@@ -126,7 +126,7 @@ class Waiting:
 class _Window:
     """A run of neighbours in the sorted rows that grows towards the row of the nearest length."""
 
-    def __init__(self, jobs: list[Job], first: int, limits: Limits, fair: float) -> None:
+    def __init__(self, jobs: list[QueuedRow], first: int, limits: BatchLimits, fair: float) -> None:
         self._jobs = jobs
         self._limits = limits
         self._fair = fair
@@ -162,9 +162,9 @@ class _Window:
         return True
 
 
-def limits_of(infos: list[ModelInfo], rows: int, tokens: int, size: int) -> Limits:
+def limits_of(infos: list[ModelInfo], rows: int, tokens: int, size: int) -> BatchLimits:
     """What all replicas take, and the configuration allows."""
-    return Limits(
+    return BatchLimits(
         rows=min(rows, *(info.max_rows for info in infos)),
         tokens=tokens,
         bytes=size,

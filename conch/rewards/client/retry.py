@@ -15,17 +15,17 @@ from dataclasses import dataclass, replace
 from conch.config import RewardConfig
 from conch.log import get_logger
 from conch.rewards.base import Counts
-from conch.rewards.client.cache import Identity, Memory
-from conch.rewards.client.pool import Link, Pool, backoff_s
-from conch.rewards.client.transport import Answer, Failure, ReplicaError, Row
-from conch.rewards.results import ScoringCall, name_row
+from conch.rewards.client.cache import ModelIdentity, ScoreCache
+from conch.rewards.client.pool import Pool, ReplicaState, backoff_s
+from conch.rewards.client.transport import Failure, ReplicaError, Reply, ScoringRow
+from conch.rewards.results import ReplyParser, name_row
 from conch.types import RewardResult, RewardStatus
 
 _log = get_logger(__name__)
 
 
 @dataclass(slots=True)
-class _Effort:
+class _Attempt:
     """Rows that are asked for together, and what was tried.
 
     reason: why these rows are asked for again; "" at the first time.
@@ -34,15 +34,15 @@ class _Effort:
     is_last: a single row's chance at another replica, after which nothing more is tried.
     """
 
-    rows: Sequence[Row]
+    rows: Sequence[ScoringRow]
     tokens: int
     submitted: float
     started: float
     deadline: float
     reason: str = ""
-    refused: frozenset[Link] = frozenset()
-    refuser: Link | None = None
-    avoid: frozenset[Link] = frozenset()
+    refused: frozenset[ReplicaState] = frozenset()
+    refuser: ReplicaState | None = None
+    avoid: frozenset[ReplicaState] = frozenset()
     is_last: bool = False
     attempts: int = 0
     failure: Failure | None = None
@@ -57,11 +57,11 @@ class Scored:
     """A row's result, and who had the last word; None if nobody had."""
 
     result: RewardResult
-    link: Link | None
+    link: ReplicaState | None
 
 
 @dataclass(slots=True)
-class Asker:
+class RetryingScorer:
     """Asks a pool's replicas.
 
     last_answer: when any of them last answered anything, on the clock of `time.monotonic`.
@@ -70,13 +70,15 @@ class Asker:
 
     pool: Pool
     config: RewardConfig
-    identity: Identity
+    identity: ModelIdentity
     counts: Counts
-    memory: Memory
+    memory: ScoreCache
     last_answer: float = float("-inf")
-    known_row: Row | None = None
+    known_row: ScoringRow | None = None
 
-    async def settle(self, rows: Sequence[Row], link: Link, submitted: float) -> list[RewardResult]:
+    async def settle(
+        self, rows: Sequence[ScoringRow], link: ReplicaState, submitted: float
+    ) -> list[RewardResult]:
         """One result per row, in order; releases `link`, which was acquired for this.
 
         Never takes longer than `deadline_s` after a replica's latest sign of life.
@@ -90,20 +92,20 @@ class Asker:
             self._remember(row, each)
         return results
 
-    def _effort(self, rows: Sequence[Row], submitted: float, ahead: int = 0) -> _Effort:
+    def _effort(self, rows: Sequence[ScoringRow], submitted: float, ahead: int = 0) -> _Attempt:
         """ahead: tokens that the server will work through before these."""
         started = time.monotonic()
         # From the last sign of life: when the server is gone, what queued gives up with what went before.
         alive = min(started, max(submitted, self.last_answer))
         tokens = sum(row.tokens for row in rows)
         deadline = alive + self.config.deadline_s + self._extra_s(ahead + tokens)
-        return _Effort(rows, tokens, submitted, started, deadline)
+        return _Attempt(rows, tokens, submitted, started, deadline)
 
     def _extra_s(self, tokens: int) -> float:
         """What so many tokens add to a deadline, in seconds."""
         return self.config.attempt_timeout_per_1k_tokens_s * tokens / 1000
 
-    async def _settle(self, effort: _Effort, link: Link | None = None) -> list[Scored]:
+    async def _settle(self, effort: _Attempt, link: ReplicaState | None = None) -> list[Scored]:
         reply = await self._persist(effort, link)
         if isinstance(reply, Failure):
             return await self._look_closer(effort, reply)
@@ -117,7 +119,7 @@ class Asker:
                 scored[index] = await self._again([row], effort, refused, link, scored[index])
         return scored
 
-    async def _look_closer(self, effort: _Effort, failure: Failure) -> list[Scored]:
+    async def _look_closer(self, effort: _Attempt, failure: Failure) -> list[Scored]:
         """After a failure that may be one row's: ask the halves, or a single row elsewhere."""
         is_data = failure.status is RewardStatus.INVALID
         if is_data and failure.maybe_one_row and len(effort.rows) > 1:
@@ -131,7 +133,7 @@ class Asker:
         self._blame(effort.refuser, scored, failure)
         return scored
 
-    async def _halves(self, effort: _Effort, failure: Failure) -> list[Scored]:
+    async def _halves(self, effort: _Attempt, failure: Failure) -> list[Scored]:
         middle = len(effort.rows) // 2
         scored: list[Scored] = []
         for half in (effort.rows[:middle], effort.rows[middle:]):
@@ -139,25 +141,32 @@ class Asker:
         self._blame(effort.refuser, scored, failure)
         return scored
 
-    def _deserves_more(self, effort: _Effort, refused: frozenset[Link]) -> bool:
+    def _deserves_more(self, effort: _Attempt, refused: frozenset[ReplicaState]) -> bool:
         """Whether a row whose score was not valid is asked again: not where it was asked alone, by all."""
         was_alone = len(effort.rows) == 1
         return not effort.is_last and (not was_alone or bool(self.pool.usable(but=refused)))
 
     async def _again(
-        self, rows: Sequence[Row], effort: _Effort, refused: frozenset[Link], link: Link, before: Scored
+        self,
+        rows: Sequence[ScoringRow],
+        effort: _Attempt,
+        refused: frozenset[ReplicaState],
+        link: ReplicaState,
+        before: Scored,
     ) -> Scored:
         second = replace(self._next(effort, rows, refused), is_last=True)
         (scored,) = await self._settle(second)
         self._blame(link, [scored], Failure(RewardStatus.INVALID, before.result.detail))
         return scored
 
-    def _next(self, effort: _Effort, rows: Sequence[Row], refused: frozenset[Link]) -> _Effort:
+    def _next(
+        self, effort: _Attempt, rows: Sequence[ScoringRow], refused: frozenset[ReplicaState]
+    ) -> _Attempt:
         """The same rows, or some of them, once more, with a deadline of their own."""
         effort = replace(self._effort(rows, effort.submitted), started=effort.started)
         return replace(effort, reason="data", refused=refused, avoid=refused)
 
-    def _blame(self, refuser: Link | None, scored: Sequence[Scored], failure: Failure) -> None:
+    def _blame(self, refuser: ReplicaState | None, scored: Sequence[Scored], failure: Failure) -> None:
         """Count it against a replica that refused what others then scored in full."""
         answered = {each.link for each in scored}
         if refuser is None or refuser in answered or not all(each.result.ok for each in scored):
@@ -166,7 +175,9 @@ class Asker:
         _log.warning("%s refused what another replica scored: %s", refuser.replica.name, failure.detail)
         self._note_failure(refuser, failure)
 
-    async def _persist(self, effort: _Effort, link: Link | None) -> tuple[Answer, Link] | Failure:
+    async def _persist(
+        self, effort: _Attempt, link: ReplicaState | None
+    ) -> tuple[Reply, ReplicaState] | Failure:
         """An answer, or the failure after which asking again does not help or is too late."""
         while True:
             if link is None:
@@ -207,7 +218,7 @@ class Asker:
         causes = [link.breaker.cause for link in self.pool.links]
         return next((cause for cause in causes if cause is not None), None)
 
-    async def _try(self, effort: _Effort, link: Link) -> Answer | Failure:
+    async def _try(self, effort: _Attempt, link: ReplicaState) -> Reply | Failure:
         link.tokens += effort.tokens
         timeout_s = min(self.config.attempt_timeout_s + self._extra_s(link.tokens), effort.left_s)
         self.counts.requests += 1
@@ -231,7 +242,7 @@ class Asker:
         link.breaker.succeeded()
         return answer
 
-    def _note_failure(self, link: Link, failure: Failure) -> None:
+    def _note_failure(self, link: ReplicaState, failure: Failure) -> None:
         was_closed = link.breaker.is_closed
         link.breaker.failed(failure)
         if was_closed and not link.breaker.is_closed:
@@ -239,7 +250,7 @@ class Asker:
             link.lost.set()
             self.pool.serve()
 
-    async def _recognise(self, link: Link, version: str, timeout_s: float) -> None:
+    async def _recognise(self, link: ReplicaState, version: str, timeout_s: float) -> None:
         """Find out which content a version that has not answered before stands for."""
         if version in link.contents:
             return
@@ -249,14 +260,14 @@ class Asker:
             link.info = await link.replica.open(timeout_s)
         self.heard_from(link, version, link.info.content)
 
-    def heard_from(self, link: Link, version: str, content: str) -> None:
+    def heard_from(self, link: ReplicaState, version: str, content: str) -> None:
         """Note that a replica has answered with this version, which stands for this content."""
         self.last_answer = time.monotonic()
         link.contents[version] = content
         if self.identity.answered(link.replica.name, version, content):
             self.memory.clear()
 
-    def _read(self, effort: _Effort, answer: Answer, link: Link) -> list[RewardResult]:
+    def _read(self, effort: _Attempt, answer: Reply, link: ReplicaState) -> list[RewardResult]:
         call = self._call(effort, link, answer.version)
         if self.identity.change:
             return call.failed(RewardStatus.INVALID, self.identity.change)
@@ -270,7 +281,7 @@ class Asker:
             for result, note in zip(results, answer.notes or [""] * len(results), strict=True)
         ]
 
-    def _failed(self, effort: _Effort, failure: Failure) -> list[RewardResult]:
+    def _failed(self, effort: _Attempt, failure: Failure) -> list[RewardResult]:
         names = " or ".join(sorted(link.replica.name for link in effort.refused)) or self.pool.name
         where = ""
         if failure.status is RewardStatus.INVALID and len(effort.rows) == 1:
@@ -279,8 +290,8 @@ class Asker:
         call = self._call(effort, None, "")
         return call.failed(failure.status, f"{names}{where}: {failure.detail}")
 
-    def _call(self, effort: _Effort, link: Link | None, version: str) -> ScoringCall:
-        return ScoringCall(
+    def _call(self, effort: _Attempt, link: ReplicaState | None, version: str) -> ReplyParser:
+        return ReplyParser(
             self.pool.name if link is None else link.replica.name,
             [row.sample for row in effort.rows],
             self.pool.model,
@@ -290,7 +301,7 @@ class Asker:
             score_range=self.config.score_range,
         )
 
-    def _remember(self, row: Row, scored: Scored) -> None:
+    def _remember(self, row: ScoringRow, scored: Scored) -> None:
         # One with a note is not the full score: asked again later, it may be.
         if not scored.result.ok or scored.result.detail or scored.link is None:
             return
@@ -300,7 +311,7 @@ class Asker:
             self.memory.keep(row, scored.result)
 
 
-def check_shape(answer: Answer, count: int, link: Link) -> None:
+def check_shape(answer: Reply, count: int, link: ReplicaState) -> None:
     """Refuse a reply that has not one number per row and objective: nobody knows whose scores those are.
 
     Raises:

@@ -20,7 +20,7 @@ _BYTES_PER_TOKEN = 4  # of UTF-8 text under a usual vocabulary; only how much go
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ScoringRow:
     """One sample to score. Equal rows get equal scores.
 
     sample: prompt and output; can be encoded as UTF-8.
@@ -107,7 +107,7 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Reply:
     """The reply to one request.
 
     columns: objective -> one number per row, in their order. What is no finite number in the allowed range,
@@ -125,7 +125,7 @@ class Answer:
 
 
 @runtime_checkable
-class Replica(Protocol):
+class Transport(Protocol):
     """One server. Every method ends within its `timeout_s`, whatever the other side does, frozen or gone.
 
     name: as messages call it: "reward model `walks` at 10.0.0.7:8001". No secret is in it.
@@ -151,7 +151,7 @@ class Replica(Protocol):
         """
         ...
 
-    async def ask(self, rows: Sequence[Row], timeout_s: float) -> Answer:
+    async def ask(self, rows: Sequence[ScoringRow], timeout_s: float) -> Reply:
         """Score `rows` with one request; `open` has succeeded before.
 
         Raises:

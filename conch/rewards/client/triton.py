@@ -16,7 +16,7 @@ from conch.addresses import Endpoint
 from conch.errors import RewardInvalidError, ServingError
 from conch.log import get_logger
 from conch.rewards.base import ServerTimes
-from conch.rewards.client.transport import Answer, Failure, ModelInfo, ReplicaError, Row
+from conch.rewards.client.transport import Failure, ModelInfo, ReplicaError, Reply, ScoringRow
 from conch.rewards.client.triton_errors import classify, require_model, require_server
 from conch.rewards.client.triton_messages import (
     Steps,
@@ -111,7 +111,7 @@ class TritonReplica:
             content=spec.content_sha256,
         )
 
-    async def ask(self, rows: Sequence[Row], timeout_s: float) -> Answer:
+    async def ask(self, rows: Sequence[ScoringRow], timeout_s: float) -> Reply:
         """See `Replica.ask`."""
         spec = self._spec
         assert spec is not None, "opened before"
@@ -130,7 +130,7 @@ class TritonReplica:
             raise ReplicaError(Failure(RewardStatus.INVALID, str(error), maybe_one_row=True)) from error
         self._warn_of_members(min(used, default=0), len(spec.members))
         version = reply.get_response().model_version
-        return Answer(columns, version, _notes(used, len(spec.members)), placed)
+        return Reply(columns, version, _notes(used, len(spec.members)), placed)
 
     async def times(self, timeout_s: float) -> ServerTimes | None:
         """See `Replica.times`."""
@@ -200,7 +200,9 @@ class TritonReplica:
             await line.client.close()
 
 
-def _placed(rows: Sequence[Row], steps: Sequence[Steps], spec: RewardModelSpec) -> list[tuple[float, ...]]:
+def _placed(
+    rows: Sequence[ScoringRow], steps: Sequence[Steps], spec: RewardModelSpec
+) -> list[tuple[float, ...]]:
     return [
         token_scores(ends, scores, row.bounds, may_be_cut=spec.form == "text")
         for row, (ends, scores) in zip(rows, steps, strict=True)

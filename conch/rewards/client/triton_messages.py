@@ -8,7 +8,7 @@ import numpy as np
 from tritonclient.grpc import InferInput, InferRequestedOutput, InferResult
 
 from conch.errors import RewardInvalidError
-from conch.rewards.client.transport import Row
+from conch.rewards.client.transport import ScoringRow
 from conch.triton.contract import (
     MASK_INPUT,
     MEMBERS_USED,
@@ -26,7 +26,7 @@ Steps = tuple[list[int], list[float]]
 _INTEGERS = {"INT32": np.int32, "INT64": np.int64}
 
 
-def infer_inputs(rows: Sequence[Row], spec: RewardModelSpec, pad_to: int = 1) -> list[InferInput]:
+def infer_inputs(rows: Sequence[ScoringRow], spec: RewardModelSpec, pad_to: int = 1) -> list[InferInput]:
     """The input tensors of one request: `text` [n, 1], or `input_ids` and `attention_mask` [n, longest].
 
     pad_to: the longest row is padded to a multiple of this, but never beyond what the model takes.
@@ -77,7 +77,7 @@ def read_members_used(reply: InferResult, count: int, spec: RewardModelSpec) -> 
     return _read(reply, MEMBERS_USED, "INT32", [count, 1])[:, 0].tolist()
 
 
-def read_steps(reply: InferResult, rows: Sequence[Row], spec: RewardModelSpec) -> list[Steps]:
+def read_steps(reply: InferResult, rows: Sequence[ScoringRow], spec: RewardModelSpec) -> list[Steps]:
     """Where each row's steps or tokens end, and their scores, without what fills short rows up.
 
     Raises:
@@ -92,7 +92,7 @@ def read_steps(reply: InferResult, rows: Sequence[Row], spec: RewardModelSpec) -
     ]
 
 
-def _steps(row: Row, ends: np.ndarray, scores: np.ndarray, spec: RewardModelSpec) -> Steps:
+def _steps(row: ScoringRow, ends: np.ndarray, scores: np.ndarray, spec: RewardModelSpec) -> Steps:
     count = int((ends >= 0).sum())
     ends, scores, rest = ends[:count], scores[:count], ends[count:]
     length = len(row.token_ids) if spec.form == "token" else len(row.sample)

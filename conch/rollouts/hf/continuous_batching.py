@@ -128,7 +128,7 @@ class _Layer(DynamicLayer):
         self._buffers = [buffer[slots] for buffer in self._buffers]
 
 
-class SlotDecoder:
+class ContinuousBatcher:
     """Samples a completion for each prompt, `advance` by `advance`.
 
     Takes decoders that keep packed rows apart (`conch.models.forward.takes_packed_rows`). Call it in

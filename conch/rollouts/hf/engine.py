@@ -34,8 +34,8 @@ from transformers import (
 from conch.config import GenerationConfig
 from conch.models.attention import sliding_window
 from conch.models.forward import takes_packed_rows
-from conch.rollouts.hf.continuous_batching import Sampling, SlotDecoder, pad_left
-from conch.rollouts.stopping import Ending
+from conch.rollouts.hf.continuous_batching import ContinuousBatcher, Sampling, pad_left
+from conch.rollouts.stopping import StopCondition
 from conch.types import Completion, OnFinished, Prompt, Rollout
 
 # transformers itself drops a mask that hides nothing, and then warns that there is none.
@@ -69,7 +69,7 @@ class HFEngine:
         self._version = version
         self._autocast = autocast
         self._processors = processors
-        self._ending = Ending(tokenizer, config.stop)
+        self._ending = StopCondition(tokenizer, config.stop)
         self._pad_id = int(tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
         self._keeps_apart: bool | None = None
 
@@ -88,7 +88,7 @@ class HFEngine:
             return
         for start in range(0, len(prompts), size):
             chunk = prompts[start : start + size]
-            harvest = Harvest(chunk, self._ending.completion, self._version(), start, on_finished)
+            harvest = RolloutCollector(chunk, self._ending.completion, self._version(), start, on_finished)
             self._generate_chunk(harvest, greedy, watched=on_finished is not None)
             yield harvest.rollouts()
 
@@ -106,7 +106,7 @@ class HFEngine:
     def _generate_in_slots(
         self, prompts: Sequence[Prompt], greedy: bool, on_finished: OnFinished | None
     ) -> Iterator[list[Rollout]]:
-        decoder = SlotDecoder(
+        decoder = ContinuousBatcher(
             self._lm(),
             [prompt.token_ids for prompt in prompts],
             num_slots=self._config.chunk_size,
@@ -125,7 +125,7 @@ class HFEngine:
     def _decode_until(
         self,
         places: Sequence[int],
-        decoder: SlotDecoder,
+        decoder: ContinuousBatcher,
         prompts: Sequence[Prompt],
         made: dict[int, Rollout],
         greedy: bool,
@@ -152,7 +152,7 @@ class HFEngine:
     # ---------------------------------------------------------------------------------------- chunk by chunk
 
     @torch.no_grad()
-    def _generate_chunk(self, harvest: Harvest, greedy: bool, watched: bool) -> None:
+    def _generate_chunk(self, harvest: RolloutCollector, greedy: bool, watched: bool) -> None:
         lm = self._lm()
         rows = [prompt.token_ids for prompt in harvest.prompts]
         input_ids, attention_mask = pad_left(rows, self._pad_id, lm.device)
@@ -222,7 +222,7 @@ _GPU_STRIDE = 8
 """Steps between two looks at a GPU, each of which waits for it: a completion is told of 7 late at most."""
 
 
-class Harvest:
+class RolloutCollector:
     """The rollouts of one chunk, each made once: when it is found to have ended, or at the end.
 
     complete: turns sampled ids (what follows the end included) and their log-probs into a completion.
@@ -302,7 +302,7 @@ class StopStrings(StoppingCriteria):
     num_given: tokens of `input_ids` that come before the responses.
     """
 
-    def __init__(self, ending: Ending, num_given: int) -> None:
+    def __init__(self, ending: StopCondition, num_given: int) -> None:
         self._ending = ending
         self._num_given = num_given
 
@@ -323,7 +323,7 @@ class FinishWatcher(StoppingCriteria):
 
     def __init__(
         self,
-        harvest: Harvest,
+        harvest: RolloutCollector,
         recorder: LogprobRecorder,
         inner: StoppingCriteriaList,
         eos_id: int,

@@ -10,7 +10,7 @@ import httpx2
 
 from conch.config import Section
 from conch.errors import ConfigError, RolloutError, RolloutUnavailableError
-from conch.rollouts.protocol import Asked, Given, Health, Line
+from conch.rollouts.protocol import CompletionReply, GenerateRequest, Health, WeightUpdate
 
 _CONNECT_S = 5.0
 _ASTRAY = 409
@@ -68,7 +68,7 @@ class ServerLink:
         """
         return self._parsed(Health, self._call("GET", "/health", timeout=_CONNECT_S))
 
-    def refit(self, given: Given) -> Health:
+    def refit(self, given: WeightUpdate) -> Health:
         """Let it take these weights; returns once it has.
 
         Raises:
@@ -76,7 +76,7 @@ class ServerLink:
         """
         return self._parsed(Health, self._call("POST", "/weights", content=given.model_dump_json()))
 
-    def completions(self, asked: Asked) -> Iterator[Line]:
+    def completions(self, asked: GenerateRequest) -> Iterator[CompletionReply]:
         """Completions as they end.
 
         Raises:
@@ -89,7 +89,7 @@ class ServerLink:
                     reply.read()
                     self._refused(reply)
                 for text in reply.iter_lines():
-                    yield self._parsed(Line, json.loads(text))
+                    yield self._parsed(CompletionReply, json.loads(text))
         except httpx2.TransportError as error:
             raise self._away(error) from error
         except ValueError as error:

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from conch.config import GenerationConfig
 from conch.errors import ConchError, RolloutError, RolloutUnavailableError
 from conch.rollouts.base import check_window, draw_seeds, in_order
-from conch.rollouts.protocol import Asked, Line, Wanted
+from conch.rollouts.protocol import CompletionReply, GenerateRequest, PromptRequest
 from conch.rollouts.remote.client import AstrayError
-from conch.rollouts.remote.lease import Lease
+from conch.rollouts.remote.lease import WeightLease
 from conch.rollouts.remote.pool import Server, ServerPool, least_busy
 from conch.types import Completion, OnFinished, Prompt, Rollout
 
@@ -30,7 +30,7 @@ _WAKE_S = 0.5
 class Portion:
     """What one request asks for. places: of the completions, by prompt and by seed of that prompt."""
 
-    wanted: list[Wanted]
+    wanted: list[PromptRequest]
     places: list[list[int]]
 
     @property
@@ -49,7 +49,7 @@ class _Ended:
     error: ConchError | None
 
 
-_Event = _Ended | tuple[Server, int, Line]
+_Event = _Ended | tuple[Server, int, CompletionReply]
 """A completion comes with its place."""
 
 
@@ -101,7 +101,7 @@ class _Work:
         pool: ServerPool,
         config: GenerationConfig,
         eos_id: int,
-        lease: Lease,
+        lease: WeightLease,
         greedy: bool,
         deadline_s: float,
     ) -> None:
@@ -160,7 +160,7 @@ class _Work:
 
     def _ask(self, server: Server, portion: Portion, tokens: int) -> None:
         """In a thread: put what a server says where `finished` reads it."""
-        asked = Asked(
+        asked = GenerateRequest(
             stamp=self._stamp,
             generation=self._config,
             greedy=self._greedy,
@@ -203,7 +203,7 @@ class _Work:
             while True:
                 yield self._events.get_nowait()
 
-    def _check_version(self, server: Server, line: Line) -> None:
+    def _check_version(self, server: Server, line: CompletionReply) -> None:
         if line.version != self._stamp.version:
             raise RolloutError(
                 f"{server.link.address} answered with version {line.version} of the policy, "
@@ -242,12 +242,12 @@ def cut(prompts: Sequence[Prompt], places: Sequence[int], seeds: Sequence[int], 
         ids = prompts[place].token_ids
         if ids == last:
             wanted = portions[-1].wanted[-1]
-            portions[-1].wanted[-1] = Wanted(token_ids=ids, seeds=(*wanted.seeds, seed))
+            portions[-1].wanted[-1] = PromptRequest(token_ids=ids, seeds=(*wanted.seeds, seed))
             portions[-1].places[-1].append(place)
             continue
         if portions[-1].rows >= size:
             portions.append(Portion([], []))
-        portions[-1].wanted.append(Wanted(token_ids=ids, seeds=(seed,)))
+        portions[-1].wanted.append(PromptRequest(token_ids=ids, seeds=(seed,)))
         portions[-1].places.append([place])
         last = ids
     return [portion for portion in portions if portion.wanted]
@@ -260,9 +260,11 @@ def without(portion: Portion, missing: set[int]) -> Portion | None:
         kept = [(place, seed) for place, seed in zip(column, wanted.seeds, strict=True) if place in missing]
         if kept:
             rest.places.append([place for place, _ in kept])
-            rest.wanted.append(Wanted(token_ids=wanted.token_ids, seeds=tuple(seed for _, seed in kept)))
+            rest.wanted.append(
+                PromptRequest(token_ids=wanted.token_ids, seeds=tuple(seed for _, seed in kept))
+            )
     return rest if rest.wanted else None
 
 
-def _completion(line: Line) -> Completion:
+def _completion(line: CompletionReply) -> Completion:
     return Completion(line.text, line.token_ids, line.logprobs, line.finish_reason)

@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from conch.errors import RolloutUnavailableError
-from conch.rollouts.protocol import Stamp
+from conch.rollouts.protocol import WeightVersion
 
 
 class LeaseOverError(RolloutUnavailableError):
     """The rollout has ended for which the weights were wanted."""
 
 
-class Lease:
+class WeightLease:
     """From a rollout's beginning to its end, for the threads that give servers their weights.
 
     These may outlast a rollout, and afterwards the weights are others: an update changes them, and under
@@ -25,7 +25,7 @@ class Lease:
     stamp: of the weights.
     """
 
-    def __init__(self, stamp: Stamp) -> None:
+    def __init__(self, stamp: WeightVersion) -> None:
         self.stamp = stamp
         self._lock = threading.Lock()
         self._lent: list[dict[str, Tensor]] = []

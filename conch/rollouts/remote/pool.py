@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from conch.config import RolloutConfig
 from conch.errors import RolloutError, RolloutUnavailableError
 from conch.log import get_logger
-from conch.rollouts.protocol import Given, Health, Part, Stamp
+from conch.rollouts.protocol import Health, Part, WeightUpdate, WeightVersion
 from conch.rollouts.remote.client import ServerLink, parse_servers
-from conch.rollouts.remote.lease import Lease
+from conch.rollouts.remote.lease import WeightLease
 from conch.rollouts.weight_sync import (
     Group,
     Handover,
@@ -50,10 +50,10 @@ class Server:
     tokens: int = 0
     rows: int = 0
     probe: Future[None] | None = field(default=None, repr=False)
-    lease: Lease | None = field(default=None, repr=False)
+    lease: WeightLease | None = field(default=None, repr=False)
     next_look: float = 0.0
 
-    def holds(self, stamp: Stamp) -> bool:
+    def holds(self, stamp: WeightVersion) -> bool:
         """True where it lives and has these weights."""
         return self.health is not None and self.health.stamp == stamp
 
@@ -98,15 +98,15 @@ class ServerPool:
                 "`python -m conch.rollouts.serve`"
             )
 
-    def stamp(self, version: int) -> Stamp:
+    def stamp(self, version: int) -> WeightVersion:
         """Which weights of this run."""
-        return Stamp(source=self._source, version=version)
+        return WeightVersion(source=self._source, version=version)
 
     @contextmanager
-    def lease(self, version: int) -> Iterator[Lease]:
+    def lease(self, version: int) -> Iterator[WeightLease]:
         """A rollout with these weights: inside, they may be read and are not to change. What is under way
         afterwards, with servers that are slow or back late, reads them no more."""
-        lease = Lease(self.stamp(version))
+        lease = WeightLease(self.stamp(version))
         try:
             yield lease
         finally:
@@ -117,7 +117,7 @@ class ServerPool:
         """The shortest window of the servers that live, in tokens."""
         return min((server.health.window for server in self.servers if server.health), default=None)
 
-    def ready(self, lease: Lease) -> list[Server]:
+    def ready(self, lease: WeightLease) -> list[Server]:
         """All servers that hold these weights, one at least; those that live get them first.
 
         Raises:
@@ -141,7 +141,7 @@ class ServerPool:
                 )
             time.sleep(_LOOK_S)
 
-    def revive(self, server: Server, lease: Lease) -> None:
+    def revive(self, server: Server, lease: WeightLease) -> None:
         """Look at a server that is away or astray, and give it these weights: in a thread, now and then.
 
         Raises:
@@ -158,7 +158,7 @@ class ServerPool:
         server.lease = lease
         server.probe = self.threads.submit(self._revive, server, lease)
 
-    def _revive(self, server: Server, lease: Lease) -> None:
+    def _revive(self, server: Server, lease: WeightLease) -> None:
         was_away, stamp = server.health is None, lease.stamp
         if self._look(server) is not None or server.holds(stamp) or not self._sends:
             return
@@ -190,7 +190,7 @@ class ServerPool:
             _log.warning("rollout server lost, its work goes to others: %s", error)
         server.health = None
 
-    def _refit(self, server: Server, lease: Lease) -> Health:
+    def _refit(self, server: Server, lease: WeightLease) -> Health:
         assert server.health is not None
         if not self._handover.adapter_alone(server.health.lora):
             return self._give(server, lease, "whole")
@@ -198,15 +198,15 @@ class ServerPool:
             self._give(server, lease, "base")
         return self._give(server, lease, "adapter")
 
-    def _give(self, server: Server, lease: Lease, part: Part) -> Health:
+    def _give(self, server: Server, lease: WeightLease, part: Part) -> Health:
         if self._config.weights == "broadcast":
             return self._broadcast(server, lease, part)
         version = 0 if part == "base" else lease.stamp.version  # a base is written once
         with lease.reading():
             path = self._files[part].path(version, lambda: self._handover.tensors(part))
-        return server.link.refit(Given(stamp=lease.stamp, part=part, path=str(path)))
+        return server.link.refit(WeightUpdate(stamp=lease.stamp, part=part, path=str(path)))
 
-    def _broadcast(self, server: Server, lease: Lease, part: Part) -> Health:
+    def _broadcast(self, server: Server, lease: WeightLease, part: Part) -> Health:
         """In a group with this server alone: one that dies then takes no other's weights along."""
         assert server.health is not None
         with lease.reading():
@@ -215,7 +215,7 @@ class ServerPool:
         backend = "nccl" if server.health.device == "cuda" and are_on_gpu else "gloo"
         address = address_towards(server.link.host, server.link.port)
         store = open_store(address, _JOIN_S)
-        given = Given(
+        given = WeightUpdate(
             stamp=lease.stamp, part=part, host=address, port=store.port, backend=backend, tensors=specs
         )
         taken = self.threads.submit(server.link.refit, given)

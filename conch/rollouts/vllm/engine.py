@@ -26,7 +26,7 @@ from conch.errors import RolloutError
 from conch.models.loading import context_window
 from conch.rollouts.base import check_window, draw_seeds, in_order
 from conch.rollouts.protocol import LoraRoom, Part
-from conch.rollouts.stopping import Ending
+from conch.rollouts.stopping import StopCondition
 from conch.rollouts.vllm.build import (
     adapter_request,
     build,
@@ -221,7 +221,7 @@ class VLLMEngine:
     ) -> None:
         self._vllm = vllm
         self._config = config
-        self._ending = Ending(tokenizer, config.stop)
+        self._ending = StopCondition(tokenizer, config.stop)
         self._version = version
 
     def generate(

@@ -20,9 +20,16 @@ from conch.config import TokenizerConfig
 from conch.errors import ModelError
 from conch.log import get_logger
 from conch.models.loading import load_tokenizer
-from conch.rollouts.protocol import Asked, Given, Health, Line, LoraRoom, Stamp
+from conch.rollouts.protocol import (
+    CompletionReply,
+    GenerateRequest,
+    Health,
+    LoraRoom,
+    WeightUpdate,
+    WeightVersion,
+)
 from conch.rollouts.serve import ServeConfig
-from conch.rollouts.stopping import Ending
+from conch.rollouts.stopping import StopCondition
 from conch.rollouts.vllm.build import (
     SERVER,
     adapter_request,
@@ -58,11 +65,11 @@ class RolloutServer:
         self._room = room
         self._tokenizer = tokenizer
         self._deadline_s = deadline_s
-        self._stamp: Stamp | None = None
+        self._stamp: WeightVersion | None = None
         self._base: str | None = None
         self._adapter: Any = None
         self._refitting = asyncio.Lock()
-        self._endings: dict[tuple[str, ...], Ending] = {}
+        self._endings: dict[tuple[str, ...], StopCondition] = {}
 
     async def health(self) -> Health:
         """What a trainer must know before it asks. Where vLLM has died, this process leaves: its keeper, or
@@ -82,7 +89,7 @@ class RolloutServer:
             base=self._base,
         )
 
-    async def refit(self, given: Given) -> Health:
+    async def refit(self, given: WeightUpdate) -> Health:
         """Take up new weights, once what is being sampled has ended; until they are whole there are none."""
         async with self._refitting:
             if given.part == "adapter" and given.stamp.source != self._base:
@@ -100,14 +107,14 @@ class RolloutServer:
                 await self._engine.resume_generation()
         return await self.health()
 
-    def _hold(self, given: Given) -> None:
+    def _hold(self, given: WeightUpdate) -> None:
         if given.part == "base":
             self._base = given.stamp.source
             return
         self._adapter = adapter_request(given.stamp.version) if given.part == "adapter" else None
         self._stamp = given.stamp
 
-    async def _take(self, given: Given) -> None:
+    async def _take(self, given: WeightUpdate) -> None:
         if given.path is None:
             arguments = (given.model_dump(), self._deadline_s)
             await self._engine.collective_rpc("take_broadcast", timeout=self._deadline_s, args=arguments)
@@ -118,7 +125,7 @@ class RolloutServer:
             )
         await self._engine.collective_rpc("take_file", timeout=self._deadline_s, args=(given.model_dump(),))
 
-    def check(self, asked: Asked) -> None:
+    def check(self, asked: GenerateRequest) -> None:
         """Refuse what cannot be sampled as it is asked for."""
         if asked.stamp != self._stamp:
             held = (
@@ -146,7 +153,7 @@ class RolloutServer:
                 "`window`, or lower `data.max_tokens`",
             )
 
-    async def lines(self, asked: Asked) -> AsyncIterator[str]:
+    async def lines(self, asked: GenerateRequest) -> AsyncIterator[str]:
         """One line a completion, as they end. Whoever stops reading stops the sampling."""
         assert self._stamp is not None
         ending = self._ending(asked.generation.stop)
@@ -162,7 +169,9 @@ class RolloutServer:
             for task in tasks:
                 task.cancel()
 
-    async def _complete(self, asked: Asked, ending: Ending, version: int, prompt: int, sample: int) -> Line:
+    async def _complete(
+        self, asked: GenerateRequest, ending: StopCondition, version: int, prompt: int, sample: int
+    ) -> CompletionReply:
         wanted = asked.wanted[prompt]
         params = sampling_params(
             asked.generation,
@@ -182,7 +191,7 @@ class RolloutServer:
         completion = ending.completion(made.token_ids, made.logprobs.logprobs)
         # What was ended from here has no span; no weights come in while it is sampled.
         versions = {int(span.version) for span in made.weight_versions or []} or {version}
-        return Line(
+        return CompletionReply(
             prompt=prompt,
             sample=sample,
             token_ids=completion.token_ids,
@@ -192,9 +201,9 @@ class RolloutServer:
             version=min(versions),
         )
 
-    def _ending(self, stop: tuple[str, ...]) -> Ending:
+    def _ending(self, stop: tuple[str, ...]) -> StopCondition:
         if stop not in self._endings:
-            self._endings[stop] = Ending(self._tokenizer, stop)
+            self._endings[stop] = StopCondition(self._tokenizer, stop)
         return self._endings[stop]
 
 
@@ -207,11 +216,11 @@ def make_app(server: RolloutServer) -> FastAPI:
         return await server.health()
 
     @app.post("/weights")
-    async def weights(given: Given) -> Health:
+    async def weights(given: WeightUpdate) -> Health:
         return await server.refit(given)
 
     @app.post("/generate")
-    async def generate(asked: Asked) -> StreamingResponse:
+    async def generate(asked: GenerateRequest) -> StreamingResponse:
         server.check(asked)
         return StreamingResponse(server.lines(asked), media_type="application/x-ndjson")
 

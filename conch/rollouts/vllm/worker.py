@@ -29,7 +29,7 @@ from vllm.model_executor.layers.utils import (  # pyright: ignore[reportMissingI
 )
 
 from conch.errors import RolloutError
-from conch.rollouts.protocol import Given, Part
+from conch.rollouts.protocol import Part, WeightUpdate
 from conch.rollouts.vllm.build import ADAPTER_ID, SERVER
 from conch.rollouts.weight_sync import Group, adapter_rank, address_towards, join
 
@@ -54,7 +54,7 @@ class WeightReceiver:
         _repack_heads(self.model_runner.get_model())
 
     def take_file(self, given: dict[str, Any]) -> None:
-        """Load a safetensors file. given: a `Given` as plain values."""
+        """Load a safetensors file. given: a `WeightUpdate` as plain values."""
         self._compile_nothing()
         with safe_open(given["path"], framework="pt") as file:
             tensors = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
@@ -63,7 +63,7 @@ class WeightReceiver:
     def take_broadcast(self, given: dict[str, Any], timeout_s: float) -> None:
         """Load what a trainer broadcasts."""
         self._compile_nothing()
-        offer = Given.model_validate(given)
+        offer = WeightUpdate.model_validate(given)
         store = TCPStore(offer.host, offer.port, is_master=False, timeout=timedelta(seconds=timeout_s))
         join(store)
         address = address_towards(offer.host, offer.port)

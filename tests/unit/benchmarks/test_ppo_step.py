@@ -16,7 +16,7 @@ from benchmarks.ppo_step import (
     walk_trainer,
 )
 from conch.config import ModelConfig, load
-from conch.models.freezing import choose_trainable
+from conch.models.freezing import freeze_layers
 from conch.models.reference import FullCopyReference, SharedTrunkReference
 
 
@@ -63,7 +63,7 @@ def test_only_weights_that_a_reference_holds_alone_are_counted(case: Case) -> No
     block, norm = 12 * width**2 + 13 * width, 2 * width
     embeddings = (case.model_config.vocab_size + case.model_config.n_positions) * width
     assert bytes_beside(FullCopyReference(lm), lm) == 4 * (embeddings + block + norm)  # one block in all
-    choose_trainable(lm, load(ModelConfig, {"path": "", "num_layers_unfrozen": 1}))
+    freeze_layers(lm, load(ModelConfig, {"path": "", "num_layers_unfrozen": 1}))
     assert (
         bytes_beside(SharedTrunkReference(lm, 1), lm) == 4 * block
     )  # the norm is not trained, so both have one

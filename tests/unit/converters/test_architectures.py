@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from conch.converters.backends.python import check_layers, write_version
 from conch.converters.checkpoints.reader import read_checkpoint
-from conch.converters.options import Options, Reading
+from conch.converters.options import ConversionOptions, ReadOptions
 from conch.converters.parity.reference import expected_scores, in_float32
 from conch.converters.parity.samples import Case, Sample
 from conch.converters.pipeline import _manifest
@@ -45,10 +45,12 @@ ROWS = [
 ROWS += [[3, EOS, 4, EOS], [EOS], [5, 6, 7, EOS], [2, SEMICOLON, 3, SEMICOLON], [1, SEMICOLON, 2, 3, EOS]]
 
 
-def served(name: Path, reading: Reading | None = None, *, dtype: Any = "float32") -> np.ndarray:
+def served(name: Path, reading: ReadOptions | None = None, *, dtype: Any = "float32") -> np.ndarray:
     """Scores of ROWS, all in one batch, by the version folder that is written of a checkpoint."""
     checkpoint = read_checkpoint(str(name), reading)
-    options = Options(str(name), "model", Path("unused"), dtype=dtype, reading=reading or Reading())
+    options = ConversionOptions(
+        str(name), "model", Path("unused"), dtype=dtype, reading=reading or ReadOptions()
+    )
     folder = name.parent / f"{name.stem}-version"
     folder.mkdir(exist_ok=True)
     # What the converter compares with must be right too.
@@ -120,7 +122,7 @@ def test_a_value_head_is_read_at_the_first_eos(tmp_path: Path, family: str, how:
     )
 
     right = pooled(trunk, tensors["v_head.weight"], first_eos)
-    reading = Reading(base_model=str(tmp_path / "base"))
+    reading = ReadOptions(base_model=str(tmp_path / "base"))
     assert_scores_close(served(tmp_path / "head", reading), right)
 
 
@@ -133,7 +135,7 @@ def test_a_half_precision_value_head_with_old_buffers_stays_in_half_precision(tm
     tensors["lm_head.weight"] = torch.zeros(24, 32)
     save_value_head(tmp_path / "head", tensors, "pt")
 
-    checkpoint = read_checkpoint(str(tmp_path / "head"), Reading(base_model=str(tmp_path / "base")))
+    checkpoint = read_checkpoint(str(tmp_path / "head"), ReadOptions(base_model=str(tmp_path / "base")))
     assert {parameter.dtype for parameter in checkpoint.model.parameters()} == {torch.float16}
 
 
@@ -156,11 +158,13 @@ def test_checkpoint_and_base_model_are_found_on_the_hub(hub: Path) -> None:
     base = base_model(cached(hub, "EleutherAI/gpt-j-6B", "main"), "gptj")
     save_value_head(cached(hub, "Dahoas/gptj-rm-static", "676bfd4d"), value_head_tensors(base), "pt")
 
-    reading = Reading(base_model="EleutherAI/gpt-j-6B", revision="676bfd4d")
+    reading = ReadOptions(base_model="EleutherAI/gpt-j-6B", revision="676bfd4d")
     checkpoint = read_checkpoint("Dahoas/gptj-rm-static", reading)
     assert (checkpoint.pooling, checkpoint.max_length) == ("first_eos", 32)
     with pytest.raises(ConversionError, match="is no folder here, and cannot be had from the model hub"):
-        read_checkpoint("Dahoas/gptj-rm-static", Reading(base_model="EleutherAI/gpt-j-6B", revision="0" * 8))
+        read_checkpoint(
+            "Dahoas/gptj-rm-static", ReadOptions(base_model="EleutherAI/gpt-j-6B", revision="0" * 8)
+        )
 
 
 @pytest.mark.parametrize(
@@ -175,7 +179,7 @@ def test_pooling_reads_where_it_says(tmp_path: Path, rule: Any, where: Callable[
     model = classifier(tmp_path / "model", "llama")
 
     right = pooled(model.model, model.score.weight, where)
-    assert_scores_close(served(tmp_path / "model", Reading(pooling=rule)), right)
+    assert_scores_close(served(tmp_path / "model", ReadOptions(pooling=rule)), right)
 
 
 def test_pooling_takes_the_mean_over_the_samples_own_tokens(tmp_path: Path) -> None:
@@ -184,7 +188,7 @@ def test_pooling_takes_the_mean_over_the_samples_own_tokens(tmp_path: Path) -> N
         lambda ids: model.transformer(ids).last_hidden_state.mean(dim=1) @ model.score.weight.T
     )
 
-    assert_scores_close(served(tmp_path / "model", Reading(pooling="mean")), right)
+    assert_scores_close(served(tmp_path / "model", ReadOptions(pooling="mean")), right)
 
 
 def step_probabilities(model: Any, row: list[int]) -> list[float]:
@@ -207,7 +211,7 @@ def test_a_process_reward_combines_the_scores_of_the_steps(
     with torch.inference_mode():
         right = [[combine(step_probabilities(model, row))] for row in ROWS]
 
-    scores = served(tmp_path / "model", Reading(step_separator=";", aggregate=aggregate))
+    scores = served(tmp_path / "model", ReadOptions(step_separator=";", aggregate=aggregate))
     assert_scores_close(scores, right)
 
 
@@ -215,7 +219,7 @@ def test_a_process_reward_of_one_output_is_its_raw_score(tmp_path: Path) -> None
     model = process_reward(tmp_path / "model", "llama", num_labels=1)
     with torch.inference_mode():
         right = [model(torch.tensor([row])).logits[0, :, 0] for row in ROWS]
-    scores = served(tmp_path / "model", Reading(step_separator=";", aggregate="last"))
+    scores = served(tmp_path / "model", ReadOptions(step_separator=";", aggregate="last"))
 
     last = [max((p for p, token in enumerate(row) if token != EOS), default=0) for row in ROWS]
     assert_scores_close(scores[:, 0], [r[p] for r, p in zip(right, last, strict=True)])
@@ -227,8 +231,8 @@ def test_mean_and_std_are_folded_into_the_head(tmp_path: Path, family: str) -> N
     (tmp_path / "model" / "reward_model.json").write_text('{"mean": [0.5, -2.0], "std": [0.25, 4.0]}')
     right = (each_alone(lambda ids: model(ids).logits) - [0.5, -2.0]) / [0.25, 4.0]
 
-    assert_scores_close(served(tmp_path / "model", Reading(normalise="fold")), right)
-    assert_scores_close(served(tmp_path / "model", Reading(normalise="parameters")), right)
+    assert_scores_close(served(tmp_path / "model", ReadOptions(normalise="fold")), right)
+    assert_scores_close(served(tmp_path / "model", ReadOptions(normalise="parameters")), right)
 
 
 def test_rewards_are_chosen_by_name_or_number_with_their_statistics(tmp_path: Path) -> None:
@@ -238,7 +242,7 @@ def test_rewards_are_chosen_by_name_or_number_with_their_statistics(tmp_path: Pa
     right = (each_alone(lambda ids: model(ids).logits)[:, [2, 0]] - [3, 1]) / [2, 0.5]
 
     for normalise in ("fold", "parameters"):
-        reading = Reading(rewards=("brief", "0"), normalise=normalise)
+        reading = ReadOptions(rewards=("brief", "0"), normalise=normalise)
         assert read_checkpoint(str(tmp_path / "model"), reading).reward_names == ("brief", "kind")
         assert_scores_close(served(tmp_path / "model", reading), right)
 
@@ -264,10 +268,10 @@ def test_an_adapter_is_merged_into_its_base(tmp_path: Path, named_by: str) -> No
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", config=config)
     adapted = save_adapter(tmp_path / "adapter", base, TaskType.SEQ_CLS)
     right = each_alone(lambda ids: adapted(ids).logits)
-    reading = Reading()
+    reading = ReadOptions()
     if named_by == "the option":
         (tmp_path / "base").rename(tmp_path / "moved")
-        reading = Reading(base_model=str(tmp_path / "moved"))
+        reading = ReadOptions(base_model=str(tmp_path / "moved"))
 
     assert_scores_close(served(tmp_path / "adapter", reading), right)
 
@@ -277,7 +281,7 @@ def test_an_adapter_is_merged_into_its_base(tmp_path: Path, named_by: str) -> No
 
 def refused(name: Path, expected: str, **reading: Any) -> None:
     with pytest.raises(ConversionError, match=expected):
-        read_checkpoint(str(name), Reading(**reading))
+        read_checkpoint(str(name), ReadOptions(**reading))
 
 
 @pytest.fixture
@@ -376,7 +380,7 @@ def test_files_without_an_index_must_be_told_apart(
     (folder / "older.pt").write_bytes((folder / "hf_ckpt.pt").read_bytes())
     refused(folder, "several files of tensors", base_model=str(tmp_path / "base"))
     assert (
-        read_checkpoint(str(folder / "hf_ckpt.pt"), Reading(base_model=str(tmp_path / "base"))).pooling
+        read_checkpoint(str(folder / "hf_ckpt.pt"), ReadOptions(base_model=str(tmp_path / "base"))).pooling
         == "first_eos"
     )
 
@@ -415,7 +419,7 @@ def test_a_product_of_raw_scores_is_refused(tmp_path: Path) -> None:
 def test_which_of_three_kinds_of_steps_is_the_reward_must_be_said(tmp_path: Path) -> None:
     process_reward(tmp_path, "llama", num_labels=3)
     refused(tmp_path, r"say with --reward .*", step_separator=";")
-    chosen = read_checkpoint(str(tmp_path), Reading(step_separator=";", rewards=("LABEL_2",)))
+    chosen = read_checkpoint(str(tmp_path), ReadOptions(step_separator=";", rewards=("LABEL_2",)))
     assert (chosen.columns, chosen.reward_names) == ((2,), ("LABEL_2",))
 
 
@@ -436,7 +440,10 @@ def test_an_encoder_refuses(tmp_path: Path, reading: dict[str, Any], expected: s
 
 def test_prompt_and_output_make_one_text(tmp_path: Path) -> None:
     classifier(tmp_path, "llama")
-    assert read_checkpoint(str(tmp_path), Reading(template="{prompt}{output}{eos}")).template == "{text}{eos}"
+    assert (
+        read_checkpoint(str(tmp_path), ReadOptions(template="{prompt}{output}{eos}")).template
+        == "{text}{eos}"
+    )
 
 
 def test_the_window_of_roberta_is_what_its_positions_leave(tmp_path: Path) -> None:

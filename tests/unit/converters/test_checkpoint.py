@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, GPT2LMHeadModel
 
 from conch.converters.checkpoints.reader import check_template, read_checkpoint
-from conch.converters.options import Options, Reading
+from conch.converters.options import ConversionOptions, ReadOptions
 from conch.data.preferences import default_template
 from conch.errors import ConversionError
 from tests.tiny import char_tokenizer, reward_checkpoint, tiny_gpt2_config
@@ -49,7 +49,7 @@ def test_read_checkpoint_takes_what_the_trainer_wrote(tmp_path: Path) -> None:
 
 def test_read_checkpoint_lets_arguments_win(tmp_path: Path) -> None:
     folder = reward_checkpoint(tmp_path, reward_model={"template": "{text}", "max_length": 12})
-    checkpoint = read_checkpoint(str(folder), Reading(template="a{text}", max_length=10))
+    checkpoint = read_checkpoint(str(folder), ReadOptions(template="a{text}", max_length=10))
 
     assert (checkpoint.template, checkpoint.max_length) == ("a{text}", 10)
 
@@ -209,7 +209,7 @@ def test_check_template_refuses_eos_where_the_tokenizer_has_none() -> None:
 
 def test_options_refuse_a_base_model_that_is_not_there() -> None:
     with pytest.raises(ConversionError, match=r"base model folder \./nowhere does not exist"):
-        Options("org/model", "name", Path("store"), reading=Reading(base_model="./nowhere"))
+        ConversionOptions("org/model", "name", Path("store"), reading=ReadOptions(base_model="./nowhere"))
 
 
 @pytest.mark.parametrize(
@@ -220,9 +220,9 @@ def test_options_refuse_a_base_model_that_is_not_there() -> None:
         ({"max_batch_size": 0}, "max_batch_size is 0"),
         ({"max_queue_delay_us": -1}, "max_queue_delay_us is -1"),
         ({"instances": 0}, "instances is 0"),
-        ({"form": "token", "reading": Reading(template="chat")}, "needs --form text"),
+        ({"form": "token", "reading": ReadOptions(template="chat")}, "needs --form text"),
     ],
 )
 def test_options_refuse_what_cannot_be(settings: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConversionError, match=expected):
-        Options("org/model", "name", Path("store"), **settings)
+        ConversionOptions("org/model", "name", Path("store"), **settings)

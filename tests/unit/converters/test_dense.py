@@ -11,15 +11,15 @@ from transformers import ByT5Tokenizer
 
 from conch.converters.backends.graph import check_options
 from conch.converters.checkpoints.reader import check_dense, read_checkpoint
-from conch.converters.options import Options, Reading
+from conch.converters.options import ConversionOptions, ReadOptions
 from conch.converters.parity.compare import Expected, compare
 from conch.converters.parity.reference import expected_scores, golden_of
 from conch.converters.parity.samples import Case, Sample, build_cases
 from conch.errors import ConversionError
 from tests.checkpoints import classifier, process_reward
 
-STEPS = Reading(step_separator=";", granularity="step")
-TOKENS = Reading(granularity="token")
+STEPS = ReadOptions(step_separator=";", granularity="step")
+TOKENS = ReadOptions(granularity="token")
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +38,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (
             "decoder",
-            Reading(granularity="step"),
+            ReadOptions(granularity="step"),
             r"is no process reward model .* --granularity token",
         ),
         ("encoder", TOKENS, "its tokens cannot be scored: .* more than one linear layer"),
         ("steps", replace(STEPS, granularity="token"), "scores every token, so none separates steps"),
-        ("steps", Reading(granularity="step"), "say with --step_separator .* or score every token"),
+        ("steps", ReadOptions(granularity="step"), "say with --step_separator .* or score every token"),
     ],
 )
 def test_read_checkpoint_refuses_dense_scores_that_there_are_not(
-    folder: Path, name: str, reading: Reading, expected: str
+    folder: Path, name: str, reading: ReadOptions, expected: str
 ) -> None:
     with pytest.raises(ConversionError, match=expected):
         read_checkpoint(str(folder / name), reading)
@@ -62,7 +62,7 @@ def test_read_checkpoint_refuses_dense_scores_that_there_are_not(
     ],
 )
 def test_check_dense_refuses_what_has_no_place_in_the_text(
-    folder: Path, name: str, reading: Reading, expected: str
+    folder: Path, name: str, reading: ReadOptions, expected: str
 ) -> None:
     with pytest.raises(ConversionError, match=expected):
         check_dense(read_checkpoint(str(folder / name), reading), "text")
@@ -83,7 +83,7 @@ def test_check_dense_refuses_conversations_as_text(folder: Path) -> None:
 
 
 def test_check_dense_takes_any_template_where_samples_only_are_scored(folder: Path) -> None:
-    reading = Reading(step_separator=";", template="{text};")
+    reading = ReadOptions(step_separator=";", template="{text};")
     check_dense(read_checkpoint(str(folder / "steps"), reading), "text")
 
 
@@ -98,7 +98,7 @@ def test_options_that_no_dense_model_can_have_are_refused_before_it_is_read(
     changes: dict[str, Any], expected: str
 ) -> None:
     with pytest.raises(ConversionError, match=expected):
-        check_options(Options("somewhere", "model", Path("store"), **changes))
+        check_options(ConversionOptions("somewhere", "model", Path("store"), **changes))
 
 
 # ---------------------------------------------------------------------------------------------- comparison

@@ -11,7 +11,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from conch.converters.checkpoints.reader import Checkpoint, read_checkpoint
-from conch.converters.options import Reading
+from conch.converters.options import ReadOptions
 from conch.converters.parity.compare import Expected, compare
 from conch.converters.parity.reference import expected_scores, golden_of
 from conch.converters.parity.report import COMPANY, CaseResult, ParityReport
@@ -167,7 +167,7 @@ def test_reference_names_the_length_at_which_the_checkpoint_itself_fails(checkpo
 
 def test_build_cases_of_a_process_reward_hold_texts_of_several_steps(tmp_path: Path) -> None:
     process_reward(tmp_path, "llama")
-    steps = read_checkpoint(str(tmp_path), Reading(step_separator=";"))
+    steps = read_checkpoint(str(tmp_path), ReadOptions(step_separator=";"))
     counts = {
         sample.ids.count(LETTERS.index(";"))
         for sample in samples(build_cases(steps, "text", max_batch_size=8))
@@ -181,7 +181,9 @@ def test_build_cases_of_conversations_want_other_texts_refused(tmp_path: Path) -
     tokenizer = tokenizer_for("llama")
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}<eos>"
     tokenizer.save_pretrained(tmp_path)
-    cases = build_cases(read_checkpoint(str(tmp_path), Reading(template="chat")), "text", max_batch_size=8)
+    cases = build_cases(
+        read_checkpoint(str(tmp_path), ReadOptions(template="chat")), "text", max_batch_size=8
+    )
     texts = {sample.text: sample.ids for sample in samples(cases)}
 
     assert texts["no JSON"] == ()

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from conch.config import TrainConfig
-from conch.distributed.train_engine import Engine, check_kind, check_operators_folder
+from conch.distributed.train_engine import TrainEngine, check_kind, check_operators_folder
 from conch.errors import ConfigError, DistributedError
 from conch.training.setup import rows_of_rank
 
@@ -72,7 +72,7 @@ def test_operators_that_could_not_be_built_are_refused_with_a_remedy(
 
 def test_until_it_is_prepared_a_model_is_whole_under_deepspeed_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reward model's scores are measured before training, to normalise its head."""
-    engine = Engine(TrainConfig())
+    engine = TrainEngine(TrainConfig())
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.DEEPSPEED)
     head = torch.nn.Linear(1, 1)
     with engine.whole_weights(), engine.writable_weights(head), torch.no_grad():

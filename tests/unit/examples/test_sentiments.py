@@ -10,7 +10,7 @@ import pytest
 
 from conch.config import DataConfig, RewardConfig
 from conch.errors import ConfigError, DataError, RewardInvalidError
-from conch.rewards.function import CallableReward
+from conch.rewards.function import FunctionReward
 from conch.runs.tracking import METRICS_FILE
 from conch.types import Completion, Prompt, RewardStatus, Rollout
 from examples.sentiments.offline import OfflineConfig, risen, run
@@ -36,9 +36,9 @@ def rollout(text: str) -> Rollout:
     return Rollout(Prompt("", ()), Completion(text, (5, 6, 7), (0.0, 0.0, 0.0), "eos"), policy_version=0)
 
 
-def classifier(scores: object) -> CallableReward:
+def classifier(scores: object) -> FunctionReward:
     """What gives all samples these scores."""
-    return CallableReward(lambda samples, prompts, outputs: scores)
+    return FunctionReward(lambda samples, prompts, outputs: scores)
 
 
 # ---------------------------------------------------------------------------------------------------- reviews

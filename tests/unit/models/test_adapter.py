@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 from conch.config import GenerationConfig, ModelConfig
 from conch.errors import ConfigError, ModelError
 from conch.models.adapter import adapter_off, has_adapter, merged_copy
-from conch.models.freezing import choose_trainable
+from conch.models.freezing import freeze_layers
 from conch.models.loading import load_lm, load_sequence_classifier
 from conch.models.policy import PolicyWithValue, response_logits
 from conch.models.reference import AdapterOffReference, build_reference
@@ -57,7 +57,7 @@ def base_model(family: str) -> PreTrainedModel:
 def adapted(family: str, *, learned: bool = True, **peft_config: Any) -> PreTrainedModel:
     """A model with an adapter, as if it had learned something."""
     lm = tiny_decoder(family)
-    choose_trainable(lm, settings(family, **peft_config))
+    freeze_layers(lm, settings(family, **peft_config))
     if learned:
         learn(lm)
     return lm
@@ -75,7 +75,7 @@ def classifier(**peft_config: Any) -> PreTrainedModel:
     config = settings("llama", **peft_config)
     torch.manual_seed(0)
     model = load_sequence_classifier(config, num_labels=1, pad_token_id=PAD)
-    choose_trainable(model, config)
+    freeze_layers(model, config)
     return model
 
 
@@ -148,7 +148,7 @@ def test_adapter_has_no_dropout_unless_the_config_allows_it() -> None:
 
 def test_adapter_of_a_bfloat16_model_is_held_in_float32() -> None:
     lm = tiny_decoder("llama").bfloat16()
-    choose_trainable(lm, settings("llama"))
+    freeze_layers(lm, settings("llama"))
     learn(lm)
 
     assert {p.dtype for p in lm.parameters() if p.requires_grad} == {torch.float32}
@@ -192,7 +192,7 @@ def test_adapter_is_saved_alone_and_peft_loads_it_onto_the_base(family: str, tmp
     tiny_decoder(family, dtype=torch.float32).save_pretrained(tmp_path / "base")
     config = ModelConfig(path=str(tmp_path / "base"), peft_config={"r": 2})
     lm = load_lm(config)
-    choose_trainable(lm, config)
+    freeze_layers(lm, config)
     learn(lm)
     folder = save_model(tmp_path / "step_1", lm, TOKENIZER)
     loaded = PeftModel.from_pretrained(auto_class.from_pretrained(tmp_path / "base"), str(folder)).eval()
@@ -211,7 +211,7 @@ def test_saved_adapter_finds_its_base_from_anywhere(tmp_path: Path, monkeypatch:
     tiny_decoder("llama", dtype=torch.float32).save_pretrained("base")
     config = ModelConfig(path="base", peft_config={"r": 2})
     lm = load_lm(config)
-    choose_trainable(lm, config)
+    freeze_layers(lm, config)
     learn(lm)
     save_model(tmp_path / "step_1", lm, TOKENIZER)
     monkeypatch.chdir("/")
@@ -247,7 +247,7 @@ def test_saved_reward_model_scores_as_it_did(merge: bool, tmp_path: Path) -> Non
     load_sequence_classifier(config, num_labels=1, pad_token_id=PAD).save_pretrained(tmp_path / "base")
     config = ModelConfig(path=str(tmp_path / "base"), peft_config={"r": 2})
     model = load_sequence_classifier(config, num_labels=1, pad_token_id=PAD)
-    choose_trainable(model, config)
+    freeze_layers(model, config)
     learn(model)
     scores = model.eval()(*a_batch()[:1]).logits
     folder = save_model(tmp_path / "rm", model, TOKENIZER, merge_adapter=merge)
@@ -263,7 +263,7 @@ def test_adapter_on_a_merged_one_belongs_to_it(tmp_path: Path) -> None:
     for name in ("first", "second"):
         config = ModelConfig(path=path, peft_config={"r": 2})
         lm = load_lm(config)
-        choose_trainable(lm, config)
+        freeze_layers(lm, config)
         learn(lm)
         path = str(save_model(tmp_path / name, lm, TOKENIZER))
 
@@ -292,7 +292,7 @@ def test_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
         tiny_decoder("llama", hidden_size=width).save_pretrained(tmp_path / folder)
     config = ModelConfig(path=str(tmp_path / "base"), peft_config={"r": 2})
     lm = load_lm(config)
-    choose_trainable(lm, config)
+    freeze_layers(lm, config)
     file = save_model(tmp_path / "step_1", lm, TOKENIZER) / "adapter_config.json"
     file.write_text(
         json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(tmp_path / "other")})
@@ -324,19 +324,19 @@ def test_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
 )
 def test_bad_peft_config_is_refused(peft_config: dict[str, Any], wanted: str) -> None:
     with pytest.raises(ConfigError, match=wanted):
-        choose_trainable(tiny_decoder("gpt2"), settings("gpt2", **peft_config))
+        freeze_layers(tiny_decoder("gpt2"), settings("gpt2", **peft_config))
 
 
 def test_adapter_whose_base_is_nowhere_must_be_merged() -> None:
     with pytest.raises(ConfigError, match=r"comes from no folder: set `model\.merge_adapter=true`"):
-        choose_trainable(tiny_decoder("gpt2"), settings("gpt2", merge=False))
+        freeze_layers(tiny_decoder("gpt2"), settings("gpt2", merge=False))
 
 
 def test_second_adapter_is_refused() -> None:
     lm = adapted("gpt2")
 
     with pytest.raises(ConfigError, match="carries an adapter already"):
-        choose_trainable(lm, settings("gpt2"))
+        freeze_layers(lm, settings("gpt2"))
 
 
 def test_copy_of_an_adapted_model_keeps_its_adapter() -> None:

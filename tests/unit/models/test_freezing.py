@@ -12,7 +12,7 @@ from torch.utils import checkpoint
 
 from conch.config import GenerationConfig, ModelConfig
 from conch.errors import ConfigError
-from conch.models.freezing import checkpoint_activations, choose_trainable
+from conch.models.freezing import checkpoint_activations, freeze_layers
 from conch.models.loading import load_sequence_classifier
 from conch.models.policy import PolicyWithValue
 from conch.models.reference import build_reference
@@ -41,7 +41,7 @@ def a_batch() -> tuple[Tensor, Tensor, int]:
 def policy_of(family: str, *, num_value_layers: int = 0, **config: Any) -> PolicyWithValue:
     torch.manual_seed(0)
     lm = tiny_decoder(family)
-    choose_trainable(lm, ModelConfig(architecture=decoder_shape(family), **config))
+    freeze_layers(lm, ModelConfig(architecture=decoder_shape(family), **config))
     policy = PolicyWithValue(lm, num_value_layers=num_value_layers).double().train()
     torch.manual_seed(1)
     for parameter in policy.parameters():
@@ -155,7 +155,7 @@ def test_reference_is_exact_beside_recomputed_activations() -> None:
 def test_head_of_a_classifier_always_trains(part: str, trained: set[str] | None) -> None:
     config = ModelConfig(architecture=decoder_shape("llama"), **PARTS[part])
     model = load_sequence_classifier(config, num_labels=1, pad_token_id=PAD)
-    choose_trainable(model, config)
+    freeze_layers(model, config)
     names = {name for name, p in model.named_parameters() if p.requires_grad}
 
     assert "score.weight" in names

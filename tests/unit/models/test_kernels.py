@@ -19,7 +19,7 @@ from conch.models import kernels
 from conch.models.kernels import check_kernels
 from conch.models.loading import load_lm, load_sequence_classifier
 from conch.rollouts.hf.continuous_batching import pad_left
-from conch.training.setup import given_or_loaded_lm
+from conch.training.setup import load_policy
 from tests.runs import PROMPTS, grpo_trainer, ilql_trainer, policy, ppo_trainer, reward_trainer, sft_trainer
 from tests.tiny import decoder_shape, tiny_decoder
 from tests.varlen import NAME, reference_kernels
@@ -157,11 +157,11 @@ def test_kernels_of_a_gpu_are_refused_without_one(installed: Any, settings: dict
 
 
 def test_a_given_model_gets_the_attention_that_is_asked_for() -> None:
-    lm = given_or_loaded_lm(policy(), config(attention="eager"), "no")
+    lm = load_policy(policy(), config(attention="eager"), "no")
     assert lm.config._attn_implementation == "eager"
-    assert given_or_loaded_lm(lm, config(), "no").config._attn_implementation == "eager", "as it was given"
+    assert load_policy(lm, config(), "no").config._attn_implementation == "eager", "as it was given"
     with pytest.raises(ConfigError, match=r"`model.attention=sdpa`: GPTJForCausalLM does not support it"):
-        given_or_loaded_lm(tiny_decoder("gptj"), config(attention="sdpa"), "no")
+        load_policy(tiny_decoder("gptj"), config(attention="sdpa"), "no")
 
 
 def test_a_given_model_whose_class_fixes_its_attention_is_refused(installed: Any) -> None:
@@ -169,7 +169,7 @@ def test_a_given_model_whose_class_fixes_its_attention_is_refused(installed: Any
     with pytest.raises(
         ConfigError, match=r"loaded GPTJForCausalLM cannot change its attention; load it with"
     ):
-        given_or_loaded_lm(tiny_decoder("gptj"), config(attention="flash_attention_2"), "bf16")
+        load_policy(tiny_decoder("gptj"), config(attention="flash_attention_2"), "bf16")
 
 
 def test_a_given_model_is_asked_for_its_own_precision(installed: Any) -> None:
@@ -180,8 +180,8 @@ def test_a_given_model_is_asked_for_its_own_precision(installed: Any) -> None:
         ConfigError,
         match=r"the given model's attention, flash_attention_2,.*in float32.*or load the model in bfloat16",
     ):
-        given_or_loaded_lm(lm, config(dtype="bfloat16"), "no")
-    assert given_or_loaded_lm(lm.bfloat16(), config(), "no") is lm
+        load_policy(lm, config(dtype="bfloat16"), "no")
+    assert load_policy(lm.bfloat16(), config(), "no") is lm
 
 
 @pytest.mark.parametrize(
@@ -232,8 +232,8 @@ def test_liger_that_is_not_installed_is_refused(installed: Any) -> None:
 def test_liger_gets_the_model_and_leaves_the_loss_alone(liger: Any, tmp_path: Path) -> None:
     nothing = {"cross_entropy": False, "fused_linear_cross_entropy": False}
     wanted = config("llama", liger=True)
-    lm = given_or_loaded_lm(None, wanted, "no")
-    given = given_or_loaded_lm(tiny_decoder("llama"), wanted, "no")
+    lm = load_policy(None, wanted, "no")
+    given = load_policy(tiny_decoder("llama"), wanted, "no")
     lm.save_pretrained(tmp_path)
     classifier = load_sequence_classifier(
         ModelConfig(path=str(tmp_path), liger=True), num_labels=1, pad_token_id=21
@@ -248,7 +248,7 @@ def test_models_that_liger_does_not_know_are_refused(liger: Any, tmp_path: Path)
     with pytest.raises(ConfigError, match=message):
         load_lm(config("gpt2", liger=True))
     with pytest.raises(ConfigError, match=message):
-        given_or_loaded_lm(policy(), config("llama", liger=True), "no")
+        load_policy(policy(), config("llama", liger=True), "no")
     with pytest.raises(
         ConfigError, match=r"cannot put its kernels into a OPTForCausalLM \(no OPT\): turn it off"
     ):

@@ -19,7 +19,7 @@ from conch.data.samples import TokenizedSample, collate
 from conch.errors import ConfigError
 from conch.models.adapter import add_adapter
 from conch.models.attention import attention_inputs, check_packing
-from conch.models.forward import Layout, padded_rows, takes_packed_rows
+from conch.models.forward import BatchPacker, padded_rows, takes_packed_rows
 from conch.models.freezing import checkpoint_activations, freeze_trunk
 from conch.models.policy import PolicyWithValue
 from conch.models.reference import build_reference
@@ -107,7 +107,7 @@ def test_one_row_gives_the_outputs_and_gradients_of_padded_ones(family: str, val
     for batch in BATCHES:
         module = awake(PolicyWithValue(lm, num_value_layers=value_layers))
         expected.append(measured(module, padded_rows(*a_batch(*batch))))
-    layout = Layout(reading_lengths(lm))
+    layout = BatchPacker(reading_lengths(lm))
     assert layout.packs and not takes_packed_rows(lm)
     for batch, (outputs, gradients) in zip(BATCHES, expected, strict=True):
         rows = layout.rows(*a_batch(*batch))
@@ -130,7 +130,7 @@ def test_padded_rows_of_such_attention_are_those_of_any_other(family: str) -> No
 def test_each_sample_stands_in_the_row_with_its_own_prompt_and_without_its_last_token() -> None:
     prompts, responses = [[1, 2, 3], [1, 2, 3], [4], [5]], [[6, 7], [8], [], [9, 10, 11]]
     ids, mask, chosen, positions = (
-        Layout(reading_lengths(decoder("llama"))).rows(*a_batch(prompts, responses)).inputs
+        BatchPacker(reading_lengths(decoder("llama"))).rows(*a_batch(prompts, responses)).inputs
     )
     assert mask is None
     assert ids.tolist() == [[1, 2, 3, 6, 1, 2, 3, 5, 9, 10]]
@@ -162,7 +162,7 @@ def test_references_read_the_row_and_start_as_the_policy(kind: str) -> None:
         expected = PolicyWithValue(lm)(*padded.inputs)
     expected = padded.logprobs(expected.logits, 1.0)
     module = PolicyWithValue(reading_lengths(lm))
-    reference, rows = build_reference(lm, unfrozen), Layout(lm).rows(*a_batch())
+    reference, rows = build_reference(lm, unfrozen), BatchPacker(lm).rows(*a_batch())
     assert rows.inputs[1] is None
     with reference.recording():
         logits = module(*rows.inputs).logits
@@ -173,7 +173,7 @@ def test_references_read_the_row_and_start_as_the_policy(kind: str) -> None:
 
 def test_checkpointed_blocks_are_told_the_lengths_again() -> None:
     lm = reading_lengths(decoder("qwen2"))
-    rows = Layout(lm).rows(*a_batch())
+    rows = BatchPacker(lm).rows(*a_batch())
     _, expected = measured(awake(PolicyWithValue(lm)), rows)
     expected = {name: gradient.clone() for name, gradient in expected.items()}
     checkpoint_activations(lm)
@@ -188,7 +188,7 @@ def test_a_sliding_window_is_kept_to_within_each_sample() -> None:
     lm = decoder("qwen2", use_sliding_window=True, max_window_layers=1, sliding_window=4)
     padded = padded_rows(*a_batch())
     expected = padded.logprobs(PolicyWithValue(lm)(*padded.inputs).logits, 1.0)
-    rows = Layout(reading_lengths(lm)).rows(*a_batch())
+    rows = BatchPacker(reading_lengths(lm)).rows(*a_batch())
     assert rows.inputs[1] is None
     found = rows.logprobs(PolicyWithValue(lm)(*rows.inputs).logits, 1.0)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
@@ -198,7 +198,7 @@ def test_a_sliding_window_is_kept_to_within_each_sample() -> None:
 def test_responses_without_a_token_still_run_the_model() -> None:
     """DDP waits for a gradient of every parameter."""
     module = awake(PolicyWithValue(reading_lengths(decoder("gpt2"))))
-    rows = Layout(module.lm).rows(*a_batch([[1, 2], [3]], [[], []]))
+    rows = BatchPacker(module.lm).rows(*a_batch([[1, 2], [3]], [[], []]))
     outputs, gradients = measured(module, rows)
     assert not outputs.any() and len(gradients) == len(list(module.parameters()))
 
@@ -240,7 +240,7 @@ def deaf(lm: PreTrainedModel) -> PreTrainedModel:
     ],
 )
 def test_models_that_do_not_hand_lengths_on_read_padded_rows(change: Any, refusal: str) -> None:
-    layout = Layout(change(reading_lengths(decoder("llama"))))
+    layout = BatchPacker(change(reading_lengths(decoder("llama"))))
     assert not layout.packs
     assert layout.rows(*a_batch()).inputs[2] == 6
     with pytest.raises(ConfigError, match=refusal):
@@ -251,13 +251,13 @@ def test_attention_in_chunks_is_padded() -> None:
     """Chunks are counted from the beginning of the row."""
     lm = reading_lengths(decoder("llama"))
     lm.config.attention_chunk_size = 4
-    assert not Layout(lm).packs
+    assert not BatchPacker(lm).packs
 
 
 def test_encoder_decoders_are_padded() -> None:
     lm = tiny_decoder("t5")
     lm.config._attn_implementation = NAME
-    assert not Layout(lm).packs
+    assert not BatchPacker(lm).packs
 
 
 def test_gptj_whose_flash_attention_takes_no_lengths_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +267,7 @@ def test_gptj_whose_flash_attention_takes_no_lengths_is_padded(monkeypatch: pyte
     config = AutoConfig.for_model(shape.pop("model_type"), **shape)
     lm = AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval().double()
     assert type(lm.transformer.h[0].attn).__name__ == "GPTJFlashAttention2"
-    assert not Layout(lm).packs
+    assert not BatchPacker(lm).packs
 
 
 # ------------------------------------------------------------------------------------------------- trainers

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from conch.config import ModelConfig
 from conch.errors import ConfigError
-from conch.models.freezing import choose_trainable, freeze_trunk
+from conch.models.freezing import freeze_layers, freeze_trunk
 from conch.models.policy import PolicyWithValue
 from tests.tiny import LANGUAGE_MODELS, decoder_shape, tiny_decoder
 
@@ -150,7 +150,7 @@ def test_layers_between_embeddings_and_blocks_are_frozen_in_the_branch() -> None
 def test_branch_beside_an_adapter_trains_plain_layers() -> None:
     lm = tiny_decoder("llama")
     config = ModelConfig(architecture=decoder_shape("llama"), peft_config={"r": 2}, merge_adapter=True)
-    choose_trainable(lm, config)
+    freeze_layers(lm, config)
     policy = awake(PolicyWithValue(lm, num_value_layers=1))
     policy(*a_batch()).values.square().sum().backward()
 

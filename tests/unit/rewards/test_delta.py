@@ -10,7 +10,7 @@ import pytest
 from conch.errors import DataError
 from conch.rewards.base import RewardSource
 from conch.rewards.combined import DeltaReward, check_originals
-from conch.rewards.function import CallableReward
+from conch.rewards.function import FunctionReward
 from conch.types import RewardStatus
 from tests.runs import letters_rollout
 
@@ -43,7 +43,7 @@ def lengths() -> Lengths:
 
 @pytest.fixture
 def source(lengths: Lengths) -> DeltaReward:
-    return DeltaReward(CallableReward(lengths), lambda text: [0] * len(text))
+    return DeltaReward(FunctionReward(lengths), lambda text: [0] * len(text))
 
 
 def test_it_is_a_reward_source(source: DeltaReward) -> None:
@@ -79,7 +79,7 @@ def test_a_failed_baseline_fails_its_samples_and_is_asked_for_again(
 
 
 def test_dense_rewards_have_no_difference() -> None:
-    function = CallableReward(lambda outputs, **_: [[1.0] * (len(output) + 1) for output in outputs])
+    function = FunctionReward(lambda outputs, **_: [[1.0] * (len(output) + 1) for output in outputs])
     with DeltaReward(function, lambda text: [0] * (len(text) + 1)) as source:
         results = source.submit(ROLLOUTS).result(10)
     assert {result.status for result in results} == {RewardStatus.INVALID}

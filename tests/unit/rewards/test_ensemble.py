@@ -12,11 +12,11 @@ import pytest
 
 from conch.config import RewardConfig, load
 from conch.errors import ConfigError
-from conch.rewards.base import ServerTimes, Traffic
-from conch.rewards.combined import EnsembleReward, JointReward
+from conch.rewards.base import ClientStats, ServerTimes
+from conch.rewards.combined import EnsembleReward, SumReward
 from conch.rewards.factory import from_user
-from conch.rewards.function import CallableReward
-from conch.rewards.scorer import Scorer, combine
+from conch.rewards.function import FunctionReward
+from conch.rewards.scorer import RewardScorer, combine
 from conch.rewards.served import TritonReward
 from conch.types import RewardResult, RewardStatus, Rollout
 from tests.fakes.rollouts import rollouts
@@ -49,7 +49,7 @@ def dense(samples: list[str], prompts: list[str], outputs: list[str]) -> list[li
     return [[1.0] * len(output) for output in outputs]
 
 
-class Partial(CallableReward):
+class Partial(FunctionReward):
     """Does not score outputs of two letters, with a status of its own."""
 
     def __init__(self, status: RewardStatus = RewardStatus.UNAVAILABLE) -> None:
@@ -70,8 +70,8 @@ def results_of(source: Any) -> list[RewardResult]:
         return source.submit(BATCH).result(WAIT_S)
 
 
-def members(*functions: Any) -> dict[str, CallableReward]:
-    made = [each if isinstance(each, CallableReward) else CallableReward(each) for each in functions]
+def members(*functions: Any) -> dict[str, FunctionReward]:
+    made = [each if isinstance(each, FunctionReward) else FunctionReward(each) for each in functions]
     return dict(zip("abc", made, strict=False))
 
 
@@ -112,7 +112,7 @@ def test_a_member_that_fails_fails_the_sample() -> None:
 
 def test_renormalise_takes_the_others_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     source = EnsembleReward(members(length, Partial(), inverse), "mean", on_member_failure="renormalise")
-    scorer = Scorer(source, RewardConfig())
+    scorer = RewardScorer(source, RewardConfig())
     with source, caplog.at_level(logging.WARNING, logger="conch"):
         scorer.submit(BATCH)
         first = scorer.gather()
@@ -133,7 +133,7 @@ def test_with_no_member_left_there_is_no_score() -> None:
     assert [result.ok for result in results_of(silent)] == [True, False, True]
 
 
-@pytest.mark.parametrize("make", [lambda given: EnsembleReward(given, "mean"), JointReward])
+@pytest.mark.parametrize("make", [lambda given: EnsembleReward(given, "mean"), SumReward])
 def test_bad_data_decides_over_an_absent_server(make: Any) -> None:
     found = results_of(make(members(Partial(), Partial(RewardStatus.INVALID))))
     assert found[1].status is RewardStatus.INVALID and "`b`" in found[1].detail
@@ -147,14 +147,14 @@ def test_members_that_do_not_fit_together_are_bad_data(pair: Any) -> None:
 
 
 def test_a_sum_has_all_objectives_by_name() -> None:
-    found = results_of(JointReward(members(length, two)))
+    found = results_of(SumReward(members(length, two)))
 
     assert found[2].scores == {"a": 3.0, "b/x": 1.0, "b/y": 3.0}
     assert combine(found[2], {"a": 2.0, "b/y": -1.0}) == 4.0
 
 
 def test_a_sum_without_one_of_its_parts_is_no_reward() -> None:
-    assert [result.ok for result in results_of(JointReward(members(length, Partial())))] == [
+    assert [result.ok for result in results_of(SumReward(members(length, Partial())))] == [
         True,
         False,
         True,
@@ -163,7 +163,7 @@ def test_a_sum_without_one_of_its_parts_is_no_reward() -> None:
 
 def test_a_sum_keeps_what_its_parts_tell() -> None:
     inner = EnsembleReward(members(length, Partial()), "mean", on_member_failure="renormalise")
-    (_, found, _) = results_of(JointReward({"rm": inner, "rule": CallableReward(ten)}))
+    (_, found, _) = results_of(SumReward({"rm": inner, "rule": FunctionReward(ten)}))
 
     assert found.scores == {"rm": 2.0, "rule": 10.0}
     assert found.members == {"rm/a": 2.0, "rm/b": None}
@@ -171,7 +171,7 @@ def test_a_sum_keeps_what_its_parts_tell() -> None:
 
 
 def test_dense_scores_cannot_stand_beside_others() -> None:
-    found = results_of(JointReward(members(length, dense)))
+    found = results_of(SumReward(members(length, dense)))
     assert {result.status for result in found} == {RewardStatus.INVALID}
     assert "`b` scores each token" in found[0].detail
 
@@ -181,29 +181,29 @@ def test_check_names_the_member() -> None:
         return []
 
     with (
-        JointReward(members(length, wrong)) as source,
+        SumReward(members(length, wrong)) as source,
         pytest.raises(ConfigError, match=r"member `b`: .*wrong"),
     ):
         source.check()
 
 
 def test_a_member_that_breaks_the_protocol_breaks_the_request() -> None:
-    class Short(CallableReward):
+    class Short(FunctionReward):
         def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:
             return super().submit(rollouts[1:])
 
-    scorer = Scorer(source := JointReward(members(length, Short(ten))), RewardConfig(on_failure="drop"))
+    scorer = RewardScorer(source := SumReward(members(length, Short(ten))), RewardConfig(on_failure="drop"))
     with source:
         scorer.submit(BATCH)
         with pytest.raises(Exception, match="member `b` gave 2 results for 3 samples"):
             scorer.gather()
 
 
-class Busy(CallableReward):
+class Busy(FunctionReward):
     """Counts of its own."""
 
-    def traffic(self) -> Traffic:
-        return Traffic(5, 2, {"timeout": 2}, deduplicated=3, replica_faults=1, most_in_flight=4)
+    def traffic(self) -> ClientStats:
+        return ClientStats(5, 2, {"timeout": 2}, deduplicated=3, replica_faults=1, most_in_flight=4)
 
     def server_times(self) -> Future[ServerTimes]:
         future: Future[ServerTimes] = Future()
@@ -216,12 +216,12 @@ class Busy(CallableReward):
 
 
 def test_traffic_is_that_of_all_members() -> None:
-    with JointReward({"a": Busy(ten), "b": Busy(ten), "c": CallableReward(ten)}) as source:
+    with SumReward({"a": Busy(ten), "b": Busy(ten), "c": FunctionReward(ten)}) as source:
         source.submit(BATCH).result(WAIT_S)
         found = source.traffic()
         assert source.server_times().result(WAIT_S) == ServerTimes(10, 1.0, 4.0)
         assert source.model_change == "changed"
-    assert found == Traffic(3, 0, {"timeout": 4}, deduplicated=6, replica_faults=2, most_in_flight=8)
+    assert found == ClientStats(3, 0, {"timeout": 4}, deduplicated=6, replica_faults=2, most_in_flight=8)
 
 
 # ------------------------------------------------------------------------------------------ what users give
@@ -230,7 +230,7 @@ def test_traffic_is_that_of_all_members() -> None:
 def test_a_mapping_is_summed_unless_the_config_says_otherwise() -> None:
     given = {"long": length, "served": "127.0.0.1:8001/walks"}
     with from_user(given, RewardConfig()) as source:
-        assert isinstance(source, JointReward) and isinstance(source.members["served"], TritonReward)
+        assert isinstance(source, SumReward) and isinstance(source.members["served"], TritonReward)
     config = RewardConfig(combine="uwo", uwo_weight=0.5, on_member_failure="renormalise")
     with from_user({"a": length, "b": inverse}, config) as source:
         assert isinstance(source, EnsembleReward)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from conch.errors import ConfigError
-from conch.rewards.function import CallableReward
+from conch.rewards.function import FunctionReward
 from conch.types import RewardResult, RewardStatus, Rollout
 from tests.fakes.rollouts import rollout, rollouts
 
@@ -21,7 +21,7 @@ WAIT_S = 120
 
 
 def score(function: Callable[..., Any], batch: list[Rollout]) -> list[RewardResult]:
-    with CallableReward(function) as reward:
+    with FunctionReward(function) as reward:
         return reward.submit(batch).result(WAIT_S)
 
 
@@ -59,7 +59,7 @@ def test_async_calls_overlap() -> None:
         await asyncio.get_running_loop().run_in_executor(None, both_inside.wait, WAIT_S)
         return [0.5] * len(samples)
 
-    with CallableReward(reward) as source:
+    with FunctionReward(reward) as source:
         futures = [source.submit(rollouts("a")), source.submit(rollouts("b"))]
         assert all(future.result(WAIT_S)[0].scores == {"reward": 0.5} for future in futures)
         assert source.requests == 2
@@ -72,7 +72,7 @@ def test_submit_returns_before_the_function_does() -> None:
         assert go.wait(WAIT_S)
         return [1.0]
 
-    with CallableReward(reward) as source:
+    with FunctionReward(reward) as source:
         future = source.submit(rollouts("a"))
         assert not future.done()
         go.set()
@@ -196,7 +196,7 @@ def test_exit_in_the_function_is_a_status_and_the_source_lives_on() -> None:
             raise error
         return [1.0]
 
-    with CallableReward(reward) as source:
+    with FunctionReward(reward) as source:
         assert "SystemExit: 3" in source.submit(rollouts("a")).result(WAIT_S)[0].detail
         assert source.submit(rollouts("a")).result(WAIT_S)[0].ok
 
@@ -210,7 +210,7 @@ def test_function_that_changes_its_lists_hurts_nobody() -> None:
 
 
 def test_no_rollouts_make_no_call() -> None:
-    with CallableReward(returning([1.0])) as source:
+    with FunctionReward(returning([1.0])) as source:
         assert source.submit([]).result(WAIT_S) == []
         assert source.requests == 0
 
@@ -237,7 +237,7 @@ def needs_more(samples: list[str], prompts: list[str], outputs: list[str], answe
     ],
 )
 def test_wrong_signature_is_found_by_check(function: Callable[..., Any], keys: list[str], words: str) -> None:
-    with CallableReward(function, metadata_keys=keys) as source, pytest.raises(ConfigError) as caught:
+    with FunctionReward(function, metadata_keys=keys) as source, pytest.raises(ConfigError) as caught:
         source.check()
     assert words in str(caught.value)
 
@@ -252,7 +252,7 @@ def test_wrong_signature_is_found_by_check(function: Callable[..., Any], keys: l
     ],
 )
 def test_fitting_signature_passes_check(function: Callable[..., Any], keys: list[str]) -> None:
-    with CallableReward(function, metadata_keys=keys) as source:
+    with FunctionReward(function, metadata_keys=keys) as source:
         source.check()
 
 
@@ -269,7 +269,7 @@ def test_close_ends_the_thread_and_cancels_async_calls() -> None:
         await asyncio.Event().wait()
         return []
 
-    source = CallableReward(forever)
+    source = FunctionReward(forever)
     future = source.submit(rollouts("a"))
     source.close()
     source.close()

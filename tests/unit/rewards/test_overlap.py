@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from conch.rewards import metrics as overlap_module
-from conch.rewards.metrics import Overlap
+from conch.rewards.metrics import OverlapTimer
 
 
 class Clock:
@@ -29,14 +29,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def request(overlap: Overlap) -> Future[Any]:
+def request(overlap: OverlapTimer) -> Future[Any]:
     future: Future[Any] = Future()
     overlap.track(future)
     return future
 
 
 def test_time_under_way_counts_once_and_pauses_between_not_at_all(clock: Clock) -> None:
-    overlap = Overlap()
+    overlap = OverlapTimer()
     first = request(overlap)
     clock.now += 1
     second = request(overlap)
@@ -54,7 +54,7 @@ def test_time_under_way_counts_once_and_pauses_between_not_at_all(clock: Clock) 
 
 
 def test_an_outages_pauses_hide_nothing(clock: Clock) -> None:
-    overlap = Overlap()
+    overlap = OverlapTimer()
     future = request(overlap)
     clock.now += 2
     future.set_result(None)
@@ -64,11 +64,11 @@ def test_an_outages_pauses_hide_nothing(clock: Clock) -> None:
 
 
 def test_what_took_no_time_is_hidden(clock: Clock) -> None:
-    assert Overlap().read() == (0.0, 1.0)
+    assert OverlapTimer().read() == (0.0, 1.0)
 
 
 def test_every_read_starts_anew_also_with_something_under_way(clock: Clock) -> None:
-    overlap = Overlap()
+    overlap = OverlapTimer()
     future = request(overlap)
     clock.now += 4
     overlap.block(1.0)

@@ -15,9 +15,9 @@ import pytest
 from conch.config import RewardConfig
 from conch.errors import ConfigError, RewardError, RewardInvalidError, RewardUnavailableError
 from conch.rewards import outage as outage_module
-from conch.rewards.base import ServerTimes, Traffic
-from conch.rewards.function import CallableReward
-from conch.rewards.scorer import Scorer, combine
+from conch.rewards.base import ClientStats, ServerTimes
+from conch.rewards.function import FunctionReward
+from conch.rewards.scorer import RewardScorer, combine
 from conch.types import OnFinished, Prompt, RewardResult, RewardStatus, Rollout
 from tests.fakes.rollouts import rollout, rollouts
 
@@ -101,7 +101,7 @@ class Ranks:
 def gather(
     source: Any, config: RewardConfig, batch: list[Rollout], agree: Callable[[int], int]
 ) -> list[RewardResult]:
-    scorer = Scorer(source, config, agree)
+    scorer = RewardScorer(source, config, agree)
     scorer.submit(batch)
     return scorer.gather()
 
@@ -112,8 +112,8 @@ def quick_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_results_come_in_the_order_of_the_chunks() -> None:
-    with CallableReward(length) as source:
-        scorer = Scorer(source, RewardConfig())
+    with FunctionReward(length) as source:
+        scorer = RewardScorer(source, RewardConfig())
         scorer.submit(rollouts("aaa", "a"))
         scorer.submit(rollouts("aa"))
         assert [result.scores["reward"] for result in scorer.gather()] == [3.0, 1.0, 2.0]
@@ -127,8 +127,8 @@ def test_chunks_are_requested_before_gather() -> None:
         called.set()
         return [1.0] * len(samples)
 
-    with CallableReward(reward) as source:
-        scorer = Scorer(source, RewardConfig())
+    with FunctionReward(reward) as source:
+        scorer = RewardScorer(source, RewardConfig())
         scorer.submit(rollouts("a"))
         assert called.wait(WAIT_S)
         scorer.gather()
@@ -158,7 +158,7 @@ PROMPTS = [Prompt("p", (1,))] * 4
 
 def test_completions_are_requested_as_they_end_and_come_back_in_order() -> None:
     source = Outage(rounds=0)
-    scorer = Scorer(source, RewardConfig())
+    scorer = RewardScorer(source, RewardConfig())
     scorer.submit(rollouts("b"))
     made = scorer.submit_each(Letters([1, 0], [2, 3]), PROMPTS)
     scorer.submit(rollouts("bb"))
@@ -177,8 +177,8 @@ def test_an_async_function_is_called_while_its_chunk_is_still_sampled() -> None:
 
     sampler = Letters([1, 0], [3, 2])
     sampler.in_between = lambda: called.wait(WAIT_S) or pytest.fail("nothing was asked for")
-    with CallableReward(reward) as source:
-        scorer = Scorer(source, RewardConfig())
+    with FunctionReward(reward) as source:
+        scorer = RewardScorer(source, RewardConfig())
         scorer.submit_each(sampler, PROMPTS)
         assert [result.scores["reward"] for result in scorer.gather()] == [1.0, 2.0, 3.0, 4.0]
 
@@ -190,16 +190,16 @@ def test_a_sync_function_gets_whole_chunks() -> None:
         asked.append(outputs)
         return [float(len(output)) for output in outputs]
 
-    with CallableReward(reward) as source:
-        scorer = Scorer(source, RewardConfig())
+    with FunctionReward(reward) as source:
+        scorer = RewardScorer(source, RewardConfig())
         scorer.submit_each(Letters([1, 0], [3, 2]), PROMPTS)
         assert [result.scores["reward"] for result in scorer.gather()] == [1.0, 2.0, 3.0, 4.0]
     assert asked == [["a", "aa"], ["aaa", "aaaa"]]
 
 
 def test_raise_names_count_and_first_detail() -> None:
-    with CallableReward(length) as source:
-        scorer = Scorer(source, RewardConfig())
+    with FunctionReward(length) as source:
+        scorer = RewardScorer(source, RewardConfig())
         scorer.submit(rollouts("a", "x", "xx"))
         with pytest.raises(RewardInvalidError, match=r"2 of 3 samples.*first: .*nan.*row 1.*\(invalid\)"):
             scorer.gather()
@@ -208,8 +208,8 @@ def test_raise_names_count_and_first_detail() -> None:
 
 
 def test_raise_tolerates_no_failure_whatever_drop_would() -> None:
-    with CallableReward(length) as source:
-        scorer = Scorer(source, RewardConfig(on_failure="raise", max_failed_fraction=1))
+    with FunctionReward(length) as source:
+        scorer = RewardScorer(source, RewardConfig(on_failure="raise", max_failed_fraction=1))
         scorer.submit(rollouts("x", "a"))
         with pytest.raises(RewardInvalidError, match="1 of 2 samples"):
             scorer.gather()
@@ -220,7 +220,7 @@ def test_raise_tolerates_no_failure_whatever_drop_would() -> None:
     [(["a", "u"], RewardUnavailableError), (["a"], None)],
 )
 def test_raise_tells_infrastructure_from_data(outputs: list[str], kind: type[RewardError] | None) -> None:
-    scorer = Scorer(Outage(rounds=1), RewardConfig())
+    scorer = RewardScorer(Outage(rounds=1), RewardConfig())
     scorer.submit(rollouts(*outputs))
     if kind is None:
         assert scorer.gather()[0].ok
@@ -231,7 +231,7 @@ def test_raise_tells_infrastructure_from_data(outputs: list[str], kind: type[Rew
 
 def test_raise_on_one_rank_raises_on_both() -> None:
     ranks = Ranks(2)
-    with CallableReward(length) as good, CallableReward(length) as bad:
+    with FunctionReward(length) as good, FunctionReward(length) as bad:
         first, second = ranks.run(
             lambda agree: gather(good, RewardConfig(), rollouts("a", "a"), agree),
             lambda agree: gather(bad, RewardConfig(), rollouts("x", "a"), agree),
@@ -242,7 +242,7 @@ def test_raise_on_one_rank_raises_on_both() -> None:
 
 
 def test_kind_of_error_is_the_same_on_all_ranks() -> None:
-    with CallableReward(length) as bad:
+    with FunctionReward(length) as bad:
         kinds = Ranks(2).run(
             lambda agree: gather(Outage(rounds=1), RewardConfig(), rollouts("u"), agree),
             lambda agree: gather(bad, RewardConfig(), rollouts("x"), agree),
@@ -251,8 +251,8 @@ def test_kind_of_error_is_the_same_on_all_ranks() -> None:
 
 
 def test_drop_keeps_failures_as_failures_within_the_budget() -> None:
-    with CallableReward(length) as source:
-        scorer = Scorer(source, RewardConfig(on_failure="drop", max_failed_fraction=0.25))
+    with FunctionReward(length) as source:
+        scorer = RewardScorer(source, RewardConfig(on_failure="drop", max_failed_fraction=0.25))
         scorer.submit(rollouts("x", "a", "a", "a"))
         results = scorer.gather()
     assert [result.ok for result in results] == [False, True, True, True]
@@ -261,8 +261,8 @@ def test_drop_keeps_failures_as_failures_within_the_budget() -> None:
 
 
 def test_drop_raises_above_the_budget() -> None:
-    with CallableReward(length) as source:
-        scorer = Scorer(source, RewardConfig(on_failure="drop", max_failed_fraction=0.25))
+    with FunctionReward(length) as source:
+        scorer = RewardScorer(source, RewardConfig(on_failure="drop", max_failed_fraction=0.25))
         scorer.submit(rollouts("x", "x", "a", "a"))
         with pytest.raises(RewardInvalidError, match=r"2 of 4 .*max_failed_fraction=0.25"):
             scorer.gather()
@@ -271,7 +271,7 @@ def test_drop_raises_above_the_budget() -> None:
 @pytest.mark.parametrize(("other", "raises"), [(["a", "a", "a"], False), (["a"], True)])
 def test_drop_counts_over_all_ranks(other: list[str], raises: bool) -> None:
     config = RewardConfig(on_failure="drop", max_failed_fraction=0.25)
-    with CallableReward(length) as one, CallableReward(length) as two:
+    with FunctionReward(length) as one, FunctionReward(length) as two:
         outcomes = Ranks(2).run(
             lambda agree: gather(one, config, rollouts("x"), agree),
             lambda agree: gather(two, config, rollouts(*other), agree),
@@ -283,7 +283,7 @@ def test_wait_asks_again_for_what_is_missing_only(
     quick_waits: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = Outage(rounds=2)
-    scorer = Scorer(source, RewardConfig(on_failure="wait"))
+    scorer = RewardScorer(source, RewardConfig(on_failure="wait"))
     with caplog.at_level(logging.INFO, logger="conch"):
         scorer.submit(rollouts("a", "u"))
         results = scorer.gather()
@@ -316,7 +316,7 @@ def test_wait_gives_up_on_all_ranks_when_the_budget_is_spent(quick_waits: None) 
 
 
 def test_wait_does_not_wait_for_bad_data() -> None:
-    with CallableReward(length) as bad:
+    with FunctionReward(length) as bad:
         kinds = Ranks(2).run(
             lambda agree: gather(Outage(rounds=10**9), RewardConfig(on_failure="wait"), rollouts("u"), agree),
             lambda agree: gather(bad, RewardConfig(on_failure="wait"), rollouts("x"), agree),
@@ -349,7 +349,7 @@ class Guest:
 def gather_with(
     host: Guest, source: Any, config: RewardConfig, batch: list[Rollout], agree: Callable[[int], int]
 ) -> list[RewardResult]:
-    scorer = Scorer(source, config, agree)
+    scorer = RewardScorer(source, config, agree)
     scorer.attach(host)
     scorer.submit(batch)
     return scorer.gather()
@@ -455,7 +455,7 @@ def test_source_that_breaks_the_protocol_raises_on_all_ranks(how: str, words: st
 
 
 def test_metrics_describe_the_last_gather() -> None:
-    scorer = Scorer(Outage(rounds=1), RewardConfig(on_failure="drop", max_failed_fraction=1))
+    scorer = RewardScorer(Outage(rounds=1), RewardConfig(on_failure="drop", max_failed_fraction=1))
     scorer.submit(rollouts("a", "a", "u"))
     scorer.submit(rollouts("a"))
     scorer.gather()
@@ -485,11 +485,11 @@ class Served(Outage):
 
     def __init__(self) -> None:
         super().__init__(rounds=0)
-        self.now = Traffic(requests=100, retries=10, deduplicated=20)
+        self.now = ClientStats(requests=100, retries=10, deduplicated=20)
         self.times: list[Future[ServerTimes]] = []
         self.model_change = ""
 
-    def traffic(self) -> Traffic:
+    def traffic(self) -> ClientStats:
         return self.now
 
     def server_times(self) -> Future[ServerTimes]:
@@ -499,8 +499,8 @@ class Served(Outage):
 
 def test_traffic_is_that_since_the_gather_before() -> None:
     source = Served()
-    scorer = Scorer(source, RewardConfig())
-    source.now = Traffic(requests=107, retries=13, deduplicated=25, most_in_flight=4)
+    scorer = RewardScorer(source, RewardConfig())
+    source.now = ClientStats(requests=107, retries=13, deduplicated=25, most_in_flight=4)
     scorer.gather()
     found = scorer.metrics()
     names = ("requests", "retries", "deduplicated", "in_flight")
@@ -511,7 +511,7 @@ def test_traffic_is_that_since_the_gather_before() -> None:
 
 def test_a_servers_own_times_are_never_waited_for() -> None:
     source = Served()
-    scorer = Scorer(source, RewardConfig())
+    scorer = RewardScorer(source, RewardConfig())
 
     def measured() -> tuple[float, float]:
         scorer.gather()

@@ -13,7 +13,7 @@ from conch.config import RewardConfig
 from conch.errors import ConfigError
 from conch.rewards.base import CountsTraffic, RewardSource
 from conch.rewards.factory import from_user
-from conch.rewards.function import CallableReward
+from conch.rewards.function import FunctionReward
 from conch.rewards.served import TritonReward
 
 
@@ -23,7 +23,7 @@ def zero(samples: list[str], prompts: list[str], outputs: list[str], **metadata:
 
 def test_function_becomes_a_source() -> None:
     with from_user(zero, RewardConfig()) as source:
-        assert isinstance(source, CallableReward) and isinstance(source, CountsTraffic)
+        assert isinstance(source, FunctionReward) and isinstance(source, CountsTraffic)
 
 
 def test_metadata_keys_reach_the_check() -> None:
@@ -36,7 +36,7 @@ def test_metadata_keys_reach_the_check() -> None:
 
 
 def test_source_is_taken_as_it_is() -> None:
-    with CallableReward(zero) as source:
+    with FunctionReward(zero) as source:
         assert from_user(source, RewardConfig()) is source
 
 
@@ -117,5 +117,5 @@ def test_rewards_package_loads_neither_torch_nor_tritonclient() -> None:
 
 
 def test_sources_satisfy_the_protocol() -> None:
-    with CallableReward(zero) as function, TritonReward("localhost:1/m", RewardConfig()) as served:
+    with FunctionReward(zero) as function, TritonReward("localhost:1/m", RewardConfig()) as served:
         assert isinstance(function, RewardSource) and isinstance(served, RewardSource)

@@ -8,9 +8,9 @@ import pytest
 
 from conch.config import RewardConfig, load
 from conch.errors import ConfigError, RewardInvalidError
-from conch.rewards.client.cache import Memory
+from conch.rewards.client.cache import ScoreCache
 from conch.rewards.client.client import make_row
-from conch.rewards.client.transport import ModelInfo, Row
+from conch.rewards.client.transport import ModelInfo, ScoringRow
 from conch.rewards.factory import from_user
 from conch.rewards.served import TritonReward
 from conch.rewards.token_rewards import response_bounds, token_scores
@@ -108,10 +108,10 @@ def test_samples_of_one_text_but_other_tokens_are_other_rows() -> None:
     two = Rollout(Prompt("p", (1,)), Completion("ab", (7,), (0.0,), "eos"), policy_version=0)
     first = make_row(one, 0, info, None, 1000, dense=True, decode=decode_bytes)
     second = make_row(two, 0, info, None, 1000, dense=True, decode=decode)
-    assert isinstance(first, Row) and isinstance(second, Row)
+    assert isinstance(first, ScoringRow) and isinstance(second, ScoringRow)
     assert (first.bounds, second.bounds) == ((1, 2, 3), (1, 3))
     assert first != second
-    memory = Memory(10)
+    memory = ScoreCache(10)
     memory.keep(first, RewardResult(RewardStatus.OK, token_scores=(0.0, 1.0)))
     assert memory.find(second) is None and memory.find(first) is not None
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from conch.errors import RolloutUnavailableError
-from conch.rollouts.protocol import Given, Stamp
+from conch.rollouts.protocol import WeightUpdate, WeightVersion
 from conch.rollouts.remote import pool as server_pool
-from conch.rollouts.remote.lease import Lease, LeaseOverError
+from conch.rollouts.remote.lease import LeaseOverError, WeightLease
 from conch.rollouts.weight_sync import Group, TCPStore, checkpoint_tensors, join
 from tests.fakes.rollout_server import FakeRolloutServer
 from tests.footprint import wait_until
@@ -33,11 +33,11 @@ from tests.served_sampling import (
 )
 from tests.tiny import tiny_decoder
 
-STAMP = Stamp(source="run", version=3)
+STAMP = WeightVersion(source="run", version=3)
 
 
 def test_end_waits_for_who_reads_and_nobody_reads_after_it() -> None:
-    lease, order = Lease(STAMP), list[str]()
+    lease, order = WeightLease(STAMP), list[str]()
     inside, release = threading.Event(), threading.Event()
 
     def read() -> None:
@@ -63,7 +63,7 @@ def test_end_waits_for_who_reads_and_nobody_reads_after_it() -> None:
 
 
 def test_what_is_sent_is_a_copy_and_breaks_off_at_the_end() -> None:
-    lease, weight = Lease(STAMP), torch.tensor([1.0, 2.0])
+    lease, weight = WeightLease(STAMP), torch.tensor([1.0, 2.0])
     with lease.reading():
         lent = lease.lend({"a": weight, "b": weight, "c": weight})
     copies = lease.copies(lent)
@@ -158,7 +158,7 @@ def take_broadcast(
     """Instead of files. taken: called after each tensor, with their number so far."""
 
     def take(body: dict[str, Any]) -> tuple[int, Any]:
-        given = Given.model_validate(body)
+        given = WeightUpdate.model_validate(body)
         store = TCPStore(given.host, given.port, is_master=False)
         join(store)
         group = Group(store, 1, 2, "gloo", address="127.0.0.1", timeout_s=LONG_S)

@@ -28,7 +28,7 @@ from conch.ops import only_this_rank
 from conch.rollouts.base import check_window, in_order
 from conch.rollouts.prompts import room_for_prompts
 from conch.rollouts.protocol import LoraRoom
-from conch.rollouts.stopping import Ending
+from conch.rollouts.stopping import StopCondition
 from conch.rollouts.vllm.build import check_installed, was_killed
 from conch.rollouts.weight_sync import Handover, checkpoint_names, checkpoint_tensors
 from conch.training.statistics import logprob_gap
@@ -148,8 +148,8 @@ def test_chunks_come_in_the_order_of_prompts_as_soon_as_they_are_whole() -> None
 
 
 def test_ending_is_reached_with_the_token_that_completes_a_stop_string() -> None:
-    ending = Ending(TOKENIZER, ("bc",))
-    assert ending.watches and not Ending(TOKENIZER, ()).watches
+    ending = StopCondition(TOKENIZER, ("bc",))
+    assert ending.watches and not StopCondition(TOKENIZER, ()).watches
     assert [ending.reached(ids) for ids in ([0], [0, 1], [0, 1, 2])] == [False, False, True]
 
 

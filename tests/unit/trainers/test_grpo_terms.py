@@ -13,10 +13,10 @@ from conch.advantages import Advantage, group_advantages
 from conch.losses import (
     LossForm,
     clipped_loss_terms,
-    effective_share,
+    effective_sample_size,
     policy_ratio,
-    sampler_weights,
     token_weights,
+    truncated_importance_weights,
 )
 from conch.trainers.grpo import has_spread, overlong_penalties
 from tests.runs import letters_rollout, scored
@@ -124,19 +124,19 @@ def test_sampler_weights_have_mean_one_and_are_cut_at_the_top() -> None:
     """Over the sampler's distribution the ratio of two distributions has mean 1."""
     torch.manual_seed(0)
     trainer, sampler = (torch.randn(50).log_softmax(0) for _ in range(2))
-    weights = sampler_weights(trainer[None], sampler[None], most=1e6)
+    weights = truncated_importance_weights(trainer[None], sampler[None], most=1e6)
     assert float((sampler.exp() * weights[0]).sum()) == pytest.approx(1.0, abs=1e-5)
-    cut = sampler_weights(trainer[None], sampler[None], most=2.0)
+    cut = truncated_importance_weights(trainer[None], sampler[None], most=2.0)
     assert float(cut.max()) == 2.0 and float(cut.min()) == float(weights.min())
 
 
 def test_effective_share_is_that_of_the_weights() -> None:
     def share(weights: Float[Tensor, " N"]) -> float:
-        return effective_share(float(weights.mean()), float((weights**2).mean()))
+        return effective_sample_size(float(weights.mean()), float((weights**2).mean()))
 
     assert share(torch.full((7,), 0.3)) == pytest.approx(1.0)
     assert share(torch.tensor([1.0, 0.0, 0.0, 0.0])) == pytest.approx(0.25)
-    assert math.isnan(effective_share(0.0, 0.0))
+    assert math.isnan(effective_sample_size(0.0, 0.0))
 
 
 def test_overlong_penalty_grows_over_the_buffer() -> None:

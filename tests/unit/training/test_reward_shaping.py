@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conch.config import TrainConfig, load
-from conch.distributed.train_engine import Engine
+from conch.distributed.train_engine import TrainEngine
 from conch.errors import ConfigError
 from conch.training.reward_shaping import RewardShaper, ShapingConfig, combine_objectives
 from conch.types import RewardResult, RewardStatus
@@ -22,7 +22,7 @@ TWO = torch.tensor([[1.0, 10.0], [3.0, 10.0], [1.0, 30.0], [3.0, 30.0]])
 
 
 def shaper(weights: dict[str, float] | None = None, **config: Any) -> RewardShaper:
-    return RewardShaper(load(ShapingConfig, config), weights or {}, Engine(TrainConfig()))
+    return RewardShaper(load(ShapingConfig, config), weights or {}, TrainEngine(TrainConfig()))
 
 
 def several(*rows: dict[str, float]) -> list[RewardResult]:

@@ -14,7 +14,7 @@ import torch
 
 from conch.converters.backends.python import write_version
 from conch.converters.checkpoints.reader import read_checkpoint
-from conch.converters.options import Options, Reading
+from conch.converters.options import ConversionOptions, ReadOptions
 from conch.converters.pipeline import _manifest
 from conch.converters.triton_models.reward_model import Row, Scorer, Scores, filled_up, score_requests
 from tests.checkpoints import (
@@ -30,16 +30,16 @@ from tests.checkpoints import (
 from tests.numerics import assert_scores_close
 
 SEMICOLON = LETTERS.index(";")
-STEPS = Reading(step_separator=";", granularity="step")
-TOKENS = Reading(granularity="token")
+STEPS = ReadOptions(step_separator=";", granularity="step")
+TOKENS = ReadOptions(granularity="token")
 
 
-def scorer_of(name: Path, reading: Reading) -> Scorer:
+def scorer_of(name: Path, reading: ReadOptions) -> Scorer:
     """What is served of a checkpoint."""
     checkpoint = read_checkpoint(str(name), reading)
     folder = name.parent / f"{name.stem}-version"
     folder.mkdir(exist_ok=True)
-    options = Options(str(name), "model", Path("unused"), reading=reading)
+    options = ConversionOptions(str(name), "model", Path("unused"), reading=reading)
     write_version(folder, checkpoint, _manifest(options, checkpoint))
     return Scorer(folder, "cpu")
 
@@ -179,7 +179,7 @@ def test_the_reward_is_that_of_the_same_model_without_dense_scores(qwen: tuple[P
     texts = [b"ab;cde;f", b"dd;a;", b"a"]
     both = [
         scorer.score(scorer.rows_from_texts(texts)).rewards
-        for scorer in (scorer_of(qwen[0], STEPS), scorer_of(qwen[0], Reading(step_separator=";")))
+        for scorer in (scorer_of(qwen[0], STEPS), scorer_of(qwen[0], ReadOptions(step_separator=";")))
     ]
     assert_scores_close(*both)
 
@@ -253,7 +253,7 @@ def test_rows_are_filled_up_to_a_rectangle() -> None:
 
 def test_a_version_of_before_there_were_dense_scores_still_runs(tmp_path: Path) -> None:
     process_reward(tmp_path / "model", "qwen2")
-    scorer_of(tmp_path / "model", Reading(step_separator=";"))
+    scorer_of(tmp_path / "model", ReadOptions(step_separator=";"))
     manifest = tmp_path / "model-version" / "manifest.json"
     settings = json.loads(manifest.read_text())
     del settings["granularity"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from conch.rewards.client.pool import IN_A_ROW, WINDOW, Breaker, backoff_s
+from conch.rewards.client.pool import IN_A_ROW, WINDOW, CircuitBreaker, backoff_s
 from conch.rewards.client.transport import Failure
 from conch.types import RewardStatus
 
@@ -13,13 +13,13 @@ DOWN = Failure(RewardStatus.UNAVAILABLE, "Connection refused", retryable=True, i
 
 
 def test_replica_that_is_down_is_left_alone_at_once() -> None:
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     breaker.failed(DOWN)
     assert not breaker.is_closed and breaker.cause is DOWN
 
 
 def test_other_failures_open_it_only_in_a_row() -> None:
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     for _ in range(IN_A_ROW - 1):
         breaker.failed(PASSING)
     breaker.succeeded()
@@ -31,7 +31,7 @@ def test_other_failures_open_it_only_in_a_row() -> None:
 
 
 def test_half_of_many_requests_failing_opens_it_though_never_in_a_row() -> None:
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     for _ in range(WINDOW // 2 - 1):
         breaker.failed(PASSING)
         breaker.succeeded()
@@ -42,7 +42,7 @@ def test_half_of_many_requests_failing_opens_it_though_never_in_a_row() -> None:
 
 
 def test_one_failure_in_twenty_leaves_it_closed() -> None:
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     for number in range(10 * WINDOW):
         if number % 20 == 0:
             breaker.failed(PASSING)
@@ -52,7 +52,7 @@ def test_one_failure_in_twenty_leaves_it_closed() -> None:
 
 
 def test_scored_probe_forgets_what_was() -> None:
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     breaker.failed(DOWN)
     breaker.probe_failed(DOWN)
     breaker.close()
@@ -65,7 +65,7 @@ def test_scored_probe_forgets_what_was() -> None:
     [(False, [1, 2, 4, 8, 16, 30, 30]), (True, [0.1, 0.2, 0.4, 0.8, 1.6, 2, 2])],
 )
 def test_pauses_double_up_to_a_limit_and_are_shortened_at_random(urgent: bool, longest: list[float]) -> None:
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     breaker.failed(DOWN)
     for upper in longest:
         pauses = {breaker.pause_s(urgent=urgent) for _ in range(50)}
@@ -74,7 +74,7 @@ def test_pauses_double_up_to_a_limit_and_are_shortened_at_random(urgent: bool, l
 
 
 def test_pauses_stay_bounded_after_a_long_outage() -> None:
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     for _ in range(5000):
         breaker.probe_failed(DOWN)
     assert breaker.pause_s(urgent=False) <= 30

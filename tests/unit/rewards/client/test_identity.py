@@ -9,15 +9,15 @@ import pytest
 from conch.addresses import secret_headers
 from conch.config import OnModelChange
 from conch.errors import ConfigError
-from conch.rewards.client.cache import Identity, Memory
-from conch.rewards.client.transport import ModelInfo, Row
+from conch.rewards.client.cache import ModelIdentity, ScoreCache
+from conch.rewards.client.transport import ModelInfo, ScoringRow
 from conch.types import RewardResult, RewardStatus
 
 OLD, NEW = ModelInfo(reward_names=("help",), content="0" * 64), "1" * 64
 
 
-def identity(policy: OnModelChange = "raise") -> Identity:
-    made = Identity(policy)
+def identity(policy: OnModelChange = "raise") -> ModelIdentity:
+    made = ModelIdentity(policy)
     assert made.refusal("model `m` at a", OLD, is_new=True) == ""
     return made
 
@@ -62,7 +62,7 @@ def test_same_content_under_another_version_number_is_the_same_model() -> None:
 
 
 def test_without_a_hash_the_version_tells() -> None:
-    model = Identity("raise")
+    model = ModelIdentity("raise")
     assert not model.answered("a", "1", "")
     assert not model.answered("a", "1", "")
     assert model.is_current("1", "")
@@ -91,28 +91,28 @@ def result(value: float) -> RewardResult:
 
 
 def test_memory_keeps_the_rows_that_were_asked_for_last() -> None:
-    memory = Memory(2)
-    memory.keep(Row("a"), result(1.0))
-    memory.keep(Row("b"), result(2.0))
-    found = memory.find(Row("a", position=9))
+    memory = ScoreCache(2)
+    memory.keep(ScoringRow("a"), result(1.0))
+    memory.keep(ScoringRow("b"), result(2.0))
+    found = memory.find(ScoringRow("a", position=9))
     assert found is not None and (found.scores["reward"], found.latency_s) == (1, 0.0)
-    memory.keep(Row("c"), result(3.0))
-    assert memory.find(Row("b")) is None and memory.find(Row("a")) and len(memory) == 2
+    memory.keep(ScoringRow("c"), result(3.0))
+    assert memory.find(ScoringRow("b")) is None and memory.find(ScoringRow("a")) and len(memory) == 2
     memory.clear()
-    assert memory.find(Row("a")) is None
+    assert memory.find(ScoringRow("a")) is None
 
 
 def test_memory_tells_rows_apart_that_look_alike() -> None:
-    memory = Memory(9)
-    memory.keep(Row("a", (1, 23)), result(1.0))
-    assert memory.find(Row("a", (12, 3))) is None
-    assert memory.find(Row("a")) is None
+    memory = ScoreCache(9)
+    memory.keep(ScoringRow("a", (1, 23)), result(1.0))
+    assert memory.find(ScoringRow("a", (12, 3))) is None
+    assert memory.find(ScoringRow("a")) is None
 
 
 def test_memory_of_size_0_remembers_nothing() -> None:
-    memory = Memory(0)
-    memory.keep(Row("a"), result(1.0))
-    assert memory.find(Row("a")) is None
+    memory = ScoreCache(0)
+    memory.keep(ScoringRow("a"), result(1.0))
+    assert memory.find(ScoringRow("a")) is None
 
 
 def test_headers_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

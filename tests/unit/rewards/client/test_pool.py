@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from conch.addresses import Endpoint
-from conch.rewards.client.pool import Link, Pool
+from conch.rewards.client.pool import Pool, ReplicaState
 from conch.rewards.client.transport import Failure, ModelInfo
 from conch.rewards.client.triton import TritonReplica
 from conch.triton.channel import Access
@@ -33,7 +33,7 @@ def run(story: Callable[[Pool], Awaitable[None]], replicas: int, max_in_flight: 
     asyncio.run(told())
 
 
-async def take(pool: Pool, **how: object) -> Link:
+async def take(pool: Pool, **how: object) -> ReplicaState:
     link = await pool.acquire(LONG_S, **how)  # pyright: ignore[reportArgumentType]
     assert link is not None
     return link

@@ -8,78 +8,78 @@ import random
 
 import pytest
 
-from conch.rewards.client.queue import Job, Limits, Waiting, limits_of
-from conch.rewards.client.transport import ModelInfo, Row
+from conch.rewards.client.queue import BatchLimits, QueuedRow, RequestQueue, limits_of
+from conch.rewards.client.transport import ModelInfo, ScoringRow
 from conch.types import RewardResult
 
-ROOMY = Limits(rows=64, tokens=10**6, bytes=10**9)
+ROOMY = BatchLimits(rows=64, tokens=10**6, bytes=10**9)
 _numbers = itertools.count()
 
 
-def jobs(*lengths: int) -> list[Job]:
+def jobs(*lengths: int) -> list[QueuedRow]:
     """One job per length, of that many tokens."""
     loop = asyncio.new_event_loop()
     try:
-        return [job(Row("x", (1,) * length), loop.create_future()) for length in lengths]
+        return [job(ScoringRow("x", (1,) * length), loop.create_future()) for length in lengths]
     finally:
         loop.close()
 
 
-def job(row: Row, done: asyncio.Future[RewardResult]) -> Job:
-    return Job(row, next(_numbers), 0.0, done)
+def job(row: ScoringRow, done: asyncio.Future[RewardResult]) -> QueuedRow:
+    return QueuedRow(row, next(_numbers), 0.0, done)
 
 
-def waiting(*submits: list[Job]) -> Waiting:
-    made = Waiting()
+def waiting(*submits: list[QueuedRow]) -> RequestQueue:
+    made = RequestQueue()
     for submit in submits:
         made.add(submit)
     return made
 
 
-def lengths(taken: list[Job]) -> list[int]:
+def lengths(taken: list[QueuedRow]) -> list[int]:
     return [job.row.length for job in taken]
 
 
 def test_one_submit_goes_in_order_of_length() -> None:
     rows = waiting(jobs(5, 1, 9, 3, 7))
-    limits = Limits(rows=2, tokens=10**6, bytes=10**9)
+    limits = BatchLimits(rows=2, tokens=10**6, bytes=10**9)
     assert [lengths(rows.take(limits)) for _ in range(4)] == [[1, 3], [5, 7], [9], []]
     assert len(rows) == 0 and rows.tokens == 0 and rows.oldest is None
 
 
 def test_the_one_that_waited_longest_goes_first_with_its_neighbours() -> None:
     rows = waiting(jobs(50), jobs(1, 2, 3, 48, 53, 99))
-    assert lengths(rows.take(Limits(rows=3, tokens=10**6, bytes=10**9))) == [48, 50, 53]
+    assert lengths(rows.take(BatchLimits(rows=3, tokens=10**6, bytes=10**9))) == [48, 50, 53]
     assert lengths(rows.take(ROOMY)) == [1, 2, 3, 99]
 
 
 def test_token_budget_counts_padding() -> None:
     # 3 rows of 10 fill 30; with the row of 12, three rows would cost 36.
-    limits = Limits(rows=64, tokens=35, bytes=10**9)
+    limits = BatchLimits(rows=64, tokens=35, bytes=10**9)
     rows = waiting(jobs(10, 10, 12, 12))
     assert [lengths(rows.take(limits)) for _ in range(2)] == [[10, 10], [12, 12]]
 
 
 def test_token_budget_counts_buckets() -> None:
-    limits = Limits(rows=64, tokens=128, bytes=10**9, pad_to=64)
+    limits = BatchLimits(rows=64, tokens=128, bytes=10**9, pad_to=64)
     rows = waiting(jobs(3, 4, 5, 65))
     assert [lengths(rows.take(limits)) for _ in range(3)] == [[3, 4], [5], [65]]
 
 
 def test_row_beyond_every_limit_goes_alone() -> None:
-    limits = Limits(rows=64, tokens=10, bytes=100)
+    limits = BatchLimits(rows=64, tokens=10, bytes=100)
     rows = waiting(jobs(50, 60))
     assert [lengths(rows.take(limits)) for _ in range(2)] == [[50], [60]]
 
 
 def test_bytes_are_limited() -> None:
-    limits = Limits(rows=64, tokens=10**6, bytes=16 * 20)
+    limits = BatchLimits(rows=64, tokens=10**6, bytes=16 * 20)
     rows = waiting(jobs(9, 10, 11))
     assert [lengths(rows.take(limits)) for _ in range(2)] == [[9, 10], [11]]
 
 
 def test_lengths_are_not_mixed_where_padding_would_be_read_as_text() -> None:
-    limits = Limits(rows=64, tokens=10**6, bytes=10**9, mixes_lengths=False)
+    limits = BatchLimits(rows=64, tokens=10**6, bytes=10**9, mixes_lengths=False)
     rows = waiting(jobs(4, 2, 4, 2, 2))
     assert [lengths(rows.take(limits)) for _ in range(2)] == [[2, 2, 2], [4, 4]]
 
@@ -99,7 +99,7 @@ def test_dropped_rows_are_gone() -> None:
 
 def test_filled_waits_for_a_row() -> None:
     async def story() -> None:
-        rows = Waiting()
+        rows = RequestQueue()
         waiter = asyncio.create_task(rows.filled())
         await asyncio.sleep(0)
         assert not waiter.done()
@@ -116,8 +116,8 @@ def test_filled_waits_for_a_row() -> None:
 
 def test_whatever_the_order_each_row_goes_exactly_once_within_the_limits() -> None:
     draw = random.Random(0)
-    rows, left, taken = Waiting(), set[Job](), list[Job]()
-    limits = Limits(rows=7, tokens=200, bytes=2000)
+    rows, left, taken = RequestQueue(), set[QueuedRow](), list[QueuedRow]()
+    limits = BatchLimits(rows=7, tokens=200, bytes=2000)
     for _ in range(300):
         submit = jobs(*(draw.randint(1, 90) for _ in range(draw.randint(0, 12))))
         rows.add(submit)
@@ -134,17 +134,19 @@ def test_whatever_the_order_each_row_goes_exactly_once_within_the_limits() -> No
 
 
 def test_texts_are_estimated_from_their_bytes() -> None:
-    assert [Row(text).tokens for text in ("", "abcd", "abcde", "日本語")] == [1, 1, 2, 3]
-    assert [Row(text).size for text in ("", "日本語")] == [4, 13]
-    assert (Row("abc", (7, 8)).tokens, Row("abc", (7, 8)).size) == (2, 32)
+    assert [ScoringRow(text).tokens for text in ("", "abcd", "abcde", "日本語")] == [1, 1, 2, 3]
+    assert [ScoringRow(text).size for text in ("", "日本語")] == [4, 13]
+    assert (ScoringRow("abc", (7, 8)).tokens, ScoringRow("abc", (7, 8)).size) == (2, 32)
 
 
 def test_limits_fit_all_replicas() -> None:
     small = ModelInfo(max_rows=4, mixes_lengths=False)
     large = ModelInfo(max_rows=64, pad_to=64)
-    assert limits_of([small, large], 32, 100, 1000) == Limits(4, 100, 1000, mixes_lengths=False, pad_to=64)
+    assert limits_of([small, large], 32, 100, 1000) == BatchLimits(
+        4, 100, 1000, mixes_lengths=False, pad_to=64
+    )
 
 
 @pytest.mark.parametrize(("tokens", "padded"), [(1, 64), (64, 64), (65, 128)])
 def test_padding_rounds_up(tokens: int, padded: int) -> None:
-    assert Limits(1, 1, 1, pad_to=64).padded(tokens) == padded
+    assert BatchLimits(1, 1, 1, pad_to=64).padded(tokens) == padded
