@@ -131,6 +131,7 @@ def test_server_away_with_wait_goes_on_with_the_same_numbers(
         "reward.on_failure=wait",
         "reward.deadline_s=6",
         "reward.attempt_timeout_s=2",
+        "reward.checkpoint_after_s=1",
         "train.total_steps=8",
     ]
     with TritonServer(exact_store, [TEXT_MODEL]) as server:
@@ -141,6 +142,8 @@ def test_server_away_with_wait_goes_on_with_the_same_numbers(
         disturbed = start(command(policy, tmp_path / "storm", server.endpoint(TEXT_MODEL), *patient))
         wait_for_steps(disturbed, tmp_path / "storm", 3)
         os.kill(server.pid, signal.SIGKILL)
+        # The deadline is over and the run waits, before there is a server again.
+        wait_for_file(disturbed, tmp_path / "storm" / "checkpoints")
     with TritonServer(exact_store, [TEXT_MODEL], grpc_port=port):
         output, _ = disturbed.communicate(timeout=LONGEST_S)
     assert disturbed.returncode == 0, output
