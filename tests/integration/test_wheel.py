@@ -82,7 +82,7 @@ def test_wheel_top_level_is_conch_alone(distributions: Path) -> None:
 def test_wheel_holds_every_module_and_the_type_marker(distributions: Path) -> None:
     names = set(zipfile.ZipFile(next(distributions.glob("*.whl"))).namelist())
     assert source_modules() | {"conch/py.typed"} <= names
-    assert "converters/triton_models/reward_model.py" in names
+    assert "conch/converters/triton_models/reward_model.py" in names
 
 
 def test_source_distribution_holds_files_where_the_checkout_has_links(distributions: Path) -> None:
