@@ -31,7 +31,8 @@ SETTINGS: dict[str, dict[str, str]] = {
     "onednn-avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2"},
     "threads-1": {"OMP_NUM_THREADS": "1"},
     "threads-2": {"OMP_NUM_THREADS": "2"},
-    "threads-4": {"OMP_NUM_THREADS": "4"},
+    # MKL would otherwise cap torch's threads at the number of cores.
+    "threads-4": {"OMP_NUM_THREADS": "4", "MKL_DYNAMIC": "FALSE"},
     # As far from a developer's machine as one setting goes: what `make test` runs beside the native one.
     "foreign": {
         "ATEN_CPU_CAPABILITY": "default",
