@@ -1,8 +1,6 @@
-"""The addresses of a served reward model.
+"""Addresses of rewards: `host:port/model` of Triton, URLs of HTTP endpoints, and secret headers.
 
-The addresses of a reward that is asked over HTTP.
-
-Headers whose values are secrets: they stand in environment variables, and in no message or log.
+Secrets stand in environment variables, and in no message or log.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What a conversion is asked for and what comes out of it. No torch here.
-
-What an ensemble is asked to be.
-"""
+"""What a conversion, or an ensemble, is asked for and what comes out of it. No torch here."""
 
 from __future__ import annotations
 

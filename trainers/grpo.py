@@ -31,6 +31,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -71,7 +72,7 @@ from conch.ops import (
 from conch.rewards.scorer import total_reward
 from conch.training.kl import KLConfig, KLController, kl_of_each, mean_kl
 from conch.training.online import OnlineTrainer
-from conch.training.reward_shaping import RewardShaper, ShapingConfig
+from conch.training.reward_shaping import RewardShaper, ShapingConfig, overlong_penalties
 from conch.training.setup import (
     eval_mode,
     rows_of_rank,
@@ -246,16 +247,6 @@ def kl_to_show(batch: GRPOBatch, generation: GenerationConfig) -> Float[Tensor, 
     return kl_of_samples(batch, known)
 
 
-def overlong_penalties(
-    rollouts: Sequence[Rollout], max_new_tokens: int, buffer: int, penalty: float
-) -> Float[Tensor, " B"]:
-    """0 up to `max_new_tokens - buffer` tokens, then growing linearly to `penalty` at `max_new_tokens`."""
-    lengths = torch.tensor([len(rollout.completion.token_ids) for rollout in rollouts]).float()
-    if buffer == 0:
-        return torch.zeros_like(lengths)
-    return penalty * ((lengths - (max_new_tokens - buffer)) / buffer).clamp(min=0, max=1)
-
-
 def has_spread(rewards: Sequence[RewardResult], weights: Mapping[str, float]) -> bool:
     """Whether a group teaches anything: two of its rewards differ."""
     values = [total_reward(reward, weights) for reward in rewards if reward.ok]
@@ -305,18 +296,24 @@ class GRPOTrainer(OnlineTrainer):
         return self.policy
 
     def make_reference(self) -> Reference | None:
-        """See `OnlineTrainer.make_reference`. Also decides when the policy's own log-probs are computed."""
-        config, grpo = self.config, self.config.grpo
-        reference = build_reference(self.lm, config.model.num_layers_unfrozen) if grpo.kl.coef > 0 else None
+        if self.config.grpo.kl.coef == 0:
+            return None
+        return build_reference(self.lm, self.config.model.num_layers_unfrozen)
+
+    @cached_property
+    def computes_old_logprobs(self) -> bool:
+        """Whether the policy's log-probs are computed before the update.
+
+        Else those that the step's one update computes anyway serve as the old ones: the ratio is 1.
+        """
+        grpo, reference = self.config.grpo, self.reference
         needs_policy = reference is not None and (not reference.stands_alone or grpo.kl.placement == "reward")
-        # Else the log-probs that the step's one update computes anyway serve as the old ones: the ratio is 1.
-        self.computes_old_logprobs = (
+        return (
             needs_policy
             or self.updates_per_step > 1
             or grpo.sampler_correction is not None
-            or not config.model.disable_dropout
+            or not self.config.model.disable_dropout
         )
-        return reference
 
     # ----------------------------------------------------------------------------------------------- one step
 

@@ -1,7 +1,4 @@
-"""What a reward client counts, for the scorer's metrics.
-
-What the parts of one client count together; `ClientStats` is its snapshot.
-"""
+"""What a reward source is, what a user may pass as one, and what its client counts for metrics."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What sources that stand on other sources have in common.
+"""Sources that stand on other sources.
 
-Several sources as one: an ensemble's objective over their scores, or all their objectives side by side.
+Several as one: an ensemble's objective over their scores, or all their objectives side by side.
 
 Coste et al. 2023 (arXiv:2310.02743) has the objectives of ensembles, which are those of a served one as well
 (docs/ensembles.md):

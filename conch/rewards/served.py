@@ -1,9 +1,4 @@
-"""The face of a served reward model, whatever the transport: never blocks the training thread.
-
-A reward model served by Triton, called over gRPC.
-
-A reward that an HTTP endpoint gives as JSON.
-"""
+"""Rewards of served models, by Triton over gRPC or an HTTP endpoint: they never block the training thread."""
 
 from __future__ import annotations
 

@@ -32,12 +32,6 @@ from conch.types import Metrics
 _log = get_logger(__name__)
 
 
-# ------------------------------------------------------------------------------------------------------ start
-
-
-# ------------------------------------------------------------------------------------------------------- loop
-
-
 def fit(trainer: Trainer, name: str) -> Path:
     """Run all steps that are left, with evaluations and checkpoints as `config.train` says.
 

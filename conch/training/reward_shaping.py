@@ -189,6 +189,16 @@ def combine_objectives(
     return whiten(total, present.any(dim=1), reduce) if how == "sum_then_normalise" else total
 
 
+def overlong_penalties(
+    rollouts: Sequence[Rollout], max_new_tokens: int, buffer: int, penalty: float
+) -> Float[Tensor, " B"]:
+    """0 up to `max_new_tokens - buffer` tokens, then growing linearly to `penalty` at `max_new_tokens`."""
+    lengths = torch.tensor([len(rollout.completion.token_ids) for rollout in rollouts]).float()
+    if buffer == 0:
+        return torch.zeros_like(lengths)
+    return penalty * ((lengths - (max_new_tokens - buffer)) / buffer).clamp(min=0, max=1)
+
+
 def at_last_token(scores: Float[Tensor, " B"], mask: Bool[Tensor, "B R"]) -> Float[Tensor, "B R"]:
     """Each row's score at its last position where `mask` is True, 0 elsewhere."""
     placed = torch.zeros(mask.shape, dtype=scores.dtype, device=mask.device)

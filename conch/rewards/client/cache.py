@@ -1,7 +1,4 @@
-"""Scores that are known already.
-
-Is it still the model that it was? Scores of two models must never be mixed without a word.
-"""
+"""Known scores, and whether they are still the served model's: those of two models are never mixed."""
 
 from __future__ import annotations
 

@@ -1,11 +1,9 @@
 """Sample completions with a transformers model in the trainer's own process.
 
-Legend: B prompts of a chunk, P prompt tokens (padded left), R response tokens (padded right), T = P + R,
-V vocabulary.
+Completions are handed over while the others of their chunk are still being sampled.
 
-Completions handed over while the others of their chunk are still being sampled.
-
-Legend: B prompts of a chunk, R response tokens so far, T = given tokens + R, V vocabulary.
+Legend: B prompts of a chunk, P prompt tokens (padded left), R response tokens so far (padded right),
+T = P + R, V vocabulary.
 """
 
 from __future__ import annotations

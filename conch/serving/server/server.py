@@ -2,8 +2,6 @@
 
 with TritonServer("model_store", ["walks"]) as server:
     train(..., reward=server.endpoint("walks"))
-
-Ports of this machine.
 """
 
 from __future__ import annotations

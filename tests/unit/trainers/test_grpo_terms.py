@@ -18,7 +18,8 @@ from conch.losses import (
     token_weights,
     truncated_importance_weights,
 )
-from conch.trainers.grpo import has_spread, overlong_penalties
+from conch.trainers.grpo import has_spread
+from conch.training.reward_shaping import overlong_penalties
 from tests.runs import letters_rollout, scored
 
 ALL = torch.ones(4, dtype=torch.bool)
