@@ -77,7 +77,7 @@ from conch.training.setup import (
     eval_mode,
     rows_of_rank,
     rows_per_process,
-    with_whole_weights,
+    with_gathered_weights,
 )
 from conch.training.statistics import (
     log_rollouts,
@@ -268,21 +268,21 @@ class GRPOTrainer(OnlineTrainer):
     config: GRPORunConfig
 
     def plan_batches(self) -> None:
-        config, engine, grpo = self.config, self.engine, self.config.grpo
-        self.stream = IndexStream(len(self.prompts), config.train.seed, engine.rank, engine.num_ranks)
+        config, grpo, ranks = self.config, self.config.grpo, self.collectives
+        self.stream = IndexStream(len(self.prompts), config.train.seed, ranks.rank, ranks.num_ranks)
         self._num_prompts = rows_of_rank(
-            grpo.prompts_per_step, "grpo.prompts_per_step", engine.num_ranks, 1, 1
+            grpo.prompts_per_step, "grpo.prompts_per_step", ranks.num_ranks, 1, 1
         )
         total = grpo.prompts_per_step * grpo.group_size
         name = "grpo.prompts_per_step * group_size"
-        self._rows = rows_per_process(engine, config.train, total, name, grpo.minibatches)
+        self._rows = rows_per_process(ranks, config.train, total, name, grpo.minibatches)
 
     def setup(self) -> Policy:
         """The policy alone."""
-        config, engine = self.config, self.engine
+        config = self.config
         self.layout = BatchPacker(self.lm)
         self.kl_controller = KLController(config.grpo.kl)
-        self.shaper = RewardShaper(config.shaping, config.reward.weights, engine)
+        self.shaper = RewardShaper(config.shaping, config.reward.weights, self.collectives)
         self.stateful |= {"kl_controller": self.kl_controller, "shaper": self.shaper}
         self.policy = Policy(self.lm)
         return self.policy
@@ -336,7 +336,9 @@ class GRPOTrainer(OnlineTrainer):
         with timer(seconds, "time/experience_s"):
             batch, metrics = self.make_batch(rollouts, rewards, outputs)
         if self.config.tracking.rollouts:
-            log_rollouts(self.engine, self.run, rollouts, rewards, kl_to_show(batch, self.config.generation))
+            log_rollouts(
+                self.collectives, self.run, rollouts, rewards, kl_to_show(batch, self.config.generation)
+            )
         with timer(seconds, "time/update_s"):
             metrics |= self.update(batch)
         config = self.config.grpo
@@ -369,13 +371,13 @@ class GRPOTrainer(OnlineTrainer):
                 rewards = self.score(rollouts)
             for group in groups_of(rollouts, rewards, self.config.grpo.group_size):
                 (kept if has_spread(group.rewards, self.config.reward.weights) else flat).append(group)
-            if not self.engine.sum_int(max(0, self._num_prompts - len(kept))):
+            if not self.collectives.all_reduce_int(max(0, self._num_prompts - len(kept))):
                 break
         chosen = [*kept, *flat][: self._num_prompts]
         rollouts = [rollout for group in chosen for rollout in group.rollouts]
         return rollouts, [reward for group in chosen for reward in group.rewards], draws
 
-    @with_whole_weights
+    @with_gathered_weights
     @torch.no_grad()
     def compute_logprobs(self, rollouts: Sequence[Rollout], *, policy_too: bool | None = None) -> GRPOOutputs:
         """Forward passes of policy and reference over each rollout, where the algorithm needs them.
@@ -443,8 +445,10 @@ class GRPOTrainer(OnlineTrainer):
         )
         return batch, {
             **self.scorer.metrics(),
-            **reward_metrics(rewards, self.config.reward.weights, self.shaper.objectives, self.engine.sum),
-            **rollout_metrics(rollouts, sequences, self.engine.sum),
+            **reward_metrics(
+                rewards, self.config.reward.weights, self.shaper.objectives, self.collectives.all_reduce
+            ),
+            **rollout_metrics(rollouts, sequences, self.collectives.all_reduce),
             **self._statistics(batch, outputs, valid),
         }
 
@@ -487,7 +491,7 @@ class GRPOTrainer(OnlineTrainer):
 
     def _statistics(self, batch: GRPOBatch, outputs: GRPOOutputs, valid: Bool[Tensor, " B"]) -> Metrics:
         """Of advantages, distances and weights, over all ranks."""
-        config, reduce, mask = self.config.grpo, self.engine.sum, outputs.sequences.response_mask
+        config, reduce, mask = self.config.grpo, self.collectives.all_reduce, outputs.sequences.response_mask
         is_flat = ~(batch.advantages != 0).reshape(-1, config.group_size).any(dim=1)
         metrics = {
             "grpo/advantage_std": float(masked_mean(batch.advantages**2, valid, reduce)) ** 0.5,
@@ -512,8 +516,10 @@ class GRPOTrainer(OnlineTrainer):
         self.kl_controller.update(measured, self.config.grpo.prompts_per_step * self.config.grpo.group_size)
 
     def _correction_metrics(self, weights: Tensor, most: float, mask: Tensor) -> Metrics:
-        moments = [float(masked_mean(each, mask, self.engine.sum)) for each in (weights, weights**2)]
-        clipped = masked_mean((weights >= most).float(), mask, self.engine.sum)
+        moments = [
+            float(masked_mean(each, mask, self.collectives.all_reduce)) for each in (weights, weights**2)
+        ]
+        clipped = masked_mean((weights >= most).float(), mask, self.collectives.all_reduce)
         return {
             "rollout/correction_mean": moments[0],
             "rollout/correction_clipped_fraction": float(clipped),
@@ -522,7 +528,7 @@ class GRPOTrainer(OnlineTrainer):
 
     def _update_minibatch(self, batch: GRPOBatch) -> tuple[Metrics, UpdateReport]:
         """One optimizer update; statistics are means over the minibatch's tokens on all ranks."""
-        config, reduce = self.config, self.engine.sum
+        config, reduce = self.config, self.collectives.all_reduce
         weights = token_weights(batch.loss_mask, config.grpo.loss, config.generation.max_new_tokens, reduce)
         shares = batch.loss_mask.float() / reduce(batch.loss_mask.sum()).clamp(min=1)
         means, report = update_with_statistics(

@@ -74,7 +74,7 @@ from conch.training.setup import (
     load_policy_tokenizer,
     rows_per_process,
     save_on_main,
-    with_whole_weights,
+    with_gathered_weights,
 )
 from conch.training.statistics import update_metrics, update_with_statistics
 from conch.types import Metrics
@@ -263,7 +263,8 @@ class ILQLTrainer:
     ) -> None:
         self.config = config
         self.engine = engine = TrainEngine(config.train)
-        self.source = eval_source(engine, reward, config.reward, eval_prompts)
+        self.collectives = self.engine.collectives
+        self.source = eval_source(self.collectives, reward, config.reward, eval_prompts)
         self.tokenizer = load_policy_tokenizer(tokenizer, config.tokenizer, config.model.path)
         lm = load_policy(model, config.model, engine.precision)
         check_vocabulary(lm, self.tokenizer)
@@ -276,9 +277,10 @@ class ILQLTrainer:
             else []
         )
         self._init_policy(lm, logit_mask)
-        self.scorer = RewardScorer(self.source, config.reward, engine.sum_int) if self.source else None
+        agree = self.collectives.all_reduce_int
+        self.scorer = RewardScorer(self.source, config.reward, agree) if self.source else None
         self.evaluator = Evaluator(
-            engine,
+            self.collectives,
             self.eval_prompts,
             self.variants,
             self._make_sampler,
@@ -291,7 +293,7 @@ class ILQLTrainer:
         self.run_dir = self.run.folder
 
     def _init_data(self, lm: PreTrainedModel, samples: Any, rewards: Any) -> None:
-        config, engine = self.config, self.engine
+        config, ranks = self.config, self.collectives
         side, window = config.tokenizer.truncation_side, context_window(lm.config)
         made = tokenize_turns(
             samples,
@@ -306,8 +308,8 @@ class ILQLTrainer:
         self.samples = made if window is None else cut_turns(made, window, side)
         left = [checked[row] for row in kept]
         self.rewards = checked_rewards(left, len(left), normalise=config.ilql.normalise_rewards)
-        self.stream = IndexStream(len(self.samples), config.train.seed, engine.rank, engine.num_ranks)
-        self._rows = rows_per_process(engine, config.train, config.ilql.batch_size, "ilql.batch_size")
+        self.stream = IndexStream(len(self.samples), config.train.seed, ranks.rank, ranks.num_ranks)
+        self._rows = rows_per_process(ranks, config.train, config.ilql.batch_size, "ilql.batch_size")
 
     def _init_policy(self, lm: PreTrainedModel, logit_mask: Tensor | None) -> None:
         config, engine = self.config, self.engine
@@ -350,7 +352,7 @@ class ILQLTrainer:
         """One optimizer update, and a move of the targets where it is due; statistics are means over the
         actions of all ranks."""
         config = self.config.ilql
-        num_actions = self.engine.sum(batch.turns.action_mask.sum()).clamp(min=1).float()
+        num_actions = self.collectives.all_reduce(batch.turns.action_mask.sum()).clamp(min=1).float()
         means, report = update_with_statistics(
             self.engine,
             len(batch.rewards),
@@ -399,7 +401,7 @@ class ILQLTrainer:
             self.experience([self.samples[row] for row in rows], [self.rewards[row] for row in rows])
         )
 
-    @with_whole_weights
+    @with_gathered_weights
     def evaluate(
         self, tracker: Tracker | None = None, step: int = 0, *, repeats: int | None = None
     ) -> Metrics:
@@ -419,7 +421,7 @@ class ILQLTrainer:
         """Train for `train.total_steps` optimizer updates; returns the run folder."""
         return fit(self, "ilql")
 
-    @with_whole_weights
+    @with_gathered_weights
     def generate(
         self, prompts: Sequence[str], *, greedy: bool = False, beta: float | None = None
     ) -> list[str]:
@@ -431,12 +433,12 @@ class ILQLTrainer:
         chunks = self._make_sampler(generation).generate(made, greedy=greedy)
         return [rollout.completion.text for chunk in chunks for rollout in chunk]
 
-    @with_whole_weights
+    @with_gathered_weights
     def save_pretrained(self, folder: Path) -> Path:
         """Write a Hugging Face folder with the heads beside it, for `ILQLPolicy.from_pretrained`. Call it on
         all ranks."""
         return save_on_main(
-            self.engine,
+            self.collectives,
             folder,
             self.policy.lm,
             self.tokenizer,

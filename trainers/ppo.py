@@ -60,7 +60,7 @@ from conch.training.setup import (
     eval_mode,
     rows_per_process,
     save_on_main,
-    with_whole_weights,
+    with_gathered_weights,
 )
 from conch.training.statistics import (
     explained_variance,
@@ -174,10 +174,10 @@ class PPOTrainer(OnlineTrainer):
     config: PPORunConfig
 
     def plan_batches(self) -> None:
-        engine, config = self.engine, self.config
-        self.stream = IndexStream(len(self.prompts), config.train.seed, engine.rank, engine.num_ranks)
+        config, ranks = self.config, self.collectives
+        self.stream = IndexStream(len(self.prompts), config.train.seed, ranks.rank, ranks.num_ranks)
         self._rows = rows_per_process(
-            engine,
+            ranks,
             config.train,
             config.ppo.rollouts_per_step,
             "ppo.rollouts_per_step",
@@ -189,7 +189,7 @@ class PPOTrainer(OnlineTrainer):
         config, engine = self.config, self.engine
         self.layout = BatchPacker(self.lm)
         self.kl_controller = KLController(config.ppo.kl)
-        self.shaper = RewardShaper(config.shaping, config.reward.weights, engine)
+        self.shaper = RewardShaper(config.shaping, config.reward.weights, self.collectives)
         self.stateful |= {"kl_controller": self.kl_controller, "shaper": self.shaper}
         value_layers = config.ppo.num_value_layers_unfrozen
         self.policy = PolicyWithValue(self.lm, num_value_layers=value_layers).to(engine.device)
@@ -221,13 +221,13 @@ class PPOTrainer(OnlineTrainer):
             batch, metrics = self.make_batch(rollouts, rewards, outputs)
         if self.config.tracking.rollouts:
             kl = kl_of_each(outputs.logprobs, outputs.ref_logprobs, outputs.sequences.response_mask)
-            log_rollouts(self.engine, self.run, rollouts, rewards, kl)
+            log_rollouts(self.collectives, self.run, rollouts, rewards, kl)
         with timer(seconds, "time/update_s"):
             metrics |= self.update(batch)
         tokens = self.config.ppo.rollouts_per_step * metrics["rollout/length_mean"]
         return {**metrics, **seconds, "time/tokens_per_s": tokens / sum(seconds.values())}
 
-    @with_whole_weights
+    @with_gathered_weights
     @torch.no_grad()
     def compute_logprobs(self, rollouts: Sequence[Rollout]) -> PPOOutputs:
         """One forward pass of policy, value head and reference over each rollout."""
@@ -256,7 +256,7 @@ class PPOTrainer(OnlineTrainer):
 
         Moves the KL weight and the running moments of rewards.
         """
-        config, reduce, sequences = self.config.ppo, self.engine.sum, outputs.sequences
+        config, reduce, sequences = self.config.ppo, self.collectives.all_reduce, outputs.sequences
         logprobs, ref_logprobs = outputs.logprobs, outputs.ref_logprobs
         has_reward = torch.tensor([reward.ok for reward in rewards], device=self.engine.device)
         mask = sequences.response_mask & has_reward.unsqueeze(1)
@@ -306,7 +306,7 @@ class PPOTrainer(OnlineTrainer):
 
     def _update_minibatch(self, batch: PPOBatch) -> tuple[Metrics, UpdateReport]:
         """One optimizer update; statistics are means over the minibatch's tokens on all ranks."""
-        num_tokens = self.engine.sum(batch.loss_mask.sum()).clamp(min=1).float()
+        num_tokens = self.collectives.all_reduce(batch.loss_mask.sum()).clamp(min=1).float()
         return update_with_statistics(
             self.engine,
             len(batch.loss_mask),
@@ -349,11 +349,11 @@ class PPOTrainer(OnlineTrainer):
         outputs = self.compute_logprobs(rollouts)
         return outputs.logprobs, outputs.ref_logprobs, outputs.sequences.response_mask
 
-    @with_whole_weights
+    @with_gathered_weights
     def save_pretrained(self, folder: Path) -> Path:
         """Write the policy as a Hugging Face folder, the value head beside it. Call it on all ranks."""
         heads = self.policy.head_tensors()
-        return save_on_main(self.engine, folder, self.lm, self.tokenizer, self.config.model, heads=heads)
+        return save_on_main(self.collectives, folder, self.lm, self.tokenizer, self.config.model, heads=heads)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -77,7 +77,7 @@ from conch.training.setup import (
     load_policy_tokenizer,
     rows_per_process,
     save_on_main,
-    with_whole_weights,
+    with_gathered_weights,
 )
 from conch.training.statistics import update_metrics
 from conch.types import Metrics
@@ -216,6 +216,7 @@ class RewardModelTrainer:
     ) -> None:
         self.config = config
         self.engine = TrainEngine(config.train)
+        self.collectives = self.engine.collectives
         self.scorer = None
         samples = judgements(samples)
         eval_samples = None if eval_samples is None else judgements(eval_samples, what="evaluation row")
@@ -291,8 +292,9 @@ class RewardModelTrainer:
     def _init_training(self) -> None:
         config, engine = self.config, self.engine
         total = config.reward_model.batch_size
-        self._rows = rows_per_process(engine, config.train, total, "reward_model.batch_size")
-        self.stream = IndexStream(len(self.samples), self.rng_seed, engine.rank, engine.num_ranks)
+        ranks = self.collectives
+        self._rows = rows_per_process(ranks, config.train, total, "reward_model.batch_size")
+        self.stream = IndexStream(len(self.samples), self.rng_seed, ranks.rank, ranks.num_ranks)
         engine.prepare(self.model, config.optimizer, config.scheduler, total_updates=config.train.total_steps)
         engine.seed_sampling()
 
@@ -306,7 +308,7 @@ class RewardModelTrainer:
 
     def update(self, batch: ScoredTexts | Pairs) -> Metrics:
         """One optimizer update."""
-        num_rows = self.engine.sum(torch.tensor(float(self._rows), device=self.engine.device))
+        num_rows = self.collectives.all_reduce(torch.tensor(float(self._rows), device=self.engine.device))
         micro_batches = torch.arange(self._rows).chunk(self.config.train.gradient_accumulation_steps)
         center_coef = self.config.reward_model.center_coef
         report = self.engine.update(
@@ -325,13 +327,13 @@ class RewardModelTrainer:
         """Draw a batch and train on it."""
         return self.update(self.experience([self.samples[row] for row in self.stream.draw(self._rows)]))
 
-    @with_whole_weights
+    @with_gathered_weights
     def evaluate(self, tracker: Tracker | None = None, step: int = 0) -> Metrics:
         """Held-out loss, with Spearman's rank correlation or the pairs' accuracy and calibration; nothing
         without rows."""
         if not self.eval_samples:
             return {}
-        mine = self.eval_samples[self.engine.rank :: self.engine.num_ranks]
+        mine = self.collectives.shard(self.eval_samples)
         found: list[list[float]] = []
         loss = torch.zeros((), device=self.engine.device)
         with eval_mode(self.model):
@@ -339,13 +341,15 @@ class RewardModelTrainer:
                 scores, batch_loss = scores_and_loss(self.model, batch, self.config.reward_model.center_coef)
                 found += scores.tolist()
                 loss += batch_loss
-        found = self.engine.gather(found)
-        metrics = {"eval/loss": float(self.engine.sum(loss)) / len(self.eval_samples)}
+        found = self.collectives.all_gather(found)
+        metrics = {"eval/loss": float(self.collectives.all_reduce(loss)) / len(self.eval_samples)}
         names = self.form.reward_names
         if self.form.compares:
-            about = self.engine.gather([row.objective for row in mine if isinstance(row, PreferencePair)])
+            about = self.collectives.all_gather(
+                [row.objective for row in mine if isinstance(row, PreferencePair)]
+            )
             return metrics | pair_metrics(found, about, names)
-        wanted = self.engine.gather([row.scores for row in mine if isinstance(row, ScoredText)])
+        wanted = self.collectives.all_gather([row.scores for row in mine if isinstance(row, ScoredText)])
         return metrics | score_metrics(found, wanted, names)
 
     @property
@@ -357,17 +361,17 @@ class RewardModelTrainer:
         """Train for `train.total_steps` optimizer updates; returns the run folder."""
         return fit(self, "reward_model")
 
-    @with_whole_weights
+    @with_gathered_weights
     def moments(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of the scores of the reference texts, each per objective; the same on
         every rank. Call it on all."""
-        mine = self._reference[self.engine.rank :: self.engine.num_ranks]
+        mine = self.collectives.shard(self._reference)
         found: list[list[float]] = []
         with eval_mode(self.model):
             for rows in _chunks(mine, _FORWARD_ROWS):
                 texts = collate_texts(rows, self._pad_token_id, self.engine.device)
                 found += scores_of(self.model, texts).tolist()
-        scores = np.array(self.engine.gather(found))
+        scores = np.array(self.collectives.all_gather(found))
         return scores.mean(axis=0).tolist(), scores.std(axis=0).tolist()
 
     def _varied_moments(self) -> tuple[list[float], list[float]]:
@@ -379,7 +383,7 @@ class RewardModelTrainer:
             )
         return mean, std
 
-    @with_whole_weights
+    @with_gathered_weights
     def save_pretrained(self, folder: Path) -> Path:
         """Write model, tokenizer and `reward_model.json`: what `to_triton` converts. Call it on all ranks."""
         mean, std = self.moments()
@@ -395,7 +399,9 @@ class RewardModelTrainer:
             "rng_seed": self.rng_seed,
         }
         extra = {METADATA_FILE: metadata}
-        return save_on_main(self.engine, folder, self.model, self.tokenizer, self.config.model, extra=extra)
+        return save_on_main(
+            self.collectives, folder, self.model, self.tokenizer, self.config.model, extra=extra
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """See `conch.training.loop.Trainer`."""

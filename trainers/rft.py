@@ -192,7 +192,7 @@ class RFTTrainer(OnlineTrainer):
             )
         # Every rank draws the same prompts; `_start_round` deals their completions out.
         self.stream = IndexStream(len(self.prompts), config.train.seed)
-        self._rows = rows_per_process(self.engine, config.train, config.rft.batch_size, "rft.batch_size")
+        self._rows = rows_per_process(self.collectives, config.train, config.rft.batch_size, "rft.batch_size")
 
     def setup(self) -> TokenLoss:
         """The model with its loss; a round's candidates are part of what a resumed run takes up."""
@@ -218,17 +218,17 @@ class RFTTrainer(OnlineTrainer):
 
     def _start_round(self) -> Metrics:
         """New prompts, and completions of the current policy for them."""
-        repeats, engine = self.config.rft.n_generations_per_prompt, self.engine
+        repeats = self.config.rft.n_generations_per_prompt
         seconds: dict[str, float] = {}
         rows = [row for row in self.stream.draw(self._num_prompts) for _ in range(repeats)]
         with timer(seconds, "time/rollout_s"):
-            rollouts = self.rollout([self.prompts[row] for row in rows[engine.rank :: engine.num_ranks]])
+            rollouts = self.rollout([self.prompts[row] for row in self.collectives.shard(rows)])
         with timer(seconds, "time/score_s"):
             rewards = self.score(rollouts)
         with timer(seconds, "time/experience_s"):
             self.pool, metrics = self.make_batch(rollouts, rewards)
             if self.config.tracking.rollouts:
-                log_rollouts(engine, self.run, rollouts, rewards)
+                log_rollouts(self.collectives, self.run, rollouts, rewards)
         return {**metrics, **seconds}
 
     def make_batch(
@@ -240,14 +240,14 @@ class RFTTrainer(OnlineTrainer):
             (rollout.prompt.token_ids, rollout.completion, total_reward(reward, weights))
             for rollout, reward in zip(rollouts, rewards, strict=True)
         ]
-        rows = self.engine.gather(own)
+        rows = self.collectives.all_gather(own)
         lengths = [len(completion.token_ids) for _, completion, _ in rows]
         cut = [completion.finish_reason == "length" for _, completion, _ in rows]
-        self._objectives = self._objectives or agreed_objectives(rewards, self.engine)
+        self._objectives = self._objectives or agreed_objectives(rewards, self.collectives)
         pool = group_by_prompt((prompt, completion.token_ids, score) for prompt, completion, score in rows)
         metrics = {
             **self.scorer.metrics(),
-            **reward_metrics(rewards, weights, self._objectives, self.engine.sum),
+            **reward_metrics(rewards, weights, self._objectives, self.collectives.all_reduce),
             "rollout/length_mean": sum(lengths) / len(rows),
             "rollout/truncated_fraction": sum(cut) / len(rows),
             "rft/pool_size": float(sum(len(candidates.scores) for candidates in pool)),
@@ -283,10 +283,10 @@ class RFTTrainer(OnlineTrainer):
 
     def _learn(self, samples: Sequence[TokenizedSample]) -> list[UpdateReport]:
         """This step's updates, on batches of shuffled samples."""
-        engine = self.engine
+        ranks = self.collectives
         # A seed of the step's own instead of a stream that would have to be saved.
         seed = np.random.SeedSequence([self.config.train.seed, self.steps_done]).generate_state(1)
-        stream = IndexStream(len(samples), int(seed[0]), engine.rank, engine.num_ranks)
+        stream = IndexStream(len(samples), int(seed[0]), ranks.rank, ranks.num_ranks)
         return [
             self._update_batch([samples[row] for row in stream.draw(self._rows)])
             for _ in range(self.config.rft.updates_per_step)
@@ -296,7 +296,7 @@ class RFTTrainer(OnlineTrainer):
         """One optimizer update on this rank's part of a batch."""
         engine = self.engine
         pad_id = int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
-        num_tokens = max(1, engine.sum_int(sum(sum(sample.loss_mask) for sample in samples)))
+        num_tokens = max(1, self.collectives.all_reduce_int(sum(sum(sample.loss_mask) for sample in samples)))
         size = len(samples) // self.config.train.gradient_accumulation_steps
         return engine.update(
             [samples[start : start + size] for start in range(0, len(samples), size)],

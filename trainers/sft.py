@@ -60,7 +60,7 @@ from conch.training.setup import (
     load_policy_tokenizer,
     rows_per_process,
     save_on_main,
-    with_whole_weights,
+    with_gathered_weights,
 )
 from conch.training.statistics import update_metrics
 from conch.types import Metrics
@@ -148,7 +148,8 @@ class SFTTrainer:
     ) -> None:
         self.config = config
         self.engine = engine = TrainEngine(config.train)
-        self.source = eval_source(engine, reward, config.reward, eval_prompts)
+        self.collectives = self.engine.collectives
+        self.source = eval_source(self.collectives, reward, config.reward, eval_prompts)
         self.tokenizer = load_policy_tokenizer(tokenizer, config.tokenizer, config.model.path)
         if config.sft.chat_template is not None:
             self.tokenizer.chat_template = read_chat_template(config.sft.chat_template)
@@ -166,15 +167,15 @@ class SFTTrainer:
         self.run_dir = self.run.folder
 
     def _init_data(self, samples: Iterable[Sample], eval_samples: Iterable[Sample] | None) -> None:
-        config, engine = self.config, self.engine
+        config, ranks = self.config, self.collectives
         self._capacity = longest_sample(config.sft, self.lm)
         if config.sft.packing:
             with eval_mode(self.lm):
                 check_packing(self.lm, self._capacity or 0)
         self.samples = self._tokenized(samples, config.data)
         self.eval_samples = self._tokenized(held) if (held := list(eval_samples or [])) else []
-        self._rows = rows_per_process(engine, config.train, config.sft.batch_size, "sft.batch_size")
-        self.stream = IndexStream(len(self.samples), config.train.seed, engine.rank, engine.num_ranks)
+        self._rows = rows_per_process(ranks, config.train, config.sft.batch_size, "sft.batch_size")
+        self.stream = IndexStream(len(self.samples), config.train.seed, ranks.rank, ranks.num_ranks)
 
     def _tokenized(
         self, samples: Iterable[Sample], lengths: DataConfig | None = None
@@ -191,7 +192,7 @@ class SFTTrainer:
     def _init_evaluation(
         self, prompts: Sequence[str | Mapping[str, Any]], metric_fn: MetricFn | None
     ) -> None:
-        config, engine = self.config, self.engine
+        config = self.config
         if not prompts and (metric_fn is not None or self.source is not None):
             raise ConfigError("`metric_fn` and `reward` measure completions of `eval_prompts`: give some")
         variants = eval_variants(config.generation, config.eval_generation)
@@ -199,9 +200,10 @@ class SFTTrainer:
         self.eval_prompts = (
             tokenize_prompts(prompts, self.tokenizer, config.tokenizer, self.lm, longest) if prompts else []
         )
-        self.scorer = RewardScorer(self.source, config.reward, engine.sum_int) if self.source else None
+        agree = self.collectives.all_reduce_int
+        self.scorer = RewardScorer(self.source, config.reward, agree) if self.source else None
         self.evaluator = Evaluator(
-            engine,
+            self.collectives,
             self.eval_prompts,
             variants,
             self._make_sampler,
@@ -238,7 +240,7 @@ class SFTTrainer:
     def update(self, batches: Sequence[TokenBatch]) -> Metrics:
         """One optimizer update from what `experience` gave."""
         counts = torch.tensor([_token_counts(batch) for batch in batches]).sum(dim=0)
-        num_learned, num_real, num_all = self.engine.sum(counts).tolist()
+        num_learned, num_real, num_all = self.collectives.all_reduce(counts).tolist()
         report = self.engine.update(batches, lambda batch: self.engine.module(batch) / max(num_learned, 1))
         return {
             "train/loss": report.loss,
@@ -253,7 +255,7 @@ class SFTTrainer:
         """Draw a batch and train on it."""
         return self.update(self.experience([self.samples[row] for row in self.stream.draw(self._rows)]))
 
-    @with_whole_weights
+    @with_gathered_weights
     def evaluate(
         self, tracker: Tracker | None = None, step: int = 0, *, repeats: int | None = None
     ) -> Metrics:
@@ -268,7 +270,7 @@ class SFTTrainer:
         return metrics
 
     def _eval_loss(self) -> float:
-        mine = self.eval_samples[self.engine.rank :: self.engine.num_ranks]
+        mine = self.collectives.shard(self.eval_samples)
         size = self._rows // self.config.train.gradient_accumulation_steps
         totals = torch.zeros(2, dtype=torch.float64)
         with eval_mode(self.lm), self.engine.autocast():
@@ -276,7 +278,7 @@ class SFTTrainer:
                 batch = self._laid_out(mine[start : start + size])
                 loss = float(token_loss_sum(self.lm, batch))
                 totals += torch.tensor([loss, int(batch.loss_mask.sum())], dtype=torch.float64)
-        total, num_learned = self.engine.sum(totals).tolist()
+        total, num_learned = self.collectives.all_reduce(totals).tolist()
         return total / num_learned
 
     @property
@@ -288,7 +290,7 @@ class SFTTrainer:
         """Train for `train.total_steps` optimizer updates; returns the run folder."""
         return fit(self, "sft")
 
-    @with_whole_weights
+    @with_gathered_weights
     def generate(self, prompts: Sequence[str], *, greedy: bool = False) -> list[str]:
         """Completions of the current model."""
         config = self.config
@@ -296,10 +298,10 @@ class SFTTrainer:
         chunks = self._make_sampler(config.generation).generate(made, greedy=greedy)
         return [rollout.completion.text for chunk in chunks for rollout in chunk]
 
-    @with_whole_weights
+    @with_gathered_weights
     def save_pretrained(self, folder: Path) -> Path:
         """Write the model as a Hugging Face folder. Call it on all ranks."""
-        return save_on_main(self.engine, folder, self.lm, self.tokenizer, self.config.model)
+        return save_on_main(self.collectives, folder, self.lm, self.tokenizer, self.config.model)
 
     def state_dict(self) -> dict[str, Any]:
         """See `conch.training.loop.Trainer`."""

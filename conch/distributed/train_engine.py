@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,15 +17,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
-    broadcast_object_list,
-    gather_object,
     load,
     set_seed,
 )
@@ -34,9 +30,10 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from conch.config import OptimizerConfig, SchedulerConfig, TrainConfig
+from conch.distributed.collectives import Collectives, peer_loss_explained
 from conch.distributed.launcher import launched_processes, leave_with_launcher
 from conch.distributed.malloc import keep_heap
-from conch.errors import CheckpointError, ConchError, ConfigError, DistributedError
+from conch.errors import CheckpointError, ConfigError, DistributedError
 from conch.ops import at_least_float32
 
 # Tied weights are saved once, and loaded as what they are; nobody has to check anything.
@@ -45,7 +42,6 @@ logging.getLogger("accelerate.utils.other").addFilter(
 )
 
 MicroBatchT = TypeVar("MicroBatchT")
-ObjectT = TypeVar("ObjectT")
 
 _LEFT_GROUPS: list[Any] = []
 """Process groups that were left, kept from being destroyed. DDP's reducer holds the last reference to its
@@ -53,13 +49,6 @@ group: dropping it joins gloo's threads with the interpreter's lock held, and on
 tensor waits for that very lock, for ever."""
 
 _SETTLE_S = 0.5
-
-_PEER_IS_GONE = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "remote process exited",
-)
 
 COLLECTIVE_TIMEOUT_S = 1800
 """Longest a rank waits for the others: must exceed the slowest rank's rollout and any wait for rewards."""
@@ -77,16 +66,6 @@ class UpdateReport:
     grad_norm: float
     learning_rate: float
     skipped: bool
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """The generators that training draws from: Python's, numpy's, torch's on the CPU and on each GPU."""
-
-    python: Any
-    numpy: Any
-    torch: Tensor
-    devices: list[Tensor]
 
 
 class TrainEngine:
@@ -116,6 +95,7 @@ class TrainEngine:
             # other forever.
             kwargs_handlers=[process_group, DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
+        self.collectives = Collectives(self.accelerator)
         check_kind(self.accelerator.distributed_type)
         plugin = self.accelerator.state.deepspeed_plugin
         if plugin is not None and (not has_gpu or plugin.hf_ds_config.is_offload()):
@@ -144,16 +124,6 @@ class TrainEngine:
             )
 
     @property
-    def rank(self) -> int:
-        """This process's number."""
-        return self.accelerator.process_index
-
-    @property
-    def num_ranks(self) -> int:
-        """Number of processes."""
-        return self.accelerator.num_processes
-
-    @property
     def device(self) -> torch.device:
         """Where this rank computes."""
         return self.accelerator.device
@@ -164,18 +134,13 @@ class TrainEngine:
         return self.accelerator.mixed_precision
 
     @property
-    def is_main(self) -> bool:
-        """True on the one rank that prints and writes."""
-        return self.accelerator.is_main_process
-
-    @property
     def unwrapped(self) -> nn.Module:
         """The trained module without DDP or DeepSpeed around it."""
         return cast(nn.Module, self.accelerator.unwrap_model(self.module))
 
     def seed_sampling(self) -> None:
         """Give each rank its own random stream: no two sample alike. Call it after weights are made."""
-        set_seed(self._config.seed + 1000 * (self.rank + 1))
+        set_seed(self._config.seed + 1000 * (self.collectives.rank + 1))
 
     def prepare(
         self, module: nn.Module, optimizer: OptimizerConfig, scheduler: SchedulerConfig, *, total_updates: int
@@ -211,20 +176,20 @@ class TrainEngine:
     ) -> UpdateReport:
         """One optimizer update from exactly `gradient_accumulation_steps` micro-batches.
 
-        loss_of: this micro-batch's share of the loss: a sum divided by a global denominator (see `sum`).
+        loss_of: a micro-batch's share of the loss: a sum over a global denominator, see `Collectives`.
         """
         steps = self._config.gradient_accumulation_steps
         assert len(micro_batches) == steps, f"{len(micro_batches)} micro-batches, {steps} expected"
         total, grad_norm, skipped = torch.zeros((), device=self.device), float("nan"), False
         learning_rate = float(self._scheduler.get_last_lr()[0])
         for micro_batch in micro_batches:
-            with _peer_loss_explained(), self.accelerator.accumulate(self.module):
+            with peer_loss_explained(), self.accelerator.accumulate(self.module):
                 loss = loss_of(micro_batch)
                 total = total + at_least_float32(loss.detach())
-                self.accelerator.backward(loss * (steps * self.num_ranks))
+                self.accelerator.backward(loss * (steps * self.collectives.num_ranks))
                 if self.accelerator.sync_gradients:
                     grad_norm, skipped = self._step()
-        return UpdateReport(float(self.sum(total)), grad_norm, learning_rate, skipped)
+        return UpdateReport(float(self.collectives.all_reduce(total)), grad_norm, learning_rate, skipped)
 
     def _step(self) -> tuple[float, bool]:
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self._config.max_grad_norm)
@@ -242,7 +207,7 @@ class TrainEngine:
         return grad_norm, skipped
 
     @contextmanager
-    def whole_weights(self) -> Iterator[None]:
+    def gathered_weights(self) -> Iterator[None]:
         """Inside, each rank holds all weights and may run the module, or any part of it, on its own: to
         sample, to evaluate, to save. Only ZeRO-3 has anything to do for it: one gathering of the weights in
         the precision they are trained in. What is written to them inside is lost. Called on all ranks; may be
@@ -255,7 +220,7 @@ class TrainEngine:
 
         self._is_whole = True
         try:
-            with _peer_loss_explained(), deepspeed_zero3.whole(self.module):
+            with peer_loss_explained(), deepspeed_zero3.whole(self.module):
                 yield
         finally:
             self._is_whole = False
@@ -280,57 +245,9 @@ class TrainEngine:
 
         return deepspeed_zero3.is_sharded(self.module)
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Elementwise sum over all ranks."""
-        if self.num_ranks == 1:
-            return values
-        with _peer_loss_explained():
-            return cast(Tensor, self.accelerator.reduce(values.to(self.device), reduction="sum"))
-
-    def sum_int(self, value: int) -> int:
-        """Sum of a whole number over all ranks: how ranks agree on what each of them saw."""
-        return int(self.sum(torch.tensor(value, device=self.device)))
-
-    def gather(self, rows: list[ObjectT]) -> list[ObjectT]:
-        """Everybody's rows, in the order of ranks, on every rank."""
-        with _peer_loss_explained():
-            return rows if self.num_ranks == 1 else gather_object(rows)
-
-    def broadcast(self, value: ObjectT) -> ObjectT:
-        """Rank 0's value, on every rank."""
-        box: list[Any] = [value]
-        with _peer_loss_explained():
-            if self.num_ranks > 1:
-                broadcast_object_list(box)
-        return box[0]
-
-    def together(self, work: Callable[[], object]) -> None:
-        """Run `work` on each rank; where it fails on any, every rank raises, so that none waits for the dead.
-
-        Raises:
-            ConchError: this rank's own failure, or a DistributedError that another rank failed.
-        """
-        failure: ConchError | None = None
-        try:
-            work()
-        except ConchError as error:
-            failure = error
-        num_failed = self.sum_int(int(failure is not None))
-        if failure is not None:
-            raise failure
-        if num_failed:
-            raise DistributedError(
-                f"{num_failed} of {self.num_ranks} processes failed; the reason is in their output"
-            )
-
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision that the trained module runs in, for work outside of it (sampling, the reference)."""
         return self.accelerator.autocast()
-
-    def wait_for_everyone(self) -> None:
-        """Barrier."""
-        with _peer_loss_explained():
-            self.accelerator.wait_for_everyone()
 
     def save_state(self, folder: Path) -> None:
         """Write weights, optimizer state and every rank's random state; called on all ranks.
@@ -352,7 +269,7 @@ class TrainEngine:
         try:
             self.accelerator.load_state(str(folder))
             # accelerate passes over a random state that it cannot restore.
-            written = load(folder / f"random_states_{self.rank}.pkl")["torch_manual_seed"]
+            written = load(folder / f"random_states_{self.collectives.rank}.pkl")["torch_manual_seed"]
             if not torch.equal(torch.get_rng_state(), written):
                 raise CheckpointError(f"the random state in {folder} was not restored")
         except CheckpointError:
@@ -362,21 +279,6 @@ class TrainEngine:
             raise CheckpointError(
                 f"the training state in {folder} does not fit this model or its optimizer: {reason}"
             ) from error
-
-    def random_state(self) -> RandomState:
-        """Every generator of this process as it stands."""
-        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        return RandomState(random.getstate(), np.random.get_state(), torch.get_rng_state(), devices)
-
-    @contextmanager
-    def rewound(self, state: RandomState) -> Iterator[None]:
-        """Inside, the generators stand as they did when `random_state` gave `state`; then as before."""
-        present = self.random_state()
-        _set_random_state(state)
-        try:
-            yield
-        finally:
-            _set_random_state(present)
 
     def state_dict(self) -> dict[str, Any]:
         """What `save_state` does not hold; plain numbers."""
@@ -398,16 +300,8 @@ class TrainEngine:
             time.sleep(_SETTLE_S)
 
 
-def _set_random_state(state: RandomState) -> None:
-    random.setstate(state.python)
-    np.random.set_state(state.numpy)
-    torch.set_rng_state(state.torch)
-    if state.devices:
-        torch.cuda.set_rng_state_all(state.devices)
-
-
 def check_kind(kind: DistributedType) -> None:
-    """Refuse what shards weights in a way that `TrainEngine.whole_weights` cannot undo.
+    """Refuse what shards weights in a way that `TrainEngine.gathered_weights` cannot undo.
 
     Raises:
         DistributedError: says what to take instead.
@@ -437,25 +331,6 @@ def check_operators_folder() -> None:
             f"DeepSpeed builds its CPU operators in {folder}, which this user cannot write: set "
             "TORCH_EXTENSIONS_DIR to a folder that is writable"
         )
-
-
-@contextmanager
-def _peer_loss_explained() -> Iterator[None]:
-    """Turn what a collective throws when a rank is gone into words: the traceback of the others says nothing.
-
-    Raises:
-        DistributedError: another process is gone.
-    """
-    try:
-        yield
-    except RuntimeError as error:  # torch has no type of its own for it: gloo's and NCCL's words tell
-        reason = str(error)
-        if not any(words in reason for words in _PEER_IS_GONE):
-            raise
-        raise DistributedError(
-            "another process of this run is gone, so this one leaves: its own output and the launcher's "
-            f"report say why ({reason.splitlines()[0][:200]})"
-        ) from error
 
 
 def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

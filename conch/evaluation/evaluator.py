@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conch.config import EvalGenerationConfig, GenerationConfig, load
-from conch.distributed.train_engine import TrainEngine
+from conch.distributed.collectives import Collectives
 from conch.errors import ConfigError
 from conch.evaluation.metrics import MetricFn, mean_of_finite, metric_columns
 from conch.rewards.scorer import RewardScorer, total_reward
@@ -105,7 +105,7 @@ class Evaluator:
 
     def __init__(
         self,
-        engine: TrainEngine,
+        collectives: Collectives,
         prompts: Sequence[Prompt],
         variants: Sequence[Variant[Any]],
         make_sampler: Callable[[Any], RolloutEngine],
@@ -115,7 +115,7 @@ class Evaluator:
         metric_fn: MetricFn | None,
         default_repeats: int,
     ) -> None:
-        self._engine = engine
+        self._collectives = collectives
         self._prompts = prompts
         self._samplers = [(variant, make_sampler(variant.generation)) for variant in variants]
         self._scorer = scorer
@@ -142,7 +142,7 @@ class Evaluator:
             RewardError, DataError: on all ranks.
         """
         prompts = [prompt for prompt in self._prompts for _ in range(repeats or self._default_repeats)]
-        mine = prompts[self._engine.rank :: self._engine.num_ranks]
+        mine = self._collectives.shard(prompts)
         metrics: Metrics = {}
         for variant, sampler in self._samplers:
             found = self._measure(variant, sampler, mine, tracker, step, extra)
@@ -168,8 +168,8 @@ class Evaluator:
         columns: dict[str, list[float]] = {}
         if self._scorer is not None:
             values = [total_reward(result, self._weights) for result in self._scorer.gather()]
-            columns["reward"] = self._engine.gather(values)
-        rollouts = self._engine.gather(rollouts)
+            columns["reward"] = self._collectives.all_gather(values)
+        rollouts = self._collectives.all_gather(rollouts)
         gold = metric_columns(self._metric_fn, rollouts)
         self.gold_metric = next((f"eval/{name}" for name in gold), None)
         columns |= gold

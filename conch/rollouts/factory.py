@@ -64,7 +64,8 @@ class Samplers:
             return HFEngine(self._lm, self._tokenizer, generation, version=self._version, autocast=autocast)
         if self._shared is None:
             self._check_adapter()
-            self._engine.together(self._start_pool if self._config.urls else self._start_vllm)
+            start = self._start_pool if self._config.urls else self._start_vllm
+            self._engine.collectives.run_on_all_ranks(start)
         if isinstance(self._shared, ServerPool):
             deadline_s = self._config.deadline_s
             return ServedEngine(
@@ -86,15 +87,15 @@ class Samplers:
     def _start_vllm(self) -> None:
         from conch.rollouts.vllm.engine import ColocatedVLLM
 
-        several = self._engine.num_ranks > 1
+        several = self._engine.collectives.num_ranks > 1
         self._shared = ColocatedVLLM(self._lm, self._config, self._dtype(), several=several)
 
     def _start_pool(self) -> None:
         self._shared = ServerPool(
             self._config,
             self._lm,
-            source=self._engine.broadcast(uuid4().hex),
-            sends=self._engine.is_main,
+            source=self._engine.collectives.broadcast(uuid4().hex),
+            sends=self._engine.collectives.is_main,
         )
         self._shared.check()
 

@@ -12,7 +12,8 @@ from typing import Any, NoReturn, Protocol, runtime_checkable
 
 from conch import __version__
 from conch.config import TrainConfig
-from conch.distributed.train_engine import RandomState, TrainEngine
+from conch.distributed.random_state import RandomState
+from conch.distributed.train_engine import TrainEngine
 from conch.log import get_logger
 from conch.rewards.replay import append_lines, line_of
 from conch.rewards.scorer import RewardScorer
@@ -129,7 +130,7 @@ class RunOutageHooks:
     def begin(self) -> None:
         """A step or an evaluation begins: `save` will go back to here."""
         if self._trainer.scorer is not None and self._trainer.config.reward.on_failure == "wait":
-            self._begun = StepStart(self._trainer.engine.random_state(), self._trainer.state_dict())
+            self._begun = StepStart(RandomState.capture(), self._trainer.state_dict())
 
     def save(self) -> None:
         """Save what stood at the last `begin`, unless a checkpoint of just that is there."""
@@ -160,13 +161,13 @@ class RunOutageHooks:
         trainer = self._trainer
         if not trainer.config.reward.record:
             return
-        engine, run = trainer.engine, trainer.run
-        where = {"step": run.step, "phase": "eval", "rank": engine.rank}
+        ranks, run = trainer.engine.collectives, trainer.run
+        where = {"step": run.step, "phase": "eval", "rank": ranks.rank}
         if run.measured is None:
             where |= {"step": run.step + 1, "phase": "train"}
         pairs = zip(rollouts, results, strict=True)
-        lines = engine.gather([line_of(rollout, result, **where) for rollout, result in pairs])
-        if engine.is_main:
+        lines = ranks.all_gather([line_of(rollout, result, **where) for rollout, result in pairs])
+        if ranks.is_main:
             append_lines(run.folder, lines)
 
 
@@ -183,17 +184,17 @@ def save_checkpoint(trainer: Trainer, begun: StepStart | None = None) -> Path:
     Raises:
         CheckpointError: on all ranks; older checkpoints are as they were.
     """
-    engine, run = trainer.engine, trainer.run
+    engine, ranks, run = trainer.engine, trainer.engine.collectives, trainer.run
     folder = run.folder / CHECKPOINTS / f"step_{run.step}"
     partial = partial_of(folder)
-    engine.together(lambda: check_space(run.folder, checkpoint_bytes(engine.unwrapped)))
+    ranks.run_on_all_ranks(lambda: check_space(run.folder, checkpoint_bytes(engine.unwrapped)))
     trainer.save_pretrained(partial)
-    with engine.rewound(begun.random) if begun else nullcontext():
-        engine.together(lambda: engine.save_state(partial / STATE_FOLDER))
+    with begun.random.restored() if begun else nullcontext():
+        ranks.run_on_all_ranks(lambda: engine.save_state(partial / STATE_FOLDER))
     state = {
         "step": run.step,
         "algorithm": type(trainer.config).__name__,
-        "num_processes": engine.num_ranks,
+        "num_processes": ranks.num_ranks,
         "run": run.state_dict(),
         "trainer": begun.trainer if begun else trainer.state_dict(),
         "engine": engine.state_dict(),
@@ -202,11 +203,11 @@ def save_checkpoint(trainer: Trainer, begun: StepStart | None = None) -> Path:
     }
 
     def finish() -> None:
-        if engine.is_main:
+        if ranks.is_main:
             seal(partial, folder, state)
             _tidy(run, trainer.config.train)
 
-    engine.together(finish)
+    ranks.run_on_all_ranks(finish)
     run.saved = run.step
     return folder
 

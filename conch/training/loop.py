@@ -41,7 +41,7 @@ def fit(trainer: Trainer, name: str) -> Path:
         SystemExit: code 143, after SIGTERM: the step was finished and saved, and `train.resume` goes on.
     """
     run, train = trainer.run, trainer.config.train
-    if trainer.engine.is_main:
+    if trainer.engine.collectives.is_main:
         save_resolved(trainer.config, run.folder / "config.yaml")
     _log.info("run folder: %s", run.folder)
     tracker = Tracker(
@@ -54,7 +54,7 @@ def fit(trainer: Trainer, name: str) -> Path:
     )
     with tracker, _sigterm() as received:
         host = RunOutageHooks(trainer, received)
-        if trainer.engine.is_main:
+        if trainer.engine.collectives.is_main:
             kept = run.step if run.continued else -1
             cut_lines(run.folder, kept, evaluated=run.measured is None)
         if trainer.scorer is not None:
@@ -99,7 +99,7 @@ def _conclude(trainer: Trainer, tracker: Tracker, host: RunOutageHooks, metrics:
         metrics = metrics | scores
     tracker.log(run.step, metrics)
     # One rank may have got the signal before another finished this very step: all leave together.
-    leaving = trainer.engine.sum_int(int(host.leaving())) > 0
+    leaving = trainer.engine.collectives.all_reduce_int(int(host.leaving())) > 0
     if last or leaving or better or is_due(run.step, train) or _is_hopeless(run, train):
         save_checkpoint(trainer)
     if leaving and not last:

@@ -42,7 +42,7 @@ from conch.training.setup import (
     load_policy,
     open_reward,
     save_on_main,
-    with_whole_weights,
+    with_gathered_weights,
 )
 from conch.types import Metrics, Prompt, RewardResult, Rollout
 
@@ -95,9 +95,10 @@ class OnlineTrainer(ABC):
         check_sampling(config.rollout)
         self.config = config
         self.engine = engine = TrainEngine(config.train)
+        self.collectives = self.engine.collectives
         all_prompts = [*prompts, *(eval_prompts or [])]
-        self.source, self.tokenizer = open_reward(engine, reward, config, all_prompts, tokenizer)
-        self.scorer = RewardScorer(self.source, config.reward, engine.sum_int)
+        self.source, self.tokenizer = open_reward(self.collectives, reward, config, all_prompts, tokenizer)
+        self.scorer = RewardScorer(self.source, config.reward, self.collectives.all_reduce_int)
         self.lm = lm = load_policy(model, config.model, engine.precision)
         check_vocabulary(lm, self.tokenizer)
         found = sampled_prompts(config, self.tokenizer, lm, prompts, eval_prompts)
@@ -110,7 +111,7 @@ class OnlineTrainer(ABC):
         module = self.setup()
         total_updates = config.train.total_steps * self.updates_per_step
         engine.prepare(module, config.optimizer, config.scheduler, total_updates=total_updates)
-        with engine.whole_weights():
+        with engine.gathered_weights():
             self.reference = self.make_reference()
         self._make_sampler = Samplers(
             config.rollout, engine, self.tokenizer, lambda: self.lm, lambda: self.policy_version
@@ -118,7 +119,7 @@ class OnlineTrainer(ABC):
         self.sampler = self._make_sampler(config.generation)
         engine.seed_sampling()
         self.evaluator = Evaluator(
-            engine,
+            self.collectives,
             self.eval_prompts,
             self.variants,
             self._make_sampler,
@@ -164,7 +165,7 @@ class OnlineTrainer(ABC):
 
     # ------------------------------------------------------------------------------------------- shared verbs
 
-    @with_whole_weights
+    @with_gathered_weights
     def rollout(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """Sample a completion per prompt; each one's reward is requested as soon as it has ended."""
         return self.scorer.submit_each(self.sampler, prompts)
@@ -185,17 +186,17 @@ class OnlineTrainer(ABC):
         """Log-probs of the current policy and of the reference, and the mask of response tokens."""
         raise NotImplementedError(f"{type(self).__name__} keeps no reference")
 
-    @with_whole_weights
+    @with_gathered_weights
     @torch.no_grad()
     def kl_to_start(self, rollouts: Sequence[Rollout]) -> float:
         """KL(policy || starting policy) in nats per sample, estimated on `rollouts` of the current policy."""
         assert self.reference is not None, "this run keeps no reference"
         if not rollouts:  # a rank without prompts to evaluate; the others wait for its share of the mean
             nothing = torch.zeros(0, 1, device=self.engine.device)
-            return mean_kl(nothing, nothing, nothing.bool(), self.engine.sum)
-        return mean_kl(*self.policy_and_reference(rollouts), self.engine.sum)
+            return mean_kl(nothing, nothing, nothing.bool(), self.collectives.all_reduce)
+        return mean_kl(*self.policy_and_reference(rollouts), self.collectives.all_reduce)
 
-    @with_whole_weights
+    @with_gathered_weights
     def evaluate(
         self, tracker: Tracker | None = None, step: int = 0, *, repeats: int | None = None
     ) -> Metrics:
@@ -207,7 +208,7 @@ class OnlineTrainer(ABC):
         extra = None if self.reference is None else lambda rollouts: {"eval/kl": self.kl_to_start(rollouts)}
         return self.evaluator.run(tracker, step, repeats=repeats, extra=extra)
 
-    @with_whole_weights
+    @with_gathered_weights
     def generate(self, prompts: Sequence[str], *, greedy: bool = False) -> list[str]:
         """Completions of the current policy."""
         config = self.config
@@ -215,10 +216,10 @@ class OnlineTrainer(ABC):
         chunks = self.sampler.generate(tokenized, greedy=greedy)
         return [rollout.completion.text for chunk in chunks for rollout in chunk]
 
-    @with_whole_weights
+    @with_gathered_weights
     def save_pretrained(self, folder: Path) -> Path:
         """Write the policy as a Hugging Face folder. Call it on all ranks."""
-        return save_on_main(self.engine, folder, self.lm, self.tokenizer, self.config.model)
+        return save_on_main(self.collectives, folder, self.lm, self.tokenizer, self.config.model)
 
     # ----------------------------------------------------------------------------------------------- the loop
 

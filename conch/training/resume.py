@@ -60,15 +60,15 @@ def start_run(trainer: Resumable, module: nn.Module) -> Run:
         ConfigError: the folder cannot be made or holds another run.
         CheckpointError: nothing to go on with, another model or configuration, or too little disk space.
     """
-    engine, config = trainer.engine, trainer.config
+    ranks, config = trainer.engine.collectives, trainer.config
     found: list[tuple[Path, Checkpoint | None]] = []
-    engine.together(lambda: found.append(_find(config)) if engine.is_main else None)
+    ranks.run_on_all_ranks(lambda: found.append(_find(config)) if ranks.is_main else None)
     # Rank 0 has read and checked every byte: once is enough.
-    folder, resumed = engine.broadcast(found[0] if found else (Path(), None))
-    engine.together(lambda: check_space(folder, checkpoint_bytes(module)))
+    folder, resumed = ranks.broadcast(found[0] if found else (Path(), None))
+    ranks.run_on_all_ranks(lambda: check_space(folder, checkpoint_bytes(module)))
     run = Run(folder)
     if resumed is not None:
-        engine.together(lambda: _restore(trainer, run, resumed))
+        ranks.run_on_all_ranks(lambda: _restore(trainer, run, resumed))
     return run
 
 
@@ -147,11 +147,11 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _restore(trainer: Resumable, run: Run, checkpoint: Checkpoint) -> None:
-    state, engine = checkpoint.state, trainer.engine
-    if state["num_processes"] != engine.num_ranks:
+    state, engine, ranks = checkpoint.state, trainer.engine, trainer.engine.collectives
+    if state["num_processes"] != ranks.num_ranks:
         raise CheckpointError(
             f"the checkpoint {checkpoint.folder} was saved by {state['num_processes']} processes, here run "
-            f"{engine.num_ranks}: start as many, or start a new run from it with `model.path`"
+            f"{ranks.num_ranks}: start as many, or start a new run from it with `model.path`"
         )
     trainer.load_state_dict(state["trainer"])
     engine.load_state_dict(state["engine"])

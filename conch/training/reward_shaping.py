@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from conch.config import Section
-from conch.distributed.train_engine import TrainEngine
+from conch.distributed.collectives import Collectives
 from conch.errors import ConfigError
 from conch.ops import Reduce, masked_mean, masked_sum, only_this_rank, whiten
 from conch.types import RewardResult, Rollout
@@ -97,10 +97,10 @@ class RunningMoments:
 class RewardShaper:
     """Shapes the rewards of step after step; remembers the spread of what it has seen."""
 
-    def __init__(self, config: ShapingConfig, weights: Mapping[str, float], engine: TrainEngine) -> None:
+    def __init__(self, config: ShapingConfig, weights: Mapping[str, float], collectives: Collectives) -> None:
         self._config = config
         self._weights = weights
-        self._engine = engine
+        self._collectives = collectives
         self.objectives: list[str] = []
         """Names, the same on all ranks; empty before the first rewards."""
         self.moments = RunningMoments()
@@ -135,17 +135,20 @@ class RewardShaper:
     def _combined(self, rewards: Sequence[RewardResult], device: torch.device) -> Float[Tensor, " B"]:
         """One score per sample; 0 for failures and dense rewards."""
         is_dense = any(reward.token_scores is not None for reward in rewards)
-        if self._config.combine != "sum" and self._engine.sum_int(int(is_dense)):
+        if self._config.combine != "sum" and self._collectives.all_reduce_int(int(is_dense)):
             raise ConfigError(
                 f"`shaping.combine`={self._config.combine} is about objectives, these rewards are per token:"
                 " set it to `sum`"
             )
-        self.objectives = self.objectives or agreed_objectives(rewards, self._engine)
+        self.objectives = self.objectives or agreed_objectives(rewards, self._collectives)
         names = self.objectives
         rows = [[reward.scores.get(name, float("nan")) for name in names] for reward in rewards]
         scores = torch.tensor(rows, device=device).reshape(len(rewards), len(names))
         return combine_objectives(
-            scores, [self._weights.get(name, 1.0) for name in names], self._config.combine, self._engine.sum
+            scores,
+            [self._weights.get(name, 1.0) for name in names],
+            self._config.combine,
+            self._collectives.all_reduce,
         )
 
     def _clip(self, values: Tensor) -> Tensor:
@@ -156,12 +159,12 @@ class RewardShaper:
         if self._config.scaling == "none":
             return 1.0
         if self._config.scaling == "running":
-            self.moments.update(totals, valid, self._engine.sum)
+            self.moments.update(totals, valid, self._collectives.all_reduce)
             return self.moments.std
         if self._config.reference_std is not None:
             return self._config.reference_std
         if self.moments.count == 0:
-            self.moments.update(totals, valid, self._engine.sum)
+            self.moments.update(totals, valid, self._collectives.all_reduce)
         return self.moments.std
 
     def _penalties(self, rollouts: Sequence[Rollout], device: torch.device) -> Float[Tensor, " B"]:
@@ -217,7 +220,7 @@ def _dense(rewards: Sequence[RewardResult], mask: Bool[Tensor, "B R"]) -> Float[
     return torch.where(mask, dense, torch.zeros_like(dense))
 
 
-def agreed_objectives(rewards: Sequence[RewardResult], engine: TrainEngine) -> list[str]:
+def agreed_objectives(rewards: Sequence[RewardResult], collectives: Collectives) -> list[str]:
     """Names of the objectives, the same on all ranks, also on one that has no reward to see them by."""
     own = sorted({name for reward in rewards for name in reward.scores})
-    return sorted(set(engine.gather(own)))
+    return sorted(set(collectives.all_gather(own)))

@@ -18,7 +18,7 @@ from conch.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from conch.distributed.train_engine import TrainEngine
+from conch.distributed.collectives import Collectives
 from conch.errors import ConfigError, ModelError
 from conch.models.kernels import apply_kernels, check_kernels
 from conch.models.loading import (
@@ -37,12 +37,12 @@ from conch.runs.checkpoint import save_model
 VerbT = TypeVar("VerbT", bound=Callable[..., Any])
 
 
-def with_whole_weights(verb: VerbT) -> VerbT:
-    """A trainer's method that runs the model without training it: see `TrainEngine.whole_weights`."""
+def with_gathered_weights(verb: VerbT) -> VerbT:
+    """A trainer's method that runs the model without training it: see `TrainEngine.gathered_weights`."""
 
     @functools.wraps(verb)
     def whole(trainer: Any, *args: Any, **settings: Any) -> Any:
-        with trainer.engine.whole_weights():
+        with trainer.engine.gathered_weights():
             return verb(trainer, *args, **settings)
 
     return whole  # pyright: ignore[reportReturnType]  the same signature
@@ -99,14 +99,14 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 def rows_per_process(
-    engine: TrainEngine, train: TrainConfig, total: int, name: str, minibatches: int = 1
+    collectives: Collectives, train: TrainConfig, total: int, name: str, minibatches: int = 1
 ) -> int:
     """A process's part of `total` rows; see `rows_of_rank`.
 
     Raises:
         ConfigError: it does not come out whole.
     """
-    return rows_of_rank(total, name, engine.num_ranks, minibatches, train.gradient_accumulation_steps)
+    return rows_of_rank(total, name, collectives.num_ranks, minibatches, train.gradient_accumulation_steps)
 
 
 def rows_of_rank(total: int, name: str, ranks: int, minibatches: int, steps: int) -> int:
@@ -134,7 +134,7 @@ def rows_of_rank(total: int, name: str, ranks: int, minibatches: int, steps: int
 
 
 def save_on_main(
-    engine: TrainEngine,
+    collectives: Collectives,
     folder: Path,
     lm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -150,10 +150,10 @@ def save_on_main(
     """
 
     def write() -> None:
-        if engine.is_main:
+        if collectives.is_main:
             save_model(folder, lm, tokenizer, merge_adapter=config.merge_adapter, **beside)
 
-    engine.together(write)
+    collectives.run_on_all_ranks(write)
     return folder
 
 
@@ -170,7 +170,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 def eval_source(
-    engine: TrainEngine,
+    collectives: Collectives,
     reward: UserReward | Mapping[str, UserReward] | None,
     config: RewardConfig,
     prompts: Sequence[str | Mapping[str, Any]] | None,
@@ -187,7 +187,7 @@ def eval_source(
         raise ConfigError(f"`reward.{name}` is for rewards that are learned from; here they only measure")
     if reward is None and config.url is None and not config.members and config.replay is None:
         return None
-    return checked_source(engine, reward, config, prompts or [])
+    return checked_source(collectives, reward, config, prompts or [])
 
 
 def extra_keys(prompts: Sequence[str | Mapping[str, Any]]) -> list[str]:
@@ -197,7 +197,7 @@ def extra_keys(prompts: Sequence[str | Mapping[str, Any]]) -> list[str]:
 
 
 def checked_source(
-    engine: TrainEngine,
+    collectives: Collectives,
     reward: UserReward | Mapping[str, UserReward] | None,
     config: RewardConfig,
     prompts: Sequence[str | Mapping[str, Any]],
@@ -215,11 +215,13 @@ def checked_source(
     decode = None if tokenizer is None else lambda ids: decoded(tokenizer(), ids)
     keys = extra_keys(prompts)
     sources: list[RewardSource] = []
-    engine.together(
-        lambda: sources.append(from_user(reward, config, metadata_keys=keys, decode=decode, rank=engine.rank))
+    collectives.run_on_all_ranks(
+        lambda: sources.append(
+            from_user(reward, config, metadata_keys=keys, decode=decode, rank=collectives.rank)
+        )
     )
     (source,) = sources
-    engine.together(source.check)
+    collectives.run_on_all_ranks(source.check)
     return source
 
 
@@ -243,7 +245,7 @@ def less_originals(
 
 
 def open_reward(
-    engine: TrainEngine,
+    collectives: Collectives,
     reward: UserReward | Mapping[str, UserReward] | None,
     config: Any,
     prompts: Sequence[str | Mapping[str, Any]],
@@ -257,7 +259,7 @@ def open_reward(
         ConchError: see `checked_source`, `load_policy_tokenizer` and `less_originals`.
     """
     loaded: list[PreTrainedTokenizerBase] = []
-    source = checked_source(engine, reward, config.reward, prompts, lambda: loaded[0])
+    source = checked_source(collectives, reward, config.reward, prompts, lambda: loaded[0])
     loaded.append(load_policy_tokenizer(tokenizer, config.tokenizer, config.model.path))
     if config.reward.delta and config.reward.replay is None:  # what is recorded is the difference
         source = less_originals(source, prompts, loaded[0])

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from conch.data.rollout_batch import Sequences
+from conch.distributed.collectives import Collectives
 from conch.distributed.train_engine import TrainEngine, UpdateReport
 from conch.evaluation.metrics import mean_of_finite
 from conch.log import get_logger
@@ -86,7 +87,7 @@ def warn_of_gap(gap: float, alarm: float | None) -> None:
 
 
 def log_rollouts(
-    engine: TrainEngine,
+    collectives: Collectives,
     run: Run,
     rollouts: Sequence[Rollout],
     rewards: Sequence[RewardResult],
@@ -111,8 +112,8 @@ def log_rollouts(
         }
         for rollout, reward, nats in zip(rollouts, rewards, nats_of_each, strict=True)
     ]
-    rows = engine.gather(rows)
-    if engine.is_main:
+    rows = collectives.all_gather(rows)
+    if collectives.is_main:
         folder = run.folder / "rollouts"
         folder.mkdir(exist_ok=True)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -155,7 +156,7 @@ def update_with_statistics(
         return loss
 
     report = engine.update(torch.arange(num_rows).chunk(micro_batches), noted)
-    totals = engine.sum(torch.stack(list(summed.values()))).tolist()
+    totals = engine.collectives.all_reduce(torch.stack(list(summed.values()))).tolist()
     return dict(zip(summed, totals, strict=True)), report
 
 

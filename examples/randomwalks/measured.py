@@ -34,7 +34,7 @@ def fit_and_measure(trainer: SamplingTrainer, task: RandomWalks) -> Metrics:
         metrics = trainer.evaluate(repeats=NUM_MEASURED // len(task.start_nodes))
     finally:
         trainer.close()
-    if trainer.engine.is_main:
+    if trainer.engine.collectives.is_main:
         for name, value in sorted(metrics.items()):
             print(f"{name:36}{value:8.3f}")
     return metrics

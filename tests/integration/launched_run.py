@@ -37,8 +37,8 @@ def run(kind: str, folder: Path, num_processes: int) -> dict[str, Any]:
     run_dir = trainer.fit()
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     in_memory = trainer.engine.accelerator.get_state_dict(trainer.engine.module)
-    found = {"num_processes": trainer.engine.num_ranks, "metrics": rows}
-    if not trainer.engine.is_main:
+    found = {"num_processes": trainer.collectives.num_ranks, "metrics": rows}
+    if not trainer.collectives.is_main:
         return found
     saved = run_dir / f"checkpoints/step_{TRAIN['total_steps']}"
     AutoConfig.from_pretrained(saved)

@@ -15,9 +15,9 @@ def main() -> None:
     engine.prepare(torch.nn.Linear(4, 4), OptimizerConfig(), SchedulerConfig(), total_updates=5)
     for step in range(5):
         engine.update([torch.ones(2, 4)], lambda batch: engine.module(batch).sum())
-        engine.gather([step])
-        engine.sum_int(step)
-        engine.broadcast([step])
+        engine.collectives.all_gather([step])
+        engine.collectives.all_reduce_int(step)
+        engine.collectives.broadcast([step])
     engine.close()
 
 

@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
         prompts=list(LETTERS),
         tokenizer=char_tokenizer(LETTERS),
     )
-    print(f"rank {trainer.engine.rank} of {trainer.engine.num_ranks}", flush=True)
+    print(f"rank {trainer.collectives.rank} of {trainer.collectives.num_ranks}", flush=True)
     trainer.fit()
     trainer.close()
 

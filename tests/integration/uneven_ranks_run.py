@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
         "wait_budget_s": LONGEST_S,
     }
     trainer = ppo_trainer(folder / "run", reward_fn=url, reward=reward)
-    rollout, rank = trainer.rollout, trainer.engine.rank
+    rollout, rank = trainer.rollout, trainer.collectives.rank
 
     def paused_rollout(*arguments: Any, **options: Any) -> Any:
         if trainer.run.step == PAUSE_AT:
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
         return rollout(*arguments, **options)
 
     trainer.rollout = paused_rollout
-    print(f"rank {rank} of {trainer.engine.num_ranks}", flush=True)
+    print(f"rank {rank} of {trainer.collectives.num_ranks}", flush=True)
     try:
         trainer.fit()
     finally:

@@ -72,7 +72,7 @@ def processes(folder: Path) -> dict[str, Any]:
     running = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     return {
         "world_size": running,
-        "engine": TrainEngine(TrainConfig(num_processes=running)).num_ranks,
+        "engine": TrainEngine(TrainConfig(num_processes=running)).collectives.num_ranks,
         "refused": message_of(lambda: TrainEngine(TrainConfig(num_processes=running + 1))),
     }
 
@@ -144,7 +144,7 @@ def ppo(folder: Path) -> dict[str, Any]:
         },
         shaping={"clip": 5.0, "scaling": "running", "missing_eos_penalty": 1.0},
     )
-    rank, ranks = trainer.engine.rank, trainer.engine.num_ranks
+    rank, ranks = trainer.collectives.rank, trainer.collectives.num_ranks
     found: dict[str, Any] = {}
     for step in range(2):
         batch, metrics = batch_and_metrics(trainer, ROLLOUTS[rank::ranks], REWARDS[rank::ranks])
@@ -152,7 +152,9 @@ def ppo(folder: Path) -> dict[str, Any]:
         found |= {f"{name} {step}": value for name, value in numbers(metrics).items()}
     moments = trainer.shaper.moments
     own_tokens = int(batch.loss_mask.sum())
-    assert ranks == 1 or trainer.engine.sum_int(own_tokens) != ranks * own_tokens, "token counts are equal"
+    assert ranks == 1 or trainer.collectives.all_reduce_int(own_tokens) != ranks * own_tokens, (
+        "token counts are equal"
+    )
     return {
         **found,
         "kl_coef": trainer.kl_controller.coef,
@@ -172,7 +174,7 @@ def grpo(folder: Path) -> dict[str, Any]:
         grpo={"kl": {"coef": 0.2, "target": 0.01, "horizon": 100}},
         train={"gradient_accumulation_steps": 2},
     )
-    rank, size = trainer.engine.rank, len(GROUPS) // trainer.engine.num_ranks
+    rank, size = trainer.collectives.rank, len(GROUPS) // trainer.collectives.num_ranks
     mine = slice(rank * size, (rank + 1) * size)
     found: dict[str, Any] = {}
     for step in range(2):
@@ -193,8 +195,8 @@ def moments(folder: Path) -> dict[str, Any]:
     """Running moments of batches of unequal size, one of them empty on a rank."""
     engine, running = TrainEngine(TrainConfig()), RunningMoments()
     for batch in ([1.0, 5.0, 2.0], [7.0], [-3.0, math.nan, 4.0, 8.0]):
-        mine = torch.tensor(batch[engine.rank :: engine.num_ranks])
-        running.update(mine, ~mine.isnan(), engine.sum)
+        mine = torch.tensor(batch[engine.collectives.rank :: engine.collectives.num_ranks])
+        running.update(mine, ~mine.isnan(), engine.collectives.all_reduce)
     return {"count": running.count, "mean": running.mean, "std": running.std}
 
 
@@ -205,7 +207,7 @@ def rank_dependent(folder: Path) -> dict[str, Any]:
     rollouts = trainer.rollout(same_prompt)
     trainer.score(rollouts)
     outputs = [rollout.completion.text for rollout in rollouts]
-    rows = copy.deepcopy(trainer.stream).draw(8 // trainer.engine.num_ranks)
+    rows = copy.deepcopy(trainer.stream).draw(8 // trainer.collectives.num_ranks)
     metrics = trainer.step()
     first = {name: metrics[f"train/{name}_first"] for name in ("ratio", "approx_kl", "clip_fraction")}
     return {"outputs": outputs, "rows": rows, "first": first, "parameters": parameters(trainer.policy)}
@@ -230,7 +232,7 @@ def broken_gradient(folder: Path) -> dict[str, Any]:
     """An update in which the last rank alone has a gradient that is not finite."""
     trainer = sft_trainer(folder / "broken", SAMPLES, lm=policy(**SMALL))
     before, engine = parameters(trainer.lm), trainer.engine
-    scale = math.inf if engine.rank == engine.num_ranks - 1 else 1.0
+    scale = math.inf if engine.collectives.rank == engine.collectives.num_ranks - 1 else 1.0
     (batch,) = trainer.experience(trainer.samples)
     report = engine.update([scale], lambda factor: factor * engine.module(batch))
     return {"skipped": report.skipped, "moved": not torch.equal(before, parameters(trainer.lm))}
@@ -241,17 +243,17 @@ def failures(folder: Path) -> dict[str, Any]:
     engine = TrainEngine(TrainConfig())
 
     def work() -> None:
-        if engine.rank == engine.num_ranks - 1:
+        if engine.collectives.rank == engine.collectives.num_ranks - 1:
             raise ConfigError("here")
 
     def reward(outputs: list[str], **_: Any) -> list[float]:
-        bad = engine.rank == engine.num_ranks - 1
+        bad = engine.collectives.rank == engine.collectives.num_ranks - 1
         return [math.nan if bad else 1.0 for _ in outputs]
 
     trainer = ppo_trainer(folder / "failures", reward_fn=reward)
-    indivisible = {"ppo": {"rollouts_per_step": 4 * engine.num_ranks + 1, "minibatches": 2}}
+    indivisible = {"ppo": {"rollouts_per_step": 4 * engine.collectives.num_ranks + 1, "minibatches": 2}}
     return {
-        "together": message_of(lambda: engine.together(work)),
+        "together": message_of(lambda: engine.collectives.run_on_all_ranks(work)),
         "step": message_of(trainer.step),
         "indivisible": message_of(lambda: ppo_trainer(folder / "indivisible", **indivisible)),
     }
@@ -292,8 +294,8 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     engine = TrainEngine(TrainConfig())
     found = {scenario.__name__: scenario(folder / "runs") for scenario in SCENARIOS}
-    torch.save(found, folder / f"rank_{engine.rank}.pt")
-    engine.wait_for_everyone()
+    torch.save(found, folder / f"rank_{engine.collectives.rank}.pt")
+    engine.collectives.barrier()
     engine.close()
 
 

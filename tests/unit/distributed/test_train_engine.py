@@ -75,6 +75,6 @@ def test_until_it_is_prepared_a_model_is_whole_under_deepspeed_too(monkeypatch: 
     engine = TrainEngine(TrainConfig())
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.DEEPSPEED)
     head = torch.nn.Linear(1, 1)
-    with engine.whole_weights(), engine.writable_weights(head), torch.no_grad():
+    with engine.gathered_weights(), engine.writable_weights(head), torch.no_grad():
         head.weight.fill_(2.0)
     assert head(torch.ones(1)) - head.bias == 2.0

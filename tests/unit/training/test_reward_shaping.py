@@ -22,7 +22,7 @@ TWO = torch.tensor([[1.0, 10.0], [3.0, 10.0], [1.0, 30.0], [3.0, 30.0]])
 
 
 def shaper(weights: dict[str, float] | None = None, **config: Any) -> RewardShaper:
-    return RewardShaper(load(ShapingConfig, config), weights or {}, TrainEngine(TrainConfig()))
+    return RewardShaper(load(ShapingConfig, config), weights or {}, TrainEngine(TrainConfig()).collectives)
 
 
 def several(*rows: dict[str, float]) -> list[RewardResult]:
