@@ -5,6 +5,7 @@ Legend: B rollouts (of GRPO those of a prompt together), G rollouts a prompt, R 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -39,8 +40,13 @@ def gae(
 Advantage = Literal["group_std", "group_mean", "leave_one_out"]
 
 
-SMALLEST_SPREAD = 1e-6
+SMALLEST_STD = 1e-6
 """Rewards of a group that differ by less, against their size, are alike: what is left is rounding."""
+
+
+def has_spread(rewards: Sequence[float]) -> bool:
+    """Whether a group teaches anything: two of its rewards differ by more than rounding."""
+    return len(rewards) > 1 and max(rewards) - min(rewards) > SMALLEST_STD * (1 + max(map(abs, rewards)))
 
 
 def group_advantages(
@@ -59,5 +65,5 @@ def group_advantages(
     if kind == "leave_one_out":  # r_i - mean of the others = (r_i - mean of all) * n / (n - 1)
         centred = centred * count / (count - 1).clamp(min=1)
     scaled = centred / std if kind == "group_std" else centred
-    has_spread = std > SMALLEST_SPREAD * (1 + mean.abs())
+    has_spread = std > SMALLEST_STD * (1 + mean.abs())
     return torch.where(has_spread, scaled, torch.zeros_like(scaled)).reshape(-1)

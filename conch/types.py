@@ -119,6 +119,14 @@ class RolloutGroup:
     rollouts: tuple[Rollout, ...]
     rewards: tuple[RewardResult, ...]
 
+    @classmethod
+    def split(
+        cls, rollouts: Sequence[Rollout], rewards: Sequence[RewardResult], size: int
+    ) -> list[RolloutGroup]:
+        """Cut rollouts into groups of `size`; those of a prompt stand together."""
+        cuts = [slice(first, first + size) for first in range(0, len(rollouts), size)]
+        return [cls(rollouts[cut.start].prompt, tuple(rollouts[cut]), tuple(rewards[cut])) for cut in cuts]
+
 
 OnFinished = Callable[[Mapping[int, Rollout]], None]
 """Told of completions as they end: their prompts' places -> rollouts. Must return at once."""

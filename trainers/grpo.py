@@ -28,10 +28,8 @@ Legend: B rollouts (those of a prompt together), G rollouts a prompt, R response
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -39,17 +37,11 @@ from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from conch.advantages import SMALLEST_SPREAD, Advantage, group_advantages
-from conch.cli import load_run_config, run_main
-from conch.config import (
-    GenerationConfig,
-    OnlineRunConfig,
-    Section,
-)
-from conch.data.files import evaluation_rows, training_rows
-from conch.data.formats import prompt_form
+from conch.advantages import Advantage, group_advantages, has_spread
+from conch.cli import run_main
+from conch.config import GenerationConfig, OnlineRunConfig, Section
 from conch.data.index_sampler import IndexStream
-from conch.data.rollout_batch import Sequences, collate, take_rows
+from conch.data.rollout_batch import Sequences, take_rows
 from conch.distributed.train_engine import UpdateReport
 from conch.losses import (
     LossForm,
@@ -59,29 +51,20 @@ from conch.losses import (
     token_weights,
     truncated_importance_weights,
 )
-from conch.models.forward import BatchPacker, PackedBatch
+from conch.models.forward import BatchPacker
 from conch.models.policy import Policy
 from conch.models.reference import Reference, build_reference
-from conch.ops import (
-    KLEstimator,
-    entropy,
-    kl_estimate,
-    kl_loss_terms,
-    masked_mean,
-)
+from conch.ops import KLEstimator, entropy, kl_estimate, kl_loss_terms, masked_mean
 from conch.rewards.scorer import total_reward
-from conch.training.kl import KLConfig, KLController, kl_of_each, mean_kl
-from conch.training.online import OnlineTrainer
+from conch.training.kl import KLConfig, KLController, kl_of_each
+from conch.training.logprobs import LogprobOutputs, pack
+from conch.training.online import OnlineTrainer, run_online
 from conch.training.reward_shaping import RewardShaper, ShapingConfig, overlong_penalties
-from conch.training.setup import (
-    eval_mode,
-    rows_of_rank,
-    rows_per_process,
-    with_gathered_weights,
-)
+from conch.training.setup import rows_of_rank, rows_per_process
 from conch.training.statistics import (
+    importance_weight_metrics,
     log_rollouts,
-    logprob_gap,
+    policy_metrics,
     reward_metrics,
     rollout_metrics,
     timer,
@@ -138,13 +121,13 @@ class GRPOConfig(Section):
     """eps_high: how far it may rise; more than `clip_low` leaves room for rare tokens (DAPO takes 0.28).
     gspo's ratios are means over a response, and want 3e-4 and 4e-4 or so."""
 
-    sampler_correction: float | None = Field(default=None, gt=0)
+    importance_sampling_cap: float | None = Field(default=None, gt=0)
     """Weigh each token by pi_old of the trainer over that of the sampler, at most this much: for samplers
     with other kernels than the trainer's (truncated importance sampling; 2 is usual). None does not."""
 
-    max_draws: int = Field(default=1, ge=1)
-    """Rollouts per step, at most, to replace groups whose rewards are all alike by groups of other prompts
-    (dynamic sampling, DAPO section 3.2). 1 replaces none."""
+    max_resamples: int = Field(default=0, ge=0)
+    """Further rollouts per step, at most, that replace groups whose rewards are all alike by groups of other
+    prompts (dynamic sampling, DAPO section 3.2). 0 replaces none."""
 
     overlong_buffer: int = Field(default=0, ge=0)
     """Tokens before `max_new_tokens` over which a penalty for length grows from 0 (DAPO, equation 13)."""
@@ -180,10 +163,10 @@ class GRPORunConfig(OnlineRunConfig):
     @model_validator(mode="after")
     def _settings_fit_each_other(self) -> GRPORunConfig:
         generation, grpo = self.generation, self.grpo
-        if grpo.sampler_correction is not None and generation.cuts:
+        if grpo.importance_sampling_cap is not None and generation.cuts:
             raise ValueError(
-                "`grpo.sampler_correction` compares whole distributions, but `generation.top_k` or `top_p` "
-                "cuts the sampler's: leave one of them out"
+                "`grpo.importance_sampling_cap` compares whole distributions, but `generation.top_k` or "
+                "`top_p` cuts the sampler's: leave one of them out"
             )
         if grpo.overlong_buffer > generation.max_new_tokens:
             raise ValueError(
@@ -212,60 +195,22 @@ class GRPOBatch:
     kl_coef: float
 
 
-@dataclass(frozen=True)
-class GRPOOutputs:
-    """What the models say of rollouts before any reward is known; None where they were not asked, or where
-    there is no reference."""
-
-    sequences: Sequences
-    logprobs: Float[Tensor, "B R"] | None = None
-    ref_logprobs: Float[Tensor, "B R"] | None = None
-    entropy: Float[Tensor, "B R"] | None = None
-
-
-def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """One tensor; None where there is none to join."""
-    present = [part for part in parts if part is not None]
-    return torch.cat(present) if present else None
-
-
-def kl_of_samples(batch: GRPOBatch, logprobs: Float[Tensor, "B R"]) -> Float[Tensor, " B"]:
-    """From the policy with these log-probs to the reference, in nats of each sample."""
-    assert batch.ref_logprobs is not None, "without a reference there is no KL"
-    return kl_of_each(logprobs, batch.ref_logprobs, batch.sequences.response_mask)
-
-
-def kl_to_show(batch: GRPOBatch, generation: GenerationConfig) -> Float[Tensor, " B"] | None:
-    """The same before the update; None where there is no reference.
+def kl_before_update(batch: GRPOBatch, generation: GenerationConfig) -> Float[Tensor, " B"] | None:
+    """KL to the reference in nats of each sample; None without a reference.
 
     A step that makes no pass of the policy before its update takes the log-probs under which the samples were
     drawn, and None where top-k or top-p cut what they were drawn from: those are not the policy's.
     """
     if batch.ref_logprobs is None or (batch.old_logprobs is None and generation.cuts):
         return None
-    known = batch.sequences.sampling_logprobs if batch.old_logprobs is None else batch.old_logprobs
-    return kl_of_samples(batch, known)
+    logprobs = batch.sequences.sampling_logprobs if batch.old_logprobs is None else batch.old_logprobs
+    return kl_of_each(logprobs, batch.ref_logprobs, batch.sequences.response_mask)
 
 
-def has_spread(rewards: Sequence[RewardResult], weights: Mapping[str, float]) -> bool:
-    """Whether a group teaches anything: two of its rewards differ."""
-    values = [total_reward(reward, weights) for reward in rewards if reward.ok]
-    return len(values) > 1 and max(values) - min(values) > SMALLEST_SPREAD * (1 + max(map(abs, values)))
-
-
-def groups_of(rollouts: Sequence[Rollout], rewards: Sequence[RewardResult], size: int) -> list[RolloutGroup]:
-    """The groups that stand one after the other."""
-    cuts = [slice(first, first + size) for first in range(0, len(rollouts), size)]
-    return [
-        RolloutGroup(rollouts[cut.start].prompt, tuple(rollouts[cut]), tuple(rewards[cut])) for cut in cuts
-    ]
-
-
-class GRPOTrainer(OnlineTrainer):
+class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
     """GRPO; see `OnlineTrainer` for what it is made from."""
 
     name = "grpo"
-    config: GRPORunConfig
 
     def plan_batches(self) -> None:
         config, grpo, ranks = self.config, self.config.grpo, self.collectives
@@ -276,11 +221,12 @@ class GRPOTrainer(OnlineTrainer):
         total = grpo.prompts_per_step * grpo.group_size
         name = "grpo.prompts_per_step * group_size"
         self._rows = rows_per_process(ranks, config.train, total, name, grpo.minibatches)
+        self.forward_batch_size = grpo.forward_batch_size
 
     def setup(self) -> Policy:
         """The policy alone."""
         config = self.config
-        self.layout = BatchPacker(self.lm)
+        self.packer = BatchPacker(self.lm)
         self.kl_controller = KLController(config.grpo.kl)
         self.shaper = RewardShaper(config.shaping, config.reward.weights, self.collectives)
         self.stateful |= {"kl_controller": self.kl_controller, "shaper": self.shaper}
@@ -300,7 +246,7 @@ class GRPOTrainer(OnlineTrainer):
             return None
         return build_reference(self.lm, self.config.model.num_layers_unfrozen)
 
-    @cached_property
+    @property
     def computes_old_logprobs(self) -> bool:
         """Whether the policy's log-probs are computed before the update.
 
@@ -311,7 +257,7 @@ class GRPOTrainer(OnlineTrainer):
         return (
             needs_policy
             or self.updates_per_step > 1
-            or grpo.sampler_correction is not None
+            or grpo.importance_sampling_cap is not None
             or not self.config.model.disable_dropout
         )
 
@@ -321,30 +267,28 @@ class GRPOTrainer(OnlineTrainer):
         """One rollout with its updates."""
         seconds: dict[str, float] = {}
         started = time.perf_counter()
-        if self.config.grpo.max_draws == 1:
+        rewards, resamples = None, 0
+        if self.config.grpo.max_resamples:  # which groups are learned from is known from their rewards
+            rollouts, rewards, resamples = self._sample_groups(seconds)
+        else:
             with timer(seconds, "time/rollout_s"):
                 rollouts = self.rollout(self.next_prompts())
-            with timer(seconds, "time/logprobs_s"):
-                outputs = self.compute_logprobs(rollouts)
+        with timer(seconds, "time/logprobs_s"):
+            outputs = self.compute_logprobs(rollouts)
+        if rewards is None:
             with timer(seconds, "time/score_s"):
                 rewards = self.score(rollouts)
-            draws = 1
-        else:
-            rollouts, rewards, draws = self._sample_groups(seconds)
-            with timer(seconds, "time/logprobs_s"):
-                outputs = self.compute_logprobs(rollouts)
         with timer(seconds, "time/experience_s"):
             batch, metrics = self.make_batch(rollouts, rewards, outputs)
         if self.config.tracking.rollouts:
-            log_rollouts(
-                self.collectives, self.run, rollouts, rewards, kl_to_show(batch, self.config.generation)
-            )
+            kl = kl_before_update(batch, self.config.generation)
+            log_rollouts(self.collectives, self.run, rollouts, rewards, kl)
         with timer(seconds, "time/update_s"):
             metrics |= self.update(batch)
         config = self.config.grpo
         tokens = config.prompts_per_step * config.group_size * metrics["rollout/length_mean"]
         speed = tokens / (time.perf_counter() - started)
-        return {**metrics, **seconds, "grpo/draws": float(draws), "time/tokens_per_s": speed}
+        return {**metrics, **seconds, "grpo/resamples": float(resamples), "time/tokens_per_s": speed}
 
     def next_prompts(self) -> list[Prompt]:
         """This rank's prompts of the next step."""
@@ -356,71 +300,31 @@ class GRPOTrainer(OnlineTrainer):
         return super().rollout([prompt for prompt in prompts for _ in range(self.config.grpo.group_size)])
 
     def _sample_groups(self, seconds: dict[str, float]) -> tuple[list[Rollout], list[RewardResult], int]:
-        """A step's groups, those without spread replaced as far as `max_draws` allows; and the draws it took.
+        """Sample a step's groups, replace those without spread, and count the rollouts that replaced.
 
-        All ranks draw equally often, and each keeps the groups that it sampled.
+        All ranks sample equally often, and each keeps the groups that it sampled.
         """
-        kept: list[RolloutGroup] = []
-        flat: list[RolloutGroup] = []
-        draws = 0
-        while draws < self.config.grpo.max_draws:
-            draws += 1
+        weights, resamples = self.config.reward.weights, -1
+        spread: list[RolloutGroup] = []
+        zero_std: list[RolloutGroup] = []
+        while resamples < self.config.grpo.max_resamples:
+            resamples += 1
             with timer(seconds, "time/rollout_s"):
                 rollouts = self.rollout(self.next_prompts())
             with timer(seconds, "time/score_s"):
                 rewards = self.score(rollouts)
-            for group in groups_of(rollouts, rewards, self.config.grpo.group_size):
-                (kept if has_spread(group.rewards, self.config.reward.weights) else flat).append(group)
-            if not self.collectives.all_reduce_int(max(0, self._num_prompts - len(kept))):
+            for group in RolloutGroup.split(rollouts, rewards, self.config.grpo.group_size):
+                scores = [total_reward(reward, weights) for reward in group.rewards if reward.ok]
+                (spread if has_spread(scores) else zero_std).append(group)
+            if not self.collectives.all_reduce_int(max(0, self._num_prompts - len(spread))):
                 break
-        chosen = [*kept, *flat][: self._num_prompts]
+        chosen = [*spread, *zero_std][: self._num_prompts]
         rollouts = [rollout for group in chosen for rollout in group.rollouts]
-        return rollouts, [reward for group in chosen for reward in group.rewards], draws
-
-    @with_gathered_weights
-    @torch.no_grad()
-    def compute_logprobs(self, rollouts: Sequence[Rollout], *, policy_too: bool | None = None) -> GRPOOutputs:
-        """Forward passes of policy and reference over each rollout, where the algorithm needs them.
-
-        policy_too: whether the policy is asked; None leaves it to `computes_old_logprobs`.
-        """
-        policy_too = self.computes_old_logprobs if policy_too is None else policy_too
-        sequences = collate(rollouts, self.pad_id, self.engine.device)
-        if not policy_too and self.reference is None:
-            return GRPOOutputs(sequences)
-        columns: list[tuple[Tensor | None, ...]] = []
-        for rows in torch.arange(len(sequences.input_ids)).split(self.config.grpo.forward_batch_size):
-            with eval_mode(self.policy), self.engine.autocast():
-                columns.append(self._forward(take_rows(sequences, rows), policy_too))
-        return GRPOOutputs(sequences, *(joined(column) for column in zip(*columns, strict=True)))
-
-    def _forward(
-        self, part: Sequences, policy_too: bool
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Log-probs of policy and reference, and entropies."""
-        packed, ref_logprobs = self._packed(part), None
-        if not policy_too:
-            assert self.reference is not None
-            return None, self._logprobs(self.reference.logits(*packed.inputs), packed), None
-        with nullcontext() if self.reference is None else self.reference.recording():
-            logits = self.engine.module(*packed.inputs)
-        if self.reference is not None:
-            ref_logprobs = self._logprobs(self.reference.logits(*packed.inputs), packed)
-        return self._logprobs(logits, packed), ref_logprobs, self._entropy(logits, packed)
-
-    def _packed(self, part: Sequences) -> PackedBatch:
-        return self.layout.rows(part.input_ids, part.attention_mask, part.num_response)
-
-    def _logprobs(self, logits: Tensor, packed: PackedBatch) -> Tensor:
-        return packed.logprobs(logits, self.config.generation.temperature)
-
-    @torch.no_grad()
-    def _entropy(self, logits: Tensor, packed: PackedBatch) -> Tensor:
-        return packed.of_samples(entropy(logits, self.config.generation.temperature))
+        return rollouts, [reward for group in chosen for reward in group.rewards], resamples
 
     @torch.no_grad()
     def make_batch(
-        self, rollouts: Sequence[Rollout], rewards: Sequence[RewardResult], outputs: GRPOOutputs
+        self, rollouts: Sequence[Rollout], rewards: Sequence[RewardResult], outputs: LogprobOutputs
     ) -> tuple[GRPOBatch, Metrics]:
         """Advantages of whole groups, as `rollout` returns them, and the step's statistics.
 
@@ -434,21 +338,18 @@ class GRPOTrainer(OnlineTrainer):
         kl_coef = self.kl_controller.coef
         totals = self._totals(rollouts, rewards, outputs, mask, kl_coef)
         advantages = group_advantages(totals, valid, config.group_size, config.advantage_kind)
-        correction = None
-        if config.sampler_correction is not None:
+        correction, cap = None, config.importance_sampling_cap
+        if cap is not None:
             assert outputs.logprobs is not None
-            correction = truncated_importance_weights(
-                outputs.logprobs, sequences.sampling_logprobs, config.sampler_correction
-            )
+            correction = truncated_importance_weights(outputs.logprobs, sequences.sampling_logprobs, cap)
         batch = GRPOBatch(
             sequences, mask, outputs.logprobs, outputs.ref_logprobs, advantages, correction, kl_coef
         )
+        reduce = self.collectives.all_reduce
         return batch, {
             **self.scorer.metrics(),
-            **reward_metrics(
-                rewards, self.config.reward.weights, self.shaper.objectives, self.collectives.all_reduce
-            ),
-            **rollout_metrics(rollouts, sequences, self.collectives.all_reduce),
+            **reward_metrics(rewards, self.config.reward.weights, self.shaper.objectives, reduce),
+            **rollout_metrics(rollouts, sequences, reduce),
             **self._statistics(batch, outputs, valid),
         }
 
@@ -474,7 +375,7 @@ class GRPOTrainer(OnlineTrainer):
         self,
         rollouts: Sequence[Rollout],
         rewards: Sequence[RewardResult],
-        outputs: GRPOOutputs,
+        outputs: LogprobOutputs,
         mask: Bool[Tensor, "B R"],
         kl_coef: float,
     ) -> Float[Tensor, " B"]:
@@ -489,42 +390,27 @@ class GRPOTrainer(OnlineTrainer):
         kl = kl_estimate(outputs.logprobs, outputs.ref_logprobs, config.kl.estimator)
         return totals - kl_coef * torch.where(mask, kl, torch.zeros_like(kl)).sum(dim=1)
 
-    def _statistics(self, batch: GRPOBatch, outputs: GRPOOutputs, valid: Bool[Tensor, " B"]) -> Metrics:
+    def _statistics(self, batch: GRPOBatch, outputs: LogprobOutputs, valid: Bool[Tensor, " B"]) -> Metrics:
         """Of advantages, distances and weights, over all ranks."""
-        config, reduce, mask = self.config.grpo, self.collectives.all_reduce, outputs.sequences.response_mask
-        is_flat = ~(batch.advantages != 0).reshape(-1, config.group_size).any(dim=1)
+        config, reduce = self.config.grpo, self.collectives.all_reduce
+        zero_std = ~(batch.advantages != 0).reshape(-1, config.group_size).any(dim=1)
         metrics = {
             "grpo/advantage_std": float(masked_mean(batch.advantages**2, valid, reduce)) ** 0.5,
-            "grpo/flat_fraction": float(masked_mean(is_flat.float(), torch.ones_like(is_flat), reduce)),
+            "grpo/frac_reward_zero_std": float(
+                masked_mean(zero_std.float(), torch.ones_like(zero_std), reduce)
+            ),
+            **policy_metrics(outputs, reduce, self.config.rollout.logprob_gap_alarm),
         }
-        if outputs.logprobs is None or outputs.entropy is None:
-            return metrics
-        alarm = self.config.rollout.logprob_gap_alarm
-        metrics |= {
-            "policy/entropy": float(masked_mean(outputs.entropy, mask, reduce)),
-            "rollout/logprob_gap": logprob_gap(outputs.logprobs, outputs.sequences, reduce, alarm),
-        }
-        if outputs.ref_logprobs is not None:
-            measured = mean_kl(outputs.logprobs, outputs.ref_logprobs, mask, reduce)
-            self._note_kl(measured)
-            metrics |= {"policy/kl": measured, "policy/kl_coef": batch.kl_coef}
-        if batch.correction is not None and config.sampler_correction is not None:
-            metrics |= self._correction_metrics(batch.correction, config.sampler_correction, mask)
+        if "policy/kl" in metrics:
+            self._note_kl(metrics["policy/kl"])
+            metrics["policy/kl_coef"] = batch.kl_coef
+        if batch.correction is not None and (cap := config.importance_sampling_cap) is not None:
+            mask = batch.sequences.response_mask
+            metrics |= importance_weight_metrics(batch.correction, cap, mask, reduce)
         return metrics
 
     def _note_kl(self, measured: float) -> None:
         self.kl_controller.update(measured, self.config.grpo.prompts_per_step * self.config.grpo.group_size)
-
-    def _correction_metrics(self, weights: Tensor, most: float, mask: Tensor) -> Metrics:
-        moments = [
-            float(masked_mean(each, mask, self.collectives.all_reduce)) for each in (weights, weights**2)
-        ]
-        clipped = masked_mean((weights >= most).float(), mask, self.collectives.all_reduce)
-        return {
-            "rollout/correction_mean": moments[0],
-            "rollout/correction_clipped_fraction": float(clipped),
-            "rollout/effective_share": effective_sample_size(*moments),
-        }
 
     def _update_minibatch(self, batch: GRPOBatch) -> tuple[Metrics, UpdateReport]:
         """One optimizer update; statistics are means over the minibatch's tokens on all ranks."""
@@ -540,14 +426,15 @@ class GRPOTrainer(OnlineTrainer):
         squares = means.pop("train/ratio_squared")
         return {
             **means,
-            "train/effective_share": effective_sample_size(means["train/ratio"], squares),
+            "train/effective_sample_size": effective_sample_size(means["train/ratio"], squares),
         }, report
 
     def _loss(self, batch: GRPOBatch, weights: Tensor, shares: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's part of the loss, and its parts of means over tokens."""
-        config, mask, packed = self.config.grpo, batch.loss_mask, self._packed(batch.sequences)
+        config, temperature, mask = self.config.grpo, self.config.generation.temperature, batch.loss_mask
+        packed = pack(self.packer, batch.sequences)
         logits = self.engine.module(*packed.inputs)
-        logprobs = self._logprobs(logits, packed)
+        logprobs = packed.logprobs(logits, temperature)
         old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
         ratio = policy_ratio(logprobs, old_logprobs, mask, config.loss)
         per_token_loss, is_clipped = clipped_loss_terms(
@@ -567,11 +454,12 @@ class GRPOTrainer(OnlineTrainer):
             columns["train/kl_loss"] = kl
         if batch.old_logprobs is None:
             gap = (logprobs.detach() - batch.sequences.sampling_logprobs).abs()
-            columns["policy/entropy"] = weighted_sum(self._entropy(logits, packed), shares)
+            entropies = packed.of_samples(entropy(logits.detach(), temperature))
+            columns["policy/entropy"] = weighted_sum(entropies, shares)
             columns["rollout/logprob_gap"] = weighted_sum(gap, shares)
             if batch.ref_logprobs is not None:
-                of_each = kl_of_samples(batch, logprobs.detach())
-                columns["policy/kl"] = of_each.sum() / (config.prompts_per_step * config.group_size)
+                of_samples = kl_of_each(logprobs.detach(), batch.ref_logprobs, batch.sequences.response_mask)
+                columns["policy/kl"] = of_samples.sum() / (config.prompts_per_step * config.group_size)
         approx_kl = kl_estimate(old_logprobs, logprobs.detach(), "k3")
         return loss, {
             "train/loss": loss,
@@ -582,19 +470,10 @@ class GRPOTrainer(OnlineTrainer):
             "train/clip_fraction": weighted_sum(is_clipped.float(), shares),
         }
 
-    def policy_and_reference(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor, Tensor]:
-        outputs = self.compute_logprobs(rollouts, policy_too=True)
-        assert outputs.logprobs is not None and outputs.ref_logprobs is not None
-        return outputs.logprobs, outputs.ref_logprobs, outputs.sequences.response_mask
-
 
 def main(argv: Sequence[str]) -> None:
     """Command line: `python -m conch.trainers.grpo key=value ...` with prompts from `data.train`."""
-    config = load_run_config(GRPORunConfig, argv, default_name="grpo")
-    prompts = training_rows(config.data, "prompts", form=prompt_form)
-    evaluated = evaluation_rows(config.data, form=prompt_form)
-    with closing(GRPOTrainer(config, prompts=prompts, eval_prompts=evaluated)) as trainer:
-        trainer.fit()
+    run_online(GRPOTrainer, GRPORunConfig, argv)
 
 
 if __name__ == "__main__":

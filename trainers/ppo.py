@@ -21,7 +21,6 @@ Legend: B rollouts, R response tokens, T prompt and response tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,41 +30,25 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from conch.advantages import gae
-from conch.cli import load_run_config, run_main
-from conch.config import (
-    OnlineRunConfig,
-    Section,
-)
-from conch.data.files import evaluation_rows, training_rows
-from conch.data.formats import prompt_form
+from conch.cli import run_main
+from conch.config import OnlineRunConfig, Section
 from conch.data.index_sampler import IndexStream
-from conch.data.rollout_batch import Sequences, collate, take_rows
+from conch.data.rollout_batch import Sequences, take_rows
 from conch.distributed.train_engine import UpdateReport
 from conch.losses import policy_loss_terms, value_loss_terms
-from conch.models.forward import BatchPacker, PackedBatch
+from conch.models.forward import BatchPacker
 from conch.models.policy import PolicyWithValue
 from conch.models.reference import Reference, build_reference
-from conch.ops import (
-    entropy,
-    kl_estimate,
-    kl_loss_terms,
-    masked_mean,
-    masked_sum,
-    whiten,
-)
-from conch.training.kl import KLConfig, KLController, kl_of_each, mean_kl
-from conch.training.online import OnlineTrainer
+from conch.ops import kl_estimate, kl_loss_terms, masked_mean, masked_sum, whiten
+from conch.training.kl import KLConfig, KLController, kl_of_each
+from conch.training.logprobs import LogprobOutputs, pack
+from conch.training.online import OnlineTrainer, run_online
 from conch.training.reward_shaping import RewardShaper, ShapingConfig
-from conch.training.setup import (
-    eval_mode,
-    rows_per_process,
-    save_on_main,
-    with_gathered_weights,
-)
+from conch.training.setup import rows_per_process, save_on_main, with_gathered_weights
 from conch.training.statistics import (
     explained_variance,
     log_rollouts,
-    logprob_gap,
+    policy_metrics,
     reward_metrics,
     rollout_metrics,
     timer,
@@ -153,25 +136,13 @@ class PPOBatch:
     kl_coef: float
 
 
-@dataclass(frozen=True)
-class PPOOutputs:
-    """What the models say of rollouts before any reward is known; all tensors are [B, R]."""
-
-    sequences: Sequences
-    logprobs: Float[Tensor, "B R"]
-    ref_logprobs: Float[Tensor, "B R"]
-    values: Float[Tensor, "B R"]
-    entropy: Float[Tensor, "B R"]
-
-
 # ---------------------------------------------------------------------------------------------------- trainer
 
 
-class PPOTrainer(OnlineTrainer):
+class PPOTrainer(OnlineTrainer[PPORunConfig]):
     """PPO; see `OnlineTrainer` for what it is made from."""
 
     name = "ppo"
-    config: PPORunConfig
 
     def plan_batches(self) -> None:
         config, ranks = self.config, self.collectives
@@ -183,11 +154,12 @@ class PPOTrainer(OnlineTrainer):
             "ppo.rollouts_per_step",
             config.ppo.minibatches,
         )
+        self.forward_batch_size = config.ppo.forward_batch_size
 
     def setup(self) -> PolicyWithValue:
         """The policy with its value head."""
         config, engine = self.config, self.engine
-        self.layout = BatchPacker(self.lm)
+        self.packer = BatchPacker(self.lm)
         self.kl_controller = KLController(config.ppo.kl)
         self.shaper = RewardShaper(config.shaping, config.reward.weights, self.collectives)
         self.stateful |= {"kl_controller": self.kl_controller, "shaper": self.shaper}
@@ -220,44 +192,24 @@ class PPOTrainer(OnlineTrainer):
         with timer(seconds, "time/experience_s"):
             batch, metrics = self.make_batch(rollouts, rewards, outputs)
         if self.config.tracking.rollouts:
-            kl = kl_of_each(outputs.logprobs, outputs.ref_logprobs, outputs.sequences.response_mask)
+            kl = kl_of_each(batch.old_logprobs, batch.ref_logprobs, batch.sequences.response_mask)
             log_rollouts(self.collectives, self.run, rollouts, rewards, kl)
         with timer(seconds, "time/update_s"):
             metrics |= self.update(batch)
         tokens = self.config.ppo.rollouts_per_step * metrics["rollout/length_mean"]
         return {**metrics, **seconds, "time/tokens_per_s": tokens / sum(seconds.values())}
 
-    @with_gathered_weights
-    @torch.no_grad()
-    def compute_logprobs(self, rollouts: Sequence[Rollout]) -> PPOOutputs:
-        """One forward pass of policy, value head and reference over each rollout."""
-        sequences = collate(rollouts, self.pad_id, self.engine.device)
-        temperature, columns = self.config.generation.temperature, []
-        reference = self.reference
-        assert reference is not None, "PPO keeps one"
-        for rows in torch.arange(len(sequences.input_ids)).split(self.config.ppo.forward_batch_size):
-            packed = self._packed(take_rows(sequences, rows))
-            with eval_mode(self.policy), self.engine.autocast():
-                with reference.recording():
-                    output = self.engine.module(*packed.inputs)
-                ref_logits = reference.logits(*packed.inputs)
-            logprobs, ref_logprobs = (
-                packed.logprobs(logits, temperature) for logits in (output.logits, ref_logits)
-            )
-            values, entropies = map(packed.of_samples, (output.values, entropy(output.logits, temperature)))
-            columns.append((logprobs, ref_logprobs, values, entropies))
-        return PPOOutputs(sequences, *(torch.cat(column) for column in zip(*columns, strict=True)))
-
     @torch.no_grad()
     def make_batch(
-        self, rollouts: Sequence[Rollout], rewards: Sequence[RewardResult], outputs: PPOOutputs
+        self, rollouts: Sequence[Rollout], rewards: Sequence[RewardResult], outputs: LogprobOutputs
     ) -> tuple[PPOBatch, Metrics]:
         """Token rewards and advantages, and the step's statistics.
 
         Moves the KL weight and the running moments of rewards.
         """
         config, reduce, sequences = self.config.ppo, self.collectives.all_reduce, outputs.sequences
-        logprobs, ref_logprobs = outputs.logprobs, outputs.ref_logprobs
+        logprobs, ref_logprobs, values = outputs.logprobs, outputs.ref_logprobs, outputs.values
+        assert logprobs is not None and ref_logprobs is not None and values is not None
         has_reward = torch.tensor([reward.ok for reward in rewards], device=self.engine.device)
         mask = sequences.response_mask & has_reward.unsqueeze(1)
         kl_coef = self.kl_controller.coef
@@ -268,25 +220,19 @@ class PPOTrainer(OnlineTrainer):
             )
         if config.whiten_rewards:
             per_token = whiten(per_token, mask, reduce, shift_mean=False)
-        advantages, returns = gae(per_token, outputs.values, mask, config.gamma, config.lam)
-        measured = mean_kl(logprobs, ref_logprobs, sequences.response_mask, reduce)
-        alarm = self.config.rollout.logprob_gap_alarm
+        advantages, returns = gae(per_token, values, mask, config.gamma, config.lam)
         metrics = {
             **self.scorer.metrics(),
             **reward_metrics(rewards, self.config.reward.weights, self.shaper.objectives, reduce),
             **rollout_metrics(rollouts, sequences, reduce),
-            "rollout/logprob_gap": logprob_gap(logprobs, sequences, reduce, alarm),
-            "policy/entropy": float(masked_mean(outputs.entropy, sequences.response_mask, reduce)),
-            "policy/kl": measured,
+            **policy_metrics(outputs, reduce, self.config.rollout.logprob_gap_alarm),
             "policy/kl_coef": kl_coef,
-            "value/mean": float(masked_mean(outputs.values, mask, reduce)),
-            "value/explained_variance": explained_variance(outputs.values, returns, mask, reduce),
+            "value/mean": float(masked_mean(values, mask, reduce)),
+            "value/explained_variance": explained_variance(values, returns, mask, reduce),
         }
-        self.kl_controller.update(measured, config.rollouts_per_step)
+        self.kl_controller.update(metrics["policy/kl"], config.rollouts_per_step)
         advantages = whiten(advantages, mask, reduce)
-        batch = PPOBatch(
-            sequences, mask, logprobs, ref_logprobs, outputs.values, advantages, returns, kl_coef
-        )
+        batch = PPOBatch(sequences, mask, logprobs, ref_logprobs, values, advantages, returns, kl_coef)
         return batch, metrics
 
     def update(self, batch: PPOBatch) -> Metrics:
@@ -301,9 +247,6 @@ class PPOTrainer(OnlineTrainer):
         self.policy_version += 1
         return metrics
 
-    def _packed(self, part: Sequences) -> PackedBatch:
-        return self.layout.rows(part.input_ids, part.attention_mask, part.num_response)
-
     def _update_minibatch(self, batch: PPOBatch) -> tuple[Metrics, UpdateReport]:
         """One optimizer update; statistics are means over the minibatch's tokens on all ranks."""
         num_tokens = self.collectives.all_reduce(batch.loss_mask.sum()).clamp(min=1).float()
@@ -316,7 +259,7 @@ class PPOTrainer(OnlineTrainer):
 
     def _loss(self, batch: PPOBatch, num_tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's share of loss and statistics: sums over tokens / tokens of the minibatch."""
-        config, mask, packed = self.config.ppo, batch.loss_mask, self._packed(batch.sequences)
+        config, mask, packed = self.config.ppo, batch.loss_mask, pack(self.packer, batch.sequences)
         output = self.engine.module(*packed.inputs)
         logprobs = packed.logprobs(output.logits, self.config.generation.temperature)
         values = packed.of_samples(output.values)
@@ -345,10 +288,6 @@ class PPOTrainer(OnlineTrainer):
 
     # ---------------------------------------------------------------------------------- evaluation and saving
 
-    def policy_and_reference(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor, Tensor]:
-        outputs = self.compute_logprobs(rollouts)
-        return outputs.logprobs, outputs.ref_logprobs, outputs.sequences.response_mask
-
     @with_gathered_weights
     def save_pretrained(self, folder: Path) -> Path:
         """Write the policy as a Hugging Face folder, the value head beside it. Call it on all ranks."""
@@ -358,11 +297,7 @@ class PPOTrainer(OnlineTrainer):
 
 def main(argv: Sequence[str]) -> None:
     """Command line: `python -m conch.trainers.ppo key=value ...` with prompts from `data.train`."""
-    config = load_run_config(PPORunConfig, argv, default_name="ppo")
-    prompts = training_rows(config.data, "prompts", form=prompt_form)
-    evaluated = evaluation_rows(config.data, form=prompt_form)
-    with closing(PPOTrainer(config, prompts=prompts, eval_prompts=evaluated)) as trainer:
-        trainer.fit()
+    run_online(PPOTrainer, PPORunConfig, argv)
 
 
 if __name__ == "__main__":

@@ -20,20 +20,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from conch.cli import load_run_config, run_main
+from conch.cli import run_main
 from conch.config import (
     OnlineRunConfig,
     Section,
 )
-from conch.data.files import evaluation_rows, training_rows
-from conch.data.formats import prompt_form
 from conch.data.index_sampler import IndexStream
 from conch.data.samples import TokenizedSample, collate
 from conch.distributed.train_engine import UpdateReport
@@ -41,7 +38,7 @@ from conch.errors import ConfigError
 from conch.log import get_logger
 from conch.rewards.scorer import total_reward
 from conch.trainers.sft import TokenLoss
-from conch.training.online import OnlineTrainer
+from conch.training.online import OnlineTrainer, run_online
 from conch.training.reward_shaping import agreed_objectives
 from conch.training.setup import (
     rows_per_process,
@@ -173,14 +170,13 @@ def keep_best(candidates: Candidates, percentile: float, min_score: float | None
 # ---------------------------------------------------------------------------------------------------- trainer
 
 
-class RFTTrainer(OnlineTrainer):
+class RFTTrainer(OnlineTrainer[RFTRunConfig]):
     """RFT; see `OnlineTrainer` for what it is made from.
 
     A round's completions are sampled in its first step and learned from in all of its steps.
     """
 
     name = "rft"
-    config: RFTRunConfig
 
     def plan_batches(self) -> None:
         config = self.config
@@ -345,11 +341,7 @@ def _mean(values: Sequence[float]) -> float:
 
 def main(argv: Sequence[str]) -> None:
     """Command line: `python -m conch.trainers.rft key=value ...` with prompts from `data.train`."""
-    config = load_run_config(RFTRunConfig, argv, default_name="rft")
-    prompts = training_rows(config.data, "prompts", form=prompt_form)
-    evaluated = evaluation_rows(config.data, form=prompt_form)
-    with closing(RFTTrainer(config, prompts=prompts, eval_prompts=evaluated)) as trainer:
-        trainer.fit()
+    run_online(RFTTrainer, RFTRunConfig, argv)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from conch.config import EvalGenerationConfig, GenerationConfig, load
+from conch.config import EvalGenerationConfig, GenerationConfig, OnlineRunConfig, load
 from conch.distributed.collectives import Collectives
 from conch.errors import ConfigError
 from conch.evaluation.metrics import MetricFn, mean_of_finite, metric_columns
@@ -74,12 +74,12 @@ class SampledPrompts(Generic[GenerationT]):
 
 
 def sampled_prompts(
-    config: Any,
+    config: OnlineRunConfig,
     tokenizer: PreTrainedTokenizerBase,
     lm: PreTrainedModel,
     prompts: Sequence[str | Mapping[str, Any]],
     eval_prompts: Sequence[str | Mapping[str, Any]] | None,
-) -> SampledPrompts[Any]:
+) -> SampledPrompts[GenerationConfig]:
     """Prompts that leave room for a completion; without `eval_prompts`, all that are learned from are
     evaluated on, whatever their length.
 

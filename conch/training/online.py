@@ -15,18 +15,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from conch.cli import load_run_config
+from conch.config import OnlineRunConfig
+from conch.data.files import evaluation_rows, training_rows
+from conch.data.formats import prompt_form
 from conch.data.index_sampler import IndexStream
+from conch.data.rollout_batch import collate
 from conch.distributed.train_engine import TrainEngine
 from conch.evaluation.evaluator import Evaluator, sampled_prompts
 from conch.evaluation.metrics import MetricFn
+from conch.models.forward import BatchPacker
 from conch.models.freezing import freeze_layers
 from conch.models.reference import Reference
 from conch.rewards.base import UserReward
@@ -35,6 +41,7 @@ from conch.rollouts.factory import Samplers, check_sampling
 from conch.rollouts.prompts import tokenize_prompts
 from conch.runs.tracking import Tracker
 from conch.training.kl import mean_kl
+from conch.training.logprobs import LogprobOutputs, logprob_outputs
 from conch.training.loop import fit
 from conch.training.resume import start_run
 from conch.training.setup import (
@@ -45,6 +52,8 @@ from conch.training.setup import (
     with_gathered_weights,
 )
 from conch.types import Metrics, Prompt, RewardResult, Rollout
+
+ConfigT = TypeVar("ConfigT", bound=OnlineRunConfig)
 
 
 class Stateful(Protocol):
@@ -59,7 +68,7 @@ class Stateful(Protocol):
         ...
 
 
-class OnlineTrainer(ABC):
+class OnlineTrainer(ABC, Generic[ConfigT]):
     """A policy, a sampler, a reward source and a data position; `fit` is the loop over `step`.
 
     config: the run config of the algorithm.
@@ -81,9 +90,15 @@ class OnlineTrainer(ABC):
     stream: IndexStream
     """Which prompts come next; made by `plan_batches`."""
 
+    forward_batch_size: int
+    """Rows per process of a forward pass without gradient; set by `plan_batches` where there are any."""
+
+    packer: BatchPacker
+    """Makes the rows that policy and reference read; set by `setup` where there are any."""
+
     def __init__(
         self,
-        config: Any,
+        config: ConfigT,
         *,
         reward: UserReward | Mapping[str, UserReward] | None = None,
         prompts: Sequence[str | Mapping[str, Any]],
@@ -155,6 +170,11 @@ class OnlineTrainer(ABC):
         """The module whose weights a resumed run takes up."""
         return self.lm
 
+    @property
+    def computes_old_logprobs(self) -> bool:
+        """Whether the policy's log-probs are computed before its update."""
+        return True
+
     def make_reference(self) -> Reference | None:
         """The policy as it is now, where the algorithm wants one; the trained module is prepared by then."""
         return None
@@ -180,11 +200,24 @@ class OnlineTrainer(ABC):
         assert len(results) == len(rollouts), "score() speaks of the last rollout() only"
         return results
 
-    def policy_and_reference(
-        self, rollouts: Sequence[Rollout]
-    ) -> tuple[Float[Tensor, "B R"], Float[Tensor, "B R"], Bool[Tensor, "B R"]]:
-        """Log-probs of the current policy and of the reference, and the mask of response tokens."""
-        raise NotImplementedError(f"{type(self).__name__} keeps no reference")
+    @with_gathered_weights
+    def compute_logprobs(
+        self, rollouts: Sequence[Rollout], *, policy_too: bool | None = None
+    ) -> LogprobOutputs:
+        """Run the policy and, where there is one, the reference over each rollout, without gradient.
+
+        policy_too: False asks the reference alone; None does as `computes_old_logprobs` says.
+        """
+        return logprob_outputs(
+            self.engine,
+            self.checkpointed,
+            self.reference,
+            self.packer,
+            collate(rollouts, self.pad_id, self.engine.device),
+            temperature=self.config.generation.temperature,
+            batch_size=self.forward_batch_size,
+            policy_too=self.computes_old_logprobs if policy_too is None else policy_too,
+        )
 
     @with_gathered_weights
     @torch.no_grad()
@@ -194,7 +227,10 @@ class OnlineTrainer(ABC):
         if not rollouts:  # a rank without prompts to evaluate; the others wait for its share of the mean
             nothing = torch.zeros(0, 1, device=self.engine.device)
             return mean_kl(nothing, nothing, nothing.bool(), self.collectives.all_reduce)
-        return mean_kl(*self.policy_and_reference(rollouts), self.collectives.all_reduce)
+        outputs = self.compute_logprobs(rollouts, policy_too=True)
+        assert outputs.logprobs is not None and outputs.ref_logprobs is not None
+        mask = outputs.sequences.response_mask
+        return mean_kl(outputs.logprobs, outputs.ref_logprobs, mask, self.collectives.all_reduce)
 
     @with_gathered_weights
     def evaluate(
@@ -253,3 +289,19 @@ class OnlineTrainer(ABC):
     def pad_id(self) -> int:
         """Of the tokenizer."""
         return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
+
+
+def run_online(
+    trainer_type: type[OnlineTrainer[ConfigT]], config_type: type[ConfigT], argv: Sequence[str]
+) -> None:
+    """Train from a command line: `key=value ...`, with prompts from `data.train`.
+
+    Raises:
+        ConchError: bad settings or data, before anything is loaded where that can be known.
+        SystemExit: see `conch.cli.load_run_config` and `fit`.
+    """
+    config = load_run_config(config_type, argv, default_name=trainer_type.name)
+    prompts = training_rows(config.data, "prompts", form=prompt_form)
+    evaluated = evaluation_rows(config.data, form=prompt_form)
+    with closing(trainer_type(config, prompts=prompts, eval_prompts=evaluated)) as trainer:
+        trainer.fit()

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
-from conch.config import Section, TrainConfig
+from conch.config import RunConfig, Section, TrainConfig
 from conch.distributed.train_engine import TrainEngine
 from conch.errors import CheckpointError
 from conch.log import get_logger
@@ -43,8 +43,12 @@ for the length of the run, which moves the end of the learning-rate schedule."""
 class Resumable(Protocol):
     """What a checkpoint restores."""
 
-    config: Any
     engine: TrainEngine
+
+    @property
+    def config(self) -> RunConfig:
+        """Of the run."""
+        ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `Trainer.state_dict` gave."""
@@ -72,11 +76,11 @@ def start_run(trainer: Resumable, module: nn.Module) -> Run:
     return run
 
 
-def _find(config: Any) -> tuple[Path, Checkpoint | None]:
+def _find(config: RunConfig) -> tuple[Path, Checkpoint | None]:
     """The run's folder and the checkpoint to go on with, None for a new run. Rank 0 alone."""
-    checkpoint = _checkpoint_to_resume(config)
+    checkpoint = _checkpoint_to_resume(config.train)
     if checkpoint is None:
-        train: TrainConfig = config.train
+        train = config.train
         if train.resume == "auto" and train.run_dir is not None:
             # Interrupted before its first checkpoint: nothing there is worth more than a new start.
             (train.run_dir / METRICS_FILE).unlink(missing_ok=True)
@@ -86,8 +90,7 @@ def _find(config: Any) -> tuple[Path, Checkpoint | None]:
     return checkpoint.run_dir.resolve(), Checkpoint(checkpoint.folder.resolve(), checkpoint.state)
 
 
-def _checkpoint_to_resume(config: Any) -> Checkpoint | None:
-    train: TrainConfig = config.train
+def _checkpoint_to_resume(train: TrainConfig) -> Checkpoint | None:
     if train.resume is None:
         return None
     if train.resume == "auto":

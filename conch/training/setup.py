@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conch.config import (
     ModelConfig,
+    OnlineRunConfig,
     RewardConfig,
     TokenizerConfig,
     TrainConfig,
@@ -247,7 +248,7 @@ def less_originals(
 def open_reward(
     collectives: Collectives,
     reward: UserReward | Mapping[str, UserReward] | None,
-    config: Any,
+    config: OnlineRunConfig,
     prompts: Sequence[str | Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> tuple[RewardSource, PreTrainedTokenizerBase]:

@@ -17,8 +17,11 @@ from conch.distributed.collectives import Collectives
 from conch.distributed.train_engine import TrainEngine, UpdateReport
 from conch.evaluation.metrics import mean_of_finite
 from conch.log import get_logger
+from conch.losses import effective_sample_size
 from conch.ops import Reduce, masked_mean
 from conch.rewards.scorer import total_reward
+from conch.training.kl import mean_kl
+from conch.training.logprobs import LogprobOutputs
 from conch.training.loop import Run
 from conch.types import Metrics, RewardResult, Rollout
 
@@ -74,6 +77,23 @@ def logprob_gap(
     return gap
 
 
+def policy_metrics(outputs: LogprobOutputs, reduce: Reduce, alarm: float | None = None) -> Metrics:
+    """Entropy, distance from the sampler and, where there is a reference, KL to it; {} without log-probs.
+
+    alarm: see `warn_of_gap`.
+    """
+    if outputs.logprobs is None or outputs.entropy is None:
+        return {}
+    mask = outputs.sequences.response_mask
+    metrics = {
+        "policy/entropy": float(masked_mean(outputs.entropy, mask, reduce)),
+        "rollout/logprob_gap": logprob_gap(outputs.logprobs, outputs.sequences, reduce, alarm),
+    }
+    if outputs.ref_logprobs is not None:
+        metrics["policy/kl"] = mean_kl(outputs.logprobs, outputs.ref_logprobs, mask, reduce)
+    return metrics
+
+
 def warn_of_gap(gap: float, alarm: float | None) -> None:
     """Write a warning where `logprob_gap` is above `alarm`, in nats a token."""
     if alarm is not None and gap > alarm:
@@ -84,6 +104,23 @@ def warn_of_gap(gap: float, alarm: float | None) -> None:
             gap,
             alarm,
         )
+
+
+def importance_weight_metrics(
+    weights: Float[Tensor, "B R"], cap: float, mask: Bool[Tensor, "B R"], reduce: Reduce
+) -> Metrics:
+    """Mean, share at `cap` and effective sample size of truncated importance weights over all ranks.
+
+    mask: True at response tokens.
+    """
+    mean, square = (float(masked_mean(values, mask, reduce)) for values in (weights, weights**2))
+    return {
+        "rollout/importance_ratio_mean": mean,
+        "rollout/importance_ratio_capped_fraction": float(
+            masked_mean((weights >= cap).float(), mask, reduce)
+        ),
+        "rollout/effective_sample_size": effective_sample_size(mean, square),
+    }
 
 
 def log_rollouts(

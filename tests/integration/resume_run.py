@@ -38,7 +38,12 @@ def ppo(values: dict[str, Any]) -> Any:
 
 
 def grpo(values: dict[str, Any]) -> Any:
-    grouped = {"prompts_per_step": 4, "group_size": 4, "kl": {"target": 1.0, "horizon": 100}, "max_draws": 2}
+    grouped = {
+        "prompts_per_step": 4,
+        "group_size": 4,
+        "kl": {"target": 1.0, "horizon": 100},
+        "max_resamples": 1,
+    }
     base = {"model": MODEL, "generation": {"max_new_tokens": 6}, "grpo": grouped, **values}
     config = load(GRPORunConfig, base)
     return GRPOTrainer(config, reward=share_of_a, prompts=list(LETTERS), tokenizer=char_tokenizer(LETTERS))

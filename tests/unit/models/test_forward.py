@@ -193,8 +193,8 @@ def test_an_update_on_packed_rows_is_that_on_padded_ones(tmp_path: Path, make: A
             optimizer=LINEAR_ADAM,
             train={"gradient_accumulation_steps": 2},
         )
-        assert trainer.layout.packs
-        trainer.layout.packs = packs
+        assert trainer.packer.packs
+        trainer.packer.packs = packs
         rollouts = trainer.rollout(trainer.prompts[:2] if make is grpo_trainer else trainer.prompts[:8])
         batch = batch_of(trainer, rollouts, trainer.score(rollouts))
         metrics.append(trainer.update(batch)["train/loss"])

@@ -287,7 +287,7 @@ def test_an_update_on_one_row_is_that_on_padded_ones(
             optimizer=LINEAR_ADAM,
             train={"gradient_accumulation_steps": 2},
         )
-        assert trainer.layout.packs
+        assert trainer.packer.packs
         count = 2 if make is grpo_trainer else 8
         sampled = trainer.rollout(trainer.prompts[:count])
         rewards = trainer.score(sampled)
@@ -307,7 +307,7 @@ def test_float32_weights_train_by_mixed_precision(tmp_path: Path, settings: dict
     trainer = ppo_trainer(
         tmp_path, lm=reading_lengths(policy()), train={"mixed_precision": "bf16"}, **settings
     )
-    assert trainer.layout.packs and trainer.engine.precision == "bf16"
+    assert trainer.packer.packs and trainer.engine.precision == "bf16"
     before = parameters(trainer.policy)
     assert trainer.step()["rollout/logprob_gap"] < 0.05
     assert not torch.equal(parameters(trainer.policy), before)

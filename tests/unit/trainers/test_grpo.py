@@ -19,7 +19,7 @@ from transformers import GPT2LMHeadModel
 from conch.config import load
 from conch.errors import ConfigError
 from conch.losses import LossForm, token_weights
-from conch.trainers.grpo import GRPORunConfig, GRPOTrainer, kl_to_show
+from conch.trainers.grpo import GRPORunConfig, GRPOTrainer, kl_before_update
 from conch.types import Rollout
 from tests.runs import (
     LINEAR_ADAM,
@@ -121,7 +121,7 @@ def test_first_minibatch_is_on_policy(run_dir: Path, form: LossForm) -> None:
     assert metrics["train/clip_fraction_first"] == 0.0
     assert metrics["policy/kl"] == 0.0
     # Later minibatches are not: the figures above say something.
-    assert metrics["train/approx_kl"] > 1e-5 and 0 < metrics["train/effective_share"] < 1
+    assert metrics["train/approx_kl"] > 1e-5 and 0 < metrics["train/effective_sample_size"] < 1
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -180,7 +180,7 @@ def test_without_a_kl_there_is_no_reference(run_dir: Path) -> None:
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
 def test_a_steps_only_update_finds_the_old_log_probs_itself(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, kl_coef: float
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, kl_coef: float
 ) -> None:
     found = []
     for passes_first in (True, False):
@@ -192,7 +192,7 @@ def test_a_steps_only_update_finds_the_old_log_probs_itself(
             train={"gradient_accumulation_steps": 2},
         )
         assert not trainer.computes_old_logprobs
-        trainer.computes_old_logprobs = passes_first
+        monkeypatch.setattr(GRPOTrainer, "computes_old_logprobs", passes_first)
         shake(trainer.policy.lm, 0.1, seed=5)
         calls: list[bool] = []
         trainer.policy.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))  # noqa: B023
@@ -200,9 +200,9 @@ def test_a_steps_only_update_finds_the_old_log_probs_itself(
         with caplog.at_level(logging.WARNING):
             metrics |= trainer.update(batch)
         assert calls == [False] * 3 * passes_first + [True] * 2
-        shown = kl_to_show(batch, trainer.config.generation)
+        shown = kl_before_update(batch, trainer.config.generation)
         cut = trainer.config.generation.model_copy(update={"top_k": 3})
-        assert (kl_to_show(batch, cut) is None) == (kl_coef == 0.0 or not passes_first)
+        assert (kl_before_update(batch, cut) is None) == (kl_coef == 0.0 or not passes_first)
         assert (shown is None) == (kl_coef == 0.0)
         if shown is not None and passes_first:
             assert metrics["policy/kl"] == pytest.approx(float(shown.mean())) != 0.0
@@ -210,6 +210,7 @@ def test_a_steps_only_update_finds_the_old_log_probs_itself(
             drawn_under = torch.tensor([sum(rollout.completion.logprobs) for rollout in ROLLOUTS])
             torch.testing.assert_close(shown, drawn_under - batch.ref_logprobs.sum(dim=1))
         found.append((parameters(trainer.policy.lm), metrics, trainer.kl_controller.coef))
+        monkeypatch.undo()
     (first, metrics_first, coef_first), (alone, metrics_alone, coef_alone) = found
     torch.testing.assert_close(alone, first, rtol=0, atol=1e-10)
     assert not torch.equal(alone, parameters(policy()))
@@ -236,7 +237,7 @@ def test_evaluation_measures_the_policys_distance_where_steps_make_no_pass_of_it
         {"grpo": {"kl": {"coef": 0.1, "placement": "reward"}}},
         {"grpo": {"epochs": 2}},
         {"grpo": {"minibatches": 2}},
-        {"grpo": {"sampler_correction": 2.0}},
+        {"grpo": {"importance_sampling_cap": 2.0}},
         {"model": {"disable_dropout": False}},
     ],
 )
@@ -261,40 +262,46 @@ def test_groups_without_spread_are_replaced(run_dir: Path) -> None:
     def reward(prompts: Sequence[str], outputs: Sequence[str], **_: Any) -> list[float]:
         return [float(number) * (prompt in ("a", "bc")) for number, prompt in enumerate(prompts)]
 
-    def drawn(max_draws: int) -> tuple[list[str], dict[str, float]]:
+    def sampled(max_resamples: int) -> tuple[list[str], dict[str, float]]:
         trainer = grpo_trainer(
-            run_dir.with_name(f"draws_{max_draws}"), reward_fn=reward, grpo={"max_draws": max_draws}
+            run_dir.with_name(f"resamples_{max_resamples}"),
+            reward_fn=reward,
+            grpo={"max_resamples": max_resamples},
         )
         seconds: dict[str, float] = {}
-        rollouts, rewards, draws = trainer._sample_groups(seconds)
+        rollouts, rewards, resamples = trainer._sample_groups(seconds)
         assert len(rollouts) == len(rewards) == 8 and seconds["time/rollout_s"] > 0
         _, metrics = batch_and_metrics(trainer, rollouts, rewards)
-        return [rollout.prompt.text for rollout in rollouts[::4]], {**metrics, "draws": draws}
+        return [rollout.prompt.text for rollout in rollouts[::4]], {**metrics, "resamples": resamples}
 
-    once, metrics = drawn(1)
-    assert set(once) != {"a", "bc"} and metrics["grpo/flat_fraction"] > 0 and metrics["draws"] == 1
-    often, metrics = drawn(8)
-    assert set(often) <= {"a", "bc"} and metrics["grpo/flat_fraction"] == 0.0 and 1 < metrics["draws"] <= 4
+    once, metrics = sampled(0)
+    assert set(once) != {"a", "bc"} and metrics["grpo/frac_reward_zero_std"] > 0 and metrics["resamples"] == 0
+    often, metrics = sampled(7)
+    assert (
+        set(often) <= {"a", "bc"}
+        and metrics["grpo/frac_reward_zero_std"] == 0.0
+        and 0 < metrics["resamples"] <= 3
+    )
 
 
-def test_flat_groups_fill_up_where_draws_run_out(run_dir: Path) -> None:
+def test_groups_without_spread_fill_up_where_resamples_run_out(run_dir: Path) -> None:
     trainer = grpo_trainer(
         run_dir,
         reward_fn=lambda outputs, **_: [1.0] * len(outputs),
-        grpo={"max_draws": 2, "forward_batch_size": 8},
+        grpo={"max_resamples": 1, "forward_batch_size": 8},
     )
     before = parameters(trainer.policy.lm)
     metrics = trainer.step()
-    assert metrics["grpo/draws"] == 2 and metrics["grpo/flat_fraction"] == 1.0
+    assert metrics["grpo/resamples"] == 1 and metrics["grpo/frac_reward_zero_std"] == 1.0
     # Nothing to learn, and the KL is exactly 0: policy and reference read the same rows in one batch of 8.
     assert torch.equal(parameters(trainer.policy.lm), before)
 
 
-def test_sampler_correction_weighs_tokens_and_is_measured(run_dir: Path) -> None:
-    trainer = grpo_trainer(run_dir, grpo={"sampler_correction": 1.5})
+def test_importance_sampling_weighs_tokens_and_is_measured(run_dir: Path) -> None:
+    trainer = grpo_trainer(run_dir, grpo={"importance_sampling_cap": 1.5})
     metrics = trainer.step()
-    assert metrics["rollout/correction_mean"] == pytest.approx(1.0, abs=1e-4)
-    assert metrics["rollout/effective_share"] == pytest.approx(1.0, abs=1e-4)
+    assert metrics["rollout/importance_ratio_mean"] == pytest.approx(1.0, abs=1e-4)
+    assert metrics["rollout/effective_sample_size"] == pytest.approx(1.0, abs=1e-4)
     # These claim that the sampler gave each token a log-probability of -2.5.
     claimed = [
         replace(each, completion=replace(each.completion, logprobs=(-2.5,) * len(each.completion.token_ids)))
@@ -303,7 +310,7 @@ def test_sampler_correction_weighs_tokens_and_is_measured(run_dir: Path) -> None
     batch, metrics = batch_and_metrics(trainer, claimed, scored(*SCORES))
     expected = (batch.old_logprobs + 2.5).exp().clamp(max=1.5)
     torch.testing.assert_close(batch.correction[batch.loss_mask], expected[batch.loss_mask])
-    assert 0 < metrics["rollout/correction_clipped_fraction"] < 1
+    assert 0 < metrics["rollout/importance_ratio_capped_fraction"] < 1
     weights = token_weights(batch.loss_mask, "grpo", 5)
     plain = replace(batch, correction=torch.ones_like(batch.correction))
     ours, theirs = (trainer._loss(each, weights, weights)[1]["train/policy_loss"] for each in (batch, plain))
@@ -318,7 +325,11 @@ def test_log_probs_are_computed_while_rewards_are_under_way(
         run_dir, reward_fn=lambda outputs, **_: [float(looked.wait(30.0)) for _ in outputs]
     )
     compute = trainer.compute_logprobs
-    monkeypatch.setattr(trainer, "compute_logprobs", lambda rollouts: (compute(rollouts), looked.set())[0])
+    monkeypatch.setattr(
+        trainer,
+        "compute_logprobs",
+        lambda rollouts: (compute(rollouts), looked.set())[0],
+    )
     assert trainer.step()["reward/mean"] == 1.0, "rewards were waited for before"
 
 
@@ -340,8 +351,8 @@ def test_letters_are_learned(run_dir: Path) -> None:
         ({"grpo": {"group_size": 1}}, "`group_size` = 1 leaves nothing to compare with: take at least 2"),
         ({"grpo": {"loss": "dr_grpo", "advantage": "group_std"}}, "divides by no standard deviation"),
         (
-            {"grpo": {"sampler_correction": 2.0}, "generation": {"top_p": 0.9}},
-            "`grpo.sampler_correction` compares whole distributions",
+            {"grpo": {"importance_sampling_cap": 2.0}, "generation": {"top_p": 0.9}},
+            "`grpo.importance_sampling_cap` compares whole distributions",
         ),
         (
             {"grpo": {"overlong_buffer": 9}, "generation": {"max_new_tokens": 8}},

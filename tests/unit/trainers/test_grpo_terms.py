@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from conch.advantages import Advantage, group_advantages
+from conch.advantages import Advantage, group_advantages, has_spread
 from conch.losses import (
     LossForm,
     clipped_loss_terms,
@@ -18,9 +18,8 @@ from conch.losses import (
     token_weights,
     truncated_importance_weights,
 )
-from conch.trainers.grpo import has_spread
 from conch.training.reward_shaping import overlong_penalties
-from tests.runs import letters_rollout, scored
+from tests.runs import letters_rollout
 
 ALL = torch.ones(4, dtype=torch.bool)
 MASK = torch.tensor([[True, True, True, True], [True, True, False, False], [False] * 4])
@@ -160,4 +159,4 @@ def test_overlong_penalty_grows_over_the_buffer() -> None:
     ],
 )
 def test_a_group_has_spread_if_two_of_its_rewards_differ(scores: list[float | None], expected: bool) -> None:
-    assert has_spread(scored(*scores), {}) is expected
+    assert has_spread([score for score in scores if score is not None]) is expected

@@ -116,7 +116,11 @@ def test_log_probs_are_computed_while_rewards_are_under_way(
     looked = threading.Event()
     trainer = ppo_trainer(run_dir, reward_fn=lambda outputs, **_: [float(looked.wait(30.0)) for _ in outputs])
     compute = trainer.compute_logprobs
-    monkeypatch.setattr(trainer, "compute_logprobs", lambda rollouts: (compute(rollouts), looked.set())[0])
+    monkeypatch.setattr(
+        trainer,
+        "compute_logprobs",
+        lambda rollouts: (compute(rollouts), looked.set())[0],
+    )
 
     assert trainer.step()["reward/mean"] == 1.0, "rewards were waited for before"
 

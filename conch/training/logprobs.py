@@ -1,0 +1,85 @@
+"""Log-probs of sampled completions under the policy and its reference, before any of them is learned from.
+
+Legend: B rollouts, R response tokens.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from conch.data.rollout_batch import Sequences, take_rows
+from conch.distributed.train_engine import TrainEngine
+from conch.models.forward import BatchPacker, PackedBatch
+from conch.models.reference import Reference
+from conch.ops import entropy
+from conch.training.setup import eval_mode
+
+
+@dataclass(frozen=True)
+class LogprobOutputs:
+    """Outputs of the models for one step's rollouts.
+
+    sequences: the rollouts as padded rows.
+    logprobs: of each response token under the policy; None where the policy was not asked.
+    entropy: of the policy's distribution at each response token, in nats; None likewise.
+    values: of the value head; None where there is none or the policy was not asked.
+    ref_logprobs: of each response token under the reference; None without a reference.
+    """
+
+    sequences: Sequences
+    logprobs: Float[Tensor, "B R"] | None = None
+    entropy: Float[Tensor, "B R"] | None = None
+    values: Float[Tensor, "B R"] | None = None
+    ref_logprobs: Float[Tensor, "B R"] | None = None
+
+
+def pack(packer: BatchPacker, sequences: Sequences) -> PackedBatch:
+    """Rows that the models read for these rollouts."""
+    return packer.rows(sequences.input_ids, sequences.attention_mask, sequences.num_response)
+
+
+@torch.no_grad()
+def logprob_outputs(
+    engine: TrainEngine,
+    policy: nn.Module,
+    reference: Reference | None,
+    packer: BatchPacker,
+    sequences: Sequences,
+    *,
+    temperature: float,
+    batch_size: int,
+    policy_too: bool = True,
+) -> LogprobOutputs:
+    """Run policy and reference over `sequences`, `batch_size` rows at a time, without gradient or dropout.
+
+    policy: the trained module as it was before the engine wrapped it.
+    policy_too: False asks the reference alone.
+    """
+    if not policy_too and reference is None:
+        return LogprobOutputs(sequences)
+    columns: list[tuple[Tensor | None, ...]] = []
+    for rows in torch.arange(len(sequences.input_ids)).split(batch_size):
+        packed = pack(packer, take_rows(sequences, rows))
+        logprobs = entropies = values = ref_logprobs = None
+        with eval_mode(policy), engine.autocast():
+            if policy_too:
+                with nullcontext() if reference is None else reference.recording():
+                    output = engine.module(*packed.inputs)
+                logits = output if isinstance(output, Tensor) else output.logits
+                logprobs = packed.logprobs(logits, temperature)
+                entropies = packed.of_samples(entropy(logits, temperature))
+                values = None if isinstance(output, Tensor) else packed.of_samples(output.values)
+            if reference is not None:
+                ref_logprobs = packed.logprobs(reference.logits(*packed.inputs), temperature)
+        columns.append((logprobs, entropies, values, ref_logprobs))
+    return LogprobOutputs(sequences, *(_concatenated(column) for column in zip(*columns, strict=True)))
+
+
+def _concatenated(parts: tuple[Tensor | None, ...]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None
