@@ -56,7 +56,8 @@ def train(
     prompts: strings, or dicts with a "prompt" whose other keys reach `reward` and `metric_fn` as keyword
         arguments.
     samples: for SFT strings, dicts with "prompt" and "completion", or dialogues; for ILQL strings or lists of
-        turns [prompt, output, ...]. rewards: for ILQL, one number per sample.
+        turns [prompt, output, ...].
+    rewards: for ILQL, one number per sample.
     eval_prompts: completed and measured in evaluations; online, None takes `prompts`.
     metric_fn: extra evaluation metrics, with the arguments of a reward function; returns name -> values.
     config: nested mapping of the keys of the algorithm's run config (`{"train": {"total_steps": 50}}`), or
@@ -71,7 +72,7 @@ def train(
     data = {"prompts": prompts, "samples": samples, "rewards": rewards}
     section = _section_for(config, {name for name, value in data.items() if value is not None})
     run = _run_config(section, config, model)
-    given: dict[str, Any] = {
+    inputs: dict[str, Any] = {
         **{name: value for name, value in data.items() if value is not None},
         "reward": reward,
         "eval_prompts": eval_prompts,
@@ -79,12 +80,12 @@ def train(
         "model": None if isinstance(model, str) else model,
         "tokenizer": tokenizer,
     }
-    trainer = _make(run, given)
+    trainer = _make(run, inputs)
     trainer.fit()
     return trainer
 
 
-def _section_for(config: Mapping[str, Any] | Section | None, given: set[str]) -> type[Section]:
+def _section_for(config: Mapping[str, Any] | Section | None, inputs: set[str]) -> type[Section]:
     """The run config of the algorithm that the arguments ask for.
 
     Raises:
@@ -92,34 +93,36 @@ def _section_for(config: Mapping[str, Any] | Section | None, given: set[str]) ->
     """
     section = type(config) if isinstance(config, Section) else None
     if section is None:
-        section = next((kind for kind, needed in _NEEDS.items() if needed == given), None)
+        section = next((kind for kind, needed in _NEEDS.items() if needed == inputs), None)
     if section is None:
-        named = " and ".join(f"`{name}`" for name in sorted(given)) or "nothing"
+        named = " and ".join(f"`{name}`" for name in sorted(inputs)) or "nothing"
         raise ConfigError(
             "give either `prompts` (PPO, with a reward), `samples` with `rewards` (ILQL), or `samples` alone"
             f" (SFT); here is {named}"
         )
     if section not in _NEEDS:
         raise ConfigError(f"`config` is a {section.__name__}, which `conch.train` does not train with")
-    if _NEEDS[section] != given:
-        wanted = " and ".join(f"`{name}`" for name in sorted(_NEEDS[section]))
-        raise ConfigError(f"a {section.__name__} learns from {wanted}, given is {sorted(given) or 'nothing'}")
+    if _NEEDS[section] != inputs:
+        needed_text = " and ".join(f"`{name}`" for name in sorted(_NEEDS[section]))
+        raise ConfigError(
+            f"a {section.__name__} learns from {needed_text}, given is {sorted(inputs) or 'nothing'}"
+        )
     return section
 
 
 def _make(
-    run: Section, given: dict[str, Any]
+    run: Section, inputs: dict[str, Any]
 ) -> PPOTrainer | GRPOTrainer | RFTTrainer | ILQLTrainer | SFTTrainer:
     if isinstance(run, PPORunConfig):
-        return PPOTrainer(run, **given)
+        return PPOTrainer(run, **inputs)
     if isinstance(run, GRPORunConfig):
-        return GRPOTrainer(run, **given)
+        return GRPOTrainer(run, **inputs)
     if isinstance(run, RFTRunConfig):
-        return RFTTrainer(run, **given)
+        return RFTTrainer(run, **inputs)
     if isinstance(run, ILQLRunConfig):
-        return ILQLTrainer(run, **given)
+        return ILQLTrainer(run, **inputs)
     assert isinstance(run, SFTRunConfig)
-    return SFTTrainer(run, **given)
+    return SFTTrainer(run, **inputs)
 
 
 def _run_config(

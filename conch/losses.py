@@ -82,8 +82,8 @@ def clipped_loss_terms(
     ratio: Float[Tensor, "B R"], advantages: Float[Tensor, " B"], clip_low: float, clip_high: float
 ) -> tuple[Float[Tensor, "B R"], Bool[Tensor, "B R"]]:
     """Per-token loss before it is weighed, and where the clip was the larger term."""
-    wanted = -advantages.unsqueeze(1)
-    plain, clipped = wanted * ratio, wanted * ratio.clamp(1 - clip_low, 1 + clip_high)
+    negative = -advantages.unsqueeze(1)
+    plain, clipped = negative * ratio, negative * ratio.clamp(1 - clip_low, 1 + clip_high)
     return torch.maximum(plain, clipped), clipped > plain
 
 

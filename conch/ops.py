@@ -110,11 +110,11 @@ class _LabelLogprobs(torch.autograd.Function):
 def entropy(logits: Float[Tensor, "B R V"], temperature: float = 1.0) -> Float[Tensor, "B R"]:
     """Entropy in nats of softmax(logits / temperature); in blocks, for use without gradient."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    found = torch.empty(logits.shape[:2], dtype=dtype, device=logits.device)
+    entropies = torch.empty(logits.shape[:2], dtype=dtype, device=logits.device)
     for block in _blocks(logits.shape):
         logprobs = (at_least_float32(logits[block]) / temperature).log_softmax(dim=-1)
-        found[block] = -(logprobs.exp() * logprobs).sum(dim=-1)
-    return found
+        entropies[block] = -(logprobs.exp() * logprobs).sum(dim=-1)
+    return entropies
 
 
 def _blocks(shape: torch.Size) -> Iterator[tuple[slice, slice]]:

@@ -47,9 +47,11 @@ ReferenceKind = Literal["none", "full", "trunk", "adapter"]
 class Setup:
     """What memory depends on, beside the model.
 
-    zero_stage: 0 is DDP. rows: of one forward and backward pass on one GPU. generation_rows: sampled at
-    once on one GPU. Lengths in tokens. gpu_memory: GiB, None where it is not to be compared. reference:
-    None takes that of PPO.
+    zero_stage: 0 is DDP.
+    rows: of one forward and backward pass on one GPU.
+    generation_rows: sampled at once on one GPU. Lengths in tokens.
+    gpu_memory: GiB, None where it is not to be compared.
+    reference: None takes that of PPO.
     """
 
     precision: Precision = "bf16"
@@ -214,16 +216,21 @@ def advice(config: PretrainedConfig, setup: Setup) -> list[tuple[str, Sizes]]:
     return sorted((one for one in found if one[1].peak < now), key=lambda one: one[1].peak)
 
 
-def fits(found: Sizes, gpu_memory: float) -> bool:
-    """gpu_memory: of one GPU, in GiB."""
-    return found.peak <= (1 - LEFT_FREE) * gpu_memory * GIB
+def fits(estimate: Sizes, gpu_memory: float) -> bool:
+    """Whether a run fits one GPU with `LEFT_FREE` to spare.
+
+    gpu_memory: of one GPU, in GiB.
+    """
+    return estimate.peak <= (1 - LEFT_FREE) * gpu_memory * GIB
 
 
 # ----------------------------------------------------------------------------------------- on the meta device
 
 
 def read_config(path: str) -> PretrainedConfig:
-    """path: folder, config.json, or name on the hub.
+    """Read a model's configuration.
+
+    path: folder, config.json, or name on the hub.
 
     Raises:
         ModelError: there is none, or it is no decoder.
@@ -365,31 +372,31 @@ class _Attention(torch.autograd.Function):
 # ----------------------------------------------------------------------------------------------- command line
 
 
-def table(found: Sizes, setup: Setup) -> str:
+def table(estimate: Sizes, setup: Setup) -> str:
     """Rows of GiB: what lasts, then the two moments that may be the peak."""
     rows = {
-        f"weights ({found.parameters:,}, of which {found.trained:,} are trained)": found.weights,
-        "optimizer": found.optimizer,
-        f"reference ({setup.reference_kind})": found.reference,
-        "update: gradients": found.gradients,
-        "update: communication buffers": found.buffers,
-        f"update: activations of {setup.rows} rows": found.activations,
-        "rollout: gathered weights": found.gathered_weights,
-        f"rollout: KV cache of {setup.generation_rows} rows": found.kv_cache,
-        "rollout: logits": found.sampling,
-        "peak of an update": found.update,
-        "peak of a rollout": found.rollout,
-        "host memory, each GPU": found.host,
+        f"weights ({estimate.parameters:,}, of which {estimate.trained:,} are trained)": estimate.weights,
+        "optimizer": estimate.optimizer,
+        f"reference ({setup.reference_kind})": estimate.reference,
+        "update: gradients": estimate.gradients,
+        "update: communication buffers": estimate.buffers,
+        f"update: activations of {setup.rows} rows": estimate.activations,
+        "rollout: gathered weights": estimate.gathered_weights,
+        f"rollout: KV cache of {setup.generation_rows} rows": estimate.kv_cache,
+        "rollout: logits": estimate.sampling,
+        "peak of an update": estimate.update,
+        "peak of a rollout": estimate.rollout,
+        "host memory, each GPU": estimate.host,
     }
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {size / GIB:9.2f} GiB" for name, size in rows.items())
 
 
-def verdict(config: PretrainedConfig, setup: Setup, found: Sizes) -> str:
+def verdict(config: PretrainedConfig, setup: Setup, estimate: Sizes) -> str:
     """One line where it fits, else what to change."""
     assert setup.gpu_memory is not None
-    room = f"{found.peak / GIB:.1f} of {setup.gpu_memory:g} GiB, {LEFT_FREE:.0%} of which stay free"
-    if fits(found, setup.gpu_memory):
+    room = f"{estimate.peak / GIB:.1f} of {setup.gpu_memory:g} GiB, {LEFT_FREE:.0%} of which stay free"
+    if fits(estimate, setup.gpu_memory):
         return f"fits: {room}"
     lines = [f"does not fit: {room}. Any one of these changes the peak to:"]
     for name, other in advice(config, setup):
@@ -405,17 +412,19 @@ def main(argv: Sequence[str]) -> None:
     setup = Setup(**options)
     _check(setup)
     config = read_config(path)
-    found = sizes(config, setup)
+    estimate = sizes(config, setup)
     if as_json:
-        peaks = {"update_peak": found.update, "rollout_peak": found.rollout, "peak": found.peak}
-        room = {} if setup.gpu_memory is None else {"fits": fits(found, setup.gpu_memory)}
+        peaks = {"update_peak": estimate.update, "rollout_peak": estimate.rollout, "peak": estimate.peak}
+        room = {} if setup.gpu_memory is None else {"fits": fits(estimate, setup.gpu_memory)}
         print(
-            json.dumps({**dataclasses.asdict(setup), **dataclasses.asdict(found), **peaks, **room}, indent=2)
+            json.dumps(
+                {**dataclasses.asdict(setup), **dataclasses.asdict(estimate), **peaks, **room}, indent=2
+            )
         )
         return
-    print(table(found, setup))
+    print(table(estimate, setup))
     if setup.gpu_memory is not None:
-        print(verdict(config, setup, found))
+        print(verdict(config, setup, estimate))
 
 
 def _check(setup: Setup) -> None:

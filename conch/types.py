@@ -45,7 +45,7 @@ class Completion:
         top-p applied), same length as `token_ids`.
     text: the ids decoded without special tokens.
     finish_reason: `eos` the model ended, `stop` a stop string was met (and cut off), `length` cut by the
-    limit.
+        limit.
     """
 
     text: str

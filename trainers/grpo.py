@@ -180,9 +180,10 @@ class GRPORunConfig(OnlineRunConfig):
 class GRPOBatch:
     """One step's samples, ready to train on. All [B, R] but `sequences` and `advantages` [B].
 
-    loss_mask: True at response tokens of samples that have a reward. old_logprobs: of the policy that
-    sampled; None where a step's one update finds them by itself. ref_logprobs: of the reference, where there
-    is one. correction: weights that make up for the sampler's distance from the trainer, where they are on.
+    loss_mask: True at response tokens of samples that have a reward.
+    old_logprobs: of the policy that sampled; None where a step's one update finds them by itself.
+    ref_logprobs: of the reference, where there is one.
+    correction: weights that make up for the sampler's distance from the trainer, where they are on.
     kl_coef: weight of the KL.
     """
 

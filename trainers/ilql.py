@@ -153,7 +153,11 @@ class ILQLRunConfig(RunConfig):
 
 @dataclass(frozen=True)
 class ILQLBatch:
-    """turns: samples. rewards: [B], each earned by its sample's last action."""
+    """One batch of dialogues with their rewards.
+
+    turns: samples.
+    rewards: [B], each earned by its sample's last action.
+    """
 
     turns: TurnBatch
     rewards: Float[Tensor, " B"]
@@ -239,7 +243,8 @@ class ILQLTrainer:
     """ILQL with the verbs `experience` (samples and rewards to a batch) and `update`.
 
     samples: strings (all tokens after the first are actions) or lists of turns [prompt, output, prompt, ...]
-        (the outputs' tokens are). rewards: one per sample.
+        (the outputs' tokens are).
+    rewards: one per sample.
     eval_prompts: completed and measured in evaluations, by `metric_fn` and by `reward` where they are given.
     model: a loaded model with its tokenizer, instead of `config.model.path`.
     logit_mask: [V, V], True at [i, j] forbids token j right after token i in decoding.
@@ -295,18 +300,18 @@ class ILQLTrainer:
     def _init_data(self, lm: PreTrainedModel, samples: Any, rewards: Any) -> None:
         config, ranks = self.config, self.collectives
         side, window = config.tokenizer.truncation_side, context_window(lm.config)
-        made = tokenize_turns(
+        tokenized = tokenize_turns(
             samples,
             self.tokenizer,
             max_tokens=None,
             truncation_side=side,
             pairs_only=bool(lm.config.is_encoder_decoder),
         )
-        checked = checked_rewards(rewards, len(made), normalise=False)
-        kept = fitting([len(sample.token_ids) for sample in made], config.data, "samples")
-        made = [made[row] for row in kept]
-        self.samples = made if window is None else cut_turns(made, window, side)
-        left = [checked[row] for row in kept]
+        checked = checked_rewards(rewards, len(tokenized), normalise=False)
+        indices = fitting([len(sample.token_ids) for sample in tokenized], config.data, "samples")
+        tokenized = [tokenized[row] for row in indices]
+        self.samples = tokenized if window is None else cut_turns(tokenized, window, side)
+        left = [checked[row] for row in indices]
         self.rewards = checked_rewards(left, len(left), normalise=config.ilql.normalise_rewards)
         self.stream = IndexStream(len(self.samples), config.train.seed, ranks.rank, ranks.num_ranks)
         self._rows = rows_per_process(ranks, config.train, config.ilql.batch_size, "ilql.batch_size")
@@ -429,8 +434,10 @@ class ILQLTrainer:
         generation = self.config.generation
         if beta is not None:
             generation = load(ILQLGenerationConfig, {**generation.model_dump(), "beta": beta})
-        made = tokenize_prompts(prompts, self.tokenizer, self.config.tokenizer, self.policy.lm, generation)
-        chunks = self._make_sampler(generation).generate(made, greedy=greedy)
+        tokenized = tokenize_prompts(
+            prompts, self.tokenizer, self.config.tokenizer, self.policy.lm, generation
+        )
+        chunks = self._make_sampler(generation).generate(tokenized, greedy=greedy)
         return [rollout.completion.text for chunk in chunks for rollout in chunk]
 
     @with_gathered_weights

@@ -122,8 +122,11 @@ class PPORunConfig(OnlineRunConfig):
 class PPOBatch:
     """One step's samples, ready to train on. All but `sequences` are [B, R].
 
-    loss_mask: True at response tokens of samples that have a reward. old_logprobs, old_values: of the policy
-    that sampled. ref_logprobs: of the reference. advantages: whitened. returns: what values are regressed on.
+    loss_mask: True at response tokens of samples that have a reward.
+    old_logprobs, old_values: of the policy that sampled.
+    ref_logprobs: of the reference.
+    advantages: whitened.
+    returns: what values are regressed on.
     """
 
     sequences: Sequences

@@ -197,9 +197,10 @@ def normalise_head(model: PreTrainedModel, mean: Sequence[float], std: Sequence[
 class RewardModelTrainer:
     """Reward modelling with the verbs `experience` (rows to a batch) and `update`.
 
-    samples: rows, all of one form (see `conch.data.preferences`). eval_samples: held-out rows of that form;
-        None holds out `reward_model.eval_fraction` of the samples. reference: texts whose scores' mean and
-        standard deviation are saved; None takes those of rows (see `reward_model.reference`).
+    samples: rows, all of one form (see `conch.data.preferences`).
+    eval_samples: held-out rows of that form; None holds out `reward_model.eval_fraction` of the samples.
+    reference: texts whose scores' mean and standard deviation are saved; None takes those of rows (see
+        `reward_model.reference`).
 
     Raises:
         ConchError: from the constructor, for everything that can be known to be wrong before training.
@@ -333,11 +334,11 @@ class RewardModelTrainer:
         without rows."""
         if not self.eval_samples:
             return {}
-        mine = self.collectives.shard(self.eval_samples)
+        own_samples = self.collectives.shard(self.eval_samples)
         found: list[list[float]] = []
         loss = torch.zeros((), device=self.engine.device)
         with eval_mode(self.model):
-            for batch in map(self.experience, _chunks(mine, self._rows)):
+            for batch in map(self.experience, _chunks(own_samples, self._rows)):
                 scores, batch_loss = scores_and_loss(self.model, batch, self.config.reward_model.center_coef)
                 found += scores.tolist()
                 loss += batch_loss
@@ -346,11 +347,13 @@ class RewardModelTrainer:
         names = self.form.reward_names
         if self.form.compares:
             about = self.collectives.all_gather(
-                [row.objective for row in mine if isinstance(row, PreferencePair)]
+                [row.objective for row in own_samples if isinstance(row, PreferencePair)]
             )
             return metrics | pair_metrics(found, about, names)
-        wanted = self.collectives.all_gather([row.scores for row in mine if isinstance(row, ScoredText)])
-        return metrics | score_metrics(found, wanted, names)
+        targets = self.collectives.all_gather(
+            [row.scores for row in own_samples if isinstance(row, ScoredText)]
+        )
+        return metrics | score_metrics(found, targets, names)
 
     @property
     def default_best_metric(self) -> str:
@@ -365,13 +368,13 @@ class RewardModelTrainer:
     def moments(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of the scores of the reference texts, each per objective; the same on
         every rank. Call it on all."""
-        mine = self.collectives.shard(self._reference)
-        found: list[list[float]] = []
+        own_rows = self.collectives.shard(self._reference)
+        columns: list[list[float]] = []
         with eval_mode(self.model):
-            for rows in _chunks(mine, _FORWARD_ROWS):
+            for rows in _chunks(own_rows, _FORWARD_ROWS):
                 texts = collate_texts(rows, self._pad_token_id, self.engine.device)
-                found += scores_of(self.model, texts).tolist()
-        scores = np.array(self.collectives.all_gather(found))
+                columns += scores_of(self.model, texts).tolist()
+        scores = np.array(self.collectives.all_gather(columns))
         return scores.mean(axis=0).tolist(), scores.std(axis=0).tolist()
 
     def _varied_moments(self) -> tuple[list[float], list[float]]:
@@ -416,17 +419,19 @@ class RewardModelTrainer:
         self.engine.close()
 
 
-def longest_text(told: int | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Tokens a text may have: as told, else what model and tokenizer take; None where neither says.
+def longest_text(
+    max_length: int | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> int | None:
+    """Longest text in tokens: `max_length`, else what model and tokenizer take; None where neither says.
 
     Raises:
-        ConfigError: the model's window is shorter than told.
+        ConfigError: the model's window is shorter than `max_length`.
     """
     window = context_window(model.config)
-    if told is not None and window is not None and told > window:
-        raise ConfigError(f"`reward_model.max_length` is {told}, the model's window {window} tokens")
+    if max_length is not None and window is not None and max_length > window:
+        raise ConfigError(f"`reward_model.max_length` is {max_length}, the model's window {window} tokens")
     limits = [limit for limit in (window, tokenizer.model_max_length) if limit and limit < _NO_LIMIT]
-    return told or min(limits, default=None)
+    return max_length or min(limits, default=None)
 
 
 def vary(mean: Sequence[float], std: Sequence[float]) -> bool:

@@ -103,9 +103,10 @@ class Candidates:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """What is learned of one prompt. threshold: the score that let a completion in.
+class Selection:
+    """Completions of one prompt that are learned.
 
+    threshold: lowest score that let a completion in.
     scores: distinct completion -> its score.
     """
 
@@ -142,14 +143,14 @@ def group_by_prompt(
     for prompt_ids, completion_ids, score in rows:
         if not math.isnan(score):
             groups.setdefault(prompt_ids, []).append((completion_ids, score))
-    made: list[Candidates] = []
+    candidates: list[Candidates] = []
     for prompt_ids in sorted(groups):
         completions, scores = zip(*sorted(groups[prompt_ids]), strict=True)
-        made.append(Candidates(prompt_ids, completions, scores))
-    return made
+        candidates.append(Candidates(prompt_ids, completions, scores))
+    return candidates
 
 
-def keep_best(candidates: Candidates, percentile: float, min_score: float | None) -> Kept:
+def keep_best(candidates: Candidates, percentile: float, min_score: float | None) -> Selection:
     """The completions whose score is at least the `percentile` of their prompt's scores and `min_score`.
 
     Those with the lowest score are left out unless all score alike: where most of them do, the quantile is
@@ -164,7 +165,7 @@ def keep_best(candidates: Candidates, percentile: float, min_score: float | None
         threshold = max(threshold, min_score)
     in_order = sorted(zip(candidates.completions, scores, strict=True))
     kept = {ids: score for ids, score in in_order if score >= threshold}
-    return Kept(candidates.prompt_ids, threshold, kept)
+    return Selection(candidates.prompt_ids, threshold, kept)
 
 
 # ---------------------------------------------------------------------------------------------------- trainer
@@ -258,9 +259,9 @@ class RFTTrainer(OnlineTrainer[RFTRunConfig]):
         """
         config = self.config.rft
         percentile = percentile_at(self.steps_done % config.n_improve_steps, config)
-        kept = [keep_best(candidates, percentile, config.min_score) for candidates in pool]
-        samples = [sample for one in kept for sample in one.samples()]
-        metrics = {"rft/percentile": percentile, **_selection_metrics(kept)}
+        selections = [keep_best(candidates, percentile, config.min_score) for candidates in pool]
+        samples = [sample for one in selections for sample in one.samples()]
+        metrics = {"rft/percentile": percentile, **_selection_metrics(selections)}
         if not samples:
             _log.warning(
                 "step %d learns nothing: no completion has a score%s",
@@ -324,13 +325,13 @@ class RFTTrainer(OnlineTrainer[RFTRunConfig]):
         ]
 
 
-def _selection_metrics(kept: Sequence[Kept]) -> Metrics:
+def _selection_metrics(selections: Sequence[Selection]) -> Metrics:
     """How many completions are learned and how good they are; NaN where there are none to speak of."""
-    scores = [score for one in kept for score in one.scores.values()]
+    scores = [score for one in selections for score in one.scores.values()]
     return {
         "rft/kept": float(len(scores)),
-        "rft/kept_prompts": float(sum(bool(one.scores) for one in kept)),
-        "rft/threshold_mean": _mean([one.threshold for one in kept]),
+        "rft/kept_prompts": float(sum(bool(one.scores) for one in selections)),
+        "rft/threshold_mean": _mean([one.threshold for one in selections]),
         "rft/kept_score_mean": _mean(scores),
     }
 

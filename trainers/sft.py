@@ -126,7 +126,8 @@ class SFTTrainer:
     """SFT with the verbs `experience` (texts to a batch) and `update`.
 
     samples: strings, {"prompt", "completion"} pairs, dialogues ({"messages": [{"role", "content"}, ...]} or
-        the list itself), or what else docs/data.md has for SFT. eval_samples: held out, for the loss on them.
+        the list itself), or what else docs/data.md has for SFT.
+    eval_samples: held out, for the loss on them.
     eval_prompts: completed and measured in evaluations, by `metric_fn` and by `reward` where they are given.
     model: a loaded model with its tokenizer, instead of `config.model.path`.
 
@@ -173,7 +174,7 @@ class SFTTrainer:
             with eval_mode(self.lm):
                 check_packing(self.lm, self._capacity or 0)
         self.samples = self._tokenized(samples, config.data)
-        self.eval_samples = self._tokenized(held) if (held := list(eval_samples or [])) else []
+        self.eval_samples = self._tokenized(held_out) if (held_out := list(eval_samples or [])) else []
         self._rows = rows_per_process(ranks, config.train, config.sft.batch_size, "sft.batch_size")
         self.stream = IndexStream(len(self.samples), config.train.seed, ranks.rank, ranks.num_ranks)
 
@@ -270,12 +271,12 @@ class SFTTrainer:
         return metrics
 
     def _eval_loss(self) -> float:
-        mine = self.collectives.shard(self.eval_samples)
+        own_samples = self.collectives.shard(self.eval_samples)
         size = self._rows // self.config.train.gradient_accumulation_steps
         totals = torch.zeros(2, dtype=torch.float64)
         with eval_mode(self.lm), self.engine.autocast():
-            for start in range(0, len(mine), size):
-                batch = self._laid_out(mine[start : start + size])
+            for start in range(0, len(own_samples), size):
+                batch = self._laid_out(own_samples[start : start + size])
                 loss = float(token_loss_sum(self.lm, batch))
                 totals += torch.tensor([loss, int(batch.loss_mask.sum())], dtype=torch.float64)
         total, num_learned = self.collectives.all_reduce(totals).tolist()
@@ -294,8 +295,8 @@ class SFTTrainer:
     def generate(self, prompts: Sequence[str], *, greedy: bool = False) -> list[str]:
         """Completions of the current model."""
         config = self.config
-        made = tokenize_prompts(prompts, self.tokenizer, config.tokenizer, self.lm, config.generation)
-        chunks = self._make_sampler(config.generation).generate(made, greedy=greedy)
+        tokenized = tokenize_prompts(prompts, self.tokenizer, config.tokenizer, self.lm, config.generation)
+        chunks = self._make_sampler(config.generation).generate(tokenized, greedy=greedy)
         return [rollout.completion.text for chunk in chunks for rollout in chunk]
 
     @with_gathered_weights
@@ -330,12 +331,12 @@ def longest_sample(config: SFTConfig, lm: PreTrainedModel) -> int | None:
     Raises:
         ConfigError: `sft.max_length` exceeds the model's window, or packing has no limit at all.
     """
-    window, wanted = context_window(lm.config), config.max_length
-    if wanted is not None and window is not None and wanted > window:
-        raise ConfigError(f"`sft.max_length` = {wanted} exceeds the model's window of {window} tokens")
-    if config.packing and wanted is None and window is None:
+    window, max_length = context_window(lm.config), config.max_length
+    if max_length is not None and window is not None and max_length > window:
+        raise ConfigError(f"`sft.max_length` = {max_length} exceeds the model's window of {window} tokens")
+    if config.packing and max_length is None and window is None:
         raise ConfigError("`sft.packing` fills rows, and the model names no window: set `sft.max_length`")
-    return wanted or window
+    return max_length or window
 
 
 def read_chat_template(path: Path) -> str:

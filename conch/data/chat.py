@@ -93,8 +93,8 @@ def encode_dialogue(
 ) -> tuple[tuple[int, ...], tuple[bool, ...]]:
     """Token ids, and a mask that is True where the assistant wrote them, the end of its turn included.
 
-    index: the sample's number, for messages. num_prompt: messages at the beginning of which nothing is the
-        assistant's, whoever wrote them.
+    index: the sample's number, for messages.
+    num_prompt: messages at the beginning of which nothing is the assistant's, whoever wrote them.
 
     Raises:
         DataError: the tokenizer has no chat template or tells no offsets, the template refuses the dialogue

@@ -37,7 +37,10 @@ _NUM_NAMED = 5
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """place: "line 3" of a text file, "row 3" of a table, counted from 1. value: the row.
+    """One row of a file, or why it cannot be read.
+
+    place: "line 3" of a text file, "row 3" of a table, counted from 1.
+    value: the row.
 
     broken: why there is no value; "" where there is one.
     """
@@ -62,8 +65,9 @@ def read_rows(
 ) -> list[RowT]:
     """The rows of `source` (see this module's docstring) that `form` accepts, as it returns them.
 
-    form: brings a row into the form that is wanted, or raises a DataError that says why it cannot be used,
-        in words that follow a row's name: "has no prompt". config: how to read a hub dataset.
+    form: brings a row into the form that is wanted, or raises a DataError that says why it cannot be used, in
+        words that follow a row's name: "has no prompt".
+    config: how to read a hub dataset.
     max_rows: stop after as many good ones.
 
     Raises:

@@ -69,17 +69,17 @@ def sample_form(row: Any) -> Any:
     if isinstance(row.get("text"), str):
         return row["text"]
     answer = "completion" if "completion" in row else "chosen"
-    found = text_of(row.get(answer))
-    if found is None:
+    answer_text = text_of(row.get(answer))
+    if answer_text is None:
         raise DataError(_SAMPLE)
     if "prompt" not in row:
         if answer == "completion":
             raise DataError(_SAMPLE)
-        return found if isinstance(found, str) else {"messages": found}
+        return answer_text if isinstance(answer_text, str) else {"messages": answer_text}
     prompt = text_of(row["prompt"])
-    if type(prompt) is not type(found):
+    if type(prompt) is not type(answer_text):
         raise DataError(_SAMPLE)
-    return {"prompt": prompt, "completion": found}
+    return {"prompt": prompt, "completion": answer_text}
 
 
 def prompt_form(row: Any) -> Any:
@@ -90,10 +90,10 @@ def prompt_form(row: Any) -> Any:
     """
     if isinstance(row, str):
         return row
-    found = row.get("prompt") if isinstance(row, Mapping) else row
-    if not isinstance(row, Mapping) or text_of(found) is None:
+    prompt = row.get("prompt") if isinstance(row, Mapping) else row
+    if not isinstance(row, Mapping) or text_of(prompt) is None:
         raise DataError(
-            f'is neither a string nor a dict with a "prompt" string or dialogue (got {type(found).__name__})'
+            f'is neither a string nor a dict with a "prompt" string or dialogue (got {type(prompt).__name__})'
         )
     return row
 
@@ -109,15 +109,15 @@ def judgement_form(row: Any) -> Any:
     """
     if not isinstance(row, Mapping) or "prompt" not in row:
         return row
-    made = {key: value for key, value in row.items() if key not in ("prompt", "completion", "label")}
+    judgement = {key: value for key, value in row.items() if key not in ("prompt", "completion", "label")}
     for key in ("chosen", "rejected", "text"):
         if key in row:
-            made[key] = _joined(row["prompt"], row[key], key)
+            judgement[key] = _joined(row["prompt"], row[key], key)
     if "completion" in row:
-        made["text"] = _joined(row["prompt"], row["completion"], "completion")
+        judgement["text"] = _joined(row["prompt"], row["completion"], "completion")
     if "label" in row:
-        made["score"] = float(_label(row))
-    return made
+        judgement["score"] = float(_label(row))
+    return judgement
 
 
 def rewarded_form(row: Any) -> list[tuple[Any, float]]:
@@ -198,7 +198,8 @@ def fitting(lengths: Sequence[int], config: DataConfig, what: str) -> list[int]:
     """Numbers of the rows whose length `data.min_tokens` and `data.max_tokens` allow; one warning counts the
     others.
 
-    lengths: in tokens, before anything is cut. what: how the warning names rows, in the plural.
+    lengths: in tokens, before anything is cut.
+    what: how the warning names rows, in the plural.
 
     Raises:
         DataError: none is left.

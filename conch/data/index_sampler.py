@@ -16,7 +16,8 @@ class IndexStream:
     All ranks must draw the same number at the same time: the position is global, so that a run's data order
     does not depend on how many ranks share it.
 
-    length: rows in the dataset. position: rows drawn so far by all ranks together.
+    length: rows in the dataset.
+    position: rows drawn so far by all ranks together.
     """
 
     length: int

@@ -25,8 +25,12 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TurnSample:
-    """token_ids: the whole sample, eos included. is_action: True at the tokens of output turns; never at the
-    first token, before which there is no state to act in."""
+    """Tokens of one dialogue and which of them are actions.
+
+    token_ids: the whole sample, eos included.
+    is_action: True at the tokens of output turns; never at the first token, before which there is no state to
+        act in.
+    """
 
     token_ids: tuple[int, ...]
     is_action: tuple[bool, ...]
@@ -39,7 +43,9 @@ class TurnSample:
 
 @dataclass(frozen=True)
 class TurnBatch:
-    """input_ids [B, T]: prompt and response. attention_mask [B, T]: True at real tokens.
+    """Padded dialogues.
+
+    input_ids [B, T]: prompt and response. attention_mask [B, T]: True at real tokens.
 
     action_mask [B, R]: True at actions, which stand among the last R columns of `input_ids`.
     """
@@ -182,13 +188,13 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _truncate(sample: TurnSample, index: int, max_tokens: int, side: str) -> TurnSample:
     if len(sample.token_ids) <= max_tokens:
         return sample
-    kept = slice(-max_tokens, None) if side == "left" else slice(max_tokens)
+    window = slice(-max_tokens, None) if side == "left" else slice(max_tokens)
     # What comes first now may have been an action; nothing is left of the state it was chosen in.
-    is_action = (False, *sample.is_action[kept][1:])
+    is_action = (False, *sample.is_action[window][1:])
     if not any(is_action):
         raise DataError(
             f"sample {index} has no action left: the first {max_tokens} of its {len(sample.token_ids)} "
             "tokens, which the model's window holds, are prompt; shorten it, or set "
             "`tokenizer.truncation_side=left`"
         )
-    return TurnSample(sample.token_ids[kept], is_action)
+    return TurnSample(sample.token_ids[window], is_action)

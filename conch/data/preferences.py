@@ -37,7 +37,8 @@ _FORMS = '{"text", "score"}, or all {"text", "scores"}, or all {"chosen", "rejec
 class RowForm:
     """What the rows of a data set have in common.
 
-    compares: rows are pairs. objectives: the names that rows give; none where there is but one objective.
+    compares: rows are pairs.
+    objectives: the names that rows give; none where there is but one objective.
     """
 
     compares: bool
@@ -56,7 +57,11 @@ class RowForm:
 
 @dataclass(frozen=True, slots=True)
 class ScoredText:
-    """token_ids: the text in its template. scores: one per objective."""
+    """One text and the scores that it should get.
+
+    token_ids: the text in its template.
+    scores: one per objective.
+    """
 
     token_ids: tuple[int, ...]
     scores: tuple[float, ...]
@@ -69,8 +74,12 @@ class ScoredText:
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """chosen, rejected: token ids of the texts in their template. margin: by how much the one should at least
-    be ahead. objective: number of the output that this is about."""
+    """Two texts of which one is preferred.
+
+    chosen, rejected: token ids of the texts in their template.
+    margin: least difference between their scores that is asked for.
+    objective: index of the model's output that is compared.
+    """
 
     chosen: tuple[int, ...]
     rejected: tuple[int, ...]
@@ -143,12 +152,12 @@ def judgement(row: Any) -> Any:
     Raises:
         DataError: it can not, in words that follow its name.
     """
-    made = judgement_form(row)
+    judgement_row = judgement_form(row)
     try:
-        _check_row(made, _form_of([made]), "")
+        _check_row(judgement_row, _form_of([judgement_row]), "")
     except DataError as error:
         raise DataError(str(error).lstrip(" :")) from None
-    return made
+    return judgement_row
 
 
 def check_rows(rows: Sequence[Any], like: RowForm | None = None, *, what: str = "row") -> RowForm:
@@ -177,9 +186,9 @@ def _form_of(rows: Sequence[Any]) -> RowForm:
     return RowForm(compares=False, objectives=_names(scores) if isinstance(scores, Mapping) else ())
 
 
-def _names(given: Iterable[Any]) -> tuple[str, ...]:
+def _names(values: Iterable[Any]) -> tuple[str, ...]:
     """Each name once."""
-    names = list(given)
+    names = list(values)
     for name in names:
         if not isinstance(name, str) or not name or "," in name:
             raise DataError(f"objective {name!r}: a name is a string that is not empty and holds no comma")
@@ -216,9 +225,10 @@ def _check_pair(row: Mapping[str, Any], form: RowForm, name: str) -> None:
 def _check_scores(row: Mapping[str, Any], form: RowForm, name: str) -> None:
     scores = row.get("scores") if form.objectives else {DEFAULT_OBJECTIVE: row.get("score")}
     if not isinstance(scores, Mapping) or set(scores) != set(form.reward_names):
-        given = ", ".join(map(str, scores)) if isinstance(scores, Mapping) else repr(scores)
+        scores_text = ", ".join(map(str, scores)) if isinstance(scores, Mapping) else repr(scores)
         raise DataError(
-            f'{name} does not have the "scores" that rows have here, {", ".join(form.reward_names)} ({given})'
+            f'{name} does not have the "scores" that rows have here, {", ".join(form.reward_names)} '
+            f"({scores_text})"
         )
     for objective, score in scores.items():
         if not _is_finite_number(score):
@@ -251,13 +261,15 @@ def hold_out(
     """
     distinct = list(dict.fromkeys(row.identity for row in rows))
     order = np.random.default_rng(seed).permutation(len(distinct))
-    held = {distinct[index] for index in order[: round(fraction * len(distinct))]}
-    if not 0 < len(held) < len(distinct):
+    held_out = {distinct[index] for index in order[: round(fraction * len(distinct))]}
+    if not 0 < len(held_out) < len(distinct):
         raise DataError(
-            f"`reward_model.eval_fraction` = {fraction} holds out {len(held)} of {len(distinct)} different "
-            "rows: at least one must be held out, and one must be left"
+            f"`reward_model.eval_fraction` = {fraction} holds out {len(held_out)} of {len(distinct)} "
+            "different rows: at least one must be held out, and one must be left"
         )
-    return [row for row in rows if row.identity not in held], [row for row in rows if row.identity in held]
+    return [row for row in rows if row.identity not in held_out], [
+        row for row in rows if row.identity in held_out
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------- tokens
@@ -297,8 +309,8 @@ class TextEncoder:
     A text that is too long loses tokens on the tokenizer's truncation side; the special tokens that the
     tokenizer adds, and an {eos} that closes the template, stay, because the score may be read there.
 
-    template: format string over {text} and {eos}. max_length: in tokens, special ones included; None sets no
-    limit.
+    template: format string over {text} and {eos}.
+    max_length: in tokens, special ones included; None sets no limit.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int | None) -> None:
@@ -313,19 +325,19 @@ class TextEncoder:
         Raises:
             DataError: a text has no tokens.
         """
-        found = [tuple(ids) for ids in self._tokenize(texts, self._template)]
+        token_ids = [tuple(ids) for ids in self._tokenize(texts, self._template)]
         limit = self._max_length
-        long = [row for row, ids in enumerate(found) if limit is not None and len(ids) > limit]
+        long = [row for row, ids in enumerate(token_ids) if limit is not None and len(ids) > limit]
         for row, ids in zip(long, self._cut([texts[row] for row in long]), strict=True):
-            found[row] = ids
-        for text, ids in zip(texts, found, strict=True):
+            token_ids[row] = ids
+        for text, ids in zip(texts, token_ids, strict=True):
             if not ids:
                 raise DataError(
                     f"the text {text!r} has no tokens in the template {self._template!r}: drop it, or end "
                     "the template with {eos}"
                 )
         self._num_texts, self._num_cut = self._num_texts + len(texts), self._num_cut + len(long)
-        return found
+        return token_ids
 
     def encode_rows(
         self, rows: Sequence[Mapping[str, Any]], form: RowForm, lengths: DataConfig | None = None
@@ -338,8 +350,8 @@ class TextEncoder:
             tuple(self._as_text(row[key], index) for key in form.texts) for index, row in enumerate(rows)
         ]
         if lengths is not None and (lengths.min_tokens or lengths.max_tokens):
-            kept = fitting(self._longest(texts), lengths, "rows")
-            rows, texts = [rows[index] for index in kept], [texts[index] for index in kept]
+            indices = fitting(self._longest(texts), lengths, "rows")
+            rows, texts = [rows[index] for index in indices], [texts[index] for index in indices]
         columns = [self.encode(column) for column in zip(*texts, strict=True)]
         return [_judgement(row, ids, form) for row, ids in zip(rows, zip(*columns, strict=True), strict=True)]
 

@@ -45,22 +45,22 @@ def make_prompts(
 
 
 def _fitted(
-    made: list[Prompt], max_tokens: int, tokenizer: PreTrainedTokenizerBase, config: TokenizerConfig
+    prompts: list[Prompt], max_tokens: int, tokenizer: PreTrainedTokenizerBase, config: TokenizerConfig
 ) -> list[Prompt]:
-    too_long = [index for index, prompt in enumerate(made) if len(prompt.token_ids) > max_tokens]
+    too_long = [index for index, prompt in enumerate(prompts) if len(prompt.token_ids) > max_tokens]
     if not too_long:
-        return made
+        return prompts
     if not config.truncate_prompts:
-        worst = max(too_long, key=lambda index: len(made[index].token_ids))
+        worst = max(too_long, key=lambda index: len(prompts[index].token_ids))
         raise DataError(
-            f"{len(too_long)} of {len(made)} prompts are longer than the {max_tokens} tokens that the model's"
-            f" window leaves them, or `tokenizer.max_prompt_tokens` (prompt {worst} has "
-            f"{len(made[worst].token_ids)}): shorten them, lower `generation.max_new_tokens`, or set "
+            f"{len(too_long)} of {len(prompts)} prompts are longer than the {max_tokens} tokens that the "
+            f"model's window leaves them, or `tokenizer.max_prompt_tokens` (prompt {worst} has "
+            f"{len(prompts[worst].token_ids)}): shorten them, lower `generation.max_new_tokens`, or set "
             "`tokenizer.truncate_prompts=true`"
         )
     side = config.truncation_side
-    _log.warning("%d of %d prompts cut to %d tokens on the %s", len(too_long), len(made), max_tokens, side)
-    return [_truncate(prompt, max_tokens, tokenizer, side) for prompt in made]
+    _log.warning("%d of %d prompts cut to %d tokens on the %s", len(too_long), len(prompts), max_tokens, side)
+    return [_truncate(prompt, max_tokens, tokenizer, side) for prompt in prompts]
 
 
 def _make_prompt(prompt: Any, index: int, tokenizer: PreTrainedTokenizerBase) -> Prompt:
@@ -69,8 +69,8 @@ def _make_prompt(prompt: Any, index: int, tokenizer: PreTrainedTokenizerBase) ->
     except DataError as error:
         raise DataError(f"prompt {index} {error}") from None
     metadata = {} if isinstance(row, str) else {key: value for key, value in row.items() if key != "prompt"}
-    given = row if isinstance(row, str) else row["prompt"]
-    text = given if isinstance(given, str) else render_prompt(given, f"prompt {index}", tokenizer)
+    content = row if isinstance(row, str) else row["prompt"]
+    text = content if isinstance(content, str) else render_prompt(content, f"prompt {index}", tokenizer)
     ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not ids:
         raise DataError(f"prompt {index} is empty once tokenised: drop it, or start it with a bos token")

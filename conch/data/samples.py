@@ -26,8 +26,12 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TokenizedSample:
-    """token_ids: the whole sample, eos included. loss_mask: True at tokens that the model learns; the first
-    token, before which there is nothing to predict it from, is not learned whatever stands there."""
+    """Tokens of one sample and which of them are learned.
+
+    token_ids: the whole sample, eos included.
+    loss_mask: True at tokens that the model learns; the first token, before which there is nothing to predict
+        it from, is not learned whatever stands there.
+    """
 
     token_ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]
@@ -41,7 +45,9 @@ class TokenizedSample:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """input_ids [B, T]: prompt and response. attention_mask [B, T]: True at real tokens.
+    """Padded samples.
+
+    input_ids [B, T]: prompt and response. attention_mask [B, T]: True at real tokens.
 
     loss_mask [B, R]: True at learned tokens, which stand among the last R columns of `input_ids`.
     """
@@ -78,8 +84,8 @@ def tokenize_samples(
     Samples of more than `max_tokens` tokens lose what is too much on `truncation_side`, and those of which
     nothing learned is left are dropped; one warning counts both.
 
-    pairs_only: for models that read the prompt apart from the completion. lengths: which samples to leave out
-        for their length.
+    pairs_only: for models that read the prompt apart from the completion.
+    lengths: which samples to leave out for their length.
 
     Raises:
         DataError: there are none, none is left, or one, named by its number, is empty or of another form.
@@ -89,8 +95,8 @@ def tokenize_samples(
         raise DataError("the list of samples is empty: give at least one sample")
     made = [_tokenize(row, index, tokenizer, pairs_only) for index, row in enumerate(rows)]
     if lengths is not None:
-        kept = fitting([len(sample.token_ids) for sample in made], lengths, "samples")
-        made = [made[index] for index in kept]
+        indices = fitting([len(sample.token_ids) for sample in made], lengths, "samples")
+        made = [made[index] for index in indices]
     return made if max_tokens is None else _truncated(made, max_tokens, truncation_side)
 
 
@@ -166,8 +172,8 @@ def _truncated(
     num_long = sum(length > max_tokens for length in lengths)
     if not num_long:
         return samples
-    kept = slice(-max_tokens, None) if side == "left" else slice(max_tokens)
-    cut = [TokenizedSample(sample.token_ids[kept], sample.loss_mask[kept]) for sample in samples]
+    window = slice(-max_tokens, None) if side == "left" else slice(max_tokens)
+    cut = [TokenizedSample(sample.token_ids[window], sample.loss_mask[window]) for sample in samples]
     left = [sample for sample in cut if sample.num_prompt < len(sample.token_ids)]
     if not left:
         raise DataError(

@@ -58,7 +58,9 @@ COLLECTIVE_TIMEOUT_S = 1800
 class UpdateReport:
     """What one optimizer update did.
 
-    loss: summed over micro-batches and ranks. grad_norm: before clipping. learning_rate: of this update.
+    loss: summed over micro-batches and ranks.
+    grad_norm: before clipping.
+    learning_rate: of this update.
     skipped: True where the gradient was not finite and the weights were left alone.
     """
 
@@ -116,11 +118,11 @@ class TrainEngine:
     def _check_processes(self) -> None:
         """Launchers have been seen to start one process where several were asked for; never train on then."""
         running = self.accelerator.num_processes
-        wanted = self._config.num_processes or launched_processes() or running
-        if running != wanted:
+        expected = self._config.num_processes or launched_processes() or running
+        if running != expected:
             raise DistributedError(
-                f"{wanted} processes were asked for, {running} run; on a machine without a GPU start several "
-                f"with `ACCELERATE_USE_CPU=true torchrun --nproc_per_node {wanted} ...`"
+                f"{expected} processes were asked for, {running} run; on a machine without a GPU start "
+                f"several with `ACCELERATE_USE_CPU=true torchrun --nproc_per_node {expected} ...`"
             )
 
     @property
@@ -323,8 +325,8 @@ def check_operators_folder() -> None:
     Raises:
         ConfigError: names the folder and the variable that sets another.
     """
-    wanted = os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions"
-    folder = Path(wanted).expanduser().absolute()
+    setting = os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions"
+    folder = Path(setting).expanduser().absolute()
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(

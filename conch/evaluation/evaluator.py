@@ -38,12 +38,14 @@ def eval_variants(base: GenerationT, over: EvalGenerationConfig) -> list[Variant
     Raises:
         ConfigError: `over` holds a value that `base` would refuse.
     """
-    given = {name: value for name, value in over.model_dump().items() if value is not None}
-    swept = next((name for name, value in given.items() if isinstance(value, list)), None)
-    if swept is None:
-        return [_variant("", base, given)]
-    values = given.pop(swept)
-    return [_variant(f"@{swept}={_shown(value)}", base, {**given, swept: value}) for value in values]
+    settings = {name: value for name, value in over.model_dump().items() if value is not None}
+    swept_key = next((name for name, value in settings.items() if isinstance(value, list)), None)
+    if swept_key is None:
+        return [_variant("", base, settings)]
+    values = settings.pop(swept_key)
+    return [
+        _variant(f"@{swept_key}={_shown(value)}", base, {**settings, swept_key: value}) for value in values
+    ]
 
 
 def _shown(value: int | float) -> str:
@@ -53,10 +55,10 @@ def _shown(value: int | float) -> str:
 def _variant(suffix: str, base: GenerationT, changed: Mapping[str, Any]) -> Variant[GenerationT]:
     generation = {name: value for name, value in changed.items() if name != _NOT_GENERATION}
     try:
-        made = load(type(base), {**base.model_dump(), **generation})
+        varied = load(type(base), {**base.model_dump(), **generation})
     except ConfigError as error:
         raise ConfigError(f"`eval_generation`: {error}") from None
-    return Variant(suffix, made, greedy=not changed.get(_NOT_GENERATION, True))
+    return Variant(suffix, varied, greedy=not changed.get(_NOT_GENERATION, True))
 
 
 def longest_generation(variants: Sequence[Variant[GenerationT]]) -> GenerationT:
@@ -99,8 +101,10 @@ def sampled_prompts(
 class Evaluator:
     """Samples completions of evaluation prompts on all ranks and measures them.
 
-    make_sampler: gives an engine for a generation config. scorer: None measures without a reward.
-    weights: of the reward's objectives. default_repeats: completions per prompt.
+    make_sampler: gives an engine for a generation config.
+    scorer: None measures without a reward.
+    weights: of the reward's objectives.
+    default_repeats: completions per prompt.
     """
 
     def __init__(
@@ -135,19 +139,20 @@ class Evaluator:
     ) -> Metrics:
         """Metrics `eval/<name>` of every variant; in a sweep those without a suffix are of its last value.
 
-        repeats: completions per prompt instead of the default. extra: measures this rank's rollouts, with
-            collectives if it likes; gives metrics that are the same on all ranks.
+        repeats: completions per prompt instead of the default.
+        extra: measures this rank's rollouts, with collectives if it likes; gives metrics that are the same on
+            all ranks.
 
         Raises:
             RewardError, DataError: on all ranks.
         """
         prompts = [prompt for prompt in self._prompts for _ in range(repeats or self._default_repeats)]
-        mine = self._collectives.shard(prompts)
+        own_prompts = self._collectives.shard(prompts)
         metrics: Metrics = {}
         for variant, sampler in self._samplers:
-            found = self._measure(variant, sampler, mine, tracker, step, extra)
-            metrics |= {f"{name}{variant.suffix}": value for name, value in found.items()}
-            metrics |= found
+            results = self._measure(variant, sampler, own_prompts, tracker, step, extra)
+            metrics |= {f"{name}{variant.suffix}": value for name, value in results.items()}
+            metrics |= results
         return metrics
 
     def _measure(

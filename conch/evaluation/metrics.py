@@ -15,15 +15,15 @@ _NUM_BINS = 10
 
 
 def score_metrics(
-    predicted: Sequence[Sequence[float]], wanted: Sequence[Sequence[float]], names: Sequence[str]
+    predicted: Sequence[Sequence[float]], targets: Sequence[Sequence[float]], names: Sequence[str]
 ) -> Metrics:
     """Spearman's rank correlation with the wanted scores, rows of one number per objective: the mean over
     objectives, and of several each by its name."""
-    columns = zip(zip(*predicted, strict=True), zip(*wanted, strict=True), strict=True)
-    found = [rank_correlation(left, right) for left, right in columns]
-    named = dict(zip(names, found, strict=True)) if len(names) > 1 else {}
+    columns = zip(zip(*predicted, strict=True), zip(*targets, strict=True), strict=True)
+    correlations = [rank_correlation(left, right) for left, right in columns]
+    named = dict(zip(names, correlations, strict=True)) if len(names) > 1 else {}
     return {
-        "eval/spearman": float(np.mean(found)),
+        "eval/spearman": float(np.mean(correlations)),
         **{f"eval/spearman/{name}": value for name, value in named.items()},
     }
 
@@ -103,5 +103,5 @@ def _column(name: str, values: Any, count: int) -> list[float]:
 
 def mean_of_finite(column: Sequence[float]) -> float:
     """Mean of what is a number; NaN where nothing is."""
-    kept = [value for value in column if math.isfinite(value)]
-    return sum(kept) / len(kept) if kept else math.nan
+    finite = [value for value in column if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan

@@ -1,4 +1,4 @@
-"""Where a run stands, and its checkpoints: after a step, or of how things stood before one that waits."""
+"""Progress of a run and its checkpoints: after a step, or of the state before a step that waits."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
 
 @runtime_checkable
 class Trainer(Protocol):
-    """What the loop drives; `Resumable`, too."""
+    """Interface that the training loop drives; a `Resumable` as well."""
 
     config: Any
     engine: TrainEngine
@@ -75,12 +75,15 @@ class Trainer(Protocol):
 
 @dataclass
 class Run:
-    """Where a run stands.
+    """Progress of a run.
 
-    folder: the run's own. step: steps done. best, best_step: of the metric that decides, None before the
-    first evaluation. worse: evaluations in a row that were not better. measured: metrics of the last step
-    while its evaluation is under way, {} before the first step, else None. saved: the step of the latest
-    checkpoint. continued: True for a resumed run.
+    folder: of the run.
+    step: steps done.
+    best, best_step: value and step of the metric that decides; None before the first evaluation.
+    worse: evaluations in a row that were not better.
+    measured: metrics of the last step while its evaluation is under way, {} before the first step, else None.
+    saved: step of the latest checkpoint.
+    continued: True for a resumed run.
     """
 
     folder: Path
@@ -103,21 +106,24 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run takes up; not the folder, which may be moved."""
-        kept = ("step", "best", "best_step", "worse", "measured")
-        return {name: getattr(self, name) for name in kept}
+        names = ("step", "best", "best_step", "worse", "measured")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
 class StepStart:
-    """What a step or an evaluation moves before it has its rewards, as it stood at the beginning. Weights and
-    optimizer are not here: nothing is learned before."""
+    """Random and trainer state at the start of a step or an evaluation.
+
+    A checkpoint saved while waiting for rewards holds it, so that the step can be repeated. Weights and
+    optimizer are not part of it: nothing is learned before the rewards are there.
+    """
 
     random: RandomState
     trainer: dict[str, Any]
 
 
 class RunOutageHooks:
-    """What the scorer of a run asks of it; see `conch.rewards.outage.OutageHooks`.
+    """Callbacks of the scorer during an outage; see `conch.rewards.outage.OutageHooks`.
 
     received: True once this process got SIGTERM.
     """
@@ -219,7 +225,7 @@ def _tidy(run: Run, train: TrainConfig) -> None:
         link_best(saved[run.best_step])
     # A former best one that was not due has no claim left.
     regular = [step for step in saved if step == run.step or is_due(step, train)]
-    kept = {*(regular[: train.keep_last] if train.keep_last else regular), run.best_step}
+    wanted_steps = {*(regular[: train.keep_last] if train.keep_last else regular), run.best_step}
     for step, path in saved.items():
-        if step not in kept:
+        if step not in wanted_steps:
             delete_checkpoint(path)

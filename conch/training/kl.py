@@ -41,7 +41,11 @@ class KLController:
         self.coef = config.coef
 
     def update(self, kl: float, num_samples: int) -> None:
-        """kl: measured, in nats per sample. num_samples: samples of all ranks that it was measured on."""
+        """Adapt the weight to a measured KL, where there is a target.
+
+        kl: measured, in nats per sample.
+        num_samples: samples of all ranks that it was measured on.
+        """
         if self._config.target is None:
             return
         error = min(max(kl / self._config.target - 1, -0.2), 0.2)

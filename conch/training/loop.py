@@ -55,8 +55,8 @@ def fit(trainer: Trainer, name: str) -> Path:
     with tracker, _sigterm() as received:
         host = RunOutageHooks(trainer, received)
         if trainer.engine.collectives.is_main:
-            kept = run.step if run.continued else -1
-            cut_lines(run.folder, kept, evaluated=run.measured is None)
+            last_step = run.step if run.continued else -1
+            cut_lines(run.folder, last_step, evaluated=run.measured is None)
         if trainer.scorer is not None:
             trainer.scorer.attach(host)
         _begin(trainer, tracker, host)
@@ -119,16 +119,18 @@ def _evaluate(
     Raises:
         ConfigError: `train.best_metric` is not among them.
     """
-    run, wanted = trainer.run, trainer.config.train.best_metric
+    run, best_metric = trainer.run, trainer.config.train.best_metric
     run.measured = measured
     host.begin()
     scores = trainer.evaluate(tracker, run.step)
     run.measured = None
-    metric = wanted or trainer.default_best_metric
+    metric = best_metric or trainer.default_best_metric
     if metric not in scores:
-        if wanted:
+        if best_metric:
             names = ", ".join(sorted(scores))
-            raise ConfigError(f"`train.best_metric` = {wanted} is no evaluation metric; there are: {names}")
+            raise ConfigError(
+                f"`train.best_metric` = {best_metric} is no evaluation metric; there are: {names}"
+            )
         return scores, False
     return scores, run.note(run.step, metric, scores[metric]) and run.step > 0
 
@@ -140,12 +142,12 @@ def _is_hopeless(run: Run, train: TrainConfig) -> bool:
 @contextmanager
 def _sigterm() -> Iterator[Callable[[], bool]]:
     """Inside, SIGTERM does no more than being noted. Python allows that in the main thread alone."""
-    got: list[int] = []
+    signals: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    before = signal.signal(signal.SIGTERM, lambda number, _frame: got.append(number))
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: signals.append(number))
     try:
-        yield lambda: bool(got)
+        yield lambda: bool(signals)
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -116,8 +116,8 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         self.scorer = RewardScorer(self.source, config.reward, self.collectives.all_reduce_int)
         self.lm = lm = load_policy(model, config.model, engine.precision)
         check_vocabulary(lm, self.tokenizer)
-        found = sampled_prompts(config, self.tokenizer, lm, prompts, eval_prompts)
-        self.prompts, self.eval_prompts, self.variants = found.train, found.evaluation, found.variants
+        sampled = sampled_prompts(config, self.tokenizer, lm, prompts, eval_prompts)
+        self.prompts, self.eval_prompts, self.variants = sampled.train, sampled.evaluation, sampled.variants
         self.policy_version = 0
         self.plan_batches()
         self.stateful: dict[str, Stateful] = {"stream": self.stream}

@@ -65,10 +65,10 @@ def start_run(trainer: Resumable, module: nn.Module) -> Run:
         CheckpointError: nothing to go on with, another model or configuration, or too little disk space.
     """
     ranks, config = trainer.engine.collectives, trainer.config
-    found: list[tuple[Path, Checkpoint | None]] = []
-    ranks.run_on_all_ranks(lambda: found.append(_find(config)) if ranks.is_main else None)
+    located: list[tuple[Path, Checkpoint | None]] = []
+    ranks.run_on_all_ranks(lambda: located.append(_find(config)) if ranks.is_main else None)
     # Rank 0 has read and checked every byte: once is enough.
-    folder, resumed = ranks.broadcast(found[0] if found else (Path(), None))
+    folder, resumed = ranks.broadcast(located[0] if located else (Path(), None))
     ranks.run_on_all_ranks(lambda: check_space(folder, checkpoint_bytes(module)))
     run = Run(folder)
     if resumed is not None:

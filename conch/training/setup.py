@@ -1,4 +1,4 @@
-"""What all trainers share: starting checks, and reports of updates. Functions, not a base class."""
+"""Start of every trainer: policy, tokenizer and reward opened and checked; batches cut; models saved."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def with_gathered_weights(verb: VerbT) -> VerbT:
     return whole  # pyright: ignore[reportReturnType]  the same signature
 
 
-def load_policy(given: PreTrainedModel | None, config: ModelConfig, precision: str) -> PreTrainedModel:
+def load_policy(model: PreTrainedModel | None, config: ModelConfig, precision: str) -> PreTrainedModel:
     """The model that a user passed, with dropout and kernels as the config says, or the one that it names.
 
     precision: the mixed precision that it is trained in, see `TrainEngine.precision`.
@@ -57,29 +57,29 @@ def load_policy(given: PreTrainedModel | None, config: ModelConfig, precision: s
     Raises:
         ModelError, ConfigError: see `load_lm` and `check_kernels`.
     """
-    check_kernels(config, precision, given)
-    if given is None:
+    check_kernels(config, precision, model)
+    if model is None:
         return load_lm(config)
-    check_start_token(given.config)
-    apply_kernels(given, config)
+    check_start_token(model.config)
+    apply_kernels(model, config)
     if config.disable_dropout:
-        disable_dropout(given)
-    fuse_activations(given)
-    return given
+        disable_dropout(model)
+    fuse_activations(model)
+    return model
 
 
 def load_policy_tokenizer(
-    given: PreTrainedTokenizerBase | None, config: TokenizerConfig, model_path: str | None
+    tokenizer: PreTrainedTokenizerBase | None, config: TokenizerConfig, model_path: str | None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that a user passed, checked, or else the one that the config names.
 
     Raises:
         ModelError: there is none, or its special tokens will not do.
     """
-    if given is None:
+    if tokenizer is None:
         return load_tokenizer(config, model_path)
-    check_tokenizer(given, name=given.name_or_path or type(given).__name__)
-    return given
+    check_tokenizer(tokenizer, name=tokenizer.name_or_path or type(tokenizer).__name__)
+    return tokenizer
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -113,8 +113,8 @@ def rows_per_process(
 def rows_of_rank(total: int, name: str, ranks: int, minibatches: int, steps: int) -> int:
     """The one place where batches are cut: into ranks, these into minibatches, these into micro-batches.
 
-    total: rows of a whole batch, the setting `name`, which begins with its section. steps: micro-batches of
-    an update.
+    total: rows of a whole batch, the setting `name`, which begins with its section.
+    steps: micro-batches of an update.
 
     Raises:
         ConfigError: it does not come out whole, with the numbers named, and the nearest that do.
@@ -176,8 +176,8 @@ def eval_source(
     config: RewardConfig,
     prompts: Sequence[str | Mapping[str, Any]] | None,
 ) -> RewardSource | None:
-    """Where a trainer that learns from no reward has its evaluations' rewards from, None where none are asked
-    for: an environment that names a server is no wish for them.
+    """Reward source for evaluation only (SFT, ILQL). None unless `reward` or `config` names one; the
+    environment variable TRITON_HOST alone does not.
 
     Raises:
         ConfigError: `reward.delta` or `reward.dense` is set, or the source will not do.

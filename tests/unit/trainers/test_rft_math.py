@@ -11,8 +11,8 @@ from conch.data.samples import TokenizedSample
 from conch.errors import ConfigError
 from conch.trainers.rft import (
     Candidates,
-    Kept,
     RFTConfig,
+    Selection,
     group_by_prompt,
     keep_best,
     percentile_at,
@@ -68,7 +68,7 @@ def test_min_score_bounds_the_percentile_from_below(min_score: float, expected: 
 
 def test_a_completion_is_kept_once_with_its_best_score() -> None:
     found = keep_best(Candidates((9,), (A, B, A, C, A), (2.0, 1.0, 3.0, 2.5, 2.0)), 0.5, None)
-    assert found == Kept((9,), 2.0, {A: 3.0, C: 2.5})
+    assert found == Selection((9,), 2.0, {A: 3.0, C: 2.5})
     alike = keep_best(Candidates((9,), (C, C, C), (1.0, 1.0, 1.0)), 0.7, None)
     assert alike.scores == {C: 1.0}
 
@@ -88,7 +88,7 @@ def test_rows_are_grouped_by_prompt_in_an_order_that_ranks_do_not_change() -> No
 
 
 def test_samples_learn_the_completion_alone() -> None:
-    samples = Kept((7, 8), 0.0, {C: 1.0, D: 0.5}).samples()
+    samples = Selection((7, 8), 0.0, {C: 1.0, D: 0.5}).samples()
     assert samples == [
         TokenizedSample((7, 8, 3, 3), (False, False, True, True)),
         TokenizedSample((7, 8, 4), (False, False, True)),
