@@ -59,7 +59,7 @@ from conch.losses import (
     token_weights,
     truncated_importance_weights,
 )
-from conch.models.forward import BatchPacker, PackedBatch
+from conch.models.forward import BatchPacker, ForwardBatch
 from conch.models.policy import Policy
 from conch.models.reference import Reference, build_reference
 from conch.ops import (
@@ -280,7 +280,7 @@ class GRPOTrainer(OnlineTrainer):
     def setup(self) -> Policy:
         """The policy alone."""
         config, engine = self.config, self.engine
-        self.layout = BatchPacker(self.lm)
+        self.packer = BatchPacker(self.lm)
         self.kl_controller = KLController(config.grpo.kl)
         self.shaper = RewardShaper(config.shaping, config.reward.weights, engine)
         self.stateful |= {"kl_controller": self.kl_controller, "shaper": self.shaper}
@@ -307,7 +307,9 @@ class GRPOTrainer(OnlineTrainer):
         Else those that the step's one update computes anyway serve as the old ones: the ratio is 1.
         """
         grpo, reference = self.config.grpo, self.reference
-        needs_policy = reference is not None and (not reference.stands_alone or grpo.kl.placement == "reward")
+        needs_policy = reference is not None and (
+            reference.needs_policy_forward or grpo.kl.placement == "reward"
+        )
         return (
             needs_policy
             or self.updates_per_step > 1
@@ -399,22 +401,22 @@ class GRPOTrainer(OnlineTrainer):
         packed, ref_logprobs = self._packed(part), None
         if not policy_too:
             assert self.reference is not None
-            return None, self._logprobs(self.reference.logits(*packed.inputs), packed), None
+            return None, self._logprobs(self.reference.logits(packed.inputs), packed), None
         with nullcontext() if self.reference is None else self.reference.recording():
-            logits = self.engine.module(*packed.inputs)
+            logits = self.engine.module(packed.inputs)
         if self.reference is not None:
-            ref_logprobs = self._logprobs(self.reference.logits(*packed.inputs), packed)
+            ref_logprobs = self._logprobs(self.reference.logits(packed.inputs), packed)
         return self._logprobs(logits, packed), ref_logprobs, self._entropy(logits, packed)
 
-    def _packed(self, part: Sequences) -> PackedBatch:
-        return self.layout.rows(part.input_ids, part.attention_mask, part.num_response)
+    def _packed(self, part: Sequences) -> ForwardBatch:
+        return self.packer.pack(part.input_ids, part.attention_mask, part.num_response)
 
-    def _logprobs(self, logits: Tensor, packed: PackedBatch) -> Tensor:
+    def _logprobs(self, logits: Tensor, packed: ForwardBatch) -> Tensor:
         return packed.logprobs(logits, self.config.generation.temperature)
 
     @torch.no_grad()
-    def _entropy(self, logits: Tensor, packed: PackedBatch) -> Tensor:
-        return packed.of_samples(entropy(logits, self.config.generation.temperature))
+    def _entropy(self, logits: Tensor, packed: ForwardBatch) -> Tensor:
+        return packed.unpack(entropy(logits, self.config.generation.temperature))
 
     @torch.no_grad()
     def make_batch(
@@ -540,7 +542,7 @@ class GRPOTrainer(OnlineTrainer):
     def _loss(self, batch: GRPOBatch, weights: Tensor, shares: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's part of the loss, and its parts of means over tokens."""
         config, mask, packed = self.config.grpo, batch.loss_mask, self._packed(batch.sequences)
-        logits = self.engine.module(*packed.inputs)
+        logits = self.engine.module(packed.inputs)
         logprobs = self._logprobs(logits, packed)
         old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
         ratio = policy_ratio(logprobs, old_logprobs, mask, config.loss)

@@ -42,7 +42,7 @@ from conch.data.index_sampler import IndexStream
 from conch.data.rollout_batch import Sequences, collate, take_rows
 from conch.distributed.train_engine import UpdateReport
 from conch.losses import policy_loss_terms, value_loss_terms
-from conch.models.forward import BatchPacker, PackedBatch
+from conch.models.forward import BatchPacker, ForwardBatch
 from conch.models.policy import PolicyWithValue
 from conch.models.reference import Reference, build_reference
 from conch.ops import (
@@ -187,7 +187,7 @@ class PPOTrainer(OnlineTrainer):
     def setup(self) -> PolicyWithValue:
         """The policy with its value head."""
         config, engine = self.config, self.engine
-        self.layout = BatchPacker(self.lm)
+        self.packer = BatchPacker(self.lm)
         self.kl_controller = KLController(config.ppo.kl)
         self.shaper = RewardShaper(config.shaping, config.reward.weights, engine)
         self.stateful |= {"kl_controller": self.kl_controller, "shaper": self.shaper}
@@ -239,12 +239,12 @@ class PPOTrainer(OnlineTrainer):
             packed = self._packed(take_rows(sequences, rows))
             with eval_mode(self.policy), self.engine.autocast():
                 with reference.recording():
-                    output = self.engine.module(*packed.inputs)
-                ref_logits = reference.logits(*packed.inputs)
+                    output = self.engine.module(packed.inputs)
+                ref_logits = reference.logits(packed.inputs)
             logprobs, ref_logprobs = (
                 packed.logprobs(logits, temperature) for logits in (output.logits, ref_logits)
             )
-            values, entropies = map(packed.of_samples, (output.values, entropy(output.logits, temperature)))
+            values, entropies = map(packed.unpack, (output.values, entropy(output.logits, temperature)))
             columns.append((logprobs, ref_logprobs, values, entropies))
         return PPOOutputs(sequences, *(torch.cat(column) for column in zip(*columns, strict=True)))
 
@@ -301,8 +301,8 @@ class PPOTrainer(OnlineTrainer):
         self.policy_version += 1
         return metrics
 
-    def _packed(self, part: Sequences) -> PackedBatch:
-        return self.layout.rows(part.input_ids, part.attention_mask, part.num_response)
+    def _packed(self, part: Sequences) -> ForwardBatch:
+        return self.packer.pack(part.input_ids, part.attention_mask, part.num_response)
 
     def _update_minibatch(self, batch: PPOBatch) -> tuple[Metrics, UpdateReport]:
         """One optimizer update; statistics are means over the minibatch's tokens on all ranks."""
@@ -317,9 +317,9 @@ class PPOTrainer(OnlineTrainer):
     def _loss(self, batch: PPOBatch, num_tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's share of loss and statistics: sums over tokens / tokens of the minibatch."""
         config, mask, packed = self.config.ppo, batch.loss_mask, self._packed(batch.sequences)
-        output = self.engine.module(*packed.inputs)
+        output = self.engine.module(packed.inputs)
         logprobs = packed.logprobs(output.logits, self.config.generation.temperature)
-        values = packed.of_samples(output.values)
+        values = packed.unpack(output.values)
         per_token_loss, ratio, is_clipped = policy_loss_terms(
             logprobs, batch.old_logprobs, batch.advantages, config.clip_ratio, config.dual_clip
         )

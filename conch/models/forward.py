@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,24 +36,56 @@ from conch.ops import first_fit, logprobs_of_labels
 
 _log = get_logger(__name__)
 
+AttentionMask = Bool[Tensor, "B T"] | Bool[Tensor, "B 1 T T"] | None
+"""Which tokens are real, or see each other.
+
+Padded rows: [B, T], True at real tokens, False at padding on either side.
+Packed rows: [B, 1, T, T], True at [b, 0, i, j] where token i sees token j.
+None: one packed row for attention that takes lengths; each position 0 begins a sample that sees itself alone.
+"""
+
+Positions = int | Int[Tensor, " K"]
+"""Where the response tokens were chosen: at these positions logits and values are read.
+
+Padded rows: R, for the last R tokens, each of which was chosen at the token before it.
+Packed rows: indices into all B * T positions, one for each of the K response tokens of all samples.
+"""
+
+
+class ForwardInputs(NamedTuple):
+    """The one argument of a policy's and a reference's forward pass: padded or packed rows.
+
+    It is a tuple because DeepSpeed and DDP look for tensors in tuples, and in no class of ours.
+
+    input_ids: token ids.
+    attention_mask: which tokens are real, or see each other.
+    positions: where logits and values are read.
+    position_ids: of packed rows, each sample counting from 0; None for padded rows.
+    """
+
+    input_ids: Int[Tensor, "B T"]
+    attention_mask: AttentionMask
+    positions: Positions
+    position_ids: Int[Tensor, "B T"] | None = None
+
 
 @dataclass(frozen=True)
-class PackedBatch:
+class ForwardBatch:
     """What models read, and the way back.
 
     inputs: arguments of a policy's or reference's forward pass, see `conch.models.policy`. labels: the
     response tokens, [B, R] as the forward pass puts out, or [1, K]. response_mask: True at response tokens.
     """
 
-    inputs: tuple[Any, ...]
+    inputs: ForwardInputs
     labels: Int[Tensor, "N K"]
     response_mask: Bool[Tensor, "B R"]
 
     def logprobs(self, logits: Float[Tensor, "N K V"], temperature: float) -> Float[Tensor, "B R"]:
         """Of the response tokens, from a forward pass's logits; see `conch.ops.logprobs_of_labels`."""
-        return self.of_samples(logprobs_of_labels(logits, self.labels, temperature))
+        return self.unpack(logprobs_of_labels(logits, self.labels, temperature))
 
-    def of_samples(self, values: Float[Tensor, "N K"]) -> Float[Tensor, "B R"]:
+    def unpack(self, values: Float[Tensor, "N K"]) -> Float[Tensor, "B R"]:
         """What a forward pass gave for each label, in the samples' places; 0 where there is no token."""
         nothing = torch.zeros(self.response_mask.shape, dtype=values.dtype, device=values.device)
         if values.shape != self.response_mask.shape:
@@ -72,9 +104,9 @@ class BatchPacker:
         if not self.packs:
             _log.info("%s reads padded rows: it does not take packed ones", type(lm).__name__)
 
-    def rows(
+    def pack(
         self, input_ids: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], num_response: int
-    ) -> PackedBatch:
+    ) -> ForwardBatch:
         """attention_mask: True at real tokens, which are contiguous in each sample."""
         if not self.packs:
             return padded_rows(input_ids, attention_mask, num_response)
@@ -111,12 +143,12 @@ def _keeps_apart(lm: PreTrainedModel) -> bool:
 
 def padded_rows(
     input_ids: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], num_response: int
-) -> PackedBatch:
+) -> ForwardBatch:
     """A row for each sample, without the columns before the longest prompt."""
     used = attention_mask.any(dim=0).long().argmax()
     first = min(int(used), input_ids.shape[1] - num_response - 1)
-    return PackedBatch(
-        (input_ids[:, first:], attention_mask[:, first:], num_response),
+    return ForwardBatch(
+        ForwardInputs(input_ids[:, first:], attention_mask[:, first:], num_response),
         input_ids[:, -num_response:],
         attention_mask[:, -num_response:],
     )
@@ -175,7 +207,7 @@ def _shared(samples: Sequence[int], prompt: int, responses: Any, most: int) -> l
 
 def _packed_rows(
     input_ids: Tensor, attention_mask: Tensor, num_response: int, filled: list[list[_Piece]], *, masked: bool
-) -> PackedBatch:
+) -> ForwardBatch:
     ids, device = input_ids.cpu().numpy(), input_ids.device
     width = max(sum(piece.length for piece in row) for row in filled)
     # Padding is a family of its own in each column, so that it sees itself: what sees nothing becomes NaN.
@@ -196,8 +228,8 @@ def _packed_rows(
     )
     response_mask = attention_mask[:, -num_response:]
     mask = sharing_mask(family, member) if masked else None
-    return PackedBatch(
-        (read, mask, places, positions),
+    return ForwardBatch(
+        ForwardInputs(read, mask, places, positions),
         input_ids[:, -num_response:][response_mask].unsqueeze(0),
         response_mask,
     )

@@ -23,6 +23,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from conch.config import ModelConfig
 from conch.errors import ModelError
+from conch.models.forward import ForwardInputs
 from conch.models.loading import load_lm
 from conch.models.policy import HEADS_FILE, captured_head_input, response_logits_and_states
 from conch.ops import at_least_float32, head_dtype
@@ -116,7 +117,8 @@ class ILQLPolicy(nn.Module):
 
         attention_mask: True at real tokens, False at padding on either side.
         """
-        logits, states = response_logits_and_states(self.lm, input_ids, attention_mask, num_response)
+        inputs = ForwardInputs(input_ids, attention_mask, num_response)
+        logits, states = response_logits_and_states(self.lm, inputs)
         with torch.no_grad():
             chosen = input_ids[:, -num_response:].unsqueeze(-1)
             targets = [head(states).gather(-1, chosen).squeeze(-1) for head in self.target_q_heads]

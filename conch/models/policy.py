@@ -4,9 +4,8 @@ Legend: B sequences, T tokens (prompt padded left, response padded right), R res
 T), V vocabulary, D hidden size. Position r of an output always speaks of response token r and is read at the
 token before it: the state in which that token was chosen.
 
-Every forward pass here also takes packed rows (`conch.models.forward`): B rows of T columns with several
-samples in each, a mask [B, 1, T, T] (or none, of one row for attention that takes lengths), positions, and
-instead of R the places where the K response tokens of all samples were chosen. Its outputs are [1, K, ...].
+Every forward pass takes `conch.models.forward.ForwardInputs`. Outputs are [B, R, ...] for padded rows, and
+[1, K, ...] for packed ones, with the K response tokens of all samples.
 """
 
 from __future__ import annotations
@@ -25,19 +24,13 @@ from transformers import PreTrainedModel
 from conch.errors import ConfigError, ModelError
 from conch.models.adapter import base_of, has_adapter, merge_in_place
 from conch.models.attention import attention_inputs, trial_precision
+from conch.models.forward import ForwardInputs
 from conch.models.loading import decoder_layers
 from conch.models.shared_trunk import ReplayedBlock, Trunk, name_of
 from conch.ops import at_least_float32, head_dtype, position_ids
 
 HEADS_FILE = "heads.safetensors"
 """Value heads and the like, beside the Hugging Face weights; `from_pretrained` does not look at it."""
-
-AttentionMask = Bool[Tensor, "B T"] | Bool[Tensor, "B 1 T T"] | None
-"""True at real tokens, False at padding on either side; of packed rows, True where one token sees another.
-None: one packed row, in which each position 0 begins a sample that sees itself alone."""
-
-Chosen = int | Int[Tensor, " K"]
-"""R: what the last R tokens were chosen from is put out. Of packed rows: the places among all B * T."""
 
 
 @dataclass(frozen=True)
@@ -96,16 +89,10 @@ class ValueBranch(nn.Module):
         """Run the language model's forward pass inside; `forward` goes on from it."""
         return self._trunk.recording()
 
-    def forward(
-        self,
-        input_ids: Int[Tensor, "B T"],
-        attention_mask: AttentionMask,
-        chosen: Chosen,
-        position_ids: Int[Tensor, "B T"] | None = None,
-    ) -> Float[Tensor, "N R D"]:
+    def forward(self, inputs: ForwardInputs) -> Float[Tensor, "N R D"]:
         """States of the positions that choose the last tokens."""
         assert self._trunk.is_recorded, "no forward pass was recorded for this batch"
-        _, states = response_logits_and_states(self.top, input_ids, attention_mask, chosen, position_ids)
+        _, states = response_logits_and_states(self.top, inputs)
         self._trunk.forget()
         return states
 
@@ -114,13 +101,14 @@ class ValueBranch(nn.Module):
         and DDP would wait for their gradients: they are found by trying, and frozen."""
         parameters = list(self.top.requires_grad_(True).parameters())
         ids = torch.zeros(1, 2, dtype=torch.long, device=lm.device)
+        inputs = ForwardInputs(ids, torch.ones_like(ids, dtype=torch.bool), 1)
         was_training = lm.training
         lm.eval()
         self.top.eval()
         with torch.enable_grad(), trial_precision(lm):
             with self.recording():
-                response_logits(lm, ids, torch.ones_like(ids, dtype=torch.bool), 1)
-            states = self(ids, torch.ones_like(ids, dtype=torch.bool), 1)
+                response_logits(lm, inputs)
+            states = self(inputs)
             gradients = torch.autograd.grad(states.sum(), parameters, allow_unused=True)
         lm.train(was_training)
         self.top.train(was_training)
@@ -136,15 +124,9 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm
 
-    def forward(
-        self,
-        input_ids: Int[Tensor, "B T"],
-        attention_mask: AttentionMask,
-        chosen: Chosen,
-        position_ids: Int[Tensor, "B T"] | None = None,
-    ) -> Float[Tensor, "N R V"]:
+    def forward(self, inputs: ForwardInputs) -> Float[Tensor, "N R V"]:
         """See `response_logits`."""
-        return response_logits(self.lm, input_ids, attention_mask, chosen, position_ids)
+        return response_logits(self.lm, inputs)
 
 
 class PolicyWithValue(nn.Module):
@@ -159,21 +141,14 @@ class PolicyWithValue(nn.Module):
         self.value_branch = ValueBranch(lm, num_value_layers) if num_value_layers else None
         self.value_head = ValueHead(_head_width(lm)).to(head_dtype(lm.dtype))
 
-    def forward(
-        self,
-        input_ids: Int[Tensor, "B T"],
-        attention_mask: AttentionMask,
-        chosen: Chosen,
-        position_ids: Int[Tensor, "B T"] | None = None,
-    ) -> PolicyOutput:
+    def forward(self, inputs: ForwardInputs) -> PolicyOutput:
         """Logits and values of the response positions."""
-        inputs = (input_ids, attention_mask, chosen, position_ids)
         if self.value_branch is None:
-            logits, states = response_logits_and_states(self.lm, *inputs)
+            logits, states = response_logits_and_states(self.lm, inputs)
         else:
             with self.value_branch.recording():
-                logits = response_logits(self.lm, *inputs)
-            states = self.value_branch(*inputs)
+                logits = response_logits(self.lm, inputs)
+            states = self.value_branch(inputs)
         return PolicyOutput(logits, self.value_head(states))
 
     def head_tensors(self) -> dict[str, Tensor]:
@@ -181,94 +156,86 @@ class PolicyWithValue(nn.Module):
         return {name: value for name, value in self.state_dict().items() if not name.startswith("lm.")}
 
 
-def response_logits(
-    lm: PreTrainedModel,
-    input_ids: Int[Tensor, "B T"],
-    attention_mask: AttentionMask,
-    chosen: Chosen,
-    position_ids: Int[Tensor, "B T"] | None = None,
-) -> Float[Tensor, "N R V"]:
+def response_logits(lm: PreTrainedModel, inputs: ForwardInputs) -> Float[Tensor, "N R V"]:
     """Logits that chose each response token; the head runs on those positions only.
 
-    The encoder of an encoder-decoder reads the prompt, its decoder the response. position_ids: of packed
-    rows, and of those only.
+    The encoder of an encoder-decoder reads the prompt, its decoder the response.
     """
-    if isinstance(chosen, Tensor):
-        return _packed_logits_and_states(lm, input_ids, attention_mask, chosen, position_ids)[0]
-    inputs, chosen_at = _inputs(lm, input_ids, attention_mask, chosen)
-    return lm(**inputs, use_cache=False).logits[:, chosen_at]
+    if isinstance(inputs.positions, Tensor):
+        return _packed_logits_and_states(lm, *inputs)[0]
+    arguments, columns = _padded_arguments(lm, inputs.input_ids, inputs.attention_mask, inputs.positions)
+    return lm(**arguments, use_cache=False).logits[:, columns]
 
 
 def response_logits_and_states(
-    lm: PreTrainedModel,
-    input_ids: Int[Tensor, "B T"],
-    attention_mask: AttentionMask,
-    chosen: Chosen,
-    position_ids: Int[Tensor, "B T"] | None = None,
+    lm: PreTrainedModel, inputs: ForwardInputs
 ) -> tuple[Float[Tensor, "N R V"], Float[Tensor, "N R D"]]:
     """As `response_logits`, with the hidden states that these logits were computed from."""
-    if isinstance(chosen, Tensor):
-        return _packed_logits_and_states(lm, input_ids, attention_mask, chosen, position_ids)
-    inputs, chosen_at = _inputs(lm, input_ids, attention_mask, chosen)
+    if isinstance(inputs.positions, Tensor):
+        return _packed_logits_and_states(lm, *inputs)
+    arguments, columns = _padded_arguments(lm, inputs.input_ids, inputs.attention_mask, inputs.positions)
     with captured_head_input(lm) as captured:
-        logits = lm(**inputs, use_cache=False).logits
-    return logits[:, chosen_at], captured[0][:, chosen_at]
+        logits = lm(**arguments, use_cache=False).logits
+    return logits[:, columns], captured[0][:, columns]
 
 
 def _packed_logits_and_states(
     lm: PreTrainedModel,
     input_ids: Int[Tensor, "B T"],
     attention_mask: Bool[Tensor, "B 1 T T"] | None,
-    chosen: Int[Tensor, " K"],
+    positions: Int[Tensor, " K"],
     position_ids: Int[Tensor, "B T"] | None,
 ) -> tuple[Float[Tensor, "1 K V"], Float[Tensor, "1 K D"]]:
     assert position_ids is not None, "packed rows have positions"
-    told = attention_inputs(lm, attention_mask, position_ids)
-    with captured_head_input(lm, chosen) as captured:
-        output = lm(input_ids=input_ids, position_ids=position_ids, use_cache=False, **told)
+    attention = attention_inputs(lm, attention_mask, position_ids)
+    with captured_head_input(lm, positions) as captured:
+        output = lm(input_ids=input_ids, position_ids=position_ids, use_cache=False, **attention)
     return output.logits, captured[0]
 
 
-def _inputs(
-    lm: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, num_response: int
+def _padded_arguments(
+    lm: PreTrainedModel,
+    input_ids: Int[Tensor, "B T"],
+    attention_mask: Bool[Tensor, "B T"] | None,
+    num_response: int,
 ) -> tuple[dict[str, Any], slice]:
-    """What `lm` takes for a `prompt | response` batch, and which positions of its output choose the response.
+    """Arguments of `lm` for a `prompt | response` batch, and the columns of its output to read.
 
-    Here alone decoders and encoder-decoders differ.
+    Only this function tells decoders and encoder-decoders apart.
     """
     assert attention_mask is not None, "padded rows have a mask"
     if not lm.config.is_encoder_decoder:
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long()}
+        arguments = {"input_ids": input_ids, "attention_mask": attention_mask.long()}
         # Models with relative positions take no `position_ids`: they see the padding in the mask.
         optional = {"position_ids": position_ids(attention_mask), "logits_to_keep": num_response + 1}
         known = inspect.signature(lm.forward).parameters
-        inputs |= {name: value for name, value in optional.items() if name in known}
-        return inputs, slice(-num_response - 1, -1)
+        arguments |= {name: value for name, value in optional.items() if name in known}
+        return arguments, slice(-num_response - 1, -1)
     response, is_real = input_ids[:, -num_response:], attention_mask[:, -num_response:].long()
     start = torch.full_like(response[:, :1], int(lm.config.decoder_start_token_id))
-    inputs = {
+    arguments = {
         "input_ids": input_ids[:, :-num_response],
         "attention_mask": attention_mask[:, :-num_response].long(),
         "decoder_input_ids": torch.cat([start, response[:, :-1]], dim=1),
         "decoder_attention_mask": torch.cat([torch.ones_like(start), is_real[:, :-1]], dim=1),
     }
-    return inputs, slice(None)
+    return arguments, slice(None)
 
 
 @contextmanager
 def captured_head_input(
-    lm: PreTrainedModel, chosen: Int[Tensor, " K"] | None = None
+    lm: PreTrainedModel, positions: Int[Tensor, " K"] | None = None
 ) -> Iterator[list[Tensor]]:
     """Collect what the language-model head reads: the trunk's last hidden states, final norm included.
 
     Reading them here instead of through `output_hidden_states` keeps one layer's states instead of all.
 
-    chosen: places among all positions of all rows; the head then reads [1, K, D] of these alone.
+    positions: indices into the positions of all rows; the head then reads these states alone, [1, K, D].
     """
     captured: list[Tensor] = []
 
     def capture(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        states = args[0] if chosen is None else args[0].flatten(0, 1)[chosen].unsqueeze(0)
+        states = args[0] if positions is None else args[0].flatten(0, 1)[positions].unsqueeze(0)
         captured.append(states)
         return (states, *args[1:])
 

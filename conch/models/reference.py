@@ -20,13 +20,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from conch.models.adapter import adapter_off, has_adapter
+from conch.models.forward import ForwardInputs
 from conch.models.loading import decoder_layers
-from conch.models.policy import AttentionMask, Chosen, response_logits
+from conch.models.policy import response_logits
 from conch.models.shared_trunk import Trunk
 
 
@@ -34,23 +35,18 @@ from conch.models.shared_trunk import Trunk
 class Reference(Protocol):
     """Gives the logits of the policy as it was at the start.
 
-    stands_alone: whether `logits` needs no forward pass of the trained model before it.
+    needs_policy_forward: True where `logits` reads what a forward pass of the policy over the same batch has
+        left behind, see `recording`.
     """
 
     @property
-    def stands_alone(self) -> bool: ...
+    def needs_policy_forward(self) -> bool: ...
 
     def recording(self) -> AbstractContextManager[None]:
         """Run the trained model's forward pass inside; `logits` then speaks of that very batch."""
         ...
 
-    def logits(
-        self,
-        input_ids: Int[Tensor, "B T"],
-        attention_mask: AttentionMask,
-        chosen: Chosen,
-        position_ids: Int[Tensor, "B T"] | None = None,
-    ) -> Float[Tensor, "N R V"]:
+    def logits(self, inputs: ForwardInputs) -> Float[Tensor, "N R V"]:
         """Logits of the response tokens; see `conch.models.policy.response_logits`."""
         ...
 
@@ -59,7 +55,7 @@ def build_reference(lm: PreTrainedModel, num_layers_unfrozen: int) -> Reference:
     """The cheapest reference that is exact: the model without its adapter where it has one, a shared trunk
     where the bottom is frozen, else a full copy.
 
-    Call it after `choose_trainable` and before the first update, with `lm` already on its device.
+    Call it after `freeze_layers` and before the first update, with `lm` already on its device.
     """
     if has_adapter(lm):
         return AdapterOffReference(lm)
@@ -71,7 +67,7 @@ def build_reference(lm: PreTrainedModel, num_layers_unfrozen: int) -> Reference:
 class FullCopyReference:
     """A frozen copy of the whole model."""
 
-    stands_alone = True
+    needs_policy_forward = False
 
     def __init__(self, lm: PreTrainedModel) -> None:
         self._lm = copy.deepcopy(lm).eval()
@@ -81,21 +77,15 @@ class FullCopyReference:
         return nullcontext()
 
     @torch.no_grad()
-    def logits(
-        self,
-        input_ids: Int[Tensor, "B T"],
-        attention_mask: AttentionMask,
-        chosen: Chosen,
-        position_ids: Int[Tensor, "B T"] | None = None,
-    ) -> Float[Tensor, "N R V"]:
+    def logits(self, inputs: ForwardInputs) -> Float[Tensor, "N R V"]:
         """See `Reference.logits`."""
-        return response_logits(self._lm, input_ids, attention_mask, chosen, position_ids)
+        return response_logits(self._lm, inputs)
 
 
 class AdapterOffReference:
     """The trained model itself, run with its adapter off: no second copy of any weight."""
 
-    stands_alone = True
+    needs_policy_forward = False
 
     def __init__(self, lm: PreTrainedModel) -> None:
         self._lm = lm
@@ -105,19 +95,13 @@ class AdapterOffReference:
         return nullcontext()
 
     @torch.no_grad()
-    def logits(
-        self,
-        input_ids: Int[Tensor, "B T"],
-        attention_mask: AttentionMask,
-        chosen: Chosen,
-        position_ids: Int[Tensor, "B T"] | None = None,
-    ) -> Float[Tensor, "N R V"]:
+    def logits(self, inputs: ForwardInputs) -> Float[Tensor, "N R V"]:
         """See `Reference.logits`. The adapter is on again afterwards."""
         was_training = self._lm.training
         self._lm.eval()
         try:
             with adapter_off(self._lm):
-                return response_logits(self._lm, input_ids, attention_mask, chosen, position_ids)
+                return response_logits(self._lm, inputs)
         finally:
             self._lm.train(was_training)
 
@@ -125,7 +109,7 @@ class AdapterOffReference:
 class SharedTrunkReference:
     """Frozen copies of the top blocks over the trained model's own frozen trunk."""
 
-    stands_alone = False
+    needs_policy_forward = True
 
     def __init__(self, lm: PreTrainedModel, num_layers_unfrozen: int) -> None:
         self._trunk = Trunk(lm, num_layers_unfrozen)
@@ -137,15 +121,9 @@ class SharedTrunkReference:
         return self._trunk.recording()
 
     @torch.no_grad()
-    def logits(
-        self,
-        input_ids: Int[Tensor, "B T"],
-        attention_mask: AttentionMask,
-        chosen: Chosen,
-        position_ids: Int[Tensor, "B T"] | None = None,
-    ) -> Float[Tensor, "N R V"]:
+    def logits(self, inputs: ForwardInputs) -> Float[Tensor, "N R V"]:
         """See `Reference.logits`. Must follow a forward pass of the same batch under `recording`."""
         assert self._trunk.is_recorded, "no forward pass was recorded for this batch"
-        logits = response_logits(self._lm, input_ids, attention_mask, chosen, position_ids)
+        logits = response_logits(self._lm, inputs)
         self._trunk.forget()
         return logits

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from conch.config import RolloutConfig
+from conch.models.forward import ForwardInputs
 from conch.models.policy import response_logits
 from conch.ops import logprobs_of_labels
 from conch.rollouts.vllm.engine import ColocatedVLLM
@@ -59,7 +60,9 @@ def trainers_logprobs(
     prompt, response = rollout.prompt.token_ids, rollout.completion.token_ids
     ids = torch.tensor([[*prompt, *response]])
     with torch.no_grad():
-        logits = response_logits(lm, ids, torch.ones_like(ids, dtype=torch.bool), len(response))
+        logits = response_logits(
+            lm, ForwardInputs(ids, torch.ones_like(ids, dtype=torch.bool), len(response))
+        )
     return logprobs_of_labels(logits, torch.tensor([response]), temperature)[0]
 
 

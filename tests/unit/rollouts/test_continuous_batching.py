@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor, PreTrainedModel
 
 from conch.config import GenerationConfig
-from conch.models.forward import takes_packed_rows
+from conch.models.forward import ForwardInputs, takes_packed_rows
 from conch.models.policy import response_logits
 from conch.ops import logprobs_of_labels
 from conch.rollouts.hf import continuous_batching as slots
@@ -88,7 +88,9 @@ def test_logprobs_of_rows_that_took_a_place_equal_recomputed_ones(family: str) -
     for rollout in found:
         prompt, response = rollout.prompt.token_ids, rollout.completion.token_ids
         ids = torch.tensor([[*prompt, *response]])
-        logits = response_logits(lm, ids, torch.ones_like(ids, dtype=torch.bool), len(response))
+        logits = response_logits(
+            lm, ForwardInputs(ids, torch.ones_like(ids, dtype=torch.bool), len(response))
+        )
         expected = logprobs_of_labels(logits, torch.tensor([response]), 1.3)[0]
         assert rollout.completion.logprobs == pytest.approx(expected.tolist(), abs=2e-5)
 
