@@ -81,13 +81,13 @@ from conch.training.setup import (
 )
 from conch.training.statistics import (
     log_rollouts,
-    logprob_gap,
+    logprob_diff,
     reward_metrics,
     rollout_metrics,
     timer,
     update_with_statistics,
     updates_over,
-    warn_of_gap,
+    warn_of_logprob_diff,
 )
 from conch.types import Metrics, Prompt, RewardResult, Rollout, RolloutGroup
 
@@ -461,7 +461,7 @@ class GRPOTrainer(OnlineTrainer):
             lambda rows: self._update_minibatch(take_rows(batch, rows)),
         )
         if batch.old_logprobs is None:
-            warn_of_gap(metrics["rollout/logprob_gap"], self.config.rollout.logprob_gap_alarm)
+            warn_of_logprob_diff(metrics["rollout/logprob_diff"], self.config.rollout.logprob_diff_alarm)
             if "policy/kl" in metrics:
                 self._note_kl(metrics["policy/kl"])
                 metrics["policy/kl_coef"] = batch.kl_coef
@@ -497,10 +497,10 @@ class GRPOTrainer(OnlineTrainer):
         }
         if outputs.logprobs is None or outputs.entropy is None:
             return metrics
-        alarm = self.config.rollout.logprob_gap_alarm
+        alarm = self.config.rollout.logprob_diff_alarm
         metrics |= {
             "policy/entropy": float(masked_mean(outputs.entropy, mask, reduce)),
-            "rollout/logprob_gap": logprob_gap(outputs.logprobs, outputs.sequences, reduce, alarm),
+            "rollout/logprob_diff": logprob_diff(outputs.logprobs, outputs.sequences, reduce, alarm),
         }
         if outputs.ref_logprobs is not None:
             measured = mean_kl(outputs.logprobs, outputs.ref_logprobs, mask, reduce)
@@ -564,7 +564,7 @@ class GRPOTrainer(OnlineTrainer):
         if batch.old_logprobs is None:
             gap = (logprobs.detach() - batch.sequences.sampling_logprobs).abs()
             columns["policy/entropy"] = weighted_sum(self._entropy(logits, packed), shares)
-            columns["rollout/logprob_gap"] = weighted_sum(gap, shares)
+            columns["rollout/logprob_diff"] = weighted_sum(gap, shares)
             if batch.ref_logprobs is not None:
                 of_each = kl_of_samples(batch, logprobs.detach())
                 columns["policy/kl"] = of_each.sum() / (config.prompts_per_step * config.group_size)

@@ -65,7 +65,7 @@ from conch.training.setup import (
 from conch.training.statistics import (
     explained_variance,
     log_rollouts,
-    logprob_gap,
+    logprob_diff,
     reward_metrics,
     rollout_metrics,
     timer,
@@ -270,12 +270,12 @@ class PPOTrainer(OnlineTrainer):
             per_token = whiten(per_token, mask, reduce, shift_mean=False)
         advantages, returns = gae(per_token, outputs.values, mask, config.gamma, config.lam)
         measured = mean_kl(logprobs, ref_logprobs, sequences.response_mask, reduce)
-        alarm = self.config.rollout.logprob_gap_alarm
+        alarm = self.config.rollout.logprob_diff_alarm
         metrics = {
             **self.scorer.metrics(),
             **reward_metrics(rewards, self.config.reward.weights, self.shaper.objectives, reduce),
             **rollout_metrics(rollouts, sequences, reduce),
-            "rollout/logprob_gap": logprob_gap(logprobs, sequences, reduce, alarm),
+            "rollout/logprob_diff": logprob_diff(logprobs, sequences, reduce, alarm),
             "policy/entropy": float(masked_mean(outputs.entropy, sequences.response_mask, reduce)),
             "policy/kl": measured,
             "policy/kl_coef": kl_coef,

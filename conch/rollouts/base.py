@@ -37,16 +37,16 @@ def draw_seeds(count: int) -> list[int]:
     return torch.randint(2**31, (count,)).tolist()
 
 
-def check_window(prompts: Sequence[Prompt], config: GenerationConfig, window: int | None) -> None:
+def check_lengths(prompts: Sequence[Prompt], config: GenerationConfig, max_model_len: int | None) -> None:
     """Refuse prompts that vLLM would cut completions of short, or refuse in the middle of its work.
 
     Raises:
         ConfigError: names the longest.
     """
     longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
-    if window is not None and longest + config.max_new_tokens > window:
+    if max_model_len is not None and longest + config.max_new_tokens > max_model_len:
         raise ConfigError(
             f"a prompt of {longest} tokens and `generation.max_new_tokens` = {config.max_new_tokens} do not "
-            f"fit vLLM's window of {window}: raise `rollout.window`, or set `data.max_tokens` to "
-            f"{max(1, window - config.max_new_tokens)}"
+            f"fit vLLM's `max_model_len` of {max_model_len}: raise it in `rollout` or in the servers' "
+            f"settings, or set `data.max_tokens` to {max(1, max_model_len - config.max_new_tokens)}"
         )

@@ -21,34 +21,34 @@ def tokenize_prompts(
     model: PreTrainedModel,
     generation: GenerationConfig,
     lengths: DataConfig | None = None,
-    window: int | None = None,
+    max_model_len: int | None = None,
 ) -> list[Prompt]:
     """Prompts that leave room in the model's window for the longest completion.
 
-    lengths: which prompts to leave out for their length. window: the sampler's own, in tokens.
+    lengths: which prompts to leave out for their length. max_model_len: the sampler's own limit, in tokens.
 
     Raises:
-        ConfigError, DataError: see `room_for_prompts` and `conch.data.prompts.make_prompts`.
+        ConfigError, DataError: see `longest_prompt` and `conch.data.prompts.make_prompts`.
     """
-    room = room_for_prompts(model, generation, window)
+    room = longest_prompt(model, generation, max_model_len)
     return make_prompts(prompts, tokenizer, config, max_tokens=room, lengths=lengths)
 
 
-def room_for_prompts(
-    model: PreTrainedModel, generation: GenerationConfig, sampler_window: int | None = None
+def longest_prompt(
+    model: PreTrainedModel, generation: GenerationConfig, max_model_len: int | None = None
 ) -> int | None:
     """Tokens that the model's window, or the sampler's where it is shorter, leaves for a prompt; None where
     there is no limit.
 
     Raises:
-        ConfigError: none are left, or the sampler's window is longer than the model's.
+        ConfigError: none are left, or `max_model_len` is longer than the model's window.
     """
     window = context_window(model.config)
-    if window is not None and sampler_window is not None and sampler_window > window:
+    if window is not None and max_model_len is not None and max_model_len > window:
         raise ConfigError(
-            f"`rollout.window` = {sampler_window} is longer than the model's window of {window} tokens"
+            f"`rollout.max_model_len` = {max_model_len} is longer than the model's window of {window} tokens"
         )
-    window = sampler_window or window
+    window = max_model_len or window
     if window is None:
         return None
     if window <= generation.max_new_tokens:

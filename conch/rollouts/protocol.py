@@ -40,14 +40,15 @@ class Health(Section):
     """A server that can be asked.
 
     stamp: None before it was given any weights.
-    window: longest prompt and completion together, in tokens. max_num_seqs: completions sampled at once.
+    max_model_len: longest prompt and completion together, in tokens.
+    max_num_seqs: completions sampled at once.
     workers: processes that each hold a part of the weights. device: `cpu` or `cuda`.
     lora: None where it takes no adapter. base: the run whose base it holds, for its adapters; None where it
         holds none.
     """
 
     stamp: WeightVersion | None
-    window: int
+    max_model_len: int
     max_num_seqs: int
     workers: int
     device: str

@@ -353,9 +353,11 @@ def _why_special_layer(layer: BaseTunerLayer) -> str | None:
 def why_no_room(lm: PreTrainedModel, room: LoraRoom | None) -> str | None:
     """Why the adapter does not go into this room of vLLM's; None where it does."""
     if room is None:
-        return f"vLLM has no LoRA for a {type(lm).__name__}, or its server was started with `lora_rank` = 0"
+        return (
+            f"vLLM has no LoRA for a {type(lm).__name__}, or its server was started with `max_lora_rank` = 0"
+        )
     if _rank(lm) > room.rank:
-        return f"its rank of {_rank(lm)} is above the server's `lora_rank` of {room.rank}"
+        return f"its rank of {_rank(lm)} is above the server's `max_lora_rank` of {room.rank}"
     for name, _ in _lora_layers(lm):
         if name.rpartition(".")[2] not in room.modules:
             return f"vLLM has no LoRA for {name} of a {type(lm).__name__}"

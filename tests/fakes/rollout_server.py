@@ -25,7 +25,7 @@ class FakeRolloutServer:
         self,
         port: int = 0,
         *,
-        window: int = 64,
+        max_model_len: int = 64,
         max_num_seqs: int = 8,
         lora: dict[str, Any] | None = None,
         before_look: Callable[[], object] = lambda: None,
@@ -43,7 +43,7 @@ class FakeRolloutServer:
         self.most_rows = 0
         self._rows = 0
         self._health: dict[str, Any] = {
-            "window": window,
+            "max_model_len": max_model_len,
             "max_num_seqs": max_num_seqs,
             "workers": 1,
             "device": "cpu",

@@ -11,6 +11,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import pytest
 import torch
 from jaxtyping import Float
+from pydantic import ByteSize
 from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from conch.config import RolloutConfig
@@ -21,7 +22,7 @@ from conch.rollouts.vllm.engine import ColocatedVLLM
 from conch.types import Prompt, Rollout
 from tests.tiny import char_tokenizer, tiny_gpt2_config
 
-CACHE_GB = 0.05
+CACHE_BYTES = ByteSize(50 * 2**20)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -75,7 +76,7 @@ def lm(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
 @pytest.fixture(scope="session")
 def colocated(lm: GPT2LMHeadModel) -> Iterator[ColocatedVLLM]:
     """vLLM in this process."""
-    config = RolloutConfig(engine="vllm", kv_cache_gb=CACHE_GB)
+    config = RolloutConfig(engine="vllm", kv_cache_memory_bytes=CACHE_BYTES)
     before = torch.get_rng_state()
     vllm = ColocatedVLLM(lambda: lm, config, torch.float32, several=False)
     assert torch.equal(torch.get_rng_state(), before), "vLLM has seeded the trainer's generator"

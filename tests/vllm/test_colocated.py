@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ByteSize
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from conch.config import GenerationConfig, RolloutConfig
@@ -217,7 +218,7 @@ def test_generators_of_the_process_are_left_alone(lm: GPT2LMHeadModel, both: Any
 # -------------------------------------------------------------------------------------------------- bad input
 
 
-def test_prompt_beyond_the_window_is_refused_before_any_is_sampled(both: Any) -> None:
+def test_prompt_beyond_max_model_len_is_refused_before_any_is_sampled(both: Any) -> None:
     pair = both()
     with pytest.raises(ConfigError, match="a prompt of 150 tokens"):
         all_of(pair.vllm, pair.prompts("a", "a" * 150))
@@ -238,6 +239,6 @@ def test_model_that_vllm_does_not_know_is_refused() -> None:
 
 
 def test_too_little_memory_says_what_to_lower(lm: GPT2LMHeadModel) -> None:
-    config = RolloutConfig(engine="vllm", kv_cache_gb=1e6)
-    with pytest.raises(RolloutError, match=r"does not fit into memory: lower .*`rollout.kv_cache_gb`"):
+    config = RolloutConfig(engine="vllm", kv_cache_memory_bytes=ByteSize(2**50))
+    with pytest.raises(RolloutError, match=r"not fit into memory: lower .*`rollout.kv_cache_memory_bytes`"):
         ColocatedVLLM(lambda: lm, config, torch.float32, several=False)

@@ -18,12 +18,12 @@ from conch.models.adapter import add_adapter
 from conch.rollouts.hf.engine import HFEngine
 from conch.rollouts.protocol import Health, WeightUpdate, WeightVersion
 from conch.rollouts.remote.client import AstrayError, ServerLink
-from conch.rollouts.serve import ServeConfig
 from conch.rollouts.vllm import server as vllm_server
 from conch.rollouts.vllm.engine import ColocatedVLLM, VLLMEngine
+from conch.rollouts.vllm.server_config import ServerConfig
 from conch.rollouts.weight_sync import adapter_tensors, checkpoint_tensors
 from tests.launches import free_port
-from tests.vllm.conftest import CACHE_GB, prompts, trainers_logprobs
+from tests.vllm.conftest import CACHE_BYTES, prompts, trainers_logprobs
 from tests.vllm.test_colocated import TEXTS, all_of, assert_alike
 from tests.vllm.test_served import READY_S, ServerProcess, engine_of, pool_of, wait_until
 
@@ -101,7 +101,7 @@ class Colocated:
     ) -> None:
         self.lm = lm
         self.version = 0
-        config = RolloutConfig(engine="vllm", kv_cache_gb=CACHE_GB, merge_adapter=merge_adapter)
+        config = RolloutConfig(engine="vllm", kv_cache_memory_bytes=CACHE_BYTES, merge_adapter=merge_adapter)
         self.vllm = ColocatedVLLM(lambda: lm, config, torch.float32, several=False)
         generation = GenerationConfig(max_new_tokens=24)
         self.engine = VLLMEngine(self.vllm, tokenizer, generation, version=lambda: self.version)
@@ -196,7 +196,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
     make_adapted("llama", tokenizer).config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     names = SETTINGS["llama"]["target_modules"]
-    running = ServerProcess(folder, free_port(), "lora_rank=6", f"lora_modules={names}")
+    running = ServerProcess(folder, free_port(), "max_lora_rank=6", f"lora_target_modules={names}")
     try:
         wait_until_ready(running)
         yield running
@@ -322,5 +322,5 @@ def test_adapter_of_a_base_that_is_not_there_is_refused(
 def test_room_for_adapters_of_a_model_that_takes_none_is_refused(tmp_path: Path, lm: PreTrainedModel) -> None:
     lm.config.architectures = [type(lm).__name__]
     lm.config.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="vLLM has no LoRA for a GPT2LMHeadModel: leave `lora_rank` out"):
-        vllm_server._build(ServeConfig(model=str(tmp_path), lora_rank=4))
+    with pytest.raises(ModelError, match="vLLM has no LoRA for a GPT2LMHeadModel: leave `max_lora_rank` out"):
+        vllm_server._build(ServerConfig(model=str(tmp_path), max_lora_rank=4))

@@ -24,7 +24,7 @@ from conch.rollouts.remote.engine import ServedEngine
 from conch.rollouts.remote.pool import ServerPool
 from conch.types import Prompt, Rollout
 from tests.launches import ROOT, free_port
-from tests.vllm.conftest import CACHE_GB, make_lm, prompts
+from tests.vllm.conftest import CACHE_BYTES, make_lm, prompts
 from tests.vllm.test_colocated import TEXTS, assert_alike
 
 READY_S = 400.0
@@ -43,7 +43,7 @@ class ServerProcess:
 
     def start(self) -> None:
         command = [sys.executable, "-m", "conch.rollouts.serve", f"model={self.model}", f"port={self.port}"]
-        settings = [f"kv_cache_gb={CACHE_GB}", "restart=false", *self.settings]
+        settings = [f"kv_cache_memory_bytes={CACHE_BYTES}", "restart=false", *self.settings]
         self.process = subprocess.Popen([*command, *settings], cwd=ROOT)
 
     def family(self) -> list[psutil.Process]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from conch.config import GenerationConfig
 from conch.errors import ConchError, RolloutError, RolloutUnavailableError
-from conch.rollouts.base import check_window, draw_seeds, in_order
+from conch.rollouts.base import check_lengths, draw_seeds, in_order
 from conch.rollouts.protocol import CompletionReply, GenerateRequest, PromptRequest
 from conch.rollouts.remote.client import AstrayError
 from conch.rollouts.remote.lease import WeightLease
@@ -80,12 +80,12 @@ class ServedEngine:
         """See `RolloutEngine.generate`. All prompts are asked for at once, whatever the chunks they come in.
 
         Raises:
-            ConfigError: a prompt is longer than the servers' window leaves room for.
+            ConfigError: a prompt is longer than the servers' `max_model_len` leaves room for.
             RolloutError: no server answers before the deadline, or one answers with other weights.
         """
         with self._pool.lease(self._version()) as lease:
             servers = self._pool.ready(lease)
-            check_window(prompts, self._config, self._pool.window)
+            check_lengths(prompts, self._config, self._pool.max_model_len)
             seeds = draw_seeds(len(prompts))
             size = max(1, -(-len(prompts) // (len(servers) * _PORTIONS)))
             work = _Work(self._pool, self._config, self._eos_id, lease, greedy, self._deadline_s)

@@ -113,9 +113,9 @@ class ServerPool:
             lease.end()
 
     @property
-    def window(self) -> int | None:
-        """The shortest window of the servers that live, in tokens."""
-        return min((server.health.window for server in self.servers if server.health), default=None)
+    def max_model_len(self) -> int | None:
+        """The smallest `max_model_len` of the live servers, in tokens; None where none is alive."""
+        return min((server.health.max_model_len for server in self.servers if server.health), default=None)
 
     def ready(self, lease: WeightLease) -> list[Server]:
         """All servers that hold these weights, one at least; those that live get them first.

@@ -35,8 +35,7 @@ SERVER = "CONCH_ROLLOUT_SERVER"
 _LEAVES_S = 10.0
 """Longest for a process that has closed its pipes to be gone."""
 
-_CPU_CACHE_GB = 1.0
-_GIB = 2**30
+_CPU_CACHE_BYTES = 2**30
 
 
 def check_installed() -> str:
@@ -113,12 +112,12 @@ def engine_settings(model: str, config: RolloutConfig, dtype: torch.dtype | str)
         "model": model,
         "dtype": dtype,
         "skip_tokenizer_init": True,
-        "max_model_len": config.window,
+        "max_model_len": config.max_model_len,
         "max_num_seqs": config.max_num_seqs,
-        "gpu_memory_utilization": config.memory_share,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
         "enable_prefix_caching": True,
         "enable_sleep_mode": config.sleep_level > 0 and platform().is_sleep_mode_available(),
-        "enforce_eager": is_cpu if config.eager is None else config.eager,
+        "enforce_eager": is_cpu if config.enforce_eager is None else config.enforce_eager,
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",
         "worker_extension_cls": WORKER,
@@ -127,9 +126,9 @@ def engine_settings(model: str, config: RolloutConfig, dtype: torch.dtype | str)
         settings["block_size"] = _CPU_BLOCK
         # Where a prompt is computed in parts, vLLM winds its request's generator back: a CPU's has no way.
         settings["enable_chunked_prefill"] = False
-    cache = config.kv_cache_gb or (_CPU_CACHE_GB if is_cpu else None)
+    cache = config.kv_cache_memory_bytes or (_CPU_CACHE_BYTES if is_cpu else None)
     if cache is not None:
-        settings["kv_cache_memory_bytes"] = int(cache * _GIB)
+        settings["kv_cache_memory_bytes"] = int(cache)
     return settings
 
 
@@ -173,8 +172,9 @@ def explained(error: Exception, folder: str) -> Exception:
     reason = " ".join(str(error).split())
     if "memory" in reason.lower() or "KV cache" in reason:
         return RolloutError(
-            "vLLM does not fit into memory: lower `rollout.memory_share`, `rollout.kv_cache_gb`, "
-            f"`rollout.window` or `rollout.max_num_seqs` ({reason[:400]})"
+            "vLLM does not fit into memory: lower `rollout.gpu_memory_utilization`, "
+            "`rollout.kv_cache_memory_bytes`, `rollout.max_model_len` or `rollout.max_num_seqs` "
+            f"({reason[:400]})"
         )
     return ModelError(f"vLLM cannot serve this model: {reason.replace(folder, 'it')[:400]}")
 
@@ -208,7 +208,7 @@ def leave_groups() -> None:
 
 def quiet_compiler(config: RolloutConfig) -> AbstractContextManager[Any]:
     """On a CPU even an eager vLLM would spend half a minute compiling one comparison of two columns."""
-    if platform().is_cpu() and config.eager is not False:
+    if platform().is_cpu() and config.enforce_eager is not False:
         return torch.compiler.set_stance("force_eager")
     return nullcontext()
 

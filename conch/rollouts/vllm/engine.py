@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from conch.config import GenerationConfig, RolloutConfig
 from conch.errors import RolloutError
 from conch.models.loading import context_window
-from conch.rollouts.base import check_window, draw_seeds, in_order
+from conch.rollouts.base import check_lengths, draw_seeds, in_order
 from conch.rollouts.protocol import LoraRoom, Part
 from conch.rollouts.stopping import StopCondition
 from conch.rollouts.vllm.build import (
@@ -103,7 +103,7 @@ class ColocatedVLLM:
         self._has_base = False
         self._adapter: Any = None
         self._names = itertools.count()
-        self.window = config.window or context_window(lm().config)
+        self.max_model_len = config.max_model_len or context_window(lm().config)
         with tempfile.TemporaryDirectory() as folder, _generators_untouched():
             room = self._handover.room_wanted() if knows_lora(type(lm()).__name__) else None
             self._engine = build(write_config(lm(), folder), config, dtype, several=several, lora=room)
@@ -230,9 +230,9 @@ class VLLMEngine:
         """See `RolloutEngine.generate`. All prompts are sampled at once, whatever the chunks they come in.
 
         Raises:
-            ConfigError: a prompt is longer than the window leaves room for.
+            ConfigError: a prompt is longer than `max_model_len` leaves room for.
         """
-        check_window(prompts, self._config, self._vllm.window)
+        check_lengths(prompts, self._config, self._vllm.max_model_len)
         if not prompts:
             return
         self._vllm.refit(self._version())

@@ -28,7 +28,6 @@ from conch.rollouts.protocol import (
     WeightUpdate,
     WeightVersion,
 )
-from conch.rollouts.serve import ServeConfig
 from conch.rollouts.stopping import StopCondition
 from conch.rollouts.vllm.build import (
     SERVER,
@@ -44,6 +43,7 @@ from conch.rollouts.vllm.build import (
 )
 from conch.rollouts.vllm.engine import sampling_params
 from conch.rollouts.vllm.restart import DIED, leave_with_keeper
+from conch.rollouts.vllm.server_config import ServerConfig
 
 _log = get_logger(__name__)
 
@@ -81,7 +81,7 @@ class RolloutServer:
         config = self._engine.vllm_config
         return Health(
             stamp=self._stamp,
-            window=config.model_config.max_model_len,
+            max_model_len=config.model_config.max_model_len,
             max_num_seqs=config.scheduler_config.max_num_seqs,
             workers=config.parallel_config.world_size,
             device=config.device_config.device_type,
@@ -144,13 +144,13 @@ class RolloutServer:
                 f"{self._tokenizer.eos_token_id}: serve the policy's own folder",
             )
         longest = max(len(wanted.token_ids) for wanted in asked.wanted)
-        window = self._engine.vllm_config.model_config.max_model_len
-        if longest + asked.generation.max_new_tokens > window:
+        max_model_len = self._engine.vllm_config.model_config.max_model_len
+        if longest + asked.generation.max_new_tokens > max_model_len:
             raise HTTPException(
                 BAD,
                 f"a prompt of {longest} tokens and `generation.max_new_tokens` = "
-                f"{asked.generation.max_new_tokens} do not fit this server's window of {window}: raise its "
-                "`window`, or lower `data.max_tokens`",
+                f"{asked.generation.max_new_tokens} do not fit this server's `max_model_len` of "
+                f"{max_model_len}: raise it, or lower `data.max_tokens`",
             )
 
     async def lines(self, asked: GenerateRequest) -> AsyncIterator[str]:
@@ -229,7 +229,7 @@ def make_app(server: RolloutServer) -> FastAPI:
     return app
 
 
-def serve(config: ServeConfig) -> None:
+def serve(config: ServerConfig) -> None:
     """Run until told to stop.
 
     Raises:
@@ -246,10 +246,10 @@ def serve(config: ServeConfig) -> None:
     asyncio.run(_serve(config, tokenizer))
 
 
-async def _serve(config: ServeConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+async def _serve(config: ServerConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     engine, server = _build(config), None
     try:
-        room = LoraRoom(**(await engine.collective_rpc("lora_room"))[0]) if config.lora_rank else None
+        room = LoraRoom(**(await engine.collective_rpc("lora_room"))[0]) if config.max_lora_rank else None
         server = RolloutServer(engine, tokenizer, config.deadline_s, room)
         listening = uvicorn.Server(
             uvicorn.Config(
@@ -264,23 +264,28 @@ async def _serve(config: ServeConfig, tokenizer: PreTrainedTokenizerBase) -> Non
             sys.exit(DIED)
 
 
-def _build(config: ServeConfig) -> Any:
+def _build(config: ServerConfig) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
     from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore[reportMissingImports]
 
     model = AutoConfig.from_pretrained(config.model)
     for name in model.architectures or []:
         check_architecture(name)
-        if config.lora_rank and not knows_lora(name):
-            raise ModelError(f"vLLM has no LoRA for a {name}: leave `lora_rank` out; adapters come merged")
+        if config.max_lora_rank and not knows_lora(name):
+            raise ModelError(
+                f"vLLM has no LoRA for a {name}: leave `max_lora_rank` out; adapters come merged"
+            )
     # vLLM's own "auto" takes half precision for a model that is stored in float32.
     dtype = (model.dtype or "float32") if config.dtype == "auto" else config.dtype
-    settings = {**engine_settings(config.model, config.engine(), dtype), **lora_settings(config.room())}
+    settings = {
+        **engine_settings(config.model, config.rollout_config(), dtype),
+        **lora_settings(config.room()),
+    }
     try:
         made = AsyncEngineArgs(
             **settings,
             load_format="dummy",
-            tensor_parallel_size=config.tensor_parallel,
+            tensor_parallel_size=config.tensor_parallel_size,
             disable_log_stats=True,
             enable_log_requests=False,
         )

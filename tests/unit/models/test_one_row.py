@@ -309,7 +309,7 @@ def test_float32_weights_train_by_mixed_precision(tmp_path: Path, settings: dict
     )
     assert trainer.packer.packs and trainer.engine.precision == "bf16"
     before = parameters(trainer.policy)
-    assert trainer.step()["rollout/logprob_gap"] < 0.05
+    assert trainer.step()["rollout/logprob_diff"] < 0.05
     assert not torch.equal(parameters(trainer.policy), before)
 
 

@@ -73,7 +73,7 @@ def test_plain_adapter_goes_alone(settings: dict[str, Any]) -> None:
         ({"target_modules": ["embed_tokens"]}, "model.embed_tokens is a Embedding, no plain linear layer"),
         ({"family": "gpt2", "target_modules": ["c_attn"]}, "h.0.attn.c_attn is a Conv1D, no plain linear"),
         ({"target_modules": ["o_proj"]}, "vLLM has no LoRA for model.layers.0.self_attn.o_proj of a Llama"),
-        ({"r": 9}, "its rank of 9 is above the server's `lora_rank` of 8"),
+        ({"r": 9}, "its rank of 9 is above the server's `max_lora_rank` of 8"),
         ({"rank_pattern": {"v_proj": 16}}, "its rank of 16 is above the server's"),
         ({"r": 513}, "its rank of 513 is above 512, the highest that vLLM"),
     ],

@@ -21,8 +21,8 @@ from conch.rollouts.protocol import Health
 from conch.rollouts.remote.client import ServerLink, parse_servers
 from conch.rollouts.remote.engine import cut, without
 from conch.rollouts.remote.pool import Server, least_busy
-from conch.rollouts.serve import ServeConfig
 from conch.rollouts.serve import main as serve_main
+from conch.rollouts.vllm.server_config import ServerConfig
 from conch.rollouts.weight_sync import Group, SharedFile, join, open_store, specs_of, wait_for_members
 from conch.types import Prompt, Rollout
 from tests.fakes.rollout_server import FakeRolloutServer
@@ -112,7 +112,7 @@ def test_one_that_hangs_gets_no_more_while_the_other_works(start: Callable[..., 
 def test_least_busy_has_room_and_the_fewest_tokens(
     state: list[tuple[int, int] | None], wanted: int | None
 ) -> None:
-    health = Health(stamp=None, window=9, max_num_seqs=8, workers=1, device="cpu")
+    health = Health(stamp=None, max_model_len=9, max_num_seqs=8, workers=1, device="cpu")
     servers = [
         Server(ServerLink("h:1", 1.0), health, *each) if each else Server(ServerLink("h:1", 1.0))
         for each in state
@@ -248,9 +248,9 @@ def test_server_that_cannot_take_weights_says_why(start: Callable[..., FakeRollo
         Sampling(server)(prompts(2))
 
 
-def test_prompt_beyond_the_shortest_window_is_refused(start: Callable[..., FakeRolloutServer]) -> None:
-    with pytest.raises(ConfigError, match=r"a prompt of 2 tokens .* window of 5"):
-        Sampling(start(), start(window=5))(prompts(2))
+def test_prompt_beyond_the_smallest_max_model_len_is_refused(start: Callable[..., FakeRolloutServer]) -> None:
+    with pytest.raises(ConfigError, match=r"a prompt of 2 tokens .* `max_model_len` of 5"):
+        Sampling(start(), start(max_model_len=5))(prompts(2))
 
 
 # ---------------------------------------------------------------------------------------------------- weights
@@ -419,8 +419,14 @@ def test_addresses_are_read() -> None:
         (["model=x", "prot=1"], "unknown key `prot`; did you mean `port`"),
         (["port=8100"], "`model` is missing"),
         (["model=x", "port=0"], "`port`: "),
-        (["model=x", "lora_rank=513"], "`lora_rank`: "),
-        (["model=x", "lora_modules=[q_proj]"], "`lora_modules` says where adapters may be: give their"),
+        (["model=x", "max_lora_rank=513"], "`max_lora_rank`: "),
+        (
+            ["model=x", "lora_target_modules=[q_proj]"],
+            "`lora_target_modules` says where adapters",
+        ),
+        (["model=x", "lora_rank=8"], "unknown key `lora_rank`; did you mean `max_lora_rank`"),
+        (["model=x", "kv_cache_memory_bytes=2 boats"], "`kv_cache_memory_bytes`: .*unit: boats"),
+        (["model=x", "kv_cache_memory_bytes=0"], "`kv_cache_memory_bytes`: Input should be greater than 0"),
     ],
 )
 def test_bad_arguments_of_a_server_are_refused(arguments: list[str], complaint: str) -> None:
@@ -429,12 +435,14 @@ def test_bad_arguments_of_a_server_are_refused(arguments: list[str], complaint: 
 
 
 def test_server_and_trainer_make_engines_of_the_same_settings() -> None:
-    made = ServeConfig(model="x", window=9, kv_cache_gb=2, max_num_seqs=3, eager=True).engine()
-    assert (made.window, made.kv_cache_gb, made.max_num_seqs, made.eager) == (9, 2, 3, True)
-    assert made.memory_share == 0.9 and made.sleep_level == 0
+    shared = {"max_model_len": 9, "kv_cache_memory_bytes": "2GiB", "max_num_seqs": 3, "enforce_eager": True}
+    config = load(ServerConfig, {"model": "x", **shared}).rollout_config()
+    assert (config.max_model_len, config.max_num_seqs, config.enforce_eager) == (9, 3, True)
+    assert config.kv_cache_memory_bytes == 2 * 2**30
+    assert config.gpu_memory_utilization == 0.9 and config.sleep_level == 0
 
 
 def test_server_makes_room_for_adapters_where_it_is_told_to() -> None:
-    assert ServeConfig(model="x").room() is None
-    room = ServeConfig(model="x", lora_rank=4, lora_modules=("q_proj",)).room()
+    assert ServerConfig(model="x").room() is None
+    room = ServerConfig(model="x", max_lora_rank=4, lora_target_modules=("q_proj",)).room()
     assert room is not None and (room.rank, room.modules) == (4, ("q_proj",))

@@ -25,13 +25,13 @@ from conch.errors import ConfigError
 from conch.models.adapter import add_adapter, merged_copy
 from conch.models.loading import context_window
 from conch.ops import only_this_rank
-from conch.rollouts.base import check_window, in_order
-from conch.rollouts.prompts import room_for_prompts
+from conch.rollouts.base import check_lengths, in_order
+from conch.rollouts.prompts import longest_prompt
 from conch.rollouts.protocol import LoraRoom
 from conch.rollouts.stopping import StopCondition
 from conch.rollouts.vllm.build import check_installed, was_killed
 from conch.rollouts.weight_sync import Handover, checkpoint_names, checkpoint_tensors
-from conch.training.statistics import logprob_gap
+from conch.training.statistics import logprob_diff
 from conch.types import Prompt, Rollout
 from tests.fakes.rollouts import rollout
 from tests.runs import grpo_trainer, ppo_trainer
@@ -153,26 +153,29 @@ def test_ending_is_reached_with_the_token_that_completes_a_stop_string() -> None
     assert [ending.reached(ids) for ids in ([0], [0, 1], [0, 1, 2])] == [False, False, True]
 
 
-def test_prompt_beyond_the_window_is_refused() -> None:
+def test_prompt_beyond_max_model_len_is_refused() -> None:
     prompts = [Prompt("ab", (0, 1)), Prompt("abcd", (0, 1, 2, 3))]
-    check_window(prompts, GenerationConfig(max_new_tokens=4), 8)
-    check_window(prompts, GenerationConfig(max_new_tokens=400), None)
+    check_lengths(prompts, GenerationConfig(max_new_tokens=4), 8)
+    check_lengths(prompts, GenerationConfig(max_new_tokens=400), None)
     with pytest.raises(
-        ConfigError, match=r"a prompt of 4 tokens .*= 5 do not fit vLLM's window of 8: .*max_tokens` to 3"
+        ConfigError,
+        match=r"a prompt of 4 tokens .*= 5 do not fit vLLM's `max_model_len` of 8: .*max_tokens` to 3",
     ):
-        check_window(prompts, GenerationConfig(max_new_tokens=5), 8)
+        check_lengths(prompts, GenerationConfig(max_new_tokens=5), 8)
 
 
-def test_samplers_window_leaves_less_room_for_prompts() -> None:
+def test_max_model_len_leaves_less_longest_prompt() -> None:
     lm, generation = tiny_decoder("gpt2"), GenerationConfig(max_new_tokens=4)
     of_model = context_window(lm.config)
     assert of_model is not None
-    assert room_for_prompts(lm, generation) == of_model - 4
-    assert room_for_prompts(lm, generation, 10) == 6
+    assert longest_prompt(lm, generation) == of_model - 4
+    assert longest_prompt(lm, generation, 10) == 6
     with pytest.raises(ConfigError, match="leaves no room for a prompt in the model's window of 4 tokens"):
-        room_for_prompts(lm, generation, 4)
-    with pytest.raises(ConfigError, match=rf"`rollout.window` = {of_model + 1} is longer than the model's"):
-        room_for_prompts(lm, generation, of_model + 1)
+        longest_prompt(lm, generation, 4)
+    with pytest.raises(
+        ConfigError, match=rf"`rollout.max_model_len` = {of_model + 1} is longer than the model's"
+    ):
+        longest_prompt(lm, generation, of_model + 1)
 
 
 # --------------------------------------------------------------------------------------------------- settings
@@ -269,9 +272,9 @@ def test_gap_between_sampler_and_trainer_is_warned_of_above_its_bound(
     sequences = collate(sampled, 0)
     trainers_own = sequences.sampling_logprobs - 0.25
     with caplog.at_level(logging.WARNING):
-        logprob_gap(trainers_own, sequences, only_this_rank, 0.26)
-        logprob_gap(trainers_own, sequences, only_this_rank)
+        logprob_diff(trainers_own, sequences, only_this_rank, 0.26)
+        logprob_diff(trainers_own, sequences, only_this_rank)
         assert not caplog.messages
-        logprob_gap(trainers_own, sequences, only_this_rank, 0.24)
+        logprob_diff(trainers_own, sequences, only_this_rank, 0.24)
     (message,) = caplog.messages
-    assert "0.25 nats a token" in message and "`rollout.logprob_gap_alarm` = 0.24" in message
+    assert "0.25 nats a token" in message and "`rollout.logprob_diff_alarm` = 0.24" in message
