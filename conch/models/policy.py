@@ -1,4 +1,4 @@
-"""A language model with a value head on its trunk.
+"""The trained modules of PPO, GRPO and RFT: a language model, with a value head on its trunk for PPO.
 
 Legend: B sequences, T tokens (prompt padded left, response padded right), R response positions (the last R of
 T), V vocabulary, D hidden size. Position r of an output always speaks of response token r and is read at the
@@ -30,12 +30,16 @@ from conch.models.shared_trunk import ReplayedBlock, Trunk, name_of
 from conch.ops import at_least_float32, head_dtype, position_ids
 
 HEADS_FILE = "heads.safetensors"
-"""Value heads and the like, beside the Hugging Face weights; `from_pretrained` does not look at it."""
+"""File of value heads and Q heads beside the Hugging Face weights; `from_pretrained` ignores it."""
 
 
 @dataclass(frozen=True)
 class PolicyOutput:
-    """logits: [B, R, V], of each response token given all before it. values: [B, R], at least float32."""
+    """Outputs at the response positions.
+
+    logits: of each response token given all tokens before it.
+    values: float32 at least.
+    """
 
     logits: Float[Tensor, "B R V"]
     values: Float[Tensor, "B R"]
@@ -52,19 +56,21 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, states: Float[Tensor, "B R D"]) -> Float[Tensor, "B R"]:
-        """One value per state, in float32 at least."""
+        """A value for each state, in float32 at least."""
         values = self.out(torch.relu(self.hidden(states.to(self.hidden.weight.dtype)))).squeeze(-1)
         return at_least_float32(values)
 
 
 class ValueBranch(nn.Module):
-    """Copies of the top blocks, and of what stands between them and the head, for the value function alone.
+    """Copies of the top blocks, and of the modules between them and the head, for the value function alone.
 
-    What lies below is the language model's own, run once for both: where it is trained, the value loss trains
-    it, too. No parameter is shared with the language model, and an adapter there has no part here.
+    The blocks below are the language model's own, run once for both: where they are trained, the value loss
+    trains them, too. The branch has no parameter of the language model, and no adapter.
+
+    num_layers: top blocks that are copied.
 
     Raises:
-        ConfigError: the model has fewer blocks than that.
+        ConfigError: from the constructor: the model has fewer blocks.
     """
 
     def __init__(self, lm: PreTrainedModel, num_layers: int) -> None:
@@ -83,22 +89,24 @@ class ValueBranch(nn.Module):
         self.top.set_submodule(name_of(lm, head), nn.Identity())
         if has_adapter(self.top):
             merge_in_place(self.top)
-        self._train_what_is_read(lm)
+        self._freeze_unused(lm)
 
     def recording(self) -> AbstractContextManager[None]:
-        """Run the language model's forward pass inside; `forward` goes on from it."""
+        """Record the language model's forward pass, to be run inside; `forward` continues from it."""
         return self._trunk.recording()
 
     def forward(self, inputs: ForwardInputs) -> Float[Tensor, "N R D"]:
-        """States of the positions that choose the last tokens."""
+        """Hidden states at the positions where response tokens were chosen. Run it once after `recording`."""
         assert self._trunk.is_recorded, "no forward pass was recorded for this batch"
         _, states = response_logits_and_states(self.top, inputs)
         self._trunk.forget()
         return states
 
-    def _train_what_is_read(self, lm: PreTrainedModel) -> None:
-        """Some architectures have small layers between embeddings and blocks. Their copies here feed nothing,
-        and DDP would wait for their gradients: they are found by trying, and frozen."""
+    def _freeze_unused(self, lm: PreTrainedModel) -> None:
+        """Freeze parameters that get no gradient, for which DDP would wait; a backward pass finds them.
+
+        They are copies of small layers between embeddings and blocks, which some architectures have.
+        """
         parameters = list(self.top.requires_grad_(True).parameters())
         ids = torch.zeros(1, 2, dtype=torch.long, device=lm.device)
         inputs = ForwardInputs(ids, torch.ones_like(ids, dtype=torch.bool), 1)
@@ -117,22 +125,24 @@ class ValueBranch(nn.Module):
 
 
 class Policy(nn.Module):
-    """A language model as the one trained module of an algorithm without values: DDP and DeepSpeed act in the
-    forward pass of what they wrap."""
+    """The one trained module of an algorithm without values.
+
+    It wraps a language model because DDP and DeepSpeed act in the forward pass of the module that they wrap.
+    """
 
     def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__()
         self.lm = lm
 
     def forward(self, inputs: ForwardInputs) -> Float[Tensor, "N R V"]:
-        """See `response_logits`."""
+        """Logits of the response positions."""
         return response_logits(self.lm, inputs)
 
 
 class PolicyWithValue(nn.Module):
     """The one trained module of PPO: language model and value head on a shared trunk.
 
-    num_value_layers: top blocks that the value function has for itself, see `ValueBranch`; 0 shares them all.
+    num_value_layers: top blocks of the value function alone, see `ValueBranch`; 0 shares all blocks.
     """
 
     def __init__(self, lm: PreTrainedModel, *, num_value_layers: int = 0) -> None:
@@ -152,7 +162,7 @@ class PolicyWithValue(nn.Module):
         return PolicyOutput(logits, self.value_head(states))
 
     def head_tensors(self) -> dict[str, Tensor]:
-        """All but the language model, for `heads.safetensors`."""
+        """Weights beside the language model's, for `heads.safetensors`."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith("lm.")}
 
 
@@ -170,7 +180,7 @@ def response_logits(lm: PreTrainedModel, inputs: ForwardInputs) -> Float[Tensor,
 def response_logits_and_states(
     lm: PreTrainedModel, inputs: ForwardInputs
 ) -> tuple[Float[Tensor, "N R V"], Float[Tensor, "N R D"]]:
-    """As `response_logits`, with the hidden states that these logits were computed from."""
+    """Logits as of `response_logits`, and the hidden states that they were computed from."""
     if isinstance(inputs.positions, Tensor):
         return _packed_logits_and_states(lm, *inputs)
     arguments, columns = _padded_arguments(lm, inputs.input_ids, inputs.attention_mask, inputs.positions)
@@ -226,9 +236,9 @@ def _padded_arguments(
 def captured_head_input(
     lm: PreTrainedModel, positions: Int[Tensor, " K"] | None = None
 ) -> Iterator[list[Tensor]]:
-    """Collect what the language-model head reads: the trunk's last hidden states, final norm included.
+    """Collect the inputs of the language-model head: the trunk's last hidden states, final norm included.
 
-    Reading them here instead of through `output_hidden_states` keeps one layer's states instead of all.
+    `output_hidden_states` would keep the states of all layers instead of one.
 
     positions: indices into the positions of all rows; the head then reads these states alone, [1, K, D].
     """
@@ -254,20 +264,17 @@ def _head(lm: PreTrainedModel) -> nn.Module:
 
 
 def _head_width(lm: PreTrainedModel) -> int:
-    """Size of the states that the head reads, which is not everywhere that of the blocks."""
+    """Size of the states that the head reads; some architectures have blocks of another width."""
     return int(_head(lm).weight.shape[1])  # pyright: ignore[reportArgumentType, reportCallIssue, reportAttributeAccessIssue, reportIndexIssue]
 
 
 def _embeddings_outside(lm: PreTrainedModel, layers: nn.ModuleList) -> dict[str, nn.Module]:
-    """Where a decoder looks tokens and positions up, by name; a block may have embeddings of its own."""
-    found: dict[str, nn.Module] = {}
-    inside = tuple(f"{name}." for name in (name_of(lm, layers), *_encoder_name(lm)))
+    """Embeddings of tokens and positions by name; those inside a block, or of an encoder, are left out."""
+    outside: dict[str, nn.Module] = {}
+    excluded = [layers, lm.get_encoder()] if lm.config.is_encoder_decoder else [layers]
+    prefixes = tuple(f"{name_of(lm, module)}." for module in excluded)
     for name, module in lm.named_modules(remove_duplicate=False):
-        within = name.startswith((*inside, *(f"{outer}." for outer in found)))
-        if not within and isinstance(base_of(module), nn.Embedding):
-            found[name] = module
-    return found
-
-
-def _encoder_name(lm: PreTrainedModel) -> list[str]:
-    return [name_of(lm, lm.get_encoder())] if lm.config.is_encoder_decoder else []
+        is_inside = name.startswith((*prefixes, *(f"{outer}." for outer in outside)))
+        if not is_inside and isinstance(base_of(module), nn.Embedding):
+            outside[name] = module
+    return outside
