@@ -2,8 +2,9 @@
 
     python -m conch.rollouts.serve model=outputs/sft/checkpoints/best port=8100
 
-It builds the model from `model`'s configuration and tokenizer, without weights: those of the policy come from
-the trainer (`rollout.urls=host:8100`), before each phase of sampling. Its log says when it is ready.
+It builds the model from the configuration and tokenizer of `model`, without weights: the trainer
+(`rollout.urls=host:8100`) sends those of the policy before each phase of sampling. The log says when the
+server is ready.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import yaml
 from conch.cli import describe, run_main
 from conch.config import load
 from conch.errors import ConfigError
-from conch.rollouts.vllm.restart import KEEPER, keep
+from conch.rollouts.vllm.restart import PARENT_PID_VARIABLE, run_and_restart
 from conch.rollouts.vllm.server_config import ServerConfig
 
 
@@ -31,8 +32,8 @@ def main(argv: Sequence[str]) -> None:
         if not sign:
             raise ConfigError(f"`{key}` is no setting: write key=value; --help lists the keys")
     config = load(ServerConfig, {key: yaml.safe_load(value) for key, _, value in pairs})
-    if config.restart and KEEPER not in os.environ:
-        raise SystemExit(keep([sys.executable, "-m", "conch.rollouts.serve", *argv]))
+    if config.restart and PARENT_PID_VARIABLE not in os.environ:
+        raise SystemExit(run_and_restart([sys.executable, "-m", "conch.rollouts.serve", *argv]))
     from conch.rollouts.vllm.server import serve
 
     serve(config)

@@ -31,7 +31,7 @@ class FakeRolloutServer:
         before_look: Callable[[], object] = lambda: None,
     ) -> None:
         self.events: list[str] = []
-        self.stamp: dict[str, Any] | None = None
+        self.weights: dict[str, Any] | None = None
         self.base: str | None = None
         self.files: list[str] = []
         self.before_look = before_look
@@ -62,35 +62,35 @@ class FakeRolloutServer:
         self._http.server_close()
 
     def health(self) -> dict[str, Any]:
-        return {"stamp": self.stamp, "base": self.base, **self._health}
+        return {"weights": self.weights, "base": self.base, **self._health}
 
     def take_weights(self, body: dict[str, Any]) -> tuple[int, Any]:
         if self.weights_answer is not None:
             return self.weights_answer
-        stamp, part = body["stamp"], body["part"]
-        if part == "adapter" and self.base != stamp["source"]:
+        weights, part = body["weights"], body["part"]
+        if part == "adapter" and self.base != weights["source"]:
             return 409, {"detail": "its base is not here"}
         if part != "adapter":
-            self.base = stamp["source"] if part == "base" else None
-        self.stamp = None if part == "base" else stamp
-        self.events.append(f"{'weights' if part == 'whole' else part} {stamp['version']}")
+            self.base = weights["source"] if part == "base" else None
+        self.weights = None if part == "base" else weights
+        self.events.append(f"{'weights' if part == 'whole' else part} {weights['version']}")
         self.files.append(body["path"])
         return 200, self.health()
 
     def lines_for(self, body: dict[str, Any]) -> list[dict[str, Any]]:
-        version = self.says_version if self.says_version is not None else body["stamp"]["version"]
+        version = self.says_version if self.says_version is not None else body["weights"]["version"]
         return [
             {
-                "prompt": prompt,
-                "sample": sample,
-                "token_ids": [*wanted["token_ids"], seed % 1000],
-                "logprobs": [-0.5] * (len(wanted["token_ids"]) + 1),
+                "prompt_index": prompt_index,
+                "seed_index": seed_index,
+                "token_ids": [*prompt["token_ids"], seed % 1000],
+                "logprobs": [-0.5] * (len(prompt["token_ids"]) + 1),
                 "text": "x",
                 "finish_reason": "length",
                 "version": version,
             }
-            for prompt, wanted in enumerate(body["wanted"])
-            for sample, seed in enumerate(wanted["seeds"])
+            for prompt_index, prompt in enumerate(body["prompts"])
+            for seed_index, seed in enumerate(prompt["seeds"])
         ]
 
     def sending(self, rows: int) -> None:
@@ -116,8 +116,8 @@ def _handler(server: FakeRolloutServer) -> type[BaseHTTPRequestHandler]:
             if self.path == "/weights":
                 self._reply(*server.take_weights(body))
                 return
-            version = body["stamp"]["version"]
-            if body["stamp"] != server.stamp:
+            version = body["weights"]["version"]
+            if body["weights"] != server.weights:
                 server.events.append(f"refused {version}")
                 self._reply(409, {"detail": f"version {version} is not here"})
                 return

@@ -78,7 +78,7 @@ def colocated(lm: GPT2LMHeadModel) -> Iterator[ColocatedVLLM]:
     """vLLM in this process."""
     config = RolloutConfig(engine="vllm", kv_cache_memory_bytes=CACHE_BYTES)
     before = torch.get_rng_state()
-    vllm = ColocatedVLLM(lambda: lm, config, torch.float32, several=False)
+    vllm = ColocatedVLLM(lambda: lm, config, torch.float32, several_ranks=False)
     assert torch.equal(torch.get_rng_state(), before), "vLLM has seeded the trainer's generator"
     yield vllm
     vllm.close()

@@ -107,7 +107,7 @@ def test_stop_strings_are_cut_as_transformers_engine_cuts_them(both: Any) -> Non
 
 def test_nothing_is_sampled_behind_a_stop_string(both: Any, colocated: ColocatedVLLM) -> None:
     pair = both(stop=("g",), max_new_tokens=100)
-    colocated.refit(pair.version)
+    colocated.update_weights(pair.version)
     ended: list[int] = []
     sample = colocated.sample
 
@@ -229,16 +229,16 @@ def test_heads_without_a_kernel_are_refused(tokenizer: PreTrainedTokenizerFast) 
 
     lm = GPT2LMHeadModel(tiny_gpt2_config(tokenizer, n_embd=24, n_head=2))
     with pytest.raises(ModelError, match=r"no attention for heads of 12 \(it has 32, .*rollout.engine=hf"):
-        ColocatedVLLM(lambda: lm, RolloutConfig(engine="vllm"), torch.float32, several=False)
+        ColocatedVLLM(lambda: lm, RolloutConfig(engine="vllm"), torch.float32, several_ranks=False)
 
 
 def test_model_that_vllm_does_not_know_is_refused() -> None:
     lm = T5ForConditionalGeneration(T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
     with pytest.raises(ModelError, match=r"vLLM 0.32.0 cannot serve a T5ForConditionalGeneration"):
-        ColocatedVLLM(lambda: lm, RolloutConfig(engine="vllm"), torch.float32, several=False)
+        ColocatedVLLM(lambda: lm, RolloutConfig(engine="vllm"), torch.float32, several_ranks=False)
 
 
 def test_too_little_memory_says_what_to_lower(lm: GPT2LMHeadModel) -> None:
     config = RolloutConfig(engine="vllm", kv_cache_memory_bytes=ByteSize(2**50))
     with pytest.raises(RolloutError, match=r"not fit into memory: lower .*`rollout.kv_cache_memory_bytes`"):
-        ColocatedVLLM(lambda: lm, config, torch.float32, several=False)
+        ColocatedVLLM(lambda: lm, config, torch.float32, several_ranks=False)

@@ -17,7 +17,7 @@ from conch.errors import ModelError
 from conch.models.adapter import add_adapter
 from conch.rollouts.hf.engine import HFEngine
 from conch.rollouts.protocol import Health, WeightUpdate, WeightVersion
-from conch.rollouts.remote.client import AstrayError, ServerLink
+from conch.rollouts.remote.client import ServerClient, StaleWeightsError
 from conch.rollouts.vllm import server as vllm_server
 from conch.rollouts.vllm.engine import ColocatedVLLM, VLLMEngine
 from conch.rollouts.vllm.server_config import ServerConfig
@@ -102,18 +102,18 @@ class Colocated:
         self.lm = lm
         self.version = 0
         config = RolloutConfig(engine="vllm", kv_cache_memory_bytes=CACHE_BYTES, merge_adapter=merge_adapter)
-        self.vllm = ColocatedVLLM(lambda: lm, config, torch.float32, several=False)
+        self.vllm = ColocatedVLLM(lambda: lm, config, torch.float32, several_ranks=False)
         generation = GenerationConfig(max_new_tokens=24)
         self.engine = VLLMEngine(self.vllm, tokenizer, generation, version=lambda: self.version)
         self.handed_over: list[set[str]] = []
-        tensors = self.vllm._handover.tensors
+        tensors = self.vllm._weights.tensors
 
         def watched(part: Any) -> Any:
             given = tensors(part)
             self.handed_over.append(set(given))
             return given
 
-        self.vllm._handover.tensors = watched  # pyright: ignore[reportAttributeAccessIssue]
+        self.vllm._weights.tensors = watched  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.fixture
@@ -206,9 +206,9 @@ def server(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
 
 
 def wait_until_ready(server: ServerProcess) -> None:
-    link = ServerLink(server.address, READY_S)
-    wait_until(link.health)
-    link.close()
+    client = ServerClient(server.address, READY_S)
+    wait_until(client.health)
+    client.close()
 
 
 class Served:
@@ -228,16 +228,16 @@ class Served:
         self.pool = pool_of(server, lm=lm, weights=weights)
         self.engine = engine_of(self.pool, tokenizer, lambda: self.version)
         self.given: list[tuple[str, set[str]]] = []
-        refit = self.pool.servers[0].link.refit
+        update_weights = self.pool.servers[0].client.update_weights
 
         def watched(given: WeightUpdate) -> Health:
             names = (
                 {spec.name for spec in given.tensors} if given.path is None else set(load_file(given.path))
             )
             self.given.append((given.part, names))
-            return refit(given)
+            return update_weights(given)
 
-        self.pool.servers[0].link.refit = watched  # pyright: ignore[reportAttributeAccessIssue]
+        self.pool.servers[0].client.update_weights = watched  # pyright: ignore[reportAttributeAccessIssue]
 
     def assert_sampled_from(self) -> list[str]:
         """Gives texts."""
@@ -290,8 +290,11 @@ def test_killed_server_gets_base_and_adapter_when_it_is_back(
     served.update(seed=2)
     served.assert_sampled_from()
     assert served.parts() == ["base", "adapter"] * 2
-    health = served.pool.servers[0].link.health()
-    assert health.stamp == served.pool.stamp(1) and health.base == served.pool.stamp(1).source
+    health = served.pool.servers[0].client.health()
+    assert (
+        health.weights == served.pool.weight_version(1)
+        and health.base == served.pool.weight_version(1).source
+    )
 
 
 def test_server_gets_a_policy_whole_that_it_has_no_room_for(serve: Callable[..., Served]) -> None:
@@ -301,7 +304,7 @@ def test_server_gets_a_policy_whole_that_it_has_no_room_for(serve: Callable[...,
     large = serve(weights="files", r=9)  # vLLM's next size above 6 is 8
     large.assert_sampled_from()
     assert large.parts() == ["whole"]
-    assert large.pool.servers[0].link.health().base is None
+    assert large.pool.servers[0].client.health().base is None
 
 
 def test_adapter_of_a_base_that_is_not_there_is_refused(
@@ -309,12 +312,12 @@ def test_adapter_of_a_base_that_is_not_there_is_refused(
 ) -> None:
     served = serve(weights="broadcast")
     served.assert_sampled_from()
-    link = ServerLink(server.address, READY_S)
-    with pytest.raises(AstrayError, match="the base of another is not here"):
-        link.refit(
-            WeightUpdate(stamp=WeightVersion(source="another", version=0), part="adapter", path="/nowhere")
+    client = ServerClient(server.address, READY_S)
+    with pytest.raises(StaleWeightsError, match="the base of another is not here"):
+        client.update_weights(
+            WeightUpdate(weights=WeightVersion(source="another", version=0), part="adapter", path="/nowhere")
         )
-    link.close()
+    client.close()
     served.assert_sampled_from()
     assert served.parts() == ["base", "adapter"]  # what it held it holds still
 

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import ByteSize, Field, model_validator
 
 from conch.config import RolloutConfig, Section
-from conch.rollouts.protocol import HIGHEST_RANK, LoraRoom
+from conch.rollouts.protocol import MAX_LORA_RANK, LoraCapacity
 
 
 class ServerConfig(Section):
@@ -41,7 +41,7 @@ class ServerConfig(Section):
     enforce_eager: bool | None = None
     """True neither compiles nor records graphs; None is eager on a CPU alone."""
 
-    max_lora_rank: int = Field(default=0, ge=0, le=HIGHEST_RANK)
+    max_lora_rank: int = Field(default=0, ge=0, le=MAX_LORA_RANK)
     """Highest rank of an adapter that a trainer may send by itself, after its base; a trainer whose rank is
     higher sends all weights with the adapter merged in. 0 takes merged weights only, and samples faster."""
 
@@ -67,11 +67,11 @@ class ServerConfig(Section):
             )
         return self
 
-    def room(self) -> LoraRoom | None:
-        """For adapters."""
+    def lora_capacity(self) -> LoraCapacity | None:
+        """Adapters that the server is to take; None where it takes none."""
         if not self.max_lora_rank:
             return None
-        return LoraRoom(rank=self.max_lora_rank, modules=self.lora_target_modules)
+        return LoraCapacity(rank=self.max_lora_rank, modules=self.lora_target_modules)
 
     def rollout_config(self) -> RolloutConfig:
         """The settings of vLLM that servers share with engines in a trainer's process."""

@@ -12,18 +12,18 @@ from transformers import PreTrainedModel
 
 from conch.models.adapter import ADAPTER_NAME, adapter_off, add_adapter, merged_copy
 from conch.rollouts import weight_sync as lora_sync
-from conch.rollouts.protocol import LoraRoom
+from conch.rollouts.protocol import LoraCapacity
 from conch.rollouts.weight_sync import (
-    Handover,
+    WeightSource,
     adapter_rank,
     adapter_tensors,
     checkpoint_tensors,
-    why_never_alone,
-    why_no_room,
+    why_always_merged,
+    why_unsupported,
 )
 from tests.tiny import tiny_decoder
 
-ROOM = LoraRoom(rank=8, modules=("q_proj", "k_proj", "v_proj", "up_proj", "dense"))
+LORA = LoraCapacity(rank=8, modules=("q_proj", "k_proj", "v_proj", "up_proj", "dense"))
 
 
 def adapted(*, family: str = "llama", **settings: Any) -> PreTrainedModel:
@@ -37,9 +37,9 @@ def adapted(*, family: str = "llama", **settings: Any) -> PreTrainedModel:
     return lm
 
 
-def why_merged(lm: PreTrainedModel, room: LoraRoom | None) -> str | None:
+def why_merged(lm: PreTrainedModel, room: LoraCapacity | None) -> str | None:
     """Whatever the reason is."""
-    return why_never_alone(lm) or why_no_room(lm, room)
+    return why_always_merged(lm) or why_unsupported(lm, room)
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def _has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_plain_adapter_goes_alone(settings: dict[str, Any]) -> None:
-    assert why_merged(adapted(**settings), ROOM) is None
+    assert why_merged(adapted(**settings), LORA) is None
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_plain_adapter_goes_alone(settings: dict[str, Any]) -> None:
     ],
 )
 def test_adapter_that_vllm_cannot_take_goes_merged(settings: dict[str, Any], reason: str) -> None:
-    found = why_merged(adapted(**settings), ROOM)
+    found = why_merged(adapted(**settings), LORA)
     assert found is not None and reason in found
 
 
@@ -91,15 +91,15 @@ def test_adapter_goes_merged_where_there_is_no_room() -> None:
 def test_adapter_goes_merged_where_part_of_the_base_is_trained() -> None:
     lm = adapted()
     lm.get_submodule("model.norm").requires_grad_(True)
-    assert why_merged(lm, ROOM) == "model.norm.weight is trained beside it"
+    assert why_merged(lm, LORA) == "model.norm.weight is trained beside it"
 
 
 def test_adapter_that_is_not_what_the_policy_computes_with_goes_merged() -> None:
     lm = adapted()
     with adapter_off(lm):
-        assert "switched off" in str(why_merged(lm, ROOM))
+        assert "switched off" in str(why_merged(lm, LORA))
     lm.get_submodule("model.layers.2.self_attn.v_proj").merge()  # pyright: ignore[reportCallIssue]
-    assert "layers.2.self_attn.v_proj has its adapter merged" in str(why_merged(lm, ROOM))
+    assert "layers.2.self_attn.v_proj has its adapter merged" in str(why_merged(lm, LORA))
 
 
 def test_adapter_on_a_layer_that_checkpoints_call_otherwise_goes_merged(
@@ -108,31 +108,31 @@ def test_adapter_on_a_layer_that_checkpoints_call_otherwise_goes_merged(
     lm = adapted()
     renamed = {f"language_model.{name}" for name in checkpoint_tensors(lm)}
     monkeypatch.setattr(lora_sync, "checkpoint_names", lambda _lm: renamed)
-    assert "checkpoints have another name for model.layers.0.self_attn.q_proj" in str(why_merged(lm, ROOM))
+    assert "checkpoints have another name for model.layers.0.self_attn.q_proj" in str(why_merged(lm, LORA))
 
 
 def test_adapter_that_is_switched_off_for_the_reference_still_goes_alone() -> None:
     lm = adapted()
-    handover = Handover(lambda: lm)
+    source = WeightSource(lambda: lm)
     with adapter_off(lm):
-        assert handover.adapter_alone(ROOM)
-        assert handover.room_wanted() is not None
+        assert source.sends_adapter_alone(LORA)
+        assert source.required_lora() is not None
 
 
 def test_reason_is_said_once_and_only_where_there_is_an_adapter(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        plain = Handover(lambda: tiny_decoder("llama"))
-        assert not plain.adapter_alone(ROOM) and plain.room_wanted() is None
-        alone = Handover(adapted)
-        assert alone.adapter_alone(ROOM)
-        assert alone.room_wanted() == LoraRoom(rank=4, modules=("q_proj", "v_proj"))
-        special = Handover(lambda: adapted(use_dora=True))
-        assert special.room_wanted() is None
+        plain = WeightSource(lambda: tiny_decoder("llama"))
+        assert not plain.sends_adapter_alone(LORA) and plain.required_lora() is None
+        alone = WeightSource(adapted)
+        assert alone.sends_adapter_alone(LORA)
+        assert alone.required_lora() == LoraCapacity(rank=4, modules=("q_proj", "v_proj"))
+        special = WeightSource(lambda: adapted(use_dora=True))
+        assert special.required_lora() is None
         assert not caplog.messages
         for _ in range(2):
-            assert not special.adapter_alone(None)
-        assert not Handover(adapted, merge=True).adapter_alone(ROOM)
-        assert Handover(adapted, merge=True).room_wanted() is None
+            assert not special.sends_adapter_alone(None)
+        assert not WeightSource(adapted, merge=True).sends_adapter_alone(LORA)
+        assert WeightSource(adapted, merge=True).required_lora() is None
     message, of_choice = caplog.messages
     assert "`rollout.merge_adapter` is true" in of_choice
     assert message.startswith(
@@ -182,14 +182,14 @@ def test_factors_have_the_names_and_ranks_that_peft_gives_them() -> None:
         name: tensor.shape for name, tensor in saved.items()
     }
     assert not any(tensor.requires_grad for tensor in given.values())
-    room = Handover(lambda: lm).room_wanted()
+    room = WeightSource(lambda: lm).required_lora()
     assert room is not None and adapter_rank(given) == 7 == room.rank
 
 
 def test_parts_are_what_they_are_called() -> None:
     lm = adapted()
-    handover = Handover(lambda: lm)
+    source = WeightSource(lambda: lm)
     q_proj = "model.layers.0.self_attn.q_proj.weight"
-    base, whole = handover.tensors("base"), handover.tensors("whole")
+    base, whole = source.tensors("base"), source.tensors("whole")
     assert base.keys() == whole.keys() and not torch.equal(base[q_proj], whole[q_proj])
-    assert handover.tensors("adapter").keys() == adapter_tensors(lm).keys()
+    assert source.tensors("adapter").keys() == adapter_tensors(lm).keys()

@@ -27,10 +27,10 @@ from conch.models.loading import context_window
 from conch.ops import only_this_rank
 from conch.rollouts.base import check_lengths, in_order
 from conch.rollouts.prompts import longest_prompt
-from conch.rollouts.protocol import LoraRoom
+from conch.rollouts.protocol import LoraCapacity
 from conch.rollouts.stopping import StopCondition
 from conch.rollouts.vllm.build import check_installed, was_killed
-from conch.rollouts.weight_sync import Handover, checkpoint_names, checkpoint_tensors
+from conch.rollouts.weight_sync import WeightSource, checkpoint_names, checkpoint_tensors
 from conch.training.statistics import logprob_diff
 from conch.types import Prompt, Rollout
 from tests.fakes.rollouts import rollout
@@ -85,7 +85,7 @@ def test_adapter_on_sharded_weights_can_go_alone() -> None:
     lm = fused_experts()
     add_adapter(lm, {"r": 2, "target_modules": ["q_proj"]}, merged_when_saved=True)
     as_zero3_leaves_them(lm)
-    assert Handover(lambda: lm).room_wanted() == LoraRoom(rank=2, modules=("q_proj",))
+    assert WeightSource(lambda: lm).required_lora() == LoraCapacity(rank=2, modules=("q_proj",))
 
 
 def test_weights_are_handed_over_and_not_copied() -> None:
@@ -149,7 +149,7 @@ def test_chunks_come_in_the_order_of_prompts_as_soon_as_they_are_whole() -> None
 
 def test_ending_is_reached_with_the_token_that_completes_a_stop_string() -> None:
     ending = StopCondition(TOKENIZER, ("bc",))
-    assert ending.watches and not StopCondition(TOKENIZER, ()).watches
+    assert ending.has_stop_strings and not StopCondition(TOKENIZER, ()).has_stop_strings
     assert [ending.reached(ids) for ids in ([0], [0, 1], [0, 1, 2])] == [False, False, True]
 
 
