@@ -1,4 +1,4 @@
-"""An engine over rollout servers without a model, as a trainer's rank has it."""
+"""An engine over fake rollout servers, as a trainer's rank has it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.tiny import char_tokenizer, tiny_decoder
 
 LONG_S = 120.0
 LORA = {"rank": 8, "modules": ["q_proj", "v_proj"]}
-"""For what `adapted` has."""
+"""Capacity for the adapter of `adapted`."""
 
 _TOKENIZER = char_tokenizer("abcdefgh")
 _LM = tiny_decoder("gpt2")

@@ -16,9 +16,11 @@ class FakeRolloutServer:
     """Answers on `address`. events: what it was asked, in order: `weights 3`, `generate 3`, `refused 3`;
     of adapters `base 3` and `adapter 3`.
 
-    lora: its room for adapters, in plain JSON. before_look: called before it says what it holds.
+    lora: adapters that it takes, a `LoraCapacity` in plain JSON.
+    before_look: called before it tells its health.
     before_line: called before each completion is sent, with its number since the start; an exception breaks
-        the connection off. says_version: of the policy, in each completion; None says the truth.
+        the connection off.
+    says_version: version of the policy in each completion; None tells the truth.
     """
 
     def __init__(

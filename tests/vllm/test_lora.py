@@ -94,7 +94,7 @@ def assert_sampled_from(lm: PreTrainedModel, engine: Any, tokenizer: PreTrainedT
 
 
 class Colocated:
-    """A policy with an adapter, vLLM beside it, and the names of what is handed over."""
+    """A policy with an adapter, vLLM beside it, and the names of the tensors that it loads."""
 
     def __init__(
         self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, merge_adapter: bool | None = False

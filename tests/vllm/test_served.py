@@ -1,4 +1,4 @@
-"""Servers of their own processes: sampled from, refitted, killed and started again."""
+"""Servers of their own processes: sampled from, sent new weights, killed and started again."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_same_seed_samples_the_same_wherever_it_is_sampled(
     assert found[0] == found[1]
 
 
-def test_nothing_is_lost_with_a_killed_server_and_it_is_refitted_when_it_is_back(
+def test_nothing_is_lost_with_a_killed_server_and_it_gets_the_weights_when_it_is_back(
     servers: tuple[ServerProcess, ServerProcess], tokenizer: PreTrainedTokenizerFast, lm: GPT2LMHeadModel
 ) -> None:
     victim = servers[1]
@@ -184,7 +184,7 @@ def test_nothing_is_lost_with_a_killed_server_and_it_is_refitted_when_it_is_back
 
 
 @pytest.mark.parametrize("part", ["server", "vLLM below it"])
-def test_what_dies_is_started_again_and_refitted_by_itself(
+def test_what_dies_is_started_again_and_gets_the_weights_by_itself(
     part: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, lm: GPT2LMHeadModel
 ) -> None:
     lm.save_pretrained(tmp_path)
@@ -232,7 +232,7 @@ def test_vllm_that_is_killed_as_it_loads_is_started_again(
 
 
 def loading(kept: ServerProcess) -> tuple[psutil.Process, psutil.Process]:
-    """A keeper's server and vLLM's engine below it, as soon as that is there: it imports vLLM then."""
+    """A server below its parent and vLLM's engine below that, as soon as it exists: it imports vLLM then."""
     end = time.monotonic() + READY_S
     while time.monotonic() < end:
         for process in kept.family():

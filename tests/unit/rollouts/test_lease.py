@@ -146,10 +146,12 @@ def test_look_that_comes_through_after_the_rollout_touches_no_weight(
         probe.result(LONG_S)
     assert not again[0].events
     sampling.version = 1
-    wait_until(lambda: bool(sampling(prompts(4))) and "adapter 1" in again[0].events, lambda: "not refitted")
+    wait_until(
+        lambda: bool(sampling(prompts(4))) and "adapter 1" in again[0].events, lambda: "no new weights"
+    )
     assert again[0].events[:2] == ["base 1", "adapter 1"]
-    given, wanted = load_file(again[0].files[0]), checkpoint_tensors(lm, merged=False)
-    assert given.keys() == wanted.keys() and all(torch.equal(given[name], wanted[name]) for name in given)
+    sent, expected = load_file(again[0].files[0]), checkpoint_tensors(lm, merged=False)
+    assert sent.keys() == expected.keys() and all(torch.equal(sent[name], expected[name]) for name in sent)
 
 
 def take_broadcast(
@@ -158,12 +160,12 @@ def take_broadcast(
     """Instead of files. taken: called after each tensor, with their number so far."""
 
     def take(body: dict[str, Any]) -> tuple[int, Any]:
-        given = WeightUpdate.model_validate(body)
-        store = TCPStore(given.host, given.port, is_master=False)
+        update = WeightUpdate.model_validate(body)
+        store = TCPStore(update.host, update.port, is_master=False)
         join(store)
         group = BroadcastGroup(store, 1, 2, "gloo", address="127.0.0.1", timeout_s=LONG_S)
         try:
-            for number, _ in enumerate(group.receive(given.tensors), 1):
+            for number, _ in enumerate(group.receive(update.tensors), 1):
                 taken(number)
         except RolloutUnavailableError:
             server.events.append("broken off")
@@ -203,7 +205,9 @@ def test_server_that_hangs_among_its_weights_holds_no_step_up_and_gets_no_more_o
     release.set()
     wait_until(lambda: bool(again[0].events), lambda: "it got all of the weights of the first rollout")
     assert again[0].events[0] == "broken off"
-    wait_until(lambda: bool(sampling(prompts(4))) and "weights 1" in again[0].events, lambda: "not refitted")
+    wait_until(
+        lambda: bool(sampling(prompts(4))) and "weights 1" in again[0].events, lambda: "no new weights"
+    )
 
 
 def test_refusal_of_weights_that_are_wanted_no_more_ends_no_run(

@@ -37,9 +37,9 @@ def adapted(*, family: str = "llama", **settings: Any) -> PreTrainedModel:
     return lm
 
 
-def why_merged(lm: PreTrainedModel, room: LoraCapacity | None) -> str | None:
+def why_merged(lm: PreTrainedModel, capacity: LoraCapacity | None) -> str | None:
     """Whatever the reason is."""
-    return why_always_merged(lm) or why_unsupported(lm, room)
+    return why_always_merged(lm) or why_unsupported(lm, capacity)
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +140,7 @@ def test_reason_is_said_once_and_only_where_there_is_an_adapter(caplog: pytest.L
     )
 
 
-# ---------------------------------------------------------------------------------------------- what is given
+# -------------------------------------------------------------------------------------------------- tensors
 
 
 @pytest.mark.parametrize(
@@ -153,37 +153,37 @@ def test_reason_is_said_once_and_only_where_there_is_an_adapter(caplog: pytest.L
 )
 def test_product_of_the_factors_is_what_merging_adds(settings: dict[str, Any]) -> None:
     lm = adapted(**settings)
-    given = adapter_tensors(lm)
+    tensors = adapter_tensors(lm)
     base = checkpoint_tensors(lm, merged=False)
     for name, merged in merged_copy(lm).named_parameters():
         layer = name.removesuffix(".weight")
         found = base[name].double()
-        if f"{layer}.lora_A.weight" in given:
-            first, second = (given.pop(f"{layer}.lora_{factor}.weight").double() for factor in "AB")
+        if f"{layer}.lora_A.weight" in tensors:
+            first, second = (tensors.pop(f"{layer}.lora_{factor}.weight").double() for factor in "AB")
             found = found + second @ first
         torch.testing.assert_close(found, merged.detach().double(), atol=1e-5, rtol=1e-5)
-    assert not given
+    assert not tensors
 
 
-def test_base_is_given_as_it_is_and_nothing_of_it_copied() -> None:
+def test_base_is_sent_as_it_is_and_nothing_of_it_copied() -> None:
     lm = adapted()
-    given = checkpoint_tensors(lm, merged=False)
+    tensors = checkpoint_tensors(lm, merged=False)
     plain = tiny_decoder("llama").state_dict()
-    assert given.keys() == plain.keys() and all(torch.equal(given[name], plain[name]) for name in plain)
+    assert tensors.keys() == plain.keys() and all(torch.equal(tensors[name], plain[name]) for name in plain)
     owned = {parameter.data_ptr() for parameter in lm.parameters()}
-    assert {tensor.data_ptr() for tensor in given.values()} <= owned
+    assert {tensor.data_ptr() for tensor in tensors.values()} <= owned
 
 
 def test_factors_have_the_names_and_ranks_that_peft_gives_them() -> None:
     lm = adapted(rank_pattern={"q_proj": 7})
-    given = adapter_tensors(lm)
+    tensors = adapter_tensors(lm)
     saved = get_peft_model_state_dict(lm, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
-    assert {name: tensor.shape for name, tensor in given.items()} == {
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {
         name: tensor.shape for name, tensor in saved.items()
     }
-    assert not any(tensor.requires_grad for tensor in given.values())
-    room = WeightSource(lambda: lm).required_lora()
-    assert room is not None and adapter_rank(given) == 7 == room.rank
+    assert not any(tensor.requires_grad for tensor in tensors.values())
+    capacity = WeightSource(lambda: lm).required_lora()
+    assert capacity is not None and adapter_rank(tensors) == 7 == capacity.rank
 
 
 def test_parts_are_what_they_are_called() -> None:

@@ -45,9 +45,9 @@ def test_weights_are_those_of_the_saved_checkpoint(family: str, tmp_path: Path) 
     lm = tiny_decoder(family)
     lm.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
-    given = checkpoint_tensors(lm)
-    assert given.keys() == saved.keys()
-    assert all(torch.equal(given[name], saved[name]) for name in saved)
+    tensors = checkpoint_tensors(lm)
+    assert tensors.keys() == saved.keys()
+    assert all(torch.equal(tensors[name], saved[name]) for name in saved)
 
 
 def fused_experts() -> PreTrainedModel:
@@ -90,10 +90,10 @@ def test_adapter_on_sharded_weights_can_go_alone() -> None:
 
 def test_weights_are_handed_over_and_not_copied() -> None:
     lm = tiny_decoder("gpt2")
-    given = checkpoint_tensors(lm)
+    tensors = checkpoint_tensors(lm)
     owned = {parameter.data_ptr() for parameter in lm.parameters()}
-    assert {tensor.data_ptr() for tensor in given.values()} == owned
-    assert not any(tensor.requires_grad for tensor in given.values())
+    assert {tensor.data_ptr() for tensor in tensors.values()} == owned
+    assert not any(tensor.requires_grad for tensor in tensors.values())
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_weights_are_handed_over_and_not_copied() -> None:
         ("qwen2", "q_proj", {"lora_bias": True}),
     ],
 )
-def test_adapter_is_merged_into_what_is_given_and_left_alone(
+def test_adapter_is_merged_into_the_tensors_and_left_alone(
     family: str, target: str, settings: dict[str, Any]
 ) -> None:
     lm = tiny_decoder(family)
@@ -118,10 +118,10 @@ def test_adapter_is_merged_into_what_is_given_and_left_alone(
                 parameter.copy_(torch.randn_like(parameter))
     before = {name: parameter.clone() for name, parameter in lm.named_parameters()}
     merged = dict(merged_copy(lm).named_parameters())
-    given = checkpoint_tensors(lm)
-    assert given.keys() == merged.keys()
-    for name in given:
-        torch.testing.assert_close(given[name], merged[name].detach())
+    tensors = checkpoint_tensors(lm)
+    assert tensors.keys() == merged.keys()
+    for name in tensors:
+        torch.testing.assert_close(tensors[name], merged[name].detach())
     assert all(torch.equal(parameter, before[name]) for name, parameter in lm.named_parameters())
 
 
@@ -133,24 +133,24 @@ def ends(*steps: dict[int, Rollout]) -> Iterator[dict[int, Rollout]]:
 
 
 def test_chunks_come_in_the_order_of_prompts_as_soon_as_they_are_whole() -> None:
-    made = [rollout("p", letter) for letter in "abcde"]
-    told: list[int] = []
+    rollouts = [rollout("p", letter) for letter in "abcde"]
+    indices: list[int] = []
     chunks = in_order(
-        [each.prompt for each in made],
-        ends({3: made[3], 1: made[1]}, {0: made[0]}, {4: made[4]}, {2: made[2]}),
+        [each.prompt for each in rollouts],
+        ends({3: rollouts[3], 1: rollouts[1]}, {0: rollouts[0]}, {4: rollouts[4]}, {2: rollouts[2]}),
         2,
-        lambda ended: told.extend(ended),
+        lambda ended: indices.extend(ended),
     )
-    assert next(chunks) == made[:2]
-    assert told == [3, 1, 0]
-    assert list(chunks) == [made[2:4], made[4:]]
-    assert told == [3, 1, 0, 4, 2]
+    assert next(chunks) == rollouts[:2]
+    assert indices == [3, 1, 0]
+    assert list(chunks) == [rollouts[2:4], rollouts[4:]]
+    assert indices == [3, 1, 0, 4, 2]
 
 
-def test_ending_is_reached_with_the_token_that_completes_a_stop_string() -> None:
-    ending = StopCondition(TOKENIZER, ("bc",))
-    assert ending.has_stop_strings and not StopCondition(TOKENIZER, ()).has_stop_strings
-    assert [ending.reached(ids) for ids in ([0], [0, 1], [0, 1, 2])] == [False, False, True]
+def test_stop_condition_is_reached_with_the_token_that_completes_a_stop_string() -> None:
+    stop = StopCondition(TOKENIZER, ("bc",))
+    assert stop.has_stop_strings and not StopCondition(TOKENIZER, ()).has_stop_strings
+    assert [stop.reached(ids) for ids in ([0], [0, 1], [0, 1, 2])] == [False, False, True]
 
 
 def test_prompt_beyond_max_model_len_is_refused() -> None:
@@ -164,7 +164,7 @@ def test_prompt_beyond_max_model_len_is_refused() -> None:
         check_lengths(prompts, GenerationConfig(max_new_tokens=5), 8)
 
 
-def test_max_model_len_leaves_less_longest_prompt() -> None:
+def test_max_model_len_shortens_the_longest_prompt() -> None:
     lm, generation = tiny_decoder("gpt2"), GenerationConfig(max_new_tokens=4)
     of_model = context_window(lm.config)
     assert of_model is not None
@@ -240,7 +240,7 @@ def test_core_that_was_killed_as_it_loaded_is_told_from_one_that_failed(
 
 
 @pytest.mark.parametrize("trainer", [ppo_trainer, grpo_trainer])
-def test_absent_vllm_is_told_of_before_anything_is_asked_or_written(
+def test_absent_vllm_is_reported_before_anything_is_asked_or_written(
     trainer: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def absent(name: str) -> str:
@@ -265,16 +265,16 @@ def test_adapter_on_a_weight_that_embeddings_and_head_share_is_refused_for_vllm(
         )
 
 
-def test_gap_between_sampler_and_trainer_is_warned_of_above_its_bound(
+def test_logprob_diff_above_its_alarm_is_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     sampled = [rollout("p", "ab"), rollout("p", "abc")]
     sequences = collate(sampled, 0)
-    trainers_own = sequences.sampling_logprobs - 0.25
+    trainer_logprobs = sequences.sampling_logprobs - 0.25
     with caplog.at_level(logging.WARNING):
-        logprob_diff(trainers_own, sequences, only_this_rank, 0.26)
-        logprob_diff(trainers_own, sequences, only_this_rank)
+        logprob_diff(trainer_logprobs, sequences, only_this_rank, 0.26)
+        logprob_diff(trainer_logprobs, sequences, only_this_rank)
         assert not caplog.messages
-        logprob_diff(trainers_own, sequences, only_this_rank, 0.24)
+        logprob_diff(trainer_logprobs, sequences, only_this_rank, 0.24)
     (message,) = caplog.messages
     assert "0.25 nats a token" in message and "`rollout.logprob_diff_alarm` = 0.24" in message
