@@ -286,7 +286,8 @@ def _config_of_shape(shape: dict[str, Any]) -> PretrainedConfig:
     try:
         return AutoConfig.for_model(model_type, **shape)
     except Exception as error:  # the wrong type of a value raises an error that is no TypeError
-        raise ConfigError(f"`model.architecture` is not valid: {_one_line(error)}") from error
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ConfigError(f"`model.architecture` is not valid: {reason}") from error
 
 
 def _from_config(
@@ -369,7 +370,3 @@ def _first_line(error: Exception) -> str:
     if not text or not isinstance(error, (OSError, ValueError)):
         text = f"{type(error).__name__}: {text}"
     return text.splitlines()[0].rstrip(".")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")

@@ -121,7 +121,9 @@ class ColocatedVLLM:
             lora = self._weights.required_lora() if supports_adapters(type(lm()).__name__) else None
             model = write_config(lm(), folder)
             self._engine = build(model, config, dtype, several_ranks=several_ranks, lora=lora)
-        self._takes_adapter = self._weights.sends_adapter_alone(lora and self._lora_capacity())
+        if lora is not None:  # what was required, less the layers that vLLM has no LoRA for
+            lora = LoraCapacity.model_validate(self._engine.collective_rpc("lora_capacity")[0])
+        self._takes_adapter = self._weights.sends_adapter_alone(lora)
         self._can_sleep = config.sleep_level > 0 and platform().is_sleep_mode_available()
 
     def update_weights(self, version: int) -> None:
@@ -132,9 +134,6 @@ class ColocatedVLLM:
             self._load(version)
         if self._can_sleep:
             self._engine.wake_up()
-
-    def _lora_capacity(self) -> LoraCapacity:
-        return LoraCapacity.model_validate(self._engine.collective_rpc("lora_capacity")[0])
 
     def _load(self, version: int) -> None:
         if self._takes_adapter:
