@@ -100,7 +100,7 @@ def test_stop_strings_are_cut_as_transformers_engine_cuts_them(both: Any) -> Non
     pair = both(stop=("g", "kh", "b"))
     for rollout in all_of(pair.vllm, pair.prompts(*TEXTS * 3)):
         found = rollout.completion
-        made = pair.hf._ending.completion(found.token_ids, found.logprobs)
+        made = pair.hf._stop_condition.completion(found.token_ids, found.logprobs)
         assert made.token_ids == found.token_ids and made.text == found.text
         assert not any(stop in rollout.completion.text for stop in pair.config.stop)
 
@@ -147,18 +147,18 @@ def test_prompt_of_a_group_is_computed_once(both: Any, colocated: ColocatedVLLM)
     pair = both(max_new_tokens=2)
     prompt = pair.prompts("abcdefghij" * 10)[0]
     cached: list[int] = []
-    step = colocated._step
+    step = colocated._engine.step
 
     def watched() -> list[Any]:
         outputs = step()
         cached.extend(output.num_cached_tokens for output in outputs if output.finished)
         return outputs
 
-    colocated._step = watched  # pyright: ignore[reportAttributeAccessIssue]
+    colocated._engine.step = watched
     try:
         assert len(all_of(pair.vllm, [prompt] * 8)) == 8
     finally:
-        colocated._step = step  # pyright: ignore[reportAttributeAccessIssue]
+        colocated._engine.step = step
     assert sorted(cached) == [0] + [96] * 7  # of 100 tokens, in blocks of 32
 
 
