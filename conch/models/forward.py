@@ -54,7 +54,8 @@ Packed rows: indices into all B * T positions, one for each of the K response to
 class ForwardInputs(NamedTuple):
     """The one argument of a policy's and a reference's forward pass: padded or packed rows.
 
-    It is a named tuple because DeepSpeed and DDP look for tensors in tuples, but not in dataclasses.
+    It is a named tuple because DeepSpeed and DDP look for a forward pass's tensors in tuples, not in
+    dataclasses.
 
     input_ids: token ids.
     attention_mask: see `AttentionMask`.
@@ -120,9 +121,8 @@ class BatchPacker:
         if not self.packs:
             return padded_rows(input_ids, attention_mask, num_response)
         pieces = _pieces(input_ids, attention_mask, num_response, self._shares_prompts)
-        if (
-            not self._shares_prompts
-        ):  # kernels that take lengths keep to a local attention's window themselves
+        # Kernels that take lengths apply a local attention's window themselves.
+        if not self._shares_prompts:
             return _packed_rows(input_ids, attention_mask, num_response, [pieces], masked=False)
         capacity = max(piece.length for piece in pieces)
         if self._window is not None and capacity > self._window:

@@ -11,7 +11,7 @@ from conch.rollouts.protocol import MAX_LORA_RANK, LoraCapacity
 
 
 class ServerConfig(Section):
-    """Keys of `python -m conch.rollouts.serve`; what vLLM has a name for is called so."""
+    """Keys of `python -m conch.rollouts.serve`. Settings of vLLM have vLLM's names."""
 
     model: str
     """Folder or hub name of a model of the policy's shape, with its tokenizer."""
@@ -20,7 +20,7 @@ class ServerConfig(Section):
     """Port to listen on."""
 
     host: str = "127.0.0.1"
-    """Address to listen on. Whoever reaches it may sample and change the weights: let a firewall choose."""
+    """Address to listen on. Everybody who reaches it may sample and change the weights: use a firewall."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the weights; `auto` takes the one that the model is stored in."""
@@ -29,7 +29,7 @@ class ServerConfig(Section):
     """Longest prompt and completion together, in tokens; None takes the model's."""
 
     gpu_memory_utilization: float = Field(default=0.9, gt=0, lt=1)
-    """Part of a GPU's memory that may be taken."""
+    """Fraction of a GPU's memory that vLLM may take."""
 
     kv_cache_memory_bytes: ByteSize | None = Field(default=None, gt=0)
     """Memory for keys and values, in bytes or as `2GiB`, instead of what `gpu_memory_utilization` leaves.
@@ -39,7 +39,8 @@ class ServerConfig(Section):
     """Completions sampled at once."""
 
     enforce_eager: bool | None = None
-    """True neither compiles nor records graphs; None is eager on a CPU alone."""
+    """True neither compiles nor records graphs: vLLM starts at once and samples more slowly. None is True on
+    a CPU only."""
 
     max_lora_rank: int = Field(default=0, ge=0, le=MAX_LORA_RANK)
     """Highest rank of an adapter that a trainer may send by itself, after its base; a trainer whose rank is
@@ -53,11 +54,11 @@ class ServerConfig(Section):
     """GPUs that share the weights."""
 
     deadline_s: float = Field(default=600.0, gt=0)
-    """Longest that a trainer may take to send its weights, in seconds."""
+    """Longest time in which a trainer may send its weights, in seconds."""
 
     restart: bool = True
-    """Start the server again when it is killed or its vLLM has died; the trainer then gives it its weights
-    before it samples. False leaves that to systemd, Slurm or Kubernetes."""
+    """Start the server again when it is killed or its vLLM has died; the trainer then sends it the weights.
+    False leaves that to systemd, Slurm or Kubernetes."""
 
     @model_validator(mode="after")
     def _modules_have_a_rank(self) -> ServerConfig:
