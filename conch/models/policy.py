@@ -171,9 +171,10 @@ def response_logits(lm: PreTrainedModel, inputs: ForwardInputs) -> Float[Tensor,
 
     The encoder of an encoder-decoder reads the prompt, its decoder the response.
     """
-    if isinstance(inputs.positions, Tensor):
-        return _packed_logits_and_states(lm, *inputs)[0]
-    arguments, columns = _padded_arguments(lm, inputs.input_ids, inputs.attention_mask, inputs.positions)
+    input_ids, attention_mask, positions, position_ids = inputs
+    if isinstance(positions, Tensor):
+        return _packed_logits_and_states(lm, input_ids, attention_mask, positions, position_ids)[0]
+    arguments, columns = _padded_arguments(lm, input_ids, attention_mask, positions)
     return lm(**arguments, use_cache=False).logits[:, columns]
 
 
@@ -181,9 +182,10 @@ def response_logits_and_states(
     lm: PreTrainedModel, inputs: ForwardInputs
 ) -> tuple[Float[Tensor, "N R V"], Float[Tensor, "N R D"]]:
     """Logits as of `response_logits`, and the hidden states that they were computed from."""
-    if isinstance(inputs.positions, Tensor):
-        return _packed_logits_and_states(lm, *inputs)
-    arguments, columns = _padded_arguments(lm, inputs.input_ids, inputs.attention_mask, inputs.positions)
+    input_ids, attention_mask, positions, position_ids = inputs
+    if isinstance(positions, Tensor):
+        return _packed_logits_and_states(lm, input_ids, attention_mask, positions, position_ids)
+    arguments, columns = _padded_arguments(lm, input_ids, attention_mask, positions)
     with captured_head_input(lm) as captured:
         logits = lm(**arguments, use_cache=False).logits
     return logits[:, columns], captured[0][:, columns]
