@@ -81,7 +81,6 @@ class FullCopyReference:
 
     @torch.no_grad()
     def logits(self, inputs: ForwardInputs) -> Float[Tensor, "N R V"]:
-        """See `Reference.logits`."""
         return response_logits(self._lm, inputs)
 
 
