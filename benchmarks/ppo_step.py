@@ -43,6 +43,7 @@ from benchmarks.measuring import (
 from benchmarks.policies import Case, case_of, forced_engine
 from conch.cli import load_run_config
 from conch.config import load
+from conch.models.forward import ForwardInputs
 from conch.models.freezing import freeze_layers
 from conch.models.policy import response_logits
 from conch.models.reference import FullCopyReference, Reference, SharedTrunkReference
@@ -147,13 +148,13 @@ def reference_cost(case: Case, *, shared: bool, rounds: int = 5) -> dict[str, An
     columns: dict[str, list[float]] = {"policy": [], "both": []}
     with torch.no_grad():
         for number in range(rounds + 1):
-            alone_s = timed(lambda: response_logits(lm, *inputs))[1]
+            alone_s = timed(lambda: response_logits(lm, inputs))[1]
             both_s = timed(lambda: _both(lm, reference, inputs))[1]
             if number:
                 columns["policy"].append(alone_s)
                 columns["both"].append(both_s)
         give_back_at_once()
-        own = [_peak_of(lambda: response_logits(lm, *inputs)) for _ in range(rounds)]
+        own = [_peak_of(lambda: response_logits(lm, inputs)) for _ in range(rounds)]
         together = [_peak_of(lambda: _both(lm, reference, inputs)) for _ in range(rounds)]
     weight_bytes = bytes_beside(reference, lm)
     added = [both - own for both, own in zip(columns["both"], columns["policy"], strict=True)]
@@ -172,13 +173,13 @@ def _peak_of(run: Callable[[], object]) -> int:
     return resident_bytes("VmHWM") - before
 
 
-def _both(lm: PreTrainedModel, reference: Reference, inputs: tuple[torch.Tensor, torch.Tensor, int]) -> None:
+def _both(lm: PreTrainedModel, reference: Reference, inputs: ForwardInputs) -> None:
     with reference.recording():
-        response_logits(lm, *inputs)
-    reference.logits(*inputs)
+        response_logits(lm, inputs)
+    reference.logits(inputs)
 
 
-def _batch(case: Case) -> tuple[torch.Tensor, torch.Tensor, int]:
+def _batch(case: Case) -> ForwardInputs:
     prompts = [list(prompt.token_ids) for prompt in case.prompts[:8]]
     longest = max(map(len, prompts))
     num_response = max(case.expected[:8])
@@ -187,7 +188,7 @@ def _batch(case: Case) -> tuple[torch.Tensor, torch.Tensor, int]:
     for row, (prompt, length) in enumerate(zip(prompts, case.expected, strict=False)):
         ids[row, longest - len(prompt) : longest] = torch.tensor(prompt)
         mask[row, longest - len(prompt) : longest + length] = True
-    return ids, mask, num_response
+    return ForwardInputs(ids, mask, num_response)
 
 
 def bytes_beside(reference: Reference, lm: nn.Module) -> int:

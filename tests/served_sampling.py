@@ -1,4 +1,4 @@
-"""An engine over rollout servers without a model, as a trainer's rank has it."""
+"""An engine over fake rollout servers, as a trainer's rank has it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from conch.config import GenerationConfig, RolloutConfig
 from conch.models.adapter import add_adapter
 from conch.rollouts import weight_sync
 from conch.rollouts.remote import pool as server_pool
-from conch.rollouts.remote.engine import ServedEngine
+from conch.rollouts.remote.engine import RemoteEngine
 from conch.rollouts.remote.pool import ServerPool
 from conch.types import Prompt, Rollout
 from tests.fakes.rollout_server import FakeRolloutServer
 from tests.tiny import char_tokenizer, tiny_decoder
 
 LONG_S = 120.0
-ROOM = {"rank": 8, "modules": ["q_proj", "v_proj"]}
-"""For what `adapted` has."""
+LORA = {"rank": 8, "modules": ["q_proj", "v_proj"]}
+"""Capacity for the adapter of `adapted`."""
 
 _TOKENIZER = char_tokenizer("abcdefgh")
 _LM = tiny_decoder("gpt2")
@@ -35,16 +35,16 @@ class Sampling:
         self,
         *servers: FakeRolloutServer,
         lm: PreTrainedModel = _LM,
-        sends: bool = True,
+        sends_weights: bool = True,
         deadline_s: float = LONG_S,
         weights: Literal["broadcast", "files"] = "files",
         **generation: Any,
     ) -> None:
         urls = ",".join(server.address for server in servers)
         config = RolloutConfig(engine="vllm", urls=urls, weights=weights, deadline_s=deadline_s)
-        self.pool = ServerPool(config, lambda: lm, source="run", sends=sends)
+        self.pool = ServerPool(config, lambda: lm, source="run", sends_weights=sends_weights)
         self.version = 0
-        self.engine = ServedEngine(
+        self.engine = RemoteEngine(
             self.pool,
             _TOKENIZER,
             GenerationConfig(**{"max_new_tokens": 4, "chunk_size": 3, **generation}),
@@ -70,7 +70,7 @@ def adapted() -> PreTrainedModel:
 
 def look_often_and_write_to(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Instead of twice a second, and to shared memory."""
-    monkeypatch.setattr(server_pool, "_LOOK_S", 0.01)
+    monkeypatch.setattr(server_pool, "_PROBE_PAUSE_S", 0.01)
     monkeypatch.setattr(weight_sync, "SHARED_MEMORY", folder)
 
 

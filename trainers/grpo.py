@@ -70,7 +70,7 @@ from conch.training.statistics import (
     timer,
     update_with_statistics,
     updates_over,
-    warn_of_gap,
+    warn_of_logprob_diff,
 )
 from conch.types import Metrics, Prompt, RewardResult, Rollout, RolloutGroup
 
@@ -254,7 +254,9 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
         Else those that the step's one update computes anyway serve as the old ones: the ratio is 1.
         """
         grpo, reference = self.config.grpo, self.reference
-        needs_policy = reference is not None and (not reference.stands_alone or grpo.kl.placement == "reward")
+        needs_policy = reference is not None and (
+            reference.needs_policy_forward or grpo.kl.placement == "reward"
+        )
         return (
             needs_policy
             or self.updates_per_step > 1
@@ -365,7 +367,7 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
             lambda rows: self._update_minibatch(take_rows(batch, rows)),
         )
         if batch.old_logprobs is None:
-            warn_of_gap(metrics["rollout/logprob_gap"], self.config.rollout.logprob_gap_alarm)
+            warn_of_logprob_diff(metrics["rollout/logprob_diff"], self.config.rollout.logprob_diff_alarm)
             if "policy/kl" in metrics:
                 self._note_kl(metrics["policy/kl"])
                 metrics["policy/kl_coef"] = batch.kl_coef
@@ -400,7 +402,7 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
             "grpo/frac_reward_zero_std": float(
                 masked_mean(zero_std.float(), torch.ones_like(zero_std), reduce)
             ),
-            **policy_metrics(outputs, reduce, self.config.rollout.logprob_gap_alarm),
+            **policy_metrics(outputs, reduce, self.config.rollout.logprob_diff_alarm),
         }
         if "policy/kl" in metrics:
             self._note_kl(metrics["policy/kl"])
@@ -434,7 +436,7 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
         """This micro-batch's part of the loss, and its parts of means over tokens."""
         config, temperature, mask = self.config.grpo, self.config.generation.temperature, batch.loss_mask
         packed = pack(self.packer, batch.sequences)
-        logits = self.engine.module(*packed.inputs)
+        logits = self.engine.module(packed.inputs)
         logprobs = packed.logprobs(logits, temperature)
         old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
         ratio = policy_ratio(logprobs, old_logprobs, mask, config.loss)
@@ -455,9 +457,9 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
             columns["train/kl_loss"] = kl
         if batch.old_logprobs is None:
             gap = (logprobs.detach() - batch.sequences.sampling_logprobs).abs()
-            entropies = packed.of_samples(entropy(logits.detach(), temperature))
+            entropies = packed.unpack(entropy(logits.detach(), temperature))
             columns["policy/entropy"] = weighted_sum(entropies, shares)
-            columns["rollout/logprob_gap"] = weighted_sum(gap, shares)
+            columns["rollout/logprob_diff"] = weighted_sum(gap, shares)
             if batch.ref_logprobs is not None:
                 of_samples = kl_of_each(logprobs.detach(), batch.ref_logprobs, batch.sequences.response_mask)
                 columns["policy/kl"] = of_samples.sum() / (config.prompts_per_step * config.group_size)

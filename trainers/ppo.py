@@ -228,7 +228,7 @@ class PPOTrainer(OnlineTrainer[PPORunConfig]):
             **self.scorer.metrics(),
             **reward_metrics(rewards, self.config.reward.weights, self.shaper.objectives, reduce),
             **rollout_metrics(rollouts, sequences, reduce),
-            **policy_metrics(outputs, reduce, self.config.rollout.logprob_gap_alarm),
+            **policy_metrics(outputs, reduce, self.config.rollout.logprob_diff_alarm),
             "policy/kl_coef": kl_coef,
             "value/mean": float(masked_mean(values, mask, reduce)),
             "value/explained_variance": explained_variance(values, returns, mask, reduce),
@@ -263,9 +263,9 @@ class PPOTrainer(OnlineTrainer[PPORunConfig]):
     def _loss(self, batch: PPOBatch, num_tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's share of loss and statistics: sums over tokens / tokens of the minibatch."""
         config, mask, packed = self.config.ppo, batch.loss_mask, pack(self.packer, batch.sequences)
-        output = self.engine.module(*packed.inputs)
+        output = self.engine.module(packed.inputs)
         logprobs = packed.logprobs(output.logits, self.config.generation.temperature)
-        values = packed.of_samples(output.values)
+        values = packed.unpack(output.values)
         per_token_loss, ratio, is_clipped = policy_loss_terms(
             logprobs, batch.old_logprobs, batch.advantages, config.clip_ratio, config.dual_clip
         )

@@ -41,6 +41,7 @@ from conch.errors import ConfigError
 from conch.evaluation.evaluator import Evaluator, eval_variants, longest_generation
 from conch.evaluation.metrics import MetricFn
 from conch.models.attention import check_packing, packed_logits
+from conch.models.forward import ForwardInputs
 from conch.models.freezing import freeze_layers
 from conch.models.loading import context_window
 from conch.models.policy import response_logits
@@ -102,7 +103,8 @@ def token_loss_sum(lm: PreTrainedModel, batch: TokenBatch) -> Float[Tensor, ""]:
     if isinstance(batch, PackedBatch):
         logits = packed_logits(lm, batch.input_ids, batch.position_ids)
     else:
-        logits = response_logits(lm, batch.input_ids, batch.attention_mask, batch.num_response)
+        inputs = ForwardInputs(batch.input_ids, batch.attention_mask, batch.num_response)
+        logits = response_logits(lm, inputs)
     return -masked_sum(logprobs_of_labels(logits, batch.response_ids), batch.loss_mask)
 
 

@@ -91,8 +91,14 @@ def sampled_prompts(
         ConfigError, DataError: see `tokenize_prompts` and `eval_variants`.
     """
     variants = eval_variants(config.generation, config.eval_generation)
-    window = config.rollout.window if config.rollout.engine == "vllm" else None
-    fitting = partial(tokenize_prompts, tokenizer=tokenizer, config=config.tokenizer, model=lm, window=window)
+    max_model_len = config.rollout.max_model_len if config.rollout.engine == "vllm" else None
+    fitting = partial(
+        tokenize_prompts,
+        tokenizer=tokenizer,
+        config=config.tokenizer,
+        model=lm,
+        max_model_len=max_model_len,
+    )
     train = fitting(prompts, generation=config.generation, lengths=config.data)
     evaluated = prompts if eval_prompts is None else eval_prompts
     return SampledPrompts(train, fitting(evaluated, generation=longest_generation(variants)), variants)

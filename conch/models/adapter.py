@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685) inside a transformers model, through peft.
 
-The model stays the `PreTrainedModel` that it was: peft replaces some of its linear layers by ones that add
-(alpha / r) * B A x to what the frozen layer puts out. B starts at zero: an adapted model starts as its base.
+The model remains a `PreTrainedModel`: peft replaces some of its linear layers by layers that add
+(alpha / r) * B A x to the output of the frozen layer. B starts at zero: an adapted model starts as its base.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from conch.errors import ConfigError, ModelError
 from conch.ops import head_dtype
 
 ADAPTER_FILE = "adapter_config.json"
-"""As peft names it; a folder that has it holds an adapter, not a model."""
+"""peft's file name; a folder with this file holds an adapter, not a model."""
 
 ADAPTER_NAME = "default"
-"""As transformers and we name the one adapter that a model has."""
+"""Name of the one adapter that a model has, transformers' default."""
 
 _PATH_KEY = "base_model_name_or_path"
 _STARTS_AS_BASE = (True, "gaussian")
-_NO_PART_OF_IT = (
+_UNSUPPORTED_KEYS = (
     "layer_replication",
     "trainable_token_indices",
     "target_parameters",
     "alora_invocation_tokens",
 )
-_OWN_KEYS = {
+_DERIVED_KEYS = {
     "task_type",
     "peft_type",
     "inference_mode",
@@ -50,19 +50,21 @@ _OWN_KEYS = {
     _PATH_KEY,
     "peft_version",
 }
-"""Fields of a LoraConfig that follow from the model."""
+"""Fields of a LoraConfig that follow from the model, and no user sets."""
 
 
 def add_adapter(model: PreTrainedModel, settings: dict[str, Any], *, merged_when_saved: bool) -> None:
     """Put a trainable adapter into `model` and freeze the rest.
 
-    A classifier's head (and pooler) trains beside the adapter, in a copy: with the adapter off, the old one
-    is read. The adapter is held in float32 under a half-precision model too, where small updates would round
-    to nothing.
+    A classifier's head (and pooler) trains beside the adapter, in a copy; with the adapter off, the original
+    is used. The adapter is float32 in half-precision models, too, where small updates would round to nothing.
+
+    settings: keys of peft's LoraConfig.
+    merged_when_saved: True where checkpoints are going to hold the merged model.
 
     Raises:
-        ConfigError: unknown keys, layers that the model does not have, or an adapter that could not be told
-            from its base or saved without it.
+        ConfigError: a key or a layer is unknown, the adapter cannot be switched off to give the base, or its
+            base comes from no folder to name in a checkpoint.
     """
     if has_adapter(model):
         raise ConfigError("the model carries an adapter already: merge it first, or drop `model.peft_config`")
@@ -76,9 +78,9 @@ def add_adapter(model: PreTrainedModel, settings: dict[str, Any], *, merged_when
     _check_names(model, lora)
     try:
         with warnings.catch_warnings():
-            # Which way round a layer keeps its weight, peft sees for itself, and says so each time.
+            # peft corrects `fan_in_fan_out` by itself, and warns each time.
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-            # What of it matters is refused below.
+            # Adapters on a tied weight are refused below where that matters.
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
             model.add_adapter(lora, ADAPTER_NAME)
     except (ValueError, TypeError, KeyError) as error:
@@ -91,18 +93,18 @@ def add_adapter(model: PreTrainedModel, settings: dict[str, Any], *, merged_when
 
 
 def has_adapter(model: nn.Module) -> bool:
-    """True for a model that `add_adapter` changed."""
+    """True for a model with an adapter."""
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
 def base_of(module: nn.Module | None) -> nn.Module | None:
-    """The layer that an adapter's layer adds to; any other module itself."""
+    """The layer below an adapter's layer; any other module itself."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes what its base does."""
+    """Switch the adapter off inside: the model computes what its base does."""
     # `PreTrainedModel.enable_adapters` would leave trained copies of whole modules off.
     switches = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     try:
@@ -115,7 +117,7 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Write the adapter alone, as `peft.PeftModel.from_pretrained(base, folder)` reads it."""
+    """Write the adapter without its base, for `peft.PeftModel.from_pretrained(base, folder)`."""
     # `PreTrainedModel.save_pretrained` would ask the model hub whether the base's vocabulary has grown.
     tensors = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
     on_cpu = {f"base_model.model.{name}": tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -124,7 +126,7 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 
 def merged_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy on the CPU with the adapter in its weights, a model like any other; in the dtype of the base."""
+    """A copy on the CPU with the adapter merged into its weights, in the dtype of the base."""
     with torch.no_grad():
         memo = {id(p): nn.Parameter(p.to("cpu", copy=True), requires_grad=False) for p in model.parameters()}
         merged = copy.deepcopy(model, memo)
@@ -133,7 +135,11 @@ def merged_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def merge_in_place(model: PreTrainedModel) -> None:
-    """Write the adapter into the weights and take its layers out."""
+    """Merge the adapter into the weights and remove its layers.
+
+    Raises:
+        ModelError: a layer cannot be merged.
+    """
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge()  # pyright: ignore[reportCallIssue]  of all kinds of layers that LoRA has
@@ -149,10 +155,10 @@ def merge_in_place(model: PreTrainedModel) -> None:
 
 
 def adapter_base(path: str) -> str | None:
-    """The model that the adapter in `path` belongs to; None where `path` holds no adapter.
+    """Path or name of the base model of the adapter in `path`; None where `path` holds no adapter.
 
     Raises:
-        ModelError: the adapter does not say, or its file is damaged.
+        ModelError: the adapter's file names none, or is damaged.
     """
     file = Path(path) / ADAPTER_FILE
     if not file.is_file():
@@ -170,12 +176,12 @@ def merge_saved_adapter(model: PreTrainedModel, path: str) -> PreTrainedModel:
     """`model` with the adapter in `path` merged in.
 
     Raises:
-        ModelError: the adapter is damaged, or another model's.
+        ModelError: the adapter is damaged, or belongs to another model.
     """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-            # Of peft, which asks transformers by the older name.
+            # peft calls transformers by an older name.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             warnings.filterwarnings("error", message="Found missing adapter keys")
             merged = PeftModel.from_pretrained(model, path).merge_and_unload()  # pyright: ignore[reportCallIssue]
@@ -194,7 +200,7 @@ def merge_saved_adapter(model: PreTrainedModel, path: str) -> PreTrainedModel:
 
 
 def _lora_config(model: PreTrainedModel, settings: dict[str, Any]) -> LoraConfig:
-    valid = {field.name for field in fields(LoraConfig)} - _OWN_KEYS
+    valid = {field.name for field in fields(LoraConfig)} - _DERIVED_KEYS
     for key in settings:
         if key not in valid:
             close = difflib.get_close_matches(key, valid, n=1)
@@ -202,17 +208,15 @@ def _lora_config(model: PreTrainedModel, settings: dict[str, Any]) -> LoraConfig
             raise ConfigError(f"`model.peft_config.{key}` is no key of peft's LoraConfig{hint}")
     _check_start(settings)
     heads = classifier_heads(model)
-    wanted = [*(settings.get("modules_to_save") or []), *heads]
+    modules = list(dict.fromkeys([*(settings.get("modules_to_save") or []), *heads])) or None
     try:
-        return LoraConfig(
-            **{**settings, "modules_to_save": list(dict.fromkeys(wanted)) or None}, task_type=_task(model)
-        )
+        return LoraConfig(**{**settings, "modules_to_save": modules}, task_type=_task(model))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"`model.peft_config` is not valid: {error}") from error
 
 
 def _check_start(settings: dict[str, Any]) -> None:
-    """Refuse what makes a base of its own: the model with its adapter off must be the model of the start."""
+    """Refuse keys under which the model with its adapter off would not be the model of the start."""
     if settings.get("bias", "none") != "none":
         raise ConfigError(
             "`model.peft_config.bias` must be none: biases of the base would move with the adapter"
@@ -222,7 +226,7 @@ def _check_start(settings: dict[str, Any]) -> None:
             f"`model.peft_config.init_lora_weights` = {settings['init_lora_weights']!r} would start the "
             "model elsewhere than at its base: use true or gaussian"
         )
-    for key in _NO_PART_OF_IT:
+    for key in _UNSUPPORTED_KEYS:
         if settings.get(key):
             raise ConfigError(
                 f"`model.peft_config.{key}` makes an adapter that cannot be told from its base or merged "
@@ -231,11 +235,11 @@ def _check_start(settings: dict[str, Any]) -> None:
 
 
 def _check_names(model: PreTrainedModel, lora: LoraConfig) -> None:
-    """Names in lists must all exist; peft is content with one of them."""
+    """Refuse a list with a name that no layer has; peft requires only one of the names to exist."""
     names = [name for name, _ in model.named_modules()]
     for key in ("target_modules", "modules_to_save"):
-        wanted = getattr(lora, key)
-        for target in [] if wanted is None or isinstance(wanted, str) else sorted(wanted):
+        targets = getattr(lora, key)
+        for target in [] if targets is None or isinstance(targets, str) else sorted(targets):
             if not any(name == target or name.endswith(f".{target}") for name in names):
                 last = sorted({name.rpartition(".")[2] for name in names} - {""})
                 layers = ", ".join(part for part in last if not part.isdigit())
@@ -274,7 +278,7 @@ def adapted_and_shared(model: PreTrainedModel) -> str | None:
 
 
 def classifier_heads(model: PreTrainedModel) -> list[str]:
-    """Names of what a classifier has beside its trunk, and of a pooler; none for a language model."""
+    """Names of a classifier's modules beside its trunk, and of a pooler; none for a language model."""
     if model.get_output_embeddings() is not None:
         return []
     heads = [

@@ -1,10 +1,8 @@
-"""What of a model is trained, and how its activations are kept."""
+"""Which layers of a model train, and which activations are kept for the backward pass."""
 
 from __future__ import annotations
 
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from conch.config import ModelConfig
 from conch.errors import ConfigError
@@ -13,13 +11,13 @@ from conch.models.loading import decoder_layers, disable_dropout
 
 
 def freeze_layers(model: PreTrainedModel, config: ModelConfig) -> None:
-    """Freeze what `config` leaves alone: all but the top blocks, or all but an adapter; or nothing.
+    """Freeze all but the top blocks, or add an adapter and freeze all but it, as `config` says.
 
-    A classifier's head always trains. Call it before the model moves into an optimizer or a reference.
+    A classifier's head always trains. Call it before the model is given to an optimizer or a reference.
 
     Raises:
-        ConfigError: more blocks than there are, or an adapter that does not fit; see `add_adapter`.
-        ModelError: the blocks cannot be told apart.
+        ConfigError: the model has fewer blocks, or the adapter does not fit; see `add_adapter`.
+        ModelError: the blocks cannot be found.
     """
     if config.peft_config is not None:
         add_adapter(model, config.peft_config, merged_when_saved=config.merge_adapter)
@@ -35,7 +33,7 @@ def freeze_layers(model: PreTrainedModel, config: ModelConfig) -> None:
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Keep the inputs of each block alone, in training mode, and compute the rest again in the backward pass.
+    """Keep only the inputs of each block, in training mode, and recompute the rest in the backward pass.
 
     Raises:
         ConfigError: the architecture does not support it.
@@ -47,7 +45,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     else:  # its name in older releases of transformers
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
-    # Only reentrant checkpoints need inputs with a gradient. Here it would send the backward pass through all
+    # Only reentrant checkpoints need inputs with a gradient, which would send the backward pass through all
     # of a frozen trunk for nothing.
     model.disable_input_require_grads()
 

@@ -23,12 +23,13 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from conch.config import ModelConfig
 from conch.errors import ModelError
+from conch.models.forward import ForwardInputs
 from conch.models.loading import load_lm
 from conch.models.policy import HEADS_FILE, captured_head_input, response_logits_and_states
 from conch.ops import at_least_float32, head_dtype
 
 DECODING_FILE = "ilql.json"
-"""Number of heads and how to decode, beside the weights."""
+"""File with the number of heads and the settings of decoding, beside the weights."""
 
 _MASK = "logit_mask"
 _NUM_HEADS = "num_q_heads"
@@ -37,9 +38,13 @@ _GENERATE_KEYS = ("max_new_tokens", "temperature", "top_k", "top_p", "eos_token_
 
 @dataclass(frozen=True)
 class ILQLOutput:
-    """logits: [B, R, V], of each response token given all before it. qs: of each Q head, the values [B, R, V]
-    of all tokens. target_q: [B, R], the least that a target head gives the response token, without gradient.
-    values: [B, R]. All but the logits are float32 at least."""
+    """Outputs at the response positions; all but the logits are float32 at least.
+
+    logits: of each response token given all tokens before it.
+    qs: of each Q head, the values of all tokens.
+    target_q: minimum over the target heads of the response token's value, without gradient.
+    values: of the states.
+    """
 
     logits: Float[Tensor, "B R V"]
     qs: tuple[Float[Tensor, "B R V"], ...]
@@ -48,7 +53,7 @@ class ILQLOutput:
 
 
 class Head(nn.Module):
-    """Two-layer perceptron on hidden states; its last layer starts at zero."""
+    """Two-layer perceptron on hidden states whose last layer starts at zero."""
 
     def __init__(self, hidden_size: int, num_outputs: int) -> None:
         super().__init__()
@@ -63,8 +68,11 @@ class Head(nn.Module):
 
 
 class TargetHeads(nn.ModuleList):
-    """Frozen copies of Q heads that stay in float32 where the rest of a module is cast to half precision:
-    there, the small steps that they take towards the heads would round to nothing."""
+    """Frozen copies of Q heads, float32 at least.
+
+    They stay in float32 where the rest of a module is cast to half precision, in which their small steps
+    towards the Q heads would round to nothing.
+    """
 
     def __init__(self, heads: nn.ModuleList) -> None:
         super().__init__(copy.deepcopy(head) for head in heads)
@@ -79,11 +87,11 @@ class ILQLPolicy(nn.Module):
     """The one trained module of ILQL: language model, Q heads, their targets, and V head on a shared trunk.
 
     logit_mask: True at [i, j] forbids token j right after token i in decoding.
-    decoding: the settings that `generate` takes where it is given no others.
+    decoding: default settings of `generate`.
 
     Raises:
-        ModelError: `lm` has no language-model head, or `logit_mask` another shape than [V, V] or a token that
-            nothing may follow.
+        ModelError: from the constructor: `lm` has no language-model head, or `logit_mask` has another shape
+            than [V, V] or lets nothing follow a token.
     """
 
     logit_mask: Tensor | None
@@ -112,14 +120,15 @@ class ILQLPolicy(nn.Module):
     def forward(
         self, input_ids: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], num_response: int
     ) -> ILQLOutput:
-        """Everything that the losses need, in one pass: DDP allows a single one per backward.
+        """Everything that the losses need, in one pass: DDP allows one forward pass per backward pass.
 
         attention_mask: True at real tokens, False at padding on either side.
         """
-        logits, states = response_logits_and_states(self.lm, input_ids, attention_mask, num_response)
+        inputs = ForwardInputs(input_ids, attention_mask, num_response)
+        logits, states = response_logits_and_states(self.lm, inputs)
         with torch.no_grad():
-            chosen = input_ids[:, -num_response:].unsqueeze(-1)
-            targets = [head(states).gather(-1, chosen).squeeze(-1) for head in self.target_q_heads]
+            response = input_ids[:, -num_response:].unsqueeze(-1)
+            targets = [head(states).gather(-1, response).squeeze(-1) for head in self.target_q_heads]
         return ILQLOutput(
             logits,
             qs=tuple(head(states) for head in self.q_heads),
@@ -139,12 +148,12 @@ class ILQLPolicy(nn.Module):
     @torch.no_grad()
     def advantages(self, states: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """min over target heads of Q(s, a) - V(s) of every token, in float32."""
-        least = torch.stack([head(states) for head in self.target_q_heads]).amin(dim=0)
-        return least - self.value_head(states)
+        min_q = torch.stack([head(states) for head in self.target_q_heads]).amin(dim=0)
+        return min_q - self.value_head(states)
 
     @contextmanager
     def shaping(self, beta: float) -> Iterator[Sequence[LogitsProcessor]]:
-        """Inside, `lm.generate` with the processors that this yields samples by log pi + beta * advantage."""
+        """Yield processors with which `lm.generate`, run inside, samples by log pi + beta * advantage."""
         with captured_head_input(self.lm) as captured:
             yield [AdvantageShaping(self, beta, captured)]
 
@@ -156,13 +165,14 @@ class ILQLPolicy(nn.Module):
         beta: float | None = None,
         **settings: Any,
     ) -> Any:
-        """`lm.generate` with the heads: returns what that does, sequences [B, T] unless it is asked for more.
+        """Run `lm.generate` with the heads; returns its result, by default sequences [B, T].
 
-        input_ids: prompts, padded left where they differ in length. beta: weight of the advantages; None
-            takes the one saved with the model. settings: for `lm.generate`, instead of those saved.
+        input_ids: prompts, padded left where they differ in length.
+        beta: weight of the advantages; None takes the one saved with the model.
+        settings: arguments of `lm.generate`, which override those saved with the model.
 
         Raises:
-            ModelError: no beta was given or saved.
+            ModelError: there is no beta, neither as an argument nor saved.
         """
         beta = self.decoding.get("beta") if beta is None else beta
         if beta is None:
@@ -179,20 +189,20 @@ class ILQLPolicy(nn.Module):
     # -------------------------------------------------------------------------------------------------- files
 
     def head_tensors(self) -> dict[str, Tensor]:
-        """All but the language model, for `heads.safetensors`."""
+        """Weights beside the language model's, for `heads.safetensors`."""
         heads = {name: value for name, value in self.state_dict().items() if not name.startswith("lm.")}
         return heads if self.logit_mask is None else {**heads, _MASK: self.logit_mask}
 
     def settings(self) -> dict[str, Any]:
-        """What `ilql.json` holds."""
+        """Contents of `ilql.json`."""
         return {_NUM_HEADS: len(self.q_heads), **self.decoding}
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ILQLPolicy:
-        """The policy that `ILQLTrainer.save_pretrained` wrote, in evaluation mode.
+        """Load the policy that `ILQLTrainer.save_pretrained` wrote, in evaluation mode.
 
         Raises:
-            ModelError: the folder holds no model with such heads, or they do not fit together.
+            ModelError: the folder holds no model with ILQL heads, or heads of another model.
         """
         folder = Path(folder)
         lm = load_lm(ModelConfig(path=str(folder)))
@@ -221,11 +231,12 @@ class AdvantageShaping(LogitsProcessor):
     """Turns the logits of a next token into log pi(a|s) + beta * (min target Q(s, a) - V(s)), less what the
     logit mask forbids (Snell et al. 2022, arXiv:2206.11871, section 4.3).
 
-    captured: what the language-model head reads, see `conch.models.policy.captured_head_input`; emptied here.
+    captured: inputs of the language-model head, from `conch.models.policy.captured_head_input`; emptied by
+        each call.
     """
 
     reads_history = False
-    """Looks at the last token alone; see `conch.rollouts.hf.continuous_batching.Sampling`."""
+    """Reads the last token only; see `conch.rollouts.hf.continuous_batching.Sampling`."""
 
     def __init__(self, policy: ILQLPolicy, beta: float, captured: list[Tensor]) -> None:
         self._policy = policy

@@ -1,4 +1,4 @@
-"""Load models and tokenizers, and say plainly what is wrong with one that cannot be used."""
+"""Load models and tokenizers, and refuse those that cannot be used, with the reason."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ _POSITIONS_BEHIND_PAD = frozenset(
 
 
 def load_lm(config: ModelConfig) -> PreTrainedModel:
-    """A language model: a decoder, or an encoder-decoder where the model's own config says so.
+    """Load a language model: a decoder, or an encoder-decoder where the model's config says so.
 
-    A `path` that holds an adapter gives the model it was trained on with the adapter merged in.
+    A `path` that holds an adapter gives the adapter's base model with the adapter merged in.
 
     Raises:
         ModelError: the model is missing, unreadable or incomplete.
-        ConfigError: `architecture` names an unknown model type or key, or knows no such kernels.
+        ConfigError: `architecture` has an unknown model type or key, or the model supports no such kernels.
     """
     return _load(_lm_class, config)
 
@@ -66,7 +66,7 @@ def _lm_class(model_config: PretrainedConfig) -> Any:
 
 
 def check_start_token(model_config: PretrainedConfig) -> None:
-    """Refuse an encoder-decoder that does not say which token its decoder reads first."""
+    """Refuse an encoder-decoder whose config does not name the token that its decoder reads first."""
     if model_config.is_encoder_decoder and getattr(model_config, "decoder_start_token_id", None) is None:
         raise ConfigError(
             f"the {model_config.model_type} has no `decoder_start_token_id`, which its decoder reads first: "
@@ -75,14 +75,14 @@ def check_start_token(model_config: PretrainedConfig) -> None:
 
 
 def load_sequence_classifier(config: ModelConfig, *, num_labels: int, pad_token_id: int) -> PreTrainedModel:
-    """A reward model: one decoder or encoder with a linear head of `num_labels` outputs.
+    """Load a reward model: a decoder or encoder with a linear head of `num_labels` outputs.
 
     A decoder's head is read at the last real token; it starts as N(0, 1/(d+1)) with zero bias (Stiennon et
     al. 2020, appendix B) unless the checkpoint has one.
 
     Raises:
         ModelError: the model is missing, unreadable or incomplete.
-        ConfigError: `architecture` names an unknown model type or key, or knows no such kernels.
+        ConfigError: `architecture` has an unknown model type or key, or the model supports no such kernels.
     """
     return _load(
         lambda _: AutoModelForSequenceClassification,
@@ -94,10 +94,13 @@ def load_sequence_classifier(config: ModelConfig, *, num_labels: int, pad_token_
 
 
 def load_tokenizer(config: TokenizerConfig, model_path: str | None = None) -> PreTrainedTokenizerBase:
-    """A tokenizer with an eos token and a pad token that is not the eos token.
+    """Load a tokenizer that has an eos token and a pad token.
+
+    model_path: where to look if `config` names no path.
 
     Raises:
-        ModelError: there is none, or its special tokens will not do.
+        ConfigError: no path is known, or the pad token of `config` is not in the vocabulary.
+        ModelError: there is no tokenizer, or it lacks a token.
     """
     path = config.path or model_path
     if path is None:
@@ -108,7 +111,7 @@ def load_tokenizer(config: TokenizerConfig, model_path: str | None = None) -> Pr
     except Exception as error:
         raise ModelError(_cannot_load("tokenizer", path, error)) from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        # What transformers makes up where a folder holds a model alone.
+        # transformers makes up such a tokenizer for a folder that holds a model alone.
         raise ModelError(f"{path!r} holds no tokenizer: give `tokenizer.path`")
     if config.pad_token is not None:
         _set_pad_token(tokenizer, config.pad_token, path)
@@ -128,7 +131,11 @@ def _set_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str, path: str
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
-    """Refuse a tokenizer without eos or pad; warn where they are one token."""
+    """Refuse a tokenizer without eos or pad token; warn where they are one token.
+
+    Raises:
+        ModelError: a token is missing.
+    """
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of {name!r} has no eos token: a policy could never end a sample; "
@@ -147,7 +154,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
 
 
 def context_window(model_config: PretrainedConfig) -> int | None:
-    """Tokens the model can attend over; None where its config does not say, or positions are relative."""
+    """Tokens that the model can attend over; None where positions are relative or the config names none."""
     if model_config.is_encoder_decoder and hasattr(model_config, "relative_attention_num_buckets"):
         return None  # T5 and its kin may name the length of their pretraining, which is no limit
     for key in ("max_position_embeddings", "n_positions", "max_sequence_length"):
@@ -164,34 +171,35 @@ def _unused_positions(model_config: PretrainedConfig) -> int:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The transformer blocks, of the decoder where there is an encoder too: the one ModuleList with as many
-    members as the config says, whatever its name.
+    """The transformer blocks, of the decoder where there is an encoder, too.
+
+    They are found as the one ModuleList with as many members as the config says, whatever its name.
 
     Raises:
-        ModelError: there is none or more than one.
+        ModelError: there is no such list, or more than one.
     """
-    stack = model.get_decoder() if model.config.is_encoder_decoder else model
-    config = stack.config.get_text_config()
+    decoder = model.get_decoder() if model.config.is_encoder_decoder else model
+    config = decoder.config.get_text_config()
     # BART and its kin keep one config for both stacks, in which `num_hidden_layers` is the encoder's.
     count = getattr(config, "decoder_layers", config.num_hidden_layers)
-    found: dict[str, nn.ModuleList] = {}
-    for name, module in stack.named_modules():
+    stacks: dict[str, nn.ModuleList] = {}
+    for name, module in decoder.named_modules():
         # T5's blocks are made of lists themselves.
-        inside = name.startswith(tuple(f"{outer}." for outer in found))
-        if isinstance(module, nn.ModuleList) and len(module) == count > 0 and not inside:
-            found[name] = module
-    if len(found) != 1:
+        is_inside = name.startswith(tuple(f"{outer}." for outer in stacks))
+        if isinstance(module, nn.ModuleList) and len(module) == count > 0 and not is_inside:
+            stacks[name] = module
+    if len(stacks) != 1:
         raise ModelError(
-            f"{type(model).__name__} has {len(found)} stacks of {count} layers, one is needed: "
+            f"{type(model).__name__} has {len(stacks)} stacks of {count} layers, one is needed: "
             "use `model.num_layers_unfrozen=-1`"
         )
-    return next(iter(found.values()))
+    return next(iter(stacks.values()))
 
 
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout probability to 0, of activations and of whole layers.
 
-    Some architectures keep them in modules, some in plain attributes (`attn_pdrop`, `layerdrop`), and some
+    Some architectures hold them in modules, some in plain attributes (`attn_pdrop`, `layerdrop`), and some
     read their config in each forward pass.
     """
     for module in model.modules():
@@ -205,8 +213,11 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def fuse_activations(model: nn.Module) -> None:
-    """Let GPT-2's GELU run as one kernel: the same formula, which transformers computes in eight operations,
-    each of which writes, and keeps for its gradient, a tensor of the widest size in a block."""
+    """Replace GPT-2's GELU by one kernel of the same formula.
+
+    transformers computes it in eight operations, each of which keeps a tensor of a block's largest size for
+    its gradient.
+    """
     for name, module in list(model.named_modules()):
         if type(module) is NewGELUActivation:
             model.set_submodule(name, nn.GELU(approximate="tanh"))
@@ -221,8 +232,8 @@ def _load(
 ) -> PreTrainedModel:
     base = adapter_base(config.path) if config.path is not None else None
     if base is not None:
-        of_base = config.model_copy(update={"path": base, "revision": None})
-        model = _load(class_of, of_base, new_head_allowed=new_head_allowed, **overrides)
+        base_config = config.model_copy(update={"path": base, "revision": None})
+        model = _load(class_of, base_config, new_head_allowed=new_head_allowed, **overrides)
         return merge_saved_adapter(model, str(config.path))
     model_config = _model_config(config, overrides)
     auto_class = class_of(model_config)
@@ -231,11 +242,11 @@ def _load(
     if config.attention is not None:
         settings["attn_implementation"] = config.attention
     if config.path is None:
-        model, fresh_head = _from_config(auto_class, model_config, settings), True
+        model, has_new_head = _from_config(auto_class, model_config, settings), True
     else:
-        model, fresh_head = _from_pretrained(auto_class, config, model_config, settings, new_head_allowed)
+        model, has_new_head = _from_pretrained(auto_class, config, model_config, settings, new_head_allowed)
     apply_kernels(model, config)
-    if new_head_allowed and fresh_head:
+    if new_head_allowed and has_new_head:
         _init_reward_head(model)
     if config.disable_dropout:
         disable_dropout(model)
@@ -266,7 +277,7 @@ def _config_of_shape(shape: dict[str, Any]) -> PretrainedConfig:
     config_class = CONFIG_MAPPING[model_type]
     valid = {field.name for field in fields(config_class)} | set(config_class.attribute_map)  # pyright: ignore[reportArgumentType]
     if config_class.is_encoder_decoder:
-        valid.add("decoder_start_token_id")  # some families have it as a field, and all read it
+        valid.add("decoder_start_token_id")  # all families read it, though some have no such field
     for key in shape:
         if key not in valid and not hasattr(config_class, key):
             raise ConfigError(
@@ -275,7 +286,8 @@ def _config_of_shape(shape: dict[str, Any]) -> PretrainedConfig:
     try:
         return AutoConfig.for_model(model_type, **shape)
     except Exception as error:  # the wrong type of a value raises an error that is no TypeError
-        raise ConfigError(f"`model.architecture` is not valid: {_one_line(error)}") from error
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ConfigError(f"`model.architecture` is not valid: {reason}") from error
 
 
 def _from_config(
@@ -330,7 +342,7 @@ def _from_pretrained(
 def _init_reward_head(model: PreTrainedModel) -> None:
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear):
-        return  # encoder classifiers have heads of their own making; transformers initialised them
+        return  # encoder classifiers have heads of other kinds, which transformers has initialised
     nn.init.normal_(head.weight, std=1.0 / (head.in_features + 1) ** 0.5)
     if head.bias is not None:
         nn.init.zeros_(head.bias)
@@ -353,12 +365,8 @@ def _did_you_mean(name: str, valid: list[str]) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    """What the error says first; with its kind where the text alone means little."""
+    """First line of an error's text, with the error's type where the text alone means little."""
     text = str(error).strip()
     if not text or not isinstance(error, (OSError, ValueError)):
         text = f"{type(error).__name__}: {text}"
     return text.splitlines()[0].rstrip(".")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")

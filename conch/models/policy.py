@@ -1,12 +1,11 @@
-"""A language model with a value head on its trunk.
+"""The trained modules of PPO, GRPO and RFT: a language model, with a value head on its trunk for PPO.
 
 Legend: B sequences, T tokens (prompt padded left, response padded right), R response positions (the last R of
 T), V vocabulary, D hidden size. Position r of an output always speaks of response token r and is read at the
 token before it: the state in which that token was chosen.
 
-Every forward pass here also takes packed rows (`conch.models.forward`): B rows of T columns with several
-samples in each, a mask [B, 1, T, T] (or none, of one row for attention that takes lengths), positions, and
-instead of R the places where the K response tokens of all samples were chosen. Its outputs are [1, K, ...].
+Every forward pass takes `conch.models.forward.ForwardInputs`. Outputs are [B, R, ...] for padded rows, and
+[1, K, ...] for packed ones, with the K response tokens of all samples.
 """
 
 from __future__ import annotations
@@ -25,24 +24,22 @@ from transformers import PreTrainedModel
 from conch.errors import ConfigError, ModelError
 from conch.models.adapter import base_of, has_adapter, merge_in_place
 from conch.models.attention import attention_inputs, trial_precision
+from conch.models.forward import ForwardInputs
 from conch.models.loading import decoder_layers
 from conch.models.shared_trunk import ReplayedBlock, Trunk, name_of
 from conch.ops import at_least_float32, head_dtype, position_ids
 
 HEADS_FILE = "heads.safetensors"
-"""Value heads and the like, beside the Hugging Face weights; `from_pretrained` does not look at it."""
-
-AttentionMask = Bool[Tensor, "B T"] | Bool[Tensor, "B 1 T T"] | None
-"""True at real tokens, False at padding on either side; of packed rows, True where one token sees another.
-None: one packed row, in which each position 0 begins a sample that sees itself alone."""
-
-Chosen = int | Int[Tensor, " K"]
-"""R: what the last R tokens were chosen from is put out. Of packed rows: the places among all B * T."""
+"""File of value heads and Q heads beside the Hugging Face weights; `from_pretrained` ignores it."""
 
 
 @dataclass(frozen=True)
 class PolicyOutput:
-    """logits: [B, R, V], of each response token given all before it. values: [B, R], at least float32."""
+    """Outputs at the response positions.
+
+    logits: of each response token given all tokens before it.
+    values: float32 at least.
+    """
 
     logits: Float[Tensor, "B R V"]
     values: Float[Tensor, "B R"]
@@ -59,19 +56,21 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, states: Float[Tensor, "B R D"]) -> Float[Tensor, "B R"]:
-        """One value per state, in float32 at least."""
+        """A value for each state, in float32 at least."""
         values = self.out(torch.relu(self.hidden(states.to(self.hidden.weight.dtype)))).squeeze(-1)
         return at_least_float32(values)
 
 
 class ValueBranch(nn.Module):
-    """Copies of the top blocks, and of what stands between them and the head, for the value function alone.
+    """Copies of the top blocks, and of the modules between them and the head, for the value function alone.
 
-    What lies below is the language model's own, run once for both: where it is trained, the value loss trains
-    it, too. No parameter is shared with the language model, and an adapter there has no part here.
+    The blocks below are the language model's own, run once for both: where they are trained, the value loss
+    trains them, too. The branch has no parameter of the language model, and no adapter.
+
+    num_layers: top blocks that are copied.
 
     Raises:
-        ConfigError: the model has fewer blocks than that.
+        ConfigError: from the constructor: the model has fewer blocks.
     """
 
     def __init__(self, lm: PreTrainedModel, num_layers: int) -> None:
@@ -90,37 +89,34 @@ class ValueBranch(nn.Module):
         self.top.set_submodule(name_of(lm, head), nn.Identity())
         if has_adapter(self.top):
             merge_in_place(self.top)
-        self._train_what_is_read(lm)
+        self._freeze_unused(lm)
 
     def recording(self) -> AbstractContextManager[None]:
-        """Run the language model's forward pass inside; `forward` goes on from it."""
+        """Record the language model's forward pass, to be run inside; `forward` continues from it."""
         return self._trunk.recording()
 
-    def forward(
-        self,
-        input_ids: Int[Tensor, "B T"],
-        attention_mask: AttentionMask,
-        chosen: Chosen,
-        position_ids: Int[Tensor, "B T"] | None = None,
-    ) -> Float[Tensor, "N R D"]:
-        """States of the positions that choose the last tokens."""
+    def forward(self, inputs: ForwardInputs) -> Float[Tensor, "N R D"]:
+        """Hidden states at the positions where response tokens were chosen. Run it once after `recording`."""
         assert self._trunk.is_recorded, "no forward pass was recorded for this batch"
-        _, states = response_logits_and_states(self.top, input_ids, attention_mask, chosen, position_ids)
+        _, states = response_logits_and_states(self.top, inputs)
         self._trunk.forget()
         return states
 
-    def _train_what_is_read(self, lm: PreTrainedModel) -> None:
-        """Some architectures have small layers between embeddings and blocks. Their copies here feed nothing,
-        and DDP would wait for their gradients: they are found by trying, and frozen."""
+    def _freeze_unused(self, lm: PreTrainedModel) -> None:
+        """Freeze parameters that get no gradient, for which DDP would wait; a backward pass finds them.
+
+        They are copies of small layers between embeddings and blocks, which some architectures have.
+        """
         parameters = list(self.top.requires_grad_(True).parameters())
         ids = torch.zeros(1, 2, dtype=torch.long, device=lm.device)
+        inputs = ForwardInputs(ids, torch.ones_like(ids, dtype=torch.bool), 1)
         was_training = lm.training
         lm.eval()
         self.top.eval()
         with torch.enable_grad(), trial_precision(lm):
             with self.recording():
-                response_logits(lm, ids, torch.ones_like(ids, dtype=torch.bool), 1)
-            states = self(ids, torch.ones_like(ids, dtype=torch.bool), 1)
+                response_logits(lm, inputs)
+            states = self(inputs)
             gradients = torch.autograd.grad(states.sum(), parameters, allow_unused=True)
         lm.train(was_training)
         self.top.train(was_training)
@@ -129,28 +125,24 @@ class ValueBranch(nn.Module):
 
 
 class Policy(nn.Module):
-    """A language model as the one trained module of an algorithm without values: DDP and DeepSpeed act in the
-    forward pass of what they wrap."""
+    """The one trained module of an algorithm without values.
+
+    It wraps a language model because DDP and DeepSpeed act in the forward pass of the module that they wrap.
+    """
 
     def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__()
         self.lm = lm
 
-    def forward(
-        self,
-        input_ids: Int[Tensor, "B T"],
-        attention_mask: AttentionMask,
-        chosen: Chosen,
-        position_ids: Int[Tensor, "B T"] | None = None,
-    ) -> Float[Tensor, "N R V"]:
-        """See `response_logits`."""
-        return response_logits(self.lm, input_ids, attention_mask, chosen, position_ids)
+    def forward(self, inputs: ForwardInputs) -> Float[Tensor, "N R V"]:
+        """Logits of the response positions."""
+        return response_logits(self.lm, inputs)
 
 
 class PolicyWithValue(nn.Module):
     """The one trained module of PPO: language model and value head on a shared trunk.
 
-    num_value_layers: top blocks that the value function has for itself, see `ValueBranch`; 0 shares them all.
+    num_value_layers: top blocks of the value function alone, see `ValueBranch`; 0 shares all blocks.
     """
 
     def __init__(self, lm: PreTrainedModel, *, num_value_layers: int = 0) -> None:
@@ -159,116 +151,103 @@ class PolicyWithValue(nn.Module):
         self.value_branch = ValueBranch(lm, num_value_layers) if num_value_layers else None
         self.value_head = ValueHead(_head_width(lm)).to(head_dtype(lm.dtype))
 
-    def forward(
-        self,
-        input_ids: Int[Tensor, "B T"],
-        attention_mask: AttentionMask,
-        chosen: Chosen,
-        position_ids: Int[Tensor, "B T"] | None = None,
-    ) -> PolicyOutput:
+    def forward(self, inputs: ForwardInputs) -> PolicyOutput:
         """Logits and values of the response positions."""
-        inputs = (input_ids, attention_mask, chosen, position_ids)
         if self.value_branch is None:
-            logits, states = response_logits_and_states(self.lm, *inputs)
+            logits, states = response_logits_and_states(self.lm, inputs)
         else:
             with self.value_branch.recording():
-                logits = response_logits(self.lm, *inputs)
-            states = self.value_branch(*inputs)
+                logits = response_logits(self.lm, inputs)
+            states = self.value_branch(inputs)
         return PolicyOutput(logits, self.value_head(states))
 
     def head_tensors(self) -> dict[str, Tensor]:
-        """All but the language model, for `heads.safetensors`."""
+        """Weights beside the language model's, for `heads.safetensors`."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith("lm.")}
 
 
-def response_logits(
-    lm: PreTrainedModel,
-    input_ids: Int[Tensor, "B T"],
-    attention_mask: AttentionMask,
-    chosen: Chosen,
-    position_ids: Int[Tensor, "B T"] | None = None,
-) -> Float[Tensor, "N R V"]:
+def response_logits(lm: PreTrainedModel, inputs: ForwardInputs) -> Float[Tensor, "N R V"]:
     """Logits that chose each response token; the head runs on those positions only.
 
-    The encoder of an encoder-decoder reads the prompt, its decoder the response. position_ids: of packed
-    rows, and of those only.
+    The encoder of an encoder-decoder reads the prompt, its decoder the response.
     """
-    if isinstance(chosen, Tensor):
-        return _packed_logits_and_states(lm, input_ids, attention_mask, chosen, position_ids)[0]
-    inputs, chosen_at = _inputs(lm, input_ids, attention_mask, chosen)
-    return lm(**inputs, use_cache=False).logits[:, chosen_at]
+    input_ids, attention_mask, positions, position_ids = inputs
+    if isinstance(positions, Tensor):
+        return _packed_logits_and_states(lm, input_ids, attention_mask, positions, position_ids)[0]
+    arguments, columns = _padded_arguments(lm, input_ids, attention_mask, positions)
+    return lm(**arguments, use_cache=False).logits[:, columns]
 
 
 def response_logits_and_states(
-    lm: PreTrainedModel,
-    input_ids: Int[Tensor, "B T"],
-    attention_mask: AttentionMask,
-    chosen: Chosen,
-    position_ids: Int[Tensor, "B T"] | None = None,
+    lm: PreTrainedModel, inputs: ForwardInputs
 ) -> tuple[Float[Tensor, "N R V"], Float[Tensor, "N R D"]]:
-    """As `response_logits`, with the hidden states that these logits were computed from."""
-    if isinstance(chosen, Tensor):
-        return _packed_logits_and_states(lm, input_ids, attention_mask, chosen, position_ids)
-    inputs, chosen_at = _inputs(lm, input_ids, attention_mask, chosen)
+    """Logits as of `response_logits`, and the hidden states that they were computed from."""
+    input_ids, attention_mask, positions, position_ids = inputs
+    if isinstance(positions, Tensor):
+        return _packed_logits_and_states(lm, input_ids, attention_mask, positions, position_ids)
+    arguments, columns = _padded_arguments(lm, input_ids, attention_mask, positions)
     with captured_head_input(lm) as captured:
-        logits = lm(**inputs, use_cache=False).logits
-    return logits[:, chosen_at], captured[0][:, chosen_at]
+        logits = lm(**arguments, use_cache=False).logits
+    return logits[:, columns], captured[0][:, columns]
 
 
 def _packed_logits_and_states(
     lm: PreTrainedModel,
     input_ids: Int[Tensor, "B T"],
     attention_mask: Bool[Tensor, "B 1 T T"] | None,
-    chosen: Int[Tensor, " K"],
+    positions: Int[Tensor, " K"],
     position_ids: Int[Tensor, "B T"] | None,
 ) -> tuple[Float[Tensor, "1 K V"], Float[Tensor, "1 K D"]]:
     assert position_ids is not None, "packed rows have positions"
-    told = attention_inputs(lm, attention_mask, position_ids)
-    with captured_head_input(lm, chosen) as captured:
-        output = lm(input_ids=input_ids, position_ids=position_ids, use_cache=False, **told)
+    attention = attention_inputs(lm, attention_mask, position_ids)
+    with captured_head_input(lm, positions) as captured:
+        output = lm(input_ids=input_ids, position_ids=position_ids, use_cache=False, **attention)
     return output.logits, captured[0]
 
 
-def _inputs(
-    lm: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, num_response: int
+def _padded_arguments(
+    lm: PreTrainedModel,
+    input_ids: Int[Tensor, "B T"],
+    attention_mask: Bool[Tensor, "B T"] | None,
+    num_response: int,
 ) -> tuple[dict[str, Any], slice]:
-    """What `lm` takes for a `prompt | response` batch, and which positions of its output choose the response.
+    """Arguments of `lm` for a `prompt | response` batch, and the columns of its output to read.
 
-    Here alone decoders and encoder-decoders differ.
+    Only this function tells decoders and encoder-decoders apart.
     """
     assert attention_mask is not None, "padded rows have a mask"
     if not lm.config.is_encoder_decoder:
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long()}
+        arguments = {"input_ids": input_ids, "attention_mask": attention_mask.long()}
         # Models with relative positions take no `position_ids`: they see the padding in the mask.
         optional = {"position_ids": position_ids(attention_mask), "logits_to_keep": num_response + 1}
         known = inspect.signature(lm.forward).parameters
-        inputs |= {name: value for name, value in optional.items() if name in known}
-        return inputs, slice(-num_response - 1, -1)
+        arguments |= {name: value for name, value in optional.items() if name in known}
+        return arguments, slice(-num_response - 1, -1)
     response, is_real = input_ids[:, -num_response:], attention_mask[:, -num_response:].long()
     start = torch.full_like(response[:, :1], int(lm.config.decoder_start_token_id))
-    inputs = {
+    arguments = {
         "input_ids": input_ids[:, :-num_response],
         "attention_mask": attention_mask[:, :-num_response].long(),
         "decoder_input_ids": torch.cat([start, response[:, :-1]], dim=1),
         "decoder_attention_mask": torch.cat([torch.ones_like(start), is_real[:, :-1]], dim=1),
     }
-    return inputs, slice(None)
+    return arguments, slice(None)
 
 
 @contextmanager
 def captured_head_input(
-    lm: PreTrainedModel, chosen: Int[Tensor, " K"] | None = None
+    lm: PreTrainedModel, positions: Int[Tensor, " K"] | None = None
 ) -> Iterator[list[Tensor]]:
-    """Collect what the language-model head reads: the trunk's last hidden states, final norm included.
+    """Collect the inputs of the language-model head: the trunk's last hidden states, final norm included.
 
-    Reading them here instead of through `output_hidden_states` keeps one layer's states instead of all.
+    `output_hidden_states` would keep the states of all layers instead of one.
 
-    chosen: places among all positions of all rows; the head then reads [1, K, D] of these alone.
+    positions: indices into the positions of all rows; the head then reads these states alone, [1, K, D].
     """
     captured: list[Tensor] = []
 
     def capture(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        states = args[0] if chosen is None else args[0].flatten(0, 1)[chosen].unsqueeze(0)
+        states = args[0] if positions is None else args[0].flatten(0, 1)[positions].unsqueeze(0)
         captured.append(states)
         return (states, *args[1:])
 
@@ -287,20 +266,17 @@ def _head(lm: PreTrainedModel) -> nn.Module:
 
 
 def _head_width(lm: PreTrainedModel) -> int:
-    """Size of the states that the head reads, which is not everywhere that of the blocks."""
+    """Size of the states that the head reads; some architectures have blocks of another width."""
     return int(_head(lm).weight.shape[1])  # pyright: ignore[reportArgumentType, reportCallIssue, reportAttributeAccessIssue, reportIndexIssue]
 
 
 def _embeddings_outside(lm: PreTrainedModel, layers: nn.ModuleList) -> dict[str, nn.Module]:
-    """Where a decoder looks tokens and positions up, by name; a block may have embeddings of its own."""
-    found: dict[str, nn.Module] = {}
-    inside = tuple(f"{name}." for name in (name_of(lm, layers), *_encoder_name(lm)))
+    """Embeddings of tokens and positions by name; those inside a block, or of an encoder, are left out."""
+    outside: dict[str, nn.Module] = {}
+    excluded = [layers, lm.get_encoder()] if lm.config.is_encoder_decoder else [layers]
+    prefixes = tuple(f"{name_of(lm, module)}." for module in excluded)
     for name, module in lm.named_modules(remove_duplicate=False):
-        within = name.startswith((*inside, *(f"{outer}." for outer in found)))
-        if not within and isinstance(base_of(module), nn.Embedding):
-            found[name] = module
-    return found
-
-
-def _encoder_name(lm: PreTrainedModel) -> list[str]:
-    return [name_of(lm, lm.get_encoder())] if lm.config.is_encoder_decoder else []
+        is_inside = name.startswith((*prefixes, *(f"{outer}." for outer in outside)))
+        if not is_inside and isinstance(base_of(module), nn.Embedding):
+            outside[name] = module
+    return outside

@@ -1,4 +1,4 @@
-"""The engine that a run's section `rollout` names, in one place for all trainers that learn from rewards."""
+"""The engine that the section `rollout` names, for all trainers that learn from rewards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from conch.distributed.train_engine import TrainEngine
 from conch.errors import ConfigError
 from conch.models.adapter import adapted_and_shared
 from conch.rollouts.hf.engine import HFEngine
-from conch.rollouts.remote.engine import ServedEngine
+from conch.rollouts.remote.engine import RemoteEngine
 from conch.rollouts.remote.pool import ServerPool
 from conch.rollouts.vllm.build import check_installed
 from conch.types import RolloutEngine
@@ -23,19 +23,22 @@ _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_sampling(config: RolloutConfig) -> None:
-    """Say before long work what can be known of sampling without the model.
+    """Check what can be checked of sampling before the model is loaded.
 
     Raises:
-        ConfigError: vLLM is asked for in this process, and is absent or of another version than Conch knows.
+        ConfigError: vLLM is to run in this process, and is absent or of a release that Conch does not know.
     """
     if config.engine == "vllm" and config.urls is None:
         check_installed()
 
 
-class Samplers:
-    """Gives a `RolloutEngine` for a generation config; what they share is made once, with the first.
+class RolloutEngineFactory:
+    """Makes a `RolloutEngine` for a generation config.
 
-    lm: the policy's language model, asked for whenever it is used. version: number of updates it has seen.
+    All engines of a run share one vLLM, or one pool of servers, which is started with the first.
+
+    lm: gives the policy's language model, called whenever its weights are needed.
+    version: gives the number of updates that the policy has seen.
     """
 
     def __init__(
@@ -54,10 +57,10 @@ class Samplers:
         self._shared: Any = None
 
     def __call__(self, generation: GenerationConfig) -> RolloutEngine:
-        """Called on all ranks together.
+        """Make an engine. All ranks call it together.
 
         Raises:
-            ConchError: on all ranks, where vLLM cannot do what is asked for.
+            ConchError: on all ranks, where vLLM cannot run what the settings name.
         """
         if self._config.engine == "hf":
             autocast = self._engine.autocast
@@ -68,7 +71,7 @@ class Samplers:
             self._engine.collectives.run_on_all_ranks(start)
         if isinstance(self._shared, ServerPool):
             deadline_s = self._config.deadline_s
-            return ServedEngine(
+            return RemoteEngine(
                 self._shared, self._tokenizer, generation, version=self._version, deadline_s=deadline_s
             )
         assert self._shared is not None
@@ -87,26 +90,26 @@ class Samplers:
     def _start_vllm(self) -> None:
         from conch.rollouts.vllm.engine import ColocatedVLLM
 
-        several = self._engine.collectives.num_ranks > 1
-        self._shared = ColocatedVLLM(self._lm, self._config, self._dtype(), several=several)
+        several_ranks = self._engine.collectives.num_ranks > 1
+        self._shared = ColocatedVLLM(self._lm, self._config, self._dtype(), several_ranks=several_ranks)
 
     def _start_pool(self) -> None:
         self._shared = ServerPool(
             self._config,
             self._lm,
             source=self._engine.collectives.broadcast(uuid4().hex),
-            sends=self._engine.collectives.is_main,
+            sends_weights=self._engine.collectives.is_main,
         )
         self._shared.check()
 
     def _dtype(self) -> torch.dtype:
-        """As `rollout.dtype` says; `auto` is what the policy's forward passes run in."""
+        """dtype that `rollout.dtype` names; `auto` is that of the policy's forward passes."""
         if self._config.dtype != "auto":
             return getattr(torch, self._config.dtype)
         return _PRECISIONS.get(self._engine.precision, self._lm().dtype)
 
     def close(self) -> None:
-        """Give back what sampling holds."""
+        """Shut vLLM down, or leave the servers."""
         if self._shared is not None:
             self._shared.close()
             self._shared = None

@@ -1,4 +1,4 @@
-"""Prompts that leave room for a completion in the window of the model."""
+"""Prompts that leave room for a completion in the model's window."""
 
 from __future__ import annotations
 
@@ -21,39 +21,41 @@ def tokenize_prompts(
     model: PreTrainedModel,
     generation: GenerationConfig,
     lengths: DataConfig | None = None,
-    window: int | None = None,
+    max_model_len: int | None = None,
 ) -> list[Prompt]:
-    """Prompts that leave room in the model's window for the longest completion.
+    """Tokenize prompts so that each leaves room for the longest completion.
 
-    lengths: which prompts to leave out for their length. window: the sampler's own, in tokens.
+    lengths: which prompts to leave out for their length.
+    max_model_len: the sampler's limit on prompt and completion together, in tokens.
 
     Raises:
-        ConfigError, DataError: see `room_for_prompts` and `conch.data.prompts.make_prompts`.
+        ConfigError, DataError: see `longest_prompt` and `conch.data.prompts.make_prompts`.
     """
-    room = room_for_prompts(model, generation, window)
-    return make_prompts(prompts, tokenizer, config, max_tokens=room, lengths=lengths)
+    max_tokens = longest_prompt(model, generation, max_model_len)
+    return make_prompts(prompts, tokenizer, config, max_tokens=max_tokens, lengths=lengths)
 
 
-def room_for_prompts(
-    model: PreTrainedModel, generation: GenerationConfig, sampler_window: int | None = None
+def longest_prompt(
+    model: PreTrainedModel, generation: GenerationConfig, max_model_len: int | None = None
 ) -> int | None:
-    """Tokens that the model's window, or the sampler's where it is shorter, leaves for a prompt; None where
-    there is no limit.
+    """Tokens that the longest completion leaves for a prompt; None where there is no limit.
+
+    max_model_len: the sampler's limit, where it is below the model's window.
 
     Raises:
-        ConfigError: none are left, or the sampler's window is longer than the model's.
+        ConfigError: no token is left, or `max_model_len` exceeds the model's window.
     """
     window = context_window(model.config)
-    if window is not None and sampler_window is not None and sampler_window > window:
+    if window is not None and max_model_len is not None and max_model_len > window:
         raise ConfigError(
-            f"`rollout.window` = {sampler_window} is longer than the model's window of {window} tokens"
+            f"`rollout.max_model_len` = {max_model_len} is longer than the model's window of {window} tokens"
         )
-    window = sampler_window or window
-    if window is None:
+    limit = max_model_len or window
+    if limit is None:
         return None
-    if window <= generation.max_new_tokens:
+    if limit <= generation.max_new_tokens:
         raise ConfigError(
             f"`generation.max_new_tokens` = {generation.max_new_tokens} leaves no room for a prompt in the "
-            f"model's window of {window} tokens"
+            f"model's window of {limit} tokens"
         )
-    return window - generation.max_new_tokens
+    return limit - generation.max_new_tokens

@@ -1,10 +1,11 @@
-"""What trainers and rollout servers say to each other, as JSON over HTTP.
+"""Messages between trainers and rollout servers, as JSON over HTTP.
 
     GET  /health     -> Health
-    POST /weights    Given -> Health, once the weights are in
-    POST /generate   Asked -> one line of JSON for each completion, as it ends: Line
+    POST /weights    WeightUpdate -> Health, once the weights are loaded
+    POST /generate   GenerateRequest -> a line of JSON for each completion, as it ends: CompletionReply
 
-A server refuses with `{"detail": one sentence}`: 400 what it can never do, 409 weights that it does not hold.
+A server refuses with `{"detail": one sentence}`: 400 for what it can never do, 409 for weights that it does
+not hold.
 """
 
 from __future__ import annotations
@@ -18,45 +19,54 @@ from conch.types import FinishReason
 
 
 class WeightVersion(Section):
-    """Which weights. source: the run that they are of. version: updates that its policy had seen."""
+    """Identity of a policy's weights.
+
+    source: the run that trains the policy.
+    version: updates that the policy has seen.
+    """
 
     source: str
     version: int
 
 
-HIGHEST_RANK = 512
-"""Of an adapter that vLLM can be told to make room for."""
+MAX_LORA_RANK = 512
+"""Highest rank of an adapter that vLLM can be started for."""
 
 
-class LoraRoom(Section):
-    """What of an adapter vLLM can take. rank: the highest. modules: last parts of the names of the layers
-    that it may be on."""
+class LoraCapacity(Section):
+    """Adapters that an engine of vLLM can take.
+
+    rank: highest rank.
+    modules: last parts of the names of the layers that an adapter may be on.
+    """
 
     rank: int
     modules: tuple[str, ...]
 
 
 class Health(Section):
-    """A server that can be asked.
+    """State of a server that answers.
 
-    stamp: None before it was given any weights.
-    window: longest prompt and completion together, in tokens. max_num_seqs: completions sampled at once.
-    workers: processes that each hold a part of the weights. device: `cpu` or `cuda`.
-    lora: None where it takes no adapter. base: the run whose base it holds, for its adapters; None where it
-        holds none.
+    weights: version that it samples from; None before it has any.
+    max_model_len: longest prompt and completion together, in tokens.
+    max_num_seqs: completions sampled at once.
+    workers: processes that each hold a part of the weights.
+    device: `cpu` or `cuda`.
+    lora: adapters that it can take; None where it takes none.
+    base: run whose base weights it holds, for that run's adapters; None where it holds none.
     """
 
-    stamp: WeightVersion | None
-    window: int
+    weights: WeightVersion | None
+    max_model_len: int
     max_num_seqs: int
     workers: int
     device: str
-    lora: LoraRoom | None = None
+    lora: LoraCapacity | None = None
     base: str | None = None
 
 
 class TensorSpec(Section):
-    """A tensor that is to come. dtype: its name in torch."""
+    """Name, dtype (as torch names it) and shape of a tensor that is going to be broadcast."""
 
     name: str
     dtype: str
@@ -64,18 +74,24 @@ class TensorSpec(Section):
 
 
 Part = Literal["whole", "base", "adapter"]
-"""Of a policy: all of its weights; those that its adapter adds to, which never change; or the adapter."""
+"""Part of a policy's weights: all; those that its adapter adds to, which never change; the adapter."""
 
 
 class WeightUpdate(Section):
-    """New weights. A base cannot be sampled from before an adapter has come; an adapter is refused (409) by a
-    server that does not hold the base of its source.
+    """New weights for a server.
 
-    path: a safetensors file that server and trainer both see; or else host, port, backend: of the group that
-        the tensors are broadcast in, in their order.
+    A base cannot be sampled from before an adapter has come. A server that does not hold the base of the same
+    source refuses an adapter (409).
+
+    weights: version of these weights.
+    part: which of the policy's weights they are.
+    path: safetensors file that server and trainer both see; None where the tensors are broadcast.
+    host, port: address of the store in which the members of the broadcast meet.
+    backend: of the broadcast.
+    tensors: what is broadcast, in this order.
     """
 
-    stamp: WeightVersion
+    weights: WeightVersion
     part: Part = "whole"
     path: str | None = None
     host: str = ""
@@ -85,28 +101,40 @@ class WeightUpdate(Section):
 
 
 class PromptRequest(Section):
-    """Completions of one prompt, one for each seed."""
+    """Request for completions of one prompt, one for each seed."""
 
     token_ids: tuple[int, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(min_length=1)
 
 
 class GenerateRequest(Section):
-    """Completions of several prompts, all from these weights. eos_id: ends one, by the asker's tokenizer."""
+    """Request for completions of several prompts.
 
-    stamp: WeightVersion
+    weights: version that all of them are sampled from; a server that holds another refuses (409).
+    generation: sampling settings.
+    greedy: takes the likeliest tokens.
+    eos_id: token that ends a completion, by the trainer's tokenizer.
+    prompts: at least one.
+    """
+
+    weights: WeightVersion
     generation: GenerationConfig
     greedy: bool
     eos_id: int
-    wanted: tuple[PromptRequest, ...] = Field(min_length=1)
+    prompts: tuple[PromptRequest, ...] = Field(min_length=1)
 
 
 class CompletionReply(Section):
-    """A completion. prompt, sample: its places in `wanted` and in the seeds there. version: of the weights
-    that made it."""
+    """One completion.
 
-    prompt: int
-    sample: int
+    prompt_index: index into `GenerateRequest.prompts`.
+    seed_index: index into the seeds of that prompt.
+    token_ids, logprobs, text, finish_reason: see `conch.types.Completion`.
+    version: of the weights that it was sampled from.
+    """
+
+    prompt_index: int
+    seed_index: int
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     text: str

@@ -1,4 +1,4 @@
-"""Where a completion ends, and what becomes of its ids: the same for every engine that is handed ids."""
+"""Where a completion ends, and the `Completion` made of its ids: one rule for every engine."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Decode = Callable[[Sequence[int]], str]
 
 
 class StopCondition:
-    """The rule of one tokenizer and one set of stop strings.
+    """Decides where a completion ends, for one tokenizer and one set of stop strings.
 
-    It reads text without special tokens, as `Completion.text` has it, and of responses alone: a stop string
-    that begins in the prompt does not count, unlike with the criterion of `transformers`.
+    It reads the response's text without special tokens, as in `Completion.text`. Unlike with the criterion of
+    `transformers`, a stop string that begins in the prompt does not count.
 
-    eos_id: ends a completion, and stays in it.
+    eos_id: token that ends a completion, and stays in it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
@@ -29,12 +29,12 @@ class StopCondition:
         self.eos_id = int(tokenizer.eos_token_id)  # pyright: ignore[reportArgumentType]
 
     @property
-    def watches(self) -> bool:
-        """True where `reached` must be asked after each token."""
+    def has_stop_strings(self) -> bool:
+        """True where there are stop strings, so that `reached` must be called after each token."""
         return bool(self._stop)
 
     def reached(self, ids: list[int]) -> bool:
-        """True once a stop string stands in the text of these sampled ids."""
+        """True once the text of these sampled ids contains a stop string."""
         if not self._stop:
             return False
         # A look at the tail first: decoding all of a long response at each of its tokens would be quadratic.
@@ -42,9 +42,9 @@ class StopCondition:
         return near and contains_any(self._decode(ids), self._stop)
 
     def completion(self, ids: Sequence[int], logprobs: Sequence[float]) -> Completion:
-        """What the sampled ids come to; what follows their end is cut off, whatever it is."""
-        kept, reason = cut_at_end(list(ids), self.eos_id, self._stop, self._decode)
-        return Completion(self._decode(kept), tuple(kept), tuple(logprobs[: len(kept)]), reason)
+        """Completion of the sampled ids; whatever follows its end is cut off."""
+        response, reason = cut_at_end(list(ids), self.eos_id, self._stop, self._decode)
+        return Completion(self._decode(response), tuple(response), tuple(logprobs[: len(response)]), reason)
 
     def _decode(self, ids: Sequence[int]) -> str:
         text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -54,9 +54,9 @@ class StopCondition:
 def cut_at_end(
     ids: list[int], eos_token_id: int, stop: Sequence[str], decode: Decode
 ) -> tuple[list[int], FinishReason]:
-    """Drop what follows the first eos (kept) or the first stop string (cut off), and say why the text ends.
+    """Cut ids behind the first eos, which stays, or before the first stop string, and give the finish reason.
 
-    A token that holds the beginning of a stop string goes with it, so ids and text stay aligned.
+    A token that holds the beginning of a stop string is cut off with it, so that ids and text stay aligned.
     """
     reason: FinishReason = "length"
     if eos_token_id in ids:
@@ -65,12 +65,12 @@ def cut_at_end(
     if not contains_any(text, stop):
         return ids, reason
     start = min(text.find(string) for string in stop if string in text)
-    keep = bisect_left(range(len(ids)), True, key=lambda n: contains_any(decode(ids[:n]), stop))
-    while keep > 0 and len(decode(ids[:keep])) > start:
-        keep -= 1
-    return ids[:keep], "stop"
+    length = bisect_left(range(len(ids)), True, key=lambda n: contains_any(decode(ids[:n]), stop))
+    while length > 0 and len(decode(ids[:length])) > start:
+        length -= 1
+    return ids[:length], "stop"
 
 
 def contains_any(text: str, strings: Sequence[str]) -> bool:
-    """True where one of `strings` stands in `text`."""
+    """True where `text` contains one of `strings`."""
     return any(string in text for string in strings)

@@ -1,7 +1,8 @@
-"""The policy's weights under the names of a Hugging Face checkpoint, and their ways to servers: a broadcast,
-or a file in shared memory.
+"""Send the policy's weights to vLLM: which weights, under which names, and on which way.
 
-A policy's LoRA adapter handed over by itself, on a base that whoever samples was given once.
+`WeightSource` decides whether all weights go, with a LoRA adapter merged in, or the base once and then the
+adapter alone. Tensors have the names of a Hugging Face checkpoint. They travel to servers in a broadcast
+(`BroadcastGroup`) or in a file in shared memory (`SharedFile`).
 """
 
 from __future__ import annotations
@@ -31,41 +32,53 @@ from transformers.core_model_loading import revert_weight_conversion
 from conch.errors import RolloutError, RolloutUnavailableError
 from conch.log import get_logger
 from conch.models.adapter import ADAPTER_NAME, has_adapter
-from conch.rollouts.protocol import HIGHEST_RANK, LoraRoom, Part, TensorSpec
+from conch.rollouts.protocol import MAX_LORA_RANK, LoraCapacity, Part, TensorSpec
+
+_log = get_logger(__name__)
 
 SHARED_MEMORY = Path("/dev/shm")
 _JOINED = "joined"
 _CPU = torch.device("cpu")
+_MERGED_BY_CHOICE = "`rollout.merge_adapter` is true, or left out in a process on a CPU"
 
 
 @torch.no_grad()
 def checkpoint_tensors(lm: PreTrainedModel, *, merged: bool = True) -> dict[str, Tensor]:
-    """Names and weights as in the model's checkpoint: tied ones once, an adapter merged in, or left out.
+    """Names and weights as in the model's checkpoint; tied weights once.
 
-    Nothing is copied but what an adapter changes, or what a checkpoint stores in another shape.
+    Tensors are those of the model; copied are only those that an adapter changes, or that a checkpoint stores
+    in another shape.
+
+    merged: True merges an adapter in, False leaves it out.
     """
-    own = {
+    tensors = {
         plain: _with_adapter(lm, name, tensor.detach()) if merged else tensor.detach()
-        for plain, name, tensor in _distinct(lm)
+        for plain, name, tensor in _distinct_tensors(lm)
     }
-    return revert_weight_conversion(lm, own)
+    return revert_weight_conversion(lm, tensors)
 
 
 def checkpoint_names(lm: PreTrainedModel) -> set[str]:
-    """The names of `checkpoint_tensors`. No weight is read, so they need not be whole."""
-    # Of its shape is what a checkpoint cuts up, experts that a model holds fused: ZeRO-3 leaves a parameter
-    # without its own, and notes it.
+    """Names of `checkpoint_tensors`. Reads no weight, so ZeRO-3 may hold them in shards."""
+    # The shape decides into how many tensors a checkpoint splits fused experts. ZeRO-3 leaves a parameter
+    # without its shape, and notes it in `ds_shape`.
     shapes = {
         plain: torch.empty(getattr(tensor, "ds_shape", tensor.shape), device="meta")
-        for plain, _, tensor in _distinct(lm)
+        for plain, _, tensor in _distinct_tensors(lm)
     }
     return set(revert_weight_conversion(lm, shapes))
 
 
-def _distinct(lm: PreTrainedModel) -> Iterator[tuple[str, str, Tensor]]:
-    """Each tensor with its plain name and its own, under the first of its names, which is that of the
-    embeddings where the head is tied."""
-    unsaved = {f"{prefix}.{name}".lstrip(".") for prefix, name in _unsaved_buffers(lm)}
+def _distinct_tensors(lm: PreTrainedModel) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield each saved tensor once: its name without peft's layers, its name in the model, and the tensor.
+
+    A tied tensor has the first of its names, that of the embeddings.
+    """
+    unsaved = {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in lm.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
     seen: set[int] = set()
     for name, tensor in [*lm.named_parameters(), *lm.named_buffers()]:
         plain = _plain_name(name)
@@ -75,20 +88,15 @@ def _distinct(lm: PreTrainedModel) -> Iterator[tuple[str, str, Tensor]]:
         yield plain, name, tensor
 
 
-def _unsaved_buffers(lm: nn.Module) -> Iterator[tuple[str, str]]:
-    for prefix, module in lm.named_modules():
-        yield from ((prefix, name) for name in module._non_persistent_buffers_set)
-
-
 def _plain_name(name: str) -> str | None:
-    """The name that a tensor has without peft's layers around it; None for what is peft's own."""
+    """The name of a tensor without peft's layers around it; None for a tensor of peft's own."""
     if any(part.startswith("lora_") for part in name.split(".")) or ".original_module." in name:
         return None
     return name.replace(".base_layer.", ".").replace(f".modules_to_save.{ADAPTER_NAME}.", ".")
 
 
 def _with_adapter(lm: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """`tensor` as peft's `merge` would leave it."""
+    """`tensor` with the adapter's part added, as peft's `merge` would leave it."""
     owner, _, kind = name.rpartition(".")
     if not owner.endswith(".base_layer"):
         return tensor
@@ -104,11 +112,11 @@ def _with_adapter(lm: nn.Module, name: str, tensor: Tensor) -> Tensor:
     return tensor + layer.get_delta_weight(ADAPTER_NAME).to(tensor.dtype)  # pyright: ignore[reportCallIssue]
 
 
-# ------------------------------------------------------------------------------------------------- to servers
+# ------------------------------------------------------------------------------------------------- transports
 
 
-def specs_of(tensors: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
-    """What a receiver must know before the tensors come."""
+def tensor_specs(tensors: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
+    """Name, dtype and shape of each tensor, for the receiver of a broadcast."""
     return tuple(
         TensorSpec(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
         for name, tensor in tensors.items()
@@ -116,7 +124,10 @@ def specs_of(tensors: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
 
 
 class SharedFile:
-    """One safetensors file in shared memory, which holds the latest weights that were written."""
+    """A safetensors file in shared memory with the latest weights; each version has a file name of its own.
+
+    source: name of the run, part of the folder's name.
+    """
 
     def __init__(self, source: str) -> None:
         self._folder = SHARED_MEMORY / f"conch-{source}"
@@ -124,18 +135,20 @@ class SharedFile:
         self._lock = threading.Lock()
 
     def path(self, version: int, tensors: Callable[[], Mapping[str, Tensor]]) -> Path:
-        """The file with this version's weights, which are asked for where it is not there yet.
+        """The file with this version's weights; it is written first where it does not exist.
+
+        tensors: gives the weights, called only where the file is to be written.
 
         Raises:
-            RolloutError: shared memory is full, or there is none.
+            RolloutError: shared memory is full or absent.
         """
         file = self._folder / f"{version}.safetensors"
         with self._lock:
             if self._version != version:
                 try:
                     self._folder.mkdir(exist_ok=True)
-                    self._forget()
-                    save_file({name: each.contiguous() for name, each in tensors().items()}, file)
+                    self._delete_files()
+                    save_file({name: tensor.contiguous() for name, tensor in tensors().items()}, file)
                 except (OSError, SafetensorError) as error:
                     raise RolloutError(
                         f"the weights cannot be written to {self._folder}: {error}; make room there, or set "
@@ -144,30 +157,34 @@ class SharedFile:
                 self._version = version
         return file
 
-    def _forget(self) -> None:
+    def _delete_files(self) -> None:
         for old in self._folder.glob("*.safetensors"):
             old.unlink()
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Delete file and folder."""
         if self._folder.is_dir():
-            self._forget()
+            self._delete_files()
             self._folder.rmdir()
 
 
 def open_store(host: str, timeout_s: float) -> TCPStore:
-    """Where a group's members find each other; listens on a port of its own at this address of ours."""
+    """Start the store in which a group's members meet, on a free port.
+
+    host: address of this machine, as the members reach it.
+    """
     timeout = timedelta(seconds=timeout_s)
     return TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
 
 
 def join(store: TCPStore) -> None:
-    """Say that this process comes to the group."""
+    """Count this process among the members that have come; see `wait_for_members`."""
     store.add(_JOINED, 1)
 
 
 def wait_for_members(store: TCPStore, count: int, is_over: Callable[[], bool], timeout_s: float) -> bool:
-    """True once so many have said that they come; False where they will not, or take too long."""
+    """True once `count` members have called `join`; False where `is_over` says that they never will, or
+    after `timeout_s`."""
     end = time.monotonic() + timeout_s
     while store.add(_JOINED, 0) < count:
         if is_over() or time.monotonic() > end:
@@ -176,13 +193,13 @@ def wait_for_members(store: TCPStore, count: int, is_over: Callable[[], bool], t
     return True
 
 
-class Group:
-    """A process group beside torch's own, of the trainer (rank 0) and one server's workers.
+class BroadcastGroup:
+    """A process group of the trainer (rank 0) and one server's workers, beside torch's default group.
 
-    address: of this process, as the others reach it.
+    address: of this process, as the other members reach it.
 
     Raises:
-        RolloutError: the others did not come.
+        RolloutError: from the constructor: the other members did not come.
     """
 
     def __init__(
@@ -200,20 +217,20 @@ class Group:
             raise RolloutError(f"no {backend} group for the weights: {_first_line(error)}") from error
 
     def send(self, tensors: Iterable[Tensor]) -> None:
-        """Broadcast them, one after the other."""
+        """Broadcast tensors, one after the other."""
         for tensor in tensors:
             self._broadcast(tensor.to(self._device).contiguous())
 
     def receive(self, specs: Iterable[TensorSpec]) -> Iterator[tuple[str, Tensor]]:
-        """What rank 0 sends."""
+        """Yield names and tensors as rank 0 sends them."""
         for spec in specs:
             tensor = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=self._device)
             self._broadcast(tensor)
             yield spec.name, tensor
 
     def close(self) -> None:
-        """Leave: who still waits for a tensor gets an error, even where an exception that somebody keeps
-        holds on to this group."""
+        """Leave the group. A member that still waits for a tensor gets an error, even where an exception's
+        traceback keeps this object alive."""
         self._group = None
 
     def _broadcast(self, tensor: Tensor) -> None:
@@ -230,7 +247,7 @@ class Group:
 
 def _gloo(store: TCPStore, rank: int, size: int, timeout: timedelta, address: str) -> Any:
     options = torch.distributed.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
-    # By itself gloo takes the address that this machine's name stands for, which may lead nowhere.
+    # By default gloo takes the address that this machine's name resolves to, which may lead nowhere.
     options._devices = [torch.distributed.ProcessGroupGloo.create_device(hostname=address)]
     options._timeout = timeout
     return torch.distributed.ProcessGroupGloo(store, rank, size, options)
@@ -247,78 +264,82 @@ def _first_line(error: Exception) -> str:
 
 
 def address_towards(host: str, port: int) -> str:
-    """This machine's address on the way to another; nothing is sent."""
+    """This machine's address on the route to another machine. Sends nothing."""
     family = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family[0], socket.SOCK_DGRAM) as probe:
         probe.connect(family[4])
         return str(probe.getsockname()[0])
 
 
-_log = get_logger(__name__)
+class WeightSource:
+    """Weights of the policy for vLLM: all of them, or an adapter alone for a vLLM that holds its base.
 
-_BY_CHOICE = "`rollout.merge_adapter` is true, or left out in a process on a CPU"
-
-
-class Handover:
-    """What a policy hands over: all of its weights, or its adapter on a base that is there already.
-
-    lm: asked for whenever it is used; the first time here, where its adapter must be on. merge: True never
-        gives an adapter by itself.
+    lm: gives the policy, called whenever its weights are needed; the first time in the constructor, when its
+        adapter must be on.
+    merge: True always merges an adapter.
     """
 
     def __init__(self, lm: Callable[[], PreTrainedModel], *, merge: bool = False) -> None:
         self._lm = lm
-        self._never = _BY_CHOICE if merge else why_never_alone(lm())
-        self._reasons: dict[LoraRoom | None, str | None] = {}
+        self._always_merged = _MERGED_BY_CHOICE if merge else why_always_merged(lm())
+        self._reasons: dict[LoraCapacity | None, str | None] = {}
         self._lock = threading.Lock()
 
-    def room_wanted(self) -> LoraRoom | None:
-        """For an adapter that could go alone; None where the policy has none."""
-        if self._never is not None:
+    def required_lora(self) -> LoraCapacity | None:
+        """Capacity that vLLM needs for the adapter to go alone; None where it is merged, or there is none."""
+        if self._always_merged is not None:
             return None
         lm = self._lm()
         modules = {name.rpartition(".")[2] for name, _ in _lora_layers(lm)}
-        return LoraRoom(rank=_rank(lm), modules=tuple(sorted(modules)))
+        return LoraCapacity(rank=_rank(lm), modules=tuple(sorted(modules)))
 
-    def adapter_alone(self, room: LoraRoom | None) -> bool:
-        """True where the adapter goes alone into this room of vLLM's. Where it does not, the log says once
-        why. The answer stays what it was first."""
-        with self._lock:  # servers are given their weights in threads
-            if room not in self._reasons:
+    def sends_adapter_alone(self, capacity: LoraCapacity | None) -> bool:
+        """True where the adapter goes alone to a vLLM of this capacity, None meaning no adapters.
+
+        Logs once why it does not. The first answer stands for the whole run.
+        """
+        with self._lock:  # servers are sent their weights in threads
+            if capacity not in self._reasons:
                 lm = self._lm()
-                reason = self._reasons[room] = self._never or why_no_room(lm, room)
+                reason = self._always_merged or why_unsupported(lm, capacity)
+                self._reasons[capacity] = reason
                 if reason is not None and has_adapter(lm):
                     _log.info("vLLM gets the policy's weights whole, with the adapter merged in: %s", reason)
-            return self._reasons[room] is None
+            return self._reasons[capacity] is None
 
     def tensors(self, part: Part) -> dict[str, Tensor]:
-        """Names and weights, as `vllm_worker` takes them. They must be whole."""
+        """Names and weights as `conch.rollouts.vllm.worker` loads them. ZeRO-3 must have gathered them."""
         lm = self._lm()
         return adapter_tensors(lm) if part == "adapter" else checkpoint_tensors(lm, merged=part == "whole")
 
 
 @torch.no_grad()
 def adapter_tensors(lm: PreTrainedModel) -> dict[str, Tensor]:
-    """Both factors of each layer, as peft names them. What scales their product is in the second already, so
-    that nobody needs to know of alpha, of ranks by pattern or of rsLoRA."""
-    found: dict[str, Tensor] = {}
+    """Both factors of each layer, under peft's names.
+
+    The scale of their product is multiplied into the second factor, so that the receiver needs to know
+    neither alpha nor ranks by pattern nor rsLoRA.
+    """
+    tensors: dict[str, Tensor] = {}
     for name, layer in _lora_layers(lm):
         assert isinstance(layer, LoraLinear)
         first, second = layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight
         assert isinstance(first, Tensor) and isinstance(second, Tensor)
-        found[f"{name}.lora_A.weight"] = first.detach()
-        found[f"{name}.lora_B.weight"] = second.detach() * layer.scaling[ADAPTER_NAME]
-    return found
+        tensors[f"{name}.lora_A.weight"] = first.detach()
+        tensors[f"{name}.lora_B.weight"] = second.detach() * layer.scaling[ADAPTER_NAME]
+    return tensors
 
 
 def adapter_rank(tensors: Mapping[str, Tensor]) -> int:
-    """The highest rank among `adapter_tensors`."""
+    """Highest rank among the layers of `adapter_tensors`."""
     return max(len(tensor) for name, tensor in tensors.items() if name.endswith(".lora_A.weight"))
 
 
-def why_never_alone(lm: PreTrainedModel) -> str | None:
-    """Why the adapter can go alone into no vLLM, in words that end a sentence; None where it can. Reads no
-    weight. Of what is more than B A x beside a plain linear layer, vLLM would know nothing."""
+def why_always_merged(lm: PreTrainedModel) -> str | None:
+    """Why the adapter can go alone to no vLLM, as the end of a sentence; None where it can.
+
+    vLLM adds B A x to a plain linear layer, and knows nothing else. Reads no weight.
+    """
     if not has_adapter(lm):
         return "it has none"
     for name, parameter in lm.named_parameters():
@@ -328,11 +349,11 @@ def why_never_alone(lm: PreTrainedModel) -> str | None:
         reason = _why_special_layer(layer)
         if reason is not None:
             return f"{name} {reason}"
-    if _rank(lm) > HIGHEST_RANK:
-        return f"its rank of {_rank(lm)} is above {HIGHEST_RANK}, the highest that vLLM makes room for"
-    stored = checkpoint_names(lm)
+    if _rank(lm) > MAX_LORA_RANK:
+        return f"its rank of {_rank(lm)} is above {MAX_LORA_RANK}, the highest that vLLM makes room for"
+    names = checkpoint_names(lm)
     for name, _ in _lora_layers(lm):
-        if f"{name}.weight" not in stored:
+        if f"{name}.weight" not in names:
             return f"checkpoints have another name for {name}"
     return None
 
@@ -350,14 +371,16 @@ def _why_special_layer(layer: BaseTunerLayer) -> str | None:
     return None
 
 
-def why_no_room(lm: PreTrainedModel, room: LoraRoom | None) -> str | None:
-    """Why the adapter does not go into this room of vLLM's; None where it does."""
-    if room is None:
-        return f"vLLM has no LoRA for a {type(lm).__name__}, or its server was started with `lora_rank` = 0"
-    if _rank(lm) > room.rank:
-        return f"its rank of {_rank(lm)} is above the server's `lora_rank` of {room.rank}"
+def why_unsupported(lm: PreTrainedModel, capacity: LoraCapacity | None) -> str | None:
+    """Why a vLLM of this capacity cannot take the adapter, as the end of a sentence; None where it can."""
+    if capacity is None:
+        return (
+            f"vLLM has no LoRA for a {type(lm).__name__}, or its server was started with `max_lora_rank` = 0"
+        )
+    if _rank(lm) > capacity.rank:
+        return f"its rank of {_rank(lm)} is above the server's `max_lora_rank` of {capacity.rank}"
     for name, _ in _lora_layers(lm):
-        if name.rpartition(".")[2] not in room.modules:
+        if name.rpartition(".")[2] not in capacity.modules:
             return f"vLLM has no LoRA for {name} of a {type(lm).__name__}"
     return None
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from conch.data.rollout_batch import Sequences, take_rows
 from conch.distributed.train_engine import TrainEngine
-from conch.models.forward import BatchPacker, PackedBatch
+from conch.models.forward import BatchPacker, ForwardBatch
 from conch.models.reference import Reference
 from conch.ops import entropy
 from conch.training.setup import eval_mode
@@ -38,9 +38,9 @@ class LogprobOutputs:
     ref_logprobs: Float[Tensor, "B R"] | None = None
 
 
-def pack(packer: BatchPacker, sequences: Sequences) -> PackedBatch:
+def pack(packer: BatchPacker, sequences: Sequences) -> ForwardBatch:
     """Rows that the models read for these rollouts."""
-    return packer.rows(sequences.input_ids, sequences.attention_mask, sequences.num_response)
+    return packer.pack(sequences.input_ids, sequences.attention_mask, sequences.num_response)
 
 
 @torch.no_grad()
@@ -69,13 +69,13 @@ def logprob_outputs(
         with eval_mode(policy), engine.autocast():
             if policy_too:
                 with nullcontext() if reference is None else reference.recording():
-                    output = engine.module(*packed.inputs)
+                    output = engine.module(packed.inputs)
                 logits = output if isinstance(output, Tensor) else output.logits
                 logprobs = packed.logprobs(logits, temperature)
-                entropies = packed.of_samples(entropy(logits, temperature))
-                values = None if isinstance(output, Tensor) else packed.of_samples(output.values)
+                entropies = packed.unpack(entropy(logits, temperature))
+                values = None if isinstance(output, Tensor) else packed.unpack(output.values)
             if reference is not None:
-                ref_logprobs = packed.logprobs(reference.logits(*packed.inputs), temperature)
+                ref_logprobs = packed.logprobs(reference.logits(packed.inputs), temperature)
         columns.append((logprobs, entropies, values, ref_logprobs))
     return LogprobOutputs(sequences, *(_concatenated(column) for column in zip(*columns, strict=True)))
 

@@ -37,7 +37,7 @@ from conch.models.freezing import freeze_layers
 from conch.models.reference import Reference
 from conch.rewards.base import UserReward
 from conch.rewards.scorer import RewardScorer
-from conch.rollouts.factory import Samplers, check_sampling
+from conch.rollouts.factory import RolloutEngineFactory, check_sampling
 from conch.rollouts.prompts import tokenize_prompts
 from conch.runs.tracking import Tracker
 from conch.training.kl import mean_kl
@@ -128,7 +128,7 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         engine.prepare(module, config.optimizer, config.scheduler, total_updates=total_updates)
         with engine.gathered_weights():
             self.reference = self.make_reference()
-        self._make_sampler = Samplers(
+        self._make_sampler = RolloutEngineFactory(
             config.rollout, engine, self.tokenizer, lambda: self.lm, lambda: self.policy_version
         )
         self.sampler = self._make_sampler(config.generation)

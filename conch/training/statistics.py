@@ -64,42 +64,42 @@ def rollout_metrics(rollouts: Sequence[Rollout], sequences: Sequences, reduce: R
     }
 
 
-def logprob_gap(
+def logprob_diff(
     logprobs: Float[Tensor, "B R"], sequences: Sequences, reduce: Reduce, alarm: float | None = None
 ) -> float:
     """Distance of the sampler's log-probs from the trainer's: mean of absolute differences, nats a token.
 
-    alarm: see `warn_of_gap`.
+    alarm: see `warn_of_logprob_diff`.
     """
     distance = (logprobs - sequences.sampling_logprobs).abs()
     gap = float(masked_mean(distance, sequences.response_mask, reduce))
-    warn_of_gap(gap, alarm)
+    warn_of_logprob_diff(gap, alarm)
     return gap
 
 
 def policy_metrics(outputs: LogprobOutputs, reduce: Reduce, alarm: float | None = None) -> Metrics:
     """Entropy, distance from the sampler and, where there is a reference, KL to it; {} without log-probs.
 
-    alarm: see `warn_of_gap`.
+    alarm: see `warn_of_logprob_diff`.
     """
     if outputs.logprobs is None or outputs.entropy is None:
         return {}
     mask = outputs.sequences.response_mask
     metrics = {
         "policy/entropy": float(masked_mean(outputs.entropy, mask, reduce)),
-        "rollout/logprob_gap": logprob_gap(outputs.logprobs, outputs.sequences, reduce, alarm),
+        "rollout/logprob_diff": logprob_diff(outputs.logprobs, outputs.sequences, reduce, alarm),
     }
     if outputs.ref_logprobs is not None:
         metrics["policy/kl"] = mean_kl(outputs.logprobs, outputs.ref_logprobs, mask, reduce)
     return metrics
 
 
-def warn_of_gap(gap: float, alarm: float | None) -> None:
-    """Write a warning where `logprob_gap` is above `alarm`, in nats a token."""
+def warn_of_logprob_diff(gap: float, alarm: float | None) -> None:
+    """Write a warning where `logprob_diff` is above `alarm`, in nats a token."""
     if alarm is not None and gap > alarm:
         _log.warning(
             "the sampler's log-probs are %.3g nats a token from the trainer's, above "
-            "`rollout.logprob_gap_alarm` = %g: what is trained on was sampled from another distribution "
+            "`rollout.logprob_diff_alarm` = %g: what is trained on was sampled from another distribution "
             "(another precision, stale weights, or a cut by `generation.top_k` or `top_p`)",
             gap,
             alarm,

@@ -16,22 +16,24 @@ class FakeRolloutServer:
     """Answers on `address`. events: what it was asked, in order: `weights 3`, `generate 3`, `refused 3`;
     of adapters `base 3` and `adapter 3`.
 
-    lora: its room for adapters, in plain JSON. before_look: called before it says what it holds.
+    lora: adapters that it takes, a `LoraCapacity` in plain JSON.
+    before_look: called before it tells its health.
     before_line: called before each completion is sent, with its number since the start; an exception breaks
-        the connection off. says_version: of the policy, in each completion; None says the truth.
+        the connection off.
+    says_version: version of the policy in each completion; None tells the truth.
     """
 
     def __init__(
         self,
         port: int = 0,
         *,
-        window: int = 64,
+        max_model_len: int = 64,
         max_num_seqs: int = 8,
         lora: dict[str, Any] | None = None,
         before_look: Callable[[], object] = lambda: None,
     ) -> None:
         self.events: list[str] = []
-        self.stamp: dict[str, Any] | None = None
+        self.weights: dict[str, Any] | None = None
         self.base: str | None = None
         self.files: list[str] = []
         self.before_look = before_look
@@ -43,7 +45,7 @@ class FakeRolloutServer:
         self.most_rows = 0
         self._rows = 0
         self._health: dict[str, Any] = {
-            "window": window,
+            "max_model_len": max_model_len,
             "max_num_seqs": max_num_seqs,
             "workers": 1,
             "device": "cpu",
@@ -62,35 +64,35 @@ class FakeRolloutServer:
         self._http.server_close()
 
     def health(self) -> dict[str, Any]:
-        return {"stamp": self.stamp, "base": self.base, **self._health}
+        return {"weights": self.weights, "base": self.base, **self._health}
 
     def take_weights(self, body: dict[str, Any]) -> tuple[int, Any]:
         if self.weights_answer is not None:
             return self.weights_answer
-        stamp, part = body["stamp"], body["part"]
-        if part == "adapter" and self.base != stamp["source"]:
+        weights, part = body["weights"], body["part"]
+        if part == "adapter" and self.base != weights["source"]:
             return 409, {"detail": "its base is not here"}
         if part != "adapter":
-            self.base = stamp["source"] if part == "base" else None
-        self.stamp = None if part == "base" else stamp
-        self.events.append(f"{'weights' if part == 'whole' else part} {stamp['version']}")
+            self.base = weights["source"] if part == "base" else None
+        self.weights = None if part == "base" else weights
+        self.events.append(f"{'weights' if part == 'whole' else part} {weights['version']}")
         self.files.append(body["path"])
         return 200, self.health()
 
     def lines_for(self, body: dict[str, Any]) -> list[dict[str, Any]]:
-        version = self.says_version if self.says_version is not None else body["stamp"]["version"]
+        version = self.says_version if self.says_version is not None else body["weights"]["version"]
         return [
             {
-                "prompt": prompt,
-                "sample": sample,
-                "token_ids": [*wanted["token_ids"], seed % 1000],
-                "logprobs": [-0.5] * (len(wanted["token_ids"]) + 1),
+                "prompt_index": prompt_index,
+                "seed_index": seed_index,
+                "token_ids": [*prompt["token_ids"], seed % 1000],
+                "logprobs": [-0.5] * (len(prompt["token_ids"]) + 1),
                 "text": "x",
                 "finish_reason": "length",
                 "version": version,
             }
-            for prompt, wanted in enumerate(body["wanted"])
-            for sample, seed in enumerate(wanted["seeds"])
+            for prompt_index, prompt in enumerate(body["prompts"])
+            for seed_index, seed in enumerate(prompt["seeds"])
         ]
 
     def sending(self, rows: int) -> None:
@@ -116,8 +118,8 @@ def _handler(server: FakeRolloutServer) -> type[BaseHTTPRequestHandler]:
             if self.path == "/weights":
                 self._reply(*server.take_weights(body))
                 return
-            version = body["stamp"]["version"]
-            if body["stamp"] != server.stamp:
+            version = body["weights"]["version"]
+            if body["weights"] != server.weights:
                 server.events.append(f"refused {version}")
                 self._reply(409, {"detail": f"version {version} is not here"})
                 return

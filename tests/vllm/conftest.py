@@ -11,16 +11,18 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import pytest
 import torch
 from jaxtyping import Float
+from pydantic import ByteSize
 from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from conch.config import RolloutConfig
+from conch.models.forward import ForwardInputs
 from conch.models.policy import response_logits
 from conch.ops import logprobs_of_labels
 from conch.rollouts.vllm.engine import ColocatedVLLM
 from conch.types import Prompt, Rollout
 from tests.tiny import char_tokenizer, tiny_gpt2_config
 
-CACHE_GB = 0.05
+CACHE_BYTES = ByteSize(50 * 2**20)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -59,7 +61,9 @@ def trainers_logprobs(
     prompt, response = rollout.prompt.token_ids, rollout.completion.token_ids
     ids = torch.tensor([[*prompt, *response]])
     with torch.no_grad():
-        logits = response_logits(lm, ids, torch.ones_like(ids, dtype=torch.bool), len(response))
+        logits = response_logits(
+            lm, ForwardInputs(ids, torch.ones_like(ids, dtype=torch.bool), len(response))
+        )
     return logprobs_of_labels(logits, torch.tensor([response]), temperature)[0]
 
 
@@ -72,9 +76,9 @@ def lm(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
 @pytest.fixture(scope="session")
 def colocated(lm: GPT2LMHeadModel) -> Iterator[ColocatedVLLM]:
     """vLLM in this process."""
-    config = RolloutConfig(engine="vllm", kv_cache_gb=CACHE_GB)
+    config = RolloutConfig(engine="vllm", kv_cache_memory_bytes=CACHE_BYTES)
     before = torch.get_rng_state()
-    vllm = ColocatedVLLM(lambda: lm, config, torch.float32, several=False)
+    vllm = ColocatedVLLM(lambda: lm, config, torch.float32, several_ranks=False)
     assert torch.equal(torch.get_rng_state(), before), "vLLM has seeded the trainer's generator"
     yield vllm
     vllm.close()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ByteSize
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from conch.config import GenerationConfig, RolloutConfig
@@ -99,14 +100,14 @@ def test_stop_strings_are_cut_as_transformers_engine_cuts_them(both: Any) -> Non
     pair = both(stop=("g", "kh", "b"))
     for rollout in all_of(pair.vllm, pair.prompts(*TEXTS * 3)):
         found = rollout.completion
-        made = pair.hf._ending.completion(found.token_ids, found.logprobs)
+        made = pair.hf._stop_condition.completion(found.token_ids, found.logprobs)
         assert made.token_ids == found.token_ids and made.text == found.text
         assert not any(stop in rollout.completion.text for stop in pair.config.stop)
 
 
 def test_nothing_is_sampled_behind_a_stop_string(both: Any, colocated: ColocatedVLLM) -> None:
     pair = both(stop=("g",), max_new_tokens=100)
-    colocated.refit(pair.version)
+    colocated.update_weights(pair.version)
     ended: list[int] = []
     sample = colocated.sample
 
@@ -146,18 +147,18 @@ def test_prompt_of_a_group_is_computed_once(both: Any, colocated: ColocatedVLLM)
     pair = both(max_new_tokens=2)
     prompt = pair.prompts("abcdefghij" * 10)[0]
     cached: list[int] = []
-    step = colocated._step
+    step = colocated._engine.step
 
     def watched() -> list[Any]:
         outputs = step()
         cached.extend(output.num_cached_tokens for output in outputs if output.finished)
         return outputs
 
-    colocated._step = watched  # pyright: ignore[reportAttributeAccessIssue]
+    colocated._engine.step = watched
     try:
         assert len(all_of(pair.vllm, [prompt] * 8)) == 8
     finally:
-        colocated._step = step  # pyright: ignore[reportAttributeAccessIssue]
+        colocated._engine.step = step
     assert sorted(cached) == [0] + [96] * 7  # of 100 tokens, in blocks of 32
 
 
@@ -217,7 +218,7 @@ def test_generators_of_the_process_are_left_alone(lm: GPT2LMHeadModel, both: Any
 # -------------------------------------------------------------------------------------------------- bad input
 
 
-def test_prompt_beyond_the_window_is_refused_before_any_is_sampled(both: Any) -> None:
+def test_prompt_beyond_max_model_len_is_refused_before_any_is_sampled(both: Any) -> None:
     pair = both()
     with pytest.raises(ConfigError, match="a prompt of 150 tokens"):
         all_of(pair.vllm, pair.prompts("a", "a" * 150))
@@ -228,16 +229,16 @@ def test_heads_without_a_kernel_are_refused(tokenizer: PreTrainedTokenizerFast) 
 
     lm = GPT2LMHeadModel(tiny_gpt2_config(tokenizer, n_embd=24, n_head=2))
     with pytest.raises(ModelError, match=r"no attention for heads of 12 \(it has 32, .*rollout.engine=hf"):
-        ColocatedVLLM(lambda: lm, RolloutConfig(engine="vllm"), torch.float32, several=False)
+        ColocatedVLLM(lambda: lm, RolloutConfig(engine="vllm"), torch.float32, several_ranks=False)
 
 
 def test_model_that_vllm_does_not_know_is_refused() -> None:
     lm = T5ForConditionalGeneration(T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
     with pytest.raises(ModelError, match=r"vLLM 0.32.0 cannot serve a T5ForConditionalGeneration"):
-        ColocatedVLLM(lambda: lm, RolloutConfig(engine="vllm"), torch.float32, several=False)
+        ColocatedVLLM(lambda: lm, RolloutConfig(engine="vllm"), torch.float32, several_ranks=False)
 
 
 def test_too_little_memory_says_what_to_lower(lm: GPT2LMHeadModel) -> None:
-    config = RolloutConfig(engine="vllm", kv_cache_gb=1e6)
-    with pytest.raises(RolloutError, match=r"does not fit into memory: lower .*`rollout.kv_cache_gb`"):
-        ColocatedVLLM(lambda: lm, config, torch.float32, several=False)
+    config = RolloutConfig(engine="vllm", kv_cache_memory_bytes=ByteSize(2**50))
+    with pytest.raises(RolloutError, match=r"not fit into memory: lower .*`rollout.kv_cache_memory_bytes`"):
+        ColocatedVLLM(lambda: lm, config, torch.float32, several_ranks=False)

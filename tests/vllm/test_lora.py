@@ -17,13 +17,13 @@ from conch.errors import ModelError
 from conch.models.adapter import add_adapter
 from conch.rollouts.hf.engine import HFEngine
 from conch.rollouts.protocol import Health, WeightUpdate, WeightVersion
-from conch.rollouts.remote.client import AstrayError, ServerLink
-from conch.rollouts.serve import ServeConfig
+from conch.rollouts.remote.client import ServerClient, StaleWeightsError
 from conch.rollouts.vllm import server as vllm_server
 from conch.rollouts.vllm.engine import ColocatedVLLM, VLLMEngine
+from conch.rollouts.vllm.server_config import ServerConfig
 from conch.rollouts.weight_sync import adapter_tensors, checkpoint_tensors
 from tests.launches import free_port
-from tests.vllm.conftest import CACHE_GB, prompts, trainers_logprobs
+from tests.vllm.conftest import CACHE_BYTES, prompts, trainers_logprobs
 from tests.vllm.test_colocated import TEXTS, all_of, assert_alike
 from tests.vllm.test_served import READY_S, ServerProcess, engine_of, pool_of, wait_until
 
@@ -94,26 +94,26 @@ def assert_sampled_from(lm: PreTrainedModel, engine: Any, tokenizer: PreTrainedT
 
 
 class Colocated:
-    """A policy with an adapter, vLLM beside it, and the names of what is handed over."""
+    """A policy with an adapter, vLLM beside it, and the names of the tensors that it loads."""
 
     def __init__(
         self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, merge_adapter: bool | None = False
     ) -> None:
         self.lm = lm
         self.version = 0
-        config = RolloutConfig(engine="vllm", kv_cache_gb=CACHE_GB, merge_adapter=merge_adapter)
-        self.vllm = ColocatedVLLM(lambda: lm, config, torch.float32, several=False)
+        config = RolloutConfig(engine="vllm", kv_cache_memory_bytes=CACHE_BYTES, merge_adapter=merge_adapter)
+        self.vllm = ColocatedVLLM(lambda: lm, config, torch.float32, several_ranks=False)
         generation = GenerationConfig(max_new_tokens=24)
         self.engine = VLLMEngine(self.vllm, tokenizer, generation, version=lambda: self.version)
         self.handed_over: list[set[str]] = []
-        tensors = self.vllm._handover.tensors
+        tensors = self.vllm._weights.tensors
 
         def watched(part: Any) -> Any:
             given = tensors(part)
             self.handed_over.append(set(given))
             return given
 
-        self.vllm._handover.tensors = watched  # pyright: ignore[reportAttributeAccessIssue]
+        self.vllm._weights.tensors = watched  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
     make_adapted("llama", tokenizer).config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     names = SETTINGS["llama"]["target_modules"]
-    running = ServerProcess(folder, free_port(), "lora_rank=6", f"lora_modules={names}")
+    running = ServerProcess(folder, free_port(), "max_lora_rank=6", f"lora_target_modules={names}")
     try:
         wait_until_ready(running)
         yield running
@@ -206,9 +206,9 @@ def server(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
 
 
 def wait_until_ready(server: ServerProcess) -> None:
-    link = ServerLink(server.address, READY_S)
-    wait_until(link.health)
-    link.close()
+    client = ServerClient(server.address, READY_S)
+    wait_until(client.health)
+    client.close()
 
 
 class Served:
@@ -228,16 +228,16 @@ class Served:
         self.pool = pool_of(server, lm=lm, weights=weights)
         self.engine = engine_of(self.pool, tokenizer, lambda: self.version)
         self.given: list[tuple[str, set[str]]] = []
-        refit = self.pool.servers[0].link.refit
+        update_weights = self.pool.servers[0].client.update_weights
 
         def watched(given: WeightUpdate) -> Health:
             names = (
                 {spec.name for spec in given.tensors} if given.path is None else set(load_file(given.path))
             )
             self.given.append((given.part, names))
-            return refit(given)
+            return update_weights(given)
 
-        self.pool.servers[0].link.refit = watched  # pyright: ignore[reportAttributeAccessIssue]
+        self.pool.servers[0].client.update_weights = watched  # pyright: ignore[reportAttributeAccessIssue]
 
     def assert_sampled_from(self) -> list[str]:
         """Gives texts."""
@@ -290,8 +290,11 @@ def test_killed_server_gets_base_and_adapter_when_it_is_back(
     served.update(seed=2)
     served.assert_sampled_from()
     assert served.parts() == ["base", "adapter"] * 2
-    health = served.pool.servers[0].link.health()
-    assert health.stamp == served.pool.stamp(1) and health.base == served.pool.stamp(1).source
+    health = served.pool.servers[0].client.health()
+    assert (
+        health.weights == served.pool.weight_version(1)
+        and health.base == served.pool.weight_version(1).source
+    )
 
 
 def test_server_gets_a_policy_whole_that_it_has_no_room_for(serve: Callable[..., Served]) -> None:
@@ -301,7 +304,7 @@ def test_server_gets_a_policy_whole_that_it_has_no_room_for(serve: Callable[...,
     large = serve(weights="files", r=9)  # vLLM's next size above 6 is 8
     large.assert_sampled_from()
     assert large.parts() == ["whole"]
-    assert large.pool.servers[0].link.health().base is None
+    assert large.pool.servers[0].client.health().base is None
 
 
 def test_adapter_of_a_base_that_is_not_there_is_refused(
@@ -309,12 +312,12 @@ def test_adapter_of_a_base_that_is_not_there_is_refused(
 ) -> None:
     served = serve(weights="broadcast")
     served.assert_sampled_from()
-    link = ServerLink(server.address, READY_S)
-    with pytest.raises(AstrayError, match="the base of another is not here"):
-        link.refit(
-            WeightUpdate(stamp=WeightVersion(source="another", version=0), part="adapter", path="/nowhere")
+    client = ServerClient(server.address, READY_S)
+    with pytest.raises(StaleWeightsError, match="the base of another is not here"):
+        client.update_weights(
+            WeightUpdate(weights=WeightVersion(source="another", version=0), part="adapter", path="/nowhere")
         )
-    link.close()
+    client.close()
     served.assert_sampled_from()
     assert served.parts() == ["base", "adapter"]  # what it held it holds still
 
@@ -322,5 +325,5 @@ def test_adapter_of_a_base_that_is_not_there_is_refused(
 def test_room_for_adapters_of_a_model_that_takes_none_is_refused(tmp_path: Path, lm: PreTrainedModel) -> None:
     lm.config.architectures = [type(lm).__name__]
     lm.config.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="vLLM has no LoRA for a GPT2LMHeadModel: leave `lora_rank` out"):
-        vllm_server._build(ServeConfig(model=str(tmp_path), lora_rank=4))
+    with pytest.raises(ModelError, match="vLLM has no LoRA for a GPT2LMHeadModel: leave `max_lora_rank` out"):
+        vllm_server._build(ServerConfig(model=str(tmp_path), max_lora_rank=4))

@@ -1,4 +1,4 @@
-"""Servers of their own processes: sampled from, refitted, killed and started again."""
+"""Servers of their own processes: sampled from, sent new weights, killed and started again."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFa
 from conch.config import GenerationConfig, RolloutConfig
 from conch.errors import RolloutError
 from conch.rollouts.hf.engine import HFEngine
-from conch.rollouts.remote.client import ServerLink
-from conch.rollouts.remote.engine import ServedEngine
+from conch.rollouts.remote.client import ServerClient
+from conch.rollouts.remote.engine import RemoteEngine
 from conch.rollouts.remote.pool import ServerPool
 from conch.types import Prompt, Rollout
 from tests.launches import ROOT, free_port
-from tests.vllm.conftest import CACHE_GB, make_lm, prompts
+from tests.vllm.conftest import CACHE_BYTES, make_lm, prompts
 from tests.vllm.test_colocated import TEXTS, assert_alike
 
 READY_S = 400.0
@@ -43,7 +43,7 @@ class ServerProcess:
 
     def start(self) -> None:
         command = [sys.executable, "-m", "conch.rollouts.serve", f"model={self.model}", f"port={self.port}"]
-        settings = [f"kv_cache_gb={CACHE_GB}", "restart=false", *self.settings]
+        settings = [f"kv_cache_memory_bytes={CACHE_BYTES}", "restart=false", *self.settings]
         self.process = subprocess.Popen([*command, *settings], cwd=ROOT)
 
     def family(self) -> list[psutil.Process]:
@@ -83,9 +83,9 @@ def servers(
     running = ServerProcess(folder, free_port()), ServerProcess(folder, free_port())
     try:
         for server in running:
-            link = ServerLink(server.address, READY_S)
-            wait_until(link.health)
-            link.close()
+            client = ServerClient(server.address, READY_S)
+            wait_until(client.health)
+            client.close()
         yield running
     finally:
         for server in running:
@@ -107,14 +107,14 @@ def wait_until(answers: Callable[[], Any]) -> None:
 def pool_of(*servers: ServerProcess, lm: PreTrainedModel, **settings: Any) -> ServerPool:
     urls = ",".join(server.address for server in servers)
     config = RolloutConfig(engine="vllm", urls=urls, **settings)
-    return ServerPool(config, lambda: lm, source=f"run-{time.monotonic_ns()}", sends=True)
+    return ServerPool(config, lambda: lm, source=f"run-{time.monotonic_ns()}", sends_weights=True)
 
 
 def engine_of(
     pool: ServerPool, tokenizer: PreTrainedTokenizerFast, version: Callable[[], int], **generation: Any
-) -> ServedEngine:
+) -> RemoteEngine:
     config = GenerationConfig(**{"max_new_tokens": 24, "chunk_size": 8, **generation})
-    return ServedEngine(pool, tokenizer, config, version=version, deadline_s=READY_S)
+    return RemoteEngine(pool, tokenizer, config, version=version, deadline_s=READY_S)
 
 
 def all_of(engine: Any, given: list[Prompt], **settings: Any) -> list[Rollout]:
@@ -156,7 +156,7 @@ def test_same_seed_samples_the_same_wherever_it_is_sampled(
     assert found[0] == found[1]
 
 
-def test_nothing_is_lost_with_a_killed_server_and_it_is_refitted_when_it_is_back(
+def test_nothing_is_lost_with_a_killed_server_and_it_gets_the_weights_when_it_is_back(
     servers: tuple[ServerProcess, ServerProcess], tokenizer: PreTrainedTokenizerFast, lm: GPT2LMHeadModel
 ) -> None:
     victim = servers[1]
@@ -174,17 +174,17 @@ def test_nothing_is_lost_with_a_killed_server_and_it_is_refitted_when_it_is_back
     made = all_of(engine, given, on_finished=kill_once)
     assert [rollout.prompt for rollout in made] == given
     assert sorted(told) == list(range(len(given)))
-    assert not pool.servers[1].holds(pool.stamp(0))
+    assert not pool.servers[1].holds(pool.weight_version(0))
     victim.start()
-    wait_until(pool.servers[1].link.health)
+    wait_until(pool.servers[1].client.health)
     version[0] = 1
     assert {rollout.policy_version for rollout in all_of(engine, given)} == {1}
-    assert pool.servers[1].link.health().stamp == pool.stamp(1)
+    assert pool.servers[1].client.health().weights == pool.weight_version(1)
     pool.close()
 
 
 @pytest.mark.parametrize("part", ["server", "vLLM below it"])
-def test_what_dies_is_started_again_and_refitted_by_itself(
+def test_what_dies_is_started_again_and_gets_the_weights_by_itself(
     part: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, lm: GPT2LMHeadModel
 ) -> None:
     lm.save_pretrained(tmp_path)
@@ -192,7 +192,7 @@ def test_what_dies_is_started_again_and_refitted_by_itself(
     kept = ServerProcess(tmp_path, free_port(), "restart=true")
     pool = pool_of(kept, lm=lm)
     try:
-        wait_until(pool.servers[0].link.health)
+        wait_until(pool.servers[0].client.health)
         (server,) = kept.family()[0].children()
         victim = server if part == "server" else engine_core(server)
         killed: list[int] = []
@@ -219,20 +219,20 @@ def test_vllm_that_is_killed_as_it_loads_is_started_again(
     lm.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     kept = ServerProcess(tmp_path, free_port(), "restart=true")
-    link = ServerLink(kept.address, READY_S)
+    client = ServerClient(kept.address, READY_S)
     try:
         first, core = loading(kept)
         core.kill()
-        wait_until(link.health)
+        wait_until(client.health)
         (server,) = kept.family()[0].children()
         assert server.pid != first.pid
     finally:
-        link.close()
+        client.close()
         kept.stop()
 
 
 def loading(kept: ServerProcess) -> tuple[psutil.Process, psutil.Process]:
-    """A keeper's server and vLLM's engine below it, as soon as that is there: it imports vLLM then."""
+    """A server below its parent and vLLM's engine below that, as soon as it exists: it imports vLLM then."""
     end = time.monotonic() + READY_S
     while time.monotonic() < end:
         for process in kept.family():
@@ -266,5 +266,5 @@ def test_server_with_other_weights_or_another_end_refuses(
     lost._files["whole"].path = lambda *_: Path("/nowhere/0.safetensors")  # pyright: ignore[reportAttributeAccessIssue]
     no_file = r"no /nowhere/0.safetensors on this machine: set .*=broadcast"
     with pytest.raises(RolloutError, match=no_file), lost.lease(0) as lease:
-        lost.ready(lease)
+        lost.push_weights(lease)
     lost.close()

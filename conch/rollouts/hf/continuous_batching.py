@@ -1,12 +1,11 @@
-"""Decoding in slots: a row that has ended makes room for the next prompt, and little is computed behind an
-end (continuous batching, Yu et al. 2022, "Orca", section 3.2).
+"""Continuous batching (Yu et al. 2022, "Orca", section 3.2): a sequence that has ended frees its slot for the
+next prompt, so that little is computed behind an end.
 
-A prompt that stands several times among those that are read together is read once for all of them. Keys and
-values stand in buffers that are written in place; a slot's lie between its first column and its next one,
-under a mask of its own.
+Equal prompts among those that are prefilled together are prefilled once. Keys and values stand in buffers
+that are written in place. A slot's own lie between its first column and its next one, under its own mask.
 
-Legend: B prompts that are read, S slots, N sampled rows (B or S), W columns, H heads, D their width, V
-vocabulary.
+Legend: B distinct prompts that are prefilled together, S slots, N sequences that are sampled (B or S), W
+columns, H heads, D their width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,92 +29,109 @@ from conch.ops import position_ids
 class Sampling:
     """Chooses the next tokens from logits.
 
-    processors, then warpers: change the logits, in this order. A processor whose `reads_history` is False is
-    content with the last token instead of all that was read; warpers look at logits alone. greedy: take the
-    likeliest token.
+    processors: change the logits; read all tokens so far, or the last one only where a processor's
+        `reads_history` is False.
+    warpers: change the logits after that; read no token.
+    greedy: takes the likeliest token.
 
-    wants_history: whether `scores` is to be told all that was read.
+    reads_history: True where a processor reads all tokens so far.
     """
 
     def __init__(
         self, processors: Sequence[LogitsProcessor], warpers: Sequence[LogitsProcessor], *, greedy: bool
     ) -> None:
-        self.wants_history = any(getattr(each, "reads_history", True) for each in processors)
+        self.reads_history = any(getattr(each, "reads_history", True) for each in processors)
         self._processors = [*processors, *warpers]
         self._greedy = greedy
 
-    def scores(self, read: Int[Tensor, "N W"], logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
-        """The log-probs that are sampled from, of the rows of the forward pass just done, in its order.
+    def logprobs(self, input_ids: Int[Tensor, "N W"], logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+        """Log-probs of the distribution that is sampled from.
 
-        read: what stands before, padded left, or the last of it alone (W = 1).
+        Call it right after the forward pass that gave `logits`, with its rows in the same order.
+
+        input_ids: the tokens so far, padded left, or the last one only (W = 1).
         """
-        scores = logits.float()
+        logits = logits.float()
         for processor in self._processors:
-            scores = processor(read, scores)  # pyright: ignore[reportArgumentType]  any integer type will do
-        return scores.log_softmax(dim=-1)
+            logits = processor(input_ids, logits)  # pyright: ignore[reportArgumentType]  any integers will do
+        return logits.log_softmax(dim=-1)
 
-    def draw(self, scores: Float[Tensor, "N V"]) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
-        """A token for each row, and its log-prob."""
-        tokens = scores.argmax(dim=-1) if self._greedy else torch.multinomial(scores.exp(), 1).squeeze(1)
-        return tokens, scores.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    def draw(self, logprobs: Float[Tensor, "N V"]) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
+        """Draw a token for each row; gives the tokens and their log-probs."""
+        tokens = logprobs.argmax(dim=-1) if self._greedy else torch.multinomial(logprobs.exp(), 1).squeeze(1)
+        return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
 
 
 _GPU_STRIDE = 8
-"""Steps between two looks at a GPU, each of which waits for it: a row ends 7 tokens late at most, and never
-behind the longest that a response may be, where the model may have no position."""
+"""Steps after which a GPU's tokens are read, which waits for the GPU. A slot is freed at most 7 tokens late,
+and never behind the longest response, where the model may have no position."""
 
 _SPARE_COLUMNS = 64
 """Columns that buffers grow by."""
 
 
 @dataclass
-class Row:
-    """One completion. place: of its prompt. given: columns that were filled when it began."""
+class SampledSequence:
+    """A prompt and its completion so far.
 
-    place: int
+    prompt_index: index of the prompt among all prompts.
+    prompt: token ids.
+    prompt_columns: columns of the buffers that the prefill filled.
+    ids, logprobs: sampled tokens and their log-probs.
+    """
+
+    prompt_index: int
     prompt: tuple[int, ...]
-    given: int
+    prompt_columns: int
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
     @property
     def next_column(self) -> int:
-        """Where its last token is going to be written."""
-        return self.given + len(self.ids) - 1
+        """Column that the next forward pass writes for the last sampled token."""
+        return self.prompt_columns + len(self.ids) - 1
 
 
-class _Layer(DynamicLayer):
-    """Keys and values [S, H, W, D] of one block, as `transformers.Cache` asks its layers for them."""
+class _SlotCache(DynamicLayer):
+    """Keys and values [S, H, W, D] of one block, in the interface of `transformers.Cache`.
+
+    write_at: slots and columns that the next forward pass writes.
+    width: columns that the next forward pass reads, those that it writes included.
+    """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
         self.is_initialized = True
         self._buffers = [keys, values]
-        self.place: tuple[Tensor | slice, Tensor | int] | None = None
+        self.write_at: tuple[Tensor | slice, Tensor | int] | None = None
         self.width = 0
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write one token of each slot, and give what it may see."""
-        assert self.place is not None
-        slots, columns = self.place
-        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[slots, :, columns] = new[:, :, 0].to(buffer.dtype)
+        """Write one token of each slot, and give the first `width` columns of keys and values."""
+        assert self.write_at is not None
+        slots, columns = self.write_at
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[slots, :, columns] = states[:, :, 0].to(buffer.dtype)
         return self._buffers[0][:, :, : self.width], self._buffers[1][:, :, : self.width]
 
     def get_seq_length(self) -> int:
         """Columns before the one that is written."""
         return self.width - 1
 
-    def read(self, slots: Tensor, made: Sequence[Tensor], of: Tensor) -> None:
-        """Take the keys and values of prompts over into slots."""
-        for number, new in enumerate(made):
-            self.grow(new.shape[2])
-            self._buffers[number][slots, :, : new.shape[2]] = new[of].to(self._buffers[number].dtype)
+    def copy_prompts(self, slots: Tensor, states: Sequence[Tensor], prompt_of_slot: Tensor) -> None:
+        """Copy prefilled keys and values [B, H, W, D] into slots.
+
+        prompt_of_slot: for each of `slots`, the row of its prompt.
+        """
+        for number, prefilled in enumerate(states):
+            self.grow(prefilled.shape[2])
+            buffer = self._buffers[number]
+            buffer[slots, :, : prefilled.shape[2]] = prefilled[prompt_of_slot].to(buffer.dtype)
 
     def grow(self, width: int) -> None:
-        """Make room for that many columns."""
+        """Widen the buffers to at least `width` columns."""
         for number, buffer in enumerate(self._buffers):
             slots, heads, columns, size = buffer.shape
             if width > columns:
@@ -123,8 +139,8 @@ class _Layer(DynamicLayer):
                 wider[:, :, :columns] = buffer
                 self._buffers[number] = wider
 
-    def keep(self, slots: Tensor) -> None:
-        """Only these slots."""
+    def select(self, slots: Tensor) -> None:
+        """Keep these slots only."""
         self._buffers = [buffer[slots] for buffer in self._buffers]
 
 
@@ -134,7 +150,9 @@ class ContinuousBatcher:
     Takes decoders that keep packed rows apart (`conch.models.forward.takes_packed_rows`). Call it in
     evaluation mode, without gradient, always in the same precision.
 
-    num_slots: rows at most that are decoded together. ended: whether a response (its ids so far) has ended.
+    num_slots: sequences that are decoded together, at most.
+    max_new_tokens: longest response.
+    has_ended: True for response ids that need no further token.
     """
 
     def __init__(
@@ -145,181 +163,201 @@ class ContinuousBatcher:
         num_slots: int,
         max_new_tokens: int,
         pad_id: int,
-        ended: Callable[[list[int]], bool],
+        has_ended: Callable[[list[int]], bool],
     ) -> None:
         self._lm = lm
         self._waiting = deque(enumerate(prompts))
         self._max_new_tokens = max_new_tokens
         self._pad_id = pad_id
-        self._ended = ended
-        self._rows: list[Row | None] = [None] * min(num_slots, len(prompts))
-        self._layers: list[_Layer] = []
-        self._unseen: list[tuple[Tensor, Tensor]] = []
-        zeros = torch.zeros(len(self._rows), dtype=torch.long, device=lm.device)
+        self._has_ended = has_ended
+        self._slots: list[SampledSequence | None] = [None] * min(num_slots, len(prompts))
+        self._caches: list[_SlotCache] = []
+        self._unread: list[tuple[Tensor, Tensor]] = []
+        zeros = torch.zeros(len(self._slots), dtype=torch.long, device=lm.device)
         self._start, self._end, self._last = zeros, zeros.clone(), zeros.clone()
-        self._is_alive = zeros.bool()
-        self._one_logit = "logits_to_keep" in inspect.signature(lm.forward).parameters
+        self._is_active = zeros.bool()
+        self._keeps_logits = "logits_to_keep" in inspect.signature(lm.forward).parameters
 
-    def advance(self, sampling: Sampling) -> list[Row]:
-        """Read waiting prompts into free slots, or else add a token to each row; the rows that have ended."""
-        free = len(self._rows) - self._num_alive
-        # Prompts are read some at a time: alone, one would use as few of the machine's units as a token does.
-        if self._waiting and free >= min(len(self._waiting), max(1, len(self._rows) // 8)):
-            return self._admit(sampling)
-        if not self._waiting and 4 * self._num_alive <= 3 * len(self._rows):
+    def advance(self, sampling: Sampling) -> list[SampledSequence]:
+        """Prefill waiting prompts into free slots, or else decode one token in each slot.
+
+        Returns:
+            The sequences that have ended, as far as that is known yet.
+        """
+        free = len(self._slots) - self._num_active
+        # Prompts are prefilled some at a time: alone, one would use as few of the machine's units as a token.
+        if self._waiting and free >= min(len(self._waiting), max(1, len(self._slots) // 8)):
+            return self._prefill(sampling)
+        if not self._waiting and 4 * self._num_active <= 3 * len(self._slots):
             self._drop_free_slots()
-        return self._step(sampling)
+        return self._decode(sampling)
 
     @property
-    def _num_alive(self) -> int:
-        return sum(row is not None for row in self._rows)
+    def _num_active(self) -> int:
+        return sum(sequence is not None for sequence in self._slots)
 
-    # ---------------------------------------------------------------------------------------- reading prompts
+    # ------------------------------------------------------------------------------------------------ prefill
 
-    def _admit(self, sampling: Sampling) -> list[Row]:
-        free = [slot for slot, row in enumerate(self._rows) if row is None]
-        places, prompts = zip(*(self._waiting.popleft() for _ in free[: len(self._waiting)]), strict=True)
-        read = list(dict.fromkeys(prompts))
-        number = {prompt: index for index, prompt in enumerate(read)}
-        of = torch.tensor([number[prompt] for prompt in prompts], device=self._lm.device)
-        ids, mask = pad_left(read, self._pad_id, self._lm.device)
-        logits, width = self._read(ids, mask, free[: len(places)], of)
-        for slot, place, prompt in zip(free, places, prompts, strict=False):
-            self._rows[slot] = Row(place, prompt, width)
-        slots = torch.tensor(free[: len(places)], device=self._lm.device)
-        self._start[slots] = width - mask.sum(dim=1)[of]
-        self._end[slots], self._is_alive[slots] = width, True
-        tokens, logprobs = sampling.draw(
-            sampling.scores(ids if sampling.wants_history else ids[:, -1:], logits)[of]
-        )
+    def _prefill(self, sampling: Sampling) -> list[SampledSequence]:
+        free = [slot for slot, sequence in enumerate(self._slots) if sequence is None]
+        indices, prompts = zip(*(self._waiting.popleft() for _ in free[: len(self._waiting)]), strict=True)
+        free = free[: len(indices)]
+        distinct = list(dict.fromkeys(prompts))
+        row_of = {prompt: row for row, prompt in enumerate(distinct)}
+        prompt_of_slot = torch.tensor([row_of[prompt] for prompt in prompts], device=self._lm.device)
+        slots = torch.tensor(free, device=self._lm.device)
+        ids, mask = pad_left(distinct, self._pad_id, self._lm.device)
+        logits, width = self._prefill_forward(ids, mask, slots, prompt_of_slot)
+        for slot, index, prompt in zip(free, indices, prompts, strict=True):
+            self._slots[slot] = SampledSequence(index, prompt, width)
+        self._start[slots] = width - mask.sum(dim=1)[prompt_of_slot]
+        self._end[slots], self._is_active[slots] = width, True
+        logprobs = sampling.logprobs(ids if sampling.reads_history else ids[:, -1:], logits)
+        tokens, token_logprobs = sampling.draw(logprobs[prompt_of_slot])
         self._last[slots] = tokens
-        return self._look(slots.tolist(), [(tokens, logprobs)])
+        return self._read_tokens(free, [(tokens, token_logprobs)])
 
-    def _read(
-        self, ids: Int[Tensor, "B W"], mask: Bool[Tensor, "B W"], slots: list[int], of: Int[Tensor, " N"]
+    def _prefill_forward(
+        self,
+        ids: Int[Tensor, "B W"],
+        mask: Bool[Tensor, "B W"],
+        slots: Int[Tensor, " N"],
+        prompt_of_slot: Int[Tensor, " N"],
     ) -> tuple[Float[Tensor, "B V"], int]:
-        """Logits of what follows each prompt, and the columns that prompts take."""
+        """Logits of the token after each prompt, and the columns that the prompts fill."""
         cache = DynamicCache()
-        only_last = {"logits_to_keep": 1} if self._one_logit else {}
+        last_only = {"logits_to_keep": 1} if self._keeps_logits else {}
         output = self._lm(
             input_ids=ids,
             attention_mask=mask.long(),
             position_ids=position_ids(mask),
             past_key_values=cache,
             use_cache=True,
-            **only_last,
+            **last_only,
         )
         layers: list[Any] = cache.layers
         for number, layer in enumerate(layers):
-            made = layer.keys, layer.values
-            if number == len(self._layers):
-                self._layers.append(_Layer(*(self._buffer_like(each) for each in made)))
-            self._layers[number].read(torch.tensor(slots, device=ids.device), made, of)
+            states = layer.keys, layer.values
+            if number == len(self._caches):
+                self._caches.append(_SlotCache(*(self._new_buffer(each) for each in states)))
+            self._caches[number].copy_prompts(slots, states, prompt_of_slot)
         return output.logits[:, -1], ids.shape[1]
 
-    def _buffer_like(self, made: Tensor) -> Tensor:
-        _, heads, width, size = made.shape
+    def _new_buffer(self, states: Tensor) -> Tensor:
+        _, heads, width, size = states.shape
         columns = width + min(self._max_new_tokens, _SPARE_COLUMNS)
-        return made.new_zeros(len(self._rows), heads, columns, size)
+        return states.new_zeros(len(self._slots), heads, columns, size)
 
-    # -------------------------------------------------------------------------------------- adding one token
+    # ------------------------------------------------------------------------------------------------- decode
 
-    def _step(self, sampling: Sampling) -> list[Row]:
-        width, place = self._width, self._place()
-        for layer in self._layers:
-            layer.place, layer.width = place, width
-            layer.grow(width)
+    def _decode(self, sampling: Sampling) -> list[SampledSequence]:
+        width, write_at = self._width, self._write_at()
+        for cache in self._caches:
+            cache.write_at, cache.width = write_at, width
+            cache.grow(width)
         columns = torch.arange(width, device=self._lm.device)
-        seen = (columns >= self._start.unsqueeze(1)) & (columns <= self._end.unsqueeze(1))
+        visible = (columns >= self._start.unsqueeze(1)) & (columns <= self._end.unsqueeze(1))
         output = self._lm(
             input_ids=self._last.unsqueeze(1),
-            attention_mask=as_attention_takes_it(self._lm, seen[:, None, None]),
+            attention_mask=as_attention_takes_it(self._lm, visible[:, None, None]),
             position_ids=(self._end - self._start).unsqueeze(1),
-            past_key_values=Cache(layers=[*self._layers]),
+            past_key_values=Cache(layers=[*self._caches]),
             use_cache=True,
         )
-        self._end = self._end + self._is_alive
-        read = self._history() if sampling.wants_history else self._last.unsqueeze(1)
-        tokens, logprobs = sampling.draw(sampling.scores(read, output.logits[:, -1]))
+        self._end = self._end + self._is_active
+        input_ids = self._history() if sampling.reads_history else self._last.unsqueeze(1)
+        tokens, logprobs = sampling.draw(sampling.logprobs(input_ids, output.logits[:, -1]))
         self._last = tokens
-        self._unseen.append((tokens, logprobs))
-        if len(self._unseen) < self._stride(sampling):
+        self._unread.append((tokens, logprobs))
+        if len(self._unread) < self._stride(sampling):
             return []
-        unseen, self._unseen = self._unseen, []
-        return self._look(range(len(self._rows)), unseen)
+        unread, self._unread = self._unread, []
+        return self._read_tokens(range(len(self._slots)), unread)
 
     def _stride(self, sampling: Sampling) -> int:
-        """Steps from one look to the next."""
-        if sampling.wants_history or not _waits_for(self._last.device):
+        """Steps after which tokens are read."""
+        if sampling.reads_history or not _reading_waits(self._last.device):
             return 1
-        longest = max(len(row.ids) for row in self._rows if row is not None)
+        longest = max(len(sequence.ids) for sequence in self._slots if sequence is not None)
         return min(_GPU_STRIDE, self._max_new_tokens - longest)
 
     @property
     def _width(self) -> int:
-        """Columns that a step looks at, with the one that it writes."""
-        return 1 + len(self._unseen) + max(row.next_column for row in self._rows if row is not None)
+        """Columns that a step reads, with the one that it writes."""
+        next_columns = [sequence.next_column for sequence in self._slots if sequence is not None]
+        return 1 + len(self._unread) + max(next_columns)
 
-    def _place(self) -> tuple[Tensor | slice, Tensor | int]:
-        """Slots and columns that this step writes. Where all rows stand in one column, as most often, it is a
-        slice: a plain copy. Free slots write there, too, where nobody looks."""
-        columns = {row.next_column for row in self._rows if row is not None}
+    def _write_at(self) -> tuple[Tensor | slice, Tensor | int]:
+        """Slots and columns that this step writes.
+
+        Where all sequences stand in one column, as most often, slots are a slice, and writing is a plain
+        copy. Free slots are written there, too, where nothing reads them.
+        """
+        columns = {sequence.next_column for sequence in self._slots if sequence is not None}
         if len(columns) == 1:
-            return slice(None), columns.pop() + len(self._unseen)
-        return torch.arange(len(self._rows), device=self._lm.device), self._end
+            return slice(None), columns.pop() + len(self._unread)
+        return torch.arange(len(self._slots), device=self._lm.device), self._end
 
     def _history(self) -> Int[Tensor, "S W"]:
-        """Of a free slot that of another, so that nobody has to know of free slots."""
-        other = next(row for row in self._rows if row is not None)
-        rows = [row if row is not None else other for row in self._rows]
-        read = [(*row.prompt, *row.ids) for row in rows]
-        return pad_left(read, self._pad_id, self._lm.device)[0]
+        """Tokens so far of each slot; a free slot shows another's, so that processors meet no empty row."""
+        stand_in = next(sequence for sequence in self._slots if sequence is not None)
+        sequences = [stand_in if sequence is None else sequence for sequence in self._slots]
+        tokens = [(*sequence.prompt, *sequence.ids) for sequence in sequences]
+        return pad_left(tokens, self._pad_id, self._lm.device)[0]
 
-    def _look(self, slots: Sequence[int], unseen: Sequence[tuple[Tensor, Tensor]]) -> list[Row]:
-        """Note the tokens of these slots, and free those that have ended."""
-        ids = torch.stack([tokens for tokens, _ in unseen]).tolist()
-        logprobs = torch.stack([each for _, each in unseen]).tolist()
-        finished: list[Row] = []
+    def _read_tokens(
+        self, slots: Sequence[int], unread: Sequence[tuple[Tensor, Tensor]]
+    ) -> list[SampledSequence]:
+        """Append sampled tokens to the sequences in `slots`; free the slots of those that have ended.
+
+        unread: tokens and log-probs of each step, in the order of `slots`.
+
+        Returns:
+            The sequences that have ended.
+        """
+        ids = torch.stack([tokens for tokens, _ in unread]).tolist()
+        logprobs = torch.stack([logprobs for _, logprobs in unread]).tolist()
+        ended: list[SampledSequence] = []
         for column, slot in enumerate(slots):
-            row = self._rows[slot]
-            if row is None:
+            sequence = self._slots[slot]
+            if sequence is None:
                 continue
             for token, logprob in zip(ids, logprobs, strict=True):
-                row.ids.append(token[column])
-                row.logprobs.append(logprob[column])
-                if self._ended(row.ids) or len(row.ids) == self._max_new_tokens:
-                    finished.append(row)
-                    self._rows[slot] = None
+                sequence.ids.append(token[column])
+                sequence.logprobs.append(logprob[column])
+                if self._has_ended(sequence.ids) or len(sequence.ids) == self._max_new_tokens:
+                    ended.append(sequence)
+                    self._slots[slot] = None
                     break
-        self._free([slot for slot in slots if self._rows[slot] is None])
-        return finished
+        self._free([slot for slot in slots if self._slots[slot] is None])
+        return ended
 
     def _free(self, slots: Sequence[int]) -> None:
-        """A free slot goes on with the others until it is taken, and sees its first column alone: where a row
-        sees nothing some kernels put NaN, of which nothing can be drawn."""
+        """Let free slots read their first column only. They are decoded along until they are taken, and a row
+        that reads nothing becomes NaN in some kernels, of which nothing can be drawn."""
         freed = torch.tensor(slots, dtype=torch.long, device=self._lm.device)
-        self._start[freed], self._end[freed], self._is_alive[freed] = 0, 0, False
+        self._start[freed], self._end[freed], self._is_active[freed] = 0, 0, False
 
     def _drop_free_slots(self) -> None:
-        kept = [slot for slot, row in enumerate(self._rows) if row is not None]
-        self._rows = [self._rows[slot] for slot in kept]
-        slots = torch.tensor(kept, device=self._lm.device)
-        for layer in self._layers:
-            layer.keep(slots)
-        self._start, self._end, self._last, self._is_alive = (
-            each[slots] for each in (self._start, self._end, self._last, self._is_alive)
+        active = [slot for slot, sequence in enumerate(self._slots) if sequence is not None]
+        self._slots = [self._slots[slot] for slot in active]
+        slots = torch.tensor(active, device=self._lm.device)
+        for cache in self._caches:
+            cache.select(slots)
+        self._start, self._end, self._last, self._is_active = (
+            each[slots] for each in (self._start, self._end, self._last, self._is_active)
         )
 
 
-def _waits_for(device: torch.device) -> bool:
-    """Whether looking at a tensor there waits for work that is under way."""
+def _reading_waits(device: torch.device) -> bool:
+    """True where reading a tensor waits for work that is under way."""
     return device.type == "cuda"
 
 
 def pad_left(
     rows: Sequence[Sequence[int]], pad_id: int, device: torch.device
 ) -> tuple[Int[Tensor, "B W"], Bool[Tensor, "B W"]]:
-    """Token ids, and a mask that is True at real tokens."""
+    """Token ids padded on the left, and a mask that is True at real tokens."""
     longest = max(map(len, rows))
     ids = torch.tensor([[pad_id] * (longest - len(row)) + list(row) for row in rows])
     lengths = torch.tensor([[len(row)] for row in rows])

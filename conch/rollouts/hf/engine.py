@@ -1,6 +1,6 @@
 """Sample completions with a transformers model in the trainer's own process.
 
-Completions are handed over while the others of their chunk are still being sampled.
+Completions are reported as they end, while others of their chunk are still being sampled.
 
 Legend: B prompts of a chunk, P prompt tokens (padded left), R response tokens so far (padded right),
 T = P + R, V vocabulary.
@@ -43,13 +43,15 @@ logging.getLogger("transformers.modeling_utils").addFilter(
 
 
 class HFEngine:
-    """A `RolloutEngine` in the trainer's own process.
+    """A `RolloutEngine` in the trainer's own process, with the policy itself.
 
-    lm: called for each chunk, so that it may be the unwrapped module of a trainer. version: gives the number
-    of updates the policy has seen. autocast: the precision context of training. processors: opened around
-    each chunk; what it yields changes the logits before temperature, top-k and top-p do, and may be told the
-    last token alone instead of all that was read where its `reads_history` is False. Sampling draws from
-    torch's global generator: seed it per rank.
+    Sampling draws from torch's global generator: seed it per rank.
+
+    lm: gives the policy, called for each chunk; it may be the unwrapped module of a trainer.
+    version: gives the number of updates that the policy has seen.
+    autocast: precision context of training.
+    processors: opened around each chunk; yields what changes the logits before temperature, top-k and top-p
+        do. A processor whose `reads_history` is False may be given the last token only.
     """
 
     def __init__(
@@ -67,99 +69,106 @@ class HFEngine:
         self._version = version
         self._autocast = autocast
         self._processors = processors
-        self._ending = StopCondition(tokenizer, config.stop)
+        self._stop_condition = StopCondition(tokenizer, config.stop)
         self._pad_id = int(tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
-        self._keeps_apart: bool | None = None
+        self._takes_packed_rows: bool | None = None
 
     def generate(
         self, prompts: Sequence[Prompt], *, greedy: bool = False, on_finished: OnFinished | None = None
     ) -> Iterator[list[Rollout]]:
         """See `RolloutEngine.generate`. What is sampled does not depend on `on_finished`.
 
-        Decoders that can be decoded in slots are (`conch.rollouts.hf.continuous_batching`), `chunk_size` rows
-        at a time, each of which makes room for the next prompt when it ends; for others
-        `transformers.generate` samples chunk by chunk.
+        Decoders that keep packed rows apart are batched continuously, in `chunk_size` slots
+        (`conch.rollouts.hf.continuous_batching`); for others `transformers.generate` samples chunk by chunk.
         """
         size = self._config.chunk_size
-        if self._takes_slots(prompts):
-            yield from self._generate_in_slots(prompts, greedy, on_finished)
+        if self._can_batch_continuously(prompts):
+            yield from self._generate_continuously(prompts, greedy, on_finished)
             return
+        complete = self._stop_condition.completion
         for start in range(0, len(prompts), size):
             chunk = prompts[start : start + size]
-            harvest = RolloutCollector(chunk, self._ending.completion, self._version(), start, on_finished)
-            self._generate_chunk(harvest, greedy, watched=on_finished is not None)
-            yield harvest.rollouts()
+            collector = RolloutCollector(chunk, complete, self._version(), start, on_finished)
+            self._generate_chunk(collector, greedy, early=on_finished is not None)
+            yield collector.rollouts()
 
-    # ---------------------------------------------------------------------------------------------- in slots
+    # ------------------------------------------------------------------------------------ continuous batching
 
-    def _takes_slots(self, prompts: Sequence[Prompt]) -> bool:
+    def _can_batch_continuously(self, prompts: Sequence[Prompt]) -> bool:
+        """True where the model keeps packed rows apart and its sliding window, if any, covers every row."""
         lm = self._lm()
-        if self._keeps_apart is None:
-            self._keeps_apart = takes_packed_rows(lm)
+        if self._takes_packed_rows is None:
+            self._takes_packed_rows = takes_packed_rows(lm)
         window = sliding_window(lm.config)
-        if not self._keeps_apart or window is None or not prompts:
-            return self._keeps_apart
-        return max(len(each.token_ids) for each in prompts) + self._config.max_new_tokens <= window
+        if not self._takes_packed_rows or window is None or not prompts:
+            return self._takes_packed_rows
+        return max(len(prompt.token_ids) for prompt in prompts) + self._config.max_new_tokens <= window
 
-    def _generate_in_slots(
+    def _generate_continuously(
         self, prompts: Sequence[Prompt], greedy: bool, on_finished: OnFinished | None
     ) -> Iterator[list[Rollout]]:
-        decoder = ContinuousBatcher(
+        size = self._config.chunk_size
+        batcher = ContinuousBatcher(
             self._lm(),
             [prompt.token_ids for prompt in prompts],
-            num_slots=self._config.chunk_size,
+            num_slots=size,
             max_new_tokens=self._config.max_new_tokens,
             pad_id=self._pad_id,
-            ended=self._has_ended,
+            has_ended=self._has_ended,
         )
-        made: dict[int, Rollout] = {}
-        size = self._config.chunk_size
+        rollouts: dict[int, Rollout] = {}
         for start in range(0, len(prompts), size):
-            places = range(start, min(start + size, len(prompts)))
-            self._decode_until(places, decoder, prompts, made, greedy, on_finished)
-            yield [made.pop(place) for place in places]
+            chunk = range(start, min(start + size, len(prompts)))
+            self._advance_until(chunk, batcher, prompts, rollouts, greedy, on_finished)
+            yield [rollouts.pop(index) for index in chunk]
 
     @torch.no_grad()
-    def _decode_until(
+    def _advance_until(
         self,
-        places: Sequence[int],
-        decoder: ContinuousBatcher,
+        chunk: Sequence[int],
+        batcher: ContinuousBatcher,
         prompts: Sequence[Prompt],
-        made: dict[int, Rollout],
+        rollouts: dict[int, Rollout],
         greedy: bool,
         on_finished: OnFinished | None,
     ) -> None:
-        """Until all of `places` are in `made`, which gets whatever ends meanwhile."""
+        """Sample until all indices of `chunk` are in `rollouts`, which also gets whatever ends meanwhile."""
+        complete = self._stop_condition.completion
         with _sampling_mode(self._lm()), self._autocast(), self._processors() as processors:
             sampling = Sampling(processors, self._warpers(greedy), greedy=greedy)
-            while not all(place in made for place in places):
-                rows = decoder.advance(sampling)
-                fresh = {
-                    row.place: Rollout(
-                        prompts[row.place], self._ending.completion(row.ids, row.logprobs), self._version()
+            while not all(index in rollouts for index in chunk):
+                ended = {
+                    sequence.prompt_index: Rollout(
+                        prompts[sequence.prompt_index],
+                        complete(sequence.ids, sequence.logprobs),
+                        self._version(),
                     )
-                    for row in rows
+                    for sequence in batcher.advance(sampling)
                 }
-                made |= fresh
-                if fresh and on_finished is not None:
-                    on_finished(fresh)
+                rollouts |= ended
+                if ended and on_finished is not None:
+                    on_finished(ended)
 
     def _has_ended(self, ids: list[int]) -> bool:
-        return ids[-1] == self._ending.eos_id or self._ending.reached(ids)
+        return ids[-1] == self._stop_condition.eos_id or self._stop_condition.reached(ids)
 
-    # ---------------------------------------------------------------------------------------- chunk by chunk
+    # ----------------------------------------------------------------------------------------- chunk by chunk
 
     @torch.no_grad()
-    def _generate_chunk(self, harvest: RolloutCollector, greedy: bool, watched: bool) -> None:
+    def _generate_chunk(self, collector: RolloutCollector, greedy: bool, early: bool) -> None:
+        """Sample one chunk with `transformers.generate`. early: report completions before the chunk's end."""
         lm = self._lm()
-        rows = [prompt.token_ids for prompt in harvest.prompts]
+        rows = [prompt.token_ids for prompt in collector.prompts]
         input_ids, attention_mask = pad_left(rows, self._pad_id, lm.device)
-        # What comes out begins with the prompt; beside an encoder, with the decoder's start token.
-        num_given = 1 if lm.config.is_encoder_decoder else input_ids.shape[1]
-        recorder, stopping = LogprobRecorder(), self._stopping(num_given)
-        if watched:
+        # The output begins with the prompt; with the decoder's start token where there is an encoder.
+        response_start = 1 if lm.config.is_encoder_decoder else input_ids.shape[1]
+        recorder, stopping = LogprobRecorder(), StoppingCriteriaList()
+        if self._stop_condition.has_stop_strings:
+            stopping.append(StopStrings(self._stop_condition, response_start))
+        if early:
+            eos_id = self._stop_condition.eos_id
             stopping = StoppingCriteriaList(
-                [FinishWatcher(harvest, recorder, stopping, self._ending.eos_id, num_given)]
+                [FinishWatcher(collector, recorder, stopping, eos_id, response_start)]
             )
         with _sampling_mode(lm), self._autocast(), self._processors() as processors:
             sequences = lm.generate(  # pyright: ignore[reportCallIssue]  typed as a Tensor attribute
@@ -170,8 +179,8 @@ class HFEngine:
                 stopping_criteria=stopping,
             )
         assert isinstance(sequences, Tensor)
-        responses = sequences[:, num_given:]
-        harvest.take(range(len(responses)), responses, recorder.logprobs(responses))
+        responses = sequences[:, response_start:]
+        collector.add(range(len(responses)), responses, recorder.logprobs(responses))
 
     def _generation_config(self, lm: PreTrainedModel, greedy: bool) -> HFGenerationConfig:
         # Temperature, top-k and top-p are switched off here, for `_warpers` applies them.
@@ -179,14 +188,14 @@ class HFEngine:
         return HFGenerationConfig(
             max_new_tokens=self._config.max_new_tokens,
             do_sample=not greedy,
-            eos_token_id=self._ending.eos_id,
+            eos_token_id=self._stop_condition.eos_id,
             pad_token_id=self._pad_id,
             decoder_start_token_id=getattr(lm.config, "decoder_start_token_id", None),
             **shaping,
         )
 
     def _warpers(self, greedy: bool) -> list[LogitsProcessor]:
-        """What turns logits into the distribution that is sampled from, in the order of `transformers`."""
+        """Temperature, top-k and top-p, in the order of `transformers`; none where the choice is greedy."""
         config, warpers = self._config, []
         if not greedy and config.temperature != 1.0:
             warpers.append(TemperatureLogitsWarper(config.temperature))
@@ -196,35 +205,31 @@ class HFEngine:
             warpers.append(TopPLogitsWarper(config.top_p))
         return warpers
 
-    def _stopping(self, num_given: int) -> StoppingCriteriaList:
-        if not self._ending.watches:
-            return StoppingCriteriaList()
-        return StoppingCriteriaList([StopStrings(self._ending, num_given)])
-
 
 @contextmanager
 def _sampling_mode(lm: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, and none of what the checkpoint says about sampling (a repetition penalty, say):
-    `generate` would take from there whatever is not set explicitly."""
-    was_training, of_checkpoint = lm.training, lm.generation_config
+    """Set evaluation mode, and hide the checkpoint's own sampling settings (a repetition penalty, say), from
+    which `generate` would take whatever is not set explicitly."""
+    was_training, checkpoint_config = lm.training, lm.generation_config
     lm.eval()
     lm.generation_config = HFGenerationConfig()
     try:
         yield
     finally:
-        lm.generation_config = of_checkpoint
+        lm.generation_config = checkpoint_config
         lm.train(was_training)
 
 
 _GPU_STRIDE = 8
-"""Steps between two looks at a GPU, each of which waits for it: a completion is told of 7 late at most."""
+"""Steps after which a GPU's tokens are read, which waits for the GPU: an end is seen at most 7 steps late."""
 
 
 class RolloutCollector:
-    """The rollouts of one chunk, each made once: when it is found to have ended, or at the end.
+    """Makes the rollouts of one chunk, each once: when its end is seen, or at the end of the chunk.
 
-    complete: turns sampled ids (what follows the end included) and their log-probs into a completion.
-    start: the number of the chunk's first prompt, by which `on_finished` knows it.
+    complete: makes a completion of sampled ids, those behind the end included, and their log-probs.
+    version: of the policy.
+    start: index of the chunk's first prompt among all prompts, as `on_finished` counts them.
     """
 
     def __init__(
@@ -240,35 +245,33 @@ class RolloutCollector:
         self._version = version
         self._start = start
         self._on_finished = on_finished
-        self._made: dict[int, Rollout] = {}
+        self._rollouts: dict[int, Rollout] = {}
 
-    def take(
-        self, rows: Iterable[int], responses: Int[Tensor, "B R"], logprobs: Float[Tensor, "B R"]
-    ) -> None:
-        """These rows have ended; those that were taken before are passed over."""
-        fresh = [row for row in rows if row not in self._made]
-        if not fresh:
+    def add(self, rows: Iterable[int], responses: Int[Tensor, "B R"], logprobs: Float[Tensor, "B R"]) -> None:
+        """Make rollouts of rows that have ended; rows that were added before are skipped."""
+        new = [row for row in rows if row not in self._rollouts]
+        if not new:
             return
-        ids, columns = responses[fresh].tolist(), logprobs[fresh].tolist()
-        for row, *sampled in zip(fresh, ids, columns, strict=True):
-            self._made[row] = Rollout(self.prompts[row], self._complete(*sampled), self._version)
+        ids, columns = responses[new].tolist(), logprobs[new].tolist()
+        for row, *sampled in zip(new, ids, columns, strict=True):
+            self._rollouts[row] = Rollout(self.prompts[row], self._complete(*sampled), self._version)
         if self._on_finished is not None:
-            self._on_finished({self._start + row: self._made[row] for row in fresh})
+            self._on_finished({self._start + row: self._rollouts[row] for row in new})
 
-    def misses(self, rows: Iterable[int]) -> bool:
-        """True where one of these rows was not taken yet."""
-        return not self._made.keys() >= set(rows)
+    def lacks(self, rows: Iterable[int]) -> bool:
+        """True where one of these rows was not added yet."""
+        return not self._rollouts.keys() >= set(rows)
 
     def rollouts(self) -> list[Rollout]:
-        """All of them, in the order of their prompts."""
-        return [self._made[row] for row in range(len(self.prompts))]
+        """All rollouts, in the order of their prompts."""
+        return [self._rollouts[row] for row in range(len(self.prompts))]
 
 
 class LogprobRecorder(LogitsProcessor):
-    """Notes the log-probability of each sampled id under the distribution it was drawn from.
+    """Records the log-prob of each sampled id under the distribution that it was drawn from.
 
-    Stands last among the processors, where the logits are those that are sampled from. Keeps [B, V] of one
-    step; all R of them would take more memory than the model where the vocabulary is large.
+    Stands last among the processors, where logits are those that are sampled from. Keeps [B, V] of one step:
+    all R steps would take more memory than the model where the vocabulary is large.
     """
 
     def __init__(self) -> None:
@@ -276,79 +279,81 @@ class LogprobRecorder(LogitsProcessor):
         self._pending: Float[Tensor, "B V"] | None = None
 
     def __call__(self, input_ids: Int[Tensor, "B T"], scores: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
-        """Called before each sampling; the last of `input_ids` was drawn from the scores before these."""
-        self.take(input_ids[:, -1:])
+        """Called before each sampling; the last of `input_ids` was drawn from the previous call's scores."""
+        self.record(input_ids[:, -1:])
         self._pending = scores.float().log_softmax(dim=-1)
         return scores
 
-    def take(self, sampled: Int[Tensor, "B 1"]) -> None:
-        """Note what was drawn from the latest scores; a second call for the same ones does nothing."""
+    def record(self, sampled: Int[Tensor, "B 1"]) -> None:
+        """Record the ids drawn from the latest scores; a second call for the same scores does nothing."""
         if self._pending is not None:
             self._columns.append(self._pending.gather(-1, sampled))
         self._pending = None
 
     def logprobs(self, ids: Int[Tensor, "B R"]) -> Float[Tensor, "B R"]:
-        """Log-probabilities of the response `ids` that came out; behind a row's end they mean nothing."""
+        """Log-probs of the response `ids`; behind a row's end they mean nothing."""
         if len(self._columns) < ids.shape[1]:
-            self.take(ids[:, -1:])
+            self.record(ids[:, -1:])
         return torch.cat(self._columns, dim=-1)[:, : ids.shape[1]]
 
 
 class StopStrings(StoppingCriteria):
     """Ends a row once its response contains a stop string.
 
-    num_given: tokens of `input_ids` that come before the responses.
+    response_start: column of `input_ids` at which the responses start.
     """
 
-    def __init__(self, ending: StopCondition, num_given: int) -> None:
-        self._ending = ending
-        self._num_given = num_given
+    def __init__(self, stop_condition: StopCondition, response_start: int) -> None:
+        self._stop_condition = stop_condition
+        self._response_start = response_start
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  BoolTensor is the CPU's alone
         self, input_ids: Int[Tensor, "B T"], scores: Any, **_kwargs: Any
     ) -> Bool[Tensor, " B"]:
         """True for rows that are to end."""
         del scores
-        responses = input_ids[:, self._num_given :].tolist()
-        return torch.tensor([self._ending.reached(row) for row in responses], device=input_ids.device)
+        responses = input_ids[:, self._response_start :].tolist()
+        ended = [self._stop_condition.reached(row) for row in responses]
+        return torch.tensor(ended, device=input_ids.device)
 
 
 class FinishWatcher(StoppingCriteria):
-    """Hands rows to a harvest as they end, by the end-of-sequence token or by `inner`.
+    """Adds rows to a collector as they end, by the end-of-sequence token or by `inner`.
 
-    inner: the criteria that end rows beside eos and the limit of length, which `generate` itself looks after.
+    inner: criteria that end rows beside eos and the limit of length, which `generate` itself applies.
+    response_start: column of `input_ids` at which the responses start.
     """
 
     def __init__(
         self,
-        harvest: RolloutCollector,
+        collector: RolloutCollector,
         recorder: LogprobRecorder,
         inner: StoppingCriteriaList,
         eos_id: int,
-        num_given: int,
+        response_start: int,
     ) -> None:
-        self._harvest = harvest
+        self._collector = collector
         self._recorder = recorder
         self._inner = inner
         self._eos_id = eos_id
-        self._num_given = num_given
+        self._response_start = response_start
         self._ended: Bool[Tensor, " B"] | None = None
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  BoolTensor is the CPU's alone
         self, input_ids: Int[Tensor, "B T"], scores: Any, **kwargs: Any
     ) -> Bool[Tensor, " B"]:
-        """What `inner` says: True for rows that are to end."""
+        """Result of `inner`: True for rows that are to end."""
         stopped = self._inner(input_ids, scores, **kwargs)  # pyright: ignore[reportArgumentType]
         ended = stopped | (input_ids[:, -1] == self._eos_id)
         self._ended = ended if self._ended is None else self._ended | ended
-        step = input_ids.shape[1] - self._num_given
+        step = input_ids.shape[1] - self._response_start
         if not input_ids.is_cuda or step % _GPU_STRIDE == 0:
-            self._look(input_ids, self._ended)
+            self._collect(input_ids, self._ended)
         return stopped
 
-    def _look(self, input_ids: Int[Tensor, "B T"], ended: Bool[Tensor, " B"]) -> None:
-        self._recorder.take(input_ids[:, -1:])
-        rows = [row for row, done in enumerate(ended.tolist()) if done]
-        if self._harvest.misses(rows):
-            responses = input_ids[:, self._num_given :]
-            self._harvest.take(rows, responses, self._recorder.logprobs(responses))
+    def _collect(self, input_ids: Int[Tensor, "B T"], ended: Bool[Tensor, " B"]) -> None:
+        self._recorder.record(input_ids[:, -1:])
+        rows = [row for row, has_ended in enumerate(ended.tolist()) if has_ended]
+        if self._collector.lacks(rows):
+            responses = input_ids[:, self._response_start :]
+            self._collector.add(rows, responses, self._recorder.logprobs(responses))

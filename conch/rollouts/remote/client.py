@@ -1,10 +1,10 @@
-"""A rollout server as its client sees it; `conch.rollouts.protocol` has what is said."""
+"""HTTP client of one rollout server; see `conch.rollouts.protocol` for the messages."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import httpx2
 
@@ -13,20 +13,22 @@ from conch.errors import ConfigError, RolloutError, RolloutUnavailableError
 from conch.rollouts.protocol import CompletionReply, GenerateRequest, Health, WeightUpdate
 
 _CONNECT_S = 5.0
-_ASTRAY = 409
-_SHOWN = 300
-"""Characters of what a server says of its failure."""
+_STALE_WEIGHTS = 409
+_MAX_DETAIL = 300
+"""Characters of a server's error that are shown."""
+
+MessageT = TypeVar("MessageT", bound=Section)
 
 
-class AstrayError(RolloutUnavailableError):
-    """The server holds other weights than were asked for."""
+class StaleWeightsError(RolloutUnavailableError):
+    """The server holds other weights than those of the request."""
 
 
 def parse_servers(urls: str) -> list[str]:
     """`host:port` of each server.
 
     Raises:
-        ConfigError: `urls` is something else, or names a server twice.
+        ConfigError: `urls` has another form, or names a server twice.
     """
     servers = [part.strip() for part in urls.split(",")]
     for server in servers:
@@ -41,17 +43,18 @@ def parse_servers(urls: str) -> list[str]:
     return servers
 
 
-class ServerLink:
-    """The connection to one server, which several threads may use at once.
+class ServerClient:
+    """Client of one server, which several threads may use at once.
 
-    address: `host:port`. deadline_s: longest wait for weights to be taken, or for the next completion.
+    address: `host:port`.
+    deadline_s: longest wait for weights to be loaded, or for the next completion.
     """
 
     def __init__(self, address: str, deadline_s: float) -> None:
         self.address = address
         host, _, port = address.rpartition(":")
         self.host, self.port = host.strip("[]"), int(port)
-        self._client = httpx2.Client(
+        self._http = httpx2.Client(
             base_url=f"http://{address}",
             headers={"content-type": "application/json"},
             timeout=httpx2.Timeout(deadline_s, connect=_CONNECT_S),
@@ -61,72 +64,74 @@ class ServerLink:
         )
 
     def health(self) -> Health:
-        """What the server is, and which weights it holds.
+        """State of the server.
 
         Raises:
-            RolloutUnavailableError, RolloutError: it is away, or it is something else.
+            RolloutUnavailableError: it does not answer.
+            RolloutError: something else than a rollout server answers.
         """
-        return self._parsed(Health, self._call("GET", "/health", timeout=_CONNECT_S))
+        return self._parse(Health, self._call("GET", "/health", timeout=_CONNECT_S))
 
-    def refit(self, given: WeightUpdate) -> Health:
-        """Let it take these weights; returns once it has.
+    def update_weights(self, update: WeightUpdate) -> Health:
+        """Have the server load these weights; returns once it has.
 
         Raises:
-            RolloutUnavailableError, RolloutError: it is away, or cannot.
+            RolloutUnavailableError: it does not answer, or failed.
+            RolloutError: it can never load them.
         """
-        return self._parsed(Health, self._call("POST", "/weights", content=given.model_dump_json()))
+        return self._parse(Health, self._call("POST", "/weights", content=update.model_dump_json()))
 
-    def completions(self, asked: GenerateRequest) -> Iterator[CompletionReply]:
-        """Completions as they end.
+    def completions(self, request: GenerateRequest) -> Iterator[CompletionReply]:
+        """Yield completions as they end.
 
         Raises:
-            AstrayError: it holds other weights.
-            RolloutUnavailableError, RolloutError: it is away, or cannot.
+            StaleWeightsError: the server holds other weights.
+            RolloutUnavailableError: it does not answer, or broke off.
+            RolloutError: it can never sample what is requested.
         """
         try:
-            with self._client.stream("POST", "/generate", content=asked.model_dump_json()) as reply:
+            with self._http.stream("POST", "/generate", content=request.model_dump_json()) as reply:
                 if reply.status_code != httpx2.codes.OK:
                     reply.read()
-                    self._refused(reply)
-                for text in reply.iter_lines():
-                    yield self._parsed(CompletionReply, json.loads(text))
+                    self._raise_refusal(reply)
+                for line in reply.iter_lines():
+                    yield self._parse(CompletionReply, json.loads(line))
         except httpx2.TransportError as error:
-            raise self._away(error) from error
+            raise self._unavailable(error) from error
         except ValueError as error:
             raise RolloutUnavailableError(f"{self.address} broke off in the middle of a line") from error
 
     def _call(self, method: str, path: str, **settings: Any) -> Any:
         try:
-            reply = self._client.request(method, path, **settings)
+            reply = self._http.request(method, path, **settings)
         except httpx2.TransportError as error:
-            raise self._away(error) from error
+            raise self._unavailable(error) from error
         if reply.status_code != httpx2.codes.OK:
-            self._refused(reply)
+            self._raise_refusal(reply)
         return reply.json()
 
-    def _refused(self, reply: httpx2.Response) -> None:
+    def _raise_refusal(self, reply: httpx2.Response) -> NoReturn:
         try:
-            detail = str(reply.json()["detail"])[:_SHOWN]
+            detail = str(reply.json()["detail"])[:_MAX_DETAIL]
         except (ValueError, KeyError, TypeError):
             detail = f"HTTP {reply.status_code}"
-        if reply.status_code == _ASTRAY:
-            raise AstrayError(f"{self.address}: {detail}")
+        if reply.status_code == _STALE_WEIGHTS:
+            raise StaleWeightsError(f"{self.address}: {detail}")
         if reply.status_code >= 500:
             raise RolloutUnavailableError(f"{self.address} failed: {detail}")
         raise RolloutError(f"{self.address} refuses: {detail}")
 
-    def _away(self, error: Exception) -> RolloutUnavailableError:
+    def _unavailable(self, error: Exception) -> RolloutUnavailableError:
         return RolloutUnavailableError(f"{self.address} does not answer ({type(error).__name__}: {error})")
 
-    def _parsed(self, kind: type[Any], values: Any) -> Any:
-        assert issubclass(kind, Section)
+    def _parse(self, message: type[MessageT], values: Any) -> MessageT:
         try:
-            return kind.model_validate(values)
+            return message.model_validate(values)
         except ValueError as error:
             raise RolloutError(
-                f"{self.address} is no rollout server of this release: its {kind.__name__} cannot be read"
+                f"{self.address} is no rollout server of this release: its {message.__name__} cannot be read"
             ) from error
 
     def close(self) -> None:
-        """Let go of its connections."""
-        self._client.close()
+        """Close the connections."""
+        self._http.close()

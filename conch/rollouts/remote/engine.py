@@ -1,4 +1,4 @@
-"""Sample completions with vLLM servers, any of which may die and come back while they are asked."""
+"""Sample completions on vLLM servers, any of which may die and come back meanwhile."""
 
 from __future__ import annotations
 
@@ -13,50 +13,67 @@ from transformers import PreTrainedTokenizerBase
 
 from conch.config import GenerationConfig
 from conch.errors import ConchError, RolloutError, RolloutUnavailableError
-from conch.rollouts.base import check_window, draw_seeds, in_order
+from conch.rollouts.base import check_lengths, draw_seeds, in_order
 from conch.rollouts.protocol import CompletionReply, GenerateRequest, PromptRequest
-from conch.rollouts.remote.client import AstrayError
+from conch.rollouts.remote.client import StaleWeightsError
 from conch.rollouts.remote.lease import WeightLease
-from conch.rollouts.remote.pool import Server, ServerPool, least_busy
+from conch.rollouts.remote.pool import ServerPool, ServerState, least_busy
 from conch.types import Completion, OnFinished, Prompt, Rollout
 
-_PORTIONS = 4
-"""Requests that a server's part of the prompts is cut into: so a quick one can take from a slow one's."""
+_BATCHES_PER_SERVER = 4
+"""Requests that a server's share of prompts is split into, so that a quick server can relieve a slow one."""
 
-_WAKE_S = 0.5
+_WAIT_S = 0.5
+"""Longest wait for a completion before servers are looked after again."""
 
 
 @dataclass(eq=False)
-class Portion:
-    """What one request asks for. places: of the completions, by prompt and by seed of that prompt."""
+class PromptBatch:
+    """The prompts of one request.
 
-    wanted: list[PromptRequest]
-    places: list[list[int]]
+    requests: prompts with their seeds.
+    indices: for each prompt, the index of each of its completions among all that are to be sampled.
+    """
+
+    requests: list[PromptRequest]
+    indices: list[list[int]]
 
     @property
-    def rows(self) -> int:
-        """Completions."""
-        return sum(len(column) for column in self.places)
+    def num_completions(self) -> int:
+        return sum(len(column) for column in self.indices)
 
 
 @dataclass(frozen=True)
-class _Ended:
-    """A request is over. error: None where all of its completions came."""
+class _RequestEnd:
+    """The end of a request.
 
-    server: Server
-    portion: Portion
+    tokens: what the request had added to the server's pending tokens.
+    error: None where all of its completions have come.
+    """
+
+    server: ServerState
+    batch: PromptBatch
     tokens: int
     error: ConchError | None
 
 
-_Event = _Ended | tuple[Server, int, CompletionReply]
-"""A completion comes with its place."""
+@dataclass(frozen=True)
+class _CompletionEvent:
+    """A completion that has come. index: among all that are to be sampled."""
+
+    server: ServerState
+    index: int
+    reply: CompletionReply
 
 
-class ServedEngine:
+_Event = _RequestEnd | _CompletionEvent
+
+
+class RemoteEngine:
     """A `RolloutEngine` over servers. Seeds are drawn from torch's global generator.
 
-    version: gives the number of updates the policy has seen.
+    version: gives the number of updates that the policy has seen.
+    deadline_s: longest time without a new completion from any server.
     """
 
     def __init__(
@@ -77,23 +94,24 @@ class ServedEngine:
     def generate(
         self, prompts: Sequence[Prompt], *, greedy: bool = False, on_finished: OnFinished | None = None
     ) -> Iterator[list[Rollout]]:
-        """See `RolloutEngine.generate`. All prompts are asked for at once, whatever the chunks they come in.
+        """See `RolloutEngine.generate`. All prompts are requested at once, whatever the chunks they come in.
 
         Raises:
-            ConfigError: a prompt is longer than the servers' window leaves room for.
+            ConfigError: a prompt is longer than the servers' `max_model_len` leaves room for.
             RolloutError: no server answers before the deadline, or one answers with other weights.
         """
         with self._pool.lease(self._version()) as lease:
-            servers = self._pool.ready(lease)
-            check_window(prompts, self._config, self._pool.window)
+            servers = self._pool.push_weights(lease)
+            check_lengths(prompts, self._config, self._pool.max_model_len)
             seeds = draw_seeds(len(prompts))
-            size = max(1, -(-len(prompts) // (len(servers) * _PORTIONS)))
-            work = _Work(self._pool, self._config, self._eos_id, lease, greedy, self._deadline_s)
-            finished = work.finished(prompts, cut(prompts, range(len(prompts)), seeds, size))
+            size = max(1, -(-len(prompts) // (len(servers) * _BATCHES_PER_SERVER)))
+            batches = split_prompts(prompts, range(len(prompts)), seeds, size)
+            sampling = _Sampling(self._pool, self._config, self._eos_id, lease, greedy, self._deadline_s)
+            finished = sampling.rollouts(prompts, batches)
             yield from in_order(prompts, finished, self._config.chunk_size, on_finished)
 
 
-class _Work:
+class _Sampling:
     """The requests of one call of `generate`."""
 
     def __init__(
@@ -109,162 +127,165 @@ class _Work:
         self._config = config
         self._eos_id = eos_id
         self._lease = lease
-        self._stamp = lease.stamp
+        self._weights = lease.weights
         self._greedy = greedy
         self._deadline_s = deadline_s
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
-        self._waiting: deque[Portion] = deque()
+        self._waiting: deque[PromptBatch] = deque()
         self._missing: set[int] = set()
-        self._astray = 0
+        self._stale_replies = 0
 
-    def finished(
-        self, prompts: Sequence[Prompt], portions: Sequence[Portion]
+    def rollouts(
+        self, prompts: Sequence[Prompt], batches: Sequence[PromptBatch]
     ) -> Iterator[dict[int, Rollout]]:
-        """Rollouts as they end, each prompt's once, whatever becomes of the servers."""
-        self._waiting.extend(portions)
-        self._missing = {place for each in portions for column in each.places for place in column}
-        heard = time.monotonic()
+        """Yield rollouts by their prompts' indices as they end, one for each prompt, whatever servers do."""
+        self._waiting.extend(batches)
+        self._missing = {index for batch in batches for column in batch.indices for index in column}
+        last_completion_s = time.monotonic()
         while self._missing:
-            self._launch()
-            landed = self._landed(prompts)
-            if landed:
-                heard = time.monotonic()
-                yield landed
-            elif time.monotonic() - heard > self._deadline_s:
+            self._send_waiting()
+            ended = self._receive(prompts)
+            if ended:
+                last_completion_s = time.monotonic()
+                yield ended
+            elif time.monotonic() - last_completion_s > self._deadline_s:
                 raise RolloutUnavailableError(
                     f"{len(self._missing)} completions are missing, and no server sent one for "
                     f"`rollout.deadline_s` = {self._deadline_s:g}"
                 )
 
-    def _launch(self) -> None:
-        """Ask for what waits, as far as servers have room; look after those that are away."""
+    def _send_waiting(self) -> None:
+        """Send waiting batches to servers that have room; probe those that are away."""
         for server in self._pool.servers:
-            self._pool.revive(server, self._lease)
+            self._pool.recover(server, self._lease)
         while self._waiting:
-            able = [server for server in self._pool.servers if server.holds(self._stamp)]
-            server = least_busy(able, self._waiting[0].rows)
+            able = [server for server in self._pool.servers if server.holds(self._weights)]
+            server = least_busy(able, self._waiting[0].num_completions)
             if server is None:
                 return
-            portion = self._waiting.popleft()
-            tokens = self._tokens(portion)
-            server.tokens += tokens
-            server.rows += portion.rows
-            self._pool.threads.submit(self._ask, server, portion, tokens)
+            batch = self._waiting.popleft()
+            tokens = self._max_tokens(batch)
+            server.pending_tokens += tokens
+            server.pending_completions += batch.num_completions
+            self._pool.threads.submit(self._request, server, batch, tokens)
 
-    def _tokens(self, portion: Portion) -> int:
-        """The most that it can come to."""
+    def _max_tokens(self, batch: PromptBatch) -> int:
+        """Prompt and completion tokens of a batch, at most."""
         return sum(
-            len(column) * (len(wanted.token_ids) + self._config.max_new_tokens)
-            for wanted, column in zip(portion.wanted, portion.places, strict=True)
+            len(column) * (len(request.token_ids) + self._config.max_new_tokens)
+            for request, column in zip(batch.requests, batch.indices, strict=True)
         )
 
-    def _ask(self, server: Server, portion: Portion, tokens: int) -> None:
-        """In a thread: put what a server says where `finished` reads it."""
-        asked = GenerateRequest(
-            stamp=self._stamp,
+    def _request(self, server: ServerState, batch: PromptBatch, tokens: int) -> None:
+        """In a thread: request a batch, and queue what the server answers."""
+        request = GenerateRequest(
+            weights=self._weights,
             generation=self._config,
             greedy=self._greedy,
             eos_id=self._eos_id,
-            wanted=tuple(portion.wanted),
+            prompts=tuple(batch.requests),
         )
         error: ConchError | None = None
         count = 0
         try:
-            for line in server.link.completions(asked):
-                if self._lease.is_over:
+            for reply in server.client.completions(request):
+                if self._lease.has_ended:
                     break
-                self._events.put((server, portion.places[line.prompt][line.sample], line))
+                index = batch.indices[reply.prompt_index][reply.seed_index]
+                self._events.put(_CompletionEvent(server, index, reply))
                 count += 1
-            if count < portion.rows:
-                error = RolloutUnavailableError(f"{server.link.address} broke off")
+            if count < batch.num_completions:
+                error = RolloutUnavailableError(f"{server.client.address} broke off")
         except ConchError as failure:
             error = failure
         except IndexError:
-            error = RolloutError(f"{server.link.address} sent a completion that nobody asked for")
-        self._events.put(_Ended(server, portion, tokens, error))
+            error = RolloutError(f"{server.client.address} sent a completion that nobody asked for")
+        self._events.put(_RequestEnd(server, batch, tokens, error))
 
-    def _landed(self, prompts: Sequence[Prompt]) -> dict[int, Rollout]:
-        """What has come since the last look, after waiting a moment for the first."""
-        landed: dict[int, Rollout] = {}
-        for event in self._news():
-            if isinstance(event, _Ended):
-                self._settle(event)
+    def _receive(self, prompts: Sequence[Prompt]) -> dict[int, Rollout]:
+        """Rollouts that have come since the last call, after waiting a moment for the first."""
+        ended: dict[int, Rollout] = {}
+        for event in self._queued_events():
+            if isinstance(event, _RequestEnd):
+                self._close_request(event)
                 continue
-            server, place, line = event
-            self._check_version(server, line)
-            if place in self._missing:
-                self._missing.remove(place)
-                landed[place] = Rollout(prompts[place], _completion(line), line.version)
-        return landed
+            self._check_version(event.server, event.reply)
+            if event.index in self._missing:
+                self._missing.remove(event.index)
+                reply = event.reply
+                completion = Completion(reply.text, reply.token_ids, reply.logprobs, reply.finish_reason)
+                ended[event.index] = Rollout(prompts[event.index], completion, reply.version)
+        return ended
 
-    def _news(self) -> Iterator[_Event]:
+    def _queued_events(self) -> Iterator[_Event]:
         with contextlib.suppress(queue.Empty):
-            yield self._events.get(timeout=_WAKE_S)
+            yield self._events.get(timeout=_WAIT_S)
             while True:
                 yield self._events.get_nowait()
 
-    def _check_version(self, server: Server, line: CompletionReply) -> None:
-        if line.version != self._stamp.version:
+    def _check_version(self, server: ServerState, reply: CompletionReply) -> None:
+        if reply.version != self._weights.version:
             raise RolloutError(
-                f"{server.link.address} answered with version {line.version} of the policy, "
-                f"{self._stamp.version} was asked for: give each run servers of its own"
+                f"{server.client.address} answered with version {reply.version} of the policy, "
+                f"{self._weights.version} was asked for: give each run servers of its own"
             )
 
-    def _settle(self, ended: _Ended) -> None:
-        """Take a request off its server's account; what did not come is asked for again."""
-        server, portion, error = ended.server, ended.portion, ended.error
-        server.tokens -= ended.tokens
-        server.rows -= portion.rows
+    def _close_request(self, end: _RequestEnd) -> None:
+        """Take a request off its server's account, and queue again what it did not bring."""
+        server, batch, error = end.server, end.batch, end.error
+        server.pending_tokens -= end.tokens
+        server.pending_completions -= batch.num_completions
         if error is None:
             return
         if not isinstance(error, RolloutUnavailableError):
             raise error
-        if isinstance(error, AstrayError):
-            self._count_astray(error)
-        self._pool.lost(server, error)
-        rest = without(portion, self._missing)
+        if isinstance(error, StaleWeightsError):
+            self._count_stale(error)
+        self._pool.mark_lost(server, error)
+        rest = missing_part(batch, self._missing)
         if rest is not None:
             self._waiting.appendleft(rest)
 
-    def _count_astray(self, error: AstrayError) -> None:
-        """A server that was restarted is given its weights again; one that another run uses too, in vain."""
-        self._astray += 1
-        if self._astray > 3 * _PORTIONS * len(self._pool.servers):
+    def _count_stale(self, error: StaleWeightsError) -> None:
+        """Give up after many refusals: sending the weights again helps a restarted server, but not one that
+        another run uses, too."""
+        self._stale_replies += 1
+        if self._stale_replies > 3 * _BATCHES_PER_SERVER * len(self._pool.servers):
             raise RolloutError(f"{error}, again and again: give each run servers of its own") from error
 
 
-def cut(prompts: Sequence[Prompt], places: Sequence[int], seeds: Sequence[int], size: int) -> list[Portion]:
-    """Requests of about `size` completions. Equal prompts in a row are asked for as one, with several seeds,
-    and stay together: a server computes what they share once."""
-    portions = [Portion([], [])]
-    last: tuple[int, ...] | None = None
-    for place, seed in zip(places, seeds, strict=True):
-        ids = prompts[place].token_ids
-        if ids == last:
-            wanted = portions[-1].wanted[-1]
-            portions[-1].wanted[-1] = PromptRequest(token_ids=ids, seeds=(*wanted.seeds, seed))
-            portions[-1].places[-1].append(place)
+def split_prompts(
+    prompts: Sequence[Prompt], indices: Sequence[int], seeds: Sequence[int], size: int
+) -> list[PromptBatch]:
+    """Split prompts into batches of about `size` completions.
+
+    Equal prompts in a row become one request with several seeds, and stay in one batch: a server computes
+    what they share once.
+    """
+    batches = [PromptBatch([], [])]
+    previous_ids: tuple[int, ...] | None = None
+    for index, seed in zip(indices, seeds, strict=True):
+        batch, ids = batches[-1], prompts[index].token_ids
+        if ids == previous_ids:
+            batch.requests[-1] = PromptRequest(token_ids=ids, seeds=(*batch.requests[-1].seeds, seed))
+            batch.indices[-1].append(index)
             continue
-        if portions[-1].rows >= size:
-            portions.append(Portion([], []))
-        portions[-1].wanted.append(PromptRequest(token_ids=ids, seeds=(seed,)))
-        portions[-1].places.append([place])
-        last = ids
-    return [portion for portion in portions if portion.wanted]
+        if batch.num_completions >= size:
+            batch = PromptBatch([], [])
+            batches.append(batch)
+        batch.requests.append(PromptRequest(token_ids=ids, seeds=(seed,)))
+        batch.indices.append([index])
+        previous_ids = ids
+    return [batch for batch in batches if batch.requests]
 
 
-def without(portion: Portion, missing: set[int]) -> Portion | None:
-    """What of a request has not come yet, with the seeds that it had; None where nothing is missing."""
-    rest = Portion([], [])
-    for wanted, column in zip(portion.wanted, portion.places, strict=True):
-        kept = [(place, seed) for place, seed in zip(column, wanted.seeds, strict=True) if place in missing]
-        if kept:
-            rest.places.append([place for place, _ in kept])
-            rest.wanted.append(
-                PromptRequest(token_ids=wanted.token_ids, seeds=tuple(seed for _, seed in kept))
-            )
-    return rest if rest.wanted else None
-
-
-def _completion(line: CompletionReply) -> Completion:
-    return Completion(line.text, line.token_ids, line.logprobs, line.finish_reason)
+def missing_part(batch: PromptBatch, missing: set[int]) -> PromptBatch | None:
+    """The part of a batch whose completions are in `missing`, with their seeds; None where it is empty."""
+    rest = PromptBatch([], [])
+    for request, column in zip(batch.requests, batch.indices, strict=True):
+        pairs = [(index, seed) for index, seed in zip(column, request.seeds, strict=True) if index in missing]
+        if pairs:
+            seeds = tuple(seed for _, seed in pairs)
+            rest.indices.append([index for index, _ in pairs])
+            rest.requests.append(PromptRequest(token_ids=request.token_ids, seeds=seeds))
+    return rest if rest.requests else None

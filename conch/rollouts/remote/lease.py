@@ -1,4 +1,4 @@
-"""Leave to read the policy's weights while a rollout lasts."""
+"""Read lock on the policy's weights for the duration of one rollout."""
 
 from __future__ import annotations
 
@@ -12,63 +12,63 @@ from conch.errors import RolloutUnavailableError
 from conch.rollouts.protocol import WeightVersion
 
 
-class LeaseOverError(RolloutUnavailableError):
-    """The rollout has ended for which the weights were wanted."""
+class LeaseEndedError(RolloutUnavailableError):
+    """The rollout has ended for which the weights were to be read."""
 
 
 class WeightLease:
-    """From a rollout's beginning to its end, for the threads that give servers their weights.
+    """Lets the threads that send weights to servers read them from the beginning to the end of a rollout.
 
-    These may outlast a rollout, and afterwards the weights are others: an update changes them, and under
-    ZeRO-3 a rank is left with its own part of them.
+    A thread may outlast the rollout. The weights are others by then: an update has changed them, and under
+    ZeRO-3 a rank holds its own shard only.
 
-    stamp: of the weights.
+    weights: version that may be read.
     """
 
-    def __init__(self, stamp: WeightVersion) -> None:
-        self.stamp = stamp
+    def __init__(self, weights: WeightVersion) -> None:
+        self.weights = weights
         self._lock = threading.Lock()
-        self._lent: list[dict[str, Tensor]] = []
-        self._is_over = False
+        self._registered: list[dict[str, Tensor]] = []
+        self._has_ended = False
 
     @property
-    def is_over(self) -> bool:
+    def has_ended(self) -> bool:
         """True once `end` was called."""
-        return self._is_over
+        return self._has_ended
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Inside, the weights stay what they are. Never wait for a server there: `end` waits for you.
+        """Keep the weights unchanged inside. Never wait for a server inside: `end` waits for readers.
 
         Raises:
-            LeaseOverError: the rollout has ended.
+            LeaseEndedError: the rollout has ended.
         """
         with self._lock:
-            if self._is_over:
-                raise LeaseOverError("the rollout ended before these weights were read")
+            if self._has_ended:
+                raise LeaseEndedError("the rollout ended before these weights were read")
             yield
 
-    def lend(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Inside `reading`: the same tensors, of which `end` keeps hold of none, whoever still has them."""
-        self._lent.append(dict(tensors))
-        return self._lent[-1]
+    def register(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Give the same tensors in a dict that `end` empties, whoever holds it. Call it inside `reading`."""
+        self._registered.append(dict(tensors))
+        return self._registered[-1]
 
-    def copies(self, lent: dict[str, Tensor]) -> Iterator[Tensor]:
-        """Copies of lent tensors, in their order; each tensor is given back once it is copied.
+    def copies(self, tensors: dict[str, Tensor]) -> Iterator[Tensor]:
+        """Yield copies of registered tensors, in their order; removes each from the dict once it is copied.
 
         Raises:
-            LeaseOverError: the rollout has ended in between.
+            LeaseEndedError: the rollout has ended in between.
         """
         with self.reading():
-            names = list(lent)
+            names = list(tensors)
         for name in names:
             with self.reading():
-                copy = lent.pop(name).clone()
+                copy = tensors.pop(name).clone()
             yield copy
 
     def end(self) -> None:
-        """Nobody reads the weights any more. Waits for whoever is reading, and for no server."""
+        """Allow no further reading. Waits for a thread that is reading, and for no server."""
         with self._lock:
-            self._is_over = True
-            for tensors in self._lent:
+            self._has_ended = True
+            for tensors in self._registered:
                 tensors.clear()

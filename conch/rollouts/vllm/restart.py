@@ -1,4 +1,4 @@
-"""A rollout server that is started again when it dies: the process above it."""
+"""The parent process of a rollout server, which starts it again when it dies."""
 
 from __future__ import annotations
 
@@ -13,84 +13,88 @@ from conch.log import get_logger
 
 _log = get_logger(__name__)
 
-DIED = 70
-"""Exit code of a server whose vLLM has died, or was killed as it loaded (EX_SOFTWARE of sysexits.h)."""
+VLLM_DIED = 70
+"""Exit code of a server whose vLLM has died, or was killed while it loaded (EX_SOFTWARE of sysexits.h)."""
 
-KEEPER = "CONCH_ROLLOUT_KEEPER"
-"""Variable by which a keeper tells the server below it its own id."""
+PARENT_PID_VARIABLE = "CONCH_ROLLOUT_PARENT"
+"""Environment variable that holds the parent's process id, for the server below it."""
 
 _FIRST_PAUSE_S = 2.0
 _LONGEST_PAUSE_S = 60.0
-_LIVED_S = 300.0
-"""Who lived that long begins anew with the shortest pause."""
+_STABLE_S = 300.0
+"""A server that has run this long is started again after the shortest pause."""
 
-_LOOK_S = 1.0
+_POLL_S = 1.0
 _SLICE_S = 0.1
 _INTERRUPTED = 130
 
 
-def keep(command: Sequence[str]) -> int:
-    """Run a server; one that is killed, or ends with `DIED`, is started again after a pause that doubles.
+def run_and_restart(command: Sequence[str]) -> int:
+    """Run a server, and start it again whenever it is killed or ends with `VLLM_DIED`.
 
-    SIGTERM ends both, as Ctrl-C does, which reaches the server by itself. Call it from the main thread.
+    The pause before a restart doubles each time, from 2 s to a minute. SIGTERM ends both processes, and so
+    does Ctrl-C, which reaches the server directly. Call it from the main thread.
 
     Returns:
-        The exit code: 0 after SIGTERM, 130 after Ctrl-C, else that of a server that ended otherwise.
+        The exit code: 0 after SIGTERM, 130 after Ctrl-C, else that of the server where it ended otherwise.
     """
-    told: list[int] = []
+    exit_codes: list[int] = []
     running: list[subprocess.Popen[bytes]] = []
 
-    def leave(*_: object) -> None:
-        told.append(0)
+    def terminate(*_: object) -> None:
+        exit_codes.append(0)
         for server in running:
             server.terminate()
 
-    before = {
-        signal.SIGTERM: signal.signal(signal.SIGTERM, leave),
-        signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: told.append(_INTERRUPTED)),
+    handlers = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, terminate),
+        signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: exit_codes.append(_INTERRUPTED)),
     }
+    environment = {**os.environ, PARENT_PID_VARIABLE: str(os.getpid())}
     pause_s = _FIRST_PAUSE_S
     try:
-        while not told:
+        while not exit_codes:
             started = time.monotonic()
-            running[:] = [subprocess.Popen(command, env={**os.environ, KEEPER: str(os.getpid())})]
-            if told:  # while it was being started
+            running[:] = [subprocess.Popen(command, env=environment)]
+            if exit_codes:  # a signal came while the server was being started
                 running[0].terminate()
             code = running[0].wait()
-            if told:
+            if exit_codes:
                 break
-            if code >= 0 and code != DIED:
+            if code >= 0 and code != VLLM_DIED:
                 return code
-            pause_s = _FIRST_PAUSE_S if time.monotonic() - started > _LIVED_S else pause_s
-            _log.warning("the rollout server %s; it is started again in %g s", _how(code), pause_s)
-            _pause(pause_s, told)
+            pause_s = _FIRST_PAUSE_S if time.monotonic() - started > _STABLE_S else pause_s
+            reason = (
+                "has lost its vLLM" if code == VLLM_DIED else f"was ended by {signal.Signals(-code).name}"
+            )
+            _log.warning("the rollout server %s; it is started again in %g s", reason, pause_s)
+            _sleep(pause_s, exit_codes)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-        return told[0]
+        return exit_codes[0]
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def _pause(seconds: float, told: Sequence[int]) -> None:
+def _sleep(seconds: float, exit_codes: Sequence[int]) -> None:
+    """Sleep until a signal handler has put something into `exit_codes`."""
     end = time.monotonic() + seconds
-    while not told and time.monotonic() < end:
+    while not exit_codes and time.monotonic() < end:
         time.sleep(min(_SLICE_S, seconds))
 
 
-def _how(code: int) -> str:
-    return "has lost its vLLM" if code == DIED else f"was ended by {signal.Signals(-code).name}"
+def exit_with_parent(exit_server: Callable[[], None]) -> None:
+    """In a server: call `exit_server`, from a thread, once the parent process is gone.
 
-
-def leave_with_keeper(leave: Callable[[], None]) -> None:
-    """In a server: call `leave`, from a thread, once the keeper that started it is gone. Without one, nothing
-    happens."""
-    keeper = os.environ.get(KEEPER)
-    if keeper is None:
+    Does nothing in a server that `run_and_restart` has not started.
+    """
+    parent = os.environ.get(PARENT_PID_VARIABLE)
+    if parent is None:
         return
 
     def watch() -> None:
-        while os.getppid() == int(keeper):
-            time.sleep(_LOOK_S)
-        leave()
+        while os.getppid() == int(parent):
+            time.sleep(_POLL_S)
+        exit_server()
 
-    threading.Thread(target=watch, daemon=True, name="keeper").start()
+    threading.Thread(target=watch, daemon=True, name="parent").start()

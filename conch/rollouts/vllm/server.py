@@ -1,4 +1,4 @@
-"""vLLM behind three addresses; `conch.rollouts.protocol` has what is said there."""
+"""vLLM behind three addresses; see `conch.rollouts.protocol` for the messages."""
 
 from __future__ import annotations
 
@@ -24,143 +24,156 @@ from conch.rollouts.protocol import (
     CompletionReply,
     GenerateRequest,
     Health,
-    LoraRoom,
+    LoraCapacity,
     WeightUpdate,
     WeightVersion,
 )
-from conch.rollouts.serve import ServeConfig
 from conch.rollouts.stopping import StopCondition
 from conch.rollouts.vllm.build import (
-    SERVER,
+    SERVER_PID_VARIABLE,
     adapter_request,
     check_architecture,
     check_installed,
     check_servable,
     engine_settings,
-    explained,
-    knows_lora,
+    explain_error,
     lora_settings,
+    supports_adapters,
     was_killed,
 )
 from conch.rollouts.vllm.engine import sampling_params
-from conch.rollouts.vllm.restart import DIED, leave_with_keeper
+from conch.rollouts.vllm.restart import VLLM_DIED, exit_with_parent
+from conch.rollouts.vllm.server_config import ServerConfig
 
 _log = get_logger(__name__)
 
-BAD, ASTRAY, GONE = 400, 409, 503
+BAD_REQUEST, STALE_WEIGHTS, UNAVAILABLE = 400, 409, 503
 
 
 class RolloutServer:
-    """One vLLM engine in processes of its own, and which weights it holds.
+    """vLLM's engine in processes of its own, and the version of the weights in it.
 
-    engine: vLLM's `AsyncLLM`. room: for adapters; None where it was made without. has_died: True once the
-    engine was found dead, not where somebody ends all processes together.
+    engine: vLLM's `AsyncLLM`.
+    deadline_s: longest time for new weights to arrive.
+    lora: adapters that the engine takes; None for none.
+
+    has_died: True once the engine was found dead; False where all processes are ended together.
     """
 
     def __init__(
-        self, engine: Any, tokenizer: PreTrainedTokenizerBase, deadline_s: float, room: LoraRoom | None
+        self, engine: Any, tokenizer: PreTrainedTokenizerBase, deadline_s: float, lora: LoraCapacity | None
     ) -> None:
         self.has_died = False
         self._engine = engine
-        self._room = room
+        self._lora = lora
         self._tokenizer = tokenizer
         self._deadline_s = deadline_s
-        self._stamp: WeightVersion | None = None
+        self._weights: WeightVersion | None = None
         self._base: str | None = None
         self._adapter: Any = None
-        self._refitting = asyncio.Lock()
-        self._endings: dict[tuple[str, ...], StopCondition] = {}
+        self._update_lock = asyncio.Lock()
+        self._stop_conditions: dict[tuple[str, ...], StopCondition] = {}
 
     async def health(self) -> Health:
-        """What a trainer must know before it asks. Where vLLM has died, this process leaves: its keeper, or
-        who else watches it, starts another."""
+        """State of this server.
+
+        Ends the process where vLLM has died: its parent, or whatever else watches it, starts another.
+        """
         if self._engine.errored:
             self.has_died = True
             signal.raise_signal(signal.SIGTERM)
-            raise HTTPException(GONE, "vLLM has died here; its log says why")
+            raise HTTPException(UNAVAILABLE, "vLLM has died here; its log says why")
         config = self._engine.vllm_config
         return Health(
-            stamp=self._stamp,
-            window=config.model_config.max_model_len,
+            weights=self._weights,
+            max_model_len=config.model_config.max_model_len,
             max_num_seqs=config.scheduler_config.max_num_seqs,
             workers=config.parallel_config.world_size,
             device=config.device_config.device_type,
-            lora=self._room,
+            lora=self._lora,
             base=self._base,
         )
 
-    async def refit(self, given: WeightUpdate) -> Health:
-        """Take up new weights, once what is being sampled has ended; until they are whole there are none."""
-        async with self._refitting:
-            if given.part == "adapter" and given.stamp.source != self._base:
-                raise HTTPException(ASTRAY, f"the base of {given.stamp.source} is not here")
-            self._stamp = None
-            if given.part != "adapter":
+    async def update_weights(self, update: WeightUpdate) -> Health:
+        """Load new weights once all completions under way have ended. Until they are loaded the server holds
+        none."""
+        async with self._update_lock:
+            if update.part == "adapter" and update.weights.source != self._base:
+                raise HTTPException(STALE_WEIGHTS, f"the base of {update.weights.source} is not here")
+            self._weights = None
+            if update.part != "adapter":
                 self._base = None
             await self._engine.pause_generation(mode="wait", clear_cache=True)
             try:
-                await self._take(given)
+                await self._load(update)
                 await self._engine.reset_prefix_cache()
-                await self._engine.update_weight_version(str(given.stamp.version))
-                self._hold(given)
+                await self._engine.update_weight_version(str(update.weights.version))
+                self._record(update)
             finally:
                 await self._engine.resume_generation()
         return await self.health()
 
-    def _hold(self, given: WeightUpdate) -> None:
-        if given.part == "base":
-            self._base = given.stamp.source
+    async def _load(self, update: WeightUpdate) -> None:
+        if update.path is None:
+            arguments = (update.model_dump(), self._deadline_s)
+            await self._engine.collective_rpc("receive_broadcast", timeout=self._deadline_s, args=arguments)
             return
-        self._adapter = adapter_request(given.stamp.version) if given.part == "adapter" else None
-        self._stamp = given.stamp
-
-    async def _take(self, given: WeightUpdate) -> None:
-        if given.path is None:
-            arguments = (given.model_dump(), self._deadline_s)
-            await self._engine.collective_rpc("take_broadcast", timeout=self._deadline_s, args=arguments)
-            return
-        if not os.path.exists(given.path):
+        if not os.path.exists(update.path):
             raise HTTPException(
-                BAD, f"no {given.path} on this machine: set `rollout.weights=broadcast` in the trainer"
+                BAD_REQUEST,
+                f"no {update.path} on this machine: set `rollout.weights=broadcast` in the trainer",
             )
-        await self._engine.collective_rpc("take_file", timeout=self._deadline_s, args=(given.model_dump(),))
+        await self._engine.collective_rpc("load_file", timeout=self._deadline_s, args=(update.model_dump(),))
 
-    def check(self, asked: GenerateRequest) -> None:
-        """Refuse what cannot be sampled as it is asked for."""
-        if asked.stamp != self._stamp:
-            held = (
+    def _record(self, update: WeightUpdate) -> None:
+        """Record what the engine holds after an update."""
+        if update.part == "base":
+            self._base = update.weights.source
+            return
+        self._adapter = adapter_request(update.weights.version) if update.part == "adapter" else None
+        self._weights = update.weights
+
+    def check(self, request: GenerateRequest) -> None:
+        """Refuse a request that cannot be sampled as it is.
+
+        Raises:
+            HTTPException: 409 for other weights, 400 for another eos token or a prompt that is too long.
+        """
+        if request.weights != self._weights:
+            present = (
                 "no weights"
-                if self._stamp is None
-                else f"those of {self._stamp.version} of {self._stamp.source}"
+                if self._weights is None
+                else f"those of {self._weights.version} of {self._weights.source}"
             )
             raise HTTPException(
-                ASTRAY,
-                f"version {asked.stamp.version} of {asked.stamp.source} was asked for, {held} are here",
+                STALE_WEIGHTS,
+                f"version {request.weights.version} of {request.weights.source} was asked for, {present} are "
+                "here",
             )
-        if asked.eos_id != self._tokenizer.eos_token_id:
+        if request.eos_id != self._tokenizer.eos_token_id:
             raise HTTPException(
-                BAD,
-                f"the trainer's tokenizer ends a text with token {asked.eos_id}, this server's with "
+                BAD_REQUEST,
+                f"the trainer's tokenizer ends a text with token {request.eos_id}, this server's with "
                 f"{self._tokenizer.eos_token_id}: serve the policy's own folder",
             )
-        longest = max(len(wanted.token_ids) for wanted in asked.wanted)
-        window = self._engine.vllm_config.model_config.max_model_len
-        if longest + asked.generation.max_new_tokens > window:
+        longest = max(len(prompt.token_ids) for prompt in request.prompts)
+        max_model_len = self._engine.vllm_config.model_config.max_model_len
+        if longest + request.generation.max_new_tokens > max_model_len:
             raise HTTPException(
-                BAD,
+                BAD_REQUEST,
                 f"a prompt of {longest} tokens and `generation.max_new_tokens` = "
-                f"{asked.generation.max_new_tokens} do not fit this server's window of {window}: raise its "
-                "`window`, or lower `data.max_tokens`",
+                f"{request.generation.max_new_tokens} do not fit this server's `max_model_len` of "
+                f"{max_model_len}: raise it, or lower `data.max_tokens`",
             )
 
-    async def lines(self, asked: GenerateRequest) -> AsyncIterator[str]:
-        """One line a completion, as they end. Whoever stops reading stops the sampling."""
-        assert self._stamp is not None
-        ending = self._ending(asked.generation.stop)
+    async def completion_lines(self, request: GenerateRequest) -> AsyncIterator[str]:
+        """Yield a line for each completion, as it ends. Sampling stops once the lines are no longer read."""
+        assert self._weights is not None
+        stop = self._stop_condition(request.generation.stop)
         tasks = [
-            asyncio.ensure_future(self._complete(asked, ending, self._stamp.version, prompt, sample))
-            for prompt, wanted in enumerate(asked.wanted)
-            for sample in range(len(wanted.seeds))
+            asyncio.ensure_future(self._complete(request, stop, self._weights.version, prompt, seed))
+            for prompt in range(len(request.prompts))
+            for seed in range(len(request.prompts[prompt].seeds))
         ]
         try:
             for done in asyncio.as_completed(tasks):
@@ -170,30 +183,31 @@ class RolloutServer:
                 task.cancel()
 
     async def _complete(
-        self, asked: GenerateRequest, ending: StopCondition, version: int, prompt: int, sample: int
+        self, request: GenerateRequest, stop: StopCondition, version: int, prompt_index: int, seed_index: int
     ) -> CompletionReply:
-        wanted = asked.wanted[prompt]
+        prompt = request.prompts[prompt_index]
         params = sampling_params(
-            asked.generation,
-            ending.eos_id,
-            greedy=asked.greedy,
-            seed=wanted.seeds[sample],
-            watched=ending.watches,
+            request.generation,
+            stop.eos_id,
+            greedy=request.greedy,
+            seed=prompt.seeds[seed_index],
+            every_token=stop.has_stop_strings,
         )
-        tokens = {"type": "token", "prompt_token_ids": list(wanted.token_ids)}
-        made: Any = None
+        tokens = {"type": "token", "prompt_token_ids": list(prompt.token_ids)}
+        output: Any = None
         sampling = self._engine.generate(tokens, params, uuid4().hex, lora_request=self._adapter)
         async with aclosing(sampling) as outputs:
-            async for output in outputs:
-                made = output.outputs[0]
-                if output.finished or ending.reached(made.token_ids):
+            async for request_output in outputs:
+                output = request_output.outputs[0]
+                if request_output.finished or stop.reached(output.token_ids):
                     break
-        completion = ending.completion(made.token_ids, made.logprobs.logprobs)
-        # What was ended from here has no span; no weights come in while it is sampled.
-        versions = {int(span.version) for span in made.weight_versions or []} or {version}
+        completion = stop.completion(output.token_ids, output.logprobs.logprobs)
+        # vLLM reports versions with the end only. A completion that a stop string ends early has `version`,
+        # since no weights are loaded while it is sampled.
+        versions = {int(span.version) for span in output.weight_versions or []} or {version}
         return CompletionReply(
-            prompt=prompt,
-            sample=sample,
+            prompt_index=prompt_index,
+            seed_index=seed_index,
             token_ids=completion.token_ids,
             logprobs=completion.logprobs,
             text=completion.text,
@@ -201,14 +215,14 @@ class RolloutServer:
             version=min(versions),
         )
 
-    def _ending(self, stop: tuple[str, ...]) -> StopCondition:
-        if stop not in self._endings:
-            self._endings[stop] = StopCondition(self._tokenizer, stop)
-        return self._endings[stop]
+    def _stop_condition(self, stop: tuple[str, ...]) -> StopCondition:
+        if stop not in self._stop_conditions:
+            self._stop_conditions[stop] = StopCondition(self._tokenizer, stop)
+        return self._stop_conditions[stop]
 
 
 def make_app(server: RolloutServer) -> FastAPI:
-    """The three addresses."""
+    """The three addresses of `conch.rollouts.protocol`."""
     app = FastAPI(title="Conch rollouts")
 
     @app.get("/health")
@@ -216,41 +230,43 @@ def make_app(server: RolloutServer) -> FastAPI:
         return await server.health()
 
     @app.post("/weights")
-    async def weights(given: WeightUpdate) -> Health:
-        return await server.refit(given)
+    async def weights(update: WeightUpdate) -> Health:
+        return await server.update_weights(update)
 
     @app.post("/generate")
-    async def generate(asked: GenerateRequest) -> StreamingResponse:
-        server.check(asked)
-        return StreamingResponse(server.lines(asked), media_type="application/x-ndjson")
+    async def generate(request: GenerateRequest) -> StreamingResponse:
+        server.check(request)
+        return StreamingResponse(server.completion_lines(request), media_type="application/x-ndjson")
 
     # FastAPI finds these by their annotations, which it reads from the module.
     del health, weights, generate
     return app
 
 
-def serve(config: ServeConfig) -> None:
-    """Run until told to stop.
+def serve(config: ServerConfig) -> None:
+    """Serve until SIGTERM, or until the parent process is gone.
 
     Raises:
-        ConchError: vLLM is not there, or cannot serve the model.
-        SystemExit: 0 where it was told to stop, `DIED` where vLLM has died.
+        ConchError: vLLM is absent, or cannot serve the model.
+        SystemExit: 0 after SIGTERM, `VLLM_DIED` where vLLM has died.
     """
     check_installed()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ[SERVER] = str(os.getpid())
-    # uvicorn raises it once more when it has stopped, and vLLM's processes are still to be ended then.
+    os.environ[SERVER_PID_VARIABLE] = str(os.getpid())
+    # uvicorn raises SIGTERM once more after it has stopped, while vLLM's processes are still to be ended.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    leave_with_keeper(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    exit_with_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))
     tokenizer = load_tokenizer(TokenizerConfig(), config.model)
     asyncio.run(_serve(config, tokenizer))
 
 
-async def _serve(config: ServeConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+async def _serve(config: ServerConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     engine, server = _build(config), None
     try:
-        room = LoraRoom(**(await engine.collective_rpc("lora_room"))[0]) if config.lora_rank else None
-        server = RolloutServer(engine, tokenizer, config.deadline_s, room)
+        lora = None
+        if config.max_lora_rank:
+            lora = LoraCapacity(**(await engine.collective_rpc("lora_capacity"))[0])
+        server = RolloutServer(engine, tokenizer, config.deadline_s, lora)
         listening = uvicorn.Server(
             uvicorn.Config(
                 make_app(server), host=config.host, port=config.port, log_level="warning", access_log=False
@@ -261,33 +277,42 @@ async def _serve(config: ServeConfig, tokenizer: PreTrainedTokenizerBase) -> Non
     finally:
         engine.shutdown()
         if server is not None and server.has_died:
-            sys.exit(DIED)
+            sys.exit(VLLM_DIED)
 
 
-def _build(config: ServeConfig) -> Any:
+def _build(config: ServerConfig) -> Any:
+    """Build vLLM's engine without weights.
+
+    Raises:
+        ConchError: vLLM cannot serve the model.
+        SystemExit: `VLLM_DIED` where vLLM was killed while it loaded.
+    """
     from vllm.engine.arg_utils import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
     from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore[reportMissingImports]
 
     model = AutoConfig.from_pretrained(config.model)
     for name in model.architectures or []:
         check_architecture(name)
-        if config.lora_rank and not knows_lora(name):
-            raise ModelError(f"vLLM has no LoRA for a {name}: leave `lora_rank` out; adapters come merged")
+        if config.max_lora_rank and not supports_adapters(name):
+            raise ModelError(
+                f"vLLM has no LoRA for a {name}: leave `max_lora_rank` out; trainers then merge adapters"
+            )
     # vLLM's own "auto" takes half precision for a model that is stored in float32.
     dtype = (model.dtype or "float32") if config.dtype == "auto" else config.dtype
-    settings = {**engine_settings(config.model, config.engine(), dtype), **lora_settings(config.room())}
+    settings = engine_settings(config.model, config.rollout_config(), dtype)
     try:
-        made = AsyncEngineArgs(
+        arguments = AsyncEngineArgs(
             **settings,
+            **lora_settings(config.lora_capacity()),
             load_format="dummy",
-            tensor_parallel_size=config.tensor_parallel,
+            tensor_parallel_size=config.tensor_parallel_size,
             disable_log_stats=True,
             enable_log_requests=False,
         )
-        check_servable(made.create_engine_config())
-        return AsyncLLM.from_engine_args(made)
+        check_servable(arguments.create_engine_config())
+        return AsyncLLM.from_engine_args(arguments)
     except (ValueError, RuntimeError) as error:
         if was_killed(error):
             _log.error("vLLM was killed while it loaded")
-            sys.exit(DIED)
-        raise explained(error, config.model) from error
+            sys.exit(VLLM_DIED)
+        raise explain_error(error, config.model) from error

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 from conch.config import GenerationConfig, ModelConfig
 from conch.errors import ConfigError, ModelError
 from conch.models.adapter import adapter_off, has_adapter, merged_copy
+from conch.models.forward import ForwardInputs
 from conch.models.freezing import freeze_layers
 from conch.models.loading import load_lm, load_sequence_classifier
 from conch.models.policy import PolicyWithValue, response_logits
@@ -31,17 +32,17 @@ PAD = 21
 ignore_peft = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 
-def a_batch() -> tuple[Tensor, Tensor, int]:
+def a_batch() -> ForwardInputs:
     """Rows with 3 and 0 pads on the left."""
     ids = torch.randint(0, PAD, (2, 10), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[0, :3] = False
-    return ids.masked_fill(~mask, PAD), mask, 4
+    return ForwardInputs(ids.masked_fill(~mask, PAD), mask, 4)
 
 
 @torch.no_grad()
 def logits(model: PreTrainedModel) -> Tensor:
-    return response_logits(model, *a_batch())
+    return response_logits(model, a_batch())
 
 
 def settings(family: str = "gpt2", *, merge: bool = True, **peft_config: Any) -> ModelConfig:
@@ -88,7 +89,7 @@ def test_adapter_and_value_head_alone_learn(family: str) -> None:
     torch.nn.init.normal_(policy.value_head.out.weight)
     before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
-    output = policy(*a_batch())
+    output = policy(a_batch())
     (output.logits.square().mean() + (output.values - 1).square().mean()).backward()
     optimizer.step()
     moved = {name for name, tensor in policy.state_dict().items() if not torch.equal(tensor, before[name])}
@@ -113,11 +114,11 @@ def test_reference_of_an_adapted_model_is_its_base(family: str) -> None:
     base, lm = logits(base_model(family)), adapted(family, learned=False).train()
     reference, parameters = build_reference(lm, -1), len(list(lm.parameters()))
     assert isinstance(reference, AdapterOffReference)
-    assert torch.equal(reference.logits(*a_batch()), logits(lm)), "KL must be exactly 0 at first"
+    assert torch.equal(reference.logits(a_batch()), logits(lm)), "KL must be exactly 0 at first"
     learn(lm)
     trained, was_trainable = logits(lm), [p.requires_grad for p in lm.parameters()]
 
-    assert torch.equal(reference.logits(*a_batch()), base)
+    assert torch.equal(reference.logits(a_batch()), base)
     assert torch.equal(logits(lm), trained) and lm.training
     assert [p.requires_grad for p in lm.parameters()] == was_trainable and len(was_trainable) == parameters
 
@@ -125,9 +126,9 @@ def test_reference_of_an_adapted_model_is_its_base(family: str) -> None:
 def test_adapter_is_on_again_after_a_failure() -> None:
     lm = adapted("gpt2")
     trained = logits(lm)
-    ids, mask, _ = a_batch()
+    ids, mask, *_ = a_batch()
     with pytest.raises(IndexError):
-        build_reference(lm, -1).logits(ids + 1000, mask, 4)
+        build_reference(lm, -1).logits(ForwardInputs(ids + 1000, mask, 4))
 
     assert torch.equal(logits(lm), trained)
 
@@ -136,7 +137,7 @@ def test_trained_copies_of_whole_modules_come_on_again() -> None:
     lm = adapted("gpt2", modules_to_save=["ln_f"])
     base, trained = logits(base_model("gpt2")), logits(lm)
 
-    assert torch.equal(build_reference(lm, -1).logits(*a_batch()), base)
+    assert torch.equal(build_reference(lm, -1).logits(a_batch()), base)
     assert torch.equal(logits(lm), trained)
 
 
@@ -167,7 +168,9 @@ def test_adapted_model_samples_from_what_it_learned() -> None:
     )
     ids = torch.tensor([[0, 1, *rollout.completion.token_ids]])
     with torch.no_grad():
-        table = response_logits(lm, ids, torch.ones_like(ids, dtype=torch.bool), ids.shape[1] - 2)
+        table = response_logits(
+            lm, ForwardInputs(ids, torch.ones_like(ids, dtype=torch.bool), ids.shape[1] - 2)
+        )
     expected = table.log_softmax(-1).gather(-1, ids[:, 2:, None])[0, :, 0]
 
     sampled = torch.tensor(rollout.completion.logprobs, dtype=torch.float64)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conch.models.forward import BatchPacker, PackedBatch, padded_rows
+from conch.models.forward import BatchPacker, ForwardBatch, padded_rows
 from conch.models.freezing import freeze_trunk
 from conch.models.policy import PolicyWithValue
 from conch.models.reference import build_reference
@@ -38,11 +38,9 @@ def awake(policy: PolicyWithValue) -> PolicyWithValue:
     return policy
 
 
-def found(policy: PolicyWithValue, rows: PackedBatch) -> tuple[Tensor, Tensor]:
-    output = policy(*rows.inputs)
-    return rows.of_samples(logprobs_of_labels(output.logits, rows.labels, 0.7)), rows.of_samples(
-        output.values
-    )
+def found(policy: PolicyWithValue, rows: ForwardBatch) -> tuple[Tensor, Tensor]:
+    output = policy(rows.inputs)
+    return rows.unpack(logprobs_of_labels(output.logits, rows.labels, 0.7)), rows.unpack(output.values)
 
 
 @pytest.mark.parametrize("value_layers", [0, 2])
@@ -55,10 +53,10 @@ def test_packed_rows_give_the_outputs_and_gradients_of_padded_ones(
     is_exact = attention == "sdpa"
     lm = tiny_decoder(family, dtype=torch.float64 if is_exact else torch.float32)
     lm.set_attn_implementation(attention)
-    layout = BatchPacker(lm)
-    assert layout.packs
+    packer = BatchPacker(lm)
+    assert packer.packs
     outputs, gradients = [], []
-    for rows in (padded_rows(*a_batch()), layout.rows(*a_batch())):
+    for rows in (padded_rows(*a_batch()), packer.pack(*a_batch())):
         module = awake(PolicyWithValue(lm, num_value_layers=value_layers))
         logprobs, values = found(module, rows)
         module.zero_grad()
@@ -85,16 +83,16 @@ def test_references_read_packed_rows_and_start_as_the_policy(unfrozen: int) -> N
     policy, reference, rows = (
         PolicyWithValue(lm),
         build_reference(lm, unfrozen),
-        BatchPacker(lm).rows(*a_batch()),
+        BatchPacker(lm).pack(*a_batch()),
     )
     with reference.recording():
-        logits = policy(*rows.inputs).logits
-    assert torch.equal(reference.logits(*rows.inputs), logits)
+        logits = policy(rows.inputs).logits
+    assert torch.equal(reference.logits(rows.inputs), logits)
     assert logits.shape[:2] == (1, sum(map(len, RESPONSES)))
 
 
 def test_a_prompt_is_read_once_for_its_responses_and_last_tokens_not_at_all() -> None:
-    ids, _, _, positions = BatchPacker(tiny_decoder("gpt2")).rows(*a_batch()).inputs
+    ids, _, _, positions = BatchPacker(tiny_decoder("gpt2")).pack(*a_batch()).inputs
     # The longest piece is 1, 2, 3, 4 with 10, 11 and 18: 7 columns in a row. 12, 17, ... are last tokens.
     assert sorted(map(tuple, ids.tolist())) == [
         (1, 2, 3, 4, 10, 11, 18),
@@ -107,21 +105,21 @@ def test_a_prompt_is_read_once_for_its_responses_and_last_tokens_not_at_all() ->
 
 def test_responses_to_one_prompt_share_it_up_to_its_own_length() -> None:
     prompts, responses = [[1, 2, 3, 4, 5, 6]] * 5, [[7, 8, 9]] * 5
-    ids = BatchPacker(tiny_decoder("gpt2")).rows(*a_batch(prompts, responses)).inputs[0]
+    ids = BatchPacker(tiny_decoder("gpt2")).pack(*a_batch(prompts, responses)).inputs.input_ids
     # Two read tokens each: three responses fill six columns beside the prompt, the other two stand apart.
     assert ids.tolist() == [[1, 2, 3, 4, 5, 6, *[7, 8] * 3], [1, 2, 3, 4, 5, 6, *[7, 8] * 2, 0, 0]]
 
 
 def test_short_samples_stand_in_one_row() -> None:
     prompts, responses = [[1, 2, 3, 4], [5], [6]], [[7, 8, 9], [10, 11], [12, 13]]
-    ids = BatchPacker(tiny_decoder("gpt2")).rows(*a_batch(prompts, responses)).inputs[0]
+    ids = BatchPacker(tiny_decoder("gpt2")).pack(*a_batch(prompts, responses)).inputs.input_ids
     assert ids.tolist() == [[1, 2, 3, 4, 7, 8], [5, 10, 6, 12, 0, 0]]
 
 
 def test_responses_without_a_token_still_run_the_model() -> None:
     """DDP waits for a gradient of every parameter."""
     policy, rows = awake(PolicyWithValue(tiny_decoder("gpt2"))), None
-    rows = BatchPacker(policy.lm).rows(*a_batch([[1, 2], [3]], [[], []]))
+    rows = BatchPacker(policy.lm).pack(*a_batch([[1, 2], [3]], [[], []]))
     logprobs, values = found(policy, rows)
     (logprobs.sum() + values.sum()).backward()
     assert logprobs.shape == (2, 2) and (logprobs == 0).all()
@@ -146,9 +144,9 @@ def forgetful() -> Any:
 
 @pytest.mark.parametrize("made", [bloom, lambda: tiny_decoder("t5"), forgetful])
 def test_models_that_take_no_packed_rows_read_padded_ones(made: Any) -> None:
-    layout = BatchPacker(made())
-    assert not layout.packs
-    ids, mask, num_response = layout.rows(*a_batch()).inputs
+    packer = BatchPacker(made())
+    assert not packer.packs
+    ids, mask, num_response, _ = packer.pack(*a_batch()).inputs
     assert ids.shape == (6, 4 + 6) and num_response == 6, "columns before the longest prompt are gone"
     assert torch.equal(ids[mask], a_batch()[0][a_batch()[1]])
 
@@ -173,11 +171,11 @@ def test_rows_longer_than_a_local_attention_sees_are_padded(family: str, setting
         lm = AutoModelForCausalLM.from_config(config).eval()
     else:
         lm = tiny_decoder(family, **settings)
-    layout = BatchPacker(lm)
-    assert len(layout.rows(*a_batch()).inputs) == 3
+    packer = BatchPacker(lm)
+    assert packer.pack(*a_batch()).inputs.position_ids is None
     short = a_batch([[1, 2], [3]], [[4, 5, 6], [7]])
-    rows, padded = layout.rows(*short), padded_rows(*short)
-    assert len(rows.inputs) == 4
+    rows, padded = packer.pack(*short), padded_rows(*short)
+    assert rows.inputs.position_ids is not None
     module = PolicyWithValue(lm)
     wanted = found(module, padded)[0]
     torch.testing.assert_close(found(module, rows)[0], wanted, rtol=0, atol=family_rounding(family, wanted))

@@ -12,6 +12,7 @@ from torch.utils import checkpoint
 
 from conch.config import GenerationConfig, ModelConfig
 from conch.errors import ConfigError
+from conch.models.forward import ForwardInputs
 from conch.models.freezing import checkpoint_activations, freeze_layers
 from conch.models.loading import load_sequence_classifier
 from conch.models.policy import PolicyWithValue
@@ -30,12 +31,12 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 
 
-def a_batch() -> tuple[Tensor, Tensor, int]:
+def a_batch() -> ForwardInputs:
     """Rows with 3 and 0 pads on the left."""
     ids = torch.randint(0, PAD, (2, 10), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[0, :3] = False
-    return ids.masked_fill(~mask, PAD), mask, 4
+    return ForwardInputs(ids.masked_fill(~mask, PAD), mask, 4)
 
 
 def policy_of(family: str, *, num_value_layers: int = 0, **config: Any) -> PolicyWithValue:
@@ -51,7 +52,7 @@ def policy_of(family: str, *, num_value_layers: int = 0, **config: Any) -> Polic
 
 
 def loss_and_gradients(policy: PolicyWithValue) -> tuple[Tensor, dict[str, Tensor]]:
-    output = policy(*a_batch())
+    output = policy(a_batch())
     loss = output.logits.log_softmax(-1)[..., 0].mean() + (output.values - 1).square().mean()
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
@@ -145,8 +146,8 @@ def test_reference_is_exact_beside_recomputed_activations() -> None:
                 if "lora_B" in name:
                     parameter.zero_()
         with reference.recording():
-            output = policy(*a_batch())
-        assert torch.equal(reference.logits(*a_batch()), output.logits)
+            output = policy(a_batch())
+        assert torch.equal(reference.logits(a_batch()), output.logits)
 
 
 @pytest.mark.parametrize(

@@ -81,12 +81,12 @@ def awake(module: PolicyWithValue) -> PolicyWithValue:
 
 def measured(module: PolicyWithValue, rows: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probs, values and entropies, [3, B, R], and the gradients of a loss of the first two."""
-    output = module(*rows.inputs)
-    logprobs, values = rows.logprobs(output.logits, 0.7), rows.of_samples(output.values)
+    output = module(rows.inputs)
+    logprobs, values = rows.logprobs(output.logits, 0.7), rows.unpack(output.values)
     module.zero_grad()
     weights = torch.linspace(1, 2, logprobs.numel()).view_as(logprobs)
     ((logprobs * weights).sum() + values.square().sum()).backward()
-    spread = rows.of_samples(entropy(output.logits.detach(), 0.7))
+    spread = rows.unpack(entropy(output.logits.detach(), 0.7))
     gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     return torch.stack([logprobs.detach(), values.detach(), spread]), gradients
 
@@ -107,11 +107,11 @@ def test_one_row_gives_the_outputs_and_gradients_of_padded_ones(family: str, val
     for batch in BATCHES:
         module = awake(PolicyWithValue(lm, num_value_layers=value_layers))
         expected.append(measured(module, padded_rows(*a_batch(*batch))))
-    layout = BatchPacker(reading_lengths(lm))
-    assert layout.packs and not takes_packed_rows(lm)
+    packer = BatchPacker(reading_lengths(lm))
+    assert packer.packs and not takes_packed_rows(lm)
     for batch, (outputs, gradients) in zip(BATCHES, expected, strict=True):
-        rows = layout.rows(*a_batch(*batch))
-        assert rows.inputs[1] is None, "there is no mask"
+        rows = packer.pack(*a_batch(*batch))
+        assert rows.inputs.attention_mask is None, "there is no mask"
         found, moved = measured(awake(PolicyWithValue(lm, num_value_layers=value_layers)), rows)
         torch.testing.assert_close(found, outputs, rtol=1e-9, atol=1e-9)
         assert moved.keys() == gradients.keys()
@@ -130,7 +130,7 @@ def test_padded_rows_of_such_attention_are_those_of_any_other(family: str) -> No
 def test_each_sample_stands_in_the_row_with_its_own_prompt_and_without_its_last_token() -> None:
     prompts, responses = [[1, 2, 3], [1, 2, 3], [4], [5]], [[6, 7], [8], [], [9, 10, 11]]
     ids, mask, chosen, positions = (
-        BatchPacker(reading_lengths(decoder("llama"))).rows(*a_batch(prompts, responses)).inputs
+        BatchPacker(reading_lengths(decoder("llama"))).pack(*a_batch(prompts, responses)).inputs
     )
     assert mask is None
     assert ids.tolist() == [[1, 2, 3, 6, 1, 2, 3, 5, 9, 10]]
@@ -158,22 +158,22 @@ def test_references_read_the_row_and_start_as_the_policy(kind: str) -> None:
     reference = build_reference(lm, unfrozen)
     padded = padded_rows(*a_batch())
     with reference.recording():
-        lm(input_ids=padded.inputs[0], attention_mask=padded.inputs[1].long())
-        expected = PolicyWithValue(lm)(*padded.inputs)
+        lm(input_ids=padded.inputs.input_ids, attention_mask=padded.inputs.attention_mask.long())
+        expected = PolicyWithValue(lm)(padded.inputs)
     expected = padded.logprobs(expected.logits, 1.0)
     module = PolicyWithValue(reading_lengths(lm))
-    reference, rows = build_reference(lm, unfrozen), BatchPacker(lm).rows(*a_batch())
-    assert rows.inputs[1] is None
+    reference, rows = build_reference(lm, unfrozen), BatchPacker(lm).pack(*a_batch())
+    assert rows.inputs.attention_mask is None
     with reference.recording():
-        logits = module(*rows.inputs).logits
-    found = reference.logits(*rows.inputs)
+        logits = module(rows.inputs).logits
+    found = reference.logits(rows.inputs)
     assert torch.equal(found, logits)
     torch.testing.assert_close(rows.logprobs(found, 1.0), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_checkpointed_blocks_are_told_the_lengths_again() -> None:
     lm = reading_lengths(decoder("qwen2"))
-    rows = BatchPacker(lm).rows(*a_batch())
+    rows = BatchPacker(lm).pack(*a_batch())
     _, expected = measured(awake(PolicyWithValue(lm)), rows)
     expected = {name: gradient.clone() for name, gradient in expected.items()}
     checkpoint_activations(lm)
@@ -187,10 +187,10 @@ def test_a_sliding_window_is_kept_to_within_each_sample() -> None:
     """Whatever their lengths; a mask over the row could not."""
     lm = decoder("qwen2", use_sliding_window=True, max_window_layers=1, sliding_window=4)
     padded = padded_rows(*a_batch())
-    expected = padded.logprobs(PolicyWithValue(lm)(*padded.inputs).logits, 1.0)
-    rows = BatchPacker(reading_lengths(lm)).rows(*a_batch())
-    assert rows.inputs[1] is None
-    found = rows.logprobs(PolicyWithValue(lm)(*rows.inputs).logits, 1.0)
+    expected = padded.logprobs(PolicyWithValue(lm)(padded.inputs).logits, 1.0)
+    rows = BatchPacker(reading_lengths(lm)).pack(*a_batch())
+    assert rows.inputs.attention_mask is None
+    found = rows.logprobs(PolicyWithValue(lm)(rows.inputs).logits, 1.0)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     check_packing(lm, 12)
 
@@ -198,7 +198,7 @@ def test_a_sliding_window_is_kept_to_within_each_sample() -> None:
 def test_responses_without_a_token_still_run_the_model() -> None:
     """DDP waits for a gradient of every parameter."""
     module = awake(PolicyWithValue(reading_lengths(decoder("gpt2"))))
-    rows = BatchPacker(module.lm).rows(*a_batch([[1, 2], [3]], [[], []]))
+    rows = BatchPacker(module.lm).pack(*a_batch([[1, 2], [3]], [[], []]))
     outputs, gradients = measured(module, rows)
     assert not outputs.any() and len(gradients) == len(list(module.parameters()))
 
@@ -240,9 +240,9 @@ def deaf(lm: PreTrainedModel) -> PreTrainedModel:
     ],
 )
 def test_models_that_do_not_hand_lengths_on_read_padded_rows(change: Any, refusal: str) -> None:
-    layout = BatchPacker(change(reading_lengths(decoder("llama"))))
-    assert not layout.packs
-    assert layout.rows(*a_batch()).inputs[2] == 6
+    packer = BatchPacker(change(reading_lengths(decoder("llama"))))
+    assert not packer.packs
+    assert packer.pack(*a_batch()).inputs.positions == 6
     with pytest.raises(ConfigError, match=refusal):
         check_packing(change(reading_lengths(policy())), 8)
 
@@ -309,7 +309,7 @@ def test_float32_weights_train_by_mixed_precision(tmp_path: Path, settings: dict
     )
     assert trainer.packer.packs and trainer.engine.precision == "bf16"
     before = parameters(trainer.policy)
-    assert trainer.step()["rollout/logprob_gap"] < 0.05
+    assert trainer.step()["rollout/logprob_diff"] < 0.05
     assert not torch.equal(parameters(trainer.policy), before)
 
 

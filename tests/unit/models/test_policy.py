@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Model, PreTrained
 
 from conch.config import ModelConfig
 from conch.errors import ModelError
+from conch.models.forward import ForwardInputs
 from conch.models.loading import load_lm
 from conch.models.policy import PolicyWithValue, response_logits
 from tests.numerics import family_rounding, network_rounding
@@ -61,8 +62,8 @@ def awake(policy: PolicyWithValue) -> PolicyWithValue:
 def test_padding_on_either_side_changes_neither_logits_nor_values(family: str) -> None:
     policy = awake(PolicyWithValue(tiny_decoder(family)))
     ids, mask = a_batch()
-    plain = policy(ids, mask, RESPONSE)
-    output = policy(*padded(ids, left=4, right=2), RESPONSE + 2)
+    plain = policy(ForwardInputs(ids, mask, RESPONSE))
+    output = policy(ForwardInputs(*padded(ids, left=4, right=2), RESPONSE + 2))
 
     for found, wanted in ((output.logits, plain.logits), (output.values, plain.values)):
         bound = family_rounding(family, wanted)
@@ -76,7 +77,7 @@ def test_rows_of_different_lengths_have_the_logits_they_have_alone(family: str) 
     (ids, mask), lengths = a_batch(), (1, 3, 5)
     for row, length in enumerate(lengths):
         ids[row, : PROMPT - length], mask[row, : PROMPT - length] = PAD, False
-    together = response_logits(lm, ids, mask, RESPONSE)
+    together = response_logits(lm, ForwardInputs(ids, mask, RESPONSE))
 
     for row, length in enumerate(lengths):
         prompt, response = ids[row : row + 1, PROMPT - length : PROMPT], ids[row : row + 1, PROMPT:]
@@ -92,7 +93,7 @@ def test_logits_and_values_are_read_at_the_token_before_the_action(family: str) 
     lm = tiny_decoder(family)
     policy = awake(PolicyWithValue(lm))
     ids, mask = a_batch()
-    output = policy(ids, mask, RESPONSE)
+    output = policy(ForwardInputs(ids, mask, RESPONSE))
 
     for action in range(RESPONSE):
         logits, states = next_alone(lm, ids[:, :PROMPT], ids[:, PROMPT : PROMPT + action])
@@ -107,11 +108,11 @@ def test_logits_and_values_are_read_at_the_token_before_the_action(family: str) 
 def test_value_does_not_see_its_action_but_sees_the_token_before(family: str) -> None:
     policy = awake(PolicyWithValue(tiny_decoder(family)))
     ids, mask = a_batch()
-    values = policy(ids, mask, RESPONSE).values
+    values = policy(ForwardInputs(ids, mask, RESPONSE)).values
     for action in range(RESPONSE):
         changed = ids.clone()
         changed[:, PROMPT + action] = (changed[:, PROMPT + action] + 1) % PAD
-        moved = policy(changed, mask, RESPONSE).values != values
+        moved = policy(ForwardInputs(changed, mask, RESPONSE)).values != values
 
         assert not moved[:, : action + 1].any()
         assert moved[:, action + 1 :].all()
@@ -120,7 +121,7 @@ def test_value_does_not_see_its_action_but_sees_the_token_before(family: str) ->
 @pytest.mark.parametrize("family", LANGUAGE_MODELS)
 @torch.no_grad()
 def test_first_values_are_exactly_zero(family: str) -> None:
-    values = PolicyWithValue(tiny_decoder(family))(*a_batch(), RESPONSE).values
+    values = PolicyWithValue(tiny_decoder(family))(ForwardInputs(*a_batch(), RESPONSE)).values
 
     assert values.shape == (3, RESPONSE) and (values == 0).all()
 
@@ -128,11 +129,11 @@ def test_first_values_are_exactly_zero(family: str) -> None:
 def test_value_head_learns_from_its_zeros() -> None:
     policy = PolicyWithValue(tiny_decoder("gpt2"))
     for _ in range(2):  # the first step moves the zeros of the last layer, the second what lies below
-        (policy(*a_batch(), RESPONSE).values - 1).square().mean().backward()
+        (policy(ForwardInputs(*a_batch(), RESPONSE)).values - 1).square().mean().backward()
         torch.optim.SGD(policy.parameters(), lr=0.1).step()
     trunk = policy.lm.get_input_embeddings().weight
 
-    assert (policy(*a_batch(), RESPONSE).values > 0).all()
+    assert (policy(ForwardInputs(*a_batch(), RESPONSE)).values > 0).all()
     assert trunk.grad is not None and trunk.grad.abs().sum() > 0
 
 
@@ -149,7 +150,7 @@ def test_value_head_shares_no_parameter_with_the_language_model() -> None:
 def test_two_forwards_are_equal_in_training_mode(family: str) -> None:
     config = ModelConfig(architecture=decoder_shape(family))
     policy = awake(PolicyWithValue(load_lm(config))).train()
-    first, second = policy(*a_batch(), RESPONSE), policy(*a_batch(), RESPONSE)
+    first, second = policy(ForwardInputs(*a_batch(), RESPONSE)), policy(ForwardInputs(*a_batch(), RESPONSE))
 
     assert torch.equal(first.logits, second.logits)
     assert torch.equal(first.values, second.values)
@@ -158,10 +159,12 @@ def test_two_forwards_are_equal_in_training_mode(family: str) -> None:
 @torch.no_grad()
 def test_values_of_a_bfloat16_policy_are_float32() -> None:
     exact = awake(PolicyWithValue(tiny_decoder("gpt2")))
-    values = copy.deepcopy(exact).to(torch.bfloat16)(*a_batch(), RESPONSE).values
+    values = copy.deepcopy(exact).to(torch.bfloat16)(ForwardInputs(*a_batch(), RESPONSE)).values
 
     assert values.dtype == torch.float32
-    torch.testing.assert_close(values.double(), exact(*a_batch(), RESPONSE).values, rtol=0, atol=0.1)
+    torch.testing.assert_close(
+        values.double(), exact(ForwardInputs(*a_batch(), RESPONSE)).values, rtol=0, atol=0.1
+    )
 
 
 def test_model_without_a_language_model_head_is_refused() -> None:
@@ -179,8 +182,8 @@ def test_decoder_that_takes_no_position_ids_sees_its_padding_in_the_mask() -> No
     given: set[str] = set()
     lm.register_forward_pre_hook(lambda _module, _args, kwargs: given.update(kwargs), with_kwargs=True)
     ids, mask = a_batch()
-    plain = response_logits(lm, ids, mask, RESPONSE)
-    wide = response_logits(lm, *padded(ids, left=4, right=2), RESPONSE + 2)
+    plain = response_logits(lm, ForwardInputs(ids, mask, RESPONSE))
+    wide = response_logits(lm, ForwardInputs(*padded(ids, left=4, right=2), RESPONSE + 2))
 
     torch.testing.assert_close(wide[:, :RESPONSE], plain, rtol=0, atol=network_rounding(plain, layers=2))
     assert "logits_to_keep" in given and "position_ids" not in given
@@ -191,4 +194,4 @@ def test_head_may_read_states_of_another_width_than_the_blocks() -> None:
     """OPT-350m projects the states of its blocks down before its head."""
     lm = tiny_decoder("opt", word_embed_proj_dim=16)
 
-    assert PolicyWithValue(lm)(*a_batch(), RESPONSE).values.shape == (3, RESPONSE)
+    assert PolicyWithValue(lm)(ForwardInputs(*a_batch(), RESPONSE)).values.shape == (3, RESPONSE)

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from conch.models.forward import ForwardInputs
 from conch.models.freezing import freeze_trunk
 from conch.models.loading import decoder_layers
 from conch.models.policy import PolicyWithValue, response_logits
@@ -23,27 +24,27 @@ RESPONSE = 4
 UNFROZEN = [-1, 1, 2, 3]
 
 
-def a_batch(seed: int = 1) -> tuple[Tensor, Tensor, int]:
+def a_batch(seed: int = 1) -> ForwardInputs:
     """Rows with 3, 0 and 2 pads on the left and 0, 1 and 2 on the right."""
     ids = torch.randint(0, 21, (3, 10), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(ids, dtype=torch.bool)
     for row, (left, right) in enumerate([(3, 0), (0, 1), (2, 2)]):
         mask[row, :left] = False
         mask[row, 10 - right :] = False
-    return ids.masked_fill(~mask, 21), mask, RESPONSE
+    return ForwardInputs(ids.masked_fill(~mask, 21), mask, RESPONSE)
 
 
 @torch.no_grad()
 def policy_and_reference(policy: PolicyWithValue, reference: Reference, seed: int) -> tuple[Tensor, Tensor]:
     with reference.recording():
-        output = policy(*a_batch(seed))
-    return output.logits, reference.logits(*a_batch(seed))
+        output = policy(a_batch(seed))
+    return output.logits, reference.logits(a_batch(seed))
 
 
 def learn(policy: PolicyWithValue, steps: int = 2) -> None:
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.5)
     for _ in range(steps):
-        output = policy(*a_batch())
+        output = policy(a_batch())
         (output.logits.square().mean() + (output.values - 1).square().mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -67,7 +68,7 @@ def test_reference_is_the_start_before_and_after_training(family: str, unfrozen:
     learn(policy)
     logits, reference_logits = policy_and_reference(policy, reference, seed=2)
     with torch.no_grad():
-        wanted = response_logits(start, *a_batch(2))
+        wanted = response_logits(start, a_batch(2))
     assert torch.equal(reference_logits[real_positions()], wanted[real_positions()])
     assert not torch.isclose(logits[real_positions()], wanted[real_positions()]).all(), (
         "the policy learned nothing"
@@ -123,9 +124,9 @@ def test_nothing_of_the_reference_is_trainable_and_its_mode_is_evaluation(unfroz
     was_trainable = [p.requires_grad for p in lm.parameters()]
     reference = build_reference(lm, unfrozen)
     with reference.recording():
-        response_logits(lm, *a_batch())
+        response_logits(lm, a_batch())
 
-    assert not reference.logits(*a_batch()).requires_grad
+    assert not reference.logits(a_batch()).requires_grad
     assert not any(module.training for module in reference_model(reference).modules())
     assert [p.requires_grad for p in lm.parameters()] == was_trainable and lm.training
 
@@ -149,7 +150,7 @@ def test_full_copy_runs_the_operations_of_the_policy(family: str) -> None:
     """Equal on every processor, not only where two kernels happen to round alike."""
     lm = tiny_decoder(family)
     reference, ran = build_reference(lm, -1), []
-    for run in (lambda: response_logits(lm, *a_batch()), lambda: reference.logits(*a_batch())):
+    for run in (lambda: response_logits(lm, a_batch()), lambda: reference.logits(a_batch())):
         with Operations() as operations:
             run()
         ran.append(operations.found)
@@ -164,9 +165,9 @@ def test_shared_trunk_ends_in_the_operations_of_the_policy(family: str) -> None:
     freeze_trunk(lm, 1)
     reference = build_reference(lm, 1)
     with reference.recording(), Operations() as whole:
-        response_logits(lm, *a_batch())
+        response_logits(lm, a_batch())
     with Operations() as top:
-        reference.logits(*a_batch())
+        reference.logits(a_batch())
     products = [[each for each in operations.found if each[0] in PRODUCTS] for operations in (whole, top)]
 
     assert len(products[0]) > len(products[1]) >= 4, "attention, perceptron and head of one block"
@@ -201,7 +202,7 @@ def test_shared_trunk_refuses_a_batch_that_was_not_recorded() -> None:
     policy, reference = PolicyWithValue(lm), build_reference(lm, 1)
     policy_and_reference(policy, reference, seed=1)
     with torch.no_grad():
-        policy(*a_batch(2))
+        policy(a_batch(2))
 
     with pytest.raises(AssertionError, match="no forward pass was recorded"):
-        reference.logits(*a_batch(2))
+        reference.logits(a_batch(2))

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor, PreTrainedModel
 
 from conch.config import GenerationConfig
-from conch.models.forward import takes_packed_rows
+from conch.models.forward import ForwardInputs, takes_packed_rows
 from conch.models.policy import response_logits
 from conch.ops import logprobs_of_labels
-from conch.rollouts.hf import continuous_batching as slots
+from conch.rollouts.hf import continuous_batching
 from conch.rollouts.hf.engine import HFEngine
 from conch.types import Prompt, Rollout
 from tests.tiny import DECODERS, char_tokenizer, cycle_decoder, tiny_decoder
@@ -66,8 +66,8 @@ def counted(lm: PreTrainedModel) -> list[tuple[int, int]]:
 def test_rows_in_few_slots_are_what_they_are_alone(
     family: str, spare: int, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slots, "_SPARE_COLUMNS", spare)
-    monkeypatch.setattr(slots, "_waits_for", lambda _device: on_gpu)
+    monkeypatch.setattr(continuous_batching, "_SPARE_COLUMNS", spare)
+    monkeypatch.setattr(continuous_batching, "_reading_waits", lambda _device: on_gpu)
     lm = tiny_decoder(family)
     settings: dict[str, Any] = {"max_new_tokens": 9, "stop": ("c", "ab", "q")}
     found = sample(lm, TEXTS, greedy=True, chunk_size=3, **settings)
@@ -88,7 +88,9 @@ def test_logprobs_of_rows_that_took_a_place_equal_recomputed_ones(family: str) -
     for rollout in found:
         prompt, response = rollout.prompt.token_ids, rollout.completion.token_ids
         ids = torch.tensor([[*prompt, *response]])
-        logits = response_logits(lm, ids, torch.ones_like(ids, dtype=torch.bool), len(response))
+        logits = response_logits(
+            lm, ForwardInputs(ids, torch.ones_like(ids, dtype=torch.bool), len(response))
+        )
         expected = logprobs_of_labels(logits, torch.tensor([response]), 1.3)[0]
         assert rollout.completion.logprobs == pytest.approx(expected.tolist(), abs=2e-5)
 
@@ -125,7 +127,7 @@ def test_a_free_slot_whose_columns_are_not_looked_at_any_more_does_no_harm() -> 
 def test_rows_that_are_seldom_looked_at_end_where_the_model_has_no_more_positions(
     longest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slots, "_waits_for", lambda _device: True)
+    monkeypatch.setattr(continuous_batching, "_reading_waits", lambda _device: True)
     lm = tiny_decoder("gpt2", n_positions=5 + longest)
     found = sample(lm, TEXTS, chunk_size=4, max_new_tokens=longest)
     assert max(len(r.completion.token_ids) for r in found) == longest

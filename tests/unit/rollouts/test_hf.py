@@ -14,7 +14,7 @@ from transformers import GenerationConfig as HFGenerationConfig
 from transformers import PreTrainedModel
 
 from conch.config import GenerationConfig
-from conch.models.forward import takes_packed_rows
+from conch.models.forward import ForwardInputs, takes_packed_rows
 from conch.models.policy import response_logits
 from conch.ops import logprobs_of_labels
 from conch.rollouts.hf.engine import HFEngine
@@ -118,7 +118,9 @@ def test_sampling_logprobs_equal_recomputed_ones(family: str, temperature: float
     for rollout in rollouts:
         prompt, response = rollout.prompt.token_ids, rollout.completion.token_ids
         ids = torch.tensor([[*prompt, *response]])
-        logits = response_logits(lm, ids, torch.ones_like(ids, dtype=torch.bool), len(response))
+        logits = response_logits(
+            lm, ForwardInputs(ids, torch.ones_like(ids, dtype=torch.bool), len(response))
+        )
         expected = logprobs_of_labels(logits, torch.tensor([response]), temperature)[0]
 
         sampled = torch.tensor(rollout.completion.logprobs, dtype=torch.float64)
@@ -132,7 +134,7 @@ def test_mean_ratio_is_one_under_the_truncated_distribution_only() -> None:
     lm = tiny_decoder("gpt2")
     rollouts = sample(lm, prompts("abc") * 300, max_new_tokens=1, top_p=0.6, chunk_size=300)
     ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.completion.token_ids] for rollout in rollouts])
-    logits = response_logits(lm, ids, torch.ones_like(ids, dtype=torch.bool), 1)
+    logits = response_logits(lm, ForwardInputs(ids, torch.ones_like(ids, dtype=torch.bool), 1))
     full = logprobs_of_labels(logits, ids[:, -1:])[:, 0]
     sampled = torch.tensor([rollout.completion.logprobs[0] for rollout in rollouts])
     kept = _nucleus_mass(logits[0, 0], 0.6)

@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 from conch.errors import RolloutUnavailableError
 from conch.rollouts.protocol import WeightUpdate, WeightVersion
 from conch.rollouts.remote import pool as server_pool
-from conch.rollouts.remote.lease import LeaseOverError, WeightLease
-from conch.rollouts.weight_sync import Group, TCPStore, checkpoint_tensors, join
+from conch.rollouts.remote.lease import LeaseEndedError, WeightLease
+from conch.rollouts.weight_sync import BroadcastGroup, TCPStore, checkpoint_tensors, join
 from tests.fakes.rollout_server import FakeRolloutServer
 from tests.footprint import wait_until
 from tests.served_sampling import (
     LONG_S,
-    ROOM,
+    LORA,
     Sampling,
     adapted,
     fake_servers,
@@ -33,11 +33,11 @@ from tests.served_sampling import (
 )
 from tests.tiny import tiny_decoder
 
-STAMP = WeightVersion(source="run", version=3)
+WEIGHTS = WeightVersion(source="run", version=3)
 
 
 def test_end_waits_for_who_reads_and_nobody_reads_after_it() -> None:
-    lease, order = WeightLease(STAMP), list[str]()
+    lease, order = WeightLease(WEIGHTS), list[str]()
     inside, release = threading.Event(), threading.Event()
 
     def read() -> None:
@@ -57,26 +57,26 @@ def test_end_waits_for_who_reads_and_nobody_reads_after_it() -> None:
         time.sleep(0.05)  # one that does not wait is through by then
         release.set()
         ended.result(LONG_S)
-    assert order == ["read", "ended"] and lease.is_over
-    with pytest.raises(LeaseOverError, match="the rollout ended before"), lease.reading():
+    assert order == ["read", "ended"] and lease.has_ended
+    with pytest.raises(LeaseEndedError, match="the rollout ended before"), lease.reading():
         pass
 
 
 def test_what_is_sent_is_a_copy_and_breaks_off_at_the_end() -> None:
-    lease, weight = WeightLease(STAMP), torch.tensor([1.0, 2.0])
+    lease, weight = WeightLease(WEIGHTS), torch.tensor([1.0, 2.0])
     with lease.reading():
-        lent = lease.lend({"a": weight, "b": weight, "c": weight})
-    copies = lease.copies(lent)
+        tensors = lease.register({"a": weight, "b": weight, "c": weight})
+    copies = lease.copies(tensors)
     first, second = next(copies), next(copies)
     weight.zero_()
     assert first.tolist() == second.tolist() == [1.0, 2.0]
-    assert list(lent) == ["c"]
+    assert list(tensors) == ["c"]
     lease.end()
-    assert not lent
-    with pytest.raises(LeaseOverError):
+    assert not tensors
+    with pytest.raises(LeaseEndedError):
         next(copies)
-    with pytest.raises(LeaseOverError):  # nor does it look as if there had been nothing to send
-        next(lease.copies(lent))
+    with pytest.raises(LeaseEndedError):  # nor does it look as if there had been nothing to send
+        next(lease.copies(tensors))
 
 
 # ------------------------------------------------------------------------------------ servers that come back
@@ -123,7 +123,7 @@ def come_back(living: FakeRolloutServer, late: FakeRolloutServer, again: Callabl
 def test_look_that_comes_through_after_the_rollout_touches_no_weight(
     start: Callable[..., FakeRolloutServer],
 ) -> None:
-    living, late = start(), start(lora=ROOM)  # the base is for the late one alone
+    living, late = start(), start(lora=LORA)  # the base is for the late one alone
     looked, release = threading.Event(), threading.Event()
     again: list[FakeRolloutServer] = []
 
@@ -132,7 +132,7 @@ def test_look_that_comes_through_after_the_rollout_touches_no_weight(
         release.wait(LONG_S)
 
     def start_again() -> threading.Event:
-        again.append(start(late.port, lora=ROOM, before_look=hang))
+        again.append(start(late.port, lora=LORA, before_look=hang))
         return looked
 
     come_back(living, late, start_again)
@@ -146,10 +146,12 @@ def test_look_that_comes_through_after_the_rollout_touches_no_weight(
         probe.result(LONG_S)
     assert not again[0].events
     sampling.version = 1
-    wait_until(lambda: bool(sampling(prompts(4))) and "adapter 1" in again[0].events, lambda: "not refitted")
+    wait_until(
+        lambda: bool(sampling(prompts(4))) and "adapter 1" in again[0].events, lambda: "no new weights"
+    )
     assert again[0].events[:2] == ["base 1", "adapter 1"]
-    given, wanted = load_file(again[0].files[0]), checkpoint_tensors(lm, merged=False)
-    assert given.keys() == wanted.keys() and all(torch.equal(given[name], wanted[name]) for name in given)
+    sent, expected = load_file(again[0].files[0]), checkpoint_tensors(lm, merged=False)
+    assert sent.keys() == expected.keys() and all(torch.equal(sent[name], expected[name]) for name in sent)
 
 
 def take_broadcast(
@@ -158,12 +160,12 @@ def take_broadcast(
     """Instead of files. taken: called after each tensor, with their number so far."""
 
     def take(body: dict[str, Any]) -> tuple[int, Any]:
-        given = WeightUpdate.model_validate(body)
-        store = TCPStore(given.host, given.port, is_master=False)
+        update = WeightUpdate.model_validate(body)
+        store = TCPStore(update.host, update.port, is_master=False)
         join(store)
-        group = Group(store, 1, 2, "gloo", address="127.0.0.1", timeout_s=LONG_S)
+        group = BroadcastGroup(store, 1, 2, "gloo", address="127.0.0.1", timeout_s=LONG_S)
         try:
-            for number, _ in enumerate(group.receive(given.tensors), 1):
+            for number, _ in enumerate(group.receive(update.tensors), 1):
                 taken(number)
         except RolloutUnavailableError:
             server.events.append("broken off")
@@ -203,7 +205,9 @@ def test_server_that_hangs_among_its_weights_holds_no_step_up_and_gets_no_more_o
     release.set()
     wait_until(lambda: bool(again[0].events), lambda: "it got all of the weights of the first rollout")
     assert again[0].events[0] == "broken off"
-    wait_until(lambda: bool(sampling(prompts(4))) and "weights 1" in again[0].events, lambda: "not refitted")
+    wait_until(
+        lambda: bool(sampling(prompts(4))) and "weights 1" in again[0].events, lambda: "no new weights"
+    )
 
 
 def test_refusal_of_weights_that_are_wanted_no_more_ends_no_run(
@@ -233,7 +237,7 @@ def test_refusal_of_weights_that_are_wanted_no_more_ends_no_run(
 def test_new_rollout_looks_at_once(
     start: Callable[..., FakeRolloutServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_pool, "_LOOK_S", LONG_S)
+    monkeypatch.setattr(server_pool, "_PROBE_PAUSE_S", LONG_S)
     server = start()
     sampling = Sampling(server)
     with ThreadPoolExecutor(1) as thread:

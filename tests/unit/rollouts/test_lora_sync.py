@@ -12,18 +12,18 @@ from transformers import PreTrainedModel
 
 from conch.models.adapter import ADAPTER_NAME, adapter_off, add_adapter, merged_copy
 from conch.rollouts import weight_sync as lora_sync
-from conch.rollouts.protocol import LoraRoom
+from conch.rollouts.protocol import LoraCapacity
 from conch.rollouts.weight_sync import (
-    Handover,
+    WeightSource,
     adapter_rank,
     adapter_tensors,
     checkpoint_tensors,
-    why_never_alone,
-    why_no_room,
+    why_always_merged,
+    why_unsupported,
 )
 from tests.tiny import tiny_decoder
 
-ROOM = LoraRoom(rank=8, modules=("q_proj", "k_proj", "v_proj", "up_proj", "dense"))
+LORA = LoraCapacity(rank=8, modules=("q_proj", "k_proj", "v_proj", "up_proj", "dense"))
 
 
 def adapted(*, family: str = "llama", **settings: Any) -> PreTrainedModel:
@@ -37,9 +37,9 @@ def adapted(*, family: str = "llama", **settings: Any) -> PreTrainedModel:
     return lm
 
 
-def why_merged(lm: PreTrainedModel, room: LoraRoom | None) -> str | None:
+def why_merged(lm: PreTrainedModel, capacity: LoraCapacity | None) -> str | None:
     """Whatever the reason is."""
-    return why_never_alone(lm) or why_no_room(lm, room)
+    return why_always_merged(lm) or why_unsupported(lm, capacity)
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def _has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_plain_adapter_goes_alone(settings: dict[str, Any]) -> None:
-    assert why_merged(adapted(**settings), ROOM) is None
+    assert why_merged(adapted(**settings), LORA) is None
 
 
 @pytest.mark.parametrize(
@@ -73,13 +73,13 @@ def test_plain_adapter_goes_alone(settings: dict[str, Any]) -> None:
         ({"target_modules": ["embed_tokens"]}, "model.embed_tokens is a Embedding, no plain linear layer"),
         ({"family": "gpt2", "target_modules": ["c_attn"]}, "h.0.attn.c_attn is a Conv1D, no plain linear"),
         ({"target_modules": ["o_proj"]}, "vLLM has no LoRA for model.layers.0.self_attn.o_proj of a Llama"),
-        ({"r": 9}, "its rank of 9 is above the server's `lora_rank` of 8"),
+        ({"r": 9}, "its rank of 9 is above the server's `max_lora_rank` of 8"),
         ({"rank_pattern": {"v_proj": 16}}, "its rank of 16 is above the server's"),
         ({"r": 513}, "its rank of 513 is above 512, the highest that vLLM"),
     ],
 )
 def test_adapter_that_vllm_cannot_take_goes_merged(settings: dict[str, Any], reason: str) -> None:
-    found = why_merged(adapted(**settings), ROOM)
+    found = why_merged(adapted(**settings), LORA)
     assert found is not None and reason in found
 
 
@@ -91,15 +91,15 @@ def test_adapter_goes_merged_where_there_is_no_room() -> None:
 def test_adapter_goes_merged_where_part_of_the_base_is_trained() -> None:
     lm = adapted()
     lm.get_submodule("model.norm").requires_grad_(True)
-    assert why_merged(lm, ROOM) == "model.norm.weight is trained beside it"
+    assert why_merged(lm, LORA) == "model.norm.weight is trained beside it"
 
 
 def test_adapter_that_is_not_what_the_policy_computes_with_goes_merged() -> None:
     lm = adapted()
     with adapter_off(lm):
-        assert "switched off" in str(why_merged(lm, ROOM))
+        assert "switched off" in str(why_merged(lm, LORA))
     lm.get_submodule("model.layers.2.self_attn.v_proj").merge()  # pyright: ignore[reportCallIssue]
-    assert "layers.2.self_attn.v_proj has its adapter merged" in str(why_merged(lm, ROOM))
+    assert "layers.2.self_attn.v_proj has its adapter merged" in str(why_merged(lm, LORA))
 
 
 def test_adapter_on_a_layer_that_checkpoints_call_otherwise_goes_merged(
@@ -108,31 +108,31 @@ def test_adapter_on_a_layer_that_checkpoints_call_otherwise_goes_merged(
     lm = adapted()
     renamed = {f"language_model.{name}" for name in checkpoint_tensors(lm)}
     monkeypatch.setattr(lora_sync, "checkpoint_names", lambda _lm: renamed)
-    assert "checkpoints have another name for model.layers.0.self_attn.q_proj" in str(why_merged(lm, ROOM))
+    assert "checkpoints have another name for model.layers.0.self_attn.q_proj" in str(why_merged(lm, LORA))
 
 
 def test_adapter_that_is_switched_off_for_the_reference_still_goes_alone() -> None:
     lm = adapted()
-    handover = Handover(lambda: lm)
+    source = WeightSource(lambda: lm)
     with adapter_off(lm):
-        assert handover.adapter_alone(ROOM)
-        assert handover.room_wanted() is not None
+        assert source.sends_adapter_alone(LORA)
+        assert source.required_lora() is not None
 
 
 def test_reason_is_said_once_and_only_where_there_is_an_adapter(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        plain = Handover(lambda: tiny_decoder("llama"))
-        assert not plain.adapter_alone(ROOM) and plain.room_wanted() is None
-        alone = Handover(adapted)
-        assert alone.adapter_alone(ROOM)
-        assert alone.room_wanted() == LoraRoom(rank=4, modules=("q_proj", "v_proj"))
-        special = Handover(lambda: adapted(use_dora=True))
-        assert special.room_wanted() is None
+        plain = WeightSource(lambda: tiny_decoder("llama"))
+        assert not plain.sends_adapter_alone(LORA) and plain.required_lora() is None
+        alone = WeightSource(adapted)
+        assert alone.sends_adapter_alone(LORA)
+        assert alone.required_lora() == LoraCapacity(rank=4, modules=("q_proj", "v_proj"))
+        special = WeightSource(lambda: adapted(use_dora=True))
+        assert special.required_lora() is None
         assert not caplog.messages
         for _ in range(2):
-            assert not special.adapter_alone(None)
-        assert not Handover(adapted, merge=True).adapter_alone(ROOM)
-        assert Handover(adapted, merge=True).room_wanted() is None
+            assert not special.sends_adapter_alone(None)
+        assert not WeightSource(adapted, merge=True).sends_adapter_alone(LORA)
+        assert WeightSource(adapted, merge=True).required_lora() is None
     message, of_choice = caplog.messages
     assert "`rollout.merge_adapter` is true" in of_choice
     assert message.startswith(
@@ -140,7 +140,7 @@ def test_reason_is_said_once_and_only_where_there_is_an_adapter(caplog: pytest.L
     )
 
 
-# ---------------------------------------------------------------------------------------------- what is given
+# -------------------------------------------------------------------------------------------------- tensors
 
 
 @pytest.mark.parametrize(
@@ -153,43 +153,43 @@ def test_reason_is_said_once_and_only_where_there_is_an_adapter(caplog: pytest.L
 )
 def test_product_of_the_factors_is_what_merging_adds(settings: dict[str, Any]) -> None:
     lm = adapted(**settings)
-    given = adapter_tensors(lm)
+    tensors = adapter_tensors(lm)
     base = checkpoint_tensors(lm, merged=False)
     for name, merged in merged_copy(lm).named_parameters():
         layer = name.removesuffix(".weight")
         found = base[name].double()
-        if f"{layer}.lora_A.weight" in given:
-            first, second = (given.pop(f"{layer}.lora_{factor}.weight").double() for factor in "AB")
+        if f"{layer}.lora_A.weight" in tensors:
+            first, second = (tensors.pop(f"{layer}.lora_{factor}.weight").double() for factor in "AB")
             found = found + second @ first
         torch.testing.assert_close(found, merged.detach().double(), atol=1e-5, rtol=1e-5)
-    assert not given
+    assert not tensors
 
 
-def test_base_is_given_as_it_is_and_nothing_of_it_copied() -> None:
+def test_base_is_sent_as_it_is_and_nothing_of_it_copied() -> None:
     lm = adapted()
-    given = checkpoint_tensors(lm, merged=False)
+    tensors = checkpoint_tensors(lm, merged=False)
     plain = tiny_decoder("llama").state_dict()
-    assert given.keys() == plain.keys() and all(torch.equal(given[name], plain[name]) for name in plain)
+    assert tensors.keys() == plain.keys() and all(torch.equal(tensors[name], plain[name]) for name in plain)
     owned = {parameter.data_ptr() for parameter in lm.parameters()}
-    assert {tensor.data_ptr() for tensor in given.values()} <= owned
+    assert {tensor.data_ptr() for tensor in tensors.values()} <= owned
 
 
 def test_factors_have_the_names_and_ranks_that_peft_gives_them() -> None:
     lm = adapted(rank_pattern={"q_proj": 7})
-    given = adapter_tensors(lm)
+    tensors = adapter_tensors(lm)
     saved = get_peft_model_state_dict(lm, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
-    assert {name: tensor.shape for name, tensor in given.items()} == {
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {
         name: tensor.shape for name, tensor in saved.items()
     }
-    assert not any(tensor.requires_grad for tensor in given.values())
-    room = Handover(lambda: lm).room_wanted()
-    assert room is not None and adapter_rank(given) == 7 == room.rank
+    assert not any(tensor.requires_grad for tensor in tensors.values())
+    capacity = WeightSource(lambda: lm).required_lora()
+    assert capacity is not None and adapter_rank(tensors) == 7 == capacity.rank
 
 
 def test_parts_are_what_they_are_called() -> None:
     lm = adapted()
-    handover = Handover(lambda: lm)
+    source = WeightSource(lambda: lm)
     q_proj = "model.layers.0.self_attn.q_proj.weight"
-    base, whole = handover.tensors("base"), handover.tensors("whole")
+    base, whole = source.tensors("base"), source.tensors("whole")
     assert base.keys() == whole.keys() and not torch.equal(base[q_proj], whole[q_proj])
-    assert handover.tensors("adapter").keys() == adapter_tensors(lm).keys()
+    assert source.tensors("adapter").keys() == adapter_tensors(lm).keys()

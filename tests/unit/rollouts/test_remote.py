@@ -15,21 +15,29 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from conch.config import load
 from conch.errors import ConfigError, RolloutError, RolloutUnavailableError
 from conch.rollouts import weight_sync
 from conch.rollouts.protocol import Health
-from conch.rollouts.remote.client import ServerLink, parse_servers
-from conch.rollouts.remote.engine import cut, without
-from conch.rollouts.remote.pool import Server, least_busy
-from conch.rollouts.serve import ServeConfig
+from conch.rollouts.remote.client import ServerClient, parse_servers
+from conch.rollouts.remote.engine import missing_part, split_prompts
+from conch.rollouts.remote.pool import ServerState, least_busy
 from conch.rollouts.serve import main as serve_main
-from conch.rollouts.weight_sync import Group, SharedFile, join, open_store, specs_of, wait_for_members
+from conch.rollouts.vllm.server_config import ServerConfig
+from conch.rollouts.weight_sync import (
+    BroadcastGroup,
+    SharedFile,
+    join,
+    open_store,
+    tensor_specs,
+    wait_for_members,
+)
 from conch.types import Prompt, Rollout
 from tests.fakes.rollout_server import FakeRolloutServer
 from tests.footprint import wait_until
 from tests.served_sampling import (
     LONG_S,
-    ROOM,
+    LORA,
     Sampling,
     adapted,
     fake_servers,
@@ -100,7 +108,7 @@ def test_one_that_hangs_gets_no_more_while_the_other_works(start: Callable[..., 
 
 
 @pytest.mark.parametrize(
-    ("state", "wanted"),
+    ("state", "expected"),
     [
         ([(30, 3), (20, 6), (90, 1)], 1),
         ([(30, 3), (20, 7), (90, 1)], 0),
@@ -110,28 +118,25 @@ def test_one_that_hangs_gets_no_more_while_the_other_works(start: Callable[..., 
     ],
 )
 def test_least_busy_has_room_and_the_fewest_tokens(
-    state: list[tuple[int, int] | None], wanted: int | None
+    state: list[tuple[int, int] | None], expected: int | None
 ) -> None:
-    health = Health(stamp=None, window=9, max_num_seqs=8, workers=1, device="cpu")
-    servers = [
-        Server(ServerLink("h:1", 1.0), health, *each) if each else Server(ServerLink("h:1", 1.0))
-        for each in state
-    ]
+    health = Health(weights=None, max_model_len=9, max_num_seqs=8, workers=1, device="cpu")
+    servers = [ServerState(ServerClient("h:1", 1.0), *((health, *each) if each else ())) for each in state]
     rows = 9 if state[1] == (0, 0) else 2
-    assert least_busy(servers, rows) is (None if wanted is None else servers[wanted])
+    assert least_busy(servers, rows) is (None if expected is None else servers[expected])
 
 
 def test_equal_prompts_in_a_row_are_one_request_with_several_seeds() -> None:
     a, b = Prompt("a", (1,)), Prompt("b", (2,))
-    portions = cut([a, a, a, b, a, a], range(6), range(10, 16), 4)
-    assert [[wanted.seeds for wanted in portion.wanted] for portion in portions] == [
+    batches = split_prompts([a, a, a, b, a, a], range(6), range(10, 16), 4)
+    assert [[request.seeds for request in batch.requests] for batch in batches] == [
         [(10, 11, 12), (13,)],
         [(14, 15)],
     ]
-    assert [portion.places for portion in portions] == [[[0, 1, 2], [3]], [[4, 5]]]
-    rest = without(portions[0], {1, 2})
-    assert rest is not None and rest.places == [[1, 2]] and rest.wanted[0].seeds == (11, 12)
-    assert without(portions[0], {4}) is None
+    assert [batch.indices for batch in batches] == [[[0, 1, 2], [3]], [[4, 5]]]
+    rest = missing_part(batches[0], {1, 2})
+    assert rest is not None and rest.indices == [[1, 2]] and rest.requests[0].seeds == (11, 12)
+    assert missing_part(batches[0], {4}) is None
 
 
 # --------------------------------------------------------------------------------------------------- failures
@@ -219,8 +224,8 @@ def test_server_that_another_run_uses_is_given_up(start: Callable[..., FakeRollo
     sampling = Sampling(server)
 
     def taken_by_another(body: dict[str, Any]) -> tuple[int, Any]:
-        server.stamp = {"source": "other", "version": body["stamp"]["version"]}
-        return 200, {**server.health(), "stamp": body["stamp"]}
+        server.weights = {"source": "other", "version": body["weights"]["version"]}
+        return 200, {**server.health(), "weights": body["weights"]}
 
     server.take_weights = taken_by_another  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(RolloutError, match="again and again: give each run servers of its own"):
@@ -248,9 +253,9 @@ def test_server_that_cannot_take_weights_says_why(start: Callable[..., FakeRollo
         Sampling(server)(prompts(2))
 
 
-def test_prompt_beyond_the_shortest_window_is_refused(start: Callable[..., FakeRolloutServer]) -> None:
-    with pytest.raises(ConfigError, match=r"a prompt of 2 tokens .* window of 5"):
-        Sampling(start(), start(window=5))(prompts(2))
+def test_prompt_beyond_the_smallest_max_model_len_is_refused(start: Callable[..., FakeRolloutServer]) -> None:
+    with pytest.raises(ConfigError, match=r"a prompt of 2 tokens .* `max_model_len` of 5"):
+        Sampling(start(), start(max_model_len=5))(prompts(2))
 
 
 # ---------------------------------------------------------------------------------------------------- weights
@@ -258,7 +263,7 @@ def test_prompt_beyond_the_shortest_window_is_refused(start: Callable[..., FakeR
 
 def test_rank_that_does_not_send_waits_for_the_weights(start: Callable[..., FakeRolloutServer]) -> None:
     server = start()
-    follower = Sampling(server, sends=False)
+    follower = Sampling(server, sends_weights=False)
     with ThreadPoolExecutor(1) as thread:
         asked = thread.submit(follower, prompts(1))
         while server.looks < 3 and not asked.done():
@@ -266,7 +271,7 @@ def test_rank_that_does_not_send_waits_for_the_weights(start: Callable[..., Fake
         assert not server.events
         pool = Sampling(server).pool
         with pool.lease(0) as lease:
-            pool.ready(lease)
+            pool.push_weights(lease)
         assert len(asked.result(LONG_S)) == 1
     assert server.events == ["weights 0", "generate 0"]
 
@@ -276,7 +281,7 @@ def names_in(path: str) -> set[str]:
 
 
 def test_adapter_goes_alone_once_its_base_is_there(start: Callable[..., FakeRolloutServer]) -> None:
-    server = start(lora=ROOM)
+    server = start(lora=LORA)
     sampling = Sampling(server, lm=adapted())
     sampling(prompts(1))
     base, first = (names_in(path) for path in server.files)
@@ -295,11 +300,11 @@ def test_adapter_goes_alone_once_its_base_is_there(start: Callable[..., FakeRoll
 def test_restarted_server_is_given_its_base_before_the_adapter(
     start: Callable[..., FakeRolloutServer],
 ) -> None:
-    server = start(lora=ROOM)
+    server = start(lora=LORA)
     sampling = Sampling(server, lm=adapted())
     sampling(prompts(1))
     server.stop()
-    again = start(server.port, lora=ROOM)
+    again = start(server.port, lora=LORA)
     sampling(prompts(1))
     assert again.events == ["refused 0", "base 0", "adapter 0", "generate 0"]
 
@@ -307,10 +312,10 @@ def test_restarted_server_is_given_its_base_before_the_adapter(
 def test_server_that_lost_its_base_to_another_run_is_given_it_again(
     start: Callable[..., FakeRolloutServer],
 ) -> None:
-    server = start(lora=ROOM)
+    server = start(lora=LORA)
     sampling = Sampling(server, lm=adapted())
     sampling(prompts(1))
-    server.base, server.stamp = "other", {"source": "other", "version": 0}
+    server.base, server.weights = "other", {"source": "other", "version": 0}
     sampling.version = 1
     sampling(prompts(1))
     assert server.events[3:] == ["base 1", "adapter 1", "generate 1"]
@@ -320,7 +325,7 @@ def test_server_that_lost_its_base_to_another_run_is_given_it_again(
 def test_each_server_gets_what_it_can_take(
     lora: dict[str, Any] | None, start: Callable[..., FakeRolloutServer]
 ) -> None:
-    able, other = start(lora=ROOM), start(lora=lora)
+    able, other = start(lora=LORA), start(lora=lora)
     sampling = Sampling(able, other, lm=adapted())
     sampling(prompts(2))
     sampling.version = 1
@@ -351,7 +356,9 @@ def test_shared_memory_that_is_full_is_explained(tmp_path: Path) -> None:
 
 
 @contextmanager
-def sender_and_received(tensors: dict[str, Tensor]) -> Iterator[tuple[Group, Future[dict[str, Tensor]]]]:
+def sender_and_received(
+    tensors: dict[str, Tensor],
+) -> Iterator[tuple[BroadcastGroup, Future[dict[str, Tensor]]]]:
     """A group, and what its other member will have received of tensors like these."""
     store = open_store("127.0.0.1", LONG_S)
     settings: dict[str, Any] = {"address": "127.0.0.1", "timeout_s": LONG_S}
@@ -359,12 +366,12 @@ def sender_and_received(tensors: dict[str, Tensor]) -> Iterator[tuple[Group, Fut
     def receive() -> dict[str, Tensor]:
         client = weight_sync.TCPStore("127.0.0.1", store.port, is_master=False)
         join(client)
-        return dict(Group(client, 1, 2, "gloo", **settings).receive(specs_of(tensors)))
+        return dict(BroadcastGroup(client, 1, 2, "gloo", **settings).receive(tensor_specs(tensors)))
 
     with ThreadPoolExecutor(1) as thread:
         received = thread.submit(receive)
         assert wait_for_members(store, 1, received.done, LONG_S)
-        yield Group(store, 0, 2, "gloo", **settings), received
+        yield BroadcastGroup(store, 0, 2, "gloo", **settings), received
 
 
 def test_nobody_waits_in_a_group_that_was_left() -> None:
@@ -408,8 +415,8 @@ def test_bad_addresses_are_refused(urls: str, complaint: str) -> None:
 
 def test_addresses_are_read() -> None:
     assert parse_servers("a:1, [::1]:2") == ["a:1", "[::1]:2"]
-    link = ServerLink("[::1]:2", 1.0)
-    assert (link.host, link.port) == ("::1", 2)
+    client = ServerClient("[::1]:2", 1.0)
+    assert (client.host, client.port) == ("::1", 2)
 
 
 @pytest.mark.parametrize(
@@ -419,8 +426,14 @@ def test_addresses_are_read() -> None:
         (["model=x", "prot=1"], "unknown key `prot`; did you mean `port`"),
         (["port=8100"], "`model` is missing"),
         (["model=x", "port=0"], "`port`: "),
-        (["model=x", "lora_rank=513"], "`lora_rank`: "),
-        (["model=x", "lora_modules=[q_proj]"], "`lora_modules` says where adapters may be: give their"),
+        (["model=x", "max_lora_rank=513"], "`max_lora_rank`: "),
+        (
+            ["model=x", "lora_target_modules=[q_proj]"],
+            "`lora_target_modules` says where adapters",
+        ),
+        (["model=x", "lora_rank=8"], "unknown key `lora_rank`; did you mean `max_lora_rank`"),
+        (["model=x", "kv_cache_memory_bytes=2 boats"], "`kv_cache_memory_bytes`: .*unit: boats"),
+        (["model=x", "kv_cache_memory_bytes=0"], "`kv_cache_memory_bytes`: Input should be greater than 0"),
     ],
 )
 def test_bad_arguments_of_a_server_are_refused(arguments: list[str], complaint: str) -> None:
@@ -429,12 +442,14 @@ def test_bad_arguments_of_a_server_are_refused(arguments: list[str], complaint: 
 
 
 def test_server_and_trainer_make_engines_of_the_same_settings() -> None:
-    made = ServeConfig(model="x", window=9, kv_cache_gb=2, max_num_seqs=3, eager=True).engine()
-    assert (made.window, made.kv_cache_gb, made.max_num_seqs, made.eager) == (9, 2, 3, True)
-    assert made.memory_share == 0.9 and made.sleep_level == 0
+    shared = {"max_model_len": 9, "kv_cache_memory_bytes": "2GiB", "max_num_seqs": 3, "enforce_eager": True}
+    config = load(ServerConfig, {"model": "x", **shared}).rollout_config()
+    assert (config.max_model_len, config.max_num_seqs, config.enforce_eager) == (9, 3, True)
+    assert config.kv_cache_memory_bytes == 2 * 2**30
+    assert config.gpu_memory_utilization == 0.9 and config.sleep_level == 0
 
 
 def test_server_makes_room_for_adapters_where_it_is_told_to() -> None:
-    assert ServeConfig(model="x").room() is None
-    room = ServeConfig(model="x", lora_rank=4, lora_modules=("q_proj",)).room()
-    assert room is not None and (room.rank, room.modules) == (4, ("q_proj",))
+    assert ServerConfig(model="x").lora_capacity() is None
+    capacity = ServerConfig(model="x", max_lora_rank=4, lora_target_modules=("q_proj",)).lora_capacity()
+    assert capacity is not None and (capacity.rank, capacity.modules) == (4, ("q_proj",))

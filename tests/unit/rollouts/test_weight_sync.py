@@ -25,13 +25,13 @@ from conch.errors import ConfigError
 from conch.models.adapter import add_adapter, merged_copy
 from conch.models.loading import context_window
 from conch.ops import only_this_rank
-from conch.rollouts.base import check_window, in_order
-from conch.rollouts.prompts import room_for_prompts
-from conch.rollouts.protocol import LoraRoom
+from conch.rollouts.base import check_lengths, in_order
+from conch.rollouts.prompts import longest_prompt
+from conch.rollouts.protocol import LoraCapacity
 from conch.rollouts.stopping import StopCondition
 from conch.rollouts.vllm.build import check_installed, was_killed
-from conch.rollouts.weight_sync import Handover, checkpoint_names, checkpoint_tensors
-from conch.training.statistics import logprob_gap
+from conch.rollouts.weight_sync import WeightSource, checkpoint_names, checkpoint_tensors
+from conch.training.statistics import logprob_diff
 from conch.types import Prompt, Rollout
 from tests.fakes.rollouts import rollout
 from tests.runs import grpo_trainer, ppo_trainer
@@ -45,9 +45,9 @@ def test_weights_are_those_of_the_saved_checkpoint(family: str, tmp_path: Path) 
     lm = tiny_decoder(family)
     lm.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
-    given = checkpoint_tensors(lm)
-    assert given.keys() == saved.keys()
-    assert all(torch.equal(given[name], saved[name]) for name in saved)
+    tensors = checkpoint_tensors(lm)
+    assert tensors.keys() == saved.keys()
+    assert all(torch.equal(tensors[name], saved[name]) for name in saved)
 
 
 def fused_experts() -> PreTrainedModel:
@@ -85,15 +85,15 @@ def test_adapter_on_sharded_weights_can_go_alone() -> None:
     lm = fused_experts()
     add_adapter(lm, {"r": 2, "target_modules": ["q_proj"]}, merged_when_saved=True)
     as_zero3_leaves_them(lm)
-    assert Handover(lambda: lm).room_wanted() == LoraRoom(rank=2, modules=("q_proj",))
+    assert WeightSource(lambda: lm).required_lora() == LoraCapacity(rank=2, modules=("q_proj",))
 
 
 def test_weights_are_handed_over_and_not_copied() -> None:
     lm = tiny_decoder("gpt2")
-    given = checkpoint_tensors(lm)
+    tensors = checkpoint_tensors(lm)
     owned = {parameter.data_ptr() for parameter in lm.parameters()}
-    assert {tensor.data_ptr() for tensor in given.values()} == owned
-    assert not any(tensor.requires_grad for tensor in given.values())
+    assert {tensor.data_ptr() for tensor in tensors.values()} == owned
+    assert not any(tensor.requires_grad for tensor in tensors.values())
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_weights_are_handed_over_and_not_copied() -> None:
         ("qwen2", "q_proj", {"lora_bias": True}),
     ],
 )
-def test_adapter_is_merged_into_what_is_given_and_left_alone(
+def test_adapter_is_merged_into_the_tensors_and_left_alone(
     family: str, target: str, settings: dict[str, Any]
 ) -> None:
     lm = tiny_decoder(family)
@@ -118,10 +118,10 @@ def test_adapter_is_merged_into_what_is_given_and_left_alone(
                 parameter.copy_(torch.randn_like(parameter))
     before = {name: parameter.clone() for name, parameter in lm.named_parameters()}
     merged = dict(merged_copy(lm).named_parameters())
-    given = checkpoint_tensors(lm)
-    assert given.keys() == merged.keys()
-    for name in given:
-        torch.testing.assert_close(given[name], merged[name].detach())
+    tensors = checkpoint_tensors(lm)
+    assert tensors.keys() == merged.keys()
+    for name in tensors:
+        torch.testing.assert_close(tensors[name], merged[name].detach())
     assert all(torch.equal(parameter, before[name]) for name, parameter in lm.named_parameters())
 
 
@@ -133,46 +133,49 @@ def ends(*steps: dict[int, Rollout]) -> Iterator[dict[int, Rollout]]:
 
 
 def test_chunks_come_in_the_order_of_prompts_as_soon_as_they_are_whole() -> None:
-    made = [rollout("p", letter) for letter in "abcde"]
-    told: list[int] = []
+    rollouts = [rollout("p", letter) for letter in "abcde"]
+    indices: list[int] = []
     chunks = in_order(
-        [each.prompt for each in made],
-        ends({3: made[3], 1: made[1]}, {0: made[0]}, {4: made[4]}, {2: made[2]}),
+        [each.prompt for each in rollouts],
+        ends({3: rollouts[3], 1: rollouts[1]}, {0: rollouts[0]}, {4: rollouts[4]}, {2: rollouts[2]}),
         2,
-        lambda ended: told.extend(ended),
+        lambda ended: indices.extend(ended),
     )
-    assert next(chunks) == made[:2]
-    assert told == [3, 1, 0]
-    assert list(chunks) == [made[2:4], made[4:]]
-    assert told == [3, 1, 0, 4, 2]
+    assert next(chunks) == rollouts[:2]
+    assert indices == [3, 1, 0]
+    assert list(chunks) == [rollouts[2:4], rollouts[4:]]
+    assert indices == [3, 1, 0, 4, 2]
 
 
-def test_ending_is_reached_with_the_token_that_completes_a_stop_string() -> None:
-    ending = StopCondition(TOKENIZER, ("bc",))
-    assert ending.watches and not StopCondition(TOKENIZER, ()).watches
-    assert [ending.reached(ids) for ids in ([0], [0, 1], [0, 1, 2])] == [False, False, True]
+def test_stop_condition_is_reached_with_the_token_that_completes_a_stop_string() -> None:
+    stop = StopCondition(TOKENIZER, ("bc",))
+    assert stop.has_stop_strings and not StopCondition(TOKENIZER, ()).has_stop_strings
+    assert [stop.reached(ids) for ids in ([0], [0, 1], [0, 1, 2])] == [False, False, True]
 
 
-def test_prompt_beyond_the_window_is_refused() -> None:
+def test_prompt_beyond_max_model_len_is_refused() -> None:
     prompts = [Prompt("ab", (0, 1)), Prompt("abcd", (0, 1, 2, 3))]
-    check_window(prompts, GenerationConfig(max_new_tokens=4), 8)
-    check_window(prompts, GenerationConfig(max_new_tokens=400), None)
+    check_lengths(prompts, GenerationConfig(max_new_tokens=4), 8)
+    check_lengths(prompts, GenerationConfig(max_new_tokens=400), None)
     with pytest.raises(
-        ConfigError, match=r"a prompt of 4 tokens .*= 5 do not fit vLLM's window of 8: .*max_tokens` to 3"
+        ConfigError,
+        match=r"a prompt of 4 tokens .*= 5 do not fit vLLM's `max_model_len` of 8: .*max_tokens` to 3",
     ):
-        check_window(prompts, GenerationConfig(max_new_tokens=5), 8)
+        check_lengths(prompts, GenerationConfig(max_new_tokens=5), 8)
 
 
-def test_samplers_window_leaves_less_room_for_prompts() -> None:
+def test_max_model_len_shortens_the_longest_prompt() -> None:
     lm, generation = tiny_decoder("gpt2"), GenerationConfig(max_new_tokens=4)
     of_model = context_window(lm.config)
     assert of_model is not None
-    assert room_for_prompts(lm, generation) == of_model - 4
-    assert room_for_prompts(lm, generation, 10) == 6
+    assert longest_prompt(lm, generation) == of_model - 4
+    assert longest_prompt(lm, generation, 10) == 6
     with pytest.raises(ConfigError, match="leaves no room for a prompt in the model's window of 4 tokens"):
-        room_for_prompts(lm, generation, 4)
-    with pytest.raises(ConfigError, match=rf"`rollout.window` = {of_model + 1} is longer than the model's"):
-        room_for_prompts(lm, generation, of_model + 1)
+        longest_prompt(lm, generation, 4)
+    with pytest.raises(
+        ConfigError, match=rf"`rollout.max_model_len` = {of_model + 1} is longer than the model's"
+    ):
+        longest_prompt(lm, generation, of_model + 1)
 
 
 # --------------------------------------------------------------------------------------------------- settings
@@ -237,7 +240,7 @@ def test_core_that_was_killed_as_it_loaded_is_told_from_one_that_failed(
 
 
 @pytest.mark.parametrize("trainer", [ppo_trainer, grpo_trainer])
-def test_absent_vllm_is_told_of_before_anything_is_asked_or_written(
+def test_absent_vllm_is_reported_before_anything_is_asked_or_written(
     trainer: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def absent(name: str) -> str:
@@ -262,16 +265,16 @@ def test_adapter_on_a_weight_that_embeddings_and_head_share_is_refused_for_vllm(
         )
 
 
-def test_gap_between_sampler_and_trainer_is_warned_of_above_its_bound(
+def test_logprob_diff_above_its_alarm_is_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     sampled = [rollout("p", "ab"), rollout("p", "abc")]
     sequences = collate(sampled, 0)
-    trainers_own = sequences.sampling_logprobs - 0.25
+    trainer_logprobs = sequences.sampling_logprobs - 0.25
     with caplog.at_level(logging.WARNING):
-        logprob_gap(trainers_own, sequences, only_this_rank, 0.26)
-        logprob_gap(trainers_own, sequences, only_this_rank)
+        logprob_diff(trainer_logprobs, sequences, only_this_rank, 0.26)
+        logprob_diff(trainer_logprobs, sequences, only_this_rank)
         assert not caplog.messages
-        logprob_gap(trainers_own, sequences, only_this_rank, 0.24)
+        logprob_diff(trainer_logprobs, sequences, only_this_rank, 0.24)
     (message,) = caplog.messages
-    assert "0.25 nats a token" in message and "`rollout.logprob_gap_alarm` = 0.24" in message
+    assert "0.25 nats a token" in message and "`rollout.logprob_diff_alarm` = 0.24" in message

@@ -187,7 +187,7 @@ def test_a_steps_only_update_finds_the_old_log_probs_itself(
         trainer = grpo_trainer(
             tmp_path / str(passes_first),
             grpo={"kl": {"coef": kl_coef, "target": 1.0} if kl_coef else {"coef": 0.0}},
-            rollout={"logprob_gap_alarm": 0.1},
+            rollout={"logprob_diff_alarm": 0.1},
             optimizer=LINEAR_ADAM,
             train={"gradient_accumulation_steps": 2},
         )
@@ -216,9 +216,9 @@ def test_a_steps_only_update_finds_the_old_log_probs_itself(
     assert not torch.equal(alone, parameters(policy()))
     assert metrics_alone == pytest.approx(metrics_first, abs=1e-5)
     assert coef_alone == pytest.approx(coef_first, rel=1e-6) and (coef_alone != kl_coef) == bool(kl_coef)
-    assert metrics_alone["rollout/logprob_gap"] > 0.1 and metrics_alone["policy/entropy"] > 0.1
+    assert metrics_alone["rollout/logprob_diff"] > 0.1 and metrics_alone["policy/entropy"] > 0.1
     assert [
-        text for text in caplog.messages if "`rollout.logprob_gap_alarm` = 0.1" in text
+        text for text in caplog.messages if "`rollout.logprob_diff_alarm` = 0.1" in text
     ] == caplog.messages
     assert len(caplog.messages) == 2
 

@@ -101,7 +101,7 @@ def test_log_probs_of_the_trainer_are_those_of_the_sampler(run_dir: Path) -> Non
     trainer = ppo_trainer(run_dir, generation={"max_new_tokens": 5, "temperature": 0.6})
     rollouts = trainer.rollout(trainer.prompts)
     batch, metrics = batch_and_metrics(trainer, rollouts, trainer.score(rollouts))
-    assert metrics["rollout/logprob_gap"] < 1e-5
+    assert metrics["rollout/logprob_diff"] < 1e-5
     for row, rollout in enumerate(rollouts):
         expected = token_logprobs(trainer.policy.lm, rollout, temperature=0.6)
         found = batch.old_logprobs[row, : len(expected)].double()
@@ -488,7 +488,7 @@ def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
     rollouts = half.rollout(prompts)
     own, metrics = batch_and_metrics(half, rollouts, half.score(rollouts))
     assert metrics["policy/kl"] == 0.0
-    assert metrics["rollout/logprob_gap"] < 0.05
+    assert metrics["rollout/logprob_diff"] < 0.05
     for tensor in (own.old_logprobs, own.old_values, own.advantages, own.returns):
         assert tensor.dtype == torch.float32
     found = half.update(batch)

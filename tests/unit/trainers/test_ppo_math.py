@@ -22,7 +22,7 @@ from conch.trainers.ppo import PPOConfig
 from conch.training.kl import KLConfig, KLController, mean_kl
 from conch.training.reward_shaping import RunningMoments, at_last_token
 from conch.training.setup import extra_keys
-from conch.training.statistics import explained_variance, logprob_gap, reward_metrics, rollout_metrics
+from conch.training.statistics import explained_variance, logprob_diff, reward_metrics, rollout_metrics
 from conch.types import RewardResult, RewardStatus
 from tests.runs import EOS, PAD, letters_rollout, scored
 
@@ -247,7 +247,7 @@ def test_rollout_metrics_count_truncated_and_mask_padding() -> None:
     metrics = rollout_metrics(rollouts, sequences, only_this_rank)
     assert metrics["rollout/length_mean"] == 6 / 4
     assert metrics["rollout/truncated_fraction"] == 1 / 4
-    assert logprob_gap(trainers_own, sequences, only_this_rank) == pytest.approx(0.25)
+    assert logprob_diff(trainers_own, sequences, only_this_rank) == pytest.approx(0.25)
 
 
 def test_mean_kl_sums_over_a_response_and_averages_over_samples() -> None:

@@ -1,0 +1,86 @@
+"""Settings of a rollout server."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import ByteSize, Field, model_validator
+
+from conch.config import RolloutConfig, Section
+from conch.rollouts.protocol import MAX_LORA_RANK, LoraCapacity
+
+
+class ServerConfig(Section):
+    """Keys of `python -m conch.rollouts.serve`. Settings of vLLM have vLLM's names."""
+
+    model: str
+    """Folder or hub name of a model of the policy's shape, with its tokenizer."""
+
+    port: int = Field(default=8100, ge=1, le=65535)
+    """Port to listen on."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Everybody who reaches it may sample and change the weights: use a firewall."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the weights; `auto` takes the one that the model is stored in."""
+
+    max_model_len: int | None = Field(default=None, ge=2)
+    """Longest prompt and completion together, in tokens; None takes the model's."""
+
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, lt=1)
+    """Fraction of a GPU's memory that vLLM may take."""
+
+    kv_cache_memory_bytes: ByteSize | None = Field(default=None, gt=0)
+    """Memory for keys and values, in bytes or as `2GiB`, instead of what `gpu_memory_utilization` leaves.
+    None takes 1 GiB on a CPU."""
+
+    max_num_seqs: int = Field(default=256, ge=1)
+    """Completions sampled at once."""
+
+    enforce_eager: bool | None = None
+    """True neither compiles nor records graphs: vLLM starts at once and samples more slowly. None is True on
+    a CPU only."""
+
+    max_lora_rank: int = Field(default=0, ge=0, le=MAX_LORA_RANK)
+    """Highest rank of an adapter that a trainer may send by itself, after its base; a trainer whose rank is
+    higher sends all weights with the adapter merged in. 0 takes merged weights only, and samples faster."""
+
+    lora_target_modules: tuple[str, ...] = ()
+    """Last parts of the names of the layers that adapters may be on, `[q_proj, v_proj]`; the fewer layers,
+    the faster the server samples. Empty takes adapters on all layers."""
+
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs that share the weights."""
+
+    deadline_s: float = Field(default=600.0, gt=0)
+    """Longest time in which a trainer may send its weights, in seconds."""
+
+    restart: bool = True
+    """Start the server again when it is killed or its vLLM has died; the trainer then sends it the weights.
+    False leaves that to systemd, Slurm or Kubernetes."""
+
+    @model_validator(mode="after")
+    def _modules_have_a_rank(self) -> ServerConfig:
+        if self.lora_target_modules and not self.max_lora_rank:
+            raise ValueError(
+                "`lora_target_modules` says where adapters may be: give `max_lora_rank` too, or leave it out"
+            )
+        return self
+
+    def lora_capacity(self) -> LoraCapacity | None:
+        """Adapters that the server is to take; None where it takes none."""
+        if not self.max_lora_rank:
+            return None
+        return LoraCapacity(rank=self.max_lora_rank, modules=self.lora_target_modules)
+
+    def rollout_config(self) -> RolloutConfig:
+        """The settings of vLLM that servers share with engines in a trainer's process."""
+        shared = {
+            "max_model_len",
+            "gpu_memory_utilization",
+            "kv_cache_memory_bytes",
+            "max_num_seqs",
+            "enforce_eager",
+        }
+        return RolloutConfig(engine="vllm", sleep_level=0, **self.model_dump(include=shared))
