@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from conch.config import RewardConfig
+from conch.config import RewardClientConfig, RewardConfig
 from conch.errors import ConchError
 from conch.rewards.served import TritonReward
 from conch.serving.server.server import TritonServer
@@ -109,7 +109,7 @@ def soak(
     """
     every = requests // looks
     with (
-        TritonReward(url, RewardConfig(micro_batch_size=batch)) as source,
+        TritonReward(url, RewardConfig(client=RewardClientConfig(batch_rows=batch))) as source,
         ThreadPoolExecutor(callers) as pool,
     ):
         source.check()

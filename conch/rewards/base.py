@@ -44,7 +44,7 @@ class ReportsStats(Protocol):
     def server_times(self) -> Future[ServerTimes]:
         """What the servers' own statistics gained since the call before, summed over the replicas.
 
-        Ends within `attempt_timeout_s`; a server that does not answer, or keeps none, adds nothing. Requests
+        Ends within `client.request_timeout_s`; a server that does not answer, or keeps none, adds nothing. Requests
         of other clients are among them.
         """
         ...

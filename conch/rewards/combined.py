@@ -22,8 +22,9 @@ from concurrent.futures import Future
 from dataclasses import replace
 from statistics import fmean
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
+from conch.config import EnsembleObjective, OnMemberFailure
 from conch.errors import ConchError, DataError, RewardInvalidError
 from conch.log import get_logger
 from conch.rewards.base import (
@@ -142,9 +143,6 @@ def when_all_done(futures: Sequence[Future[Any]], make: Callable[[], MadeT]) -> 
 
 _log = get_logger(__name__)
 
-Objective = Literal["mean", "wco", "uwo"]
-OnMemberFailure = Literal["fail", "renormalise"]
-
 _Row = Mapping[str, RewardResult]
 """What each member said of one sample."""
 
@@ -217,7 +215,7 @@ class EnsembleReward(_Members):
     def __init__(
         self,
         members: Mapping[str, RewardSource],
-        objective: Objective,
+        objective: EnsembleObjective,
         *,
         uwo_weight: float = 0.1,
         on_member_failure: OnMemberFailure = "fail",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
-from conch.config import RewardConfig
+from conch.config import RewardFailureConfig
 from conch.log import get_logger
 from conch.rewards.metrics import OverlapTimer
 from conch.types import RewardResult, Rollout
@@ -58,7 +58,12 @@ class Outage:
     """
 
     def __init__(
-        self, name: str, config: RewardConfig, agree: Agree, overlap: OverlapTimer, host: OutageHooks | None
+        self,
+        name: str,
+        config: RewardFailureConfig,
+        agree: Agree,
+        overlap: OverlapTimer,
+        host: OutageHooks | None,
     ) -> None:
         self._name = name
         self._config = config

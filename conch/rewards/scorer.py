@@ -46,7 +46,7 @@ class _Counts:
 
 
 class RewardScorer:
-    """Sends rollouts to a reward source as they come and applies `config.on_failure` when they are collected.
+    """Sends rollouts to a reward source as they come and applies `config.failure` when they are collected.
 
     agree: sums over ranks. What is decided depends on agreed numbers only, so all ranks raise together or
         none does, and every rank calls `agree` equally often: no rank is left waiting in a collective.
@@ -100,13 +100,13 @@ class RewardScorer:
         With `drop`, and only then, failures may be among them.
 
         Raises:
-            RewardUnavailableError, RewardInvalidError: on every rank, as `on_failure` says.
+            RewardUnavailableError, RewardInvalidError: on every rank, as `failure.policy` says.
             ConfigError: likewise, where `weights` names an objective that the reward does not have.
             SystemExit: on every rank, where a host was told to leave while the server was away.
         """
         rollouts, results = self._collect_pending()
         counts = self._count(results)
-        if self._config.on_failure == "wait":
+        if self._config.failure.policy == "wait":
             counts = self._outlast(rollouts, results, counts)
         if self._host is not None:
             self._host.scored(rollouts, results)
@@ -195,13 +195,13 @@ class RewardScorer:
         return _Counts(self._agree(away), self._agree(bad), self._agree(len(results)))
 
     def _tolerated(self, total: int) -> float:
-        return self._config.max_failed_fraction * total if self._config.on_failure == "drop" else 0.0
+        return self._config.failure.max_fraction * total if self._config.failure.policy == "drop" else 0.0
 
     def _outlast(self, rollouts: Sequence[Rollout], results: list[RewardResult], counts: _Counts) -> _Counts:
         """Ask again, in lock step on all ranks, until the server is back, data is bad or the budget spent."""
         if counts.away == 0 or counts.bad > 0:
             return counts
-        outage = Outage(self._source.name, self._config, self._agree, self._meter.overlap, self._host)
+        outage = Outage(self._source.name, self._config.failure, self._agree, self._meter.overlap, self._host)
         while counts.away > 0 and counts.bad == 0 and outage.goes_on():
             self._ask_again(rollouts, results, outage)
             counts = self._count(results)
@@ -223,8 +223,8 @@ class RewardScorer:
         kind = RewardInvalidError if counts.bad else RewardUnavailableError
         own = [result for result in results if not result.ok]
         summary = f"{counts.failed} of {counts.total} samples got no reward"
-        if self._config.on_failure == "drop":
-            summary += f", more than reward.max_failed_fraction={self._config.max_failed_fraction:g} allows"
+        if self._config.failure.policy == "drop":
+            summary += f", more than reward.failure.max_fraction={self._config.failure.max_fraction:g} allows"
         if not own:
             return kind(f"{summary}; all of them on other ranks, whose messages say why")
         worst = next((result for result in own if not result.status.is_infrastructure), own[0])

@@ -127,10 +127,10 @@ class TritonReward(ServedReward):
                 "reward.dense and a tokenizer of the reward model's own: its tokens are not the policy's, so "
                 "their scores have no place in a response; serve the model in the text form"
             )
-        endpoints = Endpoint.parse_all(url)
-        access = configured_access(config.tls, config.secret_env, secret_headers(config.headers_env))
+        endpoints, auth = Endpoint.parse_all(url), config.auth
+        access = configured_access(auth.tls, auth.secret_env, secret_headers(auth.headers_env))
         replicas = [
-            TritonReplica(endpoint, access, config.connect_timeout_s, dense=config.dense)
+            TritonReplica(endpoint, access, config.client.connect_timeout_s, dense=config.dense)
             for endpoint in endpoints
         ]
         servers, model = ", ".join(endpoint.address for endpoint in endpoints), endpoints[0].model
@@ -156,27 +156,28 @@ class HttpReward(ServedReward):
     """
 
     def __init__(self, url: str, config: RewardConfig) -> None:
-        if config.secret_env is not None:
+        if config.auth.secret_env is not None:
             raise ConfigError(
-                "`reward.secret_env` is for Triton servers: give an HTTP endpoint its token with "
-                "`reward.headers_env.authorization=VARIABLE`"
+                "`reward.auth.secret_env` is for Triton servers: give an HTTP endpoint its token with "
+                "`reward.auth.headers_env.authorization=VARIABLE`"
             )
         urls = parse_urls(url)
-        headers, context = secret_headers(config.headers_env), _context(config.tls)
-        replicas = [HttpReplica(each, config, headers, context) for each in urls]
+        headers, context = secret_headers(config.auth.headers_env), _context(config.auth.tls)
+        replicas = [HttpReplica(each, config.client, headers, context, config.dialect) for each in urls]
         shown = ", ".join(urls)
         super().__init__(shown, f"reward endpoint {shown}", replicas, config)
 
 
 def _context(tls: TlsConfig) -> ssl.SSLContext:
-    """Certificates are always verified: by `tls.ca`, or by the system's authorities."""
+    """Certificates are always verified: by `auth.tls.ca`, or by the system's authorities."""
     try:
         context = ssl.create_default_context(cafile=None if tls.ca is None else str(tls.ca))
         if tls.cert is not None and tls.key is not None:
             context.load_cert_chain(str(tls.cert), str(tls.key), password=_no_password)
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         raise ConfigError(
-            f"reward.tls: a certificate or key cannot be read ({error}); give PEM files, the key unencrypted"
+            f"reward.auth.tls: a certificate or key cannot be read ({error}); give PEM files, "
+            "the key unencrypted"
         ) from error
     return context
 

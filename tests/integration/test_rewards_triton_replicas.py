@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 import pytest
 
-from conch.config import OnModelChange, RewardConfig
+from conch.config import OnModelChange, RewardClientConfig, RewardConfig
 from conch.errors import RewardInvalidError, RewardUnavailableError
 from conch.rewards.client.queue import RequestQueue
 from conch.rewards.client.triton import TritonReplica
@@ -23,11 +23,12 @@ from conch.triton.contract import RewardModelSpec
 from conch.types import RewardResult, RewardStatus
 from tests.fakes.rollouts import rollouts
 from tests.fakes.triton_server import Action, FakeTriton, fail, hang, reply
+from tests.reward_settings import changed
 
 WAIT_S = 120
 OLD, NEW = "0" * 64, "1" * 64
-CONFIG = RewardConfig(attempt_timeout_s=30, deadline_s=100)
-SINGLES = CONFIG.model_copy(update={"micro_batch_size": 1})
+CONFIG = RewardConfig(client=RewardClientConfig(request_timeout_s=30, deadline_s=100))
+SINGLES = changed(CONFIG, client={"batch_rows": 1})
 TEXT = RewardModelSpec(name="walks", max_batch_size=8, content_sha256=OLD)
 BUSY = fail(grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size")
 BROKEN = fail(grpc.StatusCode.INTERNAL, "Failed to process the request(s), message: CUDA error")
@@ -84,7 +85,7 @@ def test_idle_servers_share_what_is_submitted_at_once() -> None:
 
 def test_each_server_gets_no_more_than_max_in_flight() -> None:
     release = threading.Event()
-    config = SINGLES.model_copy(update={"max_in_flight": 2})
+    config = changed(SINGLES, client={"max_in_flight": 2})
     with servers() as (a, b), TritonReward(url(a, b), config) as reward:
         reward.check()
         for fake in (a, b):
@@ -125,7 +126,7 @@ def test_of_idle_servers_one_that_just_failed_is_asked_last() -> None:
 
 def test_rows_gather_while_all_places_are_taken() -> None:
     release = threading.Event()
-    config = CONFIG.model_copy(update={"max_in_flight": 1})
+    config = changed(CONFIG, client={"max_in_flight": 1})
     with servers(TEXT) as (server,), TritonReward(server.url, config) as reward:
         server.script.append(lambda rows, context: release.wait(WAIT_S) and reply([[9.0]])(rows, context))
         futures = [reward.submit(rollouts("x"))]
@@ -141,7 +142,7 @@ def test_rows_gather_while_all_places_are_taken() -> None:
 
 
 def test_token_budget_cuts_requests() -> None:
-    config = CONFIG.model_copy(update={"micro_batch_tokens": 8})
+    config = changed(CONFIG, client={"batch_tokens": 8})
     with servers(TEXT) as (server,), TritonReward(server.url, config) as reward:
         outputs = [
             "a" * (4 * tokens - 1 - n) for tokens, n in ((2, 0), (2, 1), (2, 2), (2, 3), (4, 0), (50, 0))
@@ -179,7 +180,7 @@ def test_rows_under_way_and_known_scores_are_not_sent_again() -> None:
 
 
 def test_nothing_is_remembered_if_so_configured_nor_what_failed() -> None:
-    config = CONFIG.model_copy(update={"remember": 0})
+    config = changed(CONFIG, client={"cache_size": 0})
     with servers(TEXT) as (server,):
         for settings, requests in ((config, 2), (CONFIG, 2)):
             server.requests.clear()
@@ -231,7 +232,7 @@ def test_server_that_says_it_is_well_but_does_not_score_is_not_used() -> None:
         always(a, fail(grpc.StatusCode.INTERNAL, "Stub process 'walks_0' is not healthy."))
         outputs = ["a" * count for count in range(1, 30)]
         assert values(reward.submit(rollouts(*outputs)).result(WAIT_S)) == [n + 1.0 for n in range(1, 30)]
-        assert reward.traffic().retries_by["unavailable"] <= SINGLES.max_in_flight
+        assert reward.traffic().retries_by["unavailable"] <= SINGLES.client.max_in_flight
         seen = len(a.requests)
         until(lambda: len(a.requests) > seen)  # probed, though its flags and its configuration are fine
         assert [result.ok for result in reward.submit(rollouts("b")).result(WAIT_S)] == [True]
@@ -274,7 +275,7 @@ def test_what_a_server_failed_on_goes_to_another_one_though_that_has_more_to_do(
 
 
 def test_frozen_server_costs_one_attempt_and_its_rows_go_elsewhere() -> None:
-    config = CONFIG.model_copy(update={"attempt_timeout_s": 2.0, "attempt_timeout_per_1k_tokens_s": 0})
+    config = changed(CONFIG, client={"request_timeout_s": 2.0, "timeout_per_1k_tokens_s": 0})
     release = threading.Event()
     with servers() as (a, b), TritonReward(url(a, b), config) as reward:
         reward.check()
@@ -288,8 +289,8 @@ def test_frozen_server_costs_one_attempt_and_its_rows_go_elsewhere() -> None:
 
 
 def test_port_that_never_speaks_costs_the_connect_timeout_only() -> None:
-    config = CONFIG.model_copy(
-        update={"connect_timeout_s": 0.3, "attempt_timeout_s": WAIT_S * 2, "deadline_s": WAIT_S * 2}
+    config = changed(
+        CONFIG, client={"connect_timeout_s": 0.3, "request_timeout_s": WAIT_S * 2, "deadline_s": WAIT_S * 2}
     )
     with socket.create_server(("127.0.0.1", 0)) as silent:
         reward = TritonReward(url(silent.getsockname()[1]), config)
@@ -383,7 +384,7 @@ def test_score_outside_the_range_is_no_score() -> None:
 
 def test_deadline_grows_with_the_length_of_what_is_asked() -> None:
     told: list[float] = []
-    config = CONFIG.model_copy(update={"attempt_timeout_per_1k_tokens_s": 1000.0})
+    config = changed(CONFIG, client={"timeout_per_1k_tokens_s": 1000.0})
 
     def note(rows: list[Any], context: grpc.ServicerContext) -> Any:
         told.append(context.time_remaining())
@@ -400,7 +401,7 @@ def test_deadline_grows_with_the_length_of_what_is_asked() -> None:
 def test_deadline_grows_with_what_the_server_works_on_before() -> None:
     told: list[float] = []
     both = threading.Event()
-    config = SINGLES.model_copy(update={"attempt_timeout_per_1k_tokens_s": 1000.0})
+    config = changed(SINGLES, client={"timeout_per_1k_tokens_s": 1000.0})
 
     def note(rows: list[Any], context: grpc.ServicerContext) -> Any:
         told.append(context.time_remaining())
@@ -417,12 +418,12 @@ def test_deadline_grows_with_what_the_server_works_on_before() -> None:
 
 
 def test_too_large_a_row_is_invalid_and_large_rows_go_one_by_one() -> None:
-    config = CONFIG.model_copy(update={"max_request_mb": 0.001})
+    config = changed(CONFIG, client={"max_request_mb": 0.001})
     with servers(TEXT) as (server,), TritonReward(server.url, config) as reward:
         outputs = ["a" * 600, "a" * 601, "a" * 2000]
         results = reward.submit(rollouts(*outputs)).result(WAIT_S)
     assert [result.status.value for result in results] == ["ok", "ok", "invalid"]
-    assert "row 2 (sample " in results[2].detail and "reward.max_request_mb=0.001" in results[2].detail
+    assert "row 2 (sample " in results[2].detail and "reward.client.max_request_mb=0.001" in results[2].detail
     assert [len(rows) for rows in server.requests] == [1, 1]
 
 
@@ -431,7 +432,7 @@ def test_headers_are_sent_with_every_request_and_shown_nowhere(
 ) -> None:
     caplog.set_level(logging.DEBUG, "conch")
     monkeypatch.setenv("MY_TOKEN", "Bearer hunter2")
-    config = CONFIG.model_copy(update={"headers_env": {"Authorization": "MY_TOKEN"}})
+    config = changed(CONFIG, auth={"headers_env": {"Authorization": "MY_TOKEN"}})
     with servers(TEXT) as (server,), TritonReward(server.url, config) as reward:
         reward.check()
         assert server.headers["authorization"] == "Bearer hunter2"
@@ -495,7 +496,7 @@ def swap(server: FakeTriton, version: str = "2", content: str = NEW) -> None:
 
 @pytest.mark.parametrize("policy", ["raise", "warn", "accept"])
 def test_swapped_model_is_noticed(policy: OnModelChange, caplog: pytest.LogCaptureFixture) -> None:
-    config = CONFIG.model_copy(update={"on_model_change": policy})
+    config = changed(CONFIG, failure={"on_model_change": policy})
     with servers(TEXT) as (server,), TritonReward(server.url, config) as reward:
         assert values(reward.submit(rollouts("a")).result(WAIT_S)) == [2.0]
         swap(server)
@@ -513,7 +514,7 @@ def test_swapped_model_is_noticed(policy: OnModelChange, caplog: pytest.LogCaptu
 
 def test_late_answer_of_the_old_model_is_not_remembered() -> None:
     release = threading.Event()
-    config = CONFIG.model_copy(update={"on_model_change": "accept"})
+    config = changed(CONFIG, failure={"on_model_change": "accept"})
     with servers(TEXT) as (server,), TritonReward(server.url, config) as reward:
         reward.submit(rollouts("a")).result(WAIT_S)
         server.script.append(lambda rows, context: release.wait(WAIT_S) and reply([[5.0]])(rows, context))

@@ -13,18 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from conch.config import RewardConfig
+from conch.config import RewardClientConfig, RewardConfig
 from conch.rewards.served import TritonReward
 from conch.serving.server.server import TritonServer
 from conch.triton.channel import Access, open_client
 from conch.types import RewardResult, RewardStatus
 from tests.deployments import conch, detach
 from tests.fakes.rollouts import rollouts
+from tests.reward_settings import changed
 from tests.stores import LENGTH_MODEL, store_model
 
 WAIT_S = 120.0
 MODEL = "lengths"
-CONFIG = RewardConfig(attempt_timeout_s=30, deadline_s=100, micro_batch_size=4)
+CONFIG = RewardConfig(client=RewardClientConfig(request_timeout_s=30, deadline_s=100, batch_rows=4))
 OUTPUTS = ["a" * count for count in range(1, 200)]
 SCORES = [count + 1.0 for count in range(1, 200)]  # the prompt is one letter
 
@@ -63,7 +64,7 @@ def test_killed_and_frozen_servers_lose_no_reward_and_are_used_again(
 ) -> None:
     """One story for several faults, because each start takes seconds."""
     a, b = servers
-    config = CONFIG.model_copy(update={"remember": 0})
+    config = changed(CONFIG, client={"cache_size": 0})
     earliest = answered(a) + answered(b)
     with TritonReward(url(a, b), config) as reward:
         reward.check()
@@ -87,7 +88,7 @@ def test_killed_and_frozen_servers_lose_no_reward_and_are_used_again(
             assert values(reward.submit(rollouts(*OUTPUTS)).result(WAIT_S)) == SCORES
             assert answered(successor) > 3 and reward.traffic().requests > before
 
-            hasty = config.model_copy(update={"attempt_timeout_s": 1.0})
+            hasty = changed(config, client={"request_timeout_s": 1.0})
             with TritonReward(url(successor, b), hasty) as other:
                 other.check()
                 os.kill(b.pid, signal.SIGSTOP)
@@ -103,7 +104,7 @@ def test_swap_under_way_is_noticed_and_scores_of_two_models_are_not_mixed(tmp_pa
     store_model(store, MODEL)
     running = detach(store, "mine", "--replicas", "2")
     address = ",".join(replica.url for replica in running.replicas) + f"/{MODEL}"
-    accepting = CONFIG.model_copy(update={"on_model_change": "accept"})
+    accepting = changed(CONFIG, failure={"on_model_change": "accept"})
     try:
         with TritonReward(address, CONFIG) as strict, TritonReward(address, accepting) as lax:
             for reward in (strict, lax):

@@ -118,7 +118,7 @@ class ModelIdentity:
         elif not self.change:
             self.change = (
                 f"{news}, another model than the one that this run began with: serve that one again, start a "
-                "new run, or set reward.on_model_change=accept"
+                "new run, or set reward.failure.on_model_change=accept"
             )
             _log.error("%s", self.change)
 

@@ -54,9 +54,9 @@ class RewardClient:
             make_row, tokenizer=tokenizer, max_bytes=self._max_bytes, dense=config.dense, decode=decode
         )
         self._counts = Counts()
-        self._identity = ModelIdentity(config.on_model_change)
-        self._memory = ScoreCache(config.remember)
-        self._pool = Pool(name, replicas, config.max_in_flight)
+        self._identity = ModelIdentity(config.failure.on_model_change)
+        self._memory = ScoreCache(config.client.cache_size)
+        self._pool = Pool(name, replicas, config.client.max_in_flight)
         self._asker = RetryingScorer(self._pool, config, self._identity, self._counts, self._memory)
         self._keeper = HealthChecker(self._asker, self._probe)
         self._waiting = RequestQueue()
@@ -96,7 +96,7 @@ class RewardClient:
     async def server_times(self) -> ServerTimes:
         """See `ReportsTraffic`."""
         links = self._pool.usable()
-        timeout_s = self._config.attempt_timeout_s
+        timeout_s = self._config.client.request_timeout_s
         gained = await asyncio.gather(*(self._keeper.gained(link, timeout_s) for link in links))
         return ServerTimes(
             sum(each.requests for each in gained),
@@ -149,8 +149,9 @@ class RewardClient:
 
     async def _problem(self, link: ReplicaState) -> RewardError | None:
         """Why a replica cannot be used; None once it is in use."""
-        deadline = time.monotonic() + self._config.deadline_s
-        timeout_s = min(self._config.attempt_timeout_s, self._config.deadline_s / 4)  # four questions
+        deadline = time.monotonic() + self._config.client.deadline_s
+        # Four requests: server live, model ready, configuration, one score.
+        timeout_s = min(self._config.client.request_timeout_s, self._config.client.deadline_s / 4)
         failure: Failure | None = None
         try:
             await link.replica.check(timeout_s)
@@ -202,7 +203,7 @@ class RewardClient:
         """Why no replica was ever reached; None once one was, since what it takes is then known."""
         if self._infos():
             return None
-        link = await self._pool.acquire(self._config.deadline_s)
+        link = await self._pool.acquire(self._config.client.deadline_s)
         if link is None:
             return self._asker.give_up(submitted, None, 0)
         self._pool.release(link)
@@ -249,7 +250,7 @@ class RewardClient:
 
     @property
     def _max_bytes(self) -> int:
-        return int(self._config.max_request_mb * 1e6)
+        return int(self._config.client.max_request_mb * 1e6)
 
     async def _dispatch(self) -> None:
         while True:
@@ -267,11 +268,11 @@ class RewardClient:
                 self._pool.release(link)
 
     def _limits(self) -> BatchLimits:
-        config = self._config
-        return limits_of(self._infos(), config.micro_batch_size, config.micro_batch_tokens, self._max_bytes)
+        config = self._config.client
+        return limits_of(self._infos(), config.batch_rows, config.batch_tokens, self._max_bytes)
 
     def _time_up(self, job: QueuedRow) -> float:
-        return max(job.submitted, self._asker.last_answer) + self._config.deadline_s
+        return max(job.submitted, self._asker.last_answer) + self._config.client.deadline_s
 
     def _patience_s(self) -> float:
         oldest = self._waiting.oldest
@@ -356,7 +357,7 @@ def make_row(
         return f"has {len(ids)} tokens, the model takes {info.max_length} at most"
     row = ScoringRow(sample, ids, bounds, position)
     if row.size > max_bytes:
-        return f"takes {row.size / 1e6:.1f} MB, more than reward.max_request_mb={max_bytes / 1e6:g}"
+        return f"takes {row.size / 1e6:.1f} MB, more than reward.client.max_request_mb={max_bytes / 1e6:g}"
     return row
 
 

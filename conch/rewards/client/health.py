@@ -88,7 +88,7 @@ class HealthChecker:
         if is_probe:
             self._asker.counts.retries["probe"] += 1
         try:
-            await self.reach(link, self._config.attempt_timeout_s, with_score=is_probe)
+            await self.reach(link, self._config.client.request_timeout_s, with_score=is_probe)
         except ReplicaError as error:
             link.breaker.probe_failed(error.failure)
             if not error.failure.retryable and not is_probe:

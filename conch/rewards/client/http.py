@@ -14,12 +14,12 @@ import json
 import ssl
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 from urllib.parse import urlsplit
 
 import httpx2
 
-from conch.config import RewardConfig
+from conch.config import RewardClientConfig
 from conch.errors import RewardUnavailableError
 from conch.rewards.base import ServerTimes
 from conch.rewards.client.transport import Failure, ModelInfo, ReplicaError, Reply, ScoringRow
@@ -38,12 +38,18 @@ class HttpReplica:
     """The endpoint at one URL. `name` and `model` as in `Replica`."""
 
     def __init__(
-        self, url: str, config: RewardConfig, headers: Mapping[str, str], context: ssl.SSLContext
+        self,
+        url: str,
+        config: RewardClientConfig,
+        headers: Mapping[str, str],
+        context: ssl.SSLContext,
+        dialect: Literal["query", "goals"] = "query",
     ) -> None:
         self.name = f"reward endpoint {url}"
         self.model = url
         self._url = url
         self._config = config
+        self._dialect = dialect
         self._headers = {**headers, "content-type": "application/json", "accept": "application/json"}
         self._context = context
         self._client: httpx2.AsyncClient | None = None
@@ -64,12 +70,12 @@ class HttpReplica:
     async def open(self, timeout_s: float) -> ModelInfo:
         """See `Replica.open`: an endpoint tells nothing about its model."""
         del timeout_s
-        return ModelInfo(max_rows=self._config.micro_batch_size)
+        return ModelInfo(max_rows=self._config.batch_rows)
 
     async def ask(self, rows: Sequence[ScoringRow], timeout_s: float) -> Reply:
         """See `Replica.ask`."""
         samples = [row.sample for row in rows]
-        body = json.dumps({"query": samples} if self._config.dialect == "query" else samples)
+        body = json.dumps({"query": samples} if self._dialect == "query" else samples)
         try:
             # The library's own deadlines are for each packet: a reply that drips would never end.
             reply = await asyncio.wait_for(self._post(body), timeout_s)
@@ -79,7 +85,7 @@ class HttpReplica:
             raise ReplicaError(_of_connection(error)) from error
         except httpx2.HTTPError as error:
             _refuse(f"the reply cannot be read ({type(error).__name__})")
-        return Reply(_columns(reply, self._config.dialect))
+        return Reply(_columns(reply, self._dialect))
 
     async def times(self, timeout_s: float) -> ServerTimes | None:
         """See `Replica.times`: there are none."""
@@ -154,7 +160,7 @@ def _of_connection(error: httpx2.TransportError) -> Failure:
         return Failure(RewardStatus.UNAVAILABLE, f"the connection broke ({reason})", retryable=True)
     # A certificate that does not verify and a host that does not exist stay so; a refused connection may not.
     lasting = any(isinstance(cause, ssl.SSLError) for cause in _causes(error)) or "[SSL" in reason
-    detail = f"{reason}: check `reward.tls`" if lasting else f"no connection ({reason})"
+    detail = f"{reason}: check `reward.auth.tls`" if lasting else f"no connection ({reason})"
     return Failure(RewardStatus.UNAVAILABLE, detail, retryable=not lasting, is_down=True)
 
 
@@ -170,7 +176,7 @@ def _of_status(status: int) -> Failure:
     phrase = HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else "?"
     detail = f"HTTP {status} {phrase}"
     if status in _TURNED_AWAY:
-        detail += ": it wants a token; name its variable in `reward.headers_env.authorization`"
+        detail += ": it wants a token; name its variable in `reward.auth.headers_env.authorization`"
         return Failure(RewardStatus.UNAVAILABLE, detail, is_down=True)
     if status in _PASSING:
         return Failure(RewardStatus.UNAVAILABLE, detail, retryable=True)

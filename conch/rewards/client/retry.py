@@ -98,12 +98,12 @@ class RetryingScorer:
         # From the last sign of life: when the server is gone, what queued gives up with what went before.
         alive = min(started, max(submitted, self.last_answer))
         tokens = sum(row.tokens for row in rows)
-        deadline = alive + self.config.deadline_s + self._extra_s(ahead + tokens)
+        deadline = alive + self.config.client.deadline_s + self._extra_s(ahead + tokens)
         return _Attempt(rows, tokens, submitted, started, deadline)
 
     def _extra_s(self, tokens: int) -> float:
         """What so many tokens add to a deadline, in seconds."""
-        return self.config.attempt_timeout_per_1k_tokens_s * tokens / 1000
+        return self.config.client.timeout_per_1k_tokens_s * tokens / 1000
 
     async def _settle(self, effort: _Attempt, link: ReplicaState | None = None) -> list[Scored]:
         reply = await self._persist(effort, link)
@@ -220,7 +220,7 @@ class RetryingScorer:
 
     async def _try(self, effort: _Attempt, link: ReplicaState) -> Reply | Failure:
         link.tokens += effort.tokens
-        timeout_s = min(self.config.attempt_timeout_s + self._extra_s(link.tokens), effort.left_s)
+        timeout_s = min(self.config.client.request_timeout_s + self._extra_s(link.tokens), effort.left_s)
         self.counts.requests += 1
         if effort.reason:
             self.counts.retries[effort.reason] += 1

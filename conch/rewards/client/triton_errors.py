@@ -118,7 +118,7 @@ def _no_server(
     if not failure.status.is_infrastructure or "socket closed" in lowered or "http/2" in lowered:
         return RewardUnavailableError(
             f"what listens at {endpoint.address} does not speak Triton's gRPC, whose usual port is 8001 "
-            f"(8000 is its HTTP port), or it speaks TLS (give reward.tls.ca): {failure.detail}"
+            f"(8000 is its HTTP port), or it speaks TLS (give reward.auth.tls.ca): {failure.detail}"
         )
     return RewardUnavailableError(f"the server at {endpoint.address} cannot be used: {failure.detail}")
 

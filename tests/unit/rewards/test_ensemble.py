@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conch.config import RewardConfig, load
+from conch.config import RewardConfig, RewardFailureConfig, load
 from conch.errors import ConfigError
 from conch.rewards.base import ClientStats, ServerTimes
 from conch.rewards.combined import EnsembleReward, SumReward
@@ -192,7 +192,10 @@ def test_a_member_that_breaks_the_protocol_breaks_the_request() -> None:
         def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:
             return super().submit(rollouts[1:])
 
-    scorer = RewardScorer(source := SumReward(members(length, Short(ten))), RewardConfig(on_failure="drop"))
+    scorer = RewardScorer(
+        source := SumReward(members(length, Short(ten))),
+        RewardConfig(failure=RewardFailureConfig(policy="drop")),
+    )
     with source:
         scorer.submit(BATCH)
         with pytest.raises(Exception, match="member `b` gave 2 results for 3 samples"):

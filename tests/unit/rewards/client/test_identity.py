@@ -51,7 +51,7 @@ def test_replica_that_comes_back_changed_is_a_change_of_the_model() -> None:
     assert model.refusal("a", ModelInfo(reward_names=("help",), content=NEW), is_new=False) == ""
     assert model.answered("a", "2", NEW)
     assert "a now serves version 2, content 111111111111, another model" in model.change
-    assert "reward.on_model_change=accept" in model.change
+    assert "reward.failure.on_model_change=accept" in model.change
 
 
 def test_same_content_under_another_version_number_is_the_same_model() -> None:
