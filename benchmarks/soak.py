@@ -116,14 +116,14 @@ def soak(
         batches, taken = _batches(batch), []
         for _ in pool.map(lambda one: _score(source, one), itertools.islice(batches, warm_up)):
             pass
-        started, sent_before = time.perf_counter(), source.requests
-        while (sent := source.requests - sent_before) < requests:
+        started, sent_before = time.perf_counter(), source.stats().requests
+        while (sent := source.stats().requests - sent_before) < requests:
             work = list(itertools.islice(batches, min(every - sent % every, requests - sent)))
             for _ in pool.map(lambda one: _score(source, one), work):
                 pass
             del work
-            if source.requests - sent_before >= every * (len(taken) + 1):
-                taken.append(_look(source.requests - sent_before, started))
+            if source.stats().requests - sent_before >= every * (len(taken) + 1):
+                taken.append(_look(source.stats().requests - sent_before, started))
                 print(taken[-1].row(), file=sys.stderr, flush=True)
     return Report(tuple(taken))
 

@@ -104,7 +104,7 @@ def test_submit_returns_at_once_and_no_more_than_max_in_flight_are_sent() -> Non
             assert time.monotonic() < deadline, "two were not sent"
             time.sleep(0.01)
         assert not future.done()
-        assert reward.requests == 3  # for the model's configuration, and two for scores
+        assert reward.stats().requests == 3  # for the model's configuration, and two for scores
         go.set()
         assert len(future.result(WAIT_S)) == 5
     assert server.most_in_flight == 2
@@ -220,8 +220,8 @@ def test_passing_failure_is_asked_again(code: grpc.StatusCode, message: str) -> 
         server.script.extend([fail(code, message)] * 3)
         assert values(reward.submit(rollouts("a")).result(WAIT_S)) == [2.0]
         # A dead model process concerns every request: what is repeated is a probe, until one is scored.
-        assert reward.retries == (4 if "Stub" in message else 3)
-        assert len(server.requests) == 1 + reward.retries
+        assert reward.stats().retries == (4 if "Stub" in message else 3)
+        assert len(server.requests) == 1 + reward.stats().retries
 
 
 @pytest.mark.parametrize(
@@ -444,7 +444,7 @@ for _ in range(3):
     reward = TritonReward(sys.argv[1], RewardConfig())
     future = reward.submit(rollouts("a"))
     # Asked for the model's configuration, then for scores, which never come.
-    wait_until(lambda: reward.requests == 2)
+    wait_until(lambda: reward.stats().requests == 2)
     assert connections()
     reward.close()
     reward.close()

@@ -72,7 +72,7 @@ def test_killed_and_frozen_servers_lose_no_reward_and_are_used_again(
         assert values(reward.submit(rollouts(*OUTPUTS)).result(WAIT_S)) == SCORES
         assert min(answered(a) - before[0], answered(b) - before[1]) > 1  # both took part
         least = answered(a) + answered(b) - sum(before)
-        gained = reward.server_times().result(WAIT_S)
+        gained = reward.server_statistics().result(WAIT_S)
         # A probe may be answered between two readings.
         assert least <= gained.requests <= answered(a) + answered(b) - earliest and gained.compute_s > 0
 
@@ -84,9 +84,9 @@ def test_killed_and_frozen_servers_lose_no_reward_and_are_used_again(
         a.stop()
         with TritonServer(tmp_path / "store", [MODEL], grpc_port=port) as successor:
             until(lambda: answered(successor) > 1)  # more than its golden sample: it was probed
-            before = reward.traffic().requests
+            before = reward.stats().requests
             assert values(reward.submit(rollouts(*OUTPUTS)).result(WAIT_S)) == SCORES
-            assert answered(successor) > 3 and reward.traffic().requests > before
+            assert answered(successor) > 3 and reward.stats().requests > before
 
             hasty = changed(config, client={"request_timeout_s": 1.0})
             with TritonReward(url(successor, b), hasty) as other:
@@ -96,7 +96,7 @@ def test_killed_and_frozen_servers_lose_no_reward_and_are_used_again(
                     assert values(other.submit(rollouts(*OUTPUTS)).result(WAIT_S)) == SCORES
                 finally:
                     os.kill(b.pid, signal.SIGCONT)
-                assert other.traffic().retries_by["timeout"] > 0
+                assert other.stats().retries_by["timeout"] > 0
 
 
 def test_swap_under_way_is_noticed_and_scores_of_two_models_are_not_mixed(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_swap_under_way_is_noticed_and_scores_of_two_models_are_not_mixed(tmp_pa
             # Nothing of the old model is remembered.
             late = lax.submit(rollouts(*OUTPUTS)).result(WAIT_S)
             assert values(late) == [2 * score for score in SCORES] and {one.version for one in late} == {"2"}
-            assert lax.model_change == ""
+            assert lax.stats().model_change == ""
     finally:
         conch("down", "mine")
 
@@ -133,17 +133,17 @@ def ask_until_changed(reward: TritonReward) -> Iterator[list[RewardResult]]:
         assert time.monotonic() < deadline, "the change was not noticed"
         outputs = [f"{8 * number + place:010d}" for place in range(8)]
         yield reward.submit(rollouts(*outputs)).result(WAIT_S)
-        if reward.model_change:
+        if reward.stats().model_change:
             return
 
 
 def check_strict(reward: TritonReward, results: list[RewardResult]) -> None:
     """Only the old model has scored, and whatever else was asked says why it did not."""
-    assert "now serves version 2, content" in reward.model_change
+    assert "now serves version 2, content" in reward.stats().model_change
     scored = [result for result in results if result.ok]
     assert {(result.version, result.scores["reward"]) for result in scored} == {("1", 11.0)}
     refused = [result for result in results if not result.ok]
     assert {(result.status, result.detail) for result in refused} <= {
-        (RewardStatus.INVALID, reward.model_change)
+        (RewardStatus.INVALID, reward.stats().model_change)
     }
     assert len(scored) >= 8

@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import SimpleNamespace, TracebackType
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -15,7 +15,7 @@ import pytest
 from conch.config import RewardConfig, RewardFailureConfig
 from conch.errors import ConfigError, RewardError, RewardInvalidError, RewardUnavailableError
 from conch.rewards import outage as outage_module
-from conch.rewards.base import ClientStats, ServerTimes
+from conch.rewards.base import ClientStats, RewardSource, ServerTimes
 from conch.rewards.function import FunctionReward
 from conch.rewards.scorer import RewardScorer, combine
 from conch.types import OnFinished, Prompt, RewardResult, RewardStatus, Rollout
@@ -30,7 +30,7 @@ def length(samples: list[str], prompts: list[str], outputs: list[str]) -> list[f
     return [float("nan") if "x" in output else float(len(output)) for output in outputs]
 
 
-class Outage:
+class Outage(RewardSource):
     """A source whose samples with a `u` are unavailable the first `rounds` times that they are asked for."""
 
     name = "outage"
@@ -49,16 +49,6 @@ class Outage:
         future: Future[list[RewardResult]] = Future()
         future.set_result(results)
         return future
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-    def __enter__(self) -> Outage:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
 
     def _result(self, rollout: Rollout) -> RewardResult:
         if "u" in rollout.completion.text and self.left > 0:
@@ -506,23 +496,22 @@ def test_metrics_describe_the_last_gather() -> None:
 
 
 class Served(Outage):
-    """A source that reports its traffic, as a client of servers does."""
+    """A source that counts its requests, as a client of servers does."""
 
     def __init__(self) -> None:
         super().__init__(rounds=0)
         self.now = ClientStats(requests=100, retries=10, deduplicated=20)
         self.times: list[Future[ServerTimes]] = []
-        self.model_change = ""
 
-    def traffic(self) -> ClientStats:
+    def stats(self) -> ClientStats:
         return self.now
 
-    def server_times(self) -> Future[ServerTimes]:
+    def server_statistics(self) -> Future[ServerTimes]:
         self.times.append(Future())
         return self.times[-1]
 
 
-def test_traffic_is_that_since_the_gather_before() -> None:
+def test_stats_are_those_since_the_gather_before() -> None:
     source = Served()
     scorer = RewardScorer(source, RewardConfig())
     source.now = ClientStats(requests=107, retries=13, deduplicated=25, most_in_flight=4)
@@ -554,7 +543,7 @@ def test_a_servers_own_times_are_never_waited_for() -> None:
 def test_a_changed_model_makes_all_ranks_leave(policy: Any) -> None:
     config = RewardConfig(failure=RewardFailureConfig(policy=policy, max_fraction=1))
     changed = Served()
-    changed.model_change = "the model at h:1 was version 1, is 2"
+    changed.now = ClientStats(model_change="the model at h:1 was version 1, is 2")
     outcomes = Ranks(2).run(
         lambda agree: gather(changed, config, rollouts("a"), agree),
         lambda agree: gather(Served(), config, rollouts("a"), agree),

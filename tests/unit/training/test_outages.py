@@ -7,13 +7,13 @@ import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import pytest
 
 from conch.errors import RewardUnavailableError
 from conch.rewards import outage
+from conch.rewards.base import RewardSource
 from conch.runs.checkpoint import read_checkpoint, steps_of
 from conch.types import RewardResult, RewardStatus, Rollout
 from tests.runs import PROMPTS, ppo_trainer, sft_trainer, vowels
@@ -25,14 +25,14 @@ FOR_EVER = 10**9
 FIRST_EVALUATION, SECOND_STEP, EVALUATION, THIRD_STEP, LAST_EVALUATION = 1, 3, 4, 5, 7
 
 
-class Tide:
+class Tide(RewardSource):
     """A source that is away from its `first` request on, and for `attempts` of them.
 
     in_outage: called when it is asked again.
     """
 
     name = "tide"
-    wants_chunks = True
+    batched = True
 
     def __init__(
         self, first: int = 0, attempts: int = 0, in_outage: Callable[[], object] = lambda: None
@@ -51,16 +51,6 @@ class Tide:
         future: Future[list[RewardResult]] = Future()
         future.set_result([self._result(rollout) for rollout in chunk])
         return future
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-    def __enter__(self) -> Tide:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
 
     def _result(self, rollout: Rollout) -> RewardResult:
         if self._requests in self._away:
