@@ -1,4 +1,4 @@
-"""Sections of a reward: which source, how its client asks, how it gets in, what a failure does."""
+"""Settings of rewards: their source, its client, access to its servers, and the response to failures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from conch.config.base import Section
 FailurePolicy = Literal["raise", "drop", "wait"]
 OnModelChange = Literal["raise", "warn", "accept"]
 
-# Of an ensemble, whether the trainer combines its members' scores or a server does.
+# Of an ensemble, combined by the trainer or by a server.
 EnsembleObjective = Literal["mean", "wco", "uwo"]
 OnMemberFailure = Literal["fail", "renormalise"]
 
@@ -74,7 +74,7 @@ class RewardClientConfig(Section):
 
 
 class RewardAuthConfig(Section):
-    """What a served reward model's server asks for before it answers."""
+    """Access to the servers of a reward model: certificates, secrets and headers."""
 
     tls: TlsConfig = Field(default_factory=TlsConfig)
     """Certificates for a server that speaks TLS."""
@@ -88,7 +88,7 @@ class RewardAuthConfig(Section):
 
 
 class RewardFailureConfig(Section):
-    """What the run does when rewards do not come, or come from another model."""
+    """Response of the run to rewards that do not come, or come from another model."""
 
     policy: FailurePolicy = "raise"
     """`raise`: every process leaves with the reason. `drop`: failed samples leave the loss, within
@@ -110,7 +110,7 @@ class RewardFailureConfig(Section):
 
 
 class RewardConfig(Section):
-    """Where rewards come from, and what to do when they do not come."""
+    """Source of the rewards, requests to it, and the response to its failures."""
 
     url: str | None = None
     """`host:port/model` of a served reward model, or `host1:port,host2:port/model` for several servers of the
@@ -129,7 +129,7 @@ class RewardConfig(Section):
     `mean` of their scores, the least (`wco`), or the mean less `uwo_weight` times the variance (`uwo`)."""
 
     uwo_weight: float = Field(default=0.1, ge=0)
-    """With `combine=uwo`: what a variance of 1 costs."""
+    """With `combine=uwo`: cost of a variance of 1."""
 
     on_member_failure: OnMemberFailure = "fail"
     """A sample that a member of an ensemble does not score: `fail` gives it the member's failure,
@@ -164,7 +164,7 @@ class RewardConfig(Section):
     """Access to its servers."""
 
     failure: RewardFailureConfig = Field(default_factory=RewardFailureConfig)
-    """What a missing reward does to the run."""
+    """Response to missing rewards."""
 
     @model_validator(mode="after")
     def _dense_fits(self) -> RewardConfig:

@@ -1,4 +1,4 @@
-"""What a reward source is, what a user may pass as one, and the counts of its client.
+"""The reward source, its counts, and the types that a user may pass as a reward.
 
 A source of your own is a class with two methods:
 
@@ -97,11 +97,14 @@ class RewardSource(ABC):
         return
 
     def stats(self) -> ClientStats | None:
-        """Snapshot of the counts, which starts `most_in_flight` anew. None: each `submit` is one request."""
+        """Take a snapshot of the counts, which starts `most_in_flight` anew.
+
+        None: the source counts nothing, and each `submit` is taken for one request.
+        """
         return None
 
     def server_statistics(self) -> Future[ServerTimes]:
-        """Gain of the servers' own statistics since the last call, summed over the replicas.
+        """Ask for the gain of the servers' own statistics since the last call, summed over the replicas.
 
         The future ends within `client.request_timeout_s`. A server that does not answer, or has no
         statistics, adds nothing. Requests of other clients are included.
@@ -120,4 +123,4 @@ class RewardSource(ABC):
 
 
 UserReward = Callable[..., Any] | str | RewardSource
-"""What a user may pass as a reward."""
+"""Anything that a user may pass as a reward."""

@@ -227,9 +227,9 @@ class RewardClient:
         row = self._row(position, rollout)
         if isinstance(row, RewardResult):
             return _done(row)
-        if (known := self._cache.get(row)) is not None:
+        if (cached := self._cache.get(row)) is not None:
             self._counts.deduplicated += 1
-            return _done(known)
+            return _done(cached)
         queued = self._under_way.get(row) or new.get(row)
         if queued is not None:
             self._counts.deduplicated += 1
