@@ -60,12 +60,15 @@ def _nearest(section: type[Section], location: list[str]) -> str:
     for part in location[:-1]:
         field = owner.model_fields.get(part) if owner is not None else None
         owner = nested_section(field.annotation) if field else None
-    places: dict[str, str] = {}
+    key = location[-1]
+    best, best_ratio = "", 0.0
     for place in _places(owner, location[:-1]):
-        places.setdefault(place[-1], ".".join(place))
-    close = difflib.get_close_matches(location[-1], places, n=1)
-    if close:
-        return f"did you mean `{places[close[0]]}`?"
+        ratio = difflib.SequenceMatcher(None, place[-1], key).ratio()
+        # What stands in another section must be more alike: there are many keys, of other topics.
+        if ratio > best_ratio and ratio >= (0.6 if len(place) == len(location) else 0.75):
+            best, best_ratio = ".".join(place), ratio
+    if best:
+        return f"did you mean `{best}`?"
     return f"valid here: {', '.join(getattr(owner, 'model_fields', {}))}"
 
 

@@ -183,6 +183,12 @@ def test_key_at_the_wrong_depth_is_found_in_the_nested_section(old: str, new: st
         load(Outer, {"reward": {old: 1}})
 
 
+@pytest.mark.parametrize("key", ["micro_batch_size", "attempt_timeout_s"])
+def test_key_that_is_only_a_little_like_one_of_another_section_gets_the_list(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"`reward\.{key}`; valid here: url, .*, client, auth, failure"):
+        load(Outer, {"reward": {key: 1}})
+
+
 def test_nested_reward_settings_are_read() -> None:
     values = {"client": {"cache_size": 0}, "auth": {"tls": {"ca": "x"}}, "failure": {"policy": "wait"}}
     reward = load(Outer, {"reward": values}).reward
