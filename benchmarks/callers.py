@@ -16,7 +16,7 @@ import numpy as np
 from tritonclient.grpc import InferInput
 
 from benchmarks.limit import Work
-from conch.config import RewardConfig
+from conch.config import RewardClientConfig, RewardConfig
 from conch.errors import ConchError
 from conch.rewards.served import TritonReward
 from conch.triton.channel import Access, open_client
@@ -34,7 +34,7 @@ def conch_way(url: str, work: Work) -> tuple[Way, Callable[[], None]]:
     """Our client, one for all callers, as a process has one; and what closes it."""
     rollouts = work.rollouts()
     # Nothing is remembered: every round asks for the same samples.
-    source = TritonReward(url, RewardConfig(remember=0, deadline_s=300.0))
+    source = TritonReward(url, RewardConfig(client=RewardClientConfig(cache_size=0, deadline_s=300.0)))
 
     def score(places: Sequence[int]) -> Scored:
         scored = []

@@ -2,11 +2,12 @@
 
     python -m benchmarks.chaos --runs 100
 
-Each run is a small PPO with evaluations and a checkpoint, `reward.on_failure=wait`, whose rewards the real
-server gives. Meanwhile the server gets SIGKILL one to four times, at random moments, stays away for a random
-while, longer or shorter than the client's deadline, and is started again on its port. Metrics, evaluations
-and the weights at the end must equal those of a run that nothing disturbed, to the last bit; times and counts
-of requests may differ. The served model scores a text the same in any batch, see `tests/stores.py`.
+Each run is a small PPO with evaluations and a checkpoint, `reward.failure.policy=wait`, whose rewards the
+real server gives. Meanwhile the server gets SIGKILL one to four times, at random moments, stays away for a
+random while, longer or shorter than the client's deadline, and is started again on its port. Metrics,
+evaluations and the weights at the end must equal those of a run that nothing disturbed, to the last bit;
+times and counts of requests may differ. The served model scores a text the same in any batch, see
+`tests/stores.py`.
 """
 
 from __future__ import annotations
@@ -43,11 +44,8 @@ _SETTINGS: dict[str, Any] = {
     "generation": {"max_new_tokens": 6, "chunk_size": 4},
     # The longest outage holds two deadlines of two attempts each: retries and waiting both happen.
     "reward": {
-        "on_failure": "wait",
-        "attempt_timeout_s": 0.5,
-        "deadline_s": 1.0,
-        "wait_budget_s": 120.0,
-        "micro_batch_size": 4,
+        "client": {"request_timeout_s": 0.5, "deadline_s": 1.0, "batch_rows": 4},
+        "failure": {"policy": "wait", "wait_budget_s": 120.0},
     },
 }
 

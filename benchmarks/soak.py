@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from conch.config import RewardConfig
+from conch.config import RewardClientConfig, RewardConfig
 from conch.errors import ConchError
 from conch.rewards.served import TritonReward
 from conch.serving.server.server import TritonServer
@@ -109,21 +109,21 @@ def soak(
     """
     every = requests // looks
     with (
-        TritonReward(url, RewardConfig(micro_batch_size=batch)) as source,
+        TritonReward(url, RewardConfig(client=RewardClientConfig(batch_rows=batch))) as source,
         ThreadPoolExecutor(callers) as pool,
     ):
         source.check()
         batches, taken = _batches(batch), []
         for _ in pool.map(lambda one: _score(source, one), itertools.islice(batches, warm_up)):
             pass
-        started, sent_before = time.perf_counter(), source.requests
-        while (sent := source.requests - sent_before) < requests:
+        started, sent_before = time.perf_counter(), source.stats().requests
+        while (sent := source.stats().requests - sent_before) < requests:
             work = list(itertools.islice(batches, min(every - sent % every, requests - sent)))
             for _ in pool.map(lambda one: _score(source, one), work):
                 pass
             del work
-            if source.requests - sent_before >= every * (len(taken) + 1):
-                taken.append(_look(source.requests - sent_before, started))
+            if source.stats().requests - sent_before >= every * (len(taken) + 1):
+                taken.append(_look(source.stats().requests - sent_before, started))
                 print(taken[-1].row(), file=sys.stderr, flush=True)
     return Report(tuple(taken))
 

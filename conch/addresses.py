@@ -98,7 +98,7 @@ def _complete(part: str, path: str, text: str) -> str:
     if split.username is not None or split.query or split.fragment:
         raise ConfigError(
             f"reward `{_shown(text)}`: give no password, `?` or `#` in the address; a token goes into a "
-            "header, `reward.headers_env.authorization=VARIABLE`"
+            "header, `reward.auth.headers_env.authorization=VARIABLE`"
         )
     return f"{split.scheme}://{split.netloc}{split.path or path}"
 
@@ -133,8 +133,8 @@ def _name(header: str) -> str:
     name = header.lower()
     if not _NAME.fullmatch(name) or name.startswith("grpc-") or name.endswith("-bin"):
         raise ConfigError(
-            f"reward.headers_env: `{header}` cannot be a header of ours; take letters, digits and dashes, "
-            "without `grpc-` before or `-bin` behind"
+            f"reward.auth.headers_env: `{header}` cannot be a header of ours; take letters, digits and "
+            "dashes, without `grpc-` before or `-bin` behind"
         )
     return name
 
@@ -143,12 +143,12 @@ def _value(header: str, variable: str) -> str:
     value = os.environ.get(variable, "")
     if not value:
         raise ConfigError(
-            f"reward.headers_env: environment variable {variable}, which is to hold header `{header}`, is "
-            "not set or empty"
+            f"reward.auth.headers_env: environment variable {variable}, which is to hold header `{header}`, "
+            "is not set or empty"
         )
     if not (value.isascii() and value.isprintable()):
         raise ConfigError(
-            f"reward.headers_env: what environment variable {variable} holds cannot stand in a header: only "
-            "printable ASCII can"
+            f"reward.auth.headers_env: what environment variable {variable} holds cannot stand in a header: "
+            "only printable ASCII can"
         )
     return value

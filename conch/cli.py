@@ -25,6 +25,7 @@ from pydantic.fields import FieldInfo
 
 import conch
 from conch.config import Section, load
+from conch.config.base import nested_section
 from conch.errors import ConchError, ConfigError
 from conch.log import setup_logging
 
@@ -199,7 +200,7 @@ def _readable(error: Exception) -> str:
 def _describe_fields(section: type[Section], prefix: str, defaults: Section | None) -> Iterator[str]:
     for name, field in section.model_fields.items():
         default = _default(name, field, defaults)
-        nested = _section_in(field.annotation)
+        nested = nested_section(field.annotation)
         if nested is not None:
             inner = default if isinstance(default, Section) else None
             yield from _describe_fields(nested, f"{prefix}{name}.", inner)
@@ -216,13 +217,6 @@ def _default(name: str, field: FieldInfo, defaults: Section | None) -> Any:
     if defaults is not None:
         return getattr(defaults, name)
     return ... if field.is_required() else field.get_default(call_default_factory=True, validated_data={})
-
-
-def _section_in(annotation: Any) -> type[Section] | None:
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, Section):
-            return candidate
-    return None
 
 
 def _type_name(annotation: Any) -> str:

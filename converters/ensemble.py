@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import get_args
 
 from conch.cli import written_with
+from conch.config import EnsembleObjective, OnMemberFailure
 from conch.converters.backends.ensemble import publish_ensemble
 from conch.converters.options import Conversion, EnsembleOptions
 from conch.converters.parity.ensemble import member_scores, prove
 from conch.errors import ConchError, ConversionError, ParityError
-from conch.store.manifest import EnsembleMember, Manifest, Objective, OnMemberFailure
+from conch.store.manifest import EnsembleMember, Manifest
 from conch.store.store import (
     StoredModel,
     list_models,
@@ -38,7 +39,7 @@ def to_ensemble(
     members: Sequence[str],
     *,
     name: str,
-    objective: Objective,
+    objective: EnsembleObjective,
     uwo_weight: float = 0.1,
     on_member_failure: OnMemberFailure = "fail",
     model_store: str | Path = "model_store",
@@ -161,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--objective",
         required=True,
-        choices=get_args(Objective),
+        choices=get_args(EnsembleObjective),
         help="mean; wco: the lowest score; uwo: mean - uwo_weight * variance",
     )
     add(

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from conch.config import EnsembleObjective, OnMemberFailure
 from conch.converters.parity.report import ParityReport
 from conch.errors import ConversionError
-from conch.store.manifest import Aggregate, Backend, Objective, OnMemberFailure, Pooling, ServedDtype
+from conch.store.manifest import Aggregate, Backend, Pooling, ServedDtype
 from conch.store.store import is_valid_name
 from conch.triton.contract import Form, Granularity, RewardModelSpec
 
@@ -186,7 +187,7 @@ class EnsembleOptions:
     """
 
     name: str
-    objective: Objective
+    objective: EnsembleObjective
     uwo_weight: float
     on_member_failure: OnMemberFailure
 

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
-from conch.config import RewardConfig
+from conch.config import RewardClientConfig, RewardConfig, RewardFailureConfig
 from conch.rewards.served import TritonReward
 from conch.serving.server.server import TritonServer
 from conch.types import RewardResult, Rollout
@@ -19,13 +19,14 @@ from tests.stores import HASH_MODEL, hash_score, store_model
 
 MODEL = "hash"
 WAIT_S = 150.0
-PATIENT = RewardConfig(attempt_timeout_s=30, deadline_s=120, micro_batch_size=8)
+PATIENT = RewardConfig(client=RewardClientConfig(request_timeout_s=30, deadline_s=120, batch_rows=8))
 # A check gives each of its questions a quarter of the deadline; less than a second is too little where
 # others keep the processors busy.
-HASTY = RewardConfig(attempt_timeout_s=1, deadline_s=4, micro_batch_size=8)
-TIRELESS = RewardConfig(attempt_timeout_s=0.5, deadline_s=120, micro_batch_size=8)
+HASTY = RewardConfig(client=RewardClientConfig(request_timeout_s=1, deadline_s=4, batch_rows=8))
+TIRELESS = RewardConfig(client=RewardClientConfig(request_timeout_s=0.5, deadline_s=120, batch_rows=8))
 WAITING = RewardConfig(
-    attempt_timeout_s=1, deadline_s=4, on_failure="wait", wait_budget_s=WAIT_S, micro_batch_size=8
+    client=RewardClientConfig(request_timeout_s=1, deadline_s=4, batch_rows=8),
+    failure=RewardFailureConfig(policy="wait", wait_budget_s=WAIT_S),
 )
 
 _numbers = itertools.count()

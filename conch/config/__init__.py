@@ -18,9 +18,14 @@ from conch.config.model import ModelConfig as ModelConfig
 from conch.config.model import TokenizerConfig as TokenizerConfig
 from conch.config.optim import OptimizerConfig as OptimizerConfig
 from conch.config.optim import SchedulerConfig as SchedulerConfig
-from conch.config.reward import OnFailure as OnFailure
+from conch.config.reward import EnsembleObjective as EnsembleObjective
+from conch.config.reward import FailurePolicy as FailurePolicy
+from conch.config.reward import OnMemberFailure as OnMemberFailure
 from conch.config.reward import OnModelChange as OnModelChange
+from conch.config.reward import RewardAuthConfig as RewardAuthConfig
+from conch.config.reward import RewardClientConfig as RewardClientConfig
 from conch.config.reward import RewardConfig as RewardConfig
+from conch.config.reward import RewardFailureConfig as RewardFailureConfig
 from conch.config.reward import TlsConfig as TlsConfig
 from conch.config.rollout import RolloutConfig as RolloutConfig
 from conch.config.run import OnlineRunConfig as OnlineRunConfig

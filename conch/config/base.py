@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -46,13 +46,35 @@ def _explain(section: type[Section], problem: dict[str, Any]) -> str:
     return f"`{key}`: {message}{shown}"
 
 
+def nested_section(annotation: Any) -> type[Section] | None:
+    """The section that a field of this type holds; None for a plain value."""
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
 def _nearest(section: type[Section], location: list[str]) -> str:
-    owner: Any = section
+    """What an unknown key may have meant, looked for in its section and in the sections of that one."""
+    owner: type[Section] | None = section
     for part in location[:-1]:
-        field = owner.model_fields.get(part) if hasattr(owner, "model_fields") else None
-        owner = field.annotation if field else None
-    names = list(getattr(owner, "model_fields", {}))
-    close = difflib.get_close_matches(location[-1], names, n=1)
-    if close:
-        return f"did you mean `{'.'.join([*location[:-1], close[0]])}`?"
-    return f"valid here: {', '.join(names)}"
+        field = owner.model_fields.get(part) if owner is not None else None
+        owner = nested_section(field.annotation) if field else None
+    key = location[-1]
+    best, best_ratio = "", 0.0
+    for place in _places(owner, location[:-1]):
+        ratio = difflib.SequenceMatcher(None, place[-1], key).ratio()
+        # What stands in another section must be more alike: there are many keys, of other topics.
+        if ratio > best_ratio and ratio >= (0.6 if len(place) == len(location) else 0.75):
+            best, best_ratio = ".".join(place), ratio
+    if best:
+        return f"did you mean `{best}`?"
+    return f"valid here: {', '.join(getattr(owner, 'model_fields', {}))}"
+
+
+def _places(section: type[Section] | None, location: list[str]) -> Iterator[list[str]]:
+    """Where keys stand in `section`: its own first, then those of the sections in it."""
+    fields = section.model_fields if section is not None else {}
+    yield from ([*location, name] for name in fields)
+    for name, field in fields.items():
+        yield from _places(nested_section(field.annotation), [*location, name])

@@ -1,4 +1,4 @@
-"""Where rewards come from, and what to do when they do not."""
+"""Settings of rewards: their source, its client, access to its servers, and the response to failures."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from pydantic import Field, model_validator
 
 from conch.config.base import Section
 
-OnFailure = Literal["raise", "drop", "wait"]
-
-
+FailurePolicy = Literal["raise", "drop", "wait"]
 OnModelChange = Literal["raise", "warn", "accept"]
+
+# Of an ensemble, combined by the trainer or by a server.
+EnsembleObjective = Literal["mean", "wco", "uwo"]
+OnMemberFailure = Literal["fail", "renormalise"]
 
 
 class TlsConfig(Section):
@@ -36,8 +38,79 @@ class TlsConfig(Section):
         return self
 
 
+class RewardClientConfig(Section):
+    """Requests to a served reward model: time limits, sizes, and how many at once."""
+
+    connect_timeout_s: float = Field(default=5.0, gt=0)
+    """Longest wait for a connection to a server, in seconds."""
+
+    request_timeout_s: float = Field(default=10.0, gt=0)
+    """Time limit of one request, in seconds; long requests get `timeout_per_1k_tokens_s` more."""
+
+    timeout_per_1k_tokens_s: float = Field(default=2.0, ge=0)
+    """Added to `request_timeout_s` and `deadline_s` for every 1,000 tokens in the request and in those that
+    the server works on before it, in seconds, so that long samples are not the ones that get lost. Raise it
+    for a slow server; 4 bytes of text count as a token."""
+
+    deadline_s: float = Field(default=60.0, gt=0)
+    """Time limit of one request with all its retries, in seconds; long requests get
+    `timeout_per_1k_tokens_s` more."""
+
+    max_in_flight: int = Field(default=4, ge=1)
+    """Requests that a process keeps under way at once, per server."""
+
+    batch_rows: int = Field(default=64, ge=1)
+    """Most samples in a request; lowered to the server's own limit."""
+
+    batch_tokens: int = Field(default=8192, ge=1)
+    """Most tokens in a request, padding included; a longer sample goes alone. 4 bytes of text count as a
+    token."""
+
+    max_request_mb: float = Field(default=64.0, gt=0)
+    """Largest request, in millions of bytes: more is sent in several, and a larger sample is not scored."""
+
+    cache_size: int = Field(default=10_000, ge=0)
+    """Latest scores that are kept, so that equal samples need no request."""
+
+
+class RewardAuthConfig(Section):
+    """Access to the servers of a reward model: certificates, secrets and headers."""
+
+    tls: TlsConfig = Field(default_factory=TlsConfig)
+    """Certificates for a server that speaks TLS."""
+
+    secret_env: str | None = None
+    """Environment variable that holds the Triton server's secret; None sends none."""
+
+    headers_env: dict[str, str] = Field(default_factory=dict)
+    """Header -> environment variable that holds its value, sent with every request to a served model; values
+    are not logged. For proxies that ask for a token: `authorization: MY_TOKEN`."""
+
+
+class RewardFailureConfig(Section):
+    """Response of the run to rewards that do not come, or come from another model."""
+
+    policy: FailurePolicy = "raise"
+    """`raise`: every process leaves with the reason. `drop`: failed samples leave the loss, within
+    `max_fraction`. `wait`: keep asking a server that is away, for at most `wait_budget_s`."""
+
+    max_fraction: float = Field(default=0.1, ge=0, le=1)
+    """With `drop`: largest share of a step's samples that may fail; more stops the run."""
+
+    wait_budget_s: float = Field(default=3600.0, gt=0)
+    """With `wait`: longest outage to sit out, in seconds."""
+
+    checkpoint_after_s: float = Field(default=300.0, ge=0)
+    """With `wait`: seconds of an outage after which a checkpoint is saved, from which the interrupted step
+    (or evaluation) can be done again. One is saved as well when the budget is spent."""
+
+    on_model_change: OnModelChange = "raise"
+    """When a server turns out to serve another version or content than at the start: `raise` stops the run,
+    `warn` says so and goes on, `accept` goes on."""
+
+
 class RewardConfig(Section):
-    """Where rewards come from and what to do when they do not come."""
+    """Source of the rewards, requests to it, and the response to its failures."""
 
     url: str | None = None
     """`host:port/model` of a served reward model, or `host1:port,host2:port/model` for several servers of the
@@ -51,82 +124,31 @@ class RewardConfig(Section):
     members: dict[str, str] = Field(default_factory=dict)
     """Several rewards instead of one `url`: name -> what `url` may be. `combine` makes one of them."""
 
-    combine: Literal["sum", "mean", "wco", "uwo"] = "sum"
+    combine: Literal["sum", EnsembleObjective] = "sum"
     """Of several named rewards: `sum` them with `weights`, or take them for an ensemble whose reward is the
     `mean` of their scores, the least (`wco`), or the mean less `uwo_weight` times the variance (`uwo`)."""
 
     uwo_weight: float = Field(default=0.1, ge=0)
-    """With `combine=uwo`: what a variance of 1 costs."""
+    """With `combine=uwo`: cost of a variance of 1."""
 
-    on_member_failure: Literal["fail", "renormalise"] = "fail"
+    on_member_failure: OnMemberFailure = "fail"
     """A sample that a member of an ensemble does not score: `fail` gives it the member's failure,
     `renormalise` the objective over the others, counted as `reward/degraded_fraction`."""
 
-    tls: TlsConfig = Field(default_factory=TlsConfig)
-    """Certificates for a served reward model whose server speaks TLS."""
-
-    secret_env: str | None = None
-    """Environment variable that holds the secret which the server asks for; None sends none."""
-
-    headers_env: dict[str, str] = Field(default_factory=dict)
-    """Header -> environment variable that holds its value, sent with every request to a served model; values
-    are not logged. For proxies that ask for a token: `authorization: MY_TOKEN`."""
-
-    connect_timeout_s: float = Field(default=5.0, gt=0)
-    """Longest wait for a connection to a server, in seconds."""
-
-    attempt_timeout_s: float = Field(default=10.0, gt=0)
-    """Deadline of one request, in seconds, beside what its length adds."""
-
-    attempt_timeout_per_1k_tokens_s: float = Field(default=2.0, ge=0)
-    """Added to `attempt_timeout_s` and `deadline_s` for every 1,000 tokens in the request and in those that
-    the server works on before it, in seconds, so that long samples are not the ones that get lost. Raise it
-    for a slow server; 4 bytes of text count as a token."""
-
-    deadline_s: float = Field(default=60.0, gt=0)
-    """Deadline of one micro-batch with all its retries, in seconds, beside what its length adds."""
-
-    max_in_flight: int = Field(default=4, ge=1)
-    """Requests a process keeps under way at once, per server."""
-
-    micro_batch_size: int = Field(default=64, ge=1)
-    """Samples per request, at most; lowered to the server's own limit."""
-
-    micro_batch_tokens: int = Field(default=8192, ge=1)
-    """Tokens per request, at most, padding among them; a longer sample goes alone. 4 bytes of text count as a
-    token."""
-
-    max_request_mb: float = Field(default=64.0, gt=0)
-    """Largest request, in millions of bytes: more is sent in several, and a sample beyond it is not
-    scored."""
-
-    remember: int = Field(default=10_000, ge=0)
-    """Latest scores of a served model that are kept, to answer equal samples without asking."""
+    weights: dict[str, float] = Field(default_factory=dict)
+    """Objective -> weight in the sum, for rewards with several objectives; unnamed objectives weigh 1."""
 
     score_range: tuple[float, float] | None = None
     """Lowest and highest score that a served model can give; another is no score. None takes any finite
     one."""
 
-    on_model_change: OnModelChange = "raise"
-    """When a server turns out to serve another version or content than at the start: `raise` stops the run,
-    `warn` says so and goes on, `accept` goes on."""
+    dense: bool = False
+    """Take the scores of steps or tokens from a served model that gives them (converted with --granularity):
+    each goes to the token of the response in which its step ends. False takes the one score of a sample."""
 
-    on_failure: OnFailure = "raise"
-    """`raise`: every process leaves with the reason. `drop`: failed samples leave the loss, within
-    `max_failed_fraction`. `wait`: keep asking a server that is away, for at most `wait_budget_s`."""
-
-    max_failed_fraction: float = Field(default=0.1, ge=0, le=1)
-    """With `drop`: more failures than this share of a step's samples stop the run."""
-
-    wait_budget_s: float = Field(default=3600.0, gt=0)
-    """With `wait`: longest outage to sit out, in seconds."""
-
-    checkpoint_after_s: float = Field(default=300.0, ge=0)
-    """With `wait`: seconds of an outage after which a checkpoint is saved, from which the interrupted step
-    (or evaluation) can be done again. One is saved as well when the budget is spent."""
-
-    weights: dict[str, float] = Field(default_factory=dict)
-    """Objective -> weight in the sum, for rewards with several objectives; unnamed objectives weigh 1."""
+    delta: bool = False
+    """The reward of a sample is its score less that of a reference answer to the same prompt: each prompt is
+    a dict with an `original_output`, whose score is asked for once."""
 
     record: bool = False
     """Write a line for every score to `rewards.jsonl` in the run folder: step, sample hash, model, version,
@@ -135,13 +157,14 @@ class RewardConfig(Section):
     replay: Path | None = None
     """A run's folder, or its `rewards.jsonl`: take the rewards that it recorded instead of asking anybody."""
 
-    delta: bool = False
-    """The reward of a sample is its score less that of a reference answer to the same prompt: each prompt is
-    a dict with an `original_output`, whose score is asked for once."""
+    client: RewardClientConfig = Field(default_factory=RewardClientConfig)
+    """Requests to a served model."""
 
-    dense: bool = False
-    """Take the scores of steps or tokens from a served model that gives them (converted with --granularity):
-    each goes to the token of the response in which its step ends. False takes the one score of a sample."""
+    auth: RewardAuthConfig = Field(default_factory=RewardAuthConfig)
+    """Access to its servers."""
+
+    failure: RewardFailureConfig = Field(default_factory=RewardFailureConfig)
+    """Response to missing rewards."""
 
     @model_validator(mode="after")
     def _dense_fits(self) -> RewardConfig:

@@ -1,4 +1,4 @@
-"""Where rewards come from: a Python function or a served model, behind one protocol. Imports no torch."""
+"""Where rewards come from: a Python function or a served model, behind one base class. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,28 +1,46 @@
-"""What a reward source is, what a user may pass as one, and what its client counts for metrics."""
+"""The reward source, its counts, and the types that a user may pass as a reward.
+
+A source of your own is a class with two methods:
+
+    class Brevity(RewardSource):
+        name = "brevity"
+
+        def check(self) -> None: ...
+
+        def submit(self, rollouts):
+            future = Future()
+            scores = [-float(len(rollout.completion.text)) for rollout in rollouts]
+            future.set_result([RewardResult(RewardStatus.OK, scores={"reward": score}) for score in scores])
+            return future
+"""
 
 from __future__ import annotations
 
-from collections import Counter
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, TypeVar
 
 from conch.types import RewardResult, Rollout
+
+SourceT = TypeVar("SourceT", bound="RewardSource")
 
 
 @dataclass(frozen=True, slots=True)
 class ClientStats:
-    """Counts since the source was made, but for the last field.
+    """Counts of a source's requests since it was made, except the last two fields.
 
-    requests: sent, those that failed, repeats and probes among them.
-    retries: requests that repeated an earlier one, and probes of a replica that had failed.
-    retries_by: why they were needed -> how many; the values sum to `retries`. `unavailable`, `timeout`: the
-        request was sent again; `data`: a part of it, to find the bad row; `probe`: is the replica back?
-    deduplicated: samples that needed no row of their own, since an equal one was under way or known.
-    replica_faults: requests that one replica refused and another answered in full.
-    most_in_flight: most requests under way at once since the snapshot before.
+    requests: sent, including failed ones, retries and probes; of a function: calls.
+    retries: requests that repeat an earlier one, and probes of a replica that failed.
+    retries_by: reason -> number; the values sum to `retries`. `unavailable`, `timeout`: the same rows were
+        sent again; `data`: a part of the rows, to find the bad one; `probe`: is the replica back?
+    deduplicated: samples that needed no row of their own, since an equal one was under way or in the cache.
+    replica_faults: requests that one replica refused and another scored in full.
+    most_in_flight: most requests under way at once since the last snapshot.
+    model_change: with `on_model_change=raise`, one sentence once the model has changed, else "". Every later
+        result is then INVALID with the same sentence.
     """
 
     requests: int = 0
@@ -31,115 +49,78 @@ class ClientStats:
     deduplicated: int = 0
     replica_faults: int = 0
     most_in_flight: int = 0
-
-
-@runtime_checkable
-class ReportsStats(Protocol):
-    """A source of served rewards; the scorer asks it once a step."""
-
-    def traffic(self) -> ClientStats:
-        """A snapshot; starts `most_in_flight` anew."""
-        ...
-
-    def server_times(self) -> Future[ServerTimes]:
-        """What the servers' own statistics gained since the call before, summed over the replicas.
-
-        Ends within `attempt_timeout_s`; a server that does not answer, or keeps none, adds nothing. Requests
-        of other clients are among them.
-        """
-        ...
-
-    @property
-    def model_change(self) -> str:
-        """With `on_model_change=raise`: one sentence once the model has changed, else "".
-
-        Every later result is then INVALID with the same sentence.
-        """
-        ...
-
-
-@dataclass(slots=True)
-class Counts:
-    """As in `ClientStats`."""
-
-    requests: int = 0
-    retries: Counter[str] = field(default_factory=Counter)
-    deduplicated: int = 0
-    replica_faults: int = 0
-
-
-@runtime_checkable
-class RewardSource(Protocol):
-    """Something that scores rollouts in the background.
-
-    name: how messages call it, for example "walks at 127.0.0.1:8001".
-    """
-
-    name: str
-
-    def check(self) -> None:
-        """Find out before long work starts whether scoring can work at all.
-
-        Raises:
-            RewardError, ConfigError: one sentence: what is wrong, where, and what to do.
-        """
-        ...
-
-    def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:
-        """Start scoring and return at once: one result per rollout, in order.
-
-        A failed reward is a status in its result, never an exception of the future.
-        """
-        ...
-
-    def close(self) -> None:
-        """Cancel what is under way and release threads and connections. A second call does nothing."""
-        ...
-
-    def __enter__(self) -> RewardSource: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
-@runtime_checkable
-class CountsTraffic(Protocol):
-    """A source that counts what it sent since it was made.
-
-    requests: calls of the function, or requests sent, retries among them.
-    retries: requests that repeated an earlier one.
-    """
-
-    @property
-    def requests(self) -> int: ...
-
-    @property
-    def retries(self) -> int: ...
-
-
-@runtime_checkable
-class WantsChunks(Protocol):
-    """A source that may ask for the whole of a chunk at once instead of completions as they end.
-
-    wants_chunks: True where what is scored together matters, in cost or in the scores.
-    """
-
-    wants_chunks: bool
-
-
-UserReward = Callable[..., Any] | str | RewardSource
-"""What a user may pass as a reward."""
+    model_change: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerTimes:
     """A server's own sums over all its clients' requests since the model was loaded.
 
-    requests: answered. queue_s: seconds that they waited. compute_s: seconds in the model, each request
-    counted with the whole of its batch.
+    requests: scored.
+    queue_s: seconds that they waited in the server.
+    compute_s: seconds in the model, each request counted with the whole of its batch.
     """
 
     requests: int = 0
     queue_s: float = 0.0
     compute_s: float = 0.0
+
+
+class RewardSource(ABC):
+    """Scores rollouts in the background. A source of your own needs `check` and `submit`.
+
+    name: used in messages, for example "walks at 127.0.0.1:8001".
+    batched: True: `submit` gets a whole chunk at once, since what is scored together matters, in cost or in
+        the scores. False: completions may be submitted one by one, as they end.
+    """
+
+    name: str = "reward source"
+    batched: bool = False
+
+    @abstractmethod
+    def check(self) -> None:
+        """Find out before long work starts whether scoring can work at all.
+
+        Raises:
+            RewardError, ConfigError: one sentence: what is wrong, where, and what to do.
+        """
+
+    @abstractmethod
+    def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:
+        """Start scoring and return at once: one result per rollout, in order.
+
+        A failed reward is a status in its result, never an exception of the future.
+        """
+
+    def close(self) -> None:
+        """Cancel what is under way and release threads and connections. A second call does nothing."""
+        return
+
+    def stats(self) -> ClientStats | None:
+        """Take a snapshot of the counts, which starts `most_in_flight` anew.
+
+        None: the source counts nothing, and each `submit` is taken for one request.
+        """
+        return None
+
+    def server_statistics(self) -> Future[ServerTimes]:
+        """Ask for the gain of the servers' own statistics since the last call, summed over the replicas.
+
+        The future ends within `client.request_timeout_s`. A server that does not answer, or has no
+        statistics, adds nothing. Requests of other clients are included.
+        """
+        future: Future[ServerTimes] = Future()
+        future.set_result(ServerTimes())
+        return future
+
+    def __enter__(self: SourceT) -> SourceT:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+UserReward = Callable[..., Any] | str | RewardSource
+"""Anything that a user may pass as a reward."""

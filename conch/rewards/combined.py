@@ -21,112 +21,88 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from statistics import fmean
-from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
+from conch.config import EnsembleObjective, OnMemberFailure
 from conch.errors import ConchError, DataError, RewardInvalidError
 from conch.log import get_logger
-from conch.rewards.base import (
-    ClientStats,
-    CountsTraffic,
-    ReportsStats,
-    RewardSource,
-    ServerTimes,
-    WantsChunks,
-)
+from conch.rewards.base import ClientStats, RewardSource, ServerTimes
 from conch.types import DEFAULT_OBJECTIVE, Completion, Prompt, RewardResult, RewardStatus, Rollout
 
-MadeT = TypeVar("MadeT")
-WrapperT = TypeVar("WrapperT", bound="CompositeReward")
+ResultT = TypeVar("ResultT")
+
+ORIGINAL = "original_output"
+
+_log = get_logger(__name__)
+
+_MemberResults = Mapping[str, RewardResult]
+"""Member -> its result for one sample."""
 
 
-class CompositeReward:
-    """Checks, closes and counts for all of `sources`; `submit` is its heirs' own.
+class CompositeReward(RewardSource):
+    """Checks and closes all of `sources` and sums their counts; a subclass adds `submit`.
 
-    name: as `RewardSource.name`.
+    name: as in `RewardSource`.
     """
 
     def __init__(self, name: str, sources: Sequence[RewardSource]) -> None:
         self.name = name
         self.sources = tuple(sources)
-        self.wants_chunks = any(isinstance(each, WantsChunks) and each.wants_chunks for each in sources)
-
-    @property
-    def requests(self) -> int:
-        """Requests sent so far, retries among them."""
-        return sum(each.requests for each in self.sources if isinstance(each, CountsTraffic))
-
-    @property
-    def retries(self) -> int:
-        """Those of them that repeated an earlier one."""
-        return sum(each.retries for each in self.sources if isinstance(each, CountsTraffic))
-
-    @property
-    def model_change(self) -> str:
-        """The first change of a model among the sources; see `ReportsStats.model_change`."""
-        changes = (each.model_change for each in self.sources if isinstance(each, ReportsStats))
-        return next((change for change in changes if change), "")
-
-    def traffic(self) -> ClientStats:
-        """Sums over the sources; `most_in_flight` is no more than the sum."""
-        found = [each.traffic() for each in self.sources if isinstance(each, ReportsStats)]
-        reasons = {reason for each in found for reason in each.retries_by}
-        return ClientStats(
-            requests=self.requests,
-            retries=self.retries,
-            retries_by={name: sum(each.retries_by.get(name, 0) for each in found) for name in reasons},
-            deduplicated=sum(each.deduplicated for each in found),
-            replica_faults=sum(each.replica_faults for each in found),
-            most_in_flight=sum(each.most_in_flight for each in found),
-        )
-
-    def server_times(self) -> Future[ServerTimes]:
-        """Sums over the sources; see `ReportsStats.server_times`."""
-        futures = [each.server_times() for each in self.sources if isinstance(each, ReportsStats)]
-
-        def total() -> ServerTimes:
-            found = [future.result() for future in futures]
-            return ServerTimes(
-                sum(each.requests for each in found),
-                sum(each.queue_s for each in found),
-                sum(each.compute_s for each in found),
-            )
-
-        return when_all_done(futures, total)
+        self.batched = any(source.batched for source in sources)
 
     def check(self) -> None:
-        """See `RewardSource.check`: each source in turn."""
+        """Check each source in turn."""
         for source in self.sources:
             source.check()
 
     def close(self) -> None:
-        """See `RewardSource.close`."""
         for source in self.sources:
             source.close()
 
-    def __enter__(self: WrapperT) -> WrapperT:
-        return self
+    def stats(self) -> ClientStats:
+        """Sums over the sources; `most_in_flight` is no more than the sum."""
+        counts = [each for source in self.sources if (each := source.stats()) is not None]
+        reasons = {reason for each in counts for reason in each.retries_by}
+        return ClientStats(
+            requests=sum(each.requests for each in counts),
+            retries=sum(each.retries for each in counts),
+            retries_by={name: sum(each.retries_by.get(name, 0) for each in counts) for name in reasons},
+            deduplicated=sum(each.deduplicated for each in counts),
+            replica_faults=sum(each.replica_faults for each in counts),
+            most_in_flight=sum(each.most_in_flight for each in counts),
+            model_change=next((each.model_change for each in counts if each.model_change), ""),
+        )
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def server_statistics(self) -> Future[ServerTimes]:
+        futures = [source.server_statistics() for source in self.sources]
+
+        def total() -> ServerTimes:
+            times = [future.result() for future in futures]
+            return ServerTimes(
+                sum(each.requests for each in times),
+                sum(each.queue_s for each in times),
+                sum(each.compute_s for each in times),
+            )
+
+        return when_all_done(futures, total)
 
 
-def when_all_done(futures: Sequence[Future[Any]], make: Callable[[], MadeT]) -> Future[MadeT]:
-    """A future of `make()`, called once all of `futures` are done, by whoever finishes last. The same future
-    may be given more than once."""
+def when_all_done(futures: Sequence[Future[Any]], make_result: Callable[[], ResultT]) -> Future[ResultT]:
+    """Return a future of `make_result()`, which the thread that ends the last of `futures` calls.
+
+    The same future may be given more than once.
+    """
     distinct: Mapping[int, Future[Any]] = {id(future): future for future in futures}
-    made: Future[MadeT] = Future()
+    combined: Future[ResultT] = Future()
     lock, left = threading.Lock(), [len(distinct)]
 
     def finish() -> None:
         try:
-            made.set_result(make())
-        except BaseException as error:  # a source that broke: whoever waits must hear of it
-            made.set_exception(error)
+            combined.set_result(make_result())
+        except BaseException as error:  # a source that broke: the thread that waits must hear of it
+            combined.set_exception(error)
 
-    def count(_done: Future[Any]) -> None:
+    def count_down(_done: Future[Any]) -> None:
         with lock:
             left[0] -= 1
             is_last = left[0] == 0
@@ -134,57 +110,55 @@ def when_all_done(futures: Sequence[Future[Any]], make: Callable[[], MadeT]) -> 
             finish()
 
     for future in distinct.values():
-        future.add_done_callback(count)
+        future.add_done_callback(count_down)
     if not distinct:
         finish()
-    return made
+    return combined
 
 
-_log = get_logger(__name__)
+class _NamedSources(CompositeReward):
+    """Named sources that score the same samples.
 
-Objective = Literal["mean", "wco", "uwo"]
-OnMemberFailure = Literal["fail", "renormalise"]
+    kind: of combination, for messages: "the sum".
+    """
 
-_Row = Mapping[str, RewardResult]
-"""What each member said of one sample."""
-
-
-class _Members(CompositeReward):
-    """Named sources that score the same samples."""
-
-    def __init__(self, what: str, members: Mapping[str, RewardSource]) -> None:
-        super().__init__(f"{what} of {', '.join(members)}", list(members.values()))
+    def __init__(self, kind: str, members: Mapping[str, RewardSource]) -> None:
+        super().__init__(f"{kind} of {', '.join(members)}", list(members.values()))
         self.members = dict(members)
 
     def check(self) -> None:
-        """See `RewardSource.check`; the message names the member."""
+        """Check each member in turn; the message names the member."""
         for name, source in self.members.items():
             try:
                 source.check()
             except ConchError as error:
                 raise type(error)(f"reward member `{name}`: {error}") from error
 
-    def submit_rows(
-        self, rollouts: Sequence[Rollout], make: Callable[[_Row], RewardResult]
+    def submit_to_members(
+        self, rollouts: Sequence[Rollout], combine: Callable[[_MemberResults], RewardResult]
     ) -> Future[list[RewardResult]]:
-        """All members are asked at once; `make` turns what they say of a sample into its result."""
-        asked = {name: source.submit(rollouts) for name, source in self.members.items()}
+        """Submit to all members at once; `combine` turns their results of a sample into one."""
+        futures = {name: source.submit(rollouts) for name, source in self.members.items()}
 
         def results() -> list[RewardResult]:
-            columns = {name: future.result() for name, future in asked.items()}
+            columns = {name: future.result() for name, future in futures.items()}
             for name, column in columns.items():
                 if len(column) != len(rollouts):
                     wrong = f"{len(column)} results for {len(rollouts)} samples"
                     raise RewardInvalidError(f"reward member `{name}` gave {wrong}")
             rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-            return [make(row) for row in rows]
+            return [combine(row) for row in rows]
 
-        return when_all_done(list(asked.values()), results)
+        return when_all_done(list(futures.values()), results)
 
-    def result(
-        self, row: _Row, scores: Mapping[str, float], detail: str, members: Mapping[str, float | None]
+    def success(
+        self,
+        row: _MemberResults,
+        scores: Mapping[str, float],
+        detail: str,
+        members: Mapping[str, float | None],
     ) -> RewardResult:
-        """A sample's score, with the slowest member's latency and all their versions."""
+        """A sample's scores, with the slowest member's latency and all members' versions."""
         return RewardResult(
             RewardStatus.OK,
             scores=scores,
@@ -195,21 +169,23 @@ class _Members(CompositeReward):
             members=members,
         )
 
-    def failure(self, row: _Row, status: RewardStatus, detail: str) -> RewardResult:
-        """A sample that gets no score."""
+    def failure(self, row: _MemberResults, status: RewardStatus, detail: str) -> RewardResult:
+        """The result of a sample that gets no score."""
         latency_s = max(each.latency_s for each in row.values())
         return RewardResult(status, model=self.name, latency_s=latency_s, detail=detail)
 
-    def failure_of_members(self, row: _Row) -> RewardResult:
+    def member_failure(self, row: _MemberResults) -> RewardResult:
         """The failure that decides: bad data before infrastructure, since asking again does not cure it."""
         failed = {name: each for name, each in row.items() if not each.ok}
         name, worst = min(failed.items(), key=lambda pair: pair[1].status.is_infrastructure)
         return self.failure(row, worst.status, f"member `{name}` gave no score: {worst.detail}")
 
 
-class EnsembleReward(_Members):
+class EnsembleReward(_NamedSources):
     """The objective over its members' scores; each result holds every member's own.
 
+    objective: `mean`, `wco` or `uwo`, see above.
+    uwo_weight: cost of a variance of 1.
     on_member_failure: `fail` gives a sample the failure of the member that did not score it; `renormalise`
         takes the objective over the others and says in `detail` how many there were.
     """
@@ -217,7 +193,7 @@ class EnsembleReward(_Members):
     def __init__(
         self,
         members: Mapping[str, RewardSource],
-        objective: Objective,
+        objective: EnsembleObjective,
         *,
         uwo_weight: float = 0.1,
         on_member_failure: OnMemberFailure = "fail",
@@ -230,28 +206,28 @@ class EnsembleReward(_Members):
         self._fewest = len(members)
 
     def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:
-        """See `RewardSource.submit`."""
-        return self.submit_rows(rollouts, self._combine)
+        return self.submit_to_members(rollouts, self._combine)
 
-    def _combine(self, row: _Row) -> RewardResult:
-        given = {name: each for name, each in row.items() if each.ok}
-        if not given or (len(given) < len(row) and self._on_member_failure == "fail"):
-            return self.failure_of_members(row)
-        objectives = {tuple(_single(each.scores)) for each in given.values()}
+    def _combine(self, row: _MemberResults) -> RewardResult:
+        scored = {name: each for name, each in row.items() if each.ok}
+        if not scored or (len(scored) < len(row) and self._on_member_failure == "fail"):
+            return self.member_failure(row)
+        objectives = {tuple(_by_common_name(each.scores)) for each in scored.values()}
         if len(objectives) > 1 or objectives == {()}:
             wrong = "the members of an ensemble need one score per sample each, or the same objectives"
             return self.failure(row, RewardStatus.INVALID, wrong)
         names = objectives.pop()
-        columns = {name: _single(each.scores) for name, each in given.items()}
-        scores = {name: self._over([column[name] for column in columns.values()]) for name in names}
-        own = {
+        columns = {name: _by_common_name(each.scores) for name, each in scored.items()}
+        scores = {name: self._value([column[name] for column in columns.values()]) for name in names}
+        members = {
             (member if len(names) == 1 else f"{member}/{name}"): columns.get(member, {}).get(name)
             for member in row
             for name in names
         }
-        return self.result(row, scores, self._note(row, given), own)
+        return self.success(row, scores, self._note(row, scored), members)
 
-    def _over(self, scores: Sequence[float]) -> float:
+    def _value(self, scores: Sequence[float]) -> float:
+        """The objective of one sample's scores."""
         if self._objective == "wco":
             return min(scores)
         mean = fmean(scores)
@@ -259,19 +235,19 @@ class EnsembleReward(_Members):
             return mean
         return mean - self._uwo_weight * fmean((score - mean) ** 2 for score in scores)
 
-    def _note(self, row: _Row, given: _Row) -> str:
-        """How many members scored a sample, where not all did; a log line as often as there are fewer."""
-        if len(given) == len(row):
+    def _note(self, row: _MemberResults, scored: _MemberResults) -> str:
+        """How many members scored a sample, where not all did; logged when there are fewer than before."""
+        if len(scored) == len(row):
             return ""
-        missing = next(name for name in row if name not in given)
-        note = f"scored by {len(given)} of {len(row)} members"
-        if len(given) < self._fewest:
+        missing = next(name for name in row if name not in scored)
+        note = f"scored by {len(scored)} of {len(row)} members"
+        if len(scored) < self._fewest:
             _log.warning("%s: samples are %s; `%s`: %s", self.name, note, missing, row[missing].detail)
-        self._fewest = min(self._fewest, len(given))
+        self._fewest = min(self._fewest, len(scored))
         return note
 
 
-class SumReward(_Members):
+class SumReward(_NamedSources):
     """All objectives of its members side by side, to be summed with `reward.weights`.
 
     An objective is called like its member, or `member/objective` where the member has several. A sample that
@@ -283,12 +259,11 @@ class SumReward(_Members):
         super().__init__("the sum", members)
 
     def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:
-        """See `RewardSource.submit`."""
-        return self.submit_rows(rollouts, self._join)
+        return self.submit_to_members(rollouts, self._join)
 
-    def _join(self, row: _Row) -> RewardResult:
+    def _join(self, row: _MemberResults) -> RewardResult:
         if not all(each.ok for each in row.values()):
-            return self.failure_of_members(row)
+            return self.member_failure(row)
         scores: dict[str, float] = {}
         for member, each in row.items():
             if not each.scores:
@@ -300,49 +275,47 @@ class SumReward(_Members):
         inner = {
             f"{member}/{name}": score for member, each in row.items() for name, score in each.members.items()
         }
-        return self.result(row, scores, ", ".join(notes), inner)
+        return self.success(row, scores, ", ".join(notes), inner)
 
 
-def _single(scores: Mapping[str, float]) -> Mapping[str, float]:
-    """A single objective may be called differently by each member."""
+def _by_common_name(scores: Mapping[str, float]) -> Mapping[str, float]:
+    """Scores with a single one renamed, which each member may call differently."""
     return {DEFAULT_OBJECTIVE: next(iter(scores.values()))} if len(scores) == 1 else scores
 
 
-ORIGINAL = "original_output"
-
-_Request = tuple[Future[list[RewardResult]], int]
-"""A request for baselines, and a baseline's place in it."""
+_BaselineRequest = tuple[Future[list[RewardResult]], int]
+"""A request for baselines, and a baseline's index in it."""
 
 
 class DeltaReward(CompositeReward):
-    """Wraps a source; each prompt's `original_output` is scored once and remembered.
-
-    encode: tokenises an original answer, for servers that read token ids.
+    """Subtracts the score of each prompt's `original_output` (its baseline), which is scored once.
 
     A baseline that failed fails the samples of its prompt with its own status, and is asked for again with
     the next of them.
+
+    encode: tokenises an original answer, for servers that read token ids.
     """
 
     def __init__(self, source: RewardSource, encode: Callable[[str], Sequence[int]]) -> None:
         super().__init__(f"{source.name} less the original's", [source])
         self._source = source
         self._encode = encode
-        self._baselines: dict[tuple[str, str], _Request] = {}
+        self._baselines: dict[tuple[str, str], _BaselineRequest] = {}
 
     def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:
-        """See `RewardSource.submit`; scores are differences."""
         scored = self._source.submit(rollouts)
-        self._ask_for_missing(rollouts)
+        self._submit_baselines(rollouts)
         baselines = [self._baselines[_key(rollout.prompt)] for rollout in rollouts]
         return when_all_done(
             [scored, *(request for request, _ in baselines)],
             lambda: [
-                _difference(result, request.result()[place])
-                for result, (request, place) in zip(scored.result(), baselines, strict=True)
+                _difference(result, request.result()[index])
+                for result, (request, index) in zip(scored.result(), baselines, strict=True)
             ],
         )
 
-    def _ask_for_missing(self, rollouts: Sequence[Rollout]) -> None:
+    def _submit_baselines(self, rollouts: Sequence[Rollout]) -> None:
+        """Request the baselines that are neither known nor under way."""
         missing = {
             _key(rollout.prompt): self._original(rollout.prompt)
             for rollout in rollouts
@@ -351,17 +324,17 @@ class DeltaReward(CompositeReward):
         if not missing:
             return
         request = self._source.submit(list(missing.values()))
-        for place, key in enumerate(missing):
-            self._baselines[key] = (request, place)
+        for index, key in enumerate(missing):
+            self._baselines[key] = (request, index)
 
     def _is_known(self, key: tuple[str, str]) -> bool:
-        """True where a baseline is had or under way."""
+        """Whether a baseline is known or under way."""
         if key not in self._baselines:
             return False
-        request, place = self._baselines[key]
+        request, index = self._baselines[key]
         if not request.done():
             return True
-        return request.exception() is None and request.result()[place].ok
+        return request.exception() is None and request.result()[index].ok
 
     def _original(self, prompt: Prompt) -> Rollout:
         text = str(prompt.metadata[ORIGINAL])

@@ -1,4 +1,4 @@
-"""What every source of rewards can do, and how what a user passes becomes one."""
+"""From what a user passes as a reward to a source."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from conch.addresses import SCHEMES
 from conch.config import RewardConfig
 from conch.errors import ConfigError
 from conch.rewards.base import RewardSource, UserReward
+from conch.rewards.combined import EnsembleReward, SumReward
 from conch.rewards.function import FunctionReward
 from conch.rewards.replay import ReplayReward
 from conch.rewards.token_rewards import Decode
@@ -27,8 +28,7 @@ def from_user(
     rank: int = 0,
     decode: Decode | None = None,
 ) -> RewardSource:
-    """Make a source of what a user gave; None stands for `config.members` or `config.url`, then for
-    TRITON_HOST. `config.replay` stands before all of them.
+    """Make the source that `config.replay`, else `reward`, else `config` or TRITON_HOST names.
 
     reward: a Python function, `"host:port/model"`, `"http://host:port/path"`, or a source, which is returned
         as it is; or several of these by name, which `config.combine` makes one of.
@@ -45,41 +45,11 @@ def from_user(
         reward = config.members or config.url or os.environ.get("TRITON_HOST")
     if not reward:
         raise ConfigError(_THREE_WAYS)
-    if isinstance(reward, Mapping):
-        if config.dense:
-            raise ConfigError("reward.dense takes the scores of one served model, here are several rewards")
-        members = {name: _from_one(each, config, metadata_keys, decode) for name, each in reward.items()}
-        return _combined(members, config)
-    return _from_one(reward, config, metadata_keys, decode)
-
-
-def _from_one(
-    reward: object, config: RewardConfig, metadata_keys: Iterable[str], decode: Decode | None
-) -> RewardSource:
-    if isinstance(reward, str) and reward.startswith(SCHEMES):
-        from conch.rewards.served import HttpReward
-
-        if config.dense:
-            raise ConfigError(f"reward.dense takes the scores of a model served by Triton, not of {reward}")
-        return HttpReward(reward, config)
-    if isinstance(reward, str):
-        # Only a run with a served model needs tritonclient installed and loaded.
-        from conch.rewards.served import TritonReward
-
-        return TritonReward(reward, config, decode=decode)
-    if isinstance(reward, RewardSource):
-        return reward
-    if callable(reward):
-        return FunctionReward(reward, metadata_keys=metadata_keys)
-    raise ConfigError(
-        "a reward must be a function, `host:port/model`, `http://host:port/path` or a RewardSource, not "
-        f"{type(reward).__name__}"
-    )
-
-
-def _combined(members: Mapping[str, RewardSource], config: RewardConfig) -> RewardSource:
-    from conch.rewards.combined import EnsembleReward, SumReward  # they stand on sources
-
+    if not isinstance(reward, Mapping):
+        return _single_source(reward, config, metadata_keys, decode)
+    if config.dense:
+        raise ConfigError("reward.dense takes the scores of one served model, here are several rewards")
+    members = {name: _single_source(each, config, metadata_keys, decode) for name, each in reward.items()}
     if config.combine == "sum":
         return SumReward(members)
     return EnsembleReward(
@@ -87,4 +57,32 @@ def _combined(members: Mapping[str, RewardSource], config: RewardConfig) -> Rewa
         config.combine,
         uwo_weight=config.uwo_weight,
         on_member_failure=config.on_member_failure,
+    )
+
+
+def _single_source(
+    reward: object, config: RewardConfig, metadata_keys: Iterable[str], decode: Decode | None
+) -> RewardSource:
+    if isinstance(reward, str):
+        # Only a run with a served model needs its client's libraries installed and loaded.
+        from conch.rewards.served import HttpReward, TritonReward
+
+        if not reward.startswith(SCHEMES):
+            return TritonReward(reward, config, decode=decode)
+        if config.dense:
+            raise ConfigError(f"reward.dense takes the scores of a model served by Triton, not of {reward}")
+        return HttpReward(reward, config)
+    if isinstance(reward, RewardSource):
+        return reward
+    kind = type(reward).__name__
+    if hasattr(reward, "submit"):
+        raise ConfigError(
+            f"{kind} has the methods of a reward source, but is none: derive it from "
+            "`conch.rewards.RewardSource`, which needs `check` and `submit` and has the other methods"
+        )
+    if callable(reward):
+        return FunctionReward(reward, metadata_keys=metadata_keys)
+    raise ConfigError(
+        "a reward must be a function, `host:port/model`, `http://host:port/path` or a RewardSource, not "
+        f"{kind}"
     )

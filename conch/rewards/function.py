@@ -8,10 +8,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from types import TracebackType
 from typing import Any
 
 from conch.errors import ConfigError
+from conch.rewards.base import ClientStats, RewardSource
 from conch.rewards.client.event_loop import LoopThread
 from conch.rewards.results import ReplyParser
 from conch.types import RewardResult, RewardStatus, Rollout
@@ -20,7 +20,7 @@ _ARGUMENTS = ("samples", "prompts", "outputs")
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
-class FunctionReward:
+class FunctionReward(RewardSource):
     """Calls `function(samples, prompts, outputs, **metadata)`, sync or async, in one background thread.
 
     The function gets lists with one entry per sample: `samples[i] == prompts[i] + outputs[i]`, and for each
@@ -34,12 +34,11 @@ class FunctionReward:
 
     def __init__(self, function: Callable[..., Any], *, metadata_keys: Iterable[str] = ()) -> None:
         self.name = _name_of(function)
-        self.requests = 0
-        self.retries = 0
-        self.wants_chunks = not _is_async(function)
+        self.batched = not _is_async(function)
         self._who = f"reward function `{self.name}`"
         self._function = function
         self._metadata_keys = tuple(metadata_keys)
+        self._calls = 0
         self._thread = LoopThread(f"reward-{self.name}")
 
     def check(self) -> None:
@@ -48,46 +47,36 @@ class FunctionReward:
         Raises:
             ConfigError: it does not take `samples`, `prompts`, `outputs` and the metadata keys by name.
         """
-        problem = self._misfit(self._metadata_keys)
+        problem = self._signature_problem(self._metadata_keys)
         if problem:
             raise ConfigError(problem)
 
     def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:
-        """Start scoring and return at once; see `RewardSource.submit`."""
         return self._thread.submit(self._score(list(rollouts)))
+
+    def stats(self) -> ClientStats:
+        return ClientStats(requests=self._calls)
 
     def close(self) -> None:
         """Cancel async calls and join the thread; a sync call that does not return is left behind."""
         self._thread.close()
 
-    def __enter__(self) -> FunctionReward:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     async def _score(self, rollouts: list[Rollout]) -> list[RewardResult]:
         if not rollouts:
             return []
-        samples = [rollout.sample for rollout in rollouts]
+        samples = tuple(rollout.sample for rollout in rollouts)  # the function may change its list
         metadata = _metadata(rollouts)
-        problem = self._misfit(metadata)
+        problem = self._signature_problem(metadata)
         if problem:
-            return ReplyParser(self._who, samples, self.name).failed(RewardStatus.INVALID, problem)
+            return ReplyParser(self._who, samples, self.name).failures(RewardStatus.INVALID, problem)
         arguments = {
-            "samples": samples,
+            "samples": list(samples),
             "prompts": [rollout.prompt.text for rollout in rollouts],
             "outputs": [rollout.completion.text for rollout in rollouts],
             **metadata,
         }
         token_counts = [len(rollout.completion.token_ids) for rollout in rollouts]
-        return await self._call(arguments, token_counts)
-
-    async def _call(self, arguments: dict[str, list[Any]], token_counts: list[int]) -> list[RewardResult]:
-        samples = tuple(arguments["samples"])  # the function may change its lists
-        self.requests += 1
+        self._calls += 1
         started = time.monotonic()
         try:
             reply = self._function(**arguments)
@@ -95,26 +84,28 @@ class FunctionReward:
                 reply = await reply
         except (Exception, SystemExit) as error:
             # SystemExit too: it would end the thread and leave the caller waiting for ever.
-            elapsed = time.monotonic() - started
-            return ReplyParser(self._who, samples, self.name, latency_s=elapsed).failed(
-                RewardStatus.INVALID, f"{self._who} raised {type(error).__name__}: {error}{_where(error)}"
-            )
-        call = ReplyParser(self._who, samples, self.name, latency_s=time.monotonic() - started)
-        return call.read(reply, token_counts)
+            parser = ReplyParser(self._who, samples, self.name, latency_s=time.monotonic() - started)
+            detail = f"{self._who} raised {type(error).__name__}: {error}{_user_line(error)}"
+            return parser.failures(RewardStatus.INVALID, detail)
+        parser = ReplyParser(self._who, samples, self.name, latency_s=time.monotonic() - started)
+        return parser.parse(reply, token_counts)
 
-    def _misfit(self, metadata_keys: Iterable[str]) -> str:
-        taken = [key for key in metadata_keys if key in _ARGUMENTS]
-        if taken:
-            return f"prompts have the extra key `{taken[0]}`, which is an argument of every reward; rename it"
+    def _signature_problem(self, metadata_keys: Iterable[str]) -> str:
+        """Why the function cannot be called with these keys; "" if it can."""
+        clashes = [key for key in metadata_keys if key in _ARGUMENTS]
+        if clashes:
+            return (
+                f"prompts have the extra key `{clashes[0]}`, which is an argument of every reward; rename it"
+            )
         try:
             signature = inspect.signature(self._function)
-        except ValueError:  # some functions written in C do not tell theirs
+        except ValueError:  # some functions written in C have no signature
             return ""
         try:
             signature.bind(**dict.fromkeys([*_ARGUMENTS, *metadata_keys]))
         except TypeError as error:
-            wanted = ", ".join([*_ARGUMENTS, *metadata_keys, "**metadata"])
-            return f"{self._who} has the wrong signature ({error}): define it as `{self.name}({wanted})`"
+            arguments = ", ".join([*_ARGUMENTS, *metadata_keys, "**metadata"])
+            return f"{self._who} has the wrong signature ({error}): define it as `{self.name}({arguments})`"
         return ""
 
 
@@ -132,7 +123,7 @@ def _name_of(function: Callable[..., Any]) -> str:
     return getattr(named, "__name__", type(named).__name__)
 
 
-def _where(error: BaseException) -> str:
+def _user_line(error: BaseException) -> str:
     """` (file:line)` of the user's innermost frame: below ours, above any installed library."""
     frames = traceback.extract_tb(error.__traceback__)[1:]
     own = [frame for frame in frames if not frame.filename.startswith(_INSTALLED)] or frames[:1]

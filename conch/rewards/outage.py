@@ -1,4 +1,4 @@
-"""Sitting out the absence of a reward server, in lock step on all ranks."""
+"""Waiting for a reward server that is away, in lock step on all ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
-from conch.config import RewardConfig
+from conch.config import RewardFailureConfig
 from conch.log import get_logger
 from conch.rewards.metrics import OverlapTimer
 from conch.types import RewardResult, Rollout
@@ -17,20 +17,20 @@ _log = get_logger(__name__)
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 30.0
 _SLICE_S = 1.0
-"""Between two looks at what is due: a signal to leave is answered within about this time."""
+"""Longest sleep between two looks at the hooks: a signal to leave is answered within about this time."""
 
-_WORD_EVERY_S = 60.0
+_LOG_EVERY_S = 60.0
 
-Agree = Callable[[int], int]
+AllReduceInt = Callable[[int], int]
 """Sums an integer over all ranks; a collective, so every rank must call it equally often."""
 
 
 @runtime_checkable
 class OutageHooks(Protocol):
-    """What a run does for its scorer."""
+    """Actions of a run that its scorer calls for."""
 
     def save(self) -> None:
-        """Write a checkpoint that goes on at the beginning of what is under way; called on all ranks.
+        """Write a checkpoint of the start of the step or evaluation under way; called on all ranks.
 
         Raises:
             CheckpointError: on all ranks.
@@ -53,29 +53,38 @@ class OutageHooks(Protocol):
 class Outage:
     """One absence of a server, from its discovery on.
 
-    All methods but `is_over` are collectives: whether to go on, to save or to leave is agreed, for clocks and
-    signals differ between ranks. host: on all ranks or on none.
+    All methods but `log_end` are collectives: whether to go on, to save or to leave is agreed, for clocks and
+    signals differ between ranks.
+
+    name: the source's, for messages.
+    overlap: timer that gets the time spent waiting.
+    hooks: on all ranks or on none.
     """
 
     def __init__(
-        self, name: str, config: RewardConfig, agree: Agree, overlap: OverlapTimer, host: OutageHooks | None
+        self,
+        name: str,
+        config: RewardFailureConfig,
+        all_reduce: AllReduceInt,
+        overlap: OverlapTimer,
+        hooks: OutageHooks | None,
     ) -> None:
         self._name = name
         self._config = config
-        self._agree = agree
+        self._all_reduce = all_reduce
         self._overlap = overlap
-        self._host = host
+        self._hooks = hooks
         self._started = time.monotonic()
-        self._next_word_s = 0.0
+        self._next_log_s = 0.0
         self._rounds = 0
         self._saved = False
 
-    def goes_on(self) -> bool:
-        """Pause before the next attempt; False once `wait_budget_s` is spent, after a checkpoint."""
+    def pause(self) -> bool:
+        """Pause before the next attempt. False, after a checkpoint, once `wait_budget_s` is spent."""
         pause_s = min(_FIRST_PAUSE_S * 2 ** min(self._rounds, 10), _LONGEST_PAUSE_S)
         self._rounds += 1
         while pause_s > 0 and not self._is_spent():  # as often on all ranks: pauses are not cut by clocks
-            self._attend()
+            self._run_hooks()
             time.sleep(min(pause_s, _SLICE_S))
             self._overlap.block(min(pause_s, _SLICE_S), idle=True)
             pause_s -= _SLICE_S
@@ -85,16 +94,16 @@ class Outage:
         return False
 
     def wait_for(self, future: Future[Any] | None) -> None:
-        """Until the futures of all ranks are done. None: this rank has nothing to wait for."""
-        while self._agree(int(future is not None and not future.done())):
-            self._attend()
+        """Wait until the futures of all ranks are done. None: this rank has nothing to wait for."""
+        while self._all_reduce(int(future is not None and not future.done())):
+            self._run_hooks()
             if future is not None:
                 started = time.monotonic()
                 wait([future], _SLICE_S)
                 self._overlap.block(time.monotonic() - started)
 
-    def is_over(self) -> None:
-        """Say that all scores are there."""
+    def log_end(self) -> None:
+        """Log that all scores are there."""
         _log.info("reward server %s is back after %.0f s", self._name, self._elapsed_s)
 
     @property
@@ -102,25 +111,25 @@ class Outage:
         return time.monotonic() - self._started
 
     def _is_spent(self) -> bool:
-        return self._agree(int(self._elapsed_s >= self._config.wait_budget_s)) > 0
+        return self._all_reduce(int(self._elapsed_s >= self._config.wait_budget_s)) > 0
 
-    def _attend(self) -> None:
-        """A word to whoever watches, a checkpoint, or leaving, as each is due."""
-        if self._elapsed_s >= self._next_word_s:
-            self._next_word_s += _WORD_EVERY_S
+    def _run_hooks(self) -> None:
+        """Log, save or leave, as each is due."""
+        if self._elapsed_s >= self._next_log_s:
+            self._next_log_s += _LOG_EVERY_S
             left_s = self._config.wait_budget_s - self._elapsed_s
             _log.warning(
                 "reward server %s away for %.0f s, asking again for %.0f s more",
                 *(self._name, self._elapsed_s, left_s),
             )
-        if self._host is None:
+        if self._hooks is None:
             return
-        if self._agree(int(self._host.leaving())):
-            self._host.leave()
-        if not self._saved and self._agree(int(self._elapsed_s >= self._config.checkpoint_after_s)):
+        if self._all_reduce(int(self._hooks.leaving())):
+            self._hooks.leave()
+        if not self._saved and self._all_reduce(int(self._elapsed_s >= self._config.checkpoint_after_s)):
             self._save()
 
     def _save(self) -> None:
-        if self._host is not None and not self._saved:
-            self._host.save()
+        if self._hooks is not None and not self._saved:
+            self._hooks.save()
             self._saved = True

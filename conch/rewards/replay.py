@@ -1,4 +1,4 @@
-"""Rewards on record: a line for every score, and a source that gives recorded scores again without a server.
+"""Rewards on record: writing a line for every score, and a source that reads them instead of a server.
 
 A line names its sample by its SHA-256, never by its text. Floats are written so that reading gives the same
 bits back.
@@ -13,17 +13,20 @@ from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from conch.errors import ConfigError
+from conch.rewards.base import RewardSource
 from conch.types import RewardResult, RewardStatus, Rollout
 
 REWARDS_FILE = "rewards.jsonl"
 
 
 def line_of(rollout: Rollout, result: RewardResult, **where: Any) -> dict[str, Any]:
-    """A score with where it came from. where: the first keys of the line."""
+    """Make the line of one score.
+
+    where: the first keys of the line: step, phase, rank.
+    """
     return {
         **where,
         "sample_sha256": sha256_of_sample(rollout.sample),
@@ -40,34 +43,36 @@ def line_of(rollout: Rollout, result: RewardResult, **where: Any) -> dict[str, A
 
 
 def sha256_of_sample(sample: str) -> str:
-    """By what lines name a sample; halves of a surrogate pair count as their escapes."""
+    """Return the name of a sample in the file; halves of a surrogate pair count as their escapes."""
     return hashlib.sha256(sample.encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def append_lines(run_dir: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Write behind what is there, in one go."""
+    """Append lines to the run's file in one write."""
     with (run_dir / REWARDS_FILE).open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def cut_lines(run_dir: Path, last_step: int, *, evaluated: bool) -> None:
-    """Drop lines that a run which goes on after `last_step` writes again: of later steps, of the evaluation
-    of that step unless it is `evaluated`, and one that a kill cut short."""
+    """Drop the lines that a run resumed after `last_step` writes again, and one that a kill cut short.
+
+    evaluated: False also drops the lines of that step's evaluation.
+    """
     path = run_dir / REWARDS_FILE
     if not path.exists():
         return
-    kept = [
+    lines = [
         json.dumps(line) + "\n"
         for line in _read(path)
         if line["step"] < last_step or (line["step"] == last_step and (evaluated or line["phase"] == "train"))
     ]
     aside = path.with_name(f".{path.name}.partial")
-    aside.write_text("".join(kept), encoding="utf-8")
+    aside.write_text("".join(lines), encoding="utf-8")
     os.replace(aside, path)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """All whole lines."""
+    """Return all whole lines."""
     lines: list[dict[str, Any]] = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -77,24 +82,26 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-class ReplayReward:
-    """Gives the scores that a run recorded: to the n-th occurrence of a sample the n-th of its lines, and the
-    last of them from then on.
+class ReplayReward(RewardSource):
+    """Gives the scores that a run recorded.
 
-    rank: whose lines these are; samples that only other ranks had are taken from theirs.
+    The n-th occurrence of a sample gets the n-th of its lines, every later one the last line.
+
+    path: a run's folder, or its rewards file.
+    rank: rank whose lines are taken; samples that only other ranks had are taken from theirs.
 
     Raises:
         ConfigError: there is no such file, or it holds no recorded rewards.
     """
 
-    wants_chunks = True  # the order of occurrences is that of rollouts, not that in which they end
+    batched = True  # the order of occurrences is that of rollouts, not that in which they end
 
     def __init__(self, path: Path, rank: int = 0) -> None:
         file = path / REWARDS_FILE if path.is_dir() else path
         self.name = f"recorded rewards of {file}"
         try:
             lines = _read(file)
-            self._found = _by_sample(lines, rank)
+            self._recorded = _by_sample(lines, rank)
         except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"`reward.replay` = {path} cannot be read as recorded rewards: {error}"
@@ -103,35 +110,24 @@ class ReplayReward:
             raise ConfigError(f"`reward.replay` = {path} holds no recorded rewards")
 
     def check(self) -> None:
-        """See `RewardSource.check`: the file was read before."""
+        """Do nothing: the constructor has read the file."""
 
     def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:
-        """See `RewardSource.submit`. A sample that was never recorded is INVALID."""
+        """Return recorded results. A sample that was never recorded is INVALID."""
         future: Future[list[RewardResult]] = Future()
         future.set_result([self._next(rollout) for rollout in rollouts])
         return future
 
-    def close(self) -> None:
-        """See `RewardSource.close`: nothing is open."""
-
-    def __enter__(self) -> ReplayReward:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _next(self, rollout: Rollout) -> RewardResult:
         digest = sha256_of_sample(rollout.sample)
-        recorded = self._found.get(digest)
-        if not recorded:
-            wrong = (
+        results = self._recorded.get(digest)
+        if not results:
+            detail = (
                 f"{self.name}: none of them is of sample {digest[:8]}; replay with the configuration, "
                 "the seed and the number of processes of the run that recorded"
             )
-            return RewardResult(RewardStatus.INVALID, model=self.name, detail=wrong)
-        return recorded.popleft() if len(recorded) > 1 else recorded[0]
+            return RewardResult(RewardStatus.INVALID, model=self.name, detail=detail)
+        return results.popleft() if len(results) > 1 else results[0]
 
 
 def _by_sample(lines: Sequence[Mapping[str, Any]], rank: int) -> dict[str, deque[RewardResult]]:

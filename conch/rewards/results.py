@@ -1,4 +1,4 @@
-"""From a reply, whoever gave it, to results: whatever is not one finite score per sample becomes a status.
+"""From a reply to results: whatever is not one finite score per sample becomes a status.
 
 Nothing is guessed: a list that is too short or too long invalidates its whole call (nobody knows which sample
 a score belongs to), a bad value only its own row. Samples are named by row and hash: they may be private.
@@ -21,12 +21,14 @@ class _BadValueError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ReplyParser:
-    """One finished call for rewards, with what every message and result needs to say.
+    """Makes results of the reply to one call.
 
-    who: who was asked, as messages call it: "reward function `f`", "reward model `walks` at 127.0.0.1:8001".
-    samples: what was scored, one string per row.
+    who: source of the reply, in messages: "reward function `f`", "reward model `walks` at 127.0.0.1:8001".
+    samples: scored texts, one per row.
+    model: goes into the results.
+    version: of the model; goes into the results.
     latency_s: seconds from the call to its reply.
-    positions: the number by which messages call each row; None counts from 0.
+    positions: number of each row in messages; None counts from 0.
     score_range: lowest and highest value that is a score; None takes any finite one.
     """
 
@@ -38,38 +40,40 @@ class ReplyParser:
     positions: Sequence[int] | None = None
     score_range: tuple[float, float] | None = None
 
-    def failed(self, status: RewardStatus, detail: str) -> list[RewardResult]:
-        """The same failure for every sample."""
+    def failures(self, status: RewardStatus, detail: str) -> list[RewardResult]:
+        """Return the same failure for every sample."""
         return [self._failure(status, detail)] * len(self.samples)
 
-    def read(self, reply: object, token_counts: Sequence[int]) -> list[RewardResult]:
-        """Results of a reply of any Python type: a list of numbers, of per-token lists, or a dict of lists.
+    def parse(self, reply: object, token_counts: Sequence[int]) -> list[RewardResult]:
+        """Read a reply of any Python type: a list of numbers, of per-token lists, or a dict of lists.
 
         token_counts: tokens of each completion, the length that a dense reward must have.
         """
         plain = _plain(reply)
         if isinstance(plain, Mapping):
-            return self.read_columns(plain)
+            return self.parse_columns(plain)
         if not _is_list(plain):
-            return self.failed(RewardStatus.INVALID, self._expected(f"a {type(plain).__name__}"))
+            return self.failures(RewardStatus.INVALID, self._expected(f"a {type(plain).__name__}"))
         rows = [_plain(row) for row in plain]
         if not any(_is_list(row) for row in rows):
-            return self.read_columns({DEFAULT_OBJECTIVE: rows})
+            return self.parse_columns({DEFAULT_OBJECTIVE: rows})
         if len(rows) != len(self.samples):
-            return self.failed(RewardStatus.INVALID, self._expected(f"{len(rows)} lists"))
+            return self.failures(RewardStatus.INVALID, self._expected(f"{len(rows)} lists"))
         return [self._dense(row, values, token_counts[row]) for row, values in enumerate(rows)]
 
-    def read_columns(self, columns: Mapping[Any, Any]) -> list[RewardResult]:
-        """Results of scalar rewards: objective -> list of numbers."""
+    def parse_columns(self, columns: Mapping[Any, Any]) -> list[RewardResult]:
+        """Read scalar rewards: objective -> list of numbers."""
         if not columns:
-            return self.failed(RewardStatus.INVALID, self._expected("an empty dict"))
+            return self.failures(RewardStatus.INVALID, self._expected("an empty dict"))
         plain = {str(name): _plain(values) for name, values in columns.items()}
         for name, values in plain.items():
             where = "" if name == DEFAULT_OBJECTIVE else f" for objective `{name}`"
             if not _is_list(values):
-                return self.failed(RewardStatus.INVALID, self._expected(f"a {type(values).__name__}{where}"))
+                return self.failures(
+                    RewardStatus.INVALID, self._expected(f"a {type(values).__name__}{where}")
+                )
             if len(values) != len(self.samples):
-                return self.failed(RewardStatus.INVALID, self._expected(f"{len(values)}{where}"))
+                return self.failures(RewardStatus.INVALID, self._expected(f"{len(values)}{where}"))
         return [self._scalar(row, plain) for row in range(len(self.samples))]
 
     def _scalar(self, row: int, columns: Mapping[str, Sequence[Any]]) -> RewardResult:
@@ -78,8 +82,8 @@ class ReplyParser:
             try:
                 scores[name] = self._in_range(_finite(_plain(values[row])))
             except _BadValueError as error:
-                what = "a score" if name == DEFAULT_OBJECTIVE else f"a score for objective `{name}`"
-                return self._bad_row(row, f"{error} instead of {what}")
+                score = "a score" if name == DEFAULT_OBJECTIVE else f"a score for objective `{name}`"
+                return self._bad_row(row, f"{error} instead of {score}")
         return RewardResult(
             RewardStatus.OK, scores=scores, model=self.model, version=self.version, latency_s=self.latency_s
         )
@@ -110,8 +114,8 @@ class ReplyParser:
             return score
         raise _BadValueError(f"{score:g}, outside reward.score_range {self.score_range},")
 
-    def _expected(self, got: str) -> str:
-        return f"{self.who} returned {got}, expected one score for each of {len(self.samples)} samples"
+    def _expected(self, reply: str) -> str:
+        return f"{self.who} returned {reply}, expected one score for each of {len(self.samples)} samples"
 
     def _bad_row(self, row: int, problem: str) -> RewardResult:
         position = row if self.positions is None else self.positions[row]
@@ -125,7 +129,7 @@ class ReplyParser:
 
 
 def name_row(position: int, sample: str) -> str:
-    """How messages call one sample without showing it: its position and the start of its SHA-256."""
+    """Name a sample in a message without showing it: by its position and the start of its SHA-256."""
     digest = hashlib.sha256(sample.encode("utf-8", "backslashreplace")).hexdigest()
     return f"row {position} (sample {digest[:8]})"
 

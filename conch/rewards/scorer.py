@@ -1,4 +1,4 @@
-"""Scores requested as completions end, and one answer to failures on which all ranks agree."""
+"""Scores requested as completions end, and one response to failures on which all ranks agree."""
 
 from __future__ import annotations
 
@@ -11,30 +11,38 @@ from dataclasses import dataclass
 from conch.config import RewardConfig
 from conch.errors import ConfigError, RewardError, RewardInvalidError, RewardUnavailableError
 from conch.log import get_logger
-from conch.rewards.base import ReportsStats, RewardSource, WantsChunks
+from conch.rewards.base import ClientStats, RewardSource
 from conch.rewards.metrics import ScorerMetrics
-from conch.rewards.outage import Agree, Outage, OutageHooks
+from conch.rewards.outage import AllReduceInt, Outage, OutageHooks
 from conch.types import Metrics, Prompt, RewardResult, RewardStatus, Rollout, RolloutEngine
 
 _log = get_logger(__name__)
 
 
-def _alone(value: int) -> int:
+def _single_rank(value: int) -> int:
     return value
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """One request to the source. places: of its rollouts in the results."""
+class _Submission:
+    """One request to the source.
 
-    places: list[int]
+    positions: of its rollouts among the results of `gather`.
+    """
+
+    positions: list[int]
     rollouts: list[Rollout]
     future: Future[list[RewardResult]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Counts:
-    """Results of all ranks: failures of the infrastructure, failures of the data, and all there are."""
+    """Results of all ranks.
+
+    away: failures of the infrastructure.
+    bad: failures of the data.
+    total: all results.
+    """
 
     away: int
     bad: int
@@ -46,73 +54,78 @@ class _Counts:
 
 
 class RewardScorer:
-    """Sends rollouts to a reward source as they come and applies `config.on_failure` when they are collected.
+    """Submits rollouts to a reward source as they end, and applies `config.failure` when it gathers results.
 
-    agree: sums over ranks. What is decided depends on agreed numbers only, so all ranks raise together or
-        none does, and every rank calls `agree` equally often: no rank is left waiting in a collective.
+    all_reduce: sums over ranks. Decisions depend on summed numbers only, so all ranks raise together or none
+        does, and every rank calls `all_reduce` equally often: no rank is left waiting in a collective.
     """
 
-    def __init__(self, source: RewardSource, config: RewardConfig, agree: Agree = _alone) -> None:
+    def __init__(
+        self, source: RewardSource, config: RewardConfig, all_reduce: AllReduceInt = _single_rank
+    ) -> None:
         self._source = source
         self._config = config
-        self._agree = agree
-        self._pending: list[_Asked] = []
+        self._all_reduce = all_reduce
+        self._pending: list[_Submission] = []
         self._submitted = 0
-        self._host: OutageHooks | None = None
+        self._hooks: OutageHooks | None = None
         self._metrics: Metrics = {}
         self._weights_fit = False
         self._meter = ScorerMetrics(source)
 
-    def attach(self, host: OutageHooks) -> None:
-        """From now on `host` notes all results, and saves and leaves during outages; on all ranks."""
-        self._host = host
+    def attach(self, hooks: OutageHooks) -> None:
+        """Tell `hooks` all results from now on, and let it save and leave during outages; on all ranks."""
+        self._hooks = hooks
 
     def submit(self, rollouts: Sequence[Rollout]) -> None:
-        """Request the rewards of finished rollouts, which stand behind those submitted before; returns at
-        once."""
+        """Request the rewards of finished rollouts and return at once.
+
+        Their results stand behind those of rollouts submitted before.
+        """
         first = self._submitted
         self._submitted += len(rollouts)
-        self._ask(dict(enumerate(rollouts, first)))
+        self._submit_at(dict(enumerate(rollouts, first)))
 
     def submit_each(
         self, sampler: RolloutEngine, prompts: Sequence[Prompt], *, greedy: bool = False
     ) -> list[Rollout]:
         """Sample a completion per prompt and request its reward as soon as it has ended, or together with its
-        chunk where the source wants that.
+        chunk if the source is `batched`.
 
         Returns all rollouts in the order of their prompts, which is that of `gather`.
         """
-        if isinstance(self._source, WantsChunks) and self._source.wants_chunks:
+        if self._source.batched:
             chunks = list(self._submit_chunks(sampler.generate(prompts, greedy=greedy)))
         else:
             first = self._submitted
             self._submitted += len(prompts)
 
-            def ask(finished: Mapping[int, Rollout]) -> None:
-                self._ask({first + place: rollout for place, rollout in finished.items()})
+            def submit_finished(finished: Mapping[int, Rollout]) -> None:
+                self._submit_at({first + index: rollout for index, rollout in finished.items()})
 
-            chunks = list(sampler.generate(prompts, greedy=greedy, on_finished=ask))
+            chunks = list(sampler.generate(prompts, greedy=greedy, on_finished=submit_finished))
         return [rollout for chunk in chunks for rollout in chunk]
 
     def gather(self) -> list[RewardResult]:
-        """Results of all that was submitted since the last gather, in its order.
+        """Wait for the results of all that was submitted since the last gather, in its order.
 
-        With `drop`, and only then, failures may be among them.
+        With the policy `drop`, and only then, failures may be among them.
 
         Raises:
-            RewardUnavailableError, RewardInvalidError: on every rank, as `on_failure` says.
+            RewardUnavailableError, RewardInvalidError: on every rank, as `failure.policy` says.
             ConfigError: likewise, where `weights` names an objective that the reward does not have.
-            SystemExit: on every rank, where a host was told to leave while the server was away.
+            SystemExit: on every rank, where a hook was told to leave while the server was away.
         """
         rollouts, results = self._collect_pending()
         counts = self._count(results)
-        if self._config.on_failure == "wait":
-            counts = self._outlast(rollouts, results, counts)
-        if self._host is not None:
-            self._host.scored(rollouts, results)
-        self._metrics = self._meter.measure(results)
-        self._check_model()
-        if counts.failed > self._tolerated(counts.total):
+        if self._config.failure.policy == "wait":
+            counts = self._wait_out_outage(rollouts, results, counts)
+        if self._hooks is not None:
+            self._hooks.scored(rollouts, results)
+        stats = self._meter.stats()
+        self._metrics = self._meter.measure(results, stats)
+        self._check_model(stats)
+        if counts.failed > self._most_failures(counts.total):
             raise self._error(results, counts)
         self._check_weights(results)
         return results
@@ -126,56 +139,56 @@ class RewardScorer:
             self.submit(chunk)
             yield chunk
 
-    def _ask(self, rollouts: dict[int, Rollout]) -> None:
-        """rollouts: by their places in the results."""
+    def _submit_at(self, rollouts: dict[int, Rollout]) -> None:
+        """rollouts: by their positions in the results."""
         if rollouts:
-            self._pending.append(
-                _Asked(list(rollouts), list(rollouts.values()), self._send(rollouts.values()))
-            )
+            future = self._submit_to_source(list(rollouts.values()))
+            self._pending.append(_Submission(list(rollouts), list(rollouts.values()), future))
 
-    def _send(self, rollouts: Iterable[Rollout]) -> Future[list[RewardResult]]:
+    def _submit_to_source(self, rollouts: list[Rollout]) -> Future[list[RewardResult]]:
         try:
-            future = self._source.submit(list(rollouts))
-        except Exception as error:  # raised by `_collect` instead, where it becomes results
+            future = self._source.submit(rollouts)
+        except Exception as error:  # raised by `_wait_for_results` instead, where it becomes results
             future = Future()
             future.set_exception(error)
-        self._meter.sent(future)
+        self._meter.record_submit(future)
         return future
 
     def _collect_pending(self) -> tuple[list[Rollout], list[RewardResult]]:
-        """What was asked, and what came of it, both in the order of places."""
+        """All submitted rollouts and their results, both in the order of positions."""
         pending, self._pending, self._submitted = self._pending, [], 0
-        found: dict[int, tuple[Rollout, RewardResult]] = {}
-        for asked in pending:
-            results = self._collect(asked.rollouts, asked.future)
-            found |= zip(asked.places, zip(asked.rollouts, results, strict=True), strict=True)
-        rows = [found[place] for place in sorted(found)]
-        return [rollout for rollout, _ in rows], [result for _, result in rows]
+        rows: dict[int, tuple[Rollout, RewardResult]] = {}
+        for submission in pending:
+            results = self._wait_for_results(submission.rollouts, submission.future)
+            rows |= zip(submission.positions, zip(submission.rollouts, results, strict=True), strict=True)
+        ordered = [rows[position] for position in sorted(rows)]
+        return [rollout for rollout, _ in ordered], [result for _, result in ordered]
 
-    def _collect(self, chunk: list[Rollout], future: Future[list[RewardResult]]) -> list[RewardResult]:
-        started = time.monotonic()
+    def _wait_for_results(
+        self, rollouts: list[Rollout], future: Future[list[RewardResult]]
+    ) -> list[RewardResult]:
+        name, started = self._source.name, time.monotonic()
         try:
             results = future.result()
         except Exception as error:  # against the protocol; still, all ranks have to leave together
-            _log.exception("reward %s broke", self._source.name)
-            results = _all_invalid(
-                chunk, f"reward {self._source.name} broke: {type(error).__name__}: {error}"
-            )
+            _log.exception("reward %s broke", name)
+            return _all_invalid(rollouts, f"reward {name} broke: {type(error).__name__}: {error}")
         finally:
             self._meter.overlap.block(time.monotonic() - started)
-        if len(results) != len(chunk):
-            wrong = f"reward {self._source.name} gave {len(results)} results for {len(chunk)} samples"
-            return _all_invalid(chunk, wrong)
+        if len(results) != len(rollouts):
+            return _all_invalid(
+                rollouts, f"reward {name} gave {len(results)} results for {len(rollouts)} samples"
+            )
         return results
 
-    def _check_model(self) -> None:
+    def _check_model(self, stats: ClientStats) -> None:
         """With `on_model_change=raise` a changed model ends the run, however many failures are tolerated."""
-        change = self._source.model_change if isinstance(self._source, ReportsStats) else ""
-        if self._agree(int(change != "")):
+        change = stats.model_change
+        if self._all_reduce(int(change != "")):
             raise RewardInvalidError(change or "the reward model has changed, as other ranks say")
 
     def _check_weights(self, results: Sequence[RewardResult]) -> None:
-        """What objectives there are shows with the first results, perhaps on some ranks only."""
+        """Which objectives there are shows with the first results, perhaps on some ranks only."""
         if self._weights_fit:
             return
         problem: ConfigError | None = None
@@ -185,46 +198,52 @@ class RewardScorer:
                     combine(result, self._config.weights)
         except ConfigError as error:
             problem = error
-        if self._agree(int(problem is not None)):
+        if self._all_reduce(int(problem is not None)):
             raise problem or ConfigError("reward.weights does not fit the reward, as other ranks say")
         self._weights_fit = True
 
     def _count(self, results: Sequence[RewardResult]) -> _Counts:
         away = sum(result.status.is_infrastructure for result in results)
         bad = sum(not result.ok for result in results) - away
-        return _Counts(self._agree(away), self._agree(bad), self._agree(len(results)))
+        return _Counts(self._all_reduce(away), self._all_reduce(bad), self._all_reduce(len(results)))
 
-    def _tolerated(self, total: int) -> float:
-        return self._config.max_failed_fraction * total if self._config.on_failure == "drop" else 0.0
+    def _most_failures(self, total: int) -> float:
+        failure = self._config.failure
+        return failure.max_fraction * total if failure.policy == "drop" else 0.0
 
-    def _outlast(self, rollouts: Sequence[Rollout], results: list[RewardResult], counts: _Counts) -> _Counts:
-        """Ask again, in lock step on all ranks, until the server is back, data is bad or the budget spent."""
+    def _wait_out_outage(
+        self, rollouts: Sequence[Rollout], results: list[RewardResult], counts: _Counts
+    ) -> _Counts:
+        """Submit again, in lock step on all ranks, until the server is back, data is bad or the budget spent.
+
+        results: gets the new results in place of the failures.
+        """
         if counts.away == 0 or counts.bad > 0:
             return counts
-        outage = Outage(self._source.name, self._config, self._agree, self._meter.overlap, self._host)
-        while counts.away > 0 and counts.bad == 0 and outage.goes_on():
-            self._ask_again(rollouts, results, outage)
+        outage = Outage(
+            self._source.name, self._config.failure, self._all_reduce, self._meter.overlap, self._hooks
+        )
+        while counts.away > 0 and counts.bad == 0 and outage.pause():
+            failed = [index for index, result in enumerate(results) if result.status.is_infrastructure]
+            missing = [rollouts[index] for index in failed]
+            future = self._submit_to_source(missing) if missing else None
+            outage.wait_for(future)
+            if future is not None:
+                for index, result in zip(failed, self._wait_for_results(missing, future), strict=True):
+                    results[index] = result
             counts = self._count(results)
         if counts.failed == 0:
-            outage.is_over()
+            outage.log_end()
         return counts
-
-    def _ask_again(self, rollouts: Sequence[Rollout], results: list[RewardResult], outage: Outage) -> None:
-        missing = [index for index, result in enumerate(results) if result.status.is_infrastructure]
-        chunk = [rollouts[index] for index in missing]
-        future = self._send(chunk) if chunk else None
-        outage.wait_for(future)
-        if future is not None:
-            for index, result in zip(missing, self._collect(chunk, future), strict=True):
-                results[index] = result
 
     def _error(self, results: Sequence[RewardResult], counts: _Counts) -> RewardError:
         # Bad data anywhere decides the kind: asking again would not help.
         kind = RewardInvalidError if counts.bad else RewardUnavailableError
         own = [result for result in results if not result.ok]
         summary = f"{counts.failed} of {counts.total} samples got no reward"
-        if self._config.on_failure == "drop":
-            summary += f", more than reward.max_failed_fraction={self._config.max_failed_fraction:g} allows"
+        failure = self._config.failure
+        if failure.policy == "drop":
+            summary += f", more than reward.failure.max_fraction={failure.max_fraction:g} allows"
         if not own:
             return kind(f"{summary}; all of them on other ranks, whose messages say why")
         worst = next((result for result in own if not result.status.is_infrastructure), own[0])
@@ -234,7 +253,7 @@ class RewardScorer:
 
 
 def combine(result: RewardResult, weights: Mapping[str, float]) -> float:
-    """The weighted sum of a scalar result's objectives; objectives without a weight weigh 1.
+    """Return the weighted sum of a scalar result's objectives; objectives without a weight weigh 1.
 
     Raises:
         ConfigError: `weights` names an objective that the reward does not have.
@@ -242,19 +261,15 @@ def combine(result: RewardResult, weights: Mapping[str, float]) -> float:
     assert result.ok and result.token_scores is None, "only a scalar score can be combined"
     unknown = sorted(set(weights) - set(result.scores))
     if unknown:
-        has = ", ".join(f"`{name}`" for name in result.scores)
+        objectives = ", ".join(f"`{name}`" for name in result.scores)
         raise ConfigError(
-            f"reward.weights names `{unknown[0]}`, but the objectives of {result.model} are {has}"
+            f"reward.weights names `{unknown[0]}`, but the objectives of {result.model} are {objectives}"
         )
     return sum(weights.get(name, 1.0) * score for name, score in result.scores.items())
 
 
-def _all_invalid(chunk: Sequence[Rollout], detail: str) -> list[RewardResult]:
-    return [RewardResult(RewardStatus.INVALID, detail=detail)] * len(chunk)
-
-
 def total_reward(result: RewardResult, weights: Mapping[str, float]) -> float:
-    """A sample's reward as one number: the weighted sum of its objectives, or the sum over its tokens.
+    """Return a sample's reward as one number: the weighted sum of its objectives, or the sum over its tokens.
 
     NaN where the reward failed.
     """
@@ -263,3 +278,7 @@ def total_reward(result: RewardResult, weights: Mapping[str, float]) -> float:
     if result.token_scores is not None:
         return float(sum(result.token_scores))
     return combine(result, weights)
+
+
+def _all_invalid(rollouts: Sequence[Rollout], detail: str) -> list[RewardResult]:
+    return [RewardResult(RewardStatus.INVALID, detail=detail)] * len(rollouts)

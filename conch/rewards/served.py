@@ -5,69 +5,44 @@ from __future__ import annotations
 import ssl
 from collections.abc import Sequence
 from concurrent.futures import Future
-from types import TracebackType
-from typing import TypeVar
 
 from conch.addresses import Endpoint, parse_urls, secret_headers
 from conch.config import RewardConfig, TlsConfig
 from conch.errors import ConfigError
-from conch.rewards.base import ClientStats, ServerTimes
+from conch.rewards.base import ClientStats, RewardSource, ServerTimes
 from conch.rewards.client.client import RewardClient, Tokenizer
 from conch.rewards.client.event_loop import LoopThread
-from conch.rewards.client.http import HttpReplica
+from conch.rewards.client.http import HttpTransport
 from conch.rewards.client.transport import Transport
-from conch.rewards.client.triton import TritonReplica
+from conch.rewards.client.triton import TritonTransport
 from conch.rewards.token_rewards import Decode
 from conch.triton.channel import configured_access
 from conch.types import RewardResult, Rollout
 
-FaceT = TypeVar("FaceT", bound="ServedReward")
 
+class ServedReward(RewardSource):
+    """Scores rollouts with one model on one server or several. Sends nothing before `check` or `submit`.
 
-class ServedReward:
-    """Scores rollouts with one model that several replicas serve. Nothing is sent before `check` or `submit`.
-
-    name: as `RewardSource.name`. who: how messages call the model with its servers.
+    name: the model and its servers, as in `RewardSource`.
+    who: the same as the client's messages say it.
+    transports: one per server.
     """
 
     def __init__(
         self,
         name: str,
         who: str,
-        replicas: Sequence[Transport],
+        transports: Sequence[Transport],
         config: RewardConfig,
         tokenizer: Tokenizer | None = None,
         decode: Decode | None = None,
     ) -> None:
         self.name = name
-        self._session = RewardClient(who, replicas, config, tokenizer, decode)
+        self._client = RewardClient(who, transports, config, tokenizer, decode)
         self._thread = LoopThread(f"reward-{name}")
 
-    @property
-    def requests(self) -> int:
-        """See `ClientStats.requests`."""
-        return self._session.requests
-
-    @property
-    def retries(self) -> int:
-        """See `ClientStats.retries`."""
-        return self._session.retries
-
-    @property
-    def model_change(self) -> str:
-        """See `ReportsTraffic.model_change`."""
-        return self._session.model_change
-
-    def traffic(self) -> ClientStats:
-        """See `ReportsTraffic.traffic`."""
-        return self._session.traffic()
-
-    def server_times(self) -> Future[ServerTimes]:
-        """See `ReportsTraffic.server_times`."""
-        return self._thread.submit(self._session.server_times())
-
     def check(self) -> None:
-        """Ask every server for the model, its configuration and one score; takes `deadline_s` at most.
+        """Ask every server for the model, its configuration and one score, within `client.deadline_s`.
 
         A server that is away is a warning, as long as there is another.
 
@@ -76,27 +51,25 @@ class ServedReward:
             RewardInvalidError: the model is of neither form, the servers' models differ, or the probe's score
                 is not valid.
         """
-        self._thread.submit(self._session.check()).result()
+        self._thread.submit(self._client.check()).result()
 
     def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:
-        """Start scoring and return at once; see `RewardSource.submit`.
+        """Start scoring and return at once: one result per rollout, in order.
 
-        Each micro-batch ends within `deadline_s` of its first attempt; servers that are gone end them all
-        within `deadline_s` of their last sign of life.
+        Each request ends within `client.deadline_s` of its first attempt; servers that are gone end all
+        requests within `client.deadline_s` of their last sign of life.
         """
-        return self._thread.submit(self._session.score(list(rollouts)))
+        return self._thread.submit(self._client.score(list(rollouts)))
+
+    def stats(self) -> ClientStats:
+        return self._client.stats()
+
+    def server_statistics(self) -> Future[ServerTimes]:
+        return self._thread.submit(self._client.server_statistics())
 
     def close(self) -> None:
         """Cancel what is under way, close connections and join the thread. A second call does nothing."""
-        self._thread.close(self._session.close)
-
-    def __enter__(self: FaceT) -> FaceT:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        self._thread.close(self._client.close)
 
 
 class TritonReward(ServedReward):
@@ -107,8 +80,9 @@ class TritonReward(ServedReward):
     model gets the sampled ids as they are, so it must share the policy's tokenizer; if it does not,
     `tokenizer` must turn a sample into the model's ids.
 
-    With `config.dense` the scores of steps or tokens become `RewardResult.token_scores`, see `dense.py`. For
-    a text-form model `decode` must turn the policy's ids into text, as the completions' texts were made.
+    With `config.dense` the scores of steps or tokens become `RewardResult.token_scores`, see
+    `token_rewards.py`. For a text-form model `decode` must turn the policy's ids into text, as the
+    completions' texts were made.
 
     Raises:
         ConfigError: `url` is not of that form, a certificate cannot be read, a secret's variable is not set,
@@ -127,17 +101,17 @@ class TritonReward(ServedReward):
                 "reward.dense and a tokenizer of the reward model's own: its tokens are not the policy's, so "
                 "their scores have no place in a response; serve the model in the text form"
             )
-        endpoints = Endpoint.parse_all(url)
-        access = configured_access(config.tls, config.secret_env, secret_headers(config.headers_env))
-        replicas = [
-            TritonReplica(endpoint, access, config.connect_timeout_s, dense=config.dense)
+        endpoints, auth = Endpoint.parse_all(url), config.auth
+        access = configured_access(auth.tls, auth.secret_env, secret_headers(auth.headers_env))
+        transports = [
+            TritonTransport(endpoint, access, config.client.connect_timeout_s, dense=config.dense)
             for endpoint in endpoints
         ]
         servers, model = ", ".join(endpoint.address for endpoint in endpoints), endpoints[0].model
         super().__init__(
             f"{model} at {servers}",
             f"reward model `{model}` at {servers}",
-            replicas,
+            transports,
             config,
             tokenizer,
             decode,
@@ -147,7 +121,7 @@ class TritonReward(ServedReward):
 class HttpReward(ServedReward):
     """Scores rollouts with what listens at `url`: `http://host:port/path`, or several with a comma between.
 
-    `config.dialect` says what is sent and what comes back; see `HttpReplica`. Everything else (queue,
+    `config.dialect` says what is sent and what comes back; see `HttpTransport`. Everything else (queue,
     retries, deadlines, checks) is as with served reward models.
 
     Raises:
@@ -156,27 +130,28 @@ class HttpReward(ServedReward):
     """
 
     def __init__(self, url: str, config: RewardConfig) -> None:
-        if config.secret_env is not None:
+        if config.auth.secret_env is not None:
             raise ConfigError(
-                "`reward.secret_env` is for Triton servers: give an HTTP endpoint its token with "
-                "`reward.headers_env.authorization=VARIABLE`"
+                "`reward.auth.secret_env` is for Triton servers: give an HTTP endpoint its token with "
+                "`reward.auth.headers_env.authorization=VARIABLE`"
             )
         urls = parse_urls(url)
-        headers, context = secret_headers(config.headers_env), _context(config.tls)
-        replicas = [HttpReplica(each, config, headers, context) for each in urls]
-        shown = ", ".join(urls)
-        super().__init__(shown, f"reward endpoint {shown}", replicas, config)
+        headers, context = secret_headers(config.auth.headers_env), _tls_context(config.auth.tls)
+        transports = [HttpTransport(each, config.client, headers, context, config.dialect) for each in urls]
+        servers = ", ".join(urls)
+        super().__init__(servers, f"reward endpoint {servers}", transports, config)
 
 
-def _context(tls: TlsConfig) -> ssl.SSLContext:
-    """Certificates are always verified: by `tls.ca`, or by the system's authorities."""
+def _tls_context(tls: TlsConfig) -> ssl.SSLContext:
+    """Certificates are always verified: by `auth.tls.ca`, or by the system's authorities."""
     try:
         context = ssl.create_default_context(cafile=None if tls.ca is None else str(tls.ca))
         if tls.cert is not None and tls.key is not None:
             context.load_cert_chain(str(tls.cert), str(tls.key), password=_no_password)
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         raise ConfigError(
-            f"reward.tls: a certificate or key cannot be read ({error}); give PEM files, the key unencrypted"
+            f"reward.auth.tls: a certificate or key cannot be read ({error}); give PEM files, "
+            "the key unencrypted"
         ) from error
     return context
 

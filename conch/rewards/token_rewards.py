@@ -23,7 +23,9 @@ _HALF_A_CHARACTER = "\ufffd"
 
 
 def response_bounds(rollout: Rollout, decode: Decode | None) -> tuple[int, ...]:
-    """Where the response begins in its sample, and where each of its tokens ends: R + 1 numbers, none falls.
+    """Return where the response begins in its sample and where each of its R tokens ends.
+
+    R + 1 numbers, each at least as large as the one before.
 
     decode: None counts tokens, else characters are counted.
     """
@@ -37,29 +39,32 @@ def response_bounds(rollout: Rollout, decode: Decode | None) -> tuple[int, ...]:
 def token_scores(
     ends: Sequence[int], scores: Sequence[float], bounds: Sequence[int], *, may_be_cut: bool = True
 ) -> tuple[float, ...]:
-    """One reward for each token of the response.
+    """Return one reward for each token of the response.
 
-    ends, scores: of the sample's steps. bounds: of `response_bounds`. may_be_cut: whether the model reads
-    less of a sample that is too long, as it does with texts; else it refuses such a sample.
+    ends: end of each of the sample's steps.
+    scores: score of each step.
+    bounds: from `response_bounds`.
+    may_be_cut: True if the model cuts a sample that is too long, as it does with texts; else it refuses such
+        a sample.
 
     Raises:
         RewardInvalidError: all of the response was cut off; a zero would be a false reward.
     """
-    placed = [0.0] * (len(bounds) - 1)
-    own = [(end, score) for end, score in zip(ends, scores, strict=True) if end > bounds[0]]
-    if not own and may_be_cut and bounds[-1] > bounds[0]:
+    rewards = [0.0] * (len(bounds) - 1)
+    response_steps = [(end, score) for end, score in zip(ends, scores, strict=True) if end > bounds[0]]
+    if not response_steps and may_be_cut and bounds[-1] > bounds[0]:
         raise RewardInvalidError(
             "no step of the model's reply ends in the response: the sample was cut before it; serve the "
             "model with a larger --max_length, or with --truncation_side left"
         )
-    for end, score in own:
-        if placed:
-            placed[bisect_left(bounds, min(end, bounds[-1])) - 1] += score
-    return tuple(placed)
+    for end, score in response_steps:
+        if rewards:
+            rewards[bisect_left(bounds, min(end, bounds[-1])) - 1] += score
+    return tuple(rewards)
 
 
 def _token_ends(ids: Sequence[int], decode: Decode) -> list[int]:
-    """How many characters of the text there are when each token has been read.
+    """Return the number of characters of the text up to and including each token.
 
     Characters of several tokens belong to the last of them. A token is decoded together with those before it,
     since some decoders treat the first token of a text in a way of its own, but never with the whole text,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from conch.config import Section
+from conch.config import EnsembleObjective, OnMemberFailure, Section
 from conch.triton.contract import Form, Granularity
 
 MANIFEST = "manifest.json"
@@ -201,10 +201,6 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-Objective = Literal["mean", "wco", "uwo"]
-OnMemberFailure = Literal["fail", "renormalise"]
-
-
 class EnsembleMember(Section):
     """One model of the store whose score goes into the combined reward."""
 
@@ -245,7 +241,7 @@ class EnsembleManifest(Section):
     members: tuple[EnsembleMember, ...] = Field(min_length=2)
     """The members, in the order of the columns of `member_rewards`."""
 
-    objective: Objective
+    objective: EnsembleObjective
     """`mean`: mean of the scores. `wco`: the lowest. `uwo`: mean - uwo_weight * population variance."""
 
     uwo_weight: float = Field(ge=0, allow_inf_nan=False)

@@ -135,7 +135,7 @@ class RunOutageHooks:
 
     def begin(self) -> None:
         """A step or an evaluation begins: `save` will go back to here."""
-        if self._trainer.scorer is not None and self._trainer.config.reward.on_failure == "wait":
+        if self._trainer.scorer is not None and self._trainer.config.reward.failure.policy == "wait":
             self._begun = StepStart(RandomState.capture(), self._trainer.state_dict())
 
     def save(self) -> None:

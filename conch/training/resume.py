@@ -30,10 +30,12 @@ _log = get_logger(__name__)
 _FREE_KEYS = (
     *("train.resume", "train.run_dir", "train.output_dir", "train.total_steps", "train.num_processes"),
     *("train.eval_every", "train.eval_repeats", "train.save_every", "train.keep_last"),
-    *("train.best_metric", "train.early_stopping", "tracking.", "reward.url", "reward.attempt_timeout"),
-    *("reward.connect_timeout_s", "reward.on_model_change", "reward.headers_env"),
-    *("reward.deadline_s", "reward.max_in_flight", "reward.on_failure", "reward.wait_budget_s"),
-    *("reward.members.", "reward.checkpoint_after_s", "reward.record", "reward.replay"),
+    *("train.best_metric", "train.early_stopping", "tracking."),
+    *("reward.url", "reward.members.", "reward.record", "reward.replay", "reward.auth.headers_env"),
+    *("reward.client.connect_timeout_s", "reward.client.request_timeout_s", "reward.client.deadline_s"),
+    *("reward.client.timeout_per_1k_tokens_s", "reward.client.max_in_flight"),
+    *("reward.failure.policy", "reward.failure.wait_budget_s", "reward.failure.checkpoint_after_s"),
+    "reward.failure.on_model_change",
 )
 """Settings (or beginnings of their names) that a resumed run may change: none touches what is learned, but
 for the length of the run, which moves the end of the learning-rate schedule."""

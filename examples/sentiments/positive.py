@@ -46,7 +46,7 @@ class PositiveProbability(CompositeReward):
         self._source = source
 
     def check(self) -> None:
-        """See `RewardSource.check`; asks for one score, to see that it is a classifier's.
+        """Check the classifier, and ask it for one score.
 
         Raises:
             RewardInvalidError: it has other scores than those of two sentiments, or with `reward.dense` none
@@ -58,7 +58,6 @@ class PositiveProbability(CompositeReward):
             raise RewardInvalidError(f"{self._source.name} cannot tell P(positive): {result.detail}")
 
     def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:
-        """See `RewardSource.submit`; scores are probabilities."""
         scored = self._source.submit(rollouts)
         return when_all_done([scored], lambda: [_as_probability(result) for result in scored.result()])
 

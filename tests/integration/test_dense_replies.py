@@ -9,7 +9,7 @@ import grpc
 import numpy as np
 import pytest
 
-from conch.config import RewardConfig
+from conch.config import RewardClientConfig, RewardConfig
 from conch.errors import RewardInvalidError
 from conch.rewards.served import TritonReward
 from conch.triton.contract import RewardModelSpec
@@ -18,7 +18,7 @@ from tests.fakes.triton_server import Action, FakeTriton, Row, response
 
 WAIT_S = 120.0
 SPEC = RewardModelSpec("steps", granularity="step")
-CONFIG = RewardConfig(dense=True, attempt_timeout_s=30, deadline_s=100)
+CONFIG = RewardConfig(dense=True, client=RewardClientConfig(request_timeout_s=30, deadline_s=100))
 NAN = float("nan")
 
 

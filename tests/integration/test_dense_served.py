@@ -16,7 +16,7 @@ import pytest
 import torch
 import tritonclient.grpc as triton
 
-from conch.config import RewardConfig, load
+from conch.config import RewardClientConfig, RewardConfig, load
 from conch.converters.to_triton import main
 from conch.errors import ServerStartError
 from conch.rewards.served import TritonReward
@@ -208,7 +208,7 @@ ROLLOUTS = [rollout("a;b", "c;de;f"), rollout("q", ";"), rollout("a;", "bc"), ro
 @pytest.mark.parametrize("name", ["steps", "steps-token"])
 def test_a_steps_score_lands_on_the_token_of_the_response_that_ends_it(served: Served, name: str) -> None:
     """Steps of the prompt have none; the closing eos ends no step."""
-    config = RewardConfig(dense=True, micro_batch_size=3)
+    config = RewardConfig(dense=True, client=RewardClientConfig(batch_rows=3))
     with TritonReward(served.server.endpoint(name), config, decode=decode) as reward:
         reward.check()
         results = reward.submit(ROLLOUTS).result(DEADLINE_S)

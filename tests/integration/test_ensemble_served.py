@@ -14,7 +14,7 @@ import pytest
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
-from conch.config import RewardConfig
+from conch.config import RewardClientConfig, RewardConfig
 from conch.converters import ensemble as converter
 from conch.converters.ensemble import main, to_ensemble
 from conch.converters.parity.ensemble import member_scores
@@ -214,7 +214,9 @@ def test_token_form_serves_rows_of_other_lengths_together(served: Served, tmp_pa
 
     rollouts = [rollout(LETTERS[:length], ids=True) for length in (1, 12, 5, 7)]
     with TritonServer(tmp_path / "store", ["e"]) as server:
-        with TritonReward(server.endpoint("e"), RewardConfig(micro_batch_size=1)) as reward:
+        with TritonReward(
+            server.endpoint("e"), RewardConfig(client=RewardClientConfig(batch_rows=1))
+        ) as reward:
             alone = reward.submit(rollouts).result()
         scores = []
         for name in ("m0", "m1"):

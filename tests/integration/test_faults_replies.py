@@ -26,6 +26,7 @@ from tests.faults import (
     score_exactly,
 )
 from tests.footprint import nothing_is_left, wait_until
+from tests.reward_settings import changed
 
 AWAY = (grpc.StatusCode.UNAVAILABLE, "Server is stopping")
 RAISES = (grpc.StatusCode.INTERNAL, "Failed to process the request(s) for model 'hash', message: ValueError")
@@ -133,7 +134,7 @@ def test_one_error_in_twenty_loses_nothing(relay: FaultyRelay) -> None:
     with open_source(relay.url) as source:
         for _ in range(20):
             score_exactly(source)
-        assert 0 < relay.harmed <= source.retries
+        assert 0 < relay.harmed <= source.stats().retries
 
 
 def test_errors_that_come_at_once_end_by_the_deadline_and_cause_no_storm(relay: FaultyRelay) -> None:
@@ -175,7 +176,7 @@ def test_scorer_raises_what_kind_of_fault_it_was(relay: FaultyRelay) -> None:
 
 
 def test_scorer_drops_what_is_bad_and_keeps_the_others_exact(relay: FaultyRelay) -> None:
-    config = PATIENT.model_copy(update={"on_failure": "drop"})
+    config = changed(PATIENT, failure={"policy": "drop"})
     relay.alter = nan_where_seven
     batch = fresh()
     with open_source(relay.url, config) as source:

@@ -69,7 +69,7 @@ def test_server_killed_under_load_and_started_again_loses_nothing(
         futures = [source.submit(batch) for batch in batches]
         port = kill(server)
         proxy.fault = Fault()
-        wait_until(lambda: source.retries > 0, lambda: "nothing was asked again")
+        wait_until(lambda: source.stats().retries > 0, lambda: "nothing was asked again")
         time.sleep(away_s)
         with TritonServer(store, [MODEL], grpc_port=port):
             for batch, future in zip(batches, futures, strict=True):
@@ -95,6 +95,6 @@ def test_scorer_waits_for_a_killed_server_with_the_same_rewards(server: TritonSe
         scorer = RewardScorer(source, WAITING)
         port = kill(server)
         scorer.submit(batch)
-        wait_until(lambda: source.requests > 4, lambda: "nothing was asked")
+        wait_until(lambda: source.stats().requests > 4, lambda: "nothing was asked")
         with TritonServer(store, [MODEL], grpc_port=port):
             assert_exact(batch, scorer.gather())

@@ -63,7 +63,7 @@ def test_slow_network_changes_no_score(proxy: FaultyProxy, fault: Fault) -> None
     with open_source(proxy.url) as source:
         proxy.fault = fault
         score_exactly(source)
-        assert source.retries == 0
+        assert source.stats().retries == 0
 
 
 def test_reset_in_the_middle_of_a_reply_is_asked_again(proxy: FaultyProxy) -> None:
@@ -74,7 +74,7 @@ def test_reset_in_the_middle_of_a_reply_is_asked_again(proxy: FaultyProxy) -> No
         future = source.submit(batch)
         heal_after(proxy, lambda: proxy.cuts >= 2)
         assert_exact(batch, future.result(WAIT_S))
-        assert source.retries > 0
+        assert source.stats().retries > 0
 
 
 @pytest.mark.parametrize("seed", [2, 6, 13])
@@ -83,7 +83,7 @@ def test_one_reply_in_twenty_cut_off_loses_nothing(server: TritonServer, seed: i
         proxy.fault = Fault(cut_chance=0.05)
         for _ in range(40):
             score_exactly(source)
-        assert proxy.cuts > 0 and source.retries > 0
+        assert proxy.cuts > 0 and source.stats().retries > 0
 
 
 def test_reset_of_all_connections_is_asked_again(proxy: FaultyProxy) -> None:
@@ -92,8 +92,8 @@ def test_reset_of_all_connections_is_asked_again(proxy: FaultyProxy) -> None:
         proxy.fault = Fault(delay_s=0.2)
         batch = fresh()
         future = source.submit(batch)
-        asked = source.requests
-        wait_until(lambda: source.requests > asked, lambda: "nothing was asked")
+        asked = source.stats().requests
+        wait_until(lambda: source.stats().requests > asked, lambda: "nothing was asked")
         proxy.fault = Fault()
         proxy.reset()
         assert_exact(batch, future.result(WAIT_S))
@@ -124,7 +124,7 @@ def test_half_open_connection_is_replaced_within_one_call(proxy: FaultyProxy) ->
         proxy.fault = Fault(swallow=True)
         batch = fresh()
         future = source.submit(batch)
-        heal_after(proxy, lambda: source.retries > 0)
+        heal_after(proxy, lambda: source.stats().retries > 0)
         assert_exact(batch, future.result(WAIT_S))
 
 
@@ -162,6 +162,6 @@ def test_port_that_opens_again_within_the_deadline_is_no_failure(proxy: FaultyPr
         proxy.refuse()
         batch = fresh()
         future = source.submit(batch)
-        wait_until(lambda: source.retries > 0, lambda: "nothing was asked again")
+        wait_until(lambda: source.stats().retries > 0, lambda: "nothing was asked again")
         proxy.listen()
         assert_exact(batch, future.result(WAIT_S))

@@ -1,5 +1,5 @@
 """The server is killed when one of two ranks is about to ask it and the other still computes: none is left
-hanging, whatever `on_failure` says."""
+hanging, whatever `reward.failure.policy` says."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def server(store: Path) -> Iterator[TritonServer]:
         yield running
 
 
-def start(folder: Path, url: str, on_failure: str) -> subprocess.Popen[str]:
+def start(folder: Path, url: str, policy: str) -> subprocess.Popen[str]:
     folder.mkdir()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
-    run = ["-m", "tests.integration.uneven_ranks_run", str(folder), url, on_failure]
+    run = ["-m", "tests.integration.uneven_ranks_run", str(folder), url, policy]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen(
         [*launcher, *run],

@@ -112,7 +112,7 @@ def same_numbers(row: dict[str, float]) -> list[float]:
 def test_server_killed_makes_every_rank_leave_with_the_reason(
     policy: Path, server: TritonServer, tmp_path: Path, ranks: int
 ) -> None:
-    quick = ["reward.deadline_s=8", "reward.attempt_timeout_s=4", "train.total_steps=100000"]
+    quick = ["reward.client.deadline_s=8", "reward.client.request_timeout_s=4", "train.total_steps=100000"]
     process = start(command(policy, tmp_path / "run", server.endpoint(TEXT_MODEL), *quick, ranks=ranks))
     wait_for_steps(process, tmp_path / "run", 2)
     os.kill(server.pid, signal.SIGKILL)
@@ -128,10 +128,10 @@ def test_server_away_with_wait_goes_on_with_the_same_numbers(
     policy: Path, exact_store: Path, tmp_path: Path
 ) -> None:
     patient = [
-        "reward.on_failure=wait",
-        "reward.deadline_s=6",
-        "reward.attempt_timeout_s=2",
-        "reward.checkpoint_after_s=1",
+        "reward.failure.policy=wait",
+        "reward.client.deadline_s=6",
+        "reward.client.request_timeout_s=2",
+        "reward.failure.checkpoint_after_s=1",
         "train.total_steps=8",
     ]
     with TritonServer(exact_store, [TEXT_MODEL]) as server:
@@ -156,8 +156,12 @@ def test_server_away_with_wait_goes_on_with_the_same_numbers(
 def test_a_run_that_leaves_while_the_server_is_away_goes_on_with_the_same_numbers(
     policy: Path, exact_store: Path, tmp_path: Path, ranks: int
 ) -> None:
-    patient = ["reward.on_failure=wait", "reward.deadline_s=4", "reward.attempt_timeout_s=2"]
-    patient += ["reward.checkpoint_after_s=1", "train.total_steps=8", "ppo.kl.target=0.1"]
+    patient = [
+        "reward.failure.policy=wait",
+        "reward.client.deadline_s=4",
+        "reward.client.request_timeout_s=2",
+    ]
+    patient += ["reward.failure.checkpoint_after_s=1", "train.total_steps=8", "ppo.kl.target=0.1"]
     storm = tmp_path / "storm"
     with TritonServer(exact_store, [TEXT_MODEL]) as server:
         port = int(server.url.rsplit(":", 1)[1])
@@ -224,7 +228,9 @@ def test_wrong_number_of_processes_is_refused(tmp_path: Path) -> None:
 def test_no_server_ends_before_the_model_is_loaded(
     policy: Path, tmp_path: Path, endpoint: str, says: str
 ) -> None:
-    process = start(command(policy, tmp_path / "run", endpoint, "reward.deadline_s=2", "model.path=/nowhere"))
+    process = start(
+        command(policy, tmp_path / "run", endpoint, "reward.client.deadline_s=2", "model.path=/nowhere")
+    )
     output, _ = process.communicate(timeout=LONGEST_S)
     assert process.returncode == 1, output
     assert "error: " in output and says in output and "Traceback" not in output

@@ -13,19 +13,20 @@ import pytest
 import torch
 from transformers import GPT2ForSequenceClassification
 
-from conch.config import RewardConfig
+from conch.config import RewardClientConfig, RewardConfig
 from conch.errors import RewardUnavailableError
 from conch.rewards.scorer import RewardScorer
 from conch.rewards.served import TritonReward
 from conch.serving.server.server import TritonServer
 from conch.types import Completion, Prompt, RewardStatus, Rollout
 from tests.integration.conftest import TEXT_MODEL, TOKEN_MODEL, RewardModel
+from tests.reward_settings import changed
 
 LETTERS = "abcdefghijklmnopqrstu"
 EOS = 22
 WAIT_S = 120.0
-CONFIG = RewardConfig(attempt_timeout_s=30, deadline_s=100)
-HASTY = RewardConfig(attempt_timeout_s=2, deadline_s=6)
+CONFIG = RewardConfig(client=RewardClientConfig(request_timeout_s=30, deadline_s=100))
+HASTY = RewardConfig(client=RewardClientConfig(request_timeout_s=2, deadline_s=6))
 
 
 def walk(prompt: str, output: str) -> Rollout:
@@ -49,12 +50,12 @@ def expected(reward_model: RewardModel) -> list[float]:
         return [model(input_ids=torch.tensor([row])).logits.item() for row in ids]
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 5, 64])
+@pytest.mark.parametrize("batch_rows", [1, 5, 64])
 @pytest.mark.parametrize("model", [TEXT_MODEL, TOKEN_MODEL])
 def test_served_scores_are_those_of_hugging_face(
-    model: str, micro_batch_size: int, reward_server: TritonServer, expected: list[float]
+    model: str, batch_rows: int, reward_server: TritonServer, expected: list[float]
 ) -> None:
-    config = CONFIG.model_copy(update={"micro_batch_size": micro_batch_size})
+    config = changed(CONFIG, client={"batch_rows": batch_rows})
     with TritonReward(reward_server.endpoint(model), config) as reward:
         reward.check()
         results = reward.submit(WALKS).result(WAIT_S)
@@ -88,7 +89,7 @@ def test_dead_server_is_unavailable_and_waiting_outlasts_it(
     reward_model: RewardModel, expected: list[float]
 ) -> None:
     """One server for the whole story, because each start takes seconds."""
-    patient = HASTY.model_copy(update={"on_failure": "wait", "wait_budget_s": WAIT_S})
+    patient = changed(HASTY, failure={"policy": "wait", "wait_budget_s": WAIT_S})
     with TritonServer(reward_model.model_store, [TEXT_MODEL]) as server:
         other, port = server.endpoint(TOKEN_MODEL), int(server.url.rpartition(":")[2])
         unloaded = pytest.raises(RewardUnavailableError, match=f"not in the server .* there is: {TEXT_MODEL}")

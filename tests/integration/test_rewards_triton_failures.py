@@ -15,17 +15,18 @@ import numpy as np
 import pytest
 from tritonclient.grpc import model_config_pb2
 
-from conch.config import RewardConfig
+from conch.config import RewardClientConfig, RewardConfig
 from conch.errors import RewardError, RewardInvalidError, RewardUnavailableError
 from conch.rewards.served import TritonReward
 from conch.triton.contract import RewardModelSpec
 from conch.types import RewardResult, RewardStatus, Rollout
 from tests.fakes.rollouts import letter_ids, rollout, rollouts
 from tests.fakes.triton_server import Action, FakeTriton, fail, hang, reply, response
+from tests.reward_settings import changed
 
 WAIT_S = 120
-CONFIG = RewardConfig(attempt_timeout_s=30, deadline_s=100)
-HASTY = RewardConfig(attempt_timeout_s=0.3, deadline_s=1)
+CONFIG = RewardConfig(client=RewardClientConfig(request_timeout_s=30, deadline_s=100))
+HASTY = RewardConfig(client=RewardClientConfig(request_timeout_s=0.3, deadline_s=1))
 TEXT = RewardModelSpec(name="walks", max_batch_size=4)
 TOKEN = RewardModelSpec(name="walks", form="token", max_batch_size=4)
 
@@ -66,7 +67,7 @@ def test_text_form_scores_in_order_in_batches_within_the_servers_limit() -> None
 
 def test_micro_batch_size_of_the_config_lowers_the_limit() -> None:
     with FakeTriton(TEXT, length) as server:
-        score(server, rollouts("a", "aa", "aaa"), CONFIG.model_copy(update={"micro_batch_size": 2}))
+        score(server, rollouts("a", "aa", "aaa"), changed(CONFIG, client={"batch_rows": 2}))
     assert sorted(len(rows) for rows in server.requests) == [1, 2]
 
 
@@ -90,7 +91,7 @@ def test_several_columns_are_named_by_the_server() -> None:
 
 def test_submit_returns_at_once_and_no_more_than_max_in_flight_are_sent() -> None:
     go = threading.Event()
-    config = CONFIG.model_copy(update={"micro_batch_size": 1, "max_in_flight": 2})
+    config = changed(CONFIG, client={"batch_rows": 1, "max_in_flight": 2})
 
     def slow(row: str) -> list[float]:
         assert go.wait(WAIT_S)
@@ -103,7 +104,7 @@ def test_submit_returns_at_once_and_no_more_than_max_in_flight_are_sent() -> Non
             assert time.monotonic() < deadline, "two were not sent"
             time.sleep(0.01)
         assert not future.done()
-        assert reward.requests == 3  # for the model's configuration, and two for scores
+        assert reward.stats().requests == 3  # for the model's configuration, and two for scores
         go.set()
         assert len(future.result(WAIT_S)) == 5
     assert server.most_in_flight == 2
@@ -219,8 +220,8 @@ def test_passing_failure_is_asked_again(code: grpc.StatusCode, message: str) -> 
         server.script.extend([fail(code, message)] * 3)
         assert values(reward.submit(rollouts("a")).result(WAIT_S)) == [2.0]
         # A dead model process concerns every request: what is repeated is a probe, until one is scored.
-        assert reward.retries == (4 if "Stub" in message else 3)
-        assert len(server.requests) == 1 + reward.retries
+        assert reward.stats().retries == (4 if "Stub" in message else 3)
+        assert len(server.requests) == 1 + reward.stats().retries
 
 
 @pytest.mark.parametrize(
@@ -281,7 +282,9 @@ def in_the_end(reward: TritonReward) -> list[RewardResult]:
 
 
 def test_nothing_listening_is_unavailable_for_all_within_one_deadline() -> None:
-    config = RewardConfig(attempt_timeout_s=2, deadline_s=3, micro_batch_size=1, max_in_flight=1)
+    config = RewardConfig(
+        client=RewardClientConfig(request_timeout_s=2, deadline_s=3, batch_rows=1, max_in_flight=1)
+    )
     with FakeTriton(TEXT, length) as server, TritonReward(server.url, config) as reward:
         reward.check()
         server.stop()
@@ -294,7 +297,7 @@ def test_nothing_listening_is_unavailable_for_all_within_one_deadline() -> None:
 
 def test_server_that_comes_back_on_its_port_is_used_again() -> None:
     port = free_port()
-    config = HASTY.model_copy(update={"remember": 0})  # the same sample is to be asked for again
+    config = changed(HASTY, client={"cache_size": 0})  # the same sample is to be asked for again
     with TritonReward(f"127.0.0.1:{port}/walks", config) as reward:
         assert reward.submit(rollouts("a")).result(WAIT_S)[0].status is RewardStatus.UNAVAILABLE
         for _ in range(2):
@@ -441,7 +444,7 @@ for _ in range(3):
     reward = TritonReward(sys.argv[1], RewardConfig())
     future = reward.submit(rollouts("a"))
     # Asked for the model's configuration, then for scores, which never come.
-    wait_until(lambda: reward.requests == 2)
+    wait_until(lambda: reward.stats().requests == 2)
     assert connections()
     reward.close()
     reward.close()

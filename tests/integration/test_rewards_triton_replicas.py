@@ -14,20 +14,21 @@ from typing import Any
 import grpc
 import pytest
 
-from conch.config import OnModelChange, RewardConfig
+from conch.config import OnModelChange, RewardClientConfig, RewardConfig
 from conch.errors import RewardInvalidError, RewardUnavailableError
 from conch.rewards.client.queue import RequestQueue
-from conch.rewards.client.triton import TritonReplica
+from conch.rewards.client.triton import TritonTransport
 from conch.rewards.served import TritonReward
 from conch.triton.contract import RewardModelSpec
 from conch.types import RewardResult, RewardStatus
 from tests.fakes.rollouts import rollouts
 from tests.fakes.triton_server import Action, FakeTriton, fail, hang, reply
+from tests.reward_settings import changed
 
 WAIT_S = 120
 OLD, NEW = "0" * 64, "1" * 64
-CONFIG = RewardConfig(attempt_timeout_s=30, deadline_s=100)
-SINGLES = CONFIG.model_copy(update={"micro_batch_size": 1})
+CONFIG = RewardConfig(client=RewardClientConfig(request_timeout_s=30, deadline_s=100))
+SINGLES = changed(CONFIG, client={"batch_rows": 1})
 TEXT = RewardModelSpec(name="walks", max_batch_size=8, content_sha256=OLD)
 BUSY = fail(grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size")
 BROKEN = fail(grpc.StatusCode.INTERNAL, "Failed to process the request(s), message: CUDA error")
@@ -84,19 +85,19 @@ def test_idle_servers_share_what_is_submitted_at_once() -> None:
 
 def test_each_server_gets_no_more_than_max_in_flight() -> None:
     release = threading.Event()
-    config = SINGLES.model_copy(update={"max_in_flight": 2})
+    config = changed(SINGLES, client={"max_in_flight": 2})
     with servers() as (a, b), TritonReward(url(a, b), config) as reward:
         reward.check()
         for fake in (a, b):
             fake.score = lambda row: [1.0 if release.wait(WAIT_S) else 0.0]
         future = reward.submit(rollouts(*("a" * count for count in range(12))))
         until(lambda: a.most_in_flight == b.most_in_flight == 2)
-        assert reward.traffic().most_in_flight == 4
+        assert reward.stats().most_in_flight == 4
         release.set()
         assert values(future.result(WAIT_S)) == [1.0] * 12
         assert max(a.most_in_flight, b.most_in_flight) == 2
-        assert reward.traffic().most_in_flight <= 4
-        until(lambda: reward.traffic().most_in_flight == 0)
+        assert reward.stats().most_in_flight <= 4
+        until(lambda: reward.stats().most_in_flight == 0)
 
 
 def test_server_that_has_less_to_do_is_asked() -> None:
@@ -125,13 +126,13 @@ def test_of_idle_servers_one_that_just_failed_is_asked_last() -> None:
 
 def test_rows_gather_while_all_places_are_taken() -> None:
     release = threading.Event()
-    config = CONFIG.model_copy(update={"max_in_flight": 1})
+    config = changed(CONFIG, client={"max_in_flight": 1})
     with servers(TEXT) as (server,), TritonReward(server.url, config) as reward:
         server.script.append(lambda rows, context: release.wait(WAIT_S) and reply([[9.0]])(rows, context))
         futures = [reward.submit(rollouts("x"))]
         until(lambda: len(server.requests) == 1)
         futures += [reward.submit(rollouts("a" * count)) for count in range(2, 8)]
-        until(lambda: reward.traffic().requests == 2)
+        until(lambda: reward.stats().requests == 2)
         release.set()
         assert [values(future.result(WAIT_S)) for future in futures] == [
             [9.0],
@@ -141,7 +142,7 @@ def test_rows_gather_while_all_places_are_taken() -> None:
 
 
 def test_token_budget_cuts_requests() -> None:
-    config = CONFIG.model_copy(update={"micro_batch_tokens": 8})
+    config = changed(CONFIG, client={"batch_tokens": 8})
     with servers(TEXT) as (server,), TritonReward(server.url, config) as reward:
         outputs = [
             "a" * (4 * tokens - 1 - n) for tokens, n in ((2, 0), (2, 1), (2, 2), (2, 3), (4, 0), (50, 0))
@@ -168,18 +169,18 @@ def test_rows_under_way_and_known_scores_are_not_sent_again() -> None:
         first = reward.submit(rollouts("a", "bb", "a"))
         until(lambda: len(server.requests) == 1)
         second = reward.submit(rollouts("bb", "ccc"))
-        until(lambda: reward.traffic().deduplicated == 2)
+        until(lambda: reward.stats().deduplicated == 2)
         release.set()
         assert values(first.result(WAIT_S)) == [2.0, 3.0, 2.0]
         assert values(second.result(WAIT_S)) == [3.0, 4.0]
         known = reward.submit(rollouts("ccc", "a")).result(WAIT_S)
         assert values(known) == [4.0, 2.0] and {result.latency_s for result in known} == {0.0}
-        assert reward.traffic().deduplicated == 4
+        assert reward.stats().deduplicated == 4
     assert sorted(row for rows in server.requests for row in rows) == ["pa", "pbb", "pccc"]
 
 
 def test_nothing_is_remembered_if_so_configured_nor_what_failed() -> None:
-    config = CONFIG.model_copy(update={"remember": 0})
+    config = changed(CONFIG, client={"cache_size": 0})
     with servers(TEXT) as (server,):
         for settings, requests in ((config, 2), (CONFIG, 2)):
             server.requests.clear()
@@ -198,7 +199,7 @@ def test_caller_that_cancels_takes_no_reward_from_others() -> None:
         first = reward.submit(rollouts("a"))
         until(lambda: len(server.requests) == 1)
         second = reward.submit(rollouts("a"))
-        until(lambda: reward.traffic().deduplicated == 1)
+        until(lambda: reward.stats().deduplicated == 1)
         first.cancel()
         release.set()
         assert values(second.result(WAIT_S)) == [1.0]
@@ -213,7 +214,7 @@ def test_server_that_dies_is_replaced_by_another_and_used_again_when_it_scores()
         a.stop()
         outputs = ["a" * count for count in range(1, 20)]
         assert values(reward.submit(rollouts(*outputs)).result(WAIT_S)) == [n + 1.0 for n in range(1, 20)]
-        assert reward.traffic().retries_by.keys() <= {"unavailable", "probe"}
+        assert reward.stats().retries_by.keys() <= {"unavailable", "probe"}
         with FakeTriton(TEXT, length, port=a.port) as successor:
             until(lambda: bool(successor.requests))
             assert len(successor.requests[0]) == 1 and successor.requests[0][0] in ["p" + o for o in outputs]
@@ -231,7 +232,7 @@ def test_server_that_says_it_is_well_but_does_not_score_is_not_used() -> None:
         always(a, fail(grpc.StatusCode.INTERNAL, "Stub process 'walks_0' is not healthy."))
         outputs = ["a" * count for count in range(1, 30)]
         assert values(reward.submit(rollouts(*outputs)).result(WAIT_S)) == [n + 1.0 for n in range(1, 30)]
-        assert reward.traffic().retries_by["unavailable"] <= SINGLES.max_in_flight
+        assert reward.stats().retries_by["unavailable"] <= SINGLES.client.max_in_flight
         seen = len(a.requests)
         until(lambda: len(a.requests) > seen)  # probed, though its flags and its configuration are fine
         assert [result.ok for result in reward.submit(rollouts("b")).result(WAIT_S)] == [True]
@@ -244,7 +245,7 @@ def test_server_that_fails_fast_does_not_attract_all_requests(action: Action) ->
         always(a, action)
         results = reward.submit(rollouts(*("a" * count for count in range(1, 60)))).result(WAIT_S)
         assert values(results) == [count + 1.0 for count in range(1, 60)]
-        assert (reward.traffic().replica_faults > 0) is (action is BROKEN)
+        assert (reward.stats().replica_faults > 0) is (action is BROKEN)
     assert len(a.requests) < 30  # its breaker opens
 
 
@@ -265,7 +266,7 @@ def test_what_a_server_failed_on_goes_to_another_one_though_that_has_more_to_do(
         first = reward.submit(rollouts("q", "r", "s", "t"))
         until(lambda: len(a.requests) == len(b.requests) == 1 + 2)
         release["a"].set()
-        until(lambda: reward.traffic().most_in_flight == 2)  # only those of the other
+        until(lambda: reward.stats().most_in_flight == 2)  # only those of the other
         # The idle one is asked and fails; the other has two requests under way, and still gets it.
         assert values(reward.submit(rollouts("z")).result(WAIT_S)) == [2.0]
         assert a.requests.count(["pz"]) == b.requests.count(["pz"]) == 1
@@ -274,7 +275,7 @@ def test_what_a_server_failed_on_goes_to_another_one_though_that_has_more_to_do(
 
 
 def test_frozen_server_costs_one_attempt_and_its_rows_go_elsewhere() -> None:
-    config = CONFIG.model_copy(update={"attempt_timeout_s": 2.0, "attempt_timeout_per_1k_tokens_s": 0})
+    config = changed(CONFIG, client={"request_timeout_s": 2.0, "timeout_per_1k_tokens_s": 0})
     release = threading.Event()
     with servers() as (a, b), TritonReward(url(a, b), config) as reward:
         reward.check()
@@ -283,19 +284,19 @@ def test_frozen_server_costs_one_attempt_and_its_rows_go_elsewhere() -> None:
         assert values(reward.submit(rollouts(*outputs)).result(WAIT_S)) == [n + 1.0 for n in range(1, 9)]
         release.set()
         # On a busy machine the other server's attempt may be too slow as well.
-        retries = reward.traffic().retries_by
+        retries = reward.stats().retries_by
         assert retries.keys() <= {"timeout", "probe"} and 1 <= retries["timeout"] <= 2
 
 
 def test_port_that_never_speaks_costs_the_connect_timeout_only() -> None:
-    config = CONFIG.model_copy(
-        update={"connect_timeout_s": 0.3, "attempt_timeout_s": WAIT_S * 2, "deadline_s": WAIT_S * 2}
+    config = changed(
+        CONFIG, client={"connect_timeout_s": 0.3, "request_timeout_s": WAIT_S * 2, "deadline_s": WAIT_S * 2}
     )
     with socket.create_server(("127.0.0.1", 0)) as silent:
         reward = TritonReward(url(silent.getsockname()[1]), config)
         with reward:
             future = reward.submit(rollouts("a"))
-            until(lambda: reward.traffic().retries_by.get("probe", 0) > 1)
+            until(lambda: reward.stats().retries_by.get("probe", 0) > 1)
             assert not future.done()
 
 
@@ -327,7 +328,7 @@ def test_row_that_both_servers_refuse_is_bad_data() -> None:
         assert (
             f"127.0.0.1:{a.port} or " in results[4].detail or f"127.0.0.1:{b.port} or " in results[4].detail
         )
-        assert reward.traffic().replica_faults == 0
+        assert reward.stats().replica_faults == 0
     alone = [rows for rows in [*a.requests, *b.requests] if rows == [a.poison]]
     assert 1 <= len(alone) <= 2
 
@@ -359,14 +360,14 @@ def test_bad_score_is_asked_for_once_more_at_the_other_server() -> None:
         outputs = ["a" * count for count in range(1, 9)]
         results = reward.submit(rollouts(*outputs)).result(WAIT_S)
         assert all(result.ok for result in results)
-        assert reward.traffic().replica_faults <= 1
+        assert reward.stats().replica_faults <= 1
 
 
 def test_bad_score_of_the_only_server_is_asked_for_once_more_alone() -> None:
     with servers(TEXT) as (server,), TritonReward(server.url, CONFIG) as reward:
         server.script.append(reply([[2.0], [float("inf")]]))
         assert values(reward.submit(rollouts("a", "bb")).result(WAIT_S)) == [2.0, 3.0]
-        assert reward.traffic().retries_by == {"data": 1}
+        assert reward.stats().retries_by == {"data": 1}
     assert server.requests == [["pa", "pbb"], ["pbb"]]
 
 
@@ -383,7 +384,7 @@ def test_score_outside_the_range_is_no_score() -> None:
 
 def test_deadline_grows_with_the_length_of_what_is_asked() -> None:
     told: list[float] = []
-    config = CONFIG.model_copy(update={"attempt_timeout_per_1k_tokens_s": 1000.0})
+    config = changed(CONFIG, client={"timeout_per_1k_tokens_s": 1000.0})
 
     def note(rows: list[Any], context: grpc.ServicerContext) -> Any:
         told.append(context.time_remaining())
@@ -400,7 +401,7 @@ def test_deadline_grows_with_the_length_of_what_is_asked() -> None:
 def test_deadline_grows_with_what_the_server_works_on_before() -> None:
     told: list[float] = []
     both = threading.Event()
-    config = SINGLES.model_copy(update={"attempt_timeout_per_1k_tokens_s": 1000.0})
+    config = changed(SINGLES, client={"timeout_per_1k_tokens_s": 1000.0})
 
     def note(rows: list[Any], context: grpc.ServicerContext) -> Any:
         told.append(context.time_remaining())
@@ -417,12 +418,12 @@ def test_deadline_grows_with_what_the_server_works_on_before() -> None:
 
 
 def test_too_large_a_row_is_invalid_and_large_rows_go_one_by_one() -> None:
-    config = CONFIG.model_copy(update={"max_request_mb": 0.001})
+    config = changed(CONFIG, client={"max_request_mb": 0.001})
     with servers(TEXT) as (server,), TritonReward(server.url, config) as reward:
         outputs = ["a" * 600, "a" * 601, "a" * 2000]
         results = reward.submit(rollouts(*outputs)).result(WAIT_S)
     assert [result.status.value for result in results] == ["ok", "ok", "invalid"]
-    assert "row 2 (sample " in results[2].detail and "reward.max_request_mb=0.001" in results[2].detail
+    assert "row 2 (sample " in results[2].detail and "reward.client.max_request_mb=0.001" in results[2].detail
     assert [len(rows) for rows in server.requests] == [1, 1]
 
 
@@ -431,7 +432,7 @@ def test_headers_are_sent_with_every_request_and_shown_nowhere(
 ) -> None:
     caplog.set_level(logging.DEBUG, "conch")
     monkeypatch.setenv("MY_TOKEN", "Bearer hunter2")
-    config = CONFIG.model_copy(update={"headers_env": {"Authorization": "MY_TOKEN"}})
+    config = changed(CONFIG, auth={"headers_env": {"Authorization": "MY_TOKEN"}})
     with servers(TEXT) as (server,), TritonReward(server.url, config) as reward:
         reward.check()
         assert server.headers["authorization"] == "Bearer hunter2"
@@ -480,7 +481,7 @@ def test_servers_with_different_models_are_refused(other: RewardModelSpec, words
         b.requests.clear()
         with TritonReward(url(a, b), CONFIG) as reward:  # without a check, only one of them is asked
             assert all(result.ok for result in reward.submit(rollouts("a", "bb", "ccc")).result(WAIT_S))
-            until(lambda: reward.traffic().requests >= 3)
+            until(lambda: reward.stats().requests >= 3)
     assert bool(a.requests) is not bool(b.requests)
 
 
@@ -495,12 +496,12 @@ def swap(server: FakeTriton, version: str = "2", content: str = NEW) -> None:
 
 @pytest.mark.parametrize("policy", ["raise", "warn", "accept"])
 def test_swapped_model_is_noticed(policy: OnModelChange, caplog: pytest.LogCaptureFixture) -> None:
-    config = CONFIG.model_copy(update={"on_model_change": policy})
+    config = changed(CONFIG, failure={"on_model_change": policy})
     with servers(TEXT) as (server,), TritonReward(server.url, config) as reward:
         assert values(reward.submit(rollouts("a")).result(WAIT_S)) == [2.0]
         swap(server)
         results = [reward.submit(rollouts(output)).result(WAIT_S)[0] for output in ("b", "c", "a")]
-        change = reward.model_change
+        change = reward.stats().model_change
     if policy == "raise":
         assert {result.status for result in results[:2]} == {RewardStatus.INVALID}
         assert "now serves version 2, content 111111111111" in change and change in results[0].detail
@@ -513,7 +514,7 @@ def test_swapped_model_is_noticed(policy: OnModelChange, caplog: pytest.LogCaptu
 
 def test_late_answer_of_the_old_model_is_not_remembered() -> None:
     release = threading.Event()
-    config = CONFIG.model_copy(update={"on_model_change": "accept"})
+    config = changed(CONFIG, failure={"on_model_change": "accept"})
     with servers(TEXT) as (server,), TritonReward(server.url, config) as reward:
         reward.submit(rollouts("a")).result(WAIT_S)
         server.script.append(lambda rows, context: release.wait(WAIT_S) and reply([[5.0]])(rows, context))
@@ -531,7 +532,7 @@ def test_republished_content_under_a_new_number_is_no_change() -> None:
         reward.submit(rollouts("a")).result(WAIT_S)
         server.version = "2"
         assert reward.submit(rollouts("b")).result(WAIT_S)[0].ok
-        assert reward.model_change == ""
+        assert reward.stats().model_change == ""
 
 
 def test_server_that_comes_back_with_another_model_is_noticed_under_the_old_number() -> None:
@@ -539,11 +540,11 @@ def test_server_that_comes_back_with_another_model_is_noticed_under_the_old_numb
         reward.submit(rollouts("a")).result(WAIT_S)
         server.stop()
         future = reward.submit(rollouts("b"))
-        until(lambda: reward.traffic().retries > 0)
+        until(lambda: reward.stats().retries > 0)
         other = RewardModelSpec(name="walks", max_batch_size=8, content_sha256=NEW)
         with FakeTriton(other, length, port=server.port):
             assert future.result(WAIT_S)[0].status is RewardStatus.INVALID
-            assert "content 111111111111, another model" in reward.model_change
+            assert "content 111111111111, another model" in reward.stats().model_change
 
 
 # Statistics.
@@ -563,12 +564,12 @@ def test_server_times_are_what_was_gained_since_the_last_question() -> None:
             reward.check()
             add_requests(a, 3, queue_s=0.5, compute_s=1.0)
             add_requests(b, 1, queue_s=0.25, compute_s=2.0)
-            gained = reward.server_times().result(WAIT_S)
+            gained = reward.server_statistics().result(WAIT_S)
             assert (gained.requests, gained.queue_s, gained.compute_s) == (4, 0.75, pytest.approx(3.0))
-            assert reward.server_times().result(WAIT_S).requests == 0
+            assert reward.server_statistics().result(WAIT_S).requests == 0
             a.statistics.inference_stats.Clear()  # loaded anew
             add_requests(a, 2, queue_s=0.1, compute_s=0.2)
-            assert reward.server_times().result(WAIT_S).requests == 2
+            assert reward.server_statistics().result(WAIT_S).requests == 2
 
 
 def test_server_that_keeps_its_statistics_to_itself_adds_nothing() -> None:
@@ -576,13 +577,13 @@ def test_server_that_keeps_its_statistics_to_itself_adds_nothing() -> None:
         server.statistics = None
         with TritonReward(server.url, CONFIG) as reward:
             reward.check()
-            assert reward.server_times().result(WAIT_S).requests == 0
+            assert reward.server_statistics().result(WAIT_S).requests == 0
 
 
 # A client that breaks, by a mistake of ours, must not leave anybody waiting.
 
 
-@pytest.mark.parametrize("part", ["ask", "open"])
+@pytest.mark.parametrize("part", ["infer", "describe"])
 def test_mistake_in_a_transport_fails_the_samples_with_its_name(
     part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -591,7 +592,7 @@ def test_mistake_in_a_transport_fails_the_samples_with_its_name(
 
     with servers(TEXT) as (server,), TritonReward(server.url, CONFIG) as reward:
         assert reward.submit(rollouts("a")).result(WAIT_S)[0].ok
-        monkeypatch.setattr(TritonReplica, part, broken)
+        monkeypatch.setattr(TritonTransport, part, broken)
         server.version = "2"  # so that its configuration is read again
         (result,) = reward.submit(rollouts("b")).result(WAIT_S)
     assert result.status is RewardStatus.INVALID
@@ -605,7 +606,7 @@ def test_mistake_in_the_background_is_told_to_all_who_wait_and_all_who_come(
         raise KeyError("oops")
 
     with servers(TEXT) as (server,), TritonReward(server.url, CONFIG) as reward:
-        monkeypatch.setattr(RequestQueue, "take", broken)
+        monkeypatch.setattr(RequestQueue, "next_batch", broken)
         for _ in range(2):
             (result,) = reward.submit(rollouts("a")).result(WAIT_S)
             assert result.status is RewardStatus.INVALID and "the client broke: KeyError" in result.detail

@@ -13,18 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from conch.config import RewardConfig
+from conch.config import RewardClientConfig, RewardConfig
 from conch.rewards.served import TritonReward
 from conch.serving.server.server import TritonServer
 from conch.triton.channel import Access, open_client
 from conch.types import RewardResult, RewardStatus
 from tests.deployments import conch, detach
 from tests.fakes.rollouts import rollouts
+from tests.reward_settings import changed
 from tests.stores import LENGTH_MODEL, store_model
 
 WAIT_S = 120.0
 MODEL = "lengths"
-CONFIG = RewardConfig(attempt_timeout_s=30, deadline_s=100, micro_batch_size=4)
+CONFIG = RewardConfig(client=RewardClientConfig(request_timeout_s=30, deadline_s=100, batch_rows=4))
 OUTPUTS = ["a" * count for count in range(1, 200)]
 SCORES = [count + 1.0 for count in range(1, 200)]  # the prompt is one letter
 
@@ -63,7 +64,7 @@ def test_killed_and_frozen_servers_lose_no_reward_and_are_used_again(
 ) -> None:
     """One story for several faults, because each start takes seconds."""
     a, b = servers
-    config = CONFIG.model_copy(update={"remember": 0})
+    config = changed(CONFIG, client={"cache_size": 0})
     earliest = answered(a) + answered(b)
     with TritonReward(url(a, b), config) as reward:
         reward.check()
@@ -71,7 +72,7 @@ def test_killed_and_frozen_servers_lose_no_reward_and_are_used_again(
         assert values(reward.submit(rollouts(*OUTPUTS)).result(WAIT_S)) == SCORES
         assert min(answered(a) - before[0], answered(b) - before[1]) > 1  # both took part
         least = answered(a) + answered(b) - sum(before)
-        gained = reward.server_times().result(WAIT_S)
+        gained = reward.server_statistics().result(WAIT_S)
         # A probe may be answered between two readings.
         assert least <= gained.requests <= answered(a) + answered(b) - earliest and gained.compute_s > 0
 
@@ -83,11 +84,11 @@ def test_killed_and_frozen_servers_lose_no_reward_and_are_used_again(
         a.stop()
         with TritonServer(tmp_path / "store", [MODEL], grpc_port=port) as successor:
             until(lambda: answered(successor) > 1)  # more than its golden sample: it was probed
-            before = reward.traffic().requests
+            before = reward.stats().requests
             assert values(reward.submit(rollouts(*OUTPUTS)).result(WAIT_S)) == SCORES
-            assert answered(successor) > 3 and reward.traffic().requests > before
+            assert answered(successor) > 3 and reward.stats().requests > before
 
-            hasty = config.model_copy(update={"attempt_timeout_s": 1.0})
+            hasty = changed(config, client={"request_timeout_s": 1.0})
             with TritonReward(url(successor, b), hasty) as other:
                 other.check()
                 os.kill(b.pid, signal.SIGSTOP)
@@ -95,7 +96,7 @@ def test_killed_and_frozen_servers_lose_no_reward_and_are_used_again(
                     assert values(other.submit(rollouts(*OUTPUTS)).result(WAIT_S)) == SCORES
                 finally:
                     os.kill(b.pid, signal.SIGCONT)
-                assert other.traffic().retries_by["timeout"] > 0
+                assert other.stats().retries_by["timeout"] > 0
 
 
 def test_swap_under_way_is_noticed_and_scores_of_two_models_are_not_mixed(tmp_path: Path) -> None:
@@ -103,7 +104,7 @@ def test_swap_under_way_is_noticed_and_scores_of_two_models_are_not_mixed(tmp_pa
     store_model(store, MODEL)
     running = detach(store, "mine", "--replicas", "2")
     address = ",".join(replica.url for replica in running.replicas) + f"/{MODEL}"
-    accepting = CONFIG.model_copy(update={"on_model_change": "accept"})
+    accepting = changed(CONFIG, failure={"on_model_change": "accept"})
     try:
         with TritonReward(address, CONFIG) as strict, TritonReward(address, accepting) as lax:
             for reward in (strict, lax):
@@ -120,7 +121,7 @@ def test_swap_under_way_is_noticed_and_scores_of_two_models_are_not_mixed(tmp_pa
             # Nothing of the old model is remembered.
             late = lax.submit(rollouts(*OUTPUTS)).result(WAIT_S)
             assert values(late) == [2 * score for score in SCORES] and {one.version for one in late} == {"2"}
-            assert lax.model_change == ""
+            assert lax.stats().model_change == ""
     finally:
         conch("down", "mine")
 
@@ -132,17 +133,17 @@ def ask_until_changed(reward: TritonReward) -> Iterator[list[RewardResult]]:
         assert time.monotonic() < deadline, "the change was not noticed"
         outputs = [f"{8 * number + place:010d}" for place in range(8)]
         yield reward.submit(rollouts(*outputs)).result(WAIT_S)
-        if reward.model_change:
+        if reward.stats().model_change:
             return
 
 
 def check_strict(reward: TritonReward, results: list[RewardResult]) -> None:
     """Only the old model has scored, and whatever else was asked says why it did not."""
-    assert "now serves version 2, content" in reward.model_change
+    assert "now serves version 2, content" in reward.stats().model_change
     scored = [result for result in results if result.ok]
     assert {(result.version, result.scores["reward"]) for result in scored} == {("1", 11.0)}
     refused = [result for result in results if not result.ok]
     assert {(result.status, result.detail) for result in refused} <= {
-        (RewardStatus.INVALID, reward.model_change)
+        (RewardStatus.INVALID, reward.stats().model_change)
     }
     assert len(scored) >= 8

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from conch.config import RewardConfig, TlsConfig
+from conch.config import RewardAuthConfig, RewardClientConfig, RewardConfig, TlsConfig
 from conch.errors import ConfigError, RewardUnavailableError, ServerStartError
 from conch.rewards.served import TritonReward
 from conch.serving.server.health import wait_until_ready
@@ -60,7 +60,10 @@ def mutual_server(store: Path, certificates: Certificates) -> Iterator[TritonSer
 def reward(server: TritonServer, *, secret: bool = True, **tls: Path) -> TritonReward:
     """As a trainer makes it; the certificate is for `localhost`."""
     url = server.endpoint(MODEL).replace("127.0.0.1", "localhost")
-    config = RewardConfig(tls=TlsConfig(**tls), secret_env="REWARD_SECRET" if secret else None, deadline_s=20)
+    config = RewardConfig(
+        auth=RewardAuthConfig(tls=TlsConfig(**tls), secret_env="REWARD_SECRET" if secret else None),
+        client=RewardClientConfig(deadline_s=20),
+    )
     return TritonReward(url, config)
 
 
@@ -96,7 +99,7 @@ def test_a_wrong_authority_is_named(server: TritonServer, certificates: Certific
 
 
 def test_plain_text_against_tls_is_named(server: TritonServer) -> None:
-    assert "or it speaks TLS (give reward.tls.ca)" in refusal(reward(server))
+    assert "or it speaks TLS (give reward.auth.tls.ca)" in refusal(reward(server))
 
 
 def test_a_missing_secret_is_named(server: TritonServer, certificates: Certificates) -> None:
@@ -128,7 +131,10 @@ def test_a_strangers_client_certificate_is_named(
 
 
 def test_another_host_name_is_named(server: TritonServer, certificates: Certificates) -> None:
-    config = RewardConfig(tls=TlsConfig(ca=certificates.ca), secret_env="REWARD_SECRET", deadline_s=20)
+    config = RewardConfig(
+        auth=RewardAuthConfig(tls=TlsConfig(ca=certificates.ca), secret_env="REWARD_SECRET"),
+        client=RewardClientConfig(deadline_s=20),
+    )
     assert "is for other host names" in refusal(TritonReward(server.endpoint(MODEL), config))
 
 
@@ -210,4 +216,4 @@ def test_a_server_whose_secret_is_not_set_does_not_start(
     done = conch("up", "--model-store", str(store), "--model", MODEL, "--secret-env", "REWARD_SECRET")
     assert done.returncode == 1 and "REWARD_SECRET" in done.stderr
     with pytest.raises(ConfigError, match="REWARD_SECRET"):
-        TritonReward("localhost:1/m", RewardConfig(secret_env="REWARD_SECRET"))
+        TritonReward("localhost:1/m", RewardConfig(auth=RewardAuthConfig(secret_env="REWARD_SECRET")))

@@ -21,12 +21,10 @@ LONGEST_S = 120.0
 
 def main(argv: Sequence[str]) -> None:
     """Train 4 steps of 8 rollouts; the run folder is FOLDER/run."""
-    folder, url, on_failure = Path(argv[0]), argv[1], argv[2]
+    folder, url, policy = Path(argv[0]), argv[1], argv[2]
     reward = {
-        "on_failure": on_failure,
-        "attempt_timeout_s": 2.0,
-        "deadline_s": 4.0,
-        "wait_budget_s": LONGEST_S,
+        "client": {"request_timeout_s": 2.0, "deadline_s": 4.0},
+        "failure": {"policy": policy, "wait_budget_s": LONGEST_S},
     }
     trainer = ppo_trainer(folder / "run", reward_fn=url, reward=reward)
     rollout, rank = trainer.rollout, trainer.collectives.rank

@@ -10,7 +10,17 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from pydantic import ValidationError
 
 from conch.cli import default_config_dir, load_run_config
-from conch.config import GenerationConfig, ModelConfig, RewardConfig, Section, TrainConfig, load
+from conch.config import (
+    GenerationConfig,
+    ModelConfig,
+    RewardAuthConfig,
+    RewardClientConfig,
+    RewardConfig,
+    RewardFailureConfig,
+    Section,
+    TrainConfig,
+    load,
+)
 from conch.errors import ConfigError
 from examples.hh import hh_data
 from examples.sentiments import reviews
@@ -128,16 +138,17 @@ def test_accelerate_configs_are_all_there() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"sed": 1}, r"unknown key `sed`; valid here: train, reward"),
+        ({"xyz": 1}, r"unknown key `xyz`; valid here: train, reward"),
+        ({"sed": 1}, r"unknown key `sed`; did you mean `train\.seed`\?"),
         ({"trian": {}}, r"unknown key `trian`; did you mean `train`\?"),
         ({"train": {"sed": 1}}, r"unknown key `train\.sed`; did you mean `train\.seed`\?"),
         ({"train": {"total_step": 1}}, r"did you mean `train\.total_steps`\?"),
-        ({"reward": {"max_inflight": 1}}, r"did you mean `reward\.max_in_flight`\?"),
+        ({"reward": {"max_inflight": 1}}, r"did you mean `reward\.client\.max_in_flight`\?"),
         ({"train": {"seed": -1}}, r"`train\.seed`: .*greater than or equal to 0 \(got -1\)"),
         ({"train": {"seed": "many"}}, r"`train\.seed`: .*integer.* \(got 'many'\)"),
         (
-            {"reward": {"on_failure": "ignore"}},
-            r"`reward\.on_failure`: .*'raise', 'drop' or 'wait' \(got 'ignore'\)",
+            {"reward": {"failure": {"policy": "ignore"}}},
+            r"`reward\.failure\.policy`: .*'raise', 'drop' or 'wait' \(got 'ignore'\)",
         ),
     ],
 )
@@ -150,6 +161,39 @@ def test_load_reports_all_mistakes_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         load(Outer, {"train": {"sed": 1, "total_steps": 0}})
     assert "train.seed" in str(caught.value) and "train.total_steps" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("deadline_s", "client.deadline_s"),
+        ("max_in_flight", "client.max_in_flight"),
+        ("attempt_timeout_per_1k_tokens_s", "client.timeout_per_1k_tokens_s"),
+        ("micro_batch_tokens", "client.batch_tokens"),
+        ("secret_env", "auth.secret_env"),
+        ("tls", "auth.tls"),
+        ("max_failed_fraction", "failure.max_fraction"),
+        ("on_model_change", "failure.on_model_change"),
+        ("on_failure", "failure"),
+        ("ca", "auth.tls.ca"),
+    ],
+)
+def test_key_at_the_wrong_depth_is_found_in_the_nested_section(old: str, new: str) -> None:
+    with pytest.raises(ConfigError, match=rf"unknown key `reward\.{old}`; did you mean `reward\.{new}`\?"):
+        load(Outer, {"reward": {old: 1}})
+
+
+@pytest.mark.parametrize("key", ["micro_batch_size", "attempt_timeout_s"])
+def test_key_that_is_only_a_little_like_one_of_another_section_gets_the_list(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"`reward\.{key}`; valid here: url, .*, client, auth, failure"):
+        load(Outer, {"reward": {key: 1}})
+
+
+def test_nested_reward_settings_are_read() -> None:
+    values = {"client": {"cache_size": 0}, "auth": {"tls": {"ca": "x"}}, "failure": {"policy": "wait"}}
+    reward = load(Outer, {"reward": values}).reward
+    assert reward.client.cache_size == 0 and reward.client.deadline_s == 60
+    assert reward.auth.tls.ca == Path("x") and reward.failure.policy == "wait"
 
 
 def test_section_is_frozen() -> None:
@@ -179,7 +223,13 @@ def test_generation_config_refuses_values_out_of_range(values: dict[str, float])
         load(GenerationConfig, values)
 
 
-@pytest.mark.parametrize("section", [ModelConfig, TrainConfig, GenerationConfig, RewardConfig])
+@pytest.mark.parametrize(
+    "section",
+    [
+        *(ModelConfig, TrainConfig, GenerationConfig, RewardConfig),
+        *(RewardClientConfig, RewardAuthConfig, RewardFailureConfig),
+    ],
+)
 def test_every_field_is_documented(section: type[Section]) -> None:
     undocumented = [name for name, field in section.model_fields.items() if not field.description]
     assert undocumented == []

@@ -1,4 +1,4 @@
-"""Known scores, and whether they are still the served model's: those of two models are never mixed."""
+"""Known scores, and whether they are still the served model's: scores of two models are never mixed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from conch.log import get_logger
 from conch.rewards.client.transport import ModelInfo, ScoringRow
 from conch.types import RewardResult
 
+_log = get_logger(__name__)
+_SAME_MODEL = "replicas of one reward must serve the same model: load the same version on all of them"
+
 
 class ScoreCache:
-    """The latest `size` scores, by a hash of what was scored: small, whatever the texts are."""
+    """The latest `size` scores, by a hash of the row: small, whatever the texts are."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -22,23 +25,23 @@ class ScoreCache:
     def __len__(self) -> int:
         return len(self._results)
 
-    def find(self, row: ScoringRow) -> RewardResult | None:
-        """The result of an equal row, which took no time now."""
+    def get(self, row: ScoringRow) -> RewardResult | None:
+        """Return the result of an equal row, with a latency of 0; None if there is none."""
         key = _key(row)
-        found = self._results.get(key)
-        if found is None:
+        result = self._results.get(key)
+        if result is None:
             return None
         self._results.move_to_end(key)
-        return replace(found, latency_s=0.0)
+        return replace(result, latency_s=0.0)
 
-    def keep(self, row: ScoringRow, result: RewardResult) -> None:
-        """Remember it; the one that was not asked for longest goes."""
+    def add(self, row: ScoringRow, result: RewardResult) -> None:
+        """Add a result; the least recently used one goes."""
         self._results[_key(row)] = result
         if len(self._results) > self._size:
             self._results.popitem(last=False)
 
     def clear(self) -> None:
-        """Forget all: the model is another."""
+        """Drop all results: the model is another."""
         self._results.clear()
 
 
@@ -50,14 +53,11 @@ def _key(row: ScoringRow) -> bytes:
     return digest.digest()
 
 
-_log = get_logger(__name__)
-_LIKE = "replicas of one reward must serve the same model: load the same version on all of them"
-
-
 class ModelIdentity:
     """The model that a source began with: known by its content hash, or where there is none by its version.
 
-    change: with `raise`, one sentence once the model is another; else "".
+    policy: `reward.failure.on_model_change`.
+    change: with the policy `raise`, one sentence once the model is another; else "".
     """
 
     def __init__(self, policy: OnModelChange) -> None:
@@ -68,32 +68,35 @@ class ModelIdentity:
         self._versions: set[str] = set()
         self._current = ("", "")
 
-    def refusal(self, name: str, info: ModelInfo, *, is_new: bool) -> str:
+    def mismatch(self, name: str, info: ModelInfo, *, is_new: bool) -> str:
         """Why a replica that was just reached cannot take part, naming another that it differs from; or "".
 
         is_new: it was not reached before. One that comes back with other content is a change of the model,
-            to be told with `answered`.
+            which `record_reply` judges.
         """
         if self._first is None:
             self._first = (name, info)
             self._contents.update({info.content} - {""})
             return ""
-        other, ours = self._first
-        if info.takes_tokens != ours.takes_tokens:
-            return f"{name} takes {_form(info)}, but {other} takes {_form(ours)}; {_LIKE}"
-        if info.reward_names != ours.reward_names:
-            return f"{name} gives {_rewards(info)}, but {other} gives {_rewards(ours)}; {_LIKE}"
-        if is_new and self._is_news(self._contents, info.content):
-            return f"{name} serves content {info.content[:12]}, but {other} {ours.content[:12]}; {_LIKE}"
+        other, first = self._first
+        if info.takes_tokens != first.takes_tokens:
+            return f"{name} takes {_form(info)}, but {other} takes {_form(first)}; {_SAME_MODEL}"
+        if info.reward_names != first.reward_names:
+            return f"{name} gives {_rewards(info)}, but {other} gives {_rewards(first)}; {_SAME_MODEL}"
+        if is_new and _is_news(self._contents, info.content):
+            return (
+                f"{name} serves content {info.content[:12]}, but {other} {first.content[:12]}; {_SAME_MODEL}"
+            )
         return ""
 
-    def answered(self, name: str, version: str, content: str) -> bool:
-        """Note what model answers; True if it is one that was not seen before.
+    def record_reply(self, name: str, version: str, content: str) -> bool:
+        """Note the model of a reply; True if it was not seen before.
 
-        content: its hash; "" if the server does not say, and then the version tells.
+        name: the replica's, for messages.
+        content: the model's hash; "" if the server does not say, and then the version decides.
         """
         seen, key = (self._contents, content) if content else (self._versions, version)
-        is_news = self._is_news(seen, key)
+        is_news = _is_news(seen, key)
         seen.add(key)
         if is_news or self._current == ("", ""):
             self._current = _identity(version, content)
@@ -104,11 +107,8 @@ class ModelIdentity:
         return is_news
 
     def is_current(self, version: str, content: str) -> bool:
-        """Whether this is the model that began to answer last: late answers of the one before are not."""
+        """Whether this is the model that began to reply last: late replies of the one before are not."""
         return _identity(version, content) == self._current
-
-    def _is_news(self, seen: set[str], key: str) -> bool:
-        return bool(key and seen) and key not in seen
 
     def _report(self, news: str) -> None:
         if self._policy == "accept":
@@ -118,9 +118,13 @@ class ModelIdentity:
         elif not self.change:
             self.change = (
                 f"{news}, another model than the one that this run began with: serve that one again, start a "
-                "new run, or set reward.on_model_change=accept"
+                "new run, or set reward.failure.on_model_change=accept"
             )
             _log.error("%s", self.change)
+
+
+def _is_news(seen: set[str], key: str) -> bool:
+    return bool(key and seen) and key not in seen
 
 
 def _identity(version: str, content: str) -> tuple[str, str]:

@@ -1,11 +1,12 @@
-"""Everything between lists of rollouts and the replicas of a served model; runs inside one asyncio loop.
+"""Client of one served model on one server or several; runs inside one asyncio loop.
 
-Rows of all submits wait together. Whenever a replica has a free place, the row that has waited longest goes,
-with as many neighbours by length as fit: while places are free nothing waits, and while none is, rows gather.
-A row that equals one under way, or one that was scored before, is not sent. Whatever happens, a row ends in a
-`RewardResult`.
+    score           rollouts become rows; a row that equals one under way, or one in the cache, is not sent
+    _dispatch       a replica with a free place gets the next batch of the queue
+    _score_batch    the batch's results end the futures that `score` waits for
 
-From rollouts to what a served model reads, text or token ids.
+Rows of all submits wait in one queue. Whenever a replica has a free place, the row that has waited longest
+goes, with as many neighbours by length as fit: while places are free nothing waits, and while none is, rows
+gather. Whatever happens, a row ends in a `RewardResult`.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from typing import Any
 from conch.config import RewardConfig
 from conch.errors import RewardError, RewardInvalidError, RewardUnavailableError
 from conch.log import get_logger
-from conch.rewards.base import ClientStats, Counts, ServerTimes
+from conch.rewards.base import ClientStats, ServerTimes
 from conch.rewards.client.cache import ModelIdentity, ScoreCache
 from conch.rewards.client.health import HealthChecker
 from conch.rewards.client.pool import Pool, ReplicaState
-from conch.rewards.client.queue import BatchLimits, QueuedRow, RequestQueue, limits_of
-from conch.rewards.client.retry import RetryingScorer
+from conch.rewards.client.queue import QueuedRow, RequestQueue, limits_of
+from conch.rewards.client.retry import RequestCounts, RetryingScorer
 from conch.rewards.client.transport import Failure, ModelInfo, ReplicaError, ScoringRow, Transport
 from conch.rewards.results import ReplyParser, name_row
 from conch.rewards.token_rewards import Decode, response_bounds
@@ -34,54 +35,50 @@ from conch.types import Completion, Prompt, RewardResult, RewardStatus, Rollout
 
 _log = get_logger(__name__)
 
+Tokenizer = Callable[[str], list[int]]
+
+# One token or letter that any vocabulary has; only whether it is scored matters, not how.
+PROBE = Rollout(Prompt("a", (1,)), Completion("", (), (), "length"), policy_version=0)
+
 
 class RewardClient:
-    """One client of one served model on one server or several. All coroutines must run in the same loop.
+    """Scores rollouts with the replicas of one model. All coroutines must run in the same loop.
 
-    name: how messages call the model with its servers.
+    name: the model with its servers, in messages.
+    transports: one per server.
+    tokenizer: makes a sample's ids for models that take tokens; None sends the sampled ids as they are.
+    decode: the policy's ids -> text, for dense rewards of models that take text.
     """
 
     def __init__(
         self,
         name: str,
-        replicas: Sequence[Transport],
+        transports: Sequence[Transport],
         config: RewardConfig,
         tokenizer: Tokenizer | None = None,
         decode: Decode | None = None,
     ) -> None:
-        self._config = config
+        self._config = config.client
+        self._max_bytes = int(config.client.max_request_mb * 1e6)
         self._make_row = partial(
             make_row, tokenizer=tokenizer, max_bytes=self._max_bytes, dense=config.dense, decode=decode
         )
-        self._counts = Counts()
-        self._identity = ModelIdentity(config.on_model_change)
-        self._memory = ScoreCache(config.remember)
-        self._pool = Pool(name, replicas, config.max_in_flight)
-        self._asker = RetryingScorer(self._pool, config, self._identity, self._counts, self._memory)
-        self._keeper = HealthChecker(self._asker, self._probe)
-        self._waiting = RequestQueue()
+        self._counts = RequestCounts()
+        self._identity = ModelIdentity(config.failure.on_model_change)
+        self._cache = ScoreCache(config.client.cache_size)
+        self._pool = Pool(name, transports, config.client.max_in_flight)
+        self._scorer = RetryingScorer(
+            self._pool, config.client, config.score_range, self._identity, self._counts, self._cache
+        )
+        self._health = HealthChecker(self._scorer, self._probe_row)
+        self._queue = RequestQueue()
         self._under_way: dict[ScoringRow, QueuedRow] = {}
         self._numbers = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
         self._broken = ""
 
-    @property
-    def requests(self) -> int:
-        """See `ClientStats`."""
-        return self._counts.requests
-
-    @property
-    def retries(self) -> int:
-        """See `ClientStats`."""
-        return sum(self._counts.retries.values())
-
-    @property
-    def model_change(self) -> str:
-        """See `ReportsTraffic`."""
-        return self._identity.change
-
-    def traffic(self) -> ClientStats:
-        """See `ReportsTraffic`. May be called from any thread."""
+    def stats(self) -> ClientStats:
+        """Snapshot of the counts; may be called from any thread."""
         most, self._pool.most_in_flight = self._pool.most_in_flight, self._pool.in_flight
         retries = dict(self._counts.retries)
         return ClientStats(
@@ -91,219 +88,225 @@ class RewardClient:
             deduplicated=self._counts.deduplicated,
             replica_faults=self._counts.replica_faults,
             most_in_flight=most,
+            model_change=self._identity.change,
         )
 
-    async def server_times(self) -> ServerTimes:
-        """See `ReportsTraffic`."""
-        links = self._pool.usable()
-        timeout_s = self._config.attempt_timeout_s
-        gained = await asyncio.gather(*(self._keeper.gained(link, timeout_s) for link in links))
+    async def server_statistics(self) -> ServerTimes:
+        """Gain of the servers' statistics since the last call, summed over the replicas."""
+        replicas, timeout_s = self._pool.usable(), self._config.request_timeout_s
+        gains = await asyncio.gather(*(self._health.statistics_gain(each, timeout_s) for each in replicas))
         return ServerTimes(
-            sum(each.requests for each in gained),
-            sum(each.queue_s for each in gained),
-            sum(each.compute_s for each in gained),
+            sum(gain.requests for gain in gains),
+            sum(gain.queue_s for gain in gains),
+            sum(gain.compute_s for gain in gains),
         )
 
     async def check(self) -> None:
-        """Ask every replica for its model and one score, within `deadline_s`; see `TritonReward.check`."""
-        links = self._pool.links
-        problems = await asyncio.gather(*(self._problem(link) for link in links))
-        found = [problem for problem in problems if problem is not None]
-        misfits = [problem for problem in found if isinstance(problem, RewardInvalidError)]
-        if misfits or len(found) == len(links):
-            error = _joined(misfits or found, len(links))
-            del problems, found, misfits
+        """Ask every replica for its model and one score, within `deadline_s`.
+
+        Raises:
+            RewardInvalidError: a replica serves no reward model, or another one than the others.
+            RewardUnavailableError: no replica can be used.
+        """
+        replicas = self._pool.replicas
+        checks = await asyncio.gather(*(self._problem(replica) for replica in replicas))
+        problems = [problem for problem in checks if problem is not None]
+        misfits = [problem for problem in problems if isinstance(problem, RewardInvalidError)]
+        if misfits or len(problems) == len(replicas):
+            error = _joined(misfits or problems, len(replicas))
+            del checks, problems, misfits
             try:
                 raise error
             finally:  # else the error would hold this frame and the frame the error, connections and all
                 del error
-        for problem in found:
-            _log.warning("one of %d replicas cannot be used yet: %s", len(links), problem)
+        for problem in problems:
+            _log.warning("one of %d replicas cannot be used yet: %s", len(replicas), problem)
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[RewardResult]:
-        """One result per rollout, in order."""
+        """Return one result per rollout, in order."""
         if not rollouts:
             return []
         self._start()
         submitted = time.monotonic()
         failure = await self._unreachable(submitted)
         if failure is not None:
-            call = ReplyParser(
+            parser = ReplyParser(
                 self._pool.name,
                 [rollout.sample for rollout in rollouts],
                 self._pool.model,
                 latency_s=time.monotonic() - submitted,
             )
-            return call.failed(failure.status, f"{self._pool.name}: {failure.detail}")
-        fresh: dict[ScoringRow, QueuedRow] = {}
-        results = [self._ask_for(place, rollout, submitted, fresh) for place, rollout in enumerate(rollouts)]
-        self._under_way.update(fresh)
-        self._waiting.add(list(fresh.values()))
+            return parser.failures(failure.status, f"{self._pool.name}: {failure.detail}")
+        new: dict[ScoringRow, QueuedRow] = {}
+        results = [
+            self._result_of(position, rollout, submitted, new) for position, rollout in enumerate(rollouts)
+        ]
+        self._under_way.update(new)
+        self._queue.add(list(new.values()))
         await asyncio.wait(set(results))  # unlike `gather`, it leaves rows of others alone when cancelled
         return [result.result() for result in results]
 
     async def close(self) -> None:
-        """Close the connections; the tasks are ended by whoever runs the loop."""
-        for link in self._pool.links:
-            await link.replica.close()
+        """Close the connections; the thread that runs the loop ends the tasks."""
+        for replica in self._pool.replicas:
+            await replica.transport.close()
 
-    async def _problem(self, link: ReplicaState) -> RewardError | None:
-        """Why a replica cannot be used; None once it is in use."""
+    async def _problem(self, replica: ReplicaState) -> RewardError | None:
+        """Bring a replica into use; the reason if that fails, else None."""
         deadline = time.monotonic() + self._config.deadline_s
-        timeout_s = min(self._config.attempt_timeout_s, self._config.deadline_s / 4)  # four questions
+        # Four requests: server live, model ready, configuration, one score.
+        timeout_s = min(self._config.request_timeout_s, self._config.deadline_s / 4)
         failure: Failure | None = None
         try:
-            await link.replica.check(timeout_s)
+            await replica.transport.check(timeout_s)
         except RewardError as error:
-            link.breaker.probe_failed(Failure(RewardStatus.UNAVAILABLE, str(error), retryable=True))
+            down = Failure(RewardStatus.UNAVAILABLE, str(error), retryable=True)
+            replica.breaker.record_probe_failure(down)
             return error.with_traceback(None)
         while failure is None or (failure.retryable and time.monotonic() < deadline):
             try:
-                await self._keeper.reach(link, timeout_s, with_score=True)
+                await self._health.connect(replica, timeout_s, with_score=True)
                 return None
             except ReplicaError as error:
                 failure = error.failure
-            await asyncio.sleep(link.breaker.pause_s(urgent=True))
-            link.breaker.probe_failed(failure)
+            await asyncio.sleep(replica.breaker.pause_s(urgent=True))
+            replica.breaker.record_probe_failure(failure)
         kind = RewardUnavailableError if failure.status.is_infrastructure else RewardInvalidError
         return kind(failure.detail)
 
     def _start(self) -> None:
         if not self._tasks:
-            for link in self._pool.links:
-                self._spawn(self._keeper.keep(link))
+            for replica in self._pool.replicas:
+                self._spawn(self._health.watch(replica))
             self._spawn(self._dispatch())
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)  # the loop itself holds no task fast
-        task.add_done_callback(self._ended)
+        self._tasks.add(task)  # the loop itself keeps no reference to a task
+        task.add_done_callback(self._on_task_end)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        """One that fails is a mistake of ours or of a transport: without it, others would wait for ever."""
+    def _on_task_end(self, task: asyncio.Task[None]) -> None:
+        """A task that fails is a mistake of ours or of a transport: without it, rows would wait for ever."""
         self._tasks.discard(task)
         error = None if task.cancelled() else task.exception()
         if error is None:
             return
         _log.error("%s: the client broke", self._pool.name, exc_info=error)
-        self._broken = self._told(error)
-        waiting = self._waiting.all()
-        self._waiting.drop(waiting)
-        for job in waiting:
-            self._end(job, self._no_score(self._broken))
+        self._broken = self._break_message(error)
+        rows = self._queue.all()
+        self._queue.remove(rows)
+        for queued in rows:
+            self._finish(queued, self._invalid(self._broken))
 
-    def _told(self, error: BaseException) -> str:
+    def _break_message(self, error: BaseException) -> str:
         return f"{self._pool.name}: the client broke: {type(error).__name__}: {error}"
 
-    def _no_score(self, detail: str) -> RewardResult:
+    def _invalid(self, detail: str) -> RewardResult:
         return RewardResult(RewardStatus.INVALID, model=self._pool.model, detail=detail)
 
     async def _unreachable(self, submitted: float) -> Failure | None:
-        """Why no replica was ever reached; None once one was, since what it takes is then known."""
+        """The failure if no replica was ever reached; None once one was, since its model is then known."""
         if self._infos():
             return None
-        link = await self._pool.acquire(self._config.deadline_s)
-        if link is None:
-            return self._asker.give_up(submitted, None, 0)
-        self._pool.release(link)
+        replica = await self._pool.acquire(self._config.deadline_s)
+        if replica is None:
+            return self._scorer.deadline_failure(submitted, None, requests=0)
+        self._pool.release(replica)
         return None
 
     def _infos(self) -> list[ModelInfo]:
-        return [link.info for link in self._pool.links if link.info is not None]
+        return [replica.info for replica in self._pool.replicas if replica.info is not None]
 
-    def _ask_for(
-        self, position: int, rollout: Rollout, submitted: float, fresh: dict[ScoringRow, QueuedRow]
+    def _result_of(
+        self, position: int, rollout: Rollout, submitted: float, new: dict[ScoringRow, QueuedRow]
     ) -> asyncio.Future[RewardResult]:
-        """The future result of one rollout; a row that has to be sent is added to `fresh`."""
+        """The future result of one rollout.
+
+        new: gets the row if it has to be sent.
+        """
         row = self._row(position, rollout)
         if isinstance(row, RewardResult):
             return _done(row)
-        if (known := self._memory.find(row)) is not None:
+        if (cached := self._cache.get(row)) is not None:
             self._counts.deduplicated += 1
-            return _done(known)
-        job = self._under_way.get(row) or fresh.get(row)
-        if job is not None:
+            return _done(cached)
+        queued = self._under_way.get(row) or new.get(row)
+        if queued is not None:
             self._counts.deduplicated += 1
-            return job.done
-        fresh[row] = job = QueuedRow(
-            row, next(self._numbers), submitted, asyncio.get_running_loop().create_future()
-        )
-        return job.done
+            return queued.result
+        result = asyncio.get_running_loop().create_future()
+        new[row] = QueuedRow(row, next(self._numbers), submitted, result)
+        return result
 
     def _row(self, position: int, rollout: Rollout) -> ScoringRow | RewardResult:
+        """The rollout as a row; the failure if it cannot be sent."""
         infos = self._infos()
         lengths = [info.max_length for info in infos if info.max_length]
         info = replace(infos[0], max_length=min(lengths, default=0))
-        if problem := self._broken or self.model_change:
-            return self._no_score(problem)
-        made = self._make_row(rollout, position, info)
-        if isinstance(made, ScoringRow):
-            return made
-        return self._no_score(f"{self._pool.name}: {name_row(position, rollout.sample)} {made}")
+        if problem := self._broken or self._identity.change:
+            return self._invalid(problem)
+        row = self._make_row(rollout, position, info)
+        if isinstance(row, ScoringRow):
+            return row
+        return self._invalid(f"{self._pool.name}: {name_row(position, rollout.sample)} {row}")
 
-    def _probe(self, info: ModelInfo) -> ScoringRow:
-        made = self._make_row(PROBE, 0, info)
-        if isinstance(made, str):
-            raise ReplicaError(Failure(RewardStatus.INVALID, f"a probe sample {made}"))
-        return made
-
-    @property
-    def _max_bytes(self) -> int:
-        return int(self._config.max_request_mb * 1e6)
+    def _probe_row(self, info: ModelInfo) -> ScoringRow:
+        row = self._make_row(PROBE, 0, info)
+        if isinstance(row, str):
+            raise ReplicaError(Failure(RewardStatus.INVALID, f"a probe sample {row}"))
+        return row
 
     async def _dispatch(self) -> None:
+        """Give each replica that has a free place the next batch, until cancelled."""
         while True:
-            await self._waiting.filled()
-            await asyncio.sleep(0)  # what was submitted together arrives together
-            link = await self._pool.acquire(self._patience_s())
-            if link is None:
-                self._give_up()
+            await self._queue.wait_for_row()
+            await asyncio.sleep(0)  # rows that were submitted together arrive together
+            oldest = self._queue.oldest
+            left_s = self._deadline(oldest) - time.monotonic() if oldest is not None else 0.0
+            replica = await self._pool.acquire(left_s)
+            if replica is None:
+                self._fail_expired()
                 continue
-            # Replicas that have nothing to do either get a like share of what there is.
-            jobs = self._waiting.take(self._limits(), share=1 / (1 + self._pool.idle()))
-            if jobs:
-                self._spawn(self._settle(jobs, link))
-            else:
-                self._pool.release(link)
-
-    def _limits(self) -> BatchLimits:
-        config = self._config
-        return limits_of(self._infos(), config.micro_batch_size, config.micro_batch_tokens, self._max_bytes)
-
-    def _time_up(self, job: QueuedRow) -> float:
-        return max(job.submitted, self._asker.last_answer) + self._config.deadline_s
-
-    def _patience_s(self) -> float:
-        oldest = self._waiting.oldest
-        return self._time_up(oldest) - time.monotonic() if oldest is not None else 0.0
-
-    def _give_up(self) -> None:
-        """Fail what waits for replicas of which none has given a sign of life for `deadline_s`."""
-        now, is_hopeless = time.monotonic(), self._pool.hopeless() is not None
-        over = [job for job in self._waiting.all() if is_hopeless or self._time_up(job) <= now]
-        self._waiting.drop(over)
-        for job in over:
-            since = min(now, max(job.submitted, self._asker.last_answer))
-            failure = self._asker.give_up(since, None, 0)
-            call = ReplyParser(
-                self._pool.name, [job.row.sample], self._pool.model, latency_s=now - job.submitted
+            limits = limits_of(
+                self._infos(), self._config.batch_rows, self._config.batch_tokens, self._max_bytes
             )
-            self._end(job, *call.failed(failure.status, f"{self._pool.name}: {failure.detail}"))
+            # Replicas that have nothing to do either get a like share of what there is.
+            batch = self._queue.next_batch(limits, share=1 / (1 + self._pool.idle()))
+            if batch:
+                self._spawn(self._score_batch(batch, replica))
+            else:
+                self._pool.release(replica)
 
-    async def _settle(self, jobs: list[QueuedRow], link: ReplicaState) -> None:
-        rows = [job.row for job in jobs]
+    def _deadline(self, queued: QueuedRow) -> float:
+        return max(queued.submitted, self._scorer.last_reply_at) + self._config.deadline_s
+
+    def _fail_expired(self) -> None:
+        """Fail the rows whose replicas have given no sign of life for `deadline_s`, or never will."""
+        now, is_useless = time.monotonic(), self._pool.permanent_failure() is not None
+        expired = [queued for queued in self._queue.all() if is_useless or self._deadline(queued) <= now]
+        self._queue.remove(expired)
+        for queued in expired:
+            since = min(now, max(queued.submitted, self._scorer.last_reply_at))
+            failure = self._scorer.deadline_failure(since, None, requests=0)
+            parser = ReplyParser(
+                self._pool.name, [queued.row.sample], self._pool.model, latency_s=now - queued.submitted
+            )
+            self._finish(queued, *parser.failures(failure.status, f"{self._pool.name}: {failure.detail}"))
+
+    async def _score_batch(self, batch: list[QueuedRow], replica: ReplicaState) -> None:
+        rows, submitted = [queued.row for queued in batch], max(queued.submitted for queued in batch)
         try:
-            results = await self._asker.settle(rows, link, max(job.submitted for job in jobs))
-        except Exception as error:  # a mistake of ours or of a transport: whoever waits must hear of it
+            results = await self._scorer.score_batch(rows, replica, submitted)
+        except Exception as error:  # a mistake of ours or of a transport: the caller must hear of it
             _log.exception("%s: a request could not be dealt with", self._pool.name)
-            results = [self._no_score(self._told(error))] * len(jobs)
-        for job, result in zip(jobs, results, strict=True):
-            self._end(job, result)
+            results = [self._invalid(self._break_message(error))] * len(batch)
+        for queued, result in zip(batch, results, strict=True):
+            self._finish(queued, result)
 
-    def _end(self, job: QueuedRow, result: RewardResult) -> None:
-        del self._under_way[job.row]
-        if not job.done.done():
-            job.done.set_result(result)
+    def _finish(self, queued: QueuedRow, result: RewardResult) -> None:
+        del self._under_way[queued.row]
+        if not queued.result.done():
+            queued.result.set_result(result)
 
 
 def _done(result: RewardResult) -> asyncio.Future[RewardResult]:
@@ -313,17 +316,11 @@ def _done(result: RewardResult) -> asyncio.Future[RewardResult]:
 
 
 def _joined(problems: Sequence[RewardError], replicas: int) -> RewardError:
-    """One error of all that is wrong."""
+    """One error with all problems."""
     if replicas == 1:
         return problems[0]
-    told = "; ".join(dict.fromkeys(str(problem) for problem in problems))
-    return type(problems[0])(f"{len(problems)} of {replicas} replicas cannot be used: {told}")
-
-
-# One token or letter that any vocabulary has; only whether it is scored matters, not how.
-PROBE = Rollout(Prompt("a", (1,)), Completion("", (), (), "length"), policy_version=0)
-
-Tokenizer = Callable[[str], list[int]]
+    details = "; ".join(dict.fromkeys(str(problem) for problem in problems))
+    return type(problems[0])(f"{len(problems)} of {replicas} replicas cannot be used: {details}")
 
 
 def make_row(
@@ -336,10 +333,12 @@ def make_row(
     dense: bool = False,
     decode: Decode | None = None,
 ) -> ScoringRow | str:
-    """The row, or why the sample cannot be sent.
+    """Make the row of a rollout, text or token ids; or return why the sample cannot be sent.
 
+    position: index of the rollout in its submit.
     tokenizer: makes a sample's ids for models that take tokens; None sends the sampled ids as they are.
-    dense: whether the row's tokens are to get rewards of their own; models that take text need `decode` then.
+    max_bytes: largest row.
+    dense: the row's tokens get rewards of their own; models that take text need `decode` then.
     """
     sample = rollout.sample
     try:
@@ -356,7 +355,7 @@ def make_row(
         return f"has {len(ids)} tokens, the model takes {info.max_length} at most"
     row = ScoringRow(sample, ids, bounds, position)
     if row.size > max_bytes:
-        return f"takes {row.size / 1e6:.1f} MB, more than reward.max_request_mb={max_bytes / 1e6:g}"
+        return f"takes {row.size / 1e6:.1f} MB, more than reward.client.max_request_mb={max_bytes / 1e6:g}"
     return row
 
 

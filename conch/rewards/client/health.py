@@ -1,4 +1,4 @@
-"""Reaches replicas for the first time, and again after they were lost."""
+"""Reaches replicas for the first time, and again after failures."""
 
 from __future__ import annotations
 
@@ -18,109 +18,109 @@ _log = get_logger(__name__)
 
 
 class HealthChecker:
-    """Brings a pool's replicas into use. A lost one counts as back when it scores: health flags lie.
+    """Brings a pool's replicas into use. After a failure a replica must score a row: health flags lie.
 
-    make_probe: a row that any model of this form scores.
+    make_probe: makes a row that any model of this form scores.
     """
 
-    def __init__(self, asker: RetryingScorer, make_probe: Callable[[ModelInfo], ScoringRow]) -> None:
-        self._asker = asker
-        self._pool = asker.pool
-        self._config = asker.config
+    def __init__(self, scorer: RetryingScorer, make_probe: Callable[[ModelInfo], ScoringRow]) -> None:
+        self._scorer = scorer
+        self._pool = scorer.pool
+        self._config = scorer.config
         self._make_probe = make_probe
-        self._times: dict[ReplicaState, ServerTimes] = {}
+        self._last_statistics: dict[ReplicaState, ServerTimes] = {}
 
-    async def keep(self, link: ReplicaState) -> None:
-        """Run for as long as the replica is of use to somebody."""
-        if not link.is_usable and link.breaker.cause is None:
-            await self._try(link, is_probe=False)
+    async def watch(self, replica: ReplicaState) -> None:
+        """Bring a replica into use, and again whenever its breaker opens, until cancelled."""
+        if not replica.is_usable and replica.breaker.cause is None:
+            await self._try_to_connect(replica, is_probe=False)
         while True:
-            while not link.is_usable:
-                await self._rest(link)
-                await self._try(link, is_probe=True)
-            link.lost.clear()
-            await link.lost.wait()
+            while not replica.is_usable:
+                await self._wait_for_probe(replica)
+                await self._try_to_connect(replica, is_probe=True)
+            replica.breaker_opened.clear()
+            await replica.breaker_opened.wait()
 
-    async def reach(self, link: ReplicaState, timeout_s: float, *, with_score: bool) -> None:
-        """Learn what the model is and take the replica into use.
+    async def connect(self, replica: ReplicaState, timeout_s: float, *, with_score: bool) -> None:
+        """Ask for the model's description and bring the replica into use.
 
         with_score: only if it scores a row.
 
         Raises:
             ReplicaError: not reached, or not a replica of the same model.
         """
-        replica, identity = link.replica, self._asker.identity
-        self._asker.counts.requests += 1
+        identity = self._scorer.identity
+        self._scorer.counts.requests += 1
         try:
-            info = await replica.open(timeout_s)
+            info = await replica.transport.describe(timeout_s)
         except ReplicaError as error:
-            raise _told(error, f"{replica.name} does not tell what it serves") from error
-        if refusal := identity.refusal(replica.name, info, is_new=link.info is None):
-            raise ReplicaError(Failure(RewardStatus.INVALID, refusal))
-        is_first, link.info = link.info is None, info
+            raise _prefixed(error, f"{replica.name} does not tell what it serves") from error
+        if mismatch := identity.mismatch(replica.name, info, is_new=replica.info is None):
+            raise ReplicaError(Failure(RewardStatus.INVALID, mismatch))
+        is_first, replica.info = replica.info is None, info
         try:
             if with_score:
-                await self._score_one(link, info, timeout_s)
+                await self._score_probe(replica, info, timeout_s)
         except ReplicaError as error:
-            link.info = None if is_first else info
-            raise _told(error, f"a probe sample was not scored: {replica.name}") from error
-        link.breaker.close()
-        self._pool.serve()
-        await self.gained(link, timeout_s)
+            replica.info = None if is_first else info
+            raise _prefixed(error, f"a probe sample was not scored: {replica.name}") from error
+        replica.breaker.close()
+        self._pool.grant_waiting()
+        await self.statistics_gain(replica, timeout_s)
 
-    async def gained(self, link: ReplicaState, timeout_s: float) -> ServerTimes:
-        """What the server's statistics gained since the call before; nothing if it does not tell."""
+    async def statistics_gain(self, replica: ReplicaState, timeout_s: float) -> ServerTimes:
+        """Gain of the server's statistics since the last call; zeros if it does not tell."""
         try:
-            now = await link.replica.times(timeout_s)
+            now = await replica.transport.server_statistics(timeout_s)
         except ReplicaError:
             return ServerTimes()
         if now is None:
             return ServerTimes()
-        before = self._times.get(link, now)
-        self._times[link] = now
-        if now.requests < before.requests:  # loaded anew in between
+        last = self._last_statistics.get(replica, now)
+        self._last_statistics[replica] = now
+        if now.requests < last.requests:  # loaded anew in between
             return now
         return ServerTimes(
-            now.requests - before.requests, now.queue_s - before.queue_s, now.compute_s - before.compute_s
+            now.requests - last.requests, now.queue_s - last.queue_s, now.compute_s - last.compute_s
         )
 
-    async def _try(self, link: ReplicaState, *, is_probe: bool) -> None:
+    async def _try_to_connect(self, replica: ReplicaState, *, is_probe: bool) -> None:
         if is_probe:
-            self._asker.counts.retries["probe"] += 1
+            self._scorer.counts.retries["probe"] += 1
         try:
-            await self.reach(link, self._config.attempt_timeout_s, with_score=is_probe)
+            await self.connect(replica, self._config.request_timeout_s, with_score=is_probe)
         except ReplicaError as error:
-            link.breaker.probe_failed(error.failure)
+            replica.breaker.record_probe_failure(error.failure)
             if not error.failure.retryable and not is_probe:
-                _log.error("%s is not used: %s", link.replica.name, error.failure.detail)
-            self._pool.serve()
+                _log.error("%s is not used: %s", replica.name, error.failure.detail)
+            self._pool.grant_waiting()
             return
         if is_probe:
-            _log.info("%s scores again", link.replica.name)
+            _log.info("%s scores again", replica.name)
 
-    async def _score_one(self, link: ReplicaState, info: ModelInfo, timeout_s: float) -> None:
-        row = self._asker.known_row or self._make_probe(info)
-        self._asker.counts.requests += 1
-        answer = await link.replica.ask([row], timeout_s)
-        check_shape(answer, 1, link)
-        call = ReplyParser(
-            link.replica.name, [row.sample], self._pool.model, score_range=self._config.score_range
+    async def _score_probe(self, replica: ReplicaState, info: ModelInfo, timeout_s: float) -> None:
+        row = self._scorer.probe_row or self._make_probe(info)
+        self._scorer.counts.requests += 1
+        reply = await replica.transport.infer([row], timeout_s)
+        check_shape(reply, 1, replica)
+        parser = ReplyParser(
+            replica.name, [row.sample], self._pool.model, score_range=self._scorer.score_range
         )
-        (result,) = call.read_columns(answer.columns)
+        (result,) = parser.parse_columns(reply.columns)
         if not result.ok:
-            problem = result.detail.removeprefix(f"{link.replica.name} ")
+            problem = result.detail.removeprefix(f"{replica.name} ")
             raise ReplicaError(Failure(RewardStatus.INVALID, problem))
-        self._asker.heard_from(link, answer.version, info.content)
+        self._scorer.record_reply(replica, reply.version, info.content)
 
-    async def _rest(self, link: ReplicaState) -> None:
-        """Until the next probe is due; much sooner where samples wait and there is nobody else to ask."""
-        pause_s = link.breaker.pause_s(urgent=False)
+    async def _wait_for_probe(self, replica: ReplicaState) -> None:
+        """Wait until the next probe is due; much shorter where samples wait and no replica is usable."""
+        pause_s = replica.breaker.pause_s(urgent=False)
         try:
-            await asyncio.wait_for(self._pool.wanted.wait(), pause_s)
+            await asyncio.wait_for(self._pool.starved.wait(), pause_s)
         except asyncio.TimeoutError:
             return
-        await asyncio.sleep(min(pause_s, link.breaker.pause_s(urgent=True)))
+        await asyncio.sleep(min(pause_s, replica.breaker.pause_s(urgent=True)))
 
 
-def _told(error: ReplicaError, what: str) -> ReplicaError:
-    return ReplicaError(replace(error.failure, detail=f"{what}: {error.failure.detail}"))
+def _prefixed(error: ReplicaError, prefix: str) -> ReplicaError:
+    return ReplicaError(replace(error.failure, detail=f"{prefix}: {error.failure.detail}"))

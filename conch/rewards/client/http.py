@@ -1,7 +1,7 @@
-"""One HTTP endpoint that is asked for scores as JSON; see `Replica`.
+"""Transport to one HTTP endpoint that speaks JSON.
 
     dialect   request body                              reply
-    query     {"query": [sample, ...]}                  {"rewards": [number, ...]}, other keys are passed over
+    query     {"query": [sample, ...]}                  {"rewards": [number, ...]}, other keys are ignored
     goals     [sample, ...]                             {goal: [number, ...], ...}
 
 A body that the endpoint sends with an error is never shown: it may repeat the samples.
@@ -14,12 +14,12 @@ import json
 import ssl
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 from urllib.parse import urlsplit
 
 import httpx2
 
-from conch.config import RewardConfig
+from conch.config import RewardClientConfig
 from conch.errors import RewardUnavailableError
 from conch.rewards.base import ServerTimes
 from conch.rewards.client.transport import Failure, ModelInfo, ReplicaError, Reply, ScoringRow
@@ -28,28 +28,34 @@ from conch.types import DEFAULT_OBJECTIVE, RewardStatus
 _REPLY_LIMIT = 16_000_000
 """Bytes; a number takes some twenty."""
 
-_TURNED_AWAY = (401, 403, 407)
-_PASSING = (408, 425, 429, 502, 503, 504)
+_ACCESS_DENIED = (401, 403, 407)
+_TRANSIENT = (408, 425, 429, 502, 503, 504)
 # 413 too large may fit in halves; 500 is what frameworks make of an exception, of one row perhaps.
 _MAYBE_ONE_ROW = (400, 413, 422, 500)
 
 
-class HttpReplica:
-    """The endpoint at one URL. `name` and `model` as in `Replica`."""
+class HttpTransport:
+    """The endpoint at one URL; see `Transport`."""
 
     def __init__(
-        self, url: str, config: RewardConfig, headers: Mapping[str, str], context: ssl.SSLContext
+        self,
+        url: str,
+        config: RewardClientConfig,
+        headers: Mapping[str, str],
+        context: ssl.SSLContext,
+        dialect: Literal["query", "goals"] = "query",
     ) -> None:
         self.name = f"reward endpoint {url}"
         self.model = url
         self._url = url
         self._config = config
+        self._dialect = dialect
         self._headers = {**headers, "content-type": "application/json", "accept": "application/json"}
         self._context = context
         self._client: httpx2.AsyncClient | None = None
 
     async def check(self, timeout_s: float) -> None:
-        """See `Replica.check`: whether anything listens; the score that follows tells the rest."""
+        """Find out whether anything listens; the probe that follows shows the rest."""
         split = urlsplit(self._url)
         port = split.port or (443 if split.scheme == "https" else 80)
         try:
@@ -61,48 +67,45 @@ class HttpReplica:
             ) from error
         writer.close()
 
-    async def open(self, timeout_s: float) -> ModelInfo:
-        """See `Replica.open`: an endpoint tells nothing about its model."""
+    async def describe(self, timeout_s: float) -> ModelInfo:
+        """Return the configured limits: an endpoint tells nothing about its model."""
         del timeout_s
-        return ModelInfo(max_rows=self._config.micro_batch_size)
+        return ModelInfo(max_rows=self._config.batch_rows)
 
-    async def ask(self, rows: Sequence[ScoringRow], timeout_s: float) -> Reply:
-        """See `Replica.ask`."""
+    async def infer(self, rows: Sequence[ScoringRow], timeout_s: float) -> Reply:
         samples = [row.sample for row in rows]
-        body = json.dumps({"query": samples} if self._config.dialect == "query" else samples)
+        body = json.dumps({"query": samples} if self._dialect == "query" else samples)
         try:
             # The library's own deadlines are for each packet: a reply that drips would never end.
             reply = await asyncio.wait_for(self._post(body), timeout_s)
         except asyncio.TimeoutError:
             raise ReplicaError(Failure(RewardStatus.TIMEOUT, "no reply in time", retryable=True)) from None
         except httpx2.TransportError as error:
-            raise ReplicaError(_of_connection(error)) from error
+            raise ReplicaError(_connection_failure(error)) from error
         except httpx2.HTTPError as error:
-            _refuse(f"the reply cannot be read ({type(error).__name__})")
-        return Reply(_columns(reply, self._config.dialect))
+            _raise_invalid(f"the reply cannot be read ({type(error).__name__})")
+        return Reply(_parse_body(reply, self._dialect))
 
-    async def times(self, timeout_s: float) -> ServerTimes | None:
-        """See `Replica.times`: there are none."""
+    async def server_statistics(self, timeout_s: float) -> ServerTimes | None:
         del timeout_s
         return None
 
     async def close(self) -> None:
-        """See `Replica.close`."""
         if self._client is not None:
             await self._client.aclose()
 
     async def _post(self, body: str) -> bytes:
-        async with self._connected().stream("POST", self._url, content=body) as response:
+        async with self._open_client().stream("POST", self._url, content=body) as response:
             if response.status_code != HTTPStatus.OK:
-                raise ReplicaError(_of_status(response.status_code))
+                raise ReplicaError(_status_failure(response.status_code))
             reply = bytearray()
             async for part in response.aiter_bytes():
                 reply += part
                 if len(reply) > _REPLY_LIMIT:
-                    _refuse(f"the reply is larger than {_REPLY_LIMIT} bytes")
+                    _raise_invalid(f"the reply is larger than {_REPLY_LIMIT} bytes")
             return bytes(reply)
 
-    def _connected(self) -> httpx2.AsyncClient:
+    def _open_client(self) -> httpx2.AsyncClient:
         # Made at first use because its connections belong to the loop that they are made in.
         if self._client is None:
             self._client = httpx2.AsyncClient(
@@ -115,38 +118,38 @@ class HttpReplica:
         return self._client
 
 
-def _columns(reply: bytes, dialect: str) -> dict[str, list[float]]:
+def _parse_body(reply: bytes, dialect: str) -> dict[str, list[float]]:
     try:
         # NaN is no JSON, but Python reads it.
-        content = json.loads(reply, parse_constant=lambda name: _refuse(f"the reply holds {name}"))
+        content = json.loads(reply, parse_constant=lambda name: _raise_invalid(f"the reply holds {name}"))
     except (ValueError, RecursionError):
-        _refuse("the reply is not JSON")
+        _raise_invalid("the reply is not JSON")
     if not isinstance(content, dict):
-        _refuse(f"the reply is a JSON {type(content).__name__}, expected an object")
+        _raise_invalid(f"the reply is a JSON {type(content).__name__}, expected an object")
     if dialect == "query":
         if "rewards" not in content:
-            _refuse('the reply has no "rewards"; for {goal: [...]} set `reward.dialect=goals`')
+            _raise_invalid('the reply has no "rewards"; for {goal: [...]} set `reward.dialect=goals`')
         content = {DEFAULT_OBJECTIVE: content["rewards"]}
     return {name: _numbers(name, values) for name, values in content.items()}
 
 
 def _numbers(name: str, values: Any) -> list[float]:
     if not isinstance(values, list):
-        _refuse(f"the reply's {name!r} is a {type(values).__name__}, expected a list of numbers")
+        _raise_invalid(f"the reply's {name!r} is a {type(values).__name__}, expected a list of numbers")
     for value in values:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            _refuse(f"the reply's {name!r} holds a {type(value).__name__}, expected numbers")
+            _raise_invalid(f"the reply's {name!r} holds a {type(value).__name__}, expected numbers")
     try:
         return [float(value) for value in values]
     except OverflowError:
-        _refuse(f"the reply's {name!r} holds a number beyond all bounds")
+        _raise_invalid(f"the reply's {name!r} holds a number beyond all bounds")
 
 
-def _refuse(problem: str) -> NoReturn:
+def _raise_invalid(problem: str) -> NoReturn:
     raise ReplicaError(Failure(RewardStatus.INVALID, problem, maybe_one_row=True))
 
 
-def _of_connection(error: httpx2.TransportError) -> Failure:
+def _connection_failure(error: httpx2.TransportError) -> Failure:
     reason = str(error) or type(error).__name__
     if isinstance(error, httpx2.TimeoutException):
         return Failure(RewardStatus.TIMEOUT, "no connection in time", retryable=True)
@@ -154,25 +157,25 @@ def _of_connection(error: httpx2.TransportError) -> Failure:
         return Failure(RewardStatus.UNAVAILABLE, f"the connection broke ({reason})", retryable=True)
     # A certificate that does not verify and a host that does not exist stay so; a refused connection may not.
     lasting = any(isinstance(cause, ssl.SSLError) for cause in _causes(error)) or "[SSL" in reason
-    detail = f"{reason}: check `reward.tls`" if lasting else f"no connection ({reason})"
+    detail = f"{reason}: check `reward.auth.tls`" if lasting else f"no connection ({reason})"
     return Failure(RewardStatus.UNAVAILABLE, detail, retryable=not lasting, is_down=True)
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
-    found: list[BaseException] = []
+    causes: list[BaseException] = []
     while error is not None:
-        found.append(error)
+        causes.append(error)
         error = error.__cause__ or error.__context__
-    return found
+    return causes
 
 
-def _of_status(status: int) -> Failure:
+def _status_failure(status: int) -> Failure:
     phrase = HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else "?"
     detail = f"HTTP {status} {phrase}"
-    if status in _TURNED_AWAY:
-        detail += ": it wants a token; name its variable in `reward.headers_env.authorization`"
+    if status in _ACCESS_DENIED:
+        detail += ": it wants a token; name its variable in `reward.auth.headers_env.authorization`"
         return Failure(RewardStatus.UNAVAILABLE, detail, is_down=True)
-    if status in _PASSING:
+    if status in _TRANSIENT:
         return Failure(RewardStatus.UNAVAILABLE, detail, retryable=True)
     if status in _MAYBE_ONE_ROW:
         return Failure(

@@ -1,20 +1,23 @@
-"""From a micro-batch to one result per row, whatever happens on the way.
+"""From a batch to one result per row, whatever happens on the way.
 
 A request is repeated, on another replica if there is one, while that can help. Where one bad row may have
-failed it, its halves are asked, and theirs, down to the row; that row gets one more chance by itself at
-another replica. If that one scores what the first refused, the first is at fault.
+failed it, it is bisected down to that row, which gets one more chance by itself at another replica. If that
+one scores what the first refused, the first is at fault.
+
+    score_batch -> _score -> _retry_until_deadline -> _send_once -> Transport.infer
+                      └-> _isolate_bad_row -> _bisect, or _retry_elsewhere -> _score
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from conch.config import RewardConfig
+from conch.config import RewardClientConfig
 from conch.log import get_logger
-from conch.rewards.base import Counts
 from conch.rewards.client.cache import ModelIdentity, ScoreCache
 from conch.rewards.client.pool import Pool, ReplicaState, backoff_s
 from conch.rewards.client.transport import Failure, ReplicaError, Reply, ScoringRow
@@ -25,13 +28,33 @@ _log = get_logger(__name__)
 
 
 @dataclass(slots=True)
-class _Attempt:
-    """Rows that are asked for together, and what was tried.
+class RequestCounts:
+    """Counts of a client since it was made; fields as in `ClientStats`.
 
-    reason: why these rows are asked for again; "" at the first time.
-    refused: replicas that answered, but not with scores of these rows; the latest is `refuser`.
-    avoid: replicas not to be asked if there is another.
+    retries: reason -> number.
+    """
+
+    requests: int = 0
+    retries: Counter[str] = field(default_factory=Counter)
+    deduplicated: int = 0
+    replica_faults: int = 0
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """Rows that are sent together until they have a reply or their deadline has passed.
+
+    tokens: of all rows.
+    submitted: time of the rows' submit; this and the next two on the clock of `time.monotonic`.
+    started: time of the first attempt at these rows.
+    deadline: time after which nothing is sent.
+    reason: why these rows are sent again; "" at the first time.
+    refusals: replicas that replied, but without scores of these rows.
+    refuser: the latest of them.
+    avoid: replicas that get the rows only if there is no other.
     is_last: a single row's chance at another replica, after which nothing more is tried.
+    requests: number of requests sent.
+    failure: the latest one.
     """
 
     rows: Sequence[ScoringRow]
@@ -40,11 +63,11 @@ class _Attempt:
     started: float
     deadline: float
     reason: str = ""
-    refused: frozenset[ReplicaState] = frozenset()
+    refusals: frozenset[ReplicaState] = frozenset()
     refuser: ReplicaState | None = None
     avoid: frozenset[ReplicaState] = frozenset()
     is_last: bool = False
-    attempts: int = 0
+    requests: int = 0
     failure: Failure | None = None
 
     @property
@@ -53,285 +76,299 @@ class _Attempt:
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
-    """A row's result, and who had the last word; None if nobody had."""
+class _RowResult:
+    """A row's result.
+
+    replica: source of the reply; None for a failure without one.
+    """
 
     result: RewardResult
-    link: ReplicaState | None
+    replica: ReplicaState | None
+
+    @property
+    def is_invalid(self) -> bool:
+        return self.result.status is RewardStatus.INVALID
 
 
 @dataclass(slots=True)
 class RetryingScorer:
-    """Asks a pool's replicas.
+    """Scores batches with a pool's replicas.
 
-    last_answer: when any of them last answered anything, on the clock of `time.monotonic`.
-    known_row: one that was scored, for probes.
+    score_range: lowest and highest score; None takes any finite one.
+    last_reply_at: time of the latest reply of any replica, on the clock of `time.monotonic`.
+    probe_row: a row that was scored, for probes.
     """
 
     pool: Pool
-    config: RewardConfig
+    config: RewardClientConfig
+    score_range: tuple[float, float] | None
     identity: ModelIdentity
-    counts: Counts
-    memory: ScoreCache
-    last_answer: float = float("-inf")
-    known_row: ScoringRow | None = None
+    counts: RequestCounts
+    cache: ScoreCache
+    last_reply_at: float = float("-inf")
+    probe_row: ScoringRow | None = None
 
-    async def settle(
-        self, rows: Sequence[ScoringRow], link: ReplicaState, submitted: float
+    async def score_batch(
+        self, rows: Sequence[ScoringRow], replica: ReplicaState, submitted: float
     ) -> list[RewardResult]:
-        """One result per row, in order; releases `link`, which was acquired for this.
+        """Score one batch: one result per row, in order.
 
         Never takes longer than `deadline_s` after a replica's latest sign of life.
+
+        replica: acquired for this; released here.
+        submitted: time of the latest submit among the rows.
         """
-        scored = await self._settle(self._effort(rows, submitted, link.tokens), link)
+        scored = await self._score(self._new_attempt(rows, submitted, replica.tokens), replica)
         results = [each.result for each in scored]
-        bad = [result for result in results if result.status is RewardStatus.INVALID]
+        bad = [each.result for each in scored if each.is_invalid]
         if bad:
             _log.warning("%d of %d samples got no valid score; first: %s", len(bad), len(rows), bad[0].detail)
         for row, each in zip(rows, scored, strict=True):
-            self._remember(row, each)
+            self._cache_result(row, each)
         return results
 
-    def _effort(self, rows: Sequence[ScoringRow], submitted: float, ahead: int = 0) -> _Attempt:
-        """ahead: tokens that the server will work through before these."""
-        started = time.monotonic()
-        # From the last sign of life: when the server is gone, what queued gives up with what went before.
-        alive = min(started, max(submitted, self.last_answer))
-        tokens = sum(row.tokens for row in rows)
-        deadline = alive + self.config.deadline_s + self._extra_s(ahead + tokens)
-        return _Attempt(rows, tokens, submitted, started, deadline)
+    def record_reply(self, replica: ReplicaState, version: str, content: str) -> None:
+        """Note that a replica has replied with this version of the model, which has this content."""
+        self.last_reply_at = time.monotonic()
+        replica.contents[version] = content
+        if self.identity.record_reply(replica.name, version, content):
+            self.cache.clear()
 
-    def _extra_s(self, tokens: int) -> float:
-        """What so many tokens add to a deadline, in seconds."""
-        return self.config.attempt_timeout_per_1k_tokens_s * tokens / 1000
+    def deadline_failure(self, since: float, failure: Failure | None, requests: int) -> Failure:
+        """The failure to report for rows whose deadline has passed.
 
-    async def _settle(self, effort: _Attempt, link: ReplicaState | None = None) -> list[Scored]:
-        reply = await self._persist(effort, link)
-        if isinstance(reply, Failure):
-            return await self._look_closer(effort, reply)
-        answer, link = reply
-        scored = [Scored(result, link) for result in self._read(effort, answer, link)]
-        if self.identity.change or not any(_is_bad(each) for each in scored):
-            return scored
-        refused = effort.refused | {link}
-        for index, row in enumerate(effort.rows):
-            if _is_bad(scored[index]) and self._deserves_more(effort, refused):
-                scored[index] = await self._again([row], effort, refused, link, scored[index])
-        return scored
-
-    async def _look_closer(self, effort: _Attempt, failure: Failure) -> list[Scored]:
-        """After a failure that may be one row's: ask the halves, or a single row elsewhere."""
-        is_data = failure.status is RewardStatus.INVALID
-        if is_data and failure.maybe_one_row and len(effort.rows) > 1:
-            return await self._halves(effort, failure)
-        verdict = [Scored(result, None) for result in self._failed(effort, failure)]
-        others = self.pool.usable(but=effort.refused)
-        if not (is_data and failure.elsewhere and others) or effort.is_last:
-            return verdict
-        second = replace(self._next(effort, effort.rows, effort.refused), is_last=len(effort.rows) == 1)
-        scored = await self._settle(second)
-        self._blame(effort.refuser, scored, failure)
-        return scored
-
-    async def _halves(self, effort: _Attempt, failure: Failure) -> list[Scored]:
-        middle = len(effort.rows) // 2
-        scored: list[Scored] = []
-        for half in (effort.rows[:middle], effort.rows[middle:]):
-            scored += await self._settle(self._next(effort, half, effort.refused))
-        self._blame(effort.refuser, scored, failure)
-        return scored
-
-    def _deserves_more(self, effort: _Attempt, refused: frozenset[ReplicaState]) -> bool:
-        """Whether a row whose score was not valid is asked again: not where it was asked alone, by all."""
-        was_alone = len(effort.rows) == 1
-        return not effort.is_last and (not was_alone or bool(self.pool.usable(but=refused)))
-
-    async def _again(
-        self,
-        rows: Sequence[ScoringRow],
-        effort: _Attempt,
-        refused: frozenset[ReplicaState],
-        link: ReplicaState,
-        before: Scored,
-    ) -> Scored:
-        second = replace(self._next(effort, rows, refused), is_last=True)
-        (scored,) = await self._settle(second)
-        self._blame(link, [scored], Failure(RewardStatus.INVALID, before.result.detail))
-        return scored
-
-    def _next(
-        self, effort: _Attempt, rows: Sequence[ScoringRow], refused: frozenset[ReplicaState]
-    ) -> _Attempt:
-        """The same rows, or some of them, once more, with a deadline of their own."""
-        effort = replace(self._effort(rows, effort.submitted), started=effort.started)
-        return replace(effort, reason="data", refused=refused, avoid=refused)
-
-    def _blame(self, refuser: ReplicaState | None, scored: Sequence[Scored], failure: Failure) -> None:
-        """Count it against a replica that refused what others then scored in full."""
-        answered = {each.link for each in scored}
-        if refuser is None or refuser in answered or not all(each.result.ok for each in scored):
-            return
-        self.counts.replica_faults += 1
-        _log.warning("%s refused what another replica scored: %s", refuser.replica.name, failure.detail)
-        self._note_failure(refuser, failure)
-
-    async def _persist(
-        self, effort: _Attempt, link: ReplicaState | None
-    ) -> tuple[Reply, ReplicaState] | Failure:
-        """An answer, or the failure after which asking again does not help or is too late."""
-        while True:
-            if link is None:
-                link = await self.pool.acquire(effort.left_s, avoid=effort.avoid, is_retry=True)
-            if link is None or effort.left_s <= 0:
-                if link is not None:
-                    self.pool.release(link)
-                return self.give_up(effort.started, effort.failure, effort.attempts)
-            try:
-                reply = await self._try(effort, link)
-            finally:
-                self.pool.release(link)
-            if not isinstance(reply, Failure):
-                return reply, link
-            effort.failure, effort.avoid = reply, effort.avoid | {link}
-            if not reply.status.is_infrastructure:
-                effort.refused, effort.refuser = effort.refused | {link}, link
-                return reply
-            if not reply.retryable and not self.pool.usable(but=effort.avoid):
-                return reply
-            await asyncio.sleep(min(backoff_s(effort.attempts), max(0.0, effort.left_s)))
-            effort.reason = reply.status.value
-            link = None
-
-    def give_up(self, since: float, failure: Failure | None, attempts: int) -> Failure:
-        """What is said of rows whose time is over. since: on the clock of `time.monotonic`."""
-        failure = failure or self.pool.hopeless() or self._latest_cause()
+        since: start of the wait, on the clock of `time.monotonic`.
+        failure: the latest one of these rows, if there was one.
+        requests: number of requests that were sent.
+        """
+        failure = failure or self.pool.permanent_failure() or self._latest_breaker_cause()
         elapsed = time.monotonic() - since
         if failure is None:
             return Failure(RewardStatus.UNAVAILABLE, f"no answer for {elapsed:.1f} s, not asked again")
-        if attempts == 0:
+        if requests == 0:
             return replace(failure, detail=f"{failure.detail}, not back after {elapsed:.1f} s")
-        if attempts == 1 and failure.is_lasting:
+        if requests == 1 and failure.is_lasting:
             return failure
-        return replace(failure, detail=f"{failure.detail}, {_counted(attempts)} in {elapsed:.1f} s")
+        attempts = "1 attempt" if requests == 1 else f"{requests} attempts"
+        return replace(failure, detail=f"{failure.detail}, {attempts} in {elapsed:.1f} s")
 
-    def _latest_cause(self) -> Failure | None:
-        causes = [link.breaker.cause for link in self.pool.links]
-        return next((cause for cause in causes if cause is not None), None)
+    def _new_attempt(self, rows: Sequence[ScoringRow], submitted: float, tokens_ahead: int = 0) -> _Attempt:
+        """tokens_ahead: tokens that the server works through before these rows."""
+        started = time.monotonic()
+        # From the last sign of life: when the server is gone, queued rows end with those sent before.
+        alive = min(started, max(submitted, self.last_reply_at))
+        tokens = sum(row.tokens for row in rows)
+        deadline = alive + self.config.deadline_s + self._extra_s(tokens_ahead + tokens)
+        return _Attempt(rows, tokens, submitted, started, deadline)
 
-    async def _try(self, effort: _Attempt, link: ReplicaState) -> Reply | Failure:
-        link.tokens += effort.tokens
-        timeout_s = min(self.config.attempt_timeout_s + self._extra_s(link.tokens), effort.left_s)
+    def _extra_s(self, tokens: int) -> float:
+        """Seconds that a number of tokens adds to a deadline."""
+        return self.config.timeout_per_1k_tokens_s * tokens / 1000
+
+    async def _score(self, attempt: _Attempt, replica: ReplicaState | None = None) -> list[_RowResult]:
+        outcome = await self._retry_until_deadline(attempt, replica)
+        if isinstance(outcome, Failure):
+            return await self._isolate_bad_row(attempt, outcome)
+        reply, replica = outcome
+        scored = [_RowResult(result, replica) for result in self._parse(attempt, reply, replica)]
+        if self.identity.change:
+            return scored
+        refusals = attempt.refusals | {replica}
+        for index, row in enumerate(attempt.rows):
+            if scored[index].is_invalid and self._may_retry(attempt, refusals):
+                scored[index] = await self._retry_elsewhere(row, attempt, refusals, scored[index])
+        return scored
+
+    async def _isolate_bad_row(self, attempt: _Attempt, failure: Failure) -> list[_RowResult]:
+        """After a failure that one row may have caused: bisect, or try a single row at another replica."""
+        is_data = failure.status is RewardStatus.INVALID
+        if is_data and failure.maybe_one_row and len(attempt.rows) > 1:
+            return await self._bisect(attempt, failure)
+        failed = [_RowResult(result, None) for result in self._failures(attempt, failure)]
+        others = self.pool.usable(but=attempt.refusals)
+        if not (is_data and failure.elsewhere and others) or attempt.is_last:
+            return failed
+        again = self._next_attempt(attempt, attempt.rows, attempt.refusals)
+        scored = await self._score(replace(again, is_last=len(attempt.rows) == 1))
+        self._count_replica_fault(attempt.refuser, scored, failure)
+        return scored
+
+    async def _bisect(self, attempt: _Attempt, failure: Failure) -> list[_RowResult]:
+        middle = len(attempt.rows) // 2
+        scored: list[_RowResult] = []
+        for half in (attempt.rows[:middle], attempt.rows[middle:]):
+            scored += await self._score(self._next_attempt(attempt, half, attempt.refusals))
+        self._count_replica_fault(attempt.refuser, scored, failure)
+        return scored
+
+    def _may_retry(self, attempt: _Attempt, refusals: frozenset[ReplicaState]) -> bool:
+        """Whether a row without a valid score is sent again: not if all replicas had it alone."""
+        was_alone = len(attempt.rows) == 1
+        return not attempt.is_last and (not was_alone or bool(self.pool.usable(but=refusals)))
+
+    async def _retry_elsewhere(
+        self, row: ScoringRow, attempt: _Attempt, refusals: frozenset[ReplicaState], refused: _RowResult
+    ) -> _RowResult:
+        """Send one row alone, for the last time, to another replica if there is one.
+
+        refused: its result so far.
+        """
+        again = replace(self._next_attempt(attempt, [row], refusals), is_last=True)
+        (scored,) = await self._score(again)
+        failure = Failure(RewardStatus.INVALID, refused.result.detail)
+        self._count_replica_fault(refused.replica, [scored], failure)
+        return scored
+
+    def _next_attempt(
+        self, attempt: _Attempt, rows: Sequence[ScoringRow], refusals: frozenset[ReplicaState]
+    ) -> _Attempt:
+        """The same rows, or some of them, once more, with a deadline of their own."""
+        again = self._new_attempt(rows, attempt.submitted)
+        return replace(again, started=attempt.started, reason="data", refusals=refusals, avoid=refusals)
+
+    def _count_replica_fault(
+        self, refuser: ReplicaState | None, scored: Sequence[_RowResult], failure: Failure
+    ) -> None:
+        """Count a fault of a replica that refused rows which others then scored in full."""
+        scorers = {each.replica for each in scored}
+        if refuser is None or refuser in scorers or not all(each.result.ok for each in scored):
+            return
+        self.counts.replica_faults += 1
+        _log.warning("%s refused what another replica scored: %s", refuser.name, failure.detail)
+        self._record_failure(refuser, failure)
+
+    async def _retry_until_deadline(
+        self, attempt: _Attempt, replica: ReplicaState | None
+    ) -> tuple[Reply, ReplicaState] | Failure:
+        """Send until there is a reply, or a failure after which sending again is useless or too late."""
+        while True:
+            if replica is None:
+                replica = await self.pool.acquire(attempt.left_s, avoid=attempt.avoid, is_retry=True)
+            if replica is None or attempt.left_s <= 0:
+                if replica is not None:
+                    self.pool.release(replica)
+                return self.deadline_failure(attempt.started, attempt.failure, attempt.requests)
+            try:
+                reply = await self._send_once(attempt, replica)
+            finally:
+                self.pool.release(replica)
+            if not isinstance(reply, Failure):
+                return reply, replica
+            attempt.failure, attempt.avoid = reply, attempt.avoid | {replica}
+            if not reply.status.is_infrastructure:
+                attempt.refusals, attempt.refuser = attempt.refusals | {replica}, replica
+                return reply
+            if not reply.retryable and not self.pool.usable(but=attempt.avoid):
+                return reply
+            await asyncio.sleep(min(backoff_s(attempt.requests), max(0.0, attempt.left_s)))
+            attempt.reason = reply.status.value
+            replica = None
+
+    async def _send_once(self, attempt: _Attempt, replica: ReplicaState) -> Reply | Failure:
+        replica.tokens += attempt.tokens
+        timeout_s = min(self.config.request_timeout_s + self._extra_s(replica.tokens), attempt.left_s)
         self.counts.requests += 1
-        if effort.reason:
-            self.counts.retries[effort.reason] += 1
-        effort.attempts += 1
+        if attempt.reason:
+            self.counts.retries[attempt.reason] += 1
+        attempt.requests += 1
         try:
-            answer = await link.replica.ask(effort.rows, timeout_s)
-            check_shape(answer, len(effort.rows), link)
-            await self._recognise(link, answer.version, timeout_s)
+            reply = await replica.transport.infer(attempt.rows, timeout_s)
+            check_shape(reply, len(attempt.rows), replica)
+            await self._check_version(replica, reply.version, timeout_s)
         except ReplicaError as error:
             failure = error.failure
             if failure.status.is_infrastructure:
-                self._note_failure(link, failure)
+                self._record_failure(replica, failure)
             else:
-                self.last_answer = time.monotonic()
+                self.last_reply_at = time.monotonic()
             return failure
         finally:
-            link.tokens -= effort.tokens
-        self.last_answer = time.monotonic()
-        link.breaker.succeeded()
-        return answer
+            replica.tokens -= attempt.tokens
+        self.last_reply_at = time.monotonic()
+        replica.breaker.record_success()
+        return reply
 
-    def _note_failure(self, link: ReplicaState, failure: Failure) -> None:
-        was_closed = link.breaker.is_closed
-        link.breaker.failed(failure)
-        if was_closed and not link.breaker.is_closed:
-            _log.warning("%s is left alone until a probe succeeds: %s", link.replica.name, failure.detail)
-            link.lost.set()
-            self.pool.serve()
-
-    async def _recognise(self, link: ReplicaState, version: str, timeout_s: float) -> None:
-        """Find out which content a version that has not answered before stands for."""
-        if version in link.contents:
+    async def _check_version(self, replica: ReplicaState, version: str, timeout_s: float) -> None:
+        """Ask for the content of a version that has not replied before."""
+        if version in replica.contents:
             return
-        assert link.info is not None
-        if link.contents:
+        assert replica.info is not None
+        if replica.contents:
             self.counts.requests += 1
-            link.info = await link.replica.open(timeout_s)
-        self.heard_from(link, version, link.info.content)
+            replica.info = await replica.transport.describe(timeout_s)
+        self.record_reply(replica, version, replica.info.content)
 
-    def heard_from(self, link: ReplicaState, version: str, content: str) -> None:
-        """Note that a replica has answered with this version, which stands for this content."""
-        self.last_answer = time.monotonic()
-        link.contents[version] = content
-        if self.identity.answered(link.replica.name, version, content):
-            self.memory.clear()
+    def _record_failure(self, replica: ReplicaState, failure: Failure) -> None:
+        was_closed = replica.breaker.is_closed
+        replica.breaker.record_failure(failure)
+        if was_closed and not replica.breaker.is_closed:
+            _log.warning("%s is left alone until a probe succeeds: %s", replica.name, failure.detail)
+            replica.breaker_opened.set()
+            self.pool.grant_waiting()
 
-    def _read(self, effort: _Attempt, answer: Reply, link: ReplicaState) -> list[RewardResult]:
-        call = self._call(effort, link, answer.version)
+    def _latest_breaker_cause(self) -> Failure | None:
+        causes = [replica.breaker.cause for replica in self.pool.replicas]
+        return next((cause for cause in causes if cause is not None), None)
+
+    def _parse(self, attempt: _Attempt, reply: Reply, replica: ReplicaState) -> list[RewardResult]:
+        parser = self._parser(attempt, replica.name, reply.version)
         if self.identity.change:
-            return call.failed(RewardStatus.INVALID, self.identity.change)
+            return parser.failures(RewardStatus.INVALID, self.identity.change)
         results = (
-            call.read(answer.token_scores, [len(row.bounds) - 1 for row in effort.rows])
-            if answer.token_scores
-            else call.read_columns(answer.columns)
+            parser.parse(reply.token_scores, [len(row.bounds) - 1 for row in attempt.rows])
+            if reply.token_scores
+            else parser.parse_columns(reply.columns)
         )
         return [
             replace(result, detail=note) if note and result.ok else result
-            for result, note in zip(results, answer.notes or [""] * len(results), strict=True)
+            for result, note in zip(results, reply.notes or [""] * len(results), strict=True)
         ]
 
-    def _failed(self, effort: _Attempt, failure: Failure) -> list[RewardResult]:
-        names = " or ".join(sorted(link.replica.name for link in effort.refused)) or self.pool.name
+    def _failures(self, attempt: _Attempt, failure: Failure) -> list[RewardResult]:
+        names = " or ".join(sorted(replica.name for replica in attempt.refusals)) or self.pool.name
         where = ""
-        if failure.status is RewardStatus.INVALID and len(effort.rows) == 1:
+        if failure.status is RewardStatus.INVALID and len(attempt.rows) == 1:
             # Of a row that was refused alone the server says "row 0"; the caller's number is of more use.
-            where = f" refused {name_row(effort.rows[0].position, effort.rows[0].sample)}"
-        call = self._call(effort, None, "")
-        return call.failed(failure.status, f"{names}{where}: {failure.detail}")
+            where = f" refused {name_row(attempt.rows[0].position, attempt.rows[0].sample)}"
+        parser = self._parser(attempt, self.pool.name, version="")
+        return parser.failures(failure.status, f"{names}{where}: {failure.detail}")
 
-    def _call(self, effort: _Attempt, link: ReplicaState | None, version: str) -> ReplyParser:
+    def _parser(self, attempt: _Attempt, who: str, version: str) -> ReplyParser:
         return ReplyParser(
-            self.pool.name if link is None else link.replica.name,
-            [row.sample for row in effort.rows],
+            who,
+            [row.sample for row in attempt.rows],
             self.pool.model,
             version=version,
-            latency_s=time.monotonic() - effort.started,
-            positions=[row.position for row in effort.rows],
-            score_range=self.config.score_range,
+            latency_s=time.monotonic() - attempt.started,
+            positions=[row.position for row in attempt.rows],
+            score_range=self.score_range,
         )
 
-    def _remember(self, row: ScoringRow, scored: Scored) -> None:
+    def _cache_result(self, row: ScoringRow, scored: _RowResult) -> None:
         # One with a note is not the full score: asked again later, it may be.
-        if not scored.result.ok or scored.result.detail or scored.link is None:
+        if not scored.result.ok or scored.result.detail or scored.replica is None:
             return
-        self.known_row = self.known_row or row
+        self.probe_row = self.probe_row or row
         version = scored.result.version
-        if self.identity.is_current(version, scored.link.contents.get(version, "")):
-            self.memory.keep(row, scored.result)
+        if self.identity.is_current(version, scored.replica.contents.get(version, "")):
+            self.cache.add(row, scored.result)
 
 
-def check_shape(answer: Reply, count: int, link: ReplicaState) -> None:
-    """Refuse a reply that has not one number per row and objective: nobody knows whose scores those are.
+def check_shape(reply: Reply, rows: int, replica: ReplicaState) -> None:
+    """Refuse a reply that has not one number per row and objective: its scores belong to unknown rows.
+
+    rows: number of rows in the request.
 
     Raises:
         ReplicaError: says what came instead.
     """
-    assert link.info is not None
-    names = set(link.info.reward_names or answer.columns)
+    assert replica.info is not None
+    names = set(replica.info.reward_names or reply.columns)
     problem = ""
-    if set(answer.columns) != names or not names:
-        problem = f"the rewards {sorted(answer.columns)}, expected {sorted(names) or 'at least one'}"
-    for name, values in answer.columns.items():
-        if len(values) != count:
-            problem = f"{len(values)} scores of `{name}` for {count} samples"
+    if set(reply.columns) != names or not names:
+        problem = f"the rewards {sorted(reply.columns)}, expected {sorted(names) or 'at least one'}"
+    for name, values in reply.columns.items():
+        if len(values) != rows:
+            problem = f"{len(values)} scores of `{name}` for {rows} samples"
     if problem:
-        raise ReplicaError(Failure(RewardStatus.INVALID, f"the reply has {problem}", maybe_one_row=count > 1))
-
-
-def _counted(attempts: int) -> str:
-    return "1 attempt" if attempts == 1 else f"{attempts} attempts"
-
-
-def _is_bad(scored: Scored) -> bool:
-    return scored.result.status is RewardStatus.INVALID
+        raise ReplicaError(Failure(RewardStatus.INVALID, f"the reply has {problem}", maybe_one_row=rows > 1))

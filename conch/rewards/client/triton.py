@@ -1,4 +1,4 @@
-"""One Triton server that is asked for scores over gRPC; see `Replica`."""
+"""Transport to one Triton server over gRPC."""
 
 from __future__ import annotations
 
@@ -18,14 +18,7 @@ from conch.log import get_logger
 from conch.rewards.base import ServerTimes
 from conch.rewards.client.transport import Failure, ModelInfo, ReplicaError, Reply, ScoringRow
 from conch.rewards.client.triton_errors import classify, require_model, require_server
-from conch.rewards.client.triton_messages import (
-    Steps,
-    infer_inputs,
-    infer_outputs,
-    read_members_used,
-    read_scores,
-    read_steps,
-)
+from conch.rewards.client.triton_messages import encode, read_members_used, read_scores, read_steps
 from conch.rewards.token_rewards import token_scores
 from conch.triton.channel import Access, open_aio_client
 from conch.triton.config_pbtxt import spec_from_model_config
@@ -48,21 +41,25 @@ _UNACKNOWLEDGED_MS = 10_000
 
 
 @dataclass(slots=True)
-class _Line:
-    """A connection, the requests that are on it, and when (monotonic clock) it last carried a reply."""
+class _Connection:
+    """A gRPC channel.
+
+    in_flight: requests under way on it.
+    last_reply_at: time of its latest reply, on the clock of `time.monotonic`.
+    """
 
     client: InferenceServerClient
     in_flight: int = 0
-    last_reply: float = 0.0
+    last_reply_at: float = 0.0
 
 
-class TritonReplica:
-    """The model of one server. `name` and `model` as in `Replica`.
+class TritonTransport:
+    """The model of one server; see `Transport`.
 
     A connection may die without a word: its machine vanished, or a firewall forgot it. gRPC would go on using
-    it for ever, so one on which a request timed out, and nothing came meanwhile, is left for a new one.
+    it for ever, so one on which a request timed out, and nothing came meanwhile, is replaced by a new one.
 
-    dense: whether the scores of steps or tokens are asked for; rows have `bounds` then.
+    dense: asks for the scores of steps or tokens; rows have `bounds` then.
     """
 
     def __init__(
@@ -74,21 +71,20 @@ class TritonReplica:
         self._access = access
         self._dense = dense
         self._options = _channel_options(connect_timeout_s)
-        self._line: _Line | None = None
-        self._left: list[_Line] = []
+        self._connection: _Connection | None = None
+        self._old_connections: list[_Connection] = []
         self._spec: RewardModelSpec | None = None
         self._bucket = 1
-        self._was_cut_short = False
-        self._members_used = 0
+        self._had_cancelled_call = False
+        self._fewest_members = 0
 
     async def check(self, timeout_s: float) -> None:
-        """See `Replica.check`."""
-        await require_server(self._connect().client, self._endpoint, timeout_s, self._access)
-        await require_model(self._connect().client, self._endpoint, timeout_s, self._access)
+        client = self._open_connection().client
+        await require_server(client, self._endpoint, timeout_s, self._access)
+        await require_model(client, self._endpoint, timeout_s, self._access)
 
-    async def open(self, timeout_s: float) -> ModelInfo:
-        """See `Replica.open`."""
-        reply: Any = await self._asked(
+    async def describe(self, timeout_s: float) -> ModelInfo:
+        reply: Any = await self._call(
             lambda client: client.get_model_config(self._endpoint.model, client_timeout=timeout_s)
         )
         try:
@@ -111,12 +107,11 @@ class TritonReplica:
             content=spec.content_sha256,
         )
 
-    async def ask(self, rows: Sequence[ScoringRow], timeout_s: float) -> Reply:
-        """See `Replica.ask`."""
+    async def infer(self, rows: Sequence[ScoringRow], timeout_s: float) -> Reply:
         spec = self._spec
-        assert spec is not None, "opened before"
-        inputs, outputs = infer_inputs(rows, spec, self._bucket), infer_outputs(spec, self._dense)
-        reply = await self._asked(
+        assert spec is not None, "described before"
+        inputs, outputs = encode(rows, spec, self._bucket, dense=self._dense)
+        reply = await self._call(
             lambda client: client.infer(
                 self._endpoint.model, inputs, outputs=outputs, client_timeout=timeout_s
             )
@@ -125,16 +120,21 @@ class TritonReplica:
         try:
             columns = read_scores(reply, len(rows), spec)
             used = read_members_used(reply, len(rows), spec)
-            placed = _placed(rows, read_steps(reply, rows, spec), spec) if self._dense else []
+            dense = []
+            if self._dense:
+                dense = [
+                    token_scores(ends, scores, row.bounds, may_be_cut=spec.form == "text")
+                    for row, (ends, scores) in zip(rows, read_steps(reply, rows, spec), strict=True)
+                ]
         except RewardInvalidError as error:
             raise ReplicaError(Failure(RewardStatus.INVALID, str(error), maybe_one_row=True)) from error
-        self._warn_of_members(min(used, default=0), len(spec.members))
-        version = reply.get_response().model_version
-        return Reply(columns, version, _notes(used, len(spec.members)), placed)
+        members = len(spec.members)
+        self._warn_of_missing_members(min(used, default=0), members)
+        notes = [f"scored by {count} of {members} members" if count < members else "" for count in used]
+        return Reply(columns, reply.get_response().model_version, notes, dense)
 
-    async def times(self, timeout_s: float) -> ServerTimes | None:
-        """See `Replica.times`."""
-        reply: Any = await self._asked(
+    async def server_statistics(self, timeout_s: float) -> ServerTimes | None:
+        reply: Any = await self._call(
             lambda client: client.get_inference_statistics(self._endpoint.model, client_timeout=timeout_s)
         )
         stats = [entry.inference_stats for entry in reply.model_stats]
@@ -148,65 +148,58 @@ class TritonReplica:
         )
 
     async def close(self) -> None:
-        """See `Replica.close`."""
-        lines, self._left = self._left, []
-        if self._line is not None:
-            lines.append(self._line)
-        for line in lines:
-            await line.client.close()
-        if self._was_cut_short:
+        connections, self._old_connections = self._old_connections, []
+        if self._connection is not None:
+            connections.append(self._connection)
+        for connection in connections:
+            await connection.client.close()
+        if self._had_cancelled_call:
             await asyncio.sleep(_LAST_EVENTS_S)
 
-    def _warn_of_members(self, used: int, members: int) -> None:
-        if used < members and used != self._members_used:
+    def _warn_of_missing_members(self, used: int, members: int) -> None:
+        """used: fewest members that scored a row of the latest reply."""
+        if used < members and used != self._fewest_members:
             _log.warning("%s: only %d of %d members score", self.name, used, members)
-        self._members_used = used
+        self._fewest_members = used
 
-    async def _asked(self, question: Callable[[InferenceServerClient], Awaitable[ReplyT]]) -> ReplyT:
-        line, started = self._connect(), time.monotonic()
-        line.in_flight += 1
+    async def _call(self, method: Callable[[InferenceServerClient], Awaitable[ReplyT]]) -> ReplyT:
+        """Await one call of the client; its errors become a `ReplicaError`."""
+        connection, started = self._open_connection(), time.monotonic()
+        connection.in_flight += 1
         try:
-            reply = await question(line.client)
-            line.last_reply = time.monotonic()
+            reply = await method(connection.client)
+            connection.last_reply_at = time.monotonic()
             return reply
         except InferenceServerException as error:
             failure = classify(error)
-            if failure.status is RewardStatus.TIMEOUT and line.last_reply < started:
-                self._leave(line)
+            if failure.status is RewardStatus.TIMEOUT and connection.last_reply_at < started:
+                self._replace(connection)
             raise ReplicaError(failure) from error
         except asyncio.CancelledError:
-            self._was_cut_short = True
+            self._had_cancelled_call = True
             raise
         finally:
-            line.in_flight -= 1
-            await self._close_what_was_left()
+            connection.in_flight -= 1
+            await self._close_old_connections()
 
-    def _connect(self) -> _Line:
+    def _open_connection(self) -> _Connection:
         # Made at first use because a channel belongs to the loop it is made in.
-        if self._line is None:
-            self._line = _Line(open_aio_client(self._endpoint.address, self._access, self._options))
-        return self._line
+        if self._connection is None:
+            client = open_aio_client(self._endpoint.address, self._access, self._options)
+            self._connection = _Connection(client)
+        return self._connection
 
-    def _leave(self, line: _Line) -> None:
-        if self._line is line:
-            self._line = None
-            self._left.append(line)
+    def _replace(self, connection: _Connection) -> None:
+        if self._connection is connection:
+            self._connection = None
+            self._old_connections.append(connection)
 
-    async def _close_what_was_left(self) -> None:
-        """Closing cancels what is under way, so a line goes once nothing is."""
-        idle = [line for line in self._left if not line.in_flight]
-        self._left = [line for line in self._left if line.in_flight]
-        for line in idle:
-            await line.client.close()
-
-
-def _placed(
-    rows: Sequence[ScoringRow], steps: Sequence[Steps], spec: RewardModelSpec
-) -> list[tuple[float, ...]]:
-    return [
-        token_scores(ends, scores, row.bounds, may_be_cut=spec.form == "text")
-        for row, (ends, scores) in zip(rows, steps, strict=True)
-    ]
+    async def _close_old_connections(self) -> None:
+        """Closing cancels what is under way, so a connection is closed once nothing is."""
+        idle = [connection for connection in self._old_connections if not connection.in_flight]
+        self._old_connections = [each for each in self._old_connections if each.in_flight]
+        for connection in idle:
+            await connection.client.close()
 
 
 def _channel_options(connect_timeout_s: float) -> list[tuple[str, int]]:
@@ -232,12 +225,8 @@ def _channel_options(connect_timeout_s: float) -> list[tuple[str, int]]:
 
 
 def _bucket(config: Any, spec: RewardModelSpec) -> int:
-    """What requests are padded to a multiple of; 1 where padding gains nothing or would be read as text."""
+    """Multiple that requests are padded to; 1 where padding gains nothing or would be read as text."""
     is_ragged = all(tensor.allow_ragged_batch for tensor in config.input)
     is_batched = config.HasField("dynamic_batching")
     is_padded = spec.form == "token" and spec.takes_attention_mask
     return _BUCKET if is_padded and is_batched and not is_ragged else 1
-
-
-def _notes(used: Sequence[int], members: int) -> list[str]:
-    return [f"scored by {count} of {members} members" if count < members else "" for count in used]

@@ -1,9 +1,9 @@
-"""What a failed call to a Triton server means: whether asking again helps, and what becomes of the samples.
+"""Meaning of a failed call to a Triton server: whether a retry helps, and the samples' status.
 
 gRPC's status codes alone do not tell: UNAVAILABLE covers a server that restarts, a wrong host name and a
 refused certificate; INTERNAL covers one bad row and a model process that died.
 
-The questions that are asked of a Triton server before long work starts, each with its own clear error.
+Checks of a Triton server before long work starts, each with its own clear error.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _NO_SUCH_HOST = ("errors resolving", "dns resolution failed", "name resolution")
 # A model that raises fails its whole request with INTERNAL; one that refuses a row, with INVALID_ARGUMENT.
 # A request that is too large for the server may fit in halves.
 _MAYBE_ONE_ROW = ("INTERNAL", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED")
-_TURNED_AWAY = ("UNAUTHENTICATED", "PERMISSION_DENIED")
-_PASSING = ("UNAVAILABLE", "ABORTED", "CANCELLED")
+_ACCESS_DENIED = ("UNAUTHENTICATED", "PERMISSION_DENIED")
+_TRANSIENT = ("UNAVAILABLE", "ABORTED", "CANCELLED")
 # What gRPC says of a connection that broke in mid-reply, under whatever code.
 _BROKEN_CONNECTION = ("rst_stream", "stream removed", "socket closed", "connection reset", "goaway")
-_NOBODY_THERE = ("failed to connect", "connection refused", "no route to host", "network is unreachable")
+_NOTHING_LISTENS = ("failed to connect", "connection refused", "no route to host", "network is unreachable")
 _DEAD_MODEL_PROCESS = ("stub process", "is not healthy")
 
 
 def classify(error: InferenceServerException) -> Failure:
-    """The meaning of what tritonclient raised."""
+    """Return the failure that an error of tritonclient stands for."""
     code = _code(error)
     message = _first_line(error.message() or "no message")
     lowered = message.lower()
@@ -42,10 +42,10 @@ def classify(error: InferenceServerException) -> Failure:
         return Failure(RewardStatus.TIMEOUT, "no reply in time", retryable=True)
     if code == "NOT_FOUND":  # a model that is being reloaded comes back, so waiting for it makes sense
         return Failure(RewardStatus.UNAVAILABLE, detail, is_down=True)
-    if code in _TURNED_AWAY or (code == "UNAVAILABLE" and (is_unknown_host(error) or is_lasting(error))):
+    if code in _ACCESS_DENIED or (code == "UNAVAILABLE" and (is_unknown_host(error) or is_lasting(error))):
         return Failure(RewardStatus.UNAVAILABLE, detail, is_down=True)
-    if code in _PASSING or any(text in lowered for text in _BROKEN_CONNECTION):
-        is_down = any(text in lowered for text in _NOBODY_THERE)
+    if code in _TRANSIENT or any(text in lowered for text in _BROKEN_CONNECTION):
+        is_down = any(text in lowered for text in _NOTHING_LISTENS)
         return Failure(RewardStatus.UNAVAILABLE, detail, retryable=True, is_down=is_down)
     if code == "INTERNAL" and all(text in lowered for text in _DEAD_MODEL_PROCESS):
         return Failure(RewardStatus.UNAVAILABLE, detail, retryable=True, is_down=True)
@@ -91,7 +91,7 @@ async def require_model(
     except InferenceServerException as error:
         if error.status() != "StatusCode.NOT_FOUND":
             raise _no_server(error, endpoint, timeout_s, access) from error
-    raise RewardUnavailableError(await _why_not_ready(client, endpoint, timeout_s))
+    raise RewardUnavailableError(await _not_ready_reason(client, endpoint, timeout_s))
 
 
 def _no_server(
@@ -118,12 +118,12 @@ def _no_server(
     if not failure.status.is_infrastructure or "socket closed" in lowered or "http/2" in lowered:
         return RewardUnavailableError(
             f"what listens at {endpoint.address} does not speak Triton's gRPC, whose usual port is 8001 "
-            f"(8000 is its HTTP port), or it speaks TLS (give reward.tls.ca): {failure.detail}"
+            f"(8000 is its HTTP port), or it speaks TLS (give reward.auth.tls.ca): {failure.detail}"
         )
     return RewardUnavailableError(f"the server at {endpoint.address} cannot be used: {failure.detail}")
 
 
-async def _why_not_ready(client: InferenceServerClient, endpoint: Endpoint, timeout_s: float) -> str:
+async def _not_ready_reason(client: InferenceServerClient, endpoint: Endpoint, timeout_s: float) -> str:
     subject = f"model `{endpoint.model}`"
     try:
         index: Any = await client.get_model_repository_index(client_timeout=timeout_s)
@@ -134,8 +134,8 @@ async def _why_not_ready(client: InferenceServerClient, endpoint: Endpoint, time
     models = list(index.models)
     states = [(model.state, model.reason) for model in models if model.name == endpoint.model]
     if not states:
-        there = ", ".join(sorted({model.name for model in models})) or "no model at all"
-        return f"{subject} is not in the server at {endpoint.address}; there is: {there}"
+        names = ", ".join(sorted({model.name for model in models})) or "no model at all"
+        return f"{subject} is not in the server at {endpoint.address}; there is: {names}"
     state, reason = states[-1]
     if not state:
         return f"{subject} is in the store of the server at {endpoint.address} but not loaded: load it first"

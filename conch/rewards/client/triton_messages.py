@@ -1,4 +1,4 @@
-"""Requests to and replies from a served reward model, in text or token form (see `conch.triton.contract`)."""
+"""Tensors of requests to a served reward model, and of its replies, as `conch.triton.contract` has them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,27 @@ from conch.triton.contract import (
 )
 
 Steps = tuple[list[int], list[float]]
-"""Where a row's steps or tokens end, as `conch.triton.contract` counts it, and their scores."""
+"""Ends of a row's steps or tokens, as `conch.triton.contract` counts them, and their scores."""
 
 _INTEGERS = {"INT32": np.int32, "INT64": np.int64}
 
 
-def infer_inputs(rows: Sequence[ScoringRow], spec: RewardModelSpec, pad_to: int = 1) -> list[InferInput]:
-    """The input tensors of one request: `text` [n, 1], or `input_ids` and `attention_mask` [n, longest].
+def encode(
+    rows: Sequence[ScoringRow], spec: RewardModelSpec, pad_to: int = 1, *, dense: bool = False
+) -> tuple[list[InferInput], list[InferRequestedOutput]]:
+    """Make the input tensors of one request, and the outputs that it asks for.
+
+    Inputs are `text` [n, 1], or `input_ids` and `attention_mask` [n, longest]. Outputs are the rewards, of an
+    ensemble the number of members that gave them, and dense scores.
 
     pad_to: the longest row is padded to a multiple of this, but never beyond what the model takes.
+    dense: asks for the scores of steps or tokens.
     """
+    names = [OUTPUT, *([MEMBERS_USED] if spec.members else []), *([STEP_REWARDS, STEP_ENDS] if dense else [])]
+    return _inputs(rows, spec, pad_to), [InferRequestedOutput(name) for name in names]
+
+
+def _inputs(rows: Sequence[ScoringRow], spec: RewardModelSpec, pad_to: int) -> list[InferInput]:
     if spec.form == "text":
         texts = np.array([[row.sample.encode("utf-8")] for row in rows], dtype=object)
         return [_tensor(TEXT_INPUT, texts, "BYTES")]
@@ -48,14 +59,8 @@ def infer_inputs(rows: Sequence[ScoringRow], spec: RewardModelSpec, pad_to: int 
     return inputs
 
 
-def infer_outputs(spec: RewardModelSpec, dense: bool = False) -> list[InferRequestedOutput]:
-    """What a request asks for: the rewards, of an ensemble how many members gave them, and dense scores."""
-    names = [OUTPUT, *([MEMBERS_USED] if spec.members else []), *([STEP_REWARDS, STEP_ENDS] if dense else [])]
-    return [InferRequestedOutput(name) for name in names]
-
-
 def read_scores(reply: InferResult, count: int, spec: RewardModelSpec) -> dict[str, list[float]]:
-    """The scores of a reply to `count` rows, one column per reward name. Finiteness is checked by the caller.
+    """Read the scores of a reply to `count` rows, one column per reward name; the caller checks finiteness.
 
     Triton checks what goes into a model and nothing of what comes out, so everything is checked here.
 
@@ -67,7 +72,7 @@ def read_scores(reply: InferResult, count: int, spec: RewardModelSpec) -> dict[s
 
 
 def read_members_used(reply: InferResult, count: int, spec: RewardModelSpec) -> list[int]:
-    """How many members of an ensemble gave each row's score; for any other model nothing.
+    """Read how many members of an ensemble gave each row's score; empty for any other model.
 
     Raises:
         RewardInvalidError: output missing, wrong dtype or wrong shape.
@@ -78,7 +83,7 @@ def read_members_used(reply: InferResult, count: int, spec: RewardModelSpec) -> 
 
 
 def read_steps(reply: InferResult, rows: Sequence[ScoringRow], spec: RewardModelSpec) -> list[Steps]:
-    """Where each row's steps or tokens end, and their scores, without what fills short rows up.
+    """Read where each row's steps or tokens end, and their scores, without the padding of short rows.
 
     Raises:
         RewardInvalidError: an output is missing, of a wrong dtype or shape, or a row has no step, one that
@@ -104,7 +109,7 @@ def _steps(row: ScoringRow, ends: np.ndarray, scores: np.ndarray, spec: RewardMo
 
 
 def _read(reply: InferResult, name: str, dtype: str, expected: list[int]) -> np.ndarray:
-    """expected: shape; -1 is any number, as long as there is one."""
+    """expected: shape; -1 is any number."""
     tensor = reply.get_output(name)
     if tensor is None:
         raise RewardInvalidError(f"the reply has no output `{name}`")
@@ -112,7 +117,7 @@ def _read(reply: InferResult, name: str, dtype: str, expected: list[int]) -> np.
     if datatype != dtype:
         raise RewardInvalidError(f"the reply's dtype is {datatype}, expected {dtype}")
     if len(shape) != len(expected) or any(
-        there != wanted for there, wanted in zip(shape, expected, strict=True) if wanted >= 0
+        size != right for size, right in zip(shape, expected, strict=True) if right >= 0
     ):
         raise RewardInvalidError(f"the reply's shape is {shape}, expected {expected}: one row per sample")
     try:

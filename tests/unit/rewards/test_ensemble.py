@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conch.config import RewardConfig, load
+from conch.config import RewardConfig, RewardFailureConfig, load
 from conch.errors import ConfigError
 from conch.rewards.base import ClientStats, ServerTimes
 from conch.rewards.combined import EnsembleReward, SumReward
@@ -192,7 +192,10 @@ def test_a_member_that_breaks_the_protocol_breaks_the_request() -> None:
         def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:
             return super().submit(rollouts[1:])
 
-    scorer = RewardScorer(source := SumReward(members(length, Short(ten))), RewardConfig(on_failure="drop"))
+    scorer = RewardScorer(
+        source := SumReward(members(length, Short(ten))),
+        RewardConfig(failure=RewardFailureConfig(policy="drop")),
+    )
     with source:
         scorer.submit(BATCH)
         with pytest.raises(Exception, match="member `b` gave 2 results for 3 samples"):
@@ -202,26 +205,37 @@ def test_a_member_that_breaks_the_protocol_breaks_the_request() -> None:
 class Busy(FunctionReward):
     """Counts of its own."""
 
-    def traffic(self) -> ClientStats:
-        return ClientStats(5, 2, {"timeout": 2}, deduplicated=3, replica_faults=1, most_in_flight=4)
+    def stats(self) -> ClientStats:
+        return ClientStats(
+            5,
+            2,
+            {"timeout": 2},
+            deduplicated=3,
+            replica_faults=1,
+            most_in_flight=4,
+            model_change="changed",
+        )
 
-    def server_times(self) -> Future[ServerTimes]:
+    def server_statistics(self) -> Future[ServerTimes]:
         future: Future[ServerTimes] = Future()
         future.set_result(ServerTimes(5, 0.5, 2.0))
         return future
 
-    @property
-    def model_change(self) -> str:
-        return "changed"
 
-
-def test_traffic_is_that_of_all_members() -> None:
+def test_stats_are_those_of_all_members() -> None:
     with SumReward({"a": Busy(ten), "b": Busy(ten), "c": FunctionReward(ten)}) as source:
         source.submit(BATCH).result(WAIT_S)
-        found = source.traffic()
-        assert source.server_times().result(WAIT_S) == ServerTimes(10, 1.0, 4.0)
-        assert source.model_change == "changed"
-    assert found == ClientStats(3, 0, {"timeout": 4}, deduplicated=6, replica_faults=2, most_in_flight=8)
+        found = source.stats()
+        assert source.server_statistics().result(WAIT_S) == ServerTimes(10, 1.0, 4.0)
+    assert found == ClientStats(
+        11,
+        4,
+        {"timeout": 4},
+        deduplicated=6,
+        replica_faults=2,
+        most_in_flight=8,
+        model_change="changed",
+    )
 
 
 # ------------------------------------------------------------------------------------------ what users give

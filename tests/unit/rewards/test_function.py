@@ -62,7 +62,7 @@ def test_async_calls_overlap() -> None:
     with FunctionReward(reward) as source:
         futures = [source.submit(rollouts("a")), source.submit(rollouts("b"))]
         assert all(future.result(WAIT_S)[0].scores == {"reward": 0.5} for future in futures)
-        assert source.requests == 2
+        assert source.stats().requests == 2
 
 
 def test_submit_returns_before_the_function_does() -> None:
@@ -212,7 +212,7 @@ def test_function_that_changes_its_lists_hurts_nobody() -> None:
 def test_no_rollouts_make_no_call() -> None:
     with FunctionReward(returning([1.0])) as source:
         assert source.submit([]).result(WAIT_S) == []
-        assert source.requests == 0
+        assert source.stats().requests == 0
 
 
 def only_samples(samples: list[str]) -> list[float]:

@@ -15,7 +15,7 @@ import pytest
 import trustme
 
 from conch.addresses import parse_urls
-from conch.config import RewardConfig, load
+from conch.config import RewardAuthConfig, RewardConfig, load
 from conch.errors import ConfigError, RewardError, RewardInvalidError, RewardUnavailableError
 from conch.rewards.factory import from_user
 from conch.rewards.served import HttpReward
@@ -24,7 +24,7 @@ from tests.fakes.json_rewards import Reply, endpoint, goals, lengths
 from tests.fakes.rollouts import rollouts
 
 WAIT_S = 60
-QUICK = {"deadline_s": 20.0, "attempt_timeout_s": 10.0}
+QUICK = {"client": {"deadline_s": 20.0, "request_timeout_s": 10.0}}
 
 
 def score(url: str, *outputs: str, **settings: Any) -> list[RewardResult]:
@@ -53,9 +53,11 @@ def test_goals_dialect_sends_a_list_and_reads_objectives() -> None:
     assert served.asked[-1] == ["pa", "pbbb"]
 
 
-def test_requests_hold_no_more_than_micro_batch_size() -> None:
+def test_requests_hold_no_more_than_batch_rows() -> None:
     with endpoint() as served:
-        found = score(served.url, *("a" * n for n in range(1, 8)), micro_batch_size=3, max_in_flight=1)
+        found = score(
+            served.url, *("a" * n for n in range(1, 8)), client={"batch_rows": 3, "max_in_flight": 1}
+        )
 
     assert [each.scores["reward"] for each in found] == [float(n + 1) for n in range(1, 8)]
     assert max(len(body["query"]) for body in served.asked) == 3
@@ -94,7 +96,7 @@ class Fails:
 @pytest.mark.parametrize("status", [429, 502, 503, 504, 0])
 def test_passing_failures_are_tried_again(status: int) -> None:
     with endpoint(Fails(status, 2)) as served:
-        (found,) = score(served.url, "aa", deadline_s=50.0)
+        (found,) = score(served.url, "aa", client={"deadline_s": 50.0})
     assert found.scores == {"reward": 3.0}
     assert len(served.asked) >= 3
 
@@ -102,7 +104,7 @@ def test_passing_failures_are_tried_again(status: int) -> None:
 @pytest.mark.parametrize(
     ("status", "kind", "says"),
     [
-        (401, "unavailable", "HTTP 401 Unauthorized: it wants a token.*reward.headers_env"),
+        (401, "unavailable", "HTTP 401 Unauthorized: it wants a token.*reward.auth.headers_env"),
         (403, "unavailable", "HTTP 403 Forbidden: it wants a token"),
         (404, "unavailable", "HTTP 404 Not Found: check the path"),
         (302, "unavailable", "HTTP 302 Found: check the path"),
@@ -174,7 +176,7 @@ def test_a_frozen_endpoint_ends_by_its_deadline() -> None:
         return lengths(samples)
 
     with endpoint(frozen) as served:
-        (found,) = score(served.url, "a", attempt_timeout_s=0.2, deadline_s=0.5)
+        (found,) = score(served.url, "a", client={"request_timeout_s": 0.2, "deadline_s": 0.5})
         thaw.set()
     assert found.status.value == "timeout"
 
@@ -184,7 +186,7 @@ def test_secret_headers_are_sent_and_never_shown(
 ) -> None:
     monkeypatch.setenv("MY_TOKEN", "Bearer s3cret")
     with endpoint() as served, caplog.at_level(logging.DEBUG):
-        score(served.url, "a", headers_env={"Authorization": "MY_TOKEN"})
+        score(served.url, "a", auth={"headers_env": {"Authorization": "MY_TOKEN"}})
     assert served.headers[-1]["authorization"] == "Bearer s3cret"
     assert "s3cret" not in caplog.text
 
@@ -195,10 +197,10 @@ def test_tls_is_verified(tmp_path: Path) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(context)
     with endpoint(tls=context) as served:
-        (trusted,) = score(served.url, "a", tls={"ca": tmp_path / "ca.pem"})
+        (trusted,) = score(served.url, "a", auth={"tls": {"ca": tmp_path / "ca.pem"}})
         (stranger,) = score(served.url, "a")
     assert trusted.scores == {"reward": 2.0}
-    assert stranger.status.value == "unavailable" and "check `reward.tls`" in stranger.detail
+    assert stranger.status.value == "unavailable" and "check `reward.auth.tls`" in stranger.detail
 
 
 def test_nobody_there_is_said_at_the_start() -> None:
@@ -238,4 +240,4 @@ def test_a_password_in_the_address_is_refused_and_not_repeated() -> None:
 
 def test_a_tritons_secret_is_not_for_endpoints() -> None:
     with pytest.raises(ConfigError, match="headers_env"):
-        HttpReward("http://h:1/score", RewardConfig(secret_env="X"))
+        HttpReward("http://h:1/score", RewardConfig(auth=RewardAuthConfig(secret_env="X")))

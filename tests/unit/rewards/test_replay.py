@@ -33,11 +33,13 @@ class Moody:
         return [float("nan") if output == "h" else self.chance.gauss(0, 1) / 3 for output in outputs]
 
 
-def ppo(run_dir: Path, reward_fn: Any, *, train: dict[str, Any] | None = None, **reward: Any) -> Any:
+def ppo(
+    run_dir: Path, reward_fn: Any, *, train: dict[str, Any] | None = None, policy: str = "drop", **reward: Any
+) -> Any:
     return ppo_trainer(
         run_dir,
         reward_fn=reward_fn,
-        reward={"on_failure": "drop", "max_failed_fraction": 1.0, **reward},
+        reward={"failure": {"policy": policy, "max_fraction": 1.0}, **reward},
         train={**TRAIN, **(train or {})},
         optimizer={"learning_rate": 5e-3},
         shaping={"scaling": "running"},
@@ -143,7 +145,7 @@ def test_a_run_with_another_seed_than_the_record_is_stopped(tmp_path: Path) -> N
     ppo(tmp_path / "live", Moody(), record=True).fit()
     other = {"seed": 5}
     with pytest.raises(RewardInvalidError, match="replay with the configuration, the seed"):
-        ppo(tmp_path / "other", never, replay=tmp_path / "live", on_failure="raise", train=other).fit()
+        ppo(tmp_path / "other", never, replay=tmp_path / "live", policy="raise", train=other).fit()
 
 
 @pytest.mark.parametrize("content", [None, "", "[]\n", '{"step": 1}\n'])

@@ -7,21 +7,22 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import SimpleNamespace, TracebackType
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
 
-from conch.config import RewardConfig
+from conch.config import RewardConfig, RewardFailureConfig
 from conch.errors import ConfigError, RewardError, RewardInvalidError, RewardUnavailableError
 from conch.rewards import outage as outage_module
-from conch.rewards.base import ClientStats, ServerTimes
+from conch.rewards.base import ClientStats, RewardSource, ServerTimes
 from conch.rewards.function import FunctionReward
 from conch.rewards.scorer import RewardScorer, combine
 from conch.types import OnFinished, Prompt, RewardResult, RewardStatus, Rollout
 from tests.fakes.rollouts import rollout, rollouts
 
 WAIT_S = 120
+WAIT = RewardConfig(failure=RewardFailureConfig(policy="wait"))
 
 
 def length(samples: list[str], prompts: list[str], outputs: list[str]) -> list[float]:
@@ -29,7 +30,7 @@ def length(samples: list[str], prompts: list[str], outputs: list[str]) -> list[f
     return [float("nan") if "x" in output else float(len(output)) for output in outputs]
 
 
-class Outage:
+class Outage(RewardSource):
     """A source whose samples with a `u` are unavailable the first `rounds` times that they are asked for."""
 
     name = "outage"
@@ -48,16 +49,6 @@ class Outage:
         future: Future[list[RewardResult]] = Future()
         future.set_result(results)
         return future
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-    def __enter__(self) -> Outage:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
 
     def _result(self, rollout: Rollout) -> RewardResult:
         if "u" in rollout.completion.text and self.left > 0:
@@ -209,7 +200,9 @@ def test_raise_names_count_and_first_detail() -> None:
 
 def test_raise_tolerates_no_failure_whatever_drop_would() -> None:
     with FunctionReward(length) as source:
-        scorer = RewardScorer(source, RewardConfig(on_failure="raise", max_failed_fraction=1))
+        scorer = RewardScorer(
+            source, RewardConfig(failure=RewardFailureConfig(policy="raise", max_fraction=1))
+        )
         scorer.submit(rollouts("x", "a"))
         with pytest.raises(RewardInvalidError, match="1 of 2 samples"):
             scorer.gather()
@@ -252,7 +245,9 @@ def test_kind_of_error_is_the_same_on_all_ranks() -> None:
 
 def test_drop_keeps_failures_as_failures_within_the_budget() -> None:
     with FunctionReward(length) as source:
-        scorer = RewardScorer(source, RewardConfig(on_failure="drop", max_failed_fraction=0.25))
+        scorer = RewardScorer(
+            source, RewardConfig(failure=RewardFailureConfig(policy="drop", max_fraction=0.25))
+        )
         scorer.submit(rollouts("x", "a", "a", "a"))
         results = scorer.gather()
     assert [result.ok for result in results] == [False, True, True, True]
@@ -262,15 +257,17 @@ def test_drop_keeps_failures_as_failures_within_the_budget() -> None:
 
 def test_drop_raises_above_the_budget() -> None:
     with FunctionReward(length) as source:
-        scorer = RewardScorer(source, RewardConfig(on_failure="drop", max_failed_fraction=0.25))
+        scorer = RewardScorer(
+            source, RewardConfig(failure=RewardFailureConfig(policy="drop", max_fraction=0.25))
+        )
         scorer.submit(rollouts("x", "x", "a", "a"))
-        with pytest.raises(RewardInvalidError, match=r"2 of 4 .*max_failed_fraction=0.25"):
+        with pytest.raises(RewardInvalidError, match=r"2 of 4 .*failure\.max_fraction=0.25"):
             scorer.gather()
 
 
 @pytest.mark.parametrize(("other", "raises"), [(["a", "a", "a"], False), (["a"], True)])
 def test_drop_counts_over_all_ranks(other: list[str], raises: bool) -> None:
-    config = RewardConfig(on_failure="drop", max_failed_fraction=0.25)
+    config = RewardConfig(failure=RewardFailureConfig(policy="drop", max_fraction=0.25))
     with FunctionReward(length) as one, FunctionReward(length) as two:
         outcomes = Ranks(2).run(
             lambda agree: gather(one, config, rollouts("x"), agree),
@@ -283,7 +280,7 @@ def test_wait_asks_again_for_what_is_missing_only(
     quick_waits: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = Outage(rounds=2)
-    scorer = RewardScorer(source, RewardConfig(on_failure="wait"))
+    scorer = RewardScorer(source, WAIT)
     with caplog.at_level(logging.INFO, logger="conch"):
         scorer.submit(rollouts("a", "u"))
         results = scorer.gather()
@@ -295,7 +292,7 @@ def test_wait_asks_again_for_what_is_missing_only(
 
 def test_wait_keeps_ranks_in_lock_step(quick_waits: None) -> None:
     ranks = Ranks(2)
-    config = RewardConfig(on_failure="wait")
+    config = WAIT
     one, two = ranks.run(
         lambda agree: gather(Outage(rounds=3), config, rollouts("u", "a"), agree),
         lambda agree: gather(Outage(rounds=0), config, rollouts("a"), agree),
@@ -305,8 +302,8 @@ def test_wait_keeps_ranks_in_lock_step(quick_waits: None) -> None:
 
 
 def test_wait_gives_up_on_all_ranks_when_the_budget_is_spent(quick_waits: None) -> None:
-    config = RewardConfig(on_failure="wait", wait_budget_s=0.05)
-    patient = RewardConfig(on_failure="wait", wait_budget_s=3600)
+    config = RewardConfig(failure=RewardFailureConfig(policy="wait", wait_budget_s=0.05))
+    patient = RewardConfig(failure=RewardFailureConfig(policy="wait", wait_budget_s=3600))
     one, two = Ranks(2).run(
         lambda agree: gather(Outage(rounds=10**9), config, rollouts("u"), agree),
         lambda agree: gather(Outage(rounds=0), patient, rollouts("a"), agree),
@@ -318,8 +315,13 @@ def test_wait_gives_up_on_all_ranks_when_the_budget_is_spent(quick_waits: None) 
 def test_wait_does_not_wait_for_bad_data() -> None:
     with FunctionReward(length) as bad:
         kinds = Ranks(2).run(
-            lambda agree: gather(Outage(rounds=10**9), RewardConfig(on_failure="wait"), rollouts("u"), agree),
-            lambda agree: gather(bad, RewardConfig(on_failure="wait"), rollouts("x"), agree),
+            lambda agree: gather(
+                Outage(rounds=10**9),
+                WAIT,
+                rollouts("u"),
+                agree,
+            ),
+            lambda agree: gather(bad, WAIT, rollouts("x"), agree),
         )
     assert [type(kind) for kind in kinds] == [RewardInvalidError, RewardInvalidError]
 
@@ -356,8 +358,8 @@ def gather_with(
 
 
 def test_ranks_save_together_and_once(quick_waits: None) -> None:
-    soon = RewardConfig(on_failure="wait", checkpoint_after_s=0)
-    late = RewardConfig(on_failure="wait", checkpoint_after_s=3600)
+    soon = RewardConfig(failure=RewardFailureConfig(policy="wait", checkpoint_after_s=0))
+    late = RewardConfig(failure=RewardFailureConfig(policy="wait", checkpoint_after_s=3600))
     one, two, ranks = Guest(), Guest(), Ranks(2)
     ranks.run(
         lambda agree: gather_with(one, Outage(rounds=3), late, rollouts("u", "a"), agree),
@@ -369,7 +371,7 @@ def test_ranks_save_together_and_once(quick_waits: None) -> None:
 
 
 def test_a_signal_to_one_rank_makes_all_leave(quick_waits: None) -> None:
-    config = RewardConfig(on_failure="wait")
+    config = WAIT
     one, two = Guest(), Guest(leave_after=2)
     outcomes = Ranks(2).run(
         lambda agree: gather_with(one, Outage(rounds=10**9), config, rollouts("u"), agree),
@@ -401,7 +403,13 @@ def test_ranks_attend_to_signals_while_a_request_hangs(
     monkeypatch.setattr(outage_module, "_SLICE_S", 0.001)
     host = Guest(leave_after=100)
     with pytest.raises(RewardError, match="left"):
-        gather_with(host, Frozen(), RewardConfig(on_failure="wait"), rollouts("u"), lambda value: value)
+        gather_with(
+            host,
+            Frozen(),
+            WAIT,
+            rollouts("u"),
+            lambda value: value,
+        )
 
 
 def test_a_host_is_told_of_failures_before_they_are_raised() -> None:
@@ -417,7 +425,12 @@ def test_a_long_outage_is_spoken_of_once_a_minute(
     clock = iter(range(10**6))  # each look at the clock takes a second
     passing = SimpleNamespace(monotonic=lambda: float(next(clock)), sleep=lambda _seconds: None)
     monkeypatch.setattr(outage_module, "time", passing)
-    gather(Outage(rounds=40), RewardConfig(on_failure="wait"), rollouts("u"), lambda value: value)
+    gather(
+        Outage(rounds=40),
+        WAIT,
+        rollouts("u"),
+        lambda value: value,
+    )
     words = [record.message for record in caplog.records if "asking again" in record.message]
     away_s = [int(word.split("away for ")[1].split(" s")[0]) for word in words]
     assert len(away_s) > 2
@@ -455,7 +468,9 @@ def test_source_that_breaks_the_protocol_raises_on_all_ranks(how: str, words: st
 
 
 def test_metrics_describe_the_last_gather() -> None:
-    scorer = RewardScorer(Outage(rounds=1), RewardConfig(on_failure="drop", max_failed_fraction=1))
+    scorer = RewardScorer(
+        Outage(rounds=1), RewardConfig(failure=RewardFailureConfig(policy="drop", max_fraction=1))
+    )
     scorer.submit(rollouts("a", "a", "u"))
     scorer.submit(rollouts("a"))
     scorer.gather()
@@ -481,23 +496,22 @@ def test_metrics_describe_the_last_gather() -> None:
 
 
 class Served(Outage):
-    """A source that reports its traffic, as a client of servers does."""
+    """A source that counts its requests, as a client of servers does."""
 
     def __init__(self) -> None:
         super().__init__(rounds=0)
         self.now = ClientStats(requests=100, retries=10, deduplicated=20)
         self.times: list[Future[ServerTimes]] = []
-        self.model_change = ""
 
-    def traffic(self) -> ClientStats:
+    def stats(self) -> ClientStats:
         return self.now
 
-    def server_times(self) -> Future[ServerTimes]:
+    def server_statistics(self) -> Future[ServerTimes]:
         self.times.append(Future())
         return self.times[-1]
 
 
-def test_traffic_is_that_since_the_gather_before() -> None:
+def test_stats_are_those_since_the_gather_before() -> None:
     source = Served()
     scorer = RewardScorer(source, RewardConfig())
     source.now = ClientStats(requests=107, retries=13, deduplicated=25, most_in_flight=4)
@@ -525,11 +539,11 @@ def test_a_servers_own_times_are_never_waited_for() -> None:
     assert measured() == (0.0, 0.0)
 
 
-@pytest.mark.parametrize("on_failure", ["raise", "drop", "wait"])
-def test_a_changed_model_makes_all_ranks_leave(on_failure: Any) -> None:
-    config = RewardConfig(on_failure=on_failure, max_failed_fraction=1)
+@pytest.mark.parametrize("policy", ["raise", "drop", "wait"])
+def test_a_changed_model_makes_all_ranks_leave(policy: Any) -> None:
+    config = RewardConfig(failure=RewardFailureConfig(policy=policy, max_fraction=1))
     changed = Served()
-    changed.model_change = "the model at h:1 was version 1, is 2"
+    changed.now = ClientStats(model_change="the model at h:1 was version 1, is 2")
     outcomes = Ranks(2).run(
         lambda agree: gather(changed, config, rollouts("a"), agree),
         lambda agree: gather(Served(), config, rollouts("a"), agree),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +15,13 @@ import pytest
 from conch.addresses import Endpoint
 from conch.config import RewardConfig
 from conch.errors import ConfigError
-from conch.rewards.base import CountsTraffic, RewardSource
+from conch.rewards.base import ClientStats, RewardSource, ServerTimes
 from conch.rewards.factory import from_user
 from conch.rewards.function import FunctionReward
+from conch.rewards.scorer import RewardScorer
 from conch.rewards.served import TritonReward
+from conch.types import RewardResult, RewardStatus, Rollout
+from tests.fakes.rollouts import rollouts
 
 
 def zero(samples: list[str], prompts: list[str], outputs: list[str], **metadata: Any) -> list[float]:
@@ -23,7 +30,7 @@ def zero(samples: list[str], prompts: list[str], outputs: list[str], **metadata:
 
 def test_function_becomes_a_source() -> None:
     with from_user(zero, RewardConfig()) as source:
-        assert isinstance(source, FunctionReward) and isinstance(source, CountsTraffic)
+        assert isinstance(source, FunctionReward)
 
 
 def test_metadata_keys_reach_the_check() -> None:
@@ -46,7 +53,7 @@ def test_address_becomes_a_served_reward(given: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("TRITON_HOST", url if given == "environment" else "elsewhere:1/other")
     config = RewardConfig(url=url if given == "config" else None)
     with from_user(url if given == "argument" else None, config) as source:
-        assert isinstance(source, TritonReward) and isinstance(source, CountsTraffic)
+        assert isinstance(source, TritonReward)
         assert source.name == "walks at localhost:8001"
 
 
@@ -104,6 +111,68 @@ def test_other_types_are_refused() -> None:
         "ConfigError: a reward must be a function, `host:port/model`, `http://host:port/path` or a "
         "RewardSource, not int" in done.stderr
     )
+
+
+class Shortest(RewardSource):
+    """All that a user has to write."""
+
+    def check(self) -> None: ...
+
+    def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:
+        future: Future[list[RewardResult]] = Future()
+        future.set_result([RewardResult(RewardStatus.OK, scores={"reward": 1.0}) for _ in rollouts])
+        return future
+
+
+def test_a_source_of_two_methods_scores_and_has_defaults_for_the_others() -> None:
+    with from_user(Shortest(), RewardConfig()) as source:
+        source.check()
+        scorer = RewardScorer(source, RewardConfig())
+        scorer.submit(rollouts("a", "b"))
+        scorer.submit(rollouts("c"))
+        assert [result.scores["reward"] for result in scorer.gather()] == [1.0] * 3
+        assert not source.batched and source.stats() is None
+        assert source.server_statistics().result(0) == ServerTimes()
+    metrics = scorer.metrics()
+    assert (metrics["reward/requests"], metrics["reward/retries"], metrics["reward/queue_s"]) == (2, 0, 0)
+
+
+def test_the_source_in_the_documentation_scores() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs/rewards.md").read_text(encoding="utf-8")
+    (example,) = [
+        block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "Brevity" in block
+    ]
+    names: dict[str, Any] = {}
+    exec(example, names)
+    with from_user(names["Brevity"](), RewardConfig()) as source:
+        source.check()
+        results = source.submit(rollouts("aa", "b")).result(60)
+    assert [result.scores["reward"] for result in results] == [-2.0, -1.0]
+
+
+@pytest.mark.parametrize("missing", ["check", "submit"])
+def test_a_source_without_one_of_the_two_methods_is_refused_by_name(missing: str) -> None:
+    methods = {"check": Shortest.check, "submit": Shortest.submit}
+    del methods[missing]
+    with pytest.raises(TypeError, match=missing):
+        type("Half", (RewardSource,), methods)()
+
+
+def test_an_object_that_only_looks_like_a_source_is_told_what_to_derive_from() -> None:
+    class Lookalike:
+        name = "lookalike"
+        check, submit = Shortest.check, Shortest.submit
+
+        def __call__(self) -> None: ...
+
+    with pytest.raises(ConfigError, match=r"Lookalike .* derive it from `conch\.rewards\.RewardSource`"):
+        from_user(Lookalike(), RewardConfig())
+
+
+def test_stats_of_a_function_are_its_calls() -> None:
+    with from_user(zero, RewardConfig()) as source:
+        source.submit(rollouts("a", "b")).result(60)
+        assert source.batched and source.stats() == ClientStats(requests=1)
 
 
 def test_rewards_package_loads_neither_torch_nor_tritonclient() -> None:

@@ -111,9 +111,9 @@ def test_samples_of_one_text_but_other_tokens_are_other_rows() -> None:
     assert isinstance(first, ScoringRow) and isinstance(second, ScoringRow)
     assert (first.bounds, second.bounds) == ((1, 2, 3), (1, 3))
     assert first != second
-    memory = ScoreCache(10)
-    memory.keep(first, RewardResult(RewardStatus.OK, token_scores=(0.0, 1.0)))
-    assert memory.find(second) is None and memory.find(first) is not None
+    cache = ScoreCache(10)
+    cache.add(first, RewardResult(RewardStatus.OK, token_scores=(0.0, 1.0)))
+    assert cache.get(second) is None and cache.get(first) is not None
 
 
 def test_a_text_model_needs_to_know_what_the_tokens_stand_for() -> None:

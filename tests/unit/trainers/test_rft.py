@@ -226,7 +226,7 @@ def broken(outputs: Sequence[str], **_: Any) -> list[float]:
 def test_rewards_that_all_fail_stop_the_run_or_are_dropped(tmp_path: Path) -> None:
     with pytest.raises(RewardInvalidError, match="32 of 32 samples got no reward"):
         rft_trainer(tmp_path / "raise", reward_fn=broken).step()
-    dropping = {"on_failure": "drop", "max_failed_fraction": 1.0}
+    dropping = {"failure": {"policy": "drop", "max_fraction": 1.0}}
     metrics = rft_trainer(tmp_path / "drop", reward_fn=broken, reward=dropping).step()
     assert metrics["reward/failed_fraction"] == 1.0 and metrics["rft/kept"] == 0
 

@@ -7,13 +7,13 @@ import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import pytest
 
 from conch.errors import RewardUnavailableError
 from conch.rewards import outage
+from conch.rewards.base import RewardSource
 from conch.runs.checkpoint import read_checkpoint, steps_of
 from conch.types import RewardResult, RewardStatus, Rollout
 from tests.runs import PROMPTS, ppo_trainer, sft_trainer, vowels
@@ -25,14 +25,14 @@ FOR_EVER = 10**9
 FIRST_EVALUATION, SECOND_STEP, EVALUATION, THIRD_STEP, LAST_EVALUATION = 1, 3, 4, 5, 7
 
 
-class Tide:
+class Tide(RewardSource):
     """A source that is away from its `first` request on, and for `attempts` of them.
 
     in_outage: called when it is asked again.
     """
 
     name = "tide"
-    wants_chunks = True
+    batched = True
 
     def __init__(
         self, first: int = 0, attempts: int = 0, in_outage: Callable[[], object] = lambda: None
@@ -52,27 +52,17 @@ class Tide:
         future.set_result([self._result(rollout) for rollout in chunk])
         return future
 
-    def close(self) -> None:
-        """Nothing to close."""
-
-    def __enter__(self) -> Tide:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
     def _result(self, rollout: Rollout) -> RewardResult:
         if self._requests in self._away:
             return RewardResult(RewardStatus.UNAVAILABLE, detail="out at sea")
         return RewardResult(RewardStatus.OK, scores={"reward": vowels([rollout.completion.text])[0]})
 
 
-def ppo(run_dir: Path, source: Tide, *, reward: dict[str, Any] | None = None, **train: Any) -> Any:
+def ppo(run_dir: Path, source: Tide, *, failure: dict[str, Any] | None = None, **train: Any) -> Any:
     return ppo_trainer(
         run_dir,
         reward_fn=source,
-        reward={"on_failure": "wait", "checkpoint_after_s": 0.0, **(reward or {})},
+        reward={"failure": {"policy": "wait", "checkpoint_after_s": 0.0, **(failure or {})}},
         train={**TRAIN, **train},
         optimizer={"learning_rate": 5e-3},
         ppo={"epochs": 2, "minibatches": 2, "kl": {"target": 0.1, "horizon": 100}},
@@ -135,7 +125,7 @@ def test_a_run_that_left_while_waiting_goes_on_as_if_nothing_had_been(
 ) -> None:
     storm = tmp_path / "storm"
     with pytest.raises(SystemExit) as left:
-        ppo(storm, Tide(first, FOR_EVER, preempt), reward={"checkpoint_after_s": 3600.0}).fit()
+        ppo(storm, Tide(first, FOR_EVER, preempt), failure={"checkpoint_after_s": 3600.0}).fit()
     assert left.value.code == 143
     assert max(steps_of(storm)) == step
 
@@ -158,7 +148,7 @@ def test_a_spent_budget_leaves_a_checkpoint_behind(tmp_path: Path, calm: Path) -
     storm = tmp_path / "storm"
     impatient = {"checkpoint_after_s": 3600.0, "wait_budget_s": 0.05}
     with pytest.raises(RewardUnavailableError, match="out at sea"):
-        ppo(storm, Tide(SECOND_STEP, FOR_EVER), reward=impatient).fit()
+        ppo(storm, Tide(SECOND_STEP, FOR_EVER), failure=impatient).fit()
     assert list(steps_of(storm)) == [1]
     ppo(storm, Tide(), resume="auto").fit()
     assert_same_run(storm, calm)
@@ -179,7 +169,7 @@ def test_a_trainer_that_only_measures_with_the_reward_waits_as_well(tmp_path: Pa
     settings: dict[str, Any] = {
         "eval_prompts": PROMPTS[:3],
         "train": TRAIN,
-        "reward": {"on_failure": "wait", "checkpoint_after_s": 0.0},
+        "reward": {"failure": {"policy": "wait", "checkpoint_after_s": 0.0}},
     }
     sft_trainer(tmp_path / "calm", SAMPLES, reward_fn=Tide(), **settings).fit()
     with pytest.raises(SystemExit):

@@ -178,6 +178,9 @@ def test_a_chosen_checkpoint_is_gone_on_with(tmp_path: Path) -> None:
     [
         ({"train": {"seed": 1}}, r"train\.seed was 0, is 1"),
         ({"sft": {"batch_size": 4}}, r"sft\.batch_size was 8, is 4"),
+        ({"reward": {"client": {"batch_rows": 1}}}, r"reward\.client\.batch_rows was 64, is 1"),
+        ({"reward": {"auth": {"secret_env": "S"}}}, r"reward\.auth\.secret_env was None, is 'S'"),
+        ({"reward": {"failure": {"max_fraction": 1}}}, r"reward\.failure\.max_fraction was 0\.1, is 1"),
         ({"optimizer": {"betas": [0.5, 0.6]}}, r"optimizer\.betas was \[0\.9, 0\.95\], is \[0\.5, 0\.6\]"),
     ],
 )
@@ -207,6 +210,23 @@ def test_nothing_to_go_on_with_is_an_error(tmp_path: Path, resume: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=resume):
         sft(tmp_path / "run", resume=str(tmp_path / resume))
+
+
+def test_how_rewards_are_asked_for_may_change_on_resume(tmp_path: Path) -> None:
+    sft_trainer(tmp_path / "run", SAMPLES, train={"total_steps": 1}).fit()
+    client = {"connect_timeout_s": 1, "request_timeout_s": 1, "deadline_s": 1, "max_in_flight": 1}
+    reward = {
+        "client": {**client, "timeout_per_1k_tokens_s": 1},
+        "auth": {"headers_env": {"a": "B"}},
+        "failure": {
+            "policy": "wait",
+            "wait_budget_s": 1,
+            "checkpoint_after_s": 1,
+            "on_model_change": "warn",
+        },
+    }
+    again = {"total_steps": 1, "resume": "auto"}
+    assert sft_trainer(tmp_path / "run", SAMPLES, train=again, reward=reward).run.step == 1
 
 
 def test_settings_that_change_nothing_learned_may_change(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from conch.config import RewardConfig, TlsConfig
+from conch.config import RewardAuthConfig, RewardConfig, TlsConfig
 from conch.errors import ConfigError, ServerStartError
 from conch.rewards.served import TritonReward
 from conch.triton.channel import Access, open_client, secret_from
@@ -92,9 +92,11 @@ def test_half_a_tls_section_is_refused(section: dict[str, str], expected: str) -
 def test_a_reward_whose_secret_is_not_set_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MY_SECRET", raising=False)
     with pytest.raises(ConfigError, match="environment variable MY_SECRET"):
-        TritonReward("127.0.0.1:1/walks", RewardConfig(secret_env="MY_SECRET"))
+        TritonReward("127.0.0.1:1/walks", RewardConfig(auth=RewardAuthConfig(secret_env="MY_SECRET")))
 
 
 def test_a_reward_whose_certificate_is_missing_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.pem cannot be read"):
-        TritonReward("127.0.0.1:1/walks", RewardConfig(tls=TlsConfig(ca=tmp_path / "none.pem")))
+        TritonReward(
+            "127.0.0.1:1/walks", RewardConfig(auth=RewardAuthConfig(tls=TlsConfig(ca=tmp_path / "none.pem")))
+        )

@@ -1,4 +1,4 @@
-"""Identity, Memory and secret headers: small parts of the client of a served model."""
+"""ModelIdentity, ScoreCache and secret headers: small parts of the client of a served model."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ OLD, NEW = ModelInfo(reward_names=("help",), content="0" * 64), "1" * 64
 
 
 def identity(policy: OnModelChange = "raise") -> ModelIdentity:
-    made = ModelIdentity(policy)
-    assert made.refusal("model `m` at a", OLD, is_new=True) == ""
-    return made
+    model = ModelIdentity(policy)
+    assert model.mismatch("model `m` at a", OLD, is_new=True) == ""
+    return model
 
 
 @pytest.mark.parametrize(
@@ -37,36 +37,36 @@ def identity(policy: OnModelChange = "raise") -> ModelIdentity:
     ],
 )
 def test_replica_of_another_model_is_refused_naming_both(info: ModelInfo, words: str) -> None:
-    refusal = identity().refusal("model `m` at b", info, is_new=True)
-    assert words in refusal
-    assert "load the same version on all of them" in refusal
+    mismatch = identity().mismatch("model `m` at b", info, is_new=True)
+    assert words in mismatch
+    assert "load the same version on all of them" in mismatch
 
 
 def test_replica_that_does_not_state_its_content_is_taken() -> None:
-    assert identity().refusal("model `m` at b", ModelInfo(reward_names=("help",)), is_new=True) == ""
+    assert identity().mismatch("model `m` at b", ModelInfo(reward_names=("help",)), is_new=True) == ""
 
 
 def test_replica_that_comes_back_changed_is_a_change_of_the_model() -> None:
     model = identity()
-    assert model.refusal("a", ModelInfo(reward_names=("help",), content=NEW), is_new=False) == ""
-    assert model.answered("a", "2", NEW)
+    assert model.mismatch("a", ModelInfo(reward_names=("help",), content=NEW), is_new=False) == ""
+    assert model.record_reply("a", "2", NEW)
     assert "a now serves version 2, content 111111111111, another model" in model.change
-    assert "reward.on_model_change=accept" in model.change
+    assert "reward.failure.on_model_change=accept" in model.change
 
 
 def test_same_content_under_another_version_number_is_the_same_model() -> None:
     model = identity()
-    assert not model.answered("a", "1", OLD.content)
-    assert not model.answered("b", "7", OLD.content)
+    assert not model.record_reply("a", "1", OLD.content)
+    assert not model.record_reply("b", "7", OLD.content)
     assert model.change == ""
 
 
 def test_without_a_hash_the_version_tells() -> None:
     model = ModelIdentity("raise")
-    assert not model.answered("a", "1", "")
-    assert not model.answered("a", "1", "")
+    assert not model.record_reply("a", "1", "")
+    assert not model.record_reply("a", "1", "")
     assert model.is_current("1", "")
-    assert model.answered("a", "2", "")
+    assert model.record_reply("a", "2", "")
     assert model.is_current("2", "") and not model.is_current("1", "")
     assert "a now serves version 2, another model" in model.change
 
@@ -79,8 +79,8 @@ def test_change_is_told_once_as_loud_as_configured(
 ) -> None:
     caplog.set_level(logging.INFO, "conch")
     model = identity(policy)
-    assert [model.answered("a", "2", NEW) for _ in range(3)] == [True, False, False]
-    assert not model.answered("a", "1", OLD.content)  # late answers of the old version
+    assert [model.record_reply("a", "2", NEW) for _ in range(3)] == [True, False, False]
+    assert not model.record_reply("a", "1", OLD.content)  # late answers of the old version
     assert model.is_current("2", NEW) and not model.is_current("1", OLD.content)
     assert [record.levelno for record in caplog.records] == [level]
     assert bool(model.change) is (policy == "raise")
@@ -90,29 +90,29 @@ def result(value: float) -> RewardResult:
     return RewardResult(RewardStatus.OK, {"reward": value}, latency_s=3.0)
 
 
-def test_memory_keeps_the_rows_that_were_asked_for_last() -> None:
-    memory = ScoreCache(2)
-    memory.keep(ScoringRow("a"), result(1.0))
-    memory.keep(ScoringRow("b"), result(2.0))
-    found = memory.find(ScoringRow("a", position=9))
+def test_cache_keeps_the_rows_that_were_asked_for_last() -> None:
+    cache = ScoreCache(2)
+    cache.add(ScoringRow("a"), result(1.0))
+    cache.add(ScoringRow("b"), result(2.0))
+    found = cache.get(ScoringRow("a", position=9))
     assert found is not None and (found.scores["reward"], found.latency_s) == (1, 0.0)
-    memory.keep(ScoringRow("c"), result(3.0))
-    assert memory.find(ScoringRow("b")) is None and memory.find(ScoringRow("a")) and len(memory) == 2
-    memory.clear()
-    assert memory.find(ScoringRow("a")) is None
+    cache.add(ScoringRow("c"), result(3.0))
+    assert cache.get(ScoringRow("b")) is None and cache.get(ScoringRow("a")) and len(cache) == 2
+    cache.clear()
+    assert cache.get(ScoringRow("a")) is None
 
 
-def test_memory_tells_rows_apart_that_look_alike() -> None:
-    memory = ScoreCache(9)
-    memory.keep(ScoringRow("a", (1, 23)), result(1.0))
-    assert memory.find(ScoringRow("a", (12, 3))) is None
-    assert memory.find(ScoringRow("a")) is None
+def test_cache_tells_rows_apart_that_look_alike() -> None:
+    cache = ScoreCache(9)
+    cache.add(ScoringRow("a", (1, 23)), result(1.0))
+    assert cache.get(ScoringRow("a", (12, 3))) is None
+    assert cache.get(ScoringRow("a")) is None
 
 
-def test_memory_of_size_0_remembers_nothing() -> None:
-    memory = ScoreCache(0)
-    memory.keep(ScoringRow("a"), result(1.0))
-    assert memory.find(ScoringRow("a")) is None
+def test_cache_of_size_0_holds_nothing() -> None:
+    cache = ScoreCache(0)
+    cache.add(ScoringRow("a"), result(1.0))
+    assert cache.get(ScoringRow("a")) is None
 
 
 def test_headers_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
