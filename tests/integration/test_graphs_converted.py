@@ -12,7 +12,6 @@ from transformers import GPT2ForSequenceClassification
 from tritonclient.utils import InferenceServerException
 
 from conch.config import RewardConfig
-from conch.converters.options import ReadOptions
 from conch.converters.to_triton import main, to_triton
 from conch.errors import ConversionError
 from conch.rewards.served import TritonReward
@@ -108,7 +107,7 @@ def rollout(ids: list[int]) -> Rollout:
             "traced, which is --device cpu: add --instance_kind cpu",
         ),
         ({"form": "text", "backend": "torchscript"}, "serves token ids: add --form token"),
-        ({"reading": ReadOptions(template="chat")}, "no chat template"),
+        ({"template": "chat"}, "no chat template"),
         ({"form": "token", "dtype": "bfloat16"}, "takes --dtype float32 or float16, not bfloat16"),
     ],
 )
