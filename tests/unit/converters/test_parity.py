@@ -16,6 +16,7 @@ from conch.converters.parity.compare import ExpectedScores, compare
 from conch.converters.parity.reference import expected_scores, golden_of
 from conch.converters.parity.report import BATCH_CONSISTENCY, CaseResult, ParityReport
 from conch.converters.parity.samples import ParityCase, Sample, build_cases, requests_of
+from conch.converters.parity.subprocess_model import SubprocessModel, score_in_sequence
 from conch.errors import ConversionError
 from tests.checkpoints import LETTERS, classifier, process_reward, tokenizer_for
 from tests.tiny import reward_checkpoint
@@ -197,3 +198,16 @@ def test_build_cases_of_conversations_want_other_texts_refused(tmp_path: Path) -
     assert texts["no JSON"] == ()
     assert texts['[{"role": "user", "content": ""}]'] == (EOS,)
     assert max(len(ids) for ids in texts.values()) == 32
+
+
+def test_score_in_sequence_feeds_each_model_the_replies_of_the_one_before(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(
+        "import json, sys\n"
+        "numbers = [request['n'] for request in json.load(sys.stdin)['requests']]\n"
+        "json.dump([{'error': 'three'} if n == 3 else {'n': n + 1} for n in numbers], sys.stdout)\n"
+    )
+    requests = [{"n": 1}, {"n": 3}, {"n": 2}, {"n": 5}]
+    with SubprocessModel(tmp_path) as first, SubprocessModel(tmp_path) as second:
+        replies = score_in_sequence([first, second], requests, "cpu")
+
+    assert replies == [{"n": 3}, {"error": "three"}, {"error": "three"}, {"n": 7}]
