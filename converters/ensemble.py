@@ -135,7 +135,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="conch-to-triton-ensemble",
         description="Join reward models of a store into one served model.",
-        epilog="Dashes will do for underscores. Exit codes: 0 published, 1 cannot be done, 2 combines wrong.",
     )
     parser.add_argument(
         "--members",

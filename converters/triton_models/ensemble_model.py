@@ -100,8 +100,11 @@ class MemberModels:
         if outcome.is_unavailable or rows == 1:
             return [outcome] * rows
         halves = (slice(0, rows // 2), slice(rows // 2, rows))
-        parts = [await self._column(member, _select(inputs, half)) for half in halves]
-        return [*parts[0], *parts[1]]
+        column: Column = []
+        for half in halves:
+            part = {name: np.ascontiguousarray(values[half]) for name, values in inputs.items()}
+            column += await self._column(member, part)
+        return column
 
     async def _ask(self, member: dict[str, Any], inputs: Inputs) -> Column | MemberFailure:
         request = pb_utils.InferenceRequest(
@@ -212,10 +215,6 @@ def _joined(requests: Sequence[Inputs]) -> Inputs:
 
 def _rows(inputs: Inputs) -> int:
     return len(next(iter(inputs.values())))
-
-
-def _select(inputs: Inputs, rows: slice) -> Inputs:
-    return {name: np.ascontiguousarray(values[rows]) for name, values in inputs.items()}
 
 
 def refuse_numpy_2(version: str) -> None:

@@ -152,15 +152,12 @@ def score_requests(scorer: Scorer, requests: Sequence[Rows | Exception]) -> list
     accepted = [rows for rows in requests if not isinstance(rows, Exception)]
     outcomes = iter(_split(_scores(scorer, [ids for rows in accepted for ids in rows]), accepted))
     first_outcomes = [rows if isinstance(rows, Exception) else next(outcomes) for rows in requests]
-    alone = len(accepted) > 1
-    return [
-        _finite(_scores(scorer, rows)) if alone and _failed(outcome, rows) else _finite(outcome)
-        for outcome, rows in zip(first_outcomes, requests, strict=True)
-    ]
-
-
-def _failed(outcome: np.ndarray | Exception, rows: Rows | Exception) -> bool:
-    return isinstance(outcome, Exception) and not isinstance(rows, Exception)
+    final = []
+    for outcome, rows in zip(first_outcomes, requests, strict=True):
+        failed_together = isinstance(outcome, Exception) and not isinstance(rows, Exception)
+        is_scored_again = failed_together and len(accepted) > 1
+        final.append(_finite(_scores(scorer, rows) if is_scored_again else outcome))
+    return final
 
 
 def _scores(scorer: Scorer, rows: Any) -> np.ndarray | Exception:
