@@ -420,7 +420,7 @@ def test_which_of_three_kinds_of_steps_is_the_reward_must_be_said(tmp_path: Path
     process_reward(tmp_path, "llama", num_labels=3)
     refused(tmp_path, r"say with --reward .*", step_separator=";")
     chosen = read_checkpoint(str(tmp_path), ReadOptions(step_separator=";", rewards=("LABEL_2",)))
-    assert (chosen.columns, chosen.reward_names) == ((2,), ("LABEL_2",))
+    assert (chosen.rules.columns, chosen.rules.reward_names) == ((2,), ("LABEL_2",))
 
 
 @pytest.mark.parametrize(
