@@ -33,8 +33,8 @@ _log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class WrittenPart:
-    """A part in its staging folder.
+class PartVersion:
+    """The next version of a part, in its staging folder.
 
     reference: what the part must score; None for a part that gives no scores.
     """
@@ -70,10 +70,10 @@ def convert(checkpoint: str, name: str, options: ConversionOptions) -> Conversio
             part.name: [stack.enter_context(SubprocessModel(folders[step])) for step in part.route]
             for part in parts
         }
-        written = _read_and_write(checkpoint, parts, folders, options)
+        versions = _read_and_write(checkpoint, parts, folders, options)
         gc.collect()  # before the written models load, the original must be gone
-        reports = [_prove(each, routes[each.part.name], checkpoint, options) for each in written]
-        specs = [_finish(each, report, options) for each, report in zip(written, reports, strict=True)]
+        reports = [_prove(each, routes[each.part.name], checkpoint, options) for each in versions]
+        specs = [_finish(each, report, options) for each, report in zip(versions, reports, strict=True)]
         paths = [
             publish(
                 each.folder,
@@ -83,7 +83,7 @@ def convert(checkpoint: str, name: str, options: ConversionOptions) -> Conversio
                 gpu=options.gpu,
                 keep=options.keep,
             )
-            for each, spec in zip(written, specs, strict=True)
+            for each, spec in zip(versions, specs, strict=True)
             if not options.dry_run
         ]
     spec, report = specs[-1], reports[-1]
@@ -93,7 +93,7 @@ def convert(checkpoint: str, name: str, options: ConversionOptions) -> Conversio
 
 def _read_and_write(
     name: str, parts: Sequence[Part], folders: Mapping[str, Path], options: ConversionOptions
-) -> list[WrittenPart]:
+) -> list[PartVersion]:
     """Do all that needs the original: its model is freed on return."""
     _log.info("reading %s", name)
     checkpoint = read_checkpoint(name, options)
@@ -106,7 +106,7 @@ def _read_and_write(
     ]
     _log.info("writing the version")
     return [
-        WrittenPart(
+        PartVersion(
             part, folders[part.name], write_part(folders[part.name], part, checkpoint, options), reference
         )
         for part, reference in zip(parts, references, strict=True)
@@ -114,17 +114,17 @@ def _read_and_write(
 
 
 def _prove(
-    written: WrittenPart, route: Sequence[SubprocessModel], checkpoint: str, options: ConversionOptions
+    version: PartVersion, route: Sequence[SubprocessModel], checkpoint: str, options: ConversionOptions
 ) -> ParityReport | None:
     """Compare what a part scores with its reference; None for a part that gives no scores.
 
     Raises:
         ParityError: the scores differ.
     """
-    reference = written.reference
+    reference = version.reference
     if reference is None:
         return None
-    _log.info("scoring %d requests with %s as it was written", len(reference.requests), written.part.name)
+    _log.info("scoring %d requests with %s as it was written", len(reference.requests), version.part.name)
     replies = score_in_sequence(route, reference.requests, options.device)
     report = compare(
         reference.cases, replies, reference.expected, options.dtype, batch_invariant=options.batch_invariant
@@ -138,14 +138,14 @@ def _prove(
 
 
 def _finish(
-    written: WrittenPart, report: ParityReport | None, options: ConversionOptions
+    version: PartVersion, report: ParityReport | None, options: ConversionOptions
 ) -> RewardModelSpec | TokenizerSpec:
     """Write golden samples, report and hashes beside the weights, and return the part's contract."""
-    part, manifest, reference = written.part, written.manifest, written.reference
+    part, manifest, reference = version.part, version.manifest, version.reference
     if report is None or reference is None:
         return TokenizerSpec(part.name, options.max_batch_size, manifest.max_length)
     golden = golden_of(reference.cases, part.form, reference.expected, options.dtype)
-    return spec_of(part, manifest, options, write_beside(written.folder, manifest, golden, report))
+    return spec_of(part, manifest, options, write_beside(version.folder, manifest, golden, report))
 
 
 def _check_servable(part: Part, checkpoint: RewardCheckpoint, options: ConversionOptions) -> None:
