@@ -13,12 +13,13 @@ Command lines of several words take dashes and underscores alike.
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 import textwrap
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
+from typing import Any, Concatenate, Literal, NoReturn, ParamSpec, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic.fields import FieldInfo
@@ -30,6 +31,9 @@ from conch.errors import ConchError, ConfigError
 from conch.log import setup_logging
 
 SectionT = TypeVar("SectionT", bound=Section)
+SettingsP = ParamSpec("SettingsP")
+FirstT = TypeVar("FirstT")
+ResultT = TypeVar("ResultT")
 
 
 def default_config_dir() -> Path:
@@ -230,6 +234,71 @@ def _type_name(annotation: Any) -> str:
     if isinstance(annotation, type) and not arguments:
         return annotation.__name__
     return str(annotation).replace("typing.", "")
+
+
+def add_options(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup,
+    section: type[Section],
+    *,
+    without: Container[str] = (),
+    names: Mapping[str, str] | None = None,
+) -> None:
+    """Give an argparse parser one option for each field of `section`, with its type, choices and docstring.
+
+    An option that the command line leaves out has no value, so that `load` takes the section's default.
+
+    without: fields that get no option here.
+    names: field -> name of the option, where these differ.
+    """
+    for field_name, field in section.model_fields.items():
+        if field_name in without:
+            continue
+        name = (names or {}).get(field_name, field_name)
+        help_text = " ".join((field.description or "").split()).replace("%", "%%")
+        if not field.is_required() and field.default not in (None, ()) and field.default is not False:
+            help_text += f" Default: {field.default}."
+        settings: dict[str, Any] = {"dest": field_name, "default": argparse.SUPPRESS, "help": help_text}
+        parser.add_argument(
+            f"--{name}", required=field.is_required(), **settings, **_value_settings(name, field.annotation)
+        )
+
+
+def _value_settings(name: str, annotation: Any) -> dict[str, Any]:
+    """Return the arguments of `add_argument` that tell how to read a value of this type."""
+    choices = [choice for choice in get_args(annotation) if choice is not type(None)]
+    is_optional = type(None) in get_args(annotation)
+    plain = choices[0] if is_optional else annotation
+    if plain is bool:
+        return {"action": "store_true"}
+    if get_origin(plain) is Literal:
+        return {"choices": get_args(plain)}
+    if get_origin(plain) is tuple:
+        return {"nargs": "+", "metavar": name.upper()}
+    if plain in (int, float):
+        return {"type": plain, "metavar": "N" if plain is int else "X"}
+    return {"metavar": name.upper()}
+
+
+def keywords_of(
+    section: Callable[SettingsP, Any],
+) -> Callable[
+    [Callable[Concatenate[FirstT, ...], ResultT]], Callable[Concatenate[FirstT, SettingsP], ResultT]
+]:
+    """Decorate a function of one argument and `**settings`: type checkers and `help()` see its fields.
+
+    So the fields stand in one place. The function itself turns `settings` into the section, by `load`.
+    """
+
+    def decorate(
+        function: Callable[Concatenate[FirstT, ...], ResultT],
+    ) -> Callable[Concatenate[FirstT, SettingsP], ResultT]:
+        shown = inspect.signature(function)
+        first, *_ = shown.parameters.values()
+        fields = inspect.signature(section).parameters.values()
+        function.__signature__ = shown.replace(parameters=[first, *fields])  # pyright: ignore[reportFunctionMemberAccess]
+        return function
+
+    return decorate
 
 
 def written_with(sign: Literal["-", "_"], argv: Sequence[str]) -> list[str]:

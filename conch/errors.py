@@ -87,3 +87,8 @@ class CheckpointError(ConchError):
 
 class DistributedError(ConchError):
     """The processes that run are not the processes that were asked for."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message; the name of its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,59 +13,44 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any
 
-from conch.cli import written_with
-from conch.config import EnsembleObjective, OnMemberFailure
+from conch.cli import add_options, keywords_of, written_with
+from conch.config import load
 from conch.converters.backends.ensemble import publish_ensemble
 from conch.converters.options import Conversion, EnsembleOptions
-from conch.converters.parity.ensemble import member_scores, prove
+from conch.converters.parity.ensemble import ensemble_reference, member_scores
 from conch.errors import ConchError, ConversionError, ParityError
 from conch.store.manifest import EnsembleMember, Manifest
-from conch.store.store import (
-    StoredModel,
-    list_models,
-    read_model,
-    staged_version,
-    verify_files,
-)
+from conch.store.store import StoredModel, list_models, read_model, staged_version, verify_files
 
 # Files that decide which text becomes which ids; other tokenizer files hold defaults of no effect here.
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
 _VOCABULARY_SUFFIXES = (".model", ".tiktoken")
 
 
-def to_ensemble(
-    members: Sequence[str],
-    *,
-    name: str,
-    objective: EnsembleObjective,
-    uwo_weight: float = 0.1,
-    on_member_failure: OnMemberFailure = "fail",
-    model_store: str | Path = "model_store",
-    device: str = "cpu",
-) -> Conversion:
+@keywords_of(EnsembleOptions)
+def to_ensemble(members: Sequence[str], **settings: Any) -> Conversion:
     """Publish an ensemble of models of a store as the next version of `name`.
 
     Args:
         members: two or more models of the store, of one form; `model:reward` takes one of several rewards.
-        objective: `mean`, `wco` (the lowest score) or `uwo` (mean - uwo_weight * population variance).
-        on_member_failure: for a sample that a member gave no score, `fail` refuses the sample and names the
-            member, `renormalise` combines the scores there are and says how many in `members_used`.
-        device: where the members score the golden samples, `cpu` or `cuda`.
+        settings: fields of `EnsembleOptions`, which documents them.
 
     Raises:
+        ConfigError: a setting is missing, unknown or of a wrong type.
         ConversionError: a member is unfit, or the members do not fit together.
         ParityError: the ensemble combines other than its formula; nothing was published.
         ModelStoreError: a member is missing or damaged, or the store cannot be written.
     """
-    options = EnsembleOptions(name, objective, uwo_weight, on_member_failure)
-    store = Path(model_store)
+    options = load(EnsembleOptions, settings)
+    store = Path(options.model_store)
     stored, chosen = _read_members(store, members)
     _check_together(store, options, stored)
-    samples, scores = member_scores(stored, chosen, device)
-    with staged_version(store, name) as folder:
-        return publish_ensemble(folder, store, options, stored, chosen, prove(samples, scores, options))
+    samples, scores = member_scores(stored, chosen, options.device)
+    reference = ensemble_reference(samples, scores, options)
+    with staged_version(store, options.name) as folder:
+        return publish_ensemble(folder, store, options, stored, chosen, reference)
 
 
 def _read_members(store: Path, names: Sequence[str]) -> tuple[list[StoredModel], tuple[EnsembleMember, ...]]:
@@ -73,9 +58,9 @@ def _read_members(store: Path, names: Sequence[str]) -> tuple[list[StoredModel],
         raise ConversionError(f"an ensemble needs at least 2 members, got {len(names)}: give --members a b")
     stored = [read_model(store, name.partition(":")[0]) for name in names]
     members = tuple(_member(model, name.partition(":")[2]) for model, name in zip(stored, names, strict=True))
-    taken = [f"{member.name}:{member.reward}" for member in members]
-    if len(set(taken)) < len(taken):
-        twice = next(member for member in taken if taken.count(member) > 1)
+    keys = [f"{member.name}:{member.reward}" for member in members]
+    if len(set(keys)) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
         raise ConversionError(f"member {twice} is given twice: it would count double")
     for model in stored:
         verify_files(model)
@@ -134,10 +119,10 @@ def _vocabulary(model: StoredModel) -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code."""
-    arguments = vars(_parser().parse_args(written_with("_", sys.argv[1:] if argv is None else argv)))
+    """Run the command and return its exit code."""
+    settings = vars(_parser().parse_args(written_with("_", sys.argv[1:] if argv is None else argv)))
     try:
-        conversion = to_ensemble(**arguments)
+        conversion = to_ensemble(settings.pop("members"), **settings)
     except ConchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ParityError) else 1
@@ -148,40 +133,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="conch-to-triton-ensemble", description="Join reward models of a store into one served model."
+        prog="conch-to-triton-ensemble",
+        description="Join reward models of a store into one served model.",
     )
-    add = parser.add_argument
-    add(
+    parser.add_argument(
         "--members",
         nargs="+",
         required=True,
         metavar="MODEL[:REWARD]",
         help="models of the store; name the reward of a model that has several",
     )
-    add("--name", required=True, help="the ensemble's name in the store")
-    add(
-        "--objective",
-        required=True,
-        choices=get_args(EnsembleObjective),
-        help="mean; wco: the lowest score; uwo: mean - uwo_weight * variance",
-    )
-    add(
-        "--uwo_weight",
-        "--uwo-weight",
-        type=float,
-        default=0.1,
-        help="weight of the members' variance in uwo; default: %(default)s",
-    )
-    add(
-        "--on_member_failure",
-        "--on-member-failure",
-        choices=get_args(OnMemberFailure),
-        default="fail",
-        help="fail: such a sample is refused, with the member's name; renormalise: the other members decide, "
-        "and the reply says how many; default: %(default)s",
-    )
-    add("--model_store", "--model-store", default="model_store", help="default: %(default)s")
-    add("--device", default="cpu", help="where members score the golden samples; default: %(default)s")
+    add_options(parser, EnsembleOptions)
     return parser
 
 

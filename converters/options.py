@@ -1,93 +1,95 @@
-"""What a conversion, or an ensemble, is asked for and what comes out of it. No torch here."""
+"""The settings of a conversion and of an ensemble, each listed once, and what comes out. No torch here.
+
+The functions `to_triton` and `to_ensemble` take these fields as keywords, the commands as `--options`.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from conch.config import EnsembleObjective, OnMemberFailure
+from pydantic import model_validator
+
+from conch.config import EnsembleObjective, OnMemberFailure, Section
 from conch.converters.parity.report import ParityReport
 from conch.errors import ConversionError
 from conch.store.manifest import Aggregate, Backend, Pooling, ServedDtype
 from conch.store.store import is_valid_name
+from conch.triton.config_pbtxt import Kind
 from conch.triton.contract import Form, Granularity, RewardModelSpec
 
 Normalise = Literal["fold", "parameters", "none"]
 """What becomes of a reward's mean and std: written into the head's weights, applied by the server after the
 model, or only recorded."""
 
-Side = Literal["left", "right"]
 
-
-@dataclass(frozen=True, slots=True)
-class ReadOptions:
+class ReadOptions(Section):
     """How to read a checkpoint; None takes what the checkpoint, or the kind of it, says."""
 
     base_model: str | None = None
-    """What a value head or an adapter builds on, folder or hub id."""
+    """Model that a value head or an adapter builds on, folder or hub id."""
 
     revision: str | None = None
-    """Of the checkpoint on the hub."""
+    """Hub revision of the checkpoint."""
 
     template: str | None = None
-    """Format string over {text}, the client's sample, and {eos}; or `chat`, the tokenizer's chat template."""
+    """Format string over {text}, the client's sample, or {prompt}{output}, and {eos}; or `chat`, the
+    tokenizer's chat template."""
 
     max_length: int | None = None
-    """Tokens a sample may have, special tokens included."""
+    """Tokens a sample may have, special tokens included; by default the model's window."""
 
-    truncation_side: Side | None = None
+    truncation_side: Literal["left", "right"] | None = None
     """Where text that is too long loses tokens."""
 
     pooling: Pooling | None = None
     """Which tokens' states become the score."""
 
     rewards: tuple[str, ...] = ()
-    """Names or numbers of the outputs that are served; empty serves all."""
+    """Names or numbers of the outputs to serve; by default all."""
 
     normalise: Normalise | None = None
-    """What becomes of `mean` and `std`."""
+    """What becomes of `mean` and `std`: `fold` writes them into the head's weights, with `parameters` the
+    server applies them, `none` only records them."""
 
     step_separator: str | None = None
-    """Text of the token that ends a step; process rewards need it, others have none."""
+    """Process rewards: text of the token that ends a step."""
 
     aggregate: Aggregate | None = None
-    """How the scores of steps become one; None takes `min`. Process rewards only."""
+    """Process rewards: how the scores of steps become one; by default `min`."""
 
     granularity: Granularity = "sample"
-    """`step`: process rewards give each step's score as well. `token`: every token gets a score as well; a
-    process reward then has no separator, and aggregates over tokens."""
+    """What gets a score of its own beside the sample: each step of a process reward, or every token. With
+    `token` a process reward has no separator, and aggregates over tokens."""
 
     device: str = "cpu"
-    """Where the comparison runs, `cpu` or `cuda`."""
+    """Where scores are compared, `cpu` or `cuda`."""
 
     trust_remote_code: bool = False
     """Run code that comes with the checkpoint, here and in the server."""
 
 
-@dataclass(frozen=True, slots=True)
-class ConversionOptions:
-    """A conversion.
+class ConversionOptions(ReadOptions):
+    """Settings of a conversion.
 
     Raises:
-        ConversionError: the name cannot be a model's, a number is out of range, or the folder is missing.
+        ConversionError: the name cannot be a model's, a number is out of range, the base model's folder is
+            missing, or settings contradict each other.
     """
 
-    checkpoint: str
-    """Folder, file of tensors, or hub id."""
+    name: str | None = None
+    """Model in the store; by default the checkpoint's last name."""
 
-    name: str
-    """Of the model in the store."""
-
-    model_store: Path
+    model_store: str | Path = "model_store"
     """The store's folder; made where it is missing."""
 
     form: Form = "text"
-    """`text`: the server tokenises. `token`: the client sends ids."""
+    """What clients send: text, which the server tokenises, or token ids."""
 
     backend: Backend = "python"
-    """What the version is written for."""
+    """What the version is written for, see docs/backends.md."""
 
     dtype: ServedDtype = "float32"
     """Precision of the served weights; the comparison is always with float32."""
@@ -96,23 +98,23 @@ class ConversionOptions:
     """Most rows in a request."""
 
     max_queue_delay_us: int = 1000
-    """Microseconds that the server may wait to fill a batch; a lone caller pays them on every request."""
+    """Microseconds that the server may wait for a fuller batch; a lone caller pays them on every request."""
 
     batch_invariant: bool = False
     """Score each row by itself: on one machine the same to the last bit in any batch, for runs that must
     repeat. Slower. Python back end only."""
 
     instances: int = 1
-    """Copies of the model that the server runs side by side; each takes its memory."""
+    """Copies of the model that a server runs side by side; each takes its memory."""
 
-    instance_kind: Literal["cpu", "gpu"] = "gpu"
-    """Where `config.pbtxt` puts the model. The bundled server has a configuration of its own, on the CPU."""
+    instance_kind: Kind = "gpu"
+    """Where config.pbtxt puts the model. The bundled server has a configuration of its own, on the CPU."""
 
     gpu: int = 0
-    """Which of the cards that the server sees."""
+    """Number of the card, of those that the server sees."""
 
     keep: int | None = None
-    """Old versions that stay in the store; None keeps all."""
+    """Old versions that stay in the store; by default all."""
 
     force: bool = False
     """Take the name even if it is in use by a model of other weights."""
@@ -120,28 +122,93 @@ class ConversionOptions:
     dry_run: bool = False
     """Do everything, the comparison too, but publish nothing."""
 
-    reading: ReadOptions = field(default_factory=ReadOptions)
-    """How to read the checkpoint."""
-
-    def __post_init__(self) -> None:
-        check_name(self.name)
+    @model_validator(mode="after")
+    def _check(self) -> ConversionOptions:
+        if self.name is not None:
+            check_name(self.name)
         if self.max_batch_size < 1:
             raise ConversionError(f"max_batch_size is {self.max_batch_size}; it must be at least 1")
         if self.max_queue_delay_us < 0:
             raise ConversionError(f"max_queue_delay_us is {self.max_queue_delay_us}; it must be 0 or more")
-        if self.batch_invariant and self.backend != "python":
-            raise ConversionError(f"batch_invariant needs the python back end, not {self.backend}")
         if self.instances < 1:
             raise ConversionError(f"instances is {self.instances}; it must be at least 1")
         if self.keep is not None and self.keep < 0:
             raise ConversionError(f"keep is {self.keep}; it must be 0 or more old versions")
         if self.gpu < 0:
             raise ConversionError(f"gpu is {self.gpu}; cards are numbered from 0")
-        if self.reading.template == "chat" and self.form == "token":
+        if self.template == "chat" and self.form == "token":
             raise ConversionError("the chat template makes tokens of text: it needs --form text")
-        for what, path in (("checkpoint", self.checkpoint), ("base model", self.reading.base_model)):
-            if path and looks_like_path(path) and not Path(path).expanduser().exists():
-                raise ConversionError(f"{what} folder {path} does not exist")
+        if self.base_model is not None:
+            check_exists("base model", self.base_model)
+        if self.backend != "python":
+            self._check_graph()
+        return self
+
+    def _check_graph(self) -> None:
+        """Raise ConversionError for settings that no graph can serve."""
+        if self.batch_invariant:
+            raise ConversionError(f"batch_invariant needs the python back end, not {self.backend}")
+        if self.form == "text" and self.backend == "torchscript":
+            raise ConversionError(
+                "--backend torchscript serves token ids: add --form token, or take --backend onnx or python"
+            )
+        if self.template == "chat":
+            raise ConversionError(f"--backend {self.backend} has no chat template: take --backend python")
+        if self.dtype not in ("float32", "float16"):
+            raise ConversionError(
+                f"--backend {self.backend} takes --dtype float32 or float16, not {self.dtype}; "
+                "use --backend python for it"
+            )
+        if self.granularity != "sample":
+            raise ConversionError(
+                f"--backend {self.backend} gives one score a sample: --granularity "
+                f"{self.granularity} needs --backend python"
+            )
+        if self.trust_remote_code:
+            raise ConversionError(
+                f"--backend {self.backend} holds no Python: it takes no --trust_remote_code"
+            )
+        traced_for = "gpu" if self.device.startswith("cuda") else "cpu"
+        if self.backend == "torchscript" and self.instance_kind != traced_for:
+            raise ConversionError(
+                f"TorchScript runs where it was traced, which is --device {self.device}: "
+                f"add --instance_kind {traced_for}, or trace on the other device"
+            )
+
+
+class EnsembleOptions(Section):
+    """Settings of an ensemble.
+
+    Raises:
+        ConversionError: the name or the weight is wrong.
+    """
+
+    name: str
+    """The ensemble's name in the store."""
+
+    objective: EnsembleObjective
+    """How the members' scores become one: their mean; wco, the lowest; or uwo, mean - uwo_weight * population
+    variance."""
+
+    uwo_weight: float = 0.1
+    """Weight of the variance of the members' scores; used by uwo alone."""
+
+    on_member_failure: OnMemberFailure = "fail"
+    """What becomes of a sample that a member gave no score: fail refuses the sample and names the member,
+    renormalise combines the other scores and says how many in `members_used`."""
+
+    model_store: str | Path = "model_store"
+    """The store's folder."""
+
+    device: str = "cpu"
+    """Where the members score the golden samples, `cpu` or `cuda`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EnsembleOptions:
+        check_name(self.name)
+        if not (math.isfinite(self.uwo_weight) and self.uwo_weight >= 0):
+            raise ConversionError(f"uwo_weight is {self.uwo_weight}; it must be a number of at least 0")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,33 +232,16 @@ def check_name(name: str) -> None:
         )
 
 
-def looks_like_path(name: str) -> bool:
-    """Whether a name can only mean a folder or file of this machine, no hub id."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
+def check_exists(description: str, path: str) -> None:
+    """Raise ConversionError if a name can only mean a folder or file of this machine, and there is none."""
+    is_path = path.startswith((".", "/", "~")) or path.count("/") > 1  # else it may be a hub id
+    if is_path and not Path(path).expanduser().exists():
+        raise ConversionError(f"{description} folder {path} does not exist")
 
 
 def default_name(checkpoint: str) -> str:
-    """The last part of a folder or hub id; for a file, of its folder."""
+    """Return the last part of a folder or hub id; for a file, of its folder."""
     path = Path(checkpoint)
     if path.is_file():
         return path.resolve().parent.name
     return path.resolve().name if path.is_dir() else checkpoint.rsplit("/", 1)[-1]
-
-
-@dataclass(frozen=True, slots=True)
-class EnsembleOptions:
-    """The arguments of `to_ensemble`, which documents them.
-
-    Raises:
-        ConversionError: the name or the weight is wrong.
-    """
-
-    name: str
-    objective: EnsembleObjective
-    uwo_weight: float
-    on_member_failure: OnMemberFailure
-
-    def __post_init__(self) -> None:
-        check_name(self.name)
-        if not (math.isfinite(self.uwo_weight) and self.uwo_weight >= 0):
-            raise ConversionError(f"uwo_weight is {self.uwo_weight}; it must be a number of at least 0")

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from conch.config import RewardConfig, Section
-from conch.converters.options import ReadOptions
 from conch.converters.to_triton import to_triton
 from conch.errors import ServerStartError
 from conch.log import get_logger
@@ -107,9 +106,9 @@ def _convert(hosted: HostedConfig, gpu: str) -> None:
         form=hosted.form,
         dtype=hosted.dtype,
         instance_kind="gpu" if gpu else "cpu",
-        reading=ReadOptions(
-            base_model=hosted.base_model, revision=hosted.revision, granularity=hosted.granularity
-        ),
+        base_model=hosted.base_model,
+        revision=hosted.revision,
+        granularity=hosted.granularity,
     )
 
 

@@ -53,7 +53,61 @@ class ParitySummary(Section):
     """Scores compared."""
 
 
-class Manifest(Section):
+class ScoringRules(Section):
+    """How a reward model makes scores of samples: which tokens it reads, and what becomes of its outputs."""
+
+    template: str
+    """Python format string over {text} and {eos} that makes the model's input from a sample; or `chat`: a
+    sample is a JSON list of messages, and goes through the tokenizer's chat template."""
+
+    truncation_side: Literal["left", "right"] | None = None
+    """Side on which a text that is too long loses tokens; None takes the tokenizer's."""
+
+    max_length: int = Field(ge=1)
+    """Tokens a sample may have, special tokens included."""
+
+    pooling: Pooling = "hf"
+    """Which tokens' states become the score."""
+
+    columns: tuple[int, ...] | None = None
+    """Numbers of the head's outputs that are served; None serves all."""
+
+    reward_names: tuple[str, ...]
+    """One name per score."""
+
+    separator_id: int | None = None
+    """Token that ends a step; of pooling `steps`."""
+
+    aggregate: Aggregate | None = None
+    """How the scores of steps become one; of pooling `steps`."""
+
+    granularity: Granularity = "sample"
+    """`step`, `token`: steps or tokens get scores of their own as well, see `conch.triton.contract`."""
+
+    normalise: bool
+    """Whether `model.py` computes (raw - mean) / std."""
+
+    folded: bool = False
+    """Whether the head's weights compute (raw - mean) / std already."""
+
+    mean: tuple[float, ...] | None = None
+    """Mean of raw scores on reference samples, per reward; None if never measured."""
+
+    std: tuple[float, ...] | None = None
+    """Standard deviation of raw scores on reference samples, per reward; None if never measured."""
+
+    pad_token_id: int
+    """Fills short rows of a batch, on the right; of pooling `hf`, what the model's own pooling takes for
+    padding."""
+
+    eos_token_id: int | None = None
+    """What {eos} stands for."""
+
+    vocab_size: int
+    """Token ids must be below this."""
+
+
+class Manifest(ScoringRules):
     """Where a served model comes from and how it scores. `model.py` reads its settings from here."""
 
     format: Literal[1] = 1
@@ -83,65 +137,16 @@ class Manifest(Section):
     created_at: str
     """Time of the conversion, UTC, ISO 8601."""
 
-    template: str
-    """Python format string over {text} and {eos} that makes the model's input from a sample; or `chat`: a
-    sample is a JSON list of messages, and goes through the tokenizer's chat template."""
-
-    truncation_side: Literal["left", "right"] | None = None
-    """Side on which a text that is too long loses tokens; None takes the tokenizer's."""
-
-    pooling: Pooling = "hf"
-    """Which tokens' states become the score."""
-
     layout: Literal["classifier", "trunk"] = "classifier"
     """`classifier`: a transformers sequence classifier, whose class pools. `trunk`: a model without head, and
     the head in `head.safetensors`; `model.py` pools."""
-
-    columns: tuple[int, ...] | None = None
-    """Numbers of the head's outputs that are served; None serves all."""
-
-    separator_id: int | None = None
-    """Token that ends a step; of pooling `steps`."""
-
-    aggregate: Aggregate | None = None
-    """How the scores of steps become one; of pooling `steps`."""
-
-    granularity: Granularity = "sample"
-    """`step`, `token`: steps or tokens get scores of their own as well, see `conch.triton.contract`."""
 
     batch_invariant: bool = False
     """Whether each row goes through the model by itself, unpadded: its score is then the same to the last bit
     whatever it shares a request or a batch with."""
 
-    max_length: int = Field(ge=1)
-    """Tokens a sample may have, special tokens included."""
-
-    reward_names: tuple[str, ...]
-    """One name per score."""
-
-    normalise: bool
-    """Whether `model.py` computes (raw - mean) / std."""
-
-    folded: bool = False
-    """Whether the head's weights compute (raw - mean) / std already."""
-
-    mean: tuple[float, ...] | None = None
-    """Mean of raw scores on reference samples, per reward; None if never measured."""
-
-    std: tuple[float, ...] | None = None
-    """Standard deviation of raw scores on reference samples, per reward; None if never measured."""
-
     dtype: ServedDtype
     """Precision of the served weights."""
-
-    pad_token_id: int
-    """Fills short rows of a batch, on the right."""
-
-    eos_token_id: int | None = None
-    """What {eos} stands for."""
-
-    vocab_size: int
-    """Token ids must be below this."""
 
     trust_remote_code: bool = False
     """Whether the model runs code that came with the checkpoint."""

@@ -1,4 +1,4 @@
-"""Write the version folder of an ensemble, compare it with the formula, and publish it."""
+"""Write the version folder of an ensemble, compare the ensemble with its formula, and publish it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from conch.converters import triton_models
-from conch.converters.backends.version_files import write_beside
+from conch.converters.backends.version_files import write_beside, write_manifest
 from conch.converters.options import Conversion, EnsembleOptions
-from conch.converters.parity.ensemble import Expected
-from conch.converters.parity.subprocess_model import ServedForm
+from conch.converters.parity.ensemble import EnsembleReference
+from conch.converters.parity.subprocess_model import SubprocessModel
 from conch.errors import ConversionError, ParityError
-from conch.store.manifest import MANIFEST, EnsembleManifest, EnsembleMember
+from conch.store.manifest import EnsembleManifest, EnsembleMember
 from conch.store.store import StoredModel, publish
 from conch.triton.contract import RewardModelSpec
 
@@ -28,9 +28,12 @@ def publish_ensemble(
     options: EnsembleOptions,
     stored: Sequence[StoredModel],
     members: tuple[EnsembleMember, ...],
-    expected: Expected,
+    reference: EnsembleReference,
 ) -> Conversion:
     """Fill an empty staging folder and make it the ensemble's latest version.
+
+    stored: the members' models, in the order of `members`.
+    reference: what the ensemble must return.
 
     Raises:
         ParityError: the written `model.py` combines other than the formula.
@@ -40,15 +43,15 @@ def publish_ensemble(
     manifest = _manifest(options, stored, members)
     try:
         shutil.copyfile(ENSEMBLE_PY, folder / "model.py")
-        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
-        with ServedForm(folder) as served:
-            report = expected.report(served.score([case.request for case in expected.cases], "cpu"))
+        write_manifest(folder, manifest)
+        with SubprocessModel(folder) as model:
+            report = reference.report(model.score([case.request for case in reference.cases], "cpu"))
         if not report.ok:
             raise ParityError(
                 f"ensemble {options.name} does not combine as its formula says, nothing was published "
                 f"(worst: {report.worst.name})\n{report.table()}"
             )
-        content_sha256 = write_beside(folder, manifest, expected.golden, report)
+        content_sha256 = write_beside(folder, manifest, reference.golden, report)
     except OSError as error:
         raise ConversionError(f"could not write the ensemble below {store}: {error}") from error
     spec = _spec(options, stored, members, manifest, content_sha256)

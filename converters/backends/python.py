@@ -1,69 +1,63 @@
-"""The version folder of the python back end: weights in the served precision, tokenizer, `model.py`.
+"""The weights of the python back end, in the served precision.
 
-Weights in eight bits through torchao, in a form that transformers loads by itself.
+Eight bits come through torchao, in a form that transformers loads by itself.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from conch.converters import triton_models
-from conch.converters.checkpoints.architectures import Head, final_layer
-from conch.converters.checkpoints.reader import Checkpoint
+from conch.converters.checkpoints.architectures import LinearHead, final_layer
+from conch.converters.checkpoints.reader import RewardCheckpoint
 from conch.errors import ConversionError
 from conch.log import progress
-from conch.store.manifest import MANIFEST, Manifest
+from conch.store.manifest import Manifest, ScoringRules
 
 MODEL_PY = Path(triton_models.__file__).parent / "reward_model.py"
 HEAD_FILE = "head.safetensors"
+
+# Layers that give scores; they stay in float32.
+_HEADS = ("score", "classifier")
 
 # Bounds what is in memory while the precision of a file is changed.
 _SHARD_SIZE = "500MB"
 
 
-def layout_of(checkpoint: Checkpoint) -> Literal["classifier", "trunk"]:
-    """`classifier` where the checkpoint's own class gives the served scores, else `trunk`."""
-    folds_into_head = checkpoint.normalise == "fold" and checkpoint.head is not None
-    reads_tokens = checkpoint.pooling != "hf" or checkpoint.granularity != "sample"
-    return "trunk" if reads_tokens or folds_into_head else "classifier"
+def layout_of(checkpoint: RewardCheckpoint) -> Literal["classifier", "trunk"]:
+    """Return `classifier` where the checkpoint's own class gives the served scores, else `trunk`."""
+    rules = checkpoint.rules
+    reads_tokens = rules.pooling != "hf" or rules.granularity != "sample"
+    return "trunk" if reads_tokens or (rules.folded and checkpoint.head is not None) else "classifier"
 
 
-def write_version(folder: Path, checkpoint: Checkpoint, manifest: Manifest) -> None:
-    """Write all that the python back end needs. The checkpoint's model is not fit for use afterwards.
+def write_weights(folder: Path, checkpoint: RewardCheckpoint, manifest: Manifest) -> None:
+    """Write the model, and its head where that stands apart. Do not use the checkpoint's model afterwards.
 
     The model is written as it is stored, mapped from disk, and then each file cast: at no time are there two
     copies of the weights in memory.
 
     Raises:
-        ConversionError: the disk is full, or a weight does not fit into the served precision.
+        ConversionError: a weight does not fit into the served precision.
+        OSError: the disk is full.
     """
-    try:
-        shutil.copyfile(MODEL_PY, folder / "model.py")
-        _write_weights(folder, checkpoint, manifest)
-        checkpoint.tokenizer.save_pretrained(folder)
-        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
-    except OSError as error:
-        raise ConversionError(f"could not write the model below {folder.parents[1]}: {error}") from error
-
-
-def _write_weights(folder: Path, checkpoint: Checkpoint, manifest: Manifest) -> None:
     model = checkpoint.model
     if manifest.layout == "trunk":
         assert checkpoint.head is not None
         model = checkpoint.trunk
-        save_file(_folded(checkpoint, checkpoint.head), folder / HEAD_FILE)
-    elif checkpoint.normalise == "fold":
+        save_file(_head_tensors(checkpoint.head, checkpoint.rules), folder / HEAD_FILE)
+    elif checkpoint.rules.folded:
         layer = final_layer(model)
         assert layer is not None  # or it would have been refused when it was read
-        for name, tensor in _folded(checkpoint, Head(layer.weight, layer.bias)).items():
+        for name, tensor in _head_tensors(LinearHead(layer.weight, layer.bias), checkpoint.rules).items():
             getattr(layer, name).data = tensor
     model.save_pretrained(folder, max_shard_size=_SHARD_SIZE)
     _cast_files(folder, torch.float32 if manifest.dtype == "int8" else getattr(torch, manifest.dtype))
@@ -71,14 +65,14 @@ def _write_weights(folder: Path, checkpoint: Checkpoint, manifest: Manifest) -> 
         quantise(folder, type(model), trust_remote_code=manifest.trust_remote_code)
 
 
-def _folded(checkpoint: Checkpoint, head: Head) -> dict[str, Tensor]:
-    """The head in float32, whose outputs are (raw - mean) / std where the checkpoint folds them in."""
+def _head_tensors(head: LinearHead, rules: ScoringRules) -> dict[str, Tensor]:
+    """Return the head in float32; its outputs are (raw - mean) / std where the rules fold these in."""
     weight = head.weight.detach().float().cpu().clone()
     bias = torch.zeros(len(weight)) if head.bias is None else head.bias.detach().float().cpu().clone()
-    if checkpoint.normalise == "fold":
-        assert checkpoint.mean is not None and checkpoint.std is not None
-        columns = list(range(len(weight)) if checkpoint.columns is None else checkpoint.columns)
-        mean, std = torch.tensor(checkpoint.mean), torch.tensor(checkpoint.std)
+    if rules.folded:
+        assert rules.mean is not None and rules.std is not None
+        columns = list(range(len(weight)) if rules.columns is None else rules.columns)
+        mean, std = torch.tensor(rules.mean), torch.tensor(rules.std)
         weight[columns] = weight[columns] / std.unsqueeze(1)
         bias[columns] = (bias[columns] - mean) / std
     return {"weight": weight, "bias": bias}
@@ -104,9 +98,6 @@ def _cast_files(folder: Path, dtype: torch.dtype) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-_HEADS = ("score", "classifier")
-
-
 def check_torchao() -> None:
     """Raise ConversionError unless torchao is installed."""
     if importlib.util.find_spec("torchao") is None:
@@ -115,8 +106,8 @@ def check_torchao() -> None:
         )
 
 
-def check_layers(model: Any) -> None:
-    """Raise ConversionError unless there are layers to quantise in a classifier or trunk."""
+def check_layers(model: PreTrainedModel) -> None:
+    """Raise ConversionError unless the classifier or trunk has layers to quantise."""
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not [name for name in names if name.partition(".")[0] not in _HEADS]:
         raise ConversionError(

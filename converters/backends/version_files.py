@@ -1,4 +1,4 @@
-"""What stands in every version folder beside what the back end reads."""
+"""The files of every version folder beside those that the back end reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from conch.store.manifest import GOLDEN, MANIFEST, EnsembleManifest, Golden, Man
 def write_beside(
     folder: Path, manifest: Manifest | EnsembleManifest, golden: Golden, report: ParityReport
 ) -> str:
-    """Write golden samples, report and manifest; the manifest last, since it hashes all the rest.
+    """Write golden samples, report and manifest; the manifest last, since it hashes all other files.
 
     Returns:
         the manifest's sha256, which stands for the whole version.
@@ -26,5 +26,10 @@ def write_beside(
     }
     del files[MANIFEST]
     final = manifest.model_copy(update={"parity": report.summary(), "files": files})
-    (folder / MANIFEST).write_text(final.model_dump_json(indent=2), encoding="utf-8")
+    write_manifest(folder, final)
     return sha256_of(folder / MANIFEST)
+
+
+def write_manifest(folder: Path, manifest: Manifest | EnsembleManifest) -> None:
+    """Write `manifest.json`, which the runner `model.py` reads."""
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2), encoding="utf-8")

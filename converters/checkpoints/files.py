@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are: a folder, one file of tensors, or a model of the hub."""
+"""The files of a checkpoint: a folder, one file of tensors, or a hub model; and `reward_model.json`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from conch.errors import ConversionError
+from conch.config import Section, load
+from conch.errors import ConfigError, ConversionError, ModelError, first_line
 from conch.log import progress
-from conch.models.adapter import ADAPTER_FILE
-from conch.store.manifest import sha256_of
+from conch.models.adapter import ADAPTER_FILE, adapter_base
+from conch.store.manifest import Pooling, sha256_of
+
+REWARD_MODEL_FILE = "reward_model.json"
 
 # Buffers that older versions of transformers saved with the weights, and a language model's head beside a
 # reward's: no score depends on them.
@@ -36,9 +40,11 @@ _WRAPPERS = ("state_dict", "module", "model")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A checkpoint's files on this machine.
+    """The files of a checkpoint on this machine.
 
-    name: as the user gave it. weights: the files that hold its tensors, safetensors before pickled ones.
+    name: folder, file or hub id, as the user wrote it.
+    folder: where configuration and tokenizer are.
+    weights: the files that hold tensors; safetensors are preferred to pickled ones.
     """
 
     name: str
@@ -47,26 +53,26 @@ class Source:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it holds an adapter, not a model."""
+        """Whether the folder holds an adapter, not a model."""
         return (self.folder / ADAPTER_FILE).is_file()
 
     def sha256(self) -> str:
-        """Hash over all weight files, at disk speed; "" where there are none."""
+        """Return the hash over all weight files, at disk speed; "" where there are none."""
         digests = [sha256_of(path) for path in progress(self.weights, desc="hashing the checkpoint")]
         return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else ""
 
     def tensor_names(self) -> set[str]:
-        """Names of all tensors. Reads only the headers of safetensors files."""
+        """Return the names of all tensors. Reads only the headers of safetensors files."""
         return set(self._dtypes())
 
     def _dtypes(self) -> dict[str, torch.dtype]:
-        found: dict[str, torch.dtype] = {}
+        dtypes: dict[str, torch.dtype] = {}
         for path in self.weights:
-            found |= _dtypes_in(path)
-        return found
+            dtypes |= _dtypes_in(path)
+        return dtypes
 
     def stored_dtype(self) -> torch.dtype:
-        """The dtype that holds every tensor exactly: float32 unless all are of one half precision."""
+        """Return the dtype that holds every tensor exactly: float32 unless all are of one half precision."""
         dtypes = {
             dtype
             for name, dtype in self._dtypes().items()
@@ -75,40 +81,99 @@ class Source:
         return dtypes.pop() if dtypes in ({torch.bfloat16}, {torch.float16}) else torch.float32
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name; mapped from disk, so that memory is taken only by what is changed.
+        """Return all tensors by name; mapped from disk, so that memory is taken only by what is changed.
 
         Raises:
             ConversionError: a file is damaged, holds more than tensors, or two hold the same name.
         """
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for path in self.weights:
             for name, tensor in tensors_in(path).items():
-                if name in found:
+                if name in tensors:
                     raise ConversionError(
                         f"{self.name}: tensor {name} stands in {path.name} and in another file beside it; "
                         "give the file that is meant as --checkpoint"
                     )
-                found[name] = tensor
-        return found
+                tensors[name] = tensor
+        return tensors
+
+
+class RewardModelFile(Section):
+    """`reward_model.json`, which the reward-model trainer writes beside the weights. No key is required."""
+
+    template: str | None = None
+    """Python format string over {text} and {eos}, or `chat`."""
+
+    pooling: Pooling | None = None
+    """Which tokens' states become the score; None takes what the kind of checkpoint does."""
+
+    max_length: int | None = None
+    """Tokens a sample may have, special tokens included."""
+
+    reward_names: tuple[str, ...] | None = None
+    """One name per output of the head."""
+
+    mean: float | tuple[float, ...] | None = None
+    """Mean of raw scores on reference samples; one number, or one per reward."""
+
+    std: float | tuple[float, ...] | None = None
+    """Standard deviation of raw scores on reference samples."""
+
+    normalise: bool = False
+    """Serve (raw - mean) / std where the options of a conversion do not say."""
+
+    rng_seed: int | None = None
+    """Names the member of an ensemble."""
+
+
+def read_reward_model_file(folder: Path) -> RewardModelFile:
+    """Read a checkpoint's `reward_model.json`; all defaults where the folder has none.
+
+    Raises:
+        ConversionError: the file is no JSON object, or a key is unknown or of a wrong type.
+    """
+    path = folder / REWARD_MODEL_FILE
+    if not path.is_file():
+        return RewardModelFile()
+    try:
+        return load(RewardModelFile, TypeAdapter(dict[str, Any]).validate_json(path.read_bytes()))
+    except (OSError, ValidationError) as error:
+        raise ConversionError(f"{path} is not a readable JSON object: {error}") from error
+    except ConfigError as error:
+        raise ConversionError(f"{path}: {error}") from error
+
+
+def base_model_of(source: Source, requested: str | None) -> str:
+    """Return the model that a value head or an adapter builds on, folder or hub id; "" where there is none.
+
+    requested: wins over the base model that an adapter names.
+
+    Raises:
+        ConversionError: an adapter names no base model.
+    """
+    try:
+        return requested or adapter_base(str(source.folder)) or ""
+    except ModelError as error:
+        raise ConversionError(f"{error}, or give --base_model") from error
 
 
 def find_source(name: str, revision: str | None = None, *, weights: bool = True) -> Source:
-    """The files of a folder, of one file, or of a hub model, which is fetched.
+    """Find the files of a folder, of one file, or of a hub model, which is fetched.
 
     weights: False looks for configuration and tokenizer alone.
 
     Raises:
-        ConversionError: there is nothing of that name, or the hub cannot be reached.
+        ConversionError: no folder, file or hub model has that name, or the hub cannot be reached.
     """
     path = Path(name).expanduser()
     if path.is_file():
         return Source(name, path.parent, (path,))
-    folder = path if path.is_dir() else _fetched(name, revision, weights)
+    folder = path if path.is_dir() else _download(name, revision, weights)
     return Source(name, folder, _weight_files(folder) if weights else ())
 
 
 def tensors_in(path: Path) -> dict[str, Tensor]:
-    """Tensors of one file by name.
+    """Return the tensors of one file by name.
 
     Raises:
         ConversionError: the file is damaged, or a pickle of more than tensors, which could run code.
@@ -121,7 +186,7 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
     # A damaged file surfaces as anything from RuntimeError to UnpicklingError and EOFError.
     except Exception as error:
         raise ConversionError(
-            f"{path} cannot be read as tensors alone ({_first_line(error)}); if it is whole, it holds other "
+            f"{path} cannot be read as tensors alone ({first_line(error)}); if it is whole, it holds other "
             "Python objects, which are not loaded since they can run code: save its state_dict as safetensors"
         ) from error
     return _state_dict(content, path)
@@ -143,26 +208,26 @@ def _dtypes_in(path: Path) -> dict[str, torch.dtype]:
         with safe_open(path, framework="pt") as file:
             names = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ConversionError(f"{path} cannot be read as safetensors ({_first_line(error)})") from error
+        raise ConversionError(f"{path} cannot be read as safetensors ({first_line(error)})") from error
     known = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
     return {name: known.get(dtype, torch.int64) for name, dtype in names.items()}
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
-    """safetensors before .bin before .pt; by the index where there is one."""
+    """Return the files of tensors: safetensors before .bin before .pt; by the index where there is one."""
     for suffix in (".safetensors", ".bin", ".pt"):
         indexes = sorted(folder.glob(f"*{suffix}.index.json"))
         if indexes:
             return _indexed(indexes[0])
-        found = [path for path in sorted(folder.glob(f"*{suffix}")) if not _NO_WEIGHTS.search(path.name)]
-        if len(found) > 1 and not all(_SHARD.search(path.name) for path in found):
-            names = ", ".join(path.name for path in found)
+        files = [path for path in sorted(folder.glob(f"*{suffix}")) if not _NO_WEIGHTS.search(path.name)]
+        if len(files) > 1 and not all(_SHARD.search(path.name) for path in files):
+            names = ", ".join(path.name for path in files)
             raise ConversionError(
                 f"{folder} holds several files of tensors without an index ({names}): "
                 "give the one that is meant as --checkpoint"
             )
-        if found:
-            return tuple(found)
+        if files:
+            return tuple(files)
     return ()
 
 
@@ -170,14 +235,14 @@ def _indexed(index: Path) -> tuple[Path, ...]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ConversionError(f"{index} is no readable index of weights: {_first_line(error)}") from error
+        raise ConversionError(f"{index} is no readable index of weights: {first_line(error)}") from error
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise ConversionError(f"{index.parent} lacks {some(missing)}, which its index names; fetch it again")
     return tuple(index.parent / name for name in names)
 
 
-def _fetched(name: str, revision: str | None, weights: bool) -> Path:
+def _download(name: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
@@ -191,17 +256,13 @@ def _fetched(name: str, revision: str | None, weights: bool) -> Path:
         raise
     except Exception as error:  # the hub's client raises many kinds for the same thing
         raise ConversionError(
-            f"{name} is no folder here, and cannot be had from the model hub ({_first_line(error)}); "
+            f"{name} is no folder here, and cannot be had from the model hub ({first_line(error)}); "
             "check the name, or give the path of a folder"
         ) from error
 
 
 def some(names: Iterable[str], shown: int = 4) -> str:
-    """The first few names, and how many more there are."""
+    """Return the first few names, and how many more there are, for messages."""
     listed = sorted(names)
     more = f" and {len(listed) - shown} more" if len(listed) > shown else ""
     return ", ".join(listed[:shown]) + more
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Hold served scores against the original's, and against each other."""
+"""Compare served scores with the original's, and with each other."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from conch.converters.parity.report import COMPANY, TOLERANCES, CaseResult, ParityReport
-from conch.converters.parity.samples import Case
+from conch.converters.parity.report import BATCH_CONSISTENCY, TOLERANCES, CaseResult, ParityReport
+from conch.converters.parity.samples import ParityCase
 
 Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Expected:
-    """What the original says of each sample, by its token ids.
+class ExpectedScores:
+    """The original's scores, by the token ids of a sample.
 
-    scores: one per reward. steps: per step or token that has a score where it ends, see `Sample.ends`, and
-    that score; empty where samples only are scored.
+    scores: one per reward.
+    steps: per step or token that has a score its end, see `Sample.ends`, and that score; empty where samples
+        only are scored.
     """
 
     scores: dict[Ids, tuple[float, ...]]
@@ -26,16 +27,18 @@ class Expected:
 
 
 def compare(
-    cases: Sequence[Case],
+    cases: Sequence[ParityCase],
     replies: Sequence[dict[str, Any]],
-    expected: Expected,
+    expected: ExpectedScores,
     dtype: str,
     *,
     batch_invariant: bool = False,
 ) -> ParityReport:
-    """Hold the served scores against the expected ones, and against each other.
+    """Compare the served scores with the expected ones, and with each other.
 
-    batch_invariant: a sample's score alone and in company may not differ by a bit.
+    replies: per case {"scores": ...} or {"error": ...}.
+    dtype: precision of the served weights; decides the tolerance.
+    batch_invariant: a sample's score alone and in a batch may not differ by a bit.
     """
     lines: dict[str, CaseResult] = {}
     for case, reply in zip(cases, replies, strict=True):
@@ -43,71 +46,77 @@ def compare(
             if result is not None:
                 earlier = lines.get(result.name)
                 lines[result.name] = result.merged(earlier) if earlier else result
-    company = _company(cases, replies)
-    if company is not None:
-        differs = batch_invariant and company.max_difference > 0
-        lines[COMPANY] = replace(company, max_error=math.inf, problem="not alike") if differs else company
+    consistency = _batch_consistency(cases, replies)
+    if consistency is not None:
+        if batch_invariant and consistency.max_difference > 0:
+            consistency = replace(consistency, max_error=math.inf, problem="not alike")
+        lines[BATCH_CONSISTENCY] = consistency
     return ParityReport(tuple(lines.values()), TOLERANCES[dtype])
 
 
-def _result(case: Case, reply: dict[str, Any], expected: Expected) -> CaseResult:
+def compare_scores(
+    name: str, served: Sequence[Sequence[float]], expected: Sequence[Sequence[float]]
+) -> CaseResult:
+    """Compare rows of scores, [samples, rewards], in one line of the report.
+
+    An error is infinite where a score is not finite.
+    """
+    differences, errors = [], []
+    for served_row, expected_row in zip(served, expected, strict=True):
+        for score, reference in zip(served_row, expected_row, strict=True):
+            difference = abs(score - reference)
+            differences.append(difference if math.isfinite(difference) else math.inf)
+            relative = differences[-1] / max(1.0, abs(reference))
+            errors.append(relative if math.isfinite(reference) else math.inf)
+    mean = sum(differences) / len(differences)
+    return CaseResult(name, len(served), max(errors), max(differences), mean)
+
+
+def _result(case: ParityCase, reply: dict[str, Any], expected: ExpectedScores) -> CaseResult:
     if any(not sample.ids for sample in case.samples):
         if "error" in reply:
             return CaseResult(case.name, len(case.samples), 0.0)
         return _broken(case, "a sample without tokens was scored")
     if "error" in reply:
         return _broken(case, reply["error"])
-    right = [expected.scores[sample.ids] for sample in case.samples]
-    return _compared(case.name, reply["scores"], right)
+    expected_rows = [expected.scores[sample.ids] for sample in case.samples]
+    return compare_scores(case.name, reply["scores"], expected_rows)
 
 
-def _steps_result(case: Case, reply: dict[str, Any], expected: Expected) -> CaseResult | None:
-    """The same for steps or tokens, in a line of their own; None where they have no scores."""
+def _steps_result(case: ParityCase, reply: dict[str, Any], expected: ExpectedScores) -> CaseResult | None:
+    """Compare the scores of steps or tokens, in a line of their own; None where there are none."""
     if not expected.steps or "error" in reply:  # an error has its line already
         return None
     name = f"{case.name}: each step"
-    right = [expected.steps[sample.ids] for sample in case.samples]
+    steps = [expected.steps[sample.ids] for sample in case.samples]
     ends = [list(row) for row in reply["step_ends"]]
-    if ends != [[end for end, _ in row] for row in right]:
+    if ends != [[end for end, _ in row] for row in steps]:
         return _broken(replace(case, name=name), "steps end elsewhere")
-    return _compared(name, reply["step_scores"], [[score for _, score in row] for row in right])
+    return compare_scores(name, reply["step_scores"], [[score for _, score in row] for row in steps])
 
 
-def _company(cases: Sequence[Case], replies: Sequence[dict[str, Any]]) -> CaseResult | None:
-    """Each sample's score alone against its score in every batch it is part of."""
+def _batch_consistency(cases: Sequence[ParityCase], replies: Sequence[dict[str, Any]]) -> CaseResult | None:
+    """Compare each sample's score alone with its score in every batch that holds the sample."""
     alone: dict[tuple[int, ...], Sequence[float]] = {}
     for case, reply in zip(cases, replies, strict=True):
         if len(case.samples) == 1 and "scores" in reply:
             (alone[case.samples[0].ids],) = _all_scores(reply)
-    served, single = [], []
+    batched, single = [], []
     for case, reply in zip(cases, replies, strict=True):
         for sample, scores in zip(case.samples, _all_scores(reply), strict=False):
-            # Other numbers of steps are told by the lines of the steps.
+            # The lines of the steps report a wrong number of steps.
             if len(case.samples) > 1 and len(alone.get(sample.ids, ())) == len(scores):
-                served.append(scores)
+                batched.append(scores)
                 single.append(alone[sample.ids])
-    return _compared(COMPANY, served, single) if served else None
+    return compare_scores(BATCH_CONSISTENCY, batched, single) if batched else None
 
 
 def _all_scores(reply: dict[str, Any]) -> list[list[float]]:
-    """Of each sample its rewards, and the scores of its steps where there are any."""
+    """Return for each sample its rewards, followed by the scores of its steps where there are any."""
     rewards = reply.get("scores", [])
     steps = reply.get("step_scores", [[]] * len(rewards))
     return [[*of_sample, *of_steps] for of_sample, of_steps in zip(rewards, steps, strict=True)]
 
 
-def _compared(
-    name: str, served: Sequence[Sequence[float]], expected: Sequence[Sequence[float]]
-) -> CaseResult:
-    differences, errors = [], []
-    for served_row, expected_row in zip(served, expected, strict=True):
-        for score, right in zip(served_row, expected_row, strict=True):
-            difference = abs(score - right)
-            differences.append(difference if math.isfinite(difference) else math.inf)
-            errors.append(differences[-1] / max(1.0, abs(right)) if math.isfinite(right) else math.inf)
-    mean = sum(differences) / len(differences)
-    return CaseResult(name, len(served), max(errors), max(differences), mean)
-
-
-def _broken(case: Case, problem: str) -> CaseResult:
+def _broken(case: ParityCase, problem: str) -> CaseResult:
     return CaseResult(case.name, len(case.samples), math.inf, math.inf, math.inf, problem)

@@ -1,28 +1,33 @@
-"""What an ensemble must return: every member's own scores, and the formula on them, written a second time."""
+"""The reference of an ensemble: its members' own scores, and the formula on them, written a second time."""
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from conch.converters.options import EnsembleOptions
+from conch.converters.parity.compare import compare_scores
 from conch.converters.parity.report import CaseResult, ParityReport
-from conch.converters.parity.subprocess_model import Request, ServedForm
+from conch.converters.parity.subprocess_model import Request, SubprocessModel
 from conch.errors import ConversionError
 from conch.store.manifest import EnsembleMember, Golden, GoldenSample
 from conch.store.store import StoredModel
 
-# Of the combination alone, which is float64 up to the last step: the members' own errors are not in it.
+# Error of the combination alone, which is float64 up to the last step: the members' own errors are not in it.
 _TOLERANCE = 1e-6
 _GOLDEN_SAMPLES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """Scores per sample and member, None where a member gives none, and what must come of them."""
+class EnsembleCase:
+    """The samples of one request.
+
+    name: line of the report.
+    scores: per sample and member, None where a member gives none.
+    expected: per sample the combined reward.
+    """
 
     name: str
     scores: list[list[float | None]]
@@ -30,27 +35,19 @@ class Case:
 
     @property
     def request(self) -> Request:
+        """What the ensemble's `model.py` reads, see its `main`."""
         return {"member_rewards": self.scores}
 
     def result(self, reply: dict[str, Any]) -> CaseResult:
-        """Hold the reply against the options."""
-        right = self.expected
-        pairs = list(zip(reply["scores"], right, strict=True))
-        differences = [abs(row[0] - score) for row, score in pairs]
-        differences = [each if math.isfinite(each) else math.inf for each in differences]
-        relative = (
-            each / max(1.0, abs(right)) for each, right in zip(differences, self.expected, strict=True)
-        )
-        return CaseResult(
-            self.name, len(pairs), max(relative), max(differences), statistics.fmean(differences)
-        )
+        """Compare the reply with the expected rewards."""
+        return compare_scores(self.name, reply["scores"], [[reward] for reward in self.expected])
 
 
 @dataclass(frozen=True, slots=True)
-class Expected:
-    """What an ensemble must return on which samples."""
+class EnsembleReference:
+    """What an ensemble is asked, and what it must return."""
 
-    cases: list[Case]
+    cases: list[EnsembleCase]
     golden: Golden
 
     def report(self, replies: Sequence[dict[str, Any]]) -> ParityReport:
@@ -71,7 +68,12 @@ def member_scores(
         ConversionError: a member fails, or no longer scores its own golden samples right.
     """
     limit = min(model.spec.max_length for model in stored)
-    samples = [sample for model in stored for sample in model.golden.samples if _fits(sample, limit)]
+    samples = [
+        sample
+        for model in stored
+        for sample in model.golden.samples
+        if sample.input_ids is None or len(sample.input_ids) <= limit
+    ]
     distinct = list({(sample.text, sample.input_ids): sample for sample in samples}.values())
     columns = []
     for model, member in zip(stored, members, strict=True):
@@ -83,29 +85,35 @@ def member_scores(
     return distinct, [list(row) for row in zip(*columns, strict=True)]
 
 
-def prove(
+def ensemble_reference(
     samples: Sequence[GoldenSample], scores: Sequence[Sequence[tuple[float, float]]], options: EnsembleOptions
-) -> Expected:
-    """The cases that the written ensemble is held against, and its golden samples."""
+) -> EnsembleReference:
+    """Build the cases that a written ensemble is compared on, and its golden samples.
+
+    scores: per sample and member its score and the absolute error that it may have on a server.
+    """
     whole: list[list[float | None]] = [[score for score, _ in row] for row in scores]
     cases = [_case("all members", whole, options)]
     for absent in range(len(whole[0])):
         without = [[None if index == absent else score for index, score in enumerate(row)] for row in whole]
         cases.append(_case(f"without member {absent + 1}", without, options))
-    expected = cases[0].expected
+    rewards = cases[0].expected
     tolerances = (
-        _error_bound(row, options) / max(1.0, abs(right)) for row, right in zip(scores, expected, strict=True)
+        _error_bound(row, options) / max(1.0, abs(reward))
+        for row, reward in zip(scores, rewards, strict=True)
     )
     golden = tuple(
-        sample.model_copy(update={"scores": (score,)})
-        for sample, score in zip(samples, expected, strict=True)
+        sample.model_copy(update={"scores": (reward,)})
+        for sample, reward in zip(samples, rewards, strict=True)
     )
     step = -(-len(golden) // _GOLDEN_SAMPLES)
-    return Expected(cases, Golden(tolerance=max(tolerances), samples=golden[::step]))
+    return EnsembleReference(cases, Golden(tolerance=max(tolerances), samples=golden[::step]))
 
 
-def _case(name: str, scores: list[list[float | None]], options: EnsembleOptions) -> Case:
-    return Case(name, scores, [_combined([s for s in row if s is not None], options) for row in scores])
+def _case(name: str, scores: list[list[float | None]], options: EnsembleOptions) -> EnsembleCase:
+    return EnsembleCase(
+        name, scores, [_combined([s for s in row if s is not None], options) for row in scores]
+    )
 
 
 def _combined(scores: Sequence[float], options: EnsembleOptions) -> float:
@@ -116,7 +124,7 @@ def _combined(scores: Sequence[float], options: EnsembleOptions) -> float:
 
 
 def _error_bound(row: Sequence[tuple[float, float]], options: EnsembleOptions) -> float:
-    """How far the reward may be off when every score may be off by its own error; to first order."""
+    """Return how far the reward may be off when each score is off by its own error; to first order."""
     errors = [error for _, error in row]
     if options.objective == "wco":
         return max(errors)
@@ -126,12 +134,8 @@ def _error_bound(row: Sequence[tuple[float, float]], options: EnsembleOptions) -
     return statistics.fmean(errors) + (options.uwo_weight * slope if options.objective == "uwo" else 0.0)
 
 
-def _fits(sample: GoldenSample, limit: int) -> bool:
-    return sample.input_ids is None or len(sample.input_ids) <= limit
-
-
 def _served_scores(model: StoredModel, samples: Sequence[GoldenSample], device: str) -> list[list[float]]:
-    with ServedForm(model.path) as served:
+    with SubprocessModel(model.path) as served:
         replies = served.score([sample.request() for sample in samples], device)
     for sample, reply in zip(samples, replies, strict=True):
         if "error" in reply:
@@ -145,10 +149,11 @@ def _check_own_golden(
     scores = {(s.text, s.input_ids): row for s, row in zip(samples, rows, strict=True)}
     for sample in model.golden.samples:
         row = scores.get((sample.text, sample.input_ids))
-        for score, right in zip(row or (), sample.scores if row else (), strict=True):
-            if not abs(score - right) <= model.golden.tolerance * max(1.0, abs(right)):  # so that NaN fails
+        for score, expected in zip(row or (), sample.scores if row else (), strict=True):
+            tolerance = model.golden.tolerance * max(1.0, abs(expected))
+            if not abs(score - expected) <= tolerance:  # so that NaN fails
                 raise ConversionError(
-                    f"member {model.name} scores {score} on {_shown(sample)}, expected {right}: "
+                    f"member {model.name} scores {score} on {_shown(sample)}, expected {expected}: "
                     "the libraries are not those of its conversion; convert it again"
                 )
 

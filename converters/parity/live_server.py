@@ -1,26 +1,26 @@
-"""Hold a running server's scores against a checkpoint: the cases of a conversion, asked over gRPC."""
+"""Compare a running server's scores with a checkpoint's, over gRPC, on the cases of a conversion."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from conch.converters.checkpoints.reader import check_dense, read_checkpoint
+from conch.converters.checkpoints.reader import read_checkpoint
+from conch.converters.checkpoints.rules import check_dense
 from conch.converters.options import ReadOptions
 from conch.converters.parity.compare import compare
-from conch.converters.parity.reference import expected_scores
+from conch.converters.parity.reference import reference_of
 from conch.converters.parity.report import ParityReport
-from conch.converters.parity.samples import build_cases, requests_of
 from conch.converters.pipeline import quiet_transformers
 from conch.errors import ConversionError
 from conch.store.manifest import ServedDtype
 from conch.triton.client import Server
 
 
-def verify(endpoint: str, checkpoint: str, dtype: ServedDtype, reading: ReadOptions) -> ParityReport:
+def verify(endpoint: str, checkpoint: str, requested: ReadOptions, dtype: ServedDtype) -> ParityReport:
     """Compare a served model with the checkpoint that it should have been made from.
 
-    endpoint: `host:port/model`. dtype: whose tolerance counts. reading: as at the conversion; a length that
-    it leaves open is the server's, and so is the granularity.
+    endpoint: `host:port/model`.
+    checkpoint: folder, file of tensors, or hub id.
+    requested: as at the conversion; the granularity is the server's, and so is a length left open.
+    dtype: whose tolerance counts.
 
     Raises:
         ServingError: the server does not answer, or serves no reward model there.
@@ -28,16 +28,16 @@ def verify(endpoint: str, checkpoint: str, dtype: ServedDtype, reading: ReadOpti
     """
     with Server(endpoint) as server, quiet_transformers():
         spec = server.spec()
-        length = reading.max_length or spec.max_length or None
-        reading = replace(reading, max_length=length, granularity=spec.granularity)
-        original = read_checkpoint(checkpoint, reading)
-        check_dense(original, spec.form)
-        if len(spec.reward_names) != len(original.reward_names):
+        length = requested.max_length or spec.max_length or None
+        settings = {"max_length": length, "granularity": spec.granularity}
+        original = read_checkpoint(checkpoint, requested.model_copy(update=settings))
+        check_dense(original.rules, original.tokenizer, spec.form)
+        reward_names = original.rules.reward_names
+        if len(spec.reward_names) != len(reward_names):
             raise ConversionError(
                 f"{endpoint} serves the rewards {', '.join(spec.reward_names)}, the checkpoint has "
-                f"{', '.join(original.reward_names)}: say with --reward which were served"
+                f"{', '.join(reward_names)}: say with --reward which were served"
             )
-        cases = build_cases(original, spec.form, max_batch_size=spec.max_batch_size)
-        expected = expected_scores(original, cases)
-        replies = server.score(requests_of(cases, spec.form, original.pad_token_id), spec)
-    return compare(cases, replies, expected, dtype)
+        reference = reference_of(original, spec.form, max_batch_size=spec.max_batch_size)
+        replies = server.score(reference.requests, spec)
+    return compare(reference.cases, replies, reference.expected, dtype)

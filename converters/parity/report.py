@@ -1,4 +1,4 @@
-"""How far a converted model's scores are from the original's: the report. No torch here."""
+"""The report on how far a converted model's scores are from the original's. No torch here."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ by max(1, |score|): rounding grows with a score, and a score near zero is a sum 
 # What a server may differ by when it starts: it may run on another machine, whose kernels round differently.
 GOLDEN_TOLERANCES = {**TOLERANCES, "float32": 1e-4}
 
-COMPANY = "alone against in company"
+BATCH_CONSISTENCY = "alone against in a batch"
 """Name of the line that compares served scores among themselves: a sample alone and in any batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class CaseResult:
-    """samples: how many were compared. max_error: largest difference divided by max(1, |score|).
+    """One line of the report. The figures are infinity where a score is missing, not finite, or not allowed.
 
-    max_difference, mean_difference: of the scores themselves. All are infinity where a score is missing, is
-    not finite, or should not be there. problem: what is wrong, "" if nothing.
+    samples: how many were compared.
+    max_error: largest difference of two scores, divided by max(1, |score|).
+    max_difference: largest difference of two scores.
+    mean_difference: mean difference of two scores.
+    problem: what is wrong, "" if nothing.
     """
 
     name: str
@@ -33,7 +36,7 @@ class CaseResult:
     problem: str = ""
 
     def merged(self, other: CaseResult) -> CaseResult:
-        """Both in one line: samples added, the larger error."""
+        """Join two lines into one: samples are added, the larger error stays."""
         worse = max(self, other, key=lambda result: result.max_error)
         samples = self.samples + other.samples
         total = self.mean_difference * self.samples + other.mean_difference * other.samples
@@ -49,7 +52,10 @@ class CaseResult:
 
 @dataclass(frozen=True, slots=True)
 class ParityReport:
-    """Outcome of all cases."""
+    """Result of all cases.
+
+    tolerance: largest error that passes.
+    """
 
     results: tuple[CaseResult, ...]
     tolerance: float
@@ -67,13 +73,13 @@ class ParityReport:
     @property
     def total(self) -> CaseResult:
         """All comparisons with the original in one line."""
-        first, *others = [result for result in self.results if result.name != COMPANY]
+        first, *others = [result for result in self.results if result.name != BATCH_CONSISTENCY]
         for other in others:
             first = first.merged(other)
         return first
 
     def summary(self) -> ParitySummary:
-        """The figures for the manifest."""
+        """Return the figures for the manifest."""
         total = self.total
         return ParitySummary(
             max_error=self.worst.max_error,
@@ -84,7 +90,7 @@ class ParityReport:
         )
 
     def table(self) -> str:
-        """One line a case, for people."""
+        """Write one line a case, for people."""
         width = max(len(result.name) for result in self.results)
         lines = [f"{'case':<{width}}  samples  max diff  mean diff  max error"]
         for result in self.results:

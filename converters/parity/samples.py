@@ -11,7 +11,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from conch.converters.checkpoints.reader import CHAT, Checkpoint
+from conch.converters.checkpoints.reader import RewardCheckpoint
+from conch.converters.checkpoints.tokenizer import CHAT
 from conch.converters.parity.subprocess_model import Request
 from conch.triton.contract import Form
 
@@ -22,10 +23,12 @@ _ODD_TEXTS = ("Ünïcödé, 漢字, 🙂🙃, עברית", "\x00\ttab\r\nline", 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """text: what a client sends in the text form, "" in the token form. ids: what the model must read.
+    """A sample and the tokens that the model must read of it.
 
-    Without ids the server must refuse the sample. ends: how much of what the client sent lies before the end
-    of each token, None for a token that the client did not send; empty where samples only are scored.
+    text: what a client sends in the text form, "" in the token form.
+    ids: what the model must read; () for a sample that the server must refuse.
+    ends: how much of what the client sent lies before the end of each token, None for a token that the client
+        did not send; () where samples only are scored.
     """
 
     text: str
@@ -38,113 +41,123 @@ Token = tuple[int, int | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """Samples of one request. Cases of one name share a line of the report. left_padded: token form only."""
+class ParityCase:
+    """The samples of one request.
+
+    name: line of the report; cases of one name share a line.
+    left_padded: whether padding stands on the left; token form only.
+    """
 
     name: str
     samples: tuple[Sample, ...]
     left_padded: bool = False
 
 
-def build_cases(checkpoint: Checkpoint, form: Form, *, max_batch_size: int) -> list[Case]:
-    """The cases for one model; the same at every call."""
-    make = _TextSamples(checkpoint) if form == "text" else _TokenSamples(checkpoint)
-    by_length = [make.of_length(length) for length in _lengths(checkpoint.max_length)]
+def build_cases(checkpoint: RewardCheckpoint, form: Form, *, max_batch_size: int) -> list[ParityCase]:
+    """Build the cases for one model; the same at every call."""
+    source = _TextSamples(checkpoint) if form == "text" else _TokenSamples(checkpoint)
+    by_length = [source.of_length(length) for length in _lengths(checkpoint.rules.max_length)]
     mixed = [by_length[index % len(by_length)] for index in range(max(_BATCH_SIZES))]
     random.Random(1).shuffle(mixed)
     alone = f"alone, {len(by_length[0].ids)} to {len(by_length[-1].ids)} tokens"
-    cases = [Case(alone, (sample,)) for sample in by_length]
+    cases = [ParityCase(alone, (sample,)) for sample in by_length]
     for size in _BATCH_SIZES:
         if size <= max_batch_size:
-            cases.append(Case(f"batch of {size}", tuple(mixed[:size])))
-    cases.append(Case("same, other order", tuple(reversed(mixed[: min(32, max_batch_size)]))))
-    cases.extend(make.special_cases())
+            cases.append(ParityCase(f"batch of {size}", tuple(mixed[:size])))
+    cases.append(ParityCase("same, other order", tuple(reversed(mixed[: min(32, max_batch_size)]))))
+    cases.extend(source.special_cases())
     if form == "token":
-        cases.append(Case("padded on the left", tuple(mixed[: min(7, max_batch_size)]), left_padded=True))
+        cases.append(
+            ParityCase("padded on the left", tuple(mixed[: min(7, max_batch_size)]), left_padded=True)
+        )
     return cases
 
 
-def requests_of(cases: Sequence[Case], form: Form, pad_token_id: int) -> list[Request]:
-    """What a client would send for each case."""
+def requests_of(cases: Sequence[ParityCase], form: Form, pad_token_id: int) -> list[Request]:
+    """Build what a client would send for each case."""
     if form == "text":
         return [{"texts": [sample.text for sample in case.samples]} for case in cases]
     return [_token_request(case, pad_token_id) for case in cases]
 
 
 class _TextSamples:
-    """Texts with the ids that their template and truncation must give; with the template `chat`,
-    conversations of one message with that text."""
+    """Builds texts with the ids that template and truncation must give.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    With the template `chat` a sample is a conversation of one message with that text.
+    """
+
+    def __init__(self, checkpoint: RewardCheckpoint) -> None:
         self._checkpoint = checkpoint
         self._tokenizer = checkpoint.tokenizer
         self._tokens = _RandomTokens(checkpoint)
-        self._is_chat = checkpoint.template == CHAT
-        self._is_dense = checkpoint.granularity != "sample"
+        self._is_chat = checkpoint.rules.template == CHAT
+        self._is_dense = checkpoint.rules.granularity != "sample"
 
     def of_length(self, length: int) -> Sample:
-        """A sample of `length` tokens, or as near as decoding and encoding again comes."""
+        """Build a sample of `length` tokens, or as near as decoding and encoding again comes."""
         return self._sample(self._text(length))
 
-    def special_cases(self) -> list[Case]:
-        """Texts that break careless code."""
-        too_long = self._sample(self._text(2 * self._checkpoint.max_length + 5))
+    def special_cases(self) -> list[ParityCase]:
+        """Build texts that break careless code."""
+        too_long = self._sample(self._text(2 * self._checkpoint.rules.max_length + 5))
         odd = [self._sample(text) for text in _ODD_TEXTS]
         eos = self._tokenizer.eos_token
         with_eos = [self._sample(f"{self._text(3)}{eos}{self._text(3)}")] if eos else []
         no_messages = [Sample("no JSON", ()), Sample('{"role": "user"}', ())] if self._is_chat else []
         return [
-            *(Case("odd text", (sample,)) for sample in odd),
-            Case("empty text", (self._sample(""),)),
-            *(Case("eos inside the text", (sample,)) for sample in with_eos),
-            Case("too long, cut", (too_long,)),
-            Case("too long and short together", (too_long, self.of_length(2))),
-            *(Case("no messages, refused", (sample,)) for sample in no_messages),
+            *(ParityCase("odd text", (sample,)) for sample in odd),
+            ParityCase("empty text", (self._sample(""),)),
+            *(ParityCase("eos inside the text", (sample,)) for sample in with_eos),
+            ParityCase("too long, cut", (too_long,)),
+            ParityCase("too long and short together", (too_long, self.of_length(2))),
+            *(ParityCase("no messages, refused", (sample,)) for sample in no_messages),
         ]
 
     def _text(self, length: int) -> str:
-        """The longest start of a random text that has `length` tokens or less. Random tokens do not come back
-        as the same number of tokens: a tokenizer joins some and splits others."""
+        """Return the longest start of a random text that has `length` tokens or less.
+
+        Random tokens do not come back as the same number of tokens: a tokenizer joins some and splits others.
+        """
         text = self._tokenizer.decode(self._tokens.take(3 * length))
         low, high = 0, len(text)
         while low < high:
             middle = (low + high + 1) // 2
-            if len(self._whole(text[:middle])) <= length:
+            if len(self._encode(text[:middle])) <= length:
                 low = middle
             else:
                 high = middle - 1
         return text[:low]
 
-    def _whole(self, text: str) -> list[Token]:
+    def _encode(self, text: str) -> list[Token]:
         if self._is_chat:
             rendered = self._tokenizer.apply_chat_template(_conversation(text), return_dict=True)
             return [(token, None) for token in rendered["input_ids"]]
         eos = self._tokenizer.eos_token or ""
-        encoded = self._tokenizer(self._checkpoint.template.format(text=text, eos=eos))
+        encoded = self._tokenizer(self._checkpoint.rules.template.format(text=text, eos=eos))
         ids = encoded.input_ids
         if not self._is_dense:
             return [(token, None) for token in ids]
-        start = len(self._checkpoint.template.split("{text}")[0].format(eos=eos))
+        start = len(self._checkpoint.rules.template.split("{text}")[0].format(eos=eos))
         spans = [encoded.token_to_chars(index) for index in range(len(ids))]
         ends = [span.end - start if span else 0 for span in spans]
         return [(token, end if 0 < end <= len(text) else None) for token, end in zip(ids, ends, strict=True)]
 
     def _sample(self, text: str) -> Sample:
         sent = json.dumps(_conversation(text)) if self._is_chat else text
-        tokens = self._cut(self._whole(text))
+        tokens = self._cut(self._encode(text))
         ends = tuple(end for _, end in tokens) if self._is_dense else ()
         return Sample(sent, tuple(token for token, _ in tokens), ends)
 
     def _cut(self, tokens: list[Token]) -> list[Token]:
-        """By another rule than model.py's: what is too much goes, between the special tokens at the ends."""
-        excess = len(tokens) - self._checkpoint.max_length
+        """Cut by another rule than model.py's: the excess goes, between the special tokens at the ends."""
+        excess = len(tokens) - self._checkpoint.rules.max_length
         if excess <= 0:
             return tokens
         if self._is_chat:
             if self._tokenizer.truncation_side == "left":
                 return tokens[excess:]
-            kept = 1 if tokens[-1][0] == self._tokenizer.eos_token_id else 0
-            return tokens[: len(tokens) - excess - kept] + tokens[len(tokens) - kept :]
+            closing = 1 if tokens[-1][0] == self._tokenizer.eos_token_id else 0
+            return tokens[: len(tokens) - excess - closing] + tokens[len(tokens) - closing :]
         special = set(self._tokenizer.all_special_ids) - {self._tokenizer.unk_token_id}
         head = next(index for index, (token, _) in enumerate(tokens) if token not in special)
         tail = next(index for index, (token, _) in enumerate(reversed(tokens)) if token not in special)
@@ -155,37 +168,37 @@ class _TextSamples:
 
 
 class _TokenSamples:
-    """Rows of random ids."""
+    """Builds rows of random ids."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: RewardCheckpoint) -> None:
         self._checkpoint = checkpoint
         self._tokens = _RandomTokens(checkpoint)
 
     def of_length(self, length: int) -> Sample:
-        """A sample of exactly `length` tokens."""
+        """Build a sample of exactly `length` tokens."""
         return self._sample(self._tokens.take(length))
 
     def _sample(self, ids: Sequence[int]) -> Sample:
-        ends = range(1, len(ids) + 1) if self._checkpoint.granularity != "sample" else ()
+        ends = range(1, len(ids) + 1) if self._checkpoint.rules.granularity != "sample" else ()
         return Sample("", tuple(ids), tuple(ends))
 
-    def special_cases(self) -> list[Case]:
-        """Rows whose end misleads pooling, and rows that must be refused."""
-        eos, pad = self._checkpoint.tokenizer.eos_token_id, self._checkpoint.pad_token_id
-        limit = self._checkpoint.max_length
+    def special_cases(self) -> list[ParityCase]:
+        """Build rows whose end misleads pooling."""
+        eos, pad = self._checkpoint.tokenizer.eos_token_id, self._checkpoint.rules.pad_token_id
+        limit = self._checkpoint.rules.max_length
         body = self.of_length(max(1, limit // 2)).ids[: max(1, limit - 1)]
         ends = {"ends in pad": (*body, pad)[-limit:]}
         if eos is not None:
             ends |= {"ends in eos": (*body, eos)[-limit:], "eos in the middle": (eos, *body)[:limit]}
         together = (*(self._sample(ids) for ids in ends.values()), self.of_length(limit))
         return [
-            *(Case(name, (self._sample(ids),)) for name, ids in ends.items()),
-            Case("these together", together),
+            *(ParityCase(name, (self._sample(ids),)) for name, ids in ends.items()),
+            ParityCase("these together", together),
         ]
 
 
 def _lengths(limit: int) -> list[int]:
-    """Every length up to 16, then a ladder of about 1.6 between steps, with the last two below the limit."""
+    """Return every length up to 16, a ladder with a factor of about 1.6, and the last two up to the limit."""
     lengths = set(range(1, min(limit, _ALL_LENGTHS_UP_TO) + 1)) | {max(1, limit - 1), limit}
     step = float(_ALL_LENGTHS_UP_TO)
     while step < limit:
@@ -195,16 +208,16 @@ def _lengths(limit: int) -> list[int]:
 
 
 class _RandomTokens:
-    """Ids that are not special; one in four ends a step, where the model reads steps."""
+    """Draws ids that are not special; one in four ends a step, where the model reads steps."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        special = {*checkpoint.tokenizer.all_special_ids, checkpoint.pad_token_id}
+    def __init__(self, checkpoint: RewardCheckpoint) -> None:
+        special = {*checkpoint.tokenizer.all_special_ids, checkpoint.rules.pad_token_id}
         self._ordinary = sorted(set(checkpoint.tokenizer.get_vocab().values()) - special)
-        self._separator = checkpoint.separator_id
+        self._separator = checkpoint.rules.separator_id
         self._random = random.Random(0)
 
     def take(self, count: int) -> list[int]:
-        """The next ids."""
+        """Draw the next ids."""
         return [self._next() for _ in range(count)]
 
     def _next(self) -> int:
@@ -217,7 +230,7 @@ def _conversation(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-def _token_request(case: Case, pad_token_id: int) -> Request:
+def _token_request(case: ParityCase, pad_token_id: int) -> Request:
     longest = max(len(sample.ids) for sample in case.samples)
 
     def padded(values: Sequence[int], fill: int) -> list[int]:

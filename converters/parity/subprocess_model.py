@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ Request = dict[str, Any]
 """{"texts": [...]} or {"input_ids": [[...]], "attention_mask": [[...]]}."""
 
 
-class ServedForm:
-    """The process. It imports its libraries at once and reads the folder's other files when asked to score,
-    so it can be started as soon as `model.py` is there.
+class SubprocessModel:
+    """A process that runs the `model.py` of a version folder.
 
-    Use as a context manager: leaving it ends the process.
+    The process imports its libraries at once and reads the folder's other files when `score` is called, so it
+    can start as soon as `model.py` is there. Leaving the context manager ends the process.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -36,7 +37,7 @@ class ServedForm:
             env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
         )
 
-    def __enter__(self) -> ServedForm:
+    def __enter__(self) -> SubprocessModel:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -44,10 +45,10 @@ class ServedForm:
         self._process.communicate()
 
     def score(self, requests: list[Request], device: str) -> list[dict[str, Any]]:
-        """Per request {"scores": [[...], ...]} or {"error": "..."}. Can be called once.
+        """Return per request {"scores": [[...], ...]} or {"error": "..."}. Can be called once.
 
         Raises:
-            ConversionError: the process failed, with its last lines.
+            ConversionError: the process failed; the message has its last lines.
         """
         try:
             out, err = self._process.communicate(
@@ -59,3 +60,20 @@ class ServedForm:
             last = "\n".join(err.splitlines()[-_LAST_LINES:])
             raise ConversionError(f"the converted model does not run outside this process:\n{last}")
         return json.loads(out)
+
+
+def score_in_sequence(
+    models: Sequence[SubprocessModel], requests: Sequence[Request], device: str
+) -> list[dict[str, Any]]:
+    """Send requests through models one after another, as a Triton ensemble does.
+
+    The replies of one model are the requests of the next; an error stays the reply.
+
+    Raises:
+        ConversionError: a process failed.
+    """
+    replies = list(requests)
+    for model in models:
+        scored = iter(model.score([reply for reply in replies if "error" not in reply], device))
+        replies = [reply if "error" in reply else next(scored) for reply in replies]
+    return replies

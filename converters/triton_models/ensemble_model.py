@@ -4,7 +4,7 @@ It stands alone: numpy and nothing of the package that wrote it. What it must kn
 beside it. Three layers, top to bottom:
 
     combine             the members' scores of some samples -> one reward each
-    Members             samples -> every member's scores, or why there is none
+    MemberModels        samples -> every member's scores, or why there is none
     TritonPythonModel   what Triton calls
 
 By hand, `python model.py < requests.json` combines scores without a server; see `main` for the format.
@@ -30,27 +30,33 @@ except ModuleNotFoundError:  # run by hand: only Triton provides it
 Inputs = dict[str, np.ndarray]
 """Input tensors by name, all with the same number of rows."""
 
-# A call to another model loses its error code on the way, so what happened is told by the words of 2.51 and
-# later: absent or unloaded, and a model process that died. Asking again row by row would help neither.
-_GONE = ("is not ready", "unknown model", "not found", "is not healthy")
+# A call to another model loses its error code on the way, so the words of 2.51 and later tell the failures
+# apart: absent or unloaded, and a model process that died. Asking again row by row would help neither.
+_UNAVAILABLE = ("is not ready", "unknown model", "not found", "is not healthy")
 # How the members' own code begins the message of a failure that is not the caller's fault.
 _MEMBERS_FAULT = ("scoring failed:", "failed to process the request")
 
 
 @dataclass(frozen=True)
 class MemberFailure:
-    """Why a member gave no score. gone: it cannot score any sample now."""
+    """Why a member gave no score.
+
+    member: name of the model.
+    message: the error, as the server reports it.
+    """
 
     member: str
     message: str
 
     @property
-    def gone(self) -> bool:
-        return any(words in self.message.lower() for words in _GONE)
+    def is_unavailable(self) -> bool:
+        """Whether the member can score no sample now."""
+        return any(words in self.message.lower() for words in _UNAVAILABLE)
 
     @property
     def is_members_fault(self) -> bool:
-        return self.gone or self.message.lower().startswith(_MEMBERS_FAULT)
+        """Whether the failure is the member's, not the caller's."""
+        return self.is_unavailable or self.message.lower().startswith(_MEMBERS_FAULT)
 
 
 Column = list[float | MemberFailure]
@@ -60,7 +66,7 @@ Column = list[float | MemberFailure]
 def combine(
     member_rewards: np.ndarray, objective: str, uwo_weight: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One reward of each row of scores [n, members], NaN where a member gave none; at least one per row.
+    """Combine each row of scores [n, members] into one reward; NaN where a member gave none, never all NaN.
 
     Returns:
         rewards float64 [n]; population variance float64 [n] of the scores there are; their number int [n].
@@ -75,27 +81,30 @@ def combine(
     return mean - uwo_weight * variance, variance, used
 
 
-class Members:
-    """The members, asked through the server that this model runs in."""
+class MemberModels:
+    """Scores rows by the members, through the server that this model runs in."""
 
     def __init__(self, members: Sequence[dict[str, Any]]) -> None:
         self._members = members
 
     async def scores(self, inputs: Inputs) -> list[Column]:
-        """Per row every member's score, or why it gave none; all members are asked at once."""
+        """Return per row every member's score, or why there is none; all members score at the same time."""
         columns = await asyncio.gather(*(self._column(member, inputs) for member in self._members))
         return [list(row) for row in zip(*columns, strict=True)]
 
     async def _column(self, member: dict[str, Any], inputs: Inputs) -> Column:
-        """One member's scores. One bad row fails a member's whole request, so the halves are asked again."""
+        """Return one member's scores. A bad row fails the whole request, so halves of it are sent again."""
         outcome, rows = await self._ask(member, inputs), _rows(inputs)
         if not isinstance(outcome, MemberFailure):
             return outcome
-        if outcome.gone or rows == 1:
+        if outcome.is_unavailable or rows == 1:
             return [outcome] * rows
         halves = (slice(0, rows // 2), slice(rows // 2, rows))
-        parts = [await self._column(member, _select(inputs, half)) for half in halves]
-        return [*parts[0], *parts[1]]
+        column: Column = []
+        for half in halves:
+            part = {name: np.ascontiguousarray(values[half]) for name, values in inputs.items()}
+            column += await self._column(member, part)
+        return column
 
     async def _ask(self, member: dict[str, Any], inputs: Inputs) -> Column | MemberFailure:
         request = pb_utils.InferenceRequest(
@@ -113,7 +122,7 @@ class Members:
 
 
 def read_scores(member: dict[str, Any], scores: np.ndarray, rows: int) -> Column | MemberFailure:
-    """The member's column of what it returned. Triton does not check what models return; this does."""
+    """Return the member's column of its rewards, checked, since Triton does not check what models return."""
     name, expected = member["name"], (rows, member["columns"])
     if scores.shape != expected:
         return MemberFailure(name, f"scoring failed: rewards of shape {scores.shape}, expected {expected}")
@@ -128,11 +137,11 @@ class TritonPythonModel:
     """Triton's interface: one object per instance, its methods called in turn."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Read the settings. Members may load later than this model: they are looked for when asked."""
+        """Read the settings. Members may load later than this model: the first request looks for them."""
         refuse_numpy_2(np.__version__)
         self.manifest = json.loads((Path(__file__).parent / "manifest.json").read_text(encoding="utf-8"))
         self.names = [member["name"] for member in self.manifest["members"]]
-        self.members = Members(self.manifest["members"])
+        self.members = MemberModels(self.manifest["members"])
         self.inputs = ("text",) if self.manifest["form"] == "text" else ("input_ids", "attention_mask")
         pb_utils.Logger.log_info(
             f"{args['model_name']} version {args['model_version']}: {self.manifest['objective']} of "
@@ -141,14 +150,14 @@ class TritonPythonModel:
 
     async def execute(self, requests: list[Any]) -> list[Any]:
         """Answer every request, each with its scores or its own error; a member gets all rows at once."""
-        asked = [
+        request_inputs = [
             {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs}
             for request in requests
         ]
-        scores = await self.members.scores(_joined(asked))
+        scores = await self.members.scores(_joined(request_inputs))
         self._log_failures(scores)
         rows = iter(scores)
-        return [self._response([next(rows) for _ in range(_rows(inputs))]) for inputs in asked]
+        return [self._response([next(rows) for _ in range(_rows(inputs))]) for inputs in request_inputs]
 
     def _response(self, scores: list[Column]) -> Any:
         for number, row in enumerate(scores):
@@ -181,20 +190,20 @@ class TritonPythonModel:
 
 
 def _error(row: int, failures: list[MemberFailure]) -> Any:
-    """The error of a whole request for its row `row`, with the code that a member's own error has lost."""
+    """Build the error of a whole request for its row `row`, with the code that the member's error lost."""
     first = next((failure for failure in failures if failure.is_members_fault), failures[0])
-    if first.gone:
+    if first.is_unavailable:
         code = pb_utils.TritonError.UNAVAILABLE
     else:
         code = pb_utils.TritonError.INTERNAL if first.is_members_fault else pb_utils.TritonError.INVALID_ARG
-    message = first.message.removeprefix("row 0").lstrip(": ")  # the member was asked for this row alone
+    message = first.message.removeprefix("row 0").lstrip(": ")  # the member got this row alone
     return pb_utils.InferenceResponse(
         error=pb_utils.TritonError(f"row {row}: member {first.member} gave no score: {message}", code)
     )
 
 
 def _joined(requests: Sequence[Inputs]) -> Inputs:
-    """All rows in one set of tensors; shorter rows of ids are filled up on the right, masked out."""
+    """Join all rows in one set of tensors; shorter rows of ids are filled up on the right, masked out."""
     joined = {}
     for name in requests[0]:
         tensors = [request[name] for request in requests]
@@ -206,10 +215,6 @@ def _joined(requests: Sequence[Inputs]) -> Inputs:
 
 def _rows(inputs: Inputs) -> int:
     return len(next(iter(inputs.values())))
-
-
-def _select(inputs: Inputs, rows: slice) -> Inputs:
-    return {name: np.ascontiguousarray(values[rows]) for name, values in inputs.items()}
 
 
 def refuse_numpy_2(version: str) -> None:

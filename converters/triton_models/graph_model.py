@@ -50,7 +50,7 @@ class OnnxGraph:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        # onnxruntime pins threads of its own, one per core, unless told otherwise.
+        # onnxruntime pins threads of its own, one per core, unless a number is set.
         options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "0"))
         providers: list[Any] = ["CPUExecutionProvider"]
         if device != "cpu":
@@ -87,7 +87,7 @@ class TorchScriptGraph:
 
 
 class Scorer:
-    """The graph of one version folder."""
+    """Scores rows of token ids by the graph of one version folder."""
 
     def __init__(self, folder: Path, device: str) -> None:
         self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -99,7 +99,7 @@ class Scorer:
         self.graph = graph(folder / file, device)
 
     def rows_from_tokens(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> Rows:
-        """Token ids of padded rows, int [n, length]; the padding, on either side, is where the mask is 0.
+        """Return the token ids of padded rows, int [n, length]; padding, on either side, has 0 in the mask.
 
         Raises:
             RejectedError: shapes differ, a mask has a hole, or a row is empty, too long or out of range.
@@ -111,21 +111,21 @@ class Scorer:
         pairs = enumerate(zip(input_ids, attention_mask, strict=True))
         return [self._row(row, ids, np.flatnonzero(mask)) for row, (ids, mask) in pairs]
 
-    def _row(self, row: int, ids: np.ndarray, kept: np.ndarray) -> list[int]:
+    def _row(self, row: int, ids: np.ndarray, places: np.ndarray) -> list[int]:
         vocabulary, limit = self.manifest["vocab_size"], self.manifest["max_length"]
-        if not kept.size:
+        if not places.size:
             raise RejectedError(f"row {row} has no tokens")
-        if kept[-1] - kept[0] + 1 != kept.size:
+        if places[-1] - places[0] + 1 != places.size:
             raise RejectedError(f"row {row}: attention_mask has a hole; padding goes at the ends")
-        if kept.size > limit:
-            raise RejectedError(f"row {row} has {kept.size} tokens, at most {limit} are allowed")
-        tokens = ids[kept]
+        if places.size > limit:
+            raise RejectedError(f"row {row} has {places.size} tokens, at most {limit} are allowed")
+        tokens = ids[places]
         if tokens.min() < 0 or tokens.max() >= vocabulary:
             raise RejectedError(f"row {row} has token ids outside 0..{vocabulary - 1}")
         return tokens.tolist()
 
     def score(self, rows: Rows) -> np.ndarray:
-        """Scores float32 [len(rows), rewards]; a row's score does not depend on the others'."""
+        """Return scores float32 [len(rows), rewards]; a row's score does not depend on the others'."""
         scores = np.empty((len(rows), len(self.manifest["reward_names"])), dtype=np.float32)
         for indices in _batches_by_length([len(row) for row in rows], self.tokens_per_forward):
             scores[indices] = self._forward([rows[index] for index in indices])
@@ -151,16 +151,13 @@ def score_requests(scorer: Scorer, requests: Sequence[Rows | Exception]) -> list
     """
     accepted = [rows for rows in requests if not isinstance(rows, Exception)]
     outcomes = iter(_split(_scores(scorer, [ids for rows in accepted for ids in rows]), accepted))
-    told = [rows if isinstance(rows, Exception) else next(outcomes) for rows in requests]
-    alone = len(accepted) > 1
-    return [
-        _finite(_scores(scorer, rows)) if alone and _failed(outcome, rows) else _finite(outcome)
-        for outcome, rows in zip(told, requests, strict=True)
-    ]
-
-
-def _failed(outcome: np.ndarray | Exception, rows: Rows | Exception) -> bool:
-    return isinstance(outcome, Exception) and not isinstance(rows, Exception)
+    first_outcomes = [rows if isinstance(rows, Exception) else next(outcomes) for rows in requests]
+    final = []
+    for outcome, rows in zip(first_outcomes, requests, strict=True):
+        failed_together = isinstance(outcome, Exception) and not isinstance(rows, Exception)
+        is_scored_again = failed_together and len(accepted) > 1
+        final.append(_finite(_scores(scorer, rows) if is_scored_again else outcome))
+    return final
 
 
 def _scores(scorer: Scorer, rows: Any) -> np.ndarray | Exception:
@@ -184,7 +181,7 @@ def _finite(scores: np.ndarray | Exception) -> np.ndarray | Exception:
 
 
 def _batches_by_length(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Indices grouped so that rows of like length share a forward pass, within `tokens`."""
+    """Group indices so that rows of like length share a forward pass, within `tokens`."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
         if batch and (len(batch) + 1) * lengths[index] > tokens:
@@ -252,10 +249,10 @@ def main() -> None:
     """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # libraries may print; only answers belong on stdout
-    asked = json.load(sys.stdin)
-    scorer = Scorer(Path(__file__).parent, asked["device"])
+    job = json.load(sys.stdin)
+    scorer = Scorer(Path(__file__).parent, job["device"])
     with answers:
-        json.dump([_answer(scorer, request) for request in asked["requests"]], answers)
+        json.dump([_answer(scorer, request) for request in job["requests"]], answers)
 
 
 def _answer(scorer: Scorer, request: dict[str, Any]) -> dict[str, Any]:

@@ -47,9 +47,11 @@ class RejectedError(ValueError):
 class Row:
     """A sample as the model reads it.
 
-    ids: its tokens. places: which of them end a step and so have a score of their own, ascending. ends: how
-    much of the sample lies before the end of each such step, in characters of the client's text, or in tokens
-    where the client sends those. Both are empty where the model scores samples only.
+    ids: the tokens.
+    places: which tokens end a step and so have a score of their own, ascending; () where the model scores
+        samples only.
+    ends: how much of the sample lies before the end of each such step, in characters of the client's text, or
+        in tokens where the client sends those; () where the model scores samples only.
     """
 
     ids: list[int]
@@ -59,7 +61,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """rewards: float32 [rows, rewards]. steps: per row float32 [its steps]; empty unless steps are scored."""
+    """The scores of some rows.
+
+    rewards: float32 [rows, rewards].
+    steps: per row float32 [its steps]; empty unless steps are scored.
+    """
 
     rewards: np.ndarray
     steps: list[np.ndarray]
@@ -88,7 +94,7 @@ class ServedModel(nn.Module):
             self.bias = nn.Parameter(head["bias"], requires_grad=False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Scores float32 [rows, rewards] of padded rows, int64 [rows, length]; 0 in the mask is padding."""
+        """Return scores float32 [rows, rewards] of padded rows, int64 [rows, length]; mask 0 is padding."""
         output = self.network(input_ids=input_ids, attention_mask=attention_mask)
         if not self.has_head:
             scores = output.logits.float()
@@ -100,7 +106,7 @@ class ServedModel(nn.Module):
         return self._served(scores)
 
     def dense(self, input_ids: Tensor, attention_mask: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores [rows, 1] as `forward` gives them, and one of every token [rows, length], in the same unit.
+        """Return scores [rows, 1] as `forward` does, and one of every token [rows, length], in the same unit.
 
         ends: bool [rows, length], True where a step ends; aggregated are the scores there.
         """
@@ -113,7 +119,7 @@ class ServedModel(nn.Module):
         return self._served(scores), self._served(every).squeeze(-1)
 
     def _served(self, scores: Tensor) -> Tensor:
-        """Of all outputs [..., outputs] the rewards [..., rewards], normalised if the manifest says so."""
+        """Choose of all outputs [..., outputs] the rewards [..., rewards], normalised by the manifest."""
         if self.manifest.get("columns") is not None:
             scores = scores[..., self.manifest["columns"]]
         if self.manifest["normalise"]:
@@ -122,8 +128,10 @@ class ServedModel(nn.Module):
         return scores
 
     def _token_scores(self, states: Tensor) -> Tensor:
-        """The head's outputs at every token, [rows, length, outputs]; where it tells kinds of steps apart,
-        their probabilities."""
+        """Return the head's outputs at every token, [rows, length, outputs].
+
+        Several outputs of a process reward are kinds of steps: these become probabilities.
+        """
         logits = self._linear(states)
         if self.manifest["pooling"] != "steps" or logits.shape[-1] == 1:
             return logits
@@ -133,7 +141,7 @@ class ServedModel(nn.Module):
         return nn.functional.linear(states.float(), self.weight, self.bias)
 
     def _pooled(self, states: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """States [rows, length, width] -> [rows, width]."""
+        """Pool states [rows, length, width] -> [rows, width]."""
         rule = self.manifest["pooling"]
         if rule == "mean":
             weights = mask.unsqueeze(-1).float()
@@ -142,7 +150,7 @@ class ServedModel(nn.Module):
         return states[torch.arange(len(states), device=states.device), where]
 
     def _position(self, rule: str, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """Where each row is read, [rows]."""
+        """Return the place at which each row is read, [rows]."""
         if rule == "cls":
             return mask.int().argmax(dim=1)
         if rule == "hf":  # as transformers' decoders do it: by the ids, whatever the mask says
@@ -154,7 +162,7 @@ class ServedModel(nn.Module):
         return torch.where(is_eos.any(dim=1), is_eos.int().argmax(dim=1), last)
 
     def _step_ends(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """Where steps end, bool [rows, length]: at each separator, and at the last token that is no eos."""
+        """Return where steps end, bool [rows, length]: at separators, and at the last token but an eos."""
         body = mask.bool()
         if self.manifest["eos_token_id"] is not None:
             body = body & (input_ids != self.manifest["eos_token_id"])
@@ -164,12 +172,12 @@ class ServedModel(nn.Module):
 
 
 def _last_true(where: Tensor) -> Tensor:
-    """Index of the last True of each row, [rows, length] -> [rows]; 0 where there is none."""
+    """Return the index of the last True of each row, [rows, length] -> [rows]; 0 where there is none."""
     return (where.int() * torch.arange(where.shape[1], device=where.device)).argmax(dim=1)
 
 
 def _aggregate(how: str, scores: Tensor, ends: Tensor) -> Tensor:
-    """Scores [rows, length, outputs] where `ends` [rows, length] is True -> [rows, outputs]."""
+    """Aggregate scores [rows, length, outputs] where `ends` [rows, length] is True -> [rows, outputs]."""
     where = ends.unsqueeze(-1)
     if how == "min":
         return scores.masked_fill(~where, torch.inf).amin(dim=1)
@@ -181,12 +189,12 @@ def _aggregate(how: str, scores: Tensor, ends: Tensor) -> Tensor:
 
 
 def load_model(folder: Path, manifest: dict[str, Any]) -> ServedModel:
-    """The model of a version folder, on the CPU, in evaluation mode."""
+    """Load the model of a version folder, on the CPU, in evaluation mode."""
     auto_class: Any = AutoModelForSequenceClassification
     head = None
     if manifest.get("layout", "classifier") == "trunk":
         auto_class, head = AutoModel, load_file(folder / "head.safetensors")
-    # int8 weights say in config.json how they are kept; everything beside them is float32.
+    # config.json describes the format of int8 weights; everything beside them is float32.
     dtype = torch.float32 if manifest["dtype"] == "int8" else getattr(torch, manifest["dtype"])
     network = auto_class.from_pretrained(
         folder, local_files_only=True, trust_remote_code=manifest["trust_remote_code"], dtype=dtype
@@ -195,7 +203,7 @@ def load_model(folder: Path, manifest: dict[str, Any]) -> ServedModel:
 
 
 class Scorer:
-    """The model and tokenizer of one version folder."""
+    """Scores samples by the model and tokenizer of one version folder."""
 
     def __init__(self, folder: Path, device: str) -> None:
         self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -214,7 +222,7 @@ class Scorer:
         self.tokens_per_forward = 0 if is_alone else TOKENS_PER_FORWARD[torch.device(device).type]
 
     def rows_from_texts(self, texts: Sequence[bytes]) -> Rows:
-        """Token ids of UTF-8 samples.
+        """Return the token ids of UTF-8 samples.
 
         Raises:
             RejectedError: a sample is not UTF-8, or has no tokens.
@@ -222,7 +230,7 @@ class Scorer:
         return self._checked([self._encode(text, row) for row, text in enumerate(texts)])
 
     def rows_from_tokens(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> Rows:
-        """Token ids of padded rows, int [n, length]; the padding, on either side, is where the mask is 0.
+        """Return the token ids of padded rows, int [n, length]; padding, on either side, has 0 in the mask.
 
         Raises:
             RejectedError: shapes differ, a mask has a hole, or a row is empty, too long or out of range.
@@ -233,14 +241,14 @@ class Scorer:
             )
         rows = []
         for row, (ids, mask) in enumerate(zip(input_ids, attention_mask, strict=True)):
-            kept = np.flatnonzero(mask)
-            if kept.size and kept[-1] - kept[0] + 1 != kept.size:
+            places = np.flatnonzero(mask)
+            if places.size and places[-1] - places[0] + 1 != places.size:
                 raise RejectedError(f"row {row}: attention_mask has a hole; padding goes at the ends")
-            rows.append(self._row(ids[kept].tolist(), list(range(1, kept.size + 1))))
+            rows.append(self._row(ids[places].tolist(), list(range(1, places.size + 1))))
         return self._checked(rows)
 
     def score(self, rows: Rows) -> Scores:
-        """Scores of all rows, in their order; a row's scores do not depend on the other rows."""
+        """Return the scores of all rows, in their order; a row's scores do not depend on the other rows."""
         rewards = np.empty((len(rows), len(self.manifest["reward_names"])), dtype=np.float32)
         steps: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * len(rows) if self.is_dense else []
         for indices in _batches_by_length([len(row.ids) for row in rows], self.tokens_per_forward):
@@ -254,7 +262,7 @@ class Scorer:
         return Scores(rewards, steps)
 
     def _row(self, ids: list[int], ends: Sequence[int | None]) -> Row:
-        """The row of these tokens.
+        """Build the row of these tokens.
 
         ends: how much of the client's sample lies before the end of each token; None for a token that the
             template or the tokenizer added. Those end no step; where there are no others, the row is one step
@@ -262,18 +270,18 @@ class Scorer:
         """
         if not self.is_dense or not ids:
             return Row(ids)
-        told = {place: end for place, end in enumerate(ends) if end is not None}
-        own = list(told or range(len(ids)))
+        end_of = {place: end for place, end in enumerate(ends) if end is not None}
+        own = list(end_of or range(len(ids)))
         words = [place for place in own if ids[place] != self.manifest["eos_token_id"]] or own
-        if not told:
+        if not end_of:
             return Row(ids, (words[-1],), (0,))
         if self.granularity == "step":
             separators = {place for place in own if ids[place] == self.manifest["separator_id"]}
             own = sorted(separators | {words[-1]})
-        return Row(ids, tuple(own), tuple(told[place] for place in own))
+        return Row(ids, tuple(own), tuple(end_of[place] for place in own))
 
     def _ends_in(self, sample: str, encoded: Any) -> list[int | None]:
-        """Where each token ends in the client's text, by the offsets into the template's."""
+        """Return where each token ends in the client's text, by the offsets into the template's."""
         if not self.is_dense:
             return []
         before = self.manifest["template"].partition("{text}")[0]
@@ -284,7 +292,7 @@ class Scorer:
         ]
 
     def _encode(self, text: bytes, row: int) -> Row:
-        """Ids of a sample in its template.
+        """Return the ids of a sample in its template.
 
         A sample that is too long loses tokens on the tokenizer's truncation side; the special tokens that the
         tokenizer adds, and an {eos} that closes the template, stay, because the score may be read there.
@@ -310,9 +318,9 @@ class Scorer:
         return self._row([*cut.input_ids, *closing], ends)
 
     def _encode_chat(self, sample: str, row: int) -> list[int]:
-        """Ids of a conversation, a JSON list of messages, in the model's own chat template.
+        """Return the ids of a conversation, a JSON list of messages, in the model's own chat template.
 
-        One that is too long loses tokens on the tokenizer's truncation side; an eos that closes it stays.
+        A conversation that is too long loses tokens on the tokenizer's truncation side; a closing eos stays.
         """
         ids = self._rendered(_messages(sample, row), row)
         limit = self.manifest["max_length"]
@@ -389,7 +397,7 @@ def score_requests(scorer: Scorer, requests: Sequence[Rows | Exception]) -> list
     accepted = [rows for rows in requests if not isinstance(rows, Exception)]
     try:
         outcomes = iter(_score_together(scorer, accepted))
-    except Exception as error:  # any failure of torch; told below, to the requests that cause it
+    except Exception as error:  # any failure of torch; becomes the error of the requests that cause it
         outcomes = iter([error] if len(accepted) == 1 else [_score_alone(scorer, rows) for rows in accepted])
     return [rows if isinstance(rows, Exception) else _finite(next(outcomes)) for rows in requests]
 
@@ -420,7 +428,7 @@ def _finite(scores: Scores | Exception) -> Scores | Exception:
 
 
 def _batches_by_length(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices grouped so that rows of like length share a forward pass, within `budget` tokens."""
+    """Group indices so that rows of like length share a forward pass, within `budget` tokens."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
         if batch and (len(batch) + 1) * lengths[index] > budget:
@@ -450,9 +458,9 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer every request, each with its scores or its own error."""
-        asked = [self._rows(request) for request in requests]
-        outcomes = score_requests(self.scorer, asked)
-        return [self._response(rows, outcome) for rows, outcome in zip(asked, outcomes, strict=True)]
+        rows = [self._rows(request) for request in requests]
+        outcomes = score_requests(self.scorer, rows)
+        return [self._response(each, outcome) for each, outcome in zip(rows, outcomes, strict=True)]
 
     def _rows(self, request: Any) -> Rows | Exception:
         try:
@@ -479,7 +487,7 @@ class TritonPythonModel:
 
 
 def filled_up(rows: Sequence[Any], filler: int | float, dtype: Any) -> np.ndarray:
-    """Rows of any lengths as one array [rows, longest]: Triton knows rectangles only."""
+    """Fill rows of any lengths up to one array [rows, longest]: Triton knows rectangles only."""
     values = np.full((len(rows), max(map(len, rows))), filler, dtype=dtype)
     for index, row in enumerate(rows):
         values[index, : len(row)] = row
@@ -509,10 +517,10 @@ def main() -> None:
     """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # libraries may print; only answers belong on stdout
-    asked = json.load(sys.stdin)
-    scorer = Scorer(Path(__file__).parent, asked["device"])
+    job = json.load(sys.stdin)
+    scorer = Scorer(Path(__file__).parent, job["device"])
     with answers:
-        json.dump([_answer(scorer, request) for request in asked["requests"]], answers)
+        json.dump([_answer(scorer, request) for request in job["requests"]], answers)
 
 
 def _answer(scorer: Scorer, request: dict[str, Any]) -> dict[str, Any]:

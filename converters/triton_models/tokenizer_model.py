@@ -33,7 +33,7 @@ class RejectedError(ValueError):
 
 
 class TextEncoder:
-    """The tokenizer of one version folder, with template and limit."""
+    """Makes token ids of texts by the tokenizer, template and limit of one version folder."""
 
     def __init__(self, folder: Path) -> None:
         self._manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -42,7 +42,7 @@ class TextEncoder:
             self._tokenizer.truncation_side = self._manifest["truncation_side"]
 
     def encode(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and mask, int64 [n, length], padded on the right.
+        """Return ids and mask, int64 [n, length], padded on the right.
 
         Raises:
             RejectedError: a sample is not UTF-8, or has no tokens.
@@ -58,7 +58,7 @@ class TextEncoder:
         return input_ids, mask
 
     def _row(self, text: bytes, row: int) -> list[int]:
-        """Ids in the template.
+        """Return the ids of a sample in the template.
 
         Text that is too long loses tokens on the tokenizer's truncation side; its special tokens, and an
         {eos} that closes the template, stay, because the score may be read there.
@@ -118,10 +118,10 @@ def main() -> None:
     """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # libraries may print; only answers belong on stdout
-    asked = json.load(sys.stdin)
+    job = json.load(sys.stdin)
     encoder = TextEncoder(Path(__file__).parent)
     with answers:
-        json.dump([_by_hand(encoder, request) for request in asked["requests"]], answers)
+        json.dump([_by_hand(encoder, request) for request in job["requests"]], answers)
 
 
 def _by_hand(encoder: TextEncoder, request: dict[str, Any]) -> dict[str, Any]:

@@ -9,10 +9,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from conch.converters.backends.python import write_version
 from conch.converters.checkpoints.reader import read_checkpoint
-from conch.converters.options import ConversionOptions, ReadOptions
-from conch.converters.pipeline import _manifest
+from conch.converters.options import ConversionOptions
+from conch.converters.parts import plan_parts, write_part
 from conch.converters.triton_models.reward_model import Row, Scorer
 from tests.checkpoints import base_model, classifier, save_value_head, value_head_tensors
 
@@ -23,12 +22,10 @@ ROWS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [3] * 20]
 
 def served(name: Path, **reading: str) -> Path:
     """A version folder in eight bits."""
-    checkpoint = read_checkpoint(str(name), ReadOptions(**reading))
+    options = ConversionOptions(dtype="int8", **reading)
     folder = name.parent / "version"
     folder.mkdir()
-    write_version(
-        folder, checkpoint, _manifest(ConversionOptions(str(name), "model", folder, dtype="int8"), checkpoint)
-    )
+    write_part(folder, *plan_parts("model", options), read_checkpoint(str(name), options), options)
     return folder
 
 

@@ -107,7 +107,7 @@ def test_verify_finds_the_server_to_score_like_the_checkpoint(
 ) -> None:
     assert main(command(folder, name, "--verify", server.endpoint(name))) == 0
     table = capsys.readouterr().out
-    assert "batch of 32" in table and "alone against in company" in table and "mean diff" in table
+    assert "batch of 32" in table and "alone against in a batch" in table and "mean diff" in table
     assert ("padded on the left" in table) == (name == "adapter")
 
 

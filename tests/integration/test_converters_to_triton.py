@@ -13,9 +13,8 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertForSequenceClassification, GPT2ForSequenceClassification
 
-from conch.converters.backends import python as python_form
-from conch.converters.options import ReadOptions
-from conch.converters.parity.subprocess_model import ServedForm
+from conch.converters.backends import python as python_backend
+from conch.converters.parity.subprocess_model import SubprocessModel
 from conch.converters.to_triton import main, to_triton
 from conch.errors import ConversionError, ParityError
 from conch.store.store import list_models, read_model, verify_files, versions
@@ -49,9 +48,9 @@ def test_to_triton_refuses_and_publishes_nothing_when_scores_differ(
     checkpoint = reward_checkpoint(tmp_path / "checkpoint")
     careless = tmp_path / "model.py"
     careless.write_text(
-        python_form.MODEL_PY.read_text().replace("mask[row, : len(ids)] = 1", "mask[row, 1:] = 1")
+        python_backend.MODEL_PY.read_text().replace("mask[row, : len(ids)] = 1", "mask[row, 1:] = 1")
     )
-    monkeypatch.setattr(python_form, "MODEL_PY", careless)
+    monkeypatch.setattr(python_backend, "MODEL_PY", careless)
 
     arguments = ["--checkpoint", str(checkpoint), "--name", "walks", "--model-store", str(tmp_path / "store")]
     assert main(arguments) == 2
@@ -67,7 +66,7 @@ def test_to_triton_serves_half_precision_and_normalised_scores_within_their_tole
         name="walks",
         model_store=tmp_path / "store",
         dtype="bfloat16",
-        reading=ReadOptions(normalise="parameters"),
+        normalise="parameters",
         max_batch_size=8,
         max_queue_delay_us=0,
         instances=2,
@@ -140,14 +139,14 @@ def test_the_original_is_out_of_memory_before_the_served_form_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = reward_checkpoint(tmp_path / "checkpoint")
-    score, alive = ServedForm.score, []
+    score, alive = SubprocessModel.score, []
 
-    def look_and_score(self: ServedForm, *arguments: Any) -> list[dict[str, Any]]:
+    def look_and_score(self: SubprocessModel, *arguments: Any) -> list[dict[str, Any]]:
         models = [found for found in gc.get_objects() if type(found) is GPT2ForSequenceClassification]
         alive.extend(model for model in models if model.name_or_path == str(checkpoint))
         return score(self, *arguments)
 
-    monkeypatch.setattr(ServedForm, "score", look_and_score)
+    monkeypatch.setattr(SubprocessModel, "score", look_and_score)
     to_triton(checkpoint, model_store=tmp_path / "store", dry_run=True)
     assert alive == []
 
@@ -165,9 +164,7 @@ def test_a_dry_run_makes_no_store(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_to_triton_refuses_normalise_without_statistics(tmp_path: Path) -> None:
     checkpoint = reward_checkpoint(tmp_path / "checkpoint")
     with pytest.raises(ConversionError, match=r"no reward_model\.json with `mean` and `std`"):
-        to_triton(
-            checkpoint, name="walks", model_store=tmp_path / "store", reading=ReadOptions(normalise="fold")
-        )
+        to_triton(checkpoint, name="walks", model_store=tmp_path / "store", normalise="fold")
     assert everything_in(tmp_path / "store") == []
 
 

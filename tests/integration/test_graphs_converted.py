@@ -12,7 +12,6 @@ from transformers import GPT2ForSequenceClassification
 from tritonclient.utils import InferenceServerException
 
 from conch.config import RewardConfig
-from conch.converters.options import ReadOptions
 from conch.converters.to_triton import main, to_triton
 from conch.errors import ConversionError
 from conch.rewards.served import TritonReward
@@ -21,6 +20,7 @@ from conch.store.store import list_models, read_model, verify_files
 from conch.triton.channel import Access, open_client
 from conch.triton.config_pbtxt import spec_from_model_config
 from conch.types import Completion, Prompt, Rollout
+from tests.stores import store_model
 from tests.tiny import reward_checkpoint
 
 LETTERS = "abcdefghijklmnopqrstu"
@@ -91,6 +91,14 @@ def test_text_form_joins_a_tokenizer_and_the_graph(checkpoint: Path, tmp_path: P
     assert [result.scores["reward"] for result in results] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("part", ["walks", "walks-onnx", "walks-tokenizer"])
+def test_text_form_takes_no_name_of_another_model(checkpoint: Path, tmp_path: Path, part: str) -> None:
+    store_model(tmp_path / "store", part)
+    with pytest.raises(ConversionError, match=f"model '{part}' in .* was made from other weights"):
+        to_triton(checkpoint, name="walks", model_store=tmp_path / "store", backend="onnx")
+    assert list_models(tmp_path / "store") == [part]
+
+
 def text_rollout(text: str) -> Rollout:
     return Rollout(Prompt(text, ()), Completion("", (), (), "length"), policy_version=0)
 
@@ -108,7 +116,7 @@ def rollout(ids: list[int]) -> Rollout:
             "traced, which is --device cpu: add --instance_kind cpu",
         ),
         ({"form": "text", "backend": "torchscript"}, "serves token ids: add --form token"),
-        ({"reading": ReadOptions(template="chat")}, "no chat template"),
+        ({"template": "chat"}, "no chat template"),
         ({"form": "token", "dtype": "bfloat16"}, "takes --dtype float32 or float16, not bfloat16"),
     ],
 )

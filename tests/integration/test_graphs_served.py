@@ -24,7 +24,7 @@ from tritonclient.utils import InferenceServerException
 from conch.config import RewardConfig
 from conch.converters.backends.onnx import export_onnx
 from conch.converters.backends.torchscript import export_torchscript
-from conch.converters.parity.subprocess_model import ServedForm
+from conch.converters.parity.subprocess_model import SubprocessModel
 from conch.converters.triton_models import graph_model as served
 from conch.errors import ConversionError
 from conch.rewards.served import TritonReward
@@ -147,7 +147,7 @@ def test_graph_scores_like_hugging_face_in_every_batch_and_padding(
     batches = [rows_of([length]) for length in range(1, MAX_LENGTH + 1)]
     batches += [rows_of([1 + index % MAX_LENGTH for index in range(size)]) for size in (2, 7, 32)]
     asked = [(rows, left, fill) for rows in batches for left in (False, True) for fill in (0, PAD)]
-    with ServedForm(store / f"{engine}-{family}" / "1") as process:
+    with SubprocessModel(store / f"{engine}-{family}" / "1") as process:
         replies = process.score([padded(rows, left=left, fill=fill) for rows, left, fill in asked], "cpu")
 
     for (rows, _, _), reply in zip(asked, replies, strict=True):

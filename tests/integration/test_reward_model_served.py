@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from conch.converters.parity.subprocess_model import ServedForm
+from conch.converters.parity.subprocess_model import SubprocessModel
 from conch.converters.to_triton import to_triton
 from tests.runs import EOS, reward_trainer
 
@@ -31,7 +31,7 @@ def test_served_scores_are_the_trained_ones_normalised(tmp_path: Path) -> None:
     conversion = to_triton(checkpoint, name="two", model_store=tmp_path / "store")
     assert conversion.spec.reward_names == ("kind", "brief")
 
-    with ServedForm(conversion.path) as served:
+    with SubprocessModel(conversion.path) as served:
         long = ROWS[0]["chosen"]
         (reply,) = served.score([{"texts": [*REFERENCE, long]}], "cpu")
     scores = np.array(reply["scores"])

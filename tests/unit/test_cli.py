@@ -1,16 +1,28 @@
 from __future__ import annotations
 
+import argparse
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import yaml
 from hydra import initialize_config_dir
 from pydantic import Field
 
-from conch.cli import compose, default_config_dir, describe, load_run_config, run_main, save_resolved, to_yaml
+from conch.cli import (
+    add_options,
+    compose,
+    default_config_dir,
+    describe,
+    keywords_of,
+    load_run_config,
+    run_main,
+    save_resolved,
+    to_yaml,
+)
 from conch.config import GenerationConfig, Section, TrainConfig
 from conch.errors import ConfigError, DataError
 
@@ -288,3 +300,83 @@ def test_run_main_lets_bugs_keep_their_traceback() -> None:
 
     with pytest.raises(ZeroDivisionError):
         run_main(broken)
+
+
+class ToyOptions(Section):
+    """Settings of a toy command."""
+
+    name: str
+    """What to call it, 100% free."""
+
+    mode: Literal["fast", "exact"] = "fast"
+    """How to go about it."""
+
+    limit: float | None = None
+    """Seconds; by default no limit."""
+
+    first: int = 0
+    """Number of the first round."""
+
+    labels: tuple[str, ...] = ()
+    """Names of the rounds."""
+
+    dry: bool = False
+    """Do nothing."""
+
+    folder: str | Path = "here"
+    """Where it goes."""
+
+
+def toy_parser(**settings: Any) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    add_options(parser, ToyOptions, **settings)
+    return parser
+
+
+def test_add_options_leaves_out_what_the_command_line_does_not_set() -> None:
+    assert vars(toy_parser().parse_args(["--name", "a"])) == {"name": "a"}
+
+
+def test_add_options_reads_values_by_the_fields_types() -> None:
+    line = "--name a --mode exact --limit 2.5 --first 3 --labels x y --dry --folder there"
+    assert vars(toy_parser().parse_args(line.split())) == {
+        "name": "a",
+        "mode": "exact",
+        "limit": 2.5,
+        "first": 3,
+        "labels": ["x", "y"],
+        "dry": True,
+        "folder": "there",
+    }
+
+
+@pytest.mark.parametrize("line", ["", "--name a --mode slow", "--name a --first x"])
+def test_add_options_refuses_values_of_another_type(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        toy_parser().parse_args(line.split())
+    assert "error:" in capsys.readouterr().err
+
+
+def test_add_options_takes_help_from_docstrings_and_defaults() -> None:
+    shown = " ".join(toy_parser().format_help().split())
+    assert "What to call it, 100% free." in shown
+    assert "How to go about it. Default: fast." in shown
+    assert "Number of the first round. Default: 0." in shown
+    assert "by default no limit. --first" in shown and "Do nothing. --folder" in shown
+
+
+def test_add_options_renames_and_leaves_out_fields() -> None:
+    parser = toy_parser(without=("dry", "folder"), names={"labels": "label"})
+    assert vars(parser.parse_args(["--name", "a", "--label", "x"])) == {"name": "a", "labels": ["x"]}
+    assert "--dry" not in parser.format_help() and "LABEL" in parser.format_help()
+
+
+def test_keywords_of_shows_the_fields_of_a_section() -> None:
+    @keywords_of(ToyOptions)
+    def run(place: str, **settings: Any) -> dict[str, Any]:
+        return {"place": place, **settings}
+
+    parameters = inspect.signature(run).parameters
+    assert list(parameters) == ["place", *ToyOptions.model_fields]
+    assert parameters["mode"].default == "fast"
+    assert run("x", name="a") == {"place": "x", "name": "a"}

@@ -13,12 +13,12 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from conch.converters.backends.python import check_layers, write_version
+from conch.converters.backends.python import check_layers
 from conch.converters.checkpoints.reader import read_checkpoint
 from conch.converters.options import ConversionOptions, ReadOptions
 from conch.converters.parity.reference import expected_scores, in_float32
-from conch.converters.parity.samples import Case, Sample
-from conch.converters.pipeline import _manifest
+from conch.converters.parity.samples import ParityCase, Sample
+from conch.converters.parts import plan_parts, write_part
 from conch.converters.triton_models.reward_model import Row, Scorer
 from conch.errors import ConversionError
 from tests.checkpoints import (
@@ -48,15 +48,13 @@ ROWS += [[3, EOS, 4, EOS], [EOS], [5, 6, 7, EOS], [2, SEMICOLON, 3, SEMICOLON], 
 def served(name: Path, reading: ReadOptions | None = None, *, dtype: Any = "float32") -> np.ndarray:
     """Scores of ROWS, all in one batch, by the version folder that is written of a checkpoint."""
     checkpoint = read_checkpoint(str(name), reading)
-    options = ConversionOptions(
-        str(name), "model", Path("unused"), dtype=dtype, reading=reading or ReadOptions()
-    )
+    options = ConversionOptions(dtype=dtype, **dict(reading or ReadOptions()))
     folder = name.parent / f"{name.stem}-version"
     folder.mkdir(exist_ok=True)
     # What the converter compares with must be right too.
-    cases = [Case("rows", tuple(Sample("", tuple(row)) for row in ROWS))]
+    cases = [ParityCase("rows", tuple(Sample("", tuple(row)) for row in ROWS))]
     expected = expected_scores(checkpoint, cases)
-    write_version(folder, checkpoint, _manifest(options, checkpoint))
+    write_part(folder, *plan_parts("model", options), checkpoint, options)
     scores = Scorer(folder, "cpu").score([Row(ids) for ids in ROWS]).rewards
     if dtype == "float32":
         assert_scores_close(scores, [expected.scores[tuple(row)] for row in ROWS])
@@ -160,7 +158,7 @@ def test_checkpoint_and_base_model_are_found_on_the_hub(hub: Path) -> None:
 
     reading = ReadOptions(base_model="EleutherAI/gpt-j-6B", revision="676bfd4d")
     checkpoint = read_checkpoint("Dahoas/gptj-rm-static", reading)
-    assert (checkpoint.pooling, checkpoint.max_length) == ("first_eos", 32)
+    assert (checkpoint.rules.pooling, checkpoint.rules.max_length) == ("first_eos", 32)
     with pytest.raises(ConversionError, match="is no folder here, and cannot be had from the model hub"):
         read_checkpoint(
             "Dahoas/gptj-rm-static", ReadOptions(base_model="EleutherAI/gpt-j-6B", revision="0" * 8)
@@ -243,7 +241,7 @@ def test_rewards_are_chosen_by_name_or_number_with_their_statistics(tmp_path: Pa
 
     for normalise in ("fold", "parameters"):
         reading = ReadOptions(rewards=("brief", "0"), normalise=normalise)
-        assert read_checkpoint(str(tmp_path / "model"), reading).reward_names == ("brief", "kind")
+        assert read_checkpoint(str(tmp_path / "model"), reading).rules.reward_names == ("brief", "kind")
         assert_scores_close(served(tmp_path / "model", reading), right)
 
 
@@ -380,7 +378,9 @@ def test_files_without_an_index_must_be_told_apart(
     (folder / "older.pt").write_bytes((folder / "hf_ckpt.pt").read_bytes())
     refused(folder, "several files of tensors", base_model=str(tmp_path / "base"))
     assert (
-        read_checkpoint(str(folder / "hf_ckpt.pt"), ReadOptions(base_model=str(tmp_path / "base"))).pooling
+        read_checkpoint(
+            str(folder / "hf_ckpt.pt"), ReadOptions(base_model=str(tmp_path / "base"))
+        ).rules.pooling
         == "first_eos"
     )
 
@@ -420,7 +420,7 @@ def test_which_of_three_kinds_of_steps_is_the_reward_must_be_said(tmp_path: Path
     process_reward(tmp_path, "llama", num_labels=3)
     refused(tmp_path, r"say with --reward .*", step_separator=";")
     chosen = read_checkpoint(str(tmp_path), ReadOptions(step_separator=";", rewards=("LABEL_2",)))
-    assert (chosen.columns, chosen.reward_names) == ((2,), ("LABEL_2",))
+    assert (chosen.rules.columns, chosen.rules.reward_names) == ((2,), ("LABEL_2",))
 
 
 @pytest.mark.parametrize(
@@ -441,14 +441,14 @@ def test_an_encoder_refuses(tmp_path: Path, reading: dict[str, Any], expected: s
 def test_prompt_and_output_make_one_text(tmp_path: Path) -> None:
     classifier(tmp_path, "llama")
     assert (
-        read_checkpoint(str(tmp_path), ReadOptions(template="{prompt}{output}{eos}")).template
+        read_checkpoint(str(tmp_path), ReadOptions(template="{prompt}{output}{eos}")).rules.template
         == "{text}{eos}"
     )
 
 
 def test_the_window_of_roberta_is_what_its_positions_leave(tmp_path: Path) -> None:
     classifier(tmp_path, "roberta")
-    assert read_checkpoint(str(tmp_path)).max_length == 32
+    assert read_checkpoint(str(tmp_path)).rules.max_length == 32
     refused(tmp_path, "max_length is 33, the model's window is 32", max_length=33)
 
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, GPT2LMHeadModel
 
-from conch.converters.checkpoints.reader import check_template, read_checkpoint
+from conch.converters.checkpoints.reader import read_checkpoint
+from conch.converters.checkpoints.tokenizer import check_template
 from conch.converters.options import ConversionOptions, ReadOptions
 from conch.data.preferences import default_template
 from conch.errors import ConversionError
@@ -32,35 +33,39 @@ def edit_json(path: Path, **values: Any) -> None:
 def test_read_checkpoint_takes_the_defaults_of_the_model(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(str(reward_checkpoint(tmp_path)))
 
-    assert checkpoint.template == "{text}{eos}"
-    assert checkpoint.max_length == 16
-    assert checkpoint.reward_names == ("reward",)
-    assert checkpoint.mean is None and checkpoint.std is None
+    assert checkpoint.rules.template == "{text}{eos}"
+    assert checkpoint.rules.max_length == 16
+    assert checkpoint.rules.reward_names == ("reward",)
+    assert checkpoint.rules.mean is None and checkpoint.rules.std is None
     assert checkpoint.model.dtype == torch.float32
 
 
 def test_read_checkpoint_takes_what_the_trainer_wrote(tmp_path: Path) -> None:
-    told = {"template": "{text}", "max_length": 12, "reward_names": ["walk"], "mean": 0.1, "std": 0.4}
-    checkpoint = read_checkpoint(str(reward_checkpoint(tmp_path, reward_model=told)))
+    from_file = {"template": "{text}", "max_length": 12, "reward_names": ["walk"], "mean": 0.1, "std": 0.4}
+    checkpoint = read_checkpoint(str(reward_checkpoint(tmp_path, reward_model=from_file)))
 
-    assert (checkpoint.template, checkpoint.max_length) == ("{text}", 12)
-    assert (checkpoint.reward_names, checkpoint.mean, checkpoint.std) == (("walk",), (0.1,), (0.4,))
+    assert (checkpoint.rules.template, checkpoint.rules.max_length) == ("{text}", 12)
+    assert (checkpoint.rules.reward_names, checkpoint.rules.mean, checkpoint.rules.std) == (
+        ("walk",),
+        (0.1,),
+        (0.4,),
+    )
 
 
 def test_read_checkpoint_lets_arguments_win(tmp_path: Path) -> None:
     folder = reward_checkpoint(tmp_path, reward_model={"template": "{text}", "max_length": 12})
     checkpoint = read_checkpoint(str(folder), ReadOptions(template="a{text}", max_length=10))
 
-    assert (checkpoint.template, checkpoint.max_length) == ("a{text}", 10)
+    assert (checkpoint.rules.template, checkpoint.rules.max_length) == ("a{text}", 10)
 
 
 def test_read_checkpoint_names_several_rewards_after_the_labels(tmp_path: Path) -> None:
     folder = reward_checkpoint(tmp_path, num_labels=2, id2label={0: "helpful", 1: "harmless"})
-    assert read_checkpoint(str(folder)).reward_names == ("helpful", "harmless")
+    assert read_checkpoint(str(folder)).rules.reward_names == ("helpful", "harmless")
 
 
 @pytest.mark.parametrize(
-    ("told", "expected"),
+    ("from_file", "expected"),
     [
         ({"max_lenght": 12}, r"reward_model\.json: (?s:.*)did you mean `max_length`"),
         ({"pooling": "max"}, r"reward_model\.json: (?s:.*)pooling"),
@@ -77,10 +82,10 @@ def test_read_checkpoint_names_several_rewards_after_the_labels(tmp_path: Path) 
     ],
 )
 def test_read_checkpoint_refuses_a_reward_model_file(
-    tmp_path: Path, told: dict[str, Any], expected: str
+    tmp_path: Path, from_file: dict[str, Any], expected: str
 ) -> None:
     with pytest.raises(ConversionError, match=expected):
-        read_checkpoint(str(reward_checkpoint(tmp_path, reward_model=told)))
+        read_checkpoint(str(reward_checkpoint(tmp_path, reward_model=from_file)))
 
 
 def test_read_checkpoint_refuses_a_reward_model_file_that_is_no_json(tmp_path: Path) -> None:
@@ -173,7 +178,7 @@ def test_read_checkpoint_keeps_the_window_of_an_encoder(tmp_path: Path) -> None:
     BertForSequenceClassification(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
 
-    assert read_checkpoint(str(tmp_path)).max_length == 20
+    assert read_checkpoint(str(tmp_path)).rules.max_length == 20
 
 
 def test_default_template_adds_no_eos_where_the_tokenizer_closes_the_text() -> None:
@@ -209,7 +214,7 @@ def test_check_template_refuses_eos_where_the_tokenizer_has_none() -> None:
 
 def test_options_refuse_a_base_model_that_is_not_there() -> None:
     with pytest.raises(ConversionError, match=r"base model folder \./nowhere does not exist"):
-        ConversionOptions("org/model", "name", Path("store"), reading=ReadOptions(base_model="./nowhere"))
+        ConversionOptions(base_model="./nowhere")
 
 
 @pytest.mark.parametrize(
@@ -220,9 +225,9 @@ def test_options_refuse_a_base_model_that_is_not_there() -> None:
         ({"max_batch_size": 0}, "max_batch_size is 0"),
         ({"max_queue_delay_us": -1}, "max_queue_delay_us is -1"),
         ({"instances": 0}, "instances is 0"),
-        ({"form": "token", "reading": ReadOptions(template="chat")}, "needs --form text"),
+        ({"form": "token", "template": "chat"}, "needs --form text"),
     ],
 )
 def test_options_refuse_what_cannot_be(settings: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConversionError, match=expected):
-        ConversionOptions("org/model", "name", Path("store"), **settings)
+        ConversionOptions(**settings)

@@ -9,17 +9,21 @@ from typing import Any
 import pytest
 from transformers import ByT5Tokenizer
 
-from conch.converters.backends.graph import check_options
-from conch.converters.checkpoints.reader import check_dense, read_checkpoint
+from conch.converters.checkpoints.reader import RewardCheckpoint, read_checkpoint
+from conch.converters.checkpoints.rules import check_dense
 from conch.converters.options import ConversionOptions, ReadOptions
-from conch.converters.parity.compare import Expected, compare
+from conch.converters.parity.compare import ExpectedScores, compare
 from conch.converters.parity.reference import expected_scores, golden_of
-from conch.converters.parity.samples import Case, Sample, build_cases
+from conch.converters.parity.samples import ParityCase, Sample, build_cases
 from conch.errors import ConversionError
 from tests.checkpoints import classifier, process_reward
 
 STEPS = ReadOptions(step_separator=";", granularity="step")
 TOKENS = ReadOptions(granularity="token")
+
+
+def check(checkpoint: RewardCheckpoint, form: Any) -> None:
+    check_dense(checkpoint.rules, checkpoint.tokenizer, form)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             r"is no process reward model .* --granularity token",
         ),
         ("encoder", TOKENS, "its tokens cannot be scored: .* more than one linear layer"),
-        ("steps", replace(STEPS, granularity="token"), "scores every token, so none separates steps"),
+        (
+            "steps",
+            STEPS.model_copy(update={"granularity": "token"}),
+            "scores every token, so none separates steps",
+        ),
         ("steps", ReadOptions(granularity="step"), "say with --step_separator .* or score every token"),
     ],
 )
@@ -57,54 +65,55 @@ def test_read_checkpoint_refuses_dense_scores_that_there_are_not(
     ("name", "reading", "expected"),
     [
         ("two", TOKENS, "serves one reward, and these are kind, true: say with --reward which"),
-        ("steps", replace(STEPS, template="{text} ok"), "behind {text} only {eos} may stand"),
-        ("steps", replace(STEPS, template="q;{text}"), "holds the step separator"),
+        ("steps", STEPS.model_copy(update={"template": "{text} ok"}), "behind {text} only {eos} may stand"),
+        ("steps", STEPS.model_copy(update={"template": "q;{text}"}), "holds the step separator"),
     ],
 )
 def test_check_dense_refuses_what_has_no_place_in_the_text(
     folder: Path, name: str, reading: ReadOptions, expected: str
 ) -> None:
     with pytest.raises(ConversionError, match=expected):
-        check_dense(read_checkpoint(str(folder / name), reading), "text")
+        check(read_checkpoint(str(folder / name), reading), "text")
 
 
 def test_check_dense_wants_a_tokenizer_that_knows_the_characters_of_a_token(folder: Path) -> None:
     slow = replace(read_checkpoint(str(folder / "steps"), STEPS), tokenizer=ByT5Tokenizer())
     with pytest.raises(ConversionError, match=r"ByT5Tokenizer does not tell .* use --form token"):
-        check_dense(slow, "text")
-    check_dense(slow, "token")
+        check(slow, "text")
+    check(slow, "token")
 
 
 def test_check_dense_refuses_conversations_as_text(folder: Path) -> None:
-    chat = replace(read_checkpoint(str(folder / "steps"), STEPS), template="chat")
+    steps = read_checkpoint(str(folder / "steps"), STEPS)
+    chat = replace(steps, rules=steps.rules.model_copy(update={"template": "chat"}))
     with pytest.raises(ConversionError, match="which the template `chat` takes apart"):
-        check_dense(chat, "text")
-    check_dense(chat, "token")
+        check(chat, "text")
+    check(chat, "token")
 
 
 def test_check_dense_takes_any_template_where_samples_only_are_scored(folder: Path) -> None:
     reading = ReadOptions(step_separator=";", template="{text};")
-    check_dense(read_checkpoint(str(folder / "steps"), reading), "text")
+    check(read_checkpoint(str(folder / "steps"), reading), "text")
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"reading": STEPS, "backend": "onnx"}, "--granularity step needs --backend python"),
-        ({"reading": TOKENS, "backend": "torchscript", "form": "token"}, "--granularity token needs"),
+        ({**dict(STEPS), "backend": "onnx"}, "--granularity step needs --backend python"),
+        ({**dict(TOKENS), "backend": "torchscript", "form": "token"}, "--granularity token needs"),
     ],
 )
 def test_options_that_no_dense_model_can_have_are_refused_before_it_is_read(
     changes: dict[str, Any], expected: str
 ) -> None:
     with pytest.raises(ConversionError, match=expected):
-        check_options(ConversionOptions("somewhere", "model", Path("store"), **changes))
+        ConversionOptions(**changes)
 
 
 # ---------------------------------------------------------------------------------------------- comparison
 
-CASES = [Case("both", (Sample("", (0,), (1,)), Sample("", (1, 2), (1, 2))))]
-EXPECTED = Expected({(0,): (0.5,), (1, 2): (0.1,)}, {(0,): ((1, 0.5),), (1, 2): ((1, 0.1), (2, 0.9))})
+CASES = [ParityCase("both", (Sample("", (0,), (1,)), Sample("", (1, 2), (1, 2))))]
+EXPECTED = ExpectedScores({(0,): (0.5,), (1, 2): (0.1,)}, {(0,): ((1, 0.5),), (1, 2): ((1, 0.1), (2, 0.9))})
 REPLY = {"scores": [[0.5], [0.1]], "step_scores": [[0.5], [0.1, 0.9]], "step_ends": [[1], [1, 2]]}
 
 
@@ -126,13 +135,13 @@ def test_compare_fails_steps_that_end_elsewhere() -> None:
     assert compare(CASES, [fewer], EXPECTED, "float32").worst.problem == "steps end elsewhere"
 
 
-def test_compare_shows_a_step_whose_score_depends_on_its_company() -> None:
-    alone = Case("alone", (Sample("", (1, 2), (1, 2)),))
+def test_compare_shows_a_step_whose_score_depends_on_its_batch() -> None:
+    alone = ParityCase("alone", (Sample("", (1, 2), (1, 2)),))
     reply = {"scores": [[0.1]], "step_scores": [[0.1, 0.95]], "step_ends": [[1, 2]]}
     other = REPLY | {"step_scores": [[0.5], [0.1, 0.81]]}
     report = compare([alone, *CASES], [reply, other], EXPECTED, "bfloat16")
 
-    assert report.worst.name == "alone against in company"
+    assert report.worst.name == "alone against in a batch"
     assert report.worst.max_difference == pytest.approx(0.14)
 
 

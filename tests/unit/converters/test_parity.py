@@ -10,12 +10,13 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from conch.converters.checkpoints.reader import Checkpoint, read_checkpoint
+from conch.converters.checkpoints.reader import RewardCheckpoint, read_checkpoint
 from conch.converters.options import ReadOptions
-from conch.converters.parity.compare import Expected, compare
+from conch.converters.parity.compare import ExpectedScores, compare
 from conch.converters.parity.reference import expected_scores, golden_of
-from conch.converters.parity.report import COMPANY, CaseResult, ParityReport
-from conch.converters.parity.samples import Case, Sample, build_cases, requests_of
+from conch.converters.parity.report import BATCH_CONSISTENCY, CaseResult, ParityReport
+from conch.converters.parity.samples import ParityCase, Sample, build_cases, requests_of
+from conch.converters.parity.subprocess_model import SubprocessModel, score_in_sequence
 from conch.errors import ConversionError
 from tests.checkpoints import LETTERS, classifier, process_reward, tokenizer_for
 from tests.tiny import reward_checkpoint
@@ -24,23 +25,23 @@ PAD, EOS = 21, 22
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> RewardCheckpoint:
     return read_checkpoint(str(reward_checkpoint(tmp_path_factory.mktemp("checkpoint"))))
 
 
-def samples(cases: list[Case]) -> list[Sample]:
+def samples(cases: list[ParityCase]) -> list[Sample]:
     return [sample for case in cases for sample in case.samples]
 
 
 @pytest.mark.parametrize("form", ["text", "token"])
-def test_build_cases_covers_every_length_and_batch_size(checkpoint: Checkpoint, form) -> None:
+def test_build_cases_covers_every_length_and_batch_size(checkpoint: RewardCheckpoint, form) -> None:
     cases = build_cases(checkpoint, form, max_batch_size=64)
 
     assert {len(sample.ids) for sample in samples(cases)} == set(range(1, 17))
     assert {1, 2, 7, 32} <= {len(case.samples) for case in cases}
 
 
-def test_build_cases_stays_within_the_models_batch_size(checkpoint: Checkpoint) -> None:
+def test_build_cases_stays_within_the_models_batch_size(checkpoint: RewardCheckpoint) -> None:
     assert max(len(case.samples) for case in build_cases(checkpoint, "token", max_batch_size=5)) <= 5
 
 
@@ -51,7 +52,7 @@ def test_build_cases_climbs_a_ladder_of_lengths_in_a_long_window(tmp_path: Path)
     assert {1, 2, 3, 999, 1000} <= lengths and len(lengths) < 32
 
 
-def test_build_cases_of_text_hold_unicode_nothing_and_too_much(checkpoint: Checkpoint) -> None:
+def test_build_cases_of_text_hold_unicode_nothing_and_too_much(checkpoint: RewardCheckpoint) -> None:
     texts = {
         sample.text: sample.ids for sample in samples(build_cases(checkpoint, "text", max_batch_size=64))
     }
@@ -80,31 +81,34 @@ def test_build_cases_of_text_reach_the_lengths_wanted_where_the_tokenizer_joins_
     assert 198 <= max(len(sample.ids) for sample in alone) <= 200
 
 
-def test_compare_forgives_no_bit_of_difference_in_company_to_what_is_batch_invariant() -> None:
-    cases = [Case("alone", (Sample("a", (1,)),)), Case("two", (Sample("a", (1,)), Sample("b", (2,))))]
-    expected = Expected({(1,): (0.5,), (2,): (0.25,)})
+def test_compare_forgives_no_bit_of_difference_in_a_batch_to_what_is_batch_invariant() -> None:
+    cases = [
+        ParityCase("alone", (Sample("a", (1,)),)),
+        ParityCase("two", (Sample("a", (1,)), Sample("b", (2,)))),
+    ]
+    expected = ExpectedScores({(1,): (0.5,), (2,): (0.25,)})
     replies = [{"scores": [[0.5]]}, {"scores": [[0.5 + 1e-7], [0.25]]}]
 
     assert compare(cases, replies, expected, "float32").ok
     exact = compare(cases, replies, expected, "float32", batch_invariant=True)
-    assert not exact.ok and exact.worst.name == COMPANY and "not alike" in exact.table()
+    assert not exact.ok and exact.worst.name == BATCH_CONSISTENCY and "not alike" in exact.table()
 
 
 def test_requests_of_tokens_pad_on_the_side_of_the_case() -> None:
     pair = (Sample("", (1, 2, 3)), Sample("", (4,)))
-    right, left = requests_of([Case("r", pair), Case("l", pair, left_padded=True)], "token", PAD)
+    right, left = requests_of([ParityCase("r", pair), ParityCase("l", pair, left_padded=True)], "token", PAD)
 
     assert right == {"input_ids": [[1, 2, 3], [4, PAD, PAD]], "attention_mask": [[1, 1, 1], [1, 0, 0]]}
     assert left == {"input_ids": [[1, 2, 3], [PAD, PAD, 4]], "attention_mask": [[1, 1, 1], [0, 0, 1]]}
 
 
-def one(*ids: int) -> list[Case]:
-    return [Case("one", (Sample("", ids),))]
+def one(*ids: int) -> list[ParityCase]:
+    return [ParityCase("one", (Sample("", ids),))]
 
 
 @pytest.mark.parametrize(("right", "error"), [(40.0, 0.5 / 40.0), (0.25, 0.5), (-40.0, 0.5 / 40.0)])
 def test_compare_divides_the_error_by_large_scores_only(right: float, error: float) -> None:
-    report = compare(one(0, 1), [{"scores": [[right + 0.5]]}], Expected({(0, 1): (right,)}), "float32")
+    report = compare(one(0, 1), [{"scores": [[right + 0.5]]}], ExpectedScores({(0, 1): (right,)}), "float32")
 
     assert report.worst.max_error == pytest.approx(error)
     assert report.worst.max_difference == report.worst.mean_difference == pytest.approx(0.5)
@@ -112,8 +116,8 @@ def test_compare_divides_the_error_by_large_scores_only(right: float, error: flo
 
 
 def test_compare_gives_the_largest_and_the_mean_difference_over_samples_and_rewards() -> None:
-    cases = [Case("two", (Sample("", (0,)), Sample("", (1,))))]
-    expected = Expected({(0,): (1.0, 2.0), (1,): (3.0, 4.0)})
+    cases = [ParityCase("two", (Sample("", (0,)), Sample("", (1,))))]
+    expected = ExpectedScores({(0,): (1.0, 2.0), (1,): (3.0, 4.0)})
     (line,) = compare(cases, [{"scores": [[1.0, 2.4], [2.8, 4.2]]}], expected, "bfloat16").results
 
     assert line.max_difference == pytest.approx(0.4)
@@ -121,27 +125,30 @@ def test_compare_gives_the_largest_and_the_mean_difference_over_samples_and_rewa
     assert line.max_error == pytest.approx(0.4 / 2.0)
 
 
-def test_compare_shows_a_score_that_depends_on_its_company() -> None:
+def test_compare_shows_a_score_that_depends_on_its_batch() -> None:
     """Each is within the tolerance of the original, but they are too far from each other."""
-    alone, together = Case("alone", (Sample("", (0,)),)), Case("both", (Sample("", (0,)), Sample("", (1,))))
+    alone, together = (
+        ParityCase("alone", (Sample("", (0,)),)),
+        ParityCase("both", (Sample("", (0,)), Sample("", (1,)))),
+    )
     replies = [{"scores": [[1.08]]}, {"scores": [[0.92], [1.0]]}]
-    report = compare([alone, together], replies, Expected({(0,): (1.0,), (1,): (1.0,)}), "bfloat16")
+    report = compare([alone, together], replies, ExpectedScores({(0,): (1.0,), (1,): (1.0,)}), "bfloat16")
 
-    assert report.worst.name == COMPANY and not report.ok
+    assert report.worst.name == BATCH_CONSISTENCY and not report.ok
     assert report.worst.max_difference == pytest.approx(0.16)
     assert report.total.max_difference == pytest.approx(0.08)
 
 
 @pytest.mark.parametrize("reply", [{"error": "boom"}, {"scores": [[math.nan]]}, {"scores": [[math.inf]]}])
 def test_compare_never_passes_a_score_that_is_none(reply: dict) -> None:
-    report = compare(one(0, 1), [reply], Expected({(0, 1): (0.0,)}), "bfloat16")
+    report = compare(one(0, 1), [reply], ExpectedScores({(0, 1): (0.0,)}), "bfloat16")
 
     assert not report.ok and report.worst.max_error == math.inf
 
 
 def test_compare_wants_a_sample_without_tokens_refused() -> None:
-    assert compare(one(), [{"error": "row 0 has no tokens"}], Expected({}), "float32").ok
-    assert not compare(one(), [{"scores": [[0.0]]}], Expected({}), "float32").ok
+    assert compare(one(), [{"error": "row 0 has no tokens"}], ExpectedScores({}), "float32").ok
+    assert not compare(one(), [{"scores": [[0.0]]}], ExpectedScores({}), "float32").ok
 
 
 def test_report_shows_the_worst_of_cases_with_one_name() -> None:
@@ -152,7 +159,7 @@ def test_report_shows_the_worst_of_cases_with_one_name() -> None:
     assert "bad" in report.table()
 
 
-def test_golden_of_holds_eight_samples_of_several_lengths(checkpoint: Checkpoint) -> None:
+def test_golden_of_holds_eight_samples_of_several_lengths(checkpoint: RewardCheckpoint) -> None:
     cases = build_cases(checkpoint, "text", max_batch_size=64)
     golden = golden_of(cases, "text", expected_scores(checkpoint, cases), "float32")
 
@@ -160,7 +167,9 @@ def test_golden_of_holds_eight_samples_of_several_lengths(checkpoint: Checkpoint
     assert len({len(sample.text or "") for sample in golden.samples}) > 4
 
 
-def test_reference_names_the_length_at_which_the_checkpoint_itself_fails(checkpoint: Checkpoint) -> None:
+def test_reference_names_the_length_at_which_the_checkpoint_itself_fails(
+    checkpoint: RewardCheckpoint,
+) -> None:
     with pytest.raises(ConversionError, match="fails on a sample of 17 tokens"):
         expected_scores(checkpoint, one(*(0,) * 17))
 
@@ -189,3 +198,16 @@ def test_build_cases_of_conversations_want_other_texts_refused(tmp_path: Path) -
     assert texts["no JSON"] == ()
     assert texts['[{"role": "user", "content": ""}]'] == (EOS,)
     assert max(len(ids) for ids in texts.values()) == 32
+
+
+def test_score_in_sequence_feeds_each_model_the_replies_of_the_one_before(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(
+        "import json, sys\n"
+        "numbers = [request['n'] for request in json.load(sys.stdin)['requests']]\n"
+        "json.dump([{'error': 'three'} if n == 3 else {'n': n + 1} for n in numbers], sys.stdout)\n"
+    )
+    requests = [{"n": 1}, {"n": 3}, {"n": 2}, {"n": 5}]
+    with SubprocessModel(tmp_path) as first, SubprocessModel(tmp_path) as second:
+        replies = score_in_sequence([first, second], requests, "cpu")
+
+    assert replies == [{"n": 3}, {"error": "three"}, {"error": "three"}, {"n": 7}]

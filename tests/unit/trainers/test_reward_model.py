@@ -219,7 +219,7 @@ def test_several_objectives_are_saved_by_name(run_dir: Path) -> None:
     assert metadata["reward_names"] == ["kind", "brief"]
     assert metadata["mean"] == pytest.approx(found.mean(dim=0).tolist(), rel=1e-4)
     assert metadata["std"] == pytest.approx(found.std(dim=0, correction=0).tolist(), rel=1e-4)
-    assert read_checkpoint(str(folder)).reward_names == ("kind", "brief")
+    assert read_checkpoint(str(folder)).rules.reward_names == ("kind", "brief")
 
 
 # --------------------------------------------------------------------------------------------------- held out
@@ -296,9 +296,10 @@ def test_normalised_model_says_so_to_the_converter(run_dir: Path) -> None:
     for _ in range(3):
         trainer.step()
     checkpoint = read_checkpoint(str(trainer.save_pretrained(run_dir / "saved")))
-    assert checkpoint.normalise and checkpoint.mean and checkpoint.std
+    rules = checkpoint.rules
+    assert rules.normalise and rules.mean and rules.std
     raw = torch.stack([score(checkpoint.model, row["chosen"]) for row in PAIRS]).detach()
-    served = (raw - checkpoint.mean[0]) / checkpoint.std[0]
+    served = (raw - rules.mean[0]) / rules.std[0]
     assert served.tolist() == pytest.approx([1.0, -1.0] if raw[0] > raw[1] else [-1.0, 1.0], rel=1e-4)
 
 
@@ -348,7 +349,7 @@ def test_moments_that_do_not_vary_are_left_out(run_dir: Path) -> None:
     folder = trainer.save_pretrained(run_dir / "saved")
     metadata = json.loads((folder / "reward_model.json").read_text())
     assert metadata["mean"] is metadata["std"] is None
-    assert read_checkpoint(str(folder)).std is None
+    assert read_checkpoint(str(folder)).rules.std is None
 
 
 def test_moments_of_pairs_are_those_of_the_chosen(run_dir: Path) -> None:
@@ -401,7 +402,7 @@ def test_an_encoder_learns_with_its_own_head(run_dir: Path) -> None:
         trainer.step()
     assert trainer.evaluate()["eval/loss"] < before / 2
     saved = read_checkpoint(str(trainer.save_pretrained(run_dir / "saved")))
-    assert (saved.reward_names, saved.max_length) == (("reward",), 16)
+    assert (saved.rules.reward_names, saved.rules.max_length) == (("reward",), 16)
 
 
 def test_adapter_trains_with_the_head_and_is_saved_merged(run_dir: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from conch.converters.backends.python import write_version
 from conch.converters.checkpoints.reader import read_checkpoint
 from conch.converters.options import ConversionOptions, ReadOptions
-from conch.converters.pipeline import _manifest
+from conch.converters.parts import plan_parts, write_part
 from conch.converters.triton_models.reward_model import Row, Scorer, Scores, filled_up, score_requests
 from tests.checkpoints import (
     EOS,
@@ -39,8 +37,8 @@ def scorer_of(name: Path, reading: ReadOptions) -> Scorer:
     checkpoint = read_checkpoint(str(name), reading)
     folder = name.parent / f"{name.stem}-version"
     folder.mkdir(exist_ok=True)
-    options = ConversionOptions(str(name), "model", Path("unused"), reading=reading)
-    write_version(folder, checkpoint, _manifest(options, checkpoint))
+    options = ConversionOptions(**dict(reading))
+    write_part(folder, *plan_parts("model", options), checkpoint, options)
     return Scorer(folder, "cpu")
 
 
@@ -52,7 +50,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 @pytest.fixture(scope="module")
 def steps(qwen: tuple[Path, Any]) -> Scorer:
-    return scorer_of(qwen[0], replace(STEPS, aggregate="mean"))
+    return scorer_of(qwen[0], STEPS.model_copy(update={"aggregate": "mean"}))
 
 
 @torch.inference_mode()
@@ -84,13 +82,13 @@ def test_an_eos_in_the_text_ends_no_step(steps: Scorer) -> None:
 
 
 def test_a_text_without_tokens_of_its_own_is_one_step_that_ends_at_0(qwen: tuple[Path, Any]) -> None:
-    scorer = scorer_of(qwen[0], replace(STEPS, template="q{text}{eos}"))
+    scorer = scorer_of(qwen[0], STEPS.model_copy(update={"template": "q{text}{eos}"}))
     (row,) = scorer.rows_from_texts([b""])
     assert row == Row([LETTERS.index("q"), EOS], (0,), (0,))
 
 
 def test_ends_count_the_clients_characters_not_those_of_the_template(qwen: tuple[Path, Any]) -> None:
-    scorer = scorer_of(qwen[0], replace(STEPS, template="qqq<eos>{text}{eos}"))
+    scorer = scorer_of(qwen[0], STEPS.model_copy(update={"template": "qqq<eos>{text}{eos}"}))
     (row,) = scorer.rows_from_texts([b"a;b"])
     assert (row.places, row.ends) == ((5, 6), (2, 3))
     assert row.ids[-1] == EOS
@@ -101,17 +99,17 @@ def test_ends_count_the_clients_characters_not_those_of_the_template(qwen: tuple
 )
 def test_steps_that_are_cut_away_are_absent(qwen: tuple[Path, Any], side: Any, ends: tuple[int, ...]) -> None:
     """40 characters in 20 steps into a window of 32 tokens, one of which is the closing eos."""
-    scorer = scorer_of(qwen[0], replace(STEPS, template="{text}{eos}", truncation_side=side))
+    scorer = scorer_of(qwen[0], STEPS.model_copy(update={"template": "{text}{eos}", "truncation_side": side}))
     assert ends_of(scorer, "a;" * 20) == [ends]
 
 
 def test_the_closing_eos_of_a_text_that_was_cut_is_not_scored(qwen: tuple[Path, Any]) -> None:
-    scorer = scorer_of(qwen[0], replace(TOKENS, template="{text}{eos}"))
+    scorer = scorer_of(qwen[0], TOKENS.model_copy(update={"template": "{text}{eos}"}))
     assert ends_of(scorer, "ab" * 20) == [tuple(range(1, 32))]
 
 
 def test_every_token_of_the_text_has_a_place_but_none_of_the_template(qwen: tuple[Path, Any]) -> None:
-    scorer = scorer_of(qwen[0], replace(TOKENS, template="q{text}{eos}"))
+    scorer = scorer_of(qwen[0], TOKENS.model_copy(update={"template": "q{text}{eos}"}))
     (row,) = scorer.rows_from_texts([b"ab<eos>"])
     assert (row.places, row.ends) == ((1, 2, 3), (1, 2, 7))
 
@@ -169,7 +167,7 @@ def test_steps_score_like_hugging_face_in_any_company(qwen: tuple[Path, Any], st
 def test_the_reward_is_the_aggregate_of_the_steps(
     qwen: tuple[Path, Any], aggregate: Any, expected: Any
 ) -> None:
-    scorer = scorer_of(qwen[0], replace(STEPS, aggregate=aggregate))
+    scorer = scorer_of(qwen[0], STEPS.model_copy(update={"aggregate": aggregate}))
     scores = scorer.score(scorer.rows_from_texts([b"ab;cde;f", b"dd;a;"]))
     right = [[expected(told)] for told in scores.steps]
     assert_scores_close(scores.rewards, right)
@@ -188,7 +186,7 @@ def test_every_token_of_a_value_head_is_scored(tmp_path: Path) -> None:
     base = base_model(tmp_path / "base", "gpt2")
     tensors = value_head_tensors(base)
     save_value_head(tmp_path / "head", tensors, "safetensors")
-    scorer = scorer_of(tmp_path / "head", replace(TOKENS, base_model=str(tmp_path / "base")))
+    scorer = scorer_of(tmp_path / "head", TOKENS.model_copy(update={"base_model": str(tmp_path / "base")}))
     row = row_of_ids(scorer, 1, 2, EOS, 3)
     scores = scorer.score([row, row_of_ids(scorer, *range(20))])
 
@@ -211,7 +209,9 @@ def test_every_token_of_a_classifier_is_scored_in_the_unit_of_its_reward(tmp_pat
         right = (states @ model.score.weight[1] - 0.5) / 4.0
         sample = (model(torch.tensor([row])).logits[0, 1] - 0.5) / 4.0
     for normalise in ("fold", "parameters"):
-        scorer = scorer_of(tmp_path / "model", replace(TOKENS, rewards=("1",), normalise=normalise))
+        scorer = scorer_of(
+            tmp_path / "model", TOKENS.model_copy(update={"rewards": ("1",), "normalise": normalise})
+        )
         scores = scorer.score([row_of_ids(scorer, *row)])
         assert_scores_close(scores.steps[0], right)
         assert_scores_close(scores.rewards, [[sample]])
@@ -233,7 +233,7 @@ def test_steps_stay_with_their_rows_when_the_batch_is_cut(
 
 def test_a_step_that_is_nan_fails_its_request_alone(qwen: tuple[Path, Any]) -> None:
     """The row's aggregate, its last step, is finite."""
-    scorer = scorer_of(qwen[0], replace(STEPS, aggregate="last"))
+    scorer = scorer_of(qwen[0], STEPS.model_copy(update={"aggregate": "last"}))
     dense = scorer.model.dense
 
     def broken(input_ids: Any, mask: Any, ends: Any) -> Any:

@@ -64,7 +64,7 @@ def test_read_scores_refuses_another_shape(shape: tuple[int, ...]) -> None:
 )
 def test_member_failure_knows_whose_fault_it_is(message: str, gone: bool, members_fault: bool) -> None:
     failure = MemberFailure("a", message)
-    assert (failure.gone, failure.is_members_fault) == (gone, members_fault)
+    assert (failure.is_unavailable, failure.is_members_fault) == (gone, members_fault)
 
 
 def test_joined_pads_shorter_rows_of_ids_and_masks_them() -> None:

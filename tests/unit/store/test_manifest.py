@@ -1,0 +1,58 @@
+"""The files beside the weights: what an earlier conversion wrote must load as it was."""
+
+from __future__ import annotations
+
+import json
+
+from conch.store.manifest import Manifest, ScoringRules
+
+MANIFEST = """
+{
+  "format": 1,
+  "name": "prm",
+  "form": "text",
+  "backend": "python",
+  "source": "checkpoint",
+  "source_sha256": "a1b2",
+  "base_model": "base",
+  "revision": "676bfd4d",
+  "created_at": "2026-11-01T00:00:00+00:00",
+  "template": "{text}",
+  "truncation_side": "right",
+  "pooling": "steps",
+  "layout": "trunk",
+  "columns": [1],
+  "separator_id": 11,
+  "aggregate": "min",
+  "granularity": "step",
+  "batch_invariant": true,
+  "max_length": 32,
+  "reward_names": ["reward"],
+  "normalise": true,
+  "folded": false,
+  "mean": [0.5],
+  "std": [2.0],
+  "dtype": "bfloat16",
+  "pad_token_id": 21,
+  "eos_token_id": 22,
+  "vocab_size": 23,
+  "trust_remote_code": false,
+  "tools": {"python": "3.12.3"},
+  "parity": {
+    "max_error": 0.01, "max_difference": 0.02, "mean_difference": 0.005, "tolerance": 0.1, "samples": 40
+  },
+  "files": {"model.py": "c3d4"}
+}
+"""
+
+
+def test_manifest_of_an_earlier_conversion_reads_back_with_the_same_keys() -> None:
+    manifest = Manifest.model_validate_json(MANIFEST)
+    assert manifest.model_dump(mode="json") == json.loads(MANIFEST)
+
+
+def test_manifest_holds_the_scoring_rules_of_its_checkpoint() -> None:
+    manifest = Manifest.model_validate_json(MANIFEST)
+    rules = ScoringRules(**{name: getattr(manifest, name) for name in ScoringRules.model_fields})
+    assert (rules.pooling, rules.separator_id, rules.max_length) == ("steps", 11, 32)
+    assert Manifest(**{**dict(manifest), **dict(rules)}) == manifest
