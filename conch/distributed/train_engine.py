@@ -36,7 +36,7 @@ from transformers import get_scheduler
 from conch.config import OptimizerConfig, SchedulerConfig, TrainConfig
 from conch.distributed.launcher import launched_processes, leave_with_launcher
 from conch.distributed.malloc import keep_heap
-from conch.errors import CheckpointError, ConchError, ConfigError, DistributedError
+from conch.errors import CheckpointError, ConchError, ConfigError, DistributedError, first_line
 from conch.ops import at_least_float32
 
 # Tied weights are saved once, and loaded as what they are; nobody has to check anything.
@@ -454,7 +454,7 @@ def _peer_loss_explained() -> Iterator[None]:
             raise
         raise DistributedError(
             "another process of this run is gone, so this one leaves: its own output and the launcher's "
-            f"report say why ({reason.splitlines()[0][:200]})"
+            f"report say why ({first_line(reason)[:200]})"
         ) from error
 
 

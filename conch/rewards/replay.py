@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -16,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from conch.atomic_files import replace_text
 from conch.errors import ConfigError
 from conch.types import RewardResult, RewardStatus, Rollout
 
@@ -56,14 +56,12 @@ def cut_lines(run_dir: Path, last_step: int, *, evaluated: bool) -> None:
     path = run_dir / REWARDS_FILE
     if not path.exists():
         return
-    kept = [
+    lines = [
         json.dumps(line) + "\n"
         for line in _read(path)
         if line["step"] < last_step or (line["step"] == last_step and (evaluated or line["phase"] == "train"))
     ]
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text("".join(kept), encoding="utf-8")
-    os.replace(aside, path)
+    replace_text(path, "".join(lines))
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from conch.converters import triton_models
 from conch.converters.backends.padded_graph import Graph, example_rows
 from conch.converters.checkpoints.reader import Checkpoint
 from conch.converters.parity.subprocess_model import Request, ServedForm
-from conch.errors import ConversionError
+from conch.errors import ConversionError, first_line
 from conch.store.manifest import MANIFEST, Manifest
 
 ONNX_FILE = "model.onnx"
@@ -78,7 +78,7 @@ def _why(error: Exception) -> str:
     """The innermost cause's first line; the outer messages are about the exporter."""
     while error.__cause__ is not None and isinstance(error.__cause__, Exception):
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from conch.converters.backends.padded_graph import Graph, example_rows
-from conch.errors import ConversionError
+from conch.errors import ConversionError, first_line
 from conch.log import get_logger
 
 TORCHSCRIPT_FILE = "model.pt"
@@ -43,7 +43,6 @@ def export_torchscript(
     except OSError as error:
         raise ConversionError(f"could not write {folder / TORCHSCRIPT_FILE}: {error}") from error
     except Exception as error:  # tracing raises many kinds
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConversionError(
-            f"{type(model).__name__} cannot be traced ({first}); use --backend python"
+            f"{type(model).__name__} cannot be traced ({first_line(error)}); use --backend python"
         ) from error

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from conch.converters.checkpoints.files import HARMLESS, Source, find_source, some, tensors_in
-from conch.errors import ConversionError, ModelError
+from conch.errors import ConversionError, ModelError, first_line
 from conch.models.adapter import ADAPTER_FILE, adapter_base, merge_saved_adapter
 from conch.store.manifest import Pooling
 
@@ -351,8 +351,3 @@ def labels_of(config: Any) -> tuple[str, ...]:
 def numbered(names: Iterable[str]) -> str:
     """Names with their numbers, for messages."""
     return ", ".join(f"{index} {name}" for index, name in enumerate(names))
-
-
-def first_line(error: Exception) -> str:
-    """What an error says first."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from conch.errors import ConversionError
+from conch.errors import ConversionError, first_line
 from conch.log import progress
 from conch.models.adapter import ADAPTER_FILE
 from conch.store.manifest import sha256_of
@@ -121,7 +121,7 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
     # A damaged file surfaces as anything from RuntimeError to UnpicklingError and EOFError.
     except Exception as error:
         raise ConversionError(
-            f"{path} cannot be read as tensors alone ({_first_line(error)}); if it is whole, it holds other "
+            f"{path} cannot be read as tensors alone ({first_line(error)}); if it is whole, it holds other "
             "Python objects, which are not loaded since they can run code: save its state_dict as safetensors"
         ) from error
     return _state_dict(content, path)
@@ -143,7 +143,7 @@ def _dtypes_in(path: Path) -> dict[str, torch.dtype]:
         with safe_open(path, framework="pt") as file:
             names = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ConversionError(f"{path} cannot be read as safetensors ({_first_line(error)})") from error
+        raise ConversionError(f"{path} cannot be read as safetensors ({first_line(error)})") from error
     known = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
     return {name: known.get(dtype, torch.int64) for name, dtype in names.items()}
 
@@ -170,7 +170,7 @@ def _indexed(index: Path) -> tuple[Path, ...]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ConversionError(f"{index} is no readable index of weights: {_first_line(error)}") from error
+        raise ConversionError(f"{index} is no readable index of weights: {first_line(error)}") from error
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise ConversionError(f"{index.parent} lacks {some(missing)}, which its index names; fetch it again")
@@ -191,7 +191,7 @@ def _fetched(name: str, revision: str | None, weights: bool) -> Path:
         raise
     except Exception as error:  # the hub's client raises many kinds for the same thing
         raise ConversionError(
-            f"{name} is no folder here, and cannot be had from the model hub ({_first_line(error)}); "
+            f"{name} is no folder here, and cannot be had from the model hub ({first_line(error)}); "
             "check the name, or give the path of a folder"
         ) from error
 
@@ -201,7 +201,3 @@ def some(names: Iterable[str], shown: int = 4) -> str:
     listed = sorted(names)
     more = f" and {len(listed) - shown} more" if len(listed) > shown else ""
     return ", ".join(listed[:shown]) + more
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -18,14 +18,13 @@ from conch.converters.checkpoints.architectures import (
     Head,
     Network,
     final_layer,
-    first_line,
     numbered,
     read_network,
 )
 from conch.converters.checkpoints.files import Source, find_source
 from conch.converters.options import Normalise, ReadOptions
 from conch.data.preferences import default_template, template_mistake
-from conch.errors import ConfigError, ConversionError, ModelError
+from conch.errors import ConfigError, ConversionError, ModelError, first_line
 from conch.models.adapter import adapter_base
 from conch.models.loading import context_window
 from conch.store.manifest import Aggregate, Pooling

@@ -13,7 +13,7 @@ from conch.converters.parity.samples import build_cases, requests_of
 from conch.converters.pipeline import quiet_transformers
 from conch.errors import ConversionError
 from conch.store.manifest import ServedDtype
-from conch.triton.client import Server
+from conch.triton.client import ServedModel
 
 
 def verify(endpoint: str, checkpoint: str, dtype: ServedDtype, reading: ReadOptions) -> ParityReport:
@@ -26,7 +26,7 @@ def verify(endpoint: str, checkpoint: str, dtype: ServedDtype, reading: ReadOpti
         ServingError: the server does not answer, or serves no reward model there.
         ConversionError: the checkpoint cannot be read, or has other rewards than are served.
     """
-    with Server(endpoint) as server, quiet_transformers():
+    with ServedModel(endpoint) as server, quiet_transformers():
         spec = server.spec()
         length = reading.max_length or spec.max_length or None
         reading = replace(reading, max_length=length, granularity=spec.granularity)

@@ -8,8 +8,9 @@ from typing import Any
 
 import httpx2
 
+from conch.addresses import host_and_port
 from conch.config import Section
-from conch.errors import ConfigError, RolloutError, RolloutUnavailableError
+from conch.errors import RolloutError, RolloutUnavailableError
 from conch.rollouts.protocol import CompletionReply, GenerateRequest, Health, WeightUpdate
 
 _CONNECT_S = 5.0
@@ -22,25 +23,6 @@ class AstrayError(RolloutUnavailableError):
     """The server holds other weights than were asked for."""
 
 
-def parse_servers(urls: str) -> list[str]:
-    """`host:port` of each server.
-
-    Raises:
-        ConfigError: `urls` is something else, or names a server twice.
-    """
-    servers = [part.strip() for part in urls.split(",")]
-    for server in servers:
-        host, _, port = server.rpartition(":")
-        if not host or "/" in host or not port.isdigit():
-            raise ConfigError(
-                f"`rollout.urls` = {urls!r}: {server!r} is not of the form host:port; several servers have a "
-                "comma between them"
-            )
-    if len(set(servers)) < len(servers):
-        raise ConfigError(f"`rollout.urls` = {urls!r} names a server twice")
-    return servers
-
-
 class ServerLink:
     """The connection to one server, which several threads may use at once.
 
@@ -49,8 +31,9 @@ class ServerLink:
 
     def __init__(self, address: str, deadline_s: float) -> None:
         self.address = address
-        host, _, port = address.rpartition(":")
-        self.host, self.port = host.strip("[]"), int(port)
+        parsed = host_and_port(address)
+        assert parsed is not None, f"{address} is no host:port"
+        self.host, self.port = parsed[0].strip("[]"), parsed[1]
         self._client = httpx2.Client(
             base_url=f"http://{address}",
             headers={"content-type": "application/json"},

@@ -11,11 +11,12 @@ from typing import get_args
 
 from transformers import PreTrainedModel
 
+from conch.addresses import parse_servers
 from conch.config import RolloutConfig
 from conch.errors import RolloutError, RolloutUnavailableError
 from conch.log import get_logger
 from conch.rollouts.protocol import Health, Part, WeightUpdate, WeightVersion
-from conch.rollouts.remote.client import ServerLink, parse_servers
+from conch.rollouts.remote.client import ServerLink
 from conch.rollouts.remote.lease import WeightLease
 from conch.rollouts.weight_sync import (
     Group,
@@ -79,7 +80,8 @@ class ServerPool:
         self._handover = Handover(lm, merge=config.merge_adapter is True)
         self._source = source
         self._sends = sends
-        self.servers = [Server(ServerLink(url, config.deadline_s)) for url in parse_servers(config.urls)]
+        addresses = parse_servers(config.urls, "rollout.urls")
+        self.servers = [Server(ServerLink(address, config.deadline_s)) for address in addresses]
         self._files: dict[Part, SharedFile] = {
             part: SharedFile(f"{source}-{part}") for part in get_args(Part)
         }

@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from conch.addresses import parse_servers
 from conch.errors import ConfigError, RolloutError, RolloutUnavailableError
 from conch.rollouts import weight_sync
 from conch.rollouts.protocol import Health
-from conch.rollouts.remote.client import ServerLink, parse_servers
+from conch.rollouts.remote.client import ServerLink
 from conch.rollouts.remote.engine import cut, without
 from conch.rollouts.remote.pool import Server, least_busy
 from conch.rollouts.serve import ServeConfig
@@ -403,11 +404,11 @@ def test_nobody_waits_for_a_server_that_has_refused() -> None:
 )
 def test_bad_addresses_are_refused(urls: str, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
-        parse_servers(urls)
+        parse_servers(urls, "rollout.urls")
 
 
 def test_addresses_are_read() -> None:
-    assert parse_servers("a:1, [::1]:2") == ["a:1", "[::1]:2"]
+    assert parse_servers("a:1, [::1]:2", "rollout.urls") == ["a:1", "[::1]:2"]
     link = ServerLink("[::1]:2", 1.0)
     assert (link.host, link.port) == ("::1", 2)
 
