@@ -1,29 +1,25 @@
 """From a command line to a validated run configuration.
 
-    python -m conch.trainers.ppo --config-name randomwalks/ppo train.seed=1 generation.temperature=0.7
+    conch train ppo --config-name randomwalks/ppo train.seed=1 generation.temperature=0.7
 
 A YAML file below `configs/` is composed by Hydra (its `defaults` list may pull in other files, from its own
 folder or from `configs/`), `key=value` overrides are laid over it, and the result is validated against the
 program's section. Hydra changes no working directory and writes no files here. Overrides may name keys that
 the YAML leaves out: the section alone decides which keys exist.
-
-Command lines of several words take dashes and underscores alike.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import textwrap
-import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
+from typing import Any, NoReturn, TypeVar
 
 import yaml
-from pydantic.fields import FieldInfo
 
 import conch
+from conch.cli.options import describe
 from conch.config import Section, load
 from conch.errors import ConchError, ConfigError
 from conch.log import setup_logging
@@ -99,12 +95,12 @@ def load_run_config(
 
 
 def to_yaml(config: Section) -> str:
-    """The configuration as YAML that `compose` and `load` turn into an equal one."""
+    """Return the configuration as YAML that `compose` and `load` turn into an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
 
 
 def save_resolved(config: Section, path: Path) -> None:
-    """Write the validated configuration as YAML to `path`; its folder is made where it is missing.
+    """Write the validated configuration as YAML to `path`, in a new folder where it has none.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -134,11 +130,6 @@ def run_main(main: Callable[[list[str]], None]) -> NoReturn:
     raise SystemExit(0)
 
 
-def describe(section: type[Section]) -> str:
-    """Every key of `section` and of the sections in it: full name, type, default, and its docstring."""
-    return "\n".join(_describe_fields(section, prefix="", defaults=None))
-
-
 def _parser(section: type[Section], default_name: str, config_dir: Path) -> argparse.ArgumentParser:
     summary = (section.__doc__ or "").strip()
     parser = argparse.ArgumentParser(description=summary, add_help=False)
@@ -166,12 +157,12 @@ def _find_config(name: str, config_dir: Path) -> Path:
         return file
     if not config_dir.is_dir():
         raise ConfigError(f"no configuration folder {config_dir.resolve()}; name one with --config-dir")
-    names = sorted(str(found.relative_to(config_dir).with_suffix("")) for found in config_dir.rglob("*.yaml"))
+    names = sorted(str(path.relative_to(config_dir).with_suffix("")) for path in config_dir.rglob("*.yaml"))
     raise ConfigError(f"no configuration `{name}` in {config_dir}; there is: {', '.join(names) or 'none'}")
 
 
 def _force(text: str, roots: Sequence[Path]) -> str:
-    """Let `key=value` add a key that the file leaves out, which Hydra by itself would refuse."""
+    """Return the override in a form that may add a key that the file leaves out, which Hydra refuses."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import OverrideType
     from hydra.errors import HydraException
@@ -190,62 +181,7 @@ def _force(text: str, roots: Sequence[Path]) -> str:
 
 
 def _readable(error: Exception) -> str:
-    """The error's own words, less the pointers to Hydra's handbook and to its search path."""
+    """Return the error's text without the pointers to Hydra's handbook and to its search path."""
     message = str(error).partition("\nConfig search path:")[0]
     lines = [line.strip() for line in message.splitlines()]
     return "; ".join(line for line in lines if line and not line.startswith("See http"))
-
-
-def _describe_fields(section: type[Section], prefix: str, defaults: Section | None) -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        default = _default(name, field, defaults)
-        nested = _section_in(field.annotation)
-        if nested is not None:
-            inner = default if isinstance(default, Section) else None
-            yield from _describe_fields(nested, f"{prefix}{name}.", inner)
-            continue
-        shown = "required" if default is ... else f"default {default!r}"
-        yield f"  {prefix}{name}: {_type_name(field.annotation)}, {shown}"
-        if field.description:
-            text = " ".join(field.description.split())
-            yield textwrap.fill(text, width=108, initial_indent=" " * 6, subsequent_indent=" " * 6)
-
-
-def _default(name: str, field: FieldInfo, defaults: Section | None) -> Any:
-    """What a key is when nobody sets it, `...` for a required one. An enclosing default counts first."""
-    if defaults is not None:
-        return getattr(defaults, name)
-    return ... if field.is_required() else field.get_default(call_default_factory=True, validated_data={})
-
-
-def _section_in(annotation: Any) -> type[Section] | None:
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, Section):
-            return candidate
-    return None
-
-
-def _type_name(annotation: Any) -> str:
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return " | ".join(repr(choice) for choice in arguments)
-    if origin in (Union, types.UnionType):
-        return " | ".join(_type_name(choice) for choice in arguments)
-    if annotation is type(None):
-        return "None"
-    if isinstance(annotation, type) and not arguments:
-        return annotation.__name__
-    return str(annotation).replace("typing.", "")
-
-
-def written_with(sign: Literal["-", "_"], argv: Sequence[str]) -> list[str]:
-    """The arguments with `sign` between the words of each option's name; values stay as they are."""
-    other = "_" if sign == "-" else "-"
-    return [_renamed(argument, other, sign) for argument in argv]
-
-
-def _renamed(argument: str, old: str, new: str) -> str:
-    name, equals, value = argument.partition("=")
-    if name.startswith("--"):
-        name = "--" + name[2:].replace(old, new)
-    return name + equals + value
