@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="conch-to-triton-ensemble", description="Join reward models of a store into one served model."
+        prog="conch convert ensemble", description="Join reward models of a store into one served model."
     )
     add = parser.add_argument
     add(

@@ -114,7 +114,7 @@ def _verify(endpoint: str, checkpoint: str, dtype: ServedDtype, reading: ReadOpt
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="conch-to-triton",
+        prog="conch convert",
         description="Convert a reward model for Triton Inference Server, and prove that it scores the same.",
         epilog="Dashes will do for underscores. Exit codes: 0 done, 1 cannot be done, 2 scores differ.",
     )

@@ -1,6 +1,6 @@
 """A vLLM server that trainers sample from.
 
-    python -m conch.rollouts.serve model=outputs/sft/checkpoints/best port=8100
+    conch rollout-server model=outputs/sft/checkpoints/best port=8100
 
 It builds the model from `model`'s configuration and tokenizer, without weights: those of the policy come from
 the trainer (`rollout.urls=host:8100`), before each phase of sampling. Its log says when it is ready.
