@@ -20,7 +20,7 @@ from conch.converters.backends.ensemble import publish_ensemble
 from conch.converters.options import Conversion, EnsembleOptions
 from conch.converters.parity.ensemble import member_scores, prove
 from conch.errors import ConchError, ConversionError, ParityError
-from conch.store.manifest import EnsembleMember, Manifest, Objective, OnMemberFailure
+from conch.store.manifest import EnsembleMember, Manifest
 from conch.store.store import (
     StoredModel,
     list_models,
@@ -28,6 +28,7 @@ from conch.store.store import (
     staged_version,
     verify_files,
 )
+from conch.triton.contract import Objective, OnMemberFailure
 
 # Files that decide which text becomes which ids; other tokenizer files hold defaults of no effect here.
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")

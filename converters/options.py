@@ -9,9 +9,9 @@ from typing import Literal
 
 from conch.converters.parity.report import ParityReport
 from conch.errors import ConversionError
-from conch.store.manifest import Aggregate, Backend, Objective, OnMemberFailure, Pooling, ServedDtype
+from conch.store.manifest import Aggregate, Backend, Pooling, ServedDtype
 from conch.store.store import is_valid_name
-from conch.triton.contract import Form, Granularity, RewardModelSpec
+from conch.triton.contract import Form, Granularity, Objective, OnMemberFailure, RewardModelSpec
 
 Normalise = Literal["fold", "parameters", "none"]
 """What becomes of a reward's mean and std: written into the head's weights, applied by the server after the

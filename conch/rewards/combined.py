@@ -22,7 +22,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from statistics import fmean
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from conch.errors import ConchError, DataError, RewardInvalidError
 from conch.log import get_logger
@@ -34,6 +34,7 @@ from conch.rewards.base import (
     ServerTimes,
     WantsChunks,
 )
+from conch.triton.contract import Objective, OnMemberFailure
 from conch.types import DEFAULT_OBJECTIVE, Completion, Prompt, RewardResult, RewardStatus, Rollout
 
 MadeT = TypeVar("MadeT")
@@ -142,8 +143,6 @@ def when_all_done(futures: Sequence[Future[Any]], make: Callable[[], MadeT]) -> 
 
 _log = get_logger(__name__)
 
-Objective = Literal["mean", "wco", "uwo"]
-OnMemberFailure = Literal["fail", "renormalise"]
 
 _Row = Mapping[str, RewardResult]
 """What each member said of one sample."""

@@ -76,7 +76,7 @@ def plot_against(run_dir: Path, x: str, x_label: str, labels: Mapping[str, str])
         DataError: see `read_metric`; or a metric was never logged with `x`.
     """
     x_at = dict(zip(*read_metric(run_dir, x), strict=True))
-    curves = {name: _over(x_at, *read_metric(run_dir, name)) for name in labels}
+    curves = {name: _points(x_at, *read_metric(run_dir, name)) for name in labels}
     for name, points in curves.items():
         if not points:
             raise DataError(f"{run_dir} logged no `{name}` at a step at which it logged `{x}`")
@@ -89,7 +89,7 @@ def plot_against(run_dir: Path, x: str, x_label: str, labels: Mapping[str, str])
     return _saved(figure, run_dir, "_".join((*labels, "over", x)))
 
 
-def _over(x_at: dict[int, float], steps: list[int], values: list[float]) -> list[tuple[float, float]]:
+def _points(x_at: dict[int, float], steps: list[int], values: list[float]) -> list[tuple[float, float]]:
     """Return (x, y) in the order of steps."""
     return [(x_at[step], value) for step, value in zip(steps, values, strict=True) if step in x_at]
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from conch.config import Section
-from conch.triton.contract import Form, Granularity
+from conch.triton.contract import Form, Granularity, Objective, OnMemberFailure
 
 MANIFEST = "manifest.json"
 GOLDEN = "golden.json"
@@ -196,10 +196,6 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-Objective = Literal["mean", "wco", "uwo"]
-OnMemberFailure = Literal["fail", "renormalise"]
 
 
 class EnsembleMember(Section):

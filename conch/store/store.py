@@ -247,7 +247,7 @@ def publish(
     new_configs = {CONFIG: staged.parent / "gpu.pbtxt", EMBEDDED_CONFIG: staged.parent / "cpu.pbtxt"}
     folder = model_store / spec.name
     try:
-        _share(staged)
+        _apply_folder_permissions(staged)
         new_configs[CONFIG].write_text(to_pbtxt(spec, kind=kind, gpu=gpu), encoding="utf-8")
         new_configs[EMBEDDED_CONFIG].write_text(to_pbtxt(spec, kind="cpu", embedded=True), encoding="utf-8")
         warmup = _stage_warmup(staged, spec, new_configs)
@@ -361,7 +361,7 @@ def _stage_warmup(
     return staged.parent / WARMUP
 
 
-def _share(folder: Path) -> None:
+def _apply_folder_permissions(folder: Path) -> None:
     """Give every file of a folder the folder's own read and write permissions, which follow the umask.
 
     A file that safetensors wrote is its owner's alone, and a server often runs as another user.

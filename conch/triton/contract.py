@@ -35,6 +35,12 @@ Engine = Literal["python", "onnxruntime", "pytorch", "ensemble"]
 Granularity = Literal["sample", "step", "token"]
 """Parts of a sample that get scores of their own: none, steps or tokens."""
 
+Objective = Literal["mean", "wco", "uwo"]
+"""Score of an ensemble. `mean`: mean of the scores. `wco`: the lowest. `uwo`: mean less weighted variance."""
+
+OnMemberFailure = Literal["fail", "renormalise"]
+"""A sample without one member's score: `fail` refuses it, `renormalise` combines the scores there are."""
+
 TEXT_INPUT = "text"
 TOKEN_INPUT = "input_ids"
 MASK_INPUT = "attention_mask"

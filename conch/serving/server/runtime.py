@@ -184,8 +184,9 @@ class DockerRuntime:
             check=False,
         )
         if result.returncode:
+            reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise ServerStartError(
-                f"docker has no image {self.image} ({_last_line(result.stderr)}); "
+                f"docker has no image {self.image} ({reason}); "
                 f"docker pull {self.image}, or build it as singularity/README.md says"
             )
 
@@ -304,10 +305,6 @@ def _output(command: list[str], environment: dict[str, str]) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ServerStartError(f"`{' '.join(command)}` does not work: {error}") from error
     return result.stdout.decode("utf-8", errors="replace")
-
-
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no reason given"])[-1]
 
 
 @dataclass(frozen=True, slots=True)
