@@ -75,7 +75,7 @@ def load_run_config(
     both exit 0.
 
     default_name: the configuration that runs when none is named.
-    config_dir: where configurations are looked for; None takes `default_config_dir()`.
+    config_dir: folder of the configurations; None takes `default_config_dir()`.
 
     Raises:
         ConfigError: see `compose` and `conch.config.load`.

@@ -1,4 +1,4 @@
-"""A run's folder, and where its metrics go: JSONL always; console, Weights & Biases, TensorBoard as asked."""
+"""A run's folder, and its metrics: in JSONL, on the console, and where configured in W&B and TensorBoard."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class Tracker:
             self._print(step, text)
 
     def _print(self, step: int, text: str) -> None:
-        """One line for about every twentieth of the run, where there is no terminal to draw a bar on."""
+        """Log about twenty lines in a run, where there is no terminal to draw a bar on."""
         if step % max(1, self._total // 20) and step != self._total:
             return
         rate = (step - self._first) / max(1e-9, time.monotonic() - self._start)
@@ -152,7 +152,7 @@ _HEADLINE = (
     "eval/accuracy",
     "eval/spearman",
 )
-"""What the console shows of a step's metrics, where it has them."""
+"""Metrics that the console shows, as far as a step has them."""
 
 
 @runtime_checkable

@@ -20,7 +20,7 @@ _SECTIONS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand. Exit code 0 after a clean end, 1 after an error, told in a sentence on stderr."""
+    """Run a subcommand; returns its exit code: 0 after a clean end, 1 after an error, printed on stderr."""
     arguments = vars(_parser().parse_args(written_with("-", sys.argv[1:] if argv is None else argv)))
     command = arguments.pop("command")
     try:

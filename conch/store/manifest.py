@@ -26,7 +26,7 @@ Pooling = Literal["hf", "last_token", "first_eos", "cls", "mean", "steps"]
 `cls`: the first token. `mean`: all of them. `steps`: the ends of a text's steps, for process rewards."""
 
 Aggregate = Literal["min", "mean", "last", "prod"]
-"""How the scores of a text's steps become one."""
+"""Rule that combines the scores of a text's steps into one."""
 
 _CHUNK_BYTES = 1 << 20
 
@@ -101,7 +101,7 @@ class Manifest(Section):
     """Token that ends a step; of pooling `steps`."""
 
     aggregate: Aggregate | None = None
-    """How the scores of steps become one; of pooling `steps`."""
+    """Rule that combines the scores of steps; of pooling `steps`."""
 
     granularity: Granularity = "sample"
     """`step`, `token`: steps or tokens get scores of their own as well, see `conch.triton.contract`."""
@@ -114,7 +114,7 @@ class Manifest(Section):
     """Tokens a sample may have, special tokens included."""
 
     reward_names: tuple[str, ...]
-    """One name per score."""
+    """Names of the scores, in their order."""
 
     normalise: bool
     """Whether `model.py` computes (raw - mean) / std."""
@@ -211,10 +211,10 @@ class EnsembleMember(Section):
     """Column of that reward in the model's `rewards`."""
 
     columns: int = Field(ge=1)
-    """How many rewards the model returns."""
+    """Number of rewards that the model returns."""
 
     version: int
-    """Version that the ensemble was made with."""
+    """Version of the model at the ensemble's creation."""
 
     content_sha256: str
     """Hash of that version's manifest."""

@@ -2,7 +2,7 @@
 
 An unmodified Triton can read it. Versions are never changed in place: a new one is written aside and renamed.
 
-An ensemble needs its members beside it: which models a server must load for those that were asked for.
+An ensemble needs its members beside it: `read_with_members` lists the models that a server must load.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def staged_version(model_store: Path, name: str) -> Iterator[Path]:
     """Yield an empty folder inside the store to write a version into; removed at the end unless published.
 
     Raises:
-        ModelStoreError: the store cannot be made or written.
+        ModelStoreError: the store cannot be created or written.
     """
     try:
         model_store.mkdir(parents=True, exist_ok=True)

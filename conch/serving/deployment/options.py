@@ -29,7 +29,7 @@ _STARTS_SERVER = _StartsServer()
 
 
 class PlacementOptions(Section):
-    """What the servers run in."""
+    """Runtime and resources of the servers."""
 
     runtime: Annotated[Literal["bundled", "apptainer", "docker"], _STARTS_SERVER] = "bundled"
     """Program that starts a server: the binary of this environment, or a container."""
@@ -104,7 +104,7 @@ class NetworkOptions(Section):
 
 
 class SupervisionOptions(Section):
-    """How servers are watched and restarted, and where they log."""
+    """Watching, restarts and logs of the servers."""
 
     model_config = ConfigDict(ser_json_inf_nan="constants")  # a timeout may be infinite
 
@@ -146,13 +146,13 @@ class UpOptions(Section):
     """Return once the servers are ready; they go on in the background."""
 
     placement: PlacementOptions = Field(default_factory=PlacementOptions)
-    """What the servers run in."""
+    """Runtime and resources of the servers."""
 
     network: NetworkOptions = Field(default_factory=NetworkOptions)
     """Network; replica n adds 10 n to each port, and 0 takes a free one."""
 
     supervision: SupervisionOptions = Field(default_factory=SupervisionOptions)
-    """Supervision."""
+    """Watching, restarts and logs of the servers."""
 
     @model_validator(mode="after")
     def _fit_together(self) -> UpOptions:

@@ -132,7 +132,7 @@ class _ReplicaRunner:
     """Work of one server's thread.
 
     server: the server that this thread starts, watches and stops.
-    state: the server's state as others are told it; replaced whenever it changes.
+    state: the server's published state; replaced whenever it changes.
 
     swap_request: set by other threads; cleared after the swap, and when this thread ends.
     """
@@ -156,7 +156,7 @@ class _ReplicaRunner:
         self._attempted: dict[str, int] = {}
 
     def run(self) -> None:
-        """Serve and restart until a stop is asked for or the server is given up."""
+        """Serve and restart until `Supervisor.stop`, or until the restarts are used up."""
         failures = 0
         try:
             while not self._stopping.is_set():

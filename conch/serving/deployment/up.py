@@ -150,7 +150,7 @@ def run_foreground(options: UpOptions) -> int:
     """Serve until a signal says stop; returns 0 then.
 
     Raises:
-        ServerStartError: a server did not start, or all were given up.
+        ServerStartError: a server did not start, or all have used up their restarts.
         ServingError: the name is in use, or the run folder cannot be written.
         ConfigError: the secret's variable is not set.
     """
@@ -238,10 +238,11 @@ def _problems(replicas: Sequence[Replica]) -> str:
 def run_detached(options: UpOptions) -> None:
     """Start a supervisor of these options in a session of its own, and return once its servers are ready.
 
-    It gets the options as JSON on stdin. Its name stands on its command line for those who list processes.
+    The supervisor gets the options as JSON on stdin; the name on its command line is for people who list
+    processes.
 
     Raises:
-        ServerStartError: it ended before that, with its reason.
+        ServerStartError: the supervisor ended before that; says why.
         ServingError: the name is in use, or the run folder cannot be written.
     """
     with state.claimed(options.name, options.models[0]) as (name, folder):
