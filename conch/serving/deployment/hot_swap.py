@@ -141,7 +141,7 @@ class HotSwap:
     def _remove(self, names: Iterable[str]) -> None:
         """Unload the candidates of these models, and wait until their memory is free."""
         models = list(names)
-        aliases = {self._aliases[name] for name in models}
+        aliases = [self._aliases[name] for name in models]
         for alias in aliases:
             self._unload(alias)
         deadline = time.monotonic() + _UNLOAD_TIMEOUT_S
@@ -155,7 +155,7 @@ class HotSwap:
         with contextlib.suppress(InferenceServerException):  # it never loaded, or the server is gone
             self._client.unload_model(name, client_timeout=_CALL_TIMEOUT_S)
 
-    def _is_loaded(self, names: set[str]) -> bool:
+    def _is_loaded(self, names: Sequence[str]) -> bool:
         try:
             index: Any = self._client.get_model_repository_index(client_timeout=_CALL_TIMEOUT_S)
         except InferenceServerException:
