@@ -1,4 +1,4 @@
-"""Addresses of rewards: `host:port/model` of Triton, URLs of HTTP endpoints, and secret headers.
+"""Addresses of servers: `host:port`, `host:port/model` of Triton, URLs of HTTP endpoints, and secret headers.
 
 Secrets stand in environment variables, and in no message or log.
 """
@@ -13,7 +13,36 @@ from urllib.parse import SplitResult, urlsplit
 
 from conch.errors import ConfigError
 
-_ENDPOINT = re.compile(r"(?P<host>[^\s/:,]+|\[[0-9A-Fa-f:.]+\]):(?P<port>\d{1,5})/(?P<model>[^\s/]+)")
+_SERVER = re.compile(r"(?P<host>[^\s/:,]+|\[[0-9A-Fa-f:.]+\]):(?P<port>\d{1,5})")
+_MODEL = re.compile(r"[^\s/]+")
+
+
+def host_and_port(server: str) -> tuple[str, int] | None:
+    """Read `host:port`, an IPv6 host in brackets; None where `server` is something else."""
+    match = _SERVER.fullmatch(server)
+    if match is None or not 0 < int(match["port"]) < 65536:
+        return None
+    return match["host"], int(match["port"])
+
+
+def parse_servers(text: str, setting: str) -> list[str]:
+    """Read `host:port`, or several with a comma between.
+
+    setting: full name of the key that `text` comes from, for messages.
+
+    Raises:
+        ConfigError: `text` is something else, or names a server twice.
+    """
+    servers = [part.strip() for part in text.split(",")]
+    for server in servers:
+        if host_and_port(server) is None:
+            raise ConfigError(
+                f"`{setting}` = {text!r}: {server!r} is not of the form host:port; several servers have a "
+                "comma between them"
+            )
+    if len(set(servers)) < len(servers):
+        raise ConfigError(f"`{setting}` = {text!r} names a server twice")
+    return servers
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +73,13 @@ class Endpoint:
                 f"reward `{text}`: give a served model as `host:port/model` with its gRPC port, or an HTTP "
                 "endpoint as http://host:port/path or https://host:port/path"
             )
-        match = _ENDPOINT.fullmatch(text.strip())
-        if match is None or not 0 < int(match["port"]) < 65536:
+        server, _, model = text.strip().rpartition("/")
+        address = host_and_port(server)
+        if address is None or not _MODEL.fullmatch(model):
             raise ConfigError(
                 f"reward `{text}` is not of the form `host:port/model`, for example 127.0.0.1:8001/walks"
             )
-        return cls(match["host"], int(match["port"]), match["model"])
+        return cls(*address, model)
 
     @classmethod
     def parse_all(cls, text: str) -> tuple[Endpoint, ...]:

@@ -1,9 +1,41 @@
-"""What a file system must be told before a rename can be trusted."""
+"""Files and folders that are whole or not there: written aside and renamed, and flushed to the disk."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file (UTF-8) in one go: readers see the old content or the new one, never a part of it.
+
+    Raises:
+        OSError: the disk failed; the old content stays.
+    """
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Give the folder `new` the name `final`, instead of a folder that has it.
+
+    Raises:
+        OSError: the disk failed; the old folder stays.
+    """
+    # A folder cannot be renamed over one that is not empty: that one steps aside first.
+    old = final.with_name(f".{final.name}.old")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(final, old)
+    try:
+        os.replace(new, final)
+    except OSError:
+        if old.exists():
+            os.replace(old, final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
@@ -16,6 +48,6 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """The same for all that is in a folder, and the folder itself."""
+    """Call `sync` for everything in a folder, and for the folder itself."""
     for path in [*folder.rglob("*"), folder]:
         sync(path)

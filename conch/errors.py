@@ -89,6 +89,9 @@ class DistributedError(ConchError):
     """The processes that run are not the processes that were asked for."""
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message; the name of its class where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def first_line(error: BaseException | str) -> str:
+    """Return the first line of an error's text, or of a text; the error's type where it has none."""
+    text = str(error).strip()
+    if not text and isinstance(error, BaseException):
+        return type(error).__name__
+    return text.partition("\n")[0].rstrip()

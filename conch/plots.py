@@ -1,4 +1,4 @@
-"""`python -m conch.plots <run folder>`: curves of a finished run, drawn by `conch.runs.plots`."""
+"""`python -m conch.plots`, which is `conch plot`: curves of a finished run, drawn by `conch.runs.plots`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """How much memory of each GPU a run takes, and what to change when it does not fit.
 
-    python -m conch.sizing --model EleutherAI/gpt-j-6b --zero_stage 2 --gpus 7 --gpu_memory 80
+    conch size --model EleutherAI/gpt-j-6b --zero_stage 2 --gpus 7 --gpu_memory 80
 
 Weights are counted on the meta device, so the model's config.json is all that is read, and activations by
 running one forward pass there and noting what autograd would keep. Not counted: the CUDA context and the
@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from conch.cli import run_main, written_with
 from conch.config import ModelConfig
-from conch.errors import ConfigError, ModelError
+from conch.errors import ConfigError, ModelError, first_line
 from conch.models.freezing import freeze_layers
 from conch.models.loading import decoder_layers, disable_dropout, fuse_activations
 from conch.models.policy import ValueHead, captured_head_input
@@ -238,7 +238,7 @@ def read_config(path: str) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path)
     except Exception as error:  # of any type, from OSError to a validation error of the config's class
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ModelError(f"`--model` {path} has no config.json that can be read: {reason}") from error
     if config.is_encoder_decoder:
         raise ModelError(f"`--model` {path} is an encoder-decoder: only decoders can be counted")
@@ -439,9 +439,7 @@ def _check(setup: Setup) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m conch.sizing", description="Memory of a run, for each GPU."
-    )
+    parser = argparse.ArgumentParser(prog="conch size", description="Memory of a run, for each GPU.")
     default = Setup()
     parser.add_argument("--model", required=True, help="folder, config.json, or name on the hub")
     parser.add_argument("--precision", choices=("float32", "bf16", "fp16"), default=default.precision)

@@ -120,7 +120,7 @@ def _vocabulary(model: StoredModel) -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    settings = vars(_parser().parse_args(written_with("_", sys.argv[1:] if argv is None else argv)))
+    settings = vars(_parser().parse_args(written_with("-", sys.argv[1:] if argv is None else argv)))
     try:
         conversion = to_ensemble(settings.pop("members"), **settings)
     except ConchError as error:
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="conch-to-triton-ensemble",
+        prog="conch convert ensemble",
         description="Join reward models of a store into one served model.",
     )
     parser.add_argument(

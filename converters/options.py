@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import model_validator
 
+from conch.cli import Option
 from conch.config import EnsembleObjective, OnMemberFailure, Section
 from conch.converters.parity.report import ParityReport
 from conch.errors import ConversionError
@@ -47,7 +48,7 @@ class ReadOptions(Section):
     pooling: Pooling | None = None
     """Which tokens' states become the score."""
 
-    rewards: tuple[str, ...] = ()
+    rewards: Annotated[tuple[str, ...], Option(("--reward",))] = ()
     """Names or numbers of the outputs to serve; by default all."""
 
     normalise: Normalise | None = None

@@ -56,7 +56,7 @@ def to_triton(checkpoint: str | Path, **settings: Any) -> Conversion:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    settings = vars(_parser().parse_args(written_with("_", sys.argv[1:] if argv is None else argv)))
+    settings = vars(_parser().parse_args(written_with("-", sys.argv[1:] if argv is None else argv)))
     checkpoint, endpoint = settings.pop("checkpoint"), settings.pop("verify")
     if not settings.pop("quiet"):
         setup_logging()
@@ -83,9 +83,9 @@ def _verify(endpoint: str, checkpoint: str, options: ConversionOptions) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="conch-to-triton",
+        prog="conch convert",
         description="Convert a reward model for Triton Inference Server, and prove that it scores the same.",
-        epilog="Dashes will do for underscores. Exit codes: 0 done, 1 cannot be done, 2 scores differ.",
+        epilog="Underscores will do for dashes. Exit codes: 0 done, 1 cannot be done, 2 scores differ.",
     )
     parser.add_argument(
         "--checkpoint", required=True, metavar="PATH_OR_HUB_ID", help="folder, file of tensors, or hub id"
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     reading = parser.add_argument_group("how to read the checkpoint (default: as it says)")
-    add_options(reading, ReadOptions, names={"rewards": "reward"})
+    add_options(reading, ReadOptions)
     serving = parser.add_argument_group("how to serve and publish it")
     add_options(serving, ConversionOptions, without=ReadOptions.model_fields)
     return parser

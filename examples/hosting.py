@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from conch.atomic_files import replace_text
 from conch.config import RewardConfig, Section
 from conch.converters.to_triton import to_triton
 from conch.errors import ServerStartError
@@ -141,9 +142,7 @@ def launchers_note() -> Path:
 
 def tell(note: Path, endpoint: str) -> None:
     """Leave the endpoint in a file that is whole as soon as it is there."""
-    aside = note.with_suffix(".partial")
-    aside.write_text(endpoint, encoding="utf-8")
-    aside.replace(note)
+    replace_text(note, endpoint)
 
 
 def _number(variable: str, default: int) -> int:

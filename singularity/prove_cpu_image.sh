@@ -1,7 +1,7 @@
 #!/bin/bash
 # Builds the CPU image as an ordinary user and shows that it serves: a small random reward model is converted with
-# conch-to-triton, served from the container, and scored by Conch's own client: with the command line of README.md, with
-# serve.sh, and by `python -m conch.serving up --runtime apptainer`, which is also shown a killed server and a new version.
+# conch convert, served from the container, and scored by Conch's own client: with the command line of README.md, with
+# serve.sh, and by `conch serve up --runtime apptainer`, which is also shown a killed server and a new version.
 #
 #     sudo singularity/prove_cpu_image.sh FOLDER [--pip FOLDER]
 #
@@ -124,7 +124,7 @@ convert_again() {
     chown -R "$user" "$store"
 }
 
-# A subcommand of `python -m conch.serving`, in Debian sid, where it finds Apptainer.
+# A subcommand of `conch serve`, in Debian sid, where it finds Apptainer.
 serving() { (in_sid "$python" -m conch.serving "$@"); }
 
 # Prints one field of the deployment's only server.
@@ -145,7 +145,7 @@ wait_for_restart() {
 }
 
 supervise() {
-    say "python -m conch.serving up --runtime apptainer --image $(basename "$image")"
+    say "conch serve up --runtime apptainer --image $(basename "$image")"
     serving up --model-store "$store" --model tiny --name proof --detach --runtime apptainer --image "$image" ||
         fail "conch.serving up failed"
     trap 'serving down proof || true' EXIT

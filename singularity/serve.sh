@@ -1,6 +1,6 @@
 #!/bin/bash
 # Serves models of a store from an image, in the foreground. It needs Apptainer or Singularity, the image and the store,
-# nothing else of Conch. `python -m conch.serving up` also watches the server.
+# nothing else of Conch. `conch serve up` also watches the server.
 set -euo pipefail
 
 usage() {
@@ -45,7 +45,7 @@ image=${image:-$default_image}
 tool=$(command -v apptainer || command -v singularity) ||
     fail "neither apptainer nor singularity is installed (Debian sid, Fedora, EPEL: package apptainer)"
 [ -e "$image" ] || fail "image $image does not exist; build it: singularity/build.sh $which $image"
-[ -d "$store" ] || fail "model store $store is not a folder; conch-to-triton makes one, --store names another"
+[ -d "$store" ] || fail "model store $store is not a folder; conch convert makes one, --store names another"
 there=$(cd "$store" && for config in */config.pbtxt; do [ -f "$config" ] && printf '%s ' "${config%/*}"; done)
 [ ${#models[@]} -gt 0 ] || fail "name the models to serve; model store $store has: ${there:-none}"
 for model in "${models[@]}"; do

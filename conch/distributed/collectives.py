@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from conch.errors import ConchError, DistributedError
+from conch.errors import ConchError, DistributedError, first_line
 
 ObjectT = TypeVar("ObjectT")
 
@@ -118,5 +118,5 @@ def peer_loss_explained() -> Iterator[None]:
             raise
         raise DistributedError(
             "another process of this run is gone, so this one leaves: its own output and the launcher's "
-            f"report say why ({reason.splitlines()[0][:200]})"
+            f"report say why ({first_line(reason)[:200]})"
         ) from error

@@ -27,7 +27,7 @@ from transformers.activations import NewGELUActivation
 from transformers.utils.logging import disable_progress_bar
 
 from conch.config import ModelConfig, TokenizerConfig
-from conch.errors import ConfigError, ModelError
+from conch.errors import ConfigError, ModelError, first_line
 from conch.log import get_logger
 from conch.models.adapter import adapter_base, merge_saved_adapter
 from conch.models.kernels import apply_kernels, check_architecture
@@ -298,7 +298,7 @@ def _from_config(
     except ValueError as error:
         raise ConfigError(
             f"`model.architecture` of type {model_config.model_type} makes no model for "
-            f"{auto_class.__name__}: {_first_line(error)}"
+            f"{auto_class.__name__}: {_reason(error)}"
         ) from error
 
 
@@ -350,12 +350,12 @@ def _init_reward_head(model: PreTrainedModel) -> None:
 
 def _cannot_load(what: str, path: str, error: Exception) -> str:
     if Path(path).exists():
-        return f"no {what} can be loaded from {path!r}: {_first_line(error)}"
+        return f"no {what} can be loaded from {path!r}: {_reason(error)}"
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", path):
         return f"there is no folder {path!r} to load a {what} from; check `{what}.path`"
     return (
         f"there is no folder {path!r} to load a {what} from, and as a name on the model hub it does not "
-        f"load either ({_first_line(error)}); check `{what}.path`"
+        f"load either ({_reason(error)}); check `{what}.path`"
     )
 
 
@@ -364,9 +364,7 @@ def _did_you_mean(name: str, valid: list[str]) -> str:
     return f"; did you mean `{close[0]}`?" if close else ""
 
 
-def _first_line(error: Exception) -> str:
-    """First line of an error's text, with the error's type where the text alone means little."""
-    text = str(error).strip()
-    if not text or not isinstance(error, (OSError, ValueError)):
-        text = f"{type(error).__name__}: {text}"
-    return text.splitlines()[0].rstrip(".")
+def _reason(error: Exception) -> str:
+    """First line of an error; with the error's type where the text alone means little."""
+    text = first_line(error).rstrip(".")
+    return text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {text}"

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from conch.atomic_files import replace_text
 from conch.errors import ConfigError
 from conch.rewards.base import RewardSource
 from conch.types import RewardResult, RewardStatus, Rollout
@@ -66,9 +66,7 @@ def cut_lines(run_dir: Path, last_step: int, *, evaluated: bool) -> None:
         for line in _read(path)
         if line["step"] < last_step or (line["step"] == last_step and (evaluated or line["phase"] == "train"))
     ]
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text("".join(lines), encoding="utf-8")
-    os.replace(aside, path)
+    replace_text(path, "".join(lines))
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """A vLLM server that trainers sample from.
 
-    python -m conch.rollouts.serve model=outputs/sft/checkpoints/best port=8100
+    conch rollout-server model=outputs/sft/checkpoints/best port=8100
 
 It builds the model from the configuration and tokenizer of `model`, without weights: the trainer
 (`rollout.urls=host:8100`) sends those of the policy before each phase of sampling. The log says when the

@@ -29,7 +29,7 @@ from torch.distributed import (
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from conch.errors import RolloutError, RolloutUnavailableError
+from conch.errors import RolloutError, RolloutUnavailableError, first_line
 from conch.log import get_logger
 from conch.models.adapter import ADAPTER_NAME, has_adapter
 from conch.rollouts.protocol import MAX_LORA_RANK, LoraCapacity, Part, TensorSpec
@@ -214,7 +214,7 @@ class BroadcastGroup:
                 else _gloo(store, rank, size, timeout, address)
             )
         except RuntimeError as error:
-            raise RolloutError(f"no {backend} group for the weights: {_first_line(error)}") from error
+            raise RolloutError(f"no {backend} group for the weights: {first_line(error)[:300]}") from error
 
     def send(self, tensors: Iterable[Tensor]) -> None:
         """Broadcast tensors, one after the other."""
@@ -242,7 +242,7 @@ class BroadcastGroup:
         try:
             self._group.broadcast([tensor.reshape(-1).view(torch.uint8)], options).wait()
         except RuntimeError as error:
-            raise RolloutUnavailableError(f"the weights were not taken: {_first_line(error)}") from error
+            raise RolloutUnavailableError(f"the weights were not taken: {first_line(error)[:300]}") from error
 
 
 def _gloo(store: TCPStore, rank: int, size: int, timeout: timedelta, address: str) -> Any:
@@ -257,10 +257,6 @@ def _nccl(store: TCPStore, rank: int, size: int, timeout: timedelta) -> Any:
     options = torch.distributed.ProcessGroupNCCL.Options()
     options._timeout = timeout
     return torch.distributed.ProcessGroupNCCL(store, rank, size, options)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:300]
 
 
 def address_towards(host: str, port: int) -> str:

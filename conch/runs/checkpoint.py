@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from conch.atomic_files import sync, sync_tree
+from conch.atomic_files import replace_folder, sync, sync_tree
 from conch.errors import CheckpointError
 from conch.log import get_logger
 from conch.models.adapter import has_adapter, merged_copy, save_adapter
@@ -52,12 +52,12 @@ def save_model(
     extra: Mapping[str, Mapping[str, Any]] | None = None,
     merge_adapter: bool = False,
 ) -> Path:
-    """Write a folder that `from_pretrained` and vLLM load; replaces an older one of that name at once.
+    """Write a folder that `from_pretrained` and vLLM load; it replaces an older one of that name at once.
 
-    A model with an adapter leaves the adapter alone there, as peft loads it onto the base model, or with
-    `merge_adapter` an ordinary model that has it in its weights; in memory it stays as it is.
-
-    heads: tensors for `heads.safetensors`. extra: file name -> content of JSON files beside the weights.
+    heads: tensors for `heads.safetensors`.
+    extra: file name -> content of JSON files beside the weights.
+    merge_adapter: write an ordinary model with the adapter in its weights, instead of the adapter alone, as
+        peft loads it onto the base model. The model in memory stays as it is.
 
     Raises:
         CheckpointError: no space, no permission, or another failure of the disk; nothing half-written stays,
@@ -78,7 +78,7 @@ def save_model(
             save_file(on_cpu, partial / HEADS_FILE)
         for name, content in (extra or {}).items():
             (partial / name).write_text(json.dumps(content, indent=2) + "\n")
-        _replace(partial, folder)
+        replace_folder(partial, folder)
     # safetensors reports a full disk as its own error type, which is no OSError
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -87,10 +87,10 @@ def save_model(
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Refuse to start writing `needed` bytes where they do not fit.
+    """Check that `needed` bytes fit onto the disk of `folder`.
 
     Raises:
-        CheckpointError: says how much there is, how much is needed, and where.
+        CheckpointError: they do not; says how much is free, how much is needed, and where.
     """
     existing = folder.resolve()
     while not existing.exists():
@@ -108,19 +108,19 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Size of the parameters, each counted once, with a tenth for the tokenizer and the rest."""
+    """Return the bytes of the parameters, each counted once, and a tenth for the tokenizer and the rest."""
     parameters: dict[int, torch.Tensor] = {id(p): p for p in model.parameters()}
     return int(1.1 * sum(_numel(p) * p.element_size() for p in parameters.values())) + 1_000_000
 
 
 def checkpoint_bytes(module: nn.Module) -> int:
-    """Size of a whole checkpoint: the model twice, and two float32 moments for what is trained."""
+    """Return the bytes of a whole checkpoint: the model twice, two float32 moments of what is trained."""
     trained = sum(_numel(p) for p in module.parameters() if p.requires_grad)
     return 2 * model_bytes(module) + 8 * trained
 
 
 def _numel(parameter: Tensor) -> int:
-    """Elements of a parameter, also of one that ZeRO-3 has spread over the ranks and left empty here."""
+    """Return the elements of a parameter, also of one that ZeRO-3 shards and that is empty here."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
@@ -129,29 +129,33 @@ def _numel(parameter: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on disk. state: the content of its `trainer_state.json`."""
+    """A whole checkpoint on disk.
+
+    folder: its folder, `checkpoints/step_N`.
+    state: content of its `trainer_state.json`.
+    """
 
     folder: Path
     state: dict[str, Any]
 
     @property
     def run_dir(self) -> Path:
-        """The run that it belongs to."""
+        """Folder of the run."""
         return self.folder.parent.parent
 
     @property
     def step(self) -> int:
-        """Steps done when it was saved."""
+        """Steps done when the checkpoint was saved."""
         return int(self.state["step"])
 
 
 def partial_of(folder: Path) -> Path:
-    """Where a folder is written before it gets its name."""
+    """Return the path at which a folder is written before it gets its name."""
     return folder.with_name(f".{folder.name}.partial")
 
 
 def seal(partial: Path, folder: Path, state: Mapping[str, Any]) -> None:
-    """Complete what stands in `partial` with state and checksums, and give it its name at once.
+    """Complete the folder `partial` with state and checksums, and give it its name at once.
 
     Everything is on disk before the rename: neither a kill nor a power cut leaves half a checkpoint under a
     checkpoint's name.
@@ -164,7 +168,7 @@ def seal(partial: Path, folder: Path, state: Mapping[str, Any]) -> None:
         listing = {str(file.relative_to(partial)): _fingerprint(file) for file in _files(partial)}
         (partial / FILES_FILE).write_text(json.dumps(listing, indent=2) + "\n")
         sync_tree(partial)
-        _replace(partial, folder)
+        replace_folder(partial, folder)
         sync(folder.parent)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -172,10 +176,10 @@ def seal(partial: Path, folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint, every file of which is as it was written.
+    """Read a checkpoint and check every file against its size and checksum.
 
     Raises:
-        CheckpointError: it is none, or damaged; the file is named.
+        CheckpointError: the folder is no checkpoint, or damaged; the file is named.
     """
     try:
         listing = json.loads((folder / FILES_FILE).read_text())
@@ -193,17 +197,17 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def steps_of(run_dir: Path) -> dict[int, Path]:
-    """Step -> checkpoint folder of a run, whole or not, newest first."""
-    found = {
+    """Return step -> checkpoint folder of a run, whole or not, newest first."""
+    folders = {
         int(match[1]): folder
         for folder in (run_dir / CHECKPOINTS).glob("step_*")
         if (match := re.fullmatch(r"step_(\d+)", folder.name))
     }
-    return dict(sorted(found.items(), reverse=True))
+    return dict(sorted(folders.items(), reverse=True))
 
 
 def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
-    """The newest whole checkpoint of a run; damaged ones are named in a warning and passed over."""
+    """Return the newest whole checkpoint of a run; damaged ones are named in a warning and passed over."""
     for folder in steps_of(run_dir).values():
         try:
             return read_checkpoint(folder)
@@ -213,7 +217,7 @@ def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
 
 
 def link_best(folder: Path) -> None:
-    """Point `checkpoints/best` to this checkpoint."""
+    """Point the link `checkpoints/best` to this checkpoint."""
     aside = folder.with_name(f".{BEST_LINK}.partial")
     aside.unlink(missing_ok=True)
     aside.symlink_to(folder.name)
@@ -221,7 +225,7 @@ def link_best(folder: Path) -> None:
 
 
 def delete_checkpoint(folder: Path) -> None:
-    """Remove one whole; a kill meanwhile leaves nothing that looks like a checkpoint."""
+    """Remove a checkpoint; a kill meanwhile leaves nothing that looks like one."""
     doomed = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(folder, doomed)
@@ -229,7 +233,7 @@ def delete_checkpoint(folder: Path) -> None:
 
 
 def delete_leftovers(run_dir: Path) -> None:
-    """Remove what a killed process was writing or deleting."""
+    """Remove checkpoints that a killed process was writing or deleting."""
     for pattern in (".*.partial", ".*.old"):
         for path in (run_dir / CHECKPOINTS).glob(pattern):
             path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
@@ -245,18 +249,3 @@ def _fingerprint(file: Path) -> dict[str, int]:
         while block := content.read(1 << 20):
             checksum = zlib.crc32(block, checksum)
     return {"bytes": file.stat().st_size, "crc32": checksum}
-
-
-def _replace(new: Path, final: Path) -> None:
-    """Put `new` in `final`'s place. A folder cannot be renamed over a full one: step aside first."""
-    old = final.with_name(f".{final.name}.old")
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(final, old)
-    try:
-        os.replace(new, final)
-    except OSError:
-        if old.exists():
-            os.replace(old, final)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Draw a run's curves from its `metrics.jsonl`: `python -m conch.plots RUN_DIR [metric ...]`."""
+"""Draw a run's curves from its `metrics.jsonl`: `conch plot RUN_DIR [metric ...]`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LABELS = {
 
 
 def read_metric(run_dir: Path, name: str) -> tuple[list[int], list[float]]:
-    """Steps and values at which `name` was logged; empty where it never was.
+    """Return the steps at which `name` was logged, and its values; empty where it never was.
 
     Raises:
         DataError: the folder holds no metrics, or a damaged line (named by number).
@@ -64,16 +64,19 @@ def plot_run(run_dir: Path, names: Sequence[str] = tuple(LABELS)) -> list[Path]:
 
 
 def plot_against(run_dir: Path, x: str, x_label: str, labels: Mapping[str, str]) -> Path:
-    """Draw metrics over another one, `x`, that was logged at the same steps, all in one PNG in
-    `<run_dir>/plots/`; returns its path.
+    """Draw metrics over the metric `x`, logged at the same steps, into one PNG in `<run_dir>/plots/`.
 
-    labels: metric -> what the legend says of it. Labels give units.
+    x_label: title of the x axis, with the unit.
+    labels: metric -> its text in the legend, with the unit.
+
+    Returns:
+        path of the PNG.
 
     Raises:
         DataError: see `read_metric`; or a metric was never logged with `x`.
     """
     x_at = dict(zip(*read_metric(run_dir, x), strict=True))
-    curves = {name: _over(x_at, *read_metric(run_dir, name)) for name in labels}
+    curves = {name: _points(x_at, *read_metric(run_dir, name)) for name in labels}
     for name, points in curves.items():
         if not points:
             raise DataError(f"{run_dir} logged no `{name}` at a step at which it logged `{x}`")
@@ -86,8 +89,8 @@ def plot_against(run_dir: Path, x: str, x_label: str, labels: Mapping[str, str])
     return _saved(figure, run_dir, "_".join((*labels, "over", x)))
 
 
-def _over(x_at: dict[int, float], steps: list[int], values: list[float]) -> list[tuple[float, float]]:
-    """Points in the order of steps."""
+def _points(x_at: dict[int, float], steps: list[int], values: list[float]) -> list[tuple[float, float]]:
+    """Return (x, y) in the order of steps."""
     return [(x_at[step], value) for step, value in zip(steps, values, strict=True) if step in x_at]
 
 
@@ -108,8 +111,8 @@ def _saved(figure: Any, run_dir: Path, name: str) -> Path:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Command line of this module."""
-    parser = argparse.ArgumentParser(prog="python -m conch.plots", description=__doc__)
+    """Draw the curves that a command line names."""
+    parser = argparse.ArgumentParser(prog="conch plot", description=__doc__)
     parser.add_argument("run_dir", type=Path, help="folder of a run")
     parser.add_argument("metric", nargs="*", help=f"metrics to draw (default: {', '.join(LABELS)})")
     arguments = parser.parse_args(argv)

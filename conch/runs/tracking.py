@@ -1,4 +1,4 @@
-"""A run's folder, and where its metrics go: JSONL always; console, Weights & Biases, TensorBoard as asked."""
+"""A run's folder, and its metrics: in JSONL, on the console, and where configured in W&B and TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
+from conch.atomic_files import replace_text
 from conch.config import Section, TrackingConfig, TrainConfig
-from conch.errors import ConfigError
+from conch.errors import ConfigError, first_line
 from conch.log import get_logger, is_main_process, progress
 from conch.types import Metrics
 
@@ -43,15 +44,15 @@ def make_run_dir(config: TrainConfig) -> Path:
     return folder.resolve()
 
 
-def _make_new_folder(wanted: Path) -> Path:
-    """`wanted`, or the same with a number behind where another run has taken it in this very second."""
-    folder, attempt = wanted, 1
+def _make_new_folder(first_choice: Path) -> Path:
+    """Create `first_choice`, or the same with a number behind where another run began in this very second."""
+    folder, attempt = first_choice, 1
     while True:
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
             attempt += 1
-            folder = wanted.with_name(f"{wanted.name}-{attempt}")
+            folder = first_choice.with_name(f"{first_choice.name}-{attempt}")
         except OSError as error:
             raise ConfigError(_cannot_create(folder, "train.output_dir", error)) from error
         else:
@@ -63,10 +64,10 @@ def _cannot_create(folder: Path, setting: str, error: OSError) -> str:
 
 
 class Tracker:
-    """Writes metrics and sample tables on rank 0; elsewhere it does nothing. Use as a context manager.
+    """Writes metrics and sample tables on rank 0 and nothing elsewhere. A context manager.
 
-    done_steps: where a run goes on, the steps that it has done; later rows of `metrics.jsonl` are cut off,
-        for they come again. None for a new run.
+    done_steps: steps done before a resume; later rows of `metrics.jsonl` are cut off, for they come again.
+        None for a new run.
     """
 
     def __init__(
@@ -134,7 +135,7 @@ class Tracker:
             self._print(step, text)
 
     def _print(self, step: int, text: str) -> None:
-        """One line for about every twentieth of the run, where there is no terminal to draw a bar on."""
+        """Log about twenty lines in a run, where there is no terminal to draw a bar on."""
         if step % max(1, self._total // 20) and step != self._total:
             return
         rate = (step - self._first) / max(1e-9, time.monotonic() - self._start)
@@ -151,12 +152,12 @@ _HEADLINE = (
     "eval/accuracy",
     "eval/spearman",
 )
-"""What the console shows of a step's metrics, where it has them."""
+"""Metrics that the console shows, as far as a step has them."""
 
 
 @runtime_checkable
 class _Sink(Protocol):
-    """Somewhere that metrics go."""
+    """Destination of metrics."""
 
     def log(self, step: int, metrics: Metrics) -> None: ...
 
@@ -164,7 +165,7 @@ class _Sink(Protocol):
 
 
 class _JsonlSink:
-    """One JSON object a line, flushed at once so that a killed run loses nothing."""
+    """Writes one JSON object a line, flushed at once so that a killed run loses nothing."""
 
     def __init__(self, run_dir: Path, done_steps: int | None) -> None:
         path = run_dir / METRICS_FILE
@@ -183,17 +184,15 @@ class _JsonlSink:
 
 def _cut_rows(path: Path, last_step: int) -> None:
     """Drop rows of later steps, and a last row that a kill left unfinished."""
-    kept: list[str] = []
+    rows: list[str] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue
         if isinstance(row, dict) and row.get("step", last_step + 1) <= last_step:
-            kept.append(line)
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(aside, path)
+            rows.append(line)
+    replace_text(path, "".join(f"{line}\n" for line in rows))
 
 
 class _TensorBoardSink:
@@ -223,19 +222,19 @@ class _WandbSink:
             raise ConfigError("`tracking.wandb` needs the package: pip install 'conch[wandb]'") from error
         has_login = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if has_login else "offline")
-        named = run_dir / "wandb_id.txt"
-        run_id = named.read_text().strip() if named.exists() else None
+        id_file = run_dir / "wandb_id.txt"
+        run_id = id_file.read_text().strip() if id_file.exists() else None
         try:
             self._run = wandb.init(
                 project=project, dir=str(run_dir), config=dict(resolved), mode=mode, id=run_id, resume="allow"
             )
         except wandb.Error as error:
             raise ConfigError(
-                f"`tracking.wandb` cannot start: {str(error).splitlines()[0]}; "
+                f"`tracking.wandb` cannot start: {first_line(error)}; "
                 "WANDB_MODE=offline logs to the run folder alone"
             ) from error
 
-        named.write_text(f"{self._run.id}\n")
+        id_file.write_text(f"{self._run.id}\n")
 
     def log(self, step: int, metrics: Metrics) -> None:
         self._run.log(dict(metrics), step=step)

@@ -1,7 +1,4 @@
-"""What stands in a version folder beside the weights: `manifest.json` and `golden.json`.
-
-The `manifest.json` of an ensemble; its `golden.json` is like any model's.
-"""
+"""Files of a version beside the weights: `manifest.json`, also that of an ensemble, and `golden.json`."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ ServedDtype = Literal["float32", "float16", "bfloat16", "int8"]
 """Precision of served weights. int8: of linear layers, by channel; what is beside them stays float32."""
 
 Backend = Literal["python", "onnx", "torchscript"]
-"""What a version is written for."""
+"""Triton back end, or program, that a version is written for."""
 
 Pooling = Literal["hf", "last_token", "first_eos", "cls", "mean", "steps"]
 """Which tokens' states become the score. `hf`: what the checkpoint's own transformers class does.
@@ -29,13 +26,13 @@ Pooling = Literal["hf", "last_token", "first_eos", "cls", "mean", "steps"]
 `cls`: the first token. `mean`: all of them. `steps`: the ends of a text's steps, for process rewards."""
 
 Aggregate = Literal["min", "mean", "last", "prod"]
-"""How the scores of a text's steps become one."""
+"""Rule that combines the scores of a text's steps into one."""
 
 _CHUNK_BYTES = 1 << 20
 
 
 class ParitySummary(Section):
-    """How far the served model is from the original; the table stands in `parity.txt`."""
+    """Distance of the served scores from the original's; the whole table is in `parity.txt`."""
 
     max_error: float
     """Largest difference of a score, divided by max(1, |score|)."""
@@ -47,7 +44,7 @@ class ParitySummary(Section):
     """Mean difference of a score."""
 
     tolerance: float
-    """Largest difference that is let through."""
+    """Largest difference allowed."""
 
     samples: int
     """Scores compared."""
@@ -120,7 +117,7 @@ class Manifest(ScoringRules):
     """`text` or `token`."""
 
     backend: Backend = "python"
-    """What the version is written for."""
+    """Back end that the version is written for."""
 
     source: str
     """Checkpoint folder's name, or hub id."""
@@ -143,7 +140,7 @@ class Manifest(ScoringRules):
 
     batch_invariant: bool = False
     """Whether each row goes through the model by itself, unpadded: its score is then the same to the last bit
-    whatever it shares a request or a batch with."""
+    whichever rows share its request or batch."""
 
     dtype: ServedDtype
     """Precision of the served weights."""
@@ -171,16 +168,16 @@ class GoldenSample(Section):
     """Token ids, without padding."""
 
     scores: tuple[float, ...]
-    """What the original model says, after normalisation if the server normalises; one per reward."""
+    """Scores of the original model, one per reward, normalised if the server normalises."""
 
     step_scores: tuple[float, ...] | None = None
-    """Its scores of steps or tokens, where the model gives these; None elsewhere."""
+    """Scores of steps or tokens, where the model gives these; None elsewhere."""
 
     step_ends: tuple[int, ...] | None = None
-    """Where these belong: characters of `text`, or tokens, before the end of each."""
+    """End of each step or token: characters of `text`, or tokens, before it."""
 
     def request(self) -> dict[str, Any]:
-        """The sample as a request of one row: `texts`, or `input_ids` and `attention_mask`."""
+        """Return the sample as a request of one row: `texts`, or `input_ids` and `attention_mask`."""
         if self.text is not None:
             return {"texts": [self.text]}
         assert self.input_ids is not None
@@ -191,14 +188,14 @@ class Golden(Section):
     """Samples that a server must score right before it counts as ready."""
 
     tolerance: float = Field(gt=0)
-    """Largest difference let through, divided by max(1, |score|)."""
+    """Largest difference allowed, divided by max(1, |score|)."""
 
     samples: tuple[GoldenSample, ...] = Field(min_length=1)
     """The samples."""
 
 
 def sha256_of(path: Path) -> str:
-    """Hexadecimal sha256 of a file's content."""
+    """Return the hexadecimal sha256 of a file's content."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -216,20 +213,20 @@ class EnsembleMember(Section):
     """Which of its rewards is used."""
 
     column: int = Field(ge=0)
-    """Where that reward stands in the model's `rewards`."""
+    """Column of that reward in the model's `rewards`."""
 
     columns: int = Field(ge=1)
-    """How many rewards the model returns."""
+    """Number of rewards that the model returns."""
 
     version: int
-    """Version that the ensemble was made with."""
+    """Version of the model at the ensemble's creation."""
 
     content_sha256: str
     """Hash of that version's manifest."""
 
 
 class EnsembleManifest(Section):
-    """Who the members are and how their scores become one. The ensemble's `model.py` reads it."""
+    """Members of an ensemble and the rule that combines their scores; the ensemble's `model.py` reads it."""
 
     format: Literal[1] = 1
     """Version of this file's layout."""

@@ -2,7 +2,7 @@
 
 An unmodified Triton can read it. Versions are never changed in place: a new one is written aside and renamed.
 
-An ensemble needs its members beside it: which models a server must load for those that were asked for.
+An ensemble needs its members beside it: `read_with_members` lists the models that a server must load.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CONFIG = "config.pbtxt"
 EMBEDDED_CONFIG = f"configs/{EMBEDDED_NAME}.pbtxt"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_AGAIN = "convert the model again with conch-to-triton"
+_AGAIN = "convert the model again with conch convert"
 # Conversions keep to the umask of whoever runs them, and a server may be somebody else.
 _LET_READ = "whoever made it must let this user read it: chmod -R a+rX {}"
 
@@ -42,24 +42,24 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """One version of a model, as much as a server needs to load it.
+    """One version of a model: the files that a server needs to load it.
 
     path: the version folder.
-    beside: path below the model's folder -> content, of the configurations and the warm-up data, which the
-        next version will replace.
+    shared_files: path below the model's folder -> content, of the configurations and the warm-up data, which
+        the next version will replace.
     """
 
     name: str
     version: int
     path: Path
-    beside: dict[str, bytes] = field(repr=False)
+    shared_files: dict[str, bytes] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredModel(ModelFolder):
-    """One version of a reward model in the store, read and found consistent.
+    """One version of a reward model in the store, whose files fit together.
 
-    tokenizer: of a text-form ensemble, which the server loads with it.
+    tokenizer: of a text-form ensemble, the model that makes token ids, which the server loads with it.
     """
 
     spec: RewardModelSpec
@@ -69,30 +69,34 @@ class StoredModel(ModelFolder):
 
     @property
     def folders(self) -> tuple[ModelFolder, ...]:
-        """All that is to be loaded under names of its own."""
+        """Folders that a server loads under names of their own, the tokenizer's first."""
         return (self,) if self.tokenizer is None else (self.tokenizer, self)
 
     @property
-    def asks(self) -> tuple[str, ...]:
-        """Names of the models that it passes samples on to."""
+    def submodels(self) -> tuple[str, ...]:
+        """Names of the models that this one passes samples on to."""
         return ensemble_parts(self.name) if self.spec.engine == "ensemble" else self.spec.members
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """What a name of the store was given to. sha256: of the checkpoint's weights, "" if not known."""
+    """Checkpoint that a name of the store belongs to.
+
+    source: the checkpoint's folder name or hub id.
+    sha256: hash of its weights, "" if not known.
+    """
 
     source: str
     sha256: str
 
 
 def is_valid_name(name: str) -> bool:
-    """Whether a model may be called so: a plain folder name of letters, digits, dot, dash and underscore."""
+    """Whether `name` is a plain folder name of letters, digits, dot, dash and underscore."""
     return _NAME.fullmatch(name) is not None and ".." not in name
 
 
 def list_models(model_store: Path) -> list[str]:
-    """Names of the models in the store, sorted; a folder counts if it holds `config.pbtxt`.
+    """Return the names of the models in the store, sorted; a folder counts if it holds `config.pbtxt`.
 
     Raises:
         ModelStoreError: the store is no readable folder.
@@ -104,7 +108,7 @@ def list_models(model_store: Path) -> list[str]:
             if is_valid_name(entry.name) and (entry / CONFIG).is_file()
         )
     except OSError as error:
-        remedy = "give an existing folder, or make one with conch-to-triton"
+        remedy = "give an existing folder, or make one with conch convert"
         if isinstance(error, PermissionError):
             remedy = _LET_READ.format(model_store)
         raise ModelStoreError(
@@ -113,10 +117,10 @@ def list_models(model_store: Path) -> list[str]:
 
 
 def versions(model_store: Path, name: str) -> list[int]:
-    """Version numbers of a model, ascending; empty for a model that is not there.
+    """Return the version numbers of a model, ascending; empty for a model that is not in the store.
 
     Raises:
-        ModelStoreError: this user may not look.
+        ModelStoreError: this user may not read the folder.
     """
     folder = model_store / name
     try:
@@ -129,31 +133,31 @@ def versions(model_store: Path, name: str) -> list[int]:
 
 
 def latest_version(model_store: Path, name: str) -> int:
-    """The version that a server loads.
+    """Return the version that a server loads.
 
     Raises:
         ModelStoreError: the model is not in the store or has no version.
     """
     names = list_models(model_store)
     if name not in names:
-        there = f"there are: {', '.join(names)}" if names else f"it is empty; {_AGAIN}"
-        raise ModelStoreError(f"model {name!r} is not in model store {model_store}; {there}")
-    found = versions(model_store, name)
-    if not found:
+        content = f"there are: {', '.join(names)}" if names else f"it is empty; {_AGAIN}"
+        raise ModelStoreError(f"model {name!r} is not in model store {model_store}; {content}")
+    numbers = versions(model_store, name)
+    if not numbers:
         raise ModelStoreError(f"model {name!r} in {model_store} has no version folder (1, 2, ...); {_AGAIN}")
-    return found[-1]
+    return numbers[-1]
 
 
 def owner_of(model_store: Path, name: str) -> Owner | None:
-    """Whose the name is, by its latest version; None where it is free.
+    """Return the checkpoint that the name belongs to, by its latest version; None where it is free.
 
     Raises:
         ModelStoreError: the version's manifest is missing or damaged.
     """
-    found = versions(model_store, name)
-    if not found:
+    numbers = versions(model_store, name)
+    if not numbers:
         return None
-    path = model_store / name / str(found[-1]) / MANIFEST
+    path = model_store / name / str(numbers[-1]) / MANIFEST
     try:
         manifest = TypeAdapter(dict[str, Any]).validate_json(_read_text(path))
     except ValidationError as error:
@@ -162,7 +166,7 @@ def owner_of(model_store: Path, name: str) -> Owner | None:
 
 
 def read_model(model_store: Path, name: str) -> StoredModel:
-    """Read the latest version of a model and check that its parts fit together. Weights are not hashed here.
+    """Read the latest version of a model and check that its parts fit together; weights are not hashed.
 
     Raises:
         ModelStoreError: something is missing, unreadable or of another version; names the file.
@@ -179,7 +183,7 @@ def read_model(model_store: Path, name: str) -> StoredModel:
     tokenizer = None
     if spec.engine == "ensemble":
         tokenizer = _read_folder(model_store, ensemble_parts(name)[0])
-    return StoredModel(name, folder.version, path, folder.beside, spec, manifest, golden, tokenizer)
+    return StoredModel(name, folder.version, path, folder.shared_files, spec, manifest, golden, tokenizer)
 
 
 def verify_files(model: StoredModel) -> None:
@@ -198,10 +202,10 @@ def verify_files(model: StoredModel) -> None:
 
 @contextlib.contextmanager
 def staged_version(model_store: Path, name: str) -> Iterator[Path]:
-    """An empty folder inside the store to write a version into; gone at the end unless it was published.
+    """Yield an empty folder inside the store to write a version into; removed at the end unless published.
 
     Raises:
-        ModelStoreError: the store cannot be made or written.
+        ModelStoreError: the store cannot be created or written.
     """
     try:
         model_store.mkdir(parents=True, exist_ok=True)
@@ -230,9 +234,8 @@ def publish(
 ) -> Path:
     """Make a folder from `staged_version` the model's latest version, all of it or nothing.
 
-    kind, gpu: where `config.pbtxt` puts the model; the bundled server's `configs/embedded.pbtxt` always says
-        the CPU.
-    keep: older versions that stay, the newest ones; None keeps all. The others go once the new one stands.
+    kind, gpu: device in `config.pbtxt`; in the bundled server's `configs/embedded.pbtxt` it is the CPU.
+    keep: number of older versions that stay, the newest ones; None keeps all. The others are removed last.
 
     Returns:
         the version folder, `<model_store>/<name>/<number>`.
@@ -244,7 +247,7 @@ def publish(
     new_configs = {CONFIG: staged.parent / "gpu.pbtxt", EMBEDDED_CONFIG: staged.parent / "cpu.pbtxt"}
     folder = model_store / spec.name
     try:
-        _share(staged)
+        _apply_folder_permissions(staged)
         new_configs[CONFIG].write_text(to_pbtxt(spec, kind=kind, gpu=gpu), encoding="utf-8")
         new_configs[EMBEDDED_CONFIG].write_text(to_pbtxt(spec, kind="cpu", embedded=True), encoding="utf-8")
         warmup = _stage_warmup(staged, spec, new_configs)
@@ -271,9 +274,9 @@ def publish(
         ) from error
 
 
-def _remove_all_but(folder: Path, kept: Sequence[int]) -> None:
+def _remove_all_but(folder: Path, numbers: Sequence[int]) -> None:
     for entry in list(folder.iterdir()):
-        if entry.name.isdecimal() and entry.is_dir() and int(entry.name) not in kept:
+        if entry.name.isdecimal() and entry.is_dir() and int(entry.name) not in numbers:
             # Out of the server's sight in one step, so that it never finds half a version.
             doomed = entry.rename(folder / f".removed-{entry.name}")
             shutil.rmtree(doomed)
@@ -281,7 +284,7 @@ def _remove_all_but(folder: Path, kept: Sequence[int]) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold off other conversions into the same store while a version number is chosen and taken."""
+    """Lock the store against other conversions while a version number is chosen and taken."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -294,10 +297,10 @@ def _read_folder(model_store: Path, name: str) -> ModelFolder:
     version = latest_version(model_store, name)
     folder = model_store / name
     # Configurations first: the data that they name outlives the next publication.
-    beside = {path: _read_bytes(folder / path) for path in (CONFIG, EMBEDDED_CONFIG)}
+    shared_files = {path: _read_bytes(folder / path) for path in (CONFIG, EMBEDDED_CONFIG)}
     for file in sorted((folder / WARMUP).glob("*")):
-        beside[f"{WARMUP}/{file.name}"] = _read_bytes(file)
-    return ModelFolder(name, version, folder / str(version), beside)
+        shared_files[f"{WARMUP}/{file.name}"] = _read_bytes(file)
+    return ModelFolder(name, version, folder / str(version), shared_files)
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -325,7 +328,7 @@ def _as_text(content: bytes, path: Path) -> str:
 def _read_spec(folder: ModelFolder, config: str) -> RewardModelSpec:
     path = folder.path.parent / config
     try:
-        return from_pbtxt(_as_text(folder.beside[config], path))
+        return from_pbtxt(_as_text(folder.shared_files[config], path))
     except ModelStoreError:
         raise
     except ServingError as error:
@@ -344,10 +347,10 @@ def _read_section(section: type[SectionT], path: Path) -> SectionT:
 def _stage_warmup(
     staged: Path, spec: RewardModelSpec | TokenizerSpec, configs: dict[str, Path]
 ) -> Path | None:
-    """Add warm-up requests to the configurations, and write their data beside them.
+    """Add warm-up requests to the configurations, and write their data into the staging folder.
 
     Returns:
-        the data's folder; None for a tokenizer, which has nothing to warm up.
+        folder of the data; None for a tokenizer, which has nothing to warm up.
     """
     if isinstance(spec, TokenizerSpec):
         return None
@@ -358,10 +361,10 @@ def _stage_warmup(
     return staged.parent / WARMUP
 
 
-def _share(folder: Path) -> None:
-    """Let whoever may read the folder read its files: as the umask says, which may be nobody else.
+def _apply_folder_permissions(folder: Path) -> None:
+    """Give every file of a folder the folder's own read and write permissions, which follow the umask.
 
-    What safetensors writes, its owner alone can read, and a server often runs as another user.
+    A file that safetensors wrote is its owner's alone, and a server often runs as another user.
     """
     for path in folder.rglob("*"):
         if path.is_file():
@@ -369,7 +372,7 @@ def _share(folder: Path) -> None:
 
 
 def read_with_members(model_store: Path, names: Sequence[str]) -> list[StoredModel]:
-    """The named models and the members of those that are ensembles, each once, members before ensembles.
+    """Read the named models and the members of ensembles, each once, members before ensembles.
 
     Raises:
         ModelStoreError: a model or member is missing or damaged, or a member is not the one that the ensemble
@@ -390,11 +393,11 @@ def read_with_members(model_store: Path, names: Sequence[str]) -> list[StoredMod
 def _members(model_store: Path, ensemble: str, manifest: EnsembleManifest) -> dict[str, StoredModel]:
     members = {member.name: read_model(model_store, member.name) for member in manifest.members}
     for member in manifest.members:
-        found = members[member.name]
-        if found.spec.content_sha256 != member.content_sha256:
+        stored = members[member.name]
+        if stored.spec.content_sha256 != member.content_sha256:
             raise ModelStoreError(
                 f"ensemble {ensemble} in {model_store} was made with version {member.version} of its member "
-                f"{member.name}, and there is version {found.version} now: make the ensemble again with "
-                "conch-to-triton-ensemble"
+                f"{member.name}, and there is version {stored.version} now: make the ensemble again with "
+                "conch convert ensemble"
             )
     return members

@@ -1,8 +1,8 @@
 """Requests that a server sends to a model before it counts as loaded, so that no caller pays for first calls.
 
-They matter most at a swap: the new version then answers at once as fast as the old one did. A sample is
-one whose score is known, from `golden.json`: random ids could lie outside the vocabulary, and a warm-up that
-fails keeps the model from loading. Triton reads its data from `<model>/warmup/`.
+They matter most at a swap: the new version then answers at once as fast as the old one did. Their sample is
+one of `golden.json`: random ids could lie outside the vocabulary, and a warm-up that fails keeps the model
+from loading. Triton reads the data from `<model>/warmup/`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _ROWS = (1, 8)
 
 
 def write_warmup(folder: Path, spec: RewardModelSpec, sample: GoldenSample) -> str:
-    """Write the data files of a version into `folder`; their names are unique to it.
+    """Write the warm-up data of a version into `folder`, in files whose names are unique to the version.
 
     An ensemble asks its members, which may not be loaded yet: it gets no warm-up of its own.
 
     Returns:
-        what is to be added to both of its configurations, in the text form of protobuf.
+        text of protobuf to add to both configurations of the version.
     """
     from google.protobuf import text_format
     from tritonclient.grpc import model_config_pb2
@@ -52,22 +52,22 @@ def write_warmup(folder: Path, spec: RewardModelSpec, sample: GoldenSample) -> s
 
 
 def take_warmup(staged: Path, folder: Path) -> None:
-    """Move the data files to where the server looks for them, before a configuration names them.
+    """Move the data files from `staged` to `<folder>/warmup/`, before a configuration names them.
 
-    Data that the configurations of today do not name is of versions before theirs, and goes.
+    Files there that the present configurations do not name belong to older versions, and are deleted.
     """
     target = folder / FOLDER
     target.mkdir(parents=True, exist_ok=True)
-    named = "".join(config.read_text(encoding="utf-8") for config in folder.rglob("*.pbtxt"))
+    configs = "".join(config.read_text(encoding="utf-8") for config in folder.rglob("*.pbtxt"))
     for file in target.iterdir():
-        if file.name not in named:
+        if file.name not in configs:
             file.unlink()
     for file in staged.iterdir():
         file.replace(target / file.name)
 
 
 def _tensors(spec: RewardModelSpec, sample: GoldenSample) -> dict[str, tuple[str, list[int], bytes]]:
-    """Input -> Triton's name of its type, its dims, and the bytes of one row."""
+    """Return input -> (Triton's name of its type, its dims, bytes of one row)."""
     if sample.text is not None:
         text = sample.text.encode("utf-8")
         return {TEXT_INPUT: ("TYPE_STRING", [1], struct.pack("<I", len(text)) + text)}

@@ -1,1 +1,1 @@
-"""What is spoken with Triton Inference Server: contracts, config.pbtxt, channels, TLS. No torch."""
+"""Talking to Triton Inference Server: contracts, config.pbtxt, channels, TLS. No torch."""

@@ -1,5 +1,5 @@
-"""The one way to a Triton server: plain or TLS, with or without a secret. Health, watchdog, status and the
-trainers' reward client all come through here."""
+"""Connections to a Triton server: plain or TLS, with or without a secret. Health, watchdog, status and the
+trainers' reward client all open theirs here."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ _HEADER = "triton-grpc-protocol-"
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What a client needs to be let in.
+    """Credentials of a client.
 
     tls: None speaks plain text.
-    secret: for all requests; admin_secret: for those that change the server. "" where none is asked for.
-    headers: sent with every request, for what stands between us and the server; values may be secrets.
+    secret: for all requests; "" where the server asks for none.
+    admin_secret: for requests that change the server; "" where the client sends none.
+    headers: sent with every request, for a proxy before the server; values may be secrets.
     """
 
     tls: ClientTls | None = None
@@ -44,10 +45,10 @@ class Access:
 
 
 def secret_from(variable: str | None) -> str:
-    """The secret in an environment variable, so that it stands on no command line; "" if `variable` is None.
+    """Return the secret in an environment variable; "" if `variable` is None.
 
     Raises:
-        ConfigError: the variable is not set, or holds what no header can carry.
+        ConfigError: the variable is not set, or holds characters that no header can carry.
     """
     if variable is None:
         return ""
@@ -65,7 +66,7 @@ def secret_from(variable: str | None) -> str:
 
 
 def open_client(address: str, access: Access) -> InferenceServerClient:
-    """A blocking client; nothing is sent yet.
+    """Return a blocking client; nothing is sent yet.
 
     Raises:
         ConfigError: a certificate file cannot be read.
@@ -77,7 +78,7 @@ def open_client(address: str, access: Access) -> InferenceServerClient:
 
 
 def open_aio_client(address: str, access: Access, channel_args: list[tuple[str, int]]) -> AioClient:
-    """A client for the running asyncio loop. Raises as `open_client` does."""
+    """Return a client for the running asyncio loop. Raises as `open_client` does."""
     credentials, options = _credentials(access.tls)
     client = AioClient(address, creds=credentials, channel_args=[*channel_args, *options])
     _add_headers(client, access)
@@ -87,7 +88,10 @@ def open_aio_client(address: str, access: Access, channel_args: list[tuple[str, 
 def configured_access(
     tls: TlsConfig, secret_env: str | None, headers: Mapping[str, str] | None = None
 ) -> Access:
-    """What a configuration's section and variable name stand for, with further headers.
+    """Return the credentials that a configuration names.
+
+    secret_env: environment variable with the secret; None sends none.
+    headers: further headers.
 
     Raises:
         ConfigError: the variable is not set, or a certificate file cannot be read.
@@ -98,7 +102,7 @@ def configured_access(
 
 
 def explain_refusal(error: InferenceServerException, access: Access) -> str | None:
-    """One sentence for an error that comes from TLS or the secret, with what to do; None for others."""
+    """Explain an error that comes from TLS or the secret in a sentence, with the remedy; None for others."""
     text = (error.message() or "").lower()
     if "protocol is restricted" in text:
         if access.secret or access.admin_secret:
@@ -120,12 +124,12 @@ def explain_refusal(error: InferenceServerException, access: Access) -> str | No
 
 
 def is_plain_hangup(error: InferenceServerException, access: Access) -> bool:
-    """Whether a server, or something else, hung up on a client that spoke plain text."""
+    """Whether the peer hung up on a client that spoke plain text."""
     return access.tls is None and _hung_up((error.message() or "").lower())
 
 
 def is_lasting(error: InferenceServerException) -> bool:
-    """Whether asking again gives the same refusal. A hang-up may be a server that starts or stops."""
+    """Whether a retry gets the same refusal. A hang-up may be a server that starts or stops."""
     text = (error.message() or "").lower()
     return any(
         sign in text
@@ -143,7 +147,7 @@ def _hung_up(text: str) -> bool:
 
 
 class _Headers:
-    """A plugin, in tritonclient's sense: called with every request before it goes."""
+    """A plugin of tritonclient: adds headers to every request before it is sent."""
 
     def __init__(self, headers: dict[str, str]) -> None:
         self._headers = headers
@@ -153,8 +157,8 @@ class _Headers:
 
 
 def _add_headers(client: InferenceServerClientBase, access: Access) -> None:
-    given = {SECRET_KEY: access.secret, ADMIN_KEY: access.admin_secret}
-    secrets = {_HEADER + key: secret for key, secret in given.items() if secret}
+    by_key = {SECRET_KEY: access.secret, ADMIN_KEY: access.admin_secret}
+    secrets = {_HEADER + key: secret for key, secret in by_key.items() if secret}
     if headers := {**access.headers, **secrets}:
         client.register_plugin(_Headers(headers))  # pyright: ignore[reportArgumentType]
 
@@ -163,8 +167,8 @@ def _credentials(tls: ClientTls | None) -> tuple[grpc.ChannelCredentials | None,
     if tls is None:
         return None, []
     try:
-        read = [path.read_bytes() if path is not None else None for path in (tls.ca, tls.key, tls.cert)]
+        contents = [path.read_bytes() if path is not None else None for path in (tls.ca, tls.key, tls.cert)]
     except OSError as error:
         raise ConfigError(f"certificate file {error.filename} cannot be read ({error.strerror})") from error
     name = [("grpc.ssl_target_name_override", tls.server_name)] if tls.server_name else []
-    return grpc.ssl_channel_credentials(*read), name
+    return grpc.ssl_channel_credentials(*contents), name

@@ -1,4 +1,4 @@
-"""Ask a running server for scores, plainly: one request after the other, its errors as answers."""
+"""A blocking client of one served model: one request after the other, refusals as results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
-from conch.errors import ServingError
+from conch.addresses import Endpoint
+from conch.errors import ConfigError, ServingError
 from conch.log import progress
 from conch.triton.channel import Access, open_client
 from conch.triton.config_pbtxt import spec_from_model_config
@@ -23,13 +24,13 @@ from conch.triton.contract import (
     RewardModelSpec,
 )
 
-_QUESTION_TIMEOUT_S = 10.0
+_CONFIG_TIMEOUT_S = 10.0
 _SCORE_TIMEOUT_S = 600.0
-# Only these speak of the request; other errors are the server's, and end the asking.
+# An error of this kind is the request's; others are the server's, and raise.
 _REFUSED = "StatusCode.INVALID_ARGUMENT"
 
 
-class Server:
+class ServedModel:
     """One model of a running server, `host:port/model`. Use as a context manager.
 
     Raises:
@@ -37,26 +38,29 @@ class Server:
     """
 
     def __init__(self, endpoint: str) -> None:
-        address, _, self._model = endpoint.rpartition("/")
-        if ":" not in address or not self._model:
-            raise ServingError(f"{endpoint!r} is no served model: give host:port/model, with the gRPC port")
-        self._address = address
-        self._client = open_client(address, Access())
+        try:
+            parsed = Endpoint.parse(endpoint)
+        except ConfigError as error:
+            raise ServingError(
+                f"{endpoint!r} is no served model: give host:port/model, with the gRPC port"
+            ) from error
+        self._address, self._model = parsed.address, parsed.model
+        self._client = open_client(self._address, Access())
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> ServedModel:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._client.close()
 
     def spec(self) -> RewardModelSpec:
-        """What the server says about the model.
+        """Read the model's contract from the server.
 
         Raises:
             ServingError: it does not answer, does not have the model, or the model gives no rewards.
         """
         try:
-            reply: Any = self._client.get_model_config(self._model, client_timeout=_QUESTION_TIMEOUT_S)
+            reply: Any = self._client.get_model_config(self._model, client_timeout=_CONFIG_TIMEOUT_S)
         except InferenceServerException as error:
             raise ServingError(
                 f"model {self._model!r} cannot be asked at {self._address}: {error.message()}"
@@ -64,17 +68,20 @@ class Server:
         return spec_from_model_config(reply.config)
 
     def score(self, requests: Sequence[dict[str, Any]], spec: RewardModelSpec) -> list[dict[str, Any]]:
-        """Per request {"scores": [[...], ...]}, or {"error": "..."} where the server refused it. A model that
-        scores steps or tokens adds `step_scores` and `step_ends`, lists of as many numbers as a row has.
+        """Score requests, one after the other.
 
         requests: {"texts": [...]} or {"input_ids": [[...]], "attention_mask": [[...]]}.
+
+        Returns:
+            for each request {"scores": [[...], ...]}, or {"error": "..."} where the server refused it. A
+            model that scores steps or tokens adds `step_scores` and `step_ends`, a list for each row.
 
         Raises:
             ServingError: the server failed, or its reply has another shape than its configuration says.
         """
-        return [self._answer(request, spec) for request in progress(requests, desc="asking the server")]
+        return [self._score_one(request, spec) for request in progress(requests, desc="asking the server")]
 
-    def _answer(self, request: dict[str, Any], spec: RewardModelSpec) -> dict[str, Any]:
+    def _score_one(self, request: dict[str, Any], spec: RewardModelSpec) -> dict[str, Any]:
         inputs = request_inputs(request, spec)
         try:
             reply = self._client.infer(self._model, inputs, client_timeout=_SCORE_TIMEOUT_S)
@@ -89,30 +96,30 @@ class Server:
         if scores is None or scores.shape != expected:
             shape = None if scores is None else list(scores.shape)
             raise ServingError(f"{self._model} replied with rewards of shape {shape}, not {list(expected)}")
-        answer: dict[str, Any] = {"scores": scores.tolist()}
+        result: dict[str, Any] = {"scores": scores.tolist()}
         if spec.is_dense:
-            answer["step_ends"], answer["step_scores"] = read_steps(reply, self._model, expected[0])
-        return answer
+            result["step_ends"], result["step_scores"] = read_steps(reply, self._model, expected[0])
+        return result
 
 
 def read_steps(reply: Any, model: str, rows: int) -> tuple[list[list[int]], list[list[float]]]:
-    """Where the steps or tokens of each row end, and their scores.
+    """Return the ends of each row's steps or tokens, and their scores.
 
     Raises:
-        ServingError: the reply lacks one of them, or they do not fit together.
+        ServingError: the reply lacks one of the two, or they do not fit together.
     """
     ends, scores = reply.as_numpy(STEP_ENDS), reply.as_numpy(STEP_REWARDS)
     if ends is None or scores is None or ends.shape != scores.shape or len(ends) != rows:
         raise ServingError(f"{model} replied with {STEP_ENDS} and {STEP_REWARDS} that do not fit together")
-    there = ends >= 0
+    is_step = ends >= 0
     return (
-        [row[used].tolist() for row, used in zip(ends, there, strict=True)],
-        [row[used].tolist() for row, used in zip(scores, there, strict=True)],
+        [row[mask].tolist() for row, mask in zip(ends, is_step, strict=True)],
+        [row[mask].tolist() for row, mask in zip(scores, is_step, strict=True)],
     )
 
 
 def request_inputs(request: dict[str, Any], spec: RewardModelSpec) -> list[Any]:
-    """The input tensors of one request, `texts` or `input_ids` and `attention_mask`."""
+    """Return the input tensors of one request, `texts` or `input_ids` and `attention_mask`."""
     if "texts" in request:
         texts = np.array([[text.encode("utf-8")] for text in request["texts"]], dtype=np.object_)
         return [_tensor(TEXT_INPUT, "BYTES", texts)]

@@ -1,4 +1,4 @@
-"""Between `RewardModelSpec` and Triton's `config.pbtxt`, through the protobuf messages of tritonclient."""
+"""Triton's `config.pbtxt` from a `RewardModelSpec` and back, by the protobuf messages of tritonclient."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _SCORE_DTYPES = ("FP16", "FP32", "FP64")
 def to_pbtxt(
     spec: RewardModelSpec | TokenizerSpec, *, kind: Kind = "gpu", gpu: int = 0, embedded: bool = False
 ) -> str:
-    """The text of `config.pbtxt`: instances on the CPU or that visible GPU.
+    """Return the text of `config.pbtxt`.
 
-    embedded: for servers that have no back end but python.
-
-    An ensemble only asks its members, so it stays on the CPU whatever `kind` is.
+    kind, gpu: device of the instances: the CPU, or the visible GPU of that number. An ensemble only sends
+        samples to its members, so it stays on the CPU.
+    embedded: write for servers that have no back end but python.
     """
     from google.protobuf import text_format
 
@@ -108,7 +108,7 @@ def _add_parameters(config: Any, spec: RewardModelSpec, engine: Engine) -> None:
 
 
 def from_pbtxt(text: str) -> RewardModelSpec:
-    """The spec that a `config.pbtxt` states.
+    """Read the spec from the text of a `config.pbtxt`.
 
     Raises:
         ServingError: the text is no model configuration, or not that of a reward model.
@@ -125,17 +125,17 @@ def from_pbtxt(text: str) -> RewardModelSpec:
 
 
 def spec_from_model_config(config: Any) -> RewardModelSpec:
-    """The spec of a `ModelConfig` message, from a file or from a running server, ours or another tool's.
+    """Read the spec from a `ModelConfig` message, of a file or of a running server, also of other tools.
 
     Raises:
-        ServingError: the model is neither of text form nor of token form; says what it is instead.
+        ServingError: the model is neither of text form nor of token form; lists its tensors.
     """
     inputs = {tensor.name: tensor for tensor in config.input}
     outputs = {tensor.name: tensor for tensor in config.output}
     parameters = {key: parameter.string_value for key, parameter in config.parameters.items()}
     members = tuple(parameters["members"].split(",")) if "members" in parameters else ()
     granularity = _granularity(config.name, parameters.get("granularity", "sample"))
-    if not _has_outputs(outputs, _more_outputs(len(members), granularity)) or set(inputs) not in (
+    if not _has_outputs(outputs, _extra_outputs(len(members), granularity)) or set(inputs) not in (
         {TEXT_INPUT},
         {TOKEN_INPUT},
         {TOKEN_INPUT, MASK_INPUT},
@@ -172,7 +172,7 @@ def spec_from_model_config(config: Any) -> RewardModelSpec:
 
 
 def _messages() -> Any:
-    """Triton's protobuf messages: imported late, they bring gRPC; untyped, they are built at run time."""
+    """Import Triton's protobuf messages late, since they bring gRPC; they are untyped, built at run time."""
     from tritonclient.grpc import model_config_pb2
 
     return model_config_pb2
@@ -189,24 +189,24 @@ def _add_tensors(config: Any, spec: RewardModelSpec, engine: Engine) -> None:
         tensor.data_type = _type_number(spec.input_dtype)
     output = config.output.add(name=OUTPUT, dims=[len(spec.reward_names)])
     output.data_type = _type_number(spec.output_dtype)
-    for name, (dtype, width) in _more_outputs(len(spec.members), spec.granularity).items():
+    for name, (dtype, width) in _extra_outputs(len(spec.members), spec.granularity).items():
         config.output.add(name=name, dims=[width], data_type=_type_number(dtype))
 
 
-def _more_outputs(members: int, granularity: Granularity) -> dict[str, tuple[str, int]]:
-    """Type and width of what a model returns beside its rewards."""
-    more: dict[str, tuple[str, int]] = {}
+def _extra_outputs(members: int, granularity: Granularity) -> dict[str, tuple[str, int]]:
+    """Return output -> (type, width), of the outputs beside `rewards`."""
+    outputs: dict[str, tuple[str, int]] = {}
     if members:
-        more |= {MEMBER_REWARDS: ("FP32", members), VARIANCE: ("FP32", 1), MEMBERS_USED: ("INT32", 1)}
+        outputs |= {MEMBER_REWARDS: ("FP32", members), VARIANCE: ("FP32", 1), MEMBERS_USED: ("INT32", 1)}
     if granularity != "sample":
-        more |= {STEP_REWARDS: ("FP32", -1), STEP_ENDS: ("INT32", -1)}
-    return more
+        outputs |= {STEP_REWARDS: ("FP32", -1), STEP_ENDS: ("INT32", -1)}
+    return outputs
 
 
-def _has_outputs(outputs: dict[str, Any], wanted: dict[str, tuple[str, int]]) -> bool:
-    return set(outputs) == {OUTPUT, *wanted} and all(
+def _has_outputs(outputs: dict[str, Any], extra: dict[str, tuple[str, int]]) -> bool:
+    return set(outputs) == {OUTPUT, *extra} and all(
         (_dtype(outputs[name]), list(outputs[name].dims)) == (dtype, [width])
-        for name, (dtype, width) in wanted.items()
+        for name, (dtype, width) in extra.items()
     )
 
 

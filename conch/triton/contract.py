@@ -1,5 +1,5 @@
-"""What a served reward model looks like: one noun from which the converter writes `config.pbtxt` and which
-the client reads back from the running server, so that nothing is configured twice.
+"""The contract of a served reward model: the converter writes `config.pbtxt` from it, and the client reads it
+back from the running server, so that nothing is configured twice.
 
 Forms:
     text    input `text` BYTES [1]                                        -> output `rewards` FP32 [K]
@@ -33,7 +33,7 @@ from typing import Literal
 Form = Literal["text", "token"]
 Engine = Literal["python", "onnxruntime", "pytorch", "ensemble"]
 Granularity = Literal["sample", "step", "token"]
-"""What gets a score of its own beside the sample."""
+"""Parts of a sample that get scores of their own: none, steps or tokens."""
 
 TEXT_INPUT = "text"
 TOKEN_INPUT = "input_ids"
@@ -54,7 +54,7 @@ class RewardModelSpec:
     form: see above.
     max_batch_size: most rows in a request.
     reward_names: one name per output column.
-    max_length: tokens a sample may have, special tokens included; 0 if the server does not say.
+    max_length: tokens a sample may have, special tokens included; 0 if not known.
     max_queue_delay_us: microseconds the server may wait to fill a batch.
     instances: copies of the model that the server runs side by side.
     takes_attention_mask: token form only: whether `attention_mask` is an input, of the dtype of `input_ids`.
@@ -105,15 +105,13 @@ class TokenizerSpec:
 
 
 def ensemble_parts(name: str) -> tuple[str, str]:
-    """Names of the tokenizer and of the token-form model behind the text-form ensemble `name`."""
+    """Return the names of the tokenizer and of the token-form model of the text-form ensemble `name`."""
     return f"{name}-tokenizer", f"{name}-onnx"
 
 
 # Keys of Triton's restricted protocols; a client sends `triton-grpc-protocol-<key>: <secret>`.
 SECRET_KEY = "conch"
-
-
 ADMIN_KEY = "conch-admin"
 
-
 EMBEDDED_NAME = "embedded"
+"""Stem of the configuration for the bundled server, `configs/embedded.pbtxt`."""

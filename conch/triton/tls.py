@@ -1,6 +1,6 @@
 """Certificates of a server and of its clients, checked before anything starts.
 
-The check is a real handshake between a server and a client in memory: it finds what a client would find.
+The check is a real handshake between a server and a client in memory: it fails where a client's would.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ class ClientTls:
 
 
 def own_client(tls: ServerTls) -> ClientTls:
-    """How the process that starts a server talks to it: it trusts that very certificate, whoever signed it.
+    """Return the TLS files of the client in the process that starts a server.
 
-    To a server that asks for certificates it shows the server's own, which `ca` must have signed too.
+    The client trusts the server's very certificate, whoever signed it, and shows it to a server that asks for
+    certificates: `ca` must have signed it too.
 
     Raises:
         ServerStartError: names the file that is missing, unreadable, unfit, expired or of another pair.
@@ -81,7 +82,7 @@ def check_readable(path: Path) -> None:
 
 
 def _handshake(tls: ServerTls) -> dict[str, Any]:
-    """The server's certificate, as a client that trusts it reads it."""
+    """Return the server's certificate, as a client that trusts it reads it."""
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
@@ -113,17 +114,17 @@ def _shake(server: ssl.SSLContext, client: ssl.SSLContext, tls: ServerTls) -> di
             to_server, to_client, server_side=True
         ),
     }
-    waiting = dict(ends)
-    while waiting:
-        for what, end in list(waiting.items()):
+    unfinished = dict(ends)
+    while unfinished:
+        for name, end in list(unfinished.items()):
             try:
                 end.do_handshake()
-                del waiting[what]
+                del unfinished[name]
             except ssl.SSLWantReadError:
                 pass
             except ssl.SSLError as error:
                 raise ServerStartError(
-                    f"certificate {tls.cert}: {what} would be refused ({_reason(error)})"
+                    f"certificate {tls.cert}: {name} would be refused ({_reason(error)})"
                 ) from error
     return ends["the certificate"].getpeercert() or {}
 

@@ -11,7 +11,7 @@ from conch.converters.parity.report import ParityReport
 from conch.converters.pipeline import quiet_transformers
 from conch.errors import ConversionError
 from conch.store.manifest import ServedDtype
-from conch.triton.client import Server
+from conch.triton.client import ServedModel
 
 
 def verify(endpoint: str, checkpoint: str, requested: ReadOptions, dtype: ServedDtype) -> ParityReport:
@@ -26,7 +26,7 @@ def verify(endpoint: str, checkpoint: str, requested: ReadOptions, dtype: Served
         ServingError: the server does not answer, or serves no reward model there.
         ConversionError: the checkpoint cannot be read, or has other rewards than are served.
     """
-    with Server(endpoint) as server, quiet_transformers():
+    with ServedModel(endpoint) as server, quiet_transformers():
         spec = server.spec()
         length = requested.max_length or spec.max_length or None
         settings = {"max_length": length, "granularity": spec.granularity}

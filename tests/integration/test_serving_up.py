@@ -71,6 +71,16 @@ def test_a_deployment_prints_one_address_a_replica(store: Path) -> None:
     assert done.stdout.splitlines() == [f"export TRITON_HOST={url}/{MODEL}" for url in urls]
 
 
+def test_a_detached_supervisor_gets_the_options_of_its_command_line(store: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log of mine.txt"
+    flag = "--server-flag=--log-verbose=1"
+    running = detach(store, "mine", flag, "--log-file", str(log), "--ready-timeout", "inf")
+
+    assert running.replicas[0].log == log and "Started GRPCInferenceService" in log.read_text()
+    assert "--log-verbose=1" in psutil.Process(running.replicas[0].pid).cmdline()
+    assert psutil.Process(running.pid).cmdline()[-1] == "mine"
+
+
 def test_a_name_in_use_is_refused_and_one_that_leaves_the_run_folder_too(store: Path) -> None:
     detach(store, "mine")
     again = conch("up", "--model-store", str(store), "--model", MODEL, "--detach", "--name", "mine")

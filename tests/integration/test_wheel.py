@@ -103,5 +103,8 @@ def test_installed_wheel_has_no_bare_names(installed: Path) -> None:
     assert run(installed, "-c", program, cwd=installed.parent).strip() == "None None"
 
 
-def test_installed_wheel_has_the_converter_as_a_command(installed: Path) -> None:
-    assert "--checkpoint" in run(installed.parent / "conch-to-triton", "--help", cwd=installed.parent)
+def test_installed_wheel_has_its_commands(installed: Path) -> None:
+    folder = installed.parent
+    assert "--checkpoint" in run(folder / "conch-to-triton", "--help", cwd=folder)
+    assert "rollout-server" in run(folder / "conch", "--help", cwd=folder)
+    assert "reward_model" in run(folder / "conch", "train", "--help", cwd=folder)

@@ -5,10 +5,18 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from conch.__main__ import main
+from conch.errors import DataError, ParityError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 COMMANDS = [
     "conch.trainers.ppo",
@@ -23,7 +31,25 @@ COMMANDS = [
     "conch.rollouts.serve",
     "conch.sizing",
     "conch.plots",
+    "conch.__main__",
 ]
+# Verb of `conch` -> the module whose `main` it runs.
+VERBS = {
+    "train ppo": "conch.trainers.ppo",
+    "train grpo": "conch.trainers.grpo",
+    "train rft": "conch.trainers.rft",
+    "train ilql": "conch.trainers.ilql",
+    "train sft": "conch.trainers.sft",
+    "train reward_model": "conch.trainers.reward_model",
+    "train reward-model": "conch.trainers.reward_model",
+    "convert": "conch.converters.to_triton",
+    "convert ensemble": "conch.converters.ensemble",
+    "serve": "conch.serving.__main__",
+    "rollout-server": "conch.rollouts.serve",
+    "rollout_server": "conch.rollouts.serve",
+    "size": "conch.sizing",
+    "plot": "conch.runs.plots",
+}
 NAMES = {
     "conch": ["train", "__version__"],
     "conch.rewards": ["RewardSource"],
@@ -52,3 +78,136 @@ def test_module_has_the_names_that_users_import(module: str, names: list[str]) -
     loaded: Any = importlib.import_module(module)
 
     assert [name for name in names if not hasattr(loaded, name)] == []
+
+
+@pytest.mark.parametrize(("verb", "module"), VERBS.items())
+def test_verb_runs_the_module_with_the_words_behind_it(
+    verb: str, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[str]] = []
+
+    def stand_in(words: Sequence[str]) -> int:
+        calls.append(list(words))
+        return 0
+
+    monkeypatch.setattr(importlib.import_module(module), "main", stand_in)
+    monkeypatch.setattr(sys, "argv", ["conch"])
+
+    assert exit_code([*verb.split(), "--help", "train.seed=1"]) == 0
+    assert calls == [["--help", "train.seed=1"]]
+
+
+@pytest.mark.parametrize(
+    ("verb", "module"), [("plot", "conch.runs.plots"), ("train sft", "conch.trainers.sft")]
+)
+@pytest.mark.parametrize(("error", "code"), [(DataError("no rows"), 1), (KeyboardInterrupt(), 130)])
+def test_verb_leaves_with_the_exit_code_of_the_door(
+    verb: str, module: str, error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(words: Sequence[str]) -> None:
+        raise error
+
+    monkeypatch.setattr(importlib.import_module(module), "main", fail)
+    monkeypatch.setattr(sys, "argv", ["conch"])
+
+    assert exit_code(verb.split()) == code
+
+
+def test_verb_keeps_the_traceback_of_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(words: Sequence[str]) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(importlib.import_module("conch.runs.plots"), "main", fail)
+    monkeypatch.setattr(sys, "argv", ["conch"])
+
+    with pytest.raises(ZeroDivisionError):
+        main(["plot"])
+
+
+def test_verb_convert_leaves_with_2_where_scores_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**options: object) -> None:
+        raise ParityError("differs")
+
+    monkeypatch.setattr(importlib.import_module("conch.converters.to_triton"), "to_triton", fail)
+
+    assert exit_code(["convert", "--checkpoint", "x", "--quiet"]) == 2
+
+
+def exit_code(words: list[str]) -> int:
+    try:
+        return main(words)
+    except SystemExit as leaving:
+        assert isinstance(leaving.code, int)
+        return leaving.code
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["trian"], "`conch trian` is no command; did you mean `conch train`?"),
+        (["train", "pppo"], "`conch train pppo` is no command; did you mean `conch train ppo`?"),
+        (["zzz"], "there are: convert, plot, rollout-server, serve, size, train"),
+        (["train", "zzz"], "there are: grpo, ilql, ppo, reward_model, rft, sft"),
+    ],
+)
+def test_mistyped_verb_names_the_nearest(words: list[str], sentence: str, capsys: Any) -> None:
+    assert main(words) == 2
+
+    written = capsys.readouterr().err
+    assert written.startswith("error: ") and sentence in written
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"]])
+def test_help_lists_every_verb_with_a_line_of_its_own(words: list[str], capsys: Any) -> None:
+    assert main(words) == 0
+
+    listed = [
+        line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")
+    ]
+    verbs = {verb.split()[-1] for verb in VERBS if (words[0] == "train") == verb.startswith("train ")}
+    expected = verbs - {"reward-model", "rollout_server", "ensemble"}
+    assert {name for name, _ in listed} == (expected if words[0] == "train" else {"train", *expected})
+    assert all(summary for _, summary in listed)
+
+
+@pytest.mark.parametrize("words", [[], ["train"]])
+def test_command_line_without_a_verb_shows_the_help_and_fails(words: list[str], capsys: Any) -> None:
+    assert main(words) == 2
+    assert "usage: conch" in capsys.readouterr().err
+
+
+def test_version_is_the_package_s() -> None:
+    module = [sys.executable, "-m", "conch", "--version"]
+    done = subprocess.run(module, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+
+    assert done.stdout == f"conch {importlib.import_module('conch').__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "kept_out"),
+    [
+        ("--help", ("torch", "transformers", "tritonclient", "hydra", "pydantic", "numpy")),
+        ("train --help", ("torch", "transformers", "tritonclient", "hydra", "pydantic", "numpy")),
+        ("convert --help", ("torch", "transformers", "tritonclient", "hydra")),
+        ("convert ensemble --help", ("torch", "transformers", "tritonclient", "hydra")),
+        ("serve up --help", ("torch", "transformers", "tritonclient", "hydra", "numpy")),
+        ("rollout-server --help", ("torch", "transformers", "tritonclient", "hydra")),
+        ("plot --help", ("torch", "transformers", "tritonclient", "hydra", "matplotlib")),
+    ],
+)
+def test_help_loads_no_heavy_library(words: str, kept_out: tuple[str, ...]) -> None:
+    program = (
+        "import sys\nfrom conch.__main__ import main\n"
+        f"try:\n    code = main({words.split()!r})\nexcept SystemExit as leaving:\n    code = leaving.code\n"
+        f"print(code, [name for name in {kept_out!r} if name in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "0 []"
+
+
+def test_console_script_is_the_module() -> None:
+    lines = (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
+    assert 'conch = "conch.__main__:main"' in lines

@@ -14,7 +14,7 @@ from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from conch.addresses import Endpoint
-from conch.errors import RewardError, RewardUnavailableError
+from conch.errors import RewardError, RewardUnavailableError, first_line
 from conch.rewards.client.transport import Failure
 from conch.triton.channel import Access, explain_refusal, is_lasting, is_plain_hangup
 from conch.types import RewardStatus
@@ -35,7 +35,7 @@ _DEAD_MODEL_PROCESS = ("stub process", "is not healthy")
 def classify(error: InferenceServerException) -> Failure:
     """Return the failure that an error of tritonclient stands for."""
     code = _code(error)
-    message = _first_line(error.message() or "no message")
+    message = first_line(error.message() or "no message")[:_MESSAGE_LIMIT]
     lowered = message.lower()
     detail = f"{message} [{code}]"
     if code == "DEADLINE_EXCEEDED":
@@ -65,10 +65,6 @@ def is_unknown_host(error: InferenceServerException) -> bool:
 
 def _code(error: InferenceServerException) -> str:
     return (error.status() or "client").removeprefix("StatusCode.")
-
-
-def _first_line(message: str) -> str:
-    return message.strip().split("\n", 1)[0][:_MESSAGE_LIMIT]
 
 
 async def require_server(

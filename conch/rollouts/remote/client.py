@@ -8,8 +8,9 @@ from typing import Any, NoReturn, TypeVar
 
 import httpx2
 
+from conch.addresses import host_and_port
 from conch.config import Section
-from conch.errors import ConfigError, RolloutError, RolloutUnavailableError
+from conch.errors import RolloutError, RolloutUnavailableError
 from conch.rollouts.protocol import CompletionReply, GenerateRequest, Health, WeightUpdate
 
 _CONNECT_S = 5.0
@@ -24,25 +25,6 @@ class StaleWeightsError(RolloutUnavailableError):
     """The server holds other weights than those of the request."""
 
 
-def parse_servers(urls: str) -> list[str]:
-    """`host:port` of each server.
-
-    Raises:
-        ConfigError: `urls` has another form, or names a server twice.
-    """
-    servers = [part.strip() for part in urls.split(",")]
-    for server in servers:
-        host, _, port = server.rpartition(":")
-        if not host or "/" in host or not port.isdigit():
-            raise ConfigError(
-                f"`rollout.urls` = {urls!r}: {server!r} is not of the form host:port; several servers have a "
-                "comma between them"
-            )
-    if len(set(servers)) < len(servers):
-        raise ConfigError(f"`rollout.urls` = {urls!r} names a server twice")
-    return servers
-
-
 class ServerClient:
     """Client of one server, which several threads may use at once.
 
@@ -52,8 +34,9 @@ class ServerClient:
 
     def __init__(self, address: str, deadline_s: float) -> None:
         self.address = address
-        host, _, port = address.rpartition(":")
-        self.host, self.port = host.strip("[]"), int(port)
+        parsed = host_and_port(address)
+        assert parsed is not None, f"{address} is no host:port"
+        self.host, self.port = parsed[0].strip("[]"), parsed[1]
         self._http = httpx2.Client(
             base_url=f"http://{address}",
             headers={"content-type": "application/json"},

@@ -11,11 +11,12 @@ from typing import get_args
 
 from transformers import PreTrainedModel
 
+from conch.addresses import parse_servers
 from conch.config import RolloutConfig
 from conch.errors import RolloutError, RolloutUnavailableError
 from conch.log import get_logger
 from conch.rollouts.protocol import Health, Part, WeightUpdate, WeightVersion
-from conch.rollouts.remote.client import ServerClient, parse_servers
+from conch.rollouts.remote.client import ServerClient
 from conch.rollouts.remote.lease import WeightLease
 from conch.rollouts.weight_sync import (
     BroadcastGroup,
@@ -84,7 +85,8 @@ class ServerPool:
         self._source = source
         self._sends_weights = sends_weights
         self.servers = [
-            ServerState(ServerClient(url, config.deadline_s)) for url in parse_servers(config.urls)
+            ServerState(ServerClient(url, config.deadline_s))
+            for url in parse_servers(config.urls, "rollout.urls")
         ]
         self._files: dict[Part, SharedFile] = {
             part: SharedFile(f"{source}-{part}") for part in get_args(Part)

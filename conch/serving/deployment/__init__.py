@@ -1,1 +1,1 @@
-"""Servers under a name: started, restarted, swapped and looked at by `python -m conch.serving`."""
+"""Servers under a name, which `conch serve` starts, restarts, swaps, shows and stops."""

@@ -1,8 +1,7 @@
-"""What `down`, `status`, `logs` and `swap` do; `up` stands in `up.py`."""
+"""What `conch serve down`, `status`, `logs` and `swap` do; `up` stands in `up.py`."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -13,128 +12,144 @@ from pathlib import Path
 from typing import BinaryIO
 
 from conch.errors import ServingError
-from conch.serving.deployment import state as deployment
-from conch.serving.deployment import up as up_command
+from conch.serving.deployment import state
+from conch.serving.deployment.options import DownOptions, LogsOptions, StatusOptions, SwapOptions
 from conch.serving.deployment.state import Deployment
 from conch.serving.deployment.status import ServerStatus, StatusReader, status_reader, status_table
+from conch.serving.deployment.up import client_access
 from conch.store.store import latest_version
 
 _POLL_S = 0.2
 
-up = up_command.run
 
+def down(options: DownOptions) -> int:
+    """Stop a deployment, or all.
 
-def down(arguments: argparse.Namespace) -> int:
-    """Stop a deployment, or all."""
-    names = deployment.names() if arguments.all else [deployment.only_name(arguments.name)]
+    Raises:
+        ServingError: there is none of that name, or it does not end.
+    """
+    names = state.names() if options.all else [state.only_name(options.name)]
     for name in names:
-        in_order = deployment.stop(name, arguments.timeout)
-        print(f"stopped {name}" if in_order else f"killed {name}: it did not end in {arguments.timeout:g} s")
+        in_order = state.stop(name, options.timeout)
+        print(f"stopped {name}" if in_order else f"killed {name}: it did not end in {options.timeout:g} s")
     return 0
 
 
-def swap(arguments: argparse.Namespace) -> int:
-    """Ask the supervisor to load what is new in the store, and wait until it has."""
-    name = deployment.only_name(arguments.name)
-    before = deployment.read(name)
-    served = {model for replica in before.replicas for model in replica.versions}
-    wanted = {model: latest_version(before.model_store, model) for model in sorted(served)}
+def swap(options: SwapOptions) -> int:
+    """Have the supervisor load what is new in the store, and wait until it has.
+
+    Raises:
+        ServingError: it takes longer than `timeout`, or a replica does not serve the latest versions.
+    """
+    name = state.only_name(options.name)
+    before = state.read(name)
+    models = {model for replica in before.replicas for model in replica.versions}
+    latest = {model: latest_version(before.model_store, model) for model in sorted(models)}
     os.kill(before.pid, signal.SIGUSR1)
-    deadline = time.monotonic() + arguments.timeout
-    while (now := deployment.read(name)).swaps == before.swaps:
+    deadline = time.monotonic() + options.timeout
+    while (after := state.read(name)).swaps == before.swaps:
         if time.monotonic() > deadline:
-            raise ServingError(f"deployment {name} did not finish the swap within {arguments.timeout:g} s")
+            raise ServingError(f"deployment {name} did not finish the swap within {options.timeout:g} s")
         time.sleep(_POLL_S)
-    for number, replica in enumerate(now.replicas):
-        if any(replica.versions.get(model) != version for model, version in wanted.items()):
+    for number, replica in enumerate(after.replicas):
+        if any(replica.versions.get(model) != version for model, version in latest.items()):
             raise ServingError(f"replica {number} of {name}: {replica.problem or replica.phase}")
-    for model, version in wanted.items():
+    for model, version in latest.items():
         print(f"{model}: version {version}")
     return 0
 
 
-def status(arguments: argparse.Namespace) -> int:
-    """Show the servers once, or again and again. Numbers a second need two looks."""
+def status(options: StatusOptions) -> int:
+    """Show the servers once, or again and again. Numbers a second need two looks.
+
+    Raises:
+        ServingError: no deployment runs, or none of that name.
+    """
     with status_reader() as reader:
-        _look(arguments, reader)
-        time.sleep(arguments.interval)
-        if arguments.watch and not arguments.json:
-            return _refresh(arguments, reader)
+        _read_status(options, reader)
+        time.sleep(options.interval)
+        if options.watch and not options.as_json:
+            return _refresh(options, reader)
         while True:
-            _show(arguments, _look(arguments, reader))
-            if not arguments.watch:
+            _print_status(options, _read_status(options, reader))
+            if not options.watch:
                 return 0
-            time.sleep(arguments.interval)
+            time.sleep(options.interval)
 
 
-def _refresh(arguments: argparse.Namespace, reader: StatusReader) -> int:
+def _refresh(options: StatusOptions, reader: StatusReader) -> int:
     from rich.console import Group
     from rich.live import Live
 
     with Live(auto_refresh=False) as live:
         while True:
-            tables = [status_table(title, servers) for title, servers in _look(arguments, reader)]
+            tables = [status_table(title, servers) for title, servers in _read_status(options, reader)]
             live.update(Group(*tables), refresh=True)
-            time.sleep(arguments.interval)
+            time.sleep(options.interval)
 
 
-def _look(arguments: argparse.Namespace, reader: StatusReader) -> list[tuple[str, list[ServerStatus]]]:
-    if arguments.url:
-        access = up_command.client_access(arguments)
-        return [(arguments.url, [reader.server(ServerStatus(url=arguments.url), access)])]
-    names = [arguments.name] if arguments.name else deployment.names()
+def _read_status(options: StatusOptions, reader: StatusReader) -> list[tuple[str, list[ServerStatus]]]:
+    """Deployment, or address, and the status of its servers."""
+    if options.url:
+        server = reader.server(ServerStatus(url=options.url), client_access(options))
+        return [(options.url, [server])]
+    names = [options.name] if options.name else state.names()
     if not names:
-        raise ServingError("no deployment runs; start one with python -m conch.serving up --detach")
-    return [(name, reader.read(deployment.read(name))) for name in names]
+        raise ServingError("no deployment runs; start one with conch serve up --detach")
+    return [(name, reader.read(state.read(name))) for name in names]
 
 
-def _show(arguments: argparse.Namespace, looked: list[tuple[str, list[ServerStatus]]]) -> None:
-    if arguments.json:
-        found = {name: [server.model_dump(mode="json") for server in servers] for name, servers in looked}
-        print(json.dumps(found), flush=True)
+def _print_status(options: StatusOptions, statuses: list[tuple[str, list[ServerStatus]]]) -> None:
+    if options.as_json:
+        plain = {name: [server.model_dump(mode="json") for server in servers] for name, servers in statuses}
+        print(json.dumps(plain), flush=True)
         return
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 160)
-    for title, servers in looked:
+    for title, servers in statuses:
         console.print(status_table(title, servers))
 
 
-def logs(arguments: argparse.Namespace) -> int:
-    """Print the end of a log, and with --follow what comes."""
-    name = deployment.only_name(arguments.name)
-    path = _log_file(deployment.read(name), arguments)
+def logs(options: LogsOptions) -> int:
+    """Print the end of a log and, with `follow`, what is added to it.
+
+    Raises:
+        ServingError: there is no such deployment, replica or log.
+    """
+    name = state.only_name(options.name)
+    path = _log_file(state.read(name), options)
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
-            sys.stdout.writelines(deque(file, maxlen=arguments.lines))
+            sys.stdout.writelines(deque(file, maxlen=options.lines))
             sys.stdout.flush()
-            if arguments.follow:
+            if options.follow:
                 _follow(path, file.tell(), name)
     except FileNotFoundError as error:
         raise ServingError(f"there is no log {path} (yet)") from error
     return 0
 
 
-def _log_file(described: Deployment, arguments: argparse.Namespace) -> Path:
-    if arguments.supervisor:
-        return deployment.folder_of(described.name) / "supervisor.log"
-    if not 0 <= arguments.replica < len(described.replicas):
+def _log_file(deployment: Deployment, options: LogsOptions) -> Path:
+    if options.supervisor:
+        return state.folder_of(deployment.name) / "supervisor.log"
+    if not 0 <= options.replica < len(deployment.replicas):
         raise ServingError(
-            f"deployment {described.name} has no replica {arguments.replica}; they are 0 to "
-            f"{len(described.replicas) - 1}"
+            f"deployment {deployment.name} has no replica {options.replica}; they are 0 to "
+            f"{len(deployment.replicas) - 1}"
         )
-    return described.replicas[arguments.replica].log
+    return deployment.replicas[options.replica].log
 
 
 def _follow(path: Path, position: int, name: str) -> None:
-    """Print what is added, also after the log was put aside, until the deployment ends."""
-    folder = deployment.folder_of(name)
+    """Print what is added to a log, also after it was put aside, until the deployment ends."""
+    folder = state.folder_of(name)
     file = path.open("rb")
     file.seek(position)
     try:
         alive = True
         while True:
-            was_put_aside = _was_put_aside(path, file)  # asked first: then all that it got can be read
+            was_put_aside = _was_put_aside(path, file)  # before reading: then nothing more is added to it
             while chunk := file.read(1 << 16):
                 sys.stdout.buffer.write(chunk)
                 sys.stdout.buffer.flush()
@@ -145,13 +160,13 @@ def _follow(path: Path, position: int, name: str) -> None:
             if not alive:
                 return
             time.sleep(_POLL_S)
-            alive = deployment.is_held(folder)
+            alive = state.is_held(folder)
     finally:
         file.close()
 
 
 def _was_put_aside(path: Path, file: BinaryIO) -> bool:
-    """Whether the file goes by another name now, and a new one by this."""
+    """Whether `file` has another name than `path` now."""
     try:
         return path.stat().st_ino != os.fstat(file.fileno()).st_ino
     except FileNotFoundError:  # between the two renames

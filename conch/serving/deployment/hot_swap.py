@@ -1,12 +1,11 @@
-"""Change the versions that a running server serves: tried out beside the old ones, then taken up.
+"""Hot swap: load new versions into a running server, first beside the old ones, then in their place.
 
 No caller's request goes to a version before its golden samples have scored right in this very server. For
-that a version is first loaded under another name (`triton_repository.py`), and loaded again under its own;
-Triton lets the old version answer until the new one can, so that no request waits or is lost.
+that a version is first loaded under a candidate name (`conch/serving/server/repository.py`), and loaded again
+under its own; Triton lets the old version answer until the new one can, so that no request waits or is lost.
 
-An ensemble whose members change too would for a moment combine old and new ones. It is therefore taken up
-first, asking its members under the names that they are tried out by, and turned to their own names once those
-serve.
+An ensemble whose members change too would for a moment combine old and new ones. It is therefore loaded
+first, with its members under their candidate names, and turned to their own names once those serve.
 """
 
 from __future__ import annotations
@@ -30,15 +29,17 @@ _log = get_logger(__name__)
 _POLL_S = 0.05
 _CALL_TIMEOUT_S = 10.0
 _UNLOAD_TIMEOUT_S = 60.0
-# What an ensemble had begun to ask of members that were tried out must be answered before those go.
+# Requests that an ensemble has sent to candidates must be answered before these are unloaded.
 _DRAIN_S = 5.0
 
 
 def load(client: triton.InferenceServerClient, model: StoredModel, name: str, timeout_s: float) -> None:
-    """Load a model or, if it is loaded, load it again.
+    """Load a model under `name`, again if it is loaded already.
+
+    timeout_s: seconds to load.
 
     Raises:
-        ServerStartError: it did not load; what was loaded before goes on serving.
+        ServerStartError: it did not load; the version loaded before goes on serving.
     """
     try:
         client.load_model(name, client_timeout=timeout_s)
@@ -48,10 +49,12 @@ def load(client: triton.InferenceServerClient, model: StoredModel, name: str, ti
         ) from error
 
 
-class Swap:
-    """One change, to be `run` once.
+class HotSwap:
+    """One change of versions, to be `run` once.
 
-    served: the models of today by name. newer: what replaces or joins them; members stand before ensembles.
+    served: models that are served now, by name.
+    new: versions that replace or join them; members stand before ensembles.
+    load_timeout_s: seconds that a model may take to load.
     """
 
     def __init__(
@@ -59,65 +62,65 @@ class Swap:
         client: triton.InferenceServerClient,
         repository: Repository,
         served: Mapping[str, StoredModel],
-        newer: Sequence[StoredModel],
+        new: Sequence[StoredModel],
         load_timeout_s: float,
     ) -> None:
         self._client = client
         self._repository = repository
         self._served = served
-        self._newer = newer
+        self._new = new
         self._load_timeout_s = load_timeout_s
-        self._called = {part.name: candidate(part.name) for model in newer for part in model.folders}
-        self._tried: list[str] = []
+        self._aliases = {part.name: candidate(part.name) for model in new for part in model.folders}
+        self._candidates: list[str] = []
         self._loaded: list[StoredModel] = []
-        asked = {name for model in newer for name in model.asks}
-        self._members = [name for name in self._called if name in asked]
-        self._ensembles = [model for model in newer if self._called.keys() & set(model.asks)]
+        submodels = {name for model in new for name in model.submodels}
+        self._members = [name for name in self._aliases if name in submodels]
+        self._ensembles = [model for model in new if self._aliases.keys() & set(model.submodels)]
 
     def run(self) -> None:
-        """Take up what is newer, or leave everything as it was.
+        """Serve the new versions, or leave everything as it was.
 
         Raises:
-            ServerStartError: a version did not load or scores wrong; says which, and what serves now.
+            ServerStartError: a version did not load or scores wrong; says which one, and which serve now.
         """
         try:
-            self._try_out()
+            self._load_candidates()
             # One copy less in memory while the same weights are loaded for good.
-            self._remove(name for name in list(self._tried) if name not in self._members)
-            self._take_up()
+            self._remove(name for name in list(self._candidates) if name not in self._members)
+            self._replace()
         except ServerStartError as error:
-            self._go_back()
-            raise ServerStartError(f"{error}; {self._what_serves()}") from error
+            self._roll_back()
+            raise ServerStartError(f"{error}; {self._serving_versions()}") from error
         finally:
-            self._remove(list(self._tried))
+            self._remove(list(self._candidates))
 
-    def _try_out(self) -> None:
-        for model in self._newer:
-            self._tried += [part.name for part in model.folders]
-            self._repository.place(model, self._called)
-            self._load(model, self._called[model.name])
-        for model in self._newer:
-            check_golden(self._client, model, called=self._called[model.name])
+    def _load_candidates(self) -> None:
+        for model in self._new:
+            self._candidates += [part.name for part in model.folders]
+            self._repository.place(model, self._aliases)
+            self._load(model, self._aliases[model.name])
+        for model in self._new:
+            check_golden(self._client, model, served_name=self._aliases[model.name])
 
-    def _take_up(self) -> None:
+    def _replace(self) -> None:
         for model in self._ensembles:
-            members = {name: other for name, other in self._called.items() if name != model.name}
+            members = {name: alias for name, alias in self._aliases.items() if name != model.name}
             self._repository.redirect(model, members)
             self._load(model, model.name)
             self._loaded.append(model)
-        for model in self._newer:  # members first, and then the ensembles, now for good
+        for model in self._new:  # members first, and then the ensembles, now for good
             self._repository.place(model)
             for part in model.folders:
                 self._load(model, part.name)
             self._loaded.append(model)
-        for model in self._newer:
+        for model in self._new:
             check_golden(self._client, model)
         if self._ensembles:
             time.sleep(_DRAIN_S)
 
-    def _go_back(self) -> None:
+    def _roll_back(self) -> None:
         changed = {model.name for model in self._loaded}
-        for model in self._newer:
+        for model in self._new:
             old = self._served.get(model.name)
             if old is None:
                 self._unload(model.name)
@@ -128,30 +131,31 @@ class Swap:
                 for part in old.folders:
                     self._load(old, part.name)
 
-    def _what_serves(self) -> str:
-        old = [self._served[model.name] for model in self._newer if model.name in self._served]
+    def _serving_versions(self) -> str:
+        old = [self._served[model.name] for model in self._new if model.name in self._served]
         return " and ".join(f"version {model.version} of {model.name}" for model in old) + " goes on serving"
 
     def _load(self, model: StoredModel, name: str) -> None:
         load(self._client, model, name, self._load_timeout_s)
 
     def _remove(self, names: Iterable[str]) -> None:
-        """End what was tried out, and wait until its memory is free."""
-        ended = list(names)
-        for name in ended:
-            self._unload(self._called[name])
+        """Unload the candidates of these models, and wait until their memory is free."""
+        models = list(names)
+        aliases = [self._aliases[name] for name in models]
+        for alias in aliases:
+            self._unload(alias)
         deadline = time.monotonic() + _UNLOAD_TIMEOUT_S
-        while self._still_loaded({self._called[name] for name in ended}) and time.monotonic() < deadline:
+        while self._is_loaded(aliases) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
-        for name in ended:
-            self._repository.remove(self._called[name])
-            self._tried.remove(name)
+        for name in models:
+            self._repository.remove(self._aliases[name])
+            self._candidates.remove(name)
 
     def _unload(self, name: str) -> None:
         with contextlib.suppress(InferenceServerException):  # it never loaded, or the server is gone
             self._client.unload_model(name, client_timeout=_CALL_TIMEOUT_S)
 
-    def _still_loaded(self, names: set[str]) -> bool:
+    def _is_loaded(self, names: Sequence[str]) -> bool:
         try:
             index: Any = self._client.get_model_repository_index(client_timeout=_CALL_TIMEOUT_S)
         except InferenceServerException:

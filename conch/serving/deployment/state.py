@@ -1,10 +1,10 @@
-"""A deployment: servers that run under one name. What is known of it stands in a folder of the user's own:
+"""The state of a deployment, servers that run under one name, in a folder of the user's own:
 
 $XDG_STATE_HOME/conch/serving/<name>/    (by default below ~/.local/state)
-    lock              held by the supervisor as long as it lives; the kernel lets go when it dies
+    lock              held by the supervisor as long as it lives; the kernel releases it when it dies
     deployment.json   `Deployment`, written by the supervisor whenever something changes
-    supervisor.log    what it has to say, if it was detached
-    replica-0.log     the server's own output, with `.1`, `.2`, ... before it
+    supervisor.log    output of a detached supervisor
+    replica-0.log     output of the server; older output in `.1`, `.2`, ...
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
+from conch.atomic_files import replace_text
 from conch.config import Section
 from conch.errors import ServingError
 from conch.store.store import is_valid_name
@@ -39,7 +40,7 @@ class Replica(Section):
     """One server of a deployment."""
 
     phase: Phase = "starting"
-    """`restarting`: it died or could not be healed, and is started again after a pause."""
+    """`restarting`: the server died or could not be healed, and is started again after a pause."""
 
     url: str = ""
     """`host:port` of gRPC."""
@@ -48,53 +49,53 @@ class Replica(Section):
     """`host:port` of HTTP; empty if it is off."""
 
     metrics_url: str = ""
-    """Where Prometheus reads; empty if metrics are off."""
+    """URL that Prometheus reads; empty if metrics are off."""
 
     gpu: str = ""
-    """Its GPU; empty on the CPU."""
+    """GPU of the server; empty on the CPU."""
 
     pid: int = 0
     """Process id of tritonserver."""
 
     log: Path
-    """Its log."""
+    """Log of the server."""
 
     versions: dict[str, int] = Field(default_factory=dict)
-    """Model -> version that it serves."""
+    """Model -> version that is served."""
 
     restarts: int = 0
-    """Times it was started again."""
+    """Times the server was started again."""
 
     heals: int = 0
     """Times a model was loaded again because it did not score right."""
 
     problem: str = ""
-    """Why it is not ready, or why the last swap failed."""
+    """Why the server is not ready, or why the last swap failed."""
 
 
 class Deployment(Section):
-    """What the supervisor tells about its servers. No secret stands here, only where to find it."""
+    """What the supervisor records of its servers. It holds no secret, only the variable that does."""
 
     format: int = _FORMAT
     """Version of this file's layout."""
 
     name: str
-    """What `status`, `down`, `logs` and `swap` call it."""
+    """Name for `status`, `down`, `logs` and `swap`."""
 
     machine: str
-    """Host name of the machine it runs on."""
+    """Host name of the machine that the servers run on."""
 
     pid: int
     """Process id of the supervisor."""
 
     model_store: Path
-    """The store it serves from."""
+    """Store of the models."""
 
     models: tuple[str, ...]
-    """The models that were asked for."""
+    """Models that the user named."""
 
     replicas: tuple[Replica, ...] = ()
-    """Its servers."""
+    """The servers."""
 
     tls_ca: Path | None = None
     """Certificate to trust; None if the servers speak plain text."""
@@ -103,16 +104,16 @@ class Deployment(Section):
     """Certificate to show; None if the servers ask for none."""
 
     tls_key: Path | None = None
-    """Its key."""
+    """Private key of `tls_cert`."""
 
     tls_name: str = ""
     """Name in the servers' certificate."""
 
     secret_env: str | None = None
-    """Environment variable with the secret that the servers ask for."""
+    """Environment variable with the secret that clients must send; None if there is none."""
 
     swaps: int = 0
-    """Times that new versions were looked for."""
+    """Searches for new versions that are over."""
 
     @property
     def is_ready(self) -> bool:
@@ -120,7 +121,7 @@ class Deployment(Section):
         return bool(self.replicas) and all(replica.phase == "ready" for replica in self.replicas)
 
     def access(self) -> Access:
-        """How this process gets in, to score and to look.
+        """Return what lets this process into the servers, to score and to read their statistics.
 
         Raises:
             ConfigError: the secret's variable is not set here.
@@ -132,13 +133,13 @@ class Deployment(Section):
 
 
 def run_folder() -> Path:
-    """Where deployments of this user are noted down."""
+    """Return the folder with the deployments of this user."""
     home = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
     return Path(home) / "conch" / "serving"
 
 
 def folder_of(name: str) -> Path:
-    """The folder of a deployment, which may not exist.
+    """Return the folder of a deployment, which may not exist.
 
     Raises:
         ServingError: `name` is no plain name.
@@ -183,7 +184,7 @@ def claimed(name: str | None, first_choice: str) -> Iterator[tuple[str, Path]]:
             os.close(descriptor)
         return
     raise ServingError(
-        f"a deployment called {candidates[0]} runs already: stop it (python -m conch.serving down "
+        f"a deployment called {candidates[0]} runs already: stop it (conch serve down "
         f"{candidates[0]}) or give this one another --name"
     )
 
@@ -204,25 +205,23 @@ def is_held(folder: Path) -> bool:
 
 
 def write(folder: Path, deployment: Deployment) -> None:
-    """Replace what is noted down, in one go."""
-    new = folder / f"{_STATE}.new"
-    new.write_text(deployment.model_dump_json(indent=2), encoding="utf-8")
-    new.replace(folder / _STATE)
+    """Replace the record of a deployment."""
+    replace_text(folder / _STATE, deployment.model_dump_json(indent=2))
 
 
 def read(name: str) -> Deployment:
-    """What is noted down about a deployment that runs.
+    """Read the record of a deployment that runs.
 
     Raises:
-        ServingError: none of that name runs (those that do are listed), or it is of another release.
+        ServingError: none of that name runs (the message lists those that do), or it is of another release.
     """
     folder = folder_of(name)
     if not is_held(folder):
         running = names()
-        there = f"there are: {', '.join(running)}" if running else "none runs"
+        others = f"there are: {', '.join(running)}" if running else "none runs"
         raise ServingError(
-            f"no deployment called {name} runs on {socket.gethostname()}; {there}. Start one with "
-            "python -m conch.serving up --detach"
+            f"no deployment called {name} runs on {socket.gethostname()}; {others}. Start one with "
+            "conch serve up --detach"
         )
     try:
         text = (folder / _STATE).read_text(encoding="utf-8")
@@ -237,17 +236,17 @@ def read(name: str) -> Deployment:
 
 
 def names() -> list[str]:
-    """Names of the deployments that run, sorted."""
+    """Return the names of the deployments that run, sorted."""
     folder = run_folder()
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(entry.name for entry in found if is_valid_name(entry.name) and is_held(entry))
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted(entry.name for entry in entries if is_valid_name(entry.name) and is_held(entry))
 
 
 def only_name(name: str | None) -> str:
-    """`name`, or the name of the only deployment that runs.
+    """Return `name`, or where it is None the name of the only deployment that runs.
 
     Raises:
-        ServingError: none was given and there is not exactly one.
+        ServingError: `name` is None and there is not exactly one.
     """
     if name is not None:
         return name
@@ -260,11 +259,15 @@ def only_name(name: str | None) -> str:
 
 
 def stop(name: str, timeout_s: float) -> bool:
-    """End a deployment: SIGTERM to its supervisor; after `timeout_s` seconds SIGKILL, upon which the guards
-    end the servers. True if SIGTERM was enough.
+    """Stop a deployment by SIGTERM to its supervisor, and after `timeout_s` seconds by SIGKILL.
+
+    After SIGKILL the process guards end the servers.
+
+    Returns:
+        whether SIGTERM was enough.
 
     Raises:
-        ServingError: none of that name runs.
+        ServingError: none of that name runs, or its supervisor does not end.
     """
     pid = read(name).pid
     folder = folder_of(name)

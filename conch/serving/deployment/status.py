@@ -1,6 +1,6 @@
-"""`status`: asks the servers of a deployment, or one at an address, and shows it as a table or as JSON.
+"""`conch serve status`: numbers of running servers, as a table or as JSON.
 
-What a running server tells about its work: Triton's statistics and, where that is on, Prometheus' page.
+They come from Triton's statistics and, where metrics are on, from the page that Prometheus reads.
 """
 
 from __future__ import annotations
@@ -19,10 +19,15 @@ from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from conch.config import Section
-from conch.errors import ConchError, ServingError
+from conch.errors import ConchError, ServingError, first_line
 from conch.serving.deployment.state import Deployment, Phase
 from conch.triton.channel import Access, explain_refusal, open_client
 
+_TIMEOUT_S = 5.0
+_PENDING = "nv_inference_pending_request_count"
+_GPU_UNITS = {"nv_gpu_utilization": 100.0, "nv_gpu_memory_used_bytes": 1e-9}
+_SAMPLE = re.compile(r"^(?P<name>\w+)(?:\{(?P<labels>[^}]*)\})? (?P<value>\S+)$", re.MULTILINE)
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
 _COLUMNS = (
     "model",
     "version",
@@ -37,40 +42,74 @@ _COLUMNS = (
 )
 
 
+class ModelStatus(Section):
+    """One version of one model in one server."""
+
+    model: str
+    """Name."""
+
+    version: str
+    """Version that is loaded."""
+
+    ready: bool
+    """Triton's own flag; it stays true when the model's process is dead."""
+
+    requests: int
+    """Requests answered since the model was loaded."""
+
+    failures: int
+    """Requests that failed since then, clients' mistakes among them."""
+
+    requests_per_s: float
+    """Requests answered a second, between two readings."""
+
+    mean_batch: float | None
+    """Mean rows scored together: between two readings, or since the model was loaded if none came."""
+
+    queue_ms: float | None
+    """Mean milliseconds that a request waited, over the same time."""
+
+    compute_ms: float | None
+    """Mean milliseconds that its batch took in the model, over the same time."""
+
+    pending: int | None = None
+    """Requests that are waiting; only where metrics are on."""
+
+
 class ServerStatus(Section):
-    """One server."""
+    """Status of one server."""
 
     url: str
     """`host:port` of gRPC."""
 
     phase: Phase | None = None
-    """What the supervisor says; `ready` means that golden samples score right. None without a supervisor."""
+    """Phase that the supervisor records; `ready`: golden samples score right. None without a supervisor."""
 
     pid: int = 0
     """Process id; 0 if not known."""
 
     restarts: int = 0
-    """Times it was started again."""
+    """Times the server was started again."""
 
     heals: int = 0
     """Times a model was loaded again because it did not score right."""
 
     problem: str = ""
-    """Why there are no numbers, or what went wrong last."""
+    """Why there are no numbers, or the last failure."""
 
     models: tuple[ModelStatus, ...] = ()
-    """What it serves."""
+    """Its models."""
 
     gpus: dict[str, tuple[float, float]] = Field(default_factory=dict)
     """GPU's UUID -> utilisation in percent, memory used in GB; only where metrics are on."""
 
 
 class StatusReader:
-    """Asks the same servers again and again; each answer covers the time since the one before."""
+    """Reads the same servers again and again; each result covers the time since the one before."""
 
     def __init__(self) -> None:
         self._clients: dict[str, InferenceServerClient] = {}
-        self._before: dict[str, tuple[float, Snapshot]] = {}
+        self._snapshots: dict[str, tuple[float, Snapshot]] = {}
 
     def close(self) -> None:
         """Close the connections."""
@@ -78,7 +117,7 @@ class StatusReader:
             client.close()
 
     def read(self, deployment: Deployment) -> list[ServerStatus]:
-        """The servers of a deployment, in its order."""
+        """Return the status of a deployment's servers, in their order."""
         access = deployment.access()
         return [
             self.server(
@@ -96,28 +135,29 @@ class StatusReader:
             for replica in deployment.replicas
         ]
 
-    def server(self, known: ServerStatus, access: Access, metrics_url: str = "") -> ServerStatus:
-        """Add the numbers to what is known."""
-        if not known.url or known.phase in ("failed", "stopped"):
-            return known
-        if known.url not in self._clients:
-            self._clients[known.url] = open_client(known.url, access)
-        client = self._clients[known.url]
+    def server(self, status: ServerStatus, access: Access, metrics_url: str = "") -> ServerStatus:
+        """Return `status` with the numbers of the server at `status.url`."""
+        url = status.url
+        if not url or status.phase in ("failed", "stopped"):
+            return status
+        if url not in self._clients:
+            self._clients[url] = open_client(url, access)
+        client = self._clients[url]
         try:
-            now = read_counters(client, known.url, access)
+            snapshot = read_counters(client, url, access)
         except ConchError as error:
-            return known.model_copy(update={"problem": known.problem or str(error)})
-        at = time.monotonic()
-        before_at, before = self._before.get(known.url, (at, now))
-        self._before[known.url] = at, now
-        metrics = read_metrics(metrics_url)
-        models = model_statuses(before, now, max(at - before_at, 1e-3), read_ready(client, now), metrics)
-        return known.model_copy(update={"models": tuple(models), "gpus": gpu_load(metrics)})
+            return status.model_copy(update={"problem": status.problem or str(error)})
+        time_s = time.monotonic()
+        old_time_s, old_snapshot = self._snapshots.get(url, (time_s, snapshot))
+        self._snapshots[url] = time_s, snapshot
+        metrics, ready = read_metrics(metrics_url), read_ready(client, snapshot)
+        models = model_statuses(old_snapshot, snapshot, max(time_s - old_time_s, 1e-3), ready, metrics)
+        return status.model_copy(update={"models": tuple(models), "gpus": gpu_load(metrics)})
 
 
 @contextlib.contextmanager
 def status_reader():
-    """A `StatusReader` that is closed at the end."""
+    """Yield a `StatusReader`, and close it at the end."""
     reader = StatusReader()
     try:
         yield reader
@@ -126,7 +166,7 @@ def status_reader():
 
 
 def status_table(title: str, servers: Sequence[ServerStatus]) -> Table:
-    """The same for people; a server's line, then one for each of its models."""
+    """Return a table with a row for each model of each server."""
     table = Table(title=title, title_justify="left", caption=_problems(servers), caption_justify="left")
     for name in ("server", *_COLUMNS):
         numeric = name not in ("server", "model", "ready")
@@ -171,47 +211,6 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-_TIMEOUT_S = 5.0
-_PENDING = "nv_inference_pending_request_count"
-_GPU = {"nv_gpu_utilization": 100.0, "nv_gpu_memory_used_bytes": 1e-9}
-_SAMPLE = re.compile(r"^(?P<name>\w+)(?:\{(?P<labels>[^}]*)\})? (?P<value>\S+)$", re.MULTILINE)
-_LABEL = re.compile(r'(\w+)="([^"]*)"')
-
-
-class ModelStatus(Section):
-    """One version of one model in one server."""
-
-    model: str
-    """Name."""
-
-    version: str
-    """Version that is loaded."""
-
-    ready: bool
-    """Triton's own flag; it stays true when the model's process is dead."""
-
-    requests: int
-    """Requests answered since the model was loaded."""
-
-    failures: int
-    """Requests that failed since then, clients' mistakes among them."""
-
-    requests_per_s: float
-    """Requests answered a second, between the two looks."""
-
-    mean_batch: float | None
-    """Rows scored together on average: between the two looks, or since the model was loaded if none came."""
-
-    queue_ms: float | None
-    """Milliseconds that a request waited, on average, over the same time."""
-
-    compute_ms: float | None
-    """Milliseconds that its batch took in the model, on average, over the same time."""
-
-    pending: int | None = None
-    """Requests that wait now; only where metrics are on."""
-
-
 @dataclass(frozen=True, slots=True)
 class Counters:
     """Triton's sums since a model was loaded; times in nanoseconds."""
@@ -223,52 +222,54 @@ class Counters:
     queue_ns: int
     compute_ns: int
 
-    def __sub__(self, before: Counters) -> Counters:
-        return Counters(*(getattr(self, name) - getattr(before, name) for name in self.__slots__))
+    def __sub__(self, other: Counters) -> Counters:
+        return Counters(*(getattr(self, name) - getattr(other, name) for name in self.__slots__))
 
 
 Snapshot = dict[tuple[str, str], Counters]
 
 
 def read_counters(client: InferenceServerClient, address: str, access: Access) -> Snapshot:
-    """(model, version) -> sums.
+    """Read (model, version) -> sums from Triton's statistics.
 
     Raises:
-        ServingError: the server is away, or refuses us.
+        ServingError: the server is away, or refuses this client.
     """
     try:
         reply: Any = client.get_inference_statistics(client_timeout=_TIMEOUT_S)
     except InferenceServerException as error:
-        why = explain_refusal(error, access) or (error.message() or "").split("\n")[0]
+        why = explain_refusal(error, access) or first_line(error.message() or "")
         raise ServingError(f"the server at {address} does not tell its statistics: {why}") from error
     return {(entry.name, entry.version): _counters(entry) for entry in reply.model_stats if entry.version}
 
 
 def model_statuses(
-    before: Snapshot,
-    now: Snapshot,
+    old: Snapshot,
+    new: Snapshot,
     seconds: float,
     ready: Mapping[tuple[str, str], bool],
     metrics: str,
 ) -> list[ModelStatus]:
-    """What happened between two looks that lie `seconds` apart.
+    """Return what models did between two snapshots.
 
-    metrics: Prometheus' page, "" if there is none.
+    seconds: time between the snapshots.
+    ready: (model, version) -> Triton's ready flag.
+    metrics: page that Prometheus reads, "" if there is none.
     """
     pending = pending_requests(metrics)
     return [
-        _status(model, version, counters, before.get((model, version)), seconds).model_copy(
+        _status(model, version, counters, old.get((model, version)), seconds).model_copy(
             update={
                 "ready": ready.get((model, version), False),
                 "pending": pending.get((model, version)),
             }
         )
-        for (model, version), counters in sorted(now.items())
+        for (model, version), counters in sorted(new.items())
     ]
 
 
 def read_ready(client: InferenceServerClient, snapshot: Snapshot) -> dict[tuple[str, str], bool]:
-    """Triton's ready flags of what is in the snapshot."""
+    """Read Triton's ready flags of the models in the snapshot."""
     flags = {}
     for model, version in snapshot:
         try:
@@ -279,11 +280,11 @@ def read_ready(client: InferenceServerClient, snapshot: Snapshot) -> dict[tuple[
 
 
 def read_metrics(url: str) -> str:
-    """The page that Prometheus reads; "" if there is none."""
+    """Return the page that Prometheus reads; "" if there is none."""
     if not url:
         return ""
     try:
-        # No proxy: the address is one of our own.
+        # No proxy: the address is of this deployment.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(url, timeout=_TIMEOUT_S) as page:
             return page.read().decode("utf-8")
@@ -292,7 +293,7 @@ def read_metrics(url: str) -> str:
 
 
 def pending_requests(metrics: str) -> dict[tuple[str, str], int]:
-    """(model, version) -> requests that wait."""
+    """Return (model, version) -> requests that are waiting."""
     return {
         (labels.get("model", ""), labels.get("version", "")): int(value)
         for name, labels, value in _samples(metrics)
@@ -301,12 +302,13 @@ def pending_requests(metrics: str) -> dict[tuple[str, str], int]:
 
 
 def gpu_load(metrics: str) -> dict[str, tuple[float, float]]:
-    """GPU's UUID -> (utilisation in percent, memory used in GB)."""
-    found: dict[str, dict[str, float]] = {}
+    """Return GPU's UUID -> (utilisation in percent, memory used in GB)."""
+    values: dict[str, dict[str, float]] = {}
     for name, labels, value in _samples(metrics):
-        if name in _GPU:
-            found.setdefault(labels.get("gpu_uuid", ""), {})[name] = value * _GPU[name]
-    return {gpu: tuple(values.get(name, 0.0) for name in _GPU) for gpu, values in found.items()}  # pyright: ignore
+        if name in _GPU_UNITS:
+            values.setdefault(labels.get("gpu_uuid", ""), {})[name] = value * _GPU_UNITS[name]
+    busy, memory = _GPU_UNITS
+    return {gpu: (by_name.get(busy, 0.0), by_name.get(memory, 0.0)) for gpu, by_name in values.items()}
 
 
 def _samples(metrics: str) -> list[tuple[str, dict[str, str], float]]:
@@ -328,18 +330,18 @@ def _counters(entry: Any) -> Counters:
     )
 
 
-def _status(model: str, version: str, now: Counters, before: Counters | None, seconds: float) -> ModelStatus:
+def _status(model: str, version: str, new: Counters, old: Counters | None, seconds: float) -> ModelStatus:
     # A model that was loaded in between counts from 0 again.
-    past = now - before if before is not None and before.requests <= now.requests else now
-    over = past if past.requests else now
+    growth = new - old if old is not None and old.requests <= new.requests else new
+    counters = growth if growth.requests else new
     return ModelStatus(
         model=model,
         version=version,
         ready=False,
-        requests=now.requests,
-        failures=now.failures,
-        requests_per_s=past.requests / seconds,
-        mean_batch=over.inferences / over.executions if over.executions else None,
-        queue_ms=over.queue_ns / over.requests / 1e6 if over.requests else None,
-        compute_ms=over.compute_ns / over.requests / 1e6 if over.requests else None,
+        requests=new.requests,
+        failures=new.failures,
+        requests_per_s=growth.requests / seconds,
+        mean_batch=counters.inferences / counters.executions if counters.executions else None,
+        queue_ms=counters.queue_ns / counters.requests / 1e6 if counters.requests else None,
+        compute_ms=counters.compute_ns / counters.requests / 1e6 if counters.requests else None,
     )

@@ -1,8 +1,8 @@
-"""Keeps the servers of a deployment running: starts, watches, heals, swaps, restarts, stops.
+"""Keep the servers of a deployment running: start, watch, heal, swap, restart and stop them.
 
-One thread per server; the first start of all must succeed, later ones are tried again with growing pauses.
-
-Keeps one running server right: a golden sample when nothing else tells, and new versions on demand.
+A `Supervisor` runs one thread for each server. The first start of all must succeed, later ones are tried
+again with growing pauses. A `Watchdog` scores golden samples where no requests tell that a model works, and
+loads new versions.
 
 Triton says that a model is ready though its Python process is dead, and does not start another. Loading the
 model again does, in a fraction of a second; where that does not help the server has to be restarted.
@@ -22,7 +22,7 @@ from tritonclient.utils import InferenceServerException
 
 from conch.errors import ConchError, ServerStartError, ServingError
 from conch.log import get_logger
-from conch.serving.deployment.hot_swap import Swap, load
+from conch.serving.deployment.hot_swap import HotSwap, load
 from conch.serving.deployment.state import Replica
 from conch.serving.server.health import check_golden
 from conch.serving.server.server import TritonServer
@@ -33,16 +33,17 @@ _log = get_logger(__name__)
 
 _POLL_S = 0.2
 _STORE_POLL_S = 2.0
+_STATISTICS_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
-    """How hard to try.
+class RestartPolicy:
+    """Rules for restarts, watching and new versions.
 
-    max_restarts: starts after a failure, in a row; a server that stayed up for `calm_s` seconds starts anew.
-    first_pause_s, longest_pause_s: before a restart; doubled each time.
-    watch_s: seconds between two looks of the watchdog.
-    follow_store: take up new versions by itself.
+    max_restarts: restarts in a row; a server that stayed up for `calm_s` seconds counts from 0 again.
+    first_pause_s, longest_pause_s: seconds before a restart; doubled each time.
+    watch_s: seconds between two checks of the watchdog.
+    follow_store: load new versions as soon as they are in the store.
     load_timeout_s: seconds that a model may take to load.
     """
 
@@ -56,34 +57,35 @@ class Policy:
 
 
 class Supervisor:
-    """Runs one thread per server. Use: `start`, then `wait` or `stop`.
+    """Runs one thread for each server, from `start` to `stop`.
 
-    on_change: called, from any thread but one at a time, whenever `replicas` has changed.
+    swaps: number of searches for new versions that are over.
+    on_change: called whenever `replicas` or `swaps` has changed, from any thread but one at a time.
     """
 
     def __init__(
         self,
         servers: Sequence[TritonServer],
         model_store: Path,
-        policy: Policy,
+        policy: RestartPolicy,
         on_change: Callable[[], None],
     ) -> None:
         self.swaps = 0
         self._lock = threading.RLock()
         self._on_change = on_change
         self._stopping = threading.Event()
-        self._keepers = [
-            _Keeper(server, model_store, policy, self._stopping, self._tell) for server in servers
+        self._runners = [
+            _ReplicaRunner(server, model_store, policy, self._stopping, self._report) for server in servers
         ]
         self._threads = [
-            threading.Thread(target=keeper.run, name=f"replica-{number}", daemon=True)
-            for number, keeper in enumerate(self._keepers)
+            threading.Thread(target=runner.run, name=f"replica-{number}", daemon=True)
+            for number, runner in enumerate(self._runners)
         ]
 
     @property
     def replicas(self) -> tuple[Replica, ...]:
-        """What is to be told about the servers."""
-        return tuple(keeper.state for keeper in self._keepers)
+        """State of each server."""
+        return tuple(runner.state for runner in self._runners)
 
     @property
     def is_running(self) -> bool:
@@ -96,61 +98,65 @@ class Supervisor:
             thread.start()
 
     def swap(self) -> None:
-        """Have all servers look for new versions in the store; returns at once."""
-        for keeper in self._keepers:
-            keeper.swap_asked.set()
+        """Have all servers load new versions from the store; returns at once."""
+        for runner in self._runners:
+            runner.swap_request.set()
         threading.Thread(target=self._count_swap, name="swap", daemon=True).start()
 
     def stop(self) -> None:
         """End all servers and wait for it."""
         self._stopping.set()
-        for keeper in self._keepers:
-            keeper.server.abort()
+        for runner in self._runners:
+            runner.server.abort()
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
 
     def _count_swap(self) -> None:
-        while any(k.swap_asked.is_set() for k in self._keepers) and not self._stopping.wait(_POLL_S):
+        requests = [runner.swap_request for runner in self._runners]
+        while any(request.is_set() for request in requests) and not self._stopping.wait(_POLL_S):
             pass
         with self._lock:
             self.swaps += 1
-        self._tell()
+        self._report()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         with self._lock:
             try:
                 self._on_change()
-            except OSError as error:  # a full disk must not end what serves
-                _log.warning("the state of the deployment cannot be noted down: %s", error)
+            except OSError as error:  # a full disk must not end servers
+                _log.warning("the state of the deployment cannot be written: %s", error)
 
 
-class _Keeper:
-    """What one server's thread does.
+class _ReplicaRunner:
+    """Work of one server's thread.
 
-    swap_asked: set by others; cleared when done, or when there is nobody to do it.
+    server: the server that this thread starts, watches and stops.
+    state: the server's published state; replaced whenever it changes.
+
+    swap_request: set by other threads; cleared after the swap, and when this thread ends.
     """
 
     def __init__(
         self,
         server: TritonServer,
         model_store: Path,
-        policy: Policy,
+        policy: RestartPolicy,
         stopping: threading.Event,
-        tell: Callable[[], None],
+        report: Callable[[], None],
     ) -> None:
         assert server.log_file is not None
         self.server = server
-        self.swap_asked = threading.Event()
+        self.swap_request = threading.Event()
         self.state = Replica(log=server.log_file.resolve(), gpu=server.options.gpu)
         self._model_store = model_store
         self._policy = policy
         self._stopping = stopping
-        self._tell = tell
-        self._tried: dict[str, int] = {}
+        self._report = report
+        self._attempted: dict[str, int] = {}
 
     def run(self) -> None:
-        """Until told to stop, or given up."""
+        """Serve and restart until `Supervisor.stop`, or until the restarts are used up."""
         failures = 0
         try:
             while not self._stopping.is_set():
@@ -170,14 +176,14 @@ class _Keeper:
                 self._stopping.wait(_pause_s(self._policy, failures))
                 self._set(restarts=self.state.restarts + 1)
             self._set(phase="stopped", pid=0)
-        except Exception as error:  # a mistake of ours: tell before this thread ends
+        except Exception as error:  # a bug: report it before this thread ends
             self._set(phase="failed", problem=f"{type(error).__name__}: {error}", pid=0)
             raise
         finally:
-            self.swap_asked.clear()
+            self.swap_request.clear()
 
     def _serve_once(self) -> str:
-        """Start the server and stay with it to its end; why it ended."""
+        """Start the server and watch it until it ends; returns why it ended."""
         watchdog = None
         try:
             self.server.start(again=self.state.restarts > 0)
@@ -200,22 +206,22 @@ class _Keeper:
             self.server.stop()
 
     def _watch(self, watchdog: Watchdog) -> str:
-        looked = store_read = time.monotonic()
+        last_check = last_store_read = time.monotonic()
         while not self._stopping.wait(_POLL_S):
             now = time.monotonic()
             if not self.server.is_running:
                 code = self.server.wait()
                 return f"tritonserver ended with code {code}; last lines:\n{self.server.log_tail()}"
-            if self._policy.follow_store and now - store_read >= _STORE_POLL_S:
-                store_read = now
+            if self._policy.follow_store and now - last_store_read >= _STORE_POLL_S:
+                last_store_read = now
                 if self._store_has_news(watchdog):
-                    self.swap_asked.set()
-            if self.swap_asked.is_set():
+                    self.swap_request.set()
+            if self.swap_request.is_set():
                 self._swap(watchdog)
-            if now - looked >= self._policy.watch_s:
-                looked = now
+            if now - last_check >= self._policy.watch_s:
+                last_check = now
                 heals = watchdog.heals
-                watchdog.look()
+                watchdog.check()
                 if watchdog.heals > heals:
                     self._set(heals=self.state.heals + watchdog.heals - heals)
         return "told to stop"
@@ -229,35 +235,33 @@ class _Keeper:
             _log.warning("%s", error)
             self._set(problem=f"swap failed: {error}", versions=watchdog.versions)
         finally:
-            self.swap_asked.clear()
+            self.swap_request.clear()
 
     def _store_has_news(self, watchdog: Watchdog) -> bool:
-        """Whether a version is there that is newer than what is served and was not tried before."""
+        """Whether the store has a newer version than the one served, that was not attempted before."""
         try:
             latest = {name: latest_version(self._model_store, name) for name in watchdog.versions}
-        except ConchError:  # the store is away for a moment; what is loaded keeps serving
+        except ConchError:  # the store is away for a moment; loaded models keep serving
             return False
-        known = {name: max(version, self._tried.get(name, 0)) for name, version in watchdog.versions.items()}
-        self._tried = latest
-        return any(latest[name] > known[name] for name in known)
+        served, attempted = watchdog.versions, self._attempted
+        self._attempted = latest
+        return any(latest[name] > max(served[name], attempted.get(name, 0)) for name in served)
 
     def _set(self, **changes: object) -> None:
         self.state = self.state.model_copy(update=changes)
-        self._tell()
+        self._report()
 
 
-def _pause_s(policy: Policy, failures: int) -> float:
+def _pause_s(policy: RestartPolicy, failures: int) -> float:
     # Jitter: replicas that failed together should not load their models together.
     return min(policy.longest_pause_s, policy.first_pause_s * 2.0 ** (failures - 1)) * random.uniform(0.75, 1)
 
 
-_STATISTICS_TIMEOUT_S = 10.0
-
-
 class Watchdog:
-    """Looks after the models of one server. One thread at a time.
+    """Checks and swaps the models of one server. One thread at a time.
 
     heals: times that a model was loaded again because it did not score right.
+    load_timeout_s: seconds that a model may take to load.
     """
 
     def __init__(self, server: TritonServer, load_timeout_s: float) -> None:
@@ -269,21 +273,21 @@ class Watchdog:
 
     @property
     def versions(self) -> dict[str, int]:
-        """Model -> the version that is served."""
+        """Model -> version that is served."""
         return {model.name: model.version for model in self._server.stored}
 
     def close(self) -> None:
         """Close the connection."""
         self._client.close()
 
-    def look(self) -> None:
-        """Score a golden sample of every model that nobody else just used; load it again if that fails.
+    def check(self) -> None:
+        """Score a golden sample of every model without successful requests of others; heal those that fail.
 
         Raises:
-            ServerStartError: the model does not score right after it was loaded again either.
+            ServerStartError: a model does not score right even after it was loaded again.
         """
         for model in self._server.stored:
-            if self._answers_others(model.name):
+            if self._has_new_successes(model.name):
                 continue
             try:
                 check_golden(self._client, model, samples=1)
@@ -294,49 +298,49 @@ class Watchdog:
                 self.heals += 1
 
     def swap(self, model_store: Path) -> list[str]:
-        """Have the server take up what is newer in the store; the old version answers until the new one can.
+        """Have the server load newer versions from the store; an old one answers until its new one can.
 
-        Nothing changes unless everything that is new can be read, fits together, loads and scores right.
+        Nothing changes unless all new versions can be read, fit together, load and score right.
 
         Returns:
-            sentences about models that were swapped.
+            a sentence about each model that was swapped.
 
         Raises:
-            ServingError: the store's latest is older than what is served, damaged, did not load, or scores
-                wrong. What was served before goes on serving.
+            ServingError: the store's latest version is older than the one served, damaged, did not load, or
+                scores wrong. The versions served before go on serving.
         """
         assert self._server.repository is not None
         served = {model.name: model for model in self._server.stored}
-        found = read_with_members(model_store, list(served))
-        newer: list[StoredModel] = []
-        for model in found:
-            changed = {other.name for other in newer}
-            if _is_newer(model, served) or changed & set(model.asks):
-                newer.append(model)
-        for model in newer:
+        latest = read_with_members(model_store, list(served))
+        new: list[StoredModel] = []
+        for model in latest:
+            changed = {other.name for other in new}
+            if _is_newer(model, served) or changed & set(model.submodels):
+                new.append(model)
+        for model in new:
             verify_files(model)
         try:
-            Swap(self._client, self._server.repository, served, newer, self._load_timeout_s).run()
+            HotSwap(self._client, self._server.repository, served, new, self._load_timeout_s).run()
         except OSError as error:
             raise ServingError(f"the server's repository cannot be written: {error}") from error
-        self._server.stored = tuple(found)
+        self._server.stored = tuple(latest)
         return [
             f"{model.name}: version {served[model.name].version if model.name in served else 'none'} -> "
             f"{model.version}"
-            for model in newer
+            for model in new
         ]
 
-    def _answers_others(self, name: str) -> bool:
-        """Whether since the last look requests succeeded and none failed."""
+    def _has_new_successes(self, name: str) -> bool:
+        """Whether since the last check requests succeeded and none failed."""
         try:
             reply: Any = self._client.get_inference_statistics(name, client_timeout=_STATISTICS_TIMEOUT_S)
         except InferenceServerException:
             return False
         stats = [entry.inference_stats for entry in reply.model_stats]
-        now = (sum(entry.success.count for entry in stats), sum(entry.fail.count for entry in stats))
-        before = self._counts.get(name, now)
-        self._counts[name] = now
-        return now[0] > before[0] and now[1] == before[1]
+        successes, failures = sum(s.success.count for s in stats), sum(s.fail.count for s in stats)
+        old_successes, old_failures = self._counts.get(name, (successes, failures))
+        self._counts[name] = successes, failures
+        return successes > old_successes and failures == old_failures
 
 
 def _is_newer(stored: StoredModel, served: dict[str, StoredModel]) -> bool:

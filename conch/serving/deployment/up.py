@@ -1,8 +1,10 @@
-"""`python -m conch.serving up`: from its arguments to servers that run, in the foreground or detached."""
+"""`conch serve up`: from its options to servers that run, in the foreground or detached.
+
+python -m conch.serving.deployment.up NAME      what `run_detached` starts; its options come as JSON on stdin
+"""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import signal
@@ -11,212 +13,183 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from conch.config import TlsConfig
-from conch.errors import ConchError, ServerStartError, ServingError
+from conch.errors import ConchError, ServerStartError
 from conch.log import setup_logging
-from conch.serving.deployment import state as deployment
+from conch.serving.deployment import state
+from conch.serving.deployment.options import NetworkOptions, PlacementOptions, StatusOptions, UpOptions
 from conch.serving.deployment.state import Deployment, Replica
-from conch.serving.deployment.supervisor import Policy, Supervisor
+from conch.serving.deployment.supervisor import RestartPolicy, Supervisor
 from conch.serving.server.health import wait_until_ready
 from conch.serving.server.runtime import ApptainerRuntime, BundledRuntime, DockerRuntime, Runtime
 from conch.serving.server.server import ServerOptions, TritonServer
 from conch.store.store import read_with_members
 from conch.triton.channel import Access, configured_access, secret_from
-from conch.triton.tls import ServerTls, own_client
+from conch.triton.tls import own_client
 
 _POLL_S = 0.1
 _PORT_STEP = 10
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What the arguments ask for, checked as far as that goes without starting anything."""
+def run(options: UpOptions) -> int:
+    """Serve as the options say, or only check the server at `options.placement.url`; returns the exit code.
 
-    servers: list[TritonServer]
-    policy: Policy
-    deployment: Deployment
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Serve until told to stop (0), or until all servers have given up (1)."""
-    _check_numbers(arguments)
-    if arguments.url:
-        _refuse_with_url(arguments)
-        return _check_running(arguments)
-    first = arguments.model[0]
-    if arguments.detach:
-        return _detach(arguments)
-    with deployment.claimed(arguments.name, first) as (name, folder):
-        return _supervise(_plan(arguments, name, folder), folder)
+    Raises:
+        ConchError: see `run_foreground`, `run_detached` and `check_running`.
+    """
+    if options.placement.url:
+        check_running(options, options.placement.url)
+        return 0
+    if options.detach:
+        run_detached(options)
+        return 0
+    return run_foreground(options)
 
 
-def _check_numbers(arguments: argparse.Namespace) -> None:
-    lowest = {"replicas": 1, "cpu_threads": 1, "max_restarts": 0, "log_keep": 0}
-    for name, low in lowest.items():
-        if getattr(arguments, name) < low:
-            raise ServingError(f"{_flag(name)} {getattr(arguments, name)}: at least {low} is needed")
-    for name in ("ready_timeout", "watch_interval", "log_max_mb"):
-        if not getattr(arguments, name) > 0:
-            raise ServingError(f"{_flag(name)} {getattr(arguments, name):g}: it must be above 0")
+def check_running(options: UpOptions, url: str) -> None:
+    """Check that the server at `url` scores the models right, and print how to reach it.
+
+    Raises:
+        ServerStartError: it is not ready in time, refuses us, is of another kind, or a score is wrong.
+        ModelStoreError: a model is missing or damaged.
+    """
+    models = read_with_members(options.model_store, options.models)
+    deadline = time.monotonic() + options.supervision.ready_timeout
+    access = client_access(options.network)
+    wait_until_ready(url, models, access, is_alive=lambda: True, deadline=deadline)
+    print(f"{url} is ready: the golden samples score right", file=sys.stderr)
+    _print_exports(options.models, [url])
 
 
-def _refuse_with_url(arguments: argparse.Namespace) -> None:
-    names = (
-        "detach",
-        "name",
-        "image",
-        "gpu",
-        "server_flag",
-        "follow_store",
-        "log_file",
-        "require_client_cert",
-    )
-    asked = [_flag(name) for name in names if getattr(arguments, name)]
-    asked += ["--replicas"] if arguments.replicas > 1 else []
-    asked += ["--runtime"] if arguments.runtime != "bundled" else []
-    if asked:
-        raise ServingError(
-            "--url checks a server that is up already and starts none, "
-            f"so {', '.join(asked)} would have no effect"
+def client_access(options: NetworkOptions | StatusOptions) -> Access:
+    """Return what lets this process into a server that it did not start."""
+    tls = TlsConfig(ca=options.tls_ca, cert=options.tls_cert, key=options.tls_key)
+    return configured_access(tls, options.secret_env)
+
+
+def plan(options: UpOptions, folder: Path) -> list[TritonServer]:
+    """Return the servers that the options describe, checked as far as that goes without starting one.
+
+    folder: where they log, unless `log_file` says otherwise.
+
+    Raises:
+        ServerStartError: a certificate is unfit.
+        ConfigError: the secret's variable is not set.
+    """
+    placement, network, supervision = options.placement, options.network, options.supervision
+    tls, secret, runtime = network.server_tls(), secret_from(network.secret_env), make_runtime(placement)
+    servers: list[TritonServer] = []
+    for number in range(placement.replicas):
+        server_options = ServerOptions(
+            runtime=runtime,
+            http_port=_replica_port(network.http_port, number),
+            metrics_port=_replica_port(network.metrics_port, number),
+            gpu=placement.gpus[number % len(placement.gpus)] if placement.gpus else "",
+            tls=tls,
+            secret=secret,
+            restrict_admin=True,  # others who share this machine reach loopback too
+            flags=placement.server_flags,
+            log_max_bytes=int(supervision.log_max_mb * 1e6),
+            log_keep=supervision.log_keep,
         )
+        server = TritonServer(
+            options.model_store,
+            options.models,
+            grpc_port=_replica_port(network.grpc_port, number) or None,
+            host=network.host,
+            log_file=supervision.log_file or folder / f"replica-{number}.log",
+            ready_timeout_s=supervision.ready_timeout,
+            cpu_threads=placement.cpu_threads,
+            options=server_options,
+        )
+        servers.append(server)
+    return servers
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def _replica_port(first: int | None, number: int) -> int | None:
+    """Port of replica `number`; None, which is closed, and 0, a free one, are the same for all."""
+    return first + _PORT_STEP * number if first else first
 
 
-def _check_running(arguments: argparse.Namespace) -> int:
-    """Ready and right? Then say how to reach it; the server stays its owner's."""
-    models = read_with_members(arguments.model_store, arguments.model)
-    deadline = time.monotonic() + arguments.ready_timeout
-    access = client_access(arguments)
-    wait_until_ready(arguments.url, models, access, is_alive=lambda: True, deadline=deadline)
-    print(f"{arguments.url} is ready: the golden samples score right", file=sys.stderr)
-    _print_exports(arguments.model, [arguments.url])
-    return 0
+def make_runtime(placement: PlacementOptions) -> Runtime:
+    """Return what `placement` runs the servers in."""
+    if placement.runtime == "bundled":
+        return BundledRuntime()
+    assert placement.image is not None
+    if placement.runtime == "docker":
+        return DockerRuntime(placement.image)
+    return ApptainerRuntime(Path(placement.image))
 
 
-def client_access(arguments: argparse.Namespace) -> Access:
-    """How to get into a server that is not ours, from `--tls-*` and `--secret-env`."""
-    if (arguments.tls_cert is None) != (arguments.tls_key is None):
-        raise ServingError("--tls-cert and --tls-key belong together")
-    if arguments.tls_cert is not None and arguments.tls_ca is None:
-        raise ServingError("--tls-cert needs --tls-ca, the authority that signed the server's certificate")
-    tls = TlsConfig(ca=arguments.tls_ca, cert=arguments.tls_cert, key=arguments.tls_key)
-    return configured_access(tls, arguments.secret_env)
+def describe(options: UpOptions, name: str) -> Deployment:
+    """Return the record of a deployment that this process supervises, still without servers.
 
-
-def _plan(arguments: argparse.Namespace, name: str, folder: Path) -> _Plan:
-    tls = _server_tls(arguments)
+    Raises:
+        ServerStartError: a certificate is unfit.
+    """
+    tls = options.network.server_tls()
     client = own_client(tls) if tls is not None else None
-    secret = secret_from(arguments.secret_env)
-    if arguments.log_file is not None and arguments.replicas > 1:
-        raise ServingError("--log-file is for one server; the logs of several stand in the run folder")
-    runtime = _runtime(arguments)
-    servers = [
-        _server(arguments, number, runtime, tls, secret, folder) for number in range(arguments.replicas)
-    ]
-    policy = Policy(
-        max_restarts=arguments.max_restarts,
-        watch_s=arguments.watch_interval,
-        follow_store=arguments.follow_store,
-        load_timeout_s=max(arguments.ready_timeout, 60.0),
-    )
-    described = Deployment(
+    return Deployment(
         name=name,
         machine=socket.gethostname(),
         pid=os.getpid(),
-        model_store=arguments.model_store.resolve(),
-        models=tuple(arguments.model),
+        model_store=options.model_store.resolve(),
+        models=options.models,
         tls_ca=client.ca.resolve() if client else None,
         tls_cert=client.cert.resolve() if client and client.cert else None,
         tls_key=client.key.resolve() if client and client.key else None,
         tls_name=client.server_name if client else "",
-        secret_env=arguments.secret_env,
-    )
-    return _Plan(servers, policy, described)
-
-
-def _server(
-    arguments: argparse.Namespace,
-    number: int,
-    runtime: Runtime,
-    tls: ServerTls | None,
-    secret: str,
-    folder: Path,
-) -> TritonServer:
-    def port(first: int | None) -> int | None:
-        return first + _PORT_STEP * number if first else first
-
-    options = ServerOptions(
-        runtime=runtime,
-        http_port=port(arguments.http_port),
-        metrics_port=port(arguments.metrics_port),
-        gpu=arguments.gpu[number % len(arguments.gpu)] if arguments.gpu else "",
-        tls=tls,
-        secret=secret,
-        restrict_admin=True,  # others who share this machine reach loopback too
-        flags=tuple(arguments.server_flag),
-        log_max_bytes=int(arguments.log_max_mb * 1e6),
-        log_keep=arguments.log_keep,
-    )
-    return TritonServer(
-        arguments.model_store,
-        arguments.model,
-        grpc_port=port(arguments.grpc_port) or None,
-        host=arguments.host,
-        log_file=arguments.log_file or folder / f"replica-{number}.log",
-        ready_timeout_s=arguments.ready_timeout,
-        cpu_threads=arguments.cpu_threads,
-        options=options,
+        secret_env=options.network.secret_env,
     )
 
 
-def _runtime(arguments: argparse.Namespace) -> Runtime:
-    if arguments.runtime == "bundled":
-        if arguments.image:
-            raise ServingError("--image needs --runtime apptainer or --runtime docker")
-        return BundledRuntime()
-    if not arguments.image:
-        raise ServingError(f"--runtime {arguments.runtime} needs --image")
-    if arguments.runtime == "docker":
-        return DockerRuntime(arguments.image)
-    return ApptainerRuntime(Path(arguments.image))
+def run_foreground(options: UpOptions) -> int:
+    """Serve until a signal says stop; returns 0 then.
+
+    Raises:
+        ServerStartError: a server did not start, or all have used up their restarts.
+        ServingError: the name is in use, or the run folder cannot be written.
+        ConfigError: the secret's variable is not set.
+    """
+    with state.claimed(options.name, options.models[0]) as (name, folder):
+        deployment = describe(options, name)
+        servers = plan(options, folder)
+        setup_logging()
+        stop, swap = threading.Event(), threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda *_: stop.set())
+        signal.signal(signal.SIGUSR1, lambda *_: swap.set())
+
+        def record() -> None:
+            changes = {"replicas": supervisor.replicas, "swaps": supervisor.swaps}
+            state.write(folder, deployment.model_copy(update=changes))
+
+        policy = RestartPolicy(
+            max_restarts=options.supervision.max_restarts,
+            watch_s=options.supervision.watch_interval,
+            follow_store=options.supervision.follow_store,
+            load_timeout_s=max(options.supervision.ready_timeout, 60.0),
+        )
+        supervisor = Supervisor(servers, deployment.model_store, policy, record)
+        record()
+        models = ", ".join(options.models)
+        print(f"starting {len(servers)} tritonserver with {models} ...", file=sys.stderr, flush=True)
+        _supervise(supervisor, deployment, stop, swap)
+    return 0
 
 
-def _server_tls(arguments: argparse.Namespace) -> ServerTls | None:
-    if arguments.tls_cert is None and arguments.tls_key is None:
-        if arguments.tls_ca is not None or arguments.require_client_cert:
-            raise ServingError("--tls-ca and --require-client-cert need --tls-cert and --tls-key")
-        return None
-    if arguments.tls_cert is None or arguments.tls_key is None:
-        raise ServingError("--tls-cert and --tls-key belong together")
-    return ServerTls(arguments.tls_cert, arguments.tls_key, arguments.tls_ca, arguments.require_client_cert)
-
-
-def _supervise(plan: _Plan, folder: Path) -> int:
-    setup_logging()
-    stop, swap = threading.Event(), threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: stop.set())
-    signal.signal(signal.SIGUSR1, lambda *_: swap.set())
-
-    def tell() -> None:
-        now = plan.deployment.model_copy(update={"replicas": supervisor.replicas, "swaps": supervisor.swaps})
-        deployment.write(folder, now)
-
-    supervisor = Supervisor(plan.servers, plan.deployment.model_store, plan.policy, tell)
-    tell()
-    models = ", ".join(plan.deployment.models)
-    print(f"starting {len(plan.servers)} tritonserver with {models} ...", file=sys.stderr, flush=True)
+def _supervise(
+    supervisor: Supervisor, deployment: Deployment, stop: threading.Event, swap: threading.Event
+) -> None:
+    """Run the servers until `stop` is set; `swap` has them load new versions."""
     supervisor.start()
     try:
         if not _wait_until_ready(supervisor, stop):
-            return 0
-        _announce(plan.deployment, supervisor.replicas)
+            return
+        _announce(deployment, supervisor.replicas)
         while not stop.wait(_POLL_S):
             if swap.is_set():
                 swap.clear()
@@ -226,11 +199,10 @@ def _supervise(plan: _Plan, folder: Path) -> int:
     finally:
         supervisor.stop()
     print("stopped", file=sys.stderr)
-    return 0
 
 
 def _wait_until_ready(supervisor: Supervisor, stop: threading.Event) -> bool:
-    """True once all servers have been ready, False if told to stop before.
+    """Wait for all servers to have been ready; False if `stop` was set before.
 
     Raises:
         ServerStartError: one of them does not start.
@@ -243,80 +215,89 @@ def _wait_until_ready(supervisor: Supervisor, stop: threading.Event) -> bool:
     return True
 
 
-def _announce(described: Deployment, replicas: tuple[Replica, ...]) -> None:
+def _announce(deployment: Deployment, replicas: Sequence[Replica]) -> None:
     for replica in replicas:
-        more = [f"HTTP {replica.http_url}"] if replica.http_url else []
-        more += [f"metrics {replica.metrics_url}"] if replica.metrics_url else []
-        where = ", ".join([replica.url, *more, f"log {replica.log}"])
-        print(f"ready at {where}", file=sys.stderr)
-    print(f"stop with Ctrl-C, or python -m conch.serving down {described.name}", file=sys.stderr)
-    _print_exports(described.models, [replica.url for replica in replicas])
+        addresses = [replica.url]
+        addresses += [f"HTTP {replica.http_url}"] if replica.http_url else []
+        addresses += [f"metrics {replica.metrics_url}"] if replica.metrics_url else []
+        print(f"ready at {', '.join(addresses)}, log {replica.log}", file=sys.stderr)
+    print(f"stop with Ctrl-C, or conch serve down {deployment.name}", file=sys.stderr)
+    _print_exports(deployment.models, [replica.url for replica in replicas])
 
 
-def _print_exports(models: tuple[str, ...] | list[str], urls: list[str]) -> None:
+def _print_exports(models: Sequence[str], urls: Sequence[str]) -> None:
     for model in models:
         for url in urls:
             print(f"export TRITON_HOST={url}/{model}", flush=True)
 
 
-def _problems(replicas: tuple[Replica, ...]) -> str:
+def _problems(replicas: Sequence[Replica]) -> str:
     return "\n".join(dict.fromkeys(replica.problem for replica in replicas if replica.problem))
 
 
-def _detach(arguments: argparse.Namespace) -> int:
-    """Start this same command in a session of its own, and wait with it until it is ready."""
-    with deployment.claimed(arguments.name, arguments.model[0]) as (name, folder):
+def run_detached(options: UpOptions) -> None:
+    """Start a supervisor of these options in a session of its own, and return once its servers are ready.
+
+    The supervisor gets the options as JSON on stdin; the name on its command line is for people who list
+    processes.
+
+    Raises:
+        ServerStartError: the supervisor ended before that; says why.
+        ServingError: the name is in use, or the run folder cannot be written.
+    """
+    with state.claimed(options.name, options.models[0]) as (name, folder):
         pass
     log = folder / "supervisor.log"
     with log.open("wb") as output:
         child = subprocess.Popen(
-            _command(arguments, name),
-            stdin=subprocess.DEVNULL,
+            [sys.executable, "-m", "conch.serving.deployment.up", name],
+            stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
             start_new_session=True,
         )
     try:
-        described = _wait_for(child, name, log)
+        assert child.stdin is not None
+        with contextlib.suppress(BrokenPipeError), child.stdin:  # a child that died says why in its log
+            child.stdin.write(options.model_copy(update={"name": name}).model_dump_json().encode())
+        deployment = _wait_for(child, name, log)
     except BaseException:
         child.terminate()
         child.wait()
         raise
     child.returncode = 0  # it lives on: no warning from Popen's finaliser
-    for number, replica in enumerate(described.replicas):
+    for number, replica in enumerate(deployment.replicas):
         print(f"replica {number} ready at {replica.url}, log {replica.log}", file=sys.stderr)
-    print(f"{name} runs in the background; python -m conch.serving status|logs|down {name}", file=sys.stderr)
-    _print_exports(described.models, [replica.url for replica in described.replicas])
-    return 0
+    print(f"{name} runs in the background; conch serve status|logs|down {name}", file=sys.stderr)
+    _print_exports(deployment.models, [replica.url for replica in deployment.replicas])
 
 
 def _wait_for(child: subprocess.Popen[bytes], name: str, log: Path) -> Deployment:
+    """Wait for the deployment of the supervisor `child` to be ready.
+
+    Raises:
+        ServerStartError: the supervisor ended; its last error is the reason.
+    """
     while child.poll() is None:
         with contextlib.suppress(ConchError):  # it has not come so far yet
-            described = deployment.read(name)
-            if described.pid == child.pid and described.is_ready:
-                return described
+            deployment = state.read(name)
+            if deployment.pid == child.pid and deployment.is_ready:
+                return deployment
         time.sleep(_POLL_S)
-    said = log.read_text(encoding="utf-8", errors="replace")
-    reason = (
-        said[said.rfind("error: ") :].removeprefix("error: ").strip() if "error: " in said else said[-2000:]
-    )
+    output = log.read_text(encoding="utf-8", errors="replace")
+    _, error, reason = output.rpartition("error: ")
+    reason = reason.strip() if error else output[-2000:]
     raise ServerStartError(reason or f"the supervisor ended with code {child.returncode} and said nothing")
 
 
-def _command(arguments: argparse.Namespace, name: str) -> list[str]:
-    """The command line of `arguments`, in the foreground and with this name."""
-    words = [sys.executable, "-m", "conch.serving", "up", f"--name={name}"]
-    for key, value in vars(arguments).items():
-        if key in ("run", "detach", "name", "url"):
-            continue
-        flag = _flag(key)
-        if value is True:
-            words.append(flag)
-        elif isinstance(value, list):
-            words += [f"{flag}={item}" for item in value]
-        elif value not in (None, False):
-            words.append(f"{flag}={value}")
-        elif value == 0 and value is not False:
-            words.append(f"{flag}=0")
-    return words
+def main() -> int:
+    """Supervise in the background: options as JSON on stdin; an error goes to stderr, which is the log."""
+    try:
+        return run_foreground(UpOptions.model_validate_json(sys.stdin.read()))
+    except ConchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What a server is asked to be, and the tritonserver flags that say it.
+"""Settings of a server, and the tritonserver flags that express them.
 
 Triton's releases differ in their flags and refuse those that they do not know, so flags are looked up in
 `tritonserver --help` of the very binary or image that is started.
@@ -19,22 +19,25 @@ EXIT_TIMEOUT_S = 5
 # Loading a model runs code from the store, or code that the request itself brings.
 _ADMIN_PROTOCOLS = "model-repository,shared-memory,trace,logging"
 _USER_PROTOCOLS = "health,metadata,inference,model-config,statistics"
-# Made ready in advance for requests in flight: 64 gave 2,780-3,230 requests/s against 2,580 with Triton's 8.
+# Request objects allocated in advance: 64 gave 2,780-3,230 requests/s against 2,580 with Triton's 8.
 _ALLOCATION_POOL = 64
 _FLAG = re.compile(r"^\s+--([a-z0-9-]+)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """One tritonserver, whatever it runs in.
+    """Settings of one tritonserver, in any runtime.
 
+    model_store: the store's path outside of a container.
+    models: names of the models to load.
     host: address to listen on, for all ports.
     http_port, metrics_port: None leaves them closed.
-    gpu: what CUDA_VISIBLE_DEVICES is set to; "" serves on the CPU, from `configs/embedded.pbtxt`.
+    gpu: value of CUDA_VISIBLE_DEVICES; "" serves on the CPU, from `configs/embedded.pbtxt`.
     cpu_threads: threads a model may compute with.
-    secret: what every request must carry in a header; "" asks for none.
+    tls: certificates; None speaks plain text.
+    secret: value that every request must carry in a header; "" asks for none.
     admin_secret: the same for requests that load models, share memory, trace or log; "" asks for none.
-    extra: flags of the user, `--name=value`.
+    extra: further flags of the user, `--name=value`.
     """
 
     model_store: Path
@@ -52,12 +55,14 @@ class ServerSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
-    """Where the server process finds things, which in a container is not where they are outside.
+class ServerPaths:
+    """Paths as the server process sees them, which in a container are others than outside.
 
-    repository: what it loads models from, links into the model store.
-    backends: None takes the image's own.
-    shm_prefix: starts the names of its files in /dev/shm.
+    model_store: the model store.
+    repository: folder that the server loads models from, links into the model store.
+    backends: folder of back ends; None takes the image's own.
+    shm_prefix: beginning of the names of the server's files in /dev/shm.
+    cert, key, ca: certificate files; "" where there are none.
     """
 
     model_store: str
@@ -75,41 +80,41 @@ def is_loopback(host: str) -> bool:
 
 
 def known_flags(help_text: str) -> frozenset[str]:
-    """Names of the flags that `tritonserver --help` lists, without dashes.
+    """Return the names of the flags in the text of `tritonserver --help`, without dashes.
 
     Raises:
-        ServerStartError: it lists none, so it is no tritonserver.
+        ServerStartError: the text lists none, so the program is no tritonserver.
     """
-    found = frozenset(_FLAG.findall(help_text))
-    if not {"model-repository", "grpc-port"} <= found:
-        said = help_text.strip()[:300] or "nothing"
-        raise ServerStartError(f"`tritonserver --help` does not list its flags; it says: {said}")
-    return found
+    names = frozenset(_FLAG.findall(help_text))
+    if not {"model-repository", "grpc-port"} <= names:
+        beginning = help_text.strip()[:300] or "nothing"
+        raise ServerStartError(f"`tritonserver --help` does not list its flags; it says: {beginning}")
+    return names
 
 
-def server_flags(settings: ServerSettings, places: Places, known: frozenset[str]) -> list[str]:
-    """The arguments of tritonserver.
+def server_flags(settings: ServerSettings, paths: ServerPaths, known: frozenset[str]) -> list[str]:
+    """Return the arguments of tritonserver.
 
-    known: from `known_flags`.
+    known: names of this release's flags, from `known_flags`.
 
     Raises:
-        ServerStartError: a flag that is needed or asked for does not exist in this release; names it.
+        ServerStartError: this release lacks a flag that is needed or that the user gave; names the flag.
     """
     address = settings.host or "0.0.0.0"
     flags = {
-        "model-repository": places.repository,
-        "backend-config": f"python,shm-region-prefix-name={places.shm_prefix}",
+        "model-repository": paths.repository,
+        "backend-config": f"python,shm-region-prefix-name={paths.shm_prefix}",
         "model-control-mode": "explicit",  # dead models and new versions are loaded on demand
         "disable-auto-complete-config": None,  # configs are complete; guessing doubles the start-up time
         "exit-timeout-secs": str(EXIT_TIMEOUT_S),
         "grpc-address": address,
         "grpc-port": str(settings.grpc_port),
         "grpc-infer-allocation-pool-size": str(_ALLOCATION_POOL),
-        "allow-http": _yes(settings.http_port is not None),
-        "allow-metrics": _yes(settings.metrics_port is not None),
+        "allow-http": _switch(settings.http_port is not None),
+        "allow-metrics": _switch(settings.metrics_port is not None),
     }
-    if places.backends is not None:
-        flags["backend-directory"] = places.backends
+    if paths.backends is not None:
+        flags["backend-directory"] = paths.backends
     if not settings.gpu:
         flags["model-config-name"] = EMBEDDED_NAME
     if settings.http_port is not None:
@@ -117,9 +122,9 @@ def server_flags(settings: ServerSettings, places: Places, known: frozenset[str]
     if settings.metrics_port is not None:
         flags |= {"metrics-address": address, "metrics-port": str(settings.metrics_port)}
         # The bundled server looks for a GPU's counters in vain, for seconds.
-        flags |= {"allow-gpu-metrics": _yes(bool(settings.gpu))}
+        flags |= {"allow-gpu-metrics": _switch(bool(settings.gpu))}
     if settings.tls is not None:
-        flags |= _tls_flags(settings.tls, places)
+        flags |= _tls_flags(settings.tls, paths)
     _refuse_unknown([*flags, *(extra.removeprefix("--").split("=", 1)[0] for extra in settings.extra)], known)
     return [
         *(f"--{name}" if value is None else f"--{name}={value}" for name, value in flags.items()),
@@ -129,14 +134,14 @@ def server_flags(settings: ServerSettings, places: Places, known: frozenset[str]
     ]
 
 
-def _tls_flags(tls: ServerTls, places: Places) -> dict[str, str | None]:
+def _tls_flags(tls: ServerTls, paths: ServerPaths) -> dict[str, str | None]:
     flags: dict[str, str | None] = {
         "grpc-use-ssl": "1",
-        "grpc-server-cert": places.cert,
-        "grpc-server-key": places.key,
+        "grpc-server-cert": paths.cert,
+        "grpc-server-key": paths.key,
     }
     if tls.require_client_cert:
-        flags |= {"grpc-use-ssl-mutual": "1", "grpc-root-cert": places.ca}
+        flags |= {"grpc-use-ssl-mutual": "1", "grpc-root-cert": paths.ca}
     return flags
 
 
@@ -147,7 +152,7 @@ def _restrictions(settings: ServerSettings) -> list[str]:
     if settings.admin_secret:
         groups.append((_ADMIN_PROTOCOLS, ADMIN_KEY, settings.admin_secret))
     names = ["grpc-restricted-protocol"] + ["http-restricted-api"] * (settings.http_port is not None)
-    return [f"--{name}={what}:{key}={value}" for name in names for what, key, value in groups]
+    return [f"--{name}={protocols}:{key}={secret}" for name in names for protocols, key, secret in groups]
 
 
 def _refuse_unknown(names: list[str], known: frozenset[str]) -> None:
@@ -159,5 +164,5 @@ def _refuse_unknown(names: list[str], known: frozenset[str]) -> None:
         )
 
 
-def _yes(value: bool) -> str:
+def _switch(value: bool) -> str:
     return "1" if value else "0"

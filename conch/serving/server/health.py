@@ -1,4 +1,4 @@
-"""Ready means: golden samples score right. Triton's own flags stay green when a model's process is dead."""
+"""Readiness: golden samples score right. Triton's own flags stay green when a model's process is dead."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
-from conch.errors import ServerStartError, ServingError
+from conch.errors import ServerStartError, ServingError, first_line
 from conch.store.manifest import GoldenSample
 from conch.store.store import StoredModel
 from conch.triton.channel import Access, explain_refusal, is_lasting, open_client
@@ -20,7 +20,7 @@ from conch.triton.contract import OUTPUT
 _POLL_S = 0.05
 _CALL_TIMEOUT_S = 2.0
 _SCORE_TIMEOUT_S = 60.0
-# What every release of Triton's protocol version 2 has had since the first that was tried.
+# Extensions of every release of Triton's protocol version 2 since the first that was tested.
 _NEEDED_EXTENSIONS = {"model_configuration", "statistics"}
 
 
@@ -34,14 +34,15 @@ def wait_until_ready(
 ) -> None:
     """Return once the server is up and every model scores its golden samples right.
 
-    deadline: on the clock of `time.monotonic`.
+    is_alive: whether the server's process runs.
+    deadline: seconds on the clock of `time.monotonic`.
 
     Raises:
         ServerStartError: the server died, was not ready in time, refuses us, is of another kind, or a score
             is wrong.
     """
     with open_client(url, access) as client:
-        while problem := _not_up(client, models, access):
+        while problem := _startup_problem(client, models, access):
             if not is_alive():
                 raise ServerStartError("tritonserver died before it was ready")
             if time.monotonic() > deadline:
@@ -57,14 +58,15 @@ def wait_until_ready(
 def check_version(client: triton.InferenceServerClient) -> None:
     """Raise ServerStartError unless the server speaks the protocol that we do."""
     try:
-        told: Any = client.get_server_metadata(client_timeout=_SCORE_TIMEOUT_S)
+        metadata: Any = client.get_server_metadata(client_timeout=_SCORE_TIMEOUT_S)
     except InferenceServerException as error:
         raise ServerStartError(f"the server does not say what it is: {error.message()}") from error
-    missing = sorted(_NEEDED_EXTENSIONS - set(told.extensions))
-    if told.name != "triton" or not told.version.startswith("2.") or missing:
+    missing = sorted(_NEEDED_EXTENSIONS - set(metadata.extensions))
+    if metadata.name != "triton" or not metadata.version.startswith("2.") or missing:
         lacks = f", without {', '.join(missing)}" if missing else ""
+        name, version = metadata.name or "nameless", metadata.version or "of unknown version"
         raise ServerStartError(
-            f"the server is {told.name or 'nameless'} {told.version or 'of unknown version'}{lacks}; "
+            f"the server is {name} {version}{lacks}; "
             "Conch needs Triton 2.x with its statistics and model configuration extensions (2.51 was tested)"
         )
 
@@ -74,11 +76,11 @@ def check_golden(
     model: StoredModel,
     *,
     samples: int | None = None,
-    called: str | None = None,
+    served_name: str | None = None,
 ) -> None:
     """Score the golden samples, or the first `samples` of them, through the server.
 
-    called: the name that the server knows the model by, if it is another.
+    served_name: name of the model in the server; None takes its own.
 
     Raises:
         ServerStartError: a score differs by more than the tolerance, there is none, or another version than
@@ -88,7 +90,7 @@ def check_golden(
     for number, sample in enumerate(golden.samples[:samples]):
         try:
             inputs = request_inputs(sample.request(), model.spec)
-            reply = client.infer(called or model.name, inputs, client_timeout=_SCORE_TIMEOUT_S)
+            reply = client.infer(served_name or model.name, inputs, client_timeout=_SCORE_TIMEOUT_S)
         except InferenceServerException as error:
             raise ServerStartError(
                 f"model {model.name}: golden sample {number} got no score: {error}"
@@ -97,7 +99,7 @@ def check_golden(
         if version != str(model.version):
             raise ServerStartError(
                 f"model {model.name}: version {version} answers, the store's latest is {model.version}; "
-                "have the server load it: python -m conch.serving swap"
+                "have the server load it: conch serve swap"
             )
         scores = reply.as_numpy(OUTPUT) if reply is not None else None
         expected = np.array([sample.scores])
@@ -117,11 +119,13 @@ def check_golden(
             )
 
 
-def _not_up(client: triton.InferenceServerClient, models: Sequence[StoredModel], access: Access) -> str:
-    """What the server is not yet, or "".
+def _startup_problem(
+    client: triton.InferenceServerClient, models: Sequence[StoredModel], access: Access
+) -> str:
+    """Return why the server is not up yet, or "".
 
     Raises:
-        ServerStartError: it turns us away for good.
+        ServerStartError: it refuses this client for good.
     """
     try:
         if not client.is_server_ready(client_timeout=_CALL_TIMEOUT_S):
@@ -130,7 +134,7 @@ def _not_up(client: triton.InferenceServerClient, models: Sequence[StoredModel],
             if not client.is_model_ready(model.name, client_timeout=_CALL_TIMEOUT_S):
                 return f"model {model.name} is not loaded"
     except InferenceServerException as error:
-        why = explain_refusal(error, access) or (error.message() or "").split("\n")[0]
+        why = explain_refusal(error, access) or first_line(error.message() or "")
         if is_lasting(error):
             raise ServerStartError(why) from error
         return why
@@ -138,7 +142,7 @@ def _not_up(client: triton.InferenceServerClient, models: Sequence[StoredModel],
 
 
 def step_error(reply: Any, sample: GoldenSample) -> float:
-    """Largest difference of a step's score from that of the golden sample, divided by max(1, |score|).
+    """Return the largest difference of a step's score from the golden sample's, divided by max(1, |score|).
 
     Infinity where steps are missing or end elsewhere.
     """
@@ -149,5 +153,5 @@ def step_error(reply: Any, sample: GoldenSample) -> float:
         return np.inf
     if ends != list(sample.step_ends):
         return np.inf
-    right = np.array(sample.step_scores)
-    return float((np.abs(scores - right) / np.maximum(1.0, np.abs(right))).max())
+    expected = np.array(sample.step_scores)
+    return float((np.abs(scores - expected) / np.maximum(1.0, np.abs(expected))).max())

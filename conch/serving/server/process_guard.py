@@ -1,13 +1,13 @@
-"""Run one server process and outlive nobody's death but its own.
+"""Run one server process, and end it with the process that started it.
 
-`launcher.py` runs this file by path, in a session of its own. Only the standard library: it must start at
-once. Its settings are one line of JSON on stdin (not an argument: the server's command holds secrets, and
-arguments stand in the process list). Stdin then stays open as a life line: when it closes, because the
-launcher asked for a stop or because it was killed, the server gets SIGTERM, after `grace_s` seconds its whole
-process group SIGKILL, and what it left in shared memory and in `scratch` is removed. If the guard itself is
-killed, the kernel sends the server SIGTERM.
+`server.py` runs this file by path, in a session of its own. Only the standard library: it must start at once.
+Its settings are one line of JSON on stdin (not an argument: the server's command holds secrets, and arguments
+stand in the process list). Stdin then stays open: when it closes, because the parent asks for a stop or was
+killed, the server gets SIGTERM, after `grace_s` seconds its whole process group SIGKILL, and its files in
+shared memory and in `scratch` are removed. If the guard itself is killed, the kernel sends the server
+SIGTERM.
 
-What the server prints goes through the guard into `log`, which is moved to `log.1`, `log.2`, ... when full.
+The server's output goes through the guard into `log`, which is moved to `log.1`, `log.2`, ... when full.
 
 Settings: command (list), log (path), log_max_bytes, log_keep (old files), shm_prefix, scratch (folder),
 end_command (list, run after the end if not empty: removes a container), grace_s (seconds), parent_pid.
@@ -50,7 +50,7 @@ def main() -> int:
         server = _start(settings)
         print(server.pid, flush=True)
         parent = settings["parent_pid"]
-        while server.poll() is None and not stopping and _parent_wants_it(parent, wake_read, server, log):
+        while server.poll() is None and not stopping and _is_wanted(parent, wake_read, server, log):
             pass
         return _end(server, log, settings["grace_s"])
     finally:
@@ -72,7 +72,7 @@ class RotatingLog:
         self._size = self._file.tell()
 
     def write(self, chunk: bytes) -> None:
-        """Append what was read; what does not fit, from a line's start on, begins the next file."""
+        """Append output; lines that do not fit begin the next file."""
         while len(chunk) > (room := self._max_bytes - self._size):
             cut = chunk.rfind(b"\n", 0, max(room, 0)) + 1
             if not cut and not self._size:
@@ -95,7 +95,7 @@ class RotatingLog:
             self._path.unlink(missing_ok=True)  # where nothing old is kept
             self._file.close()
             self._file = self._path.open("ab", buffering=0)
-        self._size = 0  # even if that failed: it is tried again a file's length later
+        self._size = 0  # even if that failed: the next attempt comes a file's length later
 
     def _numbered(self, number: int) -> Path:
         return self._path.with_name(f"{self._path.name}.{number}")
@@ -123,12 +123,10 @@ def _start(settings: dict[str, Any]) -> subprocess.Popen[bytes]:
     return server
 
 
-def _parent_wants_it(
-    parent_pid: int, wake_read: int, server: subprocess.Popen[bytes], log: RotatingLog
-) -> bool:
-    """Sleep until something happens; False once the launcher closed its pipe or is gone.
+def _is_wanted(parent_pid: int, wake_read: int, server: subprocess.Popen[bytes], log: RotatingLog) -> bool:
+    """Sleep until something happens; False once the parent closed its pipe or is gone.
 
-    A forked child of the launcher may keep the pipe open after its death, hence the look at its pid.
+    A forked child of the parent may keep the pipe open after the parent's death, hence the check of its pid.
     """
     assert server.stdout is not None
     readable, _, _ = select.select([sys.stdin, wake_read, server.stdout], [], [], _POLL_S)
@@ -140,7 +138,7 @@ def _parent_wants_it(
 
 
 def _copy_output(server: subprocess.Popen[bytes], log: RotatingLog) -> bool:
-    """Write what the server printed into the log; False if there was nothing."""
+    """Write the server's output into the log; False if there was none."""
     assert server.stdout is not None
     try:
         chunk = os.read(server.stdout.fileno(), _CHUNK_BYTES)
@@ -179,7 +177,7 @@ def _run_end_command(command: list[str]) -> None:
 
 
 def clean_up(shm_prefix: str, scratch: str) -> None:
-    """Remove the shared-memory files that a killed server leaves, and its scratch folder."""
+    """Remove the shared-memory files of a killed server, and its scratch folder."""
     assert shm_prefix, "an empty prefix would match everybody's shared memory"
     for left_over in Path("/dev/shm").glob(f"{shm_prefix}*"):
         left_over.unlink(missing_ok=True)

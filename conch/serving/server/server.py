@@ -1,4 +1,4 @@
-"""Start a tritonserver, know when it scores right, and never leave it behind.
+"""Start a tritonserver, wait until it scores right, and never leave it behind.
 
 with TritonServer("model_store", ["walks"]) as server:
     train(..., reward=server.endpoint("walks"))
@@ -48,22 +48,23 @@ _POLL_S = 0.05
 _CONNECT_TIMEOUT_S = 5.0
 _OTHER_TEMPORARY_FOLDERS = ("/tmp", "/var/tmp")
 _LOG_TAIL_LINES = 20
-# What tritonserver prints when the port went to somebody else between our look and its bind.
+# tritonserver prints this when another program took the port between our check and its bind.
 _PORT_LOST = "already in use"
 
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    """What few servers need.
+    """Settings that few servers need.
 
-    runtime: what the server runs in.
+    runtime: program or container that runs the server.
     http_port, metrics_port: None leaves the port closed, 0 takes a free one.
     gpu: number or UUID of the GPU, several separated by commas; "" serves on the CPU.
     tls: None speaks plain text.
-    secret: what clients must send; "" asks for none.
-    restrict_admin: keep loading of models and the like to this process; always so beyond loopback.
+    secret: value that clients must send; "" asks for none.
+    restrict_admin: let this process alone load models, trace and the like; always so beyond loopback.
     flags: further flags of tritonserver, `--name=value`.
-    log_max_bytes, log_keep: a log of that size is put aside, and that many old ones are kept.
+    log_max_bytes: size at which a log is put aside.
+    log_keep: number of old logs that are kept.
     """
 
     runtime: Runtime = field(default_factory=BundledRuntime)
@@ -81,8 +82,12 @@ class ServerOptions:
 class TritonServer:
     """One tritonserver process on this machine, serving models of a store over gRPC.
 
-    Nothing of it outlives this process: a normal stop, an exception, Ctrl-C and `kill -9` all end it and
-    remove its shared memory.
+    Nothing of the server outlives this process: a normal stop, an exception, Ctrl-C and `kill -9` all end it
+    and remove its shared memory.
+
+    log_file: the server's log; None before a start without one.
+    stored: models that are served, the versions of the last start or swap.
+    repository: folder that the server loads from; None before the start.
 
     Raises, from `start` or on entering the context:
         ServerStartError: this machine or environment cannot run it, the port is taken, a certificate is
@@ -102,9 +107,11 @@ class TritonServer:
         cpu_threads: int = 1,
         options: ServerOptions | None = None,
     ) -> None:
-        """grpc_port: None takes a free one. log_file: None takes a temporary one, kept if the server fails.
+        """grpc_port: None takes a free one.
 
-        host: address to listen on; anything but loopback lets others on the network score, not change models.
+        host: address to listen on; beyond loopback others on the network may score, but not change models.
+        log_file: None takes a temporary one, kept if the server fails.
+        ready_timeout_s: seconds to become ready.
         cpu_threads: threads a model may compute with.
         """
         self.log_file = log_file
@@ -113,7 +120,7 @@ class TritonServer:
         self.repository: Repository | None = None
         self._model_store = Path(model_store)
         self._models = tuple(models)
-        self._wanted_port = grpc_port
+        self._fixed_port = grpc_port
         self._port = 0
         self._host = host
         self._ready_timeout_s = ready_timeout_s
@@ -143,7 +150,7 @@ class TritonServer:
 
     @property
     def metrics_url(self) -> str:
-        """Where Prometheus reads; "" if metrics are off."""
+        """URL that Prometheus reads; "" if metrics are off."""
         return f"http://{self._reachable_host}:{self._metrics_port}/metrics" if self._metrics_port else ""
 
     @property
@@ -153,7 +160,7 @@ class TritonServer:
 
     @property
     def access(self) -> Access:
-        """What a client needs to be let in, with the right to load models. Known once started."""
+        """Credentials of a client that may also load models; complete once started."""
         return Access(self._client_tls, self.options.secret, self._admin_secret)
 
     @property
@@ -167,14 +174,14 @@ class TritonServer:
         return self._server_pid
 
     def endpoint(self, model: str) -> str:
-        """`host:port/model`, which is what a reward or TRITON_HOST takes."""
+        """Return `host:port/model`, which `reward.url` and TRITON_HOST take."""
         return f"{self.url}/{model}"
 
     def start(self, *, again: bool = False) -> None:
         """Check all that can be checked, start the server, return once its golden samples score right.
 
-        again: serve the versions in `stored` instead of the store's latest, if they are still there, and add
-            to the log instead of emptying it.
+        again: serve the versions in `stored` instead of the store's latest, if the store still has them, and
+            append to the log instead of emptying it.
         """
         assert not self.is_running, "start() called on a running server"
         options = self.options
@@ -183,15 +190,14 @@ class TritonServer:
                 "Triton's HTTP port knows no TLS: leave it closed (no http_port), or put a TLS proxy "
                 "before a server that speaks plain text on loopback"
             )
-        if not again or not self._has_what_it_served():
+        if not again or not self._store_has_served_versions():
             self.stored = tuple(read_with_members(self._model_store, self._models))
         options.runtime.check(self._settings())
         for model in self.stored:
             verify_files(model)
         self._client_tls = own_client(options.tls) if options.tls is not None else None
-        wanted = (self._wanted_port, options.http_port, options.metrics_port)
-        fixed = [port for port in wanted if port]
-        free_port(self._host)  # says so if the host itself is wrong
+        fixed = [port for port in (self._fixed_port, options.http_port, options.metrics_port) if port]
+        free_port(self._host)  # raises if the host itself is wrong
         for port in fixed:
             check_port(self._host, port)
         known = known_flags(options.runtime.help_text())
@@ -206,14 +212,14 @@ class TritonServer:
                     raise
 
     def abort(self) -> None:
-        """Have the server end, from another thread: its `start` or `wait` then returns; `stop` follows."""
+        """End the server from another thread, whose `start` or `wait` then returns and which calls `stop`."""
         self._aborted = True
         guard_process = self._guard
         if guard_process is not None:
             guard_process.terminate()
 
     def stop(self) -> None:
-        """End the server: it finishes what it is computing, then goes. Does nothing if it is not running."""
+        """End the server once it has finished its computations. Does nothing if it is not running."""
         if self._guard is None:
             return
         code = self._stop_guard()
@@ -222,7 +228,7 @@ class TritonServer:
             self.log_file = None
 
     def wait(self, timeout_s: float | None = None) -> int:
-        """Block until the server ends by itself; its exit code, 128 + signal if it was killed.
+        """Block until the server ends by itself; returns its exit code, 128 + signal if it was killed.
 
         Raises:
             subprocess.TimeoutExpired: it still runs after `timeout_s` seconds.
@@ -231,12 +237,12 @@ class TritonServer:
         return self._guard.wait(timeout_s)
 
     def log_tail(self, lines: int = _LOG_TAIL_LINES) -> str:
-        """The last lines of the server's log."""
+        """Return the last lines of the server's log."""
         if self.log_file is None or not self.log_file.exists():
             return ""
         return "\n".join(self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
 
-    def _has_what_it_served(self) -> bool:
+    def _store_has_served_versions(self) -> bool:
         gone = [part for model in self.stored for part in model.folders if not part.path.is_dir()]
         for part in gone:
             _log.warning(
@@ -265,7 +271,7 @@ class TritonServer:
         )
 
     def _choose_ports(self) -> None:
-        self._port = self._wanted_port or free_port(self._host)
+        self._port = self._fixed_port or free_port(self._host)
         http, metrics = self.options.http_port, self.options.metrics_port
         self._http_port = None if http is None else http or free_port(self._host)
         self._metrics_port = None if metrics is None else metrics or free_port(self._host)
@@ -283,8 +289,8 @@ class TritonServer:
                 raise _PortLostError(
                     f"port {self._port} was taken while the server started; try again"
                 ) from error
-            what = f"tritonserver ended with code {code} before it was ready" if died else str(error)
-            raise ServerStartError(f"{what}; last lines of {self.log_file}:\n{tail}") from error
+            reason = f"tritonserver ended with code {code} before it was ready" if died else str(error)
+            raise ServerStartError(f"{reason}; last lines of {self.log_file}:\n{tail}") from error
         except BaseException:
             self._stop_guard()
             raise
@@ -307,11 +313,11 @@ class TritonServer:
         self._cleanup = (shm_prefix, str(scratch))
         runtime, settings = self.options.runtime, self._settings()
         try:
-            places = runtime.places(settings, scratch, shm_prefix)
-            self.repository = Repository(repository_of(scratch), places.model_store)
+            paths = runtime.paths(settings, scratch, shm_prefix)
+            self.repository = Repository(repository_of(scratch), paths.model_store)
             for model in self.stored:
                 self.repository.place(model)
-            flags = server_flags(settings, places, known)
+            flags = server_flags(settings, paths, known)
             invocation = runtime.invocation(settings, scratch, flags, f"conch-{shm_prefix.strip('_')}")
         except BaseException:
             guard.clean_up(*self._cleanup)
@@ -341,7 +347,7 @@ class TritonServer:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                start_new_session=True,  # Ctrl-C reaches us, not it: the stop is ours to order
+                start_new_session=True,  # Ctrl-C reaches this process alone, which stops the server
                 env=invocation.environment,
             )
         assert process.stdin is not None
@@ -368,7 +374,7 @@ class TritonServer:
         if self._guard is None:
             return 0
         assert self._guard.stdin is not None and self._guard.stdout is not None
-        # Forked children of ours may still hold the pipe open, so ask in words too.
+        # Forked children of this process may still hold the pipe open: a signal as well.
         self._guard.stdin.close()
         self._guard.terminate()
         try:
@@ -383,27 +389,27 @@ class TritonServer:
 
 
 def scratch_folder() -> Path:
-    """A new temporary folder whose path needs no quotes: the server's back end hands it to a shell bare.
+    """Create a temporary folder whose path needs no quotes: the server's back end passes it to a shell bare.
 
     Raises:
-        ServerStartError: no such folder can be made.
+        ServerStartError: no such folder can be created.
     """
-    usual = tempfile.gettempdir()
-    for parent in (usual, *_OTHER_TEMPORARY_FOLDERS):
+    default = tempfile.gettempdir()
+    for parent in (default, *_OTHER_TEMPORARY_FOLDERS):
         if shlex.quote(parent) == parent and os.access(parent, os.W_OK | os.X_OK):
             return Path(tempfile.mkdtemp(prefix="conch-triton-", dir=parent))
     raise ServerStartError(
-        f"the temporary folder {usual!r} has a space or another character in its name that tritonserver's "
+        f"the temporary folder {default!r} has a space or another character in its name that tritonserver's "
         "python back end does not take; set TMPDIR to one without, for example TMPDIR=/var/tmp"
     )
 
 
 class _PortLostError(ServerStartError):
-    """Another program took the port between our look and the server's."""
+    """Another program took the port between our check and the server's bind."""
 
 
 def free_port(host: str) -> int:
-    """A port that nobody listens on now.
+    """Return a port that no program listens on now.
 
     Raises:
         ServerStartError: `host` is no address of this machine.
@@ -427,17 +433,19 @@ def check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            taken = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+            in_use = error.errno == errno.EADDRINUSE
+            problem = "is taken" if in_use else f"cannot be used ({error.strerror})"
             raise ServerStartError(
-                f"port {port} on {host or 'this machine'} {taken}; "
+                f"port {port} on {host or 'this machine'} {problem}; "
                 "stop what listens there or choose another port"
             ) from error
 
 
 def wait_until_open(host: str, port: int, *, is_alive: Callable[[], bool], deadline: float) -> None:
-    """Return once somebody listens there.
+    """Return once a program listens at the port.
 
-    deadline: on the clock of `time.monotonic`.
+    is_alive: whether the server's process runs.
+    deadline: seconds on the clock of `time.monotonic`.
 
     Raises:
         ServerStartError: the server died, or did not open the port in time.

@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from conch.addresses import parse_servers
 from conch.config import load
 from conch.errors import ConfigError, RolloutError, RolloutUnavailableError
 from conch.rollouts import weight_sync
 from conch.rollouts.protocol import Health
-from conch.rollouts.remote.client import ServerClient, parse_servers
+from conch.rollouts.remote.client import ServerClient
 from conch.rollouts.remote.engine import missing_part, split_prompts
 from conch.rollouts.remote.pool import ServerState, least_busy
 from conch.rollouts.serve import main as serve_main
@@ -410,11 +411,11 @@ def test_nobody_waits_for_a_server_that_has_refused() -> None:
 )
 def test_bad_addresses_are_refused(urls: str, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
-        parse_servers(urls)
+        parse_servers(urls, "rollout.urls")
 
 
 def test_addresses_are_read() -> None:
-    assert parse_servers("a:1, [::1]:2") == ["a:1", "[::1]:2"]
+    assert parse_servers("a:1, [::1]:2", "rollout.urls") == ["a:1", "[::1]:2"]
     client = ServerClient("[::1]:2", 1.0)
     assert (client.host, client.port) == ("::1", 2)
 

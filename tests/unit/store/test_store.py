@@ -154,7 +154,7 @@ def test_is_valid_name_refuses_the_rest(name: str) -> None:
 
 
 def test_list_models_refuses_a_missing_store(tmp_path: Path) -> None:
-    with pytest.raises(ModelStoreError, match=r"nowhere cannot be read .*conch-to-triton"):
+    with pytest.raises(ModelStoreError, match=r"nowhere cannot be read .*conch convert"):
         list_models(tmp_path / "nowhere")
 
 

@@ -10,7 +10,7 @@ from conch.errors import ServingError
 from conch.serving.deployment import commands
 from conch.serving.deployment import state as deployment
 from conch.serving.deployment.state import Deployment, Replica
-from conch.serving.deployment.supervisor import Policy, _pause_s
+from conch.serving.deployment.supervisor import RestartPolicy, _pause_s
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ def test_a_name_that_is_no_plain_name_is_refused(name: str) -> None:
 
 
 def test_pauses_double_up_to_the_longest() -> None:
-    policy = Policy(first_pause_s=1.0, longest_pause_s=10.0)
+    policy = RestartPolicy(first_pause_s=1.0, longest_pause_s=10.0)
     for failures, longest in ((1, 1.0), (2, 2.0), (3, 4.0), (4, 8.0), (5, 10.0), (50, 10.0)):
         assert all(0.75 * longest <= _pause_s(policy, failures) <= longest for _ in range(20))
 

@@ -164,4 +164,4 @@ def test_commands_without_a_deployment_say_so(capsys: Any, command: str) -> None
 
 def test_status_without_a_deployment_says_how_to_start_one(capsys: Any) -> None:
     assert main(["status"]) == 1
-    assert "no deployment runs; start one with python -m conch.serving up --detach" in capsys.readouterr().err
+    assert "no deployment runs; start one with conch serve up --detach" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from conch.errors import ServerStartError
-from conch.serving.server.flags import Places, ServerSettings, is_loopback, known_flags, server_flags
+from conch.serving.server.flags import ServerPaths, ServerSettings, is_loopback, known_flags, server_flags
 from conch.serving.server.runtime import (
     ApptainerRuntime,
     BundledRuntime,
@@ -17,7 +17,7 @@ from conch.serving.server.runtime import (
 from conch.triton.tls import ServerTls
 
 HELP = BundledRuntime().help_text()
-PLACES = Places("/store", "/tmp/s/repository", "/backends", "conch_1_", "/c.pem", "/k.pem", "/ca.pem")
+PLACES = ServerPaths("/store", "/tmp/s/repository", "/backends", "conch_1_", "/c.pem", "/k.pem", "/ca.pem")
 SETTINGS = ServerSettings(Path("/host/store"), ("walks",), grpc_port=8001)
 
 

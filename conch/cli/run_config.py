@@ -1,39 +1,30 @@
 """From a command line to a validated run configuration.
 
-    python -m conch.trainers.ppo --config-name randomwalks/ppo train.seed=1 generation.temperature=0.7
+    conch train ppo --config-name randomwalks/ppo train.seed=1 generation.temperature=0.7
 
 A YAML file below `configs/` is composed by Hydra (its `defaults` list may pull in other files, from its own
 folder or from `configs/`), `key=value` overrides are laid over it, and the result is validated against the
 program's section. Hydra changes no working directory and writes no files here. Overrides may name keys that
 the YAML leaves out: the section alone decides which keys exist.
-
-Command lines of several words take dashes and underscores alike.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import sys
-import textwrap
-import types
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Concatenate, Literal, NoReturn, ParamSpec, TypeVar, Union, get_args, get_origin
+from typing import Any, NoReturn, TypeVar
 
 import yaml
-from pydantic.fields import FieldInfo
 
 import conch
+from conch.cli.options import describe
 from conch.config import Section, load
-from conch.config.base import nested_section
 from conch.errors import ConchError, ConfigError
 from conch.log import setup_logging
 
 SectionT = TypeVar("SectionT", bound=Section)
-SettingsP = ParamSpec("SettingsP")
-FirstT = TypeVar("FirstT")
-ResultT = TypeVar("ResultT")
 
 
 def default_config_dir() -> Path:
@@ -84,7 +75,7 @@ def load_run_config(
     both exit 0.
 
     default_name: the configuration that runs when none is named.
-    config_dir: where configurations are looked for; None takes `default_config_dir()`.
+    config_dir: folder of the configurations; None takes `default_config_dir()`.
 
     Raises:
         ConfigError: see `compose` and `conch.config.load`.
@@ -104,12 +95,12 @@ def load_run_config(
 
 
 def to_yaml(config: Section) -> str:
-    """The configuration as YAML that `compose` and `load` turn into an equal one."""
+    """Return the configuration as YAML that `compose` and `load` turn into an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
 
 
 def save_resolved(config: Section, path: Path) -> None:
-    """Write the validated configuration as YAML to `path`; its folder is made where it is missing.
+    """Write the validated configuration as YAML to `path`, in a new folder where it has none.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -139,11 +130,6 @@ def run_main(main: Callable[[list[str]], None]) -> NoReturn:
     raise SystemExit(0)
 
 
-def describe(section: type[Section]) -> str:
-    """Every key of `section` and of the sections in it: full name, type, default, and its docstring."""
-    return "\n".join(_describe_fields(section, prefix="", defaults=None))
-
-
 def _parser(section: type[Section], default_name: str, config_dir: Path) -> argparse.ArgumentParser:
     summary = (section.__doc__ or "").strip()
     parser = argparse.ArgumentParser(description=summary, add_help=False)
@@ -171,12 +157,12 @@ def _find_config(name: str, config_dir: Path) -> Path:
         return file
     if not config_dir.is_dir():
         raise ConfigError(f"no configuration folder {config_dir.resolve()}; name one with --config-dir")
-    names = sorted(str(found.relative_to(config_dir).with_suffix("")) for found in config_dir.rglob("*.yaml"))
+    names = sorted(str(path.relative_to(config_dir).with_suffix("")) for path in config_dir.rglob("*.yaml"))
     raise ConfigError(f"no configuration `{name}` in {config_dir}; there is: {', '.join(names) or 'none'}")
 
 
 def _force(text: str, roots: Sequence[Path]) -> str:
-    """Let `key=value` add a key that the file leaves out, which Hydra by itself would refuse."""
+    """Return the override in a form that may add a key that the file leaves out, which Hydra refuses."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import OverrideType
     from hydra.errors import HydraException
@@ -195,120 +181,7 @@ def _force(text: str, roots: Sequence[Path]) -> str:
 
 
 def _readable(error: Exception) -> str:
-    """The error's own words, less the pointers to Hydra's handbook and to its search path."""
+    """Return the error's text without the pointers to Hydra's handbook and to its search path."""
     message = str(error).partition("\nConfig search path:")[0]
     lines = [line.strip() for line in message.splitlines()]
     return "; ".join(line for line in lines if line and not line.startswith("See http"))
-
-
-def _describe_fields(section: type[Section], prefix: str, defaults: Section | None) -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        default = _default(name, field, defaults)
-        nested = nested_section(field.annotation)
-        if nested is not None:
-            inner = default if isinstance(default, Section) else None
-            yield from _describe_fields(nested, f"{prefix}{name}.", inner)
-            continue
-        shown = "required" if default is ... else f"default {default!r}"
-        yield f"  {prefix}{name}: {_type_name(field.annotation)}, {shown}"
-        if field.description:
-            text = " ".join(field.description.split())
-            yield textwrap.fill(text, width=108, initial_indent=" " * 6, subsequent_indent=" " * 6)
-
-
-def _default(name: str, field: FieldInfo, defaults: Section | None) -> Any:
-    """What a key is when nobody sets it, `...` for a required one. An enclosing default counts first."""
-    if defaults is not None:
-        return getattr(defaults, name)
-    return ... if field.is_required() else field.get_default(call_default_factory=True, validated_data={})
-
-
-def _type_name(annotation: Any) -> str:
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return " | ".join(repr(choice) for choice in arguments)
-    if origin in (Union, types.UnionType):
-        return " | ".join(_type_name(choice) for choice in arguments)
-    if annotation is type(None):
-        return "None"
-    if isinstance(annotation, type) and not arguments:
-        return annotation.__name__
-    return str(annotation).replace("typing.", "")
-
-
-def add_options(
-    parser: argparse.ArgumentParser | argparse._ArgumentGroup,
-    section: type[Section],
-    *,
-    without: Container[str] = (),
-    names: Mapping[str, str] | None = None,
-) -> None:
-    """Give an argparse parser one option for each field of `section`, with its type, choices and docstring.
-
-    An option that the command line leaves out has no value, so that `load` takes the section's default.
-
-    without: fields that get no option here.
-    names: field -> name of the option, where these differ.
-    """
-    for field_name, field in section.model_fields.items():
-        if field_name in without:
-            continue
-        name = (names or {}).get(field_name, field_name)
-        help_text = " ".join((field.description or "").split()).replace("%", "%%")
-        if not field.is_required() and field.default not in (None, ()) and field.default is not False:
-            help_text += f" Default: {field.default}."
-        settings: dict[str, Any] = {"dest": field_name, "default": argparse.SUPPRESS, "help": help_text}
-        parser.add_argument(
-            f"--{name}", required=field.is_required(), **settings, **_value_settings(name, field.annotation)
-        )
-
-
-def _value_settings(name: str, annotation: Any) -> dict[str, Any]:
-    """Return the arguments of `add_argument` that tell how to read a value of this type."""
-    choices = [choice for choice in get_args(annotation) if choice is not type(None)]
-    is_optional = type(None) in get_args(annotation)
-    plain = choices[0] if is_optional else annotation
-    if plain is bool:
-        return {"action": "store_true"}
-    if get_origin(plain) is Literal:
-        return {"choices": get_args(plain)}
-    if get_origin(plain) is tuple:
-        return {"nargs": "+", "metavar": name.upper()}
-    if plain in (int, float):
-        return {"type": plain, "metavar": "N" if plain is int else "X"}
-    return {"metavar": name.upper()}
-
-
-def keywords_of(
-    section: Callable[SettingsP, Any],
-) -> Callable[
-    [Callable[Concatenate[FirstT, ...], ResultT]], Callable[Concatenate[FirstT, SettingsP], ResultT]
-]:
-    """Decorate a function of one argument and `**settings`: type checkers and `help()` see its fields.
-
-    So the fields stand in one place. The function itself turns `settings` into the section, by `load`.
-    """
-
-    def decorate(
-        function: Callable[Concatenate[FirstT, ...], ResultT],
-    ) -> Callable[Concatenate[FirstT, SettingsP], ResultT]:
-        shown = inspect.signature(function)
-        first, *_ = shown.parameters.values()
-        fields = inspect.signature(section).parameters.values()
-        function.__signature__ = shown.replace(parameters=[first, *fields])  # pyright: ignore[reportFunctionMemberAccess]
-        return function
-
-    return decorate
-
-
-def written_with(sign: Literal["-", "_"], argv: Sequence[str]) -> list[str]:
-    """The arguments with `sign` between the words of each option's name; values stay as they are."""
-    other = "_" if sign == "-" else "-"
-    return [_renamed(argument, other, sign) for argument in argv]
-
-
-def _renamed(argument: str, old: str, new: str) -> str:
-    name, equals, value = argument.partition("=")
-    if name.startswith("--"):
-        name = "--" + name[2:].replace(old, new)
-    return name + equals + value

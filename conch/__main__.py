@@ -1,0 +1,132 @@
+"""`conch VERB ...`: the programs of Conch under one name; `python -m conch VERB ...` is the same.
+
+    conch train ppo model.path=gpt2 data.train=prompts.jsonl reward.url=127.0.0.1:8001/walks
+    conch convert --checkpoint outputs/reward_model --name walks
+    conch serve up --model walks
+
+A verb runs what `python -m conch.<module>` runs, with the same options, exit code and tracebacks. What it
+needs is imported once it is known, so that `conch --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import NoReturn
+
+from conch import __version__
+
+_USAGE_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; returns its exit code, or leaves with it. 2 for a command line that names none."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_help(), end="", file=sys.stdout if words else sys.stderr)
+        return 0 if words else _USAGE_ERROR
+    if words[0] == "--version":
+        print(f"conch {__version__}")
+        return 0
+    verb = words[0].replace("_", "-")
+    if verb not in _VERBS:
+        return _refuse("conch", words[0], _VERBS)
+    return _VERBS[verb](words[1:])
+
+
+def train(words: Sequence[str]) -> int:
+    """Train a model: `conch train ALGORITHM key=value ...`."""
+    summaries = _algorithms()
+    if not words or words[0] in ("-h", "--help"):
+        lines = [f"  {name:<16}{summary}" for name, summary in summaries.items()]
+        text = "\n".join(["usage: conch train ALGORITHM key=value ...", "", "algorithms:", *lines])
+        more = "conch train ALGORITHM --help lists the keys of an algorithm."
+        print(f"{text}\n\n{more}", file=sys.stdout if words else sys.stderr)
+        return 0 if words else _USAGE_ERROR
+    algorithm = words[0].replace("-", "_")
+    if algorithm not in summaries:
+        return _refuse("conch train", words[0], summaries)
+    _run(f"conch train {algorithm}", import_module(f"conch.trainers.{algorithm}").main, words[1:])
+
+
+def convert(words: Sequence[str]) -> int:
+    """Convert a reward model for Triton; `conch convert ensemble` joins several models into one."""
+    if words[:1] == ["ensemble"]:
+        from conch.converters import ensemble
+
+        return ensemble.main(words[1:])
+    from conch.converters import to_triton
+
+    return to_triton.main(words)
+
+
+def serve(words: Sequence[str]) -> int:
+    """Serve converted models: `conch serve up|down|status|logs|swap`."""
+    from conch.serving import __main__ as serving
+
+    return serving.main(words)
+
+
+def rollout_server(words: Sequence[str]) -> int:
+    """Start a vLLM server that trainers sample from: `conch rollout-server key=value ...`."""
+    from conch.rollouts import serve as server
+
+    _run("conch rollout-server", server.main, words)
+
+
+def size(words: Sequence[str]) -> int:
+    """Tell how much GPU memory a run takes, and what fits."""
+    from conch import sizing
+
+    _run("conch size", sizing.main, words)
+
+
+def plot(words: Sequence[str]) -> int:
+    """Draw the curves of a run: `conch plot RUN_DIR [METRIC ...]`."""
+    from conch.runs import plots
+
+    _run("conch plot", plots.main, words)
+
+
+_VERBS: dict[str, Callable[[Sequence[str]], int]] = {
+    verb.__name__.replace("_", "-"): verb for verb in (train, convert, serve, rollout_server, size, plot)
+}
+
+
+def _run(program: str, main: Callable[[list[str]], None], words: Sequence[str]) -> NoReturn:
+    """Run a program that takes its words from the command line, under the name that its help shows."""
+    from conch.cli import run_main
+
+    sys.argv = [program, *words]
+    run_main(main)
+
+
+def _algorithms() -> dict[str, str]:
+    """Algorithm -> first line of its file's docstring, read without importing it, which would bring torch."""
+    from conch import trainers
+
+    files = sorted(Path(trainers.__path__[0]).glob("[!_]*.py"))
+    trees = {file.stem: ast.parse(file.read_text(encoding="utf-8")) for file in files}
+    return {name: (ast.get_docstring(tree) or "").partition("\n")[0] for name, tree in trees.items()}
+
+
+def _help() -> str:
+    head = ["usage: conch [--help] [--version] VERB ...", ""]
+    about = ["Train language models with RL from served reward models.", "", "verbs:"]
+    verbs = [f"  {name:<16}{(verb.__doc__ or '').strip()}" for name, verb in _VERBS.items()]
+    return "\n".join([*head, *about, *verbs, "", "conch VERB --help says more about a verb.", ""])
+
+
+def _refuse(command: str, word: str, choices: Iterable[str]) -> int:
+    close = difflib.get_close_matches(word, list(choices), n=1)
+    hint = f"did you mean `{command} {close[0]}`?" if close else f"there are: {', '.join(sorted(choices))}"
+    print(f"error: `{command} {word}` is no command; {hint}", file=sys.stderr)
+    return _USAGE_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())
