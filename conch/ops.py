@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Reduce = Callable[[Tensor], Tensor]
-"""Sums a tensor over all ranks (see `conch.distributed.train_engine.TrainEngine.sum`)."""
+"""Sums a tensor over all ranks (see `conch.distributed.collectives.Collectives.all_reduce`)."""
 
 KLEstimator = Literal["k1", "k2", "k3"]
 
