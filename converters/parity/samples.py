@@ -55,8 +55,8 @@ class ParityCase:
 
 def build_cases(checkpoint: RewardCheckpoint, form: Form, *, max_batch_size: int) -> list[ParityCase]:
     """Build the cases for one model; the same at every call."""
-    source = _TextSamples(checkpoint) if form == "text" else _TokenSamples(checkpoint)
-    by_length = [source.of_length(length) for length in _lengths(checkpoint.rules.max_length)]
+    samples = _TextSamples(checkpoint) if form == "text" else _TokenSamples(checkpoint)
+    by_length = [samples.of_length(length) for length in _lengths(checkpoint.rules.max_length)]
     mixed = [by_length[index % len(by_length)] for index in range(max(_BATCH_SIZES))]
     random.Random(1).shuffle(mixed)
     alone = f"alone, {len(by_length[0].ids)} to {len(by_length[-1].ids)} tokens"
@@ -65,7 +65,7 @@ def build_cases(checkpoint: RewardCheckpoint, form: Form, *, max_batch_size: int
         if size <= max_batch_size:
             cases.append(ParityCase(f"batch of {size}", tuple(mixed[:size])))
     cases.append(ParityCase("same, other order", tuple(reversed(mixed[: min(32, max_batch_size)]))))
-    cases.extend(source.special_cases())
+    cases.extend(samples.special_cases())
     if form == "token":
         cases.append(
             ParityCase("padded on the left", tuple(mixed[: min(7, max_batch_size)]), left_padded=True)
