@@ -153,7 +153,6 @@ class ApptainerRuntime:
         return _output(command, dict(os.environ))
 
     def paths(self, settings: ServerSettings, scratch: Path, shm_prefix: str) -> ServerPaths:
-        """Return the paths at which `apptainer_command` mounts files."""
         return _paths_inside(settings, shm_prefix)
 
     def invocation(
@@ -196,7 +195,6 @@ class DockerRuntime:
         return _output(command, dict(os.environ))
 
     def paths(self, settings: ServerSettings, scratch: Path, shm_prefix: str) -> ServerPaths:
-        """Return the paths at which `docker_command` mounts files."""
         return _paths_inside(settings, shm_prefix)
 
     def invocation(
