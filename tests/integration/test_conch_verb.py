@@ -24,7 +24,7 @@ def words(tmp_path: Path) -> list[str]:
     (tmp_path / "rows.jsonl").write_text(rows)
     data = [f"data.train={tmp_path}/rows.jsonl", "sft.batch_size=4"]
     train = [f"train.run_dir={tmp_path}/run", "train.total_steps=2"]
-    model = [f"model.path={tmp_path}/model", "tokenizer.pad_token=<pad>"]
+    model = [f"model.path={tmp_path}/model", "tokenizer.pad_token='<pad>'"]
     return ["-m", "conch", "train", "sft", *model, *data, *train]
 
 
