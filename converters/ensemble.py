@@ -1,7 +1,7 @@
 """Join reward models of a store into one served model: the mean of their scores, the lowest, or the mean less
 their disagreement (Coste et al. 2023, arXiv:2310.02743).
 
-    conch-to-triton-ensemble --members a b c --objective uwo --uwo_weight 0.1 --name ens
+    conch convert ensemble --members a b c --objective uwo --uwo-weight 0.1 --name ens
     python -m conch.converters.ensemble --members a b:helpful --objective mean --name ens
 
 Exit codes: 0 published, 1 cannot be done, 2 written but it combines wrong; nothing is published then.
@@ -17,9 +17,7 @@ from typing import Any
 
 from conch.cli import add_options, keywords_of, written_with
 from conch.config import load
-from conch.converters.backends.ensemble import publish_ensemble
 from conch.converters.options import Conversion, EnsembleOptions
-from conch.converters.parity.ensemble import ensemble_reference, member_scores
 from conch.errors import ConchError, ConversionError, ParityError
 from conch.store.manifest import EnsembleMember, Manifest
 from conch.store.store import StoredModel, list_models, read_model, staged_version, verify_files
@@ -43,6 +41,10 @@ def to_ensemble(members: Sequence[str], **settings: Any) -> Conversion:
         ParityError: the ensemble combines other than its formula; nothing was published.
         ModelStoreError: a member is missing or damaged, or the store cannot be written.
     """
+    # These bring torch and transformers: not for `--help` or a mistake.
+    from conch.converters.backends.ensemble import publish_ensemble
+    from conch.converters.parity.ensemble import ensemble_reference, member_scores
+
     options = load(EnsembleOptions, settings)
     store = Path(options.model_store)
     stored, chosen = _read_members(store, members)

@@ -126,14 +126,17 @@ def option_names(section: type[Section], field_name: str) -> tuple[str, ...]:
 def _option_help(name: str, field: FieldInfo) -> str:
     text = " ".join((field.description or "").split())
     default = _default(name, field, None)
-    has_default = default is not ... and default not in (None, False, "", ())
+    has_default = default not in (..., None, "", ()) and default is not False
     return (f"{text} Default: {default}." if has_default else text).replace("%", "%%")
 
 
 def _value_type(annotation: Any) -> tuple[Any, bool]:
-    """Return the type of one value of an option, None left out, and whether the option may be repeated."""
+    """Return the type of one value of an option, and whether it takes several.
+
+    None counts for nothing; of several other types the first one reads the command line: `str | Path`.
+    """
     if get_origin(annotation) in (Union, types.UnionType):
-        (annotation,) = (choice for choice in get_args(annotation) if choice is not type(None))
+        annotation = next(choice for choice in get_args(annotation) if choice is not type(None))
     if get_origin(annotation) is tuple:
         return get_args(annotation)[0], True
     return annotation, False

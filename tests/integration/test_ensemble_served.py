@@ -15,8 +15,8 @@ import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
 from conch.config import RewardClientConfig, RewardConfig
-from conch.converters import ensemble as converter
 from conch.converters.ensemble import main, to_ensemble
+from conch.converters.parity import ensemble as parity
 from conch.converters.parity.ensemble import member_scores
 from conch.converters.to_triton import to_triton
 from conch.errors import ConversionError, ModelStoreError
@@ -80,7 +80,7 @@ def scored_once(stored, members, device, known={}):  # noqa: B006 - it is the me
 @pytest.fixture(scope="module", autouse=True)
 def _members_score_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(converter, "member_scores", scored_once)
+        patch.setattr(parity, "member_scores", scored_once)
         yield
 
 

@@ -5,7 +5,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
@@ -13,6 +13,7 @@ from hydra import initialize_config_dir
 from pydantic import Field
 
 from conch.cli import (
+    Option,
     add_options,
     compose,
     default_config_dir,
@@ -320,6 +321,9 @@ class ToyOptions(Section):
     labels: tuple[str, ...] = ()
     """Names of the rounds."""
 
+    places: Annotated[tuple[str, ...], Option(("-p", "--place"), repeated=True)] = ()
+    """Where the rounds take place."""
+
     dry: bool = False
     """Do nothing."""
 
@@ -338,13 +342,14 @@ def test_add_options_leaves_out_what_the_command_line_does_not_set() -> None:
 
 
 def test_add_options_reads_values_by_the_fields_types() -> None:
-    line = "--name a --mode exact --limit 2.5 --first 3 --labels x y --dry --folder there"
+    line = "--name a --mode exact --limit 2.5 --first 3 --labels x y --place u -p v --dry --folder there"
     assert vars(toy_parser().parse_args(line.split())) == {
         "name": "a",
         "mode": "exact",
         "limit": 2.5,
         "first": 3,
         "labels": ["x", "y"],
+        "places": ["u", "v"],
         "dry": True,
         "folder": "there",
     }
@@ -366,9 +371,9 @@ def test_add_options_takes_help_from_docstrings_and_defaults() -> None:
 
 
 def test_add_options_renames_and_leaves_out_fields() -> None:
-    parser = toy_parser(without=("dry", "folder"), names={"labels": "label"})
-    assert vars(parser.parse_args(["--name", "a", "--label", "x"])) == {"name": "a", "labels": ["x"]}
-    assert "--dry" not in parser.format_help() and "LABEL" in parser.format_help()
+    parser = toy_parser(without=("dry", "folder"))
+    assert vars(parser.parse_args(["--name", "a", "--place", "x"])) == {"name": "a", "places": ["x"]}
+    assert "--dry" not in parser.format_help() and "--place PLACE" in parser.format_help()
 
 
 def test_keywords_of_shows_the_fields_of_a_section() -> None:

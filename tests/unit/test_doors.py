@@ -125,7 +125,7 @@ def test_verb_keeps_the_traceback_of_a_bug(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_verb_convert_leaves_with_2_where_scores_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(**options: object) -> None:
+    def fail(checkpoint: str, **settings: object) -> None:
         raise ParityError("differs")
 
     monkeypatch.setattr(importlib.import_module("conch.converters.to_triton"), "to_triton", fail)

@@ -23,7 +23,8 @@ def test_every_setting_has_an_option_with_its_docstring(command, section, capsys
     shown = " ".join(capsys.readouterr().out.split())
 
     for name, field in section.model_fields.items():
-        assert f"--{'reward' if name == 'rewards' else name} " in shown or f"--{name}]" in shown, name
+        option = "--reward" if name == "rewards" else "--" + name.replace("_", "-")
+        assert f"{option} " in shown or f"{option}]" in shown, name
         assert field.description and " ".join(field.description.split()) in shown, name
 
 
