@@ -436,7 +436,7 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
         """This micro-batch's part of the loss, and its parts of means over tokens."""
         config, temperature, mask = self.config.grpo, self.config.generation.temperature, batch.loss_mask
         packed = pack(self.packer, batch.sequences)
-        logits = self.engine.module(packed.inputs)
+        logits = self.engine.module(packed.inputs).logits
         logprobs = packed.logprobs(logits, temperature)
         old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
         ratio = policy_ratio(logprobs, old_logprobs, mask, config.loss)

@@ -37,12 +37,15 @@ HEADS_FILE = "heads.safetensors"
 class PolicyOutput:
     """Outputs at the response positions.
 
-    logits: of each response token given all tokens before it.
-    values: float32 at least.
+    A plain dataclass on purpose: under mixed precision accelerate widens a module's outputs to float32 in any
+    other container (seen with 1.15.0), which for logits is a copy of [B, R, V] that nobody needs.
+
+    logits: of each response token given all tokens before it, in the precision that they were computed in.
+    values: float32 at least; None for a policy without a value head.
     """
 
     logits: Float[Tensor, "B R V"]
-    values: Float[Tensor, "B R"]
+    values: Float[Tensor, "B R"] | None = None
 
 
 class ValueHead(nn.Module):
@@ -134,9 +137,9 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm
 
-    def forward(self, inputs: ForwardInputs) -> Float[Tensor, "N R V"]:
+    def forward(self, inputs: ForwardInputs) -> PolicyOutput:
         """Logits of the response positions."""
-        return response_logits(self.lm, inputs)
+        return PolicyOutput(response_logits(self.lm, inputs))
 
 
 class PolicyWithValue(nn.Module):

@@ -70,10 +70,9 @@ def logprob_outputs(
             if policy_too:
                 with nullcontext() if reference is None else reference.recording():
                     output = engine.module(packed.inputs)
-                logits = output if isinstance(output, Tensor) else output.logits
-                logprobs = packed.logprobs(logits, temperature)
-                entropies = packed.unpack(entropy(logits, temperature))
-                values = None if isinstance(output, Tensor) else packed.unpack(output.values)
+                logprobs = packed.logprobs(output.logits, temperature)
+                entropies = packed.unpack(entropy(output.logits, temperature))
+                values = None if output.values is None else packed.unpack(output.values)
             if reference is not None:
                 ref_logprobs = packed.logprobs(reference.logits(packed.inputs), temperature)
         columns.append((logprobs, entropies, values, ref_logprobs))

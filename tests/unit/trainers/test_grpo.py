@@ -20,6 +20,7 @@ from conch.config import load
 from conch.errors import ConfigError
 from conch.losses import LossForm, token_weights
 from conch.trainers.grpo import GRPORunConfig, GRPOTrainer, kl_before_update
+from conch.training.logprobs import pack
 from conch.types import Rollout
 from tests.runs import (
     LINEAR_ADAM,
@@ -221,6 +222,16 @@ def test_a_steps_only_update_finds_the_old_log_probs_itself(
         text for text in caplog.messages if "`rollout.logprob_diff_alarm` = 0.1" in text
     ] == caplog.messages
     assert len(caplog.messages) == 2
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_logits_are_not_copied_to_float32_under_mixed_precision(run_dir: Path) -> None:
+    trainer = grpo_trainer(run_dir, lm=policy().float(), train={"mixed_precision": "bf16"})
+    sequences = trainer.compute_logprobs(ROLLOUTS).sequences
+    output = trainer.engine.module(pack(trainer.packer, sequences).inputs)
+    assert output.logits.dtype == torch.bfloat16
+    metrics = trainer.step()
+    assert metrics["rollout/logprob_diff"] < 0.05 and metrics["train/grad_norm"] > 0
 
 
 def test_evaluation_measures_the_policys_distance_where_steps_make_no_pass_of_it(run_dir: Path) -> None:
