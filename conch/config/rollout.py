@@ -17,7 +17,7 @@ class RolloutConfig(Section):
     or on the servers of `urls`."""
 
     urls: str | None = None
-    """`host:port` of a vLLM server (`python -m conch.rollouts.serve`), or several, `host1:port,host2:port`.
+    """`host:port` of a vLLM server (`conch rollout-server`), or several, `host1:port,host2:port`.
     None runs vLLM in each of the trainer's processes, on its GPU."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
