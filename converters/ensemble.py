@@ -41,14 +41,14 @@ def to_ensemble(members: Sequence[str], **settings: Any) -> Conversion:
         ParityError: the ensemble combines other than its formula; nothing was published.
         ModelStoreError: a member is missing or damaged, or the store cannot be written.
     """
-    # These bring torch and transformers: not for `--help` or a mistake.
-    from conch.converters.backends.ensemble import publish_ensemble
-    from conch.converters.parity.ensemble import ensemble_reference, member_scores
-
     options = load(EnsembleOptions, settings)
     store = Path(options.model_store)
     stored, chosen = _read_members(store, members)
     _check_together(store, options, stored)
+    # These bring torch and transformers: not for `--help` or a mistake.
+    from conch.converters.backends.ensemble import publish_ensemble
+    from conch.converters.parity.ensemble import ensemble_reference, member_scores
+
     samples, scores = member_scores(stored, chosen, options.device)
     reference = ensemble_reference(samples, scores, options)
     with staged_version(store, options.name) as folder:

@@ -28,6 +28,7 @@ from conch.config.reward import RewardConfig as RewardConfig
 from conch.config.reward import RewardFailureConfig as RewardFailureConfig
 from conch.config.reward import TlsConfig as TlsConfig
 from conch.config.rollout import RolloutConfig as RolloutConfig
+from conch.config.rollout import VLLMSettings as VLLMSettings
 from conch.config.run import OnlineRunConfig as OnlineRunConfig
 from conch.config.run import RunConfig as RunConfig
 from conch.config.run import TrackingConfig as TrackingConfig

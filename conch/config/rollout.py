@@ -9,7 +9,29 @@ from pydantic import ByteSize, Field, model_validator
 from conch.config.base import Section
 
 
-class RolloutConfig(Section):
+class VLLMSettings(Section):
+    """Settings of vLLM, by vLLM's names, that an engine in a trainer's process and a server share."""
+
+    max_model_len: int | None = Field(default=None, ge=2)
+    """Longest prompt and completion together, in tokens; less than the model's window saves memory. None
+    takes the model's window."""
+
+    gpu_memory_utilization: float = Field(default=0.3, gt=0, lt=1)
+    """Fraction of a GPU's memory that vLLM may take, its weights included."""
+
+    kv_cache_memory_bytes: ByteSize | None = Field(default=None, gt=0)
+    """Memory for keys and values, in bytes or as `2GiB`, instead of what `gpu_memory_utilization` leaves.
+    None takes 1 GiB on a CPU."""
+
+    max_num_seqs: int = Field(default=256, ge=1)
+    """Completions that one vLLM samples at once."""
+
+    enforce_eager: bool | None = None
+    """True neither compiles nor records graphs: vLLM starts at once and samples more slowly. None is True on
+    a CPU only."""
+
+
+class RolloutConfig(VLLMSettings):
     """How completions are sampled for learning and evaluation. Settings of vLLM have vLLM's names."""
 
     engine: Literal["hf", "vllm"] = "hf"
@@ -18,29 +40,11 @@ class RolloutConfig(Section):
 
     urls: str | None = None
     """`host:port` of a vLLM server (`conch rollout-server`), or several, `host1:port,host2:port`.
-    None runs vLLM in each of the trainer's processes, on its GPU."""
+    None runs vLLM in each of the trainer's processes, on its GPU. A server has its own settings of vLLM."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of vLLM's weights; `auto` takes that of the policy's training. A server has a setting of its
     own."""
-
-    max_model_len: int | None = Field(default=None, ge=2)
-    """Longest prompt and completion together, in tokens; less than the model's window saves memory. None
-    takes the model's window. A server has a setting of its own."""
-
-    gpu_memory_utilization: float = Field(default=0.3, gt=0, lt=1)
-    """Fraction of a GPU's memory that vLLM may take beside the trainer, its weights included."""
-
-    kv_cache_memory_bytes: ByteSize | None = Field(default=None, gt=0)
-    """Memory for keys and values, in bytes or as `2GiB`, instead of what `gpu_memory_utilization` leaves.
-    None takes 1 GiB on a CPU."""
-
-    max_num_seqs: int = Field(default=256, ge=1)
-    """Completions that vLLM samples at once in each process."""
-
-    enforce_eager: bool | None = None
-    """True neither compiles nor records graphs: vLLM starts at once and samples more slowly. None is True on
-    a CPU only."""
 
     sleep_level: Literal[0, 1, 2] = 2
     """GPU memory that vLLM releases while the trainer computes, as vLLM numbers it: 0 none; 1 the cache, and

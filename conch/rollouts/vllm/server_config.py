@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import ByteSize, Field, model_validator
+from pydantic import Field, model_validator
 
-from conch.config import RolloutConfig, Section
+from conch.config import RolloutConfig, VLLMSettings
 from conch.rollouts.protocol import MAX_LORA_RANK, LoraCapacity
 
 
-class ServerConfig(Section):
-    """Keys of `python -m conch.rollouts.serve`. Settings of vLLM have vLLM's names."""
+class ServerConfig(VLLMSettings):
+    """Keys of `conch rollout-server`. Settings of vLLM have vLLM's names."""
 
     model: str
     """Folder or hub name of a model of the policy's shape, with its tokenizer."""
@@ -25,22 +25,8 @@ class ServerConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the weights; `auto` takes the one that the model is stored in."""
 
-    max_model_len: int | None = Field(default=None, ge=2)
-    """Longest prompt and completion together, in tokens; None takes the model's."""
-
     gpu_memory_utilization: float = Field(default=0.9, gt=0, lt=1)
-    """Fraction of a GPU's memory that vLLM may take."""
-
-    kv_cache_memory_bytes: ByteSize | None = Field(default=None, gt=0)
-    """Memory for keys and values, in bytes or as `2GiB`, instead of what `gpu_memory_utilization` leaves.
-    None takes 1 GiB on a CPU."""
-
-    max_num_seqs: int = Field(default=256, ge=1)
-    """Completions sampled at once."""
-
-    enforce_eager: bool | None = None
-    """True neither compiles nor records graphs: vLLM starts at once and samples more slowly. None is True on
-    a CPU only."""
+    """Fraction of a GPU's memory that vLLM may take, its weights included."""
 
     max_lora_rank: int = Field(default=0, ge=0, le=MAX_LORA_RANK)
     """Highest rank of an adapter that a trainer may send by itself, after its base; a trainer whose rank is
@@ -76,11 +62,5 @@ class ServerConfig(Section):
 
     def rollout_config(self) -> RolloutConfig:
         """The settings of vLLM that servers share with engines in a trainer's process."""
-        shared = {
-            "max_model_len",
-            "gpu_memory_utilization",
-            "kv_cache_memory_bytes",
-            "max_num_seqs",
-            "enforce_eager",
-        }
-        return RolloutConfig(engine="vllm", sleep_level=0, **self.model_dump(include=shared))
+        shared = self.model_dump(include=set(VLLMSettings.model_fields))
+        return RolloutConfig(engine="vllm", sleep_level=0, **shared)
