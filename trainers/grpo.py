@@ -37,9 +37,9 @@ from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from conch.advantages import Advantage, group_advantages, has_spread
+from conch.advantages import Advantage, group_advantages
 from conch.cli import run_main
-from conch.config import GenerationConfig, OnlineRunConfig, Section
+from conch.config import OnlineRunConfig, Section
 from conch.data.index_sampler import IndexStream
 from conch.data.rollout_batch import Sequences, take_rows
 from conch.distributed.train_engine import UpdateReport
@@ -55,8 +55,8 @@ from conch.models.forward import BatchPacker
 from conch.models.policy import Policy
 from conch.models.reference import Reference, build_reference
 from conch.ops import KLEstimator, entropy, kl_estimate, kl_loss_terms, masked_mean
-from conch.rewards.scorer import total_reward
-from conch.training.kl import KLConfig, KLController, kl_of_each
+from conch.training.dynamic_sampling import SampledGroups, sample_groups_with_spread
+from conch.training.kl import KLConfig, KLController, kl_before_update, kl_of_each
 from conch.training.logprobs import LogprobOutputs, pack
 from conch.training.online import OnlineTrainer, run_online
 from conch.training.reward_shaping import RewardShaper, ShapingConfig, overlong_penalties
@@ -65,8 +65,6 @@ from conch.training.statistics import (
     importance_weight_metrics,
     log_rollouts,
     policy_metrics,
-    reward_metrics,
-    rollout_metrics,
     timer,
     update_with_statistics,
     updates_over,
@@ -196,18 +194,6 @@ class GRPOBatch:
     kl_coef: float
 
 
-def kl_before_update(batch: GRPOBatch, generation: GenerationConfig) -> Float[Tensor, " B"] | None:
-    """KL to the reference in nats of each sample; None without a reference.
-
-    A step that makes no pass of the policy before its update takes the log-probs under which the samples were
-    drawn, and None where top-k or top-p cut what they were drawn from: those are not the policy's.
-    """
-    if batch.ref_logprobs is None or (batch.old_logprobs is None and generation.cuts):
-        return None
-    logprobs = batch.sequences.sampling_logprobs if batch.old_logprobs is None else batch.old_logprobs
-    return kl_of_each(logprobs, batch.ref_logprobs, batch.sequences.response_mask)
-
-
 class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
     """GRPO; see `OnlineTrainer` for what it is made from."""
 
@@ -238,10 +224,6 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
     def updates_per_step(self) -> int:
         return self.config.grpo.epochs * self.config.grpo.minibatches
 
-    @property
-    def checkpointed(self) -> Policy:
-        return self.policy
-
     def make_reference(self) -> Reference | None:
         if self.config.grpo.kl.coef == 0:
             return None
@@ -254,11 +236,9 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
         Else those that the step's one update computes anyway serve as the old ones: the ratio is 1.
         """
         grpo, reference = self.config.grpo, self.reference
-        needs_policy = reference is not None and (
-            reference.needs_policy_forward or grpo.kl.placement == "reward"
-        )
+        in_reward = grpo.kl.placement == "reward"
         return (
-            needs_policy
+            (reference is not None and (reference.needs_policy_forward or in_reward))
             or self.updates_per_step > 1
             or grpo.importance_sampling_cap is not None
             or not self.config.model.disable_dropout
@@ -275,7 +255,7 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
             rollouts, rewards, resamples = self._sample_groups(seconds)
         else:
             with timer(seconds, "time/rollout_s"):
-                rollouts = self.rollout(self.next_prompts())
+                rollouts = self.rollout(self.next_prompts(self._num_prompts))
         with timer(seconds, "time/logprobs_s"):
             outputs = self.compute_logprobs(rollouts)
         if rewards is None:
@@ -284,7 +264,8 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
         with timer(seconds, "time/experience_s"):
             batch, metrics = self.make_batch(rollouts, rewards, outputs)
         if self.config.tracking.rollouts:
-            kl = kl_before_update(batch, self.config.generation)
+            cuts = self.config.generation.cuts
+            kl = kl_before_update(batch.old_logprobs, batch.ref_logprobs, batch.sequences, cuts=cuts)
             log_rollouts(self.collectives, self.run, rollouts, rewards, kl)
         with timer(seconds, "time/update_s"):
             metrics |= self.update(batch)
@@ -293,37 +274,28 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
         speed = tokens / (time.perf_counter() - started)
         return {**metrics, **seconds, "grpo/resamples": float(resamples), "time/tokens_per_s": speed}
 
-    def next_prompts(self) -> list[Prompt]:
-        """This rank's prompts of the next step."""
-        return [self.prompts[row] for row in self.stream.draw(self._num_prompts)]
-
     def rollout(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """Sample `group_size` completions per prompt, which stand together; each one's reward is requested as
         soon as it has ended."""
         return super().rollout([prompt for prompt in prompts for _ in range(self.config.grpo.group_size)])
 
-    def _sample_groups(self, seconds: dict[str, float]) -> tuple[list[Rollout], list[RewardResult], int]:
-        """Sample a step's groups, replace those without spread, and count the rollouts that replaced.
+    def _sample_groups(self, seconds: dict[str, float]) -> SampledGroups:
+        """A step's groups, those without spread replaced."""
+        config = self.config.grpo
 
-        All ranks sample equally often, and each keeps the groups that it sampled.
-        """
-        weights, resamples = self.config.reward.weights, -1
-        spread: list[RolloutGroup] = []
-        zero_std: list[RolloutGroup] = []
-        while resamples < self.config.grpo.max_resamples:
-            resamples += 1
+        def sample() -> list[RolloutGroup]:
             with timer(seconds, "time/rollout_s"):
-                rollouts = self.rollout(self.next_prompts())
+                rollouts = self.rollout(self.next_prompts(self._num_prompts))
             with timer(seconds, "time/score_s"):
-                rewards = self.score(rollouts)
-            for group in RolloutGroup.split(rollouts, rewards, self.config.grpo.group_size):
-                scores = [total_reward(reward, weights) for reward in group.rewards if reward.ok]
-                (spread if has_spread(scores) else zero_std).append(group)
-            if not self.collectives.all_reduce_int(max(0, self._num_prompts - len(spread))):
-                break
-        chosen = [*spread, *zero_std][: self._num_prompts]
-        rollouts = [rollout for group in chosen for rollout in group.rollouts]
-        return rollouts, [reward for group in chosen for reward in group.rewards], resamples
+                return RolloutGroup.split(rollouts, self.score(rollouts), config.group_size)
+
+        return sample_groups_with_spread(
+            sample,
+            self._num_prompts,
+            max_resamples=config.max_resamples,
+            weights=self.config.reward.weights,
+            all_reduce_int=self.collectives.all_reduce_int,
+        )
 
     @torch.no_grad()
     def make_batch(
@@ -348,13 +320,8 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
         batch = GRPOBatch(
             sequences, mask, outputs.logprobs, outputs.ref_logprobs, advantages, correction, kl_coef
         )
-        reduce = self.collectives.all_reduce
-        return batch, {
-            **self.scorer.metrics(),
-            **reward_metrics(rewards, self.config.reward.weights, self.shaper.objectives, reduce),
-            **rollout_metrics(rollouts, sequences, reduce),
-            **self._statistics(batch, outputs, valid),
-        }
+        sampled = self.sampling_metrics(rollouts, rewards, sequences, self.shaper.objectives)
+        return batch, {**sampled, **self._statistics(batch, outputs, valid)}
 
     def update(self, batch: GRPOBatch) -> Metrics:
         """All epochs and minibatches over one step's samples, once: a batch without old log-probs takes those
@@ -368,9 +335,7 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
         )
         if batch.old_logprobs is None:
             warn_of_logprob_diff(metrics["rollout/logprob_diff"], self.config.rollout.logprob_diff_alarm)
-            if "policy/kl" in metrics:
-                self._note_kl(metrics["policy/kl"])
-                metrics["policy/kl_coef"] = batch.kl_coef
+            metrics = self._adapt_kl_coef(metrics, batch.kl_coef)
         self.policy_version += 1
         return metrics
 
@@ -397,23 +362,25 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
         """Of advantages, distances and weights, over all ranks."""
         config, reduce = self.config.grpo, self.collectives.all_reduce
         zero_std = ~(batch.advantages != 0).reshape(-1, config.group_size).any(dim=1)
+        all_groups = torch.ones_like(zero_std)
         metrics = {
             "grpo/advantage_std": float(masked_mean(batch.advantages**2, valid, reduce)) ** 0.5,
-            "grpo/frac_reward_zero_std": float(
-                masked_mean(zero_std.float(), torch.ones_like(zero_std), reduce)
-            ),
+            "grpo/frac_reward_zero_std": float(masked_mean(zero_std.float(), all_groups, reduce)),
             **policy_metrics(outputs, reduce, self.config.rollout.logprob_diff_alarm),
         }
-        if "policy/kl" in metrics:
-            self._note_kl(metrics["policy/kl"])
-            metrics["policy/kl_coef"] = batch.kl_coef
+        metrics = self._adapt_kl_coef(metrics, batch.kl_coef)
         if batch.correction is not None and (cap := config.importance_sampling_cap) is not None:
             mask = batch.sequences.response_mask
             metrics |= importance_weight_metrics(batch.correction, cap, mask, reduce)
         return metrics
 
-    def _note_kl(self, measured: float) -> None:
-        self.kl_controller.update(measured, self.config.grpo.prompts_per_step * self.config.grpo.group_size)
+    def _adapt_kl_coef(self, metrics: Metrics, kl_coef: float) -> Metrics:
+        """Steer the KL weight by "policy/kl", where it was measured; report the one that held so far."""
+        if "policy/kl" not in metrics:
+            return metrics
+        config = self.config.grpo
+        self.kl_controller.update(metrics["policy/kl"], config.prompts_per_step * config.group_size)
+        return {**metrics, "policy/kl_coef": kl_coef}
 
     def _update_minibatch(self, batch: GRPOBatch) -> tuple[Metrics, UpdateReport]:
         """One optimizer update; statistics are means over the minibatch's tokens on all ranks."""

@@ -49,8 +49,6 @@ from conch.training.statistics import (
     explained_variance,
     log_rollouts,
     policy_metrics,
-    reward_metrics,
-    rollout_metrics,
     timer,
     update_with_statistics,
     updates_over,
@@ -174,10 +172,6 @@ class PPOTrainer(OnlineTrainer[PPORunConfig]):
     def updates_per_step(self) -> int:
         return self.config.ppo.epochs * self.config.ppo.minibatches
 
-    @property
-    def checkpointed(self) -> PolicyWithValue:
-        return self.policy
-
     def make_reference(self) -> Reference:
         return build_reference(self.lm, self.config.model.num_layers_unfrozen)
 
@@ -187,7 +181,7 @@ class PPOTrainer(OnlineTrainer[PPORunConfig]):
         """One rollout with its updates."""
         seconds: dict[str, float] = {}
         with timer(seconds, "time/rollout_s"):
-            rollouts = self.rollout([self.prompts[row] for row in self.stream.draw(self._rows)])
+            rollouts = self.rollout(self.next_prompts(self._rows))
         with timer(seconds, "time/logprobs_s"):
             outputs = self.compute_logprobs(rollouts)
         with timer(seconds, "time/score_s"):
@@ -225,9 +219,7 @@ class PPOTrainer(OnlineTrainer[PPORunConfig]):
             per_token = whiten(per_token, mask, reduce, shift_mean=False)
         advantages, returns = gae(per_token, values, mask, config.gamma, config.lam)
         metrics = {
-            **self.scorer.metrics(),
-            **reward_metrics(rewards, self.config.reward.weights, self.shaper.objectives, reduce),
-            **rollout_metrics(rollouts, sequences, reduce),
+            **self.sampling_metrics(rollouts, rewards, sequences, self.shaper.objectives),
             **policy_metrics(outputs, reduce, self.config.rollout.logprob_diff_alarm),
             "policy/kl_coef": kl_coef,
             "value/mean": float(masked_mean(values, mask, reduce)),

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from pydantic import Field, model_validator
+from transformers import PreTrainedModel
 
 from conch.cli import run_main
 from conch.config import (
@@ -201,6 +202,10 @@ class RFTTrainer(OnlineTrainer[RFTRunConfig]):
     @property
     def updates_per_step(self) -> int:
         return self.config.rft.updates_per_step
+
+    @property
+    def checkpointed(self) -> PreTrainedModel:
+        return self.lm
 
     # ----------------------------------------------------------------------------------------------- one step
 

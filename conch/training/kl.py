@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from conch.config import Section
+from conch.data.rollout_batch import Sequences
 from conch.ops import KLEstimator, Reduce, kl_estimate, masked_mean
 
 
@@ -79,3 +80,22 @@ def mean_kl(
     """KL(policy || reference) in nats per sample: the mean of `kl_of_each` over all ranks."""
     per_sample = kl_of_each(logprobs, reference_logprobs, mask)
     return float(masked_mean(per_sample, torch.ones_like(per_sample, dtype=torch.bool), reduce))
+
+
+def kl_before_update(
+    logprobs: Float[Tensor, "B R"] | None,
+    reference_logprobs: Float[Tensor, "B R"] | None,
+    sequences: Sequences,
+    *,
+    cuts: bool,
+) -> Float[Tensor, " B"] | None:
+    """KL(policy || reference) of each sample in nats; None without a reference.
+
+    logprobs: of the policy; None where a step makes no pass of it before its update. The log-probs under
+        which the samples were drawn then serve, and None comes back where these are not the policy's.
+    cuts: whether top-k or top-p cut what the samples were drawn from.
+    """
+    if reference_logprobs is None or (logprobs is None and cuts):
+        return None
+    logprobs = sequences.sampling_logprobs if logprobs is None else logprobs
+    return kl_of_each(logprobs, reference_logprobs, sequences.response_mask)

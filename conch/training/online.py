@@ -2,7 +2,7 @@
 
 An algorithm writes `setup`, `step` and what is its own; a step reads as
 
-    rollouts = self.rollout(self.next_prompts())       rewards are requested as completions end
+    rollouts = self.rollout(self.next_prompts(n))      rewards are requested as completions end
     outputs = self.compute_logprobs(rollouts)          while the last rewards are under way
     rewards = self.score(rollouts)                     waits; all ranks agree on failures
     batch, metrics = self.make_batch(rollouts, rewards, outputs)
@@ -28,7 +28,7 @@ from conch.config import OnlineRunConfig
 from conch.data.files import evaluation_rows, training_rows
 from conch.data.formats import prompt_form
 from conch.data.index_sampler import IndexStream
-from conch.data.rollout_batch import collate
+from conch.data.rollout_batch import Sequences, collate
 from conch.distributed.train_engine import TrainEngine
 from conch.evaluation.evaluator import Evaluator, sampled_prompts
 from conch.evaluation.metrics import MetricFn
@@ -51,6 +51,7 @@ from conch.training.setup import (
     save_on_main,
     with_gathered_weights,
 )
+from conch.training.statistics import reward_metrics, rollout_metrics
 from conch.types import Metrics, Prompt, RewardResult, Rollout
 
 ConfigT = TypeVar("ConfigT", bound=OnlineRunConfig)
@@ -86,6 +87,9 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
 
     reference: Reference | None
     """The policy as it was at the start; None where the algorithm keeps none."""
+
+    module: nn.Module
+    """What is trained: `setup` gives it."""
 
     stream: IndexStream
     """Which prompts come next; made by `plan_batches`."""
@@ -123,9 +127,9 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         self.stateful: dict[str, Stateful] = {"stream": self.stream}
         freeze_layers(lm, config.model)
         lm.to(engine.device)  # pyright: ignore[reportArgumentType]
-        module = self.setup()
+        self.module = self.setup()
         total_updates = config.train.total_steps * self.updates_per_step
-        engine.prepare(module, config.optimizer, config.scheduler, total_updates=total_updates)
+        engine.prepare(self.module, config.optimizer, config.scheduler, total_updates=total_updates)
         with engine.gathered_weights():
             self.reference = self.make_reference()
         self._make_sampler = RolloutEngineFactory(
@@ -168,7 +172,7 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
     @property
     def checkpointed(self) -> nn.Module:
         """The module whose weights a resumed run takes up."""
-        return self.lm
+        return self.module
 
     @property
     def computes_old_logprobs(self) -> bool:
@@ -185,6 +189,10 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
 
     # ------------------------------------------------------------------------------------------- shared verbs
 
+    def next_prompts(self, number: int) -> list[Prompt]:
+        """The next prompts of this rank's share of the data."""
+        return [self.prompts[row] for row in self.stream.draw(number)]
+
     @with_gathered_weights
     def rollout(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """Sample a completion per prompt; each one's reward is requested as soon as it has ended."""
@@ -199,6 +207,24 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         results = self.scorer.gather()
         assert len(results) == len(rollouts), "score() speaks of the last rollout() only"
         return results
+
+    def sampling_metrics(
+        self,
+        rollouts: Sequence[Rollout],
+        rewards: Sequence[RewardResult],
+        sequences: Sequences,
+        objectives: Sequence[str],
+    ) -> Metrics:
+        """Statistics of what was sampled and of its rewards, over all ranks.
+
+        objectives: of the rewards; the same on all ranks.
+        """
+        reduce = self.collectives.all_reduce
+        return {
+            **self.scorer.metrics(),
+            **reward_metrics(rewards, self.config.reward.weights, objectives, reduce),
+            **rollout_metrics(rollouts, sequences, reduce),
+        }
 
     @with_gathered_weights
     def compute_logprobs(

@@ -19,7 +19,8 @@ from transformers import GPT2LMHeadModel
 from conch.config import load
 from conch.errors import ConfigError
 from conch.losses import LossForm, token_weights
-from conch.trainers.grpo import GRPORunConfig, GRPOTrainer, kl_before_update
+from conch.trainers.grpo import GRPORunConfig, GRPOTrainer
+from conch.training.kl import kl_before_update
 from conch.training.logprobs import pack
 from conch.types import Rollout
 from tests.runs import (
@@ -201,9 +202,9 @@ def test_a_steps_only_update_finds_the_old_log_probs_itself(
         with caplog.at_level(logging.WARNING):
             metrics |= trainer.update(batch)
         assert calls == [False] * 3 * passes_first + [True] * 2
-        shown = kl_before_update(batch, trainer.config.generation)
-        cut = trainer.config.generation.model_copy(update={"top_k": 3})
-        assert (kl_before_update(batch, cut) is None) == (kl_coef == 0.0 or not passes_first)
+        of_batch = (batch.old_logprobs, batch.ref_logprobs, batch.sequences)
+        shown = kl_before_update(*of_batch, cuts=False)
+        assert (kl_before_update(*of_batch, cuts=True) is None) == (kl_coef == 0.0 or not passes_first)
         assert (shown is None) == (kl_coef == 0.0)
         if shown is not None and passes_first:
             assert metrics["policy/kl"] == pytest.approx(float(shown.mean())) != 0.0
