@@ -11,7 +11,7 @@ Example of what flows through one step:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -21,18 +21,48 @@ Metrics = dict[str, float]
 
 DEFAULT_OBJECTIVE = "reward"
 
+ASSISTANT = "assistant"
+"""The role of what a model writes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """What a chat template renders.
+
+    messages: each with "role" and what the template reads of it ("content", "tool_calls", ...); without keys
+        whose value is None.
+    tools: JSON schemas of the functions that the assistant may call; None where there are none.
+    template_kwargs: further variables of the template.
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Any, ...] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def answered(self, text: str) -> Dialogue:
+        """This dialogue with the assistant's next message; where the assistant spoke last, it goes on."""
+        last = self.messages[-1] if self.messages else {}
+        if last.get("role") != ASSISTANT:
+            return replace(self, messages=(*self.messages, {"role": ASSISTANT, "content": text}))
+        begun = last.get("content")
+        whole = [*begun, {"type": "text", "text": text}] if isinstance(begun, list) else (begun or "") + text
+        return replace(self, messages=(*self.messages[:-1], {**last, "content": whole}))
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One prompt, tokenised once.
 
+    text: what the ids say; of a dialogue, its rendering by the policy's chat template.
     token_ids: without padding, as the sampler gets them.
     metadata: the extra keys of a prompt given as a dict; reach a reward function as keyword arguments.
+    dialogue: what `text` renders; None for a prompt that was given as text, or cut to fit.
     """
 
     text: str
     token_ids: tuple[int, ...]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    dialogue: Dialogue | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +94,13 @@ class Rollout:
 
     @property
     def sample(self) -> str:
-        """Prompt and output as one string: what a reward model reads."""
+        """Prompt and output as one string: what a reward model of texts reads."""
         return self.prompt.text + self.completion.text
+
+    @property
+    def dialogue(self) -> Dialogue | None:
+        """Prompt and output as messages: what a reward model with a chat template reads; None for a text."""
+        return None if self.prompt.dialogue is None else self.prompt.dialogue.answered(self.completion.text)
 
 
 class RewardStatus(str, Enum):

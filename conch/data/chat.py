@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from conch.errors import DataError
+from conch.types import ASSISTANT
 
 Message = Mapping[str, Any]
 Span = tuple[int, int]
 
-ASSISTANT = "assistant"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 

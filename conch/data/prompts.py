@@ -12,7 +12,7 @@ from conch.data.chat import render_prompt
 from conch.data.formats import fitting, listed, prompt_form
 from conch.errors import DataError
 from conch.log import get_logger
-from conch.types import Prompt
+from conch.types import Dialogue, Prompt
 
 _log = get_logger(__name__)
 
@@ -70,11 +70,12 @@ def _make_prompt(prompt: Any, index: int, tokenizer: PreTrainedTokenizerBase) ->
         raise DataError(f"prompt {index} {error}") from None
     metadata = {} if isinstance(row, str) else {key: value for key, value in row.items() if key != "prompt"}
     content = row if isinstance(row, str) else row["prompt"]
+    dialogue = None if isinstance(content, str) else Dialogue(tuple(content))
     text = content if isinstance(content, str) else render_prompt(content, f"prompt {index}", tokenizer)
     ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not ids:
         raise DataError(f"prompt {index} is empty once tokenised: drop it, or start it with a bos token")
-    return Prompt(text=text, token_ids=ids, metadata=metadata)
+    return Prompt(text=text, token_ids=ids, metadata=metadata, dialogue=dialogue)
 
 
 def _truncate(prompt: Prompt, max_tokens: int, tokenizer: PreTrainedTokenizerBase, side: str) -> Prompt:
