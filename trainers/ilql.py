@@ -47,7 +47,7 @@ from conch.config import (
     Section,
     load,
 )
-from conch.data.files import evaluation_rows, training_rows
+from conch.data.files import Rows, evaluation_rows, training_rows
 from conch.data.formats import fitting, prompt_form, rewarded_form
 from conch.data.index_sampler import IndexStream
 from conch.data.multi_turn import TurnBatch, TurnSample, collate_turns, cut_turns, tokenize_turns
@@ -480,10 +480,11 @@ def main(argv: Sequence[str]) -> None:
     config = load_run_config(ILQLRunConfig, argv, default_name="ilql")
     rows = training_rows(config.data, "samples", form=rewarded_form)
     pairs = [pair for row in rows for pair in row]
+    places = [place for row, place in zip(rows, rows.places, strict=True) for _ in row]
     with closing(
         ILQLTrainer(
             config,
-            samples=[sample for sample, _ in pairs],
+            samples=Rows([sample for sample, _ in pairs], places),
             rewards=[reward for _, reward in pairs],
             eval_prompts=evaluation_rows(config.data, form=prompt_form),
         )

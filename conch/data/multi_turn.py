@@ -19,6 +19,7 @@ from conch.data.chat import dialogue_of, encode_dialogue
 from conch.data.formats import listed
 from conch.errors import DataError
 from conch.log import get_logger
+from conch.types import Dialogue
 
 _log = get_logger(__name__)
 
@@ -153,9 +154,9 @@ def _tokenize(sample: Any, index: int, tokenizer: PreTrainedTokenizerBase, pairs
 
 
 def _tokenize_dialogue(
-    messages: Sequence[Any], num_prompt: int, index: int, tokenizer: PreTrainedTokenizerBase
+    dialogue: Dialogue, num_prompt: int, index: int, tokenizer: PreTrainedTokenizerBase
 ) -> TurnSample:
-    ids, is_assistants = encode_dialogue(messages, index, tokenizer, num_prompt=num_prompt)
+    ids, is_assistants = encode_dialogue(dialogue, f"dialogue {index}", tokenizer, num_prompt=num_prompt)
     return TurnSample(ids, (False, *is_assistants[1:]))
 
 

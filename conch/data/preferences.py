@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from conch.config import DataConfig
-from conch.data.chat import render_dialogue
+from conch.data.chat import dialogue_of_row, render_dialogue
+from conch.data.files import like_rows, place_of
 from conch.data.formats import fitting, judgement_form, listed, text_of
 from conch.errors import DataError
 from conch.log import get_logger
@@ -136,7 +137,8 @@ def judgements(rows: Iterable[Any], *, what: str = "row") -> list[Any]:
     Raises:
         DataError: a prompt does not go with its texts, or a label is none.
     """
-    return [_in_form(row, f"{what} {index}") for index, row in enumerate(listed(rows, f"{what}s"))]
+    given = listed(rows, f"{what}s")
+    return like_rows(given, [_in_form(row, place_of(given, index, what)) for index, row in enumerate(given)])
 
 
 def _in_form(row: Any, name: str) -> Any:
@@ -173,7 +175,7 @@ def check_rows(rows: Sequence[Any], like: RowForm | None = None, *, what: str = 
         raise DataError(f"no {what}s to make a reward model with: give at least one")
     form = like or _form_of(rows)
     for index, row in enumerate(rows):
-        _check_row(row, form, f"{what} {index}")
+        _check_row(row, form, place_of(rows, index, what))
     return form
 
 
@@ -347,7 +349,8 @@ class TextEncoder:
         lengths: which rows to leave out for the length of their longest text, before any is cut.
         """
         texts = [
-            tuple(self._as_text(row[key], index) for key in form.texts) for index, row in enumerate(rows)
+            tuple(self._as_text(row, key, place_of(rows, index, "row")) for key in form.texts)
+            for index, row in enumerate(rows)
         ]
         if lengths is not None and (lengths.min_tokens or lengths.max_tokens):
             indices = fitting(self._longest(texts), lengths, "rows")
@@ -355,8 +358,9 @@ class TextEncoder:
         columns = [self.encode(column) for column in zip(*texts, strict=True)]
         return [_judgement(row, ids, form) for row, ids in zip(rows, zip(*columns, strict=True), strict=True)]
 
-    def _as_text(self, text: Any, index: int) -> str:
-        return text if isinstance(text, str) else render_dialogue(text, f"row {index}", self._tokenizer)
+    def _as_text(self, row: Mapping[str, Any], key: str, name: str) -> str:
+        dialogue = dialogue_of_row(row, key)
+        return row[key] if dialogue is None else render_dialogue(dialogue, name, self._tokenizer)
 
     def _longest(self, texts: Sequence[tuple[str, ...]]) -> list[int]:
         """Of each row, the tokens of its longest text."""

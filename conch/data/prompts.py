@@ -8,11 +8,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from conch.config import DataConfig, TokenizerConfig
-from conch.data.chat import render_prompt
+from conch.data.chat import TEMPLATE_KEYS, dialogue_of_row, render_prompt
 from conch.data.formats import fitting, listed, prompt_form
 from conch.errors import DataError
 from conch.log import get_logger
-from conch.types import Dialogue, Prompt
+from conch.types import Prompt
 
 _log = get_logger(__name__)
 
@@ -68,10 +68,11 @@ def _make_prompt(prompt: Any, index: int, tokenizer: PreTrainedTokenizerBase) ->
         row = prompt_form(prompt)
     except DataError as error:
         raise DataError(f"prompt {index} {error}") from None
-    metadata = {} if isinstance(row, str) else {key: value for key, value in row.items() if key != "prompt"}
-    content = row if isinstance(row, str) else row["prompt"]
-    dialogue = None if isinstance(content, str) else Dialogue(tuple(content))
-    text = content if isinstance(content, str) else render_prompt(content, f"prompt {index}", tokenizer)
+    row = {"prompt": row} if isinstance(row, str) else row
+    dialogue = dialogue_of_row(row, "prompt")
+    text = row["prompt"] if dialogue is None else render_prompt(dialogue, f"prompt {index}", tokenizer)
+    own_keys = ("prompt",) if dialogue is None else ("prompt", *TEMPLATE_KEYS)
+    metadata = {key: value for key, value in row.items() if key not in own_keys}
     ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not ids:
         raise DataError(f"prompt {index} is empty once tokenised: drop it, or start it with a bos token")

@@ -135,8 +135,8 @@ def _tokenize(row: Any, index: int, tokenizer: PreTrainedTokenizerBase, pairs_on
         return _tokenize_text(None, sample, index, tokenizer, pairs_only)
     dialogue = dialogue_of(sample)
     assert dialogue is not None, "what `sample_form` gives is a text, a pair or a dialogue"
-    messages, num_prompt = dialogue
-    return TokenizedSample(*encode_dialogue(messages, index, tokenizer, num_prompt=num_prompt))
+    whole, num_prompt = dialogue
+    return TokenizedSample(*encode_dialogue(whole, f"dialogue {index}", tokenizer, num_prompt=num_prompt))
 
 
 def _tokenize_text(
