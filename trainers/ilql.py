@@ -47,8 +47,8 @@ from conch.config import (
     Section,
     load,
 )
-from conch.data.files import evaluation_rows, training_rows
-from conch.data.formats import fitting, prompt_form, rewarded_form
+from conch.data.files import Rows, evaluation_rows, training_rows
+from conch.data.formats import fitting, listed, prompt_form, rewarded_form
 from conch.data.index_sampler import IndexStream
 from conch.data.multi_turn import TurnBatch, TurnSample, collate_turns, cut_turns, tokenize_turns
 from conch.data.rollout_batch import take_rows
@@ -64,6 +64,7 @@ from conch.rewards.base import UserReward
 from conch.rewards.scorer import RewardScorer
 from conch.rollouts.hf.engine import HFEngine
 from conch.rollouts.prompts import tokenize_prompts
+from conch.rollouts.stopping import with_end_ids
 from conch.runs.tracking import Tracker
 from conch.training.loop import fit
 from conch.training.resume import start_run
@@ -74,6 +75,7 @@ from conch.training.setup import (
     load_policy_tokenizer,
     rows_per_process,
     save_on_main,
+    text_codec,
     with_gathered_weights,
 )
 from conch.training.statistics import update_metrics, update_with_statistics
@@ -273,13 +275,12 @@ class ILQLTrainer:
         self.tokenizer = load_policy_tokenizer(tokenizer, config.tokenizer, config.model.path)
         lm = load_policy(model, config.model, engine.precision)
         check_vocabulary(lm, self.tokenizer)
+        self.codec = text_codec(self.tokenizer, lm, config.tokenizer)
         self._init_data(lm, samples, rewards)
         self.variants = eval_variants(config.generation, config.eval_generation)
         longest = longest_generation(self.variants)
         self.eval_prompts = (
-            tokenize_prompts(eval_prompts, self.tokenizer, config.tokenizer, lm, longest)
-            if eval_prompts
-            else []
+            tokenize_prompts(eval_prompts, self.codec, config.tokenizer, lm, longest) if eval_prompts else []
         )
         self._init_policy(lm, logit_mask)
         agree = self.collectives.all_reduce_int
@@ -300,18 +301,15 @@ class ILQLTrainer:
     def _init_data(self, lm: PreTrainedModel, samples: Any, rewards: Any) -> None:
         config, ranks = self.config, self.collectives
         side, window = config.tokenizer.truncation_side, context_window(lm.config)
-        tokenized = tokenize_turns(
-            samples,
-            self.tokenizer,
-            max_tokens=None,
-            truncation_side=side,
-            pairs_only=bool(lm.config.is_encoder_decoder),
-        )
-        checked = checked_rewards(rewards, len(tokenized), normalise=False)
-        indices = fitting([len(sample.token_ids) for sample in tokenized], config.data, "samples")
-        tokenized = [tokenized[row] for row in indices]
-        self.samples = tokenized if window is None else cut_turns(tokenized, window, side)
-        left = [checked[row] for row in indices]
+        samples = listed(samples, "samples")
+        tokenized, taken = tokenize_turns(samples, self.codec)
+        checked = checked_rewards(rewards, len(samples), normalise=False)
+        checked = [checked[row] for row in taken]
+        fits = fitting([len(sample.token_ids) for sample in tokenized], config.data, "samples")
+        self.samples, left = [tokenized[row] for row in fits], [checked[row] for row in fits]
+        if window is not None:
+            self.samples, kept = cut_turns(self.samples, window, side)
+            left = [left[row] for row in kept]
         self.rewards = checked_rewards(left, len(left), normalise=config.ilql.normalise_rewards)
         self.stream = IndexStream(len(self.samples), config.train.seed, ranks.rank, ranks.num_ranks)
         self._rows = rows_per_process(ranks, config.train, config.ilql.batch_size, "ilql.batch_size")
@@ -319,13 +317,14 @@ class ILQLTrainer:
     def _init_policy(self, lm: PreTrainedModel, logit_mask: Tensor | None) -> None:
         config, engine = self.config, self.engine
         freeze_layers(lm, config.model)
+        ends = with_end_ids(config.generation, lm, self.tokenizer)
         self.policy = ILQLPolicy(
             lm,
             num_q_heads=config.ilql.num_q_heads,
             logit_mask=logit_mask,
             decoding={
                 **config.generation.model_dump(include={"beta", *_DECODING}),
-                "eos_token_id": self.tokenizer.eos_token_id,
+                "eos_token_id": sorted({self.codec.eos_id, *ends.stop_token_ids}),
                 "pad_token_id": self.tokenizer.pad_token_id,
             },
         ).to(engine.device)
@@ -434,9 +433,7 @@ class ILQLTrainer:
         generation = self.config.generation
         if beta is not None:
             generation = load(ILQLGenerationConfig, {**generation.model_dump(), "beta": beta})
-        tokenized = tokenize_prompts(
-            prompts, self.tokenizer, self.config.tokenizer, self.policy.lm, generation
-        )
+        tokenized = tokenize_prompts(prompts, self.codec, self.config.tokenizer, self.policy.lm, generation)
         chunks = self._make_sampler(generation).generate(tokenized, greedy=greedy)
         return [rollout.completion.text for chunk in chunks for rollout in chunk]
 
@@ -480,10 +477,11 @@ def main(argv: Sequence[str]) -> None:
     config = load_run_config(ILQLRunConfig, argv, default_name="ilql")
     rows = training_rows(config.data, "samples", form=rewarded_form)
     pairs = [pair for row in rows for pair in row]
+    places = [place for row, place in zip(rows, rows.places, strict=True) for _ in row]
     with closing(
         ILQLTrainer(
             config,
-            samples=[sample for sample, _ in pairs],
+            samples=Rows([sample for sample, _ in pairs], places),
             rewards=[reward for _, reward in pairs],
             eval_prompts=evaluation_rows(config.data, form=prompt_form),
         )

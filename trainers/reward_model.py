@@ -43,6 +43,7 @@ from conch.config import (
 from conch.data.files import evaluation_rows, read_rows, training_rows
 from conch.data.index_sampler import IndexStream
 from conch.data.preferences import (
+    CHAT,
     Judgement,
     Pairs,
     PreferencePair,
@@ -54,10 +55,10 @@ from conch.data.preferences import (
     check_texts,
     collate_judgements,
     collate_texts,
-    default_template,
     hold_out,
     judgement,
     judgements,
+    template_for,
     template_mistake,
 )
 from conch.data.rollout_batch import take_rows
@@ -97,8 +98,9 @@ class RewardModelConfig(Section):
     """Texts or pairs per optimizer update, over all processes."""
 
     template: str | None = None
-    """How a text is presented to the model; {text} is prompt and output, {eos} the eos token. None is
-    `{text}{eos}`, or `{text}` for tokenizers that close a text themselves."""
+    """How a text is presented to the model; {text} is prompt and output, {eos} the eos token. `chat` takes
+    dialogues, which the tokenizer's chat template renders, in training and in what is served. None is `chat`
+    for rows of dialogues, for others `{text}{eos}`, or `{text}` where the tokenizer closes a text itself."""
 
     max_length: int | None = Field(default=None, ge=2)
     """Longest formatted text in tokens, longer ones are cut; None takes the model's window."""
@@ -125,7 +127,7 @@ class RewardModelConfig(Section):
     @field_validator("template")
     @classmethod
     def _has_text(cls, template: str | None) -> str | None:
-        if template is not None and (mistake := template_mistake(template)):
+        if template not in (None, CHAT) and (mistake := template_mistake(template)):
             raise ValueError(mistake)
         return template
 
@@ -212,7 +214,7 @@ class RewardModelTrainer:
         *,
         samples: Iterable[Mapping[str, Any]],
         eval_samples: Iterable[Mapping[str, Any]] | None = None,
-        reference: Sequence[str] | None = None,
+        reference: Sequence[Any] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.config = config
@@ -268,11 +270,11 @@ class RewardModelTrainer:
         self,
         samples: Sequence[Mapping[str, Any]],
         eval_samples: Sequence[Mapping[str, Any]],
-        reference: Sequence[str] | None,
+        reference: Sequence[Any] | None,
     ) -> None:
         """Set `samples`, `eval_samples` and the reference texts."""
         settings = self.config.reward_model
-        self.template = settings.template or default_template(self.tokenizer)
+        self.template = settings.template or template_for(samples, self.form, self.tokenizer)
         self.max_length = longest_text(settings.max_length, self.model, self.tokenizer)
         encoder = TextEncoder(self.tokenizer, self.template, self.max_length)
         self.samples = encoder.encode_rows(samples, self.form, self.config.data)

@@ -61,6 +61,7 @@ from conch.training.setup import (
     load_policy_tokenizer,
     rows_per_process,
     save_on_main,
+    text_codec,
     with_gathered_weights,
 )
 from conch.training.statistics import update_metrics
@@ -160,6 +161,7 @@ class SFTTrainer:
         self.lm = lm.to(engine.device)  # pyright: ignore[reportArgumentType]
         check_vocabulary(self.lm, self.tokenizer)
         freeze_layers(self.lm, config.model)
+        self.codec = text_codec(self.tokenizer, self.lm, config.tokenizer)
         self._init_data(samples, eval_samples)
         self._init_evaluation(eval_prompts or [], metric_fn)
         engine.prepare(
@@ -185,10 +187,9 @@ class SFTTrainer:
     ) -> list[TokenizedSample]:
         return tokenize_samples(
             samples,
-            self.tokenizer,
+            self.codec,
             max_tokens=self._capacity,
             truncation_side=self.config.tokenizer.truncation_side,
-            pairs_only=bool(self.lm.config.is_encoder_decoder),
             lengths=lengths,
         )
 
@@ -201,7 +202,7 @@ class SFTTrainer:
         variants = eval_variants(config.generation, config.eval_generation)
         longest = longest_generation(variants)
         self.eval_prompts = (
-            tokenize_prompts(prompts, self.tokenizer, config.tokenizer, self.lm, longest) if prompts else []
+            tokenize_prompts(prompts, self.codec, config.tokenizer, self.lm, longest) if prompts else []
         )
         agree = self.collectives.all_reduce_int
         self.scorer = RewardScorer(self.source, config.reward, agree) if self.source else None
@@ -297,7 +298,7 @@ class SFTTrainer:
     def generate(self, prompts: Sequence[str], *, greedy: bool = False) -> list[str]:
         """Completions of the current model."""
         config = self.config
-        tokenized = tokenize_prompts(prompts, self.tokenizer, config.tokenizer, self.lm, config.generation)
+        tokenized = tokenize_prompts(prompts, self.codec, config.tokenizer, self.lm, config.generation)
         chunks = self._make_sampler(config.generation).generate(tokenized, greedy=greedy)
         return [rollout.completion.text for chunk in chunks for rollout in chunk]
 

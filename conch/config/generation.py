@@ -23,7 +23,15 @@ class GenerationConfig(Section):
     """Sample among the likeliest tokens that hold this much probability; 1 turns it off."""
 
     stop: tuple[str, ...] = ()
-    """Stop strings: the completion ends before the first of them."""
+    """Stop strings: the completion ends before the first of them, or with it where it is a special token."""
+
+    stop_token_ids: tuple[int, ...] = ()
+    """Further tokens that end a completion, beside the tokenizer's eos and those that the model's own
+    `generation_config` names; the token stays in what is learned."""
+
+    skip_special_tokens: bool = True
+    """Leave special tokens out of a completion's text, which rewards and stop strings read; False keeps all
+    but the one that ended it (for a reward that looks for `<think>`, where that is a special token)."""
 
     chunk_size: int = Field(default=64, ge=1)
     """Prompts generated at once per process. A served reward is asked for as soon as a completion has ended,

@@ -81,6 +81,10 @@ class TokenizerConfig(Section):
     pad_token: str | None = None
     """Padding token, for tokenizers that have none. Must be in the vocabulary and should differ from eos."""
 
+    add_special_tokens: bool = True
+    """Encode plain texts with the special tokens that the tokenizer adds, such as a BOS; False for texts that
+    hold theirs already. What a chat template rendered never gets any."""
+
     truncation_side: Literal["left", "right"] = "left"
     """Which end of a too long prompt is cut when `truncate_prompts` allows it."""
 

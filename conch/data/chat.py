@@ -7,8 +7,10 @@ before an answer, opened for that answer, and the rendering that includes it.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from jinja2 import TemplateError
@@ -16,42 +18,141 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from conch.errors import DataError
-from conch.types import ASSISTANT
+from conch.types import ASSISTANT, Dialogue
 
 Message = Mapping[str, Any]
 Span = tuple[int, int]
 
+TEMPLATE_KEYS = ("tools", "chat_template_kwargs")
+"""Keys of a row of messages that are for the chat template, not for rewards."""
+
+_OPTIONS = {
+    *("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents"),
+    *("messages", "return_assistant_tokens_mask", "return_dict", "tokenize", "tools"),
+}
+"""Names that `apply_chat_template` has for other things than variables of the template."""
+
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+# ------------------------------------------------------------------------------------------ rows to dialogues
 
 
 def messages_of(sample: Any) -> list[Message] | None:
     """The messages of a dialogue, `{"messages": [...]}` or the list itself; None where it is no dialogue.
 
-    A message is a dict of strings "role" and "content"; what else it holds is for the template.
+    A message is a dict with a string "role" and a "content", a string or a list of parts
+    {"type": "text", "text"}; one with "tool_calls" needs no content. What else it holds is for the template.
+    Keys whose value is None are left out, at any depth: Arrow tables have such keys wherever another row has
+    a value.
     """
     messages = sample.get("messages") if isinstance(sample, Mapping) else sample
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
         return None
-    is_dialogue = all(
-        isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-        for message in messages
-    )
-    return list(messages) if is_dialogue else None
+    clean = without_none(messages)
+    return clean if all(_is_message(message) for message in clean) else None
 
 
-def dialogue_of(sample: Any) -> tuple[list[Message], int] | None:
-    """The messages of a dialogue, or of {"prompt", "completion"} that are both dialogues, and how many of
-    them are prompt; None for anything else."""
-    messages = messages_of(sample)
-    if messages is not None:
-        return messages, 0
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    if content is None:
+        return bool(message.get("tool_calls"))
+    return isinstance(content, str) or (isinstance(content, list) and all(map(_is_text_part, content)))
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def without_none(value: Any) -> Any:
+    """A copy of dicts and lists in which no dict has a key whose value is None."""
+    if isinstance(value, Mapping):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return [without_none(item) for item in value]
+    return value
+
+
+def dialogue_of_row(row: Any, *keys: str) -> Dialogue | None:
+    """The messages under these keys of a row, one after the other, with the row's "tools" and
+    "chat_template_kwargs"; None where one of them is no list of messages.
+
+    Tools are a list of JSON schemas, or that list as a JSON string; template variables a dict, or a dict as a
+    JSON string.
+
+    Raises:
+        DataError: the tools or the template variables are something else, in words that follow a row's name.
+    """
+    parts = [messages_of(row.get(key)) for key in keys]
+    messages = [message for part in parts if part is not None for message in part]
+    if not messages or any(part is None for part in parts):
+        return None
+    return Dialogue(tuple(messages), _tools(row), _template_kwargs(row))
+
+
+def dialogue_of(sample: Any) -> tuple[Dialogue, int] | None:
+    """A dialogue, `{"messages"}`, a list of messages or {"prompt", "completion"} that are both dialogues, and
+    how many of its messages are prompt; None for anything else.
+
+    Raises:
+        DataError: see `dialogue_of_row`.
+    """
     if not isinstance(sample, Mapping):
-        return None
-    prompt, completion = (messages_of(sample.get(key)) for key in ("prompt", "completion"))
-    return None if prompt is None or completion is None else ([*prompt, *completion], len(prompt))
+        messages = messages_of(sample)
+        return None if messages is None else (Dialogue(tuple(messages)), 0)
+    if "messages" in sample:
+        whole = dialogue_of_row(sample, "messages")
+        return None if whole is None else (whole, 0)
+    prompt = dialogue_of_row(sample, "prompt")
+    whole = dialogue_of_row(sample, "prompt", "completion")
+    return None if prompt is None or whole is None else (whole, len(prompt.messages))
 
 
-def render_prompt(messages: Sequence[Message], name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def template_keys(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a row of messages is for the chat template beside them, under the same keys; none without a
+    value.
+
+    Raises:
+        DataError: see `dialogue_of_row`.
+    """
+    keys = {"tools": _tools(row), "chat_template_kwargs": _template_kwargs(row)}
+    return {key: list(value) if key == "tools" else value for key, value in keys.items() if value}
+
+
+def _tools(row: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    tools = _read("tools", row)
+    is_list = isinstance(tools, Sequence) and all(isinstance(tool, Mapping) for tool in tools)
+    if tools is not None and not is_list:
+        raise DataError('has "tools" that are no list of JSON schemas')
+    return tuple(tools) if tools else None
+
+
+def _template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
+    values = _read("chat_template_kwargs", row)
+    if values is not None and not isinstance(values, Mapping):
+        raise DataError('has "chat_template_kwargs" that are no dict')
+    taken = sorted(_OPTIONS & set(values or ()))
+    if taken:
+        raise DataError(f'has "chat_template_kwargs" that are not for the template: {", ".join(taken)}')
+    return dict(values or {})
+
+
+def _read(key: str, row: Mapping[str, Any]) -> Any:
+    value = row.get(key)
+    if not isinstance(value, str):
+        return without_none(value)
+    try:
+        return json.loads(value) if value.strip() else None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f'has "{key}" that are no JSON: {error}') from None
+
+
+# -------------------------------------------------------------------------------------------------- rendering
+
+
+def render_prompt(dialogue: Dialogue, name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """A dialogue as the text that an answer follows; where the assistant spoke last, its turn goes on.
 
     name: of the prompt, for messages.
@@ -59,12 +160,12 @@ def render_prompt(messages: Sequence[Message], name: str, tokenizer: PreTrainedT
     Raises:
         DataError: the tokenizer has no chat template, or the template refuses the dialogue.
     """
-    goes_on = messages[-1]["role"] == ASSISTANT
+    goes_on = dialogue.messages[-1]["role"] == ASSISTANT
     option = "continue_final_message" if goes_on else "add_generation_prompt"
-    return _rendered(messages, name, tokenizer, **{option: True})
+    return _rendered(dialogue, name, tokenizer, **{option: True})
 
 
-def render_dialogue(messages: Sequence[Message], name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def render_dialogue(dialogue: Dialogue, name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """A whole dialogue as text.
 
     name: of the text, for messages.
@@ -72,28 +173,26 @@ def render_dialogue(messages: Sequence[Message], name: str, tokenizer: PreTraine
     Raises:
         DataError: the tokenizer has no chat template, or the template refuses the dialogue.
     """
-    return _rendered(messages, name, tokenizer)
+    return _rendered(dialogue, name, tokenizer)
 
 
-def _rendered(
-    messages: Sequence[Message], name: str, tokenizer: PreTrainedTokenizerBase, **options: bool
-) -> str:
+def _rendered(dialogue: Dialogue, name: str, tokenizer: PreTrainedTokenizerBase, **options: bool) -> str:
     if tokenizer.chat_template is None:
         raise DataError(
             f"{name} is a dialogue, and the tokenizer has no chat template: give it one, or texts"
         )
     try:
-        return _render(messages, tokenizer, **options)
+        return _render(dialogue, tokenizer, **options)
     except (TemplateError, TypeError, ValueError) as error:
         raise DataError(f"the chat template does not take {name}: {error}") from error
 
 
 def encode_dialogue(
-    messages: Sequence[Message], index: int, tokenizer: PreTrainedTokenizerBase, *, num_prompt: int = 0
+    dialogue: Dialogue, name: str, tokenizer: PreTrainedTokenizerBase, *, num_prompt: int = 0
 ) -> tuple[tuple[int, ...], tuple[bool, ...]]:
     """Token ids, and a mask that is True where the assistant wrote them, the end of its turn included.
 
-    index: the sample's number, for messages.
+    name: of the dialogue, for messages.
     num_prompt: messages at the beginning of which nothing is the assistant's, whoever wrote them.
 
     Raises:
@@ -101,17 +200,17 @@ def encode_dialogue(
             or renders a message differently once others follow, or nothing in it is the assistant's.
     """
     _check_tokenizer(tokenizer)
-    if not any(message["role"] == ASSISTANT for message in messages[num_prompt:]):
-        raise DataError(f'dialogue {index} has no message with the role "{ASSISTANT}": nothing to learn')
+    if not any(message["role"] == ASSISTANT for message in dialogue.messages[num_prompt:]):
+        raise DataError(f'{name} has no message with the role "{ASSISTANT}": nothing to learn')
     try:
-        text, spans = _render_spans(messages, index, tokenizer, num_prompt)
+        text, spans = _render_spans(dialogue, name, tokenizer, num_prompt)
     except (TemplateError, TypeError, ValueError) as error:
-        raise DataError(f"the chat template does not take dialogue {index}: {error}") from error
+        raise DataError(f"the chat template does not take {name}: {error}") from error
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     starts = _token_starts(encoded["offset_mapping"])  # pyright: ignore[reportArgumentType]
     mask = tuple(any(start <= place < end for start, end in spans) for place in starts)
     if not any(mask):
-        raise DataError(f"the chat template leaves no token of dialogue {index} to the assistant")
+        raise DataError(f"the chat template leaves no token of {name} to the assistant")
     return tuple(encoded["input_ids"]), mask  # pyright: ignore[reportArgumentType]
 
 
@@ -129,45 +228,53 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _render_spans(
-    messages: Sequence[Message], index: int, tokenizer: PreTrainedTokenizerBase, num_prompt: int
+    dialogue: Dialogue, name: str, tokenizer: PreTrainedTokenizerBase, num_prompt: int
 ) -> tuple[str, list[Span]]:
     """The dialogue as text, and from where to where in it the assistant speaks after the prompt."""
-    turns = [turn for turn, message in enumerate(messages) if message["role"] == ASSISTANT]
+    turns = [turn for turn, message in enumerate(dialogue.messages) if message["role"] == ASSISTANT]
     later = [turn for turn in turns if turn >= num_prompt]
-    template = tokenizer.get_chat_template()
+    tools = None if dialogue.tools is None else list(dialogue.tools)
+    template = tokenizer.get_chat_template(tools=tools)
     if _GENERATION.search(template):
         # Not `apply_chat_template`, which maps the ends of spans to tokens by itself: where a span ends in a
         # space that tokenizers trim from their offsets, it takes all the rest for the assistant's.
-        options: dict[str, Any] = {**tokenizer.special_tokens_map, "return_assistant_tokens_mask": True}
-        rendered: Any = render_jinja_template([list(messages)], chat_template=template, **options)  # pyright: ignore[reportArgumentType]
+        variables: dict[str, Any] = {**tokenizer.special_tokens_map, **dialogue.template_kwargs}
+        rendered: Any = render_jinja_template(
+            [[dict(message) for message in dialogue.messages]],
+            tools=tools,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **variables,
+        )
         (text,), (spans,) = rendered
         return text, spans[len(turns) - len(later) :]
-    text = _render(messages, tokenizer)
+    text = _render(dialogue, tokenizer)
     specials = tuple(
         token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content
     )
-    return text, [_span(messages, turn, text, specials, index, tokenizer) for turn in later]
+    return text, [_span(dialogue, turn, text, specials, name, tokenizer) for turn in later]
 
 
 def _span(
-    messages: Sequence[Message],
+    dialogue: Dialogue,
     turn: int,
     text: str,
     specials: tuple[str, ...],
-    index: int,
+    name: str,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Span:
     """Where the assistant's message number `turn` stands in `text`, the rendering of the whole dialogue."""
     if turn == 0:
         raise DataError(
-            f"dialogue {index} begins with the assistant; what it answers is needed to tell where it begins: "
+            f"{name} begins with the assistant; what it answers is needed to tell where it begins: "
             "put a message before it, or `{% generation %}` blocks into the chat template"
         )
-    before = _render(messages[:turn], tokenizer, add_generation_prompt=True)
-    through = _render(messages[: turn + 1], tokenizer)
+    messages = dialogue.messages
+    before = _render(replace(dialogue, messages=messages[:turn]), tokenizer, add_generation_prompt=True)
+    through = _render(replace(dialogue, messages=messages[: turn + 1]), tokenizer)
     if not (text.startswith(through) and through.startswith(before)):
         raise DataError(
-            f"the chat template renders message {turn} of dialogue {index} differently once others follow, "
+            f"the chat template renders message {turn} of {name} differently once others follow, "
             "so that what the assistant wrote cannot be told from the rest: put `{% generation %}` blocks "
             "into it"
         )
@@ -177,8 +284,15 @@ def _span(
     return len(before), len(trimmed if has_end else through)
 
 
-def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, **options: bool) -> str:
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))  # pyright: ignore[reportArgumentType]
+def _render(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase, **options: bool) -> str:
+    rendered = tokenizer.apply_chat_template(
+        [dict(message) for message in dialogue.messages],
+        tools=None if dialogue.tools is None else list(dialogue.tools),
+        tokenize=False,
+        **options,
+        **dialogue.template_kwargs,
+    )
+    return str(rendered)
 
 
 def _token_starts(offsets: Sequence[Span]) -> list[int]:

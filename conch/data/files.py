@@ -14,7 +14,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,31 @@ _TABLES = {".csv": "csv", ".parquet": "parquet"}
 _SUFFIXES = (".txt", ".jsonl", ".json", *_TABLES)
 _HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*(?:/[\w.-]+)?)(?::(?P<split>[\w.\[\]%:-]+))?")
 _NUM_NAMED = 5
+
+
+class Rows(list[RowT]):
+    """Rows, with the place that each was read from; a slice or a copy is a plain list.
+
+    places: "data.jsonl line 17", one a row.
+    """
+
+    def __init__(self, rows: Iterable[RowT] = (), places: Iterable[str] = ()) -> None:
+        super().__init__(rows)
+        self.places = list(places)
+        assert len(self.places) == len(self), "every row has a place"
+
+
+def place_of(rows: Sequence[Any], index: int, what: str) -> str:
+    """How a message names the row of this index: by its place where it was read from one, else by number.
+
+    what: a row, in the singular: "prompt" gives "prompt 17".
+    """
+    return rows.places[index] if isinstance(rows, Rows) else f"{what} {index}"
+
+
+def like_rows(rows: Sequence[Any], values: Sequence[RowT]) -> list[RowT]:
+    """These values, one for each of `rows`, with the places of those."""
+    return Rows(values, rows.places) if isinstance(rows, Rows) else list(values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +87,7 @@ def read_rows(
     *,
     form: Callable[[Any], RowT] = lambda row: row,
     max_rows: int | None = None,
-) -> list[RowT]:
+) -> Rows[RowT]:
     """The rows of `source` (see this module's docstring) that `form` accepts, as it returns them.
 
     form: brings a row into the form that is wanted, or raises a DataError that says why it cannot be used, in
@@ -73,22 +98,24 @@ def read_rows(
     Raises:
         DataError: the source is missing, damaged, of another kind, empty, or holds no good row.
     """
-    good: list[RowT] = []
+    good, places = [], []
     bad: list[_Bad] = []
     for line in _lines(str(source), config or DataConfig()):
         try:
             good.append(form(_value(line)))
         except DataError as error:
             bad.append(_Bad(line.place, str(error)))
+        else:
+            places.append(f"{source} {line.place}")
         if len(good) == max_rows:
             break
     if not good and not bad:
         raise DataError(f"{source} is empty: give at least one row")
     _report(str(source), len(good), bad)
-    return good
+    return Rows(good, places)
 
 
-def training_rows(config: DataConfig, what: str, *, form: Callable[[Any], RowT]) -> list[RowT]:
+def training_rows(config: DataConfig, what: str, *, form: Callable[[Any], RowT]) -> Rows[RowT]:
     """The rows that `data.train` names; see `read_rows`.
 
     what: rows, in the plural, as an error calls them.
@@ -102,7 +129,7 @@ def training_rows(config: DataConfig, what: str, *, form: Callable[[Any], RowT])
     return read_rows(config.train, config, form=form, max_rows=config.max_rows)
 
 
-def evaluation_rows(config: DataConfig, *, form: Callable[[Any], RowT]) -> list[RowT] | None:
+def evaluation_rows(config: DataConfig, *, form: Callable[[Any], RowT]) -> Rows[RowT] | None:
     """The rows that `data.eval` names, None where it names none; see `read_rows`.
 
     Raises:

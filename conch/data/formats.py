@@ -22,7 +22,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from conch.config import DataConfig
-from conch.data.chat import messages_of
+from conch.data.chat import messages_of, template_keys
+from conch.data.files import Rows
 from conch.errors import DataError
 from conch.log import get_logger
 
@@ -36,7 +37,8 @@ _SAMPLE = (
 
 
 def listed(rows: Iterable[Any], what: str) -> list[Any]:
-    """Rows as a list, whatever holds them: a sequence, a column or a split of `datasets`, an iterator.
+    """Rows as a list, whatever holds them: a sequence, a column or a split of `datasets`, an iterator. `Rows`
+    stay such, with their places.
 
     what: how an error names them, in the plural.
 
@@ -47,7 +49,7 @@ def listed(rows: Iterable[Any], what: str) -> list[Any]:
         raise DataError(f"the {what} are one string: give a list of {what}")
     if isinstance(rows, Mapping):
         raise DataError(f"the {what} are a dict of {', '.join(map(str, rows))}: give one of its values")
-    return list(rows)
+    return rows if isinstance(rows, Rows) else list(rows)
 
 
 def text_of(value: Any) -> Text | None:
@@ -62,8 +64,11 @@ def sample_form(row: Any) -> Any:
     Raises:
         DataError: the row is none of these.
     """
-    if isinstance(row, str) or messages_of(row) is not None:
+    if isinstance(row, str):
         return row
+    messages = messages_of(row)
+    if messages is not None:
+        return {"messages": messages, **template_keys(row)} if isinstance(row, Mapping) else messages
     if not isinstance(row, Mapping):
         raise DataError(_SAMPLE)
     if isinstance(row.get("text"), str):
@@ -75,11 +80,14 @@ def sample_form(row: Any) -> Any:
     if "prompt" not in row:
         if answer == "completion":
             raise DataError(_SAMPLE)
-        return answer_text if isinstance(answer_text, str) else {"messages": answer_text}
+        return (
+            answer_text if isinstance(answer_text, str) else {"messages": answer_text, **template_keys(row)}
+        )
     prompt = text_of(row["prompt"])
     if type(prompt) is not type(answer_text):
         raise DataError(_SAMPLE)
-    return {"prompt": prompt, "completion": answer_text}
+    keys = {} if isinstance(prompt, str) else template_keys(row)
+    return {"prompt": prompt, "completion": answer_text, **keys}
 
 
 def prompt_form(row: Any) -> Any:
@@ -95,6 +103,8 @@ def prompt_form(row: Any) -> Any:
         raise DataError(
             f'is neither a string nor a dict with a "prompt" string or dialogue (got {type(prompt).__name__})'
         )
+    if not isinstance(prompt, str):
+        template_keys(row)
     return row
 
 
@@ -107,7 +117,11 @@ def judgement_form(row: Any) -> Any:
         DataError: a prompt that is not of the same kind as the texts, or a label that is neither true nor
             false.
     """
-    if not isinstance(row, Mapping) or "prompt" not in row:
+    if not isinstance(row, Mapping):
+        return row
+    if any(isinstance(text_of(row.get(key)), list) for key in ("text", "chosen", "rejected", "completion")):
+        template_keys(row)
+    if "prompt" not in row:
         return row
     judgement = {key: value for key, value in row.items() if key not in ("prompt", "completion", "label")}
     for key in ("chosen", "rejected", "text"):
@@ -132,10 +146,10 @@ def rewarded_form(row: Any) -> list[tuple[Any, float]]:
     if {"sample", "reward"} <= row.keys():
         return [(row["sample"], row["reward"])]
     if {"prompt", "completion", "label"} <= row.keys():
-        return [(_turns(row["prompt"], row["completion"]), 1.0 if _label(row) else -1.0)]
+        return [(_turns(row["prompt"], row["completion"], row), 1.0 if _label(row) else -1.0)]
     if {"chosen", "rejected"} <= row.keys():
         prompt, chosen, rejected = prompt_and_answers(row)
-        return [(_turns(prompt, chosen), 1.0), (_turns(prompt, rejected), -1.0)]
+        return [(_turns(prompt, chosen, row), 1.0), (_turns(prompt, rejected, row), -1.0)]
     raise DataError('is no {"sample", "reward"} object, preference or labelled completion')
 
 
@@ -167,13 +181,13 @@ def _num_shared(one: Text, other: Text) -> int:
     return min(shared, len(one) - 1, len(other) - 1)
 
 
-def _turns(prompt: Any, output: Any) -> Any:
-    """A prompt with its output, as `conch.data.multi_turn` takes it."""
+def _turns(prompt: Any, output: Any, row: Mapping[str, Any]) -> Any:
+    """A prompt of a row with its output, as `conch.data.multi_turn` takes it."""
     if isinstance(prompt, str) and isinstance(output, str):
         return [prompt, output]
     if text_of(prompt) is None or type(text_of(prompt)) is not type(text_of(output)):
         raise DataError("needs a prompt and outputs that are all strings or all dialogues")
-    return {"prompt": prompt, "completion": output}
+    return {"prompt": prompt, "completion": output, **template_keys(row)}
 
 
 def _joined(prompt: Any, text: Any, key: str) -> Text:

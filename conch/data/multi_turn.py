@@ -13,10 +13,12 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from conch.data.chat import dialogue_of, encode_dialogue
+from conch.data.files import like_rows
 from conch.data.formats import listed
+from conch.data.text import TextCodec
+from conch.data.usable import usable
 from conch.errors import DataError
 from conch.log import get_logger
 
@@ -67,47 +69,49 @@ class TurnBatch:
 
 def tokenize_turns(
     samples: Iterable[Any],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_tokens: int | None,
-    truncation_side: Literal["left", "right"],
-    pairs_only: bool = False,
-) -> list[TurnSample]:
+    codec: TextCodec,
+) -> tuple[list[TurnSample], list[int]]:
     """Tokenise samples, each of them a string (all tokens after the first are actions), a list of turns
     `[prompt, output, prompt, output, ...]` (the outputs' tokens are), or a dialogue (the assistant's are; of
     {"prompt", "completion"} dialogues those of the completion).
 
     An eos token ends every string and list, and is an action; a dialogue ends as the chat template has it.
-    Samples of more than `max_tokens` tokens lose what is too much on `truncation_side`; a warning counts
-    them.
+    Samples that the chat template or the tokenizer refuses are left out; one warning counts and names them.
+    Gives the others with their indices among all samples.
 
-    pairs_only: for models that read the prompt apart from the output: `[prompt, output]` and nothing else.
+    codec: encodes them; of an encoder-decoder it takes `[prompt, output]` and nothing else.
 
     Raises:
-        DataError: there are none; or one, named by its number, is of another form, is empty or starts with an
-            empty prompt, or has no action left once truncated.
+        DataError: there are none, none is left, or one, named by its number, is of another form.
     """
     rows = listed(samples, "samples")
     if not rows:
         raise DataError("the list of samples is empty: give at least one sample")
-    made = [_tokenize(row, index, tokenizer, pairs_only) for index, row in enumerate(rows)]
-    return made if max_tokens is None else cut_turns(made, max_tokens, truncation_side)
+    forms = like_rows(rows, [_form(row, index, codec.encoder_decoder) for index, row in enumerate(rows)])
+    return usable(forms, "sample", lambda sample, name: _tokenize(sample, name, codec))
 
 
 def cut_turns(
     samples: Sequence[TurnSample], max_tokens: int, truncation_side: Literal["left", "right"]
-) -> list[TurnSample]:
-    """Samples of at most `max_tokens` tokens, as many as there were; see `tokenize_turns`."""
+) -> tuple[list[TurnSample], list[int]]:
+    """Samples of at most `max_tokens` tokens, which lose what is too much on `truncation_side`, with their
+    indices; those of which no action is left are left out. Warnings count both.
+
+    Raises:
+        DataError: none is left.
+    """
     lengths = [len(sample.token_ids) for sample in samples]
     if max(lengths) <= max_tokens:
-        return list(samples)
+        return list(samples), list(range(len(samples)))
     _log.warning(
         "%d of %d samples are longer than the %d tokens of the model's window (the longest has %d): cut on "
         "the %s",
         sum(length > max_tokens for length in lengths),
         *(len(samples), max_tokens, max(lengths), truncation_side),
     )
-    return [_truncate(sample, index, max_tokens, truncation_side) for index, sample in enumerate(samples)]
+    return usable(
+        samples, "sample", lambda sample, name: _truncate(sample, name, max_tokens, truncation_side)
+    )
 
 
 def collate_turns(
@@ -128,35 +132,50 @@ def collate_turns(
     return TurnBatch(ids.to(device), real.to(device), actions[:, longest_prompt:].to(device))
 
 
-def _tokenize(sample: Any, index: int, tokenizer: PreTrainedTokenizerBase, pairs_only: bool) -> TurnSample:
+def _form(sample: Any, index: int, pairs_only: bool) -> Any:
+    """A string, checked turns, or a dialogue as it is."""
     if isinstance(sample, str):
         if pairs_only:
             raise DataError(
                 f"sample {index} is one string; an encoder-decoder reads the prompt apart from the output: "
                 "give [prompt, output]"
             )
-        ids = _encode(sample, tokenizer)
+        return sample
+    if dialogue_of(sample) is not None and not pairs_only:
+        return sample
+    return _checked_turns(sample, index, pairs_only)
+
+
+def _tokenize(sample: Any, name: str, codec: TextCodec) -> TurnSample:
+    dialogue = None if isinstance(sample, str) else dialogue_of(sample)
+    if dialogue is not None:
+        whole, num_prompt = dialogue
+        ids, is_assistants = encode_dialogue(whole, name, codec.tokenizer, num_prompt=num_prompt)
+        return TurnSample(ids, (False, *is_assistants[1:]))
+    if isinstance(sample, str):
+        ids = codec.prompt_ids(sample)
         turns = [ids[:1], ids[1:]]
-    elif (dialogue := dialogue_of(sample)) is not None and not pairs_only:
-        return _tokenize_dialogue(*dialogue, index, tokenizer)
     else:
-        turns = [_encode(turn, tokenizer) for turn in _checked_turns(sample, index, pairs_only)]
+        turns = _encode_turns(sample, codec)
     if not turns[0]:
-        what = "sample" if isinstance(sample, str) else "first prompt of sample"
-        raise DataError(f"{what} {index} is empty once tokenised: drop it, or start it with a bos token")
-    if turns[-1][-1:] != [tokenizer.eos_token_id]:
-        turns[-1] = [*turns[-1], int(tokenizer.eos_token_id)]  # pyright: ignore[reportArgumentType]
+        what = name if isinstance(sample, str) else f"the first prompt of {name}"
+        raise DataError(f"{what} is empty once tokenised")
+    turns[-1] = codec.with_eos(turns[-1])
     return TurnSample(
         tuple(token for turn in turns for token in turn),
         tuple(number % 2 == 1 for number, turn in enumerate(turns) for _ in turn),
     )
 
 
-def _tokenize_dialogue(
-    messages: Sequence[Any], num_prompt: int, index: int, tokenizer: PreTrainedTokenizerBase
-) -> TurnSample:
-    ids, is_assistants = encode_dialogue(messages, index, tokenizer, num_prompt=num_prompt)
-    return TurnSample(ids, (False, *is_assistants[1:]))
+def _encode_turns(turns: Sequence[str], codec: TextCodec) -> list[tuple[int, ...]]:
+    """Token ids of each turn, behind those of all turns before it."""
+    encoded = [codec.prompt_ids(turns[0])]
+    text = turns[0]
+    for turn in turns[1:]:
+        before = [token for ids in encoded for token in ids]
+        encoded.append(codec.response_ids(text, before, turn))
+        text += turn
+    return encoded
 
 
 def _checked_turns(sample: Any, index: int, pairs_only: bool) -> Sequence[str]:
@@ -181,11 +200,7 @@ def _checked_turns(sample: Any, index: int, pairs_only: bool) -> Sequence[str]:
     return sample
 
 
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []  # pyright: ignore[reportArgumentType]
-
-
-def _truncate(sample: TurnSample, index: int, max_tokens: int, side: str) -> TurnSample:
+def _truncate(sample: TurnSample, name: str, max_tokens: int, side: str) -> TurnSample:
     if len(sample.token_ids) <= max_tokens:
         return sample
     window = slice(-max_tokens, None) if side == "left" else slice(max_tokens)
@@ -193,7 +208,7 @@ def _truncate(sample: TurnSample, index: int, max_tokens: int, side: str) -> Tur
     is_action = (False, *sample.is_action[window][1:])
     if not any(is_action):
         raise DataError(
-            f"sample {index} has no action left: the first {max_tokens} of its {len(sample.token_ids)} "
+            f"{name} has no action left: the first {max_tokens} of its {len(sample.token_ids)} "
             "tokens, which the model's window holds, are prompt; shorten it, or set "
             "`tokenizer.truncation_side=left`"
         )

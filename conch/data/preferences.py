@@ -22,11 +22,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from conch.config import DataConfig
-from conch.data.chat import render_dialogue
+from conch.data.chat import dialogue_of_row, render_dialogue
+from conch.data.files import like_rows, place_of
 from conch.data.formats import fitting, judgement_form, listed, text_of
+from conch.data.text import special_frame
+from conch.data.usable import usable
 from conch.errors import DataError
 from conch.log import get_logger
-from conch.types import DEFAULT_OBJECTIVE
+from conch.types import DEFAULT_OBJECTIVE, Dialogue
 
 _log = get_logger(__name__)
 
@@ -136,7 +139,8 @@ def judgements(rows: Iterable[Any], *, what: str = "row") -> list[Any]:
     Raises:
         DataError: a prompt does not go with its texts, or a label is none.
     """
-    return [_in_form(row, f"{what} {index}") for index, row in enumerate(listed(rows, f"{what}s"))]
+    given = listed(rows, f"{what}s")
+    return like_rows(given, [_in_form(row, place_of(given, index, what)) for index, row in enumerate(given)])
 
 
 def _in_form(row: Any, name: str) -> Any:
@@ -173,7 +177,7 @@ def check_rows(rows: Sequence[Any], like: RowForm | None = None, *, what: str = 
         raise DataError(f"no {what}s to make a reward model with: give at least one")
     form = like or _form_of(rows)
     for index, row in enumerate(rows):
-        _check_row(row, form, f"{what} {index}")
+        _check_row(row, form, place_of(rows, index, what))
     return form
 
 
@@ -241,12 +245,14 @@ def _is_finite_number(value: Any) -> bool:
 
 
 def check_texts(texts: Sequence[Any]) -> None:
-    """Raise DataError unless there are reference texts, and all are strings."""
+    """Raise DataError unless there are reference texts, and all are strings or dialogues."""
     if isinstance(texts, str) or not texts:
-        raise DataError("the reference texts must be a list of at least one string")
+        raise DataError("the reference texts must be a list of at least one string or dialogue")
     for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise DataError(f"reference text {index} is no string (got {type(text).__name__})")
+        if text_of(text) is None:
+            raise DataError(
+                f"reference text {index} is neither a string nor a dialogue (got {type(text).__name__})"
+            )
 
 
 def hold_out(
@@ -293,6 +299,10 @@ def template_mistake(template: str) -> str | None:
     return None
 
 
+CHAT = "chat"
+"""Template of models that read dialogues: the tokenizer's own chat template."""
+
+
 def default_template(tokenizer: Any) -> str:
     """The sample and an eos token; the sample alone if the tokenizer closes a text itself or has no eos."""
     closes = tokenizer("").input_ids[-1:]
@@ -303,65 +313,139 @@ def default_template(tokenizer: Any) -> str:
     )
 
 
+def template_for(rows: Sequence[Mapping[str, Any]], form: RowForm, tokenizer: Any) -> str:
+    """`chat` for rows of dialogues, `default_template` for rows of texts.
+
+    rows: at least one, as `check_rows` has passed them.
+
+    Raises:
+        DataError: some rows are of texts, others of dialogues.
+    """
+    is_text = [isinstance(row[key], str) for row in rows for key in form.texts]
+    if any(is_text) and not all(is_text):
+        odd = is_text.index(not is_text[0]) // len(form.texts)
+        raise DataError(
+            f"row {odd} is of {'texts' if is_text[len(form.texts) * odd] else 'dialogues'}, row 0 is not: a "
+            "reward model reads one or the other; give rows of one kind, or set `reward_model.template`, in "
+            "which dialogues stand as the chat template renders them"
+        )
+    return default_template(tokenizer) if is_text[0] else CHAT
+
+
 class TextEncoder:
-    """Shows texts to a reward model as the server will: in the template, and cut where they are too long.
+    """Shows texts and dialogues to a reward model as the server will, cut where they are too long.
 
-    A text that is too long loses tokens on the tokenizer's truncation side; the special tokens that the
-    tokenizer adds, and an {eos} that closes the template, stay, because the score may be read there.
+    A text stands in the template, with the special tokens that the tokenizer adds; a dialogue is what the
+    chat template renders, which writes its own. No special token is put twice, in front or behind:
+    docs/text.md. What is too long loses tokens on the tokenizer's truncation side; special tokens in front
+    and behind, and an {eos} that closes the template, stay, because the score may be read there.
 
-    template: format string over {text} and {eos}.
+    template: format string over {text} and {eos}, or `chat`, which takes dialogues alone.
     max_length: in tokens, special ones included; None sets no limit.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int | None) -> None:
         self._tokenizer = tokenizer
-        self._template = template
+        self._template = "{text}" if template == CHAT else template
+        self._reads_dialogues = template == CHAT
         self._max_length = max_length
+        self._prefix, self._suffix = special_frame(tokenizer)
+        self._specials = tuple(tokenizer.all_special_tokens)
         self._num_texts = self._num_cut = 0
 
-    def encode(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-        """Token ids of each text.
+    def encode(self, texts: Sequence[Any]) -> list[tuple[int, ...]]:
+        """Token ids of each text or dialogue.
 
         Raises:
-            DataError: a text has no tokens.
+            DataError: one has no tokens, is a text for a model that reads dialogues, or a dialogue that the
+                chat template refuses.
         """
-        token_ids = [tuple(ids) for ids in self._tokenize(texts, self._template)]
-        limit = self._max_length
-        long = [row for row, ids in enumerate(token_ids) if limit is not None and len(ids) > limit]
-        for row, ids in zip(long, self._cut([texts[row] for row in long]), strict=True):
-            token_ids[row] = ids
-        for text, ids in zip(texts, token_ids, strict=True):
-            if not ids:
-                raise DataError(
-                    f"the text {text!r} has no tokens in the template {self._template!r}: drop it, or end "
-                    "the template with {eos}"
-                )
-        self._num_texts, self._num_cut = self._num_texts + len(texts), self._num_cut + len(long)
-        return token_ids
+        formatted = [
+            self._formatted(_text({"text": text}, "text"), place_of(texts, index, "text"))
+            for index, text in enumerate(texts)
+        ]
+        self._num_texts += len(texts)
+        return [self._cut(self._checked(ids, text)) for ids, text in self._tokenized(formatted)]
 
     def encode_rows(
         self, rows: Sequence[Mapping[str, Any]], form: RowForm, lengths: DataConfig | None = None
     ) -> list[Judgement]:
         """Rows that `check_rows` has passed, tokenised.
 
+        Rows that the chat template or the tokenizer refuses are left out, and so are pairs that are equal
+        once tokenised and cut, which teach nothing; one warning each counts them.
+
         lengths: which rows to leave out for the length of their longest text, before any is cut.
+
+        Raises:
+            DataError: no row is left.
         """
-        texts = [
-            tuple(self._as_text(row[key], index) for key in form.texts) for index, row in enumerate(rows)
-        ]
+        if not rows:
+            return []
+        formatted, indices = usable(
+            rows, "row", lambda row, name: [self._formatted(_text(row, key), name) for key in form.texts]
+        )
+        rows = [rows[index] for index in indices]
+        ids = self._tokenized([text for texts in formatted for text in texts])
+        width = len(form.texts)
+        texts = [ids[start : start + width] for start in range(0, len(ids), width)]
+        checked, indices = usable(texts, "row", lambda row, _: [self._checked(*text) for text in row])
+        rows = [rows[index] for index in indices]
         if lengths is not None and (lengths.min_tokens or lengths.max_tokens):
-            indices = fitting(self._longest(texts), lengths, "rows")
-            rows, texts = [rows[index] for index in indices], [texts[index] for index in indices]
-        columns = [self.encode(column) for column in zip(*texts, strict=True)]
-        return [_judgement(row, ids, form) for row, ids in zip(rows, zip(*columns, strict=True), strict=True)]
+            fits = fitting([max(map(len, row)) for row in checked], lengths, "rows")
+            rows, checked = [rows[index] for index in fits], [checked[index] for index in fits]
+        self._num_texts += len(rows) * width
+        judged = [
+            _judgement(row, tuple(self._cut(ids) for ids in own), form)
+            for row, own in zip(rows, checked, strict=True)
+        ]
+        return _different(judged)
 
-    def _as_text(self, text: Any, index: int) -> str:
-        return text if isinstance(text, str) else render_dialogue(text, f"row {index}", self._tokenizer)
+    def _formatted(self, text: str | Dialogue, name: str) -> tuple[str, bool]:
+        """A text as the tokenizer gets it, and whether it is a dialogue, with all its special tokens."""
+        eos = str(self._tokenizer.eos_token or "")
+        if isinstance(text, str):
+            if self._reads_dialogues:
+                raise DataError(
+                    f"{name} is a string, and the template `chat` takes dialogues: give messages, or set "
+                    "`reward_model.template`"
+                )
+            closed = eos and "{text}{eos}" in self._template
+            return self._template.format(text=text.removesuffix(eos) if closed else text, eos=eos), False
+        rendered = render_dialogue(text, name, self._tokenizer)
+        if self._reads_dialogues:
+            return rendered, True
+        # Behind the token that ends a turn templates put white space, which a policy's sample does not have.
+        trimmed = rendered.rstrip()
+        rendered = trimmed if trimmed.endswith(self._specials) else rendered
+        closed = eos and rendered.endswith(eos)
+        template = self._template.replace("{text}{eos}", "{text}") if closed else self._template
+        return template.format(text=rendered, eos=eos), True
 
-    def _longest(self, texts: Sequence[tuple[str, ...]]) -> list[int]:
-        """Of each row, the tokens of its longest text."""
-        columns = [self._tokenize(column, self._template) for column in zip(*texts, strict=True)]
-        return [max(map(len, row)) for row in zip(*columns, strict=True)]
+    def _tokenized(self, formatted: Sequence[tuple[str, bool]]) -> list[tuple[tuple[int, ...], str]]:
+        """Token ids of what `_formatted` gives, uncut, with the text that they are of."""
+        if not formatted:
+            return []
+        texts = [text for text, _ in formatted]
+        encoded: Any = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [
+            (tuple(ids) if is_dialogue else self._framed(tuple(ids)), text)
+            for ids, (text, is_dialogue) in zip(encoded, formatted, strict=True)
+        ]
+
+    def _checked(self, ids: tuple[int, ...], text: str) -> tuple[int, ...]:
+        if not ids:
+            raise DataError(
+                f"the text {text!r} has no tokens in the template {self._template!r}: drop it, or end "
+                "the template with {eos}"
+            )
+        return ids
+
+    def _framed(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """`ids` between the special tokens that the tokenizer adds, where they do not stand there already."""
+        front = () if ids[: len(self._prefix)] == self._prefix else self._prefix
+        is_closed = not self._suffix or ids[-len(self._suffix) :] == self._suffix
+        return (*front, *ids, *(() if is_closed else self._suffix))
 
     def report_cuts(self) -> None:
         """One warning, if any text so far was too long."""
@@ -371,18 +455,45 @@ class TextEncoder:
                 *(self._num_cut, self._num_texts, self._max_length, self._tokenizer.truncation_side),
             )
 
-    def _tokenize(self, texts: Sequence[str], template: str, **options: Any) -> list[list[int]]:
-        if not texts:
-            return []
-        eos = self._tokenizer.eos_token or ""
-        formatted = [template.format(text=text, eos=eos) for text in texts]
-        return self._tokenizer(formatted, verbose=False, **options)["input_ids"]  # pyright: ignore[reportReturnType]
+    def _cut(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """At most `max_length` ids, with the special ones that stand in front and behind."""
+        limit = self._max_length
+        if limit is None or len(ids) <= limit:
+            return ids
+        self._num_cut += 1
+        front = len(self._prefix) if ids[: len(self._prefix)] == self._prefix else 0
+        back = len(self._suffix) if self._suffix and ids[-len(self._suffix) :] == self._suffix else 0
+        if not back and self._template.endswith("{eos}") and ids[-1] == self._tokenizer.eos_token_id:
+            back = 1
+        room = max(0, limit - front - back)
+        own = ids[front : len(ids) - back]
+        left = self._tokenizer.truncation_side == "left"
+        kept = own[len(own) - room :] if left else own[:room]
+        return (*ids[:front], *kept, *ids[len(ids) - back :])
 
-    def _cut(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-        closing = [self._tokenizer.eos_token_id] if self._template.endswith("{eos}") else []
-        room = (self._max_length or 0) - len(closing)
-        opened = self._tokenize(texts, self._template.removesuffix("{eos}"), truncation=True, max_length=room)
-        return [(*ids, *closing) for ids in opened]  # pyright: ignore[reportReturnType]
+
+def _text(row: Mapping[str, Any], key: str) -> str | Dialogue:
+    return dialogue_of_row(row, key) or row[key]
+
+
+def _different(rows: list[Judgement]) -> list[Judgement]:
+    """Rows less the pairs whose two texts have become one.
+
+    Raises:
+        DataError: none is left.
+    """
+    left = [row for row in rows if not (isinstance(row, PreferencePair) and row.chosen == row.rejected)]
+    if not left:
+        raise DataError(
+            f"the two texts of each of the {len(rows)} pairs are equal once tokenised and cut: raise "
+            "`reward_model.max_length`, or cut the side that they share (`tokenizer.truncation_side`)"
+        )
+    if len(left) < len(rows):
+        _log.warning(
+            "%d of %d pairs left out: their texts are equal once tokenised and cut, which teaches nothing",
+            *(len(rows) - len(left), len(rows)),
+        )
+    return left
 
 
 def _judgement(row: Mapping[str, Any], texts: tuple[tuple[int, ...], ...], form: RowForm) -> Judgement:

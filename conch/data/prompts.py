@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from conch.config import DataConfig, TokenizerConfig
-from conch.data.chat import render_prompt
+from conch.data.chat import TEMPLATE_KEYS, dialogue_of_row, render_prompt
+from conch.data.files import like_rows
 from conch.data.formats import fitting, listed, prompt_form
+from conch.data.text import TextCodec
+from conch.data.usable import usable
 from conch.errors import DataError
 from conch.log import get_logger
-from conch.types import Dialogue, Prompt
+from conch.types import Prompt
 
 _log = get_logger(__name__)
 
 
 def make_prompts(
     prompts: Iterable[str | Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
+    codec: TextCodec,
     config: TokenizerConfig,
     *,
     max_tokens: int | None,
@@ -28,24 +29,29 @@ def make_prompts(
     """Tokenise prompts given as strings, or as dicts with a "prompt" key, a string or a dialogue that the
     tokenizer's chat template renders, whose other keys become metadata.
 
+    Prompts that the chat template or the tokenizer refuses are left out; one warning counts and names them.
+
+    codec: encodes them; see `conch.data.text`.
     max_tokens: the model's window less the longest completion; None where the model has no limit.
     lengths: which prompts to leave out for their length.
 
     Raises:
-        DataError: there are none, one is not a prompt, is empty, or does not fit (and may not be truncated).
+        DataError: there are none, one is not a prompt or does not fit (and may not be truncated), or all are
+            refused.
     """
     rows = listed(prompts, "prompts")
     if not rows:
         raise DataError("the list of prompts is empty: give at least one prompt")
-    made = [_make_prompt(row, index, tokenizer) for index, row in enumerate(rows)]
+    forms = like_rows(rows, [_form(row, index) for index, row in enumerate(rows)])
+    made, _ = usable(forms, "prompt", lambda row, name: _make_prompt(row, name, codec))
     if lengths is not None:
         made = [made[index] for index in fitting([len(each.token_ids) for each in made], lengths, "prompts")]
     limits = [limit for limit in (max_tokens, config.max_prompt_tokens) if limit is not None]
-    return _fitted(made, min(limits), tokenizer, config) if limits else made
+    return _fitted(made, min(limits), codec, config) if limits else made
 
 
 def _fitted(
-    prompts: list[Prompt], max_tokens: int, tokenizer: PreTrainedTokenizerBase, config: TokenizerConfig
+    prompts: list[Prompt], max_tokens: int, codec: TextCodec, config: TokenizerConfig
 ) -> list[Prompt]:
     too_long = [index for index, prompt in enumerate(prompts) if len(prompt.token_ids) > max_tokens]
     if not too_long:
@@ -60,27 +66,33 @@ def _fitted(
         )
     side = config.truncation_side
     _log.warning("%d of %d prompts cut to %d tokens on the %s", len(too_long), len(prompts), max_tokens, side)
-    return [_truncate(prompt, max_tokens, tokenizer, side) for prompt in prompts]
+    return [_truncate(prompt, max_tokens, codec, side) for prompt in prompts]
 
 
-def _make_prompt(prompt: Any, index: int, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+def _form(prompt: Any, index: int) -> Any:
     try:
-        row = prompt_form(prompt)
+        return prompt_form(prompt)
     except DataError as error:
         raise DataError(f"prompt {index} {error}") from None
-    metadata = {} if isinstance(row, str) else {key: value for key, value in row.items() if key != "prompt"}
-    content = row if isinstance(row, str) else row["prompt"]
-    dialogue = None if isinstance(content, str) else Dialogue(tuple(content))
-    text = content if isinstance(content, str) else render_prompt(content, f"prompt {index}", tokenizer)
-    ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _make_prompt(row: Any, name: str, codec: TextCodec) -> Prompt:
+    row = {"prompt": row} if isinstance(row, str) else row
+    dialogue = dialogue_of_row(row, "prompt")
+    if dialogue is None:
+        text, own_keys = row["prompt"], ("prompt",)
+        ids = codec.prompt_ids(text)
+    else:
+        text, own_keys = render_prompt(dialogue, name, codec.tokenizer), ("prompt", *TEMPLATE_KEYS)
+        ids = codec.rendered_ids(text)
+    metadata = {key: value for key, value in row.items() if key not in own_keys}
     if not ids:
-        raise DataError(f"prompt {index} is empty once tokenised: drop it, or start it with a bos token")
+        raise DataError(f"{name} is empty once tokenised")
     return Prompt(text=text, token_ids=ids, metadata=metadata, dialogue=dialogue)
 
 
-def _truncate(prompt: Prompt, max_tokens: int, tokenizer: PreTrainedTokenizerBase, side: str) -> Prompt:
+def _truncate(prompt: Prompt, max_tokens: int, codec: TextCodec, side: str) -> Prompt:
     if len(prompt.token_ids) <= max_tokens:
         return prompt
-    ids = prompt.token_ids[-max_tokens:] if side == "left" else prompt.token_ids[:max_tokens]
-    text = str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
-    return Prompt(text=text, token_ids=ids, metadata=prompt.metadata)
+    ids = codec.cut(prompt.token_ids, max_tokens, side)
+    return Prompt(text=codec.prompt_text(ids), token_ids=ids, metadata=prompt.metadata)

@@ -13,11 +13,13 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from conch.config import DataConfig
 from conch.data.chat import dialogue_of, encode_dialogue
+from conch.data.files import like_rows
 from conch.data.formats import fitting, listed, sample_form
+from conch.data.text import TextCodec
+from conch.data.usable import usable
 from conch.errors import DataError
 from conch.log import get_logger
 
@@ -69,11 +71,10 @@ class TokenBatch:
 
 def tokenize_samples(
     samples: Iterable[Any],
-    tokenizer: PreTrainedTokenizerBase,
+    codec: TextCodec,
     *,
     max_tokens: int | None,
     truncation_side: Literal["left", "right"],
-    pairs_only: bool = False,
     lengths: DataConfig | None = None,
 ) -> list[TokenizedSample]:
     """Tokenise strings (all tokens after the first are learned), {"prompt", "completion"} pairs (the
@@ -84,16 +85,19 @@ def tokenize_samples(
     Samples of more than `max_tokens` tokens lose what is too much on `truncation_side`, and those of which
     nothing learned is left are dropped; one warning counts both.
 
-    pairs_only: for models that read the prompt apart from the completion.
+    Samples that the chat template or the tokenizer refuses are left out; one warning counts and names them.
+
+    codec: encodes them; of an encoder-decoder it takes pairs alone.
     lengths: which samples to leave out for their length.
 
     Raises:
-        DataError: there are none, none is left, or one, named by its number, is empty or of another form.
+        DataError: there are none, none is left, or one, named by its number, is of another form.
     """
     rows = listed(samples, "samples")
     if not rows:
         raise DataError("the list of samples is empty: give at least one sample")
-    made = [_tokenize(row, index, tokenizer, pairs_only) for index, row in enumerate(rows)]
+    forms = like_rows(rows, [_form(row, index, codec.encoder_decoder) for index, row in enumerate(rows)])
+    made, _ = usable(forms, "sample", lambda sample, name: _tokenize(sample, name, codec))
     if lengths is not None:
         indices = fitting([len(sample.token_ids) for sample in made], lengths, "samples")
         made = [made[index] for index in indices]
@@ -118,51 +122,46 @@ def collate(
     return TokenBatch(ids.to(device), real.to(device), learned[:, longest_prompt:].to(device))
 
 
-def _tokenize(row: Any, index: int, tokenizer: PreTrainedTokenizerBase, pairs_only: bool) -> TokenizedSample:
+def _form(row: Any, index: int, pairs_only: bool) -> Any:
     try:
         sample = sample_form(row)
     except DataError as error:
         raise DataError(f"sample {index} {error}") from None
-    is_pair = isinstance(sample, dict) and isinstance(sample.get("prompt"), str)
-    if pairs_only and not is_pair:
+    if pairs_only and not _is_pair(sample):
         raise DataError(
             f"sample {index} is no pair; an encoder-decoder reads the prompt apart from the completion: give "
             'dicts of strings "prompt" and "completion"'
         )
-    if is_pair:
-        return _tokenize_text(sample["prompt"], sample["completion"], index, tokenizer, pairs_only)
+    return sample
+
+
+def _is_pair(sample: Any) -> bool:
+    return isinstance(sample, dict) and isinstance(sample.get("prompt"), str)
+
+
+def _tokenize(sample: Any, name: str, codec: TextCodec) -> TokenizedSample:
+    if _is_pair(sample):
+        return _tokenize_pair(sample["prompt"], sample["completion"], name, codec)
     if isinstance(sample, str):
-        return _tokenize_text(None, sample, index, tokenizer, pairs_only)
+        if not codec.rendered_ids(sample):
+            raise DataError(f"{name} is empty once tokenised")
+        ids = codec.with_eos(codec.prompt_ids(sample))
+        return TokenizedSample(ids, tuple(place > 0 for place in range(len(ids))))
     dialogue = dialogue_of(sample)
     assert dialogue is not None, "what `sample_form` gives is a text, a pair or a dialogue"
-    messages, num_prompt = dialogue
-    return TokenizedSample(*encode_dialogue(messages, index, tokenizer, num_prompt=num_prompt))
+    whole, num_prompt = dialogue
+    return TokenizedSample(*encode_dialogue(whole, name, codec.tokenizer, num_prompt=num_prompt))
 
 
-def _tokenize_text(
-    prompt: str | None,
-    completion: str,
-    index: int,
-    tokenizer: PreTrainedTokenizerBase,
-    needs_prompt: bool,
-) -> TokenizedSample:
-    prompt_ids = _encode(prompt or "", tokenizer)
-    ids = _encode(completion, tokenizer)
+def _tokenize_pair(prompt: str, completion: str, name: str, codec: TextCodec) -> TokenizedSample:
+    prompt_ids = codec.prompt_ids(prompt)
+    ids = codec.response_ids(prompt, prompt_ids, completion)
     if not ids:
-        what = "sample" if prompt is None else "completion of sample"
-        raise DataError(f"{what} {index} is empty once tokenised: drop it")
-    if needs_prompt and not prompt_ids:
-        raise DataError(
-            f"the prompt of sample {index} is empty once tokenised: the encoder has nothing to read"
-        )
-    if ids[-1] != tokenizer.eos_token_id:
-        ids.append(int(tokenizer.eos_token_id))  # pyright: ignore[reportArgumentType]
-    tokens = (*prompt_ids, *ids)
+        raise DataError(f"the completion of {name} is empty once tokenised")
+    if codec.encoder_decoder and not prompt_ids:
+        raise DataError(f"the prompt of {name} is empty once tokenised: the encoder has nothing to read")
+    tokens = (*prompt_ids, *codec.with_eos(ids))
     return TokenizedSample(tokens, tuple(place >= max(1, len(prompt_ids)) for place in range(len(tokens))))
-
-
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []  # pyright: ignore[reportArgumentType]
 
 
 def _truncated(

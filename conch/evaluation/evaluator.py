@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from conch.config import EvalGenerationConfig, GenerationConfig, OnlineRunConfig, load
+from conch.data.text import TextCodec
 from conch.distributed.collectives import Collectives
 from conch.errors import ConfigError
 from conch.evaluation.metrics import MetricFn, mean_of_finite, metric_columns
@@ -77,7 +78,7 @@ class SampledPrompts(Generic[GenerationT]):
 
 def sampled_prompts(
     config: OnlineRunConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    codec: TextCodec,
     lm: PreTrainedModel,
     prompts: Sequence[str | Mapping[str, Any]],
     eval_prompts: Sequence[str | Mapping[str, Any]] | None,
@@ -94,7 +95,7 @@ def sampled_prompts(
     max_model_len = config.rollout.max_model_len if config.rollout.engine == "vllm" else None
     fitting = partial(
         tokenize_prompts,
-        tokenizer=tokenizer,
+        codec=codec,
         config=config.tokenizer,
         model=lm,
         max_model_len=max_model_len,

@@ -16,6 +16,7 @@ from conch.models.adapter import adapted_and_shared
 from conch.rollouts.hf.engine import HFEngine
 from conch.rollouts.remote.engine import RemoteEngine
 from conch.rollouts.remote.pool import ServerPool
+from conch.rollouts.stopping import with_end_ids
 from conch.rollouts.vllm.build import check_installed
 from conch.types import RolloutEngine
 
@@ -65,6 +66,7 @@ class RolloutEngineFactory:
         if self._config.engine == "hf":
             autocast = self._engine.autocast
             return HFEngine(self._lm, self._tokenizer, generation, version=self._version, autocast=autocast)
+        generation = with_end_ids(generation, self._lm(), self._tokenizer)
         if self._shared is None:
             self._check_adapter()
             start = self._start_pool if self._config.urls else self._start_vllm

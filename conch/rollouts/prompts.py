@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from conch.config import DataConfig, GenerationConfig, TokenizerConfig
 from conch.data.prompts import make_prompts
+from conch.data.text import TextCodec
 from conch.errors import ConfigError
 from conch.models.loading import context_window
 from conch.types import Prompt
@@ -16,7 +17,7 @@ from conch.types import Prompt
 
 def tokenize_prompts(
     prompts: Sequence[str | Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
+    codec: TextCodec,
     config: TokenizerConfig,
     model: PreTrainedModel,
     generation: GenerationConfig,
@@ -32,7 +33,7 @@ def tokenize_prompts(
         ConfigError, DataError: see `longest_prompt` and `conch.data.prompts.make_prompts`.
     """
     max_tokens = longest_prompt(model, generation, max_model_len)
-    return make_prompts(prompts, tokenizer, config, max_tokens=max_tokens, lengths=lengths)
+    return make_prompts(prompts, codec, config, max_tokens=max_tokens, lengths=lengths)
 
 
 def longest_prompt(

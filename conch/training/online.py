@@ -49,6 +49,7 @@ from conch.training.setup import (
     load_policy,
     open_reward,
     save_on_main,
+    text_codec,
     with_gathered_weights,
 )
 from conch.training.statistics import reward_metrics, rollout_metrics
@@ -120,7 +121,8 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         self.scorer = RewardScorer(self.source, config.reward, self.collectives.all_reduce_int)
         self.lm = lm = load_policy(model, config.model, engine.precision)
         check_vocabulary(lm, self.tokenizer)
-        sampled = sampled_prompts(config, self.tokenizer, lm, prompts, eval_prompts)
+        self.codec = text_codec(self.tokenizer, lm, config.tokenizer)
+        sampled = sampled_prompts(config, self.codec, lm, prompts, eval_prompts)
         self.prompts, self.eval_prompts, self.variants = sampled.train, sampled.evaluation, sampled.variants
         self.policy_version = 0
         self.plan_batches()
@@ -274,7 +276,7 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
     def generate(self, prompts: Sequence[str], *, greedy: bool = False) -> list[str]:
         """Completions of the current policy."""
         config = self.config
-        tokenized = tokenize_prompts(prompts, self.tokenizer, config.tokenizer, self.lm, config.generation)
+        tokenized = tokenize_prompts(prompts, self.codec, config.tokenizer, self.lm, config.generation)
         chunks = self.sampler.generate(tokenized, greedy=greedy)
         return [rollout.completion.text for chunk in chunks for rollout in chunk]
 

@@ -19,6 +19,7 @@ from conch.config import (
     TokenizerConfig,
     TrainConfig,
 )
+from conch.data.text import TextCodec, decode
 from conch.distributed.collectives import Collectives
 from conch.errors import ConfigError, ModelError
 from conch.models.kernels import apply_kernels, check_kernels
@@ -80,6 +81,21 @@ def load_policy_tokenizer(
         return load_tokenizer(config, model_path)
     check_tokenizer(tokenizer, name=tokenizer.name_or_path or type(tokenizer).__name__)
     return tokenizer
+
+
+def text_codec(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, config: TokenizerConfig
+) -> TextCodec:
+    """What encodes a run's prompts and responses.
+
+    Raises:
+        ModelError: see `TextCodec`.
+    """
+    return TextCodec(
+        tokenizer,
+        encoder_decoder=bool(model.config.is_encoder_decoder),
+        add_special_tokens=config.add_special_tokens,
+    )
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -213,22 +229,17 @@ def checked_source(
         ConfigError: the source will not do.
         RewardError: it does not answer.
     """
-    decode = None if tokenizer is None else lambda ids: decoded(tokenizer(), ids)
+    to_text = None if tokenizer is None else lambda ids: decode(tokenizer(), ids)
     keys = extra_keys(prompts)
     sources: list[RewardSource] = []
     collectives.run_on_all_ranks(
         lambda: sources.append(
-            from_user(reward, config, metadata_keys=keys, decode=decode, rank=collectives.rank)
+            from_user(reward, config, metadata_keys=keys, decode=to_text, rank=collectives.rank)
         )
     )
     (source,) = sources
     collectives.run_on_all_ranks(source.check)
     return source
-
-
-def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Text of sampled ids, as in `Completion.text`."""
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def less_originals(

@@ -41,4 +41,4 @@ def test_ppo_steps_and_references_are_measured(tmp_path: Path) -> None:
         assert 0 < report[what]["seconds"]["update"]["median"] < report[what]["seconds"]["step"]["median"]
     assert 0 < report["shared_over_full"]["weight_bytes"] < 1
     assert report["step_over_trlx"] == pytest.approx(report["walks-20"]["seconds"]["step"]["median"] / 1.6)
-    assert "| trlX, randomwalks, batches of 20 | 1.6 | 0.35 | 0.34 |  | 0.92 | 745 |" in table
+    assert "| trlX, randomwalks, batches of 20 | 1.6 | 0.35 |  | 0.34 |  | 0.92 | 745 |" in table

@@ -3,7 +3,7 @@
 Completions are reported as they end, while others of their chunk are still being sampled.
 
 Legend: B prompts of a chunk, P prompt tokens (padded left), R response tokens so far (padded right),
-T = P + R, V vocabulary.
+T = P + R, V vocabulary, E end ids.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from conch.config import GenerationConfig
 from conch.models.attention import sliding_window
 from conch.models.forward import takes_packed_rows
 from conch.rollouts.hf.continuous_batching import ContinuousBatcher, Sampling, pad_left
-from conch.rollouts.stopping import StopCondition
+from conch.rollouts.stopping import StopCondition, with_end_ids
 from conch.types import Completion, OnFinished, Prompt, Rollout
 
 # transformers itself drops a mask that hides nothing, and then warns that there is none.
@@ -69,7 +69,11 @@ class HFEngine:
         self._version = version
         self._autocast = autocast
         self._processors = processors
-        self._stop_condition = StopCondition(tokenizer, config.stop)
+        self._stop_condition = StopCondition(
+            tokenizer,
+            with_end_ids(config, lm(), tokenizer),
+            encoder_decoder=bool(lm().config.is_encoder_decoder),
+        )
         self._pad_id = int(tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
         self._takes_packed_rows: bool | None = None
 
@@ -114,7 +118,7 @@ class HFEngine:
             num_slots=size,
             max_new_tokens=self._config.max_new_tokens,
             pad_id=self._pad_id,
-            has_ended=self._has_ended,
+            has_ended=self._stop_condition.ends,
         )
         rollouts: dict[int, Rollout] = {}
         for start in range(0, len(prompts), size):
@@ -140,7 +144,7 @@ class HFEngine:
                 ended = {
                     sequence.prompt_index: Rollout(
                         prompts[sequence.prompt_index],
-                        complete(sequence.ids, sequence.logprobs),
+                        complete(sequence.prompt, sequence.ids, sequence.logprobs),
                         self._version(),
                     )
                     for sequence in batcher.advance(sampling)
@@ -148,9 +152,6 @@ class HFEngine:
                 rollouts |= ended
                 if ended and on_finished is not None:
                     on_finished(ended)
-
-    def _has_ended(self, ids: list[int]) -> bool:
-        return ids[-1] == self._stop_condition.eos_id or self._stop_condition.reached(ids)
 
     # ----------------------------------------------------------------------------------------- chunk by chunk
 
@@ -166,9 +167,9 @@ class HFEngine:
         if self._stop_condition.has_stop_strings:
             stopping.append(StopStrings(self._stop_condition, response_start))
         if early:
-            eos_id = self._stop_condition.eos_id
+            end_ids = torch.tensor(sorted(self._stop_condition.end_ids), device=lm.device)
             stopping = StoppingCriteriaList(
-                [FinishWatcher(collector, recorder, stopping, eos_id, response_start)]
+                [FinishWatcher(collector, recorder, stopping, end_ids, response_start)]
             )
         with _sampling_mode(lm), self._autocast(), self._processors() as processors:
             sequences = lm.generate(  # pyright: ignore[reportCallIssue]  typed as a Tensor attribute
@@ -188,7 +189,7 @@ class HFEngine:
         return HFGenerationConfig(
             max_new_tokens=self._config.max_new_tokens,
             do_sample=not greedy,
-            eos_token_id=self._stop_condition.eos_id,
+            eos_token_id=sorted(self._stop_condition.end_ids),
             pad_token_id=self._pad_id,
             decoder_start_token_id=getattr(lm.config, "decoder_start_token_id", None),
             **shaping,
@@ -227,7 +228,8 @@ _GPU_STRIDE = 8
 class RolloutCollector:
     """Makes the rollouts of one chunk, each once: when its end is seen, or at the end of the chunk.
 
-    complete: makes a completion of sampled ids, those behind the end included, and their log-probs.
+    complete: makes a completion of a prompt's ids, sampled ids, those behind the end included, and the
+        latter's log-probs.
     version: of the policy.
     start: index of the chunk's first prompt among all prompts, as `on_finished` counts them.
     """
@@ -235,7 +237,7 @@ class RolloutCollector:
     def __init__(
         self,
         prompts: Sequence[Prompt],
-        complete: Callable[[list[int], list[float]], Completion],
+        complete: Callable[[Sequence[int], list[int], list[float]], Completion],
         version: int,
         start: int,
         on_finished: OnFinished | None,
@@ -254,7 +256,8 @@ class RolloutCollector:
             return
         ids, columns = responses[new].tolist(), logprobs[new].tolist()
         for row, *sampled in zip(new, ids, columns, strict=True):
-            self._rollouts[row] = Rollout(self.prompts[row], self._complete(*sampled), self._version)
+            prompt = self.prompts[row]
+            self._rollouts[row] = Rollout(prompt, self._complete(prompt.token_ids, *sampled), self._version)
         if self._on_finished is not None:
             self._on_finished({self._start + row: self._rollouts[row] for row in new})
 
@@ -318,9 +321,10 @@ class StopStrings(StoppingCriteria):
 
 
 class FinishWatcher(StoppingCriteria):
-    """Adds rows to a collector as they end, by the end-of-sequence token or by `inner`.
+    """Adds rows to a collector as they end, by an end id or by `inner`.
 
-    inner: criteria that end rows beside eos and the limit of length, which `generate` itself applies.
+    inner: criteria that end rows beside end ids and the limit of length, which `generate` itself applies.
+    end_ids: tokens that end a row.
     response_start: column of `input_ids` at which the responses start.
     """
 
@@ -329,13 +333,13 @@ class FinishWatcher(StoppingCriteria):
         collector: RolloutCollector,
         recorder: LogprobRecorder,
         inner: StoppingCriteriaList,
-        eos_id: int,
+        end_ids: Int[Tensor, " E"],
         response_start: int,
     ) -> None:
         self._collector = collector
         self._recorder = recorder
         self._inner = inner
-        self._eos_id = eos_id
+        self._end_ids = end_ids
         self._response_start = response_start
         self._ended: Bool[Tensor, " B"] | None = None
 
@@ -344,7 +348,7 @@ class FinishWatcher(StoppingCriteria):
     ) -> Bool[Tensor, " B"]:
         """Result of `inner`: True for rows that are to end."""
         stopped = self._inner(input_ids, scores, **kwargs)  # pyright: ignore[reportArgumentType]
-        ended = stopped | (input_ids[:, -1] == self._eos_id)
+        ended = stopped | torch.isin(input_ids[:, -1], self._end_ids)
         self._ended = ended if self._ended is None else self._ended | ended
         step = input_ids.shape[1] - self._response_start
         if not input_ids.is_cuda or step % _GPU_STRIDE == 0:

@@ -11,7 +11,7 @@ import itertools
 import os
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +54,7 @@ class VLLMCompletion:
 
 
 def sampling_params(
-    generation: GenerationConfig, eos_id: int, *, greedy: bool, seed: int, every_token: bool
+    generation: GenerationConfig, end_ids: Iterable[int], *, greedy: bool, seed: int, every_token: bool
 ) -> Any:
     """vLLM's settings for one completion.
 
@@ -71,7 +71,7 @@ def sampling_params(
         shaping["top_k"] = generation.top_k
     return SamplingParams(
         max_tokens=generation.max_new_tokens,
-        stop_token_ids=[eos_id],
+        stop_token_ids=sorted(end_ids),
         ignore_eos=True,  # the one of the model's configuration; the tokenizer's is in `stop_token_ids`
         logprobs=0,
         flat_logprobs=True,
@@ -236,7 +236,7 @@ class VLLMEngine:
     ) -> None:
         self._vllm = vllm
         self._config = config
-        self._stop_condition = StopCondition(tokenizer, config.stop)
+        self._stop_condition = StopCondition(tokenizer, config)
         self._version = version
 
     def generate(
@@ -261,13 +261,17 @@ class VLLMEngine:
         stop = self._stop_condition
         params = [
             sampling_params(
-                self._config, stop.eos_id, greedy=greedy, seed=seed, every_token=stop.has_stop_strings
+                self._config, stop.end_ids, greedy=greedy, seed=seed, every_token=stop.has_stop_strings
             )
             for seed in draw_seeds(len(prompts))
         ]
         for ended in self._vllm.sample([prompt.token_ids for prompt in prompts], params, stop.reached):
             yield {
-                index: Rollout(prompts[index], stop.completion(each.token_ids, each.logprobs), each.version)
+                index: Rollout(
+                    prompts[index],
+                    stop.completion(prompts[index].token_ids, each.token_ids, each.logprobs),
+                    each.version,
+                )
                 for index, each in ended.items()
             }
 

@@ -16,7 +16,7 @@ from fastapi import FastAPI, HTTPException
 from fastapi.responses import StreamingResponse
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from conch.config import TokenizerConfig
+from conch.config import GenerationConfig, TokenizerConfig
 from conch.errors import ModelError
 from conch.log import get_logger
 from conch.models.loading import load_tokenizer
@@ -72,7 +72,7 @@ class RolloutServer:
         self._base: str | None = None
         self._adapter: Any = None
         self._update_lock = asyncio.Lock()
-        self._stop_conditions: dict[tuple[str, ...], StopCondition] = {}
+        self._stop_conditions: dict[GenerationConfig, StopCondition] = {}
 
     async def health(self) -> Health:
         """State of this server.
@@ -169,7 +169,7 @@ class RolloutServer:
     async def completion_lines(self, request: GenerateRequest) -> AsyncIterator[str]:
         """Yield a line for each completion, as it ends. Sampling stops once the lines are no longer read."""
         assert self._weights is not None
-        stop = self._stop_condition(request.generation.stop)
+        stop = self._stop_condition(request.generation)
         tasks = [
             asyncio.ensure_future(self._complete(request, stop, self._weights.version, prompt, seed))
             for prompt in range(len(request.prompts))
@@ -188,7 +188,7 @@ class RolloutServer:
         prompt = request.prompts[prompt_index]
         params = sampling_params(
             request.generation,
-            stop.eos_id,
+            stop.end_ids,
             greedy=request.greedy,
             seed=prompt.seeds[seed_index],
             every_token=stop.has_stop_strings,
@@ -201,7 +201,7 @@ class RolloutServer:
                 output = request_output.outputs[0]
                 if request_output.finished or stop.reached(output.token_ids):
                     break
-        completion = stop.completion(output.token_ids, output.logprobs.logprobs)
+        completion = stop.completion(prompt.token_ids, output.token_ids, output.logprobs.logprobs)
         # vLLM reports versions with the end only. A completion that a stop string ends early has `version`,
         # since no weights are loaded while it is sampled.
         versions = {int(span.version) for span in output.weight_versions or []} or {version}
@@ -215,10 +215,10 @@ class RolloutServer:
             version=min(versions),
         )
 
-    def _stop_condition(self, stop: tuple[str, ...]) -> StopCondition:
-        if stop not in self._stop_conditions:
-            self._stop_conditions[stop] = StopCondition(self._tokenizer, stop)
-        return self._stop_conditions[stop]
+    def _stop_condition(self, generation: GenerationConfig) -> StopCondition:
+        if generation not in self._stop_conditions:
+            self._stop_conditions[generation] = StopCondition(self._tokenizer, generation)
+        return self._stop_conditions[generation]
 
 
 def make_app(server: RolloutServer) -> FastAPI:

@@ -13,6 +13,7 @@ from conch.data.multi_turn import tokenize_turns
 from conch.data.preferences import PreferencePair, TextEncoder, check_rows, judgements
 from conch.data.prompts import make_prompts
 from conch.data.samples import TokenizedSample, tokenize_samples
+from conch.data.text import TextCodec
 from conch.errors import DataError
 from tests.tiny import char_tokenizer
 
@@ -53,7 +54,7 @@ def letters(template: str | None) -> PreTrainedTokenizerFast:
 
 
 def tokenized(sample: Any, tokenizer: PreTrainedTokenizerFast) -> TokenizedSample:
-    (made,) = tokenize_samples([sample], tokenizer, max_tokens=None, truncation_side="left")
+    (made,) = tokenize_samples([sample], TextCodec(tokenizer), max_tokens=None, truncation_side="left")
     return made
 
 
@@ -91,7 +92,7 @@ def test_of_a_prompt_with_its_completion_nothing_in_the_prompt_is_learned(templa
 def test_actions_of_a_dialogue_are_the_assistants_tokens() -> None:
     tokenizer = letters(CHATML)
     whole, completion = ({"messages": DIALOGUE}, {"prompt": DIALOGUE[:4], "completion": DIALOGUE[4:]})
-    made = tokenize_turns([whole, completion], tokenizer, max_tokens=None, truncation_side="left")
+    made, _ = tokenize_turns([whole, completion], TextCodec(tokenizer))
     shown = [text_of(TokenizedSample(turn.token_ids, turn.is_action), tokenizer)[1] for turn in made]
     assert shown == [10 * "." + "cd<eos>" + 6 * "." + "f<eos>.", 19 * "." + "f<eos>."]
 
@@ -107,18 +108,22 @@ def test_actions_of_a_dialogue_are_the_assistants_tokens() -> None:
 def test_prompts_are_rendered_up_to_where_the_answer_begins(messages: Any, text: str) -> None:
     tokenizer = letters(CHATML)
     row = {"prompt": messages, "answer": 3}
-    (prompt,) = make_prompts([row], tokenizer, TokenizerConfig(), max_tokens=None)
+    (prompt,) = make_prompts([row], TextCodec(tokenizer), TokenizerConfig(), max_tokens=None)
     assert (prompt.text, dict(prompt.metadata)) == (text, {"answer": 3})
     assert tokenizer.decode(prompt.token_ids) == text
 
 
-def test_a_reward_model_reads_dialogues_as_the_template_has_them() -> None:
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [("chat", "<eos>\n"), ("{text}", "<eos>"), ("{text}{eos}", "<eos>"), ("{text}.", "<eos>.")],
+)
+def test_a_reward_model_reads_dialogues_as_the_template_has_them(template: str, end: str) -> None:
     tokenizer = letters(CHATML)
     rows = judgements([{"prompt": DIALOGUE[1:2], "chosen": DIALOGUE[2:3], "rejected": DIALOGUE[4:]}])
-    (pair,) = TextEncoder(tokenizer, "{text}", None).encode_rows(rows, check_rows(rows))
+    (pair,) = TextEncoder(tokenizer, template, None).encode_rows(rows, check_rows(rows))
     assert isinstance(pair, PreferencePair)
-    assert tokenizer.decode(pair.chosen) == "<user>ab<eos>\n<assistant>cd<eos>\n"
-    assert tokenizer.decode(pair.rejected) == "<user>ab<eos>\n<assistant>f<eos>\n"
+    assert tokenizer.decode(pair.chosen) == "<user>ab<eos>\n<assistant>cd" + end
+    assert tokenizer.decode(pair.rejected) == "<user>ab<eos>\n<assistant>f" + end
 
 
 @pytest.mark.parametrize(
@@ -130,7 +135,9 @@ def test_a_reward_model_reads_dialogues_as_the_template_has_them() -> None:
 )
 def test_prompts_that_cannot_be_rendered_are_refused(template: str | None, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        make_prompts([{"prompt": DIALOGUE[:2]}], letters(template), TokenizerConfig(), max_tokens=None)
+        make_prompts(
+            [{"prompt": DIALOGUE[:2]}], TextCodec(letters(template)), TokenizerConfig(), max_tokens=None
+        )
 
 
 def test_a_turn_that_no_special_token_ends_is_learned_with_its_new_line() -> None:
@@ -196,14 +203,14 @@ def test_tokens_of_several_characters_belong_to_who_begins_them(
             DIALOGUE,
             "dialogues need a chat template and the tokenizer has none: set `sft.chat_template`",
         ),
-        (CHATML, DIALOGUE[:2], 'dialogue 0 has no message with the role "assistant"'),
-        (CHATML, DIALOGUE[2:], "dialogue 0 begins with the assistant"),
-        (FORGETFUL, DIALOGUE, "renders message 2 of dialogue 0 differently once others follow"),
-        (REFUSING, DIALOGUE, "does not take dialogue 0: roles must alternate"),
+        (CHATML, DIALOGUE[:2], 'sample 0 has no message with the role "assistant"'),
+        (CHATML, DIALOGUE[2:], "sample 0 begins with the assistant"),
+        (FORGETFUL, DIALOGUE, "renders message 2 of sample 0 differently once others follow"),
+        (REFUSING, DIALOGUE, "does not take sample 0: roles must alternate"),
         (
             MARKED.replace("'assistant'", "'nobody'"),
             DIALOGUE,
-            "leaves no token of dialogue 0 to the assistant",
+            "leaves no token of sample 0 to the assistant",
         ),
     ],
 )

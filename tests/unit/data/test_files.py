@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from conch.config import DataConfig, load
-from conch.data.files import evaluation_rows, read_rows, training_rows
+from conch.data.files import Rows, evaluation_rows, place_of, read_rows, training_rows
+from conch.data.formats import listed
 from conch.errors import ConfigError, DataError
 
 
@@ -195,3 +196,17 @@ def test_folder_gives_its_training_split(tmp_path: Path) -> None:
         written(tmp_path / f"data/{split}.jsonl", json.dumps({"a": split}))
 
     assert read_rows(tmp_path / "data") == [{"a": "train"}]
+
+
+def test_rows_know_the_places_that_they_were_read_from(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.jsonl", '{"n": 1}\n\nno json\n{"n": 2}\n')
+    rows = read_rows(path, form=lambda row: row["n"])
+    assert (rows, rows.places) == ([1, 2], [f"{path} line 1", f"{path} line 4"])
+    assert place_of(listed(rows, "rows"), 1, "row") == f"{path} line 4"
+    table = written(tmp_path / "rows.csv", "a\n1\n2\n")
+    assert read_rows(table).places == [f"{table} row 1", f"{table} row 2"]
+
+
+def test_rows_that_were_read_nowhere_are_named_by_number() -> None:
+    assert place_of(["a", "b"], 1, "prompt") == "prompt 1"
+    assert place_of(Rows(["a"], ["a.txt line 3"]), 0, "prompt") == "a.txt line 3"

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
-from conch.data.multi_turn import TurnSample, collate_turns, tokenize_turns
+from conch.data.multi_turn import TurnSample, collate_turns, cut_turns, tokenize_turns
+from conch.data.text import TextCodec
 from conch.errors import DataError
 from tests.runs import EOS, PAD, TOKENIZER
 
 
-def tokenize(*samples: Any, max_tokens: int | None = None, **options: Any) -> list[TurnSample]:
-    given = {"truncation_side": "left", **options}
-    return tokenize_turns(samples, TOKENIZER, max_tokens=max_tokens, **given)
+def tokenize(
+    *samples: Any,
+    max_tokens: int | None = None,
+    truncation_side: Literal["left", "right"] = "left",
+    encoder_decoder: bool = False,
+) -> list[TurnSample]:
+    made, _ = tokenize_turns(samples, TextCodec(TOKENIZER, encoder_decoder=encoder_decoder))
+    return made if max_tokens is None else cut_turns(made, max_tokens, truncation_side)[0]
 
 
 def actions(sample: TurnSample) -> list[int]:
@@ -96,8 +102,8 @@ def test_samples_that_fit_are_not_spoken_of(caplog: pytest.LogCaptureFixture) ->
         ([["a", "b", "c"]], "sample 0 has 3 turns: give prompts and outputs by turns"),
         ([["a", "b"], []], "sample 1 has 0 turns"),
         ([["a", None]], "sample 0 is neither"),
-        (["a", ""], "sample 1 is empty once tokenised"),
-        ([["", "b"]], "first prompt of sample 0 is empty"),
+        (["", ""], "none of the 2 samples can be used: sample 0 is empty once tokenised; sample 1 is"),
+        ([["", "b"]], "the first prompt of sample 0 is empty"),
     ],
 )
 def test_samples_of_another_form_are_refused_by_number(samples: list[Any], message: str) -> None:
@@ -107,14 +113,26 @@ def test_samples_of_another_form_are_refused_by_number(samples: list[Any], messa
 
 def test_one_string_instead_of_samples_is_refused() -> None:
     with pytest.raises(DataError, match="the samples are one string"):
-        tokenize_turns("abc", TOKENIZER, max_tokens=None, truncation_side="left")
+        tokenize_turns("abc", TextCodec(TOKENIZER))
 
 
-def test_sample_whose_actions_are_all_cut_off_is_refused_with_a_remedy() -> None:
+def test_a_sample_whose_actions_are_all_cut_off_is_left_out_with_a_remedy(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    made, _ = tokenize_turns(["ab", ("abcd", "e"), "cd"], TextCodec(TOKENIZER))
+    with caplog.at_level(logging.WARNING, logger="conch"):
+        left, indices = cut_turns(made, 3, "right")
+    assert (indices, [sample.token_ids for sample in left]) == ([0, 2], [(0, 1, EOS), (2, 3, EOS)])
+    assert "1 of 3 samples left out: sample 1 has no action left: the first 3 of its 6" in caplog.text
     with pytest.raises(
-        DataError, match=r"sample 1 has no action left: the first 3 of its 6.*truncation_side"
+        DataError, match=r"none of the 1 samples can be used: .* `tokenizer\.truncation_side=left`"
     ):
-        tokenize("ab", ("abcd", "e"), max_tokens=3, truncation_side="right")
+        cut_turns(made[1:2], 3, "right")
+
+
+def test_samples_that_a_tokenizer_refuses_are_left_out_with_their_numbers() -> None:
+    made, indices = tokenize_turns(["ab", "", ("", "b"), "c"], TextCodec(TOKENIZER))
+    assert (indices, [sample.token_ids for sample in made]) == ([0, 3], [(0, 1, EOS), (2, EOS)])
 
 
 @pytest.mark.parametrize(
@@ -123,5 +141,5 @@ def test_sample_whose_actions_are_all_cut_off_is_refused_with_a_remedy() -> None
 )
 def test_pairs_only_takes_pairs_only(sample: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        tokenize(sample, pairs_only=True)
-    assert actions(tokenize(("a", "b"), pairs_only=True)[0]) == [1, EOS]
+        tokenize(sample, encoder_decoder=True)
+    assert actions(tokenize(("a", "b"), encoder_decoder=True)[0]) == [1, EOS]

@@ -95,7 +95,11 @@ def test_evaluation_rows_must_be_like_training_rows(like: list[Any], rows: list[
 
 @pytest.mark.parametrize(
     ("texts", "message"),
-    [([], "at least one"), ("abc", "a list"), (["a", 3], r"reference text 1 is no string \(got int\)")],
+    [
+        ([], "at least one"),
+        ("abc", "a list"),
+        (["a", 3], r"reference text 1 is neither a string nor a dialogue \(got int\)"),
+    ],
 )
 def test_bad_reference_texts_are_refused(texts: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):

@@ -10,6 +10,7 @@ import pytest
 
 from conch.config import TokenizerConfig
 from conch.data.prompts import make_prompts
+from conch.data.text import TextCodec
 from conch.errors import DataError
 from conch.types import Prompt
 from tests.tiny import char_tokenizer
@@ -18,7 +19,7 @@ TOKENIZER = char_tokenizer("abcdef")
 
 
 def make(prompts: Any, max_tokens: int | None = 4, **config: Any) -> list[Prompt]:
-    return make_prompts(prompts, TOKENIZER, TokenizerConfig(**config), max_tokens=max_tokens)
+    return make_prompts(prompts, TextCodec(TOKENIZER), TokenizerConfig(**config), max_tokens=max_tokens)
 
 
 def test_strings_become_token_ids() -> None:
@@ -37,7 +38,7 @@ def test_other_keys_of_a_dict_become_metadata() -> None:
     [
         ([], "the list of prompts is empty: give at least one prompt"),
         ("abc", "the prompts are one string: give a list of prompts"),
-        (["a", ""], "prompt 1 is empty once tokenised"),
+        (["", ""], "none of the 2 prompts can be used: prompt 0 is empty once tokenised; prompt 1 is"),
         (["a", 7], r'prompt 1 is neither a string nor a dict with a "prompt" string or dialogue \(got int\)'),
         ([{"text": "a"}], r"prompt 0 is neither .* \(got NoneType\)"),
         ([{"prompt": ["a"]}], r"prompt 0 is neither .* \(got list\)"),
@@ -47,7 +48,7 @@ def test_other_keys_of_a_dict_become_metadata() -> None:
 def test_bad_prompts_are_refused_in_one_sentence(prompts: Any, wanted: str) -> None:
     unchecked = inspect.unwrap(make_prompts)  # without the check of types that tests add
     with pytest.raises(DataError, match=wanted) as caught:
-        unchecked(prompts, TOKENIZER, TokenizerConfig(), max_tokens=4)
+        unchecked(prompts, TextCodec(TOKENIZER), TokenizerConfig(), max_tokens=4)
     assert "\n" not in str(caught.value)
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import pytest
 
 from conch.data.samples import TokenizedSample, collate, tokenize_samples
+from conch.data.text import TextCodec
 from conch.errors import DataError
 from tests.runs import EOS, PAD, TOKENIZER
 
@@ -17,16 +18,15 @@ def tokenize(
     *samples: Any,
     max_tokens: int | None = None,
     side: Literal["left", "right"] = "left",
-    pairs_only: bool = False,
+    encoder_decoder: bool = False,
 ) -> list[tuple[list[int], list[int]]]:
-    made = tokenize_samples(
-        samples, TOKENIZER, max_tokens=max_tokens, truncation_side=side, pairs_only=pairs_only
-    )
+    codec = TextCodec(TOKENIZER, encoder_decoder=encoder_decoder)
+    made = tokenize_samples(samples, codec, max_tokens=max_tokens, truncation_side=side)
     return [(list(sample.token_ids), [int(learned) for learned in sample.loss_mask]) for sample in made]
 
 
 def made(*samples: Any) -> list[TokenizedSample]:
-    return tokenize_samples(samples, TOKENIZER, max_tokens=None, truncation_side="left")
+    return tokenize_samples(samples, TextCodec(TOKENIZER), max_tokens=None, truncation_side="left")
 
 
 def test_strings_are_learned_from_their_second_token_to_eos() -> None:
@@ -49,10 +49,10 @@ def test_an_eos_that_stands_in_the_text_is_not_doubled() -> None:
     ]
 
 
-def test_special_tokens_of_the_tokenizer_are_not_added() -> None:
+def test_a_bos_that_the_tokenizer_does_not_add_is_not_added() -> None:
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.add_special_tokens({"bos_token": "<bos>"})
-    (sample,) = tokenize_samples(["ab"], tokenizer, max_tokens=None, truncation_side="left")
+    (sample,) = tokenize_samples(["ab"], TextCodec(tokenizer), max_tokens=None, truncation_side="left")
     assert sample.token_ids == (0, 1, EOS)
 
 
@@ -126,7 +126,7 @@ def test_where_nothing_is_left_of_any_sample_it_is_an_error() -> None:
     [
         ([], "list of samples is empty"),
         ("abc", "samples are one string"),
-        (["a", ""], "sample 1 is empty"),
+        (["", ""], "none of the 2 samples can be used: sample 0 is empty once tokenised; sample 1 is"),
         ([{"prompt": "a", "completion": ""}], "completion of sample 0 is empty"),
         (["a", 3], "sample 1 is neither a string, nor a dict"),
         ([{"prompt": "a"}], "sample 0 is neither"),
@@ -139,7 +139,7 @@ def test_where_nothing_is_left_of_any_sample_it_is_an_error() -> None:
 )
 def test_bad_samples_are_refused_by_number(samples: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        tokenize_samples(samples, TOKENIZER, max_tokens=7, truncation_side="left")
+        tokenize_samples(samples, TextCodec(TOKENIZER), max_tokens=7, truncation_side="left")
 
 
 @pytest.mark.parametrize(
@@ -152,5 +152,5 @@ def test_bad_samples_are_refused_by_number(samples: Any, message: str) -> None:
 )
 def test_encoder_decoders_take_pairs_alone(sample: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        tokenize(sample, pairs_only=True)
-    assert tokenize({"prompt": "a", "completion": "b"}, pairs_only=True) == [([0, 1, EOS], [0, 1, 1])]
+        tokenize(sample, encoder_decoder=True)
+    assert tokenize({"prompt": "a", "completion": "b"}, encoder_decoder=True) == [([0, 1, EOS], [0, 1, 1])]

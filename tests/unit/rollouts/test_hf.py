@@ -351,7 +351,7 @@ def decode(ids: Sequence[int]) -> str:
     ],
 )
 def test_cut_at_end(ids: list[int], stop: tuple[str, ...], kept: list[int], reason: str) -> None:
-    assert cut_at_end(ids, 9, stop, decode) == (kept, reason)
+    assert cut_at_end(ids, [9], stop, decode) == (kept, reason)
 
 
 def test_cut_decodes_a_long_response_few_times() -> None:
@@ -362,7 +362,7 @@ def test_cut_decodes_a_long_response_few_times() -> None:
         return decode(ids)
 
     ids = [0] * 5 + [4] + [1] * 2000
-    assert cut_at_end(ids, 9, ("\n",), counting) == ([0] * 5, "stop")
+    assert cut_at_end(ids, [9], ("\n",), counting) == ([0] * 5, "stop")
     assert len(calls) < 20
 
 

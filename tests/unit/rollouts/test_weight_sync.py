@@ -148,8 +148,8 @@ def test_chunks_come_in_the_order_of_prompts_as_soon_as_they_are_whole() -> None
 
 
 def test_stop_condition_is_reached_with_the_token_that_completes_a_stop_string() -> None:
-    stop = StopCondition(TOKENIZER, ("bc",))
-    assert stop.has_stop_strings and not StopCondition(TOKENIZER, ()).has_stop_strings
+    stop = StopCondition(TOKENIZER, GenerationConfig(stop=("bc",)))
+    assert stop.has_stop_strings and not StopCondition(TOKENIZER, GenerationConfig()).has_stop_strings
     assert [stop.reached(ids) for ids in ([0], [0, 1], [0, 1, 2])] == [False, False, True]
 
 
