@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -72,7 +73,8 @@ def load_policy(model: PreTrainedModel | None, config: ModelConfig, precision: s
 def load_policy_tokenizer(
     tokenizer: PreTrainedTokenizerBase | None, config: TokenizerConfig, model_path: str | None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that a user passed, checked, or else the one that the config names.
+    """A copy of the tokenizer that a user passed, checked and set as the config says, or the one that the
+    config names.
 
     Raises:
         ModelError: there is none, or its special tokens will not do.
@@ -80,6 +82,8 @@ def load_policy_tokenizer(
     if tokenizer is None:
         return load_tokenizer(config, model_path)
     check_tokenizer(tokenizer, name=tokenizer.name_or_path or type(tokenizer).__name__)
+    tokenizer = copy.deepcopy(tokenizer)  # the user's stays as it is
+    tokenizer.truncation_side = config.truncation_side
     return tokenizer
 
 

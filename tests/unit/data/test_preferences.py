@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from conch.data.preferences import (
     PreferencePair,
@@ -18,6 +19,7 @@ from conch.data.preferences import (
     check_texts,
     collate_judgements,
     hold_out,
+    template_for,
 )
 from conch.errors import DataError
 from tests.runs import EOS, PAD, TOKENIZER
@@ -207,3 +209,89 @@ def test_pairs_are_padded_on_the_right_side_by_side() -> None:
     assert torch.equal(batch.attention_mask, batch.input_ids != PAD)  # pyright: ignore[reportAttributeAccessIssue]
     assert batch.margins.tolist() == [0.5, 0.0]  # pyright: ignore[reportAttributeAccessIssue]
     assert batch.objectives.tolist() == [1, 0]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# ------------------------------------------------------------------------ special tokens, dialogues, refusals
+
+
+def framed(single: str) -> PreTrainedTokenizerFast:
+    """Letters, with <unk> for a BOS where `single` has it, and <eos>."""
+    tokenizer = char_tokenizer("abcdefgh")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=single, special_tokens=[("<unk>", EOS + 1), ("<eos>", EOS)]
+    )
+    return tokenizer
+
+
+BOS = EOS + 1
+
+
+@pytest.mark.parametrize(
+    ("single", "template", "text", "expected"),
+    [
+        ("<unk> $A", "{text}{eos}", "ab", (BOS, 0, 1, EOS)),
+        ("<unk> $A", "{text}{eos}", "<unk>ab<eos>", (BOS, 0, 1, EOS)),
+        ("<unk> $A <eos>", "{text}", "ab", (BOS, 0, 1, EOS)),
+        ("<unk> $A <eos>", "{text}", "<unk>ab<eos>", (BOS, 0, 1, EOS)),
+        ("<unk> $A <eos>", "{text}{eos}", "ab", (BOS, 0, 1, EOS)),
+        ("$A", "{text}{eos}", "ab<eos>", (0, 1, EOS)),
+        ("$A", "h{text}{eos}", "ab", (7, 0, 1, EOS)),
+    ],
+)
+def test_no_special_token_stands_twice_around_a_text(
+    single: str, template: str, text: str, expected: tuple[int, ...]
+) -> None:
+    assert TextEncoder(framed(single), template, None).encode([text]) == [expected]
+
+
+SPOKEN = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
+
+
+@pytest.mark.parametrize("template", ["chat", "{text}", "{text}{eos}"])
+def test_a_dialogue_has_the_special_tokens_of_its_template_alone(template: str) -> None:
+    tokenizer = framed("<unk> $A <eos>")
+    tokenizer.chat_template = "<unk>{% for m in messages %}{{ m.content }}<eos>{% endfor %}"
+    assert TextEncoder(tokenizer, template, None).encode([SPOKEN]) == [(BOS, 0, 1, EOS, 2, 3, EOS)]
+
+
+def test_a_template_of_dialogues_takes_no_text() -> None:
+    tokenizer = framed("$A")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(DataError, match=r"text 0 is a string, and the template `chat` takes dialogues"):
+        TextEncoder(tokenizer, "chat", None).encode(["ab"])
+
+
+def test_rows_of_dialogues_are_read_by_the_chat_template_unless_told_otherwise() -> None:
+    tokenizer = framed("$A")
+    pair = {"chosen": SPOKEN, "rejected": [*SPOKEN[:1], {"role": "assistant", "content": "c"}]}
+    texts = {"chosen": "ab", "rejected": "a"}
+    form = check_rows([pair])
+    assert template_for([pair], form, tokenizer) == "chat"
+    assert template_for([texts], form, tokenizer) == "{text}{eos}"
+    with pytest.raises(DataError, match="row 1 is of texts, row 0 is not: a reward model reads one or"):
+        template_for([pair, texts], form, tokenizer)
+
+
+def test_pairs_that_cutting_makes_equal_are_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"chosen": "aabc", "rejected": "aabd"}, {"chosen": "bbc", "rejected": "cbc"}]
+    form = check_rows(rows)
+    with caplog.at_level(logging.WARNING, logger="conch"):
+        (left,) = encoder(3).encode_rows(rows, form)
+    assert isinstance(left, PreferencePair) and left.chosen == (1, 1, EOS)
+    assert "1 of 2 pairs left out: their texts are equal once tokenised and cut" in caplog.text
+    with pytest.raises(DataError, match="the two texts of each of the 1 pairs are equal once tokenised and"):
+        encoder(3).encode_rows(rows[:1], form)
+
+
+def test_rows_that_a_template_refuses_are_left_out_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = framed("$A")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    refused = [{"role": "system", "content": "h"}, *SPOKEN]
+    rows = [{"chosen": SPOKEN, "rejected": SPOKEN[:1]}, {"chosen": SPOKEN, "rejected": refused}]
+    with caplog.at_level(logging.WARNING, logger="conch"):
+        (left,) = TextEncoder(tokenizer, "chat", None).encode_rows(rows, check_rows(rows))
+    assert isinstance(left, PreferencePair) and left.chosen == (0, 1, 2, 3)
+    assert "1 of 2 rows left out: the chat template does not take row 1: no system" in caplog.text

@@ -24,7 +24,7 @@ TOKENIZER.add_special_tokens({"additional_special_tokens": ["<turn>", "<think>"]
 EOS, TURN, THINK = (int(TOKENIZER.convert_tokens_to_ids(token)) for token in ("<eos>", "<turn>", "<think>"))  # pyright: ignore[reportArgumentType]
 
 
-def llama(**settings: Any) -> LlamaForCausalLM:
+def llama(**settings: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     return LlamaForCausalLM(LlamaConfig(vocab_size=len(TOKENIZER), **sizes, **settings))
@@ -139,7 +139,7 @@ def test_text_of_a_completion_is_read_behind_its_prompt() -> None:
     assert isinstance(was, list)
     logits = [-50.0] * len(tokenizer)
     logits[was[0]] = 50.0
-    model: PreTrainedModel = constant_decoder(logits, tokenizer)
+    model = constant_decoder(logits, tokenizer)
     prompt = tuple(tokenizer("The movie")["input_ids"])  # pyright: ignore[reportArgumentType]
     engine = HFEngine(lambda: model, tokenizer, GenerationConfig(max_new_tokens=1), version=lambda: 0)
     ((rollout,),) = engine.generate([Prompt("The movie", prompt)])

@@ -24,6 +24,7 @@ from conch.trainers.reward_model import (
 )
 from tests.numerics import network_rounding
 from tests.runs import EOS, LINEAR_ADAM, PAD, TOKENIZER, reward_trainer
+from tests.tiny import tiny_gpt2_config
 
 SCORED = [
     {"text": "abc", "score": 0.5},
@@ -98,10 +99,12 @@ def test_update_is_adam_on_that_loss(run_dir: Path, rows: list[dict[str, Any]]) 
         torch.testing.assert_close(moved.detach(), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_the_same_pair_twice_says_nothing(run_dir: Path) -> None:
-    trainer = reward_trainer(run_dir, [{"chosen": "ab", "rejected": "ab"}])
-    metrics = trainer.step()
-    assert metrics["train/loss"] == pytest.approx(math.log(2)) and metrics["train/grad_norm"] < 1e-6
+def test_pairs_of_equal_texts_say_nothing_and_are_left_out(run_dir: Path) -> None:
+    equal = {"chosen": "ab", "rejected": "ab"}
+    trainer = reward_trainer(run_dir, [equal, PAIRS[0]])
+    assert len(trainer.samples) == 1
+    with pytest.raises(DataError, match="each of the 1 pairs are equal"):
+        reward_trainer(run_dir.with_name("equal"), [equal])
 
 
 def test_score_is_read_at_the_eos_whatever_the_padding(run_dir: Path) -> None:
@@ -467,3 +470,36 @@ def test_pad_that_is_eos_is_refused(run_dir: Path) -> None:
 def test_templates_without_text_are_refused(template: str) -> None:
     with pytest.raises(ValidationError, match="text"):
         RewardModelConfig(template=template)
+
+
+@pytest.mark.parametrize(("side", "kept"), [("left", [2, 3, EOS]), ("right", [0, 1, EOS])])
+def test_a_tokenizer_that_is_passed_cuts_where_the_settings_say(
+    run_dir: Path, side: str, kept: list[int]
+) -> None:
+    rows = [{"text": "abcd", "score": 1.0}, {"text": "dcba", "score": 0.0}]
+    tokenizer = copy.deepcopy(TOKENIZER)
+    model = {"architecture": {**tiny_gpt2_config(TOKENIZER).to_diff_dict(), "model_type": "gpt2"}}
+    values = {
+        "model": model,
+        "reward_model": {"batch_size": 2, "max_length": 3},
+        "tokenizer": {"truncation_side": side},
+        "train": {"run_dir": run_dir},
+    }
+    trainer = RewardModelTrainer(load(RewardModelRunConfig, values), samples=rows, tokenizer=tokenizer)
+    assert list(trainer.samples[0].token_ids) == kept  # pyright: ignore[reportAttributeAccessIssue]
+    assert tokenizer.truncation_side == TOKENIZER.truncation_side, "the user's own stays as it is"
+
+
+def test_rows_of_dialogues_make_a_model_that_is_served_dialogues(run_dir: Path) -> None:
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<eos>{% endfor %}"
+    prompt = [{"role": "user", "content": "ab"}]
+    row = {
+        "prompt": prompt,
+        "chosen": [{"role": "assistant", "content": "c"}],
+        "rejected": [{"role": "assistant", "content": "d"}],
+    }
+    trainer = reward_trainer(run_dir, [row] * 4, tokenizer=tokenizer)
+    assert trainer.samples[0].chosen == (0, 1, EOS, 2, EOS)  # pyright: ignore[reportAttributeAccessIssue]
+    folder = trainer.save_pretrained(run_dir / "saved")
+    assert json.loads((folder / "reward_model.json").read_text())["template"] == "chat"
