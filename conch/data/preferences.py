@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from conch.config import DataConfig
 from conch.data.chat import dialogue_of_row, render_dialogue
 from conch.data.files import like_rows, place_of
-from conch.data.formats import fitting, judgement_form, listed, text_of
+from conch.data.formats import JUDGEMENT_FORMS, about, fitting, judgement_form, listed, text_of
 from conch.errors import DataError
 from conch.log import get_logger
 from conch.types import DEFAULT_OBJECTIVE
@@ -202,8 +202,8 @@ def _check_row(row: Any, form: RowForm, name: str) -> None:
         raise DataError(f"{name} is no dict: rows are all {_FORMS} ({row!r})")
     for key in form.texts:
         if text_of(row.get(key)) is None:
-            keys = ", ".join(map(str, row))
-            raise DataError(f'{name} has no string "{key}": rows are all {_FORMS} (keys here: {keys})')
+            remedy = about(row, *JUDGEMENT_FORMS)
+            raise DataError(f'{name} has no string "{key}": rows are all {_FORMS}{remedy}')
     if form.compares:
         _check_pair(row, form, name)
     else:

@@ -72,12 +72,12 @@ def test_judgement_of_every_form(row: Any, made: Any) -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"prompt": "a", "chosen": BLUE, "rejected": GREEN}, 'needs a "prompt" and a "chosen" that are both'),
+        ({"prompt": ASKED, "chosen": "b", "rejected": "c"}, 'needs a "prompt" and a "chosen" that are both'),
         (
             {"prompt": "a", "completion": "b", "label": "good"},
             "has the label 'good': it must be true or false",
         ),
-        ({"chosen": "ab"}, 'has no string "rejected"'),
+        ({"chosen": "ab"}, 'has no "rejected" text beside "chosen"'),
         ({"chosen": "ab", "rejected": "ac", "margin": -1}, "its margin -1 is not a finite number"),
         ({"text": "ab", "score": float("nan")}, "its score nan is not a finite number"),
     ],
