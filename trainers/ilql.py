@@ -48,7 +48,7 @@ from conch.config import (
     load,
 )
 from conch.data.files import Rows, evaluation_rows, training_rows
-from conch.data.formats import fitting, prompt_form, rewarded_form
+from conch.data.formats import fitting, listed, prompt_form, rewarded_form
 from conch.data.index_sampler import IndexStream
 from conch.data.multi_turn import TurnBatch, TurnSample, collate_turns, cut_turns, tokenize_turns
 from conch.data.rollout_batch import take_rows
@@ -269,6 +269,7 @@ class ILQLTrainer:
         self.config = config
         self.engine = engine = TrainEngine(config.train)
         self.collectives = self.engine.collectives
+        eval_prompts = listed(eval_prompts or [], "evaluation prompts", config.data)
         self.source = eval_source(self.collectives, reward, config.reward, eval_prompts)
         self.tokenizer = load_policy_tokenizer(tokenizer, config.tokenizer, config.model.path)
         lm = load_policy(model, config.model, engine.precision)

@@ -81,10 +81,8 @@ def renamed(row: Any, config: DataConfig) -> Any:
 
 
 def _with_columns(row: Any, columns: Mapping[str, str]) -> Any:
-    if not columns or isinstance(row, str):
+    if not columns or not isinstance(row, Mapping):
         return row
-    if not isinstance(row, Mapping):
-        raise DataError(f"is a {type(row).__name__}: `data.columns` names columns of dicts")
     taken = {name: column for name, column in columns.items() if _is_in(row, column) or name not in row}
     left = {key: value for key, value in row.items() if key not in taken.values()}
     return {**left, **{name: _column(row, name, column) for name, column in taken.items()}}

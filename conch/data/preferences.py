@@ -129,15 +129,16 @@ class Pairs:
 # ------------------------------------------------------------------------------------------------------- rows
 
 
-def judgements(rows: Iterable[Any], *, what: str = "row") -> list[Any]:
+def judgements(rows: Iterable[Any], *, what: str = "row", config: DataConfig | None = None) -> list[Any]:
     """Rows of any form with their prompts in their texts, for `check_rows`.
 
     what: how an error names a row.
+    config: has the names of columns; see `listed`.
 
     Raises:
         DataError: a prompt does not go with its texts, or a label is none.
     """
-    given = listed(rows, f"{what}s")
+    given = listed(rows, f"{what}s", config)
     return like_rows(given, [_in_form(row, place_of(given, index, what)) for index, row in enumerate(given)])
 
 
