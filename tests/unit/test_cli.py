@@ -247,32 +247,13 @@ def test_save_resolved_can_be_composed_into_an_equal_config(tmp_path: Path) -> N
     assert again == config
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        *[
-            "1e5",
-            "-1E5",
-            "+.5e3",
-            "1_0e3",
-            "0b1",
-            ".nan",
-            "???",
-            "yes",
-            "null",
-            "~",
-            "2020-01-01",
-            "1:30",
-            "$",
-            "=",
-            "#a",
-            "{a}",
-            "<|im_end|>",
-        ],
-        *("${name}", "a${name", r"\${name}", r"\\${name}", "", "- a", "a: b"),
-        *("\n", " a\t", "e\x85", "~\u2028[", "\x1b", "\x00", "\N{GRINNING FACE}'\""),
-    ],
-)
+NUMBERS = ("1e5", "-1E5", "+.5e3", "1_0e3", "0b1", ".nan", "2020-01-01", "1:30")
+WORDS = ("???", "yes", "null", "~", "", "$", "=", "#a", "{a}", "- a", "a: b", "<|im_end|>")
+REFERENCES = ("${name}", "a${name", r"\${name}", r"\\${name}")
+CONTROLS = ("\n", " a\t", "e\x85", "~\u2028[", "\x1b", "\x00", "\N{GRINNING FACE}'\"")
+
+
+@pytest.mark.parametrize("text", [*NUMBERS, *WORDS, *REFERENCES, *CONTROLS])
 def test_a_resolved_text_comes_back_as_it_was(tmp_path: Path, text: str) -> None:
     config = ToyConfig(name=text, generation=GenerationConfig(stop=(text or "a", "b")))
     save_resolved(config, tmp_path / "config.yaml")
