@@ -196,7 +196,8 @@ def render_dialogue(dialogue: Dialogue, name: str, tokenizer: PreTrainedTokenize
 def _rendered(dialogue: Dialogue, name: str, tokenizer: PreTrainedTokenizerBase, **options: bool) -> str:
     if tokenizer.chat_template is None:
         raise DataError(
-            f"{name} is a dialogue, and the tokenizer has no chat template: give it one, or texts"
+            f"{name} is a dialogue, and the tokenizer has no chat template: give it one, or texts (questions and "
+            "answers of public datasets are texts with `data.apply_chat_template=false`)"
         )
     try:
         return _render(as_template_reads(dialogue, tokenizer), tokenizer, **options)
@@ -236,7 +237,8 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.chat_template is None:
         raise DataError(
             "dialogues need a chat template and the tokenizer has none: set `sft.chat_template` to a file "
-            "with one, or give {prompt, completion} pairs"
+            "with one, or give {prompt, completion} pairs of strings (questions and answers of public datasets "
+            "are such with `data.apply_chat_template=false`)"
         )
     if not tokenizer.is_fast:
         raise DataError(

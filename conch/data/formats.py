@@ -41,6 +41,7 @@ _SAMPLE = (
     'is neither a string, nor a dict of strings "prompt" and "completion", nor a dialogue of messages with '
     '"role" and "content"'
 )
+_MIXED = "; `data.apply_chat_template=true` makes messages of strings"
 _REWARDED = 'is no {"sample", "reward"} object, preference or labelled completion'
 _STEPWISE = (
     'has "completions" with "labels" for each step, as stepwise supervision has: no trainer here learns from '
@@ -136,7 +137,9 @@ def sample_form(row: Any) -> Any:
         if answer_text is not None:
             return answer_text
     prompt = text_of(row.get("prompt"))
-    if prompt is None or type(prompt) is not type(answer_text):
+    if prompt is not None and answer_text is not None:
+        _joined(prompt, answer_text, answer)
+    if prompt is None or answer_text is None:
         raise DataError(_SAMPLE + about(row, ("prompt", "completion"), ("text",)))
     keys = {} if isinstance(prompt, str) else template_keys(row)
     return {"prompt": prompt, "completion": answer_text, **keys}
@@ -169,13 +172,14 @@ def prompt_form(row: Any) -> Any:
 def judgement_form(row: Any) -> Any:
     """A row for a reward model, its prompt put before its texts, a label made a score of 1 or 0.
 
-    What has none of these keys is given back as it is, for `conch.data.preferences.check_rows`.
+    What is neither a comparison nor a text with a score comes back as it is, for
+    `conch.data.preferences.check_rows` to refuse.
 
     Raises:
         DataError: a prompt that is not of the same kind as the texts, a label that is neither true nor false,
             or no answer to compare with.
     """
-    row = _recognised(row)
+    given, row = row, _recognised(row)
     if not isinstance(row, Mapping):
         return row
     _refuse_stepwise(row)
@@ -197,7 +201,8 @@ def judgement_form(row: Any) -> Any:
         judgement["scores"] = {key: score for key, score in judgement["scores"].items() if score is not None}
     if any(isinstance(text_of(judgement.get(key)), list) for key in ("text", "chosen", "rejected")):
         template_keys(row)
-    return judgement
+    judges = {"text", "score"} <= judgement.keys() or {"text", "scores"} <= judgement.keys()
+    return judgement if judges or {"chosen", "rejected"} <= judgement.keys() else given
 
 
 def rewarded_form(row: Any) -> list[tuple[Any, float]]:
@@ -327,7 +332,7 @@ def _turns(prompt: Any, output: Any, row: Mapping[str, Any]) -> Any:
     if isinstance(prompt, str) and isinstance(output, str):
         return [prompt, output]
     if text_of(prompt) is None or type(text_of(prompt)) is not type(text_of(output)):
-        raise DataError("needs a prompt and outputs that are all strings or all dialogues")
+        raise DataError(f"needs a prompt and outputs that are all strings or all dialogues{_MIXED}")
     return {"prompt": prompt, "completion": output, **template_keys(row)}
 
 
@@ -337,7 +342,7 @@ def _joined(prompt: Any, text: Any, key: str) -> Text:
         return before + behind
     if isinstance(before, list) and isinstance(behind, list):
         return [*before, *behind]
-    raise DataError(f'needs a "prompt" and a "{key}" that are both strings or both dialogues')
+    raise DataError(f'needs a "prompt" and a "{key}" that are both strings or both dialogues{_MIXED}')
 
 
 def _label(row: Mapping[str, Any]) -> bool:

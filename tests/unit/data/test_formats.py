@@ -35,11 +35,16 @@ def test_sample_of_every_form(row: Any, sample: Any) -> None:
 
 @pytest.mark.parametrize(
     "row",
-    [3, None, [], {"prompt": "a"}, {"completion": "b"}, {"prompt": ASKED, "completion": "b"}, {"text": 3}],
+    [3, None, [], {"prompt": "a"}, {"completion": "b"}, {"prompt": ASKED, "completion": 3}, {"text": 3}],
 )
 def test_what_is_no_sample_is_refused(row: Any) -> None:
     with pytest.raises(DataError, match="is neither a string"):
         sample_form(row)
+
+
+def test_a_dialogue_with_a_string_is_refused_with_the_remedy() -> None:
+    with pytest.raises(DataError, match=r'needs a "prompt" and a "completion" .*apply_chat_template=true'):
+        sample_form({"prompt": ASKED, "completion": "b"})
 
 
 def test_prompts_keep_their_other_keys() -> None:

@@ -320,6 +320,7 @@ SINGLE = {"message_id": "a", "parent_id": None, "text": "hi", "role": "prompter"
             {"question": "2+2?", "response": "4", "rating": 1},
             "set `data.columns.prompt=question data.columns.completion=response data.columns.score=rating`",
         ),
+        (judgement, {"prompt": [HI], "completion": [HELLO], "id": 1}, "keys here: prompt, completion, id"),
         (judgement, {"question": "2+2?", "answer": "4"}, "keys here: question, answer.: name columns by"),
         (
             sample_form,
