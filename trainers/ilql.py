@@ -271,6 +271,7 @@ class ILQLTrainer:
         self.config = config
         self.engine = engine = TrainEngine(config.train)
         self.collectives = self.engine.collectives
+        eval_prompts = listed(eval_prompts or [], "evaluation prompts", config.data)
         self.source = eval_source(self.collectives, reward, config.reward, eval_prompts)
         self.tokenizer = load_policy_tokenizer(tokenizer, config.tokenizer, config.model.path)
         lm = load_policy(model, config.model, engine.precision)

@@ -221,8 +221,9 @@ class RewardModelTrainer:
         self.engine = TrainEngine(config.train)
         self.collectives = self.engine.collectives
         self.scorer = None
-        samples = judgements(samples)
-        eval_samples = None if eval_samples is None else judgements(eval_samples, what="evaluation row")
+        samples = judgements(samples, config=config.data)
+        if eval_samples is not None:
+            eval_samples = judgements(eval_samples, what="evaluation row", config=config.data)
         self._check_input(samples, eval_samples, reference)
         self.tokenizer = load_policy_tokenizer(tokenizer, config.tokenizer, config.model.path)
         if self.tokenizer.pad_token_id == self.tokenizer.eos_token_id:

@@ -32,7 +32,7 @@ from conch.config import (
     Section,
 )
 from conch.data.files import evaluation_rows, training_rows
-from conch.data.formats import sample_form
+from conch.data.formats import listed, sample_form
 from conch.data.index_sampler import IndexStream
 from conch.data.packing import PackedBatch, collate_packed
 from conch.data.samples import TokenBatch, TokenizedSample, collate, tokenize_samples
@@ -153,6 +153,7 @@ class SFTTrainer:
         self.config = config
         self.engine = engine = TrainEngine(config.train)
         self.collectives = self.engine.collectives
+        eval_prompts = listed(eval_prompts or [], "evaluation prompts", config.data)
         self.source = eval_source(self.collectives, reward, config.reward, eval_prompts)
         self.tokenizer = load_policy_tokenizer(tokenizer, config.tokenizer, config.model.path)
         if config.sft.chat_template is not None:
@@ -163,7 +164,7 @@ class SFTTrainer:
         freeze_layers(self.lm, config.model)
         self.codec = text_codec(self.tokenizer, self.lm, config.tokenizer)
         self._init_data(samples, eval_samples)
-        self._init_evaluation(eval_prompts or [], metric_fn)
+        self._init_evaluation(eval_prompts, metric_fn)
         engine.prepare(
             TokenLoss(self.lm), config.optimizer, config.scheduler, total_updates=config.train.total_steps
         )
@@ -177,8 +178,9 @@ class SFTTrainer:
         if config.sft.packing:
             with eval_mode(self.lm):
                 check_packing(self.lm, self._capacity or 0)
-        self.samples = self._tokenized(samples, config.data)
-        self.eval_samples = self._tokenized(held_out) if (held_out := list(eval_samples or [])) else []
+        self.samples = self._tokenized(listed(samples, "samples", config.data), config.data)
+        held_out = listed(eval_samples or [], "evaluation samples", config.data)
+        self.eval_samples = self._tokenized(held_out) if held_out else []
         self._rows = rows_per_process(ranks, config.train, config.sft.batch_size, "sft.batch_size")
         self.stream = IndexStream(len(self.samples), config.train.seed, ranks.rank, ranks.num_ranks)
 

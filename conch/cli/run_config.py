@@ -11,6 +11,7 @@ the YAML leaves out: the section alone decides which keys exist.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -96,7 +97,22 @@ def load_run_config(
 
 def to_yaml(config: Section) -> str:
     """Return the configuration as YAML that `compose` and `load` turn into an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+    values = config.model_dump(mode="json")
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes strings so that OmegaConf, too, reads them as such: `1e5`, a number by its rules and none by
+    YAML 1.1's, in quotes, and `${name}` without its meaning."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    is_word = re.fullmatch(r"[A-Za-z_/][^\x85\u2028\u2029]*", literal) is not None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", literal, style=None if is_word else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def save_resolved(config: Section, path: Path) -> None:

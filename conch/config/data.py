@@ -12,7 +12,7 @@ from conch.config.base import Section
 
 class DataConfig(Section):
     """What a trainer's own command line reads; from Python the data is passed directly, and of these keys
-    `min_tokens` and `max_tokens` alone count."""
+    `columns`, `apply_chat_template`, `min_tokens` and `max_tokens` alone count."""
 
     train: str | None = None
     """Training rows: a `.txt`, `.jsonl`, `.json` (these also as `.gz`), `.csv` or `.parquet` file, a folder,
@@ -30,6 +30,17 @@ class DataConfig(Section):
 
     revision: str | None = None
     """Commit, tag or branch of a hub dataset."""
+
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Columns that have other names than the forms of docs/data.md: name there -> column of the rows, as in
+    `data.columns.prompt=question`; with dots, a key inside a column (`reward_model.ground_truth`). Columns
+    that are not named stay as they are."""
+
+    apply_chat_template: bool | None = None
+    """Make messages of strings, for the tokenizer's chat template: a prompt is what a user says, a completion
+    (chosen, rejected) what the assistant answers, and `Human:` and `Assistant:` in a text begin turns. None
+    does so for rows that are questions and answers as their owners publish them (docs/data.md lists them);
+    false takes the strings of these as they are."""
 
     streaming: bool = False
     """Read a hub dataset's rows as they come, without a copy on the disk: with `max_rows`, no more is fetched

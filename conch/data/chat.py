@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
@@ -50,20 +51,36 @@ def messages_of(sample: Any) -> list[Message] | None:
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
         return None
     clean = without_none(messages)
-    return clean if all(_is_message(message) for message in clean) else None
+    return None if any(map(_message_fault, clean)) else clean
 
 
-def _is_message(message: Any) -> bool:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        return False
+def dialogue_fault(value: Any) -> str:
+    """Why a list is no dialogue: its first message that is none, and what it lacks; "" for anything else."""
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        return ""
+    faults = ((number, _message_fault(message)) for number, message in enumerate(without_none(value)))
+    return next((f"message {number} {fault}" for number, fault in faults if fault), "")
+
+
+def _message_fault(message: Any) -> str:
+    """Why this is no message, in words that follow its name; "" where it is one."""
+    if not isinstance(message, Mapping):
+        return f"is a {type(message).__name__}"
+    if not isinstance(message.get("role"), str):
+        return f'has no "role" (keys: {", ".join(map(str, message))})'
     content = message.get("content")
     if content is None:
-        return bool(message.get("tool_calls"))
-    return isinstance(content, str) or (isinstance(content, list) and all(map(_is_text_part, content)))
+        return "" if message.get("tool_calls") else 'has neither "content" nor "tool_calls"'
+    if not isinstance(content, list):
+        return "" if isinstance(content, str) else f'has a "content" of type {type(content).__name__}'
+    return next(filter(None, map(_part_fault, content)), "")
 
 
-def _is_text_part(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+def _part_fault(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    if kind != "text":
+        return f"has a part of type {kind}, where only texts are trained on"
+    return "" if isinstance(part.get("text"), str) else 'has a text part without "text"'
 
 
 def without_none(value: Any) -> Any:
@@ -179,10 +196,11 @@ def render_dialogue(dialogue: Dialogue, name: str, tokenizer: PreTrainedTokenize
 def _rendered(dialogue: Dialogue, name: str, tokenizer: PreTrainedTokenizerBase, **options: bool) -> str:
     if tokenizer.chat_template is None:
         raise DataError(
-            f"{name} is a dialogue, and the tokenizer has no chat template: give it one, or texts"
+            f"{name} is a dialogue, and the tokenizer has no chat template: give it one, or texts "
+            "(questions and answers of public datasets are texts with `data.apply_chat_template=false`)"
         )
     try:
-        return _render(dialogue, tokenizer, **options)
+        return _render(as_template_reads(dialogue, tokenizer), tokenizer, **options)
     except (TemplateError, TypeError, ValueError) as error:
         raise DataError(f"the chat template does not take {name}: {error}") from error
 
@@ -203,6 +221,7 @@ def encode_dialogue(
     if not any(message["role"] == ASSISTANT for message in dialogue.messages[num_prompt:]):
         raise DataError(f'{name} has no message with the role "{ASSISTANT}": nothing to learn')
     try:
+        dialogue = as_template_reads(dialogue, tokenizer)
         text, spans = _render_spans(dialogue, name, tokenizer, num_prompt)
     except (TemplateError, TypeError, ValueError) as error:
         raise DataError(f"the chat template does not take {name}: {error}") from error
@@ -218,7 +237,8 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.chat_template is None:
         raise DataError(
             "dialogues need a chat template and the tokenizer has none: set `sft.chat_template` to a file "
-            "with one, or give {prompt, completion} pairs"
+            "with one, or give {prompt, completion} pairs of strings (questions and answers of public "
+            "datasets are such with `data.apply_chat_template=false`)"
         )
     if not tokenizer.is_fast:
         raise DataError(
@@ -301,3 +321,108 @@ def _token_starts(offsets: Sequence[Span]) -> list[int]:
     A tokenizer that trims spaces from offsets leaves none to a token of spaces: it is where its last one is.
     """
     return [min(start, end - 1) for start, end in offsets]
+
+
+# ------------------------------------------------------------- contents that a template can read
+
+
+def as_template_reads(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase) -> Dialogue:
+    """The dialogue with contents and arguments of tool calls in the form that the chat template can read.
+
+    A template that reads strings only gets the text parts of a content joined; one that reads lists of parts
+    only, a string as the only part. Arguments of tool calls become a dict, or a JSON string. What a template
+    reads, it is asked by rendering such a dialogue with other words; what cannot be told stays as it is.
+    """
+    template = tokenizer.get_chat_template(tools=None if dialogue.tools is None else list(dialogue.tools))
+    specials = {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
+    shape = tuple((message["role"], bool(message.get("tool_calls"))) for message in dialogue.messages)
+    reads = _what_is_read(template, tuple(specials.items()), shape)
+    readable = [
+        _readable(message, contents, reads.arguments)
+        for message, contents in zip(dialogue.messages, reads.contents, strict=True)
+    ]
+    return replace(dialogue, messages=tuple(readable))
+
+
+@dataclass(frozen=True, slots=True)
+class _Reads:
+    """What a template reads in a dialogue of some shape; "" where that cannot be told, or is either.
+
+    contents: of each message, "text" or "parts".
+    arguments: of tool calls, "text" or "dict".
+    """
+
+    contents: tuple[str, ...]
+    arguments: str = ""
+
+
+def _readable(message: Message, contents: str, arguments: str) -> Message:
+    changed = dict(message)
+    content = message.get("content")
+    if contents == "text" and isinstance(content, list):
+        changed["content"] = "".join(part["text"] for part in content)
+    elif contents == "parts" and isinstance(content, str):
+        changed["content"] = [{"type": "text", "text": content}]
+    if arguments and message.get("tool_calls"):
+        changed["tool_calls"] = [_with_arguments(call, arguments) for call in message["tool_calls"]]
+    return changed
+
+
+def _with_arguments(call: Any, kind: str) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        return call
+    arguments = function.get("arguments")
+    if kind == "text" and isinstance(arguments, Mapping):
+        return {**call, "function": {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}}
+    if kind == "dict" and isinstance(arguments, str):
+        try:
+            parsed = json.loads(arguments)
+        except json.JSONDecodeError:
+            return call
+        return {**call, "function": {**function, "arguments": parsed}} if isinstance(parsed, dict) else call
+    return call
+
+
+@lru_cache(maxsize=4096)
+def _what_is_read(
+    template: str, specials: tuple[tuple[str, str], ...], shape: tuple[tuple[str, bool], ...]
+) -> _Reads:
+    """What the template reads in a dialogue of these messages: of each its role, and whether it calls."""
+
+    def shown(*, parts: bool, arguments: Any) -> str | None:
+        messages = [_probe(number, *each, parts, arguments) for number, each in enumerate(shape)]
+        try:
+            (text,), _ = render_jinja_template([messages], chat_template=template, **dict(specials))  # pyright: ignore[reportArgumentType]
+        except (TemplateError, TypeError, ValueError):
+            return None
+        return text
+
+    as_dict, as_json = {"argument0": "value0"}, '{"argument0": "value0"}'
+    with_dict, with_json = shown(parts=False, arguments=as_dict), shown(parts=False, arguments=as_json)
+    texts = with_dict if with_dict is not None else with_json
+    parts = shown(parts=True, arguments=as_dict if with_dict is not None else as_json)
+    contents = tuple(_content_read(texts, parts, f"content{number}.") for number in range(len(shape)))
+    # A dict that a template writes as Python has it, and a string that it puts into quotes, are misread.
+    reads_dict = with_dict is not None and "argument0" in with_dict and "{'argument0'" not in with_dict
+    reads_json = with_json is not None and "argument0" in with_json and '\\"argument0' not in with_json
+    return _Reads(contents, "" if reads_dict == reads_json else "dict" if reads_dict else "text")
+
+
+def _probe(number: int, role: str, calls: bool, parts: bool, arguments: Any) -> dict[str, Any]:
+    text = f"content{number}."
+    message: dict[str, Any] = {"role": role, "content": [{"type": "text", "text": text}] if parts else text}
+    identity = "abcdefghi"  # nine letters or digits, as some templates demand
+    if calls:
+        function = {"name": "name0", "arguments": arguments}
+        message["tool_calls"] = [{"type": "function", "id": identity, "function": function}]
+    return message | ({"name": "name0", "tool_call_id": identity} if role == "tool" else {})
+
+
+def _content_read(texts: str | None, parts: str | None, text: str) -> str:
+    """Whether a template, given this content as text and as part, shows it only of one of them."""
+    of_text = texts is not None and text in texts
+    # A template that knows no parts writes the list itself, as Python or JSON has it.
+    is_list = parts is not None and re.search(rf"""["']text["']\s*:\s*["']{re.escape(text)}""", parts)
+    of_parts = parts is not None and text in parts and not is_list
+    return "" if of_text == of_parts else "text" if of_text else "parts"

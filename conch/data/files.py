@@ -4,8 +4,8 @@
     some/folder                                               a dataset that was laid out or saved there
     owner/name  owner/name:split                              a dataset of the Hugging Face hub
 
-A row that cannot be read or used is left out. One warning counts such rows and names the first of them by
-line; a file in which no row is good stops the run.
+A row that cannot be read or used is left out. One warning counts such rows by reason and names the first of
+each by line; a file in which no row is good stops the run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +22,13 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from conch.config import DataConfig
+from conch.data.chat import without_none
+from conch.data.public import as_spoken, public_form
 from conch.errors import ConfigError, DataError
 from conch.log import get_logger
 
 RowT = TypeVar("RowT")
+MadeT = TypeVar("MadeT")
 
 _log = get_logger(__name__)
 
@@ -58,6 +61,112 @@ def place_of(rows: Sequence[Any], index: int, what: str) -> str:
 def like_rows(rows: Sequence[Any], values: Sequence[RowT]) -> list[RowT]:
     """These values, one for each of `rows`, with the places of those."""
     return Rows(values, rows.places) if isinstance(rows, Rows) else list(values)
+
+
+def usable(
+    rows: Sequence[Any], what: str, make: Callable[[Any, str], MadeT]
+) -> tuple[list[MadeT], list[int]]:
+    """What `make` gives for each row that it does not refuse, and the indices of these rows.
+
+    One warning counts the others and names the first of them.
+
+    what: one row, as messages call it ("prompt").
+    make: from a row and its name ("prompt 3"); raises a DataError, one sentence with that name, to refuse it.
+
+    Raises:
+        DataError: all rows are refused.
+    """
+    made: list[MadeT] = []
+    indices: list[int] = []
+    reasons: list[str] = []
+    for index, row in enumerate(rows):
+        try:
+            made.append(make(row, place_of(rows, index, what)))
+            indices.append(index)
+        except DataError as error:
+            reasons.append(str(error))
+    if reasons:
+        named = "; ".join(reasons[:_NUM_NAMED])
+        more = f"; and {len(reasons) - _NUM_NAMED} more" if len(reasons) > _NUM_NAMED else ""
+        if not made:
+            raise DataError(f"none of the {len(rows)} {what}s can be used: {named}{more}")
+        _log.warning("%d of %d %ss left out: %s%s", len(reasons), len(rows), what, named, more)
+    return made, indices
+
+
+def renamed(row: Any, config: DataConfig) -> Any:
+    """The row with the columns that `data.columns` names under Conch's names for them, and with messages or
+    strings as `data.apply_chat_template` says.
+
+    A row that has our name already and not the column stays as it is.
+
+    Raises:
+        DataError: the row has not the column, or nobody knows who says what, in words that follow its name.
+    """
+    row = _with_columns(row, config.columns)
+    if config.apply_chat_template is None:
+        return row
+    if not config.apply_chat_template:
+        return public_form(row, spoken=False)
+    row = public_form({"prompt": row} if isinstance(row, str) else row)
+    return as_spoken(row) if isinstance(row, Mapping) else row
+
+
+def _with_columns(row: Any, columns: Mapping[str, str]) -> Any:
+    if not columns or not isinstance(row, Mapping):
+        return row
+    taken = {name: column for name, column in columns.items() if _is_in(row, column) or name not in row}
+    left = {key: value for key, value in row.items() if key not in taken.values()}
+    return {**left, **{name: _column(row, name, column) for name, column in taken.items()}}
+
+
+def _is_in(row: Any, column: str) -> bool:
+    if column in row:
+        return True
+    first, _, rest = column.partition(".")
+    return bool(rest) and isinstance(row.get(first), Mapping) and _is_in(row[first], rest)
+
+
+def _column(row: Mapping[str, Any], name: str, column: str) -> Any:
+    if not _is_in(row, column):
+        keys = ", ".join(map(str, row))
+        raise DataError(f"has no {column!r}, which `data.columns.{name}` names (keys here: {keys})")
+    if column in row:
+        return row[column]
+    first, _, rest = column.partition(".")
+    return _column(row[first], name, rest)
+
+
+def as_written(rows: Iterable[Any]) -> Iterable[Any]:
+    """The rows of a split of `datasets` without the keys that Arrow adds inside of a column, None, where
+    another row has a value; rows of anything else as they are."""
+    if not type(rows).__module__.startswith("datasets."):
+        return rows
+    features = getattr(rows, "features", None)
+    return (
+        {key: _without_added(value, _of(features, key)) for key, value in row.items()}
+        if isinstance(row, Mapping)
+        else row
+        for row in rows
+    )
+
+
+def _of(features: Any, key: str) -> Any:
+    return features.get(key) if isinstance(features, Mapping) else None
+
+
+def _without_added(value: Any, feature: Any) -> Any:
+    """A value without the keys that a struct of this type has and the value has not; of an unknown type (of a
+    streamed split) without all keys that are None. What is stored as JSON is as it was written."""
+    if feature is None:
+        return without_none(value)
+    if isinstance(feature, Mapping) and isinstance(value, Mapping):
+        items = ((key, item) for key, item in value.items() if item is not None)
+        return {key: _without_added(item, feature.get(key)) for key, item in items}
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    if inner is not None and isinstance(value, list):
+        return [_without_added(item, inner) for item in value]
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +207,12 @@ def read_rows(
     Raises:
         DataError: the source is missing, damaged, of another kind, empty, or holds no good row.
     """
+    config = config or DataConfig()
     good, places = [], []
     bad: list[_Bad] = []
-    for line in _lines(str(source), config or DataConfig()):
+    for line in _lines(str(source), config):
         try:
-            good.append(form(_value(line)))
+            good.append(form(renamed(_value(line), config)))
         except DataError as error:
             bad.append(_Bad(line.place, str(error)))
         else:
@@ -147,18 +257,34 @@ def _value(line: _Line) -> Any:
 
 
 def _report(source: str, num_good: int, bad: list[_Bad]) -> None:
-    """Warn of bad rows.
+    """Warn of bad rows, counted by reason.
 
     Raises:
         DataError: there are no others.
     """
     if not bad:
         return
-    named = "; ".join(f"{row.place} {row.reason}" for row in bad[:_NUM_NAMED])
-    more = f"; and {len(bad) - _NUM_NAMED} more" if len(bad) > _NUM_NAMED else ""
+    reasons = _by_reason(bad)
     if not num_good:
-        raise DataError(f"none of the {len(bad)} rows of {source} can be used: {named}{more}")
-    _log.warning("%d of %d rows of %s left out: %s%s", len(bad), num_good + len(bad), source, named, more)
+        raise DataError(f"none of the {len(bad)} rows of {source} can be used: {reasons}")
+    _log.warning("%d of %d rows of %s left out: %s", len(bad), num_good + len(bad), source, reasons)
+
+
+def _by_reason(bad: Sequence[_Bad]) -> str:
+    """Each reason with the first row that has it and the number of the others, the most frequent first."""
+    alike: dict[str, list[_Bad]] = {}
+    for row in bad:
+        # The same fault of other rows has other values in it.
+        alike.setdefault(re.sub(r"'[^']*'|\d+(\.\d+)?", "", row.reason), []).append(row)
+    groups = sorted(alike.values(), key=len, reverse=True)
+    named = [f"{rows[0].place} {rows[0].reason}{_and_others(rows[1:])}" for rows in groups[:_NUM_NAMED]]
+    num_more = sum(map(len, groups[_NUM_NAMED:]))
+    return "; ".join(named) + (f"; and {num_more} more, for other reasons" if num_more else "")
+
+
+def _and_others(rows: Sequence[_Bad]) -> str:
+    places = ", ".join(row.place for row in rows[:2]) + (", ..." if len(rows) > 2 else "")
+    return f" [and {len(rows)} more like it: {places}]" if rows else ""
 
 
 def _lines(source: str, config: DataConfig) -> Iterator[_Line]:
@@ -269,7 +395,7 @@ def _saved(folder: Path) -> Iterator[_Line]:
 
 
 def _numbered(rows: Iterable[Any]) -> Iterator[_Line]:
-    return (_Line(f"row {number}", row) for number, row in enumerate(rows, start=1))
+    return (_Line(f"row {number}", row) for number, row in enumerate(as_written(rows), start=1))
 
 
 @contextmanager

@@ -8,11 +8,10 @@
     labelled             {"prompt", "completion", "label"}, label true for a good completion
 
 Where a form has a text it may have a list of messages instead, alike in all keys of a row, which the
-tokenizer's chat template renders later.
+tokenizer's chat template renders later. A prompt that is repeated at the beginning of its answers is taken
+off them. Forms that owners of public datasets made up are brought into these by `conch.data.public`.
 
 An error's words follow a row's name: "row 3 has no prompt".
-
-Rows that are too short or too long to train on.
 """
 
 from __future__ import annotations
@@ -22,39 +21,93 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from conch.config import DataConfig
-from conch.data.chat import messages_of, template_keys
-from conch.data.files import Rows
+from conch.data.chat import dialogue_fault, messages_of, template_keys
+from conch.data.files import Rows, as_written, renamed
+from conch.data.public import public_form
 from conch.errors import DataError
 from conch.log import get_logger
+from conch.types import ASSISTANT
 
 Text = str | list[Mapping[str, Any]]
 """A text, or messages that a chat template makes into one."""
+
+_FORM_KEYS = {
+    *("messages", "conversations", "prompt", "completion", "chosen", "rejected", "text", "label", "score"),
+    *("scores", "margin", "objective", "tools", "chat_template_kwargs", "sample", "reward"),
+}
+"""Keys that say what form a row has; a value of None says that the row has not this key."""
 
 _SAMPLE = (
     'is neither a string, nor a dict of strings "prompt" and "completion", nor a dialogue of messages with '
     '"role" and "content"'
 )
+_MIXED = "; `data.apply_chat_template=true` makes messages of strings"
+_REWARDED = 'is no {"sample", "reward"} object, preference or labelled completion'
+_STEPWISE = (
+    'has "completions" with "labels" for each step, as stepwise supervision has: no trainer here learns from '
+    "labels of steps; join the steps, and set `data.columns.completion` and `data.columns.label`"
+)
+
+_REWARDED_FORMS = (
+    ("chosen", "rejected"),
+    ("prompt", "completion", "label"),
+)
+JUDGEMENT_FORMS = (
+    ("chosen", "rejected"),
+    ("prompt", "completion", "label"),
+    ("prompt", "completion", "score"),
+    ("text", "score"),
+)
+"""Keys of the forms that ILQL and reward models learn from."""
+
+_TEXT_KEYS = ("messages", "prompt", "completion", "chosen", "rejected", "text")
+
+_LIKELY = {
+    "prompt": ("question", "problem", "query", "instruction", "input", "task", "post", "context"),
+    "completion": ("answer", "solution", "response", "output", "target", "summary", "generated_solution"),
+    "text": ("content", "transcript", "sentence", "document", "review"),
+    "chosen": ("preferred", "better", "response_chosen", "chosen_response", "accepted", "preferred_output"),
+    "rejected": ("dispreferred", "worse", "response_rejected", "rejected_response", "non_preferred_output"),
+    "score": ("rating", "reward", "quality", "stars", "label"),
+    "label": ("is_correct", "correct"),
+}
+"""What public datasets call the keys of our forms, the likeliest first."""
 
 
-def listed(rows: Iterable[Any], what: str) -> list[Any]:
-    """Rows as a list, whatever holds them: a sequence, a column or a split of `datasets`, an iterator. `Rows`
-    stay such, with their places.
+def listed(rows: Iterable[Any], what: str, config: DataConfig | None = None) -> list[Any]:
+    """Rows as a list, whatever holds them: a sequence, a column or a split of `datasets`, an iterator.
+
+    `Rows`, which were read, stay as they are, with their places.
 
     what: how an error names them, in the plural.
+    config: has the names of columns, see `renamed`; None changes none.
 
     Raises:
-        DataError: they are one string, or several splits.
+        DataError: they are one string, or several splits; or a row has not the columns that are named.
     """
     if isinstance(rows, (str, bytes)):  # also a sequence of strings: its letters
         raise DataError(f"the {what} are one string: give a list of {what}")
     if isinstance(rows, Mapping):
         raise DataError(f"the {what} are a dict of {', '.join(map(str, rows))}: give one of its values")
-    return rows if isinstance(rows, Rows) else list(rows)
+    if isinstance(rows, Rows):
+        return rows
+    given = list(as_written(rows))
+    return given if config is None else [_named(row, index, what, config) for index, row in enumerate(given)]
+
+
+def _named(row: Any, index: int, what: str, config: DataConfig) -> Any:
+    try:
+        return renamed(row, config)
+    except DataError as error:
+        raise DataError(f"row {index} of the {what} {error}") from None
 
 
 def text_of(value: Any) -> Text | None:
     """A string or a list of messages, as it is; None for anything else."""
     return value if isinstance(value, str) else messages_of(value) if not isinstance(value, Mapping) else None
+
+
+# ---------------------------------------------------------------------------------------------------- forms
 
 
 def sample_form(row: Any) -> Any:
@@ -64,28 +117,30 @@ def sample_form(row: Any) -> Any:
     Raises:
         DataError: the row is none of these.
     """
+    row = _recognised(row)
     if isinstance(row, str):
         return row
     messages = messages_of(row)
     if messages is not None:
         return {"messages": messages, **template_keys(row)} if isinstance(row, Mapping) else messages
     if not isinstance(row, Mapping):
-        raise DataError(_SAMPLE)
-    if isinstance(row.get("text"), str):
-        return row["text"]
+        raise DataError(_SAMPLE + about(row))
+    _refuse_stepwise(row)
+    row = _prompt_apart(row)
+    if "text" in row:
+        row = {"chosen": row["text"], **template_keys(row)}
     answer = "completion" if "completion" in row else "chosen"
     answer_text = text_of(row.get(answer))
-    if answer_text is None:
-        raise DataError(_SAMPLE)
-    if "prompt" not in row:
-        if answer == "completion":
-            raise DataError(_SAMPLE)
-        return (
-            answer_text if isinstance(answer_text, str) else {"messages": answer_text, **template_keys(row)}
-        )
-    prompt = text_of(row["prompt"])
-    if type(prompt) is not type(answer_text):
-        raise DataError(_SAMPLE)
+    if "prompt" not in row and answer == "chosen":
+        if isinstance(answer_text, list):
+            return {"messages": answer_text, **template_keys(row)}
+        if answer_text is not None:
+            return answer_text
+    prompt = text_of(row.get("prompt"))
+    if prompt is not None and answer_text is not None:
+        _joined(prompt, answer_text, answer)
+    if prompt is None or answer_text is None:
+        raise DataError(_SAMPLE + about(row, ("prompt", "completion"), ("text",)))
     keys = {} if isinstance(prompt, str) else template_keys(row)
     return {"prompt": prompt, "completion": answer_text, **keys}
 
@@ -93,45 +148,61 @@ def sample_form(row: Any) -> Any:
 def prompt_form(row: Any) -> Any:
     """A string, or a dict whose "prompt" is a text or a dialogue; its other keys go with it.
 
+    The prompt of a dialogue is what stands before the assistant's last message, that of a preference without
+    one what both texts begin with.
+
     Raises:
-        DataError: the row is neither.
+        DataError: the row has no prompt.
     """
+    row = _recognised(row)
     if isinstance(row, str):
         return row
-    prompt = row.get("prompt") if isinstance(row, Mapping) else row
-    if not isinstance(row, Mapping) or text_of(prompt) is None:
-        raise DataError(
-            f'is neither a string nor a dict with a "prompt" string or dialogue (got {type(prompt).__name__})'
-        )
-    if not isinstance(prompt, str):
-        template_keys(row)
-    return row
+    if isinstance(row, Mapping):
+        row = _with_prompt(_prompt_apart(row))
+        prompt = text_of(row.get("prompt"))
+        if prompt is not None:
+            if isinstance(prompt, list):
+                template_keys(row)
+            return row
+    kind = type(row.get("prompt") if isinstance(row, Mapping) else row).__name__
+    needed = 'is neither a string nor a dict with a "prompt" string or dialogue'
+    raise DataError(f"{needed} (got {kind}){about(row, ('prompt',))}")
 
 
 def judgement_form(row: Any) -> Any:
     """A row for a reward model, its prompt put before its texts, a label made a score of 1 or 0.
 
-    What has none of these keys is given back as it is, for `conch.data.preferences.check_rows`.
+    What is neither a comparison nor a text with a score comes back as it is, for
+    `conch.data.preferences.check_rows` to refuse.
 
     Raises:
-        DataError: a prompt that is not of the same kind as the texts, or a label that is neither true nor
-            false.
+        DataError: a prompt that is not of the same kind as the texts, a label that is neither true nor false,
+            or no answer to compare with.
     """
+    given, row = row, _recognised(row)
     if not isinstance(row, Mapping):
         return row
-    if any(isinstance(text_of(row.get(key)), list) for key in ("text", "chosen", "rejected", "completion")):
-        template_keys(row)
-    if "prompt" not in row:
-        return row
-    judgement = {key: value for key, value in row.items() if key not in ("prompt", "completion", "label")}
-    for key in ("chosen", "rejected", "text"):
-        if key in row:
-            judgement[key] = _joined(row["prompt"], row[key], key)
-    if "completion" in row:
-        judgement["text"] = _joined(row["prompt"], row["completion"], "completion")
-    if "label" in row:
+    _refuse_stepwise(row)
+    row = _prompt_apart(row)
+    _refuse_uncompared(row)
+    judgement = {key: value for key, value in row.items() if key not in ("prompt", "completion")}
+    if row.keys() & {"score", "scores", "label"} and not row.keys() & {"prompt", "text"}:
+        judgement |= {"text": judgement.pop("messages")} if "messages" in row else {}
+    if "prompt" in row:
+        for key in ("chosen", "rejected", "text"):
+            if key in row:
+                judgement[key] = _joined(row["prompt"], row[key], key)
+        if "completion" in row:
+            judgement["text"] = _joined(row["prompt"], row["completion"], "completion")
+    if "label" in row and row.keys() & {"prompt", "messages"} and not row.keys() & {"score", "scores"}:
         judgement["score"] = float(_label(row))
-    return judgement
+        del judgement["label"]
+    if isinstance(judgement.get("scores"), Mapping):
+        judgement["scores"] = {key: score for key, score in judgement["scores"].items() if score is not None}
+    if any(isinstance(text_of(judgement.get(key)), list) for key in ("text", "chosen", "rejected")):
+        template_keys(row)
+    judges = {"text", "score"} <= judgement.keys() or {"text", "scores"} <= judgement.keys()
+    return judgement if judges or {"chosen", "rejected"} <= judgement.keys() else given
 
 
 def rewarded_form(row: Any) -> list[tuple[Any, float]]:
@@ -141,44 +212,119 @@ def rewarded_form(row: Any) -> list[tuple[Any, float]]:
     Raises:
         DataError: the row has none of these forms.
     """
+    row = _recognised(row)
     if not isinstance(row, Mapping):
-        raise DataError('is no {"sample", "reward"} object, preference or labelled completion')
+        raise DataError(_REWARDED + about(row))
+    _refuse_stepwise(row)
     if {"sample", "reward"} <= row.keys():
-        return [(row["sample"], row["reward"])]
+        messages = messages_of(row["sample"])
+        sample = row["sample"] if messages is None else {"messages": messages, **template_keys(row)}
+        return [(sample, row["reward"])]
+    row = _prompt_apart(row)
     if {"prompt", "completion", "label"} <= row.keys():
         return [(_turns(row["prompt"], row["completion"], row), 1.0 if _label(row) else -1.0)]
+    _refuse_uncompared(row)
     if {"chosen", "rejected"} <= row.keys():
         prompt, chosen, rejected = prompt_and_answers(row)
         return [(_turns(prompt, chosen, row), 1.0), (_turns(prompt, rejected, row), -1.0)]
-    raise DataError('is no {"sample", "reward"} object, preference or labelled completion')
+    raise DataError(_REWARDED + about(row, *_REWARDED_FORMS))
 
 
 def prompt_and_answers(row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     """Prompt, chosen and rejected of a preference; without a "prompt", what the two texts begin with alike,
-    up to the end of a word, or the messages that they share.
+    up to the last "Assistant:" of turns as in Anthropic's HH, else to the end of a word, or the messages that
+    they share.
 
     Raises:
         DataError: they are no texts, or share nothing.
     """
     chosen, rejected = text_of(row.get("chosen")), text_of(row.get("rejected"))
-    if chosen is None or type(chosen) is not type(rejected):
+    if chosen is None or rejected is None or type(chosen) is not type(rejected):
         raise DataError('needs "chosen" and "rejected", both strings or both dialogues')
     if "prompt" in row:
         return row["prompt"], chosen, rejected
-    assert rejected is not None
     shared = _num_shared(chosen, rejected)
     if not shared:
         raise DataError('has no "prompt", and "chosen" and "rejected" do not begin alike')
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
+# --------------------------------------------------------------------------------------------- parts of a row
+
+
+def _recognised(row: Any) -> Any:
+    """The row in one of our forms, without those keys of them that have no value."""
+    if not isinstance(row, Mapping):
+        return row
+    return public_form(
+        {key: value for key, value in row.items() if value is not None or key not in _FORM_KEYS}
+    )
+
+
+def _prompt_apart(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with a prompt that its answers do not repeat, of the same kind as they are.
+
+    Raises:
+        DataError: the prompt is a string, and nowhere in the answers' messages.
+    """
+    answers = {key: text_of(row[key]) for key in ("completion", "chosen", "rejected") if key in row}
+    prompt, texts = text_of(row.get("prompt")), list(answers.values())
+    if prompt is None or not texts:
+        return row
+    if isinstance(prompt, str) and all(isinstance(text, list) for text in texts):
+        shared = _shared_messages(prompt, texts)  # pyright: ignore[reportArgumentType]
+        first = 0 if all(text[0]["role"] == ASSISTANT for text in texts) else len(shared)  # pyright: ignore[reportOptionalSubscript, reportArgumentType]
+        return {**row, "prompt": shared, **{key: text[first:] for key, text in answers.items() if text}}
+    # Of strings, one word in front may be chance: "1" before "10" and "11".
+    says_much = isinstance(prompt, list) or len(prompt.split()) > 1
+    repeated = all(
+        type(text) is type(prompt) and len(text) > len(prompt) and text[: len(prompt)] == prompt  # pyright: ignore[reportArgumentType, reportOptionalSubscript]
+        for text in texts
+    )
+    is_pair = "completion" in answers and isinstance(prompt, str)
+    if not (says_much and repeated) or is_pair:
+        return row
+    return {**row, **{key: text[len(prompt) :] for key, text in answers.items() if text}}
+
+
+def _shared_messages(prompt: str, texts: list[list[Mapping[str, Any]]]) -> list[Mapping[str, Any]]:
+    """The messages that all texts begin with, less their last one; the prompt as the user's where the
+    assistant begins."""
+    if all(text[0]["role"] == ASSISTANT for text in texts):
+        return [{"role": "user", "content": prompt}]
+    shared = texts[0][: min(_num_shared(texts[0], text) for text in texts)]
+    if not any(prompt.strip() in str(message.get("content")) for message in shared):
+        raise DataError(
+            'has a "prompt" string that the messages before the answers do not hold: take out one of the two'
+        )
+    return shared
+
+
+def _with_prompt(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with the prompt of its dialogue or of its preference, where it has none of its own."""
+    if "prompt" in row:
+        return row
+    messages = messages_of(row.get("messages"))
+    if messages is not None:
+        others = {key: value for key, value in row.items() if key != "messages"}
+        answered = messages[-1]["role"] == ASSISTANT and len(messages) > 1
+        if not answered:
+            return {**others, "prompt": messages}
+        return {**others, "prompt": messages[:-1], "completion": messages[-1:]}
+    if {"chosen", "rejected"} <= row.keys():
+        prompt, chosen, rejected = prompt_and_answers(row)
+        return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return row
+
+
 def _num_shared(one: Text, other: Text) -> int:
     """Characters or messages that both begin with, less the space and the word they end in."""
     pairs = enumerate(zip(one, other, strict=False))
     shared = next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
-    if isinstance(one, str):
-        return len(re.sub(r"\S+$", "", one[:shared]).rstrip())
-    return min(shared, len(one) - 1, len(other) - 1)
+    if not isinstance(one, str):
+        return min(shared, len(one) - 1, len(other) - 1)
+    *_, last = [None, *re.finditer(r"\n\nAssistant:", one[:shared])]
+    return last.end() if last is not None else len(re.sub(r"\S+$", "", one[:shared]).rstrip())
 
 
 def _turns(prompt: Any, output: Any, row: Mapping[str, Any]) -> Any:
@@ -186,7 +332,7 @@ def _turns(prompt: Any, output: Any, row: Mapping[str, Any]) -> Any:
     if isinstance(prompt, str) and isinstance(output, str):
         return [prompt, output]
     if text_of(prompt) is None or type(text_of(prompt)) is not type(text_of(output)):
-        raise DataError("needs a prompt and outputs that are all strings or all dialogues")
+        raise DataError(f"needs a prompt and outputs that are all strings or all dialogues{_MIXED}")
     return {"prompt": prompt, "completion": output, **template_keys(row)}
 
 
@@ -196,13 +342,61 @@ def _joined(prompt: Any, text: Any, key: str) -> Text:
         return before + behind
     if isinstance(before, list) and isinstance(behind, list):
         return [*before, *behind]
-    raise DataError(f'needs a "prompt" and a "{key}" that are both strings or both dialogues')
+    raise DataError(f'needs a "prompt" and a "{key}" that are both strings or both dialogues{_MIXED}')
 
 
 def _label(row: Mapping[str, Any]) -> bool:
     if row["label"] not in (True, False):
         raise DataError(f"has the label {row['label']!r}: it must be true or false")
     return bool(row["label"])
+
+
+# -------------------------------------------------------------------------------------------------- refusals
+
+
+def _refuse_stepwise(row: Mapping[str, Any]) -> None:
+    if isinstance(row.get("completions"), Sequence) and isinstance(row.get("labels"), Sequence):
+        raise DataError(_STEPWISE)
+
+
+def _refuse_uncompared(row: Mapping[str, Any]) -> None:
+    if "chosen" in row and "rejected" not in row:
+        raise DataError(
+            'has no "rejected" text beside "chosen": answers that are judged alike are not learned from'
+            + about(row, ("rejected",))
+        )
+
+
+def about(row: Any, *forms: tuple[str, ...]) -> str:
+    """What a refusal adds: which dialogue is none and why, the row's keys, and what to set.
+
+    forms: keys that the row might have had, of one form each.
+    """
+    values = {"": row} if not isinstance(row, Mapping) else {key: row.get(key) for key in _TEXT_KEYS}
+    faults = ((key, dialogue_fault(value)) for key, value in values.items())
+    named = ((f'"{key}": ' if key else "") + fault for key, fault in faults if fault)
+    faulty = "".join(f"; {fault}" for fault in list(named)[:1])
+    if not isinstance(row, Mapping):
+        return faulty
+    keys = ", ".join(str(key) for key in list(row)[:20])
+    columns = next(filter(None, (_likely_columns(row, form) for form in forms)), {})
+    set_to = " ".join(f"data.columns.{key}={column}" for key, column in columns.items())
+    remedy = f"set `{set_to}`" if set_to else "name columns by `data.columns`, see docs/data.md"
+    return f"{faulty} (keys here: {keys}): {remedy}"
+
+
+def _likely_columns(row: Mapping[str, Any], form: tuple[str, ...]) -> dict[str, str]:
+    """The columns that likely are what the row lacks of this form; none where it lacks more or nothing."""
+    lacking = [key for key in form if key not in row]
+    columns: dict[str, str] = {}
+    for key in lacking:
+        left = (name for name in _LIKELY.get(key, ()) if name in row and name not in columns.values())
+        if (column := next(left, None)) is not None:
+            columns[key] = column
+    return columns if len(columns) == len(lacking) else {}
+
+
+# --------------------------------------------------------------------------------------------------- lengths
 
 
 _log = get_logger(__name__)

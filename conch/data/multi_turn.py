@@ -15,10 +15,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from conch.data.chat import dialogue_of, encode_dialogue
-from conch.data.files import like_rows
+from conch.data.files import like_rows, usable
 from conch.data.formats import listed
 from conch.data.text import TextCodec
-from conch.data.usable import usable
 from conch.errors import DataError
 from conch.log import get_logger
 

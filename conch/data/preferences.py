@@ -23,10 +23,9 @@ from transformers import PreTrainedTokenizerBase
 
 from conch.config import DataConfig
 from conch.data.chat import dialogue_of_row, render_dialogue
-from conch.data.files import like_rows, place_of
-from conch.data.formats import fitting, judgement_form, listed, text_of
+from conch.data.files import like_rows, place_of, usable
+from conch.data.formats import JUDGEMENT_FORMS, about, fitting, judgement_form, listed, text_of
 from conch.data.text import special_frame
-from conch.data.usable import usable
 from conch.errors import DataError
 from conch.log import get_logger
 from conch.types import DEFAULT_OBJECTIVE, Dialogue
@@ -131,15 +130,16 @@ class Pairs:
 # ------------------------------------------------------------------------------------------------------- rows
 
 
-def judgements(rows: Iterable[Any], *, what: str = "row") -> list[Any]:
+def judgements(rows: Iterable[Any], *, what: str = "row", config: DataConfig | None = None) -> list[Any]:
     """Rows of any form with their prompts in their texts, for `check_rows`.
 
     what: how an error names a row.
+    config: has the names of columns; see `listed`.
 
     Raises:
         DataError: a prompt does not go with its texts, or a label is none.
     """
-    given = listed(rows, f"{what}s")
+    given = listed(rows, f"{what}s", config)
     return like_rows(given, [_in_form(row, place_of(given, index, what)) for index, row in enumerate(given)])
 
 
@@ -204,8 +204,8 @@ def _check_row(row: Any, form: RowForm, name: str) -> None:
         raise DataError(f"{name} is no dict: rows are all {_FORMS} ({row!r})")
     for key in form.texts:
         if text_of(row.get(key)) is None:
-            keys = ", ".join(map(str, row))
-            raise DataError(f'{name} has no string "{key}": rows are all {_FORMS} (keys here: {keys})')
+            remedy = about(row, *JUDGEMENT_FORMS)
+            raise DataError(f'{name} has no string "{key}": rows are all {_FORMS}{remedy}')
     if form.compares:
         _check_pair(row, form, name)
     else:

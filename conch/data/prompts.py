@@ -7,10 +7,9 @@ from typing import Any
 
 from conch.config import DataConfig, TokenizerConfig
 from conch.data.chat import TEMPLATE_KEYS, dialogue_of_row, render_prompt
-from conch.data.files import like_rows
+from conch.data.files import like_rows, usable
 from conch.data.formats import fitting, listed, prompt_form
 from conch.data.text import TextCodec
-from conch.data.usable import usable
 from conch.errors import DataError
 from conch.log import get_logger
 from conch.types import Prompt

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from conch.config import DataConfig
 from conch.data.chat import dialogue_of, encode_dialogue
-from conch.data.files import like_rows
+from conch.data.files import like_rows, usable
 from conch.data.formats import fitting, listed, sample_form
 from conch.data.text import TextCodec
-from conch.data.usable import usable
 from conch.errors import DataError
 from conch.log import get_logger
 

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from conch.cli import load_run_config
 from conch.config import OnlineRunConfig
 from conch.data.files import evaluation_rows, training_rows
-from conch.data.formats import prompt_form
+from conch.data.formats import listed, prompt_form
 from conch.data.index_sampler import IndexStream
 from conch.data.rollout_batch import Sequences, collate
 from conch.distributed.train_engine import TrainEngine
@@ -116,6 +116,9 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         self.config = config
         self.engine = engine = TrainEngine(config.train)
         self.collectives = self.engine.collectives
+        prompts = listed(prompts, "prompts", config.data)
+        if eval_prompts is not None:
+            eval_prompts = listed(eval_prompts, "evaluation prompts", config.data)
         all_prompts = [*prompts, *(eval_prompts or [])]
         self.source, self.tokenizer = open_reward(self.collectives, reward, config, all_prompts, tokenizer)
         self.scorer = RewardScorer(self.source, config.reward, self.collectives.all_reduce_int)

@@ -73,3 +73,24 @@ def test_a_config_of_a_type_picks_its_own(tmp_path: Path) -> None:
 def test_arguments_that_do_not_fit_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         conch.train(policy(), **{"tokenizer": TOKENIZER, **given})
+
+
+def test_columns_of_rows_are_named_in_the_config(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def reward(samples: list[str], prompts: list[str], outputs: list[str], truth: list[str]) -> list[float]:
+        seen.extend(zip(prompts, truth, strict=True))
+        return [1.0] * len(samples)
+
+    rows = [{"question": prompt, "truth": prompt.upper()} for prompt in PROMPTS]
+    columns = {"columns": {"prompt": "question"}}
+    config = settings(tmp_path / "ppo", ppo={"rollouts_per_step": 8}, data=columns)
+    conch.train(policy(), tokenizer=TOKENIZER, config=config, prompts=rows, reward=reward)
+    assert seen and all(prompt in PROMPTS and truth == prompt.upper() for prompt, truth in seen)
+
+    samples = [{"question": "ab", "answer": "cd"}] * 4
+    columns = {"columns": {"prompt": "question", "completion": "answer"}}
+    config = settings(tmp_path / "sft", sft={"batch_size": 4}, data=columns)
+    trainer = conch.train(policy(), tokenizer=TOKENIZER, config=config, samples=samples)
+    assert isinstance(trainer, SFTTrainer)
+    assert {(sample.num_prompt, len(sample.token_ids)) for sample in trainer.samples} == {(2, 5)}

@@ -247,6 +247,19 @@ def test_save_resolved_can_be_composed_into_an_equal_config(tmp_path: Path) -> N
     assert again == config
 
 
+NUMBERS = ("1e5", "-1E5", "+.5e3", "1_0e3", "0b1", ".nan", "2020-01-01", "1:30")
+WORDS = ("???", "yes", "null", "~", "", "$", "=", "#a", "{a}", "- a", "a: b", "<|im_end|>")
+REFERENCES = ("${name}", "a${name", r"\${name}", r"\\${name}")
+CONTROLS = ("\n", " a\t", "e\x85", "~\u2028[", "\x1b", "\x00", "\N{GRINNING FACE}'\"")
+
+
+@pytest.mark.parametrize("text", [*NUMBERS, *WORDS, *REFERENCES, *CONTROLS])
+def test_a_resolved_text_comes_back_as_it_was(tmp_path: Path, text: str) -> None:
+    config = ToyConfig(name=text, generation=GenerationConfig(stop=(text or "a", "b")))
+    save_resolved(config, tmp_path / "config.yaml")
+    assert load_run_config(ToyConfig, [], default_name="config", config_dir=tmp_path) == config
+
+
 def test_save_resolved_unwritable_place_is_a_config_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot write the resolved configuration to .*config.yaml"):

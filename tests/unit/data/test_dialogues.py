@@ -171,3 +171,72 @@ def test_tools_and_variables_of_another_kind_are_refused_with_the_row(keys: Any,
             form({**row, **keys})
         assert reason in str(caught.value)
         assert str(caught.value).startswith("has ")
+
+
+# As families have them: Qwen2.5 writes contents as they are and calls by `tojson`, DeepSeek
+# takes arguments for a string, Gemma 3 reads both kinds of content, Llava lists of parts alone.
+STRINGS = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.content is defined %}{{ m.content }}{% endif %}"
+    "{% for c in m.tool_calls or [] %}({{ c.function.arguments | tojson }}){% endfor %}.{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CONCATENATED = STRINGS.replace("{{ m.content }}", "{{ '' + m.content }}").replace(
+    "c.function.arguments | tojson", "'=' + c.function.arguments"
+)
+EITHER = STRINGS.replace(
+    "{{ m.content }}",
+    "{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}{{ p.text | trim }}{% endfor %}{% endif %}",
+)
+PARTS = STRINGS.replace(
+    "{{ m.content }}", "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"
+)
+
+
+def parts(*texts: str) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "text"),
+    [
+        (STRINGS, "a b", "a b"),
+        (STRINGS, parts("a ", "b"), "a b"),
+        (CONCATENATED, parts("a ", "b"), "a b"),
+        (EITHER, "a b", "a b"),
+        (EITHER, parts("a ", "b"), "ab"),
+        (PARTS, "a b", "a b"),
+        (PARTS, parts("a ", "b"), "a b"),
+    ],
+)
+def test_contents_reach_the_template_in_the_form_that_it_reads(
+    template: str, content: Any, text: str
+) -> None:
+    row = {"prompt": [{"role": "user", "content": content}, *CALLED[2:], *ASKED]}
+    (prompt,) = make_prompts([row], TextCodec(letters(template)), TokenizerConfig(), max_tokens=None)
+    assert prompt.text == f"<user>{text}.<assistant>three.<user>one and two?.<assistant>"
+
+
+@pytest.mark.parametrize(
+    ("template", "shown"), [(STRINGS, '({"a": 1, "b": 2})'), (CONCATENATED, '(={"a": 1, "b": 2})')]
+)
+@pytest.mark.parametrize("as_text", [False, True], ids=["dict", "JSON"])
+def test_arguments_of_calls_reach_the_template_in_the_form_that_it_reads(
+    template: str, shown: str, as_text: bool
+) -> None:
+    arguments = json.dumps({"a": 1, "b": 2}) if as_text else {"a": 1, "b": 2}
+    call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+    row = {"prompt": [*ASKED, {"role": "assistant", "tool_calls": [call]}, CALLED[1]]}
+    (prompt,) = make_prompts([row], TextCodec(letters(template)), TokenizerConfig(), max_tokens=None)
+    assert prompt.text == f"<user>one and two?.<assistant>{shown}.<tool>3.<assistant>"
+
+
+def test_a_content_that_no_template_reads_is_refused_by_the_template() -> None:
+    refusing = "{{ raise_exception('text only') }}"
+    with pytest.raises(DataError, match="does not take prompt 0: text only"):
+        make_prompts(
+            [{"prompt": [{"role": "user", "content": parts("a")}]}],
+            TextCodec(letters(refusing)),
+            TokenizerConfig(),
+            max_tokens=None,
+        )

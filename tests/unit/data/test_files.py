@@ -49,7 +49,7 @@ def test_gzipped_jsonl_file_gives_its_values(tmp_path: Path) -> None:
         (
             "rows.jsonl",
             'a\n\n{"a": \n',
-            "none of the 2 rows .* line 1 is not JSON: .*; line 3 is not",
+            "none of the 2 rows .* line 1 is not JSON: .* \\[and 1 more like it: line 3\\]",
         ),
         ("rows.json", '[{"a": 1},', "is not JSON"),
         ("rows.json", "[]", "is empty: give at least one row"),
@@ -136,9 +136,30 @@ def test_bad_rows_are_left_out_counted_and_named_by_line(
     (record,) = caplog.records
     message = record.getMessage()
     assert message.startswith(
-        f"7 of 9 rows of {path} left out: line 2 is -2, not above 0; line 4 is not JSON"
+        f"7 of 9 rows of {path} left out: line 2 is -2, not above 0 "
+        "[and 5 more like it: line 6, line 7, ...]; line 4 is not JSON"
     )
-    assert message.endswith("line 7 is -1, not above 0; line 8 is -1, not above 0; and 2 more")
+
+
+def test_reasons_are_counted_the_most_frequent_first_and_named_up_to_five(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("conch"), "propagate", True)
+    words = ["one", "two", "three", "four", "five", "six", "six", "good"]
+    path = written(tmp_path / "rows.txt", "\n".join(words))
+
+    def form(row: Any) -> str:
+        if row != "good":
+            raise DataError(f"says {row}")
+        return row
+
+    with caplog.at_level(logging.WARNING, "conch"):
+        assert read_rows(path, form=form) == ["good"]
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"7 of 8 rows of {path} left out: line 6 says six [and 1 more like it: line 7]; line 1 says one; "
+        "line 2 says two; line 3 says three; line 4 says four; and 1 more, for other reasons"
+    )
 
 
 def test_a_file_without_one_good_row_is_refused(tmp_path: Path) -> None:

@@ -35,11 +35,16 @@ def test_sample_of_every_form(row: Any, sample: Any) -> None:
 
 @pytest.mark.parametrize(
     "row",
-    [3, None, [], {"prompt": "a"}, {"completion": "b"}, {"prompt": ASKED, "completion": "b"}, {"text": 3}],
+    [3, None, [], {"prompt": "a"}, {"completion": "b"}, {"prompt": ASKED, "completion": 3}, {"text": 3}],
 )
 def test_what_is_no_sample_is_refused(row: Any) -> None:
     with pytest.raises(DataError, match="is neither a string"):
         sample_form(row)
+
+
+def test_a_dialogue_with_a_string_is_refused_with_the_remedy() -> None:
+    with pytest.raises(DataError, match=r'needs a "prompt" and a "completion" .*apply_chat_template=true'):
+        sample_form({"prompt": ASKED, "completion": "b"})
 
 
 def test_prompts_keep_their_other_keys() -> None:
@@ -72,12 +77,12 @@ def test_judgement_of_every_form(row: Any, made: Any) -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"prompt": "a", "chosen": BLUE, "rejected": GREEN}, 'needs a "prompt" and a "chosen" that are both'),
+        ({"prompt": ASKED, "chosen": "b", "rejected": "c"}, 'needs a "prompt" and a "chosen" that are both'),
         (
             {"prompt": "a", "completion": "b", "label": "good"},
             "has the label 'good': it must be true or false",
         ),
-        ({"chosen": "ab"}, 'has no string "rejected"'),
+        ({"chosen": "ab"}, 'has no "rejected" text beside "chosen"'),
         ({"chosen": "ab", "rejected": "ac", "margin": -1}, "its margin -1 is not a finite number"),
         ({"text": "ab", "score": float("nan")}, "its score nan is not a finite number"),
     ],
