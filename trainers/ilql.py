@@ -269,6 +269,8 @@ class ILQLTrainer:
         self.config = config
         self.engine = engine = TrainEngine(config.train)
         self.collectives = self.engine.collectives
+        if model is None:
+            engine.check_weights(config.model)
         self.source = eval_source(self.collectives, reward, config.reward, eval_prompts)
         self.tokenizer = load_policy_tokenizer(tokenizer, config.tokenizer, config.model.path)
         lm = load_policy(model, config.model, engine.precision)

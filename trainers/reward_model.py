@@ -218,6 +218,7 @@ class RewardModelTrainer:
         self.config = config
         self.engine = TrainEngine(config.train)
         self.collectives = self.engine.collectives
+        self.engine.check_weights(config.model)
         self.scorer = None
         samples = judgements(samples)
         eval_samples = None if eval_samples is None else judgements(eval_samples, what="evaluation row")

@@ -152,6 +152,8 @@ class SFTTrainer:
         self.config = config
         self.engine = engine = TrainEngine(config.train)
         self.collectives = self.engine.collectives
+        if model is None:
+            engine.check_weights(config.model)
         self.source = eval_source(self.collectives, reward, config.reward, eval_prompts)
         self.tokenizer = load_policy_tokenizer(tokenizer, config.tokenizer, config.model.path)
         if config.sft.chat_template is not None:

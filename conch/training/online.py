@@ -115,6 +115,8 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         self.config = config
         self.engine = engine = TrainEngine(config.train)
         self.collectives = self.engine.collectives
+        if model is None:
+            engine.check_weights(config.model)
         all_prompts = [*prompts, *(eval_prompts or [])]
         self.source, self.tokenizer = open_reward(self.collectives, reward, config, all_prompts, tokenizer)
         self.scorer = RewardScorer(self.source, config.reward, self.collectives.all_reduce_int)
