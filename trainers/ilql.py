@@ -295,6 +295,7 @@ class ILQLTrainer:
             weights=config.reward.weights,
             metric_fn=metric_fn,
             default_repeats=config.train.eval_repeats,
+            seed=config.train.seed,
         )
         self.run = start_run(self, self.policy)
         self.run_dir = self.run.folder

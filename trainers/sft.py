@@ -216,6 +216,7 @@ class SFTTrainer:
             weights=config.reward.weights,
             metric_fn=metric_fn,
             default_repeats=config.train.eval_repeats,
+            seed=config.train.seed,
         )
 
     def _make_sampler(self, generation: GenerationConfig) -> HFEngine:

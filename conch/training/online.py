@@ -30,7 +30,7 @@ from conch.data.formats import prompt_form
 from conch.data.index_sampler import IndexStream
 from conch.data.rollout_batch import Sequences, collate
 from conch.distributed.train_engine import TrainEngine
-from conch.evaluation.evaluator import Evaluator, sampled_prompts
+from conch.evaluation.evaluator import Evaluator, Variant, sampled_prompts
 from conch.evaluation.metrics import MetricFn
 from conch.models.forward import BatchPacker
 from conch.models.freezing import freeze_layers
@@ -148,6 +148,7 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
             weights=config.reward.weights,
             metric_fn=metric_fn,
             default_repeats=config.train.eval_repeats,
+            seed=config.train.seed,
         )
         self.run = start_run(self, self.checkpointed)
         self.run_dir = self.run.folder
@@ -230,10 +231,11 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
 
     @with_gathered_weights
     def compute_logprobs(
-        self, rollouts: Sequence[Rollout], *, policy_too: bool | None = None
+        self, rollouts: Sequence[Rollout], *, temperature: float | None = None, policy_too: bool | None = None
     ) -> LogprobOutputs:
         """Run the policy and, where there is one, the reference over each rollout, without gradient.
 
+        temperature: of both distributions; None takes the one that training samples at.
         policy_too: False asks the reference alone; None does as `computes_old_logprobs` says.
         """
         return logprob_outputs(
@@ -242,20 +244,23 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
             self.reference,
             self.packer,
             collate(rollouts, self.pad_id, self.engine.device),
-            temperature=self.config.generation.temperature,
+            temperature=self.config.generation.temperature if temperature is None else temperature,
             batch_size=self.forward_batch_size,
             policy_too=self.computes_old_logprobs if policy_too is None else policy_too,
         )
 
     @with_gathered_weights
     @torch.no_grad()
-    def kl_to_start(self, rollouts: Sequence[Rollout]) -> float:
-        """KL(policy || starting policy) in nats per sample, estimated on `rollouts` of the current policy."""
+    def kl_to_start(self, rollouts: Sequence[Rollout], *, temperature: float | None = None) -> float:
+        """KL(policy || starting policy) in nats per sample, estimated on `rollouts` of the current policy.
+
+        temperature: that `rollouts` were sampled at; None for that of training.
+        """
         assert self.reference is not None, "this run keeps no reference"
         if not rollouts:  # a rank without prompts to evaluate; the others wait for its share of the mean
             nothing = torch.zeros(0, 1, device=self.engine.device)
             return mean_kl(nothing, nothing, nothing.bool(), self.collectives.all_reduce)
-        outputs = self.compute_logprobs(rollouts, policy_too=True)
+        outputs = self.compute_logprobs(rollouts, temperature=temperature, policy_too=True)
         assert outputs.logprobs is not None and outputs.ref_logprobs is not None
         mask = outputs.sequences.response_mask
         return mean_kl(outputs.logprobs, outputs.ref_logprobs, mask, self.collectives.all_reduce)
@@ -267,10 +272,16 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         """Sample `repeats` (or `train.eval_repeats`) completions per evaluation prompt.
 
         Returns the mean reward, means of the user's metrics, and, where there is a reference, the KL to the
-        start in nats per sample.
+        start in nats per sample, at the temperature of the evaluation; not of completions that no temperature
+        gives (greedy ones, or of a cut distribution).
         """
-        extra = None if self.reference is None else lambda rollouts: {"eval/kl": self.kl_to_start(rollouts)}
+        extra = None if self.reference is None else self._kl_of_evaluation
         return self.evaluator.run(tracker, step, repeats=repeats, extra=extra)
+
+    def _kl_of_evaluation(self, rollouts: Sequence[Rollout], variant: Variant[Any]) -> Metrics:
+        if variant.greedy or variant.generation.cuts:
+            return {}
+        return {"eval/kl": self.kl_to_start(rollouts, temperature=variant.generation.temperature)}
 
     @with_gathered_weights
     def generate(self, prompts: Sequence[str], *, greedy: bool = False) -> list[str]:
