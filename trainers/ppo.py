@@ -101,11 +101,7 @@ class PPOConfig(Section):
 
     @model_validator(mode="after")
     def _kl_weight_stays_positive(self) -> PPOConfig:
-        if self.kl.target is not None and self.kl.horizon < self.rollouts_per_step:
-            raise ValueError(
-                f"`kl.horizon` = {self.kl.horizon} is shorter than `rollouts_per_step` = "
-                f"{self.rollouts_per_step}: one step could turn the weight negative; raise the horizon"
-            )
+        self.kl.check_horizon(self.rollouts_per_step, "`rollouts_per_step`")
         return self
 
 
@@ -114,6 +110,11 @@ class PPORunConfig(OnlineRunConfig):
 
     shaping: ShapingConfig = ShapingConfig()
     ppo: PPOConfig = PPOConfig()
+
+    @model_validator(mode="after")
+    def _kl_is_measured(self) -> PPORunConfig:
+        self.ppo.kl.check_target(self.generation, "ppo")
+        return self
 
 
 @dataclass(frozen=True)

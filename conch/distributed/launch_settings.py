@@ -1,4 +1,4 @@
-"""What accelerate and DeepSpeed take from the environment, from files and from earlier trainers of the process.
+"""What accelerate and DeepSpeed take from the environment, from files and from a process's earlier trainers.
 
 `accelerate launch` hands its configuration on in environment variables (ACCELERATE_*), a DeepSpeed JSON file
 has keys of its own, and accelerate keeps one precision and one accumulation count for the whole process: all
@@ -22,7 +22,7 @@ _REFUSED_FLAGS = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism",
 }
-"""Variables that spread one row of a batch over several processes, where a trainer gives each its own rows."""
+"""Variables that spread one row of a batch over several processes, where a trainer gives each its rows."""
 
 _REFUSED_KEYS = {
     "optimizer": "the section `optimizer` of the run sets it",
@@ -32,7 +32,7 @@ _REFUSED_KEYS = {
 
 
 def check_environment() -> None:
-    """Refuse what `accelerate launch` was told and no trainer can do, before accelerate is asked for anything.
+    """Refuse what `accelerate launch` was told and no trainer can do, before accelerate is made.
 
     Raises:
         DistributedError: weights or rows would be spread in a way that a trainer does not know.
@@ -76,16 +76,15 @@ def check_precision(accelerator: Accelerator, wanted: str | None) -> None:
     precision = accelerator.mixed_precision
     if wanted is not None and precision != wanted:
         is_deepspeed = accelerator.distributed_type is DistributedType.DEEPSPEED
-        decided = "the DeepSpeed configuration" if is_deepspeed else "an earlier trainer or Accelerator of this process"
+        earlier = "an earlier trainer or Accelerator of this process"
+        decided = "the DeepSpeed configuration" if is_deepspeed else earlier
         raise ConfigError(
             f"`train.mixed_precision` = {wanted}, but {decided} has set {precision}: make the two agree, or "
             "start this trainer in a process of its own"
         )
-    if precision == "fp16" and accelerator.device.type == "cpu" and accelerator.scaler is None:
-        if accelerator.distributed_type is not DistributedType.DEEPSPEED:
-            raise ConfigError(
-                "`train.mixed_precision` = fp16 computes nothing in fp16 on a CPU: take bf16 or no"
-            )
+    is_plain = accelerator.distributed_type is not DistributedType.DEEPSPEED
+    if precision == "fp16" and is_plain and accelerator.device.type == "cpu":
+        raise ConfigError("`train.mixed_precision` = fp16 computes nothing in fp16 on a CPU: take bf16 or no")
 
 
 def take_over_deepspeed(plugin: Any, train: TrainConfig, num_processes: int) -> None:

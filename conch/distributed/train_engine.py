@@ -250,8 +250,8 @@ class TrainEngine:
             self._optimizer.step()  # DeepSpeed has stepped, or skipped, at the end of the backward pass
             skipped = bool(self._optimizer.step_was_skipped)
         else:
-            # Told by the norm in fp16, too: a fused optimizer passes over an overflow inside its kernel, where
-            # accelerate does not see it.
+            # Told by the norm in fp16, too: a fused optimizer passes over an overflow inside its kernel,
+            # where accelerate does not see it.
             skipped = not math.isfinite(grad_norm)
             if not skipped:
                 self._optimizer.step()

@@ -153,8 +153,8 @@ class Evaluator:
         """Metrics `eval/<name>` of every variant; in a sweep those without a suffix are of its last value.
 
         repeats: completions per prompt instead of the default.
-        extra: measures this rank's rollouts of a variant, with collectives if it likes; gives metrics that are
-            the same on all ranks.
+        extra: measures this rank's rollouts of a variant, with collectives if it likes; gives metrics that
+            are the same on all ranks.
 
         Raises:
             RewardError, DataError: on all ranks.

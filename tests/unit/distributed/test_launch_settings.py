@@ -120,7 +120,7 @@ def test_a_deepspeed_file_with_an_optimizer_of_its_own_is_refused(key: str) -> N
         take_over_deepspeed(plugin, TrainConfig(), 1)
 
 
-# ----------------------------------------------------------------------------------------- precision of weights
+# -------------------------------------------------------------------------------------- precision of weights
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -147,7 +147,7 @@ def test_frozen_weights_may_be_in_half_precision() -> None:
     engine.prepare(module, OptimizerConfig(), SchedulerConfig(), total_updates=1)
 
 
-# ------------------------------------------------------------------------------------------------ loss scaling
+# ----------------------------------------------------------------------------------------------- loss scaling
 
 
 def test_an_overflow_in_fp16_is_reported_and_moves_nothing() -> None:

@@ -48,7 +48,7 @@ TRAINERS: dict[str, Callable[..., Any]] = {
 
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_an_evaluation_changes_nothing_that_is_drawn_later(tmp_path: Path, kind: str) -> None:
-    """`train.eval_every` may change on resume: a run that evaluates and one that does not are the same run."""
+    """`train.eval_every` may change on resume: one that evaluates and one that does not are the same."""
     given = {"eval_prompts": ["a", "b"], "metric_fn": dice}
     evaluated, other = (TRAINERS[kind](tmp_path / name, **given) for name in ("evaluated", "other"))
 

@@ -354,7 +354,7 @@ def test_copy_of_an_adapted_model_keeps_its_adapter() -> None:
 def test_a_reward_model_learns_by_an_adapter_on_a_bfloat16_base(
     tmp_path: Path, shape: dict[str, Any]
 ) -> None:
-    """Its head trains in float32 behind a trunk that gives bfloat16; what it gives is no coarser than that."""
+    """Its head trains in float32 behind a trunk that gives bfloat16; its scores are float32."""
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = {"dtype": "bfloat16", "merge_adapter": True, "peft_config": {"r": 2}}
     if shape:
