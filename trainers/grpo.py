@@ -40,7 +40,6 @@ from torch import Tensor
 from conch.advantages import Advantage, group_advantages
 from conch.cli import run_main
 from conch.config import OnlineRunConfig, Section
-from conch.data.index_sampler import IndexStream
 from conch.data.rollout_batch import Sequences, take_rows
 from conch.distributed.train_engine import UpdateReport
 from conch.losses import (
@@ -199,7 +198,7 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
 
     def plan_batches(self) -> None:
         config, grpo, ranks = self.config, self.config.grpo, self.collectives
-        self.stream = IndexStream(len(self.prompts), config.train.seed, ranks.rank, ranks.num_ranks)
+        self.stream = self.own_share()
         self._num_prompts = rows_of_rank(
             grpo.prompts_per_step, "grpo.prompts_per_step", ranks.num_ranks, 1, 1
         )

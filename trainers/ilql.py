@@ -49,7 +49,7 @@ from conch.config import (
 )
 from conch.data.files import evaluation_rows, training_rows
 from conch.data.formats import fitting, prompt_form, rewarded_form
-from conch.data.index_sampler import IndexStream
+from conch.data.index_sampler import IndexStream, digest_of
 from conch.data.multi_turn import TurnBatch, TurnSample, collate_turns, cut_turns, tokenize_turns
 from conch.data.rollout_batch import take_rows
 from conch.distributed.train_engine import TrainEngine
@@ -316,7 +316,8 @@ class ILQLTrainer:
         self.samples = tokenized if window is None else cut_turns(tokenized, window, side)
         left = [checked[row] for row in indices]
         self.rewards = checked_rewards(left, len(left), normalise=config.ilql.normalise_rewards)
-        self.stream = IndexStream(len(self.samples), config.train.seed, ranks.rank, ranks.num_ranks)
+        digest = digest_of(samples, checked)
+        self.stream = IndexStream(len(self.samples), config.train.seed, ranks.rank, ranks.num_ranks, digest)
         self._rows = rows_per_process(ranks, config.train, config.ilql.batch_size, "ilql.batch_size")
 
     def _init_policy(self, lm: PreTrainedModel, logit_mask: Tensor | None) -> None:

@@ -32,7 +32,6 @@ from torch import Tensor
 from conch.advantages import gae
 from conch.cli import run_main
 from conch.config import OnlineRunConfig, Section
-from conch.data.index_sampler import IndexStream
 from conch.data.rollout_batch import Sequences, take_rows
 from conch.distributed.train_engine import UpdateReport
 from conch.losses import policy_loss_terms, value_loss_terms
@@ -148,7 +147,7 @@ class PPOTrainer(OnlineTrainer[PPORunConfig]):
 
     def plan_batches(self) -> None:
         config, ranks = self.config, self.collectives
-        self.stream = IndexStream(len(self.prompts), config.train.seed, ranks.rank, ranks.num_ranks)
+        self.stream = self.own_share()
         self._rows = rows_per_process(
             ranks,
             config.train,

@@ -41,7 +41,7 @@ from conch.config import (
     Section,
 )
 from conch.data.files import evaluation_rows, read_rows, training_rows
-from conch.data.index_sampler import IndexStream
+from conch.data.index_sampler import IndexStream, digest_of
 from conch.data.preferences import (
     Judgement,
     Pairs,
@@ -221,6 +221,7 @@ class RewardModelTrainer:
         self.engine.check_weights(config.model)
         self.scorer = None
         samples = judgements(samples)
+        self._digest = digest_of(samples)
         eval_samples = None if eval_samples is None else judgements(eval_samples, what="evaluation row")
         self._check_input(samples, eval_samples, reference)
         self.tokenizer = load_policy_tokenizer(tokenizer, config.tokenizer, config.model.path)
@@ -296,7 +297,7 @@ class RewardModelTrainer:
         total = config.reward_model.batch_size
         ranks = self.collectives
         self._rows = rows_per_process(ranks, config.train, total, "reward_model.batch_size")
-        self.stream = IndexStream(len(self.samples), self.rng_seed, ranks.rank, ranks.num_ranks)
+        self.stream = IndexStream(len(self.samples), self.rng_seed, ranks.rank, ranks.num_ranks, self._digest)
         engine.prepare(self.model, config.optimizer, config.scheduler, total_updates=config.train.total_steps)
         engine.seed_sampling()
 

@@ -33,7 +33,7 @@ from conch.config import (
 )
 from conch.data.files import evaluation_rows, training_rows
 from conch.data.formats import sample_form
-from conch.data.index_sampler import IndexStream
+from conch.data.index_sampler import IndexStream, RowDigest
 from conch.data.packing import PackedBatch, collate_packed
 from conch.data.samples import TokenBatch, TokenizedSample, collate, tokenize_samples
 from conch.distributed.train_engine import TrainEngine
@@ -177,10 +177,13 @@ class SFTTrainer:
         if config.sft.packing:
             with eval_mode(self.lm):
                 check_packing(self.lm, self._capacity or 0)
-        self.samples = self._tokenized(samples, config.data)
+        digest = RowDigest()
+        self.samples = self._tokenized(digest.over(samples), config.data)
         self.eval_samples = self._tokenized(held_out) if (held_out := list(eval_samples or [])) else []
         self._rows = rows_per_process(ranks, config.train, config.sft.batch_size, "sft.batch_size")
-        self.stream = IndexStream(len(self.samples), config.train.seed, ranks.rank, ranks.num_ranks)
+        self.stream = IndexStream(
+            len(self.samples), config.train.seed, ranks.rank, ranks.num_ranks, digest.hexdigest()
+        )
 
     def _tokenized(
         self, samples: Iterable[Sample], lengths: DataConfig | None = None

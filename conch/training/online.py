@@ -27,7 +27,7 @@ from conch.cli import load_run_config
 from conch.config import OnlineRunConfig
 from conch.data.files import evaluation_rows, training_rows
 from conch.data.formats import prompt_form
-from conch.data.index_sampler import IndexStream
+from conch.data.index_sampler import IndexStream, digest_of
 from conch.data.rollout_batch import Sequences, collate
 from conch.distributed.train_engine import TrainEngine
 from conch.evaluation.evaluator import Evaluator, Variant, sampled_prompts
@@ -91,6 +91,9 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
     module: nn.Module
     """What is trained: `setup` gives it."""
 
+    digest: str
+    """Hash of the prompts that are learned from, as they were given."""
+
     stream: IndexStream
     """Which prompts come next; made by `plan_batches`."""
 
@@ -125,6 +128,7 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         sampled = sampled_prompts(config, self.tokenizer, lm, prompts, eval_prompts)
         self.prompts, self.eval_prompts, self.variants = sampled.train, sampled.evaluation, sampled.variants
         self.policy_version = 0
+        self.digest = digest_of(prompts)
         self.plan_batches()
         self.stateful: dict[str, Stateful] = {"stream": self.stream}
         freeze_layers(lm, config.model)
@@ -191,6 +195,11 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         """One step of training."""
 
     # ------------------------------------------------------------------------------------------- shared verbs
+
+    def own_share(self) -> IndexStream:
+        """This rank's walk over the prompts, which all ranks share out."""
+        ranks, seed = self.collectives, self.config.train.seed
+        return IndexStream(len(self.prompts), seed, ranks.rank, ranks.num_ranks, self.digest)
 
     def next_prompts(self, number: int) -> list[Prompt]:
         """The next prompts of this rank's share of the data."""
