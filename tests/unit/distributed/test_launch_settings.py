@@ -100,6 +100,12 @@ def test_what_no_trainer_can_do_is_refused(
         TrainEngine(TrainConfig())
 
 
+def test_what_accelerate_itself_refuses_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ACCUMULATION, "four")
+    with pytest.raises(ConfigError, match=r"^accelerate refuses its configuration: invalid .*'four'$"):
+        TrainEngine(TrainConfig())
+
+
 def test_a_deepspeed_file_counts_and_clips_as_the_run_says() -> None:
     plugin = SimpleNamespace(
         deepspeed_config={"gradient_accumulation_steps": 8, "train_batch_size": 64, "gradient_clipping": 0.1}
