@@ -40,30 +40,39 @@ def gae(
 Advantage = Literal["group_std", "group_mean", "leave_one_out"]
 
 
-SMALLEST_STD = 1e-6
-"""Rewards of a group that differ by less, against their size, are alike: what is left is rounding."""
+SMALLEST_SPREAD = 1e-6
+"""Rewards of a group that differ by less than this part of their size are alike: what is left is rounding."""
 
 
 def has_spread(rewards: Sequence[float]) -> bool:
     """Whether a group teaches anything: two of its rewards differ by more than rounding."""
-    return len(rewards) > 1 and max(rewards) - min(rewards) > SMALLEST_STD * (1 + max(map(abs, rewards)))
+    return len(rewards) > 1 and max(rewards) - min(rewards) > SMALLEST_SPREAD * max(map(abs, rewards))
 
 
 def group_advantages(
-    rewards: Float[Tensor, " B"], valid: Bool[Tensor, " B"], group_size: int, kind: Advantage
+    rewards: Float[Tensor, " B"],
+    valid: Bool[Tensor, " B"],
+    group_size: int,
+    kind: Advantage,
+    sizes: Float[Tensor, " B"] | None = None,
 ) -> Float[Tensor, " B"]:
     """Each reward against those of its group; 0 in groups whose rewards are all alike, and where not valid.
 
+    A group's standard deviation is the sample's, over n - 1, as in TRL and verl.
+
     valid: True where there is a reward; the others count nowhere.
+    sizes: of what each reward is the sum of, against which rounding is judged; None takes the rewards' own.
     """
     present = valid.reshape(-1, group_size)
     scores = torch.where(valid, rewards, torch.zeros_like(rewards)).reshape(-1, group_size)
+    magnitudes = torch.where(valid, rewards if sizes is None else sizes, torch.zeros_like(rewards)).abs()
     count = present.sum(dim=1, keepdim=True).clamp(min=1)
     mean = scores.sum(dim=1, keepdim=True) / count
     centred = torch.where(present, scores - mean, torch.zeros_like(scores))
-    std = (centred.square().sum(dim=1, keepdim=True) / count).sqrt()
+    std = (centred.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
     if kind == "leave_one_out":  # r_i - mean of the others = (r_i - mean of all) * n / (n - 1)
         centred = centred * count / (count - 1).clamp(min=1)
     scaled = centred / std if kind == "group_std" else centred
-    has_spread = std > SMALLEST_STD * (1 + mean.abs())
-    return torch.where(has_spread, scaled, torch.zeros_like(scaled)).reshape(-1)
+    spread = centred.abs().amax(dim=1, keepdim=True)
+    differ = spread > SMALLEST_SPREAD * magnitudes.reshape(-1, group_size).amax(dim=1, keepdim=True)
+    return torch.where(differ, scaled, torch.zeros_like(scaled)).reshape(-1)

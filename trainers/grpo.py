@@ -2,7 +2,7 @@
 
 For the G completions y_1..y_G of a prompt, with rewards r_i, n_i tokens and rho_it = pi(y_it) / pi_old(y_it):
 
-    A_i = (r_i - mean(r)) / std(r)                 over the group's completions that have a reward
+    A_i = (r_i - mean(r)) / std(r)        over the group's completions that have a reward; std by n - 1
     L   = -sum_i sum_t w_it * min(rho_it * A_i, clip(rho_it, 1 - eps_low, 1 + eps_high) * A_i)
 
     grpo      w_it = 1 / (N * n_i), N completions       Shao et al. 2024, arXiv:2402.03300, equation 3
@@ -12,15 +12,16 @@ For the G completions y_1..y_G of a prompt, with rewards r_i, n_i tokens and rho
     gspo      as grpo, with the whole response's ratio: rho_it = (pi(y_i) / pi_old(y_i))^(1 / n_i)
                                                         Zheng et al. 2025, arXiv:2507.18071, equation 5
 
-`advantage=leave_one_out` takes the mean of the other completions off instead and divides by nothing (RLOO,
-Ahmadian et al. 2024, arXiv:2402.14740, section 3).
+`advantage=leave_one_out` takes the mean of the other completions off instead and divides by nothing; with
+`loss=dr_grpo`, which weighs all tokens alike, this is RLOO with its gradient divided by max_new_tokens
+(Ahmadian et al. 2024, arXiv:2402.14740, section 3).
 
 Where this differs from common code: all sums and counts run over the minibatch of all ranks; pi_old comes
 from the trainer's own forward pass (where nothing asks for it before a step's one update, from that update's,
-and the ratio is 1); a group whose rewards are all alike teaches nothing (its advantages are
-0, never noise divided by noise); a completion whose reward failed is left out of its group, never scored 0.
-The KL to the reference stands in the loss (with the gradient of k2 whatever the estimator), or in the rewards
-before they are compared; with `kl.coef=0` there is no reference at all.
+and the ratio is 1); a group whose rewards are all alike teaches nothing (its advantages are 0, never noise
+divided by noise); a completion whose reward failed is left out of its group, never scored 0. The KL to the
+reference stands in the loss (with the gradient of k2 whatever the estimator), or in the rewards before they
+are compared; with `kl.coef=0` there is no reference at all.
 
 Legend: B rollouts (those of a prompt together), G rollouts a prompt, R response tokens.
 """
@@ -30,7 +31,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -40,7 +40,6 @@ from torch import Tensor
 from conch.advantages import Advantage, group_advantages
 from conch.cli import run_main
 from conch.config import OnlineRunConfig, Section
-from conch.data.index_sampler import IndexStream
 from conch.data.rollout_batch import Sequences, take_rows
 from conch.distributed.train_engine import UpdateReport
 from conch.losses import (
@@ -54,9 +53,9 @@ from conch.losses import (
 from conch.models.forward import BatchPacker
 from conch.models.policy import Policy
 from conch.models.reference import Reference, build_reference
-from conch.ops import KLEstimator, entropy, kl_estimate, kl_loss_terms, masked_mean
+from conch.ops import entropy, kl_estimate, kl_loss_terms, masked_mean
 from conch.training.dynamic_sampling import SampledGroups, sample_groups_with_spread
-from conch.training.kl import KLConfig, KLController, kl_before_update, kl_of_each
+from conch.training.kl import GRPOKLConfig, KLController, kl_before_update, kl_of_each, kl_penalties
 from conch.training.logprobs import LogprobOutputs, pack
 from conch.training.online import OnlineTrainer, run_online
 from conch.training.reward_shaping import RewardShaper, ShapingConfig, overlong_penalties
@@ -71,19 +70,6 @@ from conch.training.statistics import (
     warn_of_logprob_diff,
 )
 from conch.types import Metrics, Prompt, RewardResult, Rollout, RolloutGroup
-
-
-class GRPOKLConfig(KLConfig):
-    """The penalty for leaving the reference, where GRPO has it: in the loss."""
-
-    coef: float = Field(default=0.04, ge=0)
-    """Weight of the KL; 0 does without a reference."""
-
-    estimator: KLEstimator = "k3"
-    """Per-token estimate; see `conch.ops.kl_estimate`."""
-
-    placement: Literal["reward", "loss"] = "loss"
-    """Whether the KL is added to the loss, or taken off the rewards before they are compared."""
 
 
 class GRPOConfig(Section):
@@ -144,7 +130,17 @@ class GRPOConfig(Section):
             )
         if self.advantage == "group_std" and self.loss == "dr_grpo":
             raise ValueError("`loss: dr_grpo` divides by no standard deviation: leave `advantage` out")
+        if self.importance_sampling_cap is not None and self.loss == "gspo":
+            raise ValueError(
+                "`importance_sampling_cap` weighs each token, gspo a whole response: leave one of them out"
+            )
+        self.kl.check_horizon(self.samples_per_step, "`prompts_per_step` * `group_size`")
         return self
+
+    @property
+    def samples_per_step(self) -> int:
+        """Completions per step, over all processes."""
+        return self.prompts_per_step * self.group_size
 
     @property
     def advantage_kind(self) -> Advantage:
@@ -161,6 +157,7 @@ class GRPORunConfig(OnlineRunConfig):
     @model_validator(mode="after")
     def _settings_fit_each_other(self) -> GRPORunConfig:
         generation, grpo = self.generation, self.grpo
+        grpo.kl.check_target(generation, "grpo")
         if grpo.importance_sampling_cap is not None and generation.cuts:
             raise ValueError(
                 "`grpo.importance_sampling_cap` compares whole distributions, but `generation.top_k` or "
@@ -201,13 +198,12 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
 
     def plan_batches(self) -> None:
         config, grpo, ranks = self.config, self.config.grpo, self.collectives
-        self.stream = IndexStream(len(self.prompts), config.train.seed, ranks.rank, ranks.num_ranks)
+        self.stream = self.own_share()
         self._num_prompts = rows_of_rank(
             grpo.prompts_per_step, "grpo.prompts_per_step", ranks.num_ranks, 1, 1
         )
-        total = grpo.prompts_per_step * grpo.group_size
         name = "grpo.prompts_per_step * group_size"
-        self._rows = rows_per_process(ranks, config.train, total, name, grpo.minibatches)
+        self._rows = rows_per_process(ranks, config.train, grpo.samples_per_step, name, grpo.minibatches)
         self.forward_batch_size = grpo.forward_batch_size
 
     def setup(self) -> Policy:
@@ -269,8 +265,7 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
             log_rollouts(self.collectives, self.run, rollouts, rewards, kl)
         with timer(seconds, "time/update_s"):
             metrics |= self.update(batch)
-        config = self.config.grpo
-        tokens = config.prompts_per_step * config.group_size * metrics["rollout/length_mean"]
+        tokens = self.config.grpo.samples_per_step * metrics["rollout/length_mean"]
         speed = tokens / (time.perf_counter() - started)
         return {**metrics, **seconds, "grpo/resamples": float(resamples), "time/tokens_per_s": speed}
 
@@ -293,9 +288,14 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
             sample,
             self._num_prompts,
             max_resamples=config.max_resamples,
-            weights=self.config.reward.weights,
+            differ=lambda group: self.shaper.differ(group, self._overlong(group.rollouts)),
             all_reduce_int=self.collectives.all_reduce_int,
         )
+
+    def _overlong(self, rollouts: Sequence[Rollout]) -> Float[Tensor, " B"]:
+        grpo, longest = self.config.grpo, self.config.generation.max_new_tokens
+        penalties = overlong_penalties(rollouts, longest, grpo.overlong_buffer, grpo.overlong_penalty)
+        return penalties.to(self.engine.device)
 
     @torch.no_grad()
     def make_batch(
@@ -311,8 +311,8 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
         valid = is_scored & sequences.response_mask.any(dim=1)
         mask = sequences.response_mask & valid.unsqueeze(1)
         kl_coef = self.kl_controller.coef
-        totals = self._totals(rollouts, rewards, outputs, mask, kl_coef)
-        advantages = group_advantages(totals, valid, config.group_size, config.advantage_kind)
+        totals, sizes = self._totals(rollouts, rewards, outputs, mask, kl_coef)
+        advantages = group_advantages(totals, valid, config.group_size, config.advantage_kind, sizes)
         correction, cap = None, config.importance_sampling_cap
         if cap is not None:
             assert outputs.logprobs is not None
@@ -346,17 +346,17 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
         outputs: LogprobOutputs,
         mask: Bool[Tensor, "B R"],
         kl_coef: float,
-    ) -> Float[Tensor, " B"]:
-        """What completions are compared by: shaped rewards less penalties, 0 where there is none."""
-        config, longest = self.config.grpo, self.config.generation.max_new_tokens
-        totals = self.shaper.shape(rollouts, rewards, mask).sum(dim=1)
-        penalties = overlong_penalties(rollouts, longest, config.overlong_buffer, config.overlong_penalty)
-        totals = totals - penalties.to(totals.device)
-        if outputs.ref_logprobs is None or config.kl.placement == "loss":
-            return totals
+    ) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+        """What completions are compared by: shaped rewards less penalties, 0 where there is none; and the
+        size of what these are sums of."""
+        shaped, penalties = self.shaper.shape(rollouts, rewards, mask), self._overlong(rollouts)
+        totals, sizes = shaped.sum(dim=1) - penalties, shaped.abs().sum(dim=1) + penalties
+        if outputs.ref_logprobs is None or self.config.grpo.kl.placement == "loss":
+            return totals, sizes
         assert outputs.logprobs is not None
-        kl = kl_estimate(outputs.logprobs, outputs.ref_logprobs, config.kl.estimator)
-        return totals - kl_coef * torch.where(mask, kl, torch.zeros_like(kl)).sum(dim=1)
+        config, logprobs = self.config.grpo.kl, outputs.logprobs
+        kl, kl_sizes = kl_penalties(logprobs, outputs.ref_logprobs, mask, config, kl_coef)
+        return totals - kl, sizes + kl_sizes
 
     def _statistics(self, batch: GRPOBatch, outputs: LogprobOutputs, valid: Bool[Tensor, " B"]) -> Metrics:
         """Of advantages, distances and weights, over all ranks."""
@@ -378,8 +378,7 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
         """Steer the KL weight by "policy/kl", where it was measured; report the one that held so far."""
         if "policy/kl" not in metrics:
             return metrics
-        config = self.config.grpo
-        self.kl_controller.update(metrics["policy/kl"], config.prompts_per_step * config.group_size)
+        self.kl_controller.update(metrics["policy/kl"], self.config.grpo.samples_per_step)
         return {**metrics, "policy/kl_coef": kl_coef}
 
     def _update_minibatch(self, batch: GRPOBatch) -> tuple[Metrics, UpdateReport]:
@@ -429,7 +428,7 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
             columns["rollout/logprob_diff"] = weighted_sum(gap, shares)
             if batch.ref_logprobs is not None:
                 of_samples = kl_of_each(logprobs.detach(), batch.ref_logprobs, batch.sequences.response_mask)
-                columns["policy/kl"] = of_samples.sum() / (config.prompts_per_step * config.group_size)
+                columns["policy/kl"] = of_samples.sum() / config.samples_per_step
         approx_kl = kl_estimate(old_logprobs, logprobs.detach(), "k3")
         return loss, {
             "train/loss": loss,

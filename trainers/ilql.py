@@ -49,7 +49,7 @@ from conch.config import (
 )
 from conch.data.files import Rows, evaluation_rows, training_rows
 from conch.data.formats import fitting, listed, prompt_form, rewarded_form
-from conch.data.index_sampler import IndexStream
+from conch.data.index_sampler import IndexStream, digest_of
 from conch.data.multi_turn import TurnBatch, TurnSample, collate_turns, cut_turns, tokenize_turns
 from conch.data.rollout_batch import take_rows
 from conch.distributed.train_engine import TrainEngine
@@ -271,6 +271,8 @@ class ILQLTrainer:
         self.config = config
         self.engine = engine = TrainEngine(config.train)
         self.collectives = self.engine.collectives
+        if model is None:
+            engine.check_weights(config.model)
         eval_prompts = listed(eval_prompts or [], "evaluation prompts", config.data)
         self.source = eval_source(self.collectives, reward, config.reward, eval_prompts)
         self.tokenizer = load_policy_tokenizer(tokenizer, config.tokenizer, config.model.path)
@@ -295,6 +297,7 @@ class ILQLTrainer:
             weights=config.reward.weights,
             metric_fn=metric_fn,
             default_repeats=config.train.eval_repeats,
+            seed=config.train.seed,
         )
         self.run = start_run(self, self.policy)
         self.run_dir = self.run.folder
@@ -312,7 +315,8 @@ class ILQLTrainer:
             self.samples, kept = cut_turns(self.samples, window, side)
             left = [left[row] for row in kept]
         self.rewards = checked_rewards(left, len(left), normalise=config.ilql.normalise_rewards)
-        self.stream = IndexStream(len(self.samples), config.train.seed, ranks.rank, ranks.num_ranks)
+        digest = digest_of(samples, checked)
+        self.stream = IndexStream(len(self.samples), config.train.seed, ranks.rank, ranks.num_ranks, digest)
         self._rows = rows_per_process(ranks, config.train, config.ilql.batch_size, "ilql.batch_size")
 
     def _init_policy(self, lm: PreTrainedModel, logit_mask: Tensor | None) -> None:

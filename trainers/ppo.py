@@ -32,7 +32,6 @@ from torch import Tensor
 from conch.advantages import gae
 from conch.cli import run_main
 from conch.config import OnlineRunConfig, Section
-from conch.data.index_sampler import IndexStream
 from conch.data.rollout_batch import Sequences, take_rows
 from conch.distributed.train_engine import UpdateReport
 from conch.losses import policy_loss_terms, value_loss_terms
@@ -101,11 +100,7 @@ class PPOConfig(Section):
 
     @model_validator(mode="after")
     def _kl_weight_stays_positive(self) -> PPOConfig:
-        if self.kl.target is not None and self.kl.horizon < self.rollouts_per_step:
-            raise ValueError(
-                f"`kl.horizon` = {self.kl.horizon} is shorter than `rollouts_per_step` = "
-                f"{self.rollouts_per_step}: one step could turn the weight negative; raise the horizon"
-            )
+        self.kl.check_horizon(self.rollouts_per_step, "`rollouts_per_step`")
         return self
 
 
@@ -114,6 +109,11 @@ class PPORunConfig(OnlineRunConfig):
 
     shaping: ShapingConfig = ShapingConfig()
     ppo: PPOConfig = PPOConfig()
+
+    @model_validator(mode="after")
+    def _kl_is_measured(self) -> PPORunConfig:
+        self.ppo.kl.check_target(self.generation, "ppo")
+        return self
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class PPOTrainer(OnlineTrainer[PPORunConfig]):
 
     def plan_batches(self) -> None:
         config, ranks = self.config, self.collectives
-        self.stream = IndexStream(len(self.prompts), config.train.seed, ranks.rank, ranks.num_ranks)
+        self.stream = self.own_share()
         self._rows = rows_per_process(
             ranks,
             config.train,

@@ -41,7 +41,7 @@ from conch.config import (
     Section,
 )
 from conch.data.files import evaluation_rows, read_rows, training_rows
-from conch.data.index_sampler import IndexStream
+from conch.data.index_sampler import IndexStream, digest_of
 from conch.data.preferences import (
     CHAT,
     Judgement,
@@ -220,8 +220,10 @@ class RewardModelTrainer:
         self.config = config
         self.engine = TrainEngine(config.train)
         self.collectives = self.engine.collectives
+        self.engine.check_weights(config.model)
         self.scorer = None
         samples = judgements(samples, config=config.data)
+        self._digest = digest_of(samples)
         if eval_samples is not None:
             eval_samples = judgements(eval_samples, what="evaluation row", config=config.data)
         self._check_input(samples, eval_samples, reference)
@@ -298,7 +300,7 @@ class RewardModelTrainer:
         total = config.reward_model.batch_size
         ranks = self.collectives
         self._rows = rows_per_process(ranks, config.train, total, "reward_model.batch_size")
-        self.stream = IndexStream(len(self.samples), self.rng_seed, ranks.rank, ranks.num_ranks)
+        self.stream = IndexStream(len(self.samples), self.rng_seed, ranks.rank, ranks.num_ranks, self._digest)
         engine.prepare(self.model, config.optimizer, config.scheduler, total_updates=config.train.total_steps)
         engine.seed_sampling()
 

@@ -32,7 +32,7 @@ from conch.config import (
     OnlineRunConfig,
     Section,
 )
-from conch.data.index_sampler import IndexStream
+from conch.data.index_sampler import IndexStream, digest_of
 from conch.data.samples import TokenizedSample, collate
 from conch.distributed.train_engine import UpdateReport
 from conch.errors import ConfigError
@@ -134,20 +134,22 @@ def percentile_at(step: int, config: RFTConfig) -> float:
 
 
 def group_by_prompt(
-    rows: Iterable[tuple[tuple[int, ...], tuple[int, ...], float]],
+    rows: Iterable[tuple[tuple[int, ...], str, tuple[int, ...], float]],
 ) -> list[Candidates]:
-    """Rows of prompt ids, completion ids and score, by prompt; a score of NaN leaves its row out.
+    """Rows of prompt ids, digest of the prompt's metadata, completion ids and score, by prompt; a score of
+    NaN leaves its row out.
 
-    Sorted, so that nothing depends on which rank sampled what. Prompts of the same tokens count as one.
+    Sorted, so that nothing depends on which rank sampled what. Prompts of the same tokens count as one if
+    what the reward is told of them is the same: another answer that is looked for makes another prompt.
     """
-    groups: dict[tuple[int, ...], list[tuple[tuple[int, ...], float]]] = {}
-    for prompt_ids, completion_ids, score in rows:
+    groups: dict[tuple[tuple[int, ...], str], list[tuple[tuple[int, ...], float]]] = {}
+    for prompt_ids, metadata, completion_ids, score in rows:
         if not math.isnan(score):
-            groups.setdefault(prompt_ids, []).append((completion_ids, score))
+            groups.setdefault((prompt_ids, metadata), []).append((completion_ids, score))
     candidates: list[Candidates] = []
-    for prompt_ids in sorted(groups):
-        completions, scores = zip(*sorted(groups[prompt_ids]), strict=True)
-        candidates.append(Candidates(prompt_ids, completions, scores))
+    for prompt in sorted(groups):
+        completions, scores = zip(*sorted(groups[prompt]), strict=True)
+        candidates.append(Candidates(prompt[0], completions, scores))
     return candidates
 
 
@@ -189,7 +191,7 @@ class RFTTrainer(OnlineTrainer[RFTRunConfig]):
                 "given; leave it out to take all of them"
             )
         # Every rank draws the same prompts; `_start_round` deals their completions out.
-        self.stream = IndexStream(len(self.prompts), config.train.seed)
+        self.stream = IndexStream(len(self.prompts), config.train.seed, digest=self.digest)
         self._rows = rows_per_process(self.collectives, config.train, config.rft.batch_size, "rft.batch_size")
 
     def setup(self) -> TokenLoss:
@@ -239,14 +241,21 @@ class RFTTrainer(OnlineTrainer[RFTRunConfig]):
         """Scored completions of all ranks by prompt, the same on all ranks; and the step's statistics."""
         weights = self.config.reward.weights
         own = [
-            (rollout.prompt.token_ids, rollout.completion, total_reward(reward, weights))
+            (
+                rollout.prompt.token_ids,
+                digest_of([rollout.prompt.metadata]),
+                rollout.completion,
+                total_reward(reward, weights),
+            )
             for rollout, reward in zip(rollouts, rewards, strict=True)
         ]
         rows = self.collectives.all_gather(own)
-        lengths = [len(completion.token_ids) for _, completion, _ in rows]
-        cut = [completion.finish_reason == "length" for _, completion, _ in rows]
+        lengths = [len(completion.token_ids) for *_, completion, _ in rows]
+        cut = [completion.finish_reason == "length" for *_, completion, _ in rows]
         self._objectives = self._objectives or agreed_objectives(rewards, self.collectives)
-        pool = group_by_prompt((prompt, completion.token_ids, score) for prompt, completion, score in rows)
+        pool = group_by_prompt(
+            (prompt, metadata, completion.token_ids, score) for prompt, metadata, completion, score in rows
+        )
         metrics = {
             **self.scorer.metrics(),
             **reward_metrics(rewards, weights, self._objectives, self.collectives.all_reduce),

@@ -33,7 +33,7 @@ from conch.config import (
 )
 from conch.data.files import evaluation_rows, training_rows
 from conch.data.formats import listed, sample_form
-from conch.data.index_sampler import IndexStream
+from conch.data.index_sampler import IndexStream, digest_of
 from conch.data.packing import PackedBatch, collate_packed
 from conch.data.samples import TokenBatch, TokenizedSample, collate, tokenize_samples
 from conch.distributed.train_engine import TrainEngine
@@ -153,6 +153,8 @@ class SFTTrainer:
         self.config = config
         self.engine = engine = TrainEngine(config.train)
         self.collectives = self.engine.collectives
+        if model is None:
+            engine.check_weights(config.model)
         eval_prompts = listed(eval_prompts or [], "evaluation prompts", config.data)
         self.source = eval_source(self.collectives, reward, config.reward, eval_prompts)
         self.tokenizer = load_policy_tokenizer(tokenizer, config.tokenizer, config.model.path)
@@ -178,11 +180,14 @@ class SFTTrainer:
         if config.sft.packing:
             with eval_mode(self.lm):
                 check_packing(self.lm, self._capacity or 0)
-        self.samples = self._tokenized(listed(samples, "samples", config.data), config.data)
+        samples = listed(samples, "samples", config.data)
+        self.samples = self._tokenized(samples, config.data)
         held_out = listed(eval_samples or [], "evaluation samples", config.data)
         self.eval_samples = self._tokenized(held_out) if held_out else []
         self._rows = rows_per_process(ranks, config.train, config.sft.batch_size, "sft.batch_size")
-        self.stream = IndexStream(len(self.samples), config.train.seed, ranks.rank, ranks.num_ranks)
+        self.stream = IndexStream(
+            len(self.samples), config.train.seed, ranks.rank, ranks.num_ranks, digest_of(samples)
+        )
 
     def _tokenized(
         self, samples: Iterable[Sample], lengths: DataConfig | None = None
@@ -217,6 +222,7 @@ class SFTTrainer:
             weights=config.reward.weights,
             metric_fn=metric_fn,
             default_repeats=config.train.eval_repeats,
+            seed=config.train.seed,
         )
 
     def _make_sampler(self, generation: GenerationConfig) -> HFEngine:

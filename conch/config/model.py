@@ -25,8 +25,10 @@ class ModelConfig(Section):
     them."""
 
     dtype: Dtype = "float32"
-    """Precision the weights are held in. float64 is for comparing runs to the last digits: across processors,
-    numbers of threads or layouts of a batch."""
+    """Precision the weights are held in. In bfloat16 and float16 they train under DeepSpeed or below an
+    adapter alone, since small updates would round to nothing; `train.mixed_precision` computes in bfloat16.
+    float64 is for comparing runs to the last digits: across processors, numbers of threads or layouts of a
+    batch."""
 
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] | None = None
     """Kernels of attention; None takes sdpa where the model knows it, else eager. Those of flash-attention

@@ -18,8 +18,9 @@ class OptimizerConfig(Section):
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the running means of the gradient and of its square."""
 
-    eps: float = Field(default=1e-5, gt=0)
-    """Added to the denominator; 1e-5 is the value of the original PPO code."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the denominator. 1e-5, the value of the original PPO code, is for small models: gradients that
+    are smaller than that, as those of large models, have a lower learning rate with it."""
 
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay, applied to matrices only (not to biases and norms)."""

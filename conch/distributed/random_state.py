@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import set_seed
 from torch import Tensor
 
 
@@ -51,3 +52,17 @@ class RandomState:
             yield
         finally:
             present.restore()
+
+
+@contextmanager
+def own_generators(*seed: int) -> Iterator[None]:
+    """Draw from generators of this `seed` inside the block; afterwards they are as they were before it.
+
+    seed: whole numbers from 0 on, each of which makes other generators.
+    """
+    present = RandomState.capture()
+    set_seed(int(np.random.SeedSequence(list(seed)).generate_state(1)[0]))
+    try:
+        yield
+    finally:
+        present.restore()

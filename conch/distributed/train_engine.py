@@ -8,10 +8,11 @@ that DDP, DeepSpeed and accelerate's accumulation apply, so that gradients are t
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
@@ -29,11 +31,19 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from conch.config import OptimizerConfig, SchedulerConfig, TrainConfig
+from conch.config import ModelConfig, OptimizerConfig, SchedulerConfig, TrainConfig
 from conch.distributed.collectives import Collectives, peer_loss_explained
+from conch.distributed.launch_settings import (
+    check_environment,
+    check_kind,
+    check_operators_folder,
+    check_precision,
+    take_over_deepspeed,
+    wanted_precision,
+)
 from conch.distributed.launcher import launched_processes, leave_with_launcher
 from conch.distributed.malloc import keep_heap
-from conch.errors import CheckpointError, ConfigError, DistributedError
+from conch.errors import CheckpointError, ConfigError, DistributedError, first_line
 from conch.ops import at_least_float32
 
 # Tied weights are saved once, and loaded as what they are; nobody has to check anything.
@@ -87,18 +97,25 @@ class TrainEngine:
         process_group = InitProcessGroupKwargs(
             backend=backend, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S)
         )
-        self.accelerator = Accelerator(
-            # Asking for the CPU outright would turn DeepSpeed off without a word.
-            cpu=not has_gpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true",
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            # Buffers never differ between ranks; sending them would make each forward pass, also without
-            # gradient, a collective, and ranks with unequal numbers of evaluation batches would wait for each
-            # other forever.
-            kwargs_handlers=[process_group, DistributedDataParallelKwargs(broadcast_buffers=False)],
-        )
+        check_environment()
+        precision = wanted_precision(config)
+        try:
+            self.accelerator = Accelerator(
+                # Asking for the CPU outright would turn DeepSpeed off without a word.
+                cpu=not has_gpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true",
+                # None where the process has a precision already: accelerate's refusal says less than ours.
+                mixed_precision=None if AcceleratorState._shared_state else precision,
+                # Buffers never differ between ranks; sending them would make each forward pass, also without
+                # gradient, a collective, and ranks with unequal numbers of evaluation batches would wait for
+                # each other forever.
+                kwargs_handlers=[process_group, DistributedDataParallelKwargs(broadcast_buffers=False)],
+            )
+        except ValueError as error:  # settings of the launcher or of a DeepSpeed file that exclude each other
+            raise ConfigError(f"accelerate refuses its configuration: {first_line(error)}") from error
         self.collectives = Collectives(self.accelerator)
         check_kind(self.accelerator.distributed_type)
+        check_precision(self.accelerator, precision)
+        self._take_over()
         plugin = self.accelerator.state.deepspeed_plugin
         if plugin is not None and (not has_gpu or plugin.hf_ds_config.is_offload()):
             check_operators_folder()
@@ -150,9 +167,13 @@ class TrainEngine:
         """Make the optimizer and schedule for `module` and wrap all for distributed training.
 
         Raises:
-            ConfigError: no parameter is trainable.
+            ConfigError: no parameter is trainable, or one is in half precision that nothing keeps in float32;
+                DeepSpeed's configuration has an optimizer or a schedule of its own.
         """
         module.train()  # what `from_pretrained` returns is not
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                self._check_dtype(parameter.dtype)
         raw = torch.optim.AdamW(
             _decay_groups(module, optimizer.weight_decay),
             lr=optimizer.learning_rate,
@@ -166,12 +187,36 @@ class TrainEngine:
         self._scheduler = get_scheduler(
             name, raw, num_warmup_steps=scheduler.warmup_updates, num_training_steps=total_updates
         )
-        if self.accelerator.state.deepspeed_plugin is not None:
-            settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
-            # accelerate reads this from a dataloader, which we have none of; only logging depends on it.
-            settings["train_micro_batch_size_per_gpu"] = 1
-            settings["gradient_clipping"] = self._config.max_grad_norm  # else accelerate says 1.0
+        self._take_over()
         self.module, self._optimizer = self.accelerator.prepare(module, raw)
+
+    def check_weights(self, config: ModelConfig) -> None:
+        """Refuse weights that would be trained in half precision, before they are loaded; `prepare` asks all.
+
+        Raises:
+            ConfigError: says what to set.
+        """
+        if config.peft_config is None:  # an adapter is in float32 whatever its base is in
+            self._check_dtype(getattr(torch, config.dtype))
+
+    def _check_dtype(self, dtype: torch.dtype) -> None:
+        is_deepspeed = self.accelerator.distributed_type is DistributedType.DEEPSPEED
+        if dtype not in (torch.bfloat16, torch.float16) or is_deepspeed:
+            return
+        name = str(dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"weights in {name} would lose small updates to rounding, since nothing keeps them in float32 "
+            "beside: set `model.dtype=float32 train.mixed_precision=bf16` (weights in float32, computed with "
+            "in bfloat16), launch with DeepSpeed (configs/accelerate/zero2-bf16.yaml), or train an adapter "
+            "(`model.peft_config`)"
+        )
+
+    def _take_over(self) -> None:
+        """Put this run's settings where accelerate and DeepSpeed will read them."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        self.accelerator.gradient_accumulation_steps = self._config.gradient_accumulation_steps
+        if plugin is not None:
+            take_over_deepspeed(plugin, self._config, self.collectives.num_ranks)
 
     def update(
         self, micro_batches: Sequence[MicroBatchT], loss_of: Callable[[MicroBatchT], Tensor]
@@ -182,27 +227,36 @@ class TrainEngine:
         """
         steps = self._config.gradient_accumulation_steps
         assert len(micro_batches) == steps, f"{len(micro_batches)} micro-batches, {steps} expected"
-        total, grad_norm, skipped = torch.zeros((), device=self.device), float("nan"), False
+        total = torch.zeros((), device=self.device)
         learning_rate = float(self._scheduler.get_last_lr()[0])
-        for micro_batch in micro_batches:
-            with peer_loss_explained(), self.accelerator.accumulate(self.module):
+        # accelerate keeps one count for the process: another trainer may have set its own since.
+        self.accelerator.gradient_accumulation_steps = steps
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            # The last one is told here, not by accelerate's count of calls.
+            self.accelerator.sync_gradients = is_last = number == steps
+            apart = nullcontext() if is_last else self.accelerator.no_sync(self.module)
+            with peer_loss_explained(), apart:
                 loss = loss_of(micro_batch)
                 total = total + at_least_float32(loss.detach())
                 self.accelerator.backward(loss * (steps * self.collectives.num_ranks))
-                if self.accelerator.sync_gradients:
-                    grad_norm, skipped = self._step()
+        with peer_loss_explained():
+            grad_norm, skipped = self._step()
         return UpdateReport(float(self.collectives.all_reduce(total)), grad_norm, learning_rate, skipped)
 
     def _step(self) -> tuple[float, bool]:
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self._config.max_grad_norm)
         grad_norm = float("nan") if norm is None else float(norm)
-        # fp16 and DeepSpeed watch for overflow themselves and must see every step.
-        is_deepspeed = self.accelerator.distributed_type is DistributedType.DEEPSPEED
-        guards_itself = self.accelerator.scaler is not None or is_deepspeed
-        skipped = not guards_itself and not torch.isfinite(torch.tensor(grad_norm)).item()
-        if not skipped:
-            self._optimizer.step()
+        if self.accelerator.distributed_type is DistributedType.DEEPSPEED:
+            self._optimizer.step()  # DeepSpeed has stepped, or skipped, at the end of the backward pass
             skipped = bool(self._optimizer.step_was_skipped)
+        else:
+            # Told by the norm in fp16, too: a fused optimizer passes over an overflow inside its kernel,
+            # where accelerate does not see it.
+            skipped = not math.isfinite(grad_norm)
+            if not skipped:
+                self._optimizer.step()
+            elif self.accelerator.scaler is not None:
+                self.accelerator.scaler.update()  # which lowers the scale
         self._optimizer.zero_grad()
         if not skipped:
             self._scheduler.step()
@@ -300,39 +354,6 @@ class TrainEngine:
             # interpreter's lock. One that finds the interpreter gone aborts the process: 4 of 12 runs that
             # ended right here left with SIGABRT. There is nothing to wait for but time.
             time.sleep(_SETTLE_S)
-
-
-def check_kind(kind: DistributedType) -> None:
-    """Refuse what shards weights in a way that `TrainEngine.gathered_weights` cannot undo.
-
-    Raises:
-        DistributedError: says what to take instead.
-    """
-    # On CPUs accelerate passes over FSDP without a word, and the processes would train under DDP.
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        kind = DistributedType.FSDP
-    if kind in (DistributedType.FSDP, DistributedType.MEGATRON_LM):
-        raise DistributedError(
-            f"{kind.value} keeps no whole weights to sample from, to evaluate and to save: launch with "
-            "configs/accelerate/zero3.yaml, or zero2-bf16.yaml where the weights fit a GPU"
-        )
-
-
-def check_operators_folder() -> None:
-    """Refuse a folder in which DeepSpeed could not build its CPU operators: it would say so only after the
-    models are loaded, and not what to do about it.
-
-    Raises:
-        ConfigError: names the folder and the variable that sets another.
-    """
-    setting = os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions"
-    folder = Path(setting).expanduser().absolute()
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"DeepSpeed builds its CPU operators in {folder}, which this user cannot write: set "
-            "TORCH_EXTENSIONS_DIR to a folder that is writable"
-        )
 
 
 def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from conch.config import EvalGenerationConfig, GenerationConfig, OnlineRunConfig, load
 from conch.data.text import TextCodec
 from conch.distributed.collectives import Collectives
+from conch.distributed.random_state import own_generators
 from conch.errors import ConfigError
 from conch.evaluation.metrics import MetricFn, mean_of_finite, metric_columns
 from conch.rewards.scorer import RewardScorer, total_reward
@@ -22,6 +23,8 @@ from conch.types import Metrics, Prompt, Rollout, RolloutEngine
 
 GenerationT = TypeVar("GenerationT", bound=GenerationConfig)
 _NOT_GENERATION = "do_sample"
+_EVALUATION = 1
+"""Keeps an evaluation's seeds apart from those that data and training make of the same numbers."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,8 @@ class Evaluator:
     scorer: None measures without a reward.
     weights: of the reward's objectives.
     default_repeats: completions per prompt.
+    seed: of the run. An evaluation draws from generators of its own, made from it, the step and the rank: it
+        changes nothing that training draws later, and comes out the same however often there is one.
     """
 
     def __init__(
@@ -125,6 +130,7 @@ class Evaluator:
         weights: Mapping[str, float],
         metric_fn: MetricFn | None,
         default_repeats: int,
+        seed: int,
     ) -> None:
         self._collectives = collectives
         self._prompts = prompts
@@ -133,6 +139,7 @@ class Evaluator:
         self._weights = weights
         self._metric_fn = metric_fn
         self._default_repeats = default_repeats
+        self._seed = seed
         self.gold_metric: str | None = None
         """The first metric of `metric_fn`, as `eval/<name>`; known after the first evaluation."""
 
@@ -142,13 +149,13 @@ class Evaluator:
         step: int = 0,
         *,
         repeats: int | None = None,
-        extra: Callable[[list[Rollout]], Metrics] | None = None,
+        extra: Callable[[list[Rollout], Variant[Any]], Metrics] | None = None,
     ) -> Metrics:
         """Metrics `eval/<name>` of every variant; in a sweep those without a suffix are of its last value.
 
         repeats: completions per prompt instead of the default.
-        extra: measures this rank's rollouts, with collectives if it likes; gives metrics that are the same on
-            all ranks.
+        extra: measures this rank's rollouts of a variant, with collectives if it likes; gives metrics that
+            are the same on all ranks.
 
         Raises:
             RewardError, DataError: on all ranks.
@@ -156,11 +163,12 @@ class Evaluator:
         prompts = [prompt for prompt in self._prompts for _ in range(repeats or self._default_repeats)]
         own_prompts = self._collectives.shard(prompts)
         metrics: Metrics = {}
-        for variant, sampler in self._samplers:
-            results = self._measure(variant, sampler, own_prompts, tracker, step, extra)
-            metrics |= {f"{name}{variant.suffix}": value for name, value in results.items()}
-            metrics |= results
-        return metrics
+        results: Metrics = {}
+        with own_generators(_EVALUATION, self._seed, step, self._collectives.rank):
+            for variant, sampler in self._samplers:
+                results = self._measure(variant, sampler, own_prompts, tracker, step, extra)
+                metrics |= {f"{name}{variant.suffix}": value for name, value in results.items()}
+        return metrics | results
 
     def _measure(
         self,
@@ -169,14 +177,14 @@ class Evaluator:
         prompts: Sequence[Prompt],
         tracker: Tracker | None,
         step: int,
-        extra: Callable[[list[Rollout]], Metrics] | None,
+        extra: Callable[[list[Rollout], Variant[Any]], Metrics] | None,
     ) -> Metrics:
         if self._scorer is not None:
             rollouts = self._scorer.submit_each(sampler, prompts, greedy=variant.greedy)
         else:
             chunks = sampler.generate(prompts, greedy=variant.greedy)
             rollouts = [rollout for chunk in chunks for rollout in chunk]
-        metrics = extra(rollouts) if extra is not None else {}
+        metrics = extra(rollouts, variant) if extra is not None else {}
         columns: dict[str, list[float]] = {}
         if self._scorer is not None:
             values = [total_reward(result, self._weights) for result in self._scorer.gather()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import json
 import warnings
 from collections.abc import Iterator
@@ -90,6 +91,34 @@ def add_adapter(model: PreTrainedModel, settings: dict[str, Any], *, merged_when
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(head_dtype(parameter.dtype))
+    _cast_between(model)
+
+
+def _cast_between(model: PreTrainedModel) -> None:
+    """Let trained copies of whole modules read what half-precision layers give, and those read the copies.
+
+    What a head outside of the trunk gives stays in float32: nothing reads it but the loss.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, AuxiliaryTrainingWrapper):
+            continue
+        trained = module.get_submodule(f"modules_to_save.{ADAPTER_NAME}")
+        dtype = next(module.original_module.parameters()).dtype
+        if dtype == next(trained.parameters()).dtype:
+            continue
+        trained.register_forward_pre_hook(_cast_inputs)
+        if name.startswith(f"{model.base_model_prefix}."):
+            trained.register_forward_hook(functools.partial(_cast_output, dtype))
+
+
+def _cast_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    dtype = next(module.parameters()).dtype
+    is_float = [isinstance(value, torch.Tensor) and value.is_floating_point() for value in inputs]
+    return tuple(value.to(dtype) if cast else value for value, cast in zip(inputs, is_float, strict=True))
+
+
+def _cast_output(dtype: torch.dtype, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    return output.to(dtype) if isinstance(output, torch.Tensor) else output
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -145,7 +174,8 @@ def merge_in_place(model: PreTrainedModel) -> None:
             module.merge()  # pyright: ignore[reportCallIssue]  of all kinds of layers that LoRA has
             model.set_submodule(name, module.get_base_layer())
         elif isinstance(module, AuxiliaryTrainingWrapper):
-            model.set_submodule(name, module.get_submodule(f"modules_to_save.{ADAPTER_NAME}"))
+            dtype = next(module.original_module.parameters()).dtype
+            model.set_submodule(name, module.get_submodule(f"modules_to_save.{ADAPTER_NAME}").to(dtype))
     if has_adapter(model):
         raise ModelError(
             f"the adapter of {type(model).__name__} cannot be merged: set `model.merge_adapter=false`"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,10 @@ _POSITIONS_BEHIND_PAD = frozenset(
     }
 )
 """Model types that count positions from `pad_token_id + 1` on, as RoBERTa does."""
+
+
+_ORIGINALS = "_conch_dropout_of_configs"
+"""Attribute of a model: configs, names and values that `disable_dropout` has set to 0."""
 
 
 def load_lm(config: ModelConfig) -> PreTrainedModel:
@@ -200,8 +205,10 @@ def disable_dropout(model: nn.Module) -> None:
     """Set every dropout probability to 0, of activations and of whole layers.
 
     Some architectures hold them in modules, some in plain attributes (`attn_pdrop`, `layerdrop`), and some
-    read their config in each forward pass.
+    read their config in each forward pass. `original_dropout` brings back what configs held.
     """
+    originals: list[tuple[Any, str, float]] = getattr(model, _ORIGINALS, [])
+    setattr(model, _ORIGINALS, originals)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -209,7 +216,23 @@ def disable_dropout(model: nn.Module) -> None:
         for holder in holders:
             for name, value in list(vars(holder).items()):
                 if "drop" in name and isinstance(value, float):
+                    if holder is not module and value:
+                        originals.append((holder, name, value))
                     setattr(holder, name, 0.0)
+
+
+@contextmanager
+def original_dropout(model: nn.Module) -> Iterator[None]:
+    """Inside, the model's configs have the dropout that they came with: who trains the saved model further
+    finds what its makers set."""
+    originals: list[tuple[Any, str, float]] = getattr(model, _ORIGINALS, [])
+    try:
+        for config, name, value in originals:
+            setattr(config, name, value)
+        yield
+    finally:
+        for config, name, _ in originals:
+            setattr(config, name, 0.0)
 
 
 def fuse_activations(model: nn.Module) -> None:

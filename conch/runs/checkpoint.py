@@ -30,6 +30,7 @@ from conch.atomic_files import replace_folder, sync, sync_tree
 from conch.errors import CheckpointError
 from conch.log import get_logger
 from conch.models.adapter import has_adapter, merged_copy, save_adapter
+from conch.models.loading import original_dropout
 from conch.models.policy import HEADS_FILE
 
 _log = get_logger(__name__)
@@ -71,7 +72,9 @@ def save_model(
         if has_adapter(model) and not merge_adapter:
             save_adapter(model, partial)
         else:
-            (merged_copy(model) if has_adapter(model) else model).save_pretrained(partial)
+            whole = merged_copy(model) if has_adapter(model) else model
+            with original_dropout(whole):
+                whole.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         if heads:
             on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in heads.items()}

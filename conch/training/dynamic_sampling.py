@@ -6,11 +6,9 @@ nothing; with many of them a step's gradient comes from few groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from conch.advantages import has_spread
-from conch.rewards.scorer import total_reward
 from conch.types import RewardResult, Rollout, RolloutGroup
 
 
@@ -31,7 +29,7 @@ def sample_groups_with_spread(
     num_groups: int,
     *,
     max_resamples: int,
-    weights: Mapping[str, float],
+    differ: Callable[[RolloutGroup], bool],
     all_reduce_int: Callable[[int], int],
 ) -> SampledGroups:
     """Sample until `num_groups` groups have spread, or `max_resamples` runs out; then others fill up.
@@ -39,7 +37,7 @@ def sample_groups_with_spread(
     All ranks sample equally often, and each keeps the groups that it sampled.
 
     sample: this rank's groups of new prompts, `num_groups` or more, with their rewards.
-    weights: of the objectives in a completion's reward.
+    differ: whether a group's completions differ in what is learned from.
     all_reduce_int: sum over all ranks.
     """
     spread: list[RolloutGroup] = []
@@ -48,8 +46,7 @@ def sample_groups_with_spread(
     while resamples < max_resamples:
         resamples += 1
         for group in sample():
-            scores = [total_reward(reward, weights) for reward in group.rewards if reward.ok]
-            (spread if has_spread(scores) else zero_std).append(group)
+            (spread if differ(group) else zero_std).append(group)
         if not all_reduce_int(max(0, num_groups - len(spread))):
             break
     chosen = [*spread, *zero_std][:num_groups]

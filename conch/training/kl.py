@@ -7,10 +7,10 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from conch.config import Section
+from conch.config import GenerationConfig, Section
 from conch.data.rollout_batch import Sequences
 from conch.ops import KLEstimator, Reduce, kl_estimate, masked_mean
 
@@ -31,7 +31,57 @@ class KLConfig(Section):
     """KL in nats per sample that the weight is steered to; None keeps the weight fixed."""
 
     horizon: int = Field(default=10_000, ge=1)
-    """Samples over which the adaptive weight reacts."""
+    """Samples over which the adaptive weight reacts; at least those of a step."""
+
+    @model_validator(mode="after")
+    def _weight_can_move(self) -> KLConfig:
+        if self.target is not None and self.coef == 0:
+            raise ValueError(
+                "`target` steers `coef` by factors, and from 0 it never moves: start above 0, or leave "
+                "`target` out"
+            )
+        return self
+
+    def check_horizon(self, num_samples: int, name: str) -> None:
+        """Refuse a horizon within which one step could turn the adaptive weight negative.
+
+        num_samples: of a step, over all processes, which the settings `name` give.
+
+        Raises:
+            ValueError: names both.
+        """
+        if self.target is not None and self.horizon < num_samples:
+            raise ValueError(
+                f"`kl.horizon` = {self.horizon} is shorter than {name} = {num_samples}: one step could turn "
+                "the weight negative; raise the horizon"
+            )
+
+    def check_target(self, generation: GenerationConfig, section: str) -> None:
+        """Refuse to steer by a KL that samples of a cut distribution do not measure.
+
+        section: that these settings stand in.
+
+        Raises:
+            ValueError: names the settings.
+        """
+        if self.target is not None and generation.cuts:
+            raise ValueError(
+                f"`{section}.kl.target` steers by the KL of the policy, which samples cut by "
+                "`generation.top_k` or `top_p` do not measure: leave one of them out"
+            )
+
+
+class GRPOKLConfig(KLConfig):
+    """The penalty for leaving the reference, where GRPO has it: in the loss."""
+
+    coef: float = Field(default=0.04, ge=0)
+    """Weight of the KL; 0 does without a reference."""
+
+    estimator: KLEstimator = "k3"
+    """Per-token estimate; see `conch.ops.kl_estimate`."""
+
+    placement: Literal["reward", "loss"] = "loss"
+    """Whether the KL is added to the loss, or taken off the rewards before they are compared."""
 
 
 class KLController:
@@ -80,6 +130,25 @@ def mean_kl(
     """KL(policy || reference) in nats per sample: the mean of `kl_of_each` over all ranks."""
     per_sample = kl_of_each(logprobs, reference_logprobs, mask)
     return float(masked_mean(per_sample, torch.ones_like(per_sample, dtype=torch.bool), reduce))
+
+
+def kl_penalties(
+    logprobs: Float[Tensor, "B R"],
+    reference_logprobs: Float[Tensor, "B R"],
+    mask: Bool[Tensor, "B R"],
+    config: KLConfig,
+    coef: float,
+) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+    """What the KL takes off the reward of each sample; and the size of the log-probs that this is made of,
+    against which its rounding is judged.
+
+    mask: True at response tokens.
+    coef: weight of the KL.
+    """
+    kl = kl_estimate(logprobs, reference_logprobs, config.estimator)
+    sizes = logprobs.abs() + reference_logprobs.abs()
+    penalties, sizes = (torch.where(mask, each, torch.zeros_like(each)).sum(dim=1) for each in (kl, sizes))
+    return coef * penalties, coef * sizes
 
 
 def kl_before_update(

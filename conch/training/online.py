@@ -27,10 +27,10 @@ from conch.cli import load_run_config
 from conch.config import OnlineRunConfig
 from conch.data.files import evaluation_rows, training_rows
 from conch.data.formats import listed, prompt_form
-from conch.data.index_sampler import IndexStream
+from conch.data.index_sampler import IndexStream, digest_of
 from conch.data.rollout_batch import Sequences, collate
 from conch.distributed.train_engine import TrainEngine
-from conch.evaluation.evaluator import Evaluator, sampled_prompts
+from conch.evaluation.evaluator import Evaluator, Variant, sampled_prompts
 from conch.evaluation.metrics import MetricFn
 from conch.models.forward import BatchPacker
 from conch.models.freezing import freeze_layers
@@ -92,6 +92,9 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
     module: nn.Module
     """What is trained: `setup` gives it."""
 
+    digest: str
+    """Hash of the prompts that are learned from, as they were given."""
+
     stream: IndexStream
     """Which prompts come next; made by `plan_batches`."""
 
@@ -116,6 +119,8 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         self.config = config
         self.engine = engine = TrainEngine(config.train)
         self.collectives = self.engine.collectives
+        if model is None:
+            engine.check_weights(config.model)
         prompts = listed(prompts, "prompts", config.data)
         if eval_prompts is not None:
             eval_prompts = listed(eval_prompts, "evaluation prompts", config.data)
@@ -128,6 +133,7 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         sampled = sampled_prompts(config, self.codec, lm, prompts, eval_prompts)
         self.prompts, self.eval_prompts, self.variants = sampled.train, sampled.evaluation, sampled.variants
         self.policy_version = 0
+        self.digest = digest_of(prompts)
         self.plan_batches()
         self.stateful: dict[str, Stateful] = {"stream": self.stream}
         freeze_layers(lm, config.model)
@@ -151,6 +157,7 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
             weights=config.reward.weights,
             metric_fn=metric_fn,
             default_repeats=config.train.eval_repeats,
+            seed=config.train.seed,
         )
         self.run = start_run(self, self.checkpointed)
         self.run_dir = self.run.folder
@@ -194,6 +201,11 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
 
     # ------------------------------------------------------------------------------------------- shared verbs
 
+    def own_share(self) -> IndexStream:
+        """This rank's walk over the prompts, which all ranks share out."""
+        ranks, seed = self.collectives, self.config.train.seed
+        return IndexStream(len(self.prompts), seed, ranks.rank, ranks.num_ranks, self.digest)
+
     def next_prompts(self, number: int) -> list[Prompt]:
         """The next prompts of this rank's share of the data."""
         return [self.prompts[row] for row in self.stream.draw(number)]
@@ -233,10 +245,11 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
 
     @with_gathered_weights
     def compute_logprobs(
-        self, rollouts: Sequence[Rollout], *, policy_too: bool | None = None
+        self, rollouts: Sequence[Rollout], *, temperature: float | None = None, policy_too: bool | None = None
     ) -> LogprobOutputs:
         """Run the policy and, where there is one, the reference over each rollout, without gradient.
 
+        temperature: of both distributions; None takes the one that training samples at.
         policy_too: False asks the reference alone; None does as `computes_old_logprobs` says.
         """
         return logprob_outputs(
@@ -245,20 +258,23 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
             self.reference,
             self.packer,
             collate(rollouts, self.pad_id, self.engine.device),
-            temperature=self.config.generation.temperature,
+            temperature=self.config.generation.temperature if temperature is None else temperature,
             batch_size=self.forward_batch_size,
             policy_too=self.computes_old_logprobs if policy_too is None else policy_too,
         )
 
     @with_gathered_weights
     @torch.no_grad()
-    def kl_to_start(self, rollouts: Sequence[Rollout]) -> float:
-        """KL(policy || starting policy) in nats per sample, estimated on `rollouts` of the current policy."""
+    def kl_to_start(self, rollouts: Sequence[Rollout], *, temperature: float | None = None) -> float:
+        """KL(policy || starting policy) in nats per sample, estimated on `rollouts` of the current policy.
+
+        temperature: that `rollouts` were sampled at; None for that of training.
+        """
         assert self.reference is not None, "this run keeps no reference"
         if not rollouts:  # a rank without prompts to evaluate; the others wait for its share of the mean
             nothing = torch.zeros(0, 1, device=self.engine.device)
             return mean_kl(nothing, nothing, nothing.bool(), self.collectives.all_reduce)
-        outputs = self.compute_logprobs(rollouts, policy_too=True)
+        outputs = self.compute_logprobs(rollouts, temperature=temperature, policy_too=True)
         assert outputs.logprobs is not None and outputs.ref_logprobs is not None
         mask = outputs.sequences.response_mask
         return mean_kl(outputs.logprobs, outputs.ref_logprobs, mask, self.collectives.all_reduce)
@@ -270,10 +286,16 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         """Sample `repeats` (or `train.eval_repeats`) completions per evaluation prompt.
 
         Returns the mean reward, means of the user's metrics, and, where there is a reference, the KL to the
-        start in nats per sample.
+        start in nats per sample, at the temperature of the evaluation; not of completions that no temperature
+        gives (greedy ones, or of a cut distribution).
         """
-        extra = None if self.reference is None else lambda rollouts: {"eval/kl": self.kl_to_start(rollouts)}
+        extra = None if self.reference is None else self._kl_of_evaluation
         return self.evaluator.run(tracker, step, repeats=repeats, extra=extra)
+
+    def _kl_of_evaluation(self, rollouts: Sequence[Rollout], variant: Variant[Any]) -> Metrics:
+        if variant.greedy or variant.generation.cuts:
+            return {}
+        return {"eval/kl": self.kl_to_start(rollouts, temperature=variant.generation.temperature)}
 
     @with_gathered_weights
     def generate(self, prompts: Sequence[str], *, greedy: bool = False) -> list[str]:

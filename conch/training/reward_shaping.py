@@ -15,6 +15,7 @@ Legend: B rollouts, R response tokens, K objectives.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -23,11 +24,13 @@ from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from conch.advantages import has_spread
 from conch.config import Section
 from conch.distributed.collectives import Collectives
 from conch.errors import ConfigError
 from conch.ops import Reduce, masked_mean, masked_sum, only_this_rank, whiten
-from conch.types import RewardResult, Rollout
+from conch.rewards.scorer import total_reward
+from conch.types import RewardResult, Rollout, RolloutGroup
 
 
 class ShapingConfig(Section):
@@ -124,6 +127,27 @@ class RewardShaper:
         shaped = dense / scale + at_last_token(torch.where(valid, scalar, torch.zeros_like(scalar)), mask)
         return torch.where(mask, shaped, torch.zeros_like(shaped))
 
+    def differ(self, group: RolloutGroup, penalties: Float[Tensor, " G"]) -> bool:
+        """Whether completions of one prompt differ in what `shape` will give for them, less `penalties`.
+
+        Told from the group alone, as of now: no statistic moves. Where objectives are normalised over a step,
+        which this cannot foresee, the completions differ if they do in any objective.
+        """
+        learned = [bool(rollout.completion.token_ids) for rollout in group.rollouts]
+        rows = [row for row, reward in enumerate(group.rewards) if reward.ok and learned[row]]
+        off = penalties + self._penalties(group.rollouts, penalties.device)
+        rewards, taken_off = [group.rewards[row] for row in rows], [float(off[row]) for row in rows]
+        if self._config.combine != "sum":
+            names = {name for reward in rewards for name in reward.scores if self._weights.get(name, 1.0)}
+            columns = [[reward.scores[name] for reward in rewards if name in reward.scores] for name in names]
+            return any(map(has_spread, [*columns, taken_off]))
+        scale, bound = self._present_scale(), self._config.clip or math.inf
+        totals: list[float] = []
+        for reward in rewards:
+            parts = reward.token_scores or [total_reward(reward, self._weights)]
+            totals.append(sum(min(max(part, -bound), bound) for part in parts) / scale)
+        return has_spread([total - less for total, less in zip(totals, taken_off, strict=True)])
+
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to go on from here."""
         return {"moments": self.moments.state_dict()}
@@ -156,16 +180,16 @@ class RewardShaper:
         return values if bound is None else values.clamp(-bound, bound)
 
     def _scale(self, totals: Float[Tensor, " B"], valid: Bool[Tensor, " B"]) -> float:
+        config = self._config
+        measures_once = config.scaling == "reference" and config.reference_std is None
+        if config.scaling == "running" or (measures_once and self.moments.count == 0):
+            self.moments.update(totals, valid, self._collectives.all_reduce)
+        return self._present_scale()
+
+    def _present_scale(self) -> float:
         if self._config.scaling == "none":
             return 1.0
-        if self._config.scaling == "running":
-            self.moments.update(totals, valid, self._collectives.all_reduce)
-            return self.moments.std
-        if self._config.reference_std is not None:
-            return self._config.reference_std
-        if self.moments.count == 0:
-            self.moments.update(totals, valid, self._collectives.all_reduce)
-        return self.moments.std
+        return self._config.reference_std or self.moments.std
 
     def _penalties(self, rollouts: Sequence[Rollout], device: torch.device) -> Float[Tensor, " B"]:
         penalty = self._config.missing_eos_penalty or 0.0

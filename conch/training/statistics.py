@@ -160,10 +160,16 @@ def log_rollouts(
 def explained_variance(
     values: Float[Tensor, "B R"], returns: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"], reduce: Reduce
 ) -> float:
-    """1 for perfect values, 0 for values no better than a constant, over all ranks."""
-    mean = masked_mean(returns, mask, reduce)
-    spread = masked_mean((returns - mean) ** 2, mask, reduce)
-    return float(1 - masked_mean((returns - values) ** 2, mask, reduce) / spread.clamp(min=1e-8))
+    """1 - Var(returns - values) / Var(returns) over all ranks: 1 for values off by a constant at most,
+    0 for those no better than a constant; NaN where the returns do not vary by more than rounding."""
+
+    def variance(of: Tensor) -> Tensor:
+        return masked_mean((of - masked_mean(of, mask, reduce)) ** 2, mask, reduce)
+
+    spread = variance(returns)
+    if spread <= 1e-12 * masked_mean(returns**2, mask, reduce):
+        return math.nan
+    return float(1 - variance(returns - values) / spread)
 
 
 @contextmanager

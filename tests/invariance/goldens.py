@@ -44,7 +44,7 @@ from tests.runs import (
 
 FILE = Path(__file__).with_name("goldens.json")
 STEPS = 3
-ADAM = {"learning_rate": 1e-2}
+ADAM = {"learning_rate": 1e-2, "eps": 1e-5}
 KL = {"coef": 0.2, "target": 0.01, "horizon": 100}
 Run = list[dict[str, float]]
 

@@ -8,7 +8,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from conch.config import TrainConfig
-from conch.distributed.train_engine import TrainEngine, check_kind, check_operators_folder
+from conch.distributed.launch_settings import check_kind, check_operators_folder
+from conch.distributed.train_engine import TrainEngine
 from conch.errors import ConfigError, DistributedError
 from conch.training.setup import rows_of_rank
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
@@ -25,6 +26,7 @@ from conch.rollouts.hf.engine import HFEngine
 from conch.runs.checkpoint import save_model
 from conch.types import Prompt
 from tests.numerics import network_rounding, rounding
+from tests.runs import reward_trainer
 from tests.tiny import LANGUAGE_MODELS, char_tokenizer, decoder_shape, tiny_decoder
 
 TOKENIZER = char_tokenizer("abcdefghijklmnopqrstu")
@@ -346,3 +348,35 @@ def test_copy_of_an_adapted_model_keeps_its_adapter() -> None:
     lm = adapted("gpt2")
 
     assert torch.equal(logits(copy.deepcopy(lm)), logits(lm))
+
+
+@pytest.mark.parametrize("shape", [{}, {"model_type": "bert"}, {"model_type": "roberta"}], ids=str)
+def test_a_reward_model_learns_by_an_adapter_on_a_bfloat16_base(
+    tmp_path: Path, shape: dict[str, Any]
+) -> None:
+    """Its head trains in float32 behind a trunk that gives bfloat16; its scores are float32."""
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = {"dtype": "bfloat16", "merge_adapter": True, "peft_config": {"r": 2}}
+    if shape:
+        model["architecture"] = {**shape, **small, "vocab_size": 24, "max_position_embeddings": 24}
+    rows = [{"text": "ab" * n, "score": float(n % 3)} for n in range(1, 9)]
+    trainer = reward_trainer(tmp_path / "run", rows, model=model, noise=0.0)
+    losses = [trainer.step()["train/loss"] for _ in range(3)]
+    assert losses[2] < losses[0]
+    assert trainer.evaluate() == {}
+    batch = trainer.experience(trainer.samples[:2])
+    assert trainer.model(batch.texts.input_ids).logits.dtype == torch.float32
+    trainer.save_pretrained(tmp_path / "saved")
+    tensors = load_file(tmp_path / "saved" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("family", "embedding"), [("gpt2", "wte"), ("llama", "embed_tokens")])
+def test_embeddings_train_beside_an_adapter_on_a_bfloat16_base(family: str, embedding: str) -> None:
+    lm = tiny_decoder(family).bfloat16()
+    before = logits(lm)
+    freeze_layers(lm, settings(family, modules_to_save=[embedding]))
+    assert torch.equal(logits(lm), before)
+    response_logits(lm, a_batch()).float().sum().backward()
+    trained = {name for name, p in lm.named_parameters() if p.requires_grad and p.grad is not None}
+    assert any(f"{embedding}.modules_to_save" in name for name in trained)

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from conch.config import ModelConfig
 from conch.errors import CheckpointError
-from conch.models.freezing import freeze_trunk
+from conch.models.freezing import freeze_layers, freeze_trunk
 from conch.models.loading import load_lm
 from conch.models.policy import HEADS_FILE, PolicyWithValue
 from conch.runs.checkpoint import check_space, model_bytes, save_model
@@ -225,3 +225,22 @@ def test_too_small_disk_is_refused_before_writing(small_disk: Path) -> None:
     ):
         save_model(small_disk / "step_1", tiny_decoder("gpt2"), TOKENIZER)
     assert names(small_disk) == ["ballast"]
+
+
+@pytest.mark.parametrize("family", [*DECODERS, "t5"])
+@pytest.mark.parametrize("peft_config", [None, {"r": 2}], ids=["whole", "adapter"])
+def test_a_saved_config_has_the_dropout_that_the_model_came_with(
+    family: str, peft_config: dict[str, int] | None, tmp_path: Path
+) -> None:
+    """Disabled dropout is a matter of this run: who trains the model further decides anew."""
+    plain = AutoConfig.for_model(**decoder_shape(family)).to_dict()
+    dropouts = {key: 0.25 for key, value in plain.items() if "drop" in key and isinstance(value, float)}
+    config = ModelConfig(
+        architecture=decoder_shape(family, **dropouts), peft_config=peft_config, merge_adapter=True
+    )
+    lm = load_lm(config)
+    freeze_layers(lm, config)
+    save_model(tmp_path / "step_1", lm, TOKENIZER, merge_adapter=True)
+    saved = json.loads((tmp_path / "step_1" / "config.json").read_text())
+    assert {key: saved[key] for key in dropouts} == dropouts != {}
+    assert {getattr(lm.config, key) for key in dropouts} == {0.0}, "of the model that trains on"

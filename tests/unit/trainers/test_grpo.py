@@ -80,7 +80,7 @@ def loss_by_loop(
     for row in used:
         group = [SCORES[other] for other in used if other // 4 == row // 4]
         mean = sum(group) / len(group)
-        std = math.sqrt(sum((score - mean) ** 2 for score in group) / len(group))
+        std = math.sqrt(sum((score - mean) ** 2 for score in group) / (len(group) - 1))
         advantage = (SCORES[row] - mean) / (1.0 if form == "dr_grpo" else std)
         log_ratio = token_logprobs(new, ROLLOUTS[row]) - token_logprobs(old, ROLLOUTS[row])
         if form == "gspo":
@@ -371,6 +371,19 @@ def test_letters_are_learned(run_dir: Path) -> None:
             "`grpo.overlong_buffer` = 9 is longer than `generation.max_new_tokens` = 8",
         ),
         ({"grpo": {"loss": "gpro"}}, "grpo.loss"),
+        (
+            {"grpo": {"loss": "gspo", "importance_sampling_cap": 2.0}},
+            "`importance_sampling_cap` weighs each token, gspo a whole response",
+        ),
+        (
+            {"grpo": {"prompts_per_step": 512, "group_size": 16, "kl": {"target": 1.0, "horizon": 1000}}},
+            r"`kl.horizon` = 1000 is shorter than `prompts_per_step` \* `group_size` = 8192: one step could",
+        ),
+        ({"grpo": {"kl": {"coef": 0.0, "target": 1.0}}}, "from 0 it never moves: start above 0"),
+        (
+            {"grpo": {"kl": {"target": 1.0}}, "generation": {"top_k": 5}},
+            "`grpo.kl.target` steers by the KL .* cut by `generation.top_k` or `top_p` do not measure",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:

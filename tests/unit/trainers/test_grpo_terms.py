@@ -33,13 +33,19 @@ def advantages_of(
 
 def test_advantages_are_standard_deviations_from_the_mean_of_the_group() -> None:
     found = advantages_of(1.0, 2.0, 3.0, 6.0)
-    std = math.sqrt((4 + 1 + 0 + 9) / 4)
+    std = math.sqrt((4 + 1 + 0 + 9) / 3)
     assert found == pytest.approx([-2 / std, -1 / std, 0.0, 3 / std])
 
 
 def test_groups_do_not_see_each_other() -> None:
     found = group_advantages(torch.tensor([0.0, 1.0, 100.0, 300.0]), ALL, 2, "group_std")
-    assert found.tolist() == pytest.approx([-1.0, 1.0, -1.0, 1.0])
+    half = math.sqrt(0.5)  # of one standard deviation, over n - 1 = 1
+    assert found.tolist() == pytest.approx([-half, half, -half, half])
+
+
+def test_one_success_among_four_counts_one_and_a_half_deviations() -> None:
+    """As TRL, verl and torchrl have it; by n it would be 1.732."""
+    assert advantages_of(1.0, 0.0, 0.0, 0.0) == pytest.approx([1.5, -0.5, -0.5, -0.5])
 
 
 def test_group_mean_divides_by_nothing() -> None:
@@ -69,6 +75,21 @@ def test_a_failed_reward_is_left_out_of_its_group(kind: Advantage) -> None:
     for value in (0.0, 1e9, math.nan):
         found = advantages_of(1.0, value, 2.0, 6.0, kind=kind, valid=valid)
         assert found == pytest.approx([without[0], 0.0, *without[1:]])
+
+
+@pytest.mark.parametrize("unit", [1e-12, 1e-7, 1.0, 1e9])
+def test_whether_rewards_differ_does_not_depend_on_their_unit(unit: float) -> None:
+    found = advantages_of(unit, 0.0, 0.0, 0.0)
+    assert found == pytest.approx([1.5, -0.5, -0.5, -0.5])
+    assert has_spread([unit, 0.0]) and not has_spread([unit, unit * (1 + 1e-9)])
+    assert advantages_of(unit, unit * (1 + 1e-7), unit, unit) == [0.0] * 4
+
+
+def test_what_cancels_leaves_rounding_of_its_size() -> None:
+    """A KL of nothing is a difference of log-probs, which round as what they are."""
+    rewards, sizes = torch.tensor([1e-8, 0.0, -1e-8, 0.0]), torch.full((4,), 0.5)
+    assert group_advantages(rewards, ALL, 4, "group_std", sizes).tolist() == [0.0] * 4
+    assert group_advantages(100 * rewards, ALL, 4, "group_std", sizes).any()
 
 
 def test_a_single_reward_teaches_nothing() -> None:

@@ -18,7 +18,7 @@ from conch.evaluation.metrics import mean_of_finite, metric_columns
 from conch.losses import policy_loss_terms, value_loss_terms
 from conch.ops import only_this_rank
 from conch.rewards.scorer import total_reward
-from conch.trainers.ppo import PPOConfig
+from conch.trainers.ppo import PPOConfig, PPORunConfig
 from conch.training.kl import KLConfig, KLController, mean_kl
 from conch.training.reward_shaping import RunningMoments, at_last_token
 from conch.training.setup import extra_keys
@@ -262,9 +262,11 @@ def test_explained_variance_by_hand() -> None:
     mask = torch.tensor([[True, True, False]])
     assert explained_variance(returns, returns, mask, only_this_rank) == 1.0
     assert explained_variance(torch.ones(1, 3), returns, mask, only_this_rank) == 0.0
-    # Errors 0 and 1 against deviations 1 and 1.
-    half = explained_variance(torch.tensor([[0.0, 1.0, 5.0]]), returns, mask, only_this_rank)
-    assert half == pytest.approx(0.5)
+    # Errors 0 and 1, which vary by 1/4, against returns that vary by 1.
+    found = explained_variance(torch.tensor([[0.0, 1.0, 5.0]]), returns, mask, only_this_rank)
+    assert found == pytest.approx(0.75)
+    assert explained_variance(returns + 9.0, returns, mask, only_this_rank) == 1.0, "off by a constant"
+    assert math.isnan(explained_variance(returns, torch.ones(1, 3), mask, only_this_rank))
 
 
 def test_mean_of_finite_skips_what_is_no_number() -> None:
@@ -297,6 +299,19 @@ def test_horizon_shorter_than_a_step_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"`kl.horizon` = 100 is shorter than `rollouts_per_step` = 128"):
         load(PPOConfig, {"rollouts_per_step": 128, "kl": {"target": 1.0, "horizon": 100}})
     assert load(PPOConfig, {"rollouts_per_step": 128, "kl": {"horizon": 100}}).kl.target is None
+
+
+def test_a_weight_that_could_not_move_or_is_steered_by_no_kl_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"`ppo.kl`: `target` steers `coef` by factors, and from 0 it never"
+    ):
+        load(PPORunConfig, {"model": {"path": "gpt2"}, "ppo": {"kl": {"coef": 0.0, "target": 1.0}}})
+    steered = {"model": {"path": "gpt2"}, "ppo": {"kl": {"target": 1.0}}}
+    with pytest.raises(
+        ConfigError, match=r"`ppo.kl.target` steers by the KL .* `generation.top_k` or `top_p`"
+    ):
+        load(PPORunConfig, {**steered, "generation": {"top_p": 0.9}})
+    assert load(PPORunConfig, {**steered, "generation": {"temperature": 0.7}}).ppo.kl.target == 1.0
 
 
 def test_extra_keys_are_those_of_all_prompts() -> None:

@@ -8,6 +8,7 @@ import logging
 import math
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import GPT2LMHeadModel
 
 from conch.errors import ConfigError, RewardInvalidError
 from conch.runs.checkpoint import steps_of
-from conch.trainers.rft import Candidates, RFTTrainer
+from conch.trainers.rft import Candidates, RFTTrainer, keep_best
 from tests.clock import CLOCK
 from tests.runs import (
     EOS,
@@ -277,3 +278,25 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path: Path, inter
 def test_bad_input_is_refused_before_sampling(run_dir: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         rft_trainer(run_dir, **settings)
+
+
+def test_prompts_of_the_same_tokens_with_other_metadata_are_other_prompts(run_dir: Path) -> None:
+    """The best completion for one answer is not the best for another."""
+
+    def matches(outputs: list[str], answer: list[str], **_: Any) -> list[float]:
+        return [float(answer[row] in output) for row, output in enumerate(outputs)]
+
+    prompts = [{"prompt": "ab", "answer": "c"}, {"prompt": "ab", "answer": "d"}]
+    trainer = rft_trainer(run_dir, prompts=prompts, reward_fn=matches)
+    first, second = trainer.prompts
+    rollouts = [
+        replace(letters_rollout("ab", text), prompt=prompt)
+        for prompt in (first, second)
+        for text in ("c", "d", "e")
+    ]
+    pool, _ = trainer.make_batch(rollouts, scored(1.0, 0.0, 0.0, 0.0, 1.0, 0.0))
+    best = [keep_best(candidates, 0.7, None).scores for candidates in pool]
+    c, d = (rollouts[row].completion.token_ids for row in (0, 4))
+    assert sorted(map(list, best)) == [[c], [d]] and len(pool) == 2
+    same = [replace(rollout, prompt=first) for rollout in rollouts]
+    assert len(trainer.make_batch(same, scored(*[1.0] * 6))[0]) == 1

@@ -80,7 +80,9 @@ def test_duplicates_count_in_the_percentile() -> None:
 
 
 def test_rows_are_grouped_by_prompt_in_an_order_that_ranks_do_not_change() -> None:
-    rows = [((7,), B, 1.0), ((6, 5), C, 0.5), ((7,), A, 2.0), ((7,), D, math.nan), ((8,), E, math.nan)]
+    nan = math.nan
+    plain = [((7,), B, 1.0), ((6, 5), C, 0.5), ((7,), A, 2.0), ((7,), D, nan), ((8,), E, nan)]
+    rows = [(prompt, "", completion, score) for prompt, completion, score in plain]
     expected = [Candidates((6, 5), (C,), (0.5,)), Candidates((7,), (A, B), (2.0, 1.0))]
     assert group_by_prompt(rows) == expected
     assert group_by_prompt(rows[::-1]) == expected

@@ -201,6 +201,8 @@ def test_another_algorithm_data_or_model_is_refused(tmp_path: Path) -> None:
         ppo_trainer(tmp_path / "run", train=again)
     with pytest.raises(DataError, match=r"had 10 rows of data, here are 3"):
         sft_trainer(tmp_path / "run", SAMPLES[:3], train=again)
+    with pytest.raises(DataError, match=r"had other rows of data than these 10"):
+        sft_trainer(tmp_path / "run", [*SAMPLES[:9], "hhh"], train=again)
     with pytest.raises(CheckpointError, match=r"does not fit this model.*size mismatch"):
         sft_trainer(tmp_path / "run", SAMPLES, lm=policy(n_embd=16), train=again)
 
