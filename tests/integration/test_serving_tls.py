@@ -11,13 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from conch.access.tls import ClientTls, ServerTls
 from conch.config import RewardAuthConfig, RewardClientConfig, RewardConfig, TlsConfig
 from conch.errors import ConfigError, RewardUnavailableError, ServerStartError
 from conch.rewards.served import TritonReward
 from conch.serving.server.health import wait_until_ready
 from conch.serving.server.server import ServerOptions, TritonServer
 from conch.triton.channel import Access
-from conch.triton.tls import ClientTls, ServerTls
 from conch.types import Completion, Prompt, Rollout
 from tests.certificates import Certificates, make_certificates
 from tests.deployments import conch, detach

@@ -18,21 +18,14 @@ from torch import Tensor
 from conch.addresses import parse_servers
 from conch.config import load
 from conch.errors import ConfigError, RolloutError, RolloutUnavailableError
-from conch.rollouts import weight_sync
 from conch.rollouts.protocol import Health
 from conch.rollouts.remote.client import ServerClient
 from conch.rollouts.remote.engine import missing_part, split_prompts
 from conch.rollouts.remote.pool import ServerState, least_busy
+from conch.rollouts.rendezvous import join, open_store, wait_for_members
 from conch.rollouts.serve import main as serve_main
 from conch.rollouts.vllm.server_config import ServerConfig
-from conch.rollouts.weight_sync import (
-    BroadcastGroup,
-    SharedFile,
-    join,
-    open_store,
-    tensor_specs,
-    wait_for_members,
-)
+from conch.rollouts.weight_sync import BroadcastGroup, SharedFile, tensor_specs
 from conch.types import Prompt, Rollout
 from tests.fakes.rollout_server import FakeRolloutServer
 from tests.footprint import wait_until
@@ -365,8 +358,7 @@ def sender_and_received(
     settings: dict[str, Any] = {"address": "127.0.0.1", "timeout_s": LONG_S}
 
     def receive() -> dict[str, Tensor]:
-        client = weight_sync.TCPStore("127.0.0.1", store.port, is_master=False)
-        join(client)
+        client = join("127.0.0.1", store.port, store.token, rank=1, timeout_s=LONG_S)
         return dict(BroadcastGroup(client, 1, 2, "gloo", **settings).receive(tensor_specs(tensors)))
 
     with ThreadPoolExecutor(1) as thread:
