@@ -82,6 +82,11 @@ class ServerPool:
         self._weights = WeightSource(lm, merge=config.merge_adapter is True)
         self._source = source
         self._sends_weights = sends_weights
+        if sends_weights and config.weights == "broadcast" and config.auth.tls.ca is not None:
+            _log.warning(
+                "rollout servers are asked over TLS, but weights that are broadcast travel in plain text; "
+                "keep the network between trainer and servers to yourself, docs/security.md"
+            )
         self.servers = [
             ServerState(ServerClient(url, config.deadline_s, config.auth))
             for url in parse_servers(config.urls, "rollout.urls")

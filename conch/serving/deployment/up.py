@@ -93,7 +93,6 @@ def plan(options: UpOptions, folder: Path) -> list[TritonServer]:
             tls=tls,
             secret=secret,
             allow_anyone=network.allow_anyone,
-            restrict_admin=True,  # others who share this machine reach loopback too
             flags=placement.server_flags,
             log_max_bytes=int(supervision.log_max_mb * 1e6),
             log_keep=supervision.log_keep,

@@ -62,7 +62,8 @@ class ServerOptions:
     gpu: number or UUID of the GPU, several separated by commas; "" serves on the CPU.
     tls: None speaks plain text.
     secret: value that clients must send; "" asks for none.
-    restrict_admin: let this process alone load models, trace and the like; always so beyond loopback.
+    restrict_admin: let this process alone load models (which runs code), trace and the like. False lets all
+        who share this machine do so; beyond loopback, and with a secret, it is never so.
     allow_anyone: listen beyond this machine without asking clients for a secret or a certificate.
     flags: further flags of tritonserver, `--name=value`.
     log_max_bytes: size at which a log is put aside.
@@ -76,7 +77,7 @@ class ServerOptions:
     gpu: str = ""
     tls: ServerTls | None = None
     secret: str = field(default="", repr=False)
-    restrict_admin: bool = False
+    restrict_admin: bool = True
     allow_anyone: bool = False
     flags: tuple[str, ...] = ()
     log_max_bytes: int = 10_000_000

@@ -215,6 +215,17 @@ def test_trainer_speaks_tls_and_names_what_does_not_fit(tmp_path: Path, certific
         assert "if it speaks TLS, give `rollout.auth.tls.ca`" in refusal(server)
 
 
+def test_broadcast_beside_tls_is_warned_of(
+    certificates: Certificates, caplog: pytest.LogCaptureFixture
+) -> None:
+    for weights, ca, warned in (("broadcast", certificates.ca, 1), ("files", certificates.ca, 0)):
+        caplog.clear()
+        auth = AuthConfig(tls=TlsConfig(ca=ca))
+        config = RolloutConfig(engine="vllm", urls="127.0.0.1:1", weights=weights, auth=auth)
+        ServerPool(config, lambda: tiny_decoder("gpt2"), source="run", sends_weights=True).close()
+        assert caplog.text.count("weights that are broadcast travel in plain text") == warned
+
+
 def test_certificate_for_another_name_is_named(tmp_path: Path) -> None:
     named = make_certificates(tmp_path, "gpu1.example")
     with served(tmp_path, tls_cert=named.server, tls_key=named.server_key) as server:
