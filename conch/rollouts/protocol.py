@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, FiniteFloat, NonNegativeInt, model_validator
 
 from conch.config import GenerationConfig, Section
 from conch.types import FinishReason
@@ -160,10 +160,16 @@ class CompletionReply(Section):
     version: of the weights that it was sampled from.
     """
 
-    prompt_index: int
-    seed_index: int
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    prompt_index: NonNegativeInt
+    seed_index: NonNegativeInt
+    token_ids: tuple[NonNegativeInt, ...]
+    logprobs: tuple[FiniteFloat, ...]
     text: str
     finish_reason: FinishReason
     version: int
+
+    @model_validator(mode="after")
+    def _has_a_logprob_for_each_token(self) -> CompletionReply:
+        if len(self.token_ids) != len(self.logprobs):
+            raise ValueError(f"{len(self.token_ids)} tokens have {len(self.logprobs)} log-probs")
+        return self

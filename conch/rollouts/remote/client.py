@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn, TypeVar
 
 import httpx2
+from pydantic import ValidationError
 
 from conch.access.secrets import secret_from
 from conch.access.tls import client_context
@@ -115,7 +116,7 @@ class ServerClient:
                         failure = self._parse(Failure, values).detail[:_MAX_DETAIL]
                         raise RolloutUnavailableError(f"{self.address} failed: {failure}")
                     yield self._parse(CompletionReply, values)
-        except httpx2.TransportError as error:
+        except httpx2.RequestError as error:
             raise self._connection_error(error) from error
         except ValueError as error:
             raise RolloutUnavailableError(f"{self.address} broke off in the middle of a line") from error
@@ -123,7 +124,7 @@ class ServerClient:
     def _call(self, method: str, path: str, **settings: Any) -> Any:
         try:
             reply = self._http.request(method, path, **settings)
-        except httpx2.TransportError as error:
+        except httpx2.RequestError as error:
             raise self._connection_error(error) from error
         if reply.status_code != httpx2.codes.OK:
             self._raise_refusal(reply)
@@ -145,7 +146,7 @@ class ServerClient:
             raise RolloutUnavailableError(f"{self.address} failed: {detail}")
         raise RolloutError(f"{self.address} refuses: {detail}")
 
-    def _connection_error(self, error: httpx2.TransportError) -> RolloutError:
+    def _connection_error(self, error: httpx2.RequestError) -> RolloutError:
         """What a connection broke by; of another type where it would break by it again and again."""
         text = str(error).lower()
         for sign, explanation in _TLS_REFUSALS.items():
@@ -161,11 +162,18 @@ class ServerClient:
     def _parse(self, message: type[MessageT], values: Any) -> MessageT:
         try:
             return message.model_validate(values)
-        except ValueError as error:
+        except ValidationError as error:
             raise RolloutError(
-                f"{self.address} is no rollout server of this release: its {message.__name__} cannot be read"
+                f"{self.address} is no rollout server of this release, or its model gives no numbers: its "
+                f"{message.__name__} cannot be read ({_first_mistake(error)})"
             ) from error
 
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
+
+
+def _first_mistake(error: ValidationError) -> str:
+    """Where a message is wrong, and how; repeats nothing of what it holds."""
+    mistake = error.errors(include_input=False, include_url=False)[0]
+    return f"{'.'.join(map(str, mistake['loc'])) or 'all of it'}: {mistake['msg']}"

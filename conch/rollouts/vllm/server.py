@@ -50,6 +50,9 @@ from conch.rollouts.vllm.server_config import ServerConfig
 
 _log = get_logger(__name__)
 
+_MAX_STOP_CONDITIONS = 64
+"""Sets of stop strings that are kept ready; a run has one or two."""
+
 
 class RolloutServer:
     """vLLM's engine in processes of its own, and the version of the weights in it.
@@ -256,6 +259,8 @@ class RolloutServer:
 
     def _stop_condition(self, stop: tuple[str, ...]) -> StopCondition:
         if stop not in self._stop_conditions:
+            if len(self._stop_conditions) >= _MAX_STOP_CONDITIONS:
+                self._stop_conditions.clear()
             self._stop_conditions[stop] = StopCondition(self._tokenizer, stop)
         return self._stop_conditions[stop]
 

@@ -376,6 +376,9 @@ def test_too_many_completions_are_refused(tmp_path: Path) -> None:
         many = body(prompts=[prompt(seeds=[0] * 70_000)])
         status, detail = ask(server, "POST", "/generate", json=many)
         assert status == 400 and "asks for 70000 completions" in detail
+        # Beyond what frameworks take by default, and below `max_request_mb`.
+        status, detail = ask(server, "POST", "/generate", json={"x": "a" * 20_000_000})
+        assert status == 400 and "cannot be read" in detail and len(detail) < 300
 
 
 @pytest.mark.parametrize(

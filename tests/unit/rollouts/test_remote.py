@@ -18,9 +18,9 @@ from torch import Tensor
 from conch.addresses import parse_servers
 from conch.config import load
 from conch.errors import ConfigError, RolloutError, RolloutUnavailableError
-from conch.rollouts.protocol import Health
+from conch.rollouts.protocol import Health, PromptRequest
 from conch.rollouts.remote.client import ServerClient
-from conch.rollouts.remote.engine import missing_part, split_prompts
+from conch.rollouts.remote.engine import batch_size, missing_part, split_prompts
 from conch.rollouts.remote.pool import ServerState, least_busy
 from conch.rollouts.rendezvous import join, open_store, wait_for_members
 from conch.rollouts.serve import main as serve_main
@@ -245,6 +245,35 @@ def test_server_that_cannot_take_weights_says_why(start: Callable[..., FakeRollo
     server.weights_answer = (400, {"detail": "no such file on this machine"})
     with pytest.raises(RolloutError, match=f"{server.address} refuses: no such file on this machine"):
         Sampling(server)(prompts(2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"prompt_index": -1}, "prompt_index: Input should be greater than or equal to 0"),
+        ({"seed_index": 7}, "sent a completion that nobody asked for"),
+        ({"logprobs": [-0.5]}, "3 tokens have 1 log-probs"),
+        ({"logprobs": [float("nan")] * 3}, "logprobs.0: Input should be a finite number"),
+        ({"token_ids": [-4, 1, 1]}, "token_ids.0: "),
+        ({"text": None}, "text: "),
+    ],
+)
+def test_completion_that_cannot_be_is_refused(
+    start: Callable[..., FakeRolloutServer], changes: dict[str, Any], complaint: str
+) -> None:
+    server = start()
+    lines = server.lines_for
+    server.lines_for = lambda body: [{**line, **changes} for line in lines(body)]
+    with pytest.raises(RolloutError, match=complaint):
+        Sampling(server)(prompts(1))
+
+
+def test_requests_stay_below_what_servers_take() -> None:
+    assert [batch_size(prompts(count), 2) for count in (0, 1, 8, 800)] == [1, 1, 1, 100]
+    assert batch_size([Prompt("p", (1,) * 4_000_000)] * 64, 1) == 2
+    assert batch_size([Prompt("p", (1,))] * 1_000_000, 1) == 65_536
+    ids = (262_143,) * 80_000  # a hundredth of the longest request, of a large vocabulary
+    assert len(PromptRequest(token_ids=ids, seeds=(2**31 - 1,)).model_dump_json()) < 64e6 / 100
 
 
 def test_prompt_beyond_the_smallest_max_model_len_is_refused(start: Callable[..., FakeRolloutServer]) -> None:
