@@ -116,7 +116,7 @@ def first_after_load(store: Path, warm: bool) -> dict[str, float]:
     with (
         changed(store, without) as copy,
         TritonServer(copy, [NAME]) as server,
-        open_client(server.url, Access()) as client,
+        open_client(server.url, server.access) as client,
     ):
         client.load_model(NAME)
         times = [timed(client) for _ in range(50)]

@@ -5,6 +5,7 @@ Secrets stand in environment variables, and in no message or log.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from collections.abc import Mapping
@@ -23,6 +24,14 @@ def host_and_port(server: str) -> tuple[str, int] | None:
     if match is None or not 0 < int(match["port"]) < 65536:
         return None
     return match["host"], int(match["port"])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens on `host`: an address, or `localhost`."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def parse_servers(text: str, setting: str) -> list[str]:

@@ -5,15 +5,18 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: serve.sh [--gpu N | --cpu] [--image FILE] [--store FOLDER] [--host ADDRESS] [--port N] MODEL... [-- FLAG...]
+usage: serve.sh [--gpu N | --cpu] [--image FILE] [--store FOLDER] [--port N]
+                [--host ADDRESS (--secret-env NAME | --allow-anyone)] MODEL... [-- FLAG...]
 
 MODEL    models of the store to serve
 --gpu    GPU, or several as 6,7, by the numbers of nvidia-smi; default: 7, the last of eight
 --cpu    no GPU, from the image of tritonserver-cpu.def
 --image  image file or sandbox folder; default: tritonserver-pyt.sif, with --cpu tritonserver-cpu.sif
 --store  default: model_store
---host   address to listen on; default: 127.0.0.1. With another, anybody who reaches it may score; to load models,
+--host   address to listen on; default: 127.0.0.1. Another needs --secret-env or --allow-anyone; to load models,
          which runs code of the store, takes a secret that is made anew at each start and told to nobody
+--secret-env    environment variable with the secret that clients must send; whoever lists processes sees it
+--allow-anyone  with --host: anybody who reaches it may score
 --port   of gRPC; default: 8001
 FLAG     further flags of tritonserver
 TEXT
@@ -24,14 +27,16 @@ fail() {
     exit 1
 }
 
-gpu=7 image="" store=model_store host=127.0.0.1 port=8001 models=()
+gpu=7 image="" store=model_store host=127.0.0.1 port=8001 secret_env="" anyone="" models=()
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) usage && exit 0 ;;
         --cpu) gpu="" ;;
-        --gpu | --image | --store | --host | --port)
+        --allow-anyone) anyone=1 ;;
+        --gpu | --image | --store | --host | --port | --secret-env)
             [ -n "${2:-}" ] || fail "$1 needs a value"
-            declare "${1#--}=$2" && shift
+            name=${1#--}
+            declare "${name//-/_}=$2" && shift
             ;;
         --) shift && break ;;
         -*) fail "unknown option $1; serve.sh --help lists them" ;;
@@ -60,9 +65,16 @@ run=(run --cleanenv --bind "$store:/model_store:ro")
 server=(tritonserver --model-repository=/model_store --model-control-mode=explicit --disable-auto-complete-config
     --exit-timeout-secs=5 "--grpc-address=$host" "--grpc-port=$port" --allow-http=0 --allow-metrics=0
     "${models[@]/#/--load-model=}")
+if [ -n "$secret_env" ]; then
+    [[ ${!secret_env:-} =~ ^[A-Za-z0-9_-]+$ ]] ||
+        fail "environment variable $secret_env must hold a secret of letters, digits, dash and underscore"
+    server+=("--grpc-restricted-protocol=health,metadata,inference,model-config,statistics:conch=${!secret_env}")
+fi
 case $host in
-    127.* | localhost) ;;
-    *)
+    localhost) ;;
+    *[!0-9.]* | [!1]* | 1[!2]* | 12[!7]* | 127[!.]*)
+        [ -n "$secret_env$anyone" ] ||
+            fail "host $host is reached from other machines, and whoever reaches it may have texts scored: give --secret-env or --allow-anyone"
         secret=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
         server+=("--grpc-restricted-protocol=model-repository,shared-memory,trace,logging:admin=$secret")
         ;;

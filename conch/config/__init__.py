@@ -7,6 +7,8 @@ plain mapping into a section and pydantic's report into one readable ConfigError
 
 from __future__ import annotations
 
+from conch.config.auth import AuthConfig as AuthConfig
+from conch.config.auth import TlsConfig as TlsConfig
 from conch.config.base import Section as Section
 from conch.config.base import SectionT as SectionT
 from conch.config.base import load as load
@@ -26,7 +28,6 @@ from conch.config.reward import RewardAuthConfig as RewardAuthConfig
 from conch.config.reward import RewardClientConfig as RewardClientConfig
 from conch.config.reward import RewardConfig as RewardConfig
 from conch.config.reward import RewardFailureConfig as RewardFailureConfig
-from conch.config.reward import TlsConfig as TlsConfig
 from conch.config.rollout import RolloutConfig as RolloutConfig
 from conch.config.rollout import VLLMSettings as VLLMSettings
 from conch.config.run import OnlineRunConfig as OnlineRunConfig

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from conch.config.auth import AuthConfig
 from conch.config.base import Section
 
 FailurePolicy = Literal["raise", "drop", "wait"]
@@ -15,27 +16,6 @@ OnModelChange = Literal["raise", "warn", "accept"]
 # Of an ensemble, combined by the trainer or by a server.
 EnsembleObjective = Literal["mean", "wco", "uwo"]
 OnMemberFailure = Literal["fail", "renormalise"]
-
-
-class TlsConfig(Section):
-    """Certificates (PEM files) for a server that speaks TLS. Without `ca` the connection is plain text."""
-
-    ca: Path | None = None
-    """Authority that signed the server's certificate, or that certificate itself."""
-
-    cert: Path | None = None
-    """Our own certificate, for servers that ask for one (mutual TLS)."""
-
-    key: Path | None = None
-    """The private key of `cert`, not encrypted."""
-
-    @model_validator(mode="after")
-    def _complete(self) -> TlsConfig:
-        if (self.cert is None) != (self.key is None):
-            raise ValueError("`tls.cert` and `tls.key` belong together: give both or neither")
-        if self.cert is not None and self.ca is None:
-            raise ValueError("`tls.cert` needs `tls.ca`: without it nothing is encrypted")
-        return self
 
 
 class RewardClientConfig(Section):
@@ -73,14 +53,8 @@ class RewardClientConfig(Section):
     """Latest scores that are kept, so that equal samples need no request."""
 
 
-class RewardAuthConfig(Section):
+class RewardAuthConfig(AuthConfig):
     """Access to the servers of a reward model: certificates, secrets and headers."""
-
-    tls: TlsConfig = Field(default_factory=TlsConfig)
-    """Certificates for a server that speaks TLS."""
-
-    secret_env: str | None = None
-    """Environment variable that holds the Triton server's secret; None sends none."""
 
     headers_env: dict[str, str] = Field(default_factory=dict)
     """Header -> environment variable that holds its value, sent with every request to a served model; values

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import ByteSize, Field, model_validator
 
+from conch.config.auth import AuthConfig
 from conch.config.base import Section
 
 
@@ -58,6 +59,9 @@ class RolloutConfig(VLLMSettings):
     """False sends a LoRA adapter by itself wherever vLLM can take it, and its base once. True merges it and
     sends all weights each time. None leaves the choice to servers (their `max_lora_rank`); in the trainer's
     processes it merges on a CPU only, where sampling through an adapter costs more than merging."""
+
+    auth: AuthConfig = Field(default_factory=AuthConfig)
+    """Access to the servers of `urls`."""
 
     deadline_s: float = Field(default=600.0, gt=0)
     """Seconds without a new completion from any server after which sampling fails, and the longest time in

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Sequence
 from concurrent.futures import Future
 
+from conch.access.tls import client_context
 from conch.addresses import Endpoint, parse_urls, secret_headers
-from conch.config import RewardConfig, TlsConfig
+from conch.config import RewardConfig
 from conch.errors import ConfigError
 from conch.rewards.base import ClientStats, RewardSource, ServerTimes
 from conch.rewards.client.client import RewardClient, Tokenizer
@@ -136,25 +136,8 @@ class HttpReward(ServedReward):
                 "`reward.auth.headers_env.authorization=VARIABLE`"
             )
         urls = parse_urls(url)
-        headers, context = secret_headers(config.auth.headers_env), _tls_context(config.auth.tls)
+        headers = secret_headers(config.auth.headers_env)
+        context = client_context(config.auth.tls, "reward.auth.tls")
         transports = [HttpTransport(each, config.client, headers, context, config.dialect) for each in urls]
         servers = ", ".join(urls)
         super().__init__(servers, f"reward endpoint {servers}", transports, config)
-
-
-def _tls_context(tls: TlsConfig) -> ssl.SSLContext:
-    """Certificates are always verified: by `auth.tls.ca`, or by the system's authorities."""
-    try:
-        context = ssl.create_default_context(cafile=None if tls.ca is None else str(tls.ca))
-        if tls.cert is not None and tls.key is not None:
-            context.load_cert_chain(str(tls.cert), str(tls.key), password=_no_password)
-    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        raise ConfigError(
-            f"reward.auth.tls: a certificate or key cannot be read ({error}); give PEM files, "
-            "the key unencrypted"
-        ) from error
-    return context
-
-
-def _no_password() -> str:
-    raise ValueError("the key is encrypted")

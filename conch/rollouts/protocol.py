@@ -2,17 +2,20 @@
 
     GET  /health     -> Health
     POST /weights    WeightUpdate -> Health, once the weights are loaded
-    POST /generate   GenerateRequest -> a line of JSON for each completion, as it ends: CompletionReply
+    POST /generate   GenerateRequest -> a line of JSON for each completion, as it ends: CompletionReply;
+                                        a last one where sampling failed: Failure
 
-A server refuses with `{"detail": one sentence}`: 400 for what it can never do, 409 for weights that it does
-not hold.
+Where the server asks for a secret, every request has a header `authorization: Bearer SECRET`. A server
+refuses with `{"detail": one sentence}`: 400 for what it can never do, 401 without the secret or with another,
+408 and 413 for a request that is too slow or too large, 409 for weights that it does not hold, 503 where it
+has failed.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, FiniteFloat, NonNegativeInt, model_validator
 
 from conch.config import GenerationConfig, Section
 from conch.types import FinishReason
@@ -69,8 +72,8 @@ class TensorSpec(Section):
     """Name, dtype (as torch names it) and shape of a tensor that is going to be broadcast."""
 
     name: str
-    dtype: str
-    shape: tuple[int, ...]
+    dtype: str = Field(pattern=r"^(bool|u?int\d+|b?float\d+\w*|complex\d+)$")
+    shape: tuple[NonNegativeInt, ...]
 
 
 Part = Literal["whole", "base", "adapter"]
@@ -87,6 +90,7 @@ class WeightUpdate(Section):
     part: which of the policy's weights they are.
     path: safetensors file that server and trainer both see; None where the tensors are broadcast.
     host, port: address of the store in which the members of the broadcast meet.
+    token: what its members know and strangers do not; made for this broadcast.
     backend: of the broadcast.
     tensors: what is broadcast, in this order.
     """
@@ -95,16 +99,33 @@ class WeightUpdate(Section):
     part: Part = "whole"
     path: str | None = None
     host: str = ""
-    port: int = 0
+    port: int = Field(default=0, ge=0, le=65535)
+    token: str = Field(default="", repr=False)
     backend: Literal["gloo", "nccl"] = "gloo"
     tensors: tuple[TensorSpec, ...] = ()
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> WeightUpdate:
+        is_broadcast = bool(self.host and self.port and self.token and self.tensors)
+        if is_broadcast == (self.path is not None):
+            raise ValueError("give `path`, or else `host`, `port`, `token` and `tensors`")
+        return self
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+MAX_COMPLETIONS = 65_536
+"""Most completions in a request."""
+
+MAX_REQUEST_TOKENS = 8_000_000
+"""Token ids of prompts that a trainer puts into one request, so that it stays below 64 MB."""
 
 
 class PromptRequest(Section):
     """Request for completions of one prompt, one for each seed."""
 
-    token_ids: tuple[int, ...] = Field(min_length=1)
-    seeds: tuple[int, ...] = Field(min_length=1)
+    token_ids: tuple[NonNegativeInt, ...] = Field(min_length=1)
+    seeds: tuple[Seed, ...] = Field(min_length=1)
 
 
 class GenerateRequest(Section):
@@ -124,6 +145,12 @@ class GenerateRequest(Section):
     prompts: tuple[PromptRequest, ...] = Field(min_length=1)
 
 
+class Failure(Section):
+    """The last line of an answer whose completions could not all be sampled. detail: why, in a sentence."""
+
+    detail: str
+
+
 class CompletionReply(Section):
     """One completion.
 
@@ -133,10 +160,16 @@ class CompletionReply(Section):
     version: of the weights that it was sampled from.
     """
 
-    prompt_index: int
-    seed_index: int
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    prompt_index: NonNegativeInt
+    seed_index: NonNegativeInt
+    token_ids: tuple[NonNegativeInt, ...]
+    logprobs: tuple[FiniteFloat, ...]
     text: str
     finish_reason: FinishReason
     version: int
+
+    @model_validator(mode="after")
+    def _has_a_logprob_for_each_token(self) -> CompletionReply:
+        if len(self.token_ids) != len(self.logprobs):
+            raise ValueError(f"{len(self.token_ids)} tokens have {len(self.logprobs)} log-probs")
+        return self

@@ -7,9 +7,7 @@ adapter alone. Tensors have the names of a Hugging Face checkpoint. They travel 
 
 from __future__ import annotations
 
-import socket
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -22,10 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed import (
-    BroadcastOptions,
-    TCPStore,  # pyright: ignore[reportPrivateImportUsage]
-)
+from torch.distributed import BroadcastOptions
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -33,11 +28,11 @@ from conch.errors import RolloutError, RolloutUnavailableError, first_line
 from conch.log import get_logger
 from conch.models.adapter import ADAPTER_NAME, has_adapter
 from conch.rollouts.protocol import MAX_LORA_RANK, LoraCapacity, Part, TensorSpec
+from conch.rollouts.rendezvous import SignedStore
 
 _log = get_logger(__name__)
 
 SHARED_MEMORY = Path("/dev/shm")
-_JOINED = "joined"
 _CPU = torch.device("cpu")
 _MERGED_BY_CHOICE = "`rollout.merge_adapter` is true, or left out in a process on a CPU"
 
@@ -146,7 +141,7 @@ class SharedFile:
         with self._lock:
             if self._version != version:
                 try:
-                    self._folder.mkdir(exist_ok=True)
+                    self._folder.mkdir(mode=0o700, exist_ok=True)  # others on this machine may not read
                     self._delete_files()
                     save_file({name: tensor.contiguous() for name, tensor in tensors().items()}, file)
                 except (OSError, SafetensorError) as error:
@@ -168,31 +163,6 @@ class SharedFile:
             self._folder.rmdir()
 
 
-def open_store(host: str, timeout_s: float) -> TCPStore:
-    """Start the store in which a group's members meet, on a free port.
-
-    host: address of this machine, as the members reach it.
-    """
-    timeout = timedelta(seconds=timeout_s)
-    return TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
-
-
-def join(store: TCPStore) -> None:
-    """Count this process among the members that have come; see `wait_for_members`."""
-    store.add(_JOINED, 1)
-
-
-def wait_for_members(store: TCPStore, count: int, is_over: Callable[[], bool], timeout_s: float) -> bool:
-    """True once `count` members have called `join`; False where `is_over` says that they never will, or
-    after `timeout_s`."""
-    end = time.monotonic() + timeout_s
-    while store.add(_JOINED, 0) < count:
-        if is_over() or time.monotonic() > end:
-            return False
-        time.sleep(0.005)
-    return True
-
-
 class BroadcastGroup:
     """A process group of the trainer (rank 0) and one server's workers, beside torch's default group.
 
@@ -203,10 +173,11 @@ class BroadcastGroup:
     """
 
     def __init__(
-        self, store: TCPStore, rank: int, size: int, backend: str, *, address: str, timeout_s: float
+        self, store: SignedStore, rank: int, size: int, backend: str, *, address: str, timeout_s: float
     ) -> None:
         self._device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else _CPU
         timeout = timedelta(seconds=timeout_s)
+        self._store: SignedStore | None = store  # torch does not keep a store alive that is made in Python
         try:
             self._group: Any = (
                 _nccl(store, rank, size, timeout)
@@ -231,7 +202,7 @@ class BroadcastGroup:
     def close(self) -> None:
         """Leave the group. A member that still waits for a tensor gets an error, even where an exception's
         traceback keeps this object alive."""
-        self._group = None
+        self._group = self._store = None
 
     def _broadcast(self, tensor: Tensor) -> None:
         if tensor.numel() == 0:
@@ -245,7 +216,7 @@ class BroadcastGroup:
             raise RolloutUnavailableError(f"the weights were not taken: {first_line(error)[:300]}") from error
 
 
-def _gloo(store: TCPStore, rank: int, size: int, timeout: timedelta, address: str) -> Any:
+def _gloo(store: SignedStore, rank: int, size: int, timeout: timedelta, address: str) -> Any:
     options = torch.distributed.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
     # By default gloo takes the address that this machine's name resolves to, which may lead nowhere.
     options._devices = [torch.distributed.ProcessGroupGloo.create_device(hostname=address)]
@@ -253,18 +224,10 @@ def _gloo(store: TCPStore, rank: int, size: int, timeout: timedelta, address: st
     return torch.distributed.ProcessGroupGloo(store, rank, size, options)
 
 
-def _nccl(store: TCPStore, rank: int, size: int, timeout: timedelta) -> Any:
+def _nccl(store: SignedStore, rank: int, size: int, timeout: timedelta) -> Any:
     options = torch.distributed.ProcessGroupNCCL.Options()
     options._timeout = timeout
     return torch.distributed.ProcessGroupNCCL(store, rank, size, options)
-
-
-def address_towards(host: str, port: int) -> str:
-    """This machine's address on the route to another machine. Sends nothing."""
-    family = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family[0], socket.SOCK_DGRAM) as probe:
-        probe.connect(family[4])
-        return str(probe.getsockname()[0])
 
 
 class WeightSource:

@@ -3,7 +3,6 @@ trainers' reward client all open theirs here."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +13,11 @@ from tritonclient.grpc._client import InferenceServerClientBase  # pyright: igno
 from tritonclient.grpc.aio import InferenceServerClient as AioClient
 from tritonclient.utils import InferenceServerException
 
+from conch.access.secrets import secret_from
+from conch.access.tls import ClientTls
 from conch.config import TlsConfig
 from conch.errors import ConfigError
 from conch.triton.contract import ADMIN_KEY, SECRET_KEY
-from conch.triton.tls import ClientTls
 
 # Without these a channel that was refused once waits seconds before it tries again, and may ask a web proxy.
 _QUICK = [
@@ -42,27 +42,6 @@ class Access:
     secret: str = field(default="", repr=False)
     admin_secret: str = field(default="", repr=False)
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
-
-
-def secret_from(variable: str | None) -> str:
-    """Return the secret in an environment variable; "" if `variable` is None.
-
-    Raises:
-        ConfigError: the variable is not set, or holds characters that no header can carry.
-    """
-    if variable is None:
-        return ""
-    secret = os.environ.get(variable, "")
-    if not secret:
-        raise ConfigError(
-            f"environment variable {variable}, which is to hold the server's secret, is not set or empty"
-        )
-    if not (secret.isascii() and secret.isprintable()) or any(sign in secret for sign in " =:,"):
-        raise ConfigError(
-            f"the secret in environment variable {variable} holds characters that Triton's flag or a header "
-            "cannot carry; take letters, digits, dash and underscore (for example `openssl rand -hex 32`)"
-        )
-    return secret
 
 
 def open_client(address: str, access: Access) -> InferenceServerClient:

@@ -21,6 +21,7 @@ class FakeRolloutServer:
     before_line: called before each completion is sent, with its number since the start; an exception breaks
         the connection off.
     says_version: version of the policy in each completion; None tells the truth.
+    secret: what every request must bring; "" asks for none.
     """
 
     def __init__(
@@ -30,9 +31,11 @@ class FakeRolloutServer:
         max_model_len: int = 64,
         max_num_seqs: int = 8,
         lora: dict[str, Any] | None = None,
+        secret: str = "",
         before_look: Callable[[], object] = lambda: None,
     ) -> None:
         self.events: list[str] = []
+        self.secret = secret
         self.weights: dict[str, Any] | None = None
         self.base: str | None = None
         self.files: list[str] = []
@@ -62,6 +65,13 @@ class FakeRolloutServer:
         """Nobody answers any more; a connection in use is broken off by an exception of `before_line`."""
         self._http.shutdown()
         self._http.server_close()
+
+    def refusal(self, authorization: str | None) -> tuple[int, Any] | None:
+        """What a request without the secret is answered."""
+        if not self.secret or authorization == f"Bearer {self.secret}":
+            return None
+        self.events.append("stranger")
+        return 401, {"detail": "the server refuses the secret"}
 
     def health(self) -> dict[str, Any]:
         return {"weights": self.weights, "base": self.base, **self._health}
@@ -111,12 +121,13 @@ def _handler(server: FakeRolloutServer) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             server.looks += 1
             server.before_look()
-            self._reply(200, server.health())
+            self._reply(*server.refusal(self.headers["authorization"]) or (200, server.health()))
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            if self.path == "/weights":
-                self._reply(*server.take_weights(body))
+            refusal = server.refusal(self.headers["authorization"])
+            if refusal or self.path == "/weights":
+                self._reply(*refusal or server.take_weights(body))
                 return
             version = body["weights"]["version"]
             if body["weights"] != server.weights:

@@ -25,7 +25,7 @@ from conch.rewards.served import TritonReward
 from conch.serving.server.server import TritonServer
 from conch.store.manifest import EnsembleManifest
 from conch.store.store import list_models, read_model
-from conch.triton.channel import Access, open_client
+from conch.triton.channel import open_client
 from conch.triton.config_pbtxt import spec_from_model_config
 from conch.types import Completion, Prompt, RewardStatus, Rollout
 from tests.tiny import reward_checkpoint
@@ -101,7 +101,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     ensemble(store, "lenient", objective="uwo", on_member_failure="renormalise")
     with (
         TritonServer(store, [*FORMULAS, "lenient", "pair"]) as server,
-        open_client(server.url, Access()) as client,
+        open_client(server.url, server.access) as client,
     ):
         yield Served(store, server, client)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -10,14 +11,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tritonclient.utils import InferenceServerException
 
+from conch.access.tls import ClientTls, ServerTls
 from conch.config import RewardAuthConfig, RewardClientConfig, RewardConfig, TlsConfig
 from conch.errors import ConfigError, RewardUnavailableError, ServerStartError
 from conch.rewards.served import TritonReward
 from conch.serving.server.health import wait_until_ready
 from conch.serving.server.server import ServerOptions, TritonServer
-from conch.triton.channel import Access
-from conch.triton.tls import ClientTls, ServerTls
+from conch.triton.channel import Access, open_client
 from conch.types import Completion, Prompt, Rollout
 from tests.certificates import Certificates, make_certificates
 from tests.deployments import conch, detach
@@ -159,6 +161,41 @@ def test_http_asks_for_the_secret_too_and_keeps_loading_to_the_supervisor(store:
         assert status_of("health/ready") == 403 and status_of("health/ready", conch="guessed") == 403
         assert status_of("health/ready", conch=SECRET) == 200
         assert status_of(f"repository/models/{MODEL}/unload", conch=SECRET) == 403
+
+
+def test_metrics_which_know_no_secret_are_on_loopback_whatever_the_host(store: Path) -> None:
+    options = ServerOptions(metrics_port=0, secret=SECRET)
+    with TritonServer(store, [MODEL], host="0.0.0.0", options=options) as server:
+        port = int(server.metrics_url.split(":")[2].partition("/")[0])
+        with NO_PROXY.open(server.metrics_url, timeout=60) as reply:
+            assert reply.status == 200
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", port), timeout=60)
+        grpc_port = int(server.url.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.2", grpc_port), timeout=60):
+            pass  # as the host says
+
+
+def test_nobody_else_on_this_machine_loads_models(store: Path) -> None:
+    with TritonServer(store, [MODEL]) as server:
+        with open_client(server.url, Access()) as stranger:
+            with pytest.raises(InferenceServerException, match="protocol is restricted"):
+                stranger.load_model(MODEL)
+            assert stranger.is_model_ready(MODEL)
+        with open_client(server.url, server.access) as ours:
+            ours.load_model(MODEL)
+
+
+def test_a_server_for_everybody_is_refused_unless_it_is_asked_for(store: Path) -> None:
+    arguments = ("up", "--model-store", str(store), "--model", MODEL, "--host", "0.0.0.0", "--grpc-port", "0")
+    done = conch(*arguments)
+    assert done.returncode == 1 and "--allow-anyone" in done.stderr and "Traceback" not in done.stderr
+    options = ServerOptions(allow_anyone=True)
+    with (
+        TritonServer(store, [MODEL], host="0.0.0.0", options=options) as server,
+        open_client(server.url, Access()) as anyone,
+    ):
+        assert anyone.is_model_ready(MODEL)
 
 
 def test_http_beside_tls_is_refused(store: Path, certificates: Certificates) -> None:

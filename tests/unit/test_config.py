@@ -11,13 +11,16 @@ from pydantic import ValidationError
 
 from conch.cli import default_config_dir, load_run_config
 from conch.config import (
+    AuthConfig,
     GenerationConfig,
     ModelConfig,
     RewardAuthConfig,
     RewardClientConfig,
     RewardConfig,
     RewardFailureConfig,
+    RolloutConfig,
     Section,
+    TlsConfig,
     TrainConfig,
     load,
 )
@@ -227,7 +230,7 @@ def test_generation_config_refuses_values_out_of_range(values: dict[str, float])
     "section",
     [
         *(ModelConfig, TrainConfig, GenerationConfig, RewardConfig),
-        *(RewardClientConfig, RewardAuthConfig, RewardFailureConfig),
+        *(RewardClientConfig, RewardAuthConfig, RewardFailureConfig, RolloutConfig, AuthConfig, TlsConfig),
     ],
 )
 def test_every_field_is_documented(section: type[Section]) -> None:

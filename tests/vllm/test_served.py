@@ -263,8 +263,8 @@ def test_server_with_other_weights_or_another_end_refuses(
         all_of(engine, prompts(tokenizer, "a"))
     pool.close()
     lost = pool_of(servers[0], lm=lm, weights="files")
-    lost._files["whole"].path = lambda *_: Path("/nowhere/0.safetensors")  # pyright: ignore[reportAttributeAccessIssue]
-    no_file = r"no /nowhere/0.safetensors on this machine: set .*=broadcast"
+    lost._files["whole"].path = lambda *_: Path("/dev/shm/nowhere/0.safetensors")  # pyright: ignore[reportAttributeAccessIssue]
+    no_file = r"no /dev/shm/nowhere/0.safetensors on this machine: set .*=broadcast"
     with pytest.raises(RolloutError, match=no_file), lost.lease(0) as lease:
         lost.push_weights(lease)
     lost.close()

@@ -14,7 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from conch.config import GenerationConfig
 from conch.errors import ConchError, RolloutError, RolloutUnavailableError
 from conch.rollouts.base import check_lengths, draw_seeds, in_order
-from conch.rollouts.protocol import CompletionReply, GenerateRequest, PromptRequest
+from conch.rollouts.protocol import (
+    MAX_COMPLETIONS,
+    MAX_REQUEST_TOKENS,
+    CompletionReply,
+    GenerateRequest,
+    PromptRequest,
+)
 from conch.rollouts.remote.client import StaleWeightsError
 from conch.rollouts.remote.lease import WeightLease
 from conch.rollouts.remote.pool import ServerPool, ServerState, least_busy
@@ -104,7 +110,7 @@ class RemoteEngine:
             servers = self._pool.push_weights(lease)
             check_lengths(prompts, self._config, self._pool.max_model_len)
             seeds = draw_seeds(len(prompts))
-            size = max(1, -(-len(prompts) // (len(servers) * _BATCHES_PER_SERVER)))
+            size = batch_size(prompts, len(servers))
             batches = split_prompts(prompts, range(len(prompts)), seeds, size)
             sampling = _Sampling(self._pool, self._config, self._eos_id, lease, greedy, self._deadline_s)
             finished = sampling.rollouts(prompts, batches)
@@ -252,6 +258,13 @@ class _Sampling:
         self._stale_replies += 1
         if self._stale_replies > 3 * _BATCHES_PER_SERVER * len(self._pool.servers):
             raise RolloutError(f"{error}, again and again: give each run servers of its own") from error
+
+
+def batch_size(prompts: Sequence[Prompt], num_servers: int) -> int:
+    """Completions of a request: few requests for each server, none that it would find too large."""
+    longest = max((len(prompt.token_ids) for prompt in prompts), default=1)
+    even = -(-len(prompts) // (num_servers * _BATCHES_PER_SERVER))
+    return max(1, min(even, MAX_COMPLETIONS, MAX_REQUEST_TOKENS // max(1, longest)))
 
 
 def split_prompts(

@@ -18,14 +18,12 @@ from conch.log import get_logger
 from conch.rollouts.protocol import Health, Part, WeightUpdate, WeightVersion
 from conch.rollouts.remote.client import ServerClient
 from conch.rollouts.remote.lease import WeightLease
+from conch.rollouts.rendezvous import address_towards, open_store, wait_for_members
 from conch.rollouts.weight_sync import (
     BroadcastGroup,
     SharedFile,
     WeightSource,
-    address_towards,
-    open_store,
     tensor_specs,
-    wait_for_members,
 )
 
 _log = get_logger(__name__)
@@ -84,8 +82,13 @@ class ServerPool:
         self._weights = WeightSource(lm, merge=config.merge_adapter is True)
         self._source = source
         self._sends_weights = sends_weights
+        if sends_weights and config.weights == "broadcast" and config.auth.tls.ca is not None:
+            _log.warning(
+                "rollout servers are asked over TLS, but weights that are broadcast travel in plain text; "
+                "keep the network between trainer and servers to yourself, docs/security.md"
+            )
         self.servers = [
-            ServerState(ServerClient(url, config.deadline_s))
+            ServerState(ServerClient(url, config.deadline_s, config.auth))
             for url in parse_servers(config.urls, "rollout.urls")
         ]
         self._files: dict[Part, SharedFile] = {
@@ -229,7 +232,13 @@ class ServerPool:
         address = address_towards(server.client.host, server.client.port)
         store = open_store(address, _JOIN_S)
         update = WeightUpdate(
-            weights=lease.weights, part=part, host=address, port=store.port, backend=backend, tensors=specs
+            weights=lease.weights,
+            part=part,
+            host=address,
+            port=store.port,
+            token=store.token,
+            backend=backend,
+            tensors=specs,
         )
         reply = self.threads.submit(server.client.update_weights, update)
         workers = server.health.workers

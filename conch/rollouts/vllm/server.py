@@ -1,4 +1,4 @@
-"""vLLM behind three addresses; see `conch.rollouts.protocol` for the messages."""
+"""vLLM behind the addresses of `conch.rollouts.app`; see `conch.rollouts.protocol` for the messages."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import uvicorn
-from fastapi import FastAPI, HTTPException
-from fastapi.responses import StreamingResponse
+from fastapi import HTTPException
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from conch.config import GenerationConfig, TokenizerConfig
-from conch.errors import ModelError
+from conch.errors import ModelError, first_line
 from conch.log import get_logger
 from conch.models.loading import load_tokenizer
+from conch.rollouts.app import BAD_REQUEST, STALE_WEIGHTS, UNAVAILABLE, check_access, make_listener
 from conch.rollouts.protocol import (
+    MAX_COMPLETIONS,
     CompletionReply,
+    Failure,
     GenerateRequest,
     Health,
     LoraCapacity,
@@ -47,7 +50,8 @@ from conch.rollouts.vllm.server_config import ServerConfig
 
 _log = get_logger(__name__)
 
-BAD_REQUEST, STALE_WEIGHTS, UNAVAILABLE = 400, 409, 503
+_MAX_STOP_CONDITIONS = 64
+"""Sets of stop strings that are kept ready; a run has one or two."""
 
 
 class RolloutServer:
@@ -56,18 +60,25 @@ class RolloutServer:
     engine: vLLM's `AsyncLLM`.
     deadline_s: longest time for new weights to arrive.
     lora: adapters that the engine takes; None for none.
+    weights_dir: folder below which files with weights must lie.
 
     has_died: True once the engine was found dead; False where all processes are ended together.
     """
 
     def __init__(
-        self, engine: Any, tokenizer: PreTrainedTokenizerBase, deadline_s: float, lora: LoraCapacity | None
+        self,
+        engine: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        deadline_s: float,
+        lora: LoraCapacity | None,
+        weights_dir: Path,
     ) -> None:
         self.has_died = False
         self._engine = engine
         self._lora = lora
         self._tokenizer = tokenizer
         self._deadline_s = deadline_s
+        self._weights_dir = weights_dir
         self._weights: WeightVersion | None = None
         self._base: str | None = None
         self._adapter: Any = None
@@ -96,10 +107,14 @@ class RolloutServer:
 
     async def update_weights(self, update: WeightUpdate) -> Health:
         """Load new weights once all completions under way have ended. Until they are loaded the server holds
-        none."""
+        none.
+
+        Raises:
+            HTTPException: 400 for what can never be loaded, 409 for an adapter without its base; what the
+                server holds is unchanged then. 503 where loading failed.
+        """
         async with self._update_lock:
-            if update.part == "adapter" and update.weights.source != self._base:
-                raise HTTPException(STALE_WEIGHTS, f"the base of {update.weights.source} is not here")
+            self._check_update(update)
             self._weights = None
             if update.part != "adapter":
                 self._base = None
@@ -109,21 +124,29 @@ class RolloutServer:
                 await self._engine.reset_prefix_cache()
                 await self._engine.update_weight_version(str(update.weights.version))
                 self._record(update)
+            except Exception as error:
+                _log.warning("weights were not loaded", exc_info=True)
+                raise HTTPException(UNAVAILABLE, f"weights were not loaded: {first_line(error)}") from error
             finally:
                 await self._engine.resume_generation()
         return await self.health()
+
+    def _check_update(self, update: WeightUpdate) -> None:
+        if update.part != "whole" and self._lora is None:
+            raise HTTPException(BAD_REQUEST, "this server takes no adapters: start it with `max_lora_rank`")
+        if update.part == "adapter" and update.weights.source != self._base:
+            raise HTTPException(STALE_WEIGHTS, f"the base of {update.weights.source} is not here")
+        if update.path is not None:
+            _check_file(Path(update.path), self._weights_dir)
 
     async def _load(self, update: WeightUpdate) -> None:
         if update.path is None:
             arguments = (update.model_dump(), self._deadline_s)
             await self._engine.collective_rpc("receive_broadcast", timeout=self._deadline_s, args=arguments)
             return
-        if not os.path.exists(update.path):
-            raise HTTPException(
-                BAD_REQUEST,
-                f"no {update.path} on this machine: set `rollout.weights=broadcast` in the trainer",
-            )
-        await self._engine.collective_rpc("load_file", timeout=self._deadline_s, args=(update.model_dump(),))
+        # The file that was checked, whatever a link on the way to it may say by now.
+        values = {**update.model_dump(), "path": str(Path(update.path).resolve())}
+        await self._engine.collective_rpc("load_file", timeout=self._deadline_s, args=(values,))
 
     def _record(self, update: WeightUpdate) -> None:
         """Record what the engine holds after an update."""
@@ -156,8 +179,21 @@ class RolloutServer:
                 f"the trainer's tokenizer ends a text with token {request.eos_id}, this server's with "
                 f"{self._tokenizer.eos_token_id}: serve the policy's own folder",
             )
+        count = sum(len(prompt.seeds) for prompt in request.prompts)
+        if count > MAX_COMPLETIONS:
+            raise HTTPException(
+                BAD_REQUEST, f"a request asks for {count} completions, {MAX_COMPLETIONS} are the most"
+            )
+        model = self._engine.vllm_config.model_config
+        highest = max(max(prompt.token_ids) for prompt in request.prompts)
+        if highest >= model.get_vocab_size():
+            raise HTTPException(
+                BAD_REQUEST,
+                f"a prompt has token {highest}, this server's model knows {model.get_vocab_size()} tokens: "
+                "serve the policy's own folder",
+            )
         longest = max(len(prompt.token_ids) for prompt in request.prompts)
-        max_model_len = self._engine.vllm_config.model_config.max_model_len
+        max_model_len = model.max_model_len
         if longest + request.generation.max_new_tokens > max_model_len:
             raise HTTPException(
                 BAD_REQUEST,
@@ -167,7 +203,10 @@ class RolloutServer:
             )
 
     async def completion_lines(self, request: GenerateRequest) -> AsyncIterator[str]:
-        """Yield a line for each completion, as it ends. Sampling stops once the lines are no longer read."""
+        """Yield a line for each completion, as it ends, and where one fails a last line that says why.
+
+        Sampling stops once the lines are no longer read.
+        """
         assert self._weights is not None
         stop = self._stop_condition(request.generation)
         tasks = [
@@ -178,6 +217,9 @@ class RolloutServer:
         try:
             for done in asyncio.as_completed(tasks):
                 yield (await done).model_dump_json() + "\n"
+        except Exception as error:
+            _log.warning("sampling failed", exc_info=True)
+            yield Failure(detail=first_line(error)).model_dump_json() + "\n"
         finally:
             for task in tasks:
                 task.cancel()
@@ -217,30 +259,32 @@ class RolloutServer:
 
     def _stop_condition(self, generation: GenerationConfig) -> StopCondition:
         if generation not in self._stop_conditions:
+            if len(self._stop_conditions) >= _MAX_STOP_CONDITIONS:
+                self._stop_conditions.clear()
             self._stop_conditions[generation] = StopCondition(self._tokenizer, generation)
         return self._stop_conditions[generation]
 
 
-def make_app(server: RolloutServer) -> FastAPI:
-    """The three addresses of `conch.rollouts.protocol`."""
-    app = FastAPI(title="Conch rollouts")
+def _check_file(path: Path, folder: Path) -> None:
+    """Refuse a file with weights that cannot be read, or that lies elsewhere than below `folder`.
 
-    @app.get("/health")
-    async def health() -> Health:
-        return await server.health()
-
-    @app.post("/weights")
-    async def weights(update: WeightUpdate) -> Health:
-        return await server.update_weights(update)
-
-    @app.post("/generate")
-    async def generate(request: GenerateRequest) -> StreamingResponse:
-        server.check(request)
-        return StreamingResponse(server.completion_lines(request), media_type="application/x-ndjson")
-
-    # FastAPI finds these by their annotations, which it reads from the module.
-    del health, weights, generate
-    return app
+    Raises:
+        HTTPException: 400; says nothing about files elsewhere.
+    """
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise HTTPException(
+            BAD_REQUEST,
+            f"weights are read from below {folder} alone, where {path} is not: set `weights_dir` of the "
+            "server",
+        )
+    try:
+        with safe_open(path, framework="pt"):
+            return
+    except FileNotFoundError:
+        reason = f"no {path} on this machine: set `rollout.weights=broadcast` in the trainer"
+    except (OSError, SafetensorError) as error:
+        reason = f"{path} cannot be read ({first_line(error)}): run the server as the trainer's user"
+    raise HTTPException(BAD_REQUEST, reason)
 
 
 def serve(config: ServerConfig) -> None:
@@ -250,6 +294,7 @@ def serve(config: ServerConfig) -> None:
         ConchError: vLLM is absent, or cannot serve the model.
         SystemExit: 0 after SIGTERM, `VLLM_DIED` where vLLM has died.
     """
+    check_access(config)  # before minutes of loading
     check_installed()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ[SERVER_PID_VARIABLE] = str(os.getpid())
@@ -266,14 +311,10 @@ async def _serve(config: ServerConfig, tokenizer: PreTrainedTokenizerBase) -> No
         lora = None
         if config.max_lora_rank:
             lora = LoraCapacity(**(await engine.collective_rpc("lora_capacity"))[0])
-        server = RolloutServer(engine, tokenizer, config.deadline_s, lora)
-        listening = uvicorn.Server(
-            uvicorn.Config(
-                make_app(server), host=config.host, port=config.port, log_level="warning", access_log=False
-            )
-        )
+        server = RolloutServer(engine, tokenizer, config.deadline_s, lora, config.weights_dir)
+        listener = make_listener(server, config)
         _log.info("serving %s on %s:%d", config.model, config.host, config.port)
-        await listening.serve()
+        await listener.serve()
     finally:
         engine.shutdown()
         if server is not None and server.has_died:

@@ -7,14 +7,12 @@ import signal
 import threading
 import time
 from collections.abc import Iterable
-from datetime import timedelta
 from typing import Any
 
 import psutil
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from vllm.lora.layers.base_linear import (  # pyright: ignore[reportMissingImports]
     BaseLinearLayerWithLoRA,
 )
@@ -30,8 +28,9 @@ from vllm.model_executor.layers.utils import (  # pyright: ignore[reportMissingI
 
 from conch.errors import RolloutError
 from conch.rollouts.protocol import Part, WeightUpdate
+from conch.rollouts.rendezvous import address_towards, join
 from conch.rollouts.vllm.build import ADAPTER_ID, SERVER_PID_VARIABLE
-from conch.rollouts.weight_sync import BroadcastGroup, adapter_rank, address_towards, join
+from conch.rollouts.weight_sync import BroadcastGroup, adapter_rank
 
 _POLL_S = 1.0
 
@@ -70,13 +69,10 @@ class WeightReceiver:
         """
         self._disable_compiler()
         message = WeightUpdate.model_validate(update)
-        store = TCPStore(message.host, message.port, is_master=False, timeout=timedelta(seconds=timeout_s))
-        join(store)
+        rank, size = 1 + self.rank, 1 + self.vllm_config.parallel_config.world_size
+        store = join(message.host, message.port, message.token, rank=rank, timeout_s=timeout_s)
         address = address_towards(message.host, message.port)
-        size = 1 + self.vllm_config.parallel_config.world_size
-        group = BroadcastGroup(
-            store, 1 + self.rank, size, message.backend, address=address, timeout_s=timeout_s
-        )
+        group = BroadcastGroup(store, rank, size, message.backend, address=address, timeout_s=timeout_s)
         self.load_part(message.part, group.receive(message.tensors))
 
     def lora_capacity(self) -> dict[str, Any]:

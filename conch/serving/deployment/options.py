@@ -11,10 +11,10 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
+from conch.access.tls import ServerTls
 from conch.cli import Option, option_names
 from conch.config import Section
 from conch.serving.server.flags import LOOPBACK
-from conch.triton.tls import ServerTls
 
 _HOST_PORT = Option(metavar="HOST:PORT")
 _NAME = Option(positional=True)
@@ -70,7 +70,8 @@ class NetworkOptions(Section):
     """Addresses and ports of the servers, and who is let in."""
 
     host: str = LOOPBACK
-    """Address to listen on."""
+    """Address to listen on. Beyond this machine it needs `--secret-env`, `--require-client-cert` or
+    `--allow-anyone`."""
 
     grpc_port: int = 8001
     """Port of gRPC."""
@@ -80,6 +81,9 @@ class NetworkOptions(Section):
 
     metrics_port: int | None = None
     """Port that Prometheus reads; closed unless given."""
+
+    metrics_host: Annotated[str, _STARTS_SERVER] = LOOPBACK
+    """Address of the metrics port, which shows them to whoever reaches it."""
 
     tls_cert: Path | None = None
     """Certificate (PEM) of the servers, which then speak TLS."""
@@ -95,6 +99,9 @@ class NetworkOptions(Section):
 
     secret_env: str | None = None
     """Environment variable with the secret that clients must send."""
+
+    allow_anyone: Annotated[bool, _STARTS_SERVER] = False
+    """Listen beyond this machine without asking clients for a secret or a certificate."""
 
     def server_tls(self) -> ServerTls | None:
         """Certificates of a new server; None speaks plain text."""

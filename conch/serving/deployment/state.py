@@ -21,12 +21,13 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
+from conch.access.secrets import secret_from
+from conch.access.tls import ClientTls
 from conch.atomic_files import replace_text
 from conch.config import Section
 from conch.errors import ServingError
 from conch.store.store import is_valid_name
-from conch.triton.channel import Access, secret_from
-from conch.triton.tls import ClientTls
+from conch.triton.channel import Access
 
 _FORMAT = 1
 _STATE = "deployment.json"

@@ -16,6 +16,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from conch.access.secrets import secret_from
+from conch.access.tls import own_client
 from conch.config import TlsConfig
 from conch.errors import ConchError, ServerStartError
 from conch.log import setup_logging
@@ -27,8 +29,7 @@ from conch.serving.server.health import wait_until_ready
 from conch.serving.server.runtime import ApptainerRuntime, BundledRuntime, DockerRuntime, Runtime
 from conch.serving.server.server import ServerOptions, TritonServer
 from conch.store.store import read_with_members
-from conch.triton.channel import Access, configured_access, secret_from
-from conch.triton.tls import own_client
+from conch.triton.channel import Access, configured_access
 
 _POLL_S = 0.1
 _PORT_STEP = 10
@@ -87,10 +88,11 @@ def plan(options: UpOptions, folder: Path) -> list[TritonServer]:
             runtime=runtime,
             http_port=_replica_port(network.http_port, number),
             metrics_port=_replica_port(network.metrics_port, number),
+            metrics_host=network.metrics_host,
             gpu=placement.gpus[number % len(placement.gpus)] if placement.gpus else "",
             tls=tls,
             secret=secret,
-            restrict_admin=True,  # others who share this machine reach loopback too
+            allow_anyone=network.allow_anyone,
             flags=placement.server_flags,
             log_max_bytes=int(supervision.log_max_mb * 1e6),
             log_keep=supervision.log_keep,

@@ -10,9 +10,9 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from conch.access.tls import ServerTls
 from conch.errors import ServerStartError
 from conch.triton.contract import ADMIN_KEY, EMBEDDED_NAME, SECRET_KEY
-from conch.triton.tls import ServerTls
 
 LOOPBACK = "127.0.0.1"
 EXIT_TIMEOUT_S = 5
@@ -30,8 +30,9 @@ class ServerSettings:
 
     model_store: the store's path outside of a container.
     models: names of the models to load.
-    host: address to listen on, for all ports.
+    host: address to listen on, but for metrics.
     http_port, metrics_port: None leaves them closed.
+    metrics_host: address on which the metrics port listens; it asks for no secret.
     gpu: value of CUDA_VISIBLE_DEVICES; "" serves on the CPU, from `configs/embedded.pbtxt`.
     cpu_threads: threads a model may compute with.
     tls: certificates; None speaks plain text.
@@ -46,6 +47,7 @@ class ServerSettings:
     host: str = LOOPBACK
     http_port: int | None = None
     metrics_port: int | None = None
+    metrics_host: str = LOOPBACK
     gpu: str = ""
     cpu_threads: int = 1
     tls: ServerTls | None = None
@@ -72,11 +74,6 @@ class ServerPaths:
     cert: str = ""
     key: str = ""
     ca: str = ""
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server that listens on `host`."""
-    return host == "localhost" or host.startswith("127.")
 
 
 def known_flags(help_text: str) -> frozenset[str]:
@@ -120,7 +117,7 @@ def server_flags(settings: ServerSettings, paths: ServerPaths, known: frozenset[
     if settings.http_port is not None:
         flags |= {"http-address": address, "http-port": str(settings.http_port)}
     if settings.metrics_port is not None:
-        flags |= {"metrics-address": address, "metrics-port": str(settings.metrics_port)}
+        flags |= {"metrics-address": settings.metrics_host, "metrics-port": str(settings.metrics_port)}
         # The bundled server looks for a GPU's counters in vain, for seconds.
         flags |= {"allow-gpu-metrics": _switch(bool(settings.gpu))}
     if settings.tls is not None:

@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from conch.access.tls import ClientTls, ServerTls, own_client
+from conch.addresses import is_loopback
 from conch.errors import ServerStartError
 from conch.log import get_logger
 from conch.serving.server import process_guard as guard
@@ -27,7 +29,6 @@ from conch.serving.server.flags import (
     EXIT_TIMEOUT_S,
     LOOPBACK,
     ServerSettings,
-    is_loopback,
     known_flags,
     server_flags,
 )
@@ -36,7 +37,6 @@ from conch.serving.server.repository import Repository
 from conch.serving.server.runtime import BundledRuntime, Invocation, Runtime, repository_of
 from conch.store.store import StoredModel, read_with_members, verify_files
 from conch.triton.channel import Access
-from conch.triton.tls import ClientTls, ServerTls, own_client
 
 _log = get_logger(__name__)
 
@@ -58,10 +58,13 @@ class ServerOptions:
 
     runtime: program or container that runs the server.
     http_port, metrics_port: None leaves the port closed, 0 takes a free one.
+    metrics_host: address on which the metrics port listens; Triton shows them to whoever reaches it.
     gpu: number or UUID of the GPU, several separated by commas; "" serves on the CPU.
     tls: None speaks plain text.
     secret: value that clients must send; "" asks for none.
-    restrict_admin: let this process alone load models, trace and the like; always so beyond loopback.
+    restrict_admin: let this process alone load models (which runs code), trace and the like. False lets all
+        who share this machine do so; beyond loopback, and with a secret, it is never so.
+    allow_anyone: listen beyond this machine without asking clients for a secret or a certificate.
     flags: further flags of tritonserver, `--name=value`.
     log_max_bytes: size at which a log is put aside.
     log_keep: number of old logs that are kept.
@@ -70,10 +73,12 @@ class ServerOptions:
     runtime: Runtime = field(default_factory=BundledRuntime)
     http_port: int | None = None
     metrics_port: int | None = None
+    metrics_host: str = LOOPBACK
     gpu: str = ""
     tls: ServerTls | None = None
     secret: str = field(default="", repr=False)
-    restrict_admin: bool = False
+    restrict_admin: bool = True
+    allow_anyone: bool = False
     flags: tuple[str, ...] = ()
     log_max_bytes: int = 10_000_000
     log_keep: int = 3
@@ -151,7 +156,8 @@ class TritonServer:
     @property
     def metrics_url(self) -> str:
         """URL that Prometheus reads; "" if metrics are off."""
-        return f"http://{self._reachable_host}:{self._metrics_port}/metrics" if self._metrics_port else ""
+        host = reachable_host(self.options.metrics_host)
+        return f"http://{host}:{self._metrics_port}/metrics" if self._metrics_port else ""
 
     @property
     def http_url(self) -> str:
@@ -196,10 +202,14 @@ class TritonServer:
         for model in self.stored:
             verify_files(model)
         self._client_tls = own_client(options.tls) if options.tls is not None else None
-        fixed = [port for port in (self._fixed_port, options.http_port, options.metrics_port) if port]
-        free_port(self._host)  # raises if the host itself is wrong
-        for port in fixed:
-            check_port(self._host, port)
+        ports = [(self._host, self._fixed_port), (self._host, options.http_port)]
+        ports += [(options.metrics_host, options.metrics_port)]
+        fixed = [(host, port) for host, port in ports if port]
+        for host in (self._host, options.metrics_host):
+            free_port(host)  # raises if the host itself is wrong
+        self._check_exposure()
+        for host, port in fixed:
+            check_port(host, port)
         known = known_flags(options.runtime.help_text())
         deadline = time.monotonic() + self._ready_timeout_s
         for attempt in range(1, _PORT_TRIES + 1):
@@ -252,7 +262,18 @@ class TritonServer:
 
     @property
     def _reachable_host(self) -> str:
-        return LOOPBACK if self._host in _WILDCARDS else self._host
+        return reachable_host(self._host)
+
+    def _check_exposure(self) -> None:
+        """Refuse to listen beyond this machine for everybody, unless that is what was asked for."""
+        options = self.options
+        asks = bool(options.secret) or (options.tls is not None and options.tls.require_client_cert)
+        if not (asks or options.allow_anyone or is_loopback(self._host)):
+            raise ServerStartError(
+                f"host {self._host or '0.0.0.0'} is reached from other machines, and whoever reaches it may "
+                "have texts scored: ask for a secret (--secret-env) or for certificates "
+                "(--require-client-cert), or let everybody in with --allow-anyone (`allow_anyone=True`)"
+            )
 
     def _settings(self) -> ServerSettings:
         return ServerSettings(
@@ -262,6 +283,7 @@ class TritonServer:
             host=self._host,
             http_port=self._http_port,
             metrics_port=self._metrics_port,
+            metrics_host=self.options.metrics_host,
             gpu=self.options.gpu,
             cpu_threads=self._cpu_threads,
             tls=self.options.tls,
@@ -274,7 +296,7 @@ class TritonServer:
         self._port = self._fixed_port or free_port(self._host)
         http, metrics = self.options.http_port, self.options.metrics_port
         self._http_port = None if http is None else http or free_port(self._host)
-        self._metrics_port = None if metrics is None else metrics or free_port(self._host)
+        self._metrics_port = None if metrics is None else metrics or free_port(self.options.metrics_host)
 
     def _start_once(self, known: frozenset[str], deadline: float, *, keep_log: bool) -> None:
         self._open_log(keep=keep_log)
@@ -302,9 +324,10 @@ class TritonServer:
 
         wait_until_ready(self.url, self.stored, self.access, is_alive=is_alive, deadline=deadline)
         # tritonserver opens gRPC's port first, and models may be scored before the others are open.
-        for port in (self._http_port, self._metrics_port):
+        metrics_host = reachable_host(self.options.metrics_host)
+        for host, port in ((self._reachable_host, self._http_port), (metrics_host, self._metrics_port)):
             if port is not None:
-                wait_until_open(self._reachable_host, port, is_alive=is_alive, deadline=deadline)
+                wait_until_open(host, port, is_alive=is_alive, deadline=deadline)
 
     def _spawn(self, known: frozenset[str]) -> None:
         assert self.log_file is not None
@@ -386,6 +409,11 @@ class TritonServer:
         self._guard = None
         guard.clean_up(*self._cleanup)  # for a guard that was killed
         return code
+
+
+def reachable_host(host: str) -> str:
+    """Return where this machine reaches a server that listens on `host`."""
+    return LOOPBACK if host in _WILDCARDS else host
 
 
 def scratch_folder() -> Path:

@@ -112,6 +112,10 @@ def test_without_apptainer_the_message_says_what_to_install(bin_folder, store, t
         (["walks", "--image", "no.sif"], "build it: singularity/build.sh tritonserver no.sif"),
         (["walks", "--port"], "--port needs a value"),
         (["walks", "--gpus", "7"], "unknown option --gpus"),
+        (["walks", "--host", "0.0.0.0"], "give --secret-env or --allow-anyone"),
+        (["walks", "--host", "127.example.com"], "give --secret-env or --allow-anyone"),
+        (["walks", "--host", "10.0.0.7"], "give --secret-env or --allow-anyone"),
+        (["walks", "--host", "0.0.0.0", "--secret-env", "NO_SUCH"], "variable NO_SUCH must hold a secret"),
     ],
 )
 def test_serve_refuses_in_one_sentence(apptainer, store, tmp_path: Path, arguments, message: str) -> None:
@@ -135,8 +139,19 @@ def test_serve_shows_the_chosen_gpu_and_stays_on_loopback(apptainer, store, tmp_
     assert "export TRITON_HOST=127.0.0.1:8001/walks" in done.stderr
 
 
+def test_serve_on_the_network_asks_for_the_secret(
+    apptainer, store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REWARD_SECRET", "abc-123")
+    done = call("serve.sh", "--host", "10.0.0.7", "--secret-env", "REWARD_SECRET", "walks", cwd=tmp_path)
+
+    user = "--grpc-restricted-protocol=health,metadata,inference,model-config,statistics:conch=abc-123"
+    assert user in done.stdout.splitlines() and ":admin=" in done.stdout
+
+
 def test_serve_on_the_network_keeps_model_loading_behind_a_secret(apptainer, store, tmp_path: Path) -> None:
-    calls = [call("serve.sh", "--cpu", "--host", "0.0.0.0", "walks", cwd=tmp_path) for _ in range(2)]
+    arguments = ("--cpu", "--host", "0.0.0.0", "--allow-anyone", "walks")
+    calls = [call("serve.sh", *arguments, cwd=tmp_path) for _ in range(2)]
 
     secrets = [
         line.partition("model-repository,shared-memory,trace,logging:admin=")[2]

@@ -19,7 +19,8 @@ from conch.errors import RolloutUnavailableError
 from conch.rollouts.protocol import WeightUpdate, WeightVersion
 from conch.rollouts.remote import pool as server_pool
 from conch.rollouts.remote.lease import LeaseEndedError, WeightLease
-from conch.rollouts.weight_sync import BroadcastGroup, TCPStore, checkpoint_tensors, join
+from conch.rollouts.rendezvous import join
+from conch.rollouts.weight_sync import BroadcastGroup, checkpoint_tensors
 from tests.fakes.rollout_server import FakeRolloutServer
 from tests.footprint import wait_until
 from tests.served_sampling import (
@@ -161,8 +162,7 @@ def take_broadcast(
 
     def take(body: dict[str, Any]) -> tuple[int, Any]:
         update = WeightUpdate.model_validate(body)
-        store = TCPStore(update.host, update.port, is_master=False)
-        join(store)
+        store = join(update.host, update.port, update.token, rank=1, timeout_s=LONG_S)
         group = BroadcastGroup(store, 1, 2, "gloo", address="127.0.0.1", timeout_s=LONG_S)
         try:
             for number, _ in enumerate(group.receive(update.tensors), 1):

@@ -18,21 +18,14 @@ from torch import Tensor
 from conch.addresses import parse_servers
 from conch.config import load
 from conch.errors import ConfigError, RolloutError, RolloutUnavailableError
-from conch.rollouts import weight_sync
-from conch.rollouts.protocol import Health
+from conch.rollouts.protocol import Health, PromptRequest
 from conch.rollouts.remote.client import ServerClient
-from conch.rollouts.remote.engine import missing_part, split_prompts
+from conch.rollouts.remote.engine import batch_size, missing_part, split_prompts
 from conch.rollouts.remote.pool import ServerState, least_busy
+from conch.rollouts.rendezvous import join, open_store, wait_for_members
 from conch.rollouts.serve import main as serve_main
 from conch.rollouts.vllm.server_config import ServerConfig
-from conch.rollouts.weight_sync import (
-    BroadcastGroup,
-    SharedFile,
-    join,
-    open_store,
-    tensor_specs,
-    wait_for_members,
-)
+from conch.rollouts.weight_sync import BroadcastGroup, SharedFile, tensor_specs
 from conch.types import Prompt, Rollout
 from tests.fakes.rollout_server import FakeRolloutServer
 from tests.footprint import wait_until
@@ -254,6 +247,35 @@ def test_server_that_cannot_take_weights_says_why(start: Callable[..., FakeRollo
         Sampling(server)(prompts(2))
 
 
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"prompt_index": -1}, "prompt_index: Input should be greater than or equal to 0"),
+        ({"seed_index": 7}, "sent a completion that nobody asked for"),
+        ({"logprobs": [-0.5]}, "3 tokens have 1 log-probs"),
+        ({"logprobs": [float("nan")] * 3}, "logprobs.0: Input should be a finite number"),
+        ({"token_ids": [-4, 1, 1]}, "token_ids.0: "),
+        ({"text": None}, "text: "),
+    ],
+)
+def test_completion_that_cannot_be_is_refused(
+    start: Callable[..., FakeRolloutServer], changes: dict[str, Any], complaint: str
+) -> None:
+    server = start()
+    lines = server.lines_for
+    server.lines_for = lambda body: [{**line, **changes} for line in lines(body)]
+    with pytest.raises(RolloutError, match=complaint):
+        Sampling(server)(prompts(1))
+
+
+def test_requests_stay_below_what_servers_take() -> None:
+    assert [batch_size(prompts(count), 2) for count in (0, 1, 8, 800)] == [1, 1, 1, 100]
+    assert batch_size([Prompt("p", (1,) * 4_000_000)] * 64, 1) == 2
+    assert batch_size([Prompt("p", (1,))] * 1_000_000, 1) == 65_536
+    ids = (262_143,) * 80_000  # a hundredth of the longest request, of a large vocabulary
+    assert len(PromptRequest(token_ids=ids, seeds=(2**31 - 1,)).model_dump_json()) < 64e6 / 100
+
+
 def test_prompt_beyond_the_smallest_max_model_len_is_refused(start: Callable[..., FakeRolloutServer]) -> None:
     with pytest.raises(ConfigError, match=r"a prompt of 2 tokens .* `max_model_len` of 5"):
         Sampling(start(), start(max_model_len=5))(prompts(2))
@@ -365,8 +387,7 @@ def sender_and_received(
     settings: dict[str, Any] = {"address": "127.0.0.1", "timeout_s": LONG_S}
 
     def receive() -> dict[str, Tensor]:
-        client = weight_sync.TCPStore("127.0.0.1", store.port, is_master=False)
-        join(client)
+        client = join("127.0.0.1", store.port, store.token, rank=1, timeout_s=LONG_S)
         return dict(BroadcastGroup(client, 1, 2, "gloo", **settings).receive(tensor_specs(tensors)))
 
     with ThreadPoolExecutor(1) as thread:

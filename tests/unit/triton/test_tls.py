@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import trustme
 
+from conch.access.secrets import secret_from
+from conch.access.tls import ClientTls, ServerTls, own_client
 from conch.config import RewardAuthConfig, RewardConfig, TlsConfig
 from conch.errors import ConfigError, ServerStartError
 from conch.rewards.served import TritonReward
-from conch.triton.channel import Access, open_client, secret_from
-from conch.triton.tls import ClientTls, ServerTls, own_client
+from conch.triton.channel import Access, open_client
 from tests.certificates import HOST, make_certificates
 
 

@@ -21,7 +21,7 @@ EVERY_OPTION = [
     "--host", "0.0.0.0", "--grpc-port", "0", "--http-port", "8000", "--metrics-port", "0",
     "--tls-cert", "c.pem", "--tls-key", "k.pem", "--tls-ca", "ca.pem", "--require-client-cert",
     "--secret-env", "SECRET", "--ready-timeout", "inf", "--watch-interval", "0.2", "--max-restarts", "0",
-    "--follow-store", "--log-max-mb", "1.5", "--log-keep", "0",
+    "--metrics-host", "0.0.0.0", "--allow-anyone", "--follow-store", "--log-max-mb", "1.5", "--log-keep", "0",
 ]  # fmt: skip
 
 
@@ -51,11 +51,13 @@ def test_up_without_options_has_the_defaults_that_users_know() -> None:
             "grpc_port": 8001,
             "http_port": None,
             "metrics_port": None,
+            "metrics_host": "127.0.0.1",
             "tls_cert": None,
             "tls_key": None,
             "tls_ca": None,
             "require_client_cert": False,
             "secret_env": None,
+            "allow_anyone": False,
         },
         "supervision": {
             "ready_timeout": 120.0,

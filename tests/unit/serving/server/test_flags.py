@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from conch.access.tls import ServerTls
+from conch.addresses import is_loopback
 from conch.errors import ServerStartError
-from conch.serving.server.flags import ServerPaths, ServerSettings, is_loopback, known_flags, server_flags
+from conch.serving.server.flags import ServerPaths, ServerSettings, known_flags, server_flags
 from conch.serving.server.runtime import (
     ApptainerRuntime,
     BundledRuntime,
@@ -14,7 +16,6 @@ from conch.serving.server.runtime import (
     apptainer_environment,
     docker_command,
 )
-from conch.triton.tls import ServerTls
 
 HELP = BundledRuntime().help_text()
 PLACES = ServerPaths("/store", "/tmp/s/repository", "/backends", "conch_1_", "/c.pem", "/k.pem", "/ca.pem")
@@ -36,6 +37,12 @@ def test_server_listens_on_loopback_and_offers_grpc_alone() -> None:
     assert {"--grpc-address=127.0.0.1", "--grpc-port=8001", "--allow-http=0", "--allow-metrics=0"} <= {*made}
     assert {"--model-control-mode=explicit", "--load-model=walks", "--model-config-name=embedded"} <= {*made}
     assert not any("restricted" in flag or "ssl" in flag for flag in made)
+
+
+def test_metrics_have_an_address_of_their_own() -> None:
+    made = flags(settings(host="0.0.0.0", http_port=8000, metrics_port=8002, secret="s3"))
+    assert {"--grpc-address=0.0.0.0", "--http-address=0.0.0.0", "--metrics-address=127.0.0.1"} <= {*made}
+    assert "--metrics-address=10.0.0.7" in flags(settings(metrics_port=8002, metrics_host="10.0.0.7"))
 
 
 def test_a_gpu_takes_the_production_configuration() -> None:
@@ -84,7 +91,11 @@ def test_help_of_something_else_is_no_list_of_flags() -> None:
 
 
 @pytest.mark.parametrize(
-    ("host", "expected"), [("127.0.0.1", True), ("localhost", True), ("0.0.0.0", False), ("", False)]
+    ("host", "expected"),
+    [
+        *(("127.0.0.1", True), ("localhost", True), ("127.1.2.3", True), ("::1", True), ("[::1]", True)),
+        *(("0.0.0.0", False), ("", False), ("::", False), ("127.example.com", False), ("10.0.0.1", False)),
+    ],
 )
 def test_is_loopback(host: str, expected: bool) -> None:
     assert is_loopback(host) is expected

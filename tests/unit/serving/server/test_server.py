@@ -118,6 +118,13 @@ def test_start_refuses_a_host_that_is_not_this_machine(tmp_path: Path) -> None:
         TritonServer(tmp_path, ["lengths"], host="192.0.2.1", grpc_port=8001).start()
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", ""])
+def test_start_refuses_to_listen_for_everybody(tmp_path: Path, host: str) -> None:
+    store_model(tmp_path)
+    with pytest.raises(ServerStartError, match=r"whoever reaches it may have texts scored: .*--secret-env"):
+        TritonServer(tmp_path, ["lengths"], host=host).start()
+
+
 def test_start_refuses_a_log_file_that_cannot_be_written(tmp_path: Path) -> None:
     store_model(tmp_path)
     with pytest.raises(ServerStartError, match=r"log file .* cannot be written"):

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conch.errors import ServerStartError
+from conch.config import TlsConfig
+from conch.errors import ConfigError, ServerStartError
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,38 @@ def own_client(tls: ServerTls) -> ClientTls:
     return ClientTls(tls.cert, tls.cert if mutual else None, tls.key if mutual else None, name)
 
 
+def check_server(tls: ServerTls) -> None:
+    """Check that a server can serve with these files, in a handshake in memory.
+
+    Raises:
+        ServerStartError: names the file that is missing, unreadable, unfit, expired or of another pair.
+    """
+    own_client(ServerTls(tls.cert, tls.key))
+    if tls.ca is not None:
+        check_readable(tls.ca)
+        _load_authority(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), tls.ca)
+
+
+def client_context(tls: TlsConfig, setting: str) -> ssl.SSLContext:
+    """Return what an HTTP client speaks TLS with. Certificates are always verified: by `tls.ca`, or by the
+    system's authorities.
+
+    setting: full name of the section, for messages.
+
+    Raises:
+        ConfigError: a file cannot be read, is no PEM, or its key is encrypted.
+    """
+    try:
+        context = ssl.create_default_context(cafile=None if tls.ca is None else str(tls.ca))
+        if tls.cert is not None and tls.key is not None:
+            context.load_cert_chain(str(tls.cert), str(tls.key), password=_no_password)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise ConfigError(
+            f"{setting}: a certificate or key cannot be read ({error}); give PEM files, the key unencrypted"
+        ) from error
+    return context
+
+
 def check_readable(path: Path) -> None:
     """Raise ServerStartError unless `path` is a file that can be read and looks like PEM."""
     try:
@@ -98,12 +131,16 @@ def _handshake(tls: ServerTls) -> dict[str, Any]:
     if tls.require_client_cert:
         assert tls.ca is not None
         server.verify_mode = ssl.CERT_REQUIRED
-        try:
-            server.load_verify_locations(tls.ca)
-        except ssl.SSLError as error:
-            raise ServerStartError(f"{tls.ca} holds no certificate authority ({_reason(error)})") from error
+        _load_authority(server, tls.ca)
         client.load_cert_chain(tls.cert, tls.key)
     return _shake(server, client, tls)
+
+
+def _load_authority(context: ssl.SSLContext, ca: Path) -> None:
+    try:
+        context.load_verify_locations(ca)
+    except ssl.SSLError as error:
+        raise ServerStartError(f"{ca} holds no certificate authority ({_reason(error)})") from error
 
 
 def _shake(server: ssl.SSLContext, client: ssl.SSLContext, tls: ServerTls) -> dict[str, Any]:
