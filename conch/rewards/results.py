@@ -77,15 +77,28 @@ class ReplyParser:
         return [self._scalar(row, plain) for row in range(len(self.samples))]
 
     def _scalar(self, row: int, columns: Mapping[str, Sequence[Any]]) -> RewardResult:
+        """Read a sample's objectives; of several, None says that one does not apply to the sample."""
         scores: dict[str, float] = {}
+        absent = tuple(name for name, values in columns.items() if values[row] is None)
+        if len(columns) > 1 and len(absent) == len(columns):
+            return self._bad_row(
+                row, f"None for each of its {len(columns)} objectives: one at least must be a score"
+            )
         for name, values in columns.items():
+            if len(columns) > 1 and name in absent:
+                continue
             try:
                 scores[name] = self._in_range(_finite(_plain(values[row])))
             except _BadValueError as error:
                 score = "a score" if name == DEFAULT_OBJECTIVE else f"a score for objective `{name}`"
                 return self._bad_row(row, f"{error} instead of {score}")
         return RewardResult(
-            RewardStatus.OK, scores=scores, model=self.model, version=self.version, latency_s=self.latency_s
+            RewardStatus.OK,
+            scores=scores,
+            model=self.model,
+            version=self.version,
+            latency_s=self.latency_s,
+            absent=absent,
         )
 
     def _dense(self, row: int, values: Any, token_count: int) -> RewardResult:

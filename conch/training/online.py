@@ -45,6 +45,7 @@ from conch.training.logprobs import LogprobOutputs, logprob_outputs
 from conch.training.loop import fit
 from conch.training.resume import start_run
 from conch.training.setup import (
+    check_prompts,
     check_vocabulary,
     load_policy,
     open_reward,
@@ -122,6 +123,7 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         check_vocabulary(lm, self.tokenizer)
         sampled = sampled_prompts(config, self.tokenizer, lm, prompts, eval_prompts)
         self.prompts, self.eval_prompts, self.variants = sampled.train, sampled.evaluation, sampled.variants
+        check_prompts(self.collectives, self.source, [*self.prompts, *self.eval_prompts], self.tokenizer)
         self.policy_version = 0
         self.plan_batches()
         self.stateful: dict[str, Stateful] = {"stream": self.stream}

@@ -47,6 +47,8 @@ def test_sync_function_gets_samples_prompts_outputs_and_metadata() -> None:
         "outputs": ["ab", "c"],
         "answer": [4, None],
         "source": [None, "web"],
+        "messages": [None, None],
+        "output_ids": [[1, 2], [3]],
     }
     assert [dict(result.scores) for result in results] == [{"reward": 2.0}, {"reward": 1.0}]
     assert all(result.ok and result.model == "length" and result.latency_s >= 0 for result in results)
