@@ -128,7 +128,8 @@ class RewardResult:
     token_scores: dense rewards, one per response token, instead of `scores`; None for scalar rewards.
     model, version: what scored it ("" where that has no meaning, e.g. a Python function's version).
     latency_s: seconds from the request to the reply.
-    absent: objectives that do not apply to the sample, and add nothing to its reward.
+    absent: objectives that do not apply to the sample, by a None, and add nothing to its reward; of a failure
+        all that the source has, where none applies.
     detail: for a failure, what happened, in words for a person; for a score of an ensemble that not all
         members gave, how many did.
     members: for an ensemble's score, each member's own; None where it gave none.

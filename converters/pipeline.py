@@ -104,6 +104,7 @@ def _read_and_write(
             "--max_length to the most tokens that yours have, and lengths up to it are compared",
             *(checkpoint.rules.max_length, checkpoint.longest_compared),
         )
+    _log.info("scoring samples of up to %d tokens with the original", checkpoint.longest_compared)
     # Every reference comes before the first part: once its weights are written, the model is not fit for use.
     references = [
         reference_of(checkpoint, part.form, max_batch_size=options.max_batch_size) if part.route else None

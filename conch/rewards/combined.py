@@ -257,7 +257,8 @@ class SumReward(_NamedSources):
     """All objectives of its members side by side, to be summed with `reward.weights`.
 
     An objective is called like its member, or `member/objective` where the member has several. A sample that
-    a member does not score gets no score at all: a sum without one of its parts is another reward.
+    a member fails to score gets no score at all: a sum without one of its parts is another reward. What does
+    not apply to the sample (None) adds nothing, as long as something does.
     """
 
     def __init__(self, members: Mapping[str, RewardSource]) -> None:
@@ -268,11 +269,16 @@ class SumReward(_NamedSources):
         return self.submit_to_members(rollouts, self._join)
 
     def _join(self, row: _MemberResults) -> RewardResult:
-        if not all(each.ok for each in row.values()):
-            return self.member_failure(row)
+        applies = {member: each for member, each in row.items() if each.ok or not each.absent}
+        if not applies or not all(each.ok for each in applies.values()):
+            return self.member_failure(applies or row)
         scores: dict[str, float] = {}
         absent: list[str] = []
         for member, each in row.items():
+            if member not in applies:
+                many = len(each.absent) > 1
+                absent += [f"{member}/{name}" for name in each.absent] if many else [member]
+                continue
             if not each.scores:
                 wrong = f"member `{member}` scores each token, which cannot stand beside other rewards"
                 return self.failure(row, RewardStatus.INVALID, wrong)

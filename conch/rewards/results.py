@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from conch.types import DEFAULT_OBJECTIVE, RewardResult, RewardStatus
@@ -80,12 +80,11 @@ class ReplyParser:
         """Read a sample's objectives; of several, None says that one does not apply to the sample."""
         scores: dict[str, float] = {}
         absent = tuple(name for name, values in columns.items() if values[row] is None)
-        if len(columns) > 1 and len(absent) == len(columns):
-            return self._bad_row(
-                row, f"None for each of its {len(columns)} objectives: one at least must be a score"
-            )
+        if len(absent) == len(columns):
+            what = "a score" if len(columns) == 1 else f"a score for any of its {len(columns)} objectives"
+            return replace(self._bad_row(row, f"None instead of {what}"), absent=absent)
         for name, values in columns.items():
-            if len(columns) > 1 and name in absent:
+            if name in absent:
                 continue
             try:
                 scores[name] = self._in_range(_finite(_plain(values[row])))

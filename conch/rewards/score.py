@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parse_options(ScoreOptions, arguments)
         with _opened(options.path) as lines:
-            rows = _rows(progress(lines, desc="scoring"), is_text=options.path.endswith(".txt"))
+            rows = _rows(lines, is_text=options.path.endswith(".txt"))
             for index, result in enumerate(score_each(rows, options.reward())):
                 print(json.dumps(line_of(index, result), ensure_ascii=False), flush=True)
                 counts[result.ok] += 1
@@ -263,7 +263,7 @@ def _opened(path: str) -> Iterator[Iterable[str]]:
 
 def _rows(lines: Iterable[str], *, is_text: bool) -> Iterator[Any]:
     """Yield the rows of lines that are not empty; a line that is no JSON is a row that cannot be scored."""
-    for line in lines:
+    for line in progress(lines, desc="scoring"):
         if not line.strip():
             continue
         if is_text:

@@ -406,7 +406,7 @@ def _dialogue(sample: str, row: int) -> dict[str, Any]:
         value = json.loads(sample)
     except (ValueError, RecursionError):
         value = None
-    dialogue = {"messages": value} if isinstance(value, list) else value
+    dialogue: dict[str, Any] = {"messages": value} if isinstance(value, list) else value
     messages = dialogue.get("messages") if isinstance(dialogue, dict) else None
     if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
         raise RejectedError(

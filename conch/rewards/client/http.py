@@ -55,7 +55,7 @@ class HttpTransport:
         self.model = url
         self._url = url
         self._config = config
-        self._dialect = dialect
+        self._dialect: HttpDialect = dialect
         self._headers = {**headers, "content-type": "application/json", "accept": "application/json"}
         self._context = context
         self._client: httpx2.AsyncClient | None = None
@@ -76,7 +76,7 @@ class HttpTransport:
     async def describe(self, timeout_s: float) -> ModelInfo:
         """Return the configured limits: an endpoint tells nothing about its model."""
         del timeout_s
-        reads = "both" if self._dialect == "messages" else "texts"
+        reads: Any = "both" if self._dialect == "messages" else "texts"
         return ModelInfo(max_rows=self._config.batch_rows, reads=reads)
 
     async def infer(self, rows: Sequence[ScoringRow], timeout_s: float) -> Reply:
