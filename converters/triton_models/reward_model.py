@@ -13,6 +13,7 @@ By hand, `python model.py < requests.json` scores without a server; see `main` f
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -402,10 +403,9 @@ class Scorer:
 
 def _dialogue(sample: str, row: int) -> dict[str, Any]:
     """Return {"messages", "tools", "chat_template_kwargs"} of a dialogue's JSON; the last two may lack."""
-    try:
+    value: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(sample)
-    except (ValueError, RecursionError):
-        value = None
     dialogue: dict[str, Any] = {"messages": value} if isinstance(value, list) else value
     messages = dialogue.get("messages") if isinstance(dialogue, dict) else None
     if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):

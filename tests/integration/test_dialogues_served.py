@@ -59,9 +59,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def rollout(answer: str, dialogue: Dialogue | None = None) -> Rollout:
     """As a ChatML policy samples it."""
     dialogue = dialogue or Dialogue(ASKED)
-    text = str(
-        POLICY.apply_chat_template(list(dialogue.messages), tokenize=False, add_generation_prompt=True)
-    )
+    messages: list[Any] = list(dialogue.messages)
+    text = str(POLICY.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     ids = tuple(POLICY(text, add_special_tokens=False).input_ids)
     return Rollout(Prompt(text, ids, dialogue=dialogue), Completion(answer, (5,), (0.0,), "eos"), 0)
 

@@ -148,7 +148,7 @@ def exit_code(words: list[str]) -> int:
     [
         (["trian"], "`conch trian` is no command; did you mean `conch train`?"),
         (["train", "pppo"], "`conch train pppo` is no command; did you mean `conch train ppo`?"),
-        (["zzz"], "there are: convert, plot, rollout-server, serve, size, train"),
+        (["zzz"], "there are: convert, plot, rollout-server, score, serve, size, train"),
         (["train", "zzz"], "there are: grpo, ilql, ppo, reward_model, rft, sft"),
     ],
 )
