@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from conch.api import train as train
+    from conch.rewards.score import score as score
 
 __version__ = "0.1.0"
-__all__ = ["train"]
+__all__ = ["score", "train"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from conch.api import train
 
         return train
+    if name == "score":
+        from conch.rewards.score import score
+
+        return score
     raise AttributeError(f"module 'conch' has no attribute {name!r}")

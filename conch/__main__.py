@@ -71,6 +71,13 @@ def serve(words: Sequence[str]) -> int:
     return serving.main(words)
 
 
+def score(words: Sequence[str]) -> int:
+    """Score texts or dialogues with a served model: `conch score --url host:port/model FILE`."""
+    from conch.rewards import score as scoring
+
+    return scoring.main(words)
+
+
 def rollout_server(words: Sequence[str]) -> int:
     """Start a vLLM server that trainers sample from: `conch rollout-server key=value ...`."""
     from conch.rollouts import serve as server
@@ -93,7 +100,8 @@ def plot(words: Sequence[str]) -> int:
 
 
 _VERBS: dict[str, Callable[[Sequence[str]], int]] = {
-    verb.__name__.replace("_", "-"): verb for verb in (train, convert, serve, rollout_server, size, plot)
+    verb.__name__.replace("_", "-"): verb
+    for verb in (train, convert, serve, score, rollout_server, size, plot)
 }
 
 

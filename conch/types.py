@@ -42,6 +42,8 @@ class Dialogue:
     def answered(self, text: str) -> Dialogue:
         """This dialogue with the assistant's next message; where the assistant spoke last, it goes on."""
         last = self.messages[-1] if self.messages else {}
+        if not text and last.get("role") == ASSISTANT:  # a call of a tool, say, that has no content to go on
+            return self
         if last.get("role") != ASSISTANT:
             return replace(self, messages=(*self.messages, {"role": ASSISTANT, "content": text}))
         begun = last.get("content")
@@ -126,6 +128,8 @@ class RewardResult:
     token_scores: dense rewards, one per response token, instead of `scores`; None for scalar rewards.
     model, version: what scored it ("" where that has no meaning, e.g. a Python function's version).
     latency_s: seconds from the request to the reply.
+    absent: objectives that do not apply to the sample, by a None, and add nothing to its reward; of a failure
+        all that the source has, where none applies.
     detail: for a failure, what happened, in words for a person; for a score of an ensemble that not all
         members gave, how many did.
     members: for an ensemble's score, each member's own; None where it gave none.
@@ -139,6 +143,7 @@ class RewardResult:
     latency_s: float = 0.0
     detail: str = ""
     members: Mapping[str, float | None] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:

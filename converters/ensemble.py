@@ -97,6 +97,12 @@ def _check_together(store: Path, options: EnsembleOptions, stored: Sequence[Stor
                 f"members must be of one form: {first.name} is {first.spec.form}, "
                 f"{other.name} is {other.spec.form}; convert one of them again with --form"
             )
+        if other.spec.reads != first.spec.reads:
+            raise ConversionError(
+                f"members of a served ensemble get the same sample, but {first.name} reads "
+                f"{first.spec.reads} and {other.name} {other.spec.reads}: serve both and combine them "
+                "in the trainer, with reward.members and reward.combine"
+            )
         if first.spec.form == "token" and _vocabulary(other) != _vocabulary(first):
             raise ConversionError(
                 f"members {first.name} and {other.name} take token ids of different tokenizers; "

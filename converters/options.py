@@ -36,8 +36,8 @@ class ReadOptions(Section):
     """Hub revision of the checkpoint."""
 
     template: str | None = None
-    """Format string over {text}, the client's sample, or {prompt}{output}, and {eos}; or `chat`, the
-    tokenizer's chat template."""
+    """Format string over {text}, the client's sample, or {prompt}{output}, and {eos}; or `chat`: clients send
+    dialogues, which the tokenizer's chat template renders (`chat{eos}`: with an eos at the end)."""
 
     max_length: int | None = None
     """Tokens a sample may have, special tokens included; by default the model's window."""
@@ -137,8 +137,8 @@ class ConversionOptions(ReadOptions):
             raise ConversionError(f"keep is {self.keep}; it must be 0 or more old versions")
         if self.gpu < 0:
             raise ConversionError(f"gpu is {self.gpu}; cards are numbered from 0")
-        if self.template == "chat" and self.form == "token":
-            raise ConversionError("the chat template makes tokens of text: it needs --form text")
+        if self.template in ("chat", "chat{eos}") and self.form == "token":
+            raise ConversionError("the chat template makes tokens of messages: it needs --form text")
         if self.base_model is not None:
             check_exists("base model", self.base_model)
         if self.backend != "python":
@@ -153,7 +153,7 @@ class ConversionOptions(ReadOptions):
             raise ConversionError(
                 "--backend torchscript serves token ids: add --form token, or take --backend onnx or python"
             )
-        if self.template == "chat":
+        if self.template in ("chat", "chat{eos}"):
             raise ConversionError(f"--backend {self.backend} has no chat template: take --backend python")
         if self.dtype not in ("float32", "float16"):
             raise ConversionError(

@@ -14,6 +14,7 @@ from conch.converters.backends import graph, python
 from conch.converters.backends.onnx import check_onnx_installed
 from conch.converters.backends.version_files import write_manifest
 from conch.converters.checkpoints.reader import RewardCheckpoint
+from conch.converters.checkpoints.tokenizer import special_tokens
 from conch.converters.options import ConversionOptions
 from conch.errors import ConversionError
 from conch.store.manifest import Backend, Manifest
@@ -93,7 +94,7 @@ def manifest_of(part: Part, checkpoint: RewardCheckpoint, options: ConversionOpt
     """Describe a part: where it comes from, and the checkpoint's scoring rules."""
     tools = [*_TOOLS, *_MORE_TOOLS.get(options.backend, ())] + ["torchao"] * (options.dtype == "int8")
     return Manifest(
-        **dict(checkpoint.rules),
+        **{**dict(checkpoint.rules), "reads": checkpoint.rules.reads if part.form == "text" else "texts"},
         name=part.name,
         form=part.form,
         backend=options.backend,
@@ -106,6 +107,7 @@ def manifest_of(part: Part, checkpoint: RewardCheckpoint, options: ConversionOpt
         batch_invariant=options.batch_invariant,
         dtype=options.dtype,
         trust_remote_code=options.trust_remote_code,
+        special_tokens=special_tokens(checkpoint.tokenizer) if part.form == "text" else (),
         tools={"python": platform.python_version(), **{tool: version(tool) for tool in tools}},
     )
 
@@ -129,6 +131,8 @@ def spec_of(
         content_sha256=content_sha256,
         engine=part.engine,
         granularity=manifest.granularity,
+        reads=manifest.reads,
+        special_tokens=manifest.special_tokens,
     )
 
 

@@ -16,7 +16,6 @@ from conch.converters.backends.python import check_layers, check_torchao
 from conch.converters.backends.version_files import write_beside
 from conch.converters.checkpoints.reader import RewardCheckpoint, checkpoint_sha256, read_checkpoint
 from conch.converters.checkpoints.rules import check_dense
-from conch.converters.checkpoints.tokenizer import CHAT
 from conch.converters.options import Conversion, ConversionOptions
 from conch.converters.parity.compare import compare
 from conch.converters.parity.reference import ParityReference, golden_of, reference_of
@@ -99,6 +98,13 @@ def _read_and_write(
     checkpoint = read_checkpoint(name, options)
     for part in parts:
         _check_servable(part, checkpoint, options)
+    if checkpoint.longest_compared < checkpoint.rules.max_length:
+        _log.warning(
+            "the window of %d tokens is long to compare scores over, so samples have up to %d: set "
+            "--max_length to the most tokens that yours have, and lengths up to it are compared",
+            *(checkpoint.rules.max_length, checkpoint.longest_compared),
+        )
+    _log.info("scoring samples of up to %d tokens with the original", checkpoint.longest_compared)
     # Every reference comes before the first part: once its weights are written, the model is not fit for use.
     references = [
         reference_of(checkpoint, part.form, max_batch_size=options.max_batch_size) if part.route else None
@@ -152,7 +158,7 @@ def _check_servable(part: Part, checkpoint: RewardCheckpoint, options: Conversio
     """Raise ConversionError for what only the checkpoint shows that the part cannot serve."""
     if part.route:
         check_dense(checkpoint.rules, checkpoint.tokenizer, part.form)
-    if part.engine == "ensemble" and checkpoint.rules.template == CHAT:
+    if part.engine == "ensemble" and checkpoint.rules.reads == "dialogues":
         raise ConversionError("--backend onnx has no chat template: take --backend python")
     if options.dtype == "int8":
         check_layers(checkpoint.model)

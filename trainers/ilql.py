@@ -69,6 +69,7 @@ from conch.runs.tracking import Tracker
 from conch.training.loop import fit
 from conch.training.resume import start_run
 from conch.training.setup import (
+    check_prompts,
     check_vocabulary,
     eval_source,
     load_policy,
@@ -285,6 +286,7 @@ class ILQLTrainer:
         self.eval_prompts = (
             tokenize_prompts(eval_prompts, self.codec, config.tokenizer, lm, longest) if eval_prompts else []
         )
+        check_prompts(self.collectives, self.source, self.eval_prompts, self.tokenizer)
         self._init_policy(lm, logit_mask)
         agree = self.collectives.all_reduce_int
         self.scorer = RewardScorer(self.source, config.reward, agree) if self.source else None

@@ -54,6 +54,7 @@ from conch.runs.tracking import Tracker
 from conch.training.loop import fit
 from conch.training.resume import start_run
 from conch.training.setup import (
+    check_prompts,
     check_vocabulary,
     eval_mode,
     eval_source,
@@ -211,6 +212,7 @@ class SFTTrainer:
         self.eval_prompts = (
             tokenize_prompts(prompts, self.codec, config.tokenizer, self.lm, longest) if prompts else []
         )
+        check_prompts(self.collectives, self.source, self.eval_prompts, self.tokenizer)
         agree = self.collectives.all_reduce_int
         self.scorer = RewardScorer(self.source, config.reward, agree) if self.source else None
         self.evaluator = Evaluator(

@@ -83,6 +83,10 @@ class RewardFailureConfig(Section):
     `warn` says so and goes on, `accept` goes on."""
 
 
+HttpDialect = Literal["query", "messages", "goals"]
+"""What is sent to an HTTP endpoint, and what it replies."""
+
+
 class RewardConfig(Section):
     """Source of the rewards, requests to it, and the response to its failures."""
 
@@ -91,9 +95,10 @@ class RewardConfig(Section):
     same model; `http://host:port/path` of an endpoint that speaks JSON. None takes the TRITON_HOST
     environment variable. Unused when a Python function is passed."""
 
-    dialect: Literal["query", "goals"] = "query"
+    dialect: HttpDialect = "query"
     """Of an HTTP endpoint: `query` sends {"query": [sample, ...]} and reads {"rewards": [number, ...]};
-    `goals` sends [sample, ...] and reads {goal: [number, ...]}."""
+    `messages` sends "dialogues" as well, each {"messages": [...]}, or null for a prompt that is a text;
+    `goals` sends [sample, ...] and reads {goal: [number or null, ...]}."""
 
     members: dict[str, str] = Field(default_factory=dict)
     """Several rewards instead of one `url`: name -> what `url` may be. `combine` makes one of them."""

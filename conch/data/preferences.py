@@ -305,12 +305,17 @@ CHAT = "chat"
 
 def default_template(tokenizer: Any) -> str:
     """The sample and an eos token; the sample alone if the tokenizer closes a text itself or has no eos."""
-    closes = tokenizer("").input_ids[-1:]
-    return (
-        "{text}"
-        if (closes and closes[0] != tokenizer.bos_token_id) or not tokenizer.eos_token
-        else "{text}{eos}"
-    )
+    return "{text}" if _closes_texts(tokenizer) or not tokenizer.eos_token else "{text}{eos}"
+
+
+def _closes_texts(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts a token of its own behind a text, not only before it."""
+    added = tokenizer("").input_ids
+    for word in ("x", "a", "1", "c", "."):
+        plain = tokenizer(word, add_special_tokens=False).input_ids
+        if plain and not set(plain) & set(added):
+            return tokenizer(word).input_ids[-1] != plain[-1]
+    return bool(added) and added[-1] != tokenizer.bos_token_id
 
 
 def template_for(rows: Sequence[Mapping[str, Any]], form: RowForm, tokenizer: Any) -> str:

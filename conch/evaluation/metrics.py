@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from conch.errors import DataError
+from conch.rewards.function import arguments_of
 from conch.types import Metrics, Rollout
 
 _NUM_BINS = 10
@@ -81,13 +82,7 @@ def metric_columns(metric_fn: MetricFn | None, rollouts: Sequence[Rollout]) -> d
     """The user's metrics, one column each, with one value per rollout."""
     if metric_fn is None:
         return {}
-    keys = sorted({key for rollout in rollouts for key in rollout.prompt.metadata})
-    columns = metric_fn(
-        samples=[rollout.sample for rollout in rollouts],
-        prompts=[rollout.prompt.text for rollout in rollouts],
-        outputs=[rollout.completion.text for rollout in rollouts],
-        **{key: [rollout.prompt.metadata.get(key) for rollout in rollouts] for key in keys},
-    )
+    columns = metric_fn(**arguments_of(metric_fn, rollouts))
     return {name: _column(name, values, len(rollouts)) for name, values in columns.items()}
 
 

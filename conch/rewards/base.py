@@ -17,13 +17,13 @@ A source of your own is a class with two methods:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeVar
 
-from conch.types import RewardResult, Rollout
+from conch.types import Prompt, RewardResult, Rollout
 
 SourceT = TypeVar("SourceT", bound="RewardSource")
 
@@ -84,6 +84,16 @@ class RewardSource(ABC):
         Raises:
             RewardError, ConfigError: one sentence: what is wrong, where, and what to do.
         """
+
+    def check_prompts(self, prompts: Sequence[Prompt], special_tokens: Iterable[str] = ()) -> None:
+        """Find out, after `check` and before long work, whether these prompts can be scored.
+
+        special_tokens: the policy's, which its chat template may have written into the prompts' texts.
+
+        Raises:
+            ConfigError: one sentence: which cannot, and what to do.
+        """
+        return
 
     @abstractmethod
     def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:

@@ -17,7 +17,7 @@ What is left is what the policy does better than the answer it is compared with;
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from statistics import fmean
@@ -54,6 +54,10 @@ class CompositeReward(RewardSource):
         """Check each source in turn."""
         for source in self.sources:
             source.check()
+
+    def check_prompts(self, prompts: Sequence[Prompt], special_tokens: Iterable[str] = ()) -> None:
+        for source in self.sources:
+            source.check_prompts(prompts, special_tokens)
 
     def close(self) -> None:
         for source in self.sources:
@@ -157,6 +161,7 @@ class _NamedSources(CompositeReward):
         scores: Mapping[str, float],
         detail: str,
         members: Mapping[str, float | None],
+        absent: tuple[str, ...] = (),
     ) -> RewardResult:
         """A sample's scores, with the slowest member's latency and all members' versions."""
         return RewardResult(
@@ -167,6 +172,7 @@ class _NamedSources(CompositeReward):
             latency_s=max(each.latency_s for each in row.values()),
             detail=detail,
             members=members,
+            absent=absent,
         )
 
     def failure(self, row: _MemberResults, status: RewardStatus, detail: str) -> RewardResult:
@@ -251,7 +257,8 @@ class SumReward(_NamedSources):
     """All objectives of its members side by side, to be summed with `reward.weights`.
 
     An objective is called like its member, or `member/objective` where the member has several. A sample that
-    a member does not score gets no score at all: a sum without one of its parts is another reward.
+    a member fails to score gets no score at all: a sum without one of its parts is another reward. What does
+    not apply to the sample (None) adds nothing, as long as something does.
     """
 
     def __init__(self, members: Mapping[str, RewardSource]) -> None:
@@ -262,20 +269,27 @@ class SumReward(_NamedSources):
         return self.submit_to_members(rollouts, self._join)
 
     def _join(self, row: _MemberResults) -> RewardResult:
-        if not all(each.ok for each in row.values()):
-            return self.member_failure(row)
+        applies = {member: each for member, each in row.items() if each.ok or not each.absent}
+        if not applies or not all(each.ok for each in applies.values()):
+            return self.member_failure(applies or row)
         scores: dict[str, float] = {}
+        absent: list[str] = []
         for member, each in row.items():
+            if member not in applies:
+                many = len(each.absent) > 1
+                absent += [f"{member}/{name}" for name in each.absent] if many else [member]
+                continue
             if not each.scores:
                 wrong = f"member `{member}` scores each token, which cannot stand beside other rewards"
                 return self.failure(row, RewardStatus.INVALID, wrong)
-            many = len(each.scores) > 1
+            many = len(each.scores) + len(each.absent) > 1
+            absent += [f"{member}/{name}" for name in each.absent]
             scores |= {f"{member}/{name}" if many else member: score for name, score in each.scores.items()}
         notes = [f"`{member}` {each.detail}" for member, each in row.items() if each.detail]
         inner = {
             f"{member}/{name}": score for member, each in row.items() for name, score in each.members.items()
         }
-        return self.success(row, scores, ", ".join(notes), inner)
+        return self.success(row, scores, ", ".join(notes), inner, tuple(absent))
 
 
 def _by_common_name(scores: Mapping[str, float]) -> Mapping[str, float]:
@@ -300,7 +314,7 @@ class DeltaReward(CompositeReward):
         super().__init__(f"{source.name} less the original's", [source])
         self._source = source
         self._encode = encode
-        self._baselines: dict[tuple[str, str], _BaselineRequest] = {}
+        self._baselines: dict[tuple[str, ...], _BaselineRequest] = {}
 
     def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:
         scored = self._source.submit(rollouts)
@@ -327,7 +341,7 @@ class DeltaReward(CompositeReward):
         for index, key in enumerate(missing):
             self._baselines[key] = (request, index)
 
-    def _is_known(self, key: tuple[str, str]) -> bool:
+    def _is_known(self, key: tuple[str, ...]) -> bool:
         """Whether a baseline is known or under way."""
         if key not in self._baselines:
             return False
@@ -356,8 +370,10 @@ def check_originals(prompts: Sequence[str | Mapping[str, Any]]) -> None:
             )
 
 
-def _key(prompt: Prompt) -> tuple[str, str]:
-    return prompt.text, str(prompt.metadata[ORIGINAL])
+def _key(prompt: Prompt) -> tuple[str, ...]:
+    # Dialogues of one rendering may differ, and a model with a template of its own sees how.
+    dialogue = "" if prompt.dialogue is None else repr(prompt.dialogue)
+    return prompt.text, dialogue, str(prompt.metadata[ORIGINAL])
 
 
 def _difference(result: RewardResult, baseline: RewardResult) -> RewardResult:

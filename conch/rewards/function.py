@@ -17,6 +17,7 @@ from conch.rewards.results import ReplyParser
 from conch.types import RewardResult, RewardStatus, Rollout
 
 _ARGUMENTS = ("samples", "prompts", "outputs")
+_MORE_ARGUMENTS = ("messages", "output_ids")
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
@@ -24,7 +25,8 @@ class FunctionReward(RewardSource):
     """Calls `function(samples, prompts, outputs, **metadata)`, sync or async, in one background thread.
 
     The function gets lists with one entry per sample: `samples[i] == prompts[i] + outputs[i]`, and for each
-    extra key of the prompts a list with None where a prompt lacks it. It returns a list of numbers, a list of
+    extra key of the prompts a list with None where a prompt lacks it. If it names them or takes `**metadata`,
+    it gets `messages` and `output_ids` as well, see `arguments_of`. It returns a list of numbers, a list of
     per-token lists (each as long as its completion's `token_ids`), or a dict of objective -> list of numbers.
     A sync function is called for one whole chunk at a time; an async one as completions end, and its calls
     overlap. Neither has a deadline.
@@ -65,16 +67,10 @@ class FunctionReward(RewardSource):
         if not rollouts:
             return []
         samples = tuple(rollout.sample for rollout in rollouts)  # the function may change its list
-        metadata = _metadata(rollouts)
-        problem = self._signature_problem(metadata)
+        problem = self._signature_problem(metadata_of(rollouts))
         if problem:
             return ReplyParser(self._who, samples, self.name).failures(RewardStatus.INVALID, problem)
-        arguments = {
-            "samples": list(samples),
-            "prompts": [rollout.prompt.text for rollout in rollouts],
-            "outputs": [rollout.completion.text for rollout in rollouts],
-            **metadata,
-        }
+        arguments = arguments_of(self._function, rollouts)
         token_counts = [len(rollout.completion.token_ids) for rollout in rollouts]
         self._calls += 1
         started = time.monotonic()
@@ -92,7 +88,7 @@ class FunctionReward(RewardSource):
 
     def _signature_problem(self, metadata_keys: Iterable[str]) -> str:
         """Why the function cannot be called with these keys; "" if it can."""
-        clashes = [key for key in metadata_keys if key in _ARGUMENTS]
+        clashes = [key for key in metadata_keys if key in (*_ARGUMENTS, *_MORE_ARGUMENTS)]
         if clashes:
             return (
                 f"prompts have the extra key `{clashes[0]}`, which is an argument of every reward; rename it"
@@ -102,14 +98,56 @@ class FunctionReward(RewardSource):
         except ValueError:  # some functions written in C have no signature
             return ""
         try:
-            signature.bind(**dict.fromkeys([*_ARGUMENTS, *metadata_keys]))
+            named = [name for name in _MORE_ARGUMENTS if _takes(self._function, name)]
+            signature.bind(**dict.fromkeys([*_ARGUMENTS, *named, *metadata_keys]))
         except TypeError as error:
             arguments = ", ".join([*_ARGUMENTS, *metadata_keys, "**metadata"])
             return f"{self._who} has the wrong signature ({error}): define it as `{self.name}({arguments})`"
         return ""
 
 
-def _metadata(rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
+def arguments_of(function: Callable[..., Any], rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
+    """Return what a function of samples is called with, each a list with one entry per rollout.
+
+    samples, prompts, outputs: texts.
+    messages: prompt and output as a list of messages, None where the prompt was given as a text; only for a
+        function that names it or takes `**metadata`.
+    output_ids: the sampled ids, the end-of-sequence token included; likewise.
+    and the prompts' extra keys.
+    """
+    more = {
+        "messages": [_messages(rollout) for rollout in rollouts],
+        "output_ids": [list(rollout.completion.token_ids) for rollout in rollouts],
+    }
+    return {
+        "samples": [rollout.sample for rollout in rollouts],
+        "prompts": [rollout.prompt.text for rollout in rollouts],
+        "outputs": [rollout.completion.text for rollout in rollouts],
+        **{name: values for name, values in more.items() if _takes(function, name)},
+        **metadata_of(rollouts),
+    }
+
+
+def _messages(rollout: Rollout) -> list[dict[str, Any]] | None:
+    dialogue = rollout.dialogue
+    return None if dialogue is None else [dict(message) for message in dialogue.messages]
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether the function can be called with this keyword."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # some functions written in C have no signature
+        return False
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return any(
+        each.kind is inspect.Parameter.VAR_KEYWORD or (each.name == name and each.kind in by_name)
+        for each in parameters
+    )
+
+
+def metadata_of(rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
+    """Return the prompts' extra keys, each with a list with None where a prompt lacks it."""
     keys = dict.fromkeys(key for rollout in rollouts for key in rollout.prompt.metadata)
     return {key: [rollout.prompt.metadata.get(key) for rollout in rollouts] for key in keys}
 

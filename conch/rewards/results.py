@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from conch.types import DEFAULT_OBJECTIVE, RewardResult, RewardStatus
@@ -77,15 +77,27 @@ class ReplyParser:
         return [self._scalar(row, plain) for row in range(len(self.samples))]
 
     def _scalar(self, row: int, columns: Mapping[str, Sequence[Any]]) -> RewardResult:
+        """Read a sample's objectives; of several, None says that one does not apply to the sample."""
         scores: dict[str, float] = {}
+        absent = tuple(name for name, values in columns.items() if values[row] is None)
+        if len(absent) == len(columns):
+            what = "a score" if len(columns) == 1 else f"a score for any of its {len(columns)} objectives"
+            return replace(self._bad_row(row, f"None instead of {what}"), absent=absent)
         for name, values in columns.items():
+            if name in absent:
+                continue
             try:
                 scores[name] = self._in_range(_finite(_plain(values[row])))
             except _BadValueError as error:
                 score = "a score" if name == DEFAULT_OBJECTIVE else f"a score for objective `{name}`"
                 return self._bad_row(row, f"{error} instead of {score}")
         return RewardResult(
-            RewardStatus.OK, scores=scores, model=self.model, version=self.version, latency_s=self.latency_s
+            RewardStatus.OK,
+            scores=scores,
+            model=self.model,
+            version=self.version,
+            latency_s=self.latency_s,
+            absent=absent,
         )
 
     def _dense(self, row: int, values: Any, token_count: int) -> RewardResult:

@@ -255,13 +255,16 @@ class RewardScorer:
 def combine(result: RewardResult, weights: Mapping[str, float]) -> float:
     """Return the weighted sum of a scalar result's objectives; objectives without a weight weigh 1.
 
+    What does not apply to the sample adds nothing.
+
     Raises:
         ConfigError: `weights` names an objective that the reward does not have.
     """
     assert result.ok and result.token_scores is None, "only a scalar score can be combined"
-    unknown = sorted(set(weights) - set(result.scores))
+    known = {*result.scores, *result.absent}
+    unknown = sorted(set(weights) - known)
     if unknown:
-        objectives = ", ".join(f"`{name}`" for name in result.scores)
+        objectives = ", ".join(f"`{name}`" for name in sorted(known))
         raise ConfigError(
             f"reward.weights names `{unknown[0]}`, but the objectives of {result.model} are {objectives}"
         )

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 
 from conch.access.tls import client_context
 from conch.addresses import Endpoint, parse_urls, secret_headers
 from conch.config import RewardConfig
 from conch.errors import ConfigError
+from conch.log import get_logger
 from conch.rewards.base import ClientStats, RewardSource, ServerTimes
 from conch.rewards.client.client import RewardClient, Tokenizer
 from conch.rewards.client.event_loop import LoopThread
 from conch.rewards.client.http import HttpTransport
-from conch.rewards.client.transport import Transport
+from conch.rewards.client.transport import ModelInfo, Transport
 from conch.rewards.client.triton import TritonTransport
 from conch.rewards.token_rewards import Decode
 from conch.triton.channel import configured_access
-from conch.types import RewardResult, Rollout
+from conch.types import Prompt, RewardResult, Rollout
+
+_log = get_logger(__name__)
 
 
 class ServedReward(RewardSource):
@@ -38,6 +41,7 @@ class ServedReward(RewardSource):
         decode: Decode | None = None,
     ) -> None:
         self.name = name
+        self._who = who
         self._client = RewardClient(who, transports, config, tokenizer, decode)
         self._thread = LoopThread(f"reward-{name}")
 
@@ -52,6 +56,15 @@ class ServedReward(RewardSource):
                 is not valid.
         """
         self._thread.submit(self._client.check()).result()
+
+    @property
+    def reads(self) -> str:
+        """What the model takes, once `check` has asked: `tokens`, `texts`, `dialogues` or `both`."""
+        info = self._client.info()
+        return "tokens" if info.takes_tokens else info.reads
+
+    def check_prompts(self, prompts: Sequence[Prompt], special_tokens: Iterable[str] = ()) -> None:
+        check_readable(self._who, self._client.info(), prompts, special_tokens)
 
     def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:
         """Start scoring and return at once: one result per rollout, in order.
@@ -141,3 +154,44 @@ class HttpReward(ServedReward):
         transports = [HttpTransport(each, config.client, headers, context, config.dialect) for each in urls]
         servers = ", ".join(urls)
         super().__init__(servers, f"reward endpoint {servers}", transports, config)
+
+
+def check_readable(
+    name: str, info: ModelInfo, prompts: Sequence[Prompt], special_tokens: Iterable[str] = ()
+) -> None:
+    """Find out before a run whether a model reads these prompts; one warning for markup that it misreads.
+
+    name: the model with its servers.
+    special_tokens: the policy's, which its chat template may have written into the prompts.
+
+    Raises:
+        ConfigError: it reads dialogues, and a prompt is none.
+    """
+    if info.reads == "dialogues":
+        texts = [index for index, prompt in enumerate(prompts) if prompt.dialogue is None]
+        if texts:
+            raise ConfigError(
+                f"{name} reads dialogues, but {len(texts)} of {len(prompts)} prompts are texts or were "
+                f"cut to fit (first: prompt {texts[0]}): give prompts as lists of messages that fit, or "
+                "convert the model with --template '{text}'"
+            )
+        return
+    markup = _unknown_markup(info, prompts, special_tokens)
+    if markup:
+        _log.warning(
+            "%s reads texts, and the policy's chat template writes %s into the prompts, which its tokenizer "
+            "takes for plain characters: convert it with --template chat, so that it gets the messages and "
+            "renders them by its own template",
+            *(name, ", ".join(markup)),
+        )
+
+
+def _unknown_markup(
+    info: ModelInfo, prompts: Sequence[Prompt], special_tokens: Iterable[str]
+) -> tuple[str, ...]:
+    """Return special tokens of the policy in rendered dialogues that the model's tokenizer does not know."""
+    if info.takes_tokens or info.reads != "texts" or not info.special_tokens:
+        return ()
+    foreign = set(special_tokens) - set(info.special_tokens) - {""}
+    rendered = [prompt.text for prompt in prompts if prompt.dialogue is not None]
+    return tuple(sorted(token for token in foreign if any(token in text for text in rendered)))

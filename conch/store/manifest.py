@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from conch.config import EnsembleObjective, OnMemberFailure, Section
-from conch.triton.contract import Form, Granularity
+from conch.triton.contract import Form, Granularity, Reads
 
 MANIFEST = "manifest.json"
 GOLDEN = "golden.json"
@@ -55,7 +55,11 @@ class ScoringRules(Section):
 
     template: str
     """Python format string over {text} and {eos} that makes the model's input from a sample; or `chat`: a
-    sample is a JSON list of messages, and goes through the tokenizer's chat template."""
+    sample is a dialogue as JSON, rendered by the tokenizer's chat template; or `chat{eos}`: without the white
+    space that the rendering has behind its last special token, and with one eos at its end."""
+
+    reads: Reads = "texts"
+    """What a sample is in the text form."""
 
     truncation_side: Literal["left", "right"] | None = None
     """Side on which a text that is too long loses tokens; None takes the tokenizer's."""
@@ -148,6 +152,9 @@ class Manifest(ScoringRules):
     trust_remote_code: bool = False
     """Whether the model runs code that came with the checkpoint."""
 
+    special_tokens: tuple[str, ...] = ()
+    """The tokenizer's special tokens, without those that are reserved; of the text form."""
+
     tools: dict[str, str]
     """Versions of python and of the libraries that converted the model."""
 
@@ -236,6 +243,9 @@ class EnsembleManifest(Section):
 
     form: Form
     """`text` or `token`, the same for all members."""
+
+    reads: Reads = "texts"
+    """What a sample is in the text form, the same for all members."""
 
     created_at: str
     """Time of writing, UTC, ISO 8601."""

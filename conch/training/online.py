@@ -45,6 +45,7 @@ from conch.training.logprobs import LogprobOutputs, logprob_outputs
 from conch.training.loop import fit
 from conch.training.resume import start_run
 from conch.training.setup import (
+    check_prompts,
     check_vocabulary,
     load_policy,
     open_reward,
@@ -132,6 +133,7 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         self.codec = text_codec(self.tokenizer, lm, config.tokenizer)
         sampled = sampled_prompts(config, self.codec, lm, prompts, eval_prompts)
         self.prompts, self.eval_prompts, self.variants = sampled.train, sampled.evaluation, sampled.variants
+        check_prompts(self.collectives, self.source, [*self.prompts, *self.eval_prompts], self.tokenizer)
         self.policy_version = 0
         self.digest = digest_of(prompts)
         self.plan_batches()

@@ -246,5 +246,5 @@ def _dense(rewards: Sequence[RewardResult], mask: Bool[Tensor, "B R"]) -> Float[
 
 def agreed_objectives(rewards: Sequence[RewardResult], collectives: Collectives) -> list[str]:
     """Names of the objectives, the same on all ranks, also on one that has no reward to see them by."""
-    own = sorted({name for reward in rewards for name in reward.scores})
+    own = sorted({name for reward in rewards for name in (*reward.scores, *reward.absent)})
     return sorted(set(collectives.all_gather(own)))

@@ -36,6 +36,7 @@ from conch.rewards.base import RewardSource, UserReward
 from conch.rewards.combined import DeltaReward, check_originals
 from conch.rewards.factory import from_user
 from conch.runs.checkpoint import save_model
+from conch.types import Prompt
 
 VerbT = TypeVar("VerbT", bound=Callable[..., Any])
 
@@ -244,6 +245,26 @@ def checked_source(
     (source,) = sources
     collectives.run_on_all_ranks(source.check)
     return source
+
+
+def check_prompts(
+    collectives: Collectives,
+    source: RewardSource | None,
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """See that the reward can read these prompts, before long work starts.
+
+    tokenizer: the policy's.
+
+    Raises:
+        ConfigError: it can not.
+    """
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    if source is not None:
+        collectives.run_on_all_ranks(
+            lambda: source.check_prompts(prompts, {*tokenizer.all_special_tokens, *added})
+        )
 
 
 def less_originals(

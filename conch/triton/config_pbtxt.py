@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal, cast, get_args
 
 from conch.errors import ServingError
@@ -17,6 +18,7 @@ from conch.triton.contract import (
     VARIANCE,
     Engine,
     Granularity,
+    Reads,
     RewardModelSpec,
     TokenizerSpec,
     ensemble_parts,
@@ -102,6 +104,8 @@ def _add_parameters(config: Any, spec: RewardModelSpec, engine: Engine) -> None:
         **_ENGINE_PARAMETERS.get(engine, {}),
         **({"members": ",".join(spec.members)} if spec.members else {}),
         **({"granularity": spec.granularity} if spec.is_dense else {}),
+        **({"reads": spec.reads} if spec.reads != "texts" else {}),
+        **({"special_tokens": json.dumps(spec.special_tokens)} if spec.special_tokens else {}),
     }
     for key, value in parameters.items():
         config.parameters[key].string_value = value
@@ -168,6 +172,8 @@ def spec_from_model_config(config: Any) -> RewardModelSpec:
         engine=_engine(config.name, parameters.get("engine", "python")),
         members=members,
         granularity=granularity,
+        reads=_reads(config.name, parameters.get("reads", "texts")),
+        special_tokens=_special_tokens(config.name, parameters.get("special_tokens", "[]")),
     )
 
 
@@ -243,6 +249,22 @@ def _granularity(model: str, listed: str) -> Granularity:
             f"model {model}: parameter granularity is {listed!r}, none of {get_args(Granularity)}"
         )
     return cast(Granularity, listed)
+
+
+def _reads(model: str, listed: str) -> Reads:
+    if listed not in get_args(Reads):
+        raise ServingError(f"model {model}: parameter reads is {listed!r}, none of {get_args(Reads)}")
+    return cast(Reads, listed)
+
+
+def _special_tokens(model: str, listed: str) -> tuple[str, ...]:
+    try:
+        tokens = json.loads(listed)
+    except ValueError:
+        tokens = None
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise ServingError(f"model {model}: parameter special_tokens is {listed!r}, no JSON list of strings")
+    return tuple(tokens)
 
 
 def _max_length(model: str, listed: str) -> int:

@@ -7,6 +7,11 @@ Forms:
 where a request's first dimension is its rows and K = len(reward_names). The token form may also declare INT32
 ids and FP16 or FP64 rewards, as model repositories written by other tools do.
 
+A model of text form `reads` texts, or dialogues. For a dialogue `text` is JSON, the list of messages or
+    {"messages": [...], "tools": [...], "chat_template_kwargs": {...}}
+of which the last two may be absent; the server renders it by the model's own chat template. A message is an
+object with "role" and what the template reads of it.
+
 An ensemble of M members has either form and, beside `rewards`, three outputs that a client may ask for:
     member_rewards FP32 [M]    every member's score, NaN where it gave none
     variance FP32 [1]          population variance of the scores that there are
@@ -34,6 +39,8 @@ Form = Literal["text", "token"]
 Engine = Literal["python", "onnxruntime", "pytorch", "ensemble"]
 Granularity = Literal["sample", "step", "token"]
 """Parts of a sample that get scores of their own: none, steps or tokens."""
+Reads = Literal["texts", "dialogues"]
+"""What the input of a text-form model holds."""
 
 TEXT_INPUT = "text"
 TOKEN_INPUT = "input_ids"
@@ -44,6 +51,9 @@ VARIANCE = "variance"
 MEMBERS_USED = "members_used"
 STEP_REWARDS = "step_rewards"
 STEP_ENDS = "step_ends"
+
+# Keys of a dialogue's JSON.
+MESSAGES, TOOLS, TEMPLATE_KWARGS = "messages", "tools", "chat_template_kwargs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +75,9 @@ class RewardModelSpec:
         one. `ensemble`: text form only, passes texts through the two models of `ensemble_parts`.
     members: of an ensemble, the models it asks, in the order of `member_rewards`; empty for any other model.
     granularity: see above.
+    reads: see above.
+    special_tokens: strings that the model's tokenizer takes for one token each, whatever stands around them;
+        empty if not known.
     """
 
     name: str
@@ -81,6 +94,8 @@ class RewardModelSpec:
     engine: Engine = "python"
     members: tuple[str, ...] = ()
     granularity: Granularity = "sample"
+    reads: Reads = "texts"
+    special_tokens: tuple[str, ...] = ()
 
     @property
     def is_dense(self) -> bool:

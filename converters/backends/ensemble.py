@@ -65,6 +65,7 @@ def _manifest(
     return EnsembleManifest(
         name=options.name,
         form=stored[0].spec.form,
+        reads=stored[0].spec.reads,
         created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         members=members,
         objective=options.objective,
@@ -92,4 +93,11 @@ def _spec(
         max_queue_delay_us=0,  # the members wait to fill their batches; waiting twice gains nothing
         content_sha256=content_sha256,
         members=tuple(member.name for member in members),
+        reads=manifest.reads,
+        special_tokens=_known_to_all(stored),
     )
+
+
+def _known_to_all(stored: Sequence[StoredModel]) -> tuple[str, ...]:
+    """Return the special tokens of every member; none if one does not say which it has."""
+    return tuple(sorted(set.intersection(*(set(model.spec.special_tokens) for model in stored))))

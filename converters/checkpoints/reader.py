@@ -15,6 +15,9 @@ from conch.converters.checkpoints.tokenizer import load_tokenizer
 from conch.converters.options import ReadOptions
 from conch.store.manifest import ScoringRules
 
+WINDOW_COMPARED = 2048
+"""Tokens. What a sample takes grows with the square of its length: one of 32,768 takes minutes on a CPU."""
+
 
 @dataclass(frozen=True, slots=True)
 class RewardCheckpoint:
@@ -27,6 +30,8 @@ class RewardCheckpoint:
     rules: how the model's outputs become scores.
     base_model: folder or hub id of the model that a value head or an adapter builds on.
     sha256: hash of all weights, the base model's of an adapter among them.
+    longest_compared: tokens of the longest sample on which a served form is compared with the checkpoint;
+        all that a sample may have, but no more than `WINDOW_COMPARED` where nobody said how many these are.
     """
 
     source: str
@@ -36,6 +41,7 @@ class RewardCheckpoint:
     rules: ScoringRules
     base_model: str | None = None
     sha256: str = ""
+    longest_compared: int = WINDOW_COMPARED
 
     @property
     def trunk(self) -> PreTrainedModel:
@@ -57,6 +63,7 @@ def read_checkpoint(name: str, requested: ReadOptions | None = None) -> RewardCh
     network = read_network(source, requested.base_model, trust_remote_code=requested.trust_remote_code)
     cast(nn.Module, network.model).to(requested.device)
     rules = scoring_rules(source, requested, from_file, tokenizer, network)
+    is_window = (requested.max_length or from_file.max_length) is None
     return RewardCheckpoint(
         source=source.name,
         model=network.model,
@@ -65,6 +72,7 @@ def read_checkpoint(name: str, requested: ReadOptions | None = None) -> RewardCh
         rules=rules,
         base_model=network.base_model,
         sha256=network.sha256,
+        longest_compared=min(rules.max_length, WINDOW_COMPARED) if is_window else rules.max_length,
     )
 
 

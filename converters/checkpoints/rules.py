@@ -10,7 +10,7 @@ from typing import Any
 
 from conch.converters.checkpoints.architectures import Network, final_layer
 from conch.converters.checkpoints.files import REWARD_MODEL_FILE, RewardModelFile, Source
-from conch.converters.checkpoints.tokenizer import CHAT, choose_template
+from conch.converters.checkpoints.tokenizer import choose_template, reads_dialogues
 from conch.converters.options import Normalise, ReadOptions
 from conch.errors import ConversionError
 from conch.models.loading import context_window
@@ -36,7 +36,7 @@ def scoring_rules(
     _check_granularity(source, requested, pooling, network)
     separator_id, aggregate = _steps(source, requested, pooling, tokenizer, len(network.labels))
     columns, reward_names = _rewards(source, from_file.reward_names, requested.rewards, network, pooling)
-    template = choose_template(requested.template or from_file.template, tokenizer, pooling)
+    template = choose_template(requested.template, from_file.template, tokenizer, pooling)
     pad_token_id = _pad_token_id(source, network, pooling, tokenizer)
     mean, std = (
         _per_reward(statistic, getattr(from_file, statistic), reward_names, columns, network.labels)
@@ -46,6 +46,7 @@ def scoring_rules(
     _check_normalise(source, normalise, mean, std, network, pooling)
     return ScoringRules(
         template=template,
+        reads="dialogues" if reads_dialogues(template) else "texts",
         truncation_side=tokenizer.truncation_side,
         max_length=_max_length(source, requested.max_length or from_file.max_length, network, tokenizer),
         pooling=pooling,
@@ -84,10 +85,10 @@ def check_dense(rules: ScoringRules, tokenizer: Any, form: Form) -> None:
             f"{type(tokenizer).__name__} does not tell which characters a token was made of, so "
             f"the score of a {rules.granularity} has no place in a text: use --form token"
         )
-    if rules.template == CHAT:
+    if rules.reads == "dialogues":
         raise ConversionError(
-            f"--granularity {rules.granularity} tells places in the client's text, which the template "
-            "`chat` takes apart: write the conversation into --template, or use --form token"
+            f"--granularity {rules.granularity} tells places in the client's text, and with the template "
+            f"`{rules.template}` there is none: serve texts (--template '{{text}}'), or use --form token"
         )
     before, _, after = rules.template.partition("{text}")
     if after not in ("", "{eos}"):

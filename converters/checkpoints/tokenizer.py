@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,31 @@ from conch.converters.checkpoints.files import Source, base_model_of, find_sourc
 from conch.converters.options import ReadOptions
 from conch.data.preferences import default_template, template_mistake
 from conch.errors import ConversionError, first_line
+from conch.log import get_logger
 from conch.store.manifest import Pooling
 
+_log = get_logger(__name__)
+
 CHAT = "chat"
-"""Template of models that read conversations: the tokenizer's own chat template."""
+"""Template of models that read dialogues: the tokenizer's own chat template."""
+
+CLOSED_CHAT = "chat{eos}"
+"""The same for models that were trained on dialogues with the template `{text}{eos}`: an eos ends them."""
+
+# What a vocabulary keeps for later is in no text.
+_UNUSED = re.compile(r"reserved|unused|extra_id|placeholder", re.IGNORECASE)
+
+
+def reads_dialogues(template: str) -> bool:
+    """Whether a sample in this template is a dialogue, not a text."""
+    return template in (CHAT, CLOSED_CHAT)
+
+
+def special_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """List the tokenizer's special tokens, sorted, without those that nothing uses."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    used = {*tokenizer.all_special_tokens, *added}
+    return tuple(sorted(token for token in used if token and not _UNUSED.search(token)))
 
 
 def load_tokenizer(source: Source, requested: ReadOptions) -> Any:
@@ -38,27 +60,40 @@ def load_tokenizer(source: Source, requested: ReadOptions) -> Any:
     return tokenizer
 
 
-def choose_template(requested: str | None, tokenizer: Any, pooling: Pooling) -> str:
-    """Return the template over {text} and {eos}, or `chat`.
+def choose_template(requested: str | None, from_file: str | None, tokenizer: Any, pooling: Pooling) -> str:
+    """Return the template over {text} and {eos}, or `chat`, or `chat{eos}`.
 
     {prompt}{output} means {text}: a client sends prompt and output of a sample joined, as one text.
 
-    requested: what options or `reward_model.json` say; None takes the default of the tokenizer and pooling.
+    requested: what options say; wins over `from_file`. `chat` is `chat{eos}` where the model was trained with
+        an eos at the end of its texts.
+    from_file: what `reward_model.json` says; if it says nothing either, the tokenizer and pooling decide.
 
     Raises:
         ConversionError: the template is malformed, or needs an eos or a chat template that is missing.
     """
-    if requested is None:
+    chosen = requested or from_file
+    if chosen is None:
+        if tokenizer.chat_template:
+            _log.warning(
+                "the tokenizer has a chat template, and the model will be served for texts: if it was "
+                "trained on dialogues, add --template chat, so that it gets their messages"
+            )
         # An eos behind the last step would only stand in the way: steps are read at their own ends.
         return "{text}" if pooling == "steps" else default_template(tokenizer)
-    if requested == CHAT:
+    if reads_dialogues(chosen):
         if not tokenizer.chat_template:
-            raise ConversionError("template chat: the tokenizer has no chat template; give one in its folder")
-        return CHAT
-    template = requested.replace("{prompt}{output}", "{text}")
+            raise ConversionError(
+                f"template {chosen}: the tokenizer has no chat template; give one in its folder"
+            )
+        is_closed = chosen == CLOSED_CHAT or (from_file or "").endswith("{eos}")
+        if is_closed and not tokenizer.eos_token:
+            raise ConversionError(f"template {CLOSED_CHAT} uses an eos but the tokenizer has none")
+        return CLOSED_CHAT if is_closed else CHAT
+    template = chosen.replace("{prompt}{output}", "{text}")
     if "{prompt}" in template or "{output}" in template:
         raise ConversionError(
-            f"template {requested!r} puts something between {{prompt}} and {{output}}, but a client sends "
+            f"template {chosen!r} puts something between {{prompt}} and {{output}}, but a client sends "
             "both joined as one text: write {prompt}{output}, and what stands between them into the "
             "trainer's prompts; or use the template `chat`"
         )

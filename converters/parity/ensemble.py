@@ -68,6 +68,7 @@ def member_scores(
         ConversionError: a member fails, or no longer scores its own golden samples right.
     """
     limit = min(model.spec.max_length for model in stored)
+    reads_dialogues = stored[0].spec.reads == "dialogues"
     samples = [
         sample
         for model in stored
@@ -77,12 +78,24 @@ def member_scores(
     distinct = list({(sample.text, sample.input_ids): sample for sample in samples}.values())
     columns = []
     for model, member in zip(stored, members, strict=True):
-        rows = _served_scores(model, distinct, device)
+        rows = _served_scores(model, distinct, device, may_refuse=reads_dialogues)
         _check_own_golden(model, distinct, rows)
         tolerance = model.golden.tolerance
-        scores = [row[member.column] for row in rows]
-        columns.append([(score, tolerance * max(1.0, abs(score))) for score in scores])
-    return distinct, [list(row) for row in zip(*columns, strict=True)]
+        scores = [row[member.column] if row else None for row in rows]
+        columns.append(
+            [None if score is None else (score, tolerance * max(1.0, abs(score))) for score in scores]
+        )
+    common = [
+        (sample, [score for score in row if score is not None])
+        for sample, *row in zip(distinct, *columns, strict=True)
+        if None not in row
+    ]
+    if not common:
+        raise ConversionError(
+            f"of the golden samples of {', '.join(model.name for model in stored)} there is none that all of "
+            "their chat templates take: combine them in the trainer, with reward.members and reward.combine"
+        )
+    return [sample for sample, _ in common], [row for _, row in common]
 
 
 def ensemble_reference(
@@ -134,13 +147,24 @@ def _error_bound(row: Sequence[tuple[float, float]], options: EnsembleOptions) -
     return statistics.fmean(errors) + (options.uwo_weight * slope if options.objective == "uwo" else 0.0)
 
 
-def _served_scores(model: StoredModel, samples: Sequence[GoldenSample], device: str) -> list[list[float]]:
+def _served_scores(
+    model: StoredModel, samples: Sequence[GoldenSample], device: str, *, may_refuse: bool
+) -> list[list[float]]:
+    """Return the member's scores of each sample.
+
+    may_refuse: another member's dialogue, with a system message say, may be none for this one's chat
+        template; its scores are [] then.
+    """
     with SubprocessModel(model.path) as served:
         replies = served.score([sample.request() for sample in samples], device)
+    own = {sample.text for sample in model.golden.samples}
     for sample, reply in zip(samples, replies, strict=True):
-        if "error" in reply:
+        is_others = (
+            may_refuse and sample.text not in own and "chat template refuses" in reply.get("error", "")
+        )
+        if "error" in reply and not is_others:
             raise ConversionError(f"member {model.name} does not score {_shown(sample)}: {reply['error']}")
-    return [reply["scores"][0] for reply in replies]
+    return [reply["scores"][0] if "scores" in reply else [] for reply in replies]
 
 
 def _check_own_golden(

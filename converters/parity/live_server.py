@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from conch.converters.checkpoints.reader import read_checkpoint
+import dataclasses
+
+from conch.converters.checkpoints.reader import WINDOW_COMPARED, read_checkpoint
 from conch.converters.checkpoints.rules import check_dense
 from conch.converters.options import ReadOptions
 from conch.converters.parity.compare import compare
@@ -31,6 +33,9 @@ def verify(endpoint: str, checkpoint: str, requested: ReadOptions, dtype: Served
         length = requested.max_length or spec.max_length or None
         settings = {"max_length": length, "granularity": spec.granularity}
         original = read_checkpoint(checkpoint, requested.model_copy(update=settings))
+        if requested.max_length is None:
+            longest = min(original.longest_compared, WINDOW_COMPARED)
+            original = dataclasses.replace(original, longest_compared=longest)
         check_dense(original.rules, original.tokenizer, spec.form)
         reward_names = original.rules.reward_names
         if len(spec.reward_names) != len(reward_names):

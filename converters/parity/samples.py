@@ -1,23 +1,30 @@
 """The samples on which a converted model is compared with the original.
 
 Every length up to the limit (for long windows a ladder of lengths), batches of 1, 2, 7 and 32, text that the
-tokenizer never saw, nothing at all, too much, and for the token form padding on either side.
+tokenizer never saw, nothing at all, too much, and for the token form padding on either side. A model that
+reads dialogues gets all that in dialogues of one and of several turns, with a system message where its
+template takes one.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from conch.converters.checkpoints.reader import RewardCheckpoint
-from conch.converters.checkpoints.tokenizer import CHAT
+from conch.converters.checkpoints.tokenizer import CLOSED_CHAT
 from conch.converters.parity.subprocess_model import Request
+from conch.errors import ConversionError, first_line
+from conch.log import progress
 from conch.triton.contract import Form
 
 _ALL_LENGTHS_UP_TO = 16
 _BATCH_SIZES = (1, 2, 7, 32)
+_SHAPES = (("user", "assistant"), ("system", "user", "assistant"), ("user", "assistant") * 2)
 _ODD_TEXTS = ("Ünïcödé, 漢字, 🙂🙃, עברית", "\x00\ttab\r\nline", "{text}{eos}", " " * 7)
 
 
@@ -56,7 +63,8 @@ class ParityCase:
 def build_cases(checkpoint: RewardCheckpoint, form: Form, *, max_batch_size: int) -> list[ParityCase]:
     """Build the cases for one model; the same at every call."""
     samples = _TextSamples(checkpoint) if form == "text" else _TokenSamples(checkpoint)
-    by_length = [samples.of_length(length) for length in _lengths(checkpoint.rules.max_length)]
+    lengths = progress(_lengths(checkpoint.longest_compared), desc="making samples")
+    by_length = [samples.of_length(length) for length in lengths]
     mixed = [by_length[index % len(by_length)] for index in range(max(_BATCH_SIZES))]
     random.Random(1).shuffle(mixed)
     alone = f"alone, {len(by_length[0].ids)} to {len(by_length[-1].ids)} tokens"
@@ -81,40 +89,44 @@ def requests_of(cases: Sequence[ParityCase], form: Form, pad_token_id: int) -> l
 
 
 class _TextSamples:
-    """Builds texts with the ids that template and truncation must give.
-
-    With the template `chat` a sample is a conversation of one message with that text.
-    """
+    """Builds texts, or dialogues that hold them, with the ids that template and truncation must give."""
 
     def __init__(self, checkpoint: RewardCheckpoint) -> None:
         self._checkpoint = checkpoint
         self._tokenizer = checkpoint.tokenizer
         self._tokens = _RandomTokens(checkpoint)
-        self._is_chat = checkpoint.rules.template == CHAT
         self._is_dense = checkpoint.rules.granularity != "sample"
+        reads_dialogues = checkpoint.rules.reads == "dialogues"
+        self._dialogues = _Dialogues(checkpoint) if reads_dialogues else None
+        self._shapes = itertools.cycle(self._dialogues.shapes if self._dialogues else ((),))
 
     def of_length(self, length: int) -> Sample:
         """Build a sample of `length` tokens, or as near as decoding and encoding again comes."""
-        return self._sample(self._text(length))
+        shape = next(self._shapes)
+        return self._sample(self._text(length, shape), shape)
 
     def special_cases(self) -> list[ParityCase]:
         """Build texts that break careless code."""
-        too_long = self._sample(self._text(2 * self._checkpoint.rules.max_length + 5))
-        odd = [self._sample(text) for text in _ODD_TEXTS]
-        eos = self._tokenizer.eos_token
-        with_eos = [self._sample(f"{self._text(3)}{eos}{self._text(3)}")] if eos else []
-        no_messages = [Sample("no JSON", ()), Sample('{"role": "user"}', ())] if self._is_chat else []
-        return [
-            *(ParityCase("odd text", (sample,)) for sample in odd),
-            ParityCase("empty text", (self._sample(""),)),
-            *(ParityCase("eos inside the text", (sample,)) for sample in with_eos),
-            ParityCase("too long, cut", (too_long,)),
-            ParityCase("too long and short together", (too_long, self.of_length(2))),
-            *(ParityCase("no messages, refused", (sample,)) for sample in no_messages),
+        shape, rules = next(self._shapes), self._checkpoint.rules
+        bos, eos = self._tokenizer.bos_token or "", self._tokenizer.eos_token or ""
+        cases = [
+            *(ParityCase("odd text", (self._sample(text, shape),)) for text in _ODD_TEXTS),
+            ParityCase("empty text", (self._sample("", shape),)),
         ]
+        texts = {"eos inside the text": f"{self._text(3, shape)}{eos}{self._text(3, shape)}"} if eos else {}
+        if bos or eos:
+            texts["bos before the text, eos behind it"] = f"{bos}{self._text(5, shape)}{eos}"
+        cases.extend(ParityCase(name, (self._sample(text, shape),)) for name, text in texts.items())
+        if self._checkpoint.longest_compared == rules.max_length:
+            too_long = self._sample(self._text(2 * rules.max_length + 5, shape), shape)
+            cases.append(ParityCase("too long, cut", (too_long,)))
+            cases.append(ParityCase("too long and short together", (too_long, self.of_length(2))))
+        no_dialogues = ("no JSON", '{"role": "user"}', "[]") if self._dialogues else ()
+        cases.extend(ParityCase("no messages, refused", (Sample(text, ()),)) for text in no_dialogues)
+        return cases
 
-    def _text(self, length: int) -> str:
-        """Return the longest start of a random text that has `length` tokens or less.
+    def _text(self, length: int, shape: Sequence[str]) -> str:
+        """Return the longest start of a random text of which a sample has `length` tokens or less.
 
         Random tokens do not come back as the same number of tokens: a tokenizer joins some and splits others.
         """
@@ -122,29 +134,32 @@ class _TextSamples:
         low, high = 0, len(text)
         while low < high:
             middle = (low + high + 1) // 2
-            if len(self._encode(text[:middle])) <= length:
+            if len(self._encode(text[:middle], shape)) <= length:
                 low = middle
             else:
                 high = middle - 1
         return text[:low]
 
-    def _encode(self, text: str) -> list[Token]:
-        if self._is_chat:
-            rendered = self._tokenizer.apply_chat_template(_conversation(text), return_dict=True)
-            return [(token, None) for token in rendered["input_ids"]]
+    def _encode(self, text: str, shape: Sequence[str]) -> list[Token]:
+        if self._dialogues:
+            return [(token, None) for token in self._dialogues.encode(_dialogue(text, shape))]
         eos = self._tokenizer.eos_token or ""
-        encoded = self._tokenizer(self._checkpoint.rules.template.format(text=text, eos=eos))
+        formatted = self._checkpoint.rules.template.format(text=text, eos=eos)
+        encoded = self._tokenizer(formatted, verbose=False)
         ids = encoded.input_ids
         if not self._is_dense:
-            return [(token, None) for token in ids]
+            return _once([(token, None) for token in ids], self._tokenizer)
         start = len(self._checkpoint.rules.template.split("{text}")[0].format(eos=eos))
         spans = [encoded.token_to_chars(index) for index in range(len(ids))]
         ends = [span.end - start if span else 0 for span in spans]
-        return [(token, end if 0 < end <= len(text) else None) for token, end in zip(ids, ends, strict=True)]
+        tokens = [
+            (token, end if 0 < end <= len(text) else None) for token, end in zip(ids, ends, strict=True)
+        ]
+        return _once(tokens, self._tokenizer)
 
-    def _sample(self, text: str) -> Sample:
-        sent = json.dumps(_conversation(text)) if self._is_chat else text
-        tokens = self._cut(self._encode(text))
+    def _sample(self, text: str, shape: Sequence[str]) -> Sample:
+        sent = _sent(_dialogue(text, shape)) if self._dialogues else text
+        tokens = self._cut(self._encode(text, shape))
         ends = tuple(end for _, end in tokens) if self._is_dense else ()
         return Sample(sent, tuple(token for token, _ in tokens), ends)
 
@@ -153,7 +168,7 @@ class _TextSamples:
         excess = len(tokens) - self._checkpoint.rules.max_length
         if excess <= 0:
             return tokens
-        if self._is_chat:
+        if self._dialogues:
             if self._tokenizer.truncation_side == "left":
                 return tokens[excess:]
             closing = 1 if tokens[-1][0] == self._tokenizer.eos_token_id else 0
@@ -162,9 +177,82 @@ class _TextSamples:
         head = next(index for index, (token, _) in enumerate(tokens) if token not in special)
         tail = next(index for index, (token, _) in enumerate(reversed(tokens)) if token not in special)
         if self._tokenizer.truncation_side == "left":
-            return tokens[:head] + tokens[head + excess :]
+            return _once(tokens[:head] + tokens[head + excess :], self._tokenizer)
         end = len(tokens) - tail
-        return tokens[: end - excess] + tokens[end:]
+        return _once(tokens[: end - excess] + tokens[end:], self._tokenizer)
+
+
+class _Dialogues:
+    """Makes token ids of dialogues as the checkpoint's chat template and its rules have them.
+
+    shapes: the roles of dialogues that the template takes.
+
+    Raises:
+        ConversionError: it takes none.
+    """
+
+    def __init__(self, checkpoint: RewardCheckpoint) -> None:
+        self._tokenizer = checkpoint.tokenizer
+        self._is_closed = checkpoint.rules.template == CLOSED_CHAT
+        added = checkpoint.tokenizer.added_tokens_decoder.items()
+        self._special = {token for token, word in added if word.special}
+        taken, refusal = [], ""
+        for shape in _SHAPES:
+            try:
+                self._ids(_dialogue("abcd", shape))
+                taken.append(shape)
+            except Exception as error:  # templates raise their own kinds
+                refusal = first_line(error)
+        if not taken:
+            raise ConversionError(
+                f"the chat template of {checkpoint.source} takes no dialogue of user and assistant "
+                f"({refusal}): correct the template in the checkpoint's folder, or serve texts "
+                "with --template '{text}'"
+            )
+        self.shapes: tuple[tuple[str, ...], ...] = tuple(taken)
+
+    def encode(self, messages: list[dict[str, str]]) -> list[int]:
+        """Return what the model must read; nothing of a dialogue that the template refuses."""
+        try:
+            return self._ids(messages)
+        except Exception:  # for example one without content
+            return []
+
+    def _ids(self, messages: list[dict[str, str]]) -> list[int]:
+        rendered: Any = self._tokenizer.apply_chat_template(messages, return_dict=True)
+        ids = list(rendered["input_ids"])
+        if not self._is_closed:
+            return ids
+        end = len(ids)
+        while (
+            end and ids[end - 1] not in self._special and not self._tokenizer.decode([ids[end - 1]]).strip()
+        ):
+            end -= 1
+        ids = ids[:end] if end and ids[end - 1] in self._special else ids
+        eos = self._tokenizer.eos_token_id
+        return ids if ids[-1:] == [eos] else [*ids, eos]
+
+
+def _dialogue(text: str, roles: Sequence[str]) -> list[dict[str, str]]:
+    """Return messages of these roles that have the text among them."""
+    cuts = [len(text) * index // len(roles) for index in range(len(roles) + 1)]
+    spans = itertools.pairwise(cuts)
+    return [{"role": role, "content": text[a:b]} for role, (a, b) in zip(roles, spans, strict=True)]
+
+
+def _sent(messages: list[dict[str, str]]) -> str:
+    """Return what a client sends: the list; where it begins with a system message, an object around it."""
+    begins_with_system = messages[0]["role"] == "system"
+    return json.dumps({"messages": messages} if begins_with_system else messages, ensure_ascii=False)
+
+
+def _once(tokens: list[Token], tokenizer: Any) -> list[Token]:
+    """Leave one bos at the beginning and one eos at the end."""
+    while len(tokens) > 1 and tokens[0][0] == tokens[1][0] == tokenizer.bos_token_id:
+        tokens = tokens[1:]
+    while len(tokens) > 1 and tokens[-1][0] == tokens[-2][0] == tokenizer.eos_token_id:
+        tokens = tokens[:-1]
+    return tokens
 
 
 class _TokenSamples:
@@ -185,7 +273,7 @@ class _TokenSamples:
     def special_cases(self) -> list[ParityCase]:
         """Build rows whose end misleads pooling."""
         eos, pad = self._checkpoint.tokenizer.eos_token_id, self._checkpoint.rules.pad_token_id
-        limit = self._checkpoint.rules.max_length
+        limit = self._checkpoint.longest_compared
         body = self.of_length(max(1, limit // 2)).ids[: max(1, limit - 1)]
         ends = {"ends in pad": (*body, pad)[-limit:]}
         if eos is not None:
@@ -224,10 +312,6 @@ class _RandomTokens:
         if self._separator is not None and self._random.random() < 0.25:
             return self._separator
         return self._random.choice(self._ordinary)
-
-
-def _conversation(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}]
 
 
 def _token_request(case: ParityCase, pad_token_id: int) -> Request:

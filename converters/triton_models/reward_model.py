@@ -13,6 +13,8 @@ By hand, `python model.py < requests.json` scores without a server; see `main` f
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
 import os
 import platform
@@ -72,6 +74,8 @@ class Scores:
 
 
 Rows = list[Row]
+Token = tuple[int, int | None]
+"""An id, and how much of the client's sample lies before its end; None where the client did not send it."""
 
 
 class ServedModel(nn.Module):
@@ -212,6 +216,12 @@ class Scorer:
         )
         if self.manifest.get("truncation_side"):
             self.tokenizer.truncation_side = self.manifest["truncation_side"]
+        self.eos: int | None = self.tokenizer.eos_token_id
+        self.added = added_tokens(self.tokenizer)
+        added = self.tokenizer.added_tokens_decoder.values()
+        self.special_tokens = tuple(token.content for token in added if token.special and token.content)
+        # Arguments of the call, which no client may set; documents are the template's.
+        self.reserved = set(inspect.signature(self.tokenizer.apply_chat_template).parameters) - {"documents"}
         self.granularity: str = self.manifest.get("granularity", "sample")
         self.is_dense = self.granularity != "sample"
         self.model = load_model(folder, self.manifest).to(device)
@@ -283,7 +293,7 @@ class Scorer:
     def _ends_in(self, sample: str, encoded: Any) -> list[int | None]:
         """Return where each token ends in the client's text, by the offsets into the template's."""
         if not self.is_dense:
-            return []
+            return [None] * len(encoded.input_ids)
         before = self.manifest["template"].partition("{text}")[0]
         start = len(before.format(eos=self.tokenizer.eos_token or ""))
         return [
@@ -292,10 +302,11 @@ class Scorer:
         ]
 
     def _encode(self, text: bytes, row: int) -> Row:
-        """Return the ids of a sample in its template.
+        """Return the ids of a sample, a text or a dialogue as JSON, in the model's template.
 
-        A sample that is too long loses tokens on the tokenizer's truncation side; the special tokens that the
-        tokenizer adds, and an {eos} that closes the template, stay, because the score may be read there.
+        No bos stands twice at the beginning and no eos twice at the end, whoever wrote the first. A sample
+        that is too long loses tokens on the tokenizer's truncation side; the special tokens that the
+        tokenizer adds to a text, and an {eos} that closes the template, stay: the score may be read there.
         """
         try:
             sample = text.decode("utf-8")
@@ -303,40 +314,57 @@ class Scorer:
             raise RejectedError(
                 f"row {row}: text is not UTF-8 ({error.reason} at byte {error.start})"
             ) from error
-        template, limit = self.manifest["template"], self.manifest["max_length"]
-        if template == "chat":
-            return Row(self._encode_chat(sample, row))
+        template = self.manifest["template"]
+        if template in ("chat", "chat{eos}"):
+            return Row(self._encode_dialogue(_dialogue(sample, row), row))
         eos = self.tokenizer.eos_token or ""
         offsets = {"return_offsets_mapping": True} if self.is_dense else {}
-        whole = self.tokenizer(template.format(text=sample, eos=eos), **offsets)
-        if len(whole.input_ids) <= limit:
-            return self._row(whole.input_ids, self._ends_in(sample, whole))
-        closing = [self.tokenizer.eos_token_id] if template.endswith("{eos}") else []
-        opened = template.removesuffix("{eos}").format(text=sample, eos=eos)
-        cut = self.tokenizer(opened, truncation=True, max_length=limit - len(closing), **offsets)
-        ends = [*self._ends_in(sample, cut), *[None] * len(closing)]
-        return self._row([*cut.input_ids, *closing], ends)
+        whole = self.tokenizer(template.format(text=sample, eos=eos), verbose=False, **offsets)
+        tokens = self._once(list(zip(whole.input_ids, self._ends_in(sample, whole), strict=True)))
+        head, tail = self.added
+        if template.endswith("{eos}") and [id for id, _ in tokens[: len(tokens) - tail]][-1:] == [self.eos]:
+            tail += 1
+        tokens = self._once(self._cut(tokens, head, tail))
+        return self._row([token for token, _ in tokens], [end for _, end in tokens])
 
-    def _encode_chat(self, sample: str, row: int) -> list[int]:
-        """Return the ids of a conversation, a JSON list of messages, in the model's own chat template.
+    def _once(self, tokens: list[Token]) -> list[Token]:
+        """Drop what repeats a bos at the beginning or an eos at the end; what the client wrote stays."""
+        first, last = 0, len(tokens)
+        while last - first > 1 and tokens[first][0] == tokens[first + 1][0] == self.tokenizer.bos_token_id:
+            first += 1
+        while last - first > 1 and tokens[last - 1][0] == tokens[last - 2][0] == self.eos:
+            last -= 1
+        return tokens[first:last]
 
-        A conversation that is too long loses tokens on the tokenizer's truncation side; a closing eos stays.
-        """
-        ids = self._rendered(_messages(sample, row), row)
+    def _cut(self, tokens: list[Token], head: int, tail: int) -> list[Token]:
+        """Drop what exceeds the limit on the truncation side, but not the first `head` and last `tail`."""
         limit = self.manifest["max_length"]
-        if len(ids) <= limit:
-            return ids
-        if self.tokenizer.truncation_side == "left":
-            return ids[-limit:]
-        closing = ids[-1:] if ids[-1] == self.tokenizer.eos_token_id else []
-        return ids[: limit - len(closing)] + closing
+        excess = len(tokens) - limit
+        if excess <= 0:
+            return tokens
+        start = head if self.tokenizer.truncation_side == "left" else len(tokens) - tail - excess
+        return (tokens[: max(0, start)] + tokens[max(0, start) + excess :])[-limit:]
 
-    def _rendered(self, messages: list[dict[str, Any]], row: int) -> list[int]:
+    def _encode_dialogue(self, dialogue: dict[str, Any], row: int) -> list[int]:
+        """Return the ids of a dialogue in the model's own chat template, which writes all special tokens."""
+        variables = dialogue.get("chat_template_kwargs") or {}
+        for name in variables:
+            if name in self.reserved:
+                raise RejectedError(f"row {row}: chat_template_kwargs may not set {name!r}")
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            text = self.tokenizer.apply_chat_template(
+                dialogue["messages"], tools=dialogue.get("tools") or None, tokenize=False, **variables
+            )
         except Exception as error:  # templates raise their own kinds, for example where roles must alternate
             raise RejectedError(f"row {row}: the chat template refuses these messages: {error}") from error
-        return self.tokenizer(text, add_special_tokens=False).input_ids  # the template writes its own
+        is_closed = self.manifest["template"] == "chat{eos}"
+        if is_closed and text.rstrip().endswith(self.special_tokens):
+            text = text.rstrip()  # white space that a template puts behind a turn, before the next one
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        if is_closed and ids[-1:] != [self.eos]:
+            ids = [*ids, self.eos]
+        tail = int(ids[-1:] == [self.eos])
+        return [token for token, _ in self._cut([(token, None) for token in ids], 0, tail)]
 
     def _checked(self, rows: Rows) -> Rows:
         vocabulary, limit = self.manifest["vocab_size"], self.manifest["max_length"]
@@ -373,17 +401,35 @@ class Scorer:
         return input_ids.to(self.device), mask.to(self.device)
 
 
-def _messages(sample: str, row: int) -> list[dict[str, Any]]:
-    try:
-        messages = json.loads(sample)
-    except ValueError:
-        messages = None
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+def _dialogue(sample: str, row: int) -> dict[str, Any]:
+    """Return {"messages", "tools", "chat_template_kwargs"} of a dialogue's JSON; the last two may lack."""
+    value: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(sample)
+    dialogue: dict[str, Any] = {"messages": value} if isinstance(value, list) else value
+    messages = dialogue.get("messages") if isinstance(dialogue, dict) else None
+    if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
         raise RejectedError(
             f'row {row}: text is no JSON list of messages, such as [{{"role": "user", "content": "Hi"}}], '
             "which the chat template takes"
         )
-    return messages
+    for key, kind in {"tools": list, "chat_template_kwargs": dict}.items():
+        if not isinstance(dialogue.get(key), kind | None):
+            raise RejectedError(f"row {row}: `{key}` of the dialogue is no {kind.__name__}")
+    if unknown := sorted(set(dialogue) - {"messages", "tools", "chat_template_kwargs"}):
+        raise RejectedError(f"row {row}: the dialogue has an unknown key `{unknown[0]}`")
+    return dialogue
+
+
+def added_tokens(tokenizer: Any) -> tuple[int, int]:
+    """Return how many tokens the tokenizer adds before and behind a text."""
+    around = tokenizer("").input_ids
+    for word in ("x", "a", "1", "c", "."):
+        plain = tokenizer(word, add_special_tokens=False).input_ids
+        if plain and not set(plain) & set(around):
+            before = tokenizer(word).input_ids.index(plain[0])
+            return before, len(around) - before
+    return len(around), 0
 
 
 def score_requests(scorer: Scorer, requests: Sequence[Rows | Exception]) -> list[Scores | Exception]:

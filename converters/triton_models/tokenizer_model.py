@@ -40,6 +40,7 @@ class TextEncoder:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if self._manifest["truncation_side"]:
             self._tokenizer.truncation_side = self._manifest["truncation_side"]
+        self._added = added_tokens(self._tokenizer)
 
     def encode(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """Return ids and mask, int64 [n, length], padded on the right.
@@ -60,8 +61,9 @@ class TextEncoder:
     def _row(self, text: bytes, row: int) -> list[int]:
         """Return the ids of a sample in the template.
 
-        Text that is too long loses tokens on the tokenizer's truncation side; its special tokens, and an
-        {eos} that closes the template, stay, because the score may be read there.
+        No bos stands twice at the beginning and no eos twice at the end, whoever wrote the first. Text that
+        is too long loses tokens on the tokenizer's truncation side; the special tokens that the tokenizer
+        adds, and an {eos} that closes the template, stay, because the score may be read there.
         """
         try:
             sample = text.decode("utf-8")
@@ -71,15 +73,37 @@ class TextEncoder:
             ) from error
         template, limit = self._manifest["template"], self._manifest["max_length"]
         eos = self._tokenizer.eos_token or ""
-        ids = self._tokenizer(template.format(text=sample, eos=eos)).input_ids
+        ids = self._once(self._tokenizer(template.format(text=sample, eos=eos), verbose=False).input_ids)
         if not ids:
             raise RejectedError(f"row {row} has no tokens")
-        if len(ids) <= limit:
+        excess = len(ids) - limit
+        if excess <= 0:
             return ids
-        closing = [self._tokenizer.eos_token_id] if template.endswith("{eos}") else []
-        opened = template.removesuffix("{eos}").format(text=sample, eos=eos)
-        cut = self._tokenizer(opened, truncation=True, max_length=limit - len(closing)).input_ids
-        return [*cut, *closing]
+        head, tail = self._added
+        if template.endswith("{eos}") and ids[: len(ids) - tail][-1:] == [self._tokenizer.eos_token_id]:
+            tail += 1
+        start = max(0, head if self._tokenizer.truncation_side == "left" else len(ids) - tail - excess)
+        return self._once((ids[:start] + ids[start + excess :])[-limit:])
+
+    def _once(self, ids: list[int]) -> list[int]:
+        """Drop what repeats a bos at the beginning or an eos at the end."""
+        first, last = 0, len(ids)
+        while last - first > 1 and ids[first] == ids[first + 1] == self._tokenizer.bos_token_id:
+            first += 1
+        while last - first > 1 and ids[last - 1] == ids[last - 2] == self._tokenizer.eos_token_id:
+            last -= 1
+        return ids[first:last]
+
+
+def added_tokens(tokenizer: Any) -> tuple[int, int]:
+    """Return how many tokens the tokenizer adds before and behind a text."""
+    around = tokenizer("").input_ids
+    for word in ("x", "a", "1", "c", "."):
+        plain = tokenizer(word, add_special_tokens=False).input_ids
+        if plain and not set(plain) & set(around):
+            before = tokenizer(word).input_ids.index(plain[0])
+            return before, len(around) - before
+    return len(around), 0
 
 
 class TritonPythonModel:

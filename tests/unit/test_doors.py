@@ -28,6 +28,7 @@ COMMANDS = [
     "conch.converters.to_triton",
     "conch.converters.ensemble",
     "conch.serving.__main__",
+    "conch.rewards.score",
     "conch.rollouts.serve",
     "conch.sizing",
     "conch.plots",
@@ -45,13 +46,14 @@ VERBS = {
     "convert": "conch.converters.to_triton",
     "convert ensemble": "conch.converters.ensemble",
     "serve": "conch.serving.__main__",
+    "score": "conch.rewards.score",
     "rollout-server": "conch.rollouts.serve",
     "rollout_server": "conch.rollouts.serve",
     "size": "conch.sizing",
     "plot": "conch.runs.plots",
 }
 NAMES = {
-    "conch": ["train", "__version__"],
+    "conch": ["train", "score", "__version__"],
     "conch.rewards": ["RewardSource"],
     "conch.converters.to_triton": ["to_triton"],
     "conch.trainers.ppo": ["PPOTrainer", "PPORunConfig"],
@@ -146,7 +148,7 @@ def exit_code(words: list[str]) -> int:
     [
         (["trian"], "`conch trian` is no command; did you mean `conch train`?"),
         (["train", "pppo"], "`conch train pppo` is no command; did you mean `conch train ppo`?"),
-        (["zzz"], "there are: convert, plot, rollout-server, serve, size, train"),
+        (["zzz"], "there are: convert, plot, rollout-server, score, serve, size, train"),
         (["train", "zzz"], "there are: grpo, ilql, ppo, reward_model, rft, sft"),
     ],
 )

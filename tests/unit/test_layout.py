@@ -37,7 +37,7 @@ ALLOWED = {
 } | {
     "serving": {*BASE, *COLUMNS[1], "triton", "store"},
     "converters": {*BASE, *COLUMNS[1], "data", "models", "triton", "store"},
-    "__init__": {"api"},
+    "__init__": {"api", "rewards"},
     "__main__": {"converters", *(part for parts in COLUMNS for part in parts)},
 }
 

@@ -39,5 +39,10 @@ def test_an_answer_that_was_begun_goes_on(begun: Any, whole: Any) -> None:
     )
 
 
+def test_a_dialogue_that_the_assistant_has_ended_stays_as_it_is() -> None:
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "clock"}}]}
+    assert rollout(Dialogue((USER, call)), "").dialogue == Dialogue((USER, call))
+
+
 def test_a_rollout_of_a_text_gives_no_messages() -> None:
     assert rollout(None, "Fine").dialogue is None

@@ -47,6 +47,8 @@ class ScoreCache:
 
 def _key(row: ScoringRow) -> bytes:
     digest = hashlib.blake2b(row.sample.encode("utf-8"), digest_size=16)
+    if row.dialogue:
+        digest.update(b"\0" + row.dialogue.encode("utf-8"))
     for numbers in (row.token_ids, row.bounds):
         if numbers:
             digest.update(b"\0" + ",".join(map(str, numbers)).encode())
@@ -79,7 +81,7 @@ class ModelIdentity:
             self._contents.update({info.content} - {""})
             return ""
         other, first = self._first
-        if info.takes_tokens != first.takes_tokens:
+        if _form(info) != _form(first):
             return f"{name} takes {_form(info)}, but {other} takes {_form(first)}; {_SAME_MODEL}"
         if info.reward_names != first.reward_names:
             return f"{name} gives {_rewards(info)}, but {other} gives {_rewards(first)}; {_SAME_MODEL}"
@@ -132,7 +134,7 @@ def _identity(version: str, content: str) -> tuple[str, str]:
 
 
 def _form(info: ModelInfo) -> str:
-    return "token ids" if info.takes_tokens else "text"
+    return "token ids" if info.takes_tokens else {"dialogues": "dialogues"}.get(info.reads, "text")
 
 
 def _rewards(info: ModelInfo) -> str:

@@ -31,14 +31,23 @@ from conch.rewards.client.retry import RequestCounts, RetryingScorer
 from conch.rewards.client.transport import Failure, ModelInfo, ReplicaError, ScoringRow, Transport
 from conch.rewards.results import ReplyParser, name_row
 from conch.rewards.token_rewards import Decode, response_bounds
-from conch.types import Completion, Prompt, RewardResult, RewardStatus, Rollout
+from conch.triton.dialogues import dialogue_json
+from conch.types import Completion, Dialogue, Prompt, RewardResult, RewardStatus, Rollout
 
 _log = get_logger(__name__)
 
 Tokenizer = Callable[[str], list[int]]
 
 # One token or letter that any vocabulary has; only whether it is scored matters, not how.
-PROBE = Rollout(Prompt("a", (1,)), Completion("", (), (), "length"), policy_version=0)
+_PROBE_DIALOGUE = Dialogue(tuple({"role": role, "content": "a"} for role in ("user", "assistant")))
+PROBE = Rollout(
+    Prompt("a", (1,), dialogue=_PROBE_DIALOGUE), Completion("", (), (), "length"), policy_version=0
+)
+
+_NO_DIALOGUE = (
+    "is a text, and the model reads dialogues: give prompts as lists of messages, or convert the model with "
+    "--template '{text}'"
+)
 
 
 class RewardClient:
@@ -121,6 +130,12 @@ class RewardClient:
                 del error
         for problem in problems:
             _log.warning("one of %d replicas cannot be used yet: %s", len(replicas), problem)
+
+    def info(self) -> ModelInfo:
+        """What the model takes, once `check` has asked a replica."""
+        infos = self._infos()
+        assert infos, "checked before"
+        return infos[0]
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[RewardResult]:
         """Return one result per rollout, in order."""
@@ -333,16 +348,23 @@ def make_row(
     dense: bool = False,
     decode: Decode | None = None,
 ) -> ScoringRow | str:
-    """Make the row of a rollout, text or token ids; or return why the sample cannot be sent.
+    """Make the row of a rollout, text, dialogue or token ids; or return why the sample cannot be sent.
 
     position: index of the rollout in its submit.
     tokenizer: makes a sample's ids for models that take tokens; None sends the sampled ids as they are.
     max_bytes: largest row.
     dense: the row's tokens get rewards of their own; models that take text need `decode` then.
     """
-    sample = rollout.sample
+    sample, dialogue = rollout.sample, ""
+    if not info.takes_tokens and info.reads != "texts":
+        if rollout.dialogue is None and info.reads == "dialogues":
+            return _NO_DIALOGUE
+        try:
+            dialogue = "" if rollout.dialogue is None else dialogue_json(rollout.dialogue)
+        except (TypeError, ValueError) as error:
+            return f"cannot be sent as messages: {error}"
     try:
-        sample.encode("utf-8")
+        (sample + dialogue).encode("utf-8")
         ids = _token_ids(rollout, tokenizer) if info.takes_tokens else ()
         bounds = response_bounds(rollout, None if info.takes_tokens else decode) if dense else ()
     except Exception as error:  # the tokenizer is the user's: whatever it raises is about this sample
@@ -353,7 +375,7 @@ def make_row(
         return "has no tokens"
     if info.max_length and len(ids) > info.max_length:
         return f"has {len(ids)} tokens, the model takes {info.max_length} at most"
-    row = ScoringRow(sample, ids, bounds, position)
+    row = ScoringRow(sample, ids, bounds, dialogue, position)
     if row.size > max_bytes:
         return f"takes {row.size / 1e6:.1f} MB, more than reward.client.max_request_mb={max_bytes / 1e6:g}"
     return row

@@ -2,7 +2,12 @@
 
     dialect   request body                              reply
     query     {"query": [sample, ...]}                  {"rewards": [number, ...]}, other keys are ignored
-    goals     [sample, ...]                             {goal: [number, ...], ...}
+    messages  {"query": [sample, ...],                  the same
+               "dialogues": [dialogue or null, ...]}
+    goals     [sample, ...]                             {goal: [number or null, ...], ...}
+
+A dialogue is {"messages": [...]}, with "tools" and "chat_template_kwargs" where the prompt has them; null
+stands for a prompt that is a text. A goal's null says that it does not apply to the sample.
 
 A body that the endpoint sends with an error is never shown: it may repeat the samples.
 """
@@ -14,15 +19,16 @@ import json
 import ssl
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import httpx2
 
-from conch.config import RewardClientConfig
+from conch.config import HttpDialect, RewardClientConfig
 from conch.errors import RewardUnavailableError
 from conch.rewards.base import ServerTimes
 from conch.rewards.client.transport import Failure, ModelInfo, ReplicaError, Reply, ScoringRow
+from conch.triton.dialogues import dialogue_parts
 from conch.types import DEFAULT_OBJECTIVE, RewardStatus
 
 _REPLY_LIMIT = 16_000_000
@@ -43,13 +49,13 @@ class HttpTransport:
         config: RewardClientConfig,
         headers: Mapping[str, str],
         context: ssl.SSLContext,
-        dialect: Literal["query", "goals"] = "query",
+        dialect: HttpDialect = "query",
     ) -> None:
         self.name = f"reward endpoint {url}"
         self.model = url
         self._url = url
         self._config = config
-        self._dialect = dialect
+        self._dialect: HttpDialect = dialect
         self._headers = {**headers, "content-type": "application/json", "accept": "application/json"}
         self._context = context
         self._client: httpx2.AsyncClient | None = None
@@ -70,11 +76,11 @@ class HttpTransport:
     async def describe(self, timeout_s: float) -> ModelInfo:
         """Return the configured limits: an endpoint tells nothing about its model."""
         del timeout_s
-        return ModelInfo(max_rows=self._config.batch_rows)
+        reads: Any = "both" if self._dialect == "messages" else "texts"
+        return ModelInfo(max_rows=self._config.batch_rows, reads=reads)
 
     async def infer(self, rows: Sequence[ScoringRow], timeout_s: float) -> Reply:
-        samples = [row.sample for row in rows]
-        body = json.dumps({"query": samples} if self._dialect == "query" else samples)
+        body = json.dumps(_body(rows, self._dialect))
         try:
             # The library's own deadlines are for each packet: a reply that drips would never end.
             reply = await asyncio.wait_for(self._post(body), timeout_s)
@@ -118,7 +124,16 @@ class HttpTransport:
         return self._client
 
 
-def _parse_body(reply: bytes, dialect: str) -> dict[str, list[float]]:
+def _body(rows: Sequence[ScoringRow], dialect: HttpDialect) -> Any:
+    samples = [row.sample for row in rows]
+    if dialect == "goals":
+        return samples
+    if dialect == "query":
+        return {"query": samples}
+    return {"query": samples, "dialogues": [dialogue_parts(row.dialogue) for row in rows]}
+
+
+def _parse_body(reply: bytes, dialect: str) -> dict[str, list[float | None]]:
     try:
         # NaN is no JSON, but Python reads it.
         content = json.loads(reply, parse_constant=lambda name: _raise_invalid(f"the reply holds {name}"))
@@ -126,21 +141,25 @@ def _parse_body(reply: bytes, dialect: str) -> dict[str, list[float]]:
         _raise_invalid("the reply is not JSON")
     if not isinstance(content, dict):
         _raise_invalid(f"the reply is a JSON {type(content).__name__}, expected an object")
-    if dialect == "query":
+    if dialect != "goals":
         if "rewards" not in content:
             _raise_invalid('the reply has no "rewards"; for {goal: [...]} set `reward.dialect=goals`')
         content = {DEFAULT_OBJECTIVE: content["rewards"]}
-    return {name: _numbers(name, values) for name, values in content.items()}
+    may_lack = len(content) > 1
+    return {name: _numbers(name, values, may_lack=may_lack) for name, values in content.items()}
 
 
-def _numbers(name: str, values: Any) -> list[float]:
+def _numbers(name: str, values: Any, *, may_lack: bool) -> list[float | None]:
+    """may_lack: whether null is no mistake, since other goals may apply."""
     if not isinstance(values, list):
         _raise_invalid(f"the reply's {name!r} is a {type(values).__name__}, expected a list of numbers")
     for value in values:
+        if may_lack and value is None:
+            continue
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             _raise_invalid(f"the reply's {name!r} holds a {type(value).__name__}, expected numbers")
     try:
-        return [float(value) for value in values]
+        return [None if value is None else float(value) for value in values]
     except OverflowError:
         _raise_invalid(f"the reply's {name!r} holds a number beyond all bounds")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from conch.errors import RewardError
 from conch.rewards.base import ServerTimes
@@ -24,31 +24,39 @@ _BYTES_PER_TOKEN = 4  # of UTF-8 text under a usual vocabulary; decides only how
 class ScoringRow:
     """One sample to score. Equal rows get equal scores.
 
-    sample: prompt and output; can be encoded as UTF-8.
+    sample: prompt and output as one text, by which messages name the row; can be encoded as UTF-8.
     token_ids: empty for models that take text.
     bounds: for dense rewards, `token_rewards.response_bounds`; else empty.
+    dialogue: prompt and output as messages, the JSON of `conch.triton.contract`; "" where the model reads
+        texts, or where the prompt is none.
     position: index of the sample in its `submit`, for messages; no part of equality.
     """
 
     sample: str
     token_ids: tuple[int, ...] = ()
     bounds: tuple[int, ...] = ()
+    dialogue: str = ""
     position: int = field(default=0, compare=False)
+
+    @property
+    def text(self) -> str:
+        """What a text-form model is sent: the dialogue where there is one, else the sample."""
+        return self.dialogue or self.sample
 
     @property
     def tokens(self) -> int:
         """Tokens that the model reads; of a text an estimate from its size, 1 at least."""
-        return len(self.token_ids) or max(1, -(-len(self.sample.encode("utf-8")) // _BYTES_PER_TOKEN))
+        return len(self.token_ids) or max(1, -(-len(self.text.encode("utf-8")) // _BYTES_PER_TOKEN))
 
     @property
     def size(self) -> int:
         """Approximate bytes on the wire."""
-        return 16 * len(self.token_ids) or 4 + len(self.sample.encode("utf-8"))
+        return 16 * len(self.token_ids) or 4 + len(self.text.encode("utf-8"))
 
     @property
     def length(self) -> int:
         """Sort key of the queue, so that a request needs little padding: tokens, or characters."""
-        return len(self.token_ids) or len(self.sample)
+        return len(self.token_ids) or len(self.text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +101,9 @@ class ModelInfo:
     """Description of a server's model. Replicas of one model agree in all but the limits.
 
     takes_tokens: rows go as token ids, not as text.
+    reads: of models that take text: `texts`; `dialogues` and nothing else; or `both`, and then a dialogue
+        goes beside its text.
+    special_tokens: what the model's tokenizer takes for one token, see `RewardModelSpec`; empty if not known.
     reward_names: objectives of every score; empty if only the replies name them.
     max_rows: most rows in a request.
     max_length: most tokens in a row; 0 if the server does not say.
@@ -102,6 +113,8 @@ class ModelInfo:
     """
 
     takes_tokens: bool = False
+    reads: Literal["texts", "dialogues", "both"] = "texts"
+    special_tokens: tuple[str, ...] = ()
     reward_names: tuple[str, ...] = ()
     max_rows: int = 64
     max_length: int = 0
@@ -114,15 +127,15 @@ class ModelInfo:
 class Reply:
     """The reply to one request.
 
-    columns: objective -> one number per row, in order. The client checks for numbers that are not finite,
-        out of range, or not one per row.
+    columns: objective -> one number per row, in order; None where, of several objectives, one does not apply.
+        The client checks for numbers that are not finite, out of range, or not one per row.
     version: of the model, as the reply states it; "" if it does not.
     notes: per row a note on its score for a person ("scored by 1 of 2 members"), or ""; empty for none.
     token_scores: per row one number for each token of the response, in place of `columns` where rows have
         `bounds`; empty elsewhere.
     """
 
-    columns: Mapping[str, Sequence[float]]
+    columns: Mapping[str, Sequence[float | None]]
     version: str = ""
     notes: Sequence[str] = ()
     token_scores: Sequence[Sequence[float]] = ()

@@ -98,6 +98,8 @@ class TritonTransport:
         self._spec, self._bucket = spec, _bucket(reply.config, spec)
         return ModelInfo(
             takes_tokens=spec.form == "token",
+            reads=spec.reads if spec.form == "text" else "texts",
+            special_tokens=spec.special_tokens,
             reward_names=spec.reward_names,
             max_rows=spec.max_batch_size,
             max_length=spec.max_length,

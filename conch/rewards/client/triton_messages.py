@@ -43,7 +43,7 @@ def encode(
 
 def _inputs(rows: Sequence[ScoringRow], spec: RewardModelSpec, pad_to: int) -> list[InferInput]:
     if spec.form == "text":
-        texts = np.array([[row.sample.encode("utf-8")] for row in rows], dtype=object)
+        texts = np.array([[row.text.encode("utf-8")] for row in rows], dtype=object)
         return [_tensor(TEXT_INPUT, texts, "BYTES")]
     longest = max(len(row.token_ids) for row in rows)
     width = max(longest, min(-(-longest // pad_to) * pad_to, spec.max_length or 2**31))

@@ -192,6 +192,17 @@ def test_default_template_adds_no_eos_where_the_tokenizer_closes_the_text() -> N
     assert default_template(tokenizer) == "{text}"
 
 
+@pytest.mark.parametrize("single", ["a b $A", "<pad> $A", "<eos> $A"])
+def test_default_template_takes_no_token_before_the_text_for_one_behind_it(single: str) -> None:
+    """As `[gMASK]<sop>`, or a `<s>` that the tokenizer does not declare."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = char_tokenizer("abcx")
+    tokens = [(token, tokenizer.convert_tokens_to_ids(token)) for token in single.split()[:-1]]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=tokens)
+    assert default_template(tokenizer) == "{text}{eos}"
+
+
 @pytest.mark.parametrize("template", ["{text}", "{text}{eos}", "Q: {text}{eos}", "{{}}{text}"])
 def test_check_template_accepts(template: str) -> None:
     check_template(template, char_tokenizer("abc"))

@@ -85,8 +85,9 @@ def test_check_dense_wants_a_tokenizer_that_knows_the_characters_of_a_token(fold
 
 def test_check_dense_refuses_conversations_as_text(folder: Path) -> None:
     steps = read_checkpoint(str(folder / "steps"), STEPS)
-    chat = replace(steps, rules=steps.rules.model_copy(update={"template": "chat"}))
-    with pytest.raises(ConversionError, match="which the template `chat` takes apart"):
+    update = {"template": "chat", "reads": "dialogues"}
+    chat = replace(steps, rules=steps.rules.model_copy(update=update))
+    with pytest.raises(ConversionError, match="with the template `chat` there is none"):
         check(chat, "text")
     check(chat, "token")
 

@@ -261,3 +261,26 @@ def test_members_of_the_config_stand_before_the_environment(monkeypatch: pytest.
 def test_url_and_members_contradict_each_other() -> None:
     with pytest.raises(ConfigError, match="`url` for one reward or `members` for several"):
         load(RewardConfig, {"url": "h:1/m", "members": {"a": "h:1/a"}})
+
+
+def test_a_sum_leaves_out_the_functions_that_do_not_apply_to_a_sample() -> None:
+    """As TRL's sum over several reward functions; one that fails is another matter."""
+
+    def math(samples: Any, prompts: Any, outputs: Any) -> list[float | None]:
+        return [1.0, None, None, None]
+
+    def code(samples: Any, prompts: Any, outputs: Any) -> dict[str, list[float | None]]:
+        return {"runs": [None, 2.0, None, float("nan")], "style": [None, 4.0, None, 1.0]}
+
+    with from_user({"math": math, "code": code}, RewardConfig()) as source:
+        results = source.submit(rollouts("a", "b", "c", "d")).result(60)
+    assert [dict(result.scores) for result in results] == [
+        {"math": 1.0},
+        {"code/runs": 2.0, "code/style": 4.0},
+        {},
+        {},
+    ]
+    assert results[0].absent == ("code/runs", "code/style") and results[1].absent == ("math",)
+    assert [result.status for result in results[2:]] == [RewardStatus.INVALID] * 2
+    assert "member `code` gave no score" in results[3].detail and "nan" in results[3].detail
+    assert combine(results[0], {"math": 2.0, "code/runs": 3.0}) == 2.0

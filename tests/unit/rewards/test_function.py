@@ -47,6 +47,8 @@ def test_sync_function_gets_samples_prompts_outputs_and_metadata() -> None:
         "outputs": ["ab", "c"],
         "answer": [4, None],
         "source": [None, "web"],
+        "messages": [None, None],
+        "output_ids": [[1, 2], [3]],
     }
     assert [dict(result.scores) for result in results] == [{"reward": 2.0}, {"reward": 1.0}]
     assert all(result.ok and result.model == "length" and result.latency_s >= 0 for result in results)
@@ -140,7 +142,7 @@ def test_wrong_count_or_type_invalidates_every_row(value: Any, words: str) -> No
         (float("nan"), "nan instead of a score"),
         (float("-inf"), "-inf instead of a score"),
         (torch.tensor(float("nan")), "nan instead of a score"),
-        (None, "NoneType instead of a score"),
+        (None, "None instead of a score"),
         ("0.5", "str instead of a score"),
         (10**400, "int instead of a score"),
     ],
@@ -277,3 +279,17 @@ def test_close_ends_the_thread_and_cancels_async_calls() -> None:
     assert set(threading.enumerate()) <= before
     with pytest.raises(RuntimeError, match="closed"):
         source.submit(rollouts("a"))
+
+
+def test_objectives_that_do_not_apply_to_a_sample_are_left_out_of_its_sum() -> None:
+    """Of several, at least one must: TRL sums those that are there."""
+    columns = {"math": [1.0, None, None], "code": [None, 2.0, None]}
+    first, second, third = score(returning(columns), rollouts("a", "b", "c"))
+    assert (dict(first.scores), first.absent) == ({"math": 1.0}, ("code",))
+    assert (dict(second.scores), second.absent) == ({"code": 2.0}, ("math",))
+    assert third.status is RewardStatus.INVALID and "any of its 2 objectives" in third.detail
+
+
+def test_one_objective_alone_must_be_a_score() -> None:
+    results = score(returning({"math": [1.0, None]}), rollouts("a", "b"))
+    assert [result.status for result in results] == [RewardStatus.OK, RewardStatus.INVALID]

@@ -564,6 +564,11 @@ def test_combine_refuses_unknown_objectives() -> None:
         combine(result, {"harm": 1.0})
 
 
+def test_combine_adds_nothing_for_an_objective_that_does_not_apply() -> None:
+    result = RewardResult(RewardStatus.OK, scores={"math": 2.0}, absent=("code",))
+    assert combine(result, {"math": 3.0, "code": 5.0}) == 6.0
+
+
 def test_combine_never_sums_a_failure_to_zero() -> None:
     with pytest.raises(AssertionError):
         combine(RewardResult(RewardStatus.TIMEOUT), {})

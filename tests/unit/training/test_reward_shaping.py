@@ -99,3 +99,12 @@ def test_state_restores_what_scaling_has_seen(tmp_path: Path) -> None:
     again = first.shape(rollouts, scored(2.0, 8.0), mask)
     assert torch.equal(second.shape(rollouts, scored(2.0, 8.0), mask), again)
     assert not torch.equal(shaper(scaling="running").shape(rollouts, scored(2.0, 8.0), mask), again)
+
+
+def test_an_objective_that_first_applies_later_counts_from_then_on() -> None:
+    """Which objectives there are shows with the first samples, of which none need have this one."""
+    first = RewardResult(RewardStatus.OK, scores={"math": 1.0}, absent=("code",))
+    second = RewardResult(RewardStatus.OK, scores={"code": 3.0}, absent=("math",))
+    shape = shaper({"code": 2.0})
+    assert shape._combined([first], torch.device("cpu")).tolist() == [1.0]
+    assert shape._combined([first, second], torch.device("cpu")).tolist() == [1.0, 6.0]

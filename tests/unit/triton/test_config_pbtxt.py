@@ -38,6 +38,7 @@ output [ { name: "rewards" data_type: TYPE_FP16 dims: [ -1 ] } ]
         RewardModelSpec("ens", form="token", members=("a", "b")),
         RewardModelSpec("steps", granularity="step"),
         RewardModelSpec("tokens", form="token", granularity="token"),
+        RewardModelSpec("chat", reads="dialogues", special_tokens=('<"quoted">', "<|é|>")),
         RewardModelSpec("graph", form="token", engine="onnxruntime"),
         RewardModelSpec("graph", form="token", engine="pytorch"),
     ],
@@ -169,6 +170,20 @@ def test_from_pbtxt_refuses_an_engine_it_does_not_know() -> None:
     text = to_pbtxt(RewardModelSpec("m")).replace('string_value: "python"', 'string_value: "fortran"')
     with pytest.raises(ServingError, match="parameter engine is 'fortran'"):
         from_pbtxt(text)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ("dialogues", "poems", "parameter reads is 'poems', none of"),
+        ('[\\"<s>\\"]', "<s>", "parameter special_tokens is '<s>', no JSON list of strings"),
+    ],
+)
+def test_from_pbtxt_refuses_what_it_cannot_read_of_dialogues(before: str, after: str, words: str) -> None:
+    text = to_pbtxt(RewardModelSpec("chat", reads="dialogues", special_tokens=("<s>",)))
+    assert before in text
+    with pytest.raises(ServingError, match=words):
+        from_pbtxt(text.replace(before, after))
 
 
 def test_from_pbtxt_refuses_text_that_is_no_config() -> None:
