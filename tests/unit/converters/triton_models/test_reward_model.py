@@ -91,8 +91,12 @@ def test_rows_from_texts_applies_the_template(scorer: Scorer) -> None:
     assert ids_of(scorer.rows_from_texts([b"abc", b""])) == [[0, 1, 2, EOS], [EOS]]
 
 
-def test_rows_from_texts_applies_the_template_literally(scorer: Scorer) -> None:
-    assert ids_of(scorer.rows_from_texts([b"ab<eos>"])) == [[0, 1, EOS, EOS]]
+def test_rows_from_texts_closes_no_text_twice(scorer: Scorer) -> None:
+    assert ids_of(scorer.rows_from_texts([b"ab", b"ab<eos>", b"<eos>ab"])) == [
+        [0, 1, EOS],
+        [0, 1, EOS],
+        [EOS, 0, 1, EOS],
+    ]
 
 
 def test_rows_from_texts_cuts_the_text_and_keeps_the_closing_eos(scorer: Scorer) -> None:
