@@ -53,7 +53,7 @@ def test_prompts_that_the_reward_cannot_read_are_refused(name: str, tmp_path: Pa
     with pytest.raises(ConfigError, match="reads dialogues"):
         TRAINERS[name](tmp_path / "run", **given)
     assert [prompt.text for prompt in source.seen][-2:] == ["ab", "c"]
-    assert {TOKENIZER.eos_token, TOKENIZER.pad_token} <= source.special
+    assert {str(TOKENIZER.eos_token), str(TOKENIZER.pad_token)} <= source.special
     assert not (tmp_path / "run").exists()
 
 

@@ -91,8 +91,12 @@ def test_rows_from_texts_applies_the_template(scorer: Scorer) -> None:
     assert ids_of(scorer.rows_from_texts([b"abc", b""])) == [[0, 1, 2, EOS], [EOS]]
 
 
-def test_rows_from_texts_applies_the_template_literally(scorer: Scorer) -> None:
-    assert ids_of(scorer.rows_from_texts([b"ab<eos>"])) == [[0, 1, EOS, EOS]]
+def test_rows_from_texts_closes_no_text_twice(scorer: Scorer) -> None:
+    assert ids_of(scorer.rows_from_texts([b"ab", b"ab<eos>", b"<eos>ab"])) == [
+        [0, 1, EOS],
+        [0, 1, EOS],
+        [EOS, 0, 1, EOS],
+    ]
 
 
 def test_rows_from_texts_cuts_the_text_and_keeps_the_closing_eos(scorer: Scorer) -> None:
@@ -168,7 +172,7 @@ def test_rows_from_texts_refuses_what_are_no_messages(chat: Scorer, text: bytes)
 
 
 def test_rows_from_texts_passes_on_what_the_chat_template_refuses(chat: Scorer) -> None:
-    with pytest.raises(RejectedError, match=r"row 0: the chat template refuses these messages: .*empty"):
+    with pytest.raises(RejectedError, match=r"row 0: text is no JSON list of messages"):
         chat.rows_from_texts([b"[]"])
     with pytest.raises(RejectedError, match="row 0: the chat template refuses these messages: no system"):
         chat.rows_from_texts([conversation("a", role="system")])
