@@ -13,7 +13,7 @@ from __future__ import annotations
 import string
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -337,6 +337,14 @@ def template_for(rows: Sequence[Mapping[str, Any]], form: RowForm, tokenizer: An
     return default_template(tokenizer) if is_text[0] else CHAT
 
 
+class _Encoded(NamedTuple):
+    """A text for the tokenizer with its ids, uncut, and whether it is a dialogue that a template rendered."""
+
+    ids: tuple[int, ...]
+    text: str
+    is_dialogue: bool
+
+
 class TextEncoder:
     """Shows texts and dialogues to a reward model as the server will, cut where they are too long.
 
@@ -354,8 +362,10 @@ class TextEncoder:
         self._template = "{text}" if template == CHAT else template
         self._reads_dialogues = template == CHAT
         self._max_length = max_length
-        self._prefix, self._suffix = special_frame(tokenizer)
-        self._specials = tuple(tokenizer.all_special_tokens)
+        front, back = special_frame(tokenizer)
+        self._num_added = len(front), len(back)
+        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._specials = tuple({*tokenizer.all_special_tokens, *added} - {""})
         self._num_texts = self._num_cut = 0
 
     def encode(self, texts: Sequence[Any]) -> list[tuple[int, ...]]:
@@ -370,7 +380,7 @@ class TextEncoder:
             for index, text in enumerate(texts)
         ]
         self._num_texts += len(texts)
-        return [self._cut(self._checked(ids, text)) for ids, text in self._tokenized(formatted)]
+        return [self._cut(self._checked(encoded)) for encoded in self._tokenized(formatted)]
 
     def encode_rows(
         self, rows: Sequence[Mapping[str, Any]], form: RowForm, lengths: DataConfig | None = None
@@ -391,17 +401,17 @@ class TextEncoder:
             rows, "row", lambda row, name: [self._formatted(_text(row, key), name) for key in form.texts]
         )
         rows = [rows[index] for index in indices]
-        ids = self._tokenized([text for texts in formatted for text in texts])
+        encoded = self._tokenized([text for texts in formatted for text in texts])
         width = len(form.texts)
-        texts = [ids[start : start + width] for start in range(0, len(ids), width)]
-        checked, indices = usable(texts, "row", lambda row, _: [self._checked(*text) for text in row])
+        texts = [encoded[start : start + width] for start in range(0, len(encoded), width)]
+        checked, indices = usable(texts, "row", lambda row, _: [self._checked(text) for text in row])
         rows = [rows[index] for index in indices]
         if lengths is not None and (lengths.min_tokens or lengths.max_tokens):
-            fits = fitting([max(map(len, row)) for row in checked], lengths, "rows")
+            fits = fitting([max(len(text.ids) for text in row) for row in checked], lengths, "rows")
             rows, checked = [rows[index] for index in fits], [checked[index] for index in fits]
         self._num_texts += len(rows) * width
         judged = [
-            _judgement(row, tuple(self._cut(ids) for ids in own), form)
+            _judgement(row, tuple(self._cut(text) for text in own), form)
             for row, own in zip(rows, checked, strict=True)
         ]
         return _different(judged)
@@ -415,8 +425,7 @@ class TextEncoder:
                     f"{name} is a string, and the template `chat` takes dialogues: give messages, or set "
                     "`reward_model.template`"
                 )
-            closed = eos and "{text}{eos}" in self._template
-            return self._template.format(text=text.removesuffix(eos) if closed else text, eos=eos), False
+            return self._template.format(text=text, eos=eos), False
         rendered = render_dialogue(text, name, self._tokenizer)
         if self._reads_dialogues:
             return rendered, True
@@ -427,30 +436,32 @@ class TextEncoder:
         template = self._template.replace("{text}{eos}", "{text}") if closed else self._template
         return template.format(text=rendered, eos=eos), True
 
-    def _tokenized(self, formatted: Sequence[tuple[str, bool]]) -> list[tuple[tuple[int, ...], str]]:
-        """Token ids of what `_formatted` gives, uncut, with the text that they are of."""
-        if not formatted:
-            return []
-        texts = [text for text, _ in formatted]
-        encoded: Any = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return [
-            (tuple(ids) if is_dialogue else self._framed(tuple(ids)), text)
-            for ids, (text, is_dialogue) in zip(encoded, formatted, strict=True)
-        ]
+    def _tokenized(self, formatted: Sequence[tuple[str, bool]]) -> list[_Encoded]:
+        """What `_formatted` gives, as token ids, uncut."""
+        columns: dict[bool, list[tuple[int, ...]]] = {}
+        for is_dialogue in {is_dialogue for _, is_dialogue in formatted}:
+            texts = [text for text, kind in formatted if kind == is_dialogue]
+            ids: Any = self._tokenizer(texts, add_special_tokens=not is_dialogue, verbose=False)["input_ids"]
+            columns[is_dialogue] = [tuple(row) if is_dialogue else self._once(tuple(row)) for row in ids]
+        rows = {is_dialogue: iter(column) for is_dialogue, column in columns.items()}
+        return [_Encoded(next(rows[is_dialogue]), text, is_dialogue) for text, is_dialogue in formatted]
 
-    def _checked(self, ids: tuple[int, ...], text: str) -> tuple[int, ...]:
-        if not ids:
+    def _checked(self, encoded: _Encoded) -> _Encoded:
+        if not encoded.ids:
             raise DataError(
-                f"the text {text!r} has no tokens in the template {self._template!r}: drop it, or end "
-                "the template with {eos}"
+                f"the text {encoded.text!r} has no tokens in the template {self._template!r}: drop it, or "
+                "end the template with {eos}"
             )
-        return ids
+        return encoded
 
-    def _framed(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        """`ids` between the special tokens that the tokenizer adds, where they do not stand there already."""
-        front = () if ids[: len(self._prefix)] == self._prefix else self._prefix
-        is_closed = not self._suffix or ids[-len(self._suffix) :] == self._suffix
-        return (*front, *ids, *(() if is_closed else self._suffix))
+    def _once(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Leave one bos in front and one eos behind, whoever wrote the others."""
+        first, last = 0, len(ids)
+        while last - first > 1 and ids[first] == ids[first + 1] == self._tokenizer.bos_token_id:
+            first += 1
+        while last - first > 1 and ids[last - 1] == ids[last - 2] == self._tokenizer.eos_token_id:
+            last -= 1
+        return ids[first:last]
 
     def report_cuts(self) -> None:
         """One warning, if any text so far was too long."""
@@ -460,21 +471,19 @@ class TextEncoder:
                 *(self._num_cut, self._num_texts, self._max_length, self._tokenizer.truncation_side),
             )
 
-    def _cut(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        """At most `max_length` ids, with the special ones that stand in front and behind."""
-        limit = self._max_length
-        if limit is None or len(ids) <= limit:
+    def _cut(self, encoded: _Encoded) -> tuple[int, ...]:
+        """At most `max_length` ids, with the special ones that the tokenizer adds and an eos that closes."""
+        ids, limit, eos = encoded.ids, self._max_length, self._tokenizer.eos_token_id
+        excess = 0 if limit is None else len(ids) - limit
+        if excess <= 0:
             return ids
         self._num_cut += 1
-        front = len(self._prefix) if ids[: len(self._prefix)] == self._prefix else 0
-        back = len(self._suffix) if self._suffix and ids[-len(self._suffix) :] == self._suffix else 0
-        if not back and self._template.endswith("{eos}") and ids[-1] == self._tokenizer.eos_token_id:
-            back = 1
-        room = max(0, limit - front - back)
-        own = ids[front : len(ids) - back]
-        left = self._tokenizer.truncation_side == "left"
-        kept = own[len(own) - room :] if left else own[:room]
-        return (*ids[:front], *kept, *ids[len(ids) - back :])
+        front, back = (0, 0) if encoded.is_dialogue else self._num_added
+        is_closed = encoded.is_dialogue or self._template.endswith("{eos}")
+        if is_closed and ids[: len(ids) - back][-1:] == (eos,):
+            back += 1
+        start = max(0, front if self._tokenizer.truncation_side == "left" else len(ids) - back - excess)
+        return self._once((ids[:start] + ids[start + excess :])[-(limit or 0) :])
 
 
 def _text(row: Mapping[str, Any], key: str) -> str | Dialogue:

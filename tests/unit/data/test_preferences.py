@@ -220,6 +220,7 @@ def framed(single: str) -> PreTrainedTokenizerFast:
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=single, special_tokens=[("<unk>", EOS + 1), ("<eos>", EOS)]
     )
+    tokenizer.bos_token = "<unk>"
     return tokenizer
 
 

@@ -16,6 +16,7 @@ from conch.converters.parity.samples import build_cases
 from conch.converters.parts import plan_parts, write_part
 from conch.converters.triton_models.reward_model import RejectedError, Scorer
 from conch.converters.triton_models.tokenizer_model import TextEncoder
+from conch.data import preferences
 from tests.chats import CHATS, WINDOW, chat_reward_model, chat_tokenizer
 
 ASKED = [{"role": "user", "content": "two and two?"}, {"role": "assistant", "content": "four"}]
@@ -182,3 +183,38 @@ def test_a_long_window_is_compared_up_to_a_cap_unless_a_length_is_given(folder: 
         len(s.ids) for case in build_cases(checkpoint, "text", max_batch_size=4) for s in case.samples
     )
     assert 1900 < longest <= 2048
+
+
+TEXTS = ["four", "", "two and two? " * 9, "{bos}four{eos}", "{bos}{bos}four{eos}{eos}", "four{eos}five"]
+DIALOGUES = [ASKED, SYSTEM, [*ASKED, *ASKED], [{"role": "user", "content": "two and two? " * 9}, ASKED[1]]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("limit", [12, WINDOW])
+@pytest.mark.parametrize("family", CHATS)
+def test_a_reward_model_learns_from_the_ids_that_it_is_served(
+    folder: Path, family: str, limit: int, side: str
+) -> None:
+    """Training encodes by its own code: `conch.data.preferences`."""
+    tokenizer = chat_tokenizer(family)
+    tokenizer.truncation_side = side
+    reading = {"max_length": limit, "truncation_side": side}
+    texts = [text.format(bos=tokenizer.bos_token or "", eos=tokenizer.eos_token) for text in TEXTS]
+    for template in ("{text}", "{text}{eos}", "four {text}{eos}"):
+        scorer = served(folder, family, template, **reading)
+        given = [text for text in texts if ids_of_or_none(scorer, text) is not None]
+        learned = preferences.TextEncoder(tokenizer, template, limit).encode(given)
+        assert [list(ids) for ids in learned] == [ids_of(scorer, text) for text in given]
+    for template, learned_in in (("chat", "chat"), ("chat{eos}", "{text}{eos}")):
+        scorer = served(folder, family, template, **reading)
+        taken = [messages for messages in DIALOGUES if ids_of_or_none(scorer, messages) is not None]
+        learned = preferences.TextEncoder(tokenizer, learned_in, limit).encode(taken)
+        assert len(taken) >= 3
+        assert [list(ids) for ids in learned] == [ids_of(scorer, messages) for messages in taken]
+
+
+def ids_of_or_none(scorer: Scorer, sample: Any) -> list[int] | None:
+    try:
+        return ids_of(scorer, sample)
+    except RejectedError:
+        return None
