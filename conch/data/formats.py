@@ -41,6 +41,7 @@ _SAMPLE = (
     'is neither a string, nor a dict of strings "prompt" and "completion", nor a dialogue of messages with '
     '"role" and "content"'
 )
+_NOT_HELD = 'has a "prompt" string that the messages before the answers do not hold: take out one of the two'
 _MIXED = "; `data.apply_chat_template=true` makes messages of strings"
 _REWARDED = 'is no {"sample", "reward"} object, preference or labelled completion'
 _STEPWISE = (
@@ -294,17 +295,26 @@ def _shared_messages(prompt: str, texts: list[list[Mapping[str, Any]]]) -> list[
         return [{"role": "user", "content": prompt}]
     shared = texts[0][: min(_num_shared(texts[0], text) for text in texts)]
     if not any(prompt.strip() in str(message.get("content")) for message in shared):
-        raise DataError(
-            'has a "prompt" string that the messages before the answers do not hold: take out one of the two'
-        )
+        raise DataError(_NOT_HELD)
     return shared
 
 
 def _with_prompt(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row with the prompt of its dialogue or of its preference, where it has none of its own."""
+    """The row with the prompt of its dialogue or of its preference, where it has none of its own; of a prompt
+    in words that is a message of the dialogue, what goes up to that.
+
+    Raises:
+        DataError: no message is the prompt, or the texts of a preference do not begin alike.
+    """
+    messages = messages_of(row.get("messages"))
+    prompt = row.get("prompt")
+    if isinstance(prompt, str) and messages is not None:
+        ends = [number for number, said in enumerate(messages, 1) if said.get("content") == prompt]
+        if not ends:
+            raise DataError(_NOT_HELD)
+        return {**row, "prompt": messages[: ends[0]]}
     if "prompt" in row:
         return row
-    messages = messages_of(row.get("messages"))
     if messages is not None:
         others = {key: value for key, value in row.items() if key != "messages"}
         answered = messages[-1]["role"] == ASSISTANT and len(messages) > 1
