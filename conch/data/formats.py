@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from conch.config import DataConfig
-from conch.data.chat import dialogue_fault, messages_of, template_keys
+from conch.data.chat import TEMPLATE_KEYS, dialogue_fault, messages_of, template_keys
 from conch.data.files import Rows, as_written, renamed
 from conch.data.public import public_form
 from conch.errors import DataError
@@ -168,6 +168,19 @@ def prompt_form(row: Any) -> Any:
     kind = type(row.get("prompt") if isinstance(row, Mapping) else row).__name__
     needed = 'is neither a string nor a dict with a "prompt" string or dialogue'
     raise DataError(f"{needed} (got {kind}){about(row, ('prompt',))}")
+
+
+def metadata_keys(row: Any) -> list[str]:
+    """The keys of a prompt's row that reach a reward function; none of a row that is no prompt, which is
+    refused where it is tokenised."""
+    try:
+        form = prompt_form(row)
+    except DataError:
+        return []
+    if not isinstance(form, Mapping):
+        return []
+    is_text = isinstance(form["prompt"], str)
+    return [key for key in form if key != "prompt" and (is_text or key not in TEMPLATE_KEYS)]
 
 
 def judgement_form(row: Any) -> Any:

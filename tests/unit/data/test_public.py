@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from conch.config import DataConfig, load
 from conch.data.files import renamed
-from conch.data.formats import judgement_form, listed, prompt_form, rewarded_form, sample_form
+from conch.data.formats import judgement_form, listed, metadata_keys, prompt_form, rewarded_form, sample_form
 from conch.data.preferences import judgement
 from conch.data.public import hh_messages, public_form
 from conch.errors import DataError
@@ -201,6 +201,13 @@ def test_preferences_of_public_datasets_hold_each_prompt_once(row: Any, better: 
     assert (made["chosen"], made["rejected"]) == (better, worse)
     again = judgement(made)
     assert (again["chosen"], again["rejected"]) == (better, worse)
+
+
+def test_keys_of_prompts_that_reach_rewards_are_those_of_their_forms() -> None:
+    row = {"messages": [HI], "ground_truth": "4", "tools": [{}], "chat_template_kwargs": {"a": 1}}
+    assert metadata_keys(row) == ["ground_truth"]
+    assert metadata_keys({"prompt": "a", "tools": [{}], "n": None}) == ["tools", "n"]
+    assert metadata_keys("a") == metadata_keys({"question": "a"}) == []
 
 
 def test_scores_of_help_steer_are_five_objectives() -> None:
