@@ -335,7 +335,10 @@ def as_template_reads(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase) ->
     """
     template = tokenizer.get_chat_template(tools=None if dialogue.tools is None else list(dialogue.tools))
     specials = {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
-    shape = tuple((message["role"], bool(message.get("tool_calls"))) for message in dialogue.messages)
+    shape = tuple(
+        (message["role"], "content" in message, bool(message.get("tool_calls")))
+        for message in dialogue.messages
+    )
     reads = _what_is_read(template, tuple(specials.items()), shape)
     readable = [
         _readable(message, contents, reads.arguments)
@@ -386,9 +389,12 @@ def _with_arguments(call: Any, kind: str) -> Any:
 
 @lru_cache(maxsize=4096)
 def _what_is_read(
-    template: str, specials: tuple[tuple[str, str], ...], shape: tuple[tuple[str, bool], ...]
+    template: str, specials: tuple[tuple[str, str], ...], shape: tuple[tuple[str, bool, bool], ...]
 ) -> _Reads:
-    """What the template reads in a dialogue of these messages: of each its role, and whether it calls."""
+    """What the template reads in a dialogue of these messages.
+
+    shape: of each message its role, whether it has a content, and whether it calls tools.
+    """
 
     def shown(*, parts: bool, arguments: Any) -> str | None:
         messages = [_probe(number, *each, parts, arguments) for number, each in enumerate(shape)]
@@ -409,9 +415,12 @@ def _what_is_read(
     return _Reads(contents, "" if reads_dict == reads_json else "dict" if reads_dict else "text")
 
 
-def _probe(number: int, role: str, calls: bool, parts: bool, arguments: Any) -> dict[str, Any]:
-    text = f"content{number}."
-    message: dict[str, Any] = {"role": role, "content": [{"type": "text", "text": text}] if parts else text}
+def _probe(
+    number: int, role: str, has_content: bool, calls: bool, parts: bool, arguments: Any
+) -> dict[str, Any]:
+    text, message = f"content{number}.", dict[str, Any](role=role)
+    if has_content:
+        message["content"] = [{"type": "text", "text": text}] if parts else text
     identity = "abcdefghi"  # nine letters or digits, as some templates demand
     if calls:
         function = {"name": "name0", "arguments": arguments}

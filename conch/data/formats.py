@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from conch.config import DataConfig
-from conch.data.chat import dialogue_fault, messages_of, template_keys
+from conch.data.chat import TEMPLATE_KEYS, dialogue_fault, messages_of, template_keys
 from conch.data.files import Rows, as_written, renamed
 from conch.data.public import public_form
 from conch.errors import DataError
@@ -41,6 +41,7 @@ _SAMPLE = (
     'is neither a string, nor a dict of strings "prompt" and "completion", nor a dialogue of messages with '
     '"role" and "content"'
 )
+_NOT_HELD = 'has a "prompt" string that the messages before the answers do not hold: take out one of the two'
 _MIXED = "; `data.apply_chat_template=true` makes messages of strings"
 _REWARDED = 'is no {"sample", "reward"} object, preference or labelled completion'
 _STEPWISE = (
@@ -169,6 +170,19 @@ def prompt_form(row: Any) -> Any:
     raise DataError(f"{needed} (got {kind}){about(row, ('prompt',))}")
 
 
+def metadata_keys(row: Any) -> list[str]:
+    """The keys of a prompt's row that reach a reward function; none of a row that is no prompt, which is
+    refused where it is tokenised."""
+    try:
+        form = prompt_form(row)
+    except DataError:
+        return []
+    if not isinstance(form, Mapping):
+        return []
+    is_text = isinstance(form["prompt"], str)
+    return [key for key in form if key != "prompt" and (is_text or key not in TEMPLATE_KEYS)]
+
+
 def judgement_form(row: Any) -> Any:
     """A row for a reward model, its prompt put before its texts, a label made a score of 1 or 0.
 
@@ -294,17 +308,26 @@ def _shared_messages(prompt: str, texts: list[list[Mapping[str, Any]]]) -> list[
         return [{"role": "user", "content": prompt}]
     shared = texts[0][: min(_num_shared(texts[0], text) for text in texts)]
     if not any(prompt.strip() in str(message.get("content")) for message in shared):
-        raise DataError(
-            'has a "prompt" string that the messages before the answers do not hold: take out one of the two'
-        )
+        raise DataError(_NOT_HELD)
     return shared
 
 
 def _with_prompt(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row with the prompt of its dialogue or of its preference, where it has none of its own."""
+    """The row with the prompt of its dialogue or of its preference, where it has none of its own; of a prompt
+    in words that is a message of the dialogue, what goes up to that.
+
+    Raises:
+        DataError: no message is the prompt, or the texts of a preference do not begin alike.
+    """
+    messages = messages_of(row.get("messages"))
+    prompt = row.get("prompt")
+    if isinstance(prompt, str) and messages is not None:
+        ends = [number for number, said in enumerate(messages, 1) if said.get("content") == prompt]
+        if not ends:
+            raise DataError(_NOT_HELD)
+        return {**row, "prompt": messages[: ends[0]]}
     if "prompt" in row:
         return row
-    messages = messages_of(row.get("messages"))
     if messages is not None:
         others = {key: value for key, value in row.items() if key != "messages"}
         answered = messages[-1]["role"] == ASSISTANT and len(messages) > 1

@@ -20,6 +20,7 @@ from conch.config import (
     TokenizerConfig,
     TrainConfig,
 )
+from conch.data.formats import metadata_keys
 from conch.data.text import TextCodec, decode
 from conch.distributed.collectives import Collectives
 from conch.errors import ConfigError, ModelError
@@ -214,8 +215,7 @@ def eval_source(
 
 def extra_keys(prompts: Sequence[str | Mapping[str, Any]]) -> list[str]:
     """The keys, beside "prompt", that a reward function gets as metadata."""
-    keys = dict.fromkeys(key for prompt in prompts if isinstance(prompt, Mapping) for key in prompt)
-    return [key for key in keys if key != "prompt"]
+    return list(dict.fromkeys(key for prompt in prompts for key in metadata_keys(prompt)))
 
 
 def checked_source(

@@ -82,7 +82,7 @@ def test_columns_of_rows_are_named_in_the_config(tmp_path: Path) -> None:
         seen.extend(zip(prompts, truth, strict=True))
         return [1.0] * len(samples)
 
-    rows = [{"question": prompt, "truth": prompt.upper()} for prompt in PROMPTS]
+    rows = [{"question": prompt, "truth": prompt.upper(), "label": None} for prompt in PROMPTS]
     columns = {"columns": {"prompt": "question"}}
     config = settings(tmp_path / "ppo", ppo={"rollouts_per_step": 8}, data=columns)
     conch.train(policy(), tokenizer=TOKENIZER, config=config, prompts=rows, reward=reward)

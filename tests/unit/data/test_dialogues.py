@@ -91,6 +91,16 @@ def test_tool_calls_tools_and_variables_reach_the_template(
     assert shown(turn.token_ids, turn.is_action, tokenizer) == (WHOLE, LEARNED)
 
 
+@pytest.mark.parametrize("template", [PREFIXED, MARKED], ids=["by prefixes", "by blocks"])
+def test_a_template_for_tools_renders_the_dialogues_that_have_some(template: str) -> None:
+    tokenizer = letters(template)
+    without = "{% generation %}{% endgeneration %}{{ raise_exception('no tools here') }}"
+    tokenizer.chat_template = {"default": without, "tool_use": template}
+    row = {"messages": ASKED + CALLED, "tools": TOOLS}
+    (sample,) = tokenize_samples([row], tokenizer, max_tokens=None, truncation_side="left")
+    assert shown(sample.token_ids, sample.loss_mask, tokenizer) == (WHOLE.replace("!", "", 1), LEARNED)
+
+
 def test_prompts_are_rendered_with_their_tools_and_keep_only_other_keys() -> None:
     row = {"prompt": ASKED, "tools": TOOLS, "chat_template_kwargs": {"loud": True}, "answer": "3"}
     (prompt,) = make_prompts(
@@ -217,8 +227,16 @@ def test_contents_reach_the_template_in_the_form_that_it_reads(
     assert prompt.text == f"<user>{text}.<assistant>three.<user>one and two?.<assistant>"
 
 
+# Refuses a message that both speaks and calls, as Mistral's does.
+STRICT = STRINGS.replace(
+    "<{{ m.role }}>",
+    "<{{ m.role }}>{% if m.tool_calls and m.content is defined %}{{ raise_exception('both') }}{% endif %}",
+)
+
+
 @pytest.mark.parametrize(
-    ("template", "shown"), [(STRINGS, '({"a": 1, "b": 2})'), (CONCATENATED, '(={"a": 1, "b": 2})')]
+    ("template", "shown"),
+    [(STRICT, '({"a": 1, "b": 2})'), (STRINGS, '({"a": 1, "b": 2})'), (CONCATENATED, '(={"a": 1, "b": 2})')],
 )
 @pytest.mark.parametrize("as_text", [False, True], ids=["dict", "JSON"])
 def test_arguments_of_calls_reach_the_template_in_the_form_that_it_reads(

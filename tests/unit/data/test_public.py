@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from conch.config import DataConfig, load
 from conch.data.files import renamed
-from conch.data.formats import judgement_form, listed, prompt_form, rewarded_form, sample_form
+from conch.data.formats import judgement_form, listed, metadata_keys, prompt_form, rewarded_form, sample_form
 from conch.data.preferences import judgement
 from conch.data.public import hh_messages, public_form
 from conch.errors import DataError
@@ -155,6 +155,12 @@ def test_what_is_learned_of_rows_of_public_datasets(row: Any, sample: Any) -> No
         # the rows of Tulu 3's reinforcement learning
         ({"messages": [HI], "ground_truth": "4", "dataset": "gsm8k"}, [HI], {"ground_truth", "dataset"}),
         ({"messages": [HI, HELLO], "id": "1"}, [HI], {"id", "completion"}),
+        # as in UltraChat and No Robots: the prompt in words, and the whole dialogue
+        (
+            {"prompt": "hi there", "messages": [{"role": "system", "content": "s"}, HI, HELLO, user("so?")]},
+            [{"role": "system", "content": "s"}, HI],
+            {"messages"},
+        ),
         (
             {"key": 3, "prompt": "say it", "instruction_id_list": ["a:b"], "kwargs": [{}]},
             "say it",
@@ -195,6 +201,13 @@ def test_preferences_of_public_datasets_hold_each_prompt_once(row: Any, better: 
     assert (made["chosen"], made["rejected"]) == (better, worse)
     again = judgement(made)
     assert (again["chosen"], again["rejected"]) == (better, worse)
+
+
+def test_keys_of_prompts_that_reach_rewards_are_those_of_their_forms() -> None:
+    row = {"messages": [HI], "ground_truth": "4", "tools": [{}], "chat_template_kwargs": {"a": 1}}
+    assert metadata_keys(row) == ["ground_truth"]
+    assert metadata_keys({"prompt": "a", "tools": [{}], "n": None}) == ["tools", "n"]
+    assert metadata_keys("a") == metadata_keys({"question": "a"}) == []
 
 
 def test_scores_of_help_steer_are_five_objectives() -> None:
@@ -251,6 +264,8 @@ def test_a_prompt_in_words_before_answers_of_the_assistant_is_the_users() -> Non
 def test_a_prompt_that_the_answers_contradict_is_refused() -> None:
     with pytest.raises(DataError, match='has a "prompt" string that the messages before the answers do not'):
         judgement({"prompt": "who?", "chosen": [HI, HELLO], "rejected": [HI, GO]})
+    with pytest.raises(DataError, match='has a "prompt" string that the messages'):
+        prompt_form({"prompt": "who?", "messages": [HI, HELLO]})
 
 
 def test_turns_of_share_gpt_know_systems_tools_and_calls() -> None:
@@ -456,7 +471,10 @@ def test_keys_that_arrow_adds_inside_of_a_column_are_taken_out() -> None:
     rows = [{"prompt": "a", "kwargs": [{"n": 1}, {}], "n": None}, {"prompt": "b", "kwargs": [{"word": "x"}]}]
     split = Dataset.from_list(rows)
     assert split[0]["kwargs"] == [{"n": 1, "word": None}, {"n": None, "word": None}]
-    for given in (split, split.to_iterable_dataset()):
+    streamed = split.to_iterable_dataset()
+    mapped = streamed.map(lambda row: row)
+    assert mapped.features is None
+    for given in (split, streamed, mapped):
         assert listed(given, "prompts") == [rows[0], {**rows[1], "n": None}]
 
 
