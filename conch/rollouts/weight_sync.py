@@ -169,7 +169,7 @@ class BroadcastGroup:
     address: of this process, as the other members reach it.
 
     Raises:
-        RolloutError: from the constructor: the other members did not come.
+        RolloutUnavailableError: from the constructor: the other members did not come, or a stranger did.
     """
 
     def __init__(
@@ -185,7 +185,9 @@ class BroadcastGroup:
                 else _gloo(store, rank, size, timeout, address)
             )
         except RuntimeError as error:
-            raise RolloutError(f"no {backend} group for the weights: {first_line(error)[:300]}") from error
+            raise RolloutUnavailableError(
+                f"no {backend} group for the weights: {first_line(error)[:300]}"
+            ) from error
 
     def send(self, tensors: Iterable[Tensor]) -> None:
         """Broadcast tensors, one after the other."""

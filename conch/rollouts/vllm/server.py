@@ -186,11 +186,12 @@ class RolloutServer:
             )
         model = self._engine.vllm_config.model_config
         highest = max(max(prompt.token_ids) for prompt in request.prompts)
-        if highest >= model.get_vocab_size():
+        size = model.get_vocab_size()  # 0 where the configuration does not tell
+        if 0 < size <= highest:
             raise HTTPException(
                 BAD_REQUEST,
-                f"a prompt has token {highest}, this server's model knows {model.get_vocab_size()} tokens: "
-                "serve the policy's own folder",
+                f"a prompt has token {highest}, this server's model knows {size} tokens: serve the policy's "
+                "own folder",
             )
         longest = max(len(prompt.token_ids) for prompt in request.prompts)
         max_model_len = model.max_model_len

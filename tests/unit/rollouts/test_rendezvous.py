@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
@@ -10,6 +12,8 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from conch.errors import RolloutUnavailableError
 from conch.rollouts.rendezvous import SignedStore, join, open_store, wait_for_members
+from conch.rollouts.weight_sync import BroadcastGroup
+from tests.footprint import wait_until
 
 LONG_S = 60.0
 
@@ -73,6 +77,27 @@ def test_what_a_stranger_writes_over_is_found_out() -> None:
     stranger.set(name, stranger.get(moved))  # a right signature, of another key
     with pytest.raises(RolloutUnavailableError, match="a stranger has written"):
         store.get("joined 1")
+
+
+def test_member_whom_a_stranger_leads_elsewhere_does_not_go() -> None:
+    store = open_store("127.0.0.1", LONG_S)
+    member = join("127.0.0.1", store.port, store.token, rank=1, timeout_s=LONG_S)
+    stranger = stranger_at(store)
+    (joined,) = stranger.list_keys()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def group(side: SignedStore, rank: int) -> BroadcastGroup:
+        return BroadcastGroup(side, rank, 2, "gloo", address="127.0.0.1", timeout_s=3.0)
+
+    with ThreadPoolExecutor(1) as thread:
+        trainer = thread.submit(group, store, 0)
+        wait_until(lambda: len(stranger.list_keys()) > 1, lambda: "the trainer said nothing")  # pyright: ignore[reportAttributeAccessIssue]
+        for name in stranger.list_keys():  # pyright: ignore[reportAttributeAccessIssue]
+            if name != joined:
+                stranger.set(name, "where the stranger listens")
+        with pytest.raises(RolloutUnavailableError, match="a stranger has written to the store"):
+            group(member, 1)
+        with contextlib.suppress(RolloutUnavailableError):  # gloo may notice, or the server's answer tells
+            trainer.result(LONG_S).close()
 
 
 def test_store_that_is_gone_is_named() -> None:
