@@ -74,6 +74,7 @@ from conch.training.setup import (
     load_policy_tokenizer,
     rows_per_process,
     save_on_main,
+    try_policy,
     with_gathered_weights,
 )
 from conch.training.statistics import update_metrics, update_with_statistics
@@ -319,6 +320,7 @@ class ILQLTrainer:
     def _init_policy(self, lm: PreTrainedModel, logit_mask: Tensor | None) -> None:
         config, engine = self.config, self.engine
         freeze_layers(lm, config.model)
+        try_policy(lm.to(engine.device), self.tokenizer, config.model)  # pyright: ignore[reportArgumentType]
         self.policy = ILQLPolicy(
             lm,
             num_q_heads=config.ilql.num_q_heads,

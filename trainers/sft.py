@@ -61,6 +61,7 @@ from conch.training.setup import (
     load_policy_tokenizer,
     rows_per_process,
     save_on_main,
+    try_policy,
     with_gathered_weights,
 )
 from conch.training.statistics import update_metrics
@@ -160,6 +161,7 @@ class SFTTrainer:
         self.lm = lm.to(engine.device)  # pyright: ignore[reportArgumentType]
         check_vocabulary(self.lm, self.tokenizer)
         freeze_layers(self.lm, config.model)
+        try_policy(self.lm, self.tokenizer, config.model)
         self._init_data(samples, eval_samples)
         self._init_evaluation(eval_prompts or [], metric_fn)
         engine.prepare(
