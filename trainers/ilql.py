@@ -77,6 +77,7 @@ from conch.training.setup import (
     rows_per_process,
     save_on_main,
     text_codec,
+    try_policy,
     with_gathered_weights,
 )
 from conch.training.statistics import update_metrics, update_with_statistics
@@ -325,6 +326,7 @@ class ILQLTrainer:
         config, engine = self.config, self.engine
         freeze_layers(lm, config.model)
         ends = with_end_ids(config.generation, lm, self.tokenizer)
+        try_policy(lm.to(engine.device), self.tokenizer, config.model)  # pyright: ignore[reportArgumentType]
         self.policy = ILQLPolicy(
             lm,
             num_q_heads=config.ilql.num_q_heads,

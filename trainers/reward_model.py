@@ -65,9 +65,10 @@ from conch.data.rollout_batch import take_rows
 from conch.distributed.train_engine import TrainEngine
 from conch.errors import ConfigError, DataError, ModelError
 from conch.evaluation.metrics import pair_metrics, score_metrics
-from conch.models.freezing import freeze_layers
+from conch.models.freezing import freeze_layers, freeze_unreached
 from conch.models.kernels import check_kernels
 from conch.models.loading import context_window, load_sequence_classifier
+from conch.models.trial import check_classifier
 from conch.ops import at_least_float32
 from conch.runs.tracking import Tracker
 from conch.training.loop import fit
@@ -268,6 +269,8 @@ class RewardModelTrainer:
         freeze_layers(model, config.model)
         check_vocabulary(model, self.tokenizer)
         self.model = model.to(self.engine.device)  # pyright: ignore[reportArgumentType]
+        freeze_unreached(self.model)
+        check_classifier(self.model, config.model)
 
     def _tokenize(
         self,

@@ -63,6 +63,7 @@ from conch.training.setup import (
     rows_per_process,
     save_on_main,
     text_codec,
+    try_policy,
     with_gathered_weights,
 )
 from conch.training.statistics import update_metrics
@@ -166,6 +167,7 @@ class SFTTrainer:
         check_vocabulary(self.lm, self.tokenizer)
         freeze_layers(self.lm, config.model)
         self.codec = text_codec(self.tokenizer, self.lm, config.tokenizer)
+        try_policy(self.lm, self.tokenizer, config.model)
         self._init_data(samples, eval_samples)
         self._init_evaluation(eval_prompts, metric_fn)
         engine.prepare(

@@ -43,7 +43,7 @@ class ModelConfig(Section):
     of PPO shares the frozen trunk and copies only these blocks; with -1 it is a full copy."""
 
     disable_dropout: bool = True
-    """Set every dropout to 0, so that sampling and training see the same policy."""
+    """Set every dropout and the noise of routers to 0, so that sampling and training see the same policy."""
 
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless you have read that code."""
@@ -57,6 +57,10 @@ class ModelConfig(Section):
 
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
+
+    trial: bool = True
+    """Try the model out before the run, by a few short forward passes: a padded sample must score as it does
+    alone, training mode as evaluation mode, and a completion must be able to end."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:

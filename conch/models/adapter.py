@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper, load_peft_weights
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -182,6 +182,28 @@ def merge_in_place(model: PreTrainedModel) -> None:
         )
     del model.peft_config
     model._hf_peft_config_loaded = False
+    _untie_what_differs(model)
+
+
+@torch.no_grad()
+def _untie_what_differs(model: PreTrainedModel) -> None:
+    """Let the config say so where embeddings and head no longer share a weight: one of them was trained in a
+    copy (`modules_to_save`), which who ties them on reading would lose."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    first, second = (getattr(each, "weight", None) for each in ends)
+    if not model.config.tie_word_embeddings or first is None or second is None:
+        return
+    if first is second or (first.shape == second.shape and torch.equal(first, second)):
+        return
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Give the head a weight of its own, equal to the embeddings'."""
+    head = base_of(model.get_output_embeddings())
+    assert head is not None, "a shared weight has two modules"
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def adapter_base(path: str) -> str | None:
@@ -210,11 +232,21 @@ def merge_saved_adapter(model: PreTrainedModel, path: str) -> PreTrainedModel:
     """
     try:
         with warnings.catch_warnings():
+            _grow_vocabulary(model, path)
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+            # Embeddings and head that share a weight are told apart below, and by peft.
+            warnings.filterwarnings("ignore", message="Model (has|with) `tie_word_embeddings=True`")
+            warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
             # peft calls transformers by an older name.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            merged = PeftModel.from_pretrained(model, path).merge_and_unload()  # pyright: ignore[reportCallIssue]
+            adapted = PeftModel.from_pretrained(model, path)
+            if adapted_and_shared(model) is not None:
+                _untie(model)  # what is merged into one of two that share a weight would change both
+            merged = adapted.merge_and_unload()  # pyright: ignore[reportCallIssue]
+            _untie_what_differs(merged)
+    except ModelError:
+        raise
     # A damaged or foreign adapter surfaces as anything from SafetensorError to RuntimeError and UserWarning.
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
@@ -224,6 +256,40 @@ def merge_saved_adapter(model: PreTrainedModel, path: str) -> PreTrainedModel:
     assert isinstance(merged, PreTrainedModel)
     merged.name_or_path = path  # of an adapter on top: its base is this model, not this model's base
     return merged
+
+
+def _grow_vocabulary(model: PreTrainedModel, path: str) -> None:
+    """Give the base room for the embeddings that the adapter in `path` brings, where tokens were added before
+    it was trained.
+
+    Raises:
+        ModelError: the adapter knows more tokens than the base, and does not bring their embeddings.
+    """
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    name, head_name = (_suffix(model, each) for each in (embeddings, head))
+    brought = known = 0
+    for key, tensor in load_peft_weights(path, device="cpu").items():
+        if f"{name}lora_embedding_A" in key:
+            known = max(known, tensor.shape[1])
+        elif key.endswith(".weight") and "lora_A" not in key and (name in key or head_name in key):
+            known = max(known, tensor.shape[0])
+            if name in key and "lora" not in key:
+                brought = max(brought, tensor.shape[0])
+    assert isinstance(embeddings, nn.Embedding)
+    size = embeddings.num_embeddings
+    if known > size and brought < known:
+        raise ModelError(
+            f"the adapter in {path!r} knows {known} tokens, its base {model.name_or_path!r} {size}: it lacks "
+            "the embeddings of the others; save it with peft's `save_embedding_layers=True`, or merged"
+        )
+    if brought > size:
+        model.resize_token_embeddings(brought, mean_resizing=False)
+
+
+def _suffix(model: PreTrainedModel, module: nn.Module | None) -> str:
+    """What a weight of the module has in its name; no weight has it where there is no module."""
+    names = [name for name, each in model.named_modules() if each is module]
+    return f".{names[0]}." if names else "no module"
 
 
 # ----------------------------------------------------------------------------------------------------- checks

@@ -10,6 +10,7 @@ sample.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,7 +20,12 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
-from conch.errors import ConfigError
+from conch.errors import ConfigError, first_line
+from conch.log import get_logger
+from conch.models.loading import first_position
+from conch.ops import position_ids
+
+_log = get_logger(__name__)
 
 
 def packed_logits(
@@ -31,17 +37,24 @@ def packed_logits(
     """
     if not attends_by_lengths(lm):
         attention = attention_inputs(lm, isolating_mask(position_ids), position_ids)
-        output = lm(input_ids=input_ids, position_ids=position_ids, use_cache=False, **attention)
+        places = model_positions(lm, position_ids)
+        output = lm(input_ids=input_ids, position_ids=places, use_cache=False, **attention)
         return output.logits[:, :-1]
     ids, positions = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
     attention = attention_inputs(lm, None, positions)
-    output = lm(input_ids=ids, position_ids=positions, use_cache=False, **attention)
+    places = model_positions(lm, positions)
+    output = lm(input_ids=ids, position_ids=places, use_cache=False, **attention)
     return output.logits.view(*input_ids.shape, -1)[:, :-1]
 
 
 def takes_positions(lm: PreTrainedModel) -> bool:
     """True for decoders that take the position of each token as an argument."""
     return not lm.config.is_encoder_decoder and "position_ids" in inspect.signature(lm.forward).parameters
+
+
+def model_positions(lm: PreTrainedModel, position_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """Position ids as the model counts them, from those that count from 0."""
+    return position_ids + first_position(lm.config)
 
 
 def attends_by_mask(lm: PreTrainedModel) -> bool:
@@ -56,19 +69,21 @@ def attends_by_lengths(lm: PreTrainedModel) -> bool:
     """
     parameters = inspect.signature(lm.forward).parameters.values()
     takes_keywords = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
-    # Chunks of attention (Llama 4) would be counted from the row's beginning.
-    in_chunks = getattr(lm.config.get_text_config(), "attention_chunk_size", None) is not None
+    # Chunks of attention would be counted from the row's beginning.
+    in_chunks = _attention_chunk(lm.config.get_text_config()) is not None
     return is_flash_attention_requested(lm.config) and takes_keywords and not in_chunks
 
 
 def trial_precision(lm: PreTrainedModel) -> AbstractContextManager[Any]:
-    """Autocast for forward passes that only try a model out.
+    """Autocast for forward passes that only try a model out, before the training's mixed precision casts.
 
-    Flash-attention takes half precision only, also of float32 weights that the training's mixed precision
-    casts later.
+    Flash-attention takes half precision only, also of float32 weights; parts in several precisions (a float32
+    head on a half-precision trunk) meet in the half one.
     """
-    is_needed = is_flash_attention_requested(lm.config) and lm.dtype == torch.float32
-    return torch.autocast(lm.device.type, torch.bfloat16, enabled=is_needed)
+    dtypes = {parameter.dtype for parameter in lm.parameters() if parameter.is_floating_point()}
+    half = next((each for each in (torch.bfloat16, torch.float16) if each in dtypes), torch.bfloat16)
+    only_half = is_flash_attention_requested(lm.config) and lm.dtype == torch.float32
+    return torch.autocast(lm.device.type, half, enabled=only_half or (len(dtypes) > 1 and half in dtypes))
 
 
 def attention_inputs(
@@ -156,22 +171,142 @@ def check_packing(lm: PreTrainedModel, max_tokens: int) -> None:
 
 @torch.no_grad()
 def keeps_apart(lm: PreTrainedModel) -> bool:
-    """True for a model whose logits of a row's second sample do not depend on the first.
+    """True for a model to which each sample of a row is as if it stood alone. Call it in evaluation mode.
 
-    Runs the model: its signature does not tell whether it remembers tokens otherwise than by attention.
+    Runs the model: its signature does not tell whether it remembers tokens otherwise than by attention, nor
+    whether it takes the mask.
     """
-    one, other = (torch.tensor([[first, 1, 0, 1, 0]], device=lm.device) for first in (0, 1))
-    positions = torch.tensor([[0, 1, 0, 1, 2]], device=lm.device)
+    ids = [each.to(lm.device) for each in trial_ids(lm, (2, 1, 1, 3, 2, 1, 1))]
+    (prompt, one, other, apart), swaps = ids[:4], ids[4:]
+    samples = [torch.cat(parts, dim=1) for parts in ((prompt, one), (prompt, other), (apart,))]
+    logits_of = _logits_of_one_row if attends_by_lengths(lm) else _logits_of_shared_row
     with trial_precision(lm):
-        first, second = (packed_logits(lm, ids, positions)[:, 2:] for ids in (one, other))
-    return torch.equal(first, second)
+        try:
+            packed = logits_of(lm, prompt, one, other, apart)
+            swapped = logits_of(lm, *swaps, apart)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever an architecture makes of a mask that it does not know
+            _log.debug("%s takes no packed rows: %s", type(lm).__name__, first_line(error))
+            return False
+        alone = lm(input_ids=torch.cat(samples), use_cache=False).logits
+    pairs = zip(packed, alone, strict=True)
+    return all(is_rounding(*pair) for pair in pairs) and is_rounding(swapped[2], packed[2], same_shape=True)
+
+
+def _logits_of_one_row(lm: PreTrainedModel, prompt: Tensor, *others: Tensor) -> list[Float[Tensor, "3 V"]]:
+    """Logits of three samples in one row, two of which begin with the prompt [1, 2]; see `keeps_apart`."""
+    one, other, apart = others
+    ids = torch.cat([prompt, one, prompt, other, apart], dim=1)
+    positions = torch.tensor([[0, 1, 2] * 3], device=lm.device)
+    attention = attention_inputs(lm, None, positions)
+    places = model_positions(lm, positions)
+    logits = lm(input_ids=ids, position_ids=places, use_cache=False, **attention).logits[0]
+    return [*logits.split(3)]
+
+
+def _logits_of_shared_row(lm: PreTrainedModel, prompt: Tensor, *others: Tensor) -> list[Float[Tensor, "3 V"]]:
+    """As `_logits_of_one_row`, where two samples share the columns of the prompt."""
+    ids = torch.cat([prompt, *others], dim=1)
+    family = torch.tensor([[0] * 4 + [1] * 3], device=lm.device)
+    member = torch.tensor([[0, 0, 1, 2, 0, 0, 0]], device=lm.device)
+    positions = torch.tensor([[0, 1, 2, 2, 0, 1, 2]], device=lm.device)
+    attention = attention_inputs(lm, sharing_mask(family, member), positions)
+    places = model_positions(lm, positions)
+    logits = lm(input_ids=ids, position_ids=places, use_cache=False, **attention).logits[0]
+    return [logits[:3], logits[[0, 1, 3]], logits[4:]]
+
+
+@torch.no_grad()
+def takes_left_padding(lm: PreTrainedModel) -> bool:
+    """True for a model to which padding before a prompt is as if it were not there.
+
+    It is padded as `transformers.generate` does, under a mask and with position ids where the model takes
+    them. Prompts of encoder-decoders are padded behind. Runs the model.
+    """
+    if lm.config.is_encoder_decoder:
+        return True
+    was_training = lm.training
+    lm.eval()
+    pads, other_pads, prompt = (ids.to(lm.device) for ids in trial_ids(lm, (2, 2, 3)))
+    try:
+        with trial_precision(lm):
+            padded, other = (_left_padded_logits(lm, each, prompt) for each in (pads, other_pads))
+            alone = lm(input_ids=prompt, use_cache=False).logits
+    finally:
+        lm.train(was_training)
+    return is_rounding(padded, alone) and is_rounding(other, padded, same_shape=True)
+
+
+def _left_padded_logits(lm: PreTrainedModel, pads: Tensor, prompt: Tensor) -> Float[Tensor, "1 L V"]:
+    ids = torch.cat([pads, prompt], dim=1)
+    mask = torch.ones_like(ids)
+    mask[:, : pads.shape[1]] = 0
+    places = {"position_ids": position_ids(mask)} if takes_positions(lm) else {}
+    return lm(input_ids=ids, attention_mask=mask, use_cache=False, **places).logits[:, pads.shape[1] :]
+
+
+def trial_ids(lm: PreTrainedModel, lengths: Sequence[int]) -> list[Int[Tensor, "1 L"]]:
+    """Samples of these lengths to try a model with: of tokens that differ as long as the vocabulary has them,
+    and none that the config names as special where there are ten others."""
+    config = lm.config.get_text_config()
+    named = [getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")]
+    special = {token for each in named for token in (each if isinstance(each, list) else [each])}
+    size = int(config.vocab_size)
+    known = [token for token in range(min(size, 64)) if token not in special]
+    known = known if len(known) >= 10 else list(range(size))
+    ids = torch.tensor([known[place % len(known)] for place in range(sum(lengths))])
+    return [part.unsqueeze(0) for part in ids.split(list(lengths))]
+
+
+_HALF = {torch.bfloat16: 0.25, torch.float16: 0.05}
+"""Nats that rounding explains in half precision, where shapes and with them kernels differ. bfloat16 rounds
+logits between 16 and 32 by up to 0.06, and so do layers on the way; float16 has three bits more."""
+
+_HALF_SAME_SHAPE = 0.02
+"""The same where shapes are equal: only experts then compute in other groups."""
+
+
+def is_rounding(
+    outputs: Float[Tensor, "*S V"], expected: Float[Tensor, "*S V"], *, same_shape: bool = False
+) -> bool:
+    """True where `logprob_gap` is no more than rounding explains.
+
+    same_shape: True where both come from inputs of one shape.
+    """
+    return logprob_gap(outputs, expected) <= rounding_bound(expected.dtype, same_shape=same_shape)
+
+
+def rounding_bound(dtype: torch.dtype, *, same_shape: bool = False) -> float:
+    """Nats that rounding explains; in float32 that of a deep model's logits. A fault makes 0.01 and more."""
+    return _HALF_SAME_SHAPE if dtype in _HALF and same_shape else _HALF.get(dtype, 1e-4)
+
+
+def logprob_gap(logits: Float[Tensor, "*S V"], expected: Float[Tensor, "*S V"]) -> float:
+    """Distance in nats of two distributions: the mean over the vocabulary of their log-probs' difference, in
+    the state where that is largest."""
+    gap = (logits.double().log_softmax(dim=-1) - expected.double().log_softmax(dim=-1)).abs()
+    return float(gap.nan_to_num(0.0).mean(dim=-1).max())  # -inf less -inf: a token that never comes
 
 
 def sliding_window(config: PretrainedConfig) -> int | None:
-    """Tokens that the model's local attention looks back; None where all attention is global."""
+    """Tokens that the model's local attention looks back, or a chunk of them that attends to itself alone;
+    None where all attention is global."""
+    config = config.get_text_config()
     if "local" in getattr(config, "attention_layers", ()):  # GPT-Neo
         return int(config.window_size)
+    chunk = _attention_chunk(config)
+    if chunk is not None:
+        return chunk
     window = getattr(config, "sliding_window", None)
     layers = getattr(config, "layer_types", None)
     is_used = layers is None or "sliding_attention" in layers
     return window if isinstance(window, int) and is_used else None
+
+
+def _attention_chunk(config: PretrainedConfig) -> int | None:
+    """Tokens of a chunk of attention (Llama 4); None where attention is not cut."""
+    chunk = getattr(config, "attention_chunk_size", None)
+    layers = getattr(config, "layer_types", None)
+    is_used = layers is None or "chunked_attention" in layers
+    return chunk if isinstance(chunk, int) and is_used else None

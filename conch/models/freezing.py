@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from conch.config import ModelConfig
-from conch.errors import ConfigError
+from conch.errors import ConfigError, ModelError, first_line
+from conch.log import get_logger
 from conch.models.adapter import add_adapter, classifier_heads
+from conch.models.attention import trial_ids, trial_precision
 from conch.models.loading import decoder_layers, disable_dropout
+
+_log = get_logger(__name__)
 
 
 def freeze_layers(model: PreTrainedModel, config: ModelConfig) -> None:
@@ -65,3 +73,67 @@ def freeze_trunk(model: PreTrainedModel, num_layers_unfrozen: int) -> None:
     model.requires_grad_(False)
     for layer in layers[len(layers) - num_layers_unfrozen :]:
         layer.requires_grad_(True)
+
+
+def freeze_unreached(model: PreTrainedModel) -> list[str]:
+    """Freeze trained parameters that no text reaches (an image encoder, say): DDP would wait for their
+    gradients. Call it after `freeze_layers`, with `model` on its device.
+
+    A backward pass over a few tokens finds them. Experts that these tokens did not choose stay as they are.
+
+    Raises:
+        ModelError: the pass fails.
+
+    Returns:
+        Names of the largest modules that are frozen as a whole; those of parameters that stand alone.
+    """
+    (ids,) = trial_ids(model, (4,))
+    inputs = {"input_ids": ids.to(model.device)}
+    if model.get_output_embeddings() is not None and model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    reached: set[Tensor] = set()
+
+    def note(parameter: Tensor) -> None:
+        reached.add(parameter)
+        parameter.grad = None  # all gradients at once may not fit before training begins
+
+    handles = [p.register_post_accumulate_grad_hook(note) for p in trained.values()]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.enable_grad(), trial_precision(model):
+            model(**inputs, use_cache=False).logits.float().sum().backward()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of any kind: the architecture's own
+        raise ModelError(
+            f"{type(model).__name__} cannot be trained on text, a pass over a few tokens fails: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    unreached = [name for name, p in trained.items() if p not in reached and "expert" not in name]
+    for name in unreached:
+        trained[name].requires_grad_(False)
+    names = _modules_of(model, unreached)
+    if names:
+        _log.info("no text reaches %s of %s: frozen", ", ".join(names), type(model).__name__)
+    return names
+
+
+def _modules_of(model: nn.Module, parameters: Sequence[str]) -> list[str]:
+    """The largest modules that have no other trained parameters than these, all frozen by now."""
+    names: dict[str, None] = {}
+    for parameter in parameters:
+        name = parameter
+        while (parent := name.rpartition(".")[0]) and not _trains(model.get_submodule(parent)):
+            name = parent
+        names[name] = None
+    return [*names]
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())

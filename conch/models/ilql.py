@@ -25,7 +25,14 @@ from conch.config import ModelConfig
 from conch.errors import ModelError
 from conch.models.forward import ForwardInputs
 from conch.models.loading import load_lm
-from conch.models.policy import HEADS_FILE, captured_head_input, response_logits_and_states
+from conch.models.policy import (
+    HEADS_FILE,
+    captured_head_input,
+    decoder_start,
+    flush_left,
+    plain_generation,
+    response_logits_and_states,
+)
 from conch.ops import at_least_float32, head_dtype
 
 DECODING_FILE = "ilql.json"
@@ -167,6 +174,9 @@ class ILQLPolicy(nn.Module):
     ) -> Any:
         """Run `lm.generate` with the heads; returns its result, by default sequences [B, T].
 
+        What the language model's checkpoint says of sampling does not count (`lm.generation_config`: a
+        repetition penalty, say): training sampled without it.
+
         input_ids: prompts, padded left where they differ in length.
         beta: weight of the advantages; None takes the one saved with the model.
         settings: arguments of `lm.generate`, which override those saved with the model.
@@ -178,12 +188,18 @@ class ILQLPolicy(nn.Module):
         if beta is None:
             raise ModelError("no `beta` was saved with this model: pass `beta=`")
         saved = {name: self.decoding[name] for name in _GENERATE_KEYS if name in self.decoding}
-        with self.shaping(beta) as processors:
+        start = {}
+        if self.lm.config.is_encoder_decoder:
+            start["decoder_input_ids"] = decoder_start(self.lm, len(input_ids))
+            if attention_mask is not None:
+                input_ids, mask = flush_left(input_ids, attention_mask.bool())
+                attention_mask = mask.to(attention_mask.dtype)
+        with self.shaping(beta) as processors, plain_generation(self.lm):
             return self.lm.generate(  # pyright: ignore[reportCallIssue]  typed as a Tensor attribute
                 input_ids,
                 attention_mask=attention_mask,
                 logits_processor=LogitsProcessorList(processors),
-                **{"do_sample": True, **saved, **settings},
+                **{"do_sample": True, "top_k": 0, **start, **saved, **settings},
             )
 
     # -------------------------------------------------------------------------------------------------- files

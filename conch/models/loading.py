@@ -163,13 +163,14 @@ def context_window(model_config: PretrainedConfig) -> int | None:
     if model_config.is_encoder_decoder and hasattr(model_config, "relative_attention_num_buckets"):
         return None  # T5 and its kin may name the length of their pretraining, which is no limit
     for key in ("max_position_embeddings", "n_positions", "max_sequence_length"):
-        value = getattr(model_config, key, None)
+        value = getattr(model_config.get_text_config(), key, None)
         if isinstance(value, int) and value > 0:
-            return value - _unused_positions(model_config)
+            return value - first_position(model_config)
     return None
 
 
-def _unused_positions(model_config: PretrainedConfig) -> int:
+def first_position(model_config: PretrainedConfig) -> int:
+    """Position id of a text's first token: 0, or 1 behind the pad token's id where RoBERTa set the custom."""
     if model_config.model_type not in _POSITIONS_BEHIND_PAD:
         return 0
     return int(model_config.pad_token_id) + 1
@@ -202,14 +203,15 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0, of activations and of whole layers.
+    """Set every dropout probability to 0, of activations and of whole layers, and silence routers.
 
-    Some architectures hold them in modules, some in plain attributes (`attn_pdrop`, `layerdrop`), and some
-    read their config in each forward pass. `original_dropout` brings back what configs held.
+    Some architectures hold probabilities in modules, some in plain attributes (`attn_pdrop`, `layerdrop`),
+    and some read their config in each forward pass. `original_dropout` brings back what configs held.
     """
     originals: list[tuple[Any, str, float]] = getattr(model, _ORIGINALS, [])
     setattr(model, _ORIGINALS, originals)
     for module in model.modules():
+        _silence_routing(module)
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         holders = [module, module.config] if isinstance(module, PreTrainedModel) else [module]
@@ -233,6 +235,26 @@ def original_dropout(model: nn.Module) -> Iterator[None]:
     finally:
         for config, name, _ in originals:
             setattr(config, name, 0.0)
+
+
+def _silence_routing(module: nn.Module) -> None:
+    """Let experts be chosen in training mode as they are in evaluation mode, without noise.
+
+    Some mixtures of experts multiply what a router reads by noise ("jitter": Mixtral, DBRX), some draw the
+    experts (PhiMoE, NLLB). A router learns the same way in evaluation mode. A router's own attributes and the
+    config stay as they are: what PhiMoE calls jitter there is a threshold, which evaluation mode reads, too.
+    """
+    if "Router" in type(module).__name__:
+        if _as_in_evaluation not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_as_in_evaluation)
+        return
+    for name, value in list(vars(module).items()):
+        if "jitter" in name and isinstance(value, float):
+            setattr(module, name, 0.0)
+
+
+def _as_in_evaluation(module: nn.Module, _args: Any) -> None:
+    module.training = False
 
 
 def fuse_activations(model: nn.Module) -> None:
@@ -259,6 +281,8 @@ def _load(
         model = _load(class_of, base_config, new_head_allowed=new_head_allowed, **overrides)
         return merge_saved_adapter(model, str(config.path))
     model_config = _model_config(config, overrides)
+    if "pad_token_id" in overrides:  # a model of texts and images reads that of its text model
+        model_config.get_text_config().pad_token_id = overrides["pad_token_id"]
     auto_class = class_of(model_config)
     check_architecture(config, auto_class, model_config)
     settings: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
@@ -279,7 +303,7 @@ def _load(
 
 def _model_config(config: ModelConfig, overrides: dict[str, Any]) -> PretrainedConfig:
     if config.architecture is not None:
-        return _config_of_shape({**config.architecture, **overrides})
+        return _config_of_shape(config.architecture, overrides)
     path = str(config.path)
     try:
         return AutoConfig.from_pretrained(
@@ -290,7 +314,8 @@ def _model_config(config: ModelConfig, overrides: dict[str, Any]) -> PretrainedC
         raise ModelError(_cannot_load("model", path, error)) from error
 
 
-def _config_of_shape(shape: dict[str, Any]) -> PretrainedConfig:
+def _config_of_shape(architecture: dict[str, Any], overrides: dict[str, Any]) -> PretrainedConfig:
+    shape = dict(architecture)
     model_type = str(shape.pop("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise ConfigError(
@@ -307,7 +332,7 @@ def _config_of_shape(shape: dict[str, Any]) -> PretrainedConfig:
                 f"`model.architecture.{key}` is no key of {model_type}{_did_you_mean(key, list(valid))}"
             )
     try:
-        return AutoConfig.for_model(model_type, **shape)
+        return AutoConfig.for_model(model_type, **{**shape, **overrides})
     except Exception as error:  # the wrong type of a value raises an error that is no TypeError
         reason = " ".join(str(error).split()).rstrip(".")
         raise ConfigError(f"`model.architecture` is not valid: {reason}") from error

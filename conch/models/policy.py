@@ -10,7 +10,6 @@ Every forward pass takes `conch.models.forward.ForwardInputs`. Outputs are [B, R
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from conch.errors import ConfigError, ModelError
 from conch.models.adapter import base_of, has_adapter, merge_in_place
-from conch.models.attention import attention_inputs, trial_precision
+from conch.models.attention import attention_inputs, model_positions, takes_positions, trial_precision
 from conch.models.forward import ForwardInputs
 from conch.models.loading import decoder_layers
 from conch.models.shared_trunk import ReplayedBlock, Trunk, name_of
@@ -177,8 +176,11 @@ def response_logits(lm: PreTrainedModel, inputs: ForwardInputs) -> Float[Tensor,
     input_ids, attention_mask, positions, position_ids = inputs
     if isinstance(positions, Tensor):
         return _packed_logits_and_states(lm, input_ids, attention_mask, positions, position_ids)[0]
-    arguments, columns = _padded_arguments(lm, input_ids, attention_mask, positions)
-    return lm(**arguments, use_cache=False).logits[:, columns]
+    assert attention_mask is not None, "padded rows have a mask"
+    if lm.config.is_encoder_decoder:
+        arguments, columns = _encoder_decoder_arguments(lm, input_ids, attention_mask, positions)
+        return lm(**arguments, use_cache=False).logits[:, columns]
+    return _decoder_logits_and_states(lm, input_ids, attention_mask, positions)[0]
 
 
 def response_logits_and_states(
@@ -188,7 +190,10 @@ def response_logits_and_states(
     input_ids, attention_mask, positions, position_ids = inputs
     if isinstance(positions, Tensor):
         return _packed_logits_and_states(lm, input_ids, attention_mask, positions, position_ids)
-    arguments, columns = _padded_arguments(lm, input_ids, attention_mask, positions)
+    assert attention_mask is not None, "padded rows have a mask"
+    if not lm.config.is_encoder_decoder:
+        return _decoder_logits_and_states(lm, input_ids, attention_mask, positions)
+    arguments, columns = _encoder_decoder_arguments(lm, input_ids, attention_mask, positions)
     with captured_head_input(lm) as captured:
         logits = lm(**arguments, use_cache=False).logits
     return logits[:, columns], captured[0][:, columns]
@@ -203,38 +208,87 @@ def _packed_logits_and_states(
 ) -> tuple[Float[Tensor, "1 K V"], Float[Tensor, "1 K D"]]:
     assert position_ids is not None, "packed rows have positions"
     attention = attention_inputs(lm, attention_mask, position_ids)
+    places = model_positions(lm, position_ids)
     with captured_head_input(lm, positions) as captured:
-        output = lm(input_ids=input_ids, position_ids=position_ids, use_cache=False, **attention)
+        output = lm(input_ids=input_ids, position_ids=places, use_cache=False, **attention)
     return output.logits, captured[0]
 
 
-def _padded_arguments(
+def _decoder_logits_and_states(
     lm: PreTrainedModel,
     input_ids: Int[Tensor, "B T"],
-    attention_mask: Bool[Tensor, "B T"] | None,
+    attention_mask: Bool[Tensor, "B T"],
+    num_response: int,
+) -> tuple[Float[Tensor, "B R V"], Float[Tensor, "B R D"]]:
+    """Logits and states of padded rows, read flush left: no model sees padding before a sample, whether it
+    knows the mask, takes positions, or (RWKV) remembers all columns that it has read."""
+    num_prompt = input_ids.shape[1] - num_response
+    first = attention_mask.long().argmax(dim=1, keepdim=True)
+    rows = torch.arange(len(input_ids), device=input_ids.device).unsqueeze(1)
+    columns = torch.arange(num_response, device=input_ids.device) + num_prompt - first - 1
+    places = rows * input_ids.shape[1] + columns.clamp(min=0)
+    ids, mask = flush_left(input_ids, attention_mask)
+    arguments = {"input_ids": ids, "attention_mask": mask.long()}
+    # Models with relative positions take no `position_ids`: they see the padding in the mask.
+    if takes_positions(lm):
+        arguments["position_ids"] = model_positions(lm, position_ids(mask))
+    with captured_head_input(lm, places.flatten()) as captured:
+        logits = lm(**arguments, use_cache=False).logits
+    shape = (len(input_ids), num_response, -1)
+    return logits.view(shape), captured[0].view(shape)
+
+
+def _encoder_decoder_arguments(
+    lm: PreTrainedModel,
+    input_ids: Int[Tensor, "B T"],
+    attention_mask: Bool[Tensor, "B T"],
     num_response: int,
 ) -> tuple[dict[str, Any], slice]:
     """Arguments of `lm` for a `prompt | response` batch, and the columns of its output to read.
 
-    Only this function tells decoders and encoder-decoders apart.
+    The encoder reads prompts flush left: BART and its kin count positions from the first column.
     """
-    assert attention_mask is not None, "padded rows have a mask"
-    if not lm.config.is_encoder_decoder:
-        arguments = {"input_ids": input_ids, "attention_mask": attention_mask.long()}
-        # Models with relative positions take no `position_ids`: they see the padding in the mask.
-        optional = {"position_ids": position_ids(attention_mask), "logits_to_keep": num_response + 1}
-        known = inspect.signature(lm.forward).parameters
-        arguments |= {name: value for name, value in optional.items() if name in known}
-        return arguments, slice(-num_response - 1, -1)
+    prompt, prompt_mask = flush_left(input_ids[:, :-num_response], attention_mask[:, :-num_response])
     response, is_real = input_ids[:, -num_response:], attention_mask[:, -num_response:].long()
-    start = torch.full_like(response[:, :1], int(lm.config.decoder_start_token_id))
+    prefix = decoder_start(lm, len(input_ids))
     arguments = {
-        "input_ids": input_ids[:, :-num_response],
-        "attention_mask": attention_mask[:, :-num_response].long(),
-        "decoder_input_ids": torch.cat([start, response[:, :-1]], dim=1),
-        "decoder_attention_mask": torch.cat([torch.ones_like(start), is_real[:, :-1]], dim=1),
+        "input_ids": prompt,
+        "attention_mask": prompt_mask.long(),
+        "decoder_input_ids": torch.cat([prefix, response[:, :-1]], dim=1),
+        "decoder_attention_mask": torch.cat([torch.ones_like(prefix), is_real[:, :-1]], dim=1),
     }
-    return arguments, slice(None)
+    return arguments, slice(prefix.shape[1] - 1, None)
+
+
+def flush_left(
+    input_ids: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]
+) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
+    """Rows and their mask with the padding before the first real token moved behind the last."""
+    first = attention_mask.long().argmax(dim=1, keepdim=True)
+    order = (torch.arange(input_ids.shape[1], device=input_ids.device) + first) % input_ids.shape[1]
+    return input_ids.gather(1, order), attention_mask.gather(1, order)
+
+
+def decoder_start(lm: PreTrainedModel, num_rows: int) -> Int[Tensor, "B S"]:
+    """What the decoder of an encoder-decoder reads before a response, which no policy chooses: its start
+    token, and the token that its configuration forces behind that (mBART's and NLLB's language to write)."""
+    forced = getattr(lm.generation_config, "forced_bos_token_id", None)
+    ids = [int(lm.config.decoder_start_token_id), *([] if forced is None else [int(forced)])]
+    return torch.tensor(ids, device=lm.device).expand(num_rows, -1)
+
+
+@contextmanager
+def plain_generation(lm: PreTrainedModel) -> Iterator[None]:
+    """Hide the checkpoint's own sampling settings (a repetition penalty, say), from which `lm.generate` would
+    take whatever is not set explicitly."""
+    checkpoint_config = lm.generation_config
+    lm.generation_config = GenerationConfig(
+        decoder_start_token_id=getattr(lm.config, "decoder_start_token_id", None)
+    )
+    try:
+        yield
+    finally:
+        lm.generation_config = checkpoint_config
 
 
 @contextmanager

@@ -51,6 +51,7 @@ from conch.training.setup import (
     open_reward,
     save_on_main,
     text_codec,
+    try_policy,
     with_gathered_weights,
 )
 from conch.training.statistics import reward_metrics, rollout_metrics
@@ -140,6 +141,7 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         self.stateful: dict[str, Stateful] = {"stream": self.stream}
         freeze_layers(lm, config.model)
         lm.to(engine.device)  # pyright: ignore[reportArgumentType]
+        try_policy(lm, self.tokenizer, config.model)
         self.module = self.setup()
         total_updates = config.train.total_steps * self.updates_per_step
         engine.prepare(self.module, config.optimizer, config.scheduler, total_updates=total_updates)

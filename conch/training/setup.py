@@ -24,6 +24,7 @@ from conch.data.formats import metadata_keys
 from conch.data.text import TextCodec, decode
 from conch.distributed.collectives import Collectives
 from conch.errors import ConfigError, ModelError
+from conch.models.freezing import freeze_unreached
 from conch.models.kernels import apply_kernels, check_kernels
 from conch.models.loading import (
     check_start_token,
@@ -33,6 +34,7 @@ from conch.models.loading import (
     load_lm,
     load_tokenizer,
 )
+from conch.models.trial import check_language_model
 from conch.rewards.base import RewardSource, UserReward
 from conch.rewards.combined import DeltaReward, check_originals
 from conch.rewards.factory import from_user
@@ -119,6 +121,17 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
                 f"the tokenizer's {name} token has id {token_id}, the vocabulary ends at {known - 1}; "
                 "take the model's own tokenizer, or a `tokenizer.pad_token` of its vocabulary"
             )
+
+
+def try_policy(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
+    """Freeze what no text reaches of a policy, and try it out; see `conch.models.trial`. Call it after
+    `freeze_layers`, with `lm` on its device, on all ranks.
+
+    Raises:
+        ModelError: the architecture is not fit for training, with what to do.
+    """
+    freeze_unreached(lm)
+    check_language_model(lm, config, [int(tokenizer.eos_token_id)])  # pyright: ignore[reportArgumentType]
 
 
 def rows_per_process(

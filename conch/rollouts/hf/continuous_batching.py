@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, LogitsProcessor, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from conch.models.attention import as_attention_takes_it
+from conch.models.attention import as_attention_takes_it, model_positions
 from conch.ops import position_ids
 
 
@@ -230,7 +230,7 @@ class ContinuousBatcher:
         output = self._lm(
             input_ids=ids,
             attention_mask=mask.long(),
-            position_ids=position_ids(mask),
+            position_ids=model_positions(self._lm, position_ids(mask)),
             past_key_values=cache,
             use_cache=True,
             **last_only,
@@ -260,7 +260,7 @@ class ContinuousBatcher:
         output = self._lm(
             input_ids=self._last.unsqueeze(1),
             attention_mask=as_attention_takes_it(self._lm, visible[:, None, None]),
-            position_ids=(self._end - self._start).unsqueeze(1),
+            position_ids=model_positions(self._lm, (self._end - self._start).unsqueeze(1)),
             past_key_values=Cache(layers=[*self._caches]),
             use_cache=True,
         )

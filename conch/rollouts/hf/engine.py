@@ -32,7 +32,9 @@ from transformers import (
 from conch.config import GenerationConfig
 from conch.models.attention import sliding_window
 from conch.models.forward import takes_packed_rows
+from conch.models.policy import decoder_start, flush_left, plain_generation
 from conch.rollouts.hf.continuous_batching import ContinuousBatcher, Sampling, pad_left
+from conch.rollouts.hf.decoding import Decoding, decoding_of
 from conch.rollouts.stopping import StopCondition, with_end_ids
 from conch.types import Completion, OnFinished, Prompt, Rollout
 
@@ -76,6 +78,7 @@ class HFEngine:
         )
         self._pad_id = int(tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
         self._takes_packed_rows: bool | None = None
+        self._decoding: Decoding | None = None
 
     def generate(
         self, prompts: Sequence[Prompt], *, greedy: bool = False, on_finished: OnFinished | None = None
@@ -91,10 +94,14 @@ class HFEngine:
             return
         complete = self._stop_condition.completion
         for start in range(0, len(prompts), size):
-            chunk = prompts[start : start + size]
-            collector = RolloutCollector(chunk, complete, self._version(), start, on_finished)
-            self._generate_chunk(collector, greedy, early=on_finished is not None)
-            yield collector.rollouts()
+            chunk = range(start, min(start + size, len(prompts)))
+            rollouts: dict[int, Rollout] = {}
+            for indices in self._sampled_together(chunk, prompts):
+                rows = [prompts[index] for index in indices]
+                collector = RolloutCollector(rows, complete, self._version(), indices, on_finished)
+                self._generate_chunk(collector, greedy, early=on_finished is not None)
+                rollouts |= zip(indices, collector.rollouts(), strict=True)
+            yield [rollouts[index] for index in chunk]
 
     # ------------------------------------------------------------------------------------ continuous batching
 
@@ -155,14 +162,31 @@ class HFEngine:
 
     # ----------------------------------------------------------------------------------------- chunk by chunk
 
+    def _sampled_together(self, chunk: Sequence[int], prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Indices of the prompts of a chunk that stand in one batch: all of them, but for a model that sees
+        padding before a prompt those of one length."""
+        if self._decoding is None:
+            with _sampling_mode(self._lm()):
+                self._decoding = decoding_of(self._lm())
+        if self._decoding.pads:
+            return [[*chunk]]
+        by_length: dict[int, list[int]] = {}
+        for index in chunk:
+            by_length.setdefault(len(prompts[index].token_ids), []).append(index)
+        return [*by_length.values()]
+
     @torch.no_grad()
     def _generate_chunk(self, collector: RolloutCollector, greedy: bool, early: bool) -> None:
         """Sample one chunk with `transformers.generate`. early: report completions before the chunk's end."""
         lm = self._lm()
         rows = [prompt.token_ids for prompt in collector.prompts]
         input_ids, attention_mask = pad_left(rows, self._pad_id, lm.device)
-        # The output begins with the prompt; with the decoder's start token where there is an encoder.
-        response_start = 1 if lm.config.is_encoder_decoder else input_ids.shape[1]
+        # The output begins with the prompt; with what the decoder reads first where there is an encoder.
+        response_start, start_ids = input_ids.shape[1], {}
+        if lm.config.is_encoder_decoder:
+            input_ids, attention_mask = flush_left(input_ids, attention_mask)
+            start_ids = {"decoder_input_ids": decoder_start(lm, len(rows))}
+            response_start = start_ids["decoder_input_ids"].shape[1]
         recorder, stopping = LogprobRecorder(), StoppingCriteriaList()
         if self._stop_condition.has_stop_strings:
             stopping.append(StopStrings(self._stop_condition, response_start))
@@ -175,6 +199,7 @@ class HFEngine:
             sequences = lm.generate(  # pyright: ignore[reportCallIssue]  typed as a Tensor attribute
                 input_ids,
                 attention_mask=attention_mask.long(),
+                **start_ids,
                 generation_config=self._generation_config(lm, greedy),
                 logits_processor=LogitsProcessorList([*processors, *self._warpers(greedy), recorder]),
                 stopping_criteria=stopping,
@@ -192,6 +217,7 @@ class HFEngine:
             eos_token_id=sorted(self._stop_condition.end_ids),
             pad_token_id=self._pad_id,
             decoder_start_token_id=getattr(lm.config, "decoder_start_token_id", None),
+            use_cache=self._decoding is None or self._decoding.caches,
             **shaping,
         )
 
@@ -209,15 +235,13 @@ class HFEngine:
 
 @contextmanager
 def _sampling_mode(lm: PreTrainedModel) -> Iterator[None]:
-    """Set evaluation mode, and hide the checkpoint's own sampling settings (a repetition penalty, say), from
-    which `generate` would take whatever is not set explicitly."""
-    was_training, checkpoint_config = lm.training, lm.generation_config
+    """Evaluation mode, without the checkpoint's own sampling settings."""
+    was_training = lm.training
     lm.eval()
-    lm.generation_config = HFGenerationConfig()
     try:
-        yield
+        with plain_generation(lm):
+            yield
     finally:
-        lm.generation_config = checkpoint_config
         lm.train(was_training)
 
 
@@ -231,7 +255,7 @@ class RolloutCollector:
     complete: makes a completion of a prompt's ids, sampled ids, those behind the end included, and the
         latter's log-probs.
     version: of the policy.
-    start: index of the chunk's first prompt among all prompts, as `on_finished` counts them.
+    indices: of the chunk's prompts among all prompts, as `on_finished` counts them.
     """
 
     def __init__(
@@ -239,13 +263,13 @@ class RolloutCollector:
         prompts: Sequence[Prompt],
         complete: Callable[[Sequence[int], list[int], list[float]], Completion],
         version: int,
-        start: int,
+        indices: Sequence[int],
         on_finished: OnFinished | None,
     ) -> None:
         self.prompts = prompts
         self._complete = complete
         self._version = version
-        self._start = start
+        self._indices = indices
         self._on_finished = on_finished
         self._rollouts: dict[int, Rollout] = {}
 
@@ -259,7 +283,7 @@ class RolloutCollector:
             prompt = self.prompts[row]
             self._rollouts[row] = Rollout(prompt, self._complete(prompt.token_ids, *sampled), self._version)
         if self._on_finished is not None:
-            self._on_finished({self._start + row: self._rollouts[row] for row in new})
+            self._on_finished({self._indices[row]: self._rollouts[row] for row in new})
 
     def lacks(self, rows: Iterable[int]) -> bool:
         """True where one of these rows was not added yet."""

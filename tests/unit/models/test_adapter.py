@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
@@ -274,6 +274,83 @@ def test_adapter_on_a_merged_one_belongs_to_it(tmp_path: Path) -> None:
 
     found, expected = logits(load_lm(ModelConfig(path=path))), logits(lm)
     torch.testing.assert_close(found, expected, rtol=0, atol=network_rounding(expected))
+
+
+FOREIGN_WARNINGS = (
+    "ignore:Model (has|with) `tie_word_embeddings=True`",
+    "ignore:fan_in_fan_out is set",
+    "ignore:Setting `save_embedding_layers`",
+)
+EMBEDDINGS = {"llama": "embed_tokens", "gpt2": "wte"}
+
+
+def foreign_adapter(tmp_path: Path, family: str, grown: int = 0, tied: bool = True, **keys: Any) -> Tensor:
+    """Save a base and, as another program trains it, an adapter on it; give that model's logits.
+
+    grown: tokens that were added to the vocabulary before training.
+    """
+    lm = tiny_decoder(family, dtype=torch.float32, tie_word_embeddings=tied)
+    lm.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    if grown:
+        base.resize_token_embeddings(24 + grown, mean_resizing=False)
+    model = get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM", **keys)).eval()
+    learn(model)  # pyright: ignore[reportArgumentType]
+    model.save_pretrained(str(tmp_path / "adapter"))
+    return logits(model.base_model.model)  # pyright: ignore[reportArgumentType]
+
+
+def keys_of(family: str) -> list[dict[str, Any]]:
+    embeddings = EMBEDDINGS[family]
+    return [
+        {},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": [embeddings]},
+        {"modules_to_save": ["lm_head", embeddings]},
+        {"target_modules": ["lm_head", embeddings]},
+    ]
+
+
+@pytest.mark.filterwarnings(*FOREIGN_WARNINGS)
+@pytest.mark.parametrize("grown", [0, 2])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", EMBEDDINGS)
+@ignore_peft
+def test_adapters_with_tokens_and_heads_of_their_own_load_and_save_whole(
+    family: str, tied: bool, grown: int, tmp_path: Path
+) -> None:
+    """What is saved says itself whether embeddings and head are one weight, for readers that tie them."""
+    for number, keys in enumerate(keys_of(family)):
+        folder = tmp_path / str(number)
+        expected = foreign_adapter(folder, family, grown, tied, **keys)
+        lm = load_lm(ModelConfig(path=str(folder / "adapter")))
+        save_model(folder / "merged", lm, TOKENIZER)
+        saved = AutoModelForCausalLM.from_pretrained(folder / "merged").eval()
+        assert saved.config.tie_word_embeddings is (tied and not keys)
+        assert lm.config.vocab_size == 24 + grown == saved.config.vocab_size
+        for model in (lm, saved):
+            torch.testing.assert_close(logits(model), expected, rtol=0, atol=network_rounding(expected))
+
+
+@pytest.mark.filterwarnings(*FOREIGN_WARNINGS)
+@ignore_peft
+def test_adapter_that_does_not_bring_its_new_tokens_is_refused(tmp_path: Path) -> None:
+    foreign_adapter(tmp_path, "llama", 2, tied=False, target_modules=["lm_head"])
+    with pytest.raises(ModelError, match=r"knows 26 tokens, its base .*base' 24: it lacks the embeddings"):
+        load_lm(ModelConfig(path=str(tmp_path / "adapter")))
+
+
+@pytest.mark.parametrize("family", EMBEDDINGS)
+def test_merged_model_says_that_its_trained_head_is_not_tied(family: str, tmp_path: Path) -> None:
+    lm = tiny_decoder(family, tie_word_embeddings=True)
+    freeze_layers(lm, settings(family, modules_to_save=["lm_head"]))
+    learn(lm)
+    expected = logits(lm)
+    folder = save_model(tmp_path / "step_1", lm, TOKENIZER, merge_adapter=True)
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
+    assert lm.config.tie_word_embeddings, "the model in memory stays as it is"
+    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(

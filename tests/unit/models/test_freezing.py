@@ -9,16 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from conch.config import GenerationConfig, ModelConfig
-from conch.errors import ConfigError
+from conch.errors import ConfigError, ModelError
 from conch.models.forward import ForwardInputs
-from conch.models.freezing import checkpoint_activations, freeze_layers
+from conch.models.freezing import checkpoint_activations, freeze_layers, freeze_unreached
 from conch.models.loading import load_sequence_classifier
 from conch.models.policy import PolicyWithValue
 from conch.models.reference import build_reference
 from conch.rollouts.hf.engine import HFEngine
 from conch.types import Prompt
+from tests.odd_families import DECODERS as ODD_DECODERS
+from tests.odd_families import ENCODER_DECODERS, gemma3_config, gemma3_model, gemma3_shape, odd_model
 from tests.tiny import DECODERS, LANGUAGE_MODELS, char_tokenizer, decoder_shape, tiny_decoder
 
 TOKENIZER = char_tokenizer("abcdefghijklmnopqrstu")
@@ -131,7 +134,7 @@ def test_sampling_keeps_its_cache(family: str, caplog: pytest.LogCaptureFixture)
         samples.append(list(engine.generate(prompts)))
 
     assert samples[0] == samples[1]
-    read = widths[2:] if family in DECODERS else widths  # twice a decoder is tried out
+    read = widths[3:] if family in DECODERS else widths  # in three passes a decoder is tried out
     assert len(read) > 1 and set(read[1:]) == {1}, "each step after the first reads one token"
     assert not caplog.records
 
@@ -181,3 +184,47 @@ def test_checkpoints_are_not_reentrant() -> None:
     }
 
     assert {(f.func, f.keywords["use_reentrant"]) for f in functions} == {(checkpoint.checkpoint, False)}
+
+
+# --------------------------------------------------------------------------------- what no text reaches
+
+
+@pytest.mark.parametrize("kind", [AutoModelForCausalLM, AutoModelForSequenceClassification])
+def test_parts_that_no_text_reaches_are_frozen_and_named(kind: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="conch")
+    torch.manual_seed(0)
+    model = kind.from_config(gemma3_config()).train()
+    assert freeze_unreached(model) == ["model.vision_tower", "model.multi_modal_projector"]
+    assert "no text reaches model.vision_tower, model.multi_modal_projector of Gemma3" in caplog.text
+    assert model.training
+    model(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing, "DDP would wait for these"
+
+
+def test_an_adapter_trains_where_text_reaches_it_alone() -> None:
+    lm = gemma3_model()
+    peft_config = {"r": 2, "target_modules": "all-linear"}
+    freeze_layers(lm, ModelConfig(architecture=gemma3_shape(), peft_config=peft_config, merge_adapter=True))
+    names = freeze_unreached(lm)
+    assert names and all("vision_tower" in name or "multi_modal_projector" in name for name in names)
+    assert all("language_model" in name for name, p in lm.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("family", [*ODD_DECODERS, *ENCODER_DECODERS])
+def test_all_of_a_model_of_texts_trains(family: str) -> None:
+    """Experts as well, also those that a few tokens do not choose."""
+    lm = odd_model(family)
+    trained = [name for name, p in lm.named_parameters() if p.requires_grad]
+    assert freeze_unreached(lm) == []
+    assert [name for name, p in lm.named_parameters() if p.requires_grad] == trained
+    assert all(p.grad is None for p in lm.parameters())
+
+
+def test_a_model_that_cannot_learn_of_text_is_refused() -> None:
+    lm = tiny_decoder("gpt2")
+    lm.transformer.h[0].mlp.c_fc.weight.data = torch.zeros(3, 5)
+    with pytest.raises(
+        ModelError, match=r"GPT2LMHeadModel cannot be trained on text, .* fails: RuntimeError"
+    ):
+        freeze_unreached(lm)

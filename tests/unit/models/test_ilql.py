@@ -20,6 +20,7 @@ from conch.rollouts.hf.engine import HFEngine
 from conch.runs.checkpoint import save_model
 from conch.types import Prompt
 from tests.numerics import family_rounding, rounding
+from tests.odd_families import odd_model
 from tests.runs import EOS, LETTERS, PAD, TOKENIZER, policy, shake_heads
 from tests.tiny import DECODERS, tiny_decoder
 
@@ -277,6 +278,38 @@ def test_saved_policy_scores_and_generates_as_before(tmp_path: Path) -> None:
         torch.manual_seed(3)
         outputs.append(one.generate(prompts, torch.ones_like(prompts)))
     assert torch.equal(*outputs)
+
+
+def test_generate_does_not_sample_as_the_base_checkpoint_says(tmp_path: Path) -> None:
+    """Its repetition penalty, its ends and its beams are not those that ILQL trained for."""
+    made = ILQLPolicy(policy(), decoding={"beta": 2.0, "max_new_tokens": 5, "top_k": 0, "eos_token_id": EOS})
+    shake_heads(made)
+    ids = torch.tensor([[0, 1, 2], [3, 4, 5]])
+    expected = made.eval().generate(ids, do_sample=False)
+    foreign = {
+        "repetition_penalty": 9.0,
+        "no_repeat_ngram_size": 1,
+        "min_new_tokens": 4,
+        "suppress_tokens": [1],
+    }
+    for name, value in foreign.items():
+        setattr(made.lm.generation_config, name, value)
+    loaded = ILQLPolicy.from_pretrained(save(tmp_path / "saved", made))
+    assert loaded.lm.generation_config.repetition_penalty == 9.0  # pyright: ignore[reportOptionalMemberAccess]
+    for each in (made, loaded):
+        assert each.generate(ids, do_sample=False).tolist() == expected.tolist()
+    assert loaded.generate(ids, do_sample=False, repetition_penalty=9.0).tolist() != expected.tolist()
+
+
+def test_generate_pads_the_prompts_of_an_encoder_behind() -> None:
+    lm = odd_model("bart")
+    lm.generation_config.forced_bos_token_id = 4  # pyright: ignore[reportOptionalMemberAccess]
+    made = ILQLPolicy(lm, decoding={"beta": 0.0, "max_new_tokens": 4, "top_k": 0, "pad_token_id": 21}).eval()
+    ids, mask = torch.tensor([[21, 21, 5, 6], [7, 8, 9, 10]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    found = made.generate(ids, mask, do_sample=False, eos_token_id=None)
+    assert found[:, :2].tolist() == [[2, 4], [2, 4]]
+    alone = made.generate(ids[:1, 2:], do_sample=False, eos_token_id=None)
+    assert found[0].tolist() == alone[0].tolist()
 
 
 def test_folder_without_heads_is_refused(tmp_path: Path) -> None:

@@ -181,12 +181,17 @@ def test_decoder_that_takes_no_position_ids_sees_its_padding_in_the_mask() -> No
     ).eval()
     given: set[str] = set()
     lm.register_forward_pre_hook(lambda _module, _args, kwargs: given.update(kwargs), with_kwargs=True)
+    read: list[int] = []
+    lm.lm_head.register_forward_hook(lambda _module, args, _output: read.append(args[0][..., 0].numel()))
     ids, mask = a_batch()
     plain = response_logits(lm, ForwardInputs(ids, mask, RESPONSE))
     wide = response_logits(lm, ForwardInputs(*padded(ids, left=4, right=2), RESPONSE + 2))
 
     torch.testing.assert_close(wide[:, :RESPONSE], plain, rtol=0, atol=network_rounding(plain, layers=2))
-    assert "logits_to_keep" in given and "position_ids" not in given
+    assert "position_ids" not in given
+    assert read == [len(ids) * RESPONSE, len(ids) * (RESPONSE + 2)], (
+        "the head reads the states that chose response tokens"
+    )
 
 
 @torch.no_grad()
