@@ -25,7 +25,7 @@ class GenerationConfig(Section):
     stop: tuple[str, ...] = ()
     """Stop strings: the completion ends before the first of them."""
 
-    chunk_size: int = Field(default=64, ge=1)
+    chunk_size: int = Field(default=32, ge=1)
     """Prompts generated at once per process. A served reward is asked for as soon as a completion has ended,
     a Python function's when its chunk has, while the next is generated."""
 

@@ -59,7 +59,9 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
         if (self.path is None) == (self.architecture is None):
-            raise ValueError("give exactly one of `path` and `architecture`")
+            raise ValueError(
+                "give exactly one of `path`, a folder or hub id, and `architecture`, for random weights"
+            )
         if self.architecture is not None and "model_type" not in self.architecture:
             raise ValueError("`architecture` needs `model_type` (for example gpt2)")
         if self.num_layers_unfrozen == 0:
@@ -79,7 +81,8 @@ class TokenizerConfig(Section):
     """Folder or hub id; None takes the model's."""
 
     pad_token: str | None = None
-    """Padding token, for tokenizers that have none. Must be in the vocabulary and should differ from eos."""
+    """Padding token, for tokenizers that have none (or, for reward models, no other than eos): a pad token of
+    the model's own stays. Must be in the vocabulary. None chooses one, and the log says which."""
 
     truncation_side: Literal["left", "right"] = "left"
     """Which end of a too long prompt is cut when `truncate_prompts` allows it."""

@@ -30,6 +30,7 @@ from conch.models.loading import (
     load_lm,
     load_tokenizer,
 )
+from conch.models.padding import with_pad_token
 from conch.rewards.base import RewardSource, UserReward
 from conch.rewards.combined import DeltaReward, check_originals
 from conch.rewards.factory import from_user
@@ -69,16 +70,24 @@ def load_policy(model: PreTrainedModel | None, config: ModelConfig, precision: s
 
 
 def load_policy_tokenizer(
-    tokenizer: PreTrainedTokenizerBase | None, config: TokenizerConfig, model_path: str | None
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: TokenizerConfig,
+    model_path: str | None,
+    *,
+    reward_model: bool = False,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that a user passed, checked, or else the one that the config names.
+
+    reward_model: of a reward model, which must not pad with eos.
 
     Raises:
         ModelError: there is none, or its special tokens will not do.
     """
     if tokenizer is None:
-        return load_tokenizer(config, model_path)
-    check_tokenizer(tokenizer, name=tokenizer.name_or_path or type(tokenizer).__name__)
+        return load_tokenizer(config, model_path, reward_model=reward_model)
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    tokenizer = with_pad_token(tokenizer, config.pad_token, name=name, reward_model=reward_model)
+    check_tokenizer(tokenizer, name=name)
     return tokenizer
 
 

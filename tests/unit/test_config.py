@@ -9,7 +9,7 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from pydantic import ValidationError
 
-from conch.cli import default_config_dir, load_run_config
+from conch.cli import default_config_dir, describe, load_run_config
 from conch.config import (
     GenerationConfig,
     ModelConfig,
@@ -22,6 +22,7 @@ from conch.config import (
     load,
 )
 from conch.errors import ConfigError
+from conch.trainers.ppo import PPORunConfig
 from examples.hh import hh_data
 from examples.sentiments import reviews
 
@@ -69,6 +70,7 @@ def program_of(file: Path) -> str | None:
 
 
 RUN_CONFIGS = sorted(file for file in CONFIGS.rglob("*.yaml") if program_of(file))
+PRESETS = [file for file in RUN_CONFIGS if file.parent == CONFIGS]
 ACCELERATE_CONFIGS = sorted((CONFIGS / "accelerate").glob("*.yaml"))
 
 
@@ -100,7 +102,12 @@ GROUP_CHOICES = [
 
 def parse(file: Path, *overrides: str) -> Section:
     name = str(file.relative_to(CONFIGS).with_suffix(""))
-    return load_run_config(run_config_class(file), overrides, default_name=name, config_dir=CONFIGS)
+    # Presets are made for any model, and name none.
+    names_one = any(override.startswith("model=") for override in overrides)
+    model = [] if file not in PRESETS or names_one else ["model.path=m"]
+    return load_run_config(
+        run_config_class(file), [*model, *overrides], default_name=name, config_dir=CONFIGS
+    )
 
 
 def test_every_config_file_is_tried() -> None:
@@ -157,6 +164,66 @@ def test_load_mistake_names_key_and_remedy(values: dict[str, Any], message: str)
         load(Outer, values)
 
 
+@pytest.mark.parametrize("file", PRESETS, ids=lambda file: file.stem)
+def test_a_preset_runs_with_the_defaults_that_help_shows_and_python_has(file: Path) -> None:
+    section = run_config_class(file)
+    assert parse(file) == load(section, {"model": {"path": "m"}})
+    assert describe(section, parse(file)).replace("'m'", "None") == describe(section)
+
+
+def test_a_run_configs_own_defaults_hold_where_a_section_is_given_in_part() -> None:
+    model = {"path": "m"}
+    default = load(PPORunConfig, {"model": model}).train
+    assert (default.total_steps, default.eval_every) == (200, 20) != (TrainConfig().total_steps, 100)
+    assert load(PPORunConfig, {"model": model, "train": {"seed": 3}}).train == default.model_copy(
+        update={"seed": 3}
+    )
+    in_python = PPORunConfig(model=ModelConfig(path="m"), train=TrainConfig(total_steps=7))
+    assert in_python.train == default.model_copy(update={"total_steps": 7})
+    explicit = TrainConfig(total_steps=7, eval_every=100)
+    assert PPORunConfig(model=ModelConfig(path="m"), train=explicit).train == explicit
+
+
+def test_own_defaults_reach_sections_in_sections() -> None:
+    class Inner(Outer):
+        reward: RewardConfig = RewardConfig(client=RewardClientConfig(batch_rows=3), weights={"a": 1.0})
+
+    config = load(Inner, {"reward": {"client": {"cache_size": 1}}}).reward
+    assert (config.client.batch_rows, config.client.cache_size, config.weights) == (3, 1, {"a": 1.0})
+    assert load(Inner, {"reward": {"weights": {"b": 2.0}}}).reward.weights == {"b": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"reward": {"failure": "drop"}}, r"`reward\.failure` is a section.*`reward\.failure\.policy=drop`"),
+        (
+            {"reward": {"failure": 3}},
+            r"`reward\.failure` is a section.*its keys are `reward\.failure\.policy`",
+        ),
+        ({"train": None}, r"`train` is a section.*its keys are `train\.seed`"),
+        ({"ppo": {"kl_coef": 1}}, r"unknown key `ppo\.kl_coef`; did you mean `ppo\.kl\.coef`\?"),
+        ({"ppo": {"beta": 1}}, r"did you mean `ppo\.kl\.coef`\?"),
+        ({"lr": 1}, r"did you mean `optimizer\.learning_rate`\?"),
+        ({"train": {"max_steps": 1}}, r"did you mean `train\.total_steps`\?"),
+        ({"train": {"micro_batch_size": 1}}, r"did you mean `train\.gradient_accumulation_steps`\?"),
+        (
+            {"grpo": {"group_size": 4}},
+            r"unknown key `grpo`; it is a section of `conch train grpo`.*algorithm=",
+        ),
+        ({"model": {}}, r"`model`: give exactly one of `path`"),
+    ],
+)
+def test_what_users_of_other_programs_write_is_answered(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(PPORunConfig, {"model": {"path": "m"}, **values})
+
+
+def test_a_run_config_without_a_model_says_what_is_needed() -> None:
+    with pytest.raises(ConfigError, match="`model`: give exactly one of `path`, a folder or hub id"):
+        load(PPORunConfig, {})
+
+
 def test_load_reports_all_mistakes_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         load(Outer, {"train": {"sed": 1, "total_steps": 0}})
@@ -174,7 +241,10 @@ def test_load_reports_all_mistakes_at_once() -> None:
         ("tls", "auth.tls"),
         ("max_failed_fraction", "failure.max_fraction"),
         ("on_model_change", "failure.on_model_change"),
-        ("on_failure", "failure"),
+        ("on_failure", r"failure\.policy"),
+        ("micro_batch_size", r"client\.batch_rows"),
+        ("attempt_timeout_s", r"client\.request_timeout_s"),
+        ("remember", r"client\.cache_size"),
         ("ca", "auth.tls.ca"),
     ],
 )
@@ -183,7 +253,7 @@ def test_key_at_the_wrong_depth_is_found_in_the_nested_section(old: str, new: st
         load(Outer, {"reward": {old: 1}})
 
 
-@pytest.mark.parametrize("key", ["micro_batch_size", "attempt_timeout_s"])
+@pytest.mark.parametrize("key", ["micro_batches", "try_timeout"])
 def test_key_that_is_only_a_little_like_one_of_another_section_gets_the_list(key: str) -> None:
     with pytest.raises(ConfigError, match=rf"`reward\.{key}`; valid here: url, .*, client, auth, failure"):
         load(Outer, {"reward": {key: 1}})
@@ -205,8 +275,8 @@ def test_section_is_frozen() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "exactly one of `path` and `architecture`"),
-        ({"path": "x", "architecture": {"model_type": "gpt2"}}, "exactly one of `path` and `architecture`"),
+        ({}, "exactly one of `path`.* and `architecture`"),
+        ({"path": "x", "architecture": {"model_type": "gpt2"}}, "exactly one of `path`.* and `architecture`"),
         ({"architecture": {"n_layer": 2}}, "needs `model_type`"),
         ({"path": "x", "num_layers_unfrozen": 0}, "nothing would be trained"),
         ({"path": "x", "num_layers_unfrozen": -2}, "num_layers_unfrozen"),
