@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import BeforeValidator, ValidationError
 from pydantic.fields import FieldInfo
 
 from conch.config import Section
@@ -91,6 +91,9 @@ def add_options(
             continue
         if get_args(kind):
             settings["choices"] = get_args(kind)
+            # Other names of a choice are taken for it before it is looked up.
+            other_names = [data.func for data in field.metadata if isinstance(data, BeforeValidator)]
+            settings |= {"type": other_names[0]} if other_names else {}
         else:
             settings["type"] = kind
             settings["metavar"] = option.metavar or flags[-1].lstrip("-").replace("-", "_").upper()

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from conch.config.base import Section
 
-Dtype = Literal["float64", "float32", "bfloat16", "float16"]
+_SHORT_DTYPES = {
+    "fp64": "float64",
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+}
+
+
+def full_dtype(name: Any) -> Any:
+    """The full name of a precision that has a short one; anything else as it is."""
+    return _SHORT_DTYPES.get(name, name) if isinstance(name, str) else name
+
+
+Dtype = Annotated[Literal["float64", "float32", "bfloat16", "float16"], BeforeValidator(full_dtype)]
 
 
 class ModelConfig(Section):

@@ -114,8 +114,9 @@ class RewardConfig(Section):
 
     url: str | None = None
     """`host:port/model` of a served reward model, or `host1:port,host2:port/model` for several servers of the
-    same model; `http://host:port/path` of an endpoint that speaks JSON. None takes the TRITON_HOST
-    environment variable. Unused when a Python function is passed."""
+    same model; `http://host:port/path` of an endpoint that speaks JSON. Where rewards are learned from, None
+    takes the TRITON_HOST environment variable; SFT and ILQL, which only measure with them, do not. Unused
+    when a Python function is passed."""
 
     dialect: Literal["query", "goals"] = "query"
     """Of an HTTP endpoint: `query` sends {"query": [sample, ...]} and reads {"rewards": [number, ...]};

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 
-from conch.errors import ModelError
+from conch.errors import ModelError, missing_path
 from conch.log import get_logger
 
 _log = get_logger(__name__)
@@ -34,7 +33,7 @@ def model_folder(path: str, setting: str) -> str:
             f"`{setting}` = {path}: the run has no best checkpoint, since no evaluation was better than that "
             f"of its start; {folder.parent.parent} takes its last one"
         )
-    raise ModelError(f"`{setting}` = {path}: there is no such folder{_near_folders(folder)}")
+    raise ModelError(f"`{setting}` = {path}: there is no such folder{missing_path(folder)}")
 
 
 def _checkpoint_of(folder: Path) -> Path | None:
@@ -54,17 +53,3 @@ def _is_local(path: str) -> bool:
     """Whether the first part of `a/b` is here: then something in it is meant, not `owner/name`."""
     first, slash, _ = path.partition("/")
     return bool(slash) and Path(first).exists()
-
-
-def _near_folders(path: Path) -> str:
-    """What stands where the path ceases to exist, for the end of a message."""
-    missing, parent = path, path.parent
-    while not parent.exists():
-        missing, parent = parent, parent.parent
-    if not parent.is_dir():
-        return f"; {parent} is a file"
-    names = sorted(entry.name for entry in parent.iterdir() if entry.is_dir())
-    if near := difflib.get_close_matches(missing.name, names, n=1):
-        return f"; did you mean {Path(parent, near[0], path.relative_to(missing))}?"
-    shown = "" if path.is_absolute() else f" below {Path.cwd()}"
-    return f" ({missing} does not exist{shown})"

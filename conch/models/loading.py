@@ -27,10 +27,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from conch.config import ModelConfig, TokenizerConfig
 from conch.errors import ConfigError, ModelError, first_line
+from conch.log import get_logger
 from conch.models.adapter import adapter_base, merge_saved_adapter
 from conch.models.folders import model_folder
 from conch.models.kernels import apply_kernels, check_architecture
 from conch.models.padding import pad_token_hint, with_pad_token
+
+_log = get_logger(__name__)
 
 if not sys.stderr.isatty():
     disable_progress_bar()  # transformers draws one per checkpoint read or written, also into log files
@@ -237,6 +240,8 @@ def _load(
     apply_kernels(model, config)
     if new_head_allowed and has_new_head:
         _init_reward_head(model)
+        if config.path is not None:
+            _log.info("%s has no head of its own: starting with a new one", config.path)
     if config.disable_dropout:
         disable_dropout(model)
     fuse_activations(model)

@@ -67,6 +67,12 @@ def fit(trainer: Trainer, name: str) -> Path:
         _begin(trainer, tracker, host)
         while run.step < train.total_steps and not _is_hopeless(run, train):
             _advance(trainer, tracker, host)
+    if run.best is not None and run.best_step == 0:
+        _log.warning(
+            "no evaluation was better than that of the start: there is no checkpoints/best, the last one is "
+            "checkpoints/step_%d",
+            run.step,
+        )
     if _is_hopeless(run, train):
         _log.info("stopped early: no better than at step %d for %d evaluations", run.best_step, run.worse)
     return run.folder
@@ -83,7 +89,14 @@ def _begin(trainer: Trainer, tracker: Tracker, host: RunOutageHooks) -> None:
     if run.measured:
         _conclude(trainer, tracker, host, run.measured)
     elif run.measured is not None or (trainer.config.train.eval_every and not run.continued):
-        tracker.log(0, _evaluate(trainer, tracker, host, {})[0])
+        scores = _evaluate(trainer, tracker, host, {})[0]
+        if not scores:
+            _log.warning(
+                "nothing is evaluated, though train.eval_every=%d: give data.eval, in Python evaluation "
+                "samples or prompts",
+                trainer.config.train.eval_every,
+            )
+        tracker.log(0, scores)
 
 
 def _advance(trainer: Trainer, tracker: Tracker, host: RunOutageHooks) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import importlib
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from pydantic import ValidationError
 
-from conch.cli import default_config_dir, describe, load_run_config
+from conch.cli import add_options, default_config_dir, describe, load_run_config
 from conch.config import (
     GenerationConfig,
     ModelConfig,
@@ -17,10 +18,12 @@ from conch.config import (
     RewardClientConfig,
     RewardConfig,
     RewardFailureConfig,
+    RolloutConfig,
     Section,
     TrainConfig,
     load,
 )
+from conch.converters.options import ConversionOptions
 from conch.errors import ConfigError
 from conch.trainers.ppo import PPORunConfig
 from examples.hh import hh_data
@@ -303,3 +306,25 @@ def test_generation_config_refuses_values_out_of_range(values: dict[str, float])
 def test_every_field_is_documented(section: type[Section]) -> None:
     undocumented = [name for name, field in section.model_fields.items() if not field.description]
     assert undocumented == []
+
+
+@pytest.mark.parametrize(
+    ("short", "full"), [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32"), ("half", "float16")]
+)
+def test_short_names_of_precisions_are_understood(short: str, full: str) -> None:
+    assert load(ModelConfig, {"path": "m", "dtype": short}).dtype == full
+    assert load(RolloutConfig, {"dtype": short}).dtype == full
+    assert load(ConversionOptions, {"dtype": short}).dtype == full
+    with pytest.raises(ConfigError, match=r"`dtype`: .*\(got 'b16'\)"):
+        load(ModelConfig, {"path": "m", "dtype": "b16"})
+
+
+def test_short_names_of_precisions_are_understood_on_a_command_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser, ConversionOptions)
+    assert vars(parser.parse_args(["--dtype", "bf16"])) == {"dtype": "bfloat16"}
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--dtype", "b16"])
+    assert "invalid choice: 'b16'" in capsys.readouterr().err

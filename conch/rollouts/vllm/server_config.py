@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field, model_validator
 
-from conch.config import RolloutConfig, VLLMSettings
+from conch.config import RolloutConfig, RolloutDtype, VLLMSettings
 from conch.rollouts.protocol import MAX_LORA_RANK, LoraCapacity
 
 
@@ -22,7 +20,7 @@ class ServerConfig(VLLMSettings):
     host: str = "127.0.0.1"
     """Address to listen on. Everybody who reaches it may sample and change the weights: use a firewall."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: RolloutDtype = "auto"
     """Precision of the weights; `auto` takes the one that the model is stored in."""
 
     gpu_memory_utilization: float = Field(default=0.9, gt=0, lt=1)

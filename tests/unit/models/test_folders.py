@@ -46,9 +46,9 @@ def test_a_missing_best_checkpoint_says_why_and_what_to_take(run: Path) -> None:
     [
         ("runs/stf", r"`model\.path` = runs/stf: there is no such folder; did you mean runs/sft\?"),
         ("runs/stf/checkpoints/step_9", r"did you mean runs/sft/checkpoints/step_9\?"),
-        ("runs/ppo/checkpoints/best", r"\(runs/ppo does not exist below /"),
-        ("./gpt2", r"there is no such folder \(gpt2 does not exist below /"),
-        ("../elsewhere/model", r"\(\.\./elsewhere does not exist below"),
+        ("runs/ppo/checkpoints/best", r"\(runs/ppo does not exist in /"),
+        ("./gpt2", r"there is no such folder \(gpt2 does not exist in /"),
+        ("../elsewhere/model", r"\(\.\./elsewhere does not exist in"),
         ("file/model", r"file is a file"),
     ],
 )

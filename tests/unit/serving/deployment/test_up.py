@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,5 +164,12 @@ def test_commands_without_a_deployment_say_so(capsys: Any, command: str) -> None
 
 
 def test_status_without_a_deployment_says_how_to_start_one(capsys: Any) -> None:
-    assert main(["status"]) == 1
-    assert "no deployment runs; start one with conch serve up --detach" in capsys.readouterr().err
+    assert main(["status"]) == 0
+    said = capsys.readouterr()
+    assert said.err == "no deployment runs; start one with conch serve up --detach\n" and not said.out
+
+
+def test_status_without_a_deployment_is_empty_for_programs(capsys: Any) -> None:
+    assert main(["status", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {}
+    assert main(["status", "nowhere"]) == 1
