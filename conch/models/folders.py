@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
@@ -45,8 +46,14 @@ def _checkpoint_of(folder: Path) -> Path | None:
     if not best.is_dir() and not steps:
         return None
     taken = best if best.is_dir() else max(steps, key=lambda path: int(path.name[5:]))
-    _log.info("%s is a run: taking its checkpoint %s", folder, taken.resolve().name)
+    _tell(folder, taken.resolve())
     return taken
+
+
+@functools.cache
+def _tell(run: Path, taken: Path) -> None:
+    """Once, for model and tokenizer are both looked for."""
+    _log.info("%s is a run: taking its checkpoint %s", run, taken.name)
 
 
 def _is_local(path: str) -> bool:

@@ -195,7 +195,8 @@ def eval_source(
     if config.delta or config.dense:
         name = "delta" if config.delta else "dense"
         raise ConfigError(f"`reward.{name}` is for rewards that are learned from; here they only measure")
-    if reward is None and config.url is None and not config.members and config.replay is None:
+    named = (config.url, config.function, config.replay)
+    if reward is None and not config.members and all(name is None for name in named):
         return None
     return checked_source(collectives, reward, config, prompts or [])
 

@@ -126,6 +126,7 @@ CERTIFICATE = ["--tls-cert", "c.pem", "--tls-key", "k.pem"]
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (["--model", "nowhere"], "nowhere"),
         (["--replicas", "0"], "--replicas 0: at least 1 is needed"),
         (["--cpu-threads", "0"], "--cpu-threads 0: at least 1 is needed"),
         (["--max-restarts", "-1"], "--max-restarts -1: at least 0 is needed"),
