@@ -138,7 +138,7 @@ def _asked_for(config: Mapping[str, Any] | Section | None, algorithm: str | None
         names = ", ".join(section.__name__ for section in named)
         raise ConfigError(f"`algorithm` is {algorithm!r}, but `config` is made for another: {names}")
     if len(named) > 1:
-        names = ", ".join(name for name in _SECTIONS if name in (config or {}))
+        names = ", ".join(name for name, section in _SECTIONS.items() if section in named)
         raise ConfigError(f"`config` has sections of several algorithms: {names}; leave one of them")
     return _SECTIONS[algorithm] if algorithm is not None else next(iter(named), None)
 
