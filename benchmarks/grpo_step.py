@@ -95,6 +95,7 @@ def our_trainer(spec: dict[str, Any]) -> GRPOTrainer:
     settings = {
         "model": {"path": spec["model"]},
         "optimizer": {"learning_rate": spec["learning_rate"]},
+        "scheduler": {"name": "constant"},
         "generation": {"max_new_tokens": spec["max_new_tokens"], "chunk_size": completions},
         "grpo": {
             "prompts_per_step": spec["prompts_per_step"],
@@ -107,6 +108,7 @@ def our_trainer(spec: dict[str, Any]) -> GRPOTrainer:
         "train": {
             "run_dir": f"{spec['scratch']}/run",
             "total_steps": spec["steps"],
+            "eval_every": 0,
             "gradient_accumulation_steps": spec["micro_batches"],
         },
         "tracking": {"rollouts": False},

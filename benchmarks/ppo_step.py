@@ -99,7 +99,10 @@ def dialogue_trainer(folder: Path, case: Case) -> PPOTrainer:
             "minibatches": 2,
             "forward_batch_size": case.chunk_size,
         },
-        "train": {"run_dir": f"{folder}/run", "total_steps": 1000, "gradient_accumulation_steps": 2},
+        "train": {
+            **{"run_dir": f"{folder}/run", "total_steps": 1000, "eval_every": 0},
+            "gradient_accumulation_steps": 2,
+        },
     }
     trainer = PPOTrainer(
         load(PPORunConfig, settings),

@@ -60,7 +60,7 @@ class Steps:
             "generation": {"max_new_tokens": 64, "chunk_size": 8},
             "reward": {"client": {"cache_size": 0, "deadline_s": 300.0}},
             "ppo": {"rollouts_per_step": 64, "epochs": 1, "minibatches": 4, "forward_batch_size": 16},
-            "train": {"run_dir": str(folder), "total_steps": self._steps},
+            "train": {"run_dir": str(folder), "total_steps": self._steps, "eval_every": 0},
         }
 
     def _policy(self) -> GPT2LMHeadModel:

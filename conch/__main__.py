@@ -59,6 +59,8 @@ def convert(words: Sequence[str]) -> int:
         from conch.converters import ensemble
 
         return ensemble.main(words[1:])
+    if words and not words[0].startswith("-"):
+        return _refuse("conch convert", words[0], ["ensemble"], "a checkpoint is named by --checkpoint")
     from conch.converters import to_triton
 
     return to_triton.main(words)
@@ -68,6 +70,8 @@ def serve(words: Sequence[str]) -> int:
     """Serve converted models: `conch serve up|down|status|logs|swap`."""
     from conch.serving import __main__ as serving
 
+    if words and not words[0].startswith("-") and words[0] not in serving.COMMANDS:
+        return _refuse("conch serve", words[0], serving.COMMANDS)
     return serving.main(words)
 
 
@@ -129,9 +133,11 @@ def _help() -> str:
     return "\n".join([*head, *about, *verbs, "", "conch VERB --help says more about a verb.", ""])
 
 
-def _refuse(command: str, word: str, choices: Iterable[str]) -> int:
+def _refuse(command: str, word: str, choices: Iterable[str], otherwise: str = "") -> int:
     close = difflib.get_close_matches(word, list(choices), n=1)
-    hint = f"did you mean `{command} {close[0]}`?" if close else f"there are: {', '.join(sorted(choices))}"
+    hint = otherwise or f"there are: {', '.join(sorted(choices))}"
+    if close:
+        hint = f"did you mean `{command} {close[0]}`?"
     print(f"error: `{command} {word}` is no command; {hint}", file=sys.stderr)
     return _USAGE_ERROR
 

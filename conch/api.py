@@ -20,6 +20,15 @@ from conch.trainers.sft import SFTRunConfig, SFTTrainer
 
 RunConfigT = TypeVar("RunConfigT", bound=Section)
 
+_SECTIONS: dict[str, type[Section]] = {
+    "ppo": PPORunConfig,
+    "grpo": GRPORunConfig,
+    "rft": RFTRunConfig,
+    "ilql": ILQLRunConfig,
+    "sft": SFTRunConfig,
+}
+"""Algorithm -> its run config, which has a section of that name."""
+
 _NEEDS: dict[type[Section], set[str]] = {
     PPORunConfig: {"prompts"},
     GRPORunConfig: {"prompts"},
@@ -41,12 +50,14 @@ def train(
     metric_fn: MetricFn | None = None,
     config: Mapping[str, Any] | Section | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    algorithm: str | None = None,
 ) -> PPOTrainer | GRPOTrainer | RFTTrainer | ILQLTrainer | SFTTrainer:
     """Train `model` and return its trainer: `.run_dir`, `.generate`, `.save_pretrained`, `.close`.
 
     What is given picks the algorithm: `prompts` are learned from by PPO with a `reward`; `samples` with
-    `rewards` by ILQL; `samples` alone by SFT. A `config` of a run config's type (`GRPORunConfig`, say) picks
-    its own.
+    `rewards` by ILQL; `samples` alone by SFT. `algorithm="grpo"` asks for another, and so does a `config`
+    that has a section of it (`{"grpo": {"group_size": 4}}`), or that is its run config (`GRPORunConfig` of
+    `conch.trainers.grpo`).
 
     model: folder, hub id, or a loaded model (then give its `tokenizer`).
     reward: `f(samples, prompts, outputs, **metadata)`, "host:port/model" of a served reward model, any
@@ -62,6 +73,8 @@ def train(
     metric_fn: extra evaluation metrics, with the arguments of a reward function; returns name -> values.
     config: nested mapping of the keys of the algorithm's run config (`{"train": {"total_steps": 50}}`), or
         one of these itself; its `model.path` is `model` unless it says otherwise.
+    algorithm: what to train by, where that does not follow from the data: "ppo", "grpo", "rft", "ilql" or
+        "sft".
 
     Raises:
         ConchError: before any long work, for what can be known to be wrong; see `conch.errors`.
@@ -70,7 +83,8 @@ def train(
     if not isinstance(model, str) and tokenizer is None:
         raise ConfigError("a loaded model needs its tokenizer: pass `tokenizer=`")
     data = {"prompts": prompts, "samples": samples, "rewards": rewards}
-    section = _section_for(config, {name for name, value in data.items() if value is not None})
+    given = {name for name, value in data.items() if value is not None}
+    section = _section_for(config, given, algorithm)
     run = _run_config(section, config, model)
     inputs: dict[str, Any] = {
         **{name: value for name, value in data.items() if value is not None},
@@ -85,13 +99,15 @@ def train(
     return trainer
 
 
-def _section_for(config: Mapping[str, Any] | Section | None, inputs: set[str]) -> type[Section]:
+def _section_for(
+    config: Mapping[str, Any] | Section | None, inputs: set[str], algorithm: str | None
+) -> type[Section]:
     """The run config of the algorithm that the arguments ask for.
 
     Raises:
         ConfigError: they ask for none, or contradict each other or the config.
     """
-    section = type(config) if isinstance(config, Section) else None
+    section = _asked_for(config, algorithm)
     if section is None:
         section = next((kind for kind, needed in _NEEDS.items() if needed == inputs), None)
     if section is None:
@@ -108,6 +124,23 @@ def _section_for(config: Mapping[str, Any] | Section | None, inputs: set[str]) -
             f"a {section.__name__} learns from {needed_text}, given is {sorted(inputs) or 'nothing'}"
         )
     return section
+
+
+def _asked_for(config: Mapping[str, Any] | Section | None, algorithm: str | None) -> type[Section] | None:
+    """The run config that `algorithm` or the config names; None where neither does."""
+    if algorithm is not None and algorithm not in _SECTIONS:
+        raise ConfigError(f"`algorithm` = {algorithm!r}: there are {', '.join(_SECTIONS)}")
+    if isinstance(config, Section):
+        named = [type(config)]
+    else:
+        named = [section for name, section in _SECTIONS.items() if name in (config or {})]
+    if algorithm is not None and named not in ([], [_SECTIONS[algorithm]]):
+        names = ", ".join(section.__name__ for section in named)
+        raise ConfigError(f"`algorithm` is {algorithm!r}, but `config` is made for another: {names}")
+    if len(named) > 1:
+        names = ", ".join(name for name, section in _SECTIONS.items() if section in named)
+        raise ConfigError(f"`config` has sections of several algorithms: {names}; leave one of them")
+    return _SECTIONS[algorithm] if algorithm is not None else next(iter(named), None)
 
 
 def _make(

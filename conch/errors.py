@@ -23,6 +23,9 @@ traceback and leave with code 1 (see `conch.cli.run_main`).
 
 from __future__ import annotations
 
+import difflib
+from pathlib import Path
+
 
 class ConchError(Exception):
     """Base class: catch it to catch everything that Conch raises on purpose."""
@@ -95,3 +98,17 @@ def first_line(error: BaseException | str) -> str:
     if not text and isinstance(error, BaseException):
         return type(error).__name__
     return text.partition("\n")[0].rstrip()
+
+
+def missing_path(path: Path) -> str:
+    """Return what to say behind "there is no such file": a near name, or where the path ceases to exist."""
+    missing, parent = path, path.parent
+    while not parent.exists():
+        missing, parent = parent, parent.parent
+    if not parent.is_dir():
+        return f"; {parent} is a file"
+    names = sorted(entry.name for entry in parent.iterdir())
+    if near := difflib.get_close_matches(missing.name, names, n=1):
+        return f"; did you mean {Path(parent, near[0], path.relative_to(missing))}?"
+    below = "" if path.is_absolute() else f" in {Path.cwd()}"
+    return f" ({missing} does not exist{below})"

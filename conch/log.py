@@ -38,9 +38,43 @@ def setup_logging(level: int = logging.INFO) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level if is_main_process() else max(level, logging.WARNING))
     root.propagate = False
+    quieten_libraries()
     # Libraries below us repeat these at every step; none is about anything a user of Conch can change.
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*is deprecated", category=FutureWarning)
+
+
+class _Quiet(logging.Filter):
+    """Drops records by the words in them, and lets the others through, where `to_stderr` is set to stderr."""
+
+    def __init__(self, *words: str, to_stderr: bool = False) -> None:
+        super().__init__()
+        self._words = words
+        self._to_stderr = to_stderr
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if any(word in message for word in self._words):
+            return False
+        if self._to_stderr:
+            print(f"{record.levelname} {record.name}: {message}", file=sys.stderr)
+        return not self._to_stderr
+
+
+_QUIET = {
+    # Texts are measured before they are encoded, and what is cut is counted.
+    "transformers.tokenization_utils_base": _Quiet("Token indices sequence length is longer than"),
+    # What a checkpoint lacks is refused or made anew, by name, in `conch.models.loading`.
+    "transformers.modeling_utils": _Quiet("LOAD REPORT"),
+    # DeepSpeed logs to stdout, where programs print their results.
+    "DeepSpeed": _Quiet("Setting accelerator to CPU", to_stderr=True),
+}
+
+
+def quieten_libraries() -> None:
+    """Keep what libraries say of what Conch itself checks or reports out of a program's output."""
+    for name, words in _QUIET.items():
+        logging.getLogger(name).addFilter(words)
 
 
 def progress(iterable: Iterable[Any] | None = None, *, total: int | None = None, desc: str = "") -> tqdm[Any]:

@@ -1,10 +1,10 @@
 """How much memory of each GPU a run takes, and what to change when it does not fit.
 
-    conch size --model EleutherAI/gpt-j-6b --zero_stage 2 --gpus 7 --gpu_memory 80
+    conch size --model EleutherAI/gpt-j-6b --zero-stage 2 --gpus 7 --gpu-memory 80
 
 Weights are counted on the meta device, so the model's config.json is all that is read, and activations by
 running one forward pass there and noting what autograd would keep. Not counted: the CUDA context and the
-allocator's gaps, for which a tenth of `--gpu_memory` is left free.
+allocator's gaps, for which a tenth of `--gpu-memory` is left free.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Setup:
     rows: int = 8
     prompt_length: int = 512
     response_length: int = 128
-    generation_rows: int = 64
+    generation_rows: int = 32
     reference: ReferenceKind | None = None
     num_layers_unfrozen: int = -1
     lora_rank: int | None = None
@@ -407,7 +407,7 @@ def verdict(config: PretrainedConfig, setup: Setup, estimate: Sizes) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """Command line: see the head of this file."""
-    options = vars(_parser().parse_args(written_with("_", argv)))
+    options = vars(_parser().parse_args(written_with("-", argv)))
     path, as_json = options.pop("model"), options.pop("json")
     setup = Setup(**options)
     _check(setup)
@@ -429,21 +429,25 @@ def main(argv: Sequence[str]) -> None:
 
 def _check(setup: Setup) -> None:
     if setup.offload and setup.zero_stage == 0:
-        raise ConfigError("`--offload` is DeepSpeed's: take `--zero_stage` 2 or 3")
+        raise ConfigError("`--offload` is DeepSpeed's: take `--zero-stage` 2 or 3")
     if setup.reference == "trunk" and setup.num_layers_unfrozen == -1:
-        raise ConfigError("`--reference trunk` shares frozen layers: give `--num_layers_unfrozen`")
+        raise ConfigError("`--reference trunk` shares frozen layers: give `--num-layers-unfrozen`")
     if setup.reference == "adapter" and setup.lora_rank is None:
-        raise ConfigError("`--reference adapter` is the model without its adapter: give `--lora_rank`")
+        raise ConfigError("`--reference adapter` is the model without its adapter: give `--lora-rank`")
     if setup.lora_rank is not None and setup.num_layers_unfrozen != -1:
-        raise ConfigError("give one of `--lora_rank` and `--num_layers_unfrozen`")
+        raise ConfigError("give one of `--lora-rank` and `--num-layers-unfrozen`")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="conch size", description="Memory of a run, for each GPU.")
+    parser = argparse.ArgumentParser(
+        prog="conch size",
+        description="Memory of a run, for each GPU.",
+        epilog="Underscores will do for dashes.",
+    )
     default = Setup()
     parser.add_argument("--model", required=True, help="folder, config.json, or name on the hub")
     parser.add_argument("--precision", choices=("float32", "bf16", "fp16"), default=default.precision)
-    parser.add_argument("--zero_stage", type=int, choices=(0, 2, 3), default=2, help="0 is DDP (default: 2)")
+    parser.add_argument("--zero-stage", type=int, choices=(0, 2, 3), default=2, help="0 is DDP (default: 2)")
     parser.add_argument(
         "--offload", action="store_true", help="optimizer, and with ZeRO-3 shards, on the host"
     )
@@ -453,9 +457,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=("none", "full", "trunk", "adapter"),
         help="default: the one that PPO would take",
     )
-    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument(
-        "--gpu_memory", type=float, help="GiB of one GPU: says whether it fits, else what to change"
+        "--gpu-memory", type=float, help="GiB of one GPU: says whether it fits, else what to change"
     )
     parser.add_argument("--json", action="store_true", help="bytes, as JSON")
     return parser
@@ -471,10 +475,12 @@ def _add_counts(parser: argparse.ArgumentParser, default: Setup) -> None:
     }
     for name, text in counts.items():
         value = getattr(default, name)
-        parser.add_argument(f"--{name}", type=_positive, default=value, help=f"{text} (default: {value})")
-    parser.add_argument("--lora_rank", type=_positive, help="train an adapter of this rank")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=_positive, default=value, help=f"{text} (default: {value})"
+        )
+    parser.add_argument("--lora-rank", type=_positive, help="train an adapter of this rank")
     parser.add_argument(
-        "--num_layers_unfrozen", type=_positive, default=-1, help="top blocks to train (default: all)"
+        "--num-layers-unfrozen", type=_positive, default=-1, help="top blocks to train (default: all)"
     )
 
 

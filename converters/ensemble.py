@@ -19,6 +19,7 @@ from conch.cli import add_options, keywords_of, written_with
 from conch.config import load
 from conch.converters.options import Conversion, EnsembleOptions
 from conch.errors import ConchError, ConversionError, ParityError
+from conch.log import quieten_libraries
 from conch.store.manifest import EnsembleMember, Manifest
 from conch.store.store import StoredModel, list_models, read_model, staged_version, verify_files
 
@@ -129,6 +130,7 @@ def _vocabulary(model: StoredModel) -> dict[str, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     settings = vars(_parser().parse_args(written_with("-", sys.argv[1:] if argv is None else argv)))
+    quieten_libraries()
     try:
         conversion = to_ensemble(settings.pop("members"), **settings)
     except ConchError as error:

@@ -27,7 +27,7 @@ from conch.converters.options import (
     default_name,
 )
 from conch.errors import ConchError, ParityError
-from conch.log import setup_logging
+from conch.log import quieten_libraries, setup_logging
 
 
 @keywords_of(ConversionOptions)
@@ -58,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     settings = vars(_parser().parse_args(written_with("-", sys.argv[1:] if argv is None else argv)))
     checkpoint, endpoint = settings.pop("checkpoint"), settings.pop("verify")
-    if not settings.pop("quiet"):
+    if settings.pop("quiet"):
+        quieten_libraries()
+    else:
         setup_logging()
     try:
         if endpoint is not None:

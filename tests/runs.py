@@ -28,6 +28,10 @@ PROMPTS = ["a", "bc", "def", "g", "ha", "b", "cd", "e"]
 # Linear in the gradient's size instead of its sign alone: parameters after one update then tell gradients
 # apart.
 LINEAR_ADAM = {"learning_rate": 0.1, "eps": 1.0}
+# What tests and recorded runs stand on, whatever the defaults are.
+OPTIMIZER = {"learning_rate": 1e-4}
+SCHEDULER = {"name": "constant", "warmup_updates": 0}
+TRAIN = {"total_steps": 100, "eval_every": 0, "max_grad_norm": 1e6}
 
 
 def policy(seed: int = 0, *, dtype: torch.dtype = torch.float64, **overrides: Any) -> GPT2LMHeadModel:
@@ -84,9 +88,9 @@ def ppo_trainer(run_dir: Path, *, lm: PreTrainedModel | None = None, **settings:
     values = _merged(
         {
             "model": {"architecture": {"model_type": "gpt2"}},
-            "generation": {"max_new_tokens": 5},
+            "generation": {"max_new_tokens": 5, "chunk_size": 64},
             "ppo": {"rollouts_per_step": 8, "epochs": 1, "minibatches": 1, "forward_batch_size": 3},
-            "train": {"total_steps": 4, "run_dir": run_dir, "max_grad_norm": 1e6},
+            "train": {**TRAIN, "total_steps": 4, "run_dir": run_dir},
         },
         settings,
     )
@@ -107,9 +111,9 @@ def grpo_trainer(run_dir: Path, *, lm: PreTrainedModel | None = None, **settings
     values = _merged(
         {
             "model": {"architecture": {"model_type": "gpt2"}},
-            "generation": {"max_new_tokens": 5},
+            "generation": {"max_new_tokens": 5, "chunk_size": 64},
             "grpo": {"prompts_per_step": 2, "group_size": 4, "minibatches": 1, "forward_batch_size": 3},
-            "train": {"total_steps": 4, "run_dir": run_dir, "max_grad_norm": 1e6},
+            "train": {**TRAIN, "total_steps": 4, "run_dir": run_dir},
         },
         settings,
     )
@@ -134,9 +138,9 @@ def sft_trainer(
     values = _merged(
         {
             "model": {"architecture": {"model_type": "gpt2"}},
-            "generation": {"max_new_tokens": 5},
+            "generation": {"max_new_tokens": 5, "chunk_size": 64},
             "sft": {"batch_size": 8},
-            "train": {"run_dir": run_dir, "max_grad_norm": 1e6},
+            "train": {**TRAIN, "run_dir": run_dir},
         },
         settings,
     )
@@ -166,9 +170,9 @@ def ilql_trainer(
     values = _merged(
         {
             "model": {"architecture": {"model_type": "gpt2"}},
-            "generation": {"max_new_tokens": 5},
+            "generation": {"max_new_tokens": 5, "top_k": 0, "chunk_size": 64},
             "ilql": {"batch_size": 4},
-            "train": {"run_dir": run_dir, "max_grad_norm": 1e6},
+            "train": {**TRAIN, "run_dir": run_dir},
         },
         settings,
     )
@@ -207,8 +211,8 @@ def reward_trainer(run_dir: Path, samples: Sequence[Any], **settings: Any) -> Re
     values = _merged(
         {
             "model": {"architecture": {**shape, "model_type": "gpt2"}, "dtype": "float64"},
-            "reward_model": {"batch_size": 8},
-            "train": {"run_dir": run_dir, "max_grad_norm": 1e6},
+            "reward_model": {"batch_size": 8, "eval_fraction": 0.0},
+            "train": {**TRAIN, "run_dir": run_dir},
         },
         settings,
     )
@@ -231,9 +235,9 @@ def rft_trainer(run_dir: Path, *, lm: PreTrainedModel | None = None, **settings:
     values = _merged(
         {
             "model": {"architecture": {"model_type": "gpt2"}},
-            "generation": {"max_new_tokens": 5},
+            "generation": {"max_new_tokens": 5, "chunk_size": 64},
             "rft": {**rft, "start_percentile": 0.5, "end_percentile": 0.9},
-            "train": {"total_steps": 6, "run_dir": run_dir, "max_grad_norm": 1e6},
+            "train": {**TRAIN, "total_steps": 6, "run_dir": run_dir},
         },
         settings,
     )
@@ -277,5 +281,6 @@ def scored(*scores: float | None) -> list[RewardResult]:
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    base = {"optimizer": OPTIMIZER, "scheduler": SCHEDULER, **base}
     sections = {name: {**values, **over.get(name, {})} for name, values in base.items()}
     return {**sections, **{name: values for name, values in over.items() if name not in base}}

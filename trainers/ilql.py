@@ -132,6 +132,9 @@ class ILQLConfig(Section):
 class ILQLGenerationConfig(GenerationConfig):
     """How completions are sampled, with the heads' say in it."""
 
+    top_k: int = Field(default=20, ge=0)
+    """Sample among the k likeliest tokens; 0 turns it off."""
+
     beta: float = Field(default=1.0, ge=0)
     """Weight of the advantages in decoding; 0 is the language model alone."""
 

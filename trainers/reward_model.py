@@ -109,7 +109,7 @@ class RewardModelConfig(Section):
     center_coef: float = Field(default=0.0, ge=0)
     """Weight of the squared sum of a pair's scores in the loss, which keeps scores around 0; try 0.01."""
 
-    eval_fraction: float = Field(default=0.0, ge=0, lt=1)
+    eval_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Share of the rows to hold out for evaluation where no evaluation rows are given. `train.seed` alone
     draws them: they are the same for all members of an ensemble."""
 
@@ -228,7 +228,9 @@ class RewardModelTrainer:
         if eval_samples is not None:
             eval_samples = judgements(eval_samples, what="evaluation row", config=config.data)
         self._check_input(samples, eval_samples, reference)
-        self.tokenizer = load_policy_tokenizer(tokenizer, config.tokenizer, config.model.path)
+        self.tokenizer = load_policy_tokenizer(
+            tokenizer, config.tokenizer, config.model.path, reward_model=True
+        )
         if self.tokenizer.pad_token_id == self.tokenizer.eos_token_id:
             raise ModelError(
                 "the tokenizer's pad and eos are one token: a reward model reads its score at the last token "

@@ -49,6 +49,8 @@ from conch.types import Metrics, RewardResult, Rollout
 
 _log = get_logger(__name__)
 
+_PROMPTS_PER_ROUND = 64
+
 
 class RFTConfig(Section):
     """The algorithm's own settings."""
@@ -57,7 +59,7 @@ class RFTConfig(Section):
     """Completions sampled per prompt of a round."""
 
     prompts_per_round: int | None = Field(default=None, ge=1)
-    """Prompts of a round, over all processes; None takes every prompt each time."""
+    """Prompts of a round, over all processes; None takes 64, or every prompt where there are fewer."""
 
     n_improve_steps: int = Field(default=4, ge=1)
     """Steps that learn from one round's completions before new ones are sampled."""
@@ -184,11 +186,11 @@ class RFTTrainer(OnlineTrainer[RFTRunConfig]):
 
     def plan_batches(self) -> None:
         config = self.config
-        self._num_prompts = config.rft.prompts_per_round or len(self.prompts)
+        self._num_prompts = config.rft.prompts_per_round or min(_PROMPTS_PER_ROUND, len(self.prompts))
         if self._num_prompts > len(self.prompts):
             raise ConfigError(
                 f"`rft.prompts_per_round` = {self._num_prompts} is more than the {len(self.prompts)} prompts "
-                "given; leave it out to take all of them"
+                "given: take that many, or leave it out"
             )
         # Every rank draws the same prompts; `_start_round` deals their completions out.
         self.stream = IndexStream(len(self.prompts), config.train.seed, digest=self.digest)

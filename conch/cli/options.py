@@ -14,9 +14,10 @@ import textwrap
 import types
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import BeforeValidator, ValidationError
 from pydantic.fields import FieldInfo
 
 from conch.config import Section
@@ -29,9 +30,13 @@ FirstT = TypeVar("FirstT")
 ResultT = TypeVar("ResultT")
 
 
-def describe(section: type[Section]) -> str:
-    """List every key of `section` and of the sections in it: full name, type, default and docstring."""
-    return "\n".join(_describe_fields(section, prefix="", defaults=None))
+def describe(section: type[Section], values: Section | None = None) -> str:
+    """List every key of `section` and of the sections in it: full name, type, default and docstring.
+
+    values: shown for the defaults, for example those that a configuration file sets; None takes the section's
+        own.
+    """
+    return "\n".join(_describe_fields(section, prefix="", defaults=values))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +91,9 @@ def add_options(
             continue
         if get_args(kind):
             settings["choices"] = get_args(kind)
+            # Other names of a choice are taken for it before it is looked up.
+            other_names = [data.func for data in field.metadata if isinstance(data, BeforeValidator)]
+            settings |= {"type": other_names[0]} if other_names else {}
         else:
             settings["type"] = kind
             settings["metavar"] = option.metavar or flags[-1].lstrip("-").replace("-", "_").upper()
@@ -201,11 +209,15 @@ def _describe_fields(section: type[Section], prefix: str, defaults: Section | No
             inner = default if isinstance(default, Section) else None
             yield from _describe_fields(nested, f"{prefix}{name}.", inner)
             continue
-        shown = "required" if default is ... else f"default {default!r}"
+        shown = "required" if default is ... else f"default {_shown(default)}"
         yield f"  {prefix}{name}: {_type_name(field.annotation)}, {shown}"
         if field.description:
             text = " ".join(field.description.split())
             yield textwrap.fill(text, width=108, initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+
+def _shown(value: Any) -> str:
+    return repr(str(value) if isinstance(value, Path) else value)
 
 
 def _default(name: str, field: FieldInfo, defaults: Section | None) -> Any:

@@ -72,8 +72,8 @@ def load_run_config(
     """Turn command-line arguments into a validated `section`.
 
     Understands `[--config-name NAME] [--config-dir DIR] [--print-config] [--help] [key=value ...]`. `--help`
-    prints every key with its type, default and meaning; `--print-config` prints the composed configuration;
-    both exit 0.
+    prints every key with its type, default and meaning, where a file is named with the file's values for
+    defaults; `--print-config` prints the composed configuration; both exit 0.
 
     default_name: the configuration that runs when none is named.
     config_dir: folder of the configurations; None takes `default_config_dir()`.
@@ -85,7 +85,11 @@ def load_run_config(
     parser = _parser(section, default_name, config_dir or default_config_dir())
     arguments = parser.parse_intermixed_args(list(argv))
     if arguments.help:
-        print(f"{parser.format_help()}\nkeys:\n{describe(section)}")
+        shown = None
+        if (arguments.config_name, arguments.config_dir) != (default_name, parser.get_default("config_dir")):
+            shown = load(section, compose(arguments.config_name, (), arguments.config_dir))
+        keys = "keys" if shown is None else f"keys, with the values of {arguments.config_name} as defaults"
+        print(f"{parser.format_help()}\n{keys}:\n{describe(section, shown)}")
         raise SystemExit(0)
     values = compose(arguments.config_name, arguments.overrides, arguments.config_dir)
     config = load(section, values)
@@ -186,14 +190,23 @@ def _force(text: str, roots: Sequence[Path]) -> str:
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException as error:
-        reason = f"{_readable(error)}; write key=value, and quote a value with special characters"
-        raise ConfigError(f"cannot read the override `{text}`: {reason}") from None
+        remedy = (
+            f"in a shell, {_quoted(text)} with both kinds of quotes" if "=" in text else "write key=value"
+        )
+        raise ConfigError(f"cannot read the override `{text}`: {_readable(error)}; {remedy}") from None
     if override.is_sweep_override():
         key, _, value = text.partition("=")
-        remedy = f"write {key}=[{value}] for a list, \"{key}='{value}'\" for text"
+        remedy = f"write {key}=[{value}] for a list, {_quoted(text)} for text"
         raise ConfigError(f"override `{text}` holds several values; {remedy}")
     picks_file = any((root / override.key_or_group).is_dir() for root in roots)
     return f"++{text}" if override.type is OverrideType.CHANGE and not picks_file else text
+
+
+def _quoted(override: str) -> str:
+    """How a shell is told to hand on, and Hydra to read, a value with special characters."""
+    key, _, value = override.partition("=")
+    bare = value.strip("\"'").replace("'", "\\'")
+    return f"\"{key}='{bare}'\""
 
 
 def _readable(error: Exception) -> str:

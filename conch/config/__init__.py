@@ -18,6 +18,7 @@ from conch.config.generation import GenerationConfig as GenerationConfig
 from conch.config.model import Dtype as Dtype
 from conch.config.model import ModelConfig as ModelConfig
 from conch.config.model import TokenizerConfig as TokenizerConfig
+from conch.config.model import full_dtype as full_dtype
 from conch.config.optim import OptimizerConfig as OptimizerConfig
 from conch.config.optim import SchedulerConfig as SchedulerConfig
 from conch.config.reward import EnsembleObjective as EnsembleObjective
@@ -30,6 +31,7 @@ from conch.config.reward import RewardClientConfig as RewardClientConfig
 from conch.config.reward import RewardConfig as RewardConfig
 from conch.config.reward import RewardFailureConfig as RewardFailureConfig
 from conch.config.rollout import RolloutConfig as RolloutConfig
+from conch.config.rollout import RolloutDtype as RolloutDtype
 from conch.config.rollout import VLLMSettings as VLLMSettings
 from conch.config.run import OnlineRunConfig as OnlineRunConfig
 from conch.config.run import RunConfig as RunConfig

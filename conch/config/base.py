@@ -6,15 +6,51 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from conch.config.other_names import ALGORITHMS, OTHER_NAMES, RENAMED
 from conch.errors import ConfigError
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys refused, frozen after load, docstrings kept as descriptions."""
+    """Base of all sections: unknown keys refused, frozen after load, docstrings kept as descriptions.
+
+    A section given in part takes what is left from the default of the field that holds it, so that a run
+    config may set defaults of its own: `train: TrainConfig = TrainConfig(total_steps=200)`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_sections(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        defaults = {
+            name: field.get_default(call_default_factory=True, validated_data={})
+            for name, field in cls.model_fields.items()
+            if name in values
+        }
+        # A section that must be given says itself what it needs.
+        missing = [
+            name
+            for name, field in cls.model_fields.items()
+            if name not in values and field.is_required() and nested_section(field.annotation)
+        ]
+        values = {**{name: dict[str, Any]() for name in missing}, **values}
+        return {name: _completed(value, defaults.get(name)) for name, value in values.items()}
+
+
+def _completed(value: Any, default: Any) -> Any:
+    """Lay a section's values over what `default` sets explicitly, in the sections of that one as well."""
+    if not isinstance(default, Section):
+        return value
+    if type(value) is type(default):
+        value = {name: getattr(value, name) for name in value.model_fields_set}
+    if not isinstance(value, Mapping):
+        return value
+    explicit = {name: getattr(default, name) for name in default.model_fields_set}
+    return explicit | {name: _completed(inner, explicit.get(name)) for name, inner in value.items()}
 
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -41,9 +77,28 @@ def _explain(section: type[Section], problem: dict[str, Any]) -> str:
         return f"unknown key `{key}`; {_nearest(section, location)}"
     if problem["type"] == "missing":
         return f"`{key}` is missing"
+    if problem["type"] == "model_type" and (owner := _section_at(section, location)) is not None:
+        return f"`{key}` is a section, no value: {_key_for(owner, key, problem['input'])}"
     message = problem["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
     return f"`{key}`: {message}{shown}"
+
+
+def _section_at(section: type[Section], location: list[str]) -> type[Section] | None:
+    """The section that stands at `location` below `section`; None where there is none."""
+    owner: type[Section] | None = section
+    for part in location:
+        field = owner.model_fields.get(part) if owner is not None else None
+        owner = nested_section(field.annotation) if field else None
+    return owner
+
+
+def _key_for(section: type[Section], prefix: str, value: Any) -> str:
+    """The key of `section` that has this value among its choices, else all of its keys."""
+    for name, field in section.model_fields.items():
+        if value is not None and value in get_args(field.annotation):
+            return f"did you mean `{prefix}.{name}={value}`?"
+    return "its keys are " + ", ".join(f"`{prefix}.{name}`" for name in section.model_fields)
 
 
 def nested_section(annotation: Any) -> type[Section] | None:
@@ -55,21 +110,35 @@ def nested_section(annotation: Any) -> type[Section] | None:
 
 
 def _nearest(section: type[Section], location: list[str]) -> str:
-    """What an unknown key may have meant, looked for in its section and in the sections of that one."""
-    owner: type[Section] | None = section
-    for part in location[:-1]:
-        field = owner.model_fields.get(part) if owner is not None else None
-        owner = nested_section(field.annotation) if field else None
-    key = location[-1]
+    """What an unknown key may have meant: by another name of it, or by its letters."""
+    owner, key = _section_at(section, location[:-1]), location[-1]
+    names = (RENAMED.get(".".join(location), ""), *OTHER_NAMES.get(key, ()))
+    known = [name for name in names if _has(section, name.split("."))]
+    # Of several, the one in the section where the key stands.
+    known.sort(key=lambda name: name.split(".")[:-1][:1] != location[:-1][:1])
+    if known:
+        return f"did you mean `{known[0]}`?"
+    if len(location) == 1 and key in ALGORITHMS:
+        return f"it is a section of `conch train {key}`, in Python of `conch.train(..., algorithm={key!r})`"
     best, best_ratio = "", 0.0
     for place in _places(owner, location[:-1]):
-        ratio = difflib.SequenceMatcher(None, place[-1], key).ratio()
+        # `kl_coef` is `kl.coef`, one section further down.
+        ratio = max(_likeness(place[-1], key), _likeness("_".join(place[len(location) - 1 :]), key))
         # What stands in another section must be more alike: there are many keys, of other topics.
         if ratio > best_ratio and ratio >= (0.6 if len(place) == len(location) else 0.75):
             best, best_ratio = ".".join(place), ratio
     if best:
         return f"did you mean `{best}`?"
     return f"valid here: {', '.join(getattr(owner, 'model_fields', {}))}"
+
+
+def _likeness(name: str, key: str) -> float:
+    return difflib.SequenceMatcher(None, name, key).ratio()
+
+
+def _has(section: type[Section], location: list[str]) -> bool:
+    owner = _section_at(section, location[:-1])
+    return owner is not None and location[-1] in owner.model_fields
 
 
 def _places(section: type[Section] | None, location: list[str]) -> Iterator[list[str]]:

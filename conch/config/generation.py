@@ -33,7 +33,7 @@ class GenerationConfig(Section):
     """Leave special tokens out of a completion's text, which rewards and stop strings read; False keeps all
     but the one that ended it (for a reward that looks for `<think>`, where that is a special token)."""
 
-    chunk_size: int = Field(default=64, ge=1)
+    chunk_size: int = Field(default=32, ge=1)
     """Prompts generated at once per process. A served reward is asked for as soon as a completion has ended,
     a Python function's when its chunk has, while the next is generated."""
 

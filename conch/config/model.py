@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from conch.config.base import Section
 
-Dtype = Literal["float64", "float32", "bfloat16", "float16"]
+_SHORT_DTYPES = {
+    "fp64": "float64",
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+}
+
+
+def full_dtype(name: Any) -> Any:
+    """The full name of a precision that has a short one; anything else as it is."""
+    return _SHORT_DTYPES.get(name, name) if isinstance(name, str) else name
+
+
+Dtype = Annotated[Literal["float64", "float32", "bfloat16", "float16"], BeforeValidator(full_dtype)]
 
 
 class ModelConfig(Section):
@@ -65,7 +79,9 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
         if (self.path is None) == (self.architecture is None):
-            raise ValueError("give exactly one of `path` and `architecture`")
+            raise ValueError(
+                "give exactly one of `path`, a folder or hub id, and `architecture`, for random weights"
+            )
         if self.architecture is not None and "model_type" not in self.architecture:
             raise ValueError("`architecture` needs `model_type` (for example gpt2)")
         if self.num_layers_unfrozen == 0:
@@ -85,7 +101,8 @@ class TokenizerConfig(Section):
     """Folder or hub id; None takes the model's."""
 
     pad_token: str | None = None
-    """Padding token, for tokenizers that have none. Must be in the vocabulary and should differ from eos."""
+    """Padding token, for tokenizers that have none (or, for reward models, no other than eos): a pad token of
+    the model's own stays. Must be in the vocabulary. None chooses one, and the log says which."""
 
     add_special_tokens: bool = True
     """Encode plain texts with the special tokens that the tokenizer adds, such as a BOS; False for texts that

@@ -12,7 +12,7 @@ from conch.config.base import Section
 class OptimizerConfig(Section):
     """AdamW."""
 
-    learning_rate: float = Field(default=1e-4, gt=0)
+    learning_rate: float = Field(default=1e-5, gt=0)
     """Peak learning rate."""
 
     betas: tuple[float, float] = (0.9, 0.95)
@@ -29,7 +29,7 @@ class OptimizerConfig(Section):
 class SchedulerConfig(Section):
     """Learning rate over the run, stepped once per optimizer update."""
 
-    name: Literal["constant", "linear", "cosine"] = "constant"
+    name: Literal["constant", "linear", "cosine"] = "cosine"
     """Shape after warm-up: flat, or falling to 0 at the run's last update."""
 
     warmup_updates: int = Field(default=0, ge=0)

@@ -92,8 +92,13 @@ class RewardConfig(Section):
 
     url: str | None = None
     """`host:port/model` of a served reward model, or `host1:port,host2:port/model` for several servers of the
-    same model; `http://host:port/path` of an endpoint that speaks JSON. None takes the TRITON_HOST
-    environment variable. Unused when a Python function is passed."""
+    same model; `http://host:port/path` of an endpoint that speaks JSON. Where rewards are learned from, None
+    takes the TRITON_HOST environment variable; SFT and ILQL, which only measure with them, do not. Unused
+    when a Python function is passed."""
+
+    function: str | None = None
+    """A Python function instead of a served model, as `file.py:name` or `module:name`; docs/rewards.md says
+    how it is called. Its file is run."""
 
     dialect: HttpDialect = "query"
     """Of an HTTP endpoint: `query` sends {"query": [sample, ...]} and reads {"rewards": [number, ...]};
@@ -157,6 +162,8 @@ class RewardConfig(Section):
     def _one_source(self) -> RewardConfig:
         if self.url is not None and self.members:
             raise ValueError("give `url` for one reward or `members` for several, not both")
+        if self.function is not None and (self.url is not None or self.members):
+            raise ValueError("give `function` or `url` or `members`, one of them")
         return self
 
     @model_validator(mode="after")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ByteSize, Field, model_validator
+from pydantic import BeforeValidator, ByteSize, Field, model_validator
 
 from conch.config.auth import AuthConfig
 from conch.config.base import Section
+from conch.config.model import full_dtype
+
+RolloutDtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(full_dtype)]
 
 
 class VLLMSettings(Section):
@@ -43,7 +46,7 @@ class RolloutConfig(VLLMSettings):
     """`host:port` of a vLLM server (`conch rollout-server`), or several, `host1:port,host2:port`.
     None runs vLLM in each of the trainer's processes, on its GPU. A server has its own settings of vLLM."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: RolloutDtype = "auto"
     """Precision of vLLM's weights; `auto` takes that of the policy's training. A server has a setting of its
     own."""
 

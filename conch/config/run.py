@@ -22,7 +22,7 @@ class TrainConfig(Section):
     seed: int = Field(default=0, ge=0)
     """Seeds weights, data order and sampling; each rank adds its number to it for sampling."""
 
-    total_steps: int = Field(default=100, ge=1)
+    total_steps: int = Field(default=1000, ge=1)
     """Steps of the trainer's loop: optimizer updates offline; one rollout with all its updates for PPO; one
     selection with its updates for RFT."""
 
@@ -49,7 +49,7 @@ class TrainConfig(Section):
     num_processes: int | None = Field(default=None, ge=1)
     """Processes this run must have; any other number is refused (some launchers silently start one)."""
 
-    eval_every: int = Field(default=0, ge=0)
+    eval_every: int = Field(default=100, ge=0)
     """Evaluate every so many steps, and at the start and end; 0 never evaluates."""
 
     eval_repeats: int = Field(default=1, ge=1)
@@ -90,7 +90,10 @@ class TrackingConfig(Section):
 
 
 class RunConfig(Section):
-    """The sections that every trainer's run has; each trainer adds its own."""
+    """The sections that every trainer's run has; each trainer adds its own.
+
+    The defaults here and in the trainers are all there are: the presets in `configs/` name none.
+    """
 
     model: ModelConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -104,6 +107,8 @@ class RunConfig(Section):
 class OnlineRunConfig(RunConfig):
     """What runs have that sample completions and learn from their rewards."""
 
+    scheduler: SchedulerConfig = SchedulerConfig(name="linear")
+    train: TrainConfig = TrainConfig(total_steps=200, eval_every=20)
     generation: GenerationConfig = GenerationConfig()
     eval_generation: EvalGenerationConfig = EvalGenerationConfig()
     rollout: RolloutConfig = RolloutConfig()

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from conch.config import DataConfig
 from conch.data.chat import without_none
 from conch.data.public import as_spoken, public_form
-from conch.errors import ConfigError, DataError
+from conch.errors import ConfigError, DataError, missing_path
 from conch.log import get_logger
 
 RowT = TypeVar("RowT")
@@ -294,6 +294,8 @@ def _lines(source: str, config: DataConfig) -> Iterator[_Line]:
     if path.is_dir():
         is_saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
         return _saved(path) if is_saved else _dataset(source, "train", source, config)
+    if suffix in _SUFFIXES and not path.exists():
+        raise DataError(f"{path} cannot be read: there is no such file{missing_path(path)}")
     if suffix in _TABLES:
         return _table(path, _TABLES[suffix])
     if suffix in (".txt", ".jsonl"):
@@ -359,8 +361,6 @@ def _table(path: Path, kind: str) -> Iterator[_Line]:
     """Rows of a CSV or Parquet file, read piece by piece."""
     from datasets import load_dataset
 
-    if not path.is_file():
-        raise DataError(f"{path} cannot be read: there is no such file")
     # Words that pandas takes for a missing value ("None", "NA") are answers; an empty cell is none.
     options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
     # Streaming stores nothing, yet wants a cache; the user's may not be writable.

@@ -258,20 +258,20 @@ def check_texts(texts: Sequence[Any]) -> None:
 def hold_out(
     rows: Sequence[Judgement], fraction: float, seed: int
 ) -> tuple[list[Judgement], list[Judgement]]:
-    """Split at random into rows to train on and this share of rows to evaluate on.
+    """Split at random into rows to train on and this share of rows, at least one, to evaluate on.
 
     Repetitions of a row stay with it: what is held out is not trained on.
 
     Raises:
-        DataError: one of the parts would be empty.
+        DataError: no row would be left to train on.
     """
     distinct = list(dict.fromkeys(row.identity for row in rows))
     order = np.random.default_rng(seed).permutation(len(distinct))
-    held_out = {distinct[index] for index in order[: round(fraction * len(distinct))]}
-    if not 0 < len(held_out) < len(distinct):
+    held_out = {distinct[index] for index in order[: max(1, round(fraction * len(distinct)))]}
+    if len(held_out) == len(distinct):
         raise DataError(
-            f"`reward_model.eval_fraction` = {fraction} holds out {len(held_out)} of {len(distinct)} "
-            "different rows: at least one must be held out, and one must be left"
+            f"`reward_model.eval_fraction` = {fraction} holds out all {len(distinct)} different rows: give "
+            "more, or `reward_model.eval_fraction=0` to train without evaluation"
         )
     return [row for row in rows if row.identity not in held_out], [
         row for row in rows if row.identity in held_out

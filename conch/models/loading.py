@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +30,9 @@ from conch.config import ModelConfig, TokenizerConfig
 from conch.errors import ConfigError, ModelError, first_line
 from conch.log import get_logger
 from conch.models.adapter import adapter_base, merge_saved_adapter
+from conch.models.folders import model_folder
 from conch.models.kernels import apply_kernels, check_architecture
+from conch.models.padding import pad_token_hint, with_pad_token
 
 _log = get_logger(__name__)
 
@@ -98,45 +99,39 @@ def load_sequence_classifier(config: ModelConfig, *, num_labels: int, pad_token_
     )
 
 
-def load_tokenizer(config: TokenizerConfig, model_path: str | None = None) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that has an eos token and a pad token.
+def load_tokenizer(
+    config: TokenizerConfig, model_path: str | None = None, *, reward_model: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that has an eos token and a pad token; see `with_pad_token` for which.
 
     model_path: where to look if `config` names no path.
+    reward_model: of a reward model, which must not pad with eos.
 
     Raises:
         ConfigError: no path is known, or the pad token of `config` is not in the vocabulary.
         ModelError: there is no tokenizer, or it lacks a token.
     """
-    path = config.path or model_path
+    path, setting = (config.path, "tokenizer.path") if config.path else (model_path, "model.path")
     if path is None:
         raise ConfigError("no tokenizer: give `tokenizer.path`, or `model.path` of a folder that has one")
+    path = model_folder(path, setting)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     # A damaged tokenizer.json surfaces as a bare Exception of the tokenizers library.
     except Exception as error:
-        raise ModelError(_cannot_load("tokenizer", path, error)) from error
+        raise ModelError(_cannot_load("tokenizer", path, error, setting)) from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         # transformers makes up such a tokenizer for a folder that holds a model alone.
         raise ModelError(f"{path!r} holds no tokenizer: give `tokenizer.path`")
-    if config.pad_token is not None:
-        _set_pad_token(tokenizer, config.pad_token, path)
+    tokenizer = with_pad_token(tokenizer, config.pad_token, name=path, reward_model=reward_model)
     check_tokenizer(tokenizer, name=path)
     tokenizer.padding_side = "left"
     tokenizer.truncation_side = config.truncation_side
     return tokenizer
 
 
-def _set_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str, path: str) -> None:
-    if pad_token not in tokenizer.get_vocab():
-        # Adding it would give an id for which the model has no embedding.
-        raise ConfigError(
-            f"`tokenizer.pad_token` = {pad_token!r} is not in the vocabulary of {path!r}: name one that is"
-        )
-    tokenizer.pad_token = pad_token
-
-
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
-    """Refuse a tokenizer without eos or pad token; warn where they are one token.
+    """Refuse a tokenizer without eos or pad token.
 
     Raises:
         ModelError: a token is missing.
@@ -148,13 +143,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
         )
     if tokenizer.pad_token_id is None:
         raise ModelError(
-            f"the tokenizer of {name!r} has no pad token: set `tokenizer.pad_token` to a token of its "
-            "vocabulary that no text contains (or to its eos token)"
-        )
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        # Safe for policies (no mask here derives from the pad id), wrong for reward models that pool by it.
-        _log.warning(
-            "pad and eos are the same token in %r; a reward model trained with it needs another pad", name
+            f"the tokenizer of {name!r} has no pad token, nor a token that no text contains: add one to "
+            f"tokenizer and model, or name a rare one, {pad_token_hint()}"
         )
 
 
@@ -275,6 +265,8 @@ def _load(
     new_head_allowed: bool = False,
     **overrides: Any,
 ) -> PreTrainedModel:
+    if config.path is not None:
+        config = config.model_copy(update={"path": model_folder(config.path, "model.path")})
     base = adapter_base(config.path) if config.path is not None else None
     if base is not None:
         base_config = config.model_copy(update={"path": base, "revision": None})
@@ -295,6 +287,8 @@ def _load(
     apply_kernels(model, config)
     if new_head_allowed and has_new_head:
         _init_reward_head(model)
+        if config.path is not None:
+            _log.info("%s has no head of its own: starting with a new one", config.path)
     if config.disable_dropout:
         disable_dropout(model)
     fuse_activations(model)
@@ -396,14 +390,12 @@ def _init_reward_head(model: PreTrainedModel) -> None:
         nn.init.zeros_(head.bias)
 
 
-def _cannot_load(what: str, path: str, error: Exception) -> str:
+def _cannot_load(what: str, path: str, error: Exception, setting: str = "model.path") -> str:
     if Path(path).exists():
         return f"no {what} can be loaded from {path!r}: {_reason(error)}"
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", path):
-        return f"there is no folder {path!r} to load a {what} from; check `{what}.path`"
     return (
         f"there is no folder {path!r} to load a {what} from, and as a name on the model hub it does not "
-        f"load either ({_reason(error)}); check `{what}.path`"
+        f"load either ({_reason(error)}); check `{setting}`"
     )
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
+import importlib
+import importlib.util
 import os
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from conch.addresses import SCHEMES
 from conch.config import RewardConfig
-from conch.errors import ConfigError
+from conch.errors import ConfigError, missing_path
 from conch.rewards.base import RewardSource, UserReward
 from conch.rewards.combined import EnsembleReward, SumReward
 from conch.rewards.function import FunctionReward
@@ -15,8 +22,9 @@ from conch.rewards.replay import ReplayReward
 from conch.rewards.token_rewards import Decode
 
 _THREE_WAYS = (
-    "no reward given: pass a Python function `reward(samples, prompts, outputs, **metadata)`, "
-    "set `reward.url=host:port/model`, or set the environment variable TRITON_HOST=host:port/model"
+    "no reward given: pass a Python function `reward(samples, prompts, outputs, **metadata)` (on a command "
+    "line `reward.function=file.py:name`), set `reward.url=host:port/model`, or set the environment variable "
+    "TRITON_HOST=host:port/model"
 )
 
 
@@ -30,6 +38,8 @@ def from_user(
 ) -> RewardSource:
     """Make the source that `config.replay`, else `reward`, else `config` or TRITON_HOST names.
 
+    Of the configuration, `function`, `members` or `url`.
+
     reward: a Python function, `"host:port/model"`, `"http://host:port/path"`, or a source, which is returned
         as it is; or several of these by name, which `config.combine` makes one of.
     metadata_keys: the extra keys of the prompts in use; `check` sees whether a function takes them.
@@ -41,6 +51,8 @@ def from_user(
     """
     if config.replay is not None:
         return ReplayReward(config.replay, rank)
+    if reward is None and config.function is not None:
+        reward = named_function(config.function)
     if reward is None:
         reward = config.members or config.url or os.environ.get("TRITON_HOST")
     if not reward:
@@ -58,6 +70,53 @@ def from_user(
         uwo_weight=config.uwo_weight,
         on_member_failure=config.on_member_failure,
     )
+
+
+def named_function(name: str) -> Callable[..., Any]:
+    """Load a function from `file.py:name` or `module:name`; modules of the current folder are found.
+
+    Raises:
+        ConfigError: no such file, module or function.
+    """
+    place, _, attribute = name.rpartition(":")
+    if not place or not attribute:
+        raise ConfigError(f"`reward.function` = {name}: write file.py:name or module:name")
+    module = _module_of_file(Path(place)) if place.endswith(".py") else _module(place)
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        near = difflib.get_close_matches(attribute, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(names)) or 'none'}"
+        raise ConfigError(f"`reward.function` = {name}: {place} has no function {attribute}; {hint}")
+    return function
+
+
+def _module_of_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ConfigError(
+            f"`reward.function`: {path} cannot be read: there is no such file{missing_path(path)}"
+        )
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # As for a script: what lies beside it can be imported, and what it defines can be pickled.
+    sys.path.insert(0, str(path.resolve().parent))
+    sys.modules.setdefault(path.stem, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _module(name: str) -> ModuleType:
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # something that the module itself imports
+        raise ConfigError(
+            f"`reward.function`: there is no module {error.name}; give a file as file.py:name"
+        ) from None
 
 
 def _single_source(

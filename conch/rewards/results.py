@@ -73,7 +73,7 @@ class ReplyParser:
                     RewardStatus.INVALID, self._expected(f"a {type(values).__name__}{where}")
                 )
             if len(values) != len(self.samples):
-                return self.failures(RewardStatus.INVALID, self._expected(f"{len(values)}{where}"))
+                return self.failures(RewardStatus.INVALID, self._expected(f"{_counted(len(values))}{where}"))
         return [self._scalar(row, plain) for row in range(len(self.samples))]
 
     def _scalar(self, row: int, columns: Mapping[str, Sequence[Any]]) -> RewardResult:
@@ -138,6 +138,10 @@ class ReplyParser:
         return RewardResult(
             status, model=self.model, version=self.version, latency_s=self.latency_s, detail=detail
         )
+
+
+def _counted(scores: int) -> str:
+    return "1 score" if scores == 1 else f"{scores} scores"
 
 
 def name_row(position: int, sample: str) -> str:

@@ -247,9 +247,11 @@ class RewardScorer:
         if not own:
             return kind(f"{summary}; all of them on other ranks, whose messages say why")
         worst = next((result for result in own if not result.status.is_infrastructure), own[0])
-        return kind(
-            f"{summary}, {len(own)} of them on this rank; first: {worst.detail} ({worst.status.value})"
-        )
+        # Whoever gives None for a sample without a score means this; a function that fails is to be mended.
+        few = failure.policy == "raise" and counts.failed < counts.total
+        remedy = "; reward.failure.policy=drop goes on without such samples" if few else ""
+        reason = f"first: {worst.detail} ({worst.status.value}){remedy}"
+        return kind(f"{summary}, {len(own)} of them on this rank; {reason}")
 
 
 def combine(result: RewardResult, weights: Mapping[str, float]) -> float:

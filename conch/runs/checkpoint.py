@@ -17,6 +17,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from conch.atomic_files import replace_folder, sync, sync_tree
 from conch.errors import CheckpointError
@@ -73,7 +75,7 @@ def save_model(
             save_adapter(model, partial)
         else:
             whole = merged_copy(model) if has_adapter(model) else model
-            with original_dropout(whole):
+            with original_dropout(whole), _no_progress_bar():
                 whole.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         if heads:
@@ -87,6 +89,18 @@ def save_model(
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"the checkpoint {folder} cannot be written: {error}") from error
     return folder
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Without transformers' bar over the files of a model, which would come in between a run's own."""
+    was_enabled = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            enable_progress_bar()
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -36,7 +36,10 @@ def make_run_dir(config: TrainConfig) -> Path:
         return _make_new_folder(config.output_dir / datetime.now().strftime("%Y-%m-%d/%H-%M-%S"))
     folder = config.run_dir
     if (folder / METRICS_FILE).exists():
-        raise ConfigError(f"{folder} holds another run: choose another `train.run_dir`, or delete that one")
+        raise ConfigError(
+            f"{folder} holds another run: go on with it by `train.resume=auto`, choose another "
+            "`train.run_dir`, or delete that one"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

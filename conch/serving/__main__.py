@@ -10,13 +10,14 @@ from conch.cli import add_options, parse_options, written_with
 from conch.errors import ConchError
 from conch.serving.deployment.options import DownOptions, LogsOptions, StatusOptions, SwapOptions, UpOptions
 
-_SECTIONS = {
+COMMANDS = {
     "up": UpOptions,
     "down": DownOptions,
     "status": StatusOptions,
     "logs": LogsOptions,
     "swap": SwapOptions,
 }
+"""Subcommand -> its options."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = vars(_parser().parse_args(written_with("-", sys.argv[1:] if argv is None else argv)))
     command = arguments.pop("command")
     try:
-        return _run(parse_options(_SECTIONS[command], arguments))
+        return _run(parse_options(COMMANDS[command], arguments))
     except ConchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -40,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Underscores will do for dashes.",
     )
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    for name, section in _SECTIONS.items():
+    for name, section in COMMANDS.items():
         summary = " ".join((section.__doc__ or "").split())
         add_options(commands.add_parser(name, help=summary, description=summary), section)
     return parser

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from conch.config import EnsembleObjective, OnMemberFailure, Section
+from conch.config import EnsembleObjective, OnMemberFailure, Section, full_dtype
 from conch.triton.contract import Form, Granularity, Reads
 
 MANIFEST = "manifest.json"
 GOLDEN = "golden.json"
 
-ServedDtype = Literal["float32", "float16", "bfloat16", "int8"]
+ServedDtype = Annotated[Literal["float32", "float16", "bfloat16", "int8"], BeforeValidator(full_dtype)]
 """Precision of served weights. int8: of linear layers, by channel; what is beside them stays float32."""
 
 Backend = Literal["python", "onnx", "torchscript"]

@@ -125,10 +125,10 @@ class StepStart:
 class RunOutageHooks:
     """Callbacks of the scorer during an outage; see `conch.rewards.outage.OutageHooks`.
 
-    received: True once this process got SIGTERM.
+    received: number of the signal to leave that this process got, SIGTERM or Ctrl-C's SIGINT; else 0.
     """
 
-    def __init__(self, trainer: Trainer, received: Callable[[], bool]) -> None:
+    def __init__(self, trainer: Trainer, received: Callable[[], int]) -> None:
         self._trainer = trainer
         self._received = received
         self._begun: StepStart | None = None
@@ -148,18 +148,32 @@ class RunOutageHooks:
         _log.warning("saved %s while the reward server is away: train.resume=%s", folder, run.folder)
 
     def leaving(self) -> bool:
-        """True once this process got SIGTERM."""
-        return self._received()
+        """True once this process was told to leave."""
+        return self._received() > 0
+
+    @property
+    def signal_name(self) -> str:
+        """What told this process to leave, or the rank that it leaves with."""
+        return "Ctrl-C" if self._received() == signal.SIGINT else "SIGTERM"
 
     def leave(self) -> NoReturn:
-        """Save and leave.
-
-        Raises:
-            SystemExit: code 143.
-        """
+        """Save and leave: see `end`."""
         self.save()
         folder = self._trainer.run.folder
-        _log.warning("SIGTERM: left while waiting for rewards; go on with train.resume=%s", folder)
+        _log.warning(
+            "%s: left while waiting for rewards; go on with train.resume=%s", self.signal_name, folder
+        )
+        self.end()
+
+    def end(self) -> NoReturn:
+        """End the program as the signal asks.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C.
+            SystemExit: code 143, after SIGTERM, of this process or of another rank's.
+        """
+        if self._received() == signal.SIGINT:
+            raise KeyboardInterrupt
         raise SystemExit(SIGTERM_EXIT_CODE)
 
     def scored(self, rollouts: Sequence[Rollout], results: Sequence[RewardResult]) -> None:

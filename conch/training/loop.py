@@ -7,20 +7,22 @@ up what the checkpoint holds.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from conch.cli import save_resolved
 from conch.config import TrainConfig
+from conch.distributed.launcher import launched_processes
 from conch.errors import ConfigError
-from conch.log import get_logger
+from conch.log import get_logger, is_main_process
 from conch.rewards.replay import cut_lines
 from conch.runs.tracking import Tracker
 from conch.training.checkpointing import (
-    SIGTERM_EXIT_CODE,
     Run,
     RunOutageHooks,
     Trainer,
@@ -31,6 +33,8 @@ from conch.types import Metrics
 
 _log = get_logger(__name__)
 
+_CTRL_C = b"\nCtrl-C: finishing the step, to save it and leave; Ctrl-C again leaves at once, without saving\n"
+
 
 def fit(trainer: Trainer, name: str) -> Path:
     """Run all steps that are left, with evaluations and checkpoints as `config.train` says.
@@ -39,6 +43,7 @@ def fit(trainer: Trainer, name: str) -> Path:
 
     Raises:
         SystemExit: code 143, after SIGTERM: the step was finished and saved, and `train.resume` goes on.
+        KeyboardInterrupt: the same after Ctrl-C.
     """
     run, train = trainer.run, trainer.config.train
     if trainer.engine.collectives.is_main:
@@ -52,7 +57,7 @@ def fit(trainer: Trainer, name: str) -> Path:
         run_config=trainer.config,
         done_steps=_logged_steps(run) if run.continued else None,
     )
-    with tracker, _sigterm() as received:
+    with tracker, _noted_signals() as received:
         host = RunOutageHooks(trainer, received)
         if trainer.engine.collectives.is_main:
             last_step = run.step if run.continued else -1
@@ -62,6 +67,12 @@ def fit(trainer: Trainer, name: str) -> Path:
         _begin(trainer, tracker, host)
         while run.step < train.total_steps and not _is_hopeless(run, train):
             _advance(trainer, tracker, host)
+    if run.best is not None and run.best_step == 0:
+        _log.warning(
+            "no evaluation was better than that of the start: there is no checkpoints/best, the last one is "
+            "checkpoints/step_%d",
+            run.step,
+        )
     if _is_hopeless(run, train):
         _log.info("stopped early: no better than at step %d for %d evaluations", run.best_step, run.worse)
     return run.folder
@@ -78,7 +89,14 @@ def _begin(trainer: Trainer, tracker: Tracker, host: RunOutageHooks) -> None:
     if run.measured:
         _conclude(trainer, tracker, host, run.measured)
     elif run.measured is not None or (trainer.config.train.eval_every and not run.continued):
-        tracker.log(0, _evaluate(trainer, tracker, host, {})[0])
+        scores = _evaluate(trainer, tracker, host, {})[0]
+        if not scores:
+            _log.warning(
+                "nothing is evaluated, though train.eval_every=%d: give data.eval, in Python evaluation "
+                "samples or prompts",
+                trainer.config.train.eval_every,
+            )
+        tracker.log(0, scores)
 
 
 def _advance(trainer: Trainer, tracker: Tracker, host: RunOutageHooks) -> None:
@@ -104,9 +122,10 @@ def _conclude(trainer: Trainer, tracker: Tracker, host: RunOutageHooks, metrics:
         save_checkpoint(trainer)
     if leaving and not last:
         _log.warning(
-            "SIGTERM: saved step %d in %s; go on with train.resume=%s", run.step, run.folder, run.folder
+            "%s: saved step %d in %s; go on with train.resume=%s",
+            *(host.signal_name, run.step, run.folder, run.folder),
         )
-        raise SystemExit(SIGTERM_EXIT_CODE)
+        host.end()
 
 
 def _evaluate(
@@ -140,14 +159,31 @@ def _is_hopeless(run: Run, train: TrainConfig) -> bool:
 
 
 @contextmanager
-def _sigterm() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM does no more than being noted. Python allows that in the main thread alone."""
-    signals: list[int] = []
+def _noted_signals() -> Iterator[Callable[[], int]]:
+    """Inside, SIGTERM and the first Ctrl-C do no more than being noted; a second Ctrl-C interrupts.
+
+    Gives the number of the signal that came first, 0 before one has. Python allows that in the main thread
+    alone.
+    """
+    noted: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda: 0
         return
-    before = signal.signal(signal.SIGTERM, lambda number, _frame: signals.append(number))
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and signal.SIGINT in noted and launched_processes() <= 1:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT and is_main_process():
+            # Not through logging or print: one of them may be at work in what the signal interrupted.
+            os.write(2, _CTRL_C)
+        noted.append(number)
+
+    # What was started to ignore Ctrl-C, as a shell's scripts start programs with `&`, goes on ignoring it.
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    numbers = (signal.SIGTERM,) if ignored else (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
-        yield lambda: bool(signals)
+        yield lambda: noted[0] if noted else 0
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -83,6 +83,9 @@ def _find(config: RunConfig) -> tuple[Path, Checkpoint | None]:
     checkpoint = _checkpoint_to_resume(config.train)
     if checkpoint is None:
         train = config.train
+        if train.resume == "auto":
+            where = train.run_dir or f"the runs below {train.output_dir}"
+            _log.info("train.resume=auto: no checkpoint in %s to go on with, starting at step 0", where)
         if train.resume == "auto" and train.run_dir is not None:
             # Interrupted before its first checkpoint: nothing there is worth more than a new start.
             (train.run_dir / METRICS_FILE).unlink(missing_ok=True)

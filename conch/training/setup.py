@@ -34,6 +34,7 @@ from conch.models.loading import (
     load_lm,
     load_tokenizer,
 )
+from conch.models.padding import with_pad_token
 from conch.models.trial import check_language_model
 from conch.rewards.base import RewardSource, UserReward
 from conch.rewards.combined import DeltaReward, check_originals
@@ -75,18 +76,26 @@ def load_policy(model: PreTrainedModel | None, config: ModelConfig, precision: s
 
 
 def load_policy_tokenizer(
-    tokenizer: PreTrainedTokenizerBase | None, config: TokenizerConfig, model_path: str | None
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: TokenizerConfig,
+    model_path: str | None,
+    *,
+    reward_model: bool = False,
 ) -> PreTrainedTokenizerBase:
     """A copy of the tokenizer that a user passed, checked and set as the config says, or the one that the
     config names.
+
+    reward_model: of a reward model, which must not pad with eos.
 
     Raises:
         ModelError: there is none, or its special tokens will not do.
     """
     if tokenizer is None:
-        return load_tokenizer(config, model_path)
-    check_tokenizer(tokenizer, name=tokenizer.name_or_path or type(tokenizer).__name__)
+        return load_tokenizer(config, model_path, reward_model=reward_model)
+    name = tokenizer.name_or_path or type(tokenizer).__name__
     tokenizer = copy.deepcopy(tokenizer)  # the user's stays as it is
+    tokenizer = with_pad_token(tokenizer, config.pad_token, name=name, reward_model=reward_model)
+    check_tokenizer(tokenizer, name=name)
     tokenizer.truncation_side = config.truncation_side
     return tokenizer
 
@@ -221,7 +230,8 @@ def eval_source(
     if config.delta or config.dense:
         name = "delta" if config.delta else "dense"
         raise ConfigError(f"`reward.{name}` is for rewards that are learned from; here they only measure")
-    if reward is None and config.url is None and not config.members and config.replay is None:
+    named = (config.url, config.function, config.replay)
+    if reward is None and not config.members and all(name is None for name in named):
         return None
     return checked_source(collectives, reward, config, prompts or [])
 

@@ -21,6 +21,7 @@ from conch.config import Section, load
 from conch.errors import ConfigError, ConversionError, ModelError, first_line
 from conch.log import progress
 from conch.models.adapter import ADAPTER_FILE, adapter_base
+from conch.models.folders import model_folder
 from conch.store.manifest import Pooling, sha256_of
 
 REWARD_MODEL_FILE = "reward_model.json"
@@ -160,6 +161,8 @@ def base_model_of(source: Source, requested: str | None) -> str:
 def find_source(name: str, revision: str | None = None, *, weights: bool = True) -> Source:
     """Find the files of a folder, of one file, or of a hub model, which is fetched.
 
+    Of a run's folder, those of its best checkpoint.
+
     weights: False looks for configuration and tokenizer alone.
 
     Raises:
@@ -168,7 +171,11 @@ def find_source(name: str, revision: str | None = None, *, weights: bool = True)
     path = Path(name).expanduser()
     if path.is_file():
         return Source(name, path.parent, (path,))
-    folder = path if path.is_dir() else _download(name, revision, weights)
+    try:
+        found = model_folder(str(path), "--checkpoint")
+    except ModelError as error:
+        raise ConversionError(str(error)) from None
+    folder = Path(found) if Path(found).is_dir() else _download(name, revision, weights)
     return Source(name, folder, _weight_files(folder) if weights else ())
 
 

@@ -35,12 +35,12 @@ phase() { # name, script, steps, overrides...
 }
 
 mkdir -p "$out"
-policy=$out/sft/checkpoints/best
+policy=$out/sft
 phase sft sft_hh.py 300 measure_reward=false
 phase reward_model train_reward_hh.py 49 model.path="$policy"
 
 echo "== to_triton ($(date +%T))"
-"$python" to_triton.py --checkpoint "$out/reward_model/checkpoints/best" --name hh-tiny --model_store "$out/model_store" \
+"$python" to_triton.py --checkpoint "$out/reward_model" --name hh-tiny --model_store "$out/model_store" \
 	--instance_kind cpu --quiet
 
 # Each of these hosts the reward model by itself, as no TRITON_HOST is set.

@@ -2,7 +2,7 @@ r"""The reward model of Helpful & Harmless, from pairs of answers of which peopl
 
     accelerate launch --num_processes 8 --config_file ../../configs/accelerate/zero2-bf16.yaml \
         train_reward_hh.py
-    python to_triton.py --checkpoint outputs/hh/reward_model/checkpoints/best --name hh-rm
+    python to_triton.py --checkpoint outputs/hh/reward_model --name hh-rm
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 folder,
 
     python train_reward_sentiments.py
-    python to_triton.py --checkpoint outputs/sentiments/reward_model/checkpoints/best --name reviews
+    python to_triton.py --checkpoint outputs/sentiments/reward_model --name reviews
 """
 
 from __future__ import annotations

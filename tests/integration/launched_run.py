@@ -32,7 +32,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def run(kind: str, folder: Path, num_processes: int) -> dict[str, Any]:
     """Train, save, and look at both."""
     train = {**TRAIN, "run_dir": str(folder / kind), "num_processes": num_processes}
-    values = {"train": train, "optimizer": {"learning_rate": 2e-3}, **SETTINGS.get(kind, {})}
+    schedule = {"optimizer": {"learning_rate": 2e-3}, "scheduler": {"name": "constant"}}
+    values = {"train": train, **schedule, **SETTINGS.get(kind, {})}
     trainer = KINDS[kind](values)
     run_dir = trainer.fit()
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -32,6 +32,7 @@ SETTINGS = {
         }
     },
     "optimizer": {"learning_rate": 2e-3},
+    "scheduler": {"name": "constant"},
     "generation": {"max_new_tokens": 6, "chunk_size": 32},
     "ppo": {"rollouts_per_step": 64, "kl": {"coef": 0.01}},
     "train": {"total_steps": 30, "eval_every": 10, "eval_repeats": 16},

@@ -39,4 +39,4 @@ def test_first_python_block_of_the_readme_trains(
     printed = capsys.readouterr().out.splitlines()
     run_dir = Path(printed[-1])
     assert (run_dir / "checkpoints" / "step_2" / "config.json").is_file()
-    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 3  # the start's evaluation among them

@@ -130,19 +130,40 @@ def test_a_killed_run_equals_an_undisturbed_one(tmp_path: Path, kind: str, ranks
     assert_same_run(storm, calm)
 
 
-def test_sigterm_of_a_run_saves_and_leaves_with_143(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "name"), [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")]
+)
+def test_a_run_that_is_told_to_leave_saves_and_goes_on(
+    tmp_path: Path, number: signal.Signals, code: int, name: str
+) -> None:
     calm, storm = tmp_path / "calm", tmp_path / "storm"
     finish(start("ppo", calm, 1))
     process = start("ppo", storm, 1, "save_every=0")
     while steps_logged(storm) < 4:
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=LONGEST_S)
-    assert process.returncode == 143, output
-    assert "SIGTERM: saved step" in output and "Traceback" not in output
+    assert process.returncode == code, output
+    assert f"{name}: saved step" in output and "Traceback" not in output
     finish(start("ppo", storm, 1, "save_every=0"))
     assert_same_run(storm, calm)
+
+
+def test_ctrl_c_under_torchrun_saves_on_all_ranks_without_a_traceback_of_theirs(tmp_path: Path) -> None:
+    storm = tmp_path / "storm"
+    process = start("sft", storm, 2, "save_every=0", "total_steps=1000000", "eval_every=0")
+    while steps_logged(storm) < 4:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=LONGEST_S)
+    step = len(metrics_of(storm))
+    assert f"Ctrl-C: saved step {step}" in output
+    # torchrun's own says which signal it got.
+    launchers = output.partition("Traceback")[2]
+    assert "KeyboardInterrupt" not in output and "conch" not in launchers, launchers
+    assert "going on with" in finish(start("sft", storm, 2, f"total_steps={step + 1}", "eval_every=0"))
 
 
 def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:

@@ -374,7 +374,7 @@ def test_check_lists_the_models_that_are_there() -> None:
         ),
         ({"walks": ("", "")}, "is in the store .* but not loaded"),
         ({}, "there is: no model at all"),
-        (None, "does not list its models"),
+        (None, "is not ready at .*, or not there; no other model is loaded"),
     ],
 )
 def test_check_says_why_a_model_is_not_ready(index: dict[str, tuple[str, str]] | None, words: str) -> None:
@@ -382,6 +382,20 @@ def test_check_says_why_a_model_is_not_ready(index: dict[str, tuple[str, str]] |
         server.ready, server.index = False, index
         with pytest.raises(RewardUnavailableError, match=words):
             check(server.url)
+
+
+def test_check_lists_what_is_loaded_where_the_store_is_kept_to_the_server() -> None:
+    with FakeTriton(TEXT, length) as server:
+        server.index = None
+        words = (
+            rf"model `wakls` is not loaded at .*; there is: walks; did you mean 127.0.0.1:{server.port}/walks"
+        )
+        with pytest.raises(RewardUnavailableError, match=words):
+            check(f"127.0.0.1:{server.port}/wakls")
+        server.statistics = None
+        words = "does not list its models: ask who runs it, or on its machine `conch serve status`"
+        with pytest.raises(RewardUnavailableError, match=words):
+            check(f"127.0.0.1:{server.port}/wakls")
 
 
 def test_model_of_neither_form_is_invalid_in_check_and_in_submit() -> None:

@@ -10,6 +10,7 @@ import pytest
 import conch
 from conch.config import load
 from conch.errors import ConfigError
+from conch.trainers.grpo import GRPOTrainer
 from conch.trainers.ilql import ILQLTrainer
 from conch.trainers.ppo import PPORunConfig, PPOTrainer
 from conch.trainers.reward_model import RewardModelRunConfig
@@ -46,6 +47,28 @@ def test_arguments_pick_the_algorithm(
     assert (tmp_path / "saved/tokenizer.json").is_file()
 
 
+RFT = {"n_generations_per_prompt": 4, "batch_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("given", "sections", "kind"),
+    [
+        ({}, {"grpo": {"prompts_per_step": 2, "group_size": 4}}, GRPOTrainer),
+        ({"algorithm": "rft"}, {"rft": RFT}, RFTTrainer),
+        ({}, {"rft": RFT}, RFTTrainer),
+        ({"algorithm": "rft"}, {}, RFTTrainer),
+    ],
+)
+def test_an_algorithm_is_picked_by_name_or_by_the_section_of_its_settings(
+    tmp_path: Path, given: dict[str, Any], sections: dict[str, Any], kind: type
+) -> None:
+    config = settings(tmp_path / "run", **sections)
+    trainer = conch.train(
+        policy(), tokenizer=TOKENIZER, config=config, prompts=PROMPTS, reward=vowels, **given
+    )
+    assert type(trainer) is kind
+
+
 def test_a_config_of_a_type_picks_its_own(tmp_path: Path) -> None:
     values = settings(tmp_path / "run", model=MODEL, rft={"n_generations_per_prompt": 4, "batch_size": 4})
     config = load(RFTRunConfig, values)
@@ -68,6 +91,17 @@ def test_a_config_of_a_type_picks_its_own(tmp_path: Path) -> None:
             r"RewardModelRunConfig, which `conch.train` does not",
         ),
         ({"samples": ["a"], "tokenizer": None}, r"pass `tokenizer=`"),
+        ({"prompts": ["a"], "algorithm": "dpo"}, r"`algorithm` = 'dpo': there are ppo, grpo, rft, ilql, sft"),
+        ({"prompts": ["a"], "algorithm": "sft"}, r"SFTRunConfig learns from `samples`"),
+        ({"prompts": ["a"], "config": {"grpo": {}, "rft": {}}}, r"several algorithms: grpo, rft"),
+        (
+            {"prompts": ["a"], "algorithm": "ppo", "config": {"grpo": {}}},
+            r"`algorithm` is 'ppo', but .* another: GRPORunConfig",
+        ),
+        (
+            {"prompts": ["a"], "config": {"grpo": {"group": 4}}},
+            r"`grpo.group`; did you mean `grpo.gr",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(given: dict[str, Any], message: str) -> None:

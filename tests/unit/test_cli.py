@@ -127,6 +127,12 @@ def test_compose_override_sets_the_key_whether_or_not_the_file_has_it(
     assert found == value
 
 
+@pytest.mark.parametrize("value", ["<|pad|>", "it's", "a,b", "1e5"])
+def test_compose_reads_text_that_is_quoted_as_its_message_says(configs: Path, value: str) -> None:
+    escaped = value.replace("'", "\\'")
+    assert compose("plain", [f"name='{escaped}'"], configs)["name"] == value
+
+
 def test_compose_tilde_removes_a_key(configs: Path) -> None:
     assert compose("plain", ["~train.seed"], configs) == {"name": "toy", "train": {}}
 
@@ -144,6 +150,12 @@ def test_compose_interpolation_is_resolved_after_overrides(configs: Path) -> Non
     [
         ("plain", "train.seed", ("override `train.seed`", "write key=value")),
         ("plain", "train.seed={", ("override `train.seed={`", "quote")),
+        (
+            "plain",
+            "name=<|pad|>",
+            ("`name=<|pad|>`", "in a shell, \"name='<|pad|>'\" with both kinds of quotes"),
+        ),
+        ("plain", "name='<|it's|>'", ("\"name='<|it\\'s|>'\"",)),
         ("plain", "train.seed=1,2", ("train.seed=[1,2]", "train.seed='1,2'")),
         ("walks/small", "generation=tame", ("generation/tame", "greedyish", "wild")),
         ("plain", "~nothing", ("nothing",)),

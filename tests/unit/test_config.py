@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import importlib
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from pydantic import ValidationError
 
-from conch.cli import default_config_dir, load_run_config
+from conch.cli import add_options, default_config_dir, describe, load_run_config
 from conch.config import (
     AuthConfig,
     GenerationConfig,
@@ -24,7 +25,9 @@ from conch.config import (
     TrainConfig,
     load,
 )
+from conch.converters.options import ConversionOptions
 from conch.errors import ConfigError
+from conch.trainers.ppo import PPORunConfig
 from examples.hh import hh_data
 from examples.sentiments import reviews
 
@@ -72,6 +75,7 @@ def program_of(file: Path) -> str | None:
 
 
 RUN_CONFIGS = sorted(file for file in CONFIGS.rglob("*.yaml") if program_of(file))
+PRESETS = [file for file in RUN_CONFIGS if file.parent == CONFIGS]
 ACCELERATE_CONFIGS = sorted((CONFIGS / "accelerate").glob("*.yaml"))
 
 
@@ -103,7 +107,12 @@ GROUP_CHOICES = [
 
 def parse(file: Path, *overrides: str) -> Section:
     name = str(file.relative_to(CONFIGS).with_suffix(""))
-    return load_run_config(run_config_class(file), overrides, default_name=name, config_dir=CONFIGS)
+    # Presets are made for any model, and name none.
+    names_one = any(override.startswith("model=") for override in overrides)
+    model = [] if file not in PRESETS or names_one else ["model.path=m"]
+    return load_run_config(
+        run_config_class(file), [*model, *overrides], default_name=name, config_dir=CONFIGS
+    )
 
 
 def test_every_config_file_is_tried() -> None:
@@ -160,6 +169,66 @@ def test_load_mistake_names_key_and_remedy(values: dict[str, Any], message: str)
         load(Outer, values)
 
 
+@pytest.mark.parametrize("file", PRESETS, ids=lambda file: file.stem)
+def test_a_preset_runs_with_the_defaults_that_help_shows_and_python_has(file: Path) -> None:
+    section = run_config_class(file)
+    assert parse(file) == load(section, {"model": {"path": "m"}})
+    assert describe(section, parse(file)).replace("'m'", "None") == describe(section)
+
+
+def test_a_run_configs_own_defaults_hold_where_a_section_is_given_in_part() -> None:
+    model = {"path": "m"}
+    default = load(PPORunConfig, {"model": model}).train
+    assert (default.total_steps, default.eval_every) == (200, 20) != (TrainConfig().total_steps, 100)
+    assert load(PPORunConfig, {"model": model, "train": {"seed": 3}}).train == default.model_copy(
+        update={"seed": 3}
+    )
+    in_python = PPORunConfig(model=ModelConfig(path="m"), train=TrainConfig(total_steps=7))
+    assert in_python.train == default.model_copy(update={"total_steps": 7})
+    explicit = TrainConfig(total_steps=7, eval_every=100)
+    assert PPORunConfig(model=ModelConfig(path="m"), train=explicit).train == explicit
+
+
+def test_own_defaults_reach_sections_in_sections() -> None:
+    class Inner(Outer):
+        reward: RewardConfig = RewardConfig(client=RewardClientConfig(batch_rows=3), weights={"a": 1.0})
+
+    config = load(Inner, {"reward": {"client": {"cache_size": 1}}}).reward
+    assert (config.client.batch_rows, config.client.cache_size, config.weights) == (3, 1, {"a": 1.0})
+    assert load(Inner, {"reward": {"weights": {"b": 2.0}}}).reward.weights == {"b": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"reward": {"failure": "drop"}}, r"`reward\.failure` is a section.*`reward\.failure\.policy=drop`"),
+        (
+            {"reward": {"failure": 3}},
+            r"`reward\.failure` is a section.*its keys are `reward\.failure\.policy`",
+        ),
+        ({"train": None}, r"`train` is a section.*its keys are `train\.seed`"),
+        ({"ppo": {"kl_coef": 1}}, r"unknown key `ppo\.kl_coef`; did you mean `ppo\.kl\.coef`\?"),
+        ({"ppo": {"beta": 1}}, r"did you mean `ppo\.kl\.coef`\?"),
+        ({"lr": 1}, r"did you mean `optimizer\.learning_rate`\?"),
+        ({"train": {"max_steps": 1}}, r"did you mean `train\.total_steps`\?"),
+        ({"train": {"micro_batch_size": 1}}, r"did you mean `train\.gradient_accumulation_steps`\?"),
+        (
+            {"grpo": {"group_size": 4}},
+            r"unknown key `grpo`; it is a section of `conch train grpo`.*algorithm=",
+        ),
+        ({"model": {}}, r"`model`: give exactly one of `path`"),
+    ],
+)
+def test_what_users_of_other_programs_write_is_answered(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(PPORunConfig, {"model": {"path": "m"}, **values})
+
+
+def test_a_run_config_without_a_model_says_what_is_needed() -> None:
+    with pytest.raises(ConfigError, match="`model`: give exactly one of `path`, a folder or hub id"):
+        load(PPORunConfig, {})
+
+
 def test_load_reports_all_mistakes_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         load(Outer, {"train": {"sed": 1, "total_steps": 0}})
@@ -177,7 +246,10 @@ def test_load_reports_all_mistakes_at_once() -> None:
         ("tls", "auth.tls"),
         ("max_failed_fraction", "failure.max_fraction"),
         ("on_model_change", "failure.on_model_change"),
-        ("on_failure", "failure"),
+        ("on_failure", r"failure\.policy"),
+        ("micro_batch_size", r"client\.batch_rows"),
+        ("attempt_timeout_s", r"client\.request_timeout_s"),
+        ("remember", r"client\.cache_size"),
         ("ca", "auth.tls.ca"),
     ],
 )
@@ -186,7 +258,7 @@ def test_key_at_the_wrong_depth_is_found_in_the_nested_section(old: str, new: st
         load(Outer, {"reward": {old: 1}})
 
 
-@pytest.mark.parametrize("key", ["micro_batch_size", "attempt_timeout_s"])
+@pytest.mark.parametrize("key", ["micro_batches", "try_timeout"])
 def test_key_that_is_only_a_little_like_one_of_another_section_gets_the_list(key: str) -> None:
     with pytest.raises(ConfigError, match=rf"`reward\.{key}`; valid here: url, .*, client, auth, failure"):
         load(Outer, {"reward": {key: 1}})
@@ -208,8 +280,8 @@ def test_section_is_frozen() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "exactly one of `path` and `architecture`"),
-        ({"path": "x", "architecture": {"model_type": "gpt2"}}, "exactly one of `path` and `architecture`"),
+        ({}, "exactly one of `path`.* and `architecture`"),
+        ({"path": "x", "architecture": {"model_type": "gpt2"}}, "exactly one of `path`.* and `architecture`"),
         ({"architecture": {"n_layer": 2}}, "needs `model_type`"),
         ({"path": "x", "num_layers_unfrozen": 0}, "nothing would be trained"),
         ({"path": "x", "num_layers_unfrozen": -2}, "num_layers_unfrozen"),
@@ -236,3 +308,25 @@ def test_generation_config_refuses_values_out_of_range(values: dict[str, float])
 def test_every_field_is_documented(section: type[Section]) -> None:
     undocumented = [name for name, field in section.model_fields.items() if not field.description]
     assert undocumented == []
+
+
+@pytest.mark.parametrize(
+    ("short", "full"), [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32"), ("half", "float16")]
+)
+def test_short_names_of_precisions_are_understood(short: str, full: str) -> None:
+    assert load(ModelConfig, {"path": "m", "dtype": short}).dtype == full
+    assert load(RolloutConfig, {"dtype": short}).dtype == full
+    assert load(ConversionOptions, {"dtype": short}).dtype == full
+    with pytest.raises(ConfigError, match=r"`dtype`: .*\(got 'b16'\)"):
+        load(ModelConfig, {"path": "m", "dtype": "b16"})
+
+
+def test_short_names_of_precisions_are_understood_on_a_command_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser, ConversionOptions)
+    assert vars(parser.parse_args(["--dtype", "bf16"])) == {"dtype": "bfloat16"}
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--dtype", "b16"])
+    assert "invalid choice: 'b16'" in capsys.readouterr().err

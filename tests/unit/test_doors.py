@@ -150,6 +150,13 @@ def exit_code(words: list[str]) -> int:
         (["train", "pppo"], "`conch train pppo` is no command; did you mean `conch train ppo`?"),
         (["zzz"], "there are: convert, plot, rollout-server, score, serve, size, train"),
         (["train", "zzz"], "there are: grpo, ilql, ppo, reward_model, rft, sft"),
+        (["serve", "statu"], "`conch serve statu` is no command; did you mean `conch serve status`?"),
+        (["serve", "zzz"], "there are: down, logs, status, swap, up"),
+        (
+            ["convert", "ensmble"],
+            "no command; did you mean `conch convert ensemble`?",
+        ),
+        (["convert", "outputs/x"], "`conch convert outputs/x` is no command; a checkpoint is named by --ch"),
     ],
 )
 def test_mistyped_verb_names_the_nearest(words: list[str], sentence: str, capsys: Any) -> None:
@@ -213,3 +220,8 @@ def test_help_loads_no_heavy_library(words: str, kept_out: tuple[str, ...]) -> N
 def test_console_script_is_the_module() -> None:
     lines = (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
     assert 'conch = "conch.__main__:main"' in lines
+
+
+def test_dir_of_the_package_shows_what_is_loaded_at_first_use() -> None:
+    program = "import sys, conch; assert 'train' in dir(conch); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=120, check=True)

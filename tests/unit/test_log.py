@@ -84,3 +84,48 @@ def test_progress_is_silent_elsewhere(
 
     assert list(progress(range(3), desc="ppo")) == [0, 1, 2]
     assert output.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "transformers.tokenization_utils_base",
+            "Token indices sequence length is longer than the specified maximum sequence length (99 > 16).",
+        ),
+        ("transformers.modeling_utils", "GPT2Model LOAD REPORT from: x"),
+        ("DeepSpeed", "Setting accelerator to CPU. If you have GPU or other accelerator, ..."),
+    ],
+)
+def test_what_libraries_say_of_what_is_checked_here_is_left_out(name: str, message: str) -> None:
+    setup_logging()
+    setup_logging()
+    heard: list[str] = []
+    logger, handler = logging.getLogger(name), logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        logger.warning(message)
+        logger.warning("the disk is full")
+    finally:
+        logger.removeHandler(handler)
+    assert heard == ([] if name == "DeepSpeed" else ["the disk is full"])
+
+
+def test_deepspeed_warns_on_stderr_since_programs_print_results_on_stdout(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    setup_logging()
+    logging.getLogger("DeepSpeed").warning("the disk is full")
+    said = capsys.readouterr()
+    assert said.err == "WARNING DeepSpeed: the disk is full\n" and not said.out
+
+
+def test_transformers_itself_is_silent_about_lengths(capfd: pytest.CaptureFixture[str]) -> None:
+    from tests.tiny import char_tokenizer
+
+    setup_logging()
+    tokenizer = char_tokenizer("abc")
+    tokenizer.model_max_length = 4
+    assert len(tokenizer("abcabc")["input_ids"]) > 4  # pyright: ignore[reportArgumentType]
+    assert "Token indices" not in capfd.readouterr().err

@@ -8,10 +8,17 @@ from pathlib import Path
 import pytest
 
 from conch.cli import describe
-from conch.config import OnlineRunConfig, load
+from conch.config import OnlineRunConfig, Section, load
+from conch.config.base import nested_section
+from conch.config.other_names import OTHER_NAMES, RENAMED
 from conch.errors import ConfigError
 from conch.rollouts.vllm.server_config import ServerConfig
 from conch.trainers.grpo import GRPORunConfig
+from conch.trainers.ilql import ILQLRunConfig
+from conch.trainers.ppo import PPORunConfig
+from conch.trainers.reward_model import RewardModelRunConfig
+from conch.trainers.rft import RFTRunConfig
+from conch.trainers.sft import SFTRunConfig
 
 PAGE = (Path(__file__).parents[2] / "docs/renamed.md").read_text(encoding="utf-8")
 KEYS = set(re.findall(r"^  ([\w.]+): ", describe(GRPORunConfig), re.MULTILINE))
@@ -45,3 +52,28 @@ def test_a_rollout_servers_new_names_exist() -> None:
 def test_an_old_name_is_refused_with_the_new_one(section: str, key: str, new: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(new)):
         load(OnlineRunConfig, {"model": {"path": "m"}, section: {key: 1}})
+
+
+def test_the_page_and_the_messages_know_the_same_old_names() -> None:
+    listed = set(FULL_KEY.findall("".join(old for old, _ in ROWS)))
+    assert {old for old in RENAMED if "." in old} <= listed
+    for old, new in RENAMED.items():
+        program = GRPORunConfig if "." in old else ServerConfig
+        section, _, key = old.rpartition(".")
+        with pytest.raises(ConfigError, match=f"unknown key `{old}`; did you mean `{new}`"):
+            values = {section: {key: 1}} if section else {key: 1}
+            load(program, {"model": {"path": "m"} if section else "m", **values})
+
+
+@pytest.mark.parametrize(("other", "names"), OTHER_NAMES.items())
+def test_other_programs_names_lead_to_settings_that_exist(other: str, names: tuple[str, ...]) -> None:
+    def has(section: type[Section], key: str) -> bool:
+        owner: type[Section] | None = section
+        *parents, name = key.split(".")
+        for parent in parents:
+            field = owner.model_fields.get(parent) if owner else None
+            owner = nested_section(field.annotation) if field else None
+        return owner is not None and name in owner.model_fields
+
+    programs = (PPORunConfig, GRPORunConfig, RFTRunConfig, SFTRunConfig, ILQLRunConfig, RewardModelRunConfig)
+    assert [name for name in names if not any(has(program, name) for program in programs)] == []

@@ -118,8 +118,8 @@ def test_the_command_line_prints_a_table_or_json(tmp_path: Path, capsys: pytest.
     ("options", "message"),
     [
         (["--offload", "--zero_stage", "0"], "`--offload` is DeepSpeed's"),
-        (["--reference", "trunk"], "give `--num_layers_unfrozen`"),
-        (["--reference", "adapter"], "give `--lora_rank`"),
+        (["--reference", "trunk"], "give `--num-layers-unfrozen`"),
+        (["--reference", "adapter"], "give `--lora-rank`"),
         (["--lora_rank", "4", "--num_layers_unfrozen", "1"], "give one of"),
         (["--num_layers_unfrozen", "4"], "the model has 3 layers"),
     ],

@@ -8,6 +8,7 @@ Checks of a Triton server before long work starts, each with its own clear error
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 from tritonclient.grpc.aio import InferenceServerClient
@@ -123,10 +124,8 @@ async def _not_ready_reason(client: InferenceServerClient, endpoint: Endpoint, t
     subject = f"model `{endpoint.model}`"
     try:
         index: Any = await client.get_model_repository_index(client_timeout=timeout_s)
-    except InferenceServerException:  # servers may keep their list of models to themselves
-        return (
-            f"{subject} is not ready at {endpoint.address}, or not there; the server does not list its models"
-        )
+    except InferenceServerException:  # servers may keep their list of models to themselves, ours do
+        return await _not_loaded_reason(client, endpoint, timeout_s)
     models = list(index.models)
     states = [(model.state, model.reason) for model in models if model.name == endpoint.model]
     if not states:
@@ -136,3 +135,21 @@ async def _not_ready_reason(client: InferenceServerClient, endpoint: Endpoint, t
     if not state:
         return f"{subject} is in the store of the server at {endpoint.address} but not loaded: load it first"
     return f"{subject} is not ready at {endpoint.address}: {state}{f', {reason}' if reason else ''}"
+
+
+async def _not_loaded_reason(client: InferenceServerClient, endpoint: Endpoint, timeout_s: float) -> str:
+    """Where the list of the store is closed: the statistics name what is loaded."""
+    subject = f"model `{endpoint.model}`"
+    try:
+        statistics: Any = await client.get_inference_statistics(client_timeout=timeout_s)
+    except InferenceServerException:
+        return (
+            f"{subject} is not ready at {endpoint.address}, or not there; the server does not list its "
+            "models: ask who runs it, or on its machine `conch serve status`"
+        )
+    names = sorted({model.name for model in statistics.model_stats} - {endpoint.model})
+    if not names:
+        return f"{subject} is not ready at {endpoint.address}, or not there; no other model is loaded"
+    near = difflib.get_close_matches(endpoint.model, names, n=1)
+    hint = f"; did you mean {endpoint.address}/{near[0]}?" if near else ""
+    return f"{subject} is not loaded at {endpoint.address}; there is: {', '.join(names)}{hint}"

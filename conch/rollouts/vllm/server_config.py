@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field, model_validator
 
 from conch.access.tls import ServerTls
 from conch.addresses import is_loopback
-from conch.config import RolloutConfig, VLLMSettings
+from conch.config import RolloutConfig, RolloutDtype, VLLMSettings
 from conch.rollouts.protocol import MAX_LORA_RANK, LoraCapacity
 
 
@@ -51,7 +50,7 @@ class ServerConfig(VLLMSettings):
     max_request_mb: float = Field(default=64.0, gt=0)
     """Largest request, in millions of bytes."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: RolloutDtype = "auto"
     """Precision of the weights; `auto` takes the one that the model is stored in."""
 
     gpu_memory_utilization: float = Field(default=0.9, gt=0, lt=1)

@@ -62,9 +62,16 @@ def swap(options: SwapOptions) -> int:
 def status(options: StatusOptions) -> int:
     """Show the servers once, or again and again. Numbers a second need two looks.
 
+    That nothing runs is an answer as well: code 0, and `{}` as JSON.
+
     Raises:
-        ServingError: no deployment runs, or none of that name.
+        ServingError: there is no deployment of that name.
     """
+    if not options.url and not options.name and not state.names():
+        print("no deployment runs; start one with conch serve up --detach", file=sys.stderr)
+        if options.as_json:
+            print("{}")
+        return 0
     with status_reader() as reader:
         _read_status(options, reader)
         time.sleep(options.interval)
@@ -94,8 +101,6 @@ def _read_status(options: StatusOptions, reader: StatusReader) -> list[tuple[str
         server = reader.server(ServerStatus(url=options.url), client_access(options))
         return [(options.url, [server])]
     names = [options.name] if options.name else state.names()
-    if not names:
-        raise ServingError("no deployment runs; start one with conch serve up --detach")
     return [(name, reader.read(state.read(name))) for name in names]
 
 

@@ -155,7 +155,9 @@ def run_foreground(options: UpOptions) -> int:
         ServerStartError: a server did not start, or all have used up their restarts.
         ServingError: the name is in use, or the run folder cannot be written.
         ConfigError: the secret's variable is not set.
+        ModelStoreError: a model is missing or damaged.
     """
+    read_with_members(options.model_store, options.models)  # says so before anything is started
     with state.claimed(options.name, options.models[0]) as (name, folder):
         deployment = describe(options, name)
         servers = plan(options, folder)

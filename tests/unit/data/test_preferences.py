@@ -132,11 +132,18 @@ def test_hold_out_keeps_repetitions_together() -> None:
         assert (pairs[0] in train) == (pairs[1] in train)
 
 
-@pytest.mark.parametrize("fraction", [0.01, 0.99])
-def test_hold_out_refuses_to_leave_a_side_empty(fraction: float) -> None:
+def test_hold_out_refuses_to_leave_nothing_to_train_on() -> None:
     rows = [ScoredText((number,), (0.0,)) for number in range(4)]
-    with pytest.raises(DataError, match=r"eval_fraction` = .* of 4 different rows"):
-        hold_out(rows, fraction, seed=0)
+    with pytest.raises(DataError, match=r"eval_fraction` = 0.99 holds out all 4 different rows"):
+        hold_out(rows, 0.99, seed=0)
+    with pytest.raises(DataError, match=r"holds out all 1 different rows.*`reward_model\.eval_fraction=0`"):
+        hold_out(rows[:1], 0.05, seed=0)
+
+
+def test_hold_out_of_few_rows_takes_one() -> None:
+    rows = [ScoredText((number,), (0.0,)) for number in range(4)]
+    train, held_out = hold_out(rows, 0.05, seed=0)
+    assert (len(train), len(held_out)) == (3, 1)
 
 
 # ----------------------------------------------------------------------------------------------------- tokens

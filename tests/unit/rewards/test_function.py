@@ -115,15 +115,15 @@ def test_dict_of_lists_arrives_as_objectives() -> None:
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ([1.0], "returned 1, expected one score for each of 3 samples"),
-        ([1.0] * 4, "returned 4, expected one score for each of 3 samples"),
+        ([1.0], "returned 1 score, expected one score for each of 3 samples"),
+        ([1.0] * 4, "returned 4 scores, expected one score for each of 3 samples"),
         ([[1.0]], "returned 1 lists, expected one score for each of 3 samples"),
         (1.0, "returned a float"),
         (torch.tensor(1.0), "returned a float"),
         (None, "returned a NoneType"),
         ("123", "returned a str"),
         ({}, "returned an empty dict"),
-        ({"help": [1.0, 2.0, 3.0], "harm": [1.0]}, "returned 1 for objective `harm`"),
+        ({"help": [1.0, 2.0, 3.0], "harm": [1.0]}, "returned 1 score for objective `harm`"),
         ({"help": 1.0}, "returned a float for objective `help`"),
     ],
     ids=str,

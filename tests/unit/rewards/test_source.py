@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from conch.addresses import Endpoint
-from conch.config import RewardConfig
+from conch.config import RewardConfig, load
 from conch.errors import ConfigError
 from conch.rewards.base import ClientStats, RewardSource, ServerTimes
 from conch.rewards.factory import from_user
@@ -55,6 +55,49 @@ def test_address_becomes_a_served_reward(given: str, monkeypatch: pytest.MonkeyP
     with from_user(url if given == "argument" else None, config) as source:
         assert isinstance(source, TritonReward)
         assert source.name == "walks at localhost:8001"
+
+
+@pytest.fixture
+def rewards_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of a user's, with a module of theirs beside it; the search path is put back afterwards."""
+    (tmp_path / "users_parts.py").write_text("HALF = 0.5\n")
+    (tmp_path / "users_rewards.py").write_text(
+        "from users_parts import HALF\n\n\ndef halves(samples, **_):\n    return [HALF for _ in samples]\n"
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    for name in ("users_rewards", "users_parts"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return tmp_path / "users_rewards.py"
+
+
+@pytest.mark.parametrize("place", ["{file}", "users_rewards.py", "users_rewards"])
+def test_function_of_a_file_or_module_is_found(place: str, rewards_file: Path) -> None:
+    config = RewardConfig(function=f"{place.format(file=rewards_file)}:halves")
+    with from_user(None, config) as source:
+        source.check()
+        results = source.submit(rollouts("a", "b")).result(60)
+    assert source.name == "halves" and [result.scores for result in results] == [{"reward": 0.5}] * 2
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("halves", "write file.py:name or module:name"),
+        ("users_reward.py:halves", r"there is no such file; did you mean users_rewards\.py\?"),
+        ("users_rewards.py:halve", "has no function halve; did you mean halves"),
+        ("users_rewards:HALF", "has no function HALF; it has halves"),
+        ("nowhere.at.all:f", "there is no module nowhere; give a file"),
+    ],
+)
+def test_function_that_is_not_there_is_refused(function: str, message: str, rewards_file: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_user(None, RewardConfig(function=function))
+
+
+def test_a_function_and_an_address_are_refused_together() -> None:
+    with pytest.raises(ConfigError, match="give `function` or `url` or `members`, one of them"):
+        load(RewardConfig, {"function": "a.py:f", "url": "localhost:1/a"})
 
 
 def test_no_reward_names_the_three_ways(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -64,6 +65,21 @@ def test_damaged_line_is_named_by_number(line: bytes, tmp_path: Path) -> None:
 def test_folder_without_metrics_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"{tmp_path} is not a run folder: it has no {METRICS_FILE}"):
         plot_run(tmp_path)
+
+
+def test_folder_of_runs_names_the_newest(tmp_path: Path) -> None:
+    for day in ("2026-01-01", "2026-01-02"):
+        (tmp_path / day).mkdir()
+        write_run(tmp_path / day)
+        os.utime(tmp_path / day / METRICS_FILE, (int(day[-1]), int(day[-1])))
+    with pytest.raises(DataError, match=f"is not a run folder.*newest run below it is {tmp_path}/2026-01-02"):
+        plot_run(tmp_path)
+
+
+def test_missing_folder_is_no_folder_rather_than_no_run(tmp_path: Path) -> None:
+    (tmp_path / "outputs").mkdir()
+    with pytest.raises(DataError, match=f"there is no folder {tmp_path}/output; did you mean .*/outputs\\?"):
+        plot_run(tmp_path / "output")
 
 
 def test_command_line_prints_the_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,7 +50,7 @@ def test_run_dir_may_exist_but_not_hold_another_run(tmp_path: Path) -> None:
     assert make_run_dir(config) == make_run_dir(config) == (tmp_path / "run").resolve()
     (tmp_path / "run" / METRICS_FILE).touch()
 
-    with pytest.raises(ConfigError, match=r"run holds another run: choose another `train.run_dir`"):
+    with pytest.raises(ConfigError, match=r"run holds another run: go on .*resume=auto`, choose another"):
         make_run_dir(config)
 
 

@@ -587,8 +587,8 @@ def test_bad_settings_are_refused_before_training(
         ppo_trainer(run_dir, **settings)
 
 
-def test_a_tokenizer_without_pad_is_refused(run_dir: Path) -> None:
+def test_a_tokenizer_without_pad_gets_one_and_the_users_stays_as_it_is(run_dir: Path) -> None:
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.pad_token = None
-    with pytest.raises(ModelError, match="no pad token"):
-        ppo_trainer(run_dir, tokenizer=tokenizer)
+    trainer = ppo_trainer(run_dir, tokenizer=tokenizer)
+    assert trainer.tokenizer.pad_token == "<pad>" and tokenizer.pad_token is None

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from conch.config import load
 from conch.converters.checkpoints.reader import read_checkpoint
@@ -23,7 +24,7 @@ from conch.trainers.reward_model import (
     pair_losses,
 )
 from tests.numerics import network_rounding
-from tests.runs import EOS, LINEAR_ADAM, PAD, TOKENIZER, reward_trainer
+from tests.runs import EOS, LETTERS, LINEAR_ADAM, PAD, TOKENIZER, reward_trainer
 from tests.tiny import tiny_gpt2_config
 
 SCORED = [
@@ -457,9 +458,24 @@ def test_batches_that_do_not_divide_are_refused(run_dir: Path) -> None:
         )
 
 
-def test_pad_that_is_eos_is_refused(run_dir: Path) -> None:
+def test_pad_that_is_eos_gives_way_to_a_token_that_no_text_contains(run_dir: Path) -> None:
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.pad_token = tokenizer.eos_token
+    trainer = reward_trainer(run_dir, SCORED, tokenizer=tokenizer)
+    assert (trainer.tokenizer.pad_token, trainer.model.config.pad_token_id) == (
+        "<pad>",
+        TOKENIZER.pad_token_id,
+    )
+    assert tokenizer.pad_token == tokenizer.eos_token
+
+
+def test_pad_that_is_eos_is_refused_where_there_is_no_other(run_dir: Path) -> None:
+    vocabulary = {token: index for index, token in enumerate([*LETTERS, "<eos>", "<unk>"])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>"
+    )
     with pytest.raises(ModelError, match="pad and eos are one token"):
         reward_trainer(run_dir, SCORED, tokenizer=tokenizer)
 

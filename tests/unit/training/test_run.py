@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import pytest
@@ -338,3 +339,36 @@ def test_sigterm_saves_the_step_and_leaves_with_its_code(tmp_path: Path) -> None
     assert set(steps_of(tmp_path / "run")) == {2}
     ppo_trainer(tmp_path / "run", train={"resume": "auto"}).fit()
     assert [row["step"] for row in metrics_of(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_ctrl_c_saves_the_step_and_goes_on_as_after_sigterm(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[int] = []
+
+    def reward(outputs: list[str], **_: Any) -> list[float]:
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return vowels(outputs)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        ppo_trainer(tmp_path / "run", reward_fn=reward).fit()
+    assert "Ctrl-C: finishing the step, to save it" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) == before
+    assert set(steps_of(tmp_path / "run")) == {2}
+    ppo_trainer(tmp_path / "run", train={"resume": "auto"}).fit()
+    assert [row["step"] for row in metrics_of(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
+    def reward(outputs: list[str], **_: Any) -> list[float]:
+        for _again in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            sleep(1.0)  # two that come at once are one
+        return vowels(outputs)
+
+    with pytest.raises(KeyboardInterrupt):
+        ppo_trainer(tmp_path / "run", reward_fn=reward).fit()
+    assert not steps_of(tmp_path / "run")

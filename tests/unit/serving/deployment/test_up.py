@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,6 +126,7 @@ CERTIFICATE = ["--tls-cert", "c.pem", "--tls-key", "k.pem"]
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (["--model", "nowhere"], "nowhere"),
         (["--replicas", "0"], "--replicas 0: at least 1 is needed"),
         (["--cpu-threads", "0"], "--cpu-threads 0: at least 1 is needed"),
         (["--max-restarts", "-1"], "--max-restarts -1: at least 0 is needed"),
@@ -163,5 +165,12 @@ def test_commands_without_a_deployment_say_so(capsys: Any, command: str) -> None
 
 
 def test_status_without_a_deployment_says_how_to_start_one(capsys: Any) -> None:
-    assert main(["status"]) == 1
-    assert "no deployment runs; start one with conch serve up --detach" in capsys.readouterr().err
+    assert main(["status"]) == 0
+    said = capsys.readouterr()
+    assert said.err == "no deployment runs; start one with conch serve up --detach\n" and not said.out
+
+
+def test_status_without_a_deployment_is_empty_for_programs(capsys: Any) -> None:
+    assert main(["status", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {}
+    assert main(["status", "nowhere"]) == 1
