@@ -68,7 +68,6 @@ from conch.evaluation.metrics import pair_metrics, score_metrics
 from conch.models.freezing import freeze_layers, freeze_unreached
 from conch.models.kernels import check_kernels
 from conch.models.loading import context_window, load_sequence_classifier
-from conch.models.trial import check_classifier
 from conch.ops import at_least_float32
 from conch.runs.tracking import Tracker
 from conch.training.loop import fit
@@ -82,6 +81,7 @@ from conch.training.setup import (
     with_gathered_weights,
 )
 from conch.training.statistics import update_metrics
+from conch.training.trial import check_classifier
 from conch.types import Metrics
 
 METADATA_FILE = "reward_model.json"

@@ -158,6 +158,31 @@ class TextCodec:
         return decode(self.tokenizer, ids, skip_special_tokens=skip_special_tokens)
 
 
+_PROBES = (
+    ("How are you?", " Fine!"),
+    ("How are you today?", " Fine, thank you."),
+    ("Answer: ", "42\n"),
+    ("A b", "c"),
+)
+
+
+def lost_in_text(codec: TextCodec) -> tuple[str, str] | None:
+    """A text that prompt and response do not give back as it was, and what they give; None where all do.
+
+    Texts for which a tokenizer has no words are passed over.
+    """
+    unknown = codec.tokenizer.unk_token_id
+    for prompt, response in _PROBES:
+        prompt_ids = codec.prompt_ids(prompt)
+        ids = codec.response_ids(prompt, prompt_ids, response)
+        if unknown in (*prompt_ids, *ids):
+            continue
+        read = codec.prompt_text(prompt_ids) + codec.response_text(prompt_ids, ids)
+        if read != prompt + response:
+            return prompt + response, read
+    return None
+
+
 def decode(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special_tokens: bool = True
 ) -> str:

@@ -9,6 +9,7 @@ sample.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -22,6 +23,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from conch.errors import ConfigError, first_line
 from conch.log import get_logger
+from conch.models.adapter import has_adapter
 from conch.models.loading import first_position
 from conch.ops import position_ids
 
@@ -310,3 +312,19 @@ def _attention_chunk(config: PretrainedConfig) -> int | None:
     layers = getattr(config, "layer_types", None)
     is_used = layers is None or "chunked_attention" in layers
     return chunk if isinstance(chunk, int) and is_used else None
+
+
+def architecture_key(model: PreTrainedModel, *more: object) -> str:
+    """Hash of what a model computes, but for its weights: its config, precision, device and attention.
+
+    more: whatever else matters, and has a `repr` of its own.
+    """
+    settings = model.config.to_json_string(use_diff=False)
+    facts = (
+        type(model).__name__,
+        settings,
+        model.dtype,
+        model.device.type,
+        model.config._attn_implementation,
+    )
+    return hashlib.sha256(repr((*facts, has_adapter(model), *more)).encode()).hexdigest()

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conch.config import (
+    GenerationConfig,
     ModelConfig,
     OnlineRunConfig,
     RewardConfig,
@@ -21,9 +22,10 @@ from conch.config import (
     TrainConfig,
 )
 from conch.data.formats import metadata_keys
-from conch.data.text import TextCodec, decode
+from conch.data.text import TextCodec, decode, lost_in_text
 from conch.distributed.collectives import Collectives
 from conch.errors import ConfigError, ModelError
+from conch.log import get_logger
 from conch.models.freezing import freeze_unreached
 from conch.models.kernels import apply_kernels, check_kernels
 from conch.models.loading import (
@@ -35,12 +37,15 @@ from conch.models.loading import (
     load_tokenizer,
 )
 from conch.models.padding import with_pad_token
-from conch.models.trial import check_language_model
 from conch.rewards.base import RewardSource, UserReward
 from conch.rewards.combined import DeltaReward, check_originals
 from conch.rewards.factory import from_user
+from conch.rollouts.stopping import StopCondition, with_end_ids
 from conch.runs.checkpoint import save_model
+from conch.training.trial import check_language_model
 from conch.types import Prompt
+
+_log = get_logger(__name__)
 
 VerbT = TypeVar("VerbT", bound=Callable[..., Any])
 
@@ -133,14 +138,22 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 def try_policy(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
-    """Freeze what no text reaches of a policy, and try it out; see `conch.models.trial`. Call it after
+    """Freeze what no text reaches of a policy, and try it out; see `conch.training.trial`. Call it after
     `freeze_layers`, with `lm` on its device, on all ranks.
 
     Raises:
         ModelError: the architecture is not fit for training, with what to do.
     """
     freeze_unreached(lm)
-    check_language_model(lm, config, [int(tokenizer.eos_token_id)])  # pyright: ignore[reportArgumentType]
+    end_ids = StopCondition(tokenizer, with_end_ids(GenerationConfig(), lm, tokenizer)).end_ids
+    check_language_model(lm, config, sorted(end_ids))
+    codec = TextCodec(tokenizer, encoder_decoder=bool(lm.config.is_encoder_decoder))
+    if config.trial and (lost := lost_in_text(codec)) is not None:
+        _log.warning(
+            "the tokenizer does not give texts back as they were: rewards will read %r for %r "
+            "(`model.trial=false` leaves this check out)",
+            *reversed(lost),
+        )
 
 
 def rows_per_process(

@@ -97,7 +97,7 @@ def test_a_template_for_tools_renders_the_dialogues_that_have_some(template: str
     without = "{% generation %}{% endgeneration %}{{ raise_exception('no tools here') }}"
     tokenizer.chat_template = {"default": without, "tool_use": template}
     row = {"messages": ASKED + CALLED, "tools": TOOLS}
-    (sample,) = tokenize_samples([row], tokenizer, max_tokens=None, truncation_side="left")
+    (sample,) = tokenize_samples([row], TextCodec(tokenizer), max_tokens=None, truncation_side="left")
     assert shown(sample.token_ids, sample.loss_mask, tokenizer) == (WHOLE.replace("!", "", 1), LEARNED)
 
 

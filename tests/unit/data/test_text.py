@@ -23,7 +23,7 @@ from conch.config import TokenizerConfig
 from conch.data.multi_turn import tokenize_turns
 from conch.data.prompts import make_prompts
 from conch.data.samples import tokenize_samples
-from conch.data.text import TextCodec, special_frame
+from conch.data.text import TextCodec, lost_in_text, special_frame
 from conch.errors import ModelError
 
 pytestmark = pytest.mark.unit
@@ -307,3 +307,12 @@ def test_rows_that_a_template_refuses_are_left_out_and_named(caplog: pytest.LogC
         samples = tokenize_samples(dialogues, codec, max_tokens=None, truncation_side="left")
     assert len(samples) == 1
     assert "1 of 2 samples left out: the chat template does not take sample 0: no system" in caplog.text
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_texts_that_do_not_come_back_as_they_were_are_found(name: str) -> None:
+    lost = lost_in_text(TextCodec(ALL[name]))
+    if name == "wordpiece":  # lower case, and spaces around signs
+        assert lost is not None and lost[0] != lost[1] == lost[1].lower()
+    else:
+        assert lost is None

@@ -359,7 +359,7 @@ def test_merged_model_says_that_its_trained_head_is_not_tied(family: str, tmp_pa
         ("{", "damaged"),
         ("{}", "damaged"),
         ('{"base_model_name_or_path": null}', "names no base model"),
-        ('{"base_model_name_or_path": "/nowhere/base"}', "no folder '/nowhere/base'"),
+        ('{"base_model_name_or_path": "/nowhere/base"}', "/nowhere/base: there is no such folder"),
     ],
 )
 def test_adapter_without_its_base_is_refused(damage: str, wanted: str, tmp_path: Path) -> None:

@@ -346,7 +346,7 @@ def prompt(**changes: Any) -> dict[str, Any]:
         (b"[" * 100_000, "request is larger"),
         (b"[" * 9_000, "body"),
         (b"[]", "cannot be read: `the body`: "),
-        ({"weights": 1}, r"`weights`: .*\(4 more mistakes\)"),
+        ({"weights": 1}, r"`weights`: .*\(\d more mistakes\)"),
         (body(prompts=[]), "`prompts`: "),
         (body(prompts=[prompt(token_ids=[])]), "`prompts.0.token_ids`: "),
         (body(prompts=[prompt(token_ids=[-1])]), "`prompts.0.token_ids.0`: "),

@@ -247,7 +247,7 @@ def test_saved_folder_generates_what_the_trainer_does(run_dir: Path, tmp_path: P
     found = TOKENIZER.batch_decode(ids[:, 1:], skip_special_tokens=True)
 
     assert found == expected and len(set(found)) > 4
-    assert loaded.decoding == {**generation, "top_p": 1.0, "eos_token_id": EOS, "pad_token_id": PAD}
+    assert loaded.decoding == {**generation, "top_p": 1.0, "eos_token_id": [EOS], "pad_token_id": PAD}
 
 
 # ---------------------------------------------------------------------------------------------------- the run

@@ -212,7 +212,7 @@ def test_total_reward_weighs_objectives() -> None:
 
 
 def test_total_reward_refuses_a_weight_for_no_objective() -> None:
-    with pytest.raises(ConfigError, match=r"`helpfull`.*`helpful`, `harmless`"):
+    with pytest.raises(ConfigError, match=r"`helpfull`.*`harmless`, `helpful`"):
         total_reward(TWO_OBJECTIVES, {"helpfull": 1.0})
 
 

@@ -497,7 +497,7 @@ def test_a_tokenizer_that_is_passed_cuts_where_the_settings_say(
     model = {"architecture": {**tiny_gpt2_config(TOKENIZER).to_diff_dict(), "model_type": "gpt2"}}
     values = {
         "model": model,
-        "reward_model": {"batch_size": 2, "max_length": 3},
+        "reward_model": {"batch_size": 2, "max_length": 3, "eval_fraction": 0.0},
         "tokenizer": {"truncation_side": side},
         "train": {"run_dir": run_dir},
     }

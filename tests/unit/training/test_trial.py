@@ -21,8 +21,8 @@ from conch.config import ModelConfig, load
 from conch.errors import ModelError
 from conch.models.attention import logprob_gap
 from conch.models.loading import disable_dropout
-from conch.models.trial import check_classifier, check_language_model
 from conch.trainers.reward_model import RewardModelRunConfig, RewardModelTrainer
+from conch.training.trial import check_classifier, check_language_model
 from tests.odd_families import DECODERS, ENCODER_DECODERS, odd_model
 from tests.runs import TOKENIZER, ilql_trainer, policy, ppo_trainer, sft_trainer
 from tests.tiny import tiny_decoder, tiny_gpt2_config
@@ -32,7 +32,7 @@ END = [22]
 
 @pytest.fixture(autouse=True)
 def nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("conch.models.trial._passed", set())
+    monkeypatch.setattr("conch.training.trial._passed", set())
 
 
 def settings(**changes: Any) -> ModelConfig:
@@ -106,6 +106,10 @@ def with_embeddings(lm: PreTrainedModel, change: Callable[[Tensor, bool], Tensor
 
 
 def seeing_padding(lm: PreTrainedModel) -> PreTrainedModel:
+    return with_embeddings(lm, lambda rows, _: rows + rows.cumsum(dim=1))
+
+
+def seeing_later_tokens(lm: PreTrainedModel) -> PreTrainedModel:
     return with_embeddings(lm, lambda rows, _: rows + rows.mean(dim=1, keepdim=True))
 
 
@@ -125,6 +129,7 @@ def broken(lm: PreTrainedModel) -> PreTrainedModel:
 
 FAULTS = [
     (seeing_padding, r"scores a padded sample otherwise than it does alone, by [\d.]+ nats"),
+    (seeing_later_tokens, r"lets tokens see later tokens: log-probs move by [\d.]+ nats when one is added"),
     (noisy, r"computes something else in training than in evaluation \(two passes differ by [\d.]+ nats\)"),
     (
         other_in_training,

@@ -1,15 +1,14 @@
 """A trial of a model before a run: what every trainer takes for granted is true of this architecture.
 
-A padded sample scores as it does alone, passes in training mode equal those in evaluation mode, and a
-completion can end. Whether packed rows are as good as samples apart, `conch.models.attention.keeps_apart`
-finds out, and what packs rows pads them where they are not.
+A padded sample scores as it does alone, no token sees later ones, passes in training mode equal those in
+evaluation mode, and a completion can end. Whether packed rows are as good as samples apart,
+`conch.models.attention.keeps_apart` finds out, and what packs rows pads them where they are not.
 
 The trial is of an architecture, not of its weights: a process tries each configuration once.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +21,7 @@ from transformers import PreTrainedModel
 from conch.config import ModelConfig
 from conch.errors import ModelError
 from conch.log import get_logger
-from conch.models.adapter import has_adapter
-from conch.models.attention import logprob_gap, rounding_bound, trial_ids, trial_precision
+from conch.models.attention import architecture_key, logprob_gap, rounding_bound, trial_ids, trial_precision
 from conch.models.forward import ForwardInputs
 from conch.models.policy import decoder_start, response_logits
 
@@ -69,10 +67,12 @@ def check_language_model(lm: PreTrainedModel, config: ModelConfig, end_ids: Sequ
     tokens = [int(ids[0, 0]) for ids in (first, second)]
     with _trying(lm):
         alone = [_logits_alone(lm, *sample) for sample in samples]
+        shortened = _logits_alone(lm, second, responses[1][:, :1])
         padded, repadded = (response_logits(lm, _padded(lm, samples, token)) for token in tokens)
         lm.train()
         training = [_logits_alone(lm, *samples[0]) for _ in range(2)]
     passes = _Passes(alone, _cut(padded, alone), _cut(repadded, alone), training)
+    _check_causal(lm, shortened, alone[1][:1])
     _check(lm, config, passes, logprob_gap, "nats")
     _check_end_ids(lm, alone[0], end_ids)
     _passed.add(key)
@@ -134,6 +134,17 @@ def _check(
             f"{name} computes something else in training than in evaluation ({what} {unit}), so that "
             "what is sampled would not be what is trained: set its noise to 0 in config.json or "
             f"`model.architecture`, or keep it by `model.disable_dropout=false` ({_OFF})"
+        )
+
+
+def _check_causal(lm: PreTrainedModel, before: Outputs, after: Outputs) -> None:
+    """before, after: logits of a token without and with one behind it."""
+    gap = logprob_gap(before, after)
+    if gap > rounding_bound(before.dtype):
+        raise ModelError(
+            f"{type(lm).__name__} lets tokens see later tokens: log-probs move by {gap:.2g} nats when one is "
+            "added, so that it would learn to copy what it is to predict; take a causal language model (for "
+            f"BERT and its kin `is_decoder: true` in config.json, for XLM `causal: true`; {_OFF})"
         )
 
 
@@ -204,22 +215,6 @@ def _trying(model: PreTrainedModel) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
-
-
-def architecture_key(model: PreTrainedModel, *more: object) -> str:
-    """Hash of what a model computes, but for its weights: its config, precision, device and attention.
-
-    more: whatever else matters, and has a `repr` of its own.
-    """
-    settings = model.config.to_json_string(use_diff=False)
-    facts = (
-        type(model).__name__,
-        settings,
-        model.dtype,
-        model.device.type,
-        model.config._attn_implementation,
-    )
-    return hashlib.sha256(repr((*facts, has_adapter(model), *more)).encode()).hexdigest()
 
 
 def _key(model: PreTrainedModel, config: ModelConfig, end_ids: Sequence[int]) -> str:
