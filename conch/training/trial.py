@@ -72,8 +72,8 @@ def check_language_model(lm: PreTrainedModel, config: ModelConfig, end_ids: Sequ
         lm.train()
         training = [_logits_alone(lm, *samples[0]) for _ in range(2)]
     passes = _Passes(alone, _cut(padded, alone), _cut(repadded, alone), training)
-    _check_causal(lm, shortened, alone[1][:1])
     _check(lm, config, passes, logprob_gap, "nats")
+    _check_causal(lm, shortened, alone[1][:1])
     _check_end_ids(lm, alone[0], end_ids)
     _passed.add(key)
 
