@@ -134,7 +134,7 @@ class FamilyRuns:
             "tokenizer": {"pad_token": self.family.pad_token},
             "generation": {"max_new_tokens": LONGEST},
             "optimizer": {"learning_rate": 1e-5},
-            "train": {"total_steps": 2, "run_dir": self.folder / algorithm},
+            "train": {"total_steps": 2, "eval_every": 0, "run_dir": self.folder / algorithm},
             algorithm: section,
         }
 
