@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from conch.config.base import Section
 from conch.config.data import DataConfig
@@ -113,3 +113,12 @@ class OnlineRunConfig(RunConfig):
     eval_generation: EvalGenerationConfig = EvalGenerationConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
+
+    @model_validator(mode="after")
+    def _places_in_texts_are_known(self) -> OnlineRunConfig:
+        if self.reward.dense and not self.generation.skip_special_tokens:
+            raise ValueError(
+                "`reward.dense` counts characters of texts without special tokens: leave "
+                "`generation.skip_special_tokens` at true"
+            )
+        return self

@@ -63,12 +63,12 @@ def _check_flash(attention: str, setting: str) -> None:
 
 def _check_half(setting: str, config: ModelConfig, model: PreTrainedModel | None) -> None:
     dtype = getattr(torch, config.dtype) if model is None else model.dtype
-    remedy = "set `model.dtype=bfloat16`" if model is None else "load the model in bfloat16"
+    remedy = "`model.dtype=bfloat16`" if model is None else "load the model in bfloat16"
     if dtype not in (torch.float16, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         raise ConfigError(
             f"{setting} computes in half precision, the weights are in {name} and nothing casts them: set "
-            f"`train.mixed_precision=bf16`, or {remedy}"
+            f"`train.mixed_precision=bf16`, or, under DeepSpeed or with an adapter, {remedy}"
         )
 
 

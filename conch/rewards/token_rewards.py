@@ -21,6 +21,9 @@ Decode = Callable[[Sequence[int]], str]
 
 _HALF_A_CHARACTER = "\ufffd"
 
+_CONTEXT = 8
+"""Ids of a prompt that decide how the first characters behind it decode."""
+
 
 def response_bounds(rollout: Rollout, decode: Decode | None) -> tuple[int, ...]:
     """Return where the response begins in its sample and where each of its R tokens ends.
@@ -33,7 +36,11 @@ def response_bounds(rollout: Rollout, decode: Decode | None) -> tuple[int, ...]:
         start = len(rollout.prompt.token_ids)
         return tuple(range(start, start + len(rollout.completion.token_ids) + 1))
     start = len(rollout.prompt.text)
-    return (start, *(start + end for end in _token_ends(rollout.completion.token_ids, decode)))
+    completion = rollout.completion
+    ends = _token_ends(rollout.prompt.token_ids[-_CONTEXT:], completion.token_ids, decode)
+    if ends and ends[-1] != len(completion.text):  # the model's decoder does not read the prompt
+        ends = _token_ends((), completion.token_ids, decode)
+    return (start, *(start + end for end in ends))
 
 
 def token_scores(
@@ -63,21 +70,24 @@ def token_scores(
     return tuple(rewards)
 
 
-def _token_ends(ids: Sequence[int], decode: Decode) -> list[int]:
-    """Return the number of characters of the text up to and including each token.
+def _token_ends(before: Sequence[int], ids: Sequence[int], decode: Decode) -> list[int]:
+    """Return the number of characters of the response's text up to and including each of its tokens.
+
+    before: the prompt's last ids, behind which a first token keeps its space.
 
     Characters of several tokens belong to the last of them. A token is decoded together with those before it,
     since some decoders treat the first token of a text in a way of its own, but never with the whole text,
     which would take time that grows with the square of the length.
     """
     ends: list[int] = []
-    context = fresh = length = 0
-    for place in range(len(ids)):
-        before, after = decode(ids[context:fresh]), decode(ids[context : place + 1])
-        if len(after) > len(before) and not after.endswith(_HALF_A_CHARACTER):
-            length += len(after) - len(before)
+    row = [*before, *ids]
+    context, fresh, length = 0, len(before), 0
+    for place in range(len(before), len(row)):
+        known, all_of_it = decode(row[context:fresh]), decode(row[context : place + 1])
+        if len(all_of_it) > len(known) and not all_of_it.endswith(_HALF_A_CHARACTER):
+            length += len(all_of_it) - len(known)
             context, fresh = fresh, place + 1
         ends.append(length)
-    if fresh < len(ids):  # a response that was cut within a character
-        ends[-1] += len(decode(ids[context:])) - len(decode(ids[context:fresh]))
+    if fresh < len(row):  # a response that was cut within a character
+        ends[-1] += len(decode(row[context:])) - len(decode(row[context:fresh]))
     return ends

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 
 from conch.config import RewardConfig, load
+from conch.data.text import TextCodec, decode
 from conch.errors import ConfigError, RewardInvalidError
 from conch.rewards.client.cache import ScoreCache
 from conch.rewards.client.client import make_row
@@ -16,6 +18,7 @@ from conch.rewards.served import TritonReward
 from conch.rewards.token_rewards import response_bounds, token_scores
 from conch.types import Completion, Prompt, RewardResult, RewardStatus, Rollout
 from tests.checkpoints import byte_tokenizer
+from tests.text_tokenizers import sentencepiece
 
 BYTES = byte_tokenizer()
 
@@ -51,15 +54,32 @@ def test_the_last_bound_is_the_length_of_the_sample(text: str) -> None:
     assert response_bounds(whole, decode_bytes)[-1] == len(whole.sample)
 
 
+def test_a_space_that_only_a_decoder_of_the_whole_keeps_is_counted() -> None:
+    """SentencePiece's decoders take a text's first space off: the response's own is behind a prompt."""
+    tokenizer = sentencepiece()
+    codec = TextCodec(tokenizer)
+    prompt_ids = codec.prompt_ids("The movie")
+    ids = codec.response_ids("The movie", prompt_ids, " was great")
+    text = codec.response_text(prompt_ids, ids)
+    whole = Rollout(
+        Prompt("The movie", prompt_ids), Completion(text, ids, (0.0,) * len(ids), "eos"), policy_version=0
+    )
+    bounds = response_bounds(whole, lambda each: decode(tokenizer, each))
+    assert bounds[0] == len("The movie") and bounds[-1] == len("The movie was great")
+    assert [whole.sample[a:b] for a, b in pairwise(bounds)] == [
+        str(tokenizer.convert_ids_to_tokens(token)).replace("▁", " ") for token in ids
+    ]
+
+
 def test_decoding_takes_time_in_proportion_to_the_length() -> None:
     seen: list[int] = []
 
-    def decode(ids: Sequence[int]) -> str:
+    def counting(ids: Sequence[int]) -> str:
         seen.append(len(ids))
         return decode_bytes(ids)
 
-    response_bounds(rollout("", byte_ids("abcd" * 100)), decode)
-    assert max(seen) <= 2
+    response_bounds(rollout("", byte_ids("abcd" * 100)), counting)
+    assert max(seen) <= 3
 
 
 def test_without_decoding_tokens_are_counted() -> None:

@@ -132,7 +132,7 @@ def test_an_encoder_decoders_completion_is_decoded_by_itself() -> None:
 
 def test_text_of_a_completion_is_read_behind_its_prompt() -> None:
     """With a decoder that takes a text's first space off, as SentencePiece's does."""
-    from tests.unit.data.test_text import sentencepiece
+    from tests.text_tokenizers import sentencepiece
 
     tokenizer = sentencepiece()
     was = tokenizer.convert_tokens_to_ids(tokenizer.tokenize("was"))
