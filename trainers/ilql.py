@@ -64,7 +64,7 @@ from conch.rewards.base import UserReward
 from conch.rewards.scorer import RewardScorer
 from conch.rollouts.hf.engine import HFEngine
 from conch.rollouts.prompts import tokenize_prompts
-from conch.rollouts.stopping import with_end_ids
+from conch.rollouts.stopping import StopCondition, with_end_ids
 from conch.runs.tracking import Tracker
 from conch.training.loop import fit
 from conch.training.resume import start_run
@@ -328,15 +328,16 @@ class ILQLTrainer:
     def _init_policy(self, lm: PreTrainedModel, logit_mask: Tensor | None) -> None:
         config, engine = self.config, self.engine
         freeze_layers(lm, config.model)
-        ends = with_end_ids(config.generation, lm, self.tokenizer)
-        try_policy(lm.to(engine.device), self.tokenizer, config.model)  # pyright: ignore[reportArgumentType]
+        ends = StopCondition(self.tokenizer, with_end_ids(config.generation, lm, self.tokenizer))
+        lm.to(engine.device)  # pyright: ignore[reportArgumentType]
+        try_policy(lm, self.codec, config.model, config.generation)
         self.policy = ILQLPolicy(
             lm,
             num_q_heads=config.ilql.num_q_heads,
             logit_mask=logit_mask,
             decoding={
                 **config.generation.model_dump(include={"beta", *_DECODING}),
-                "eos_token_id": sorted({self.codec.eos_id, *ends.stop_token_ids}),
+                "eos_token_id": sorted(ends.end_ids),
                 "pad_token_id": self.tokenizer.pad_token_id,
             },
         ).to(engine.device)

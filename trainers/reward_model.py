@@ -228,6 +228,11 @@ class RewardModelTrainer:
         if eval_samples is not None:
             eval_samples = judgements(eval_samples, what="evaluation row", config=config.data)
         self._check_input(samples, eval_samples, reference)
+        if not config.tokenizer.add_special_tokens:
+            raise ConfigError(
+                "`tokenizer.add_special_tokens=false` is for policies: a served reward model adds what its "
+                "tokenizer adds, so it has to learn with them; take the post-processor out of tokenizer.json"
+            )
         self.tokenizer = load_policy_tokenizer(
             tokenizer, config.tokenizer, config.model.path, reward_model=True
         )

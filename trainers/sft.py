@@ -167,7 +167,7 @@ class SFTTrainer:
         check_vocabulary(self.lm, self.tokenizer)
         freeze_layers(self.lm, config.model)
         self.codec = text_codec(self.tokenizer, self.lm, config.tokenizer)
-        try_policy(self.lm, self.tokenizer, config.model)
+        try_policy(self.lm, self.codec, config.model, config.generation)
         self._init_data(samples, eval_samples)
         self._init_evaluation(eval_prompts, metric_fn)
         engine.prepare(

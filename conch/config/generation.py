@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field, model_validator
 
 from conch.config.base import Section
@@ -25,7 +27,7 @@ class GenerationConfig(Section):
     stop: tuple[str, ...] = ()
     """Stop strings: the completion ends before the first of them, or with it where it is a special token."""
 
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Further tokens that end a completion, beside the tokenizer's eos and those that the model's own
     `generation_config` names; the token stays in what is learned."""
 

@@ -52,7 +52,9 @@ class TextCodec:
         self.encoder_decoder = encoder_decoder
         self.eos_id = int(tokenizer.eos_token_id)  # pyright: ignore[reportArgumentType]
         self._prefix, self._suffix = special_frame(tokenizer) if add_special_tokens else ((), ())
-        self._target_prefix = special_frame(tokenizer, target=True)[0] if encoder_decoder else ()
+        self._target_prefix = (
+            special_frame(tokenizer, target=True)[0] if encoder_decoder and add_special_tokens else ()
+        )
         self._specials = frozenset(tokenizer.all_special_ids)
 
     # ------------------------------------------------------------------------------------------------- encode
@@ -97,7 +99,7 @@ class TextCodec:
 
         Special tokens that stand in front of a text, and behind an encoder's, stay.
         """
-        front = len(self._prefix) if self._begins(ids) else 0
+        front = len(self._prefix) if self._begins(ids) else int(ids[0] == self.tokenizer.bos_token_id)
         back = len(self._suffix) if self.encoder_decoder and self._ends(ids) else 0
         room = max_tokens - front - back
         if len(ids) <= max_tokens or room <= 0:

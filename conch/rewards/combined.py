@@ -307,10 +307,10 @@ class DeltaReward(CompositeReward):
     A baseline that failed fails the samples of its prompt with its own status, and is asked for again with
     the next of them.
 
-    encode: tokenises an original answer, for servers that read token ids.
+    encode: tokenises an original answer behind its prompt, for servers that read token ids.
     """
 
-    def __init__(self, source: RewardSource, encode: Callable[[str], Sequence[int]]) -> None:
+    def __init__(self, source: RewardSource, encode: Callable[[Prompt, str], Sequence[int]]) -> None:
         super().__init__(f"{source.name} less the original's", [source])
         self._source = source
         self._encode = encode
@@ -352,7 +352,7 @@ class DeltaReward(CompositeReward):
 
     def _original(self, prompt: Prompt) -> Rollout:
         text = str(prompt.metadata[ORIGINAL])
-        ids = tuple(self._encode(text))
+        ids = tuple(self._encode(prompt, text))
         return Rollout(prompt, Completion(text, ids, (0.0,) * len(ids), "eos"), policy_version=0)
 
 

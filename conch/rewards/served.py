@@ -172,8 +172,9 @@ def check_readable(
         if texts:
             raise ConfigError(
                 f"{name} reads dialogues, but {len(texts)} of {len(prompts)} prompts are texts or were "
-                f"cut to fit (first: prompt {texts[0]}): give prompts as lists of messages that fit, or "
-                "convert the model with --template '{text}'"
+                f"cut to fit (first: prompt {texts[0]}): give prompts as lists of messages that fit "
+                "(`data.apply_chat_template=true` makes messages of texts); a model that was trained on texts "
+                "is converted with --template '{text}'"
             )
         return
     markup = _unknown_markup(info, prompts, special_tokens)

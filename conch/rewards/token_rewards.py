@@ -37,9 +37,12 @@ def response_bounds(rollout: Rollout, decode: Decode | None) -> tuple[int, ...]:
         return tuple(range(start, start + len(rollout.completion.token_ids) + 1))
     start = len(rollout.prompt.text)
     completion = rollout.completion
-    ends = _token_ends(rollout.prompt.token_ids[-_CONTEXT:], completion.token_ids, decode)
-    if ends and ends[-1] != len(completion.text):  # the model's decoder does not read the prompt
-        ends = _token_ends((), completion.token_ids, decode)
+    prompt = rollout.prompt.token_ids
+    # Where the last ids are all special, an earlier one decides; an encoder-decoder's response reads none.
+    for before in (prompt[-_CONTEXT:], prompt, ()):
+        ends = _token_ends(before, completion.token_ids, decode)
+        if not ends or ends[-1] == len(completion.text):
+            break
     return (start, *(start + end for end in ends))
 
 

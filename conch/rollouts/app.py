@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 BAD_REQUEST, UNAUTHORIZED, TIMEOUT, STALE_WEIGHTS, TOO_LARGE, UNAVAILABLE = 400, 401, 408, 409, 413, 503
 
+_HUNG_UP = object()
+
 _HEADERS_S = 10.0
 """Longest time from a connection, or from the first byte of a further request, to the end of its headers."""
 
@@ -69,6 +71,8 @@ class Guard:
         except asyncio.TimeoutError:
             await _refuse(send, TIMEOUT, f"the request did not come in within {self._body_s:g} s")
             return
+        if body is _HUNG_UP:
+            return
         if body is None:
             limit = self._max_body_bytes / 1e6
             await _refuse(
@@ -96,8 +100,9 @@ class Guard:
             return None
         return "the server refuses the secret: it was started with another one"
 
-    async def _read(self, receive: Any) -> bytes | None:
-        """The body; None where it is too large, read to its end so that its sender reads the answer."""
+    async def _read(self, receive: Any) -> bytes | object | None:
+        """The body; None where it is too large, read to its end so that its sender reads the answer;
+        `_HUNG_UP` where the sender left before its end."""
         body, size = bytearray(), 0
         while True:
             message = await receive()
@@ -107,7 +112,9 @@ class Guard:
                 body += part
             else:
                 body.clear()
-            if message["type"] == "http.disconnect" or not message.get("more_body"):
+            if message["type"] == "http.disconnect":
+                return _HUNG_UP
+            if not message.get("more_body"):
                 return bytes(body) if size <= self._max_body_bytes else None
 
 

@@ -52,6 +52,7 @@ class StopCondition:
             _check_stop(self._stop, tokenizer.all_special_tokens)
         named = {specials[string] for string in config.stop if string in specials}
         self.end_ids = frozenset({self._codec.eos_id, *config.stop_token_ids, *named})
+        self._word = self._codec.rendered_ids("a")
         # A character takes at most four byte tokens; the rest is for special tokens, which have no text.
         self._window = 4 * max(map(len, self._stop), default=0) + 8
 
@@ -65,8 +66,9 @@ class StopCondition:
         if not self._stop:
             return False
         # A look at the tail first: decoding all of a long response at each of its tokens would be quadratic.
-        near = contains_any(self._decode((), ids[-self._window :]), self._stop)
-        return near and contains_any(self._decode((), ids), self._stop)
+        # Behind a word, as every response is behind its prompt: some decoders drop a first space.
+        near = contains_any(self._decode(self._word, ids[-self._window :]), self._stop)
+        return near and contains_any(self._decode(self._word, ids), self._stop)
 
     def ends(self, ids: list[int]) -> bool:
         """True once these sampled ids are a whole completion, whatever the limit."""
@@ -100,9 +102,10 @@ def cut_at_end(
     first_end = next((place for place, token in enumerate(ids) if token in ends), None)
     if first_end is not None:
         ids, reason = ids[: first_end + 1], "eos"
+    ended, ids = ids, ids[:-1] if reason == "eos" else ids  # an end id is no part of the text
     text = decode(ids)
     if not contains_any(text, stop):
-        return ids, reason
+        return ended, reason
     start = min(text.find(string) for string in stop if string in text)
     length = bisect_left(range(len(ids)), True, key=lambda n: contains_any(decode(ids[:n]), stop))
     while length > 0 and len(decode(ids[:length])) > start:

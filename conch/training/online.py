@@ -141,7 +141,7 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         self.stateful: dict[str, Stateful] = {"stream": self.stream}
         freeze_layers(lm, config.model)
         lm.to(engine.device)  # pyright: ignore[reportArgumentType]
-        try_policy(lm, self.tokenizer, config.model)
+        try_policy(lm, self.codec, config.model, config.generation)
         self.module = self.setup()
         total_updates = config.train.total_steps * self.updates_per_step
         engine.prepare(self.module, config.optimizer, config.scheduler, total_updates=total_updates)

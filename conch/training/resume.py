@@ -35,10 +35,14 @@ _FREE_KEYS = (
     *("reward.client.connect_timeout_s", "reward.client.request_timeout_s", "reward.client.deadline_s"),
     *("reward.client.timeout_per_1k_tokens_s", "reward.client.max_in_flight"),
     *("reward.failure.policy", "reward.failure.wait_budget_s", "reward.failure.checkpoint_after_s"),
-    "reward.failure.on_model_change",
+    *("reward.failure.on_model_change", "rollout.auth.", "model.trial"),
 )
 """Settings (or beginnings of their names) that a resumed run may change: none touches what is learned, but
 for the length of the run, which moves the end of the learning-rate schedule."""
+
+
+_BEFORE = {"tokenizer.add_special_tokens": False}
+"""What a setting was for runs whose checkpoints do not know it yet, where that is not its default."""
 
 
 @runtime_checkable
@@ -130,7 +134,10 @@ def _check_same(checkpoint: Checkpoint, config: Section) -> None:
             f"the checkpoint {checkpoint.folder} is of a {state['algorithm']}, this run is a "
             f"{type(config).__name__}"
         )
-    old, new = _flat(state["config"]), _flat(config.model_dump(mode="json"))
+    new = _flat(config.model_dump(mode="json"))
+    defaults = _flat(type(config).model_construct().model_dump(mode="json"))
+    saved = _flat(state["config"])
+    old = {**{key: _BEFORE.get(key, defaults.get(key)) for key in new if key not in saved}, **saved}
     changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
     refused = [key for key in changed if not key.startswith(_FREE_KEYS)]
     if refused:

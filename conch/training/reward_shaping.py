@@ -140,7 +140,9 @@ class RewardShaper:
         if self._config.combine != "sum":
             names = {name for reward in rewards for name in reward.scores if self._weights.get(name, 1.0)}
             columns = [[reward.scores[name] for reward in rewards if name in reward.scores] for name in names]
-            return any(map(has_spread, [*columns, taken_off]))
+            # An objective that does not apply to one of them makes a difference, too.
+            differently = len({frozenset(names & reward.scores.keys()) for reward in rewards}) > 1
+            return differently or any(map(has_spread, [*columns, taken_off]))
         scale, bound = self._present_scale(), self._config.clip or math.inf
         totals: list[float] = []
         for reward in rewards:

@@ -137,7 +137,9 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
             )
 
 
-def try_policy(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
+def try_policy(
+    lm: PreTrainedModel, codec: TextCodec, config: ModelConfig, generation: GenerationConfig
+) -> None:
     """Freeze what no text reaches of a policy, and try it out; see `conch.training.trial`. Call it after
     `freeze_layers`, with `lm` on its device, on all ranks.
 
@@ -145,9 +147,9 @@ def try_policy(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: 
         ModelError: the architecture is not fit for training, with what to do.
     """
     freeze_unreached(lm)
-    end_ids = StopCondition(tokenizer, with_end_ids(GenerationConfig(), lm, tokenizer)).end_ids
+    tokenizer = codec.tokenizer
+    end_ids = StopCondition(tokenizer, with_end_ids(generation, lm, tokenizer)).end_ids
     check_language_model(lm, config, sorted(end_ids))
-    codec = TextCodec(tokenizer, encoder_decoder=bool(lm.config.is_encoder_decoder))
     if config.trial and (lost := lost_in_text(codec)) is not None:
         _log.warning(
             "the tokenizer does not give texts back as they were: rewards will read %r for %r "
@@ -306,7 +308,7 @@ def check_prompts(
 def less_originals(
     source: RewardSource,
     prompts: Sequence[str | Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
+    codec: TextCodec,
 ) -> RewardSource:
     """Rewards less those of each prompt's original output: `reward.delta`.
 
@@ -314,7 +316,7 @@ def less_originals(
         DataError: a prompt has no original output.
     """
     check_originals(prompts)
-    return DeltaReward(source, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore[reportReturnType]
+    return DeltaReward(source, lambda prompt, text: codec.response_ids(prompt.text, prompt.token_ids, text))
 
 
 def open_reward(
@@ -335,5 +337,6 @@ def open_reward(
     source = checked_source(collectives, reward, config.reward, prompts, lambda: loaded[0])
     loaded.append(load_policy_tokenizer(tokenizer, config.tokenizer, config.model.path))
     if config.reward.delta and config.reward.replay is None:  # what is recorded is the difference
-        source = less_originals(source, prompts, loaded[0])
+        codec = TextCodec(loaded[0], add_special_tokens=config.tokenizer.add_special_tokens)
+        source = less_originals(source, prompts, codec)
     return source, loaded[0]

@@ -4,6 +4,7 @@ gone degrades it as was asked for."""
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -183,7 +184,11 @@ def test_renormalise_goes_on_with_the_others_and_says_so(served: Served, without
     assert np.isnan(reply["member_rewards"][:, 1]).all() and reply["members_used"].tolist() == [[2]] * 6
     expected = [[FORMULAS["uwo"](row)] for row in there.tolist()]
     np.testing.assert_allclose(reply["rewards"], expected, atol=1e-5)
-    assert "member two gave no score to 6 of 6 samples (renormalise)" in served.server.log_tail()
+    said = "member two gave no score to 6 of 6 samples (renormalise)"
+    deadline = time.monotonic() + 30
+    while said not in served.server.log_tail() and time.monotonic() < deadline:
+        time.sleep(0.1)  # a back end's log comes in after its reply
+    assert said in served.server.log_tail()
 
     with TritonReward(served.server.endpoint("lenient"), RewardConfig()) as reward:
         results = reward.submit([rollout(text) for text in TEXTS]).result()

@@ -43,7 +43,7 @@ def lengths() -> Lengths:
 
 @pytest.fixture
 def source(lengths: Lengths) -> DeltaReward:
-    return DeltaReward(FunctionReward(lengths), lambda text: [0] * len(text))
+    return DeltaReward(FunctionReward(lengths), lambda _, text: [0] * len(text))
 
 
 def test_it_is_a_reward_source(source: DeltaReward) -> None:
@@ -80,7 +80,7 @@ def test_a_failed_baseline_fails_its_samples_and_is_asked_for_again(
 
 def test_dense_rewards_have_no_difference() -> None:
     function = FunctionReward(lambda outputs, **_: [[1.0] * (len(output) + 1) for output in outputs])
-    with DeltaReward(function, lambda text: [0] * (len(text) + 1)) as source:
+    with DeltaReward(function, lambda _, text: [0] * (len(text) + 1)) as source:
         results = source.submit(ROLLOUTS).result(10)
     assert {result.status for result in results} == {RewardStatus.INVALID}
     assert "one score per objective" in results[0].detail

@@ -130,7 +130,7 @@ class ReadsNothing(FunctionReward):
 
 def test_a_source_over_others_asks_all_of_them() -> None:
     with ReadsNothing(len) as inner:
-        for outer in (SumReward({"a": FunctionReward(len), "b": inner}), DeltaReward(inner, lambda text: [])):
+        for outer in (SumReward({"a": FunctionReward(len), "b": inner}), DeltaReward(inner, lambda *_: [])):
             with outer, pytest.raises(ConfigError, match="reads nothing"):
                 outer.check_prompts([])
 
@@ -142,7 +142,7 @@ def test_a_reference_answer_is_sent_as_the_assistants_message() -> None:
         seen.extend(messages)
         return [float(len(each[-1]["content"])) for each in messages]
 
-    with DeltaReward(FunctionReward(reward), lambda text: [1] * len(text)) as source:
+    with DeltaReward(FunctionReward(reward), lambda _, text: [1] * len(text)) as source:
         (result,) = source.submit([answered("four", original_output="2+2")]).result(WAIT_S)
     assert result.scores == {"reward": 1.0}
     assert [ASK, {"role": "assistant", "content": "2+2"}] in seen

@@ -10,11 +10,12 @@ import torch
 from transformers import GenerationConfig as HFGenerationConfig
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
-from conch.config import GenerationConfig
+from conch.config import GenerationConfig, load
 from conch.errors import ConfigError
 from conch.rollouts.hf.engine import HFEngine
 from conch.rollouts.stopping import StopCondition, configured_end_ids, with_end_ids
 from conch.types import Prompt, Rollout
+from tests.text_tokenizers import sentencepiece
 from tests.tiny import char_tokenizer, constant_decoder
 
 pytestmark = pytest.mark.unit
@@ -132,8 +133,6 @@ def test_an_encoder_decoders_completion_is_decoded_by_itself() -> None:
 
 def test_text_of_a_completion_is_read_behind_its_prompt() -> None:
     """With a decoder that takes a text's first space off, as SentencePiece's does."""
-    from tests.text_tokenizers import sentencepiece
-
     tokenizer = sentencepiece()
     was = tokenizer.convert_tokens_to_ids(tokenizer.tokenize("was"))
     assert isinstance(was, list)
@@ -146,3 +145,22 @@ def test_text_of_a_completion_is_read_behind_its_prompt() -> None:
     assert isinstance(rollout, Rollout)
     alone = str(tokenizer.decode(list(rollout.completion.token_ids)))
     assert rollout.completion.text == " " + alone
+
+
+def test_a_stop_string_that_begins_with_a_space_is_found_while_sampling() -> None:
+    tokenizer = sentencepiece()
+    condition = StopCondition(tokenizer, GenerationConfig(stop=(" was",)))
+    prompt: Any = tuple(tokenizer("The movie")["input_ids"])  # pyright: ignore[reportArgumentType]
+    ids: Any = tokenizer("was great", add_special_tokens=False)["input_ids"]
+    assert condition.completion(prompt, ids, [0.0] * len(ids)).finish_reason == "stop"
+    assert any(condition.ends(list(ids[: length + 1])) for length in range(len(ids)))
+
+
+def test_an_end_tokens_text_is_no_stop_string() -> None:
+    condition = stop(stop=(">", "<e"), skip_special_tokens=False)
+    assert completed(condition, [1, 2, EOS]) == ("bc", 3, "eos")
+
+
+def test_end_ids_below_zero_are_refused() -> None:
+    with pytest.raises(ConfigError, match="stop_token_ids"):
+        load(GenerationConfig, {"stop_token_ids": [-1]})

@@ -397,3 +397,10 @@ def test_an_encoder_decoder_takes_pairs_and_learns_from_them(run_dir: Path) -> N
 def test_an_encoder_decoder_refuses_strings(run_dir: Path) -> None:
     with pytest.raises(DataError, match="sample 0 is one string; an encoder-decoder"):
         ilql_trainer(run_dir, SAMPLES, REWARDS, lm=tiny_t5())
+
+
+def test_a_special_token_among_the_stop_strings_ends_what_a_saved_policy_generates(run_dir: Path) -> None:
+    tokenizer = copy.deepcopy(TOKENIZER)
+    pad = str(tokenizer.pad_token)
+    trainer = ilql_trainer(run_dir, SAMPLES, REWARDS, generation={"stop": [pad], "stop_token_ids": [3]})
+    assert trainer.policy.decoding["eos_token_id"] == sorted({3, EOS, PAD})

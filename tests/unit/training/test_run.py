@@ -16,10 +16,11 @@ import torch
 
 from conch.config import load
 from conch.errors import CheckpointError, ConfigError, DataError
-from conch.runs.checkpoint import checkpoint_bytes, newest_checkpoint, read_checkpoint, steps_of
+from conch.runs.checkpoint import Checkpoint, checkpoint_bytes, newest_checkpoint, read_checkpoint, steps_of
 from conch.trainers.reward_model import RewardModelRunConfig, RewardModelTrainer
 from conch.training.checkpointing import save_checkpoint
 from conch.training.loop import Run
+from conch.training.resume import _check_same
 from tests.clock import CLOCK
 from tests.runs import PROMPTS, TOKENIZER, parameters, policy, ppo_trainer, sft_trainer, vowels
 from tests.tiny import tiny_gpt2_config
@@ -372,3 +373,24 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         ppo_trainer(tmp_path / "run", reward_fn=reward).fit()
     assert not steps_of(tmp_path / "run")
+
+
+def test_a_setting_that_an_older_checkpoint_does_not_know_was_as_runs_were_then(tmp_path: Path) -> None:
+    config = ppo_trainer(tmp_path).config
+    saved = config.model_dump(mode="json")
+    for section, key in (
+        ("generation", "stop_token_ids"),
+        ("model", "trial"),
+        ("tokenizer", "add_special_tokens"),
+    ):
+        del saved[section][key]
+    checkpoint = Checkpoint(tmp_path, {"algorithm": type(config).__name__, "config": saved})
+    with pytest.raises(CheckpointError, match=r"tokenizer\.add_special_tokens was False, is True\."):
+        _check_same(checkpoint, config)
+    plain = config.model_copy(
+        update={"tokenizer": config.tokenizer.model_copy(update={"add_special_tokens": False})}
+    )
+    _check_same(checkpoint, plain)
+    _check_same(
+        checkpoint, plain.model_copy(update={"model": plain.model.model_copy(update={"trial": False})})
+    )
