@@ -65,6 +65,7 @@ from conch.data.rollout_batch import take_rows
 from conch.distributed.train_engine import TrainEngine
 from conch.errors import ConfigError, DataError, ModelError
 from conch.evaluation.metrics import pair_metrics, score_metrics
+from conch.log import get_logger
 from conch.models.freezing import freeze_layers, freeze_unreached
 from conch.models.kernels import check_kernels
 from conch.models.loading import context_window, load_sequence_classifier
@@ -83,6 +84,8 @@ from conch.training.setup import (
 from conch.training.statistics import update_metrics
 from conch.training.trial import check_classifier
 from conch.types import Metrics
+
+_log = get_logger(__name__)
 
 METADATA_FILE = "reward_model.json"
 
@@ -295,6 +298,10 @@ class RewardModelTrainer:
         if not eval_samples and settings.eval_fraction:
             self.samples, self.eval_samples = hold_out(
                 self.samples, settings.eval_fraction, self.config.train.seed
+            )
+            _log.info(
+                "%d of %d rows are held out for evaluation (`reward_model.eval_fraction` = %g)",
+                *(len(self.eval_samples), len(self.samples) + len(self.eval_samples), settings.eval_fraction),
             )
         if reference is None:
             rows = (self.eval_samples or self.samples)[:_NUM_REFERENCES]

@@ -173,7 +173,7 @@ def check_readable(
             raise ConfigError(
                 f"{name} reads dialogues, but {len(texts)} of {len(prompts)} prompts are texts or were "
                 f"cut to fit (first: prompt {texts[0]}): give prompts as lists of messages that fit "
-                "(`data.apply_chat_template=true` makes messages of texts); a model that was trained on texts "
+                "(`data.apply_chat_template=true` makes messages of texts); a model that learned from texts "
                 "is converted with --template '{text}'"
             )
         return

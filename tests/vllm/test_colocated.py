@@ -100,7 +100,7 @@ def test_stop_strings_are_cut_as_transformers_engine_cuts_them(both: Any) -> Non
     pair = both(stop=("g", "kh", "b"))
     for rollout in all_of(pair.vllm, pair.prompts(*TEXTS * 3)):
         found = rollout.completion
-        made = pair.hf._stop_condition.completion(found.token_ids, found.logprobs)
+        made = pair.hf._stop_condition.completion(rollout.prompt.token_ids, found.token_ids, found.logprobs)
         assert made.token_ids == found.token_ids and made.text == found.text
         assert not any(stop in rollout.completion.text for stop in pair.config.stop)
 
