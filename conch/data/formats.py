@@ -147,7 +147,8 @@ def sample_form(row: Any) -> Any:
 
 
 def prompt_form(row: Any) -> Any:
-    """A string, or a dict whose "prompt" is a text or a dialogue; its other keys go with it.
+    """A string, or a dict whose "prompt" is a text or a dialogue; its other keys go with it, but for
+    "messages", which say the same again, and which a reward function has of each rollout.
 
     The prompt of a dialogue is what stands before the assistant's last message, that of a preference without
     one what both texts begin with.
@@ -160,6 +161,8 @@ def prompt_form(row: Any) -> Any:
         return row
     if isinstance(row, Mapping):
         row = _with_prompt(_prompt_apart(row))
+        if "prompt" in row:
+            row = {key: value for key, value in row.items() if key != "messages"}
         prompt = text_of(row.get("prompt"))
         if prompt is not None:
             if isinstance(prompt, list):

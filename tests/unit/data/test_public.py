@@ -159,8 +159,9 @@ def test_what_is_learned_of_rows_of_public_datasets(row: Any, sample: Any) -> No
         (
             {"prompt": "hi there", "messages": [{"role": "system", "content": "s"}, HI, HELLO, user("so?")]},
             [{"role": "system", "content": "s"}, HI],
-            {"messages"},
+            set(),
         ),
+        ({"prompt": "hi there", "prompt_id": "0a", "messages": [HI, HELLO]}, [HI], {"prompt_id"}),
         (
             {"key": 3, "prompt": "say it", "instruction_id_list": ["a:b"], "kwargs": [{}]},
             "say it",
@@ -172,6 +173,7 @@ def test_prompts_of_rows_of_public_datasets_keep_the_other_keys(row: Any, prompt
     made = prompt_form(row)
     assert made["prompt"] == prompt
     assert others <= made.keys()
+    assert "messages" not in made  # which is a reward function's own argument
     assert prompt_form(made) == made
 
 
