@@ -310,9 +310,16 @@ def _shared_messages(prompt: str, texts: list[list[Mapping[str, Any]]]) -> list[
     if all(text[0]["role"] == ASSISTANT for text in texts):
         return [{"role": "user", "content": prompt}]
     shared = texts[0][: min(_num_shared(texts[0], text) for text in texts)]
-    if not any(prompt.strip() in str(message.get("content")) for message in shared):
+    if not any(prompt.strip() in _said(message) for message in shared):
         raise DataError(_NOT_HELD)
     return shared
+
+
+def _said(message: Mapping[str, Any]) -> str:
+    """The text of a message, parts of it joined, without white space around it."""
+    content = message.get("content") or ""
+    text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+    return text.strip()
 
 
 def _with_prompt(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -325,7 +332,7 @@ def _with_prompt(row: Mapping[str, Any]) -> Mapping[str, Any]:
     messages = messages_of(row.get("messages"))
     prompt = row.get("prompt")
     if isinstance(prompt, str) and messages is not None:
-        ends = [number for number, said in enumerate(messages, 1) if said.get("content") == prompt]
+        ends = [number for number, said in enumerate(messages, 1) if _said(said) == prompt.strip()]
         if not ends:
             raise DataError(_NOT_HELD)
         return {**row, "prompt": messages[: ends[0]]}
