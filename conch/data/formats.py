@@ -147,7 +147,8 @@ def sample_form(row: Any) -> Any:
 
 
 def prompt_form(row: Any) -> Any:
-    """A string, or a dict whose "prompt" is a text or a dialogue; its other keys go with it.
+    """A string, or a dict whose "prompt" is a text or a dialogue; its other keys go with it, but for
+    "messages", which say the same again, and which a reward function has of each rollout.
 
     The prompt of a dialogue is what stands before the assistant's last message, that of a preference without
     one what both texts begin with.
@@ -160,6 +161,8 @@ def prompt_form(row: Any) -> Any:
         return row
     if isinstance(row, Mapping):
         row = _with_prompt(_prompt_apart(row))
+        if "prompt" in row:
+            row = {key: value for key, value in row.items() if key != "messages"}
         prompt = text_of(row.get("prompt"))
         if prompt is not None:
             if isinstance(prompt, list):
@@ -307,9 +310,16 @@ def _shared_messages(prompt: str, texts: list[list[Mapping[str, Any]]]) -> list[
     if all(text[0]["role"] == ASSISTANT for text in texts):
         return [{"role": "user", "content": prompt}]
     shared = texts[0][: min(_num_shared(texts[0], text) for text in texts)]
-    if not any(prompt.strip() in str(message.get("content")) for message in shared):
+    if not any(prompt.strip() in _said(message) for message in shared):
         raise DataError(_NOT_HELD)
     return shared
+
+
+def _said(message: Mapping[str, Any]) -> str:
+    """The text of a message, parts of it joined, without white space around it."""
+    content = message.get("content") or ""
+    text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+    return text.strip()
 
 
 def _with_prompt(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -322,7 +332,7 @@ def _with_prompt(row: Mapping[str, Any]) -> Mapping[str, Any]:
     messages = messages_of(row.get("messages"))
     prompt = row.get("prompt")
     if isinstance(prompt, str) and messages is not None:
-        ends = [number for number, said in enumerate(messages, 1) if said.get("content") == prompt]
+        ends = [number for number, said in enumerate(messages, 1) if _said(said) == prompt.strip()]
         if not ends:
             raise DataError(_NOT_HELD)
         return {**row, "prompt": messages[: ends[0]]}

@@ -81,8 +81,9 @@ def as_spoken(row: Row) -> Row:
     """
     prompt = row.get("prompt")
     answers = {key: row[key] for key in ("completion", "chosen", "rejected") if isinstance(row.get(key), str)}
+    turns = hh_messages(prompt) if isinstance(prompt, str) else []
     if isinstance(prompt, str):
-        row = {**row, "prompt": hh_messages(prompt) or [{"role": "user", "content": prompt}]}
+        row = {**row, "prompt": turns or [{"role": "user", "content": prompt}]}
     elif prompt is None and answers:
         dialogues = {key: hh_messages(text) for key, text in answers.items()}
         if not all(dialogues.values()):
@@ -93,6 +94,8 @@ def as_spoken(row: Row) -> Row:
         return {**row, **dialogues}
     if isinstance(row.get("text"), str) and prompt is not None:
         answers["text"] = row["text"]
+    if turns:  # behind "Assistant:" stands a space, as in the turns of the prompt
+        answers = {key: text.strip() for key, text in answers.items()}
     return {**row, **{key: [{"role": ASSISTANT, "content": text}] for key, text in answers.items()}}
 
 

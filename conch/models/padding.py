@@ -7,8 +7,10 @@ transformers' classifiers read the score at the last token that is not padding, 
 from __future__ import annotations
 
 import copy
+import json
 import re
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from conch.errors import ConfigError
@@ -30,6 +32,10 @@ _SPARE_NAMES = re.compile(
 _NO_TEXT = "ÿ"
 """How byte-level vocabularies write the byte 0xFF, which no UTF-8 text contains."""
 
+_NO_TEXT_NAME = "<|pad|>"
+"""What `_NO_TEXT` is renamed to as a pad token. A pad token is looked for in the text before that becomes
+bytes, and words have a "ÿ" of their own."""
+
 
 def with_pad_token(
     tokenizer: PreTrainedTokenizerBase, wanted: str | None, *, name: str, reward_model: bool = False
@@ -39,6 +45,9 @@ def with_pad_token(
     wanted: `tokenizer.pad_token`, for a tokenizer that has none, or none but its eos token.
     name: of the tokenizer, in messages.
     reward_model: take another token than eos.
+
+    A pad token that is an ordinary word of the vocabulary becomes a special token at once, as saving and
+    loading would make it, so that training and serving tokenise alike.
 
     Raises:
         ConfigError: `wanted` is not in the vocabulary.
@@ -52,18 +61,20 @@ def with_pad_token(
                 "without one",
                 *(name, own, wanted),
             )
-        return tokenizer
+        is_special = tokenizer.pad_token_id in tokenizer.added_tokens_decoder
+        return tokenizer if is_special else _padding_with(copy.deepcopy(tokenizer), own)
     if wanted is not None:
         _check_wanted(tokenizer, wanted, name)
     chosen = wanted or _choice(tokenizer, reward_model)
     if chosen is None:
         return tokenizer
+    padded = copy.deepcopy(tokenizer)
+    if wanted is None and chosen == _NO_TEXT and _rename(padded, _NO_TEXT, _NO_TEXT_NAME):
+        chosen = _NO_TEXT_NAME
     if wanted is None:
         lack = f"no pad token but its eos token {eos}" if is_eos else "no pad token"
         _log.info("%r has %s and pads with %s here; `tokenizer.pad_token` names another", name, lack, chosen)
-    padded = copy.deepcopy(tokenizer)
-    padded.pad_token = chosen
-    return padded
+    return _padding_with(padded, chosen)
 
 
 def pad_token_hint(example: str = "<|pad|>") -> str:
@@ -96,6 +107,31 @@ def _choice(tokenizer: PreTrainedTokenizerBase, reward_model: bool) -> str | Non
     if _NO_TEXT in vocabulary and tokenizer.decode([vocabulary[_NO_TEXT]]) == "\N{REPLACEMENT CHARACTER}":
         return _NO_TEXT
     return None
+
+
+def _padding_with(tokenizer: PreTrainedTokenizerBase, token: str) -> PreTrainedTokenizerBase:
+    """The tokenizer, changed to pad with this token, which becomes a special one where it was a word."""
+    tokenizer.pad_token = token
+    if tokenizer.pad_token_id not in tokenizer.added_tokens_decoder:
+        tokenizer.add_special_tokens({"pad_token": token})
+    return tokenizer
+
+
+def _rename(tokenizer: PreTrainedTokenizerBase, token: str, name: str) -> bool:
+    """Give a token of the vocabulary another name, at the same id; False, and nothing done, where the name is
+    taken or a merge makes or takes the token."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer) or name in tokenizer.get_vocab():
+        return False
+    state = json.loads(backend.to_str())
+    vocabulary = state["model"].get("vocab")
+    if not isinstance(vocabulary, dict) or token not in vocabulary:
+        return False
+    if any(token in piece for merge in state["model"].get("merges", ()) for piece in merge):
+        return False
+    state["model"]["vocab"] = {name if key == token else key: index for key, index in vocabulary.items()}
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))  # pyright: ignore[reportAttributeAccessIssue]
+    return True
 
 
 def _special(tokenizer: PreTrainedTokenizerBase, name: str) -> str | None:

@@ -25,6 +25,8 @@ def assistant(text: str) -> dict[str, str]:
 
 
 HI, HELLO, GO = user("hi there"), assistant("hello"), assistant("go away")
+PARTS: dict[str, Any] = {"role": "user", "content": [{"type": "text", "text": t} for t in ("hi ", "there")]}
+QUOTED: dict[str, Any] = {"role": "user", "content": [{"type": "text", "text": "it's\nso"}]}
 RATED = {"helpfulness": 4, "correctness": 3, "coherence": 4, "complexity": 1, "verbosity": 2}
 
 ULTRA_BINARIZED = {
@@ -159,8 +161,13 @@ def test_what_is_learned_of_rows_of_public_datasets(row: Any, sample: Any) -> No
         (
             {"prompt": "hi there", "messages": [{"role": "system", "content": "s"}, HI, HELLO, user("so?")]},
             [{"role": "system", "content": "s"}, HI],
-            {"messages"},
+            set(),
         ),
+        ({"prompt": "hi there", "prompt_id": "0a", "messages": [HI, HELLO]}, [HI], {"prompt_id"}),
+        ({"prompt": "hi there \n", "messages": [HI, HELLO]}, [HI], set()),
+        ({"prompt": "hi there", "messages": [user(" hi there"), HELLO]}, [user(" hi there")], set()),
+        ({"prompt": "hi there", "messages": [PARTS, HELLO]}, [PARTS], set()),
+        ({"prompt": "it's\nso", "chosen": [QUOTED, HELLO], "rejected": [QUOTED, GO]}, [QUOTED], {"chosen"}),
         (
             {"key": 3, "prompt": "say it", "instruction_id_list": ["a:b"], "kwargs": [{}]},
             "say it",
@@ -172,6 +179,7 @@ def test_prompts_of_rows_of_public_datasets_keep_the_other_keys(row: Any, prompt
     made = prompt_form(row)
     assert made["prompt"] == prompt
     assert others <= made.keys()
+    assert "messages" not in made  # which is a reward function's own argument
     assert prompt_form(made) == made
 
 
@@ -435,6 +443,14 @@ def test_a_column_that_no_key_has_is_named_with_the_keys_there_are() -> None:
         (
             {"prompt": "\n\nHuman: hi there\n\nAssistant:", "completion": "hello"},
             {"prompt": [HI], "completion": [HELLO]},
+        ),
+        (
+            {"prompt": "\n\nHuman: hi there\n\nAssistant:", "chosen": " hello", "rejected": " go away "},
+            {"prompt": [HI], "chosen": [HELLO], "rejected": [GO]},
+        ),
+        (
+            {"prompt": "hi there", "completion": " hello"},
+            {"prompt": [HI], "completion": [assistant(" hello")]},
         ),
         ({"messages": [HI, HELLO]}, {"messages": [HI, HELLO]}),
         ({"text": "as it is"}, {"text": "as it is"}),

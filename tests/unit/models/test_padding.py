@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from conch.errors import ConfigError
 from conch.models.padding import with_pad_token
@@ -57,7 +58,7 @@ LLAMA_WITH_PAD = byte_fallback("<pad>", pad_token="<pad>")
 @pytest.mark.parametrize(
     ("tokenizer", "policy", "reward_model"),
     [
-        (GPT2, END, "\u00ff"),
+        (GPT2, END, "<|pad|>"),
         (NEOX, "<|padding|>", "<|padding|>"),
         (LLAMA3, "<|reserved_special_token_0|>", "<|reserved_special_token_0|>"),
         (QWEN, END, END),
@@ -90,6 +91,64 @@ def test_no_text_contains_the_pad_token_of_a_reward_model(
     padded = with_pad_token(tokenizer, None, name="m", reward_model=True)
     assert padded.pad_token_id not in padded(text)["input_ids"]
     assert padded(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+WORDS = "L'Ha\u00ff", "wow!!", "a < b <|pad|>"
+
+
+def saved_and_loaded(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
+    tokenizer.save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def gpt2() -> PreTrainedTokenizerBase:
+    """Of GPT-2's own class, with a merge."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: index for index, symbol in enumerate([*alphabet, "!!", END])}
+    return GPT2Tokenizer(vocab=vocabulary, merges=[("!", "!")])  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("tokenizer", [GPT2, gpt2()], ids=["generic", "gpt2"])
+@pytest.mark.parametrize("wanted", [None, "!"])
+def test_texts_have_the_same_tokens_once_saved_and_loaded(
+    tokenizer: PreTrainedTokenizerBase, wanted: str | None, tmp_path: Path
+) -> None:
+    padded = with_pad_token(tokenizer, wanted, name="m", reward_model=True)
+    loaded = saved_and_loaded(padded, tmp_path)
+    for text in WORDS:
+        assert padded(text)["input_ids"] == loaded(text)["input_ids"]
+    assert (loaded.pad_token, loaded.pad_token_id) == (padded.pad_token, padded.pad_token_id)
+    assert len(loaded) == len(tokenizer)
+    unpadded = [text for text in WORDS if padded.pad_token not in text]  # pyright: ignore[reportOperatorIssue]
+    assert [padded(text)["input_ids"] for text in unpadded] == [
+        tokenizer(text)["input_ids"] for text in unpadded
+    ]
+
+
+def test_the_byte_that_no_text_has_keeps_its_id_under_its_new_name() -> None:
+    padded = with_pad_token(GPT2, None, name="m", reward_model=True)
+    assert padded.pad_token_id == GPT2.convert_tokens_to_ids("\u00ff")
+    assert "\u00ff" in GPT2.get_vocab() and "\u00ff" not in padded.get_vocab()
+
+
+def test_a_byte_that_is_merged_or_whose_new_name_is_taken_keeps_its_name(tmp_path: Path) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merged = {symbol: index for index, symbol in enumerate([*alphabet, "\u00ff\u00ff", END])}
+    for tokenizer in (
+        GPT2Tokenizer(vocab=merged, merges=[("\u00ff", "\u00ff")]),  # pyright: ignore[reportArgumentType]
+        byte_level("<|pad|>", eos_token="<|pad|>"),
+    ):
+        padded = with_pad_token(tokenizer, None, name="m", reward_model=True)
+        assert padded.pad_token == "\u00ff"
+        loaded = saved_and_loaded(padded, tmp_path)
+        assert [padded(text)["input_ids"] for text in WORDS] == [loaded(text)["input_ids"] for text in WORDS]
+
+
+def test_an_ordinary_word_that_the_user_set_as_pad_token_is_registered(tmp_path: Path) -> None:
+    tokenizer = gpt2()
+    tokenizer.pad_token = "!"
+    padded = with_pad_token(tokenizer, None, name="m")
+    assert padded("wow!!")["input_ids"] == saved_and_loaded(padded, tmp_path)("wow!!")["input_ids"]
 
 
 @pytest.mark.parametrize("wanted", ["a", "[nowhere]"])
