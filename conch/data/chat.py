@@ -7,6 +7,8 @@ before an answer, opened for that answer, and the rendering that includes it.
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -27,11 +29,9 @@ Span = tuple[int, int]
 TEMPLATE_KEYS = ("tools", "chat_template_kwargs")
 """Keys of a row of messages that are for the chat template, not for rewards."""
 
-_OPTIONS = {
-    *("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents"),
-    *("messages", "return_assistant_tokens_mask", "return_dict", "tokenize", "tools"),
-}
-"""Names that `apply_chat_template` has for other things than variables of the template."""
+OPTIONS = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"} - {"self"}
+"""Names that `apply_chat_template` has for other things than variables of the template; a reward model's
+server refuses the same."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -150,7 +150,7 @@ def _template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
     values = _read("chat_template_kwargs", row)
     if values is not None and not isinstance(values, Mapping):
         raise DataError('has "chat_template_kwargs" that are no dict')
-    taken = sorted(_OPTIONS & set(values or ()))
+    taken = sorted(OPTIONS & set(values or ()))
     if taken:
         raise DataError(f'has "chat_template_kwargs" that are not for the template: {", ".join(taken)}')
     return dict(values or {})
@@ -334,12 +334,11 @@ def as_template_reads(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase) ->
     reads, it is asked by rendering such a dialogue with other words; what cannot be told stays as it is.
     """
     template = tokenizer.get_chat_template(tools=None if dialogue.tools is None else list(dialogue.tools))
-    specials = {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
     shape = tuple(
         (message["role"], "content" in message, bool(message.get("tool_calls")))
         for message in dialogue.messages
     )
-    reads = _what_is_read(template, tuple(specials.items()), shape)
+    reads = _what_is_read(template, _specials(tokenizer), shape)
     readable = [
         _readable(message, contents, reads.arguments)
         for message, contents in zip(dialogue.messages, reads.contents, strict=True)
@@ -347,12 +346,57 @@ def as_template_reads(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase) ->
     return replace(dialogue, messages=tuple(readable))
 
 
+_ANSWER = ("user", True, False), (ASSISTANT, True, False)
+_PROBED = (
+    _ANSWER,
+    (("system", True, False), *_ANSWER),
+    (("user", True, False), (ASSISTANT, False, True), ("tool", True, False), (ASSISTANT, True, False)),
+    (("user", True, False), (ASSISTANT, True, True), ("tool", True, False), (ASSISTANT, True, False)),
+    (("user", True, False), (ASSISTANT, False, True)),
+)
+"""Shapes of dialogues that tell what a template reads; the first that tells wins."""
+
+
+def what_template_reads(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, str], str]:
+    """What `as_template_reads` makes of dialogues, for who must do it without this module.
+
+    Returns:
+        of each role the form of its contents, "text" or "parts", without the roles where that cannot be told
+        or is either; and that of tool calls' arguments, "dict" or "json", "" likewise.
+    """
+    contents: dict[str, str] = {}
+    arguments = ""
+    for template in _templates(tokenizer):
+        for shape in _PROBED:
+            reads = _what_is_read(template, _specials(tokenizer), shape)
+            for (role, _, _), form in zip(shape, reads.contents, strict=True):
+                if form:
+                    contents.setdefault(role, form)
+            if any(calls for _, _, calls in shape):
+                arguments = arguments or reads.arguments
+    return contents, arguments
+
+
+def _templates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The tokenizer's templates for dialogues without and with tools; mostly it is one."""
+    templates = []
+    for tools in (None, [{}]):
+        with contextlib.suppress(ValueError):  # a tokenizer with named templates, none of them for this
+            templates.append(tokenizer.get_chat_template(tools=tools))
+    return list(dict.fromkeys(templates))
+
+
+def _specials(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, str], ...]:
+    named = tokenizer.special_tokens_map.items()
+    return tuple((name, text) for name, text in named if isinstance(text, str))
+
+
 @dataclass(frozen=True, slots=True)
 class _Reads:
     """What a template reads in a dialogue of some shape; "" where that cannot be told, or is either.
 
     contents: of each message, "text" or "parts".
-    arguments: of tool calls, "text" or "dict".
+    arguments: of tool calls, "json" or "dict".
     """
 
     contents: tuple[str, ...]
@@ -376,7 +420,7 @@ def _with_arguments(call: Any, kind: str) -> Any:
     if not isinstance(function, Mapping):
         return call
     arguments = function.get("arguments")
-    if kind == "text" and isinstance(arguments, Mapping):
+    if kind == "json" and isinstance(arguments, Mapping):
         return {**call, "function": {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}}
     if kind == "dict" and isinstance(arguments, str):
         try:
@@ -412,7 +456,7 @@ def _what_is_read(
     # A dict that a template writes as Python has it, and a string that it puts into quotes, are misread.
     reads_dict = with_dict is not None and "argument0" in with_dict and "{'argument0'" not in with_dict
     reads_json = with_json is not None and "argument0" in with_json and '\\"argument0' not in with_json
-    return _Reads(contents, "" if reads_dict == reads_json else "dict" if reads_dict else "text")
+    return _Reads(contents, "" if reads_dict == reads_json else "dict" if reads_dict else "json")
 
 
 def _probe(

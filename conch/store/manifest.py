@@ -61,6 +61,14 @@ class ScoringRules(Section):
     reads: Reads = "texts"
     """What a sample is in the text form."""
 
+    contents: dict[str, Literal["text", "parts"]] = Field(default_factory=dict)
+    """Of dialogues: role -> the only form of content that the chat template reads of it, a string or a list
+    of parts. Contents of other roles stay as they are sent."""
+
+    arguments: Literal["dict", "json"] | None = None
+    """Of dialogues: the only form of tool calls' arguments that the chat template reads; None leaves them as
+    they are sent."""
+
     truncation_side: Literal["left", "right"] | None = None
     """Side on which a text that is too long loses tokens; None takes the tokenizer's."""
 

@@ -12,6 +12,7 @@ from conch.converters.checkpoints.architectures import Network, final_layer
 from conch.converters.checkpoints.files import REWARD_MODEL_FILE, RewardModelFile, Source
 from conch.converters.checkpoints.tokenizer import choose_template, reads_dialogues
 from conch.converters.options import Normalise, ReadOptions
+from conch.data.chat import what_template_reads
 from conch.errors import ConversionError
 from conch.models.loading import context_window
 from conch.store.manifest import Aggregate, Pooling, ScoringRules
@@ -44,9 +45,13 @@ def scoring_rules(
     )
     normalise = requested.normalise or ("parameters" if from_file.normalise else "none")
     _check_normalise(source, normalise, mean, std, network, pooling)
+    of_dialogues: dict[str, Any] = {"reads": "texts"}
+    if reads_dialogues(template):
+        contents, arguments = what_template_reads(tokenizer)
+        of_dialogues = {"reads": "dialogues", "contents": contents, "arguments": arguments or None}
     return ScoringRules(
         template=template,
-        reads="dialogues" if reads_dialogues(template) else "texts",
+        **of_dialogues,
         truncation_side=tokenizer.truncation_side,
         max_length=_max_length(source, requested.max_length or from_file.max_length, network, tokenizer),
         pooling=pooling,

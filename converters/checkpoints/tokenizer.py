@@ -10,18 +10,15 @@ from transformers import AutoTokenizer
 
 from conch.converters.checkpoints.files import Source, base_model_of, find_source
 from conch.converters.options import ReadOptions
-from conch.data.preferences import default_template, template_mistake
+from conch.data.preferences import CHAT, default_template, template_mistake
 from conch.errors import ConversionError, first_line
 from conch.log import get_logger
 from conch.store.manifest import Pooling
 
 _log = get_logger(__name__)
 
-CHAT = "chat"
-"""Template of models that read dialogues: the tokenizer's own chat template."""
-
 CLOSED_CHAT = "chat{eos}"
-"""The same for models that were trained on dialogues with the template `{text}{eos}`: an eos ends them."""
+"""`CHAT` for models that were trained on dialogues with the template `{text}{eos}`: an eos ends them."""
 
 # What a vocabulary keeps for later is in no text.
 _UNUSED = re.compile(r"reserved|unused|extra_id|placeholder", re.IGNORECASE)

@@ -3,7 +3,7 @@
 Every length up to the limit (for long windows a ladder of lengths), batches of 1, 2, 7 and 32, text that the
 tokenizer never saw, nothing at all, too much, and for the token form padding on either side. A model that
 reads dialogues gets all that in dialogues of one and of several turns, with a system message where its
-template takes one.
+template takes one, with contents as strings and as lists of parts.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from typing import Any
 from conch.converters.checkpoints.reader import RewardCheckpoint
 from conch.converters.checkpoints.tokenizer import CLOSED_CHAT
 from conch.converters.parity.subprocess_model import Request
+from conch.data.chat import render_dialogue
 from conch.errors import ConversionError, first_line
 from conch.log import progress
 from conch.triton.contract import Form
+from conch.types import Dialogue
 
 _ALL_LENGTHS_UP_TO = 16
 _BATCH_SIZES = (1, 2, 7, 32)
-_SHAPES = (("user", "assistant"), ("system", "user", "assistant"), ("user", "assistant") * 2)
+_ROLES = (("user", "assistant"), ("system", "user", "assistant"), ("user", "assistant") * 2)
 _ODD_TEXTS = ("Ünïcödé, 漢字, 🙂🙃, עברית", "\x00\ttab\r\nline", "{text}{eos}", " " * 7)
 
 
@@ -45,6 +47,14 @@ class Sample:
 
 Token = tuple[int, int | None]
 """An id, and its entry of `Sample.ends`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """Roles of a dialogue's messages, () for a text, and whether contents are lists of parts."""
+
+    roles: tuple[str, ...] = ()
+    in_parts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +108,7 @@ class _TextSamples:
         self._is_dense = checkpoint.rules.granularity != "sample"
         reads_dialogues = checkpoint.rules.reads == "dialogues"
         self._dialogues = _Dialogues(checkpoint) if reads_dialogues else None
-        self._shapes = itertools.cycle(self._dialogues.shapes if self._dialogues else ((),))
+        self._shapes = itertools.cycle(self._dialogues.shapes if self._dialogues else (_Shape(),))
 
     def of_length(self, length: int) -> Sample:
         """Build a sample of `length` tokens, or as near as decoding and encoding again comes."""
@@ -125,7 +135,7 @@ class _TextSamples:
         cases.extend(ParityCase("no messages, refused", (Sample(text, ()),)) for text in no_dialogues)
         return cases
 
-    def _text(self, length: int, shape: Sequence[str]) -> str:
+    def _text(self, length: int, shape: _Shape) -> str:
         """Return the longest start of a random text of which a sample has `length` tokens or less.
 
         Random tokens do not come back as the same number of tokens: a tokenizer joins some and splits others.
@@ -140,7 +150,7 @@ class _TextSamples:
                 high = middle - 1
         return text[:low]
 
-    def _encode(self, text: str, shape: Sequence[str]) -> list[Token]:
+    def _encode(self, text: str, shape: _Shape) -> list[Token]:
         if self._dialogues:
             return [(token, None) for token in self._dialogues.encode(_dialogue(text, shape))]
         eos = self._tokenizer.eos_token or ""
@@ -157,7 +167,7 @@ class _TextSamples:
         ]
         return _once(tokens, self._tokenizer)
 
-    def _sample(self, text: str, shape: Sequence[str]) -> Sample:
+    def _sample(self, text: str, shape: _Shape) -> Sample:
         sent = _sent(_dialogue(text, shape)) if self._dialogues else text
         tokens = self._cut(self._encode(text, shape))
         ends = tuple(end for _, end in tokens) if self._is_dense else ()
@@ -183,9 +193,9 @@ class _TextSamples:
 
 
 class _Dialogues:
-    """Makes token ids of dialogues as the checkpoint's chat template and its rules have them.
+    """Makes token ids of dialogues as training has them, by `conch.data.chat`, and the checkpoint's rules.
 
-    shapes: the roles of dialogues that the template takes.
+    shapes: those of dialogues that the template takes.
 
     Raises:
         ConversionError: it takes none.
@@ -197,7 +207,7 @@ class _Dialogues:
         added = checkpoint.tokenizer.added_tokens_decoder.items()
         self._special = {token for token, word in added if word.special}
         taken, refusal = [], ""
-        for shape in _SHAPES:
+        for shape in itertools.starmap(_Shape, itertools.product(_ROLES, (False, True))):
             try:
                 self._ids(_dialogue("abcd", shape))
                 taken.append(shape)
@@ -209,18 +219,18 @@ class _Dialogues:
                 f"({refusal}): correct the template in the checkpoint's folder, or serve texts "
                 "with --template '{text}'"
             )
-        self.shapes: tuple[tuple[str, ...], ...] = tuple(taken)
+        self.shapes: tuple[_Shape, ...] = tuple(taken)
 
-    def encode(self, messages: list[dict[str, str]]) -> list[int]:
+    def encode(self, messages: list[dict[str, Any]]) -> list[int]:
         """Return what the model must read; nothing of a dialogue that the template refuses."""
         try:
             return self._ids(messages)
         except Exception:  # for example one without content
             return []
 
-    def _ids(self, messages: list[dict[str, str]]) -> list[int]:
-        rendered: Any = self._tokenizer.apply_chat_template(messages, return_dict=True)
-        ids = list(rendered["input_ids"])
+    def _ids(self, messages: list[dict[str, Any]]) -> list[int]:
+        text = render_dialogue(Dialogue(tuple(messages)), "the sample", self._tokenizer)
+        ids = list(self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
         if not self._is_closed:
             return ids
         end = len(ids)
@@ -233,14 +243,24 @@ class _Dialogues:
         return ids if ids[-1:] == [eos] else [*ids, eos]
 
 
-def _dialogue(text: str, roles: Sequence[str]) -> list[dict[str, str]]:
-    """Return messages of these roles that have the text among them."""
-    cuts = [len(text) * index // len(roles) for index in range(len(roles) + 1)]
-    spans = itertools.pairwise(cuts)
-    return [{"role": role, "content": text[a:b]} for role, (a, b) in zip(roles, spans, strict=True)]
+def _dialogue(text: str, shape: _Shape) -> list[dict[str, Any]]:
+    """Return messages of this shape that have the text among them."""
+    spans = itertools.pairwise(_cuts(text, len(shape.roles)))
+    contents: list[Any] = [text[a:b] for a, b in spans]
+    if shape.in_parts:
+        contents = [_in_two_parts(content) for content in contents]
+    return [{"role": role, "content": content} for role, content in zip(shape.roles, contents, strict=True)]
 
 
-def _sent(messages: list[dict[str, str]]) -> str:
+def _in_two_parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text[a:b]} for a, b in itertools.pairwise(_cuts(text, 2))]
+
+
+def _cuts(text: str, pieces: int) -> list[int]:
+    return [len(text) * index // pieces for index in range(pieces + 1)]
+
+
+def _sent(messages: list[dict[str, Any]]) -> str:
     """Return what a client sends: the list; where it begins with a system message, an object around it."""
     begins_with_system = messages[0]["role"] == "system"
     return json.dumps({"messages": messages} if begins_with_system else messages, ensure_ascii=False)

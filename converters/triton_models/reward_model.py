@@ -90,17 +90,13 @@ class ServedModel(nn.Module):
         super().__init__()
         self.network = network
         self.manifest = manifest
-        self.has_head = head is not None
-        self.weight: Any = None
-        self.bias: Any = None
-        if head is not None:
-            self.weight = nn.Parameter(head["weight"], requires_grad=False)
-            self.bias = nn.Parameter(head["bias"], requires_grad=False)
+        self.weight: Any = head and nn.Parameter(head["weight"], requires_grad=False)
+        self.bias: Any = head and nn.Parameter(head["bias"], requires_grad=False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return scores float32 [rows, rewards] of padded rows, int64 [rows, length]; mask 0 is padding."""
         output = self.network(input_ids=input_ids, attention_mask=attention_mask)
-        if not self.has_head:
+        if self.weight is None:
             scores = output.logits.float()
         elif self.manifest["pooling"] == "steps":
             every = self._token_scores(output.last_hidden_state)
@@ -194,10 +190,9 @@ def _aggregate(how: str, scores: Tensor, ends: Tensor) -> Tensor:
 
 def load_model(folder: Path, manifest: dict[str, Any]) -> ServedModel:
     """Load the model of a version folder, on the CPU, in evaluation mode."""
-    auto_class: Any = AutoModelForSequenceClassification
-    head = None
-    if manifest.get("layout", "classifier") == "trunk":
-        auto_class, head = AutoModel, load_file(folder / "head.safetensors")
+    is_trunk = manifest.get("layout", "classifier") == "trunk"
+    auto_class: Any = AutoModel if is_trunk else AutoModelForSequenceClassification
+    head = load_file(folder / "head.safetensors") if is_trunk else None
     # config.json describes the format of int8 weights; everything beside them is float32.
     dtype = torch.float32 if manifest["dtype"] == "int8" else getattr(torch, manifest["dtype"])
     network = auto_class.from_pretrained(
@@ -214,20 +209,19 @@ class Scorer:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=self.manifest["trust_remote_code"]
         )
-        if self.manifest.get("truncation_side"):
-            self.tokenizer.truncation_side = self.manifest["truncation_side"]
+        side = self.manifest.get("truncation_side")
+        self.tokenizer.truncation_side = side or self.tokenizer.truncation_side
         self.eos: int | None = self.tokenizer.eos_token_id
         self.added = added_tokens(self.tokenizer)
         added = self.tokenizer.added_tokens_decoder.values()
         self.special_tokens = tuple(token.content for token in added if token.special and token.content)
-        # Arguments of the call, which no client may set; documents are the template's.
-        self.reserved = set(inspect.signature(self.tokenizer.apply_chat_template).parameters) - {"documents"}
+        # Arguments of the call, which no client may set; training refuses the same.
+        self.reserved = {*inspect.signature(self.tokenizer.apply_chat_template).parameters, "messages"}
         self.granularity: str = self.manifest.get("granularity", "sample")
         self.is_dense = self.granularity != "sample"
         self.model = load_model(folder, self.manifest).to(device)
         self.device = device
-        # Kernels round by the shape of what they get: only a row in a pass of its own is safe from others.
-        # A budget of 0 tokens has room for one row a pass.
+        # Kernels round by the shape of what they get: a row is safe only alone in its pass: budget 0.
         is_alone = self.manifest.get("batch_invariant", False)
         self.tokens_per_forward = 0 if is_alone else TOKENS_PER_FORWARD[torch.device(device).type]
 
@@ -246,9 +240,8 @@ class Scorer:
             RejectedError: shapes differ, a mask has a hole, or a row is empty, too long or out of range.
         """
         if input_ids.shape != attention_mask.shape:
-            raise RejectedError(
-                f"input_ids is {list(input_ids.shape)}, attention_mask {list(attention_mask.shape)}"
-            )
+            shapes = list(input_ids.shape), list(attention_mask.shape)
+            raise RejectedError("input_ids is {}, attention_mask {}".format(*shapes))
         rows = []
         for row, (ids, mask) in enumerate(zip(input_ids, attention_mask, strict=True)):
             places = np.flatnonzero(mask)
@@ -311,9 +304,8 @@ class Scorer:
         try:
             sample = text.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise RejectedError(
-                f"row {row}: text is not UTF-8 ({error.reason} at byte {error.start})"
-            ) from error
+            why = f"{error.reason} at byte {error.start}"
+            raise RejectedError(f"row {row}: text is not UTF-8 ({why})") from error
         template = self.manifest["template"]
         if template in ("chat", "chat{eos}"):
             return Row(self._encode_dialogue(_dialogue(sample, row), row))
@@ -348,10 +340,11 @@ class Scorer:
     def _encode_dialogue(self, dialogue: dict[str, Any], row: int) -> list[int]:
         """Return the ids of a dialogue in the model's own chat template, which writes all special tokens."""
         variables = dialogue.get("chat_template_kwargs") or {}
-        for name in variables:
-            if name in self.reserved:
-                raise RejectedError(f"row {row}: chat_template_kwargs may not set {name!r}")
+        if taken := sorted(self.reserved & set(variables)):
+            raise RejectedError(f"row {row}: chat_template_kwargs may not set {taken[0]!r}")
         try:
+            for message in dialogue["messages"]:
+                _make_readable(message, self.manifest)
             text = self.tokenizer.apply_chat_template(
                 dialogue["messages"], tools=dialogue.get("tools") or None, tokenize=False, **variables
             )
@@ -361,8 +354,7 @@ class Scorer:
         if is_closed and text.rstrip().endswith(self.special_tokens):
             text = text.rstrip()  # white space that a template puts behind a turn, before the next one
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        if is_closed and ids[-1:] != [self.eos]:
-            ids = [*ids, self.eos]
+        ids = [*ids, self.eos] if is_closed and ids[-1:] != [self.eos] else ids
         tail = int(ids[-1:] == [self.eos])
         return [token for token, _ in self._cut([(token, None) for token in ids], 0, tail)]
 
@@ -405,7 +397,7 @@ def _dialogue(sample: str, row: int) -> dict[str, Any]:
     """Return {"messages", "tools", "chat_template_kwargs"} of a dialogue's JSON; the last two may lack."""
     value: Any = None
     with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(sample)
+        value = _without_none(json.loads(sample))
     dialogue: dict[str, Any] = {"messages": value} if isinstance(value, list) else value
     messages = dialogue.get("messages") if isinstance(dialogue, dict) else None
     if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
@@ -419,6 +411,30 @@ def _dialogue(sample: str, row: int) -> dict[str, Any]:
     if unknown := sorted(set(dialogue) - {"messages", "tools", "chat_template_kwargs"}):
         raise RejectedError(f"row {row}: the dialogue has an unknown key `{unknown[0]}`")
     return dialogue
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def _make_readable(message: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Bring a message into the form that the chat template reads, as the manifest tells and training does."""
+    content, form = message.get("content"), manifest.get("contents", {}).get(message.get("role"))
+    if form == "text" and isinstance(content, list):
+        message["content"] = "".join(part["text"] for part in content)
+    elif form == "parts" and isinstance(content, str):
+        message["content"] = [{"type": "text", "text": content}]
+    for call in message.get("tool_calls", ()):
+        function: Any = call.get("function") if isinstance(call, dict) else None
+        arguments = function.get("arguments") if isinstance(function, dict) else None
+        if manifest.get("arguments") == "json" and isinstance(arguments, dict):
+            function["arguments"] = json.dumps(arguments, ensure_ascii=False)
+        elif manifest.get("arguments") == "dict" and isinstance(arguments, str):
+            with contextlib.suppress(json.JSONDecodeError):
+                parsed = json.loads(arguments)
+                function["arguments"] = parsed if isinstance(parsed, dict) else arguments
 
 
 def added_tokens(tokenizer: Any) -> tuple[int, int]:
@@ -444,7 +460,8 @@ def score_requests(scorer: Scorer, requests: Sequence[Rows | Exception]) -> list
     try:
         outcomes = iter(_score_together(scorer, accepted))
     except Exception as error:  # any failure of torch; becomes the error of the requests that cause it
-        outcomes = iter([error] if len(accepted) == 1 else [_score_alone(scorer, rows) for rows in accepted])
+        alone = (score_requests(scorer, [rows])[0] for rows in accepted)
+        outcomes = iter([error]) if len(accepted) == 1 else alone
     return [rows if isinstance(rows, Exception) else _finite(next(outcomes)) for rows in requests]
 
 
@@ -455,13 +472,6 @@ def _score_together(scorer: Scorer, requests: Sequence[Rows]) -> list[Scores | E
         parts.append(Scores(scores.rewards[own], scores.steps[own]))
         start += len(rows)
     return parts
-
-
-def _score_alone(scorer: Scorer, rows: Rows) -> Scores | Exception:
-    try:
-        return scorer.score(rows)
-    except Exception as error:  # becomes this request's error
-        return error
 
 
 def _finite(scores: Scores | Exception) -> Scores | Exception:
@@ -491,10 +501,9 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load the model. A failure here is the reason that the server shows for not being ready."""
         refuse_numpy_2(np.__version__)
-        gpu = args["model_instance_kind"] == "GPU"
-        self.scorer = Scorer(
-            Path(__file__).parent, f"cuda:{args['model_instance_device_id']}" if gpu else "cpu"
-        )
+        is_gpu = args["model_instance_kind"] == "GPU"
+        device = f"cuda:{args['model_instance_device_id']}" if is_gpu else "cpu"
+        self.scorer = Scorer(Path(__file__).parent, device)
         self.is_text = self.scorer.manifest["form"] == "text"
         versions = f"python {platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}"
         pb_utils.Logger.log_info(
@@ -512,9 +521,8 @@ class TritonPythonModel:
         try:
             if self.is_text:
                 return self.scorer.rows_from_texts(_input(request, "text").reshape(-1).tolist())
-            return self.scorer.rows_from_tokens(
-                _input(request, "input_ids"), _input(request, "attention_mask")
-            )
+            ids, mask = _input(request, "input_ids"), _input(request, "attention_mask")
+            return self.scorer.rows_from_tokens(ids, mask)
         except RejectedError as error:
             return error
 
@@ -574,9 +582,8 @@ def _answer(scorer: Scorer, request: dict[str, Any]) -> dict[str, Any]:
         if "texts" in request:
             rows = scorer.rows_from_texts([text.encode("utf-8") for text in request["texts"]])
         else:
-            rows = scorer.rows_from_tokens(
-                np.array(request["input_ids"]), np.array(request["attention_mask"])
-            )
+            ids, mask = np.array(request["input_ids"]), np.array(request["attention_mask"])
+            rows = scorer.rows_from_tokens(ids, mask)
     except RejectedError as error:
         return {"error": str(error)}
     (outcome,) = score_requests(scorer, [rows])

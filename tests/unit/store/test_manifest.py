@@ -48,7 +48,7 @@ MANIFEST = """
 
 def test_manifest_of_an_earlier_conversion_reads_back_as_one_of_texts() -> None:
     manifest = Manifest.model_validate_json(MANIFEST)
-    later = {"reads": "texts", "special_tokens": []}
+    later = {"reads": "texts", "contents": {}, "arguments": None, "special_tokens": []}
     assert manifest.model_dump(mode="json") == {**json.loads(MANIFEST), **later}
 
 

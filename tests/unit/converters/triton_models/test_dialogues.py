@@ -17,6 +17,8 @@ from conch.converters.parts import plan_parts, write_part
 from conch.converters.triton_models.reward_model import RejectedError, Scorer
 from conch.converters.triton_models.tokenizer_model import TextEncoder
 from conch.data import preferences
+from conch.data.chat import OPTIONS, dialogue_of_row
+from conch.errors import DataError
 from tests.chats import CHATS, WINDOW, chat_reward_model, chat_tokenizer
 
 ASKED = [{"role": "user", "content": "two and two?"}, {"role": "assistant", "content": "four"}]
@@ -150,6 +152,8 @@ def test_the_comparison_has_dialogues_of_several_turns(folder: Path, family: str
         assert ids_of(scorer, sample.text) == list(sample.ids)
     whole = [json.loads(sample.text) for sample in samples]
     dialogues = [each["messages"] if isinstance(each, dict) else each for each in whole]
+    kinds = {type(message["content"]) for each in dialogues for message in each}
+    assert kinds == {str, list}
     roles = {tuple(message["role"] for message in each) for each in dialogues}
     assert ("user", "assistant", "user", "assistant") in roles
     assert (("system", "user", "assistant") in roles) == (family != "gemma")
@@ -186,7 +190,13 @@ def test_a_long_window_is_compared_up_to_a_cap_unless_a_length_is_given(folder: 
 
 
 TEXTS = ["four", "", "two and two? " * 9, "{bos}four{eos}", "{bos}{bos}four{eos}{eos}", "four{eos}five"]
-DIALOGUES = [ASKED, SYSTEM, [*ASKED, *ASKED], [{"role": "user", "content": "two and two? " * 9}, ASKED[1]]]
+DIALOGUES = [
+    ASKED,
+    SYSTEM,
+    [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in ASKED],
+    [*ASKED, *ASKED],
+    [{"role": "user", "content": "two and two? " * 9}, ASKED[1]],
+]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -211,6 +221,115 @@ def test_a_reward_model_learns_from_the_ids_that_it_is_served(
         learned = preferences.TextEncoder(tokenizer, learned_in, limit).encode(taken)
         assert len(taken) >= 3
         assert [list(ids) for ids in learned] == [ids_of(scorer, messages) for messages in taken]
+
+
+PARTS_ONLY = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% for part in message.content %}{{ part.text }}{% endfor %}<|im_end|>\n{% endfor %}"
+)
+EITHER = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.content is string %}"
+    "{{ message.content }}{% else %}{% for part in message.content %}[{{ part.text }}]{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}"
+)
+SYSTEM_AS_TEXT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.role == 'system' %}{{ message.content | trim }}"
+    "{% else %}{{ message.content[0].text }}{% endif %}<|im_end|>\n{% endfor %}"
+)
+CALLS = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}{{ call.function.name }}: ARGUMENTS{% endfor %}"
+    "<|im_end|>\n{% endfor %}"
+)
+TEMPLATES = {
+    "strings only": CHATS["chatml"]["template"],
+    "parts only": PARTS_ONLY,
+    "either": EITHER,
+    "system as text": SYSTEM_AS_TEXT,
+    "arguments as dict": CALLS.replace("ARGUMENTS", "{{ call.function.arguments | tojson }}"),
+    "arguments as JSON": CALLS.replace("ARGUMENTS", "{{ '' + call.function.arguments }}"),
+}
+
+
+def in_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every content in two parts, with keys as Arrow tables fill them up."""
+    return [
+        {
+            **message,
+            "tool_calls": None,
+            "content": [
+                {"type": "text", "text": message["content"][:2], "image": None},
+                {"type": "text", "text": message["content"][2:], "image": None},
+            ],
+        }
+        for message in messages
+    ]
+
+
+def calling(arguments: Any) -> list[dict[str, Any]]:
+    call = {"type": "function", "id": "abcdefghi", "function": {"name": "add", "arguments": arguments}}
+    answer = {"role": "tool", "name": "add", "tool_call_id": "abcdefghi", "content": "4"}
+    return [ASKED[0], {"role": "assistant", "content": None, "tool_calls": [call]}, answer, ASKED[1]]
+
+
+FORMS = {
+    "strings": ASKED,
+    "parts": in_parts(ASKED),
+    "strings with system": SYSTEM,
+    "parts with system": in_parts(SYSTEM),
+    "JSON": calling('{"a": 2, "b": "Ü"}'),
+    "dict": calling({"a": 2, "b": "Ü", "c": None}),
+    "no JSON": calling("2 + 2"),
+}
+
+
+@pytest.mark.parametrize("named", TEMPLATES)
+def test_every_form_of_a_message_is_served_as_it_is_learned(folder: Path, tmp_path: Path, named: str) -> None:
+    """What the template reads is found at the conversion, and at training for each dialogue."""
+    chat_reward_model(tmp_path / "chatml", "chatml")
+    (tmp_path / "chatml" / "chat_template.jinja").write_text(TEMPLATES[named])
+    scorer = served(tmp_path, "chatml", "chat", max_length=WINDOW)
+    tokenizer = chat_tokenizer("chatml")
+    tokenizer.chat_template = TEMPLATES[named]
+    assert scorer.tokenizer.chat_template == tokenizer.chat_template
+    encoder = preferences.TextEncoder(tokenizer, "chat", WINDOW)
+    texts = {}
+    for form, messages in FORMS.items():
+        try:
+            (learned,) = encoder.encode([{"messages": messages}])
+        except DataError:
+            with pytest.raises(RejectedError):
+                ids_of(scorer, messages)
+            continue
+        assert list(learned) == ids_of(scorer, messages), form
+        texts[form] = shown(scorer, messages)
+    assert "two and two?" in texts["strings"] or named == "system as text"
+    if named in ("strings only", "parts only"):
+        assert texts["parts"] == texts["strings"]
+    if named.startswith("arguments"):
+        assert texts["JSON"] == texts["dict"]
+        assert 'add: {"a": 2, "b": "Ü"}<|im_end|>' in texts["JSON"]
+
+
+def test_a_manifest_of_an_earlier_conversion_leaves_messages_as_they_are(folder: Path) -> None:
+    version = written(folder, "chatml", "chat")
+    manifest = json.loads((version / "manifest.json").read_text())
+    assert manifest["contents"] == {"system": "text", "user": "text", "assistant": "text", "tool": "text"}
+    del manifest["contents"], manifest["arguments"]
+    (version / "manifest.json").write_text(json.dumps(manifest))
+    assert "[{'type': 'text', 'text': 'tw'}" in shown(Scorer(version, "cpu"), in_parts(ASKED))
+
+
+def test_training_and_server_refuse_the_same_template_variables(folder: Path) -> None:
+    scorer = served(folder, "chatml", "chat")
+    assert {"documents", "messages", "conversation", "tokenize"} <= OPTIONS == scorer.reserved
+    for name in ("documents", "messages"):
+        sample = {"messages": ASKED, "chat_template_kwargs": {name: []}}
+        with pytest.raises(RejectedError, match=f"may not set '{name}'"):
+            ids_of(scorer, sample)
+        with pytest.raises(DataError, match=name):
+            dialogue_of_row(sample, "messages")
 
 
 def ids_of_or_none(scorer: Scorer, sample: Any) -> list[int] | None:
