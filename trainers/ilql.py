@@ -47,7 +47,7 @@ from conch.config import (
     Section,
     load,
 )
-from conch.data.files import Rows, evaluation_rows, training_rows
+from conch.data.files import Rows, evaluation_rows, like_rows, rows_at, training_rows
 from conch.data.formats import fitting, listed, prompt_form, rewarded_form
 from conch.data.index_sampler import IndexStream, digest_of
 from conch.data.multi_turn import TurnBatch, TurnSample, collate_turns, cut_turns, tokenize_turns
@@ -318,7 +318,8 @@ class ILQLTrainer:
         fits = fitting([len(sample.token_ids) for sample in tokenized], config.data, "samples")
         self.samples, left = [tokenized[row] for row in fits], [checked[row] for row in fits]
         if window is not None:
-            self.samples, kept = cut_turns(self.samples, window, side)
+            named = like_rows(rows_at(samples, [taken[row] for row in fits], "sample"), self.samples)
+            self.samples, kept = cut_turns(named, window, side)
             left = [left[row] for row in kept]
         self.rewards = checked_rewards(left, len(left), normalise=config.ilql.normalise_rewards)
         digest = digest_of(samples, checked)

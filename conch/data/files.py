@@ -63,6 +63,11 @@ def like_rows(rows: Sequence[Any], values: Sequence[RowT]) -> list[RowT]:
     return Rows(values, rows.places) if isinstance(rows, Rows) else list(values)
 
 
+def rows_at(rows: Sequence[RowT], indices: Sequence[int], what: str) -> Rows[RowT]:
+    """The rows of these indices, each with its name among all as its place; see `place_of`."""
+    return Rows((rows[index] for index in indices), (place_of(rows, index, what) for index in indices))
+
+
 def usable(
     rows: Sequence[Any], what: str, make: Callable[[Any, str], MadeT]
 ) -> tuple[list[MadeT], list[int]]:

@@ -94,7 +94,8 @@ def cut_turns(
     samples: Sequence[TurnSample], max_tokens: int, truncation_side: Literal["left", "right"]
 ) -> tuple[list[TurnSample], list[int]]:
     """Samples of at most `max_tokens` tokens, which lose what is too much on `truncation_side`, with their
-    indices; those of which no action is left are left out. Warnings count both.
+    indices; those of which no action is left are left out. Warnings count both, and name the latter by their
+    places where they are `Rows`.
 
     Raises:
         DataError: none is left.

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from conch.config import DataConfig
 from conch.data.chat import dialogue_of_row, render_dialogue
-from conch.data.files import like_rows, place_of, usable
+from conch.data.files import like_rows, place_of, rows_at, usable
 from conch.data.formats import JUDGEMENT_FORMS, about, fitting, judgement_form, listed, text_of
 from conch.data.text import special_frame
 from conch.errors import DataError
@@ -329,10 +329,11 @@ def template_for(rows: Sequence[Mapping[str, Any]], form: RowForm, tokenizer: An
     is_text = [isinstance(row[key], str) for row in rows for key in form.texts]
     if any(is_text) and not all(is_text):
         odd = is_text.index(not is_text[0]) // len(form.texts)
+        kind = "texts" if is_text[len(form.texts) * odd] else "dialogues"
         raise DataError(
-            f"row {odd} is of {'texts' if is_text[len(form.texts) * odd] else 'dialogues'}, row 0 is not: a "
-            "reward model reads one or the other; give rows of one kind, or set `reward_model.template`, in "
-            "which dialogues stand as the chat template renders them"
+            f"{place_of(rows, odd, 'row')} is of {kind}, {place_of(rows, 0, 'row')} is not: a reward model "
+            "reads one or the other; give rows of one kind, or set `reward_model.template`, in which "
+            "dialogues stand as the chat template renders them"
         )
     return default_template(tokenizer) if is_text[0] else CHAT
 
@@ -380,7 +381,10 @@ class TextEncoder:
             for index, text in enumerate(texts)
         ]
         self._num_texts += len(texts)
-        return [self._cut(self._checked(encoded)) for encoded in self._tokenized(formatted)]
+        return [
+            self._cut(self._checked(encoded, place_of(texts, index, "text")))
+            for index, encoded in enumerate(self._tokenized(formatted))
+        ]
 
     def encode_rows(
         self, rows: Sequence[Mapping[str, Any]], form: RowForm, lengths: DataConfig | None = None
@@ -400,11 +404,11 @@ class TextEncoder:
         formatted, indices = usable(
             rows, "row", lambda row, name: [self._formatted(_text(row, key), name) for key in form.texts]
         )
-        rows = [rows[index] for index in indices]
+        rows = rows_at(rows, indices, "row")
         encoded = self._tokenized([text for texts in formatted for text in texts])
         width = len(form.texts)
-        texts = [encoded[start : start + width] for start in range(0, len(encoded), width)]
-        checked, indices = usable(texts, "row", lambda row, _: [self._checked(text) for text in row])
+        texts = like_rows(rows, [encoded[start : start + width] for start in range(0, len(encoded), width)])
+        checked, indices = usable(texts, "row", lambda row, name: [self._checked(text, name) for text in row])
         rows = [rows[index] for index in indices]
         if lengths is not None and (lengths.min_tokens or lengths.max_tokens):
             fits = fitting([max(len(text.ids) for text in row) for row in checked], lengths, "rows")
@@ -446,11 +450,11 @@ class TextEncoder:
         rows = {is_dialogue: iter(column) for is_dialogue, column in columns.items()}
         return [_Encoded(next(rows[is_dialogue]), text, is_dialogue) for text, is_dialogue in formatted]
 
-    def _checked(self, encoded: _Encoded) -> _Encoded:
+    def _checked(self, encoded: _Encoded, name: str) -> _Encoded:
         if not encoded.ids:
             raise DataError(
-                f"the text {encoded.text!r} has no tokens in the template {self._template!r}: drop it, or "
-                "end the template with {eos}"
+                f"{name}: the text {encoded.text!r} has no tokens in the template {self._template!r}: drop "
+                "it, or end the template with {eos}"
             )
         return encoded
 

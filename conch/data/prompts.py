@@ -7,7 +7,7 @@ from typing import Any
 
 from conch.config import DataConfig, TokenizerConfig
 from conch.data.chat import TEMPLATE_KEYS, dialogue_of_row, render_prompt
-from conch.data.files import like_rows, usable
+from conch.data.files import like_rows, place_of, usable
 from conch.data.formats import fitting, listed, prompt_form
 from conch.data.text import TextCodec
 from conch.errors import DataError
@@ -42,15 +42,17 @@ def make_prompts(
     if not rows:
         raise DataError("the list of prompts is empty: give at least one prompt")
     forms = like_rows(rows, [_form(row, index) for index, row in enumerate(rows)])
-    made, _ = usable(forms, "prompt", lambda row, name: _make_prompt(row, name, codec))
+    made, indices = usable(forms, "prompt", lambda row, name: _make_prompt(row, name, codec))
     if lengths is not None:
-        made = [made[index] for index in fitting([len(each.token_ids) for each in made], lengths, "prompts")]
+        fits = fitting([len(each.token_ids) for each in made], lengths, "prompts")
+        made, indices = [made[number] for number in fits], [indices[number] for number in fits]
+    names = [place_of(rows, index, "prompt") for index in indices]
     limits = [limit for limit in (max_tokens, config.max_prompt_tokens) if limit is not None]
-    return _fitted(made, min(limits), codec, config) if limits else made
+    return _fitted(made, names, min(limits), codec, config) if limits else made
 
 
 def _fitted(
-    prompts: list[Prompt], max_tokens: int, codec: TextCodec, config: TokenizerConfig
+    prompts: list[Prompt], names: list[str], max_tokens: int, codec: TextCodec, config: TokenizerConfig
 ) -> list[Prompt]:
     too_long = [index for index, prompt in enumerate(prompts) if len(prompt.token_ids) > max_tokens]
     if not too_long:
@@ -59,7 +61,7 @@ def _fitted(
         worst = max(too_long, key=lambda index: len(prompts[index].token_ids))
         raise DataError(
             f"{len(too_long)} of {len(prompts)} prompts are longer than the {max_tokens} tokens that the "
-            f"model's window leaves them, or `tokenizer.max_prompt_tokens` (prompt {worst} has "
+            f"model's window leaves them, or `tokenizer.max_prompt_tokens` ({names[worst]} has "
             f"{len(prompts[worst].token_ids)}): shorten them, lower `generation.max_new_tokens`, or set "
             "`tokenizer.truncate_prompts=true`"
         )

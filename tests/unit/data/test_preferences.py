@@ -10,6 +10,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from conch.data.files import Rows
 from conch.data.preferences import (
     PreferencePair,
     RowForm,
@@ -197,6 +198,23 @@ def test_a_text_without_tokens_is_refused() -> None:
         encoder(4, "{text}").encode(["a", ""])
 
 
+def test_rows_without_tokens_are_named_whatever_was_left_out_before_them(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tokenizer = framed("$A")
+    tokenizer.chat_template = "{% if messages[0].content == 'h' %}{{ raise_exception('no h') }}{% endif %}b"
+    refused = [{"role": "user", "content": "h"}]
+    rows = [{"text": refused, "score": 1}, {"text": "a", "score": 1}, {"text": "", "score": 0}]
+    places = [f"d.jsonl line {number}" for number in (1, 2, 5)]
+    for given, name in ((rows, "row 2"), (Rows(rows, places), "d.jsonl line 5")):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="conch"):
+            TextEncoder(tokenizer, "{text}", None).encode_rows(given, RowForm(compares=False))
+        assert f"1 of 2 rows left out: {name}: the text '' has no tokens" in caplog.text
+    with pytest.raises(DataError, match=r"^text 1: the text '' has no tokens"):
+        encoder(4, "{text}").encode(["a", ""])
+
+
 def test_rows_keep_their_numbers_in_the_order_of_objectives() -> None:
     several = TextEncoder(TOKENIZER, "{text}", None)
     assert several.encode_rows(SEVERAL, check_rows(SEVERAL)) == [
@@ -278,6 +296,8 @@ def test_rows_of_dialogues_are_read_by_the_chat_template_unless_told_otherwise()
     assert template_for([texts], form, tokenizer) == "{text}{eos}"
     with pytest.raises(DataError, match="row 1 is of texts, row 0 is not: a reward model reads one or"):
         template_for([pair, texts], form, tokenizer)
+    with pytest.raises(DataError, match=r"^d\.jsonl line 4 is of texts, d\.jsonl line 1 is not"):
+        template_for(Rows([pair, texts], ["d.jsonl line 1", "d.jsonl line 4"]), form, tokenizer)
 
 
 def test_pairs_that_cutting_makes_equal_are_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:

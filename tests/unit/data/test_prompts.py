@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from conch.config import TokenizerConfig
+from conch.data.files import Rows
 from conch.data.prompts import make_prompts
 from conch.data.text import TextCodec
 from conch.errors import DataError
@@ -50,6 +51,14 @@ def test_bad_prompts_are_refused_in_one_sentence(prompts: Any, wanted: str) -> N
     with pytest.raises(DataError, match=wanted) as caught:
         unchecked(prompts, TextCodec(TOKENIZER), TokenizerConfig(), max_tokens=4)
     assert "\n" not in str(caught.value)
+
+
+def test_the_longest_prompt_is_named_by_its_place_whatever_was_left_out_before_it() -> None:
+    rows = ["", "a", "abcdef"]
+    with pytest.raises(DataError, match=r"1 of 2 prompts are longer .* \(prompt 2 has 6\)"):
+        make(rows)
+    with pytest.raises(DataError, match=r"\(data\.jsonl line 4 has 6\)"):
+        make(Rows(rows, [f"data.jsonl line {number}" for number in (1, 2, 4)]))
 
 
 def test_longest_prompt_that_fits_is_taken() -> None:

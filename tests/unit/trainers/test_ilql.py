@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
+from conch.data.files import Rows
 from conch.errors import ConfigError, DataError, ModelError
 from conch.models.ilql import ILQLPolicy
 from conch.models.policy import captured_head_input
@@ -348,6 +350,29 @@ def test_samples_beyond_the_window_are_cut_on_the_configured_side(run_dir: Path)
     }
     assert sides["left"].samples[0].token_ids == (3, 4, 5, 6, 7, EOS)
     assert sides["right"].samples[0].token_ids == (0, 1, 2, 3, 4, 5)
+
+
+def test_a_sample_without_an_action_in_the_window_is_named_by_its_place(
+    run_dir: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("conch"), "propagate", True)
+    samples = ["", "ab", ("abcdefgh", "a"), "abc"]
+    places = [f"d.jsonl line {number}" for number in (1, 2, 5, 6)]
+    for given, name in ((samples, "sample 2"), (Rows(samples, places), "d.jsonl line 5")):
+        caplog.clear()
+        trainer = ilql_trainer(
+            run_dir / name,
+            given,
+            [1.0, 2.0, 3.0, 4.0],
+            lm=policy(n_positions=6),
+            tokenizer={"truncation_side": "right"},
+            data={"min_tokens": 4},
+            ilql={"batch_size": 1, "normalise_rewards": False},
+            train={"run_dir": run_dir / name},
+        )
+        assert f"1 of 2 samples left out: {name} has no action left" in caplog.text
+        assert [len(sample.token_ids) for sample in trainer.samples] == [4]
+        assert list(trainer.rewards) == [4.0]
 
 
 @pytest.mark.parametrize(
