@@ -126,8 +126,14 @@ def load_tokenizer(
     tokenizer = with_pad_token(tokenizer, config.pad_token, name=path, reward_model=reward_model)
     check_tokenizer(tokenizer, name=path)
     tokenizer.padding_side = "left"
-    tokenizer.truncation_side = config.truncation_side
+    set_truncation_side(tokenizer, config.truncation_side)
     return tokenizer
+
+
+def set_truncation_side(tokenizer: PreTrainedTokenizerBase, side: str) -> None:
+    """Cut on this side, now and once saved and loaded: a served reward model cuts as it was trained."""
+    tokenizer.truncation_side = side
+    tokenizer.init_kwargs["truncation_side"] = side  # this is what `save_pretrained` writes
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:

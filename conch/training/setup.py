@@ -35,6 +35,7 @@ from conch.models.loading import (
     fuse_activations,
     load_lm,
     load_tokenizer,
+    set_truncation_side,
 )
 from conch.models.padding import with_pad_token
 from conch.rewards.base import RewardSource, UserReward
@@ -101,7 +102,7 @@ def load_policy_tokenizer(
     tokenizer = copy.deepcopy(tokenizer)  # the user's stays as it is
     tokenizer = with_pad_token(tokenizer, config.pad_token, name=name, reward_model=reward_model)
     check_tokenizer(tokenizer, name=name)
-    tokenizer.truncation_side = config.truncation_side
+    set_truncation_side(tokenizer, config.truncation_side)
     return tokenizer
 
 

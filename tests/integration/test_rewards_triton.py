@@ -79,7 +79,7 @@ def test_id_outside_the_vocabulary_does_not_take_its_batch_with_it(reward_server
 
 
 def test_check_lists_what_the_real_server_has(reward_server: TritonServer) -> None:
-    words = rf"model `runs` is not in the server at .*; there is: {TEXT_MODEL}, {TOKEN_MODEL}"
+    words = rf"model `runs` is not loaded at .*; there is: {TEXT_MODEL}, {TOKEN_MODEL}"
     missing = pytest.raises(RewardUnavailableError, match=words)
     with TritonReward(reward_server.endpoint("runs"), CONFIG) as reward, missing:
         reward.check()
@@ -92,7 +92,7 @@ def test_dead_server_is_unavailable_and_waiting_outlasts_it(
     patient = changed(HASTY, failure={"policy": "wait", "wait_budget_s": WAIT_S})
     with TritonServer(reward_model.model_store, [TEXT_MODEL]) as server:
         other, port = server.endpoint(TOKEN_MODEL), int(server.url.rpartition(":")[2])
-        unloaded = pytest.raises(RewardUnavailableError, match=f"not in the server .* there is: {TEXT_MODEL}")
+        unloaded = pytest.raises(RewardUnavailableError, match=f"is not loaded at .* there is: {TEXT_MODEL}")
         with TritonReward(other, CONFIG) as reward, unloaded:
             reward.check()
 

@@ -111,7 +111,10 @@ def test_lm_is_held_in_the_asked_dtype(source: str, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_missing_model_folder_is_named(path: str, wanted: str) -> None:
+def test_missing_model_folder_is_named(
+    path: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where there is no `outputs`, which a checkout that was used has
     with pytest.raises(ModelError, match=wanted):
         load_lm(ModelConfig(path=path))
 

@@ -504,6 +504,8 @@ def test_a_tokenizer_that_is_passed_cuts_where_the_settings_say(
     trainer = RewardModelTrainer(load(RewardModelRunConfig, values), samples=rows, tokenizer=tokenizer)
     assert list(trainer.samples[0].token_ids) == kept  # pyright: ignore[reportAttributeAccessIssue]
     assert tokenizer.truncation_side == TOKENIZER.truncation_side, "the user's own stays as it is"
+    saved = AutoTokenizer.from_pretrained(trainer.save_pretrained(run_dir / "saved"))
+    assert saved.truncation_side == side, "what is served cuts as it was trained"
 
 
 def test_rows_of_dialogues_make_a_model_that_is_served_dialogues(run_dir: Path) -> None:
