@@ -222,11 +222,9 @@ class SFTTrainer:
             self.eval_prompts,
             variants,
             self._make_sampler,
+            config.train,
             scorer=self.scorer,
-            weights=config.reward.weights,
             metric_fn=metric_fn,
-            default_repeats=config.train.eval_repeats,
-            seed=config.train.seed,
         )
 
     def _make_sampler(self, generation: GenerationConfig) -> HFEngine:

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from transformers import PreTrainedModel
 
-from conch.config import EvalGenerationConfig, GenerationConfig, OnlineRunConfig, load
+from conch.config import EvalGenerationConfig, GenerationConfig, OnlineRunConfig, TrainConfig, load
 from conch.data.text import TextCodec
 from conch.distributed.collectives import Collectives
 from conch.distributed.random_state import own_generators
@@ -113,10 +113,9 @@ class Evaluator:
 
     make_sampler: gives an engine for a generation config.
     scorer: None measures without a reward.
-    weights: of the reward's objectives.
-    default_repeats: completions per prompt.
-    seed: of the run. An evaluation draws from generators of its own, made from it, the step and the rank: it
-        changes nothing that training draws later, and comes out the same however often there is one.
+    config: for completions per prompt and the run's seed. An evaluation draws from generators of its own,
+        made from the seed, the step and the rank: it changes nothing that training draws later, and comes out
+        the same however often there is one.
     """
 
     def __init__(
@@ -125,21 +124,17 @@ class Evaluator:
         prompts: Sequence[Prompt],
         variants: Sequence[Variant[Any]],
         make_sampler: Callable[[Any], RolloutEngine],
+        config: TrainConfig,
         *,
         scorer: RewardScorer | None,
-        weights: Mapping[str, float],
         metric_fn: MetricFn | None,
-        default_repeats: int,
-        seed: int,
     ) -> None:
         self._collectives = collectives
         self._prompts = prompts
         self._samplers = [(variant, make_sampler(variant.generation)) for variant in variants]
         self._scorer = scorer
-        self._weights = weights
         self._metric_fn = metric_fn
-        self._default_repeats = default_repeats
-        self._seed = seed
+        self._config = config
         self.gold_metric: str | None = None
         """The first metric of `metric_fn`, as `eval/<name>`; known after the first evaluation."""
 
@@ -160,11 +155,11 @@ class Evaluator:
         Raises:
             RewardError, DataError: on all ranks.
         """
-        prompts = [prompt for prompt in self._prompts for _ in range(repeats or self._default_repeats)]
+        prompts = [prompt for prompt in self._prompts for _ in range(repeats or self._config.eval_repeats)]
         own_prompts = self._collectives.shard(prompts)
         metrics: Metrics = {}
         results: Metrics = {}
-        with own_generators(_EVALUATION, self._seed, step, self._collectives.rank):
+        with own_generators(_EVALUATION, self._config.seed, step, self._collectives.rank):
             for variant, sampler in self._samplers:
                 results = self._measure(variant, sampler, own_prompts, tracker, step, extra)
                 metrics |= {f"{name}{variant.suffix}": value for name, value in results.items()}
@@ -187,7 +182,7 @@ class Evaluator:
         metrics = extra(rollouts, variant) if extra is not None else {}
         columns: dict[str, list[float]] = {}
         if self._scorer is not None:
-            values = [total_reward(result, self._weights) for result in self._scorer.gather()]
+            values = [total_reward(result, self._scorer.weights) for result in self._scorer.gather()]
             columns["reward"] = self._collectives.all_gather(values)
         rollouts = self._collectives.all_gather(rollouts)
         gold = metric_columns(self._metric_fn, rollouts)

@@ -73,6 +73,11 @@ class RewardScorer:
         self._weights_fit = False
         self._meter = ScorerMetrics(source)
 
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Of the reward's objectives."""
+        return self._config.weights
+
     def attach(self, hooks: OutageHooks) -> None:
         """Tell `hooks` all results from now on, and let it save and leave during outages; on all ranks."""
         self._hooks = hooks

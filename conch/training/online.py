@@ -157,11 +157,9 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
             self.eval_prompts,
             self.variants,
             self._make_sampler,
+            config.train,
             scorer=self.scorer,
-            weights=config.reward.weights,
             metric_fn=metric_fn,
-            default_repeats=config.train.eval_repeats,
-            seed=config.train.seed,
         )
         self.run = start_run(self, self.checkpointed)
         self.run_dir = self.run.folder
