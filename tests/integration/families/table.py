@@ -386,8 +386,3 @@ _TABLE = (
 
 FAMILIES = {family.name: family for family in _TABLE}
 """All of them by name."""
-
-
-def of_kind(kind: Kind) -> list[str]:
-    """Names of the families of a kind."""
-    return [name for name, family in FAMILIES.items() if family.kind == kind]

@@ -1,4 +1,4 @@
-"""Dense decoders; see `checks` for what holds."""
+"""Every family of the table; see `checks` for what holds."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tests.integration.families.checks import (  # noqa: F401
     test_sft_loss_is_that_of_each_sample_alone,
 )
 from tests.integration.families.runs import FamilyRuns
-from tests.integration.families.table import FAMILIES, of_kind
+from tests.integration.families.table import FAMILIES
 
 
-@pytest.fixture(scope="module", params=of_kind("dense"))
+@pytest.fixture(scope="module", params=[*FAMILIES])
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FamilyRuns:
     return FamilyRuns(FAMILIES[request.param], tmp_path_factory.mktemp("family"))
