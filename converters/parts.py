@@ -14,7 +14,7 @@ from conch.converters.backends import graph, python
 from conch.converters.backends.onnx import check_onnx_installed
 from conch.converters.backends.version_files import write_manifest
 from conch.converters.checkpoints.reader import RewardCheckpoint
-from conch.converters.checkpoints.tokenizer import special_tokens
+from conch.converters.checkpoints.tokenizer import used_special_tokens
 from conch.converters.options import ConversionOptions
 from conch.errors import ConversionError
 from conch.store.manifest import Backend, Manifest
@@ -107,7 +107,7 @@ def manifest_of(part: Part, checkpoint: RewardCheckpoint, options: ConversionOpt
         batch_invariant=options.batch_invariant,
         dtype=options.dtype,
         trust_remote_code=options.trust_remote_code,
-        special_tokens=special_tokens(checkpoint.tokenizer) if part.form == "text" else (),
+        special_tokens=used_special_tokens(checkpoint.tokenizer) if part.form == "text" else (),
         tools={"python": platform.python_version(), **{tool: version(tool) for tool in tools}},
     )
 

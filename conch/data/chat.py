@@ -20,6 +20,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from conch.data.text import special_tokens
 from conch.errors import DataError
 from conch.types import ASSISTANT, Dialogue
 
@@ -269,9 +270,7 @@ def _render_spans(
         (text,), (spans,) = rendered
         return text, spans[len(turns) - len(later) :]
     text = _render(dialogue, tokenizer)
-    specials = tuple(
-        token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content
-    )
+    specials = tuple(special_tokens(tokenizer))
     return text, [_span(dialogue, turn, text, specials, name, tokenizer) for turn in later]
 
 

@@ -25,7 +25,7 @@ from conch.config import DataConfig
 from conch.data.chat import dialogue_of_row, render_dialogue
 from conch.data.files import like_rows, place_of, rows_at, usable
 from conch.data.formats import JUDGEMENT_FORMS, about, fitting, judgement_form, listed, text_of
-from conch.data.text import special_frame
+from conch.data.text import special_frame, special_tokens
 from conch.errors import DataError
 from conch.log import get_logger
 from conch.types import DEFAULT_OBJECTIVE, Dialogue
@@ -305,17 +305,8 @@ CHAT = "chat"
 
 def default_template(tokenizer: Any) -> str:
     """The sample and an eos token; the sample alone if the tokenizer closes a text itself or has no eos."""
-    return "{text}" if _closes_texts(tokenizer) or not tokenizer.eos_token else "{text}{eos}"
-
-
-def _closes_texts(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts a token of its own behind a text, not only before it."""
-    added = tokenizer("").input_ids
-    for word in ("x", "a", "1", "c", "."):
-        plain = tokenizer(word, add_special_tokens=False).input_ids
-        if plain and not set(plain) & set(added):
-            return tokenizer(word).input_ids[-1] != plain[-1]
-    return bool(added) and added[-1] != tokenizer.bos_token_id
+    _, closing = special_frame(tokenizer)
+    return "{text}" if closing or not tokenizer.eos_token else "{text}{eos}"
 
 
 def template_for(rows: Sequence[Mapping[str, Any]], form: RowForm, tokenizer: Any) -> str:
@@ -365,8 +356,7 @@ class TextEncoder:
         self._max_length = max_length
         front, back = special_frame(tokenizer)
         self._num_added = len(front), len(back)
-        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self._specials = tuple({*tokenizer.all_special_tokens, *added} - {""})
+        self._specials = tuple(special_tokens(tokenizer))
         self._num_texts = self._num_cut = 0
 
     def encode(self, texts: Sequence[Any]) -> list[tuple[int, ...]]:
@@ -442,13 +432,14 @@ class TextEncoder:
 
     def _tokenized(self, formatted: Sequence[tuple[str, bool]]) -> list[_Encoded]:
         """What `_formatted` gives, as token ids, uncut."""
-        columns: dict[bool, list[tuple[int, ...]]] = {}
-        for is_dialogue in {is_dialogue for _, is_dialogue in formatted}:
-            texts = [text for text, kind in formatted if kind == is_dialogue]
-            ids: Any = self._tokenizer(texts, add_special_tokens=not is_dialogue, verbose=False)["input_ids"]
-            columns[is_dialogue] = [tuple(row) if is_dialogue else self._once(tuple(row)) for row in ids]
-        rows = {is_dialogue: iter(column) for is_dialogue, column in columns.items()}
-        return [_Encoded(next(rows[is_dialogue]), text, is_dialogue) for text, is_dialogue in formatted]
+        encoded: dict[int, _Encoded] = {}
+        for kind in {is_dialogue for _, is_dialogue in formatted}:
+            rows = [row for row, (_, is_dialogue) in enumerate(formatted) if is_dialogue == kind]
+            texts = [formatted[row][0] for row in rows]
+            columns: Any = self._tokenizer(texts, add_special_tokens=not kind, verbose=False)["input_ids"]
+            for row, ids in zip(rows, map(tuple, columns), strict=True):
+                encoded[row] = _Encoded(ids if kind else self._once(ids), formatted[row][0], kind)
+        return [encoded[row] for row in range(len(formatted))]
 
     def _checked(self, encoded: _Encoded, name: str) -> _Encoded:
         if not encoded.ids:

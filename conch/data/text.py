@@ -55,7 +55,7 @@ class TextCodec:
         self._target_prefix = (
             special_frame(tokenizer, target=True)[0] if encoder_decoder and add_special_tokens else ()
         )
-        self._specials = frozenset(tokenizer.all_special_ids)
+        self._specials = frozenset(special_tokens(tokenizer).values())
 
     # ------------------------------------------------------------------------------------------------- encode
 
@@ -195,6 +195,14 @@ def decode(
     return str(text)
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Tokens that decoding leaves out as special, with their ids: those with a part of their own (bos, eos,
+    ...), and those that only the vocabulary marks so, as ends of turns of many chat models are."""
+    named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    marked = ((token.content, id) for id, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return {token: id for token, id in (*named, *marked) if token}
+
+
 def special_frame(
     tokenizer: PreTrainedTokenizerBase, *, target: bool = False
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -210,9 +218,11 @@ def special_frame(
         given: dict[str, Any] = {"text_target" if target else "text": text}
         return tuple(tokenizer(**given, add_special_tokens=add, verbose=False)["input_ids"])
 
-    # A vocabulary without letters has no token for the first of them.
+    added = {*encoded("", True)}
+    # A vocabulary without letters has no token for the first of them, and one may stand in the frame itself.
     words = (decode(tokenizer, [token]) for token in range(len(tokenizer)))
-    probe = next((text for text in chain(("a", "A", "1"), words) if text and encoded(text, False)), "a")
+    texts = (text for text in chain(("a", "A", "1"), words) if text)
+    probe = next((text for text in texts if (ids := encoded(text, False)) and added.isdisjoint(ids)), "a")
     own, whole = encoded(probe, False), encoded(probe, True)
     for start in range(len(whole) - len(own) + 1):
         if whole[start : start + len(own)] == own:

@@ -15,7 +15,7 @@ from typing import TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conch.config import GenerationConfig
-from conch.data.text import TextCodec
+from conch.data.text import TextCodec, special_tokens
 from conch.errors import ConfigError
 from conch.log import get_logger
 from conch.types import Completion, FinishReason
@@ -45,12 +45,13 @@ class StopCondition:
     ) -> None:
         self._codec = TextCodec(tokenizer, encoder_decoder=encoder_decoder, add_special_tokens=False)
         self._skip_special_tokens = config.skip_special_tokens
-        specials = {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items()}
-        specials |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-        self._stop = tuple(string for string in config.stop if string not in specials)
+        specials = special_tokens(tokenizer)
+        added = {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items()}
+        whole = {**added, **specials}
+        self._stop = tuple(string for string in config.stop if string not in whole)
         if config.skip_special_tokens:
-            _check_stop(self._stop, tokenizer.all_special_tokens)
-        named = {specials[string] for string in config.stop if string in specials}
+            _check_stop(self._stop, [*specials])
+        named = {whole[string] for string in config.stop if string in whole}
         self.end_ids = frozenset({self._codec.eos_id, *config.stop_token_ids, *named})
         self._word = self._codec.rendered_ids("a")
         # A character takes at most four byte tokens; the rest is for special tokens, which have no text.

@@ -22,7 +22,7 @@ from conch.config import (
     TrainConfig,
 )
 from conch.data.formats import metadata_keys
-from conch.data.text import TextCodec, decode, lost_in_text
+from conch.data.text import TextCodec, decode, lost_in_text, special_tokens
 from conch.distributed.collectives import Collectives
 from conch.errors import ConfigError, ModelError
 from conch.log import get_logger
@@ -299,11 +299,8 @@ def check_prompts(
     Raises:
         ConfigError: it can not.
     """
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     if source is not None:
-        collectives.run_on_all_ranks(
-            lambda: source.check_prompts(prompts, {*tokenizer.all_special_tokens, *added})
-        )
+        collectives.run_on_all_ranks(lambda: source.check_prompts(prompts, special_tokens(tokenizer)))
 
 
 def less_originals(

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from conch.converters.checkpoints.files import Source, base_model_of, find_source
 from conch.converters.options import ReadOptions
 from conch.data.preferences import CHAT, default_template, template_mistake
+from conch.data.text import special_tokens
 from conch.errors import ConversionError, first_line
 from conch.log import get_logger
 from conch.store.manifest import Pooling
@@ -29,11 +30,9 @@ def reads_dialogues(template: str) -> bool:
     return template in (CHAT, CLOSED_CHAT)
 
 
-def special_tokens(tokenizer: Any) -> tuple[str, ...]:
+def used_special_tokens(tokenizer: Any) -> tuple[str, ...]:
     """List the tokenizer's special tokens, sorted, without those that nothing uses."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    used = {*tokenizer.all_special_tokens, *added}
-    return tuple(sorted(token for token in used if token and not _UNUSED.search(token)))
+    return tuple(sorted(token for token in special_tokens(tokenizer) if not _UNUSED.search(token)))
 
 
 def load_tokenizer(source: Source, requested: ReadOptions) -> Any:

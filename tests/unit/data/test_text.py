@@ -12,14 +12,15 @@ from tokenizers import (
     models,
     pre_tokenizers,
 )
-from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from conch.config import TokenizerConfig
+from conch.config import GenerationConfig, TokenizerConfig
 from conch.data.multi_turn import tokenize_turns
 from conch.data.prompts import make_prompts
 from conch.data.samples import tokenize_samples
-from conch.data.text import TextCodec, lost_in_text, special_frame
-from conch.errors import ModelError
+from conch.data.text import TextCodec, lost_in_text, special_frame, special_tokens
+from conch.errors import ConfigError, ModelError
+from conch.rollouts.stopping import StopCondition
 from tests.text_tokenizers import SPECIALS, byte_level, sentencepiece, wordpiece, wrapped
 
 pytestmark = pytest.mark.unit
@@ -247,3 +248,18 @@ def test_texts_that_do_not_come_back_as_they_were_are_found(name: str) -> None:
         assert lost is not None and lost[0] != lost[1] == lost[1].lower()
     else:
         assert lost is None
+
+
+def test_tokens_that_only_the_vocabulary_marks_as_special_are_special() -> None:
+    """As the ends of turns of many chat models are: no eos, no bos, in no list of the tokenizer's."""
+    tokenizer = sentencepiece()
+    tokenizer.add_tokens([AddedToken("<|eot|>", special=True)], special_tokens=True)
+    end: Any = tokenizer.convert_tokens_to_ids("<|eot|>")
+    assert end not in tokenizer.all_special_ids
+    assert special_tokens(tokenizer)["<|eot|>"] == end
+    # Behind nine of them the response still keeps its space.
+    codec = TextCodec(tokenizer)
+    prompt_ids = (*codec.prompt_ids("The movie"), *[end] * 9)
+    assert codec.response_text(prompt_ids, codec.rendered_ids("was")) == " was"
+    with pytest.raises(ConfigError, match=r"give '<\|eot\|>' alone"):
+        StopCondition(tokenizer, GenerationConfig(stop=("was<|eot|>",)))
