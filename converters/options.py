@@ -16,7 +16,15 @@ from conch.cli import Option
 from conch.config import EnsembleObjective, OnMemberFailure, Section
 from conch.converters.parity.report import ParityReport
 from conch.errors import ConversionError
-from conch.store.manifest import Aggregate, Backend, Pooling, ServedDtype
+from conch.store.manifest import (
+    AddSpecialTokens,
+    Aggregate,
+    Backend,
+    HeadActivation,
+    Pooling,
+    ScoreFunction,
+    ServedDtype,
+)
 from conch.store.store import is_valid_name
 from conch.triton.config_pbtxt import Kind
 from conch.triton.contract import Form, Granularity, RewardModelSpec
@@ -35,9 +43,29 @@ class ReadOptions(Section):
     revision: str | None = None
     """Hub revision of the checkpoint."""
 
+    recipe: str | None = None
+    """Facts about a public model that its files do not hold; `list` lists them. An option that is given as
+    well wins over the recipe's."""
+
     template: str | None = None
     """Format string over {text}, the client's sample, or {prompt}{output}, and {eos}; or `chat`: clients send
-    dialogues, which the tokenizer's chat template renders (`chat{eos}`: with an eos at the end)."""
+    dialogues, which the tokenizer's chat template renders (`chat{eos}`: with an eos at the end); or `pair`:
+    clients send dialogues, and the model reads the prompt and the answer as a pair of sentences."""
+
+    chat_template: str | None = None
+    """Chat template to serve with in place of the tokenizer's: Jinja, or a file of it. Means --template
+    chat."""
+
+    add_special_tokens: AddSpecialTokens | None = None
+    """Special tokens that the tokenizer adds to the templated sample: `once`, its own, but none twice in a
+    row at the ends; `always`, even if the template wrote the same; `never`. By default once for texts; for
+    dialogues none but those of the chat template."""
+
+    closing_token: str | None = None
+    """Text of the token that must close each sample: appended where it is not the last one, kept by a cut."""
+
+    pad_token: str | None = None
+    """Text of the pad token, where config.json names none; by default the tokenizer's."""
 
     max_length: int | None = None
     """Tokens a sample may have, special tokens included; by default the model's window."""
@@ -48,6 +76,21 @@ class ReadOptions(Section):
     pooling: Pooling | None = None
     """Which tokens' states become the score."""
 
+    pooling_token: str | None = None
+    """Text of the token whose last occurrence is read. Means --pooling token."""
+
+    head_activation: HeadActivation | None = None
+    """What stands between the two linear layers of a head, where neither config nor code of the checkpoint
+    says."""
+
+    score_tokens: Annotated[tuple[str, ...], Option(("--score-tokens",))] = ()
+    """Language models that score by the logits of tokens: their texts, or `id:387`. The rows of the language
+    model's head become the outputs."""
+
+    function_to_apply: ScoreFunction | None = None
+    """What is applied to the outputs: of process rewards and --score-tokens of several outputs `softmax` by
+    default, else `none`."""
+
     rewards: Annotated[tuple[str, ...], Option(("--reward",))] = ()
     """Names or numbers of the outputs to serve; by default all."""
 
@@ -56,7 +99,14 @@ class ReadOptions(Section):
     server applies them, `none` only records them."""
 
     step_separator: str | None = None
-    """Process rewards: text of the token that ends a step."""
+    """Process rewards: text that ends a step, one token or several; the score is read at the last."""
+
+    step_delimiter: str | None = None
+    """Process rewards of dialogues: what divides the steps of a client's answer, for example a blank line;
+    each becomes the separator, and one closes the answer. By default clients write separators themselves."""
+
+    steps_apart: bool = False
+    """Process rewards: encode each step and each separator by itself, not the text as a whole."""
 
     aggregate: Aggregate | None = None
     """Process rewards: how the scores of steps become one; by default `min`."""

@@ -20,10 +20,23 @@ ServedDtype = Annotated[Literal["float32", "float16", "bfloat16", "int8"], Befor
 Backend = Literal["python", "onnx", "torchscript"]
 """Triton back end, or program, that a version is written for."""
 
-Pooling = Literal["hf", "last_token", "first_eos", "cls", "mean", "steps"]
-"""Which tokens' states become the score. `hf`: what the checkpoint's own transformers class does.
-`last_token`: the last one that is no padding. `first_eos`: the first eos, the last token where there is none.
-`cls`: the first token. `mean`: all of them. `steps`: the ends of a text's steps, for process rewards."""
+Pooling = Literal["hf", "last_token", "first_eos", "cls", "mean", "token", "steps"]
+"""Which tokens' states become the score. `hf`: what the checkpoint's own class does. `last_token`: the last
+one that is no padding. `first_eos`: the first eos, the last token where there is none. `cls`: the first
+token. `mean`: all of them. `token`: the last that is `pooling_token_id`, the last token where there is none.
+`steps`: the ends of a text's steps, for process rewards."""
+
+HeadActivation = Literal["relu", "gelu", "silu", "tanh", "selu"]
+"""What stands between the two linear layers of a head; `gelu` is the exact one."""
+
+ScoreFunction = Literal["none", "softmax", "sigmoid"]
+"""What is applied to the head's outputs; as `function_to_apply` of transformers' text classification
+pipeline."""
+
+AddSpecialTokens = Literal["once", "always", "never"]
+"""Which special tokens the tokenizer adds to the templated sample: `once`, its own, but no bos twice in a row
+at the beginning and no eos at the end; `always`, its own, even if the template wrote the same; `never`,
+none."""
 
 Aggregate = Literal["min", "mean", "last", "prod"]
 """Rule that combines the scores of a text's steps into one."""
@@ -78,6 +91,22 @@ class ScoringRules(Section):
     pooling: Pooling = "hf"
     """Which tokens' states become the score."""
 
+    pooling_token_id: int | None = None
+    """Token whose last occurrence is read; of pooling `token`."""
+
+    add_special_tokens: AddSpecialTokens | None = None
+    """Which special tokens the tokenizer adds; None means `once` for texts and `never` for dialogues."""
+
+    closing_token_id: int | None = None
+    """Token that closes each sample of the text form: appended where the sample does not end in it, and kept
+    by a cut; None closes none."""
+
+    head_activation: HeadActivation | None = None
+    """Between the two linear layers of the head; None where the head has one."""
+
+    function_to_apply: ScoreFunction = "none"
+    """Applied to the head's outputs before `columns` are chosen; softmax is over the outputs."""
+
     columns: tuple[int, ...] | None = None
     """Numbers of the head's outputs that are served; None serves all."""
 
@@ -85,7 +114,21 @@ class ScoringRules(Section):
     """One name per score."""
 
     separator_id: int | None = None
-    """Token that ends a step; of pooling `steps`."""
+    """Last token of the separator that ends a step; of pooling `steps`."""
+
+    separator_ids: tuple[int, ...] = ()
+    """All tokens of a separator of several: a step ends at the last of them where they stand in a row; empty
+    where `separator_id` is the whole separator."""
+
+    step_separator: str | None = None
+    """The separator's text; of pooling `steps`."""
+
+    step_delimiter: str | None = None
+    """What divides the steps of a client's answer: each becomes the separator, and one closes the answer;
+    None where clients write separators themselves. Of dialogues."""
+
+    steps_apart: bool = False
+    """Whether each step, and each separator, is encoded by itself, not the text as a whole."""
 
     aggregate: Aggregate | None = None
     """How the scores of steps become one; of pooling `steps`."""
@@ -146,9 +189,24 @@ class Manifest(ScoringRules):
     created_at: str
     """Time of the conversion, UTC, ISO 8601."""
 
-    layout: Literal["classifier", "trunk"] = "classifier"
+    layout: Literal["classifier", "trunk", "custom"] = "classifier"
     """`classifier`: a transformers sequence classifier, whose class pools. `trunk`: a model without head, and
-    the head in `head.safetensors`; `model.py` pools."""
+    the head in `head.safetensors`; `model.py` pools. `custom`: a class that came with the checkpoint, which
+    pools; its scores are `output` of what it returns."""
+
+    auto_class: str | None = None
+    """Class of transformers that loads a `custom` network, for example `AutoModel`."""
+
+    output: str | None = None
+    """Of a `custom` network: name or number of what it returns that holds the scores; "" for a bare
+    tensor."""
+
+    recipe: str | None = None
+    """Facts about a public model that the conversion was told to use: name and version of the table."""
+
+    decisions: dict[str, str] = Field(default_factory=dict)
+    """What the conversion decided, and why: head, pooling, template, ... -> the value and where it comes
+    from."""
 
     batch_invariant: bool = False
     """Whether each row goes through the model by itself, unpadded: its score is then the same to the last bit

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from conch.converters import triton_models
-from conch.converters.checkpoints.architectures import LinearHead, final_layer
+from conch.converters.checkpoints.architectures import final_layer
+from conch.converters.checkpoints.heads import LinearLayer
 from conch.converters.checkpoints.reader import RewardCheckpoint
 from conch.errors import ConversionError
 from conch.log import progress
@@ -53,11 +54,11 @@ def write_weights(folder: Path, checkpoint: RewardCheckpoint, manifest: Manifest
     if manifest.layout == "trunk":
         assert checkpoint.head is not None
         model = checkpoint.trunk
-        save_file(_head_tensors(checkpoint.head, checkpoint.rules), folder / HEAD_FILE)
+        save_file(_head_tensors(checkpoint.head.layers[0], checkpoint.rules), folder / HEAD_FILE)
     elif checkpoint.rules.folded:
         layer = final_layer(model)
         assert layer is not None  # or it would have been refused when it was read
-        for name, tensor in _head_tensors(LinearHead(layer.weight, layer.bias), checkpoint.rules).items():
+        for name, tensor in _head_tensors(LinearLayer(layer.weight, layer.bias), checkpoint.rules).items():
             getattr(layer, name).data = tensor
     model.save_pretrained(folder, max_shard_size=_SHARD_SIZE)
     _cast_files(folder, torch.float32 if manifest.dtype == "int8" else getattr(torch, manifest.dtype))
@@ -65,7 +66,7 @@ def write_weights(folder: Path, checkpoint: RewardCheckpoint, manifest: Manifest
         quantise(folder, type(model), trust_remote_code=manifest.trust_remote_code)
 
 
-def _head_tensors(head: LinearHead, rules: ScoringRules) -> dict[str, Tensor]:
+def _head_tensors(head: LinearLayer, rules: ScoringRules) -> dict[str, Tensor]:
     """Return the head in float32; its outputs are (raw - mean) / std where the rules fold these in."""
     weight = head.weight.detach().float().cpu().clone()
     bias = torch.zeros(len(weight)) if head.bias is None else head.bias.detach().float().cpu().clone()

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from conch.converters.checkpoints.files import HARMLESS, Source, base_model_of, find_source, some, tensors_in
+from conch.converters.checkpoints.heads import Head, LinearLayer
 from conch.errors import ConversionError, ModelError, first_line
 from conch.models.adapter import ADAPTER_FILE, merge_saved_adapter
 from conch.store.manifest import Pooling
@@ -36,23 +37,11 @@ _LAST_LAYERS = ("score", "classifier", "out_proj")
 
 
 @dataclass(frozen=True, slots=True)
-class LinearHead:
-    """The linear layer that makes scores of states.
-
-    weight: [outputs, width].
-    bias: [outputs], or None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
 class Network:
     """The model inside a checkpoint.
 
     model: a classifier, or the trunk of a value head.
-    head: makes scores of the trunk's last states; None where more than a linear layer does.
+    head: makes scores of the trunk's last states; None where only the model's own class can.
     pooling: the rule that the checkpoint was trained with.
     labels: one name per output.
     base_model: the checkpoint that this one builds on; None where it stands alone.
@@ -60,7 +49,7 @@ class Network:
     """
 
     model: PreTrainedModel
-    head: LinearHead | None
+    head: Head | None
     pooling: Pooling
     labels: tuple[str, ...]
     base_model: str | None = None
@@ -122,14 +111,14 @@ def _classifier(
     return Network(model, head, pooling, _output_names(labels), base_model, sha256)
 
 
-def _linear_head(model: Any) -> LinearHead | None:
+def _linear_head(model: Any) -> Head | None:
     """Return the head of a classifier, if the head is one linear layer right on the trunk's states."""
     own = [child for name, child in model.named_children() if name != model.base_model_prefix]
     layers = [child for child in own if next(child.parameters(), None) is not None]
     pooler = getattr(model.base_model, "pooler", None)
     if len(layers) != 1 or not isinstance(layers[0], nn.Linear) or pooler is not None:
         return None
-    return LinearHead(layers[0].weight, layers[0].bias)
+    return Head((LinearLayer(layers[0].weight, layers[0].bias),))
 
 
 def _output_names(labels: list[str]) -> tuple[str, ...]:
@@ -156,12 +145,12 @@ def _read_value_head(source: Source, base_model: str | None) -> Network:
         if not name.startswith(_VALUE_HEAD) and not HARMLESS.search(name)
     }
     model = _trunk_from(source, trunk, config, base)
-    _refuse_not_finite(source.name, {**model.state_dict(), "v_head.weight": head.weight})
-    labels = _output_names([f"reward_{index}" for index in range(len(head.weight))])
+    _refuse_not_finite(source.name, {**model.state_dict(), "v_head.weight": head.layers[0].weight})
+    labels = _output_names([f"reward_{index}" for index in range(head.outputs)])
     return Network(model.eval(), head, "first_eos", labels, base_model, source.sha256())
 
 
-def _value_head(source: Source, tensors: dict[str, Tensor], config: Any) -> LinearHead:
+def _value_head(source: Source, tensors: dict[str, Tensor], config: Any) -> Head:
     unknown = [
         name
         for name in tensors
@@ -179,7 +168,7 @@ def _value_head(source: Source, tensors: dict[str, Tensor], config: Any) -> Line
             f"{source.name}: v_head.weight is {list(weight.shape)}, but the base model's states are {width} "
             "wide; give the --base_model that the checkpoint was trained from"
         )
-    return LinearHead(weight, tensors.get("v_head.bias"))
+    return Head((LinearLayer(weight, tensors.get("v_head.bias")),))
 
 
 def _trunk_from(source: Source, tensors: dict[str, Tensor], config: Any, base: Source) -> Any:

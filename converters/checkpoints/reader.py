@@ -8,8 +8,9 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from conch.converters.checkpoints.architectures import LinearHead, read_network
+from conch.converters.checkpoints.architectures import read_network
 from conch.converters.checkpoints.files import base_model_of, find_source, read_reward_model_file
+from conch.converters.checkpoints.heads import Head
 from conch.converters.checkpoints.rules import scoring_rules
 from conch.converters.checkpoints.tokenizer import load_tokenizer
 from conch.converters.options import ReadOptions
@@ -36,7 +37,7 @@ class RewardCheckpoint:
 
     source: str
     model: PreTrainedModel
-    head: LinearHead | None
+    head: Head | None
     tokenizer: Any
     rules: ScoringRules
     base_model: str | None = None

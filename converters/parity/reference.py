@@ -130,8 +130,8 @@ def _outputs(checkpoint: RewardCheckpoint, sample: Sample) -> tuple[list[float],
 
 
 def _at_every_token(checkpoint: RewardCheckpoint, inputs: dict[str, Tensor]) -> list[list[float]]:
-    head = checkpoint.head
-    assert head is not None
+    assert checkpoint.head is not None
+    (head,) = checkpoint.head.layers
     states = checkpoint.trunk(**inputs).last_hidden_state[0].double()
     outputs = states @ head.weight.double().T.to(states.device)
     if head.bias is not None:
