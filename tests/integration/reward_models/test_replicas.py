@@ -1,0 +1,48 @@
+"""Public reward models are converted by the command that the docs name, and score as their cards say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from conch.converters.parity.subprocess_model import SubprocessModel
+from conch.converters.to_triton import to_triton
+from conch.errors import ConversionError
+from tests.integration.reward_models.chats import CHATS
+from tests.integration.reward_models.heads import HEADS
+from tests.integration.reward_models.processes import PROCESSES
+from tests.integration.reward_models.replica import Replica
+
+REPLICAS = (*CHATS, *HEADS, *PROCESSES)
+TOLERANCE = 1e-4
+
+
+@pytest.mark.parametrize(
+    "replica", [each for each in REPLICAS if not each.refused], ids=lambda each: each.name
+)
+def test_a_public_reward_model_scores_as_its_card_says(tmp_path: Path, replica: Replica) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    pipeline = replica.build(folder)
+
+    conversion = to_triton(folder, name="judge", model_store=tmp_path / "store", **replica.options(folder))
+
+    assert conversion.path is not None
+    texts = [json.dumps({"messages": messages}) for messages in replica.dialogues]
+    with SubprocessModel(conversion.path) as model:
+        (reply,) = model.score([{"texts": texts}], "cpu")
+    for served, messages in zip(reply["scores"], replica.dialogues, strict=True):
+        assert served == pytest.approx(pipeline(messages), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("replica", [each for each in REPLICAS if each.refused], ids=lambda each: each.name)
+def test_a_model_that_cannot_score_an_answer_is_refused_for_its_reason(
+    tmp_path: Path, replica: Replica
+) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    replica.build(folder)
+    with pytest.raises(ConversionError, match=replica.refused):
+        to_triton(folder, name="judge", model_store=tmp_path / "store", **replica.options(folder))
