@@ -47,8 +47,8 @@ def pieces(
     opens: bool = True,
     **named: Any,
 ) -> PreTrainedTokenizerFast:
-    """Like those made of a SentencePiece model (Llama 2, Mistral, Yi, Gemma): special tokens first, then bytes
-    for what is not known, then letters, a space being one of them.
+    """Like those of a SentencePiece model (Llama 2, Mistral, Yi, Gemma): special tokens, then bytes for what
+    is not known, then letters, a space being one of them.
 
     specials: the first ids. more: special tokens that were added later, the last ids.
     opens: whether a space is put before each stretch of text, as with Llama 2; Gemma puts none.
@@ -180,8 +180,8 @@ def scattered(module: Any, *, seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            noise = torch.randn(parameter.shape, generator=generator) * 0.1
-            spread = noise + (parameter if parameter.ndim == 1 else 0.0)
+            noise = torch.randn(parameter.shape, generator=generator)
+            spread = parameter + 0.1 * noise if parameter.ndim == 1 else 0.25 * noise
             parameter.copy_(spread.to(torch.bfloat16))
     return module.eval()
 

@@ -1,0 +1,107 @@
+"""Replicas that are a ...ForSequenceClassification of transformers, and how cards make their input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from tests.integration.reward_models.parts import config_of, save_config, save_tensors, scattered
+from tests.integration.reward_models.replica import Messages, Pipeline
+
+Encode = Callable[[Any, Messages], dict[str, list[int]]]
+"""Tokenizer and dialogue -> what the model reads, by name."""
+
+
+def by_template(tokenizer: Any, messages: Messages) -> dict[str, list[int]]:
+    """`apply_chat_template` that makes the tokens as well: only the template writes special tokens."""
+    return {"input_ids": tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)}
+
+
+def stripped(tokenizer: Any, messages: Messages) -> dict[str, list[int]]:
+    """RewardBench: every bos is taken out of the rendered text, and the tokenizer adds its own."""
+    text = rendered(tokenizer, messages)
+    return tokenized(tokenizer, text.replace(tokenizer.bos_token, "") if tokenizer.bos_token else text)
+
+
+def doubled(tokenizer: Any, messages: Messages) -> dict[str, list[int]]:
+    """The rendered text is tokenised like any other: what the template wrote may stand there twice."""
+    return tokenized(tokenizer, rendered(tokenizer, messages))
+
+
+def rendered(tokenizer: Any, messages: Messages) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def tokenized(tokenizer: Any, text: str) -> dict[str, list[int]]:
+    """`tokenizer(text)`, without token types as RewardBench asks."""
+    return {"input_ids": tokenizer(text).input_ids}
+
+
+def paired(tokenizer: Any, messages: Messages) -> dict[str, list[int]]:
+    """The prompt's contents and the answer, as two sentences."""
+    prompt = "\n".join(message["content"] for message in messages[:-1])
+    return dict(tokenizer(prompt, messages[-1]["content"]))
+
+
+def turns(tokenizer: Any, messages: Messages) -> Sequence[tuple[str, str]]:
+    """Pairs of what the user and the assistant said."""
+    del tokenizer
+    contents = [message["content"] for message in messages]
+    return list(zip(contents[::2], contents[1::2], strict=True))
+
+
+def classifier(
+    folder: Path,
+    family: str,
+    tokenizer: Any,
+    encode: Encode = by_template,
+    *,
+    seed: int = 0,
+    keys: dict[str, Any] | None = None,
+    pad_as_rewardbench: bool = False,
+    shards: int = 1,
+    **config: Any,
+) -> Pipeline:
+    """Write a classifier of this family in bfloat16, and return its pipeline.
+
+    keys: of config.json, as published; None takes one out.
+    pad_as_rewardbench: take the tokenizer's pad token where config.json has none, and its eos where the
+        tokenizer has none either.
+    config: settings of the model.
+    """
+    settings = config_of(family, tokenizer, **{"num_labels": 1, **config})
+    model = scattered(AutoModelForSequenceClassification.from_config(settings), seed=seed)
+    labels = {index: f"LABEL_{index}" for index in range(settings.num_labels)}
+    published = {
+        "architectures": [type(model).__name__],
+        "id2label": labels,
+        "label2id": {label: index for index, label in labels.items()},
+        "torch_dtype": "bfloat16",
+        "dtype": None,
+        "transformers_version": "4.45.1",
+    }
+    save_config(folder, settings, **published, **(keys or {}))
+    save_tensors(folder, model.state_dict(), shards=shards)
+    tokenizer.save_pretrained(folder)
+    return card_of(folder, encode, pad_as_rewardbench=pad_as_rewardbench)
+
+
+def card_of(folder: Path, encode: Encode, *, pad_as_rewardbench: bool = False) -> Pipeline:
+    """What a card of a sequence classifier does: load both, encode, read the logits."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    if pad_as_rewardbench:
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token_id = tokenizer.eos_token_id
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+    def pipeline(messages: Messages) -> list[float]:
+        inputs = {name: torch.tensor([ids]) for name, ids in encode(tokenizer, messages).items()}
+        with torch.no_grad():
+            return model(**inputs).logits[0].tolist()
+
+    return pipeline
