@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,6 @@ def paired(tokenizer: Any, messages: Messages) -> dict[str, list[int]]:
     """The prompt's contents and the answer, as two sentences."""
     prompt = "\n".join(message["content"] for message in messages[:-1])
     return dict(tokenizer(prompt, messages[-1]["content"]))
-
-
-def turns(tokenizer: Any, messages: Messages) -> Sequence[tuple[str, str]]:
-    """Pairs of what the user and the assistant said."""
-    del tokenizer
-    contents = [message["content"] for message in messages]
-    return list(zip(contents[::2], contents[1::2], strict=True))
 
 
 def classifier(

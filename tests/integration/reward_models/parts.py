@@ -148,6 +148,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mistral": {**_SHAPE, "sliding_window": None},
     "qwen2": _SHAPE,
     "qwen3": {**_SHAPE, "head_dim": 16},
+    "olmo2": _SHAPE,
     "gemma": _GEMMA,
     "gemma2": {**_GEMMA, "query_pre_attn_scalar": 16},
     "gptj": {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": WINDOW, "rotary_dim": 8},

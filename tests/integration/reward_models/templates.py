@@ -46,10 +46,9 @@ def chatml_with_system(system: str) -> str:
 
 QWEN_3 = (
     "{% set last = namespace(asked=0) %}"
-    "{% for message in messages %}{% if message.role == 'user' %}{% set last.asked = loop.index0 %}{% endif %}"
-    "{% endfor %}"
+    "{% for message in messages if message.role == 'user' %}{% set last.asked = loop.index %}{% endfor %}"
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{% if message.role == 'assistant' and loop.last and loop.index0 > last.asked %}"
+    "{% if message.role == 'assistant' and loop.last and last.asked %}"
     "<think>\n\n</think>\n\n{{ message.content.lstrip('\\n') }}"
     "{% else %}{{ message.content }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -89,3 +88,5 @@ TULU = (
     "{% endfor %}"
 )
 """Writes no bos; its turns' marks are plain text."""
+
+OLMO_2 = "{{ bos_token }}" + TULU
