@@ -192,7 +192,7 @@ def scattered(module: Any, *, seed: int = 0) -> Any:
 
 def save_config(folder: Path, config: Any, **keys: Any) -> None:
     """Write config.json; `keys` are added to it, None takes one out."""
-    content = {**config.to_dict(), **keys}
+    content = {**config.to_diff_dict(), **keys}
     content = {key: value for key, value in content.items() if not (key in keys and value is None)}
     (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True))
 
