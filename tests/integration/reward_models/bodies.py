@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-from tests.integration.reward_models.classifiers import Encode
+from tests.integration.reward_models.classifiers import Card, Encode
 from tests.integration.reward_models.parts import (
     config_of,
     named_tensors,
@@ -19,7 +19,6 @@ from tests.integration.reward_models.parts import (
     save_tensors,
     scattered,
 )
-from tests.integration.reward_models.replica import Messages, Pipeline
 
 Place = Callable[[list[int]], int]
 """Token ids of a dialogue -> the position whose state is read."""
@@ -78,20 +77,20 @@ class Body:
         encode: Encode,
         place: Place = last,
         finish: Callable[[Tensor], Tensor] = lambda scores: scores,
-    ) -> Pipeline:
+    ) -> Card:
         """Return what a card computes: encode with the folder's tokenizer, read a state, apply the head.
 
         finish: what is done to the head's outputs.
         """
         tokenizer = AutoTokenizer.from_pretrained(folder)
 
-        def pipeline(messages: Messages) -> list[float]:
-            ids = encode(tokenizer, messages)["input_ids"]
+        def score(inputs: dict[str, list[int]]) -> list[float]:
+            ids = inputs["input_ids"]
             with torch.no_grad():
                 states = self.trunk(torch.tensor([ids])).last_hidden_state[0]
                 return finish(self.head(states[place(ids)])).tolist()
 
-        return pipeline
+        return Card(tokenizer, encode, score)
 
 
 def body(family: str, tokenizer: Any, head: nn.Module, *, seed: int, **config: Any) -> Body:

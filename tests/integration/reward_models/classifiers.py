@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,26 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.integration.reward_models.parts import config_of, save_config, save_tensors, scattered
-from tests.integration.reward_models.replica import Messages, Pipeline
+from tests.integration.reward_models.replica import Messages
 
 Encode = Callable[[Any, Messages], dict[str, list[int]]]
 """Tokenizer and dialogue -> what the model reads, by name."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A pipeline in its two steps: encode a dialogue, score what came of it."""
+
+    tokenizer: Any
+    encode: Encode
+    score: Callable[[dict[str, list[int]]], list[float]]
+
+    def __call__(self, messages: Messages) -> list[float]:
+        return self.score(self.encode(self.tokenizer, messages))
+
+    def text(self, messages: Messages) -> str:
+        """Return what the model reads of a dialogue, special tokens and all."""
+        return self.tokenizer.decode(self.encode(self.tokenizer, messages)["input_ids"])
 
 
 def by_template(tokenizer: Any, messages: Messages) -> dict[str, list[int]]:
@@ -58,7 +75,7 @@ def classifier(
     pad_as_rewardbench: bool = False,
     shards: int = 1,
     **config: Any,
-) -> Pipeline:
+) -> Card:
     """Write a classifier of this family in bfloat16, and return its pipeline.
 
     keys: of config.json, as published; None takes one out.
@@ -83,7 +100,7 @@ def classifier(
     return card_of(folder, encode, pad_as_rewardbench=pad_as_rewardbench)
 
 
-def card_of(folder: Path, encode: Encode, *, pad_as_rewardbench: bool = False) -> Pipeline:
+def card_of(folder: Path, encode: Encode, *, pad_as_rewardbench: bool = False) -> Card:
     """What a card of a sequence classifier does: load both, encode, read the logits."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
@@ -92,9 +109,8 @@ def card_of(folder: Path, encode: Encode, *, pad_as_rewardbench: bool = False) -
             tokenizer.pad_token_id = tokenizer.eos_token_id
         model.config.pad_token_id = tokenizer.pad_token_id
 
-    def pipeline(messages: Messages) -> list[float]:
-        inputs = {name: torch.tensor([ids]) for name, ids in encode(tokenizer, messages).items()}
+    def score(inputs: dict[str, list[int]]) -> list[float]:
         with torch.no_grad():
-            return model(**inputs).logits[0].tolist()
+            return model(**{name: torch.tensor([ids]) for name, ids in inputs.items()}).logits[0].tolist()
 
-    return pipeline
+    return Card(tokenizer, encode, score)
