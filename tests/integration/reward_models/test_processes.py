@@ -31,7 +31,8 @@ def rendered(tokenizer: Any, recipe: str, messages: Messages) -> str:
 
 def test_qwens_steps_are_closed_by_the_extra_token() -> None:
     assert processes.qwen_prm_text(qwen_tokenizer("<extra_0>"), TWO_STEPS) == (
-        "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+        "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}."
+        "<|im_end|>\n"
         "<|im_start|>user\nWhat is two and two?<|im_end|>\n"
         "<|im_start|>assistant\nTwo is one and one.<extra_0>So it is four.<extra_0><|im_end|>\n"
     )
