@@ -1,20 +1,19 @@
 """Process rewards: replicas whose score is read at the end of every step of an answer.
 
 Each pipeline makes the input as its authors' code does, reads one number a step and joins the steps' numbers
-as the paper or the card says. `custom.py` holds the models that bring a class of their own.
+as the paper or the card says. `custom.py` holds the models that bring a class of their own, `pairwise.py`
+those that are refused.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -23,7 +22,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tests.integration.reward_models.custom import CUSTOM
+from tests.integration.reward_models.custom import CUSTOM, llama_tokenizer, split, states_of, write_code
+from tests.integration.reward_models.pairwise import PAIRWISE
 from tests.integration.reward_models.parts import (
     byte_level,
     config_of,
@@ -34,29 +34,13 @@ from tests.integration.reward_models.parts import (
     scattered,
 )
 from tests.integration.reward_models.replica import SOLUTIONS, Messages, Pipeline, Replica
-
-PUBLISHED = Path(__file__).parent / "published"
+from tests.integration.reward_models.templates import LLAMA_31, chatml_with_system
 
 # ------------------------------------------------------------------------------------------------- tokenizers
 
-# What matters of the splits of Qwen 2 and Llama 3: a punctuation mark takes the newlines behind it along, and
-# a word the mark before it, so that tokens stand across the ends of steps.
-SPLITS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 ACROSS = (".\n", ".\n\n", "\n\n", "?T")
 
-MATH_CHATML = (
-    "{% if messages[0].role != 'system' %}<|im_start|>system\n"
-    "Please reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n{% endif %}"
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-LLAMA_31 = (
-    "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
-    "Today Date: 26 Jul 2024\n\n{% if messages[0].role == 'system' %}{{ messages[0].content | trim }}"
-    "{% endif %}<|eot_id|>{% for message in messages %}{% if message.role != 'system' %}<|start_header_id|>"
-    "{{ message.role }}<|end_header_id|>\n\n{{ message.content | trim }}<|eot_id|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
+MATH_CHATML = chatml_with_system("Please reason step by step, and put your final answer within \\boxed{}.")
 
 
 def qwen_tokenizer(*more: str, bos_token: str | None = None) -> PreTrainedTokenizerFast:
@@ -66,41 +50,12 @@ def qwen_tokenizer(*more: str, bos_token: str | None = None) -> PreTrainedTokeni
         named["bos_token"] = bos_token
     specials = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *more)
     tokenizer = byte_level(specials, words=ACROSS, chat_template=MATH_CHATML, **named)
-    return _split(tokenizer)
-
-
-def llama_tokenizer() -> PreTrainedTokenizerFast:
-    """Like that of Llama 3.1, which has no pad token; training scripts take a reserved one."""
-    specials = (
-        "<|begin_of_text|>",
-        "<|end_of_text|>",
-        "<|start_header_id|>",
-        "<|end_header_id|>",
-        "<|eot_id|>",
-        "<|finetune_right_pad_id|>",
-    )
-    tokenizer = byte_level(
-        specials,
-        frame="<|begin_of_text|> $A",
-        words=(*ACROSS, "assistant"),
-        chat_template=LLAMA_31,
-        bos_token="<|begin_of_text|>",
-        eos_token="<|eot_id|>",
-        pad_token="<|finetune_right_pad_id|>",
-    )
-    return _split(tokenizer)
+    return split(tokenizer)
 
 
 def mistral_tokenizer() -> PreTrainedTokenizerFast:
     """Like that of Math-Shepherd: a step's tag, "+" and "-" are one token each, with their space."""
     return pieces(words=("▁ки", "▁+", "▁-"), bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
-def _split(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    splits = pre_tokenizers.Split(Regex(SPLITS), "isolated")
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([splits, as_bytes])
-    return tokenizer
 
 
 # ----------------------------------------------------------------------------------------------------- inputs
@@ -162,12 +117,6 @@ def trl_ids(tokenizer: Any, messages: Messages) -> tuple[list[int], list[int]]:
 # --------------------------------------------------------------------------------------------------- replicas
 
 
-def states_of(trunk: Any, ids: Sequence[int]) -> Tensor:
-    """Return the last hidden states of one sample, float [tokens, width]."""
-    with torch.no_grad():
-        return trunk(input_ids=torch.tensor([list(ids)])).last_hidden_state[0]
-
-
 def logits_of(model: Any, ids: Sequence[int]) -> Tensor:
     """Return the logits of one sample, float [tokens, outputs]."""
     with torch.no_grad():
@@ -188,7 +137,7 @@ def qwen_math_prm(folder: Path) -> Pipeline:
         architectures=["Qwen2ForProcessRewardModel"],
         auto_map={"AutoModel": "modeling_qwen2_rm.Qwen2ForProcessRewardModel"},
     )
-    shutil.copy(PUBLISHED / "modeling_qwen2_rm.py", folder)
+    write_code(folder, "modeling_qwen2_rm.py", "modeling_qwen2_rm.py")
     tokenizer.save_pretrained(folder)
 
     def pipeline(messages: Messages) -> list[float]:
@@ -220,7 +169,7 @@ def math_shepherd(folder: Path) -> Pipeline:
 
 def rlhflow_prm(folder: Path) -> Pipeline:
     """Llama3.1-8B-PRM-Mistral-Data and -Deepseek-Data: one forward pass after each step, mean over them."""
-    tokenizer = llama_tokenizer()
+    tokenizer = llama_tokenizer(template=LLAMA_31, words=ACROSS)
     model = _language_model(folder, "llama", tokenizer)
 
     def pipeline(messages: Messages) -> list[float]:
@@ -232,7 +181,7 @@ def rlhflow_prm(folder: Path) -> Pipeline:
 
 def rlhflow_orm(folder: Path) -> Pipeline:
     """Llama3.1-8B-ORM-Mistral-Data and -Deepseek-Data: question and answer are one turn of the user."""
-    tokenizer = llama_tokenizer()
+    tokenizer = llama_tokenizer(template=LLAMA_31, words=ACROSS)
     model = _language_model(folder, "llama", tokenizer, seed=3)
 
     def pipeline(messages: Messages) -> list[float]:
@@ -370,4 +319,5 @@ PROCESSES: tuple[Replica, ...] = (
         source="card of jinachris/PURE-PRM-7B",
     ),
     *CUSTOM,
+    *PAIRWISE,
 )
