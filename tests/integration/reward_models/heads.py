@@ -12,6 +12,7 @@ from tests.integration.reward_models import templates
 from tests.integration.reward_models.bodies import body, first_of, last_of, linear, two_layers
 from tests.integration.reward_models.chats import llama_3, qwen, sentencepiece, text_of
 from tests.integration.reward_models.classifiers import by_template, doubled
+from tests.integration.reward_models.others import OTHERS
 from tests.integration.reward_models.parts import (
     byte_level,
     save_config,
@@ -317,4 +318,5 @@ HEADS: tuple[Replica, ...] = (
         source="alpaca_farm src/alpaca_farm/models/reward_model.py",
     ),
     *VALUE_HEADS,
+    *OTHERS,
 )

@@ -114,6 +114,11 @@ READ: dict[str, str] = {
     "TRL value head": _chatml(),
     "LLaMA-Factory value_head.safetensors": _LLAMA_3,
     "Nemotron-70B-Reward-HF": _LLAMA_31,
+    "a pickled head beside a trunk": _chatml(),
+    "three outputs of two layers": _gemma(),
+    "a head saved by a wrapper": _LLAMA_3,
+    "a tied language model": _chatml(),
+    "LDL-Reward-Gemma-2-27B": _gemma(),
 }
 """Name of a replica -> what it reads of a dialogue of two turns, as one text."""
 
