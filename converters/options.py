@@ -34,6 +34,10 @@ Normalise = Literal["fold", "parameters", "none"]
 model, or only recorded."""
 
 
+DIALOGUE_TEMPLATES = ("chat", "chat{eos}", "pair")
+"""Templates of models that read dialogues."""
+
+
 class ReadOptions(Section):
     """How to read a checkpoint; None takes what the checkpoint, or the kind of it, says."""
 
@@ -187,7 +191,7 @@ class ConversionOptions(ReadOptions):
             raise ConversionError(f"keep is {self.keep}; it must be 0 or more old versions")
         if self.gpu < 0:
             raise ConversionError(f"gpu is {self.gpu}; cards are numbered from 0")
-        if self.template in ("chat", "chat{eos}") and self.form == "token":
+        if self.template in DIALOGUE_TEMPLATES and self.form == "token":
             raise ConversionError("the chat template makes tokens of messages: it needs --form text")
         if self.base_model is not None:
             check_exists("base model", self.base_model)
@@ -203,7 +207,7 @@ class ConversionOptions(ReadOptions):
             raise ConversionError(
                 "--backend torchscript serves token ids: add --form token, or take --backend onnx or python"
             )
-        if self.template in ("chat", "chat{eos}"):
+        if self.template in DIALOGUE_TEMPLATES:
             raise ConversionError(f"--backend {self.backend} has no chat template: take --backend python")
         if self.dtype not in ("float32", "float16"):
             raise ConversionError(

@@ -16,6 +16,7 @@ from conch.converters.backends.version_files import write_manifest
 from conch.converters.checkpoints.reader import RewardCheckpoint
 from conch.converters.checkpoints.tokenizer import used_special_tokens
 from conch.converters.options import ConversionOptions
+from conch.converters.recipes import recipe_version
 from conch.errors import ConversionError
 from conch.store.manifest import Backend, Manifest
 from conch.triton.contract import Engine, Form, RewardModelSpec, ensemble_parts
@@ -104,6 +105,10 @@ def manifest_of(part: Part, checkpoint: RewardCheckpoint, options: ConversionOpt
         revision=options.revision,
         created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         layout=python.layout_of(checkpoint),
+        auto_class=checkpoint.kind.auto_class if checkpoint.kind else None,
+        output=checkpoint.output,
+        recipe=recipe_version(options.recipe) if options.recipe else None,
+        decisions=checkpoint.decisions,
         batch_invariant=options.batch_invariant,
         dtype=options.dtype,
         trust_remote_code=options.trust_remote_code,

@@ -18,6 +18,7 @@ from conch.converters.checkpoints.reader import RewardCheckpoint, checkpoint_sha
 from conch.converters.checkpoints.rules import check_dense
 from conch.converters.options import Conversion, ConversionOptions
 from conch.converters.parity.compare import compare
+from conch.converters.parity.readings import refuse_two_readings
 from conch.converters.parity.reference import ParityReference, golden_of, reference_of
 from conch.converters.parity.report import ParityReport
 from conch.converters.parity.subprocess_model import SubprocessModel, score_in_sequence
@@ -96,8 +97,11 @@ def _read_and_write(
     """Do all that needs the original: its model is freed on return."""
     _log.info("reading %s", name)
     checkpoint = read_checkpoint(name, options)
+    for decision, value in checkpoint.decisions.items():
+        _log.info("  %-16s %s", decision, value)
     for part in parts:
         _check_servable(part, checkpoint, options)
+    refuse_two_readings(checkpoint)
     if checkpoint.longest_compared < checkpoint.rules.max_length:
         _log.warning(
             "the window of %d tokens is long to compare scores over, so samples have up to %d: set "

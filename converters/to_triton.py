@@ -3,6 +3,8 @@
     conch-to-triton --checkpoint outputs/reward_model --name walks
     conch-to-triton --checkpoint Dahoas/gptj-rm-static --base_model EleutherAI/gpt-j-6B --revision 676bfd4d
     conch-to-triton --checkpoint outputs/reward_model --verify 127.0.0.1:8001/walks
+    conch-to-triton --explain RLHFlow/ArmoRM-Llama3-8B-v0.1
+    conch-to-triton --recipe list
 
 Exit codes: 0 published, verified, or the dry run went well; 1 cannot be converted; 2 scores differ, and
 nothing is published.
@@ -12,12 +14,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from conch.cli import add_options, keywords_of, written_with
 from conch.config import load
+from conch.converters.explain import explain
 from conch.converters.options import (
     Conversion,
     ConversionOptions,
@@ -26,6 +29,7 @@ from conch.converters.options import (
     check_name,
     default_name,
 )
+from conch.converters.recipes import recipe_list, with_recipe
 from conch.errors import ConchError, ParityError
 from conch.log import quieten_libraries, setup_logging
 
@@ -44,7 +48,7 @@ def to_triton(checkpoint: str | Path, **settings: Any) -> Conversion:
         ParityError: the converted model scores differently; nothing was published.
         ModelStoreError: the store cannot be written.
     """
-    options = load(ConversionOptions, settings)
+    options = load(ConversionOptions, with_recipe(settings))
     name = options.name or default_name(str(checkpoint))
     check_name(name)
     check_exists("checkpoint", str(checkpoint))
@@ -56,15 +60,26 @@ def to_triton(checkpoint: str | Path, **settings: Any) -> Conversion:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    settings = vars(_parser().parse_args(written_with("-", sys.argv[1:] if argv is None else argv)))
+    parser = _parser()
+    settings = vars(parser.parse_args(written_with("-", sys.argv[1:] if argv is None else argv)))
     checkpoint, endpoint = settings.pop("checkpoint"), settings.pop("verify")
+    explained = settings.pop("explain")
+    if settings.get("recipe") == "list":
+        print(recipe_list())
+        return 0
+    checkpoint = checkpoint or (explained if isinstance(explained, str) else None)
+    if checkpoint is None:
+        parser.error("--checkpoint is missing: a folder, a file of tensors, or a hub id")
     if settings.pop("quiet"):
         quieten_libraries()
     else:
         setup_logging()
     try:
+        if explained is not None:
+            print(explain(checkpoint, load(ReadOptions, with_recipe(_reading(settings)))))
+            return 0
         if endpoint is not None:
-            return _verify(endpoint, checkpoint, load(ConversionOptions, settings))
+            return _verify(endpoint, checkpoint, load(ConversionOptions, with_recipe(settings)))
         conversion = to_triton(checkpoint, **settings)
     except ConchError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -72,6 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(conversion.parity.table())
     print(f"published {conversion.path}" if conversion.path else "dry run: nothing was published")
     return 0
+
+
+def _reading(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name in ReadOptions.model_fields}
 
 
 def _verify(endpoint: str, checkpoint: str, options: ConversionOptions) -> int:
@@ -90,7 +109,14 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Underscores will do for dashes. Exit codes: 0 done, 1 cannot be done, 2 scores differ.",
     )
     parser.add_argument(
-        "--checkpoint", required=True, metavar="PATH_OR_HUB_ID", help="folder, file of tensors, or hub id"
+        "--checkpoint", metavar="PATH_OR_HUB_ID", help="folder, file of tensors, or hub id; required"
+    )
+    parser.add_argument(
+        "--explain",
+        nargs="?",
+        const=True,
+        metavar="PATH_OR_HUB_ID",
+        help="only say what the checkpoint is, what would be done with it, and what is missing",
     )
     parser.add_argument(
         "--verify", metavar="HOST:PORT/NAME", help="only compare a running server with the checkpoint"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,15 +25,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from conch.errors import ConfigError, ModelError
+from conch.models.folders import BASE_MODEL_KEY
 from conch.ops import head_dtype
-
-ADAPTER_FILE = "adapter_config.json"
-"""peft's file name; a folder with this file holds an adapter, not a model."""
 
 ADAPTER_NAME = "default"
 """Name of the one adapter that a model has, transformers' default."""
 
-_PATH_KEY = "base_model_name_or_path"
 _STARTS_AS_BASE = (True, "gaussian")
 _UNSUPPORTED_KEYS = (
     "layer_replication",
@@ -48,7 +44,7 @@ _DERIVED_KEYS = {
     "inference_mode",
     "auto_mapping",
     "revision",
-    _PATH_KEY,
+    BASE_MODEL_KEY,
     "peft_version",
 }
 """Fields of a LoraConfig that follow from the model, and no user sets."""
@@ -204,24 +200,6 @@ def _untie(model: PreTrainedModel) -> None:
     head = base_of(model.get_output_embeddings())
     assert head is not None, "a shared weight has two modules"
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)  # pyright: ignore[reportArgumentType, reportCallIssue]
-
-
-def adapter_base(path: str) -> str | None:
-    """Path or name of the base model of the adapter in `path`; None where `path` holds no adapter.
-
-    Raises:
-        ModelError: the adapter's file names none, or is damaged.
-    """
-    file = Path(path) / ADAPTER_FILE
-    if not file.is_file():
-        return None
-    try:
-        base = json.loads(file.read_text())[_PATH_KEY]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{file} is damaged: it names no base model ({error})") from error
-    if not base:
-        raise ModelError(f"{file} names no base model: set {_PATH_KEY!r} there to a folder")
-    return str(base)
 
 
 def merge_saved_adapter(model: PreTrainedModel, path: str) -> PreTrainedModel:

@@ -1,8 +1,12 @@
-"""The folder that a path to a model means: itself, or a checkpoint of the run in it."""
+"""The folder that a path to a model means, itself or a checkpoint of the run in it; the base of an adapter.
+
+No torch here: commands that only look at files answer at once.
+"""
 
 from __future__ import annotations
 
 import functools
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +14,12 @@ from conch.errors import ModelError, missing_path
 from conch.log import get_logger
 
 _log = get_logger(__name__)
+
+ADAPTER_FILE = "adapter_config.json"
+"""peft's file name; a folder with this file holds an adapter, not a model."""
+
+BASE_MODEL_KEY = "base_model_name_or_path"
+"""Key of `ADAPTER_FILE` that names the base model."""
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _CHECKPOINTS = "checkpoints"
@@ -60,3 +70,21 @@ def _is_local(path: str) -> bool:
     """Whether the first part of `a/b` is here: then something in it is meant, not `owner/name`."""
     first, slash, _ = path.partition("/")
     return bool(slash) and Path(first).exists()
+
+
+def adapter_base(path: str) -> str | None:
+    """Path or name of the base model of the adapter in `path`; None where `path` holds no adapter.
+
+    Raises:
+        ModelError: the adapter's file names none, or is damaged.
+    """
+    file = Path(path) / ADAPTER_FILE
+    if not file.is_file():
+        return None
+    try:
+        base = json.loads(file.read_text())[BASE_MODEL_KEY]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{file} is damaged: it names no base model ({error})") from error
+    if not base:
+        raise ModelError(f"{file} names no base model: set {BASE_MODEL_KEY!r} there to a folder")
+    return str(base)

@@ -29,8 +29,8 @@ from transformers.utils.logging import disable_progress_bar
 from conch.config import ModelConfig, TokenizerConfig
 from conch.errors import ConfigError, ModelError, first_line
 from conch.log import get_logger
-from conch.models.adapter import adapter_base, merge_saved_adapter
-from conch.models.folders import model_folder
+from conch.models.adapter import merge_saved_adapter
+from conch.models.folders import adapter_base, model_folder
 from conch.models.kernels import apply_kernels, check_architecture
 from conch.models.padding import pad_token_hint, with_pad_token
 

@@ -33,9 +33,12 @@ _HEADS = ("score", "classifier")
 _SHARD_SIZE = "500MB"
 
 
-def layout_of(checkpoint: RewardCheckpoint) -> Literal["classifier", "trunk"]:
-    """Return `classifier` where the checkpoint's own class gives the served scores, else `trunk`."""
+def layout_of(checkpoint: RewardCheckpoint) -> Literal["classifier", "trunk", "custom"]:
+    """Return `classifier` or `custom` where the checkpoint's own class gives the served scores, else
+    `trunk`."""
     rules = checkpoint.rules
+    if checkpoint.kind is not None and checkpoint.kind.name == "custom":
+        return "custom"
     reads_tokens = rules.pooling != "hf" or rules.granularity != "sample"
     return "trunk" if reads_tokens or (rules.folded and checkpoint.head is not None) else "classifier"
 

@@ -1,4 +1,7 @@
-"""The files of a checkpoint: a folder, one file of tensors, or a hub model; and `reward_model.json`."""
+"""The files of a checkpoint: a folder, one file of tensors, or a hub model; and `reward_model.json`.
+
+torch is imported where tensors are read: the names and shapes in safetensors files are had without it.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,22 @@ import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
 
 from conch.config import Section, load
 from conch.errors import ConfigError, ConversionError, ModelError, first_line
 from conch.log import progress
-from conch.models.adapter import ADAPTER_FILE, adapter_base
-from conch.models.folders import model_folder
+from conch.models.folders import ADAPTER_FILE, adapter_base, model_folder
 from conch.store.manifest import Pooling, sha256_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 REWARD_MODEL_FILE = "reward_model.json"
 
@@ -34,9 +36,23 @@ HARMLESS = re.compile(
 _SHARD = re.compile(r"-\d+-of-\d+")
 # Pickled files beside weights that hold none.
 _NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|rng_state|random_states|scaler)")
+_HEAD_NAMES = ["*head*", "*_layer.pt"]
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 # How trainers wrap a state dict.
 _WRAPPERS = ("state_dict", "module", "model")
+_FLOATING = ("float16", "float32", "float64")
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+# A file of a head holds a few small tensors.
+_MOST_OF_A_HEAD = 8
+_LARGEST_HEAD_BYTES = 1 << 30
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+
+
+class TensorInfo(NamedTuple):
+    """Shape of a tensor, and its dtype by torch's name."""
+
+    shape: tuple[int, ...]
+    dtype: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +62,15 @@ class Source:
     name: folder, file or hub id, as the user wrote it.
     folder: where configuration and tokenizer are.
     weights: the files that hold tensors; safetensors are preferred to pickled ones.
+    heads: those of `weights` that hold nothing but a head, beside the model's own.
+    on_the_hub: tensors of files that were not fetched; only their headers were.
     """
 
     name: str
     folder: Path
     weights: tuple[Path, ...]
+    heads: tuple[Path, ...] = ()
+    on_the_hub: Mapping[str, TensorInfo] | None = None
 
     @property
     def is_adapter(self) -> bool:
@@ -62,24 +82,33 @@ class Source:
         digests = [sha256_of(path) for path in progress(self.weights, desc="hashing the checkpoint")]
         return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else ""
 
-    def tensor_names(self) -> set[str]:
-        """Return the names of all tensors. Reads only the headers of safetensors files."""
-        return set(self._dtypes())
+    def config(self) -> dict[str, Any]:
+        """Return `config.json` as it stands; {} where there is none.
 
-    def _dtypes(self) -> dict[str, torch.dtype]:
-        dtypes: dict[str, torch.dtype] = {}
+        Raises:
+            ConversionError: it is no JSON object.
+        """
+        return _json_object(self.folder / "config.json")
+
+    def described(self) -> dict[str, TensorInfo]:
+        """Return shape and dtype of every tensor. Reads only the headers of safetensors files."""
+        found: dict[str, TensorInfo] = dict(self.on_the_hub or {})
         for path in self.weights:
-            dtypes |= _dtypes_in(path)
-        return dtypes
+            found |= {self._full_name(path, name): info for name, info in _described_in(path).items()}
+        return found
 
-    def stored_dtype(self) -> torch.dtype:
+    def stored_dtype(self) -> str:
         """Return the dtype that holds every tensor exactly: float32 unless all are of one half precision."""
         dtypes = {
-            dtype
-            for name, dtype in self._dtypes().items()
-            if dtype.is_floating_point and not HARMLESS.search(name)
+            info.dtype
+            for name, info in self.described().items()
+            if info.dtype.endswith(_FLOATING) and not HARMLESS.search(name)
         }
-        return dtypes.pop() if dtypes in ({torch.bfloat16}, {torch.float16}) else torch.float32
+        return dtypes.pop() if dtypes in ({"bfloat16"}, {"float16"}) else "float32"
+
+    def _full_name(self, path: Path, name: str) -> str:
+        """Of a head in a file of its own, `weight` and `bias` are named after the file."""
+        return f"{path.stem}.{name}" if path in self.heads and name in ("weight", "bias") else name
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors by name; mapped from disk, so that memory is taken only by what is changed.
@@ -89,7 +118,8 @@ class Source:
         """
         tensors: dict[str, Tensor] = {}
         for path in self.weights:
-            for name, tensor in tensors_in(path).items():
+            for own_name, tensor in tensors_in(path).items():
+                name = self._full_name(path, own_name)
                 if name in tensors:
                     raise ConversionError(
                         f"{self.name}: tensor {name} stands in {path.name} and in another file beside it; "
@@ -176,7 +206,37 @@ def find_source(name: str, revision: str | None = None, *, weights: bool = True)
     except ModelError as error:
         raise ConversionError(str(error)) from None
     folder = Path(found) if Path(found).is_dir() else _download(name, revision, weights)
-    return Source(name, folder, _weight_files(folder) if weights else ())
+    if not weights:
+        return Source(name, folder, ())
+    files = _weight_files(folder)
+    heads = _head_files(folder, files)
+    return Source(name, folder, (*files, *heads), heads)
+
+
+def glance_at(name: str, revision: str | None = None) -> Source:
+    """Find the files of a checkpoint as `find_source` does; of a hub model fetch only the weights' headers.
+
+    Raises:
+        ConversionError: no folder, file or hub model has that name, or the hub cannot be reached.
+    """
+    if Path(name).expanduser().exists():
+        return find_source(name, revision)
+    source = find_source(name, revision, weights=False)
+    from huggingface_hub import get_safetensors_metadata
+
+    try:
+        files = get_safetensors_metadata(name, revision=revision).files_metadata.values()
+    except Exception as error:  # the hub's client raises many kinds for the same thing
+        raise ConversionError(
+            f"{name} has no safetensors on the hub whose headers can be read ({first_line(error)}): "
+            "fetch it, and give its folder"
+        ) from error
+    tensors = {
+        tensor: TensorInfo(tuple(info.shape), _DTYPES.get(str(info.dtype), "int64"))
+        for file in files
+        for tensor, info in file.tensors.items()
+    }
+    return Source(name, source.folder, (), on_the_hub=tensors)
 
 
 def tensors_in(path: Path) -> dict[str, Tensor]:
@@ -185,6 +245,9 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
     Raises:
         ConversionError: the file is damaged, or a pickle of more than tensors, which could run code.
     """
+    import torch
+    from safetensors.torch import load_file
+
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -200,6 +263,8 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
+    from torch import Tensor
+
     for wrapper in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -208,34 +273,69 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}
 
 
-def _dtypes_in(path: Path) -> dict[str, torch.dtype]:
+def _described_in(path: Path) -> dict[str, TensorInfo]:
     if path.suffix != ".safetensors":
-        return {name: tensor.dtype for name, tensor in tensors_in(path).items()}
+        return {
+            name: TensorInfo(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            for name, tensor in tensors_in(path).items()
+        }
     try:
-        with safe_open(path, framework="pt") as file:
-            names = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        with safe_open(path, framework="np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {
+                name: TensorInfo(tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), "int64"))
+                for name, part in slices.items()
+            }
     except (SafetensorError, OSError) as error:
         raise ConversionError(f"{path} cannot be read as safetensors ({first_line(error)})") from error
-    known = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-    return {name: known.get(dtype, torch.int64) for name, dtype in names.items()}
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
-    """Return the files of tensors: safetensors before .bin before .pt; by the index where there is one."""
-    for suffix in (".safetensors", ".bin", ".pt"):
+    """Return the files of the model's tensors: safetensors before pickled ones; by the index where one is."""
+    for suffix in _WEIGHT_SUFFIXES:
         indexes = sorted(folder.glob(f"*{suffix}.index.json"))
         if indexes:
             return _indexed(indexes[0])
         files = [path for path in sorted(folder.glob(f"*{suffix}")) if not _NO_WEIGHTS.search(path.name)]
+        if len(files) > 1:
+            files = [path for path in files if not _is_head(path)] or files
         if len(files) > 1 and not all(_SHARD.search(path.name) for path in files):
             names = ", ".join(path.name for path in files)
             raise ConversionError(
                 f"{folder} holds several files of tensors without an index ({names}): "
                 "give the one that is meant as --checkpoint"
             )
-        if files:
+        if files and (len(files) > 1 or not _is_head(files[0]) or not _has_other_weights(folder, suffix)):
             return tuple(files)
     return ()
+
+
+def _has_other_weights(folder: Path, suffix: str) -> bool:
+    """Whether files of a later suffix may be the model's, beside a head in one of this suffix."""
+    later = _WEIGHT_SUFFIXES[_WEIGHT_SUFFIXES.index(suffix) + 1 :]
+    return any(not _NO_WEIGHTS.search(path.name) for end in later for path in folder.glob(f"*{end}"))
+
+
+def _head_files(folder: Path, weights: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Return the files beside the model's that hold a head and nothing else, one of each stem."""
+    found: dict[str, Path] = {}
+    taken = {path.stem for path in weights}
+    for path in (path for suffix in _WEIGHT_SUFFIXES for path in sorted(folder.glob(f"*{suffix}"))):
+        is_other = path.stem in taken or _SHARD.search(path.name) or _NO_WEIGHTS.search(path.name)
+        if not is_other and path.stem not in found and _is_head(path):
+            found[path.stem] = path
+    return tuple(found.values())
+
+
+def _is_head(path: Path) -> bool:
+    """Whether a file holds the weights of a few linear layers and nothing else."""
+    if path.stem in ("model", "pytorch_model", "adapter_model") or path.stat().st_size > _LARGEST_HEAD_BYTES:
+        return False
+    try:
+        shapes = [info.shape for info in _described_in(path).values()]
+    except ConversionError:
+        return False
+    return len(shapes) <= _MOST_OF_A_HEAD and all(len(shape) <= 2 for shape in shapes)
 
 
 def _indexed(index: Path) -> tuple[Path, ...]:
@@ -255,7 +355,8 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*_SMALL_FILES, "*.py"]))
         for kind in (["*.safetensors"], ["*.bin"], ["*.pt"]) if weights else ():
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*_SMALL_FILES, *kind]))
+            wanted = [*_SMALL_FILES, *kind, *_HEAD_NAMES]
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
             if _weight_files(folder):
                 break
         return folder
@@ -273,3 +374,12 @@ def some(names: Iterable[str], shown: int = 4) -> str:
     listed = sorted(names)
     more = f" and {len(listed) - shown} more" if len(listed) > shown else ""
     return ", ".join(listed[:shown]) + more
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return TypeAdapter(dict[str, Any]).validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise ConversionError(f"{path} is not a readable JSON object: {first_line(error)}") from error

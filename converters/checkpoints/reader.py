@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from conch.converters.checkpoints.architectures import read_network
-from conch.converters.checkpoints.files import base_model_of, find_source, read_reward_model_file
+from conch.converters.checkpoints.files import (
+    RewardModelFile,
+    base_model_of,
+    find_source,
+    read_reward_model_file,
+)
 from conch.converters.checkpoints.heads import Head
+from conch.converters.checkpoints.kinds import Kind, recognise
 from conch.converters.checkpoints.rules import scoring_rules
-from conch.converters.checkpoints.tokenizer import load_tokenizer
+from conch.converters.checkpoints.tokenizer import PAIR, load_tokenizer
 from conch.converters.options import ReadOptions
 from conch.store.manifest import ScoringRules
 
@@ -31,6 +37,10 @@ class RewardCheckpoint:
     rules: how the model's outputs become scores.
     base_model: folder or hub id of the model that a value head or an adapter builds on.
     sha256: hash of all weights, the base model's of an adapter among them.
+    decisions: what was decided about how it scores -> value and where it comes from.
+    kind: what it is; None only where tests build one by hand.
+    output: of the kind `custom`, see `Manifest.output`.
+    undecided: options of which nothing says the value; `parity/readings.py` finds out whether that matters.
     longest_compared: tokens of the longest sample on which a served form is compared with the checkpoint;
         all that a sample may have, but no more than `WINDOW_COMPARED` where nobody said how many these are.
     """
@@ -42,6 +52,10 @@ class RewardCheckpoint:
     rules: ScoringRules
     base_model: str | None = None
     sha256: str = ""
+    decisions: dict[str, str] = field(default_factory=dict)
+    kind: Kind | None = None
+    output: str | None = None
+    undecided: tuple[str, ...] = ()
     longest_compared: int = WINDOW_COMPARED
 
     @property
@@ -61,9 +75,10 @@ def read_checkpoint(name: str, requested: ReadOptions | None = None) -> RewardCh
     source = find_source(name, requested.revision)
     from_file = read_reward_model_file(source.folder)
     tokenizer = load_tokenizer(source, requested)
-    network = read_network(source, requested.base_model, trust_remote_code=requested.trust_remote_code)
+    kind = recognise(source, requested)
+    network = read_network(source, requested, kind, tokenizer)
     cast(nn.Module, network.model).to(requested.device)
-    rules = scoring_rules(source, requested, from_file, tokenizer, network)
+    rules, decisions = scoring_rules(source, requested, from_file, tokenizer, network)
     is_window = (requested.max_length or from_file.max_length) is None
     return RewardCheckpoint(
         source=source.name,
@@ -73,8 +88,33 @@ def read_checkpoint(name: str, requested: ReadOptions | None = None) -> RewardCh
         rules=rules,
         base_model=network.base_model,
         sha256=network.sha256,
+        decisions=decisions,
+        kind=network.kind,
+        output=network.output,
+        undecided=_undecided(requested, from_file, kind, rules),
         longest_compared=min(rules.max_length, WINDOW_COMPARED) if is_window else rules.max_length,
     )
+
+
+def _undecided(
+    requested: ReadOptions, from_file: RewardModelFile, kind: Kind, rules: ScoringRules
+) -> tuple[str, ...]:
+    """List the options that nobody gave, and of which the checkpoint's files do not say the value."""
+    open_options = []
+    if len(kind.head) == 2 and kind.activation is None:
+        open_options.append("head_activation")
+    said = requested.pooling or requested.pooling_token or from_file.pooling or rules.closing_token_id
+    if kind.name == "head" and said is None:
+        open_options.append("pooling")
+    is_ours = from_file.template is not None
+    if (
+        rules.reads == "dialogues"
+        and rules.template != PAIR
+        and requested.add_special_tokens is None
+        and not is_ours
+    ):
+        open_options.append("add_special_tokens")
+    return tuple(open_options)
 
 
 def checkpoint_sha256(name: str, requested: ReadOptions) -> str:

@@ -10,12 +10,13 @@ from typing import Any
 
 from conch.converters.checkpoints.architectures import Network, final_layer
 from conch.converters.checkpoints.files import REWARD_MODEL_FILE, RewardModelFile, Source
+from conch.converters.checkpoints.kinds import Kind
 from conch.converters.checkpoints.tokenizer import choose_template, reads_dialogues
 from conch.converters.options import Normalise, ReadOptions
 from conch.data.chat import what_template_reads
 from conch.errors import ConversionError
 from conch.models.loading import context_window
-from conch.store.manifest import Aggregate, Pooling, ScoringRules
+from conch.store.manifest import Aggregate, Pooling, ScoreFunction, ScoringRules
 from conch.triton.contract import Form
 
 # Tokenizers without a limit of their own say 10^30 or so.
@@ -24,40 +25,68 @@ _NO_LIMIT = 10**9
 
 def scoring_rules(
     source: Source, requested: ReadOptions, from_file: RewardModelFile, tokenizer: Any, network: Network
-) -> ScoringRules:
+) -> tuple[ScoringRules, dict[str, str]]:
     """Decide how the network's outputs become scores.
 
     requested: wins over `from_file`.
     from_file: the checkpoint's `reward_model.json`.
 
+    Returns:
+        the rules, and what was decided: name -> value and where it comes from.
+
     Raises:
         ConversionError: settings contradict the model or each other.
     """
-    pooling = _pooling(source, requested.pooling or from_file.pooling, network)
+    kind, decided = network.kind, dict(network.kind.decisions)
+    pooling, why = _pooling(source, requested, from_file.pooling, network, tokenizer)
+    decided.setdefault("pooling", f"{pooling} ({why})")
     _check_granularity(source, requested, pooling, network)
-    separator_id, aggregate = _steps(source, requested, pooling, tokenizer, len(network.labels))
-    columns, reward_names = _rewards(source, from_file.reward_names, requested.rewards, network, pooling)
-    template = choose_template(requested.template, from_file.template, tokenizer, pooling)
-    pad_token_id = _pad_token_id(source, network, pooling, tokenizer)
-    mean, std = (
-        _per_reward(statistic, getattr(from_file, statistic), reward_names, columns, network.labels)
-        for statistic in ("mean", "std")
+    steps, aggregate = _steps(source, requested, pooling, tokenizer, len(network.labels))
+    function, why = _function_to_apply(source, requested, pooling, network)
+    if pooling == "steps" or function != "none":
+        decided["function"] = f"{function} ({why})"
+    if aggregate == "prod" and function == "none":
+        raise ConversionError(
+            f"{source.name} has scores that are no probabilities: a product of such means nothing; use min, "
+            "mean or "
+            "last, or --function_to_apply sigmoid if that is what the model was trained with"
+        )
+    columns, reward_names = _rewards(
+        source, from_file.reward_names, requested.rewards, network, pooling, function
     )
-    normalise = requested.normalise or ("parameters" if from_file.normalise else "none")
-    _check_normalise(source, normalise, mean, std, network, pooling)
+    template, why = choose_template(requested, from_file, tokenizer, kind, pooling)
+    decided["template"] = f"{template} ({why})"
+    closing_token_id, why = _closing_token(source, requested, kind, tokenizer)
+    if closing_token_id is not None:
+        token = tokenizer.convert_ids_to_tokens(closing_token_id)
+        decided["closing token"] = f"{token!r}, id {closing_token_id} ({why})"
+    pad_token_id, why = _pad_token_id(source, requested, network, tokenizer)
+    decided["pad token"] = f"{tokenizer.convert_ids_to_tokens(pad_token_id)!r}, id {pad_token_id} ({why})"
+    mean, std, normalise = _normalising(source, requested, from_file, network, reward_names, columns)
+    _check_normalise(source, normalise, mean, std, network, pooling, function)
+    if mean is not None and std is not None:
+        how = "not applied" if normalise == "none" else f"applied ({normalise})"
+        decided["normalisation"] = f"mean {_short(mean)}, std {_short(std)}, {how}"
     of_dialogues: dict[str, Any] = {"reads": "texts"}
     if reads_dialogues(template):
-        contents, arguments = what_template_reads(tokenizer)
+        contents, arguments = ({}, "") if not tokenizer.chat_template else what_template_reads(tokenizer)
         of_dialogues = {"reads": "dialogues", "contents": contents, "arguments": arguments or None}
-    return ScoringRules(
+    if requested.add_special_tokens is not None:
+        decided["special tokens"] = f"{requested.add_special_tokens} (--add_special_tokens)"
+    rules = ScoringRules(
         template=template,
         **of_dialogues,
         truncation_side=tokenizer.truncation_side,
         max_length=_max_length(source, requested.max_length or from_file.max_length, network, tokenizer),
         pooling=pooling,
+        pooling_token_id=_pooling_token(source, requested, pooling, tokenizer),
+        add_special_tokens=requested.add_special_tokens,
+        closing_token_id=closing_token_id,
+        head_activation=network.head.activation if network.head else None,
+        function_to_apply=function,
         columns=columns,
         reward_names=reward_names,
-        separator_id=separator_id,
+        **steps,
         aggregate=aggregate,
         granularity=requested.granularity,
         normalise=normalise == "parameters",
@@ -68,6 +97,11 @@ def scoring_rules(
         eos_token_id=tokenizer.eos_token_id,
         vocab_size=_vocab_size(source, network, tokenizer, pad_token_id),
     )
+    return rules, decided
+
+
+def _short(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
 
 
 def check_dense(rules: ScoringRules, tokenizer: Any, form: Form) -> None:
@@ -109,26 +143,97 @@ def check_dense(rules: ScoringRules, tokenizer: Any, form: Form) -> None:
         )
 
 
-def _pooling(source: Source, requested: Pooling | None, network: Network) -> Pooling:
-    if requested is None or requested == network.pooling:
-        return network.pooling
-    if "steps" in (requested, network.pooling):
+def _pooling(
+    source: Source, requested: ReadOptions, from_file: Pooling | None, network: Network, tokenizer: Any
+) -> tuple[Pooling, str]:
+    """Return the rule, and where it comes from."""
+    chosen, why = requested.pooling or from_file, "--pooling" if requested.pooling else REWARD_MODEL_FILE
+    if requested.pooling_token is not None and requested.pooling in (None, "token"):
+        chosen, why = "token", "--pooling_token"
+    if chosen is None or chosen == network.pooling:
+        if chosen is None and network.pooling == "hf" and _has_no_pad(network):
+            # Its own class reads the last token then, if it is asked for one sample at a time.
+            return "last_token", "config.json has no pad token"
+        return network.pooling, why if chosen else "default of this kind"
+    if "steps" in (chosen, network.pooling):
         raise ConversionError(
-            f"{source.name}: pooling {requested!r} does not fit: process rewards (token classifiers) are "
-            "read at the ends of their steps, and only they are"
+            f"{source.name}: pooling {chosen!r} does not fit: process rewards (token classifiers, or what is "
+            "converted with --step_separator) are read at the ends of their steps, and only they are"
         )
-    if requested == "hf":
+    if chosen == "hf":
         raise ConversionError(
-            f"{source.name}: pooling 'hf' is what a transformers classifier does, and this is a value head: "
-            "choose last_token, first_eos, cls or mean"
+            f"{source.name}: pooling 'hf' is what a transformers classifier does, and this is a head on a "
+            "trunk: "
+            "choose last_token, first_eos, token, cls or mean"
         )
     if network.head is None:
         raise ConversionError(
-            f"{source.name}: pooling {requested!r} cannot be had: between the states and the scores of "
+            f"{source.name}: pooling {chosen!r} cannot be had: between the states and the scores of "
             f"{type(network.model).__name__} stands more than one linear layer, which only its own class "
             "can run; leave pooling out"
         )
-    return requested
+    if chosen == "token" and requested.pooling_token is None:
+        raise ConversionError("pooling 'token' needs --pooling_token, the text of the token that is read")
+    return chosen, why
+
+
+def _has_no_pad(network: Network) -> bool:
+    config = network.model.config.get_text_config()
+    return config.pad_token_id is None and network.kind.name == "classifier" and network.head is not None
+
+
+def _pooling_token(source: Source, requested: ReadOptions, pooling: Pooling, tokenizer: Any) -> int | None:
+    if requested.pooling_token is None:
+        return None
+    if pooling != "token":
+        raise ConversionError(
+            f"{source.name}: --pooling_token goes with --pooling token, and this is {pooling}"
+        )
+    return _one_token(source, "--pooling_token", requested.pooling_token, tokenizer)
+
+
+def _closing_token(
+    source: Source, requested: ReadOptions, kind: Kind, tokenizer: Any
+) -> tuple[int | None, str]:
+    if requested.closing_token is not None:
+        return _one_token(source, "--closing_token", requested.closing_token, tokenizer), "--closing_token"
+    return kind.closing_token_id, "reward_token_id of config.json"
+
+
+def _one_token(source: Source, option: str, text: str, tokenizer: Any) -> int:
+    number = tokenizer.get_vocab().get(text)
+    if number is None:
+        raise ConversionError(
+            f"{source.name}: {text!r} of {option} is no token of the tokenizer: give the text of one, as it "
+            "stands in the vocabulary"
+        )
+    return int(number)
+
+
+def _function_to_apply(
+    source: Source, requested: ReadOptions, pooling: Pooling, network: Network
+) -> tuple[ScoreFunction, str]:
+    """Return what is applied to the outputs, and where that comes from."""
+    function, outputs = requested.function_to_apply, len(network.labels)
+    if function is not None and network.head is None:
+        raise ConversionError(
+            f"{source.name}: --function_to_apply needs a head of linear layers, and "
+            f"{type(network.model).__name__} "
+            "gives its scores itself"
+        )
+    if function == "softmax" and outputs == 1:
+        raise ConversionError(f"{source.name} has one output, whose softmax is always 1: use sigmoid or none")
+    if function is not None:
+        return function, "--function_to_apply"
+    if outputs > 1 and (pooling == "steps" or requested.score_tokens):
+        return "softmax", f"default for {outputs} outputs of this kind"
+    if pooling == "steps" and requested.granularity != "token":
+        raise ConversionError(
+            f"{source.name} has one output for each step, and nothing says whether it is a score or the "
+            "logit of a "
+            "probability: add --function_to_apply none or sigmoid"
+        )
+    return "none", "default"
 
 
 def _check_granularity(source: Source, requested: ReadOptions, pooling: Pooling, network: Network) -> None:
@@ -152,38 +257,59 @@ def _check_granularity(source: Source, requested: ReadOptions, pooling: Pooling,
 
 def _steps(
     source: Source, requested: ReadOptions, pooling: Pooling, tokenizer: Any, outputs: int
-) -> tuple[int | None, Aggregate | None]:
-    """Return the id of the token that ends a step, and how scores of steps become one; process rewards only.
+) -> tuple[dict[str, Any], Aggregate | None]:
+    """Return the rules on where steps end, and how scores of steps become one; process rewards only.
 
     outputs: how many outputs the head has for each token.
     """
+    given = [
+        option
+        for option in ("step_separator", "aggregate", "step_delimiter", "steps_apart")
+        if getattr(requested, option)
+    ]
     if pooling != "steps":
-        if requested.step_separator is not None or requested.aggregate is not None:
+        if given:
             raise ConversionError(
                 f"{source.name} is no process reward model (a token classifier): it has no steps to separate "
-                "or aggregate"
+                f"or aggregate (--{given[0]})"
             )
-        return None, None
+        return {}, None
     aggregate = requested.aggregate or "min"
-    if aggregate == "prod" and outputs == 1:
-        raise ConversionError(
-            f"{source.name} has one output a token, which is no probability: a product of such scores means "
-            "nothing; use min, mean or last"
-        )
     if requested.granularity == "token":
-        return None, aggregate
+        return {}, aggregate
     if requested.step_separator is None:
         raise ConversionError(
             f"{source.name} scores the steps of a text: say with --step_separator which token ends a step, "
             "or score every token with --granularity token"
         )
-    ids = tokenizer(requested.step_separator, add_special_tokens=False).input_ids
-    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+    ids = separator_ids(requested.step_separator, tokenizer)
+    if not ids or tokenizer.unk_token_id in ids:
         raise ConversionError(
-            f"step separator {requested.step_separator!r} is no single token that the tokenizer knows "
-            f"({ids}): give one that is"
+            f"step separator {requested.step_separator!r} is no text that the tokenizer knows ({ids}): give "
+            "one "
+            "that is"
         )
-    return ids[0], aggregate
+    return {
+        "separator_id": ids[-1],
+        "separator_ids": tuple(ids) if len(ids) > 1 else (),
+        "step_separator": requested.step_separator,
+        "step_delimiter": requested.step_delimiter,
+        "steps_apart": requested.steps_apart,
+    }, aggregate
+
+
+def separator_ids(separator: str, tokenizer: Any) -> list[int]:
+    """Return the tokens of a separator: where it is no single token by itself, those that it has behind a
+    word.
+
+    A sentencepiece tokenizer puts a space before a text, which is none of the separator's.
+    """
+    alone = list(tokenizer(separator, add_special_tokens=False).input_ids)
+    before = list(tokenizer("a", add_special_tokens=False).input_ids)
+    behind = list(tokenizer(f"a{separator}", add_special_tokens=False).input_ids)
+    if len(alone) > 1 and behind[: len(before)] == before and 0 < len(behind) - len(before) < len(alone):
+        return behind[len(before) :]
+    return alone
 
 
 def _rewards(
@@ -192,6 +318,7 @@ def _rewards(
     requested: Sequence[str],
     network: Network,
     pooling: Pooling,
+    function: ScoreFunction,
 ) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
     """Return the numbers of the outputs that are served, None for all, and their names.
 
@@ -211,6 +338,10 @@ def _rewards(
     if requested:
         columns = tuple(_column(source, name, names) for name in requested)
         return columns, tuple(names[column] for column in columns)
+    if network.kind.name == "tokens" or (
+        pooling == "steps" and names == network.kind.config.get("score_tokens")
+    ):
+        return ((0,), ("reward",)) if function == "softmax" else (None, tuple(names))
     if pooling == "steps" and outputs == 2:  # wrong and right
         return (1,), ("reward",)
     if pooling == "steps" and outputs > 2:
@@ -233,20 +364,22 @@ def _numbered(names: Sequence[str]) -> str:
     return ", ".join(f"{index} {name}" for index, name in enumerate(names))
 
 
-def _pad_token_id(source: Source, network: Network, pooling: Pooling, tokenizer: Any) -> int:
+def _pad_token_id(
+    source: Source, requested: ReadOptions, network: Network, tokenizer: Any
+) -> tuple[int, str]:
+    """Return what fills short rows, and where that comes from; the model's own class gets to know it too."""
     config = network.model.config.get_text_config()
-    pad_token_id = config.pad_token_id
-    if pad_token_id is None and source.is_adapter:
-        # A base model need not have one; whoever trained the adapter saved its tokenizer with theirs.
-        pad_token_id = config.pad_token_id = tokenizer.pad_token_id
-    if pad_token_id is None and pooling == "hf":
-        raise ConversionError(
-            f"{source.name}: config.json has no pad_token_id, so samples cannot be batched; "
-            "set it to the pad token that the model was trained with"
-        )
-    # Elsewhere nothing is read from padding: any id that the model embeds will do.
-    candidates = (pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in candidates if token is not None)
+    if requested.pad_token is not None:
+        config.pad_token_id = _one_token(source, "--pad_token", requested.pad_token, tokenizer)
+        return config.pad_token_id, "--pad_token"
+    if config.pad_token_id is not None:
+        return config.pad_token_id, "config.json"
+    if tokenizer.pad_token_id is not None:
+        config.pad_token_id = tokenizer.pad_token_id
+        return tokenizer.pad_token_id, "tokenizer"
+    # Nothing is read from padding then, see `_pooling`: any id that the model embeds will do.
+    config.pad_token_id = 0 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    return config.pad_token_id, "neither config.json nor tokenizer has one"
 
 
 def _vocab_size(source: Source, network: Network, tokenizer: Any, pad_token_id: int) -> int:
@@ -302,6 +435,27 @@ def _per_reward(
     return values
 
 
+def _normalising(
+    source: Source,
+    requested: ReadOptions,
+    from_file: RewardModelFile,
+    network: Network,
+    reward_names: tuple[str, ...],
+    columns: tuple[int, ...] | None,
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None, Normalise]:
+    """Return mean and std of the served rewards, and what becomes of them."""
+    own = network.statistics
+    mean, std = (
+        _per_reward(statistic, values, reward_names, columns, network.labels)
+        for statistic, values in (
+            ("mean", from_file.mean if from_file.mean is not None else own and own.mean),
+            ("std", from_file.std if from_file.std is not None else own and own.std),
+        )
+    )
+    applied = from_file.normalise or (from_file.mean is None and own is not None and own.applied)
+    return mean, std, requested.normalise or ("parameters" if applied else "none")
+
+
 def _check_normalise(
     source: Source,
     normalise: Normalise,
@@ -309,15 +463,15 @@ def _check_normalise(
     std: tuple[float, ...] | None,
     network: Network,
     pooling: Pooling,
+    function: ScoreFunction,
 ) -> None:
     if normalise != "none" and (mean is None or std is None):
         raise ConversionError(
             f"normalise was asked for, but {source.name} has no reward_model.json with `mean` and `std`"
         )
-    if pooling == "steps":
-        is_linear = len(network.labels) == 1  # several labels give probabilities
-    else:
-        is_linear = network.head is not None or final_layer(network.model) is not None
+    is_linear = function == "none" and (
+        network.head is not None or (pooling == "hf" and final_layer(network.model) is not None)
+    )
     if normalise == "fold" and not is_linear:
         raise ConversionError(
             f"{source.name}: mean and std cannot be folded into its weights, its scores are not one linear "

@@ -8,8 +8,15 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from conch.converters.checkpoints.files import Source, base_model_of, find_source
-from conch.converters.options import ReadOptions
+from conch.converters.checkpoints.files import (
+    REWARD_MODEL_FILE,
+    RewardModelFile,
+    Source,
+    base_model_of,
+    find_source,
+)
+from conch.converters.checkpoints.kinds import Kind
+from conch.converters.options import DIALOGUE_TEMPLATES, ReadOptions
 from conch.data.preferences import CHAT, default_template, template_mistake
 from conch.data.text import special_tokens
 from conch.errors import ConversionError, first_line
@@ -17,6 +24,9 @@ from conch.log import get_logger
 from conch.store.manifest import Pooling
 
 _log = get_logger(__name__)
+
+PAIR = "pair"
+"""Template of models that read a prompt and an answer as a pair of sentences."""
 
 CLOSED_CHAT = "chat{eos}"
 """`CHAT` for models that were trained on dialogues with the template `{text}{eos}`: an eos ends them."""
@@ -27,7 +37,7 @@ _UNUSED = re.compile(r"reserved|unused|extra_id|placeholder", re.IGNORECASE)
 
 def reads_dialogues(template: str) -> bool:
     """Whether a sample in this template is a dialogue, not a text."""
-    return template in (CHAT, CLOSED_CHAT)
+    return template in DIALOGUE_TEMPLATES
 
 
 def used_special_tokens(tokenizer: Any) -> tuple[str, ...]:
@@ -53,30 +63,72 @@ def load_tokenizer(source: Source, requested: ReadOptions) -> Any:
         )
     if requested.truncation_side:
         tokenizer.truncation_side = requested.truncation_side
+    if requested.chat_template is not None:
+        tokenizer.chat_template = _chat_template(requested.chat_template)
     return tokenizer
 
 
-def choose_template(requested: str | None, from_file: str | None, tokenizer: Any, pooling: Pooling) -> str:
-    """Return the template over {text} and {eos}, or `chat`, or `chat{eos}`.
+def _chat_template(given: str) -> str:
+    """Return the Jinja template that an option holds, or names."""
+    if "{%" in given or "{{" in given:
+        return given
+    file = Path(given).expanduser()
+    if not file.is_file():
+        raise ConversionError(f"--chat_template {given!r} is neither Jinja nor a file of it")
+    return file.read_text(encoding="utf-8")
+
+
+def choose_template(
+    requested: ReadOptions, from_file: RewardModelFile, tokenizer: Any, kind: Kind, pooling: Pooling
+) -> tuple[str, str]:
+    """Return the template over {text} and {eos}, or `chat`, `chat{eos}`, `pair`; and where it comes from.
 
     {prompt}{output} means {text}: a client sends prompt and output of a sample joined, as one text.
 
-    requested: what options say; wins over `from_file`. `chat` is `chat{eos}` where the model was trained with
-        an eos at the end of its texts.
-    from_file: what `reward_model.json` says; if it says nothing either, the tokenizer and pooling decide.
+    requested: wins over `from_file`. `chat` is `chat{eos}` where the model was trained with an eos at the end
+        of
+        its texts.
+    from_file: if it says nothing either, the tokenizer and the kind decide.
 
     Raises:
-        ConversionError: the template is malformed, or needs an eos or a chat template that is missing.
+        ConversionError: the template is malformed, needs an eos or a chat template that is missing, or
+            nothing
+            says whether an encoder reads texts or pairs.
     """
-    chosen = requested or from_file
+    trained, why = from_file.template, "--template"
+    chosen = requested.template or (CHAT if requested.chat_template is not None else None)
     if chosen is None:
-        if tokenizer.chat_template:
-            _log.warning(
-                "the tokenizer has a chat template, and the model will be served for texts: if it was "
-                "trained on dialogues, add --template chat, so that it gets their messages"
-            )
-        # An eos behind the last step would only stand in the way: steps are read at their own ends.
-        return "{text}" if pooling == "steps" else default_template(tokenizer)
+        chosen, why = trained, REWARD_MODEL_FILE
+    elif requested.template is None:
+        why = "--chat_template"
+    if chosen is None:
+        return _default_template(tokenizer, kind, pooling)
+    return _checked_template(chosen, trained, tokenizer), why
+
+
+def _default_template(tokenizer: Any, kind: Kind, pooling: Pooling) -> tuple[str, str]:
+    if tokenizer.chat_template:
+        return CHAT, "the tokenizer has a chat template"
+    if _closes_pairs(tokenizer) and kind.name == "classifier" and kind.outputs == 1:
+        raise ConversionError(
+            "the model is an encoder with one output, and nothing says whether it was trained on a text, or "
+            "on prompt "
+            "and answer as a pair of sentences, which scores otherwise: add --template '{text}' or "
+            "--template pair"
+        )
+    # An eos behind the last step would only stand in the way: steps are read at their own ends.
+    return "{text}" if pooling == "steps" else default_template(tokenizer), "default for texts"
+
+
+def _closes_pairs(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts something between two sentences, as encoders' do."""
+    both = tokenizer("a", "a").input_ids
+    return len(both) > 2 * len(tokenizer("a", add_special_tokens=False).input_ids) + 1
+
+
+def _checked_template(chosen: str, from_file: str | None, tokenizer: Any) -> str:
+    if chosen == PAIR:
+        return PAIR
     if reads_dialogues(chosen):
         if not tokenizer.chat_template:
             raise ConversionError(

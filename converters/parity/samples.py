@@ -98,6 +98,11 @@ def requests_of(cases: Sequence[ParityCase], form: Form, pad_token_id: int) -> l
     return [_token_request(case, pad_token_id) for case in cases]
 
 
+def dialogue_sample(checkpoint: RewardCheckpoint, messages: list[dict[str, Any]]) -> Sample:
+    """Build the sample of a dialogue; without ids where the chat template refuses it."""
+    return Sample(_sent(messages), tuple(_Dialogues(checkpoint).encode(messages)))
+
+
 class _TextSamples:
     """Builds texts, or dialogues that hold them, with the ids that template and truncation must give."""
 

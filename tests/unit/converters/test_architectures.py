@@ -213,11 +213,14 @@ def test_a_process_reward_combines_the_scores_of_the_steps(
     assert_scores_close(scores, right)
 
 
-def test_a_process_reward_of_one_output_is_its_raw_score(tmp_path: Path) -> None:
+@pytest.mark.parametrize("function", ["none", "sigmoid"])
+def test_a_process_reward_of_one_output_is_its_score_or_probability(tmp_path: Path, function: Any) -> None:
     model = process_reward(tmp_path / "model", "llama", num_labels=1)
     with torch.inference_mode():
         right = [model(torch.tensor([row])).logits[0, :, 0] for row in ROWS]
-    scores = served(tmp_path / "model", ReadOptions(step_separator=";", aggregate="last"))
+    right = [torch.sigmoid(row) for row in right] if function == "sigmoid" else right
+    reading = ReadOptions(step_separator=";", aggregate="last", function_to_apply=function)
+    scores = served(tmp_path / "model", reading)
 
     last = [max((p for p, token in enumerate(row) if token != EOS), default=0) for row in ROWS]
     assert_scores_close(scores[:, 0], [r[p] for r, p in zip(right, last, strict=True)])
@@ -340,13 +343,14 @@ def test_a_value_head_with_nan_is_refused(tmp_path: Path, value_head: dict[str, 
     )
 
 
-def test_a_value_head_of_several_layers_is_refused(
+def test_a_head_that_is_no_chain_of_linear_layers_is_refused(
     tmp_path: Path, value_head: dict[str, torch.Tensor]
 ) -> None:
     value_head["v_head.summary.weight"] = torch.zeros(1, 32)
     refused(
         save_value_head(tmp_path / "head", value_head, "pt"),
-        r"more than one linear layer \(v_head\.summary\.weight\)",
+        r"no chain of one or two linear layers on states of width 32 \(v_head\.summary\.weight, "
+        r"v_head\.weight\)",
         base_model=str(tmp_path / "base"),
     )
 
@@ -399,8 +403,8 @@ def test_extra_tensors_of_a_classifier_are_named(tmp_path: Path) -> None:
     ("reading", "expected"),
     [
         ({}, "say with --step_separator"),
-        ({"step_separator": ";;"}, "no single token"),
-        ({"step_separator": "Z"}, "no single token"),
+        ({"step_separator": "Z"}, "no text that the tokenizer knows"),
+        ({"step_separator": ""}, "no text that the tokenizer knows"),
         ({"step_separator": ";", "pooling": "mean"}, "read at the ends of their steps"),
         ({"step_separator": ";", "normalise": "fold"}, "no reward_model.json"),
         ({"step_separator": ";", "rewards": ("2",)}, r"no reward '2'; it has: 0 LABEL_0, 1 LABEL_1"),
@@ -413,7 +417,13 @@ def test_a_process_reward_refuses(tmp_path: Path, reading: dict[str, Any], expec
 
 def test_a_product_of_raw_scores_is_refused(tmp_path: Path) -> None:
     process_reward(tmp_path, "llama", num_labels=1)
-    refused(tmp_path, "which is no probability", step_separator=";", aggregate="prod")
+    raw = {"step_separator": ";", "function_to_apply": "none"}
+    refused(tmp_path, "scores that are no probabilities", **raw, aggregate="prod")
+
+
+def test_whether_one_output_of_a_step_is_a_score_or_a_logit_must_be_said(tmp_path: Path) -> None:
+    process_reward(tmp_path, "llama", num_labels=1)
+    refused(tmp_path, "add --function_to_apply none or sigmoid", step_separator=";")
 
 
 def test_which_of_three_kinds_of_steps_is_the_reward_must_be_said(tmp_path: Path) -> None:

@@ -106,9 +106,7 @@ def test_read_checkpoint_refuses_a_language_model_whose_head_would_be_random(tmp
     tokenizer = char_tokenizer("abc")
     GPT2LMHeadModel(tiny_gpt2_config(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(
-        ConversionError, match=r"no complete AutoModelForSequenceClassification: score\.weight missing"
-    ):
+    with pytest.raises(ConversionError, match=r"language model \(GPT2LMHeadModel\) without a reward head"):
         read_checkpoint(str(tmp_path))
 
 
@@ -142,10 +140,14 @@ def test_read_checkpoint_refuses_nan_weights(tmp_path: Path) -> None:
         read_checkpoint(str(tmp_path))
 
 
-def test_read_checkpoint_refuses_a_model_without_pad_token(tmp_path: Path) -> None:
+def test_a_model_without_pad_token_is_read_at_its_last_token_and_padded_with_the_tokenizers(
+    tmp_path: Path,
+) -> None:
     edit_json(reward_checkpoint(tmp_path) / "config.json", pad_token_id=None)
-    with pytest.raises(ConversionError, match="has no pad_token_id, so samples cannot be batched"):
-        read_checkpoint(str(tmp_path))
+    checkpoint = read_checkpoint(str(tmp_path))
+    assert checkpoint.rules.pooling == "last_token"
+    assert checkpoint.rules.pad_token_id == checkpoint.tokenizer.pad_token_id
+    assert checkpoint.decisions["pad token"].endswith("(tokenizer)")
 
 
 def test_read_checkpoint_refuses_a_tokenizer_that_is_too_big(tmp_path: Path) -> None:

@@ -1,0 +1,149 @@
+"""Refuse to choose in silence: where a checkpoint can be read in two ways, see whether the scores differ.
+
+What nothing in the checkpoint says (`RewardCheckpoint.undecided`) is tried both ways on a few dialogues.
+Where the scores are the same, the choice does not matter; where they differ, the conversion stops and shows
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+from conch.converters.checkpoints.reader import RewardCheckpoint
+from conch.converters.parity.reference import expected_scores
+from conch.converters.parity.samples import ParityCase, Sample, dialogue_sample
+from conch.errors import ConversionError
+from conch.store.manifest import HeadActivation
+
+Messages = list[dict[str, Any]]
+_FIRST = {"role": "user", "content": "What is two and two?"}
+_SECOND = {"role": "user", "content": "And three and three?"}
+
+
+def _said(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+_DIALOGUES: tuple[Messages, ...] = (
+    [_FIRST, _said("It is four.")],
+    [_FIRST, _said("It is five, I think.")],
+    [_FIRST, _said("Four."), _SECOND, _said("Six.")],
+    [_FIRST, _said("Four."), _SECOND, _said("Seven, or so.")],
+)
+
+# Scores that rounding alone tells apart are the same reading.
+_ALIKE = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One way to read a checkpoint.
+
+    option: what a user writes to have it.
+    checkpoint: read so.
+    """
+
+    option: str
+    checkpoint: RewardCheckpoint
+
+
+def refuse_two_readings(checkpoint: RewardCheckpoint) -> None:
+    """Try out what nothing in the checkpoint says.
+
+    Raises:
+        ConversionError: two readings give other scores; shows them on a dialogue, with the options to choose
+            by.
+    """
+    for aspect in checkpoint.undecided:
+        readings = _READINGS[aspect](checkpoint)
+        if len(readings) > 1:
+            _refuse_if_different(checkpoint, aspect, readings)
+
+
+def _refuse_if_different(checkpoint: RewardCheckpoint, aspect: str, readings: Sequence[Reading]) -> None:
+    for messages in _DIALOGUES:
+        samples = [dialogue_sample(reading.checkpoint, messages) for reading in readings]
+        if not all(sample.ids for sample in samples):
+            continue  # the template takes no such dialogue
+        scores = [
+            _score(reading.checkpoint, sample) for reading, sample in zip(readings, samples, strict=True)
+        ]
+        if max(abs(score - scores[0]) for score in scores) <= _ALIKE * max(1.0, abs(scores[0])):
+            continue
+        shown = "\n".join(
+            f"  {reading.option:<36} {score:>12.6f}   reads ...{_end_of(reading.checkpoint, sample)}"
+            for reading, sample, score in zip(readings, samples, scores, strict=True)
+        )
+        said = "\n".join(f"  {message['role']}: {message['content']}" for message in messages)
+        raise ConversionError(
+            f"{checkpoint.source}: nothing in the checkpoint says its {aspect}, and scores differ by it. "
+            "Add the one "
+            f"that the model was trained with; its card says, or its recipe (--recipe "
+            f"list):\n{shown}\nfor\n{said}"
+        )
+
+
+def _score(checkpoint: RewardCheckpoint, sample: Sample) -> float:
+    return expected_scores(checkpoint, [ParityCase("reading", (sample,))]).scores[sample.ids][0]
+
+
+def _end_of(checkpoint: RewardCheckpoint, sample: Sample) -> str:
+    return repr(checkpoint.tokenizer.decode(list(sample.ids[-12:])))
+
+
+def _activations(checkpoint: RewardCheckpoint) -> list[Reading]:
+    assert checkpoint.head is not None
+    return [
+        Reading(
+            f"--head_activation {name}",
+            replace(
+                checkpoint,
+                head=replace(checkpoint.head, activation=name),
+                rules=_rules(checkpoint, head_activation=name),
+            ),
+        )
+        for name in get_args(HeadActivation)
+    ]
+
+
+def _poolings(checkpoint: RewardCheckpoint) -> list[Reading]:
+    """A head that is called `v_head` may be read at the first eos, as trlX does, or at a token kept for
+    it."""
+    tokenizer, readings = checkpoint.tokenizer, []
+    assert checkpoint.kind is not None
+    readings.append(Reading("--pooling last_token", _reading(checkpoint, pooling="last_token")))
+    if checkpoint.kind.head == ("v_head",) and tokenizer.eos_token_id is not None:
+        readings.append(Reading("--pooling first_eos", _reading(checkpoint, pooling="first_eos")))
+    if tokenizer.cls_token_id is not None:
+        rules = {
+            "pooling": "token",
+            "pooling_token_id": tokenizer.cls_token_id,
+            "closing_token_id": tokenizer.cls_token_id,
+        }
+        option = f"--closing_token '{tokenizer.cls_token}'"
+        readings.append(Reading(option, _reading(checkpoint, **rules)))
+    return readings
+
+
+def _special_tokens(checkpoint: RewardCheckpoint) -> list[Reading]:
+    return [
+        Reading(f"--add_special_tokens {how}", _reading(checkpoint, add_special_tokens=how))
+        for how in ("never", "once")
+    ]
+
+
+def _reading(checkpoint: RewardCheckpoint, **rules: Any) -> RewardCheckpoint:
+    return replace(checkpoint, rules=_rules(checkpoint, **rules))
+
+
+def _rules(checkpoint: RewardCheckpoint, **rules: Any) -> Any:
+    return checkpoint.rules.model_copy(update=rules)
+
+
+_READINGS: dict[str, Callable[[RewardCheckpoint], list[Reading]]] = {
+    "head_activation": _activations,
+    "pooling": _poolings,
+    "add_special_tokens": _special_tokens,
+}

@@ -1,0 +1,114 @@
+"""Recipes: facts about public reward models that no file of theirs holds, as settings of a conversion.
+
+The table is `recipes.yaml`. A recipe only sets options that a user could set.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from conch.config import Section
+from conch.converters.options import ReadOptions
+from conch.errors import ConversionError
+
+_TABLE = Path(__file__).parent / "recipes.yaml"
+
+
+class Recipe(Section):
+    """Facts about one family of public models."""
+
+    models: tuple[str, ...] = Field(min_length=1)
+    """Hub ids that the facts are of."""
+
+    source: str
+    """Where they were read, and when."""
+
+    options: dict[str, Any]
+    """Fields of `ReadOptions`."""
+
+    note: str = ""
+    """What else a user must know or give."""
+
+
+class RecipeTable(Section):
+    """All recipes."""
+
+    version: int
+    """Goes up with every change of a fact."""
+
+    recipes: dict[str, Recipe]
+    """Name -> recipe."""
+
+
+@functools.cache
+def recipe_table() -> RecipeTable:
+    """Return the table."""
+    return RecipeTable.model_validate(yaml.safe_load(_TABLE.read_text(encoding="utf-8")))
+
+
+def recipe_version(name: str) -> str:
+    """Return a recipe's name with the version of its table, for the manifest."""
+    return f"{name}@{recipe_table().version}"
+
+
+def with_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of a conversion with those of the recipe that they name; a setting that is given wins.
+
+    Raises:
+        ConversionError: there is no recipe of this name.
+    """
+    name = settings.get("recipe")
+    if name is None:
+        return dict(settings)
+    recipes = recipe_table().recipes
+    if name not in recipes:
+        near = difflib.get_close_matches(str(name), recipes, 1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise ConversionError(f"there is no recipe {name!r}{meant}; --recipe list lists them")
+    return {**recipes[name].options, **settings}
+
+
+def recipe_for(checkpoint: str) -> str | None:
+    """Return the recipe whose models have this hub id, or this name of a folder; None where there is none."""
+    name = checkpoint.rstrip("/").rpartition("/")[2].lower()
+    for recipe_name, recipe in recipe_table().recipes.items():
+        if any(name == model.rpartition("/")[2].lower() for model in recipe.models):
+            return recipe_name
+    return None
+
+
+def recipe_list() -> str:
+    """List the recipes for people: name, models, the options that they set, source."""
+    table = recipe_table()
+    lines = [
+        f"recipes, version {table.version}; each sets options of `conch convert`, and one that you give wins"
+    ]
+    for name, recipe in sorted(table.recipes.items()):
+        lines += ["", name, f"  models   {', '.join(recipe.models)}"]
+        lines += [f"  {option:<22} {_short(value)}" for option, value in recipe.options.items()]
+        lines += [f"  note     {recipe.note}"] if recipe.note else []
+        lines += [f"  source   {recipe.source}"]
+    return "\n".join(lines)
+
+
+def _short(value: Any, most: int = 70) -> str:
+    text = (
+        " ".join(value) if isinstance(value, list) else repr(value) if isinstance(value, str) else str(value)
+    )
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def check_table() -> None:
+    """Raise ConversionError where a recipe sets what is no option, or a value that none takes."""
+    for name, recipe in recipe_table().recipes.items():
+        try:
+            ReadOptions.model_validate(recipe.options)
+        except ValidationError as error:
+            raise ConversionError(f"recipe {name}: {error}") from error
