@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tests.integration.reward_models import templates
-from tests.integration.reward_models.bodies import WIDTH, Body, body, linear
+from tests.integration.reward_models.bodies import WIDTH, Body, base_folder, body, linear
 from tests.integration.reward_models.chats import gemma, llama_3, qwen
 from tests.integration.reward_models.classifiers import by_template
 from tests.integration.reward_models.parts import (
@@ -17,6 +17,7 @@ from tests.integration.reward_models.parts import (
     named_tensors,
     save_config,
     save_tensors,
+    save_tokenizer,
     scattered,
 )
 from tests.integration.reward_models.replica import Pipeline, Replica
@@ -58,10 +59,11 @@ def _three_outputs_of_two_layers(folder: Path) -> Pipeline:
 
 
 def _saved_by_a_wrapper(folder: Path) -> Pipeline:
-    """Of an unknown type that begins with a known one; `module.` before every name, as DDP saves them."""
+    """Of a type that transformers does not know; `module.` before every name, as DDP saves them."""
     parts = body("llama", llama_3(pad_token="<|finetune_right_pad_id|>"), linear(), seed=63)
     tensors = parts.tensors("module.model.", "module.reward_proj.")
     keys = {"model_type": "llama_reward", "reward_head_type": "linear"}
+    base_folder(folder, parts, "LlamaForCausalLM")
     parts.publish(folder, tensors, "LlamaRewardWrapper", keys=keys, pickled=True, shards=2)
     return parts.pipeline(folder, by_template)
 
@@ -73,7 +75,7 @@ def _tied_language_model(folder: Path) -> Pipeline:
     model = scattered(AutoModelForCausalLM.from_config(config), seed=64)
     save_config(folder, config, architectures=["Qwen2ForCausalLM"], torch_dtype="bfloat16", dtype=None)
     save_tensors(folder, named_tensors("model.", model.model))
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(folder, tokenizer)
     head = nn.Linear(WIDTH, 1, bias=False)
     row = tokenizer.convert_tokens_to_ids("<|good|>")
     head.weight = nn.Parameter(model.lm_head.weight[row : row + 1])
@@ -113,7 +115,11 @@ def _ldl(folder: Path) -> Pipeline:
 OTHERS: tuple[Replica, ...] = (
     Replica("a pickled head beside a trunk", _pickled_head_beside_a_trunk, {"pooling": "last_token"}),
     Replica("three outputs of two layers", _three_outputs_of_two_layers, {"pooling": "last_token"}),
-    Replica("a head saved by a wrapper", _saved_by_a_wrapper, {"pooling": "last_token"}),
+    Replica(
+        "a head saved by a wrapper",
+        _saved_by_a_wrapper,
+        {"pooling": "last_token", "base_model": "{beside}/base"},
+    ),
     Replica("a tied language model", _tied_language_model, {"score_tokens": ("<|good|>",)}),
     Replica(
         "LDL-Reward-Gemma-2-27B",
