@@ -299,7 +299,7 @@ CHATS: tuple[Replica, ...] = (
     Replica(
         "classifier without a pad token, padded with its eos",
         _eos_as_pad,
-        {"pad_token": "<|eot_id|>"},
+        {"pad_token": "<|eot_id|>", "pooling": "hf"},
         source="reward-bench scripts/run_rm.py",
     ),
     Replica(
