@@ -14,10 +14,8 @@ from conch.converters.checkpoints.heads import Head
 from conch.converters.checkpoints.rules import scoring_rules
 from conch.converters.checkpoints.tokenizer import load_tokenizer
 from conch.converters.options import ReadOptions
+from conch.converters.parity.budget import WINDOW_COMPARED, longest_compared
 from conch.store.manifest import ScoringRules
-
-WINDOW_COMPARED = 2048
-"""Tokens. What a sample takes grows with the square of its length: one of 32,768 takes minutes on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +29,9 @@ class RewardCheckpoint:
     rules: how the model's outputs become scores.
     base_model: folder or hub id of the model that a value head or an adapter builds on.
     sha256: hash of all weights, the base model's of an adapter among them.
+    output: of a class that came with the checkpoint, see `Manifest.output`; None of others.
     longest_compared: tokens of the longest sample on which a served form is compared with the checkpoint;
-        all that a sample may have, but no more than `WINDOW_COMPARED` where nobody said how many these are.
+        all that a sample may have, or as many as are affordable, see `parity/budget.py`.
     """
 
     source: str
@@ -42,6 +41,7 @@ class RewardCheckpoint:
     rules: ScoringRules
     base_model: str | None = None
     sha256: str = ""
+    output: str | None = None
     longest_compared: int = WINDOW_COMPARED
 
     @property
@@ -64,7 +64,6 @@ def read_checkpoint(name: str, requested: ReadOptions | None = None) -> RewardCh
     network = read_network(source, requested.base_model, trust_remote_code=requested.trust_remote_code)
     cast(nn.Module, network.model).to(requested.device)
     rules = scoring_rules(source, requested, from_file, tokenizer, network)
-    is_window = (requested.max_length or from_file.max_length) is None
     return RewardCheckpoint(
         source=source.name,
         model=network.model,
@@ -73,7 +72,7 @@ def read_checkpoint(name: str, requested: ReadOptions | None = None) -> RewardCh
         rules=rules,
         base_model=network.base_model,
         sha256=network.sha256,
-        longest_compared=min(rules.max_length, WINDOW_COMPARED) if is_window else rules.max_length,
+        longest_compared=longest_compared(network.model, rules.max_length),
     )
 
 

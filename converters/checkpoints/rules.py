@@ -55,9 +55,12 @@ def scoring_rules(
         truncation_side=tokenizer.truncation_side,
         max_length=_max_length(source, requested.max_length or from_file.max_length, network, tokenizer),
         pooling=pooling,
+        function_to_apply=requested.function_to_apply
+        or ("softmax" if pooling == "steps" and len(network.labels) > 1 else "none"),
         columns=columns,
         reward_names=reward_names,
         separator_id=separator_id,
+        step_separator=requested.step_separator,
         aggregate=aggregate,
         granularity=requested.granularity,
         normalise=normalise == "parameters",
