@@ -167,27 +167,23 @@ VALUE_HEADS: tuple[Replica, ...] = (
     Replica(
         "OpenRLHF, normalised",
         _openrlhf_normalised,
-        {"pooling": "last_token"},
         source="OpenRLHF openrlhf/models/model.py",
     ),
-    Replica("OpenRLHF value_head", _openrlhf_value_head, {"pooling": "last_token"}, source="the same"),
-    Replica("OpenRLHF, own prefix", _openrlhf_own_prefix, {"pooling": "last_token"}, source="the same"),
+    Replica("OpenRLHF value_head", _openrlhf_value_head, source="the same"),
+    Replica("OpenRLHF, own prefix", _openrlhf_own_prefix, source="the same"),
     Replica(
         "TRL value head",
         _trl_value_head,
-        {"pooling": "last_token"},
         source="trl modeling_value_head.py",
     ),
     Replica(
         "LLaMA-Factory value_head.safetensors",
         _llama_factory,
-        {"pooling": "last_token"},
         source="reward-bench rewardbench/models/skyvl.py",
     ),
     Replica(
         "Skywork-VL-Reward, words alone",
         _skywork_vl,
-        {"pooling": "last_token"},
         source="reward-bench rewardbench/models/skyvl.py",
     ),
     Replica(
