@@ -145,6 +145,12 @@ def _missing(
         missing.append(
             "--function_to_apply: whether a step's one output is a score (none) or a logit (sigmoid)"
         )
+    labels = kind.config.get("id2label")
+    outputs = len(labels) if labels else kind.config.get("num_labels", 2)
+    is_encoder = kind.name == "classifier" and tokenizer.get("cls_token") and tokenizer.get("sep_token")
+    says_template = requested.template or requested.chat_template or from_file.template
+    if is_encoder and outputs == 1 and not says_template and not tokenizer.get("chat_template"):
+        missing.append("--template: '{text}', or `pair` for prompt and answer as a pair of sentences")
     is_open = not (requested.pooling or requested.pooling_token or from_file.pooling or kind.closing_token_id)
     if kind.name == "head" and kind.head == ("v_head",) and is_open:
         missing.append("perhaps --pooling: the conversion compares where a `v_head` may be read, and says so")

@@ -21,7 +21,8 @@ from conch.errors import ConversionError
 from conch.store.manifest import Backend, Manifest
 from conch.triton.contract import Engine, Form, RewardModelSpec, ensemble_parts
 
-TOKENIZER_PY = Path(triton_models.__file__).parent / "tokenizer_model.py"
+_MODELS = Path(triton_models.__file__).parent
+_TOKENIZER_RUNNER = (_MODELS / "tokenizer_model.py", _MODELS / "encoding.py")
 
 _TOOLS = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 _MORE_TOOLS: dict[Backend, tuple[str, ...]] = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
@@ -35,7 +36,8 @@ class Part:
     form: what is sent to the model.
     engine: Triton's back end, see `RewardModelSpec`.
     route: names of the parts that a sample passes through to get a score; () for a part that gives none.
-    runner: the `model.py` of the version; None for an ensemble, which Triton runs by itself.
+    runner: the code of the version, of which the first file becomes its `model.py`; () for an ensemble, which
+        Triton runs by itself.
     write_weights: fills the version folder with the model; None for a part without weights.
     """
 
@@ -43,7 +45,7 @@ class Part:
     form: Form
     engine: Engine
     route: tuple[str, ...]
-    runner: Path | None
+    runner: tuple[Path, ...]
     write_weights: Callable[[Path, RewardCheckpoint, Manifest], None] | None
 
 
@@ -54,24 +56,24 @@ def plan_parts(name: str, options: ConversionOptions) -> tuple[Part, ...]:
         ConversionError: a library that the back end needs is not installed.
     """
     if options.backend == "python":
-        return (Part(name, options.form, "python", (name,), python.MODEL_PY, python.write_weights),)
+        return (Part(name, options.form, "python", (name,), python.RUNNER, python.write_weights),)
     if options.backend == "torchscript":
-        return (Part(name, "token", "pytorch", (name,), graph.GRAPH_PY, graph.write_torchscript),)
+        return (Part(name, "token", "pytorch", (name,), graph.RUNNER, graph.write_torchscript),)
     check_onnx_installed()
     if options.form == "token":
-        return (Part(name, "token", "onnxruntime", (name,), graph.GRAPH_PY, graph.write_onnx),)
+        return (Part(name, "token", "onnxruntime", (name,), graph.RUNNER, graph.write_onnx),)
     tokenizer, token_form = ensemble_parts(name)
     return (
-        Part(token_form, "token", "onnxruntime", (token_form,), graph.GRAPH_PY, graph.write_onnx),
-        Part(tokenizer, "text", "python", (), TOKENIZER_PY, None),
-        Part(name, "text", "ensemble", (tokenizer, token_form), None, None),
+        Part(token_form, "token", "onnxruntime", (token_form,), graph.RUNNER, graph.write_onnx),
+        Part(tokenizer, "text", "python", (), _TOKENIZER_RUNNER, None),
+        Part(name, "text", "ensemble", (tokenizer, token_form), (), None),
     )
 
 
 def write_part(
     folder: Path, part: Part, checkpoint: RewardCheckpoint, options: ConversionOptions
 ) -> Manifest:
-    """Write weights, tokenizer and manifest into a version folder, all but the runner `model.py`.
+    """Write weights, tokenizer and manifest into a version folder, all but the runner.
 
     The checkpoint's model is not fit for use afterwards where the part has weights.
 
@@ -83,7 +85,7 @@ def write_part(
     try:
         if part.write_weights is not None:
             part.write_weights(folder, checkpoint, manifest)
-        if part.runner is not None:
+        if part.runner:
             checkpoint.tokenizer.save_pretrained(folder)
         write_manifest(folder, manifest)
     except OSError as error:

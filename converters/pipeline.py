@@ -63,8 +63,8 @@ def convert(checkpoint: str, name: str, options: ConversionOptions) -> Conversio
         folders = {part.name: stack.enter_context(_staging_folder(part.name, options)) for part in parts}
         _refuse_other_checkpoint(checkpoint, parts, options)
         for part in parts:
-            if part.runner is not None:
-                shutil.copyfile(part.runner, folders[part.name] / "model.py")
+            for number, file in enumerate(part.runner):
+                shutil.copyfile(file, folders[part.name] / (file.name if number else "model.py"))
         # The processes import their libraries while this one reads and writes.
         routes = {
             part.name: [stack.enter_context(SubprocessModel(folders[step])) for step in part.route]
@@ -104,9 +104,9 @@ def _read_and_write(
     refuse_two_readings(checkpoint)
     if checkpoint.longest_compared < checkpoint.rules.max_length:
         _log.warning(
-            "the window of %d tokens is long to compare scores over, so samples have up to %d: set "
-            "--max_length to the most tokens that yours have, and lengths up to it are compared",
-            *(checkpoint.rules.max_length, checkpoint.longest_compared),
+            "scores are compared on samples of up to %d tokens, longer ones take too long; up to the limit "
+            "of %d the token ids are compared that are read",
+            *(checkpoint.longest_compared, checkpoint.rules.max_length),
         )
     _log.info("scoring samples of up to %d tokens with the original", checkpoint.longest_compared)
     # Every reference comes before the first part: once its weights are written, the model is not fit for use.

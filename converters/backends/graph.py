@@ -6,15 +6,19 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from torch import nn
+
 from conch.converters import triton_models
 from conch.converters.backends.onnx import export_onnx
+from conch.converters.backends.padded_graph import StepScores
 from conch.converters.backends.python import write_weights
 from conch.converters.backends.torchscript import export_torchscript
 from conch.converters.checkpoints.reader import RewardCheckpoint
-from conch.converters.triton_models.reward_model import load_model
-from conch.store.manifest import Manifest
+from conch.converters.triton_models.network import load_model
+from conch.errors import ConversionError
+from conch.store.manifest import Backend, Manifest
 
-GRAPH_PY = Path(triton_models.__file__).parent / "graph_model.py"
+RUNNER = (Path(triton_models.__file__).parent / "graph_model.py",)
 
 
 def write_onnx(folder: Path, checkpoint: RewardCheckpoint, manifest: Manifest) -> None:
@@ -37,13 +41,36 @@ def write_torchscript(folder: Path, checkpoint: RewardCheckpoint, manifest: Mani
     _write(folder, checkpoint, manifest, export_torchscript)
 
 
+def check_graph(checkpoint: RewardCheckpoint, backend: Backend) -> None:
+    """Raise ConversionError for what no graph over token ids and a mask can hold."""
+    reason = ""
+    if checkpoint.rules.reads == "dialogues":
+        reason = f"has no chat template, and {checkpoint.source} reads dialogues"
+    elif checkpoint.output is not None:
+        reason = f"holds no Python, and {checkpoint.source} is scored by code of its own"
+    elif checkpoint.rules.steps_apart and backend == "torchscript":
+        reason = "tokenises nothing, and steps are to be encoded apart"
+    elif _overlaps(checkpoint.rules.separator_ids):
+        reason = "finds no separator whose end is its beginning again"
+    if reason:
+        raise ConversionError(f"--backend {backend} {reason}: take --backend python")
+
+
+def _overlaps(separator: tuple[int, ...]) -> bool:
+    """Return whether a separator of several tokens can begin before an earlier one has ended."""
+    return any(separator[:size] == separator[-size:] for size in range(1, len(separator)))
+
+
 def _write(
     folder: Path, checkpoint: RewardCheckpoint, manifest: Manifest, export: Callable[..., None]
 ) -> None:
+    check_graph(checkpoint, manifest.backend)
     # By way of the python form, so that pooling, columns, precision and normalising are the same code.
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         write_weights(Path(scratch), checkpoint, manifest)
-        model = load_model(Path(scratch), manifest.model_dump())
+        model: nn.Module = load_model(Path(scratch), manifest.model_dump())
+        if manifest.pooling == "steps":
+            model = StepScores(model, checkpoint.tokenizer, manifest)
         export(
             model.to(checkpoint.model.device) if manifest.backend == "torchscript" else model,
             folder,

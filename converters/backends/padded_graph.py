@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+from conch.converters.triton_models.encoding import is_blank, special_ids
+from conch.converters.triton_models.network import ServedModel
+from conch.store.manifest import ScoringRules
 
 
 class Graph(nn.Module):
@@ -35,6 +41,47 @@ class Graph(nn.Module):
         mask = attention_mask.gather(1, source)
         ids = torch.where(mask != 0, input_ids.gather(1, source), self.pad_token_id)
         return self.model(ids, mask).float()
+
+
+class StepScores(nn.Module):
+    """Scores of a process reward by ids and mask alone: where steps end is found in the ids.
+
+    model: is told where they end.
+    """
+
+    is_special: Tensor
+    is_blank: Tensor
+
+    def __init__(self, model: ServedModel, tokenizer: Any, rules: ScoringRules) -> None:
+        super().__init__()
+        self.model = model
+        self.separator = rules.separator_ids or (rules.separator_id,)
+        special, known = special_ids(tokenizer), set(tokenizer.get_vocab().values())
+        ids = range(rules.vocab_size)
+        blank = [id in known and is_blank(tokenizer, id, special) for id in ids]
+        self.register_buffer("is_special", torch.tensor([id in special for id in ids]))
+        self.register_buffer("is_blank", torch.tensor(blank))
+
+    def forward(
+        self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"]
+    ) -> Float[Tensor, "B K"]:
+        """Scores of rows padded on the right."""
+        scores, _ = self.model.dense(input_ids, attention_mask, self.step_ends(input_ids, attention_mask))
+        return scores
+
+    def step_ends(self, input_ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+        """Where steps end: at separators, and at the last word of a step that none closes."""
+        inside, places = mask.bool(), torch.arange(mask.shape[1], device=mask.device)
+        ends = inside
+        for back, token in enumerate(reversed(self.separator)):
+            ends = ends & (input_ids.roll(back, dims=1) == token) & (places >= back)
+        last_end = torch.where(ends, places, -1).amax(dim=1, keepdim=True)
+        behind = inside & (places > last_end)
+        is_open = (last_end < 0) | (behind & ~self.is_blank[input_ids]).any(dim=1, keepdim=True)
+        words = behind & ~self.is_special[input_ids]
+        read = torch.where(words.any(dim=1, keepdim=True), words, behind)
+        last = torch.where(read, places, -1).amax(dim=1, keepdim=True)
+        return ends | (is_open & (places == last))
 
 
 def example_rows(vocab_size: int, max_length: int, pad_token_id: int) -> tuple[Tensor, Tensor]:

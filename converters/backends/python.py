@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 
 from conch.converters import triton_models
 from conch.converters.checkpoints.architectures import final_layer
-from conch.converters.checkpoints.heads import LinearLayer
+from conch.converters.checkpoints.heads import Head, LinearLayer
 from conch.converters.checkpoints.reader import RewardCheckpoint
 from conch.errors import ConversionError
 from conch.log import progress
 from conch.store.manifest import Manifest, ScoringRules
 
-MODEL_PY = Path(triton_models.__file__).parent / "reward_model.py"
+_MODELS = Path(triton_models.__file__).parent
+RUNNER = tuple(_MODELS / name for name in ("reward_model.py", "network.py", "encoding.py"))
 HEAD_FILE = "head.safetensors"
 
 # Layers that give scores; they stay in float32.
@@ -34,10 +35,9 @@ _SHARD_SIZE = "500MB"
 
 
 def layout_of(checkpoint: RewardCheckpoint) -> Literal["classifier", "trunk", "custom"]:
-    """Return `classifier` or `custom` where the checkpoint's own class gives the served scores, else
-    `trunk`."""
+    """Return which part of the checkpoint is served, see `Manifest.layout`."""
     rules = checkpoint.rules
-    if checkpoint.kind is not None and checkpoint.kind.name == "custom":
+    if checkpoint.output is not None:
         return "custom"
     reads_tokens = rules.pooling != "hf" or rules.granularity != "sample"
     return "trunk" if reads_tokens or (rules.folded and checkpoint.head is not None) else "classifier"
@@ -57,29 +57,66 @@ def write_weights(folder: Path, checkpoint: RewardCheckpoint, manifest: Manifest
     if manifest.layout == "trunk":
         assert checkpoint.head is not None
         model = checkpoint.trunk
-        save_file(_head_tensors(checkpoint.head.layers[0], checkpoint.rules), folder / HEAD_FILE)
+        save_file(_head_tensors(checkpoint.head, checkpoint.rules), folder / HEAD_FILE)
     elif checkpoint.rules.folded:
-        layer = final_layer(model)
-        assert layer is not None  # or it would have been refused when it was read
-        for name, tensor in _head_tensors(LinearLayer(layer.weight, layer.bias), checkpoint.rules).items():
-            getattr(layer, name).data = tensor
+        layer = final_layer(model) if manifest.layout == "classifier" else None
+        if layer is None:
+            raise ConversionError(
+                f"mean and std cannot be folded into {type(model).__name__}, whose own code makes its "
+                "scores: use --normalise parameters"
+            )
+        layer.weight.data, layer.bias.data = _layer_tensors(
+            LinearLayer(layer.weight, layer.bias), checkpoint.rules, is_last=True
+        )
     model.save_pretrained(folder, max_shard_size=_SHARD_SIZE)
+    if manifest.layout == "custom":
+        _check_code(folder, type(model).__name__)
     _cast_files(folder, torch.float32 if manifest.dtype == "int8" else getattr(torch, manifest.dtype))
     if manifest.dtype == "int8":
         quantise(folder, type(model), trust_remote_code=manifest.trust_remote_code)
 
 
-def _head_tensors(head: LinearLayer, rules: ScoringRules) -> dict[str, Tensor]:
-    """Return the head in float32; its outputs are (raw - mean) / std where the rules fold these in."""
-    weight = head.weight.detach().float().cpu().clone()
-    bias = torch.zeros(len(weight)) if head.bias is None else head.bias.detach().float().cpu().clone()
-    if rules.folded:
+def _head_tensors(head: Head, rules: ScoringRules) -> dict[str, Tensor]:
+    """Return the head's layers in float32, by number and name."""
+    tensors = {}
+    for number, layer in enumerate(head.layers):
+        is_last = number == len(head.layers) - 1
+        tensors[f"{number}.weight"], tensors[f"{number}.bias"] = _layer_tensors(layer, rules, is_last=is_last)
+    return tensors
+
+
+def _layer_tensors(layer: LinearLayer, rules: ScoringRules, *, is_last: bool) -> tuple[Tensor, Tensor]:
+    """Return weight and bias in float32; the last layer's give (raw - mean) / std where the rules fold these.
+
+    Raises:
+        ConversionError: a function stands between the layer and what would be normalised.
+    """
+    weight = layer.weight.detach().float().cpu().clone()
+    bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().float().cpu().clone()
+    if rules.folded and is_last:
+        if rules.function_to_apply != "none":
+            raise ConversionError(
+                f"mean and std cannot be folded into the head's weights, {rules.function_to_apply} is "
+                "applied to its outputs: use --normalise parameters"
+            )
         assert rules.mean is not None and rules.std is not None
         columns = list(range(len(weight)) if rules.columns is None else rules.columns)
         mean, std = torch.tensor(rules.mean), torch.tensor(rules.std)
         weight[columns] = weight[columns] / std.unsqueeze(1)
         bias[columns] = (bias[columns] - mean) / std
-    return {"weight": weight, "bias": bias}
+    return weight, bias
+
+
+def _check_code(folder: Path, name: str) -> None:
+    """Raise ConversionError unless the code that the written configuration names is there."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    named = {place.split("--")[-1].split(".")[0] for place in config.get("auto_map", {}).values()}
+    absent = [f"{module}.py" for module in sorted(named) if not (folder / f"{module}.py").is_file()]
+    if absent or not named:
+        raise ConversionError(
+            f"{name}: its code does not come along when it is saved ({', '.join(absent) or 'no auto_map'}): "
+            "register the class with register_for_auto_class, and save the checkpoint again"
+        )
 
 
 def _cast_files(folder: Path, dtype: torch.dtype) -> None:

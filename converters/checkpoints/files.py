@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from conch.config import Section, load
+from conch.converters.checkpoints.pickles import PickledTensor, tensors_in_pickle
 from conch.errors import ConfigError, ConversionError, ModelError, first_line
 from conch.log import progress
 from conch.models.folders import ADAPTER_FILE, adapter_base, model_folder
@@ -275,10 +276,7 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
 
 def _described_in(path: Path) -> dict[str, TensorInfo]:
     if path.suffix != ".safetensors":
-        return {
-            name: TensorInfo(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-            for name, tensor in tensors_in(path).items()
-        }
+        return _described_in_pickle(path)
     try:
         with safe_open(path, framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -288,6 +286,23 @@ def _described_in(path: Path) -> dict[str, TensorInfo]:
             }
     except (SafetensorError, OSError) as error:
         raise ConversionError(f"{path} cannot be read as safetensors ({first_line(error)})") from error
+
+
+def _described_in_pickle(path: Path) -> dict[str, TensorInfo]:
+    try:
+        content = tensors_in_pickle(path)
+    except Exception:  # damaged, or more than tensors: torch says which
+        content = None
+    for wrapper in _WRAPPERS if content is not None else ():
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    found = {name: value for name, value in (content or {}).items() if isinstance(value, PickledTensor)}
+    if found:
+        return {name: TensorInfo(*value) for name, value in found.items()}
+    return {
+        name: TensorInfo(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        for name, tensor in tensors_in(path).items()
+    }
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:

@@ -20,10 +20,8 @@ from conch.converters.checkpoints.kinds import Kind, recognise
 from conch.converters.checkpoints.rules import scoring_rules
 from conch.converters.checkpoints.tokenizer import PAIR, load_tokenizer
 from conch.converters.options import ReadOptions
+from conch.converters.parity.budget import WINDOW_COMPARED, longest_compared
 from conch.store.manifest import ScoringRules
-
-WINDOW_COMPARED = 2048
-"""Tokens. What a sample takes grows with the square of its length: one of 32,768 takes minutes on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +40,7 @@ class RewardCheckpoint:
     output: of the kind `custom`, see `Manifest.output`.
     undecided: options of which nothing says the value; `parity/readings.py` finds out whether that matters.
     longest_compared: tokens of the longest sample on which a served form is compared with the checkpoint;
-        all that a sample may have, but no more than `WINDOW_COMPARED` where nobody said how many these are.
+        all that a sample may have, or as many as are affordable, see `parity/budget.py`.
     """
 
     source: str
@@ -79,7 +77,6 @@ def read_checkpoint(name: str, requested: ReadOptions | None = None) -> RewardCh
     network = read_network(source, requested, kind, tokenizer)
     cast(nn.Module, network.model).to(requested.device)
     rules, decisions = scoring_rules(source, requested, from_file, tokenizer, network)
-    is_window = (requested.max_length or from_file.max_length) is None
     return RewardCheckpoint(
         source=source.name,
         model=network.model,
@@ -92,7 +89,7 @@ def read_checkpoint(name: str, requested: ReadOptions | None = None) -> RewardCh
         kind=network.kind,
         output=network.output,
         undecided=_undecided(requested, from_file, kind, rules),
-        longest_compared=min(rules.max_length, WINDOW_COMPARED) if is_window else rules.max_length,
+        longest_compared=longest_compared(network.model, rules.max_length),
     )
 
 

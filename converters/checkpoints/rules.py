@@ -45,16 +45,11 @@ def scoring_rules(
     function, why = _function_to_apply(source, requested, pooling, network)
     if pooling == "steps" or function != "none":
         decided["function"] = f"{function} ({why})"
-    if aggregate == "prod" and function == "none":
-        raise ConversionError(
-            f"{source.name} has scores that are no probabilities: a product of such means nothing; use min, "
-            "mean or "
-            "last, or --function_to_apply sigmoid if that is what the model was trained with"
-        )
+    _refuse_product(source, aggregate, function)
     columns, reward_names = _rewards(
         source, from_file.reward_names, requested.rewards, network, pooling, function
     )
-    template, why = choose_template(requested, from_file, tokenizer, kind, pooling)
+    template, why = choose_template(requested, from_file, tokenizer, len(network.labels), pooling)
     decided["template"] = f"{template} ({why})"
     closing_token_id, why = _closing_token(source, requested, kind, tokenizer)
     if closing_token_id is not None:
@@ -67,15 +62,11 @@ def scoring_rules(
     if mean is not None and std is not None:
         how = "not applied" if normalise == "none" else f"applied ({normalise})"
         decided["normalisation"] = f"mean {_short(mean)}, std {_short(std)}, {how}"
-    of_dialogues: dict[str, Any] = {"reads": "texts"}
-    if reads_dialogues(template):
-        contents, arguments = ({}, "") if not tokenizer.chat_template else what_template_reads(tokenizer)
-        of_dialogues = {"reads": "dialogues", "contents": contents, "arguments": arguments or None}
     if requested.add_special_tokens is not None:
         decided["special tokens"] = f"{requested.add_special_tokens} (--add_special_tokens)"
     rules = ScoringRules(
         template=template,
-        **of_dialogues,
+        **_of_dialogues(template, tokenizer),
         truncation_side=tokenizer.truncation_side,
         max_length=_max_length(source, requested.max_length or from_file.max_length, network, tokenizer),
         pooling=pooling,
@@ -98,6 +89,23 @@ def scoring_rules(
         vocab_size=_vocab_size(source, network, tokenizer, pad_token_id),
     )
     return rules, decided
+
+
+def _of_dialogues(template: str, tokenizer: Any) -> dict[str, Any]:
+    """Return the rules on what a sample is, and in which form a chat template reads it."""
+    if not reads_dialogues(template):
+        return {"reads": "texts"}
+    contents, arguments = what_template_reads(tokenizer) if tokenizer.chat_template else ({}, "")
+    return {"reads": "dialogues", "contents": contents, "arguments": arguments or None}
+
+
+def _refuse_product(source: Source, aggregate: Aggregate | None, function: ScoreFunction) -> None:
+    if aggregate == "prod" and function == "none":
+        raise ConversionError(
+            f"{source.name} has scores that are no probabilities: a product of such means nothing; use min, "
+            "mean "
+            "or last, or --function_to_apply sigmoid if that is what the model was trained with"
+        )
 
 
 def _short(values: Sequence[float]) -> str:

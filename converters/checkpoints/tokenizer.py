@@ -15,7 +15,6 @@ from conch.converters.checkpoints.files import (
     base_model_of,
     find_source,
 )
-from conch.converters.checkpoints.kinds import Kind
 from conch.converters.options import DIALOGUE_TEMPLATES, ReadOptions
 from conch.data.preferences import CHAT, default_template, template_mistake
 from conch.data.text import special_tokens
@@ -79,7 +78,7 @@ def _chat_template(given: str) -> str:
 
 
 def choose_template(
-    requested: ReadOptions, from_file: RewardModelFile, tokenizer: Any, kind: Kind, pooling: Pooling
+    requested: ReadOptions, from_file: RewardModelFile, tokenizer: Any, outputs: int, pooling: Pooling
 ) -> tuple[str, str]:
     """Return the template over {text} and {eos}, or `chat`, `chat{eos}`, `pair`; and where it comes from.
 
@@ -88,7 +87,8 @@ def choose_template(
     requested: wins over `from_file`. `chat` is `chat{eos}` where the model was trained with an eos at the end
         of
         its texts.
-    from_file: if it says nothing either, the tokenizer and the kind decide.
+    from_file: if it says nothing either, the tokenizer decides.
+    outputs: of the head.
 
     Raises:
         ConversionError: the template is malformed, needs an eos or a chat template that is missing, or
@@ -102,14 +102,14 @@ def choose_template(
     elif requested.template is None:
         why = "--chat_template"
     if chosen is None:
-        return _default_template(tokenizer, kind, pooling)
+        return _default_template(tokenizer, outputs, pooling)
     return _checked_template(chosen, trained, tokenizer), why
 
 
-def _default_template(tokenizer: Any, kind: Kind, pooling: Pooling) -> tuple[str, str]:
+def _default_template(tokenizer: Any, outputs: int, pooling: Pooling) -> tuple[str, str]:
     if tokenizer.chat_template:
         return CHAT, "the tokenizer has a chat template"
-    if _closes_pairs(tokenizer) and kind.name == "classifier" and kind.outputs == 1:
+    if outputs == 1 and pooling == "hf" and _closes_pairs(tokenizer):
         raise ConversionError(
             "the model is an encoder with one output, and nothing says whether it was trained on a text, or "
             "on prompt "

@@ -10,20 +10,21 @@ from typing import Any
 from conch.converters.parity.report import BATCH_CONSISTENCY, TOLERANCES, CaseResult, ParityReport
 from conch.converters.parity.samples import ParityCase
 
-Ids = tuple[int, ...]
+Key = tuple[int, ...]
+"""See `Sample.key`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpectedScores:
-    """The original's scores, by the token ids of a sample.
+    """The original's scores, by the `key` of a sample.
 
     scores: one per reward.
     steps: per step or token that has a score its end, see `Sample.ends`, and that score; empty where samples
         only are scored.
     """
 
-    scores: dict[Ids, tuple[float, ...]]
-    steps: dict[Ids, tuple[tuple[int, float], ...]] = field(default_factory=dict)
+    scores: dict[Key, tuple[float, ...]]
+    steps: dict[Key, tuple[tuple[int, float], ...]] = field(default_factory=dict)
 
 
 def compare(
@@ -79,16 +80,28 @@ def _result(case: ParityCase, reply: dict[str, Any], expected: ExpectedScores) -
         return _broken(case, "a sample without tokens was scored")
     if "error" in reply:
         return _broken(case, reply["error"])
-    expected_rows = [expected.scores[sample.ids] for sample in case.samples]
+    if case.only_ids:
+        return _ids_result(case, reply["ids"])
+    expected_rows = [expected.scores[sample.key] for sample in case.samples]
     return compare_scores(case.name, reply["scores"], expected_rows)
+
+
+def _ids_result(case: ParityCase, read: Sequence[Sequence[int]]) -> CaseResult:
+    """Compare what the served model reads, token by token."""
+    for ids, sample in zip(read, case.samples, strict=True):
+        if tuple(ids) != sample.ids:
+            pairs = enumerate(zip(ids, sample.ids, strict=False))
+            place = next((place for place, (a, b) in pairs if a != b), min(len(ids), len(sample.ids)))
+            return _broken(case, f"other tokens are read from place {place} of {len(sample.ids)} on")
+    return CaseResult(case.name, len(case.samples), 0.0)
 
 
 def _steps_result(case: ParityCase, reply: dict[str, Any], expected: ExpectedScores) -> CaseResult | None:
     """Compare the scores of steps or tokens, in a line of their own; None where there are none."""
-    if not expected.steps or "error" in reply:  # an error has its line already
+    if not expected.steps or case.only_ids or "error" in reply:  # an error has its line already
         return None
     name = f"{case.name}: each step"
-    steps = [expected.steps[sample.ids] for sample in case.samples]
+    steps = [expected.steps[sample.key] for sample in case.samples]
     ends = [list(row) for row in reply["step_ends"]]
     if ends != [[end for end, _ in row] for row in steps]:
         return _broken(replace(case, name=name), "steps end elsewhere")
@@ -97,17 +110,17 @@ def _steps_result(case: ParityCase, reply: dict[str, Any], expected: ExpectedSco
 
 def _batch_consistency(cases: Sequence[ParityCase], replies: Sequence[dict[str, Any]]) -> CaseResult | None:
     """Compare each sample's score alone with its score in every batch that holds the sample."""
-    alone: dict[tuple[int, ...], Sequence[float]] = {}
+    alone: dict[Key, Sequence[float]] = {}
     for case, reply in zip(cases, replies, strict=True):
         if len(case.samples) == 1 and "scores" in reply:
-            (alone[case.samples[0].ids],) = _all_scores(reply)
+            (alone[case.samples[0].key],) = _all_scores(reply)
     batched, single = [], []
     for case, reply in zip(cases, replies, strict=True):
         for sample, scores in zip(case.samples, _all_scores(reply), strict=False):
             # The lines of the steps report a wrong number of steps.
-            if len(case.samples) > 1 and len(alone.get(sample.ids, ())) == len(scores):
+            if len(case.samples) > 1 and len(alone.get(sample.key, ())) == len(scores):
                 batched.append(scores)
-                single.append(alone[sample.ids])
+                single.append(alone[sample.key])
     return compare_scores(BATCH_CONSISTENCY, batched, single) if batched else None
 
 

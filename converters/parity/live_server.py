@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-from conch.converters.checkpoints.reader import WINDOW_COMPARED, read_checkpoint
+from conch.converters.checkpoints.reader import read_checkpoint
 from conch.converters.checkpoints.rules import check_dense
 from conch.converters.options import ReadOptions
 from conch.converters.parity.compare import compare
@@ -33,9 +31,6 @@ def verify(endpoint: str, checkpoint: str, requested: ReadOptions, dtype: Served
         length = requested.max_length or spec.max_length or None
         settings = {"max_length": length, "granularity": spec.granularity}
         original = read_checkpoint(checkpoint, requested.model_copy(update=settings))
-        if requested.max_length is None:
-            longest = min(original.longest_compared, WINDOW_COMPARED)
-            original = dataclasses.replace(original, longest_compared=longest)
         check_dense(original.rules, original.tokenizer, spec.form)
         reward_names = original.rules.reward_names
         if len(spec.reward_names) != len(reward_names):
@@ -44,5 +39,11 @@ def verify(endpoint: str, checkpoint: str, requested: ReadOptions, dtype: Served
                 f"{', '.join(reward_names)}: say with --reward which were served"
             )
         reference = reference_of(original, spec.form, max_batch_size=spec.max_batch_size)
-        replies = server.score(reference.requests, spec)
-    return compare(reference.cases, replies, reference.expected, dtype)
+        # A server is asked for scores alone.
+        asked = [
+            (case, request)
+            for case, request in zip(reference.cases, reference.requests, strict=True)
+            if not case.only_ids
+        ]
+        replies = server.score([request for _, request in asked], spec)
+    return compare([case for case, _ in asked], replies, reference.expected, dtype)

@@ -12,26 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from conch.converters.checkpoints.reader import RewardCheckpoint
+from conch.converters.parity.inputs import DialogueInputs, Messages, Sample, inputs_of
 from conch.converters.parity.reference import expected_scores
-from conch.converters.parity.samples import ParityCase, Sample, dialogue_sample
+from conch.converters.parity.samples import ParityCase, golden_dialogues
 from conch.errors import ConversionError
 from conch.store.manifest import HeadActivation
-
-Messages = list[dict[str, Any]]
-_FIRST = {"role": "user", "content": "What is two and two?"}
-_SECOND = {"role": "user", "content": "And three and three?"}
-
-
-def _said(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
-
-
-_DIALOGUES: tuple[Messages, ...] = (
-    [_FIRST, _said("It is four.")],
-    [_FIRST, _said("It is five, I think.")],
-    [_FIRST, _said("Four."), _SECOND, _said("Six.")],
-    [_FIRST, _said("Four."), _SECOND, _said("Seven, or so.")],
-)
 
 # Scores that rounding alone tells apart are the same reading.
 _ALIKE = 1e-5
@@ -63,8 +48,8 @@ def refuse_two_readings(checkpoint: RewardCheckpoint) -> None:
 
 
 def _refuse_if_different(checkpoint: RewardCheckpoint, aspect: str, readings: Sequence[Reading]) -> None:
-    for messages in _DIALOGUES:
-        samples = [dialogue_sample(reading.checkpoint, messages) for reading in readings]
+    for messages in golden_dialogues():
+        samples = [_sample(reading.checkpoint, messages) for reading in readings]
         if not all(sample.ids for sample in samples):
             continue  # the template takes no such dialogue
         scores = [
@@ -85,8 +70,15 @@ def _refuse_if_different(checkpoint: RewardCheckpoint, aspect: str, readings: Se
         )
 
 
+def _sample(checkpoint: RewardCheckpoint, messages: Messages) -> Sample:
+    inputs = inputs_of(checkpoint)
+    if isinstance(inputs, DialogueInputs):
+        return inputs.sample_of(messages)
+    return inputs.sample("\n\n".join(message["content"] for message in messages), inputs.shapes[0])
+
+
 def _score(checkpoint: RewardCheckpoint, sample: Sample) -> float:
-    return expected_scores(checkpoint, [ParityCase("reading", (sample,))]).scores[sample.ids][0]
+    return expected_scores(checkpoint, [ParityCase("reading", (sample,))]).scores[sample.key][0]
 
 
 def _end_of(checkpoint: RewardCheckpoint, sample: Sample) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from transformers import PreTrainedModel
 
 from conch.converters.checkpoints.reader import RewardCheckpoint
 from conch.converters.parity.compare import ExpectedScores
+from conch.converters.parity.inputs import Sample, places_of
 from conch.converters.parity.report import GOLDEN_TOLERANCES
-from conch.converters.parity.samples import ParityCase, Sample, build_cases, requests_of
+from conch.converters.parity.samples import ParityCase, build_cases, pairs_of_answers, requests_of
 from conch.converters.parity.subprocess_model import Request
 from conch.errors import ConversionError, ModelError
 from conch.log import progress
@@ -50,10 +52,12 @@ def reference_of(checkpoint: RewardCheckpoint, form: Form, *, max_batch_size: in
     """Build the cases for a served form of the checkpoint, and score them with the checkpoint itself.
 
     Raises:
-        ConversionError: the model itself fails on a sample, or scores it with NaN or infinity.
+        ConversionError: the model itself fails on a sample, scores it with NaN or infinity, or scores all
+            answers to a prompt alike.
     """
     cases = build_cases(checkpoint, form, max_batch_size=max_batch_size)
     expected = expected_scores(checkpoint, cases)
+    _refuse_deaf(checkpoint, cases, expected)
     return ParityReference(cases, requests_of(cases, form, checkpoint.rules.pad_token_id), expected)
 
 
@@ -63,23 +67,40 @@ def expected_scores(checkpoint: RewardCheckpoint, cases: Iterable[ParityCase]) -
     Raises:
         ConversionError: the model itself fails on a sample, or scores it with NaN or infinity.
     """
-    samples = {sample.ids: sample for case in cases for sample in case.samples if sample.ids}
+    scored = [case for case in cases if not case.only_ids]
+    samples = {sample.key: sample for case in scored for sample in case.samples if sample.ids}
     rules, expected = checkpoint.rules, ExpectedScores({})
     with in_float32(checkpoint.model):
-        for ids, sample in progress(list(samples.items()), desc="scoring with the original"):
-            raw, at_tokens = _outputs(checkpoint, sample)
-            expected.scores[ids] = _normalised(rules, raw)
+        for key, sample in progress(list(samples.items()), desc="scoring with the original"):
+            places = _places(checkpoint, sample)
+            outputs, at_places = _outputs(checkpoint, sample, places)
+            expected.scores[key] = _normalised(rules, outputs)
             if rules.granularity != "sample":
-                expected.steps[ids] = tuple(
-                    (sample.ends[place] or 0, _normalised(rules, at_tokens[place])[0])
-                    for place in _step_places(rules, sample)
+                expected.steps[key] = tuple(
+                    (sample.ends[place] or 0, _normalised(rules, row)[0])
+                    for place, row in zip(places, at_places, strict=True)
                 )
     return expected
 
 
+def _refuse_deaf(checkpoint: RewardCheckpoint, cases: Sequence[ParityCase], expected: ExpectedScores) -> None:
+    """Raise ConversionError if a model gives any two answers to a prompt the same score, to the bit."""
+    pairs = pairs_of_answers(cases)
+    if not pairs or any(expected.scores[one.key] != expected.scores[other.key] for one, other in pairs):
+        return
+    rules = checkpoint.rules
+    token = f" {rules.pooling_token_id}" if rules.pooling == "token" else ""
+    raise ConversionError(
+        f"{checkpoint.source} gives different answers to one prompt the same score (pooling "
+        f"{rules.pooling}{token}, {len(pairs)} pairs): what it is scored by is read before the answer; say "
+        "where with --pooling or --pooling_token, or take a --recipe"
+    )
+
+
 def golden_of(cases: Sequence[ParityCase], form: Form, expected: ExpectedScores, dtype: str) -> Golden:
     """Choose eight samples of the cases, with the original's scores."""
-    samples = list(dict.fromkeys(sample for case in cases for sample in case.samples if sample.ids))
+    scored = [case for case in cases if not case.only_ids]
+    samples = list(dict.fromkeys(sample for case in scored for sample in case.samples if sample.ids))
     step = max(1, len(samples) // _GOLDEN_SAMPLES)
     chosen = samples[::step][:_GOLDEN_SAMPLES]
     return Golden(
@@ -91,12 +112,12 @@ def golden_of(cases: Sequence[ParityCase], form: Form, expected: ExpectedScores,
 def _golden_sample(sample: Sample, form: Form, expected: ExpectedScores) -> GoldenSample:
     request: dict[str, Any] = {"text": sample.text} if form == "text" else {"input_ids": sample.ids}
     if expected.steps:
-        request["step_ends"], request["step_scores"] = zip(*expected.steps[sample.ids], strict=True)
-    return GoldenSample(**request, scores=expected.scores[sample.ids])
+        request["step_ends"], request["step_scores"] = zip(*expected.steps[sample.key], strict=True)
+    return GoldenSample(**request, scores=expected.scores[sample.key])
 
 
 def _normalised(rules: ScoringRules, raw: list[float]) -> tuple[float, ...]:
-    """Of all outputs return the rewards, normalised where the rules say so."""
+    """Of all outputs, with the function applied, return the rewards, normalised where the rules say so."""
     served = raw if rules.columns is None else [raw[column] for column in rules.columns]
     if not (rules.normalise or rules.folded):
         return tuple(served)
@@ -105,65 +126,138 @@ def _normalised(rules: ScoringRules, raw: list[float]) -> tuple[float, ...]:
 
 
 @torch.inference_mode()
-def _outputs(checkpoint: RewardCheckpoint, sample: Sample) -> tuple[list[float], list[list[float]]]:
-    """Return all outputs of the head: for the sample, and at each token where scores are read there."""
+def _outputs(
+    checkpoint: RewardCheckpoint, sample: Sample, places: Sequence[int]
+) -> tuple[list[float], list[list[float]]]:
+    """Return all outputs of the head: for the sample, and at each of the places."""
     rules, row = checkpoint.rules, torch.tensor([sample.ids], device=checkpoint.model.device)
     inputs = {"input_ids": row, "attention_mask": torch.ones_like(row)}
-    reads_tokens = rules.pooling != "hf" or rules.granularity != "sample"
+    types = {"token_type_ids": torch.tensor([sample.types], device=row.device)} if sample.types else {}
     try:
-        at_tokens = _at_every_token(checkpoint, inputs) if reads_tokens else []
-        if rules.pooling == "hf":
-            scores = checkpoint.model(**inputs).logits[0].double().tolist()
+        at_places, states = [], None
+        if places or rules.pooling != "hf":
+            inner = {**inputs, **_taken(checkpoint.trunk, types)}
+            states = checkpoint.trunk(**inner).last_hidden_state[0].double()
+            at_places = [_applied(rules, row) for row in _head(checkpoint, states[list(places)]).tolist()]
+        if rules.pooling == "steps":
+            scores = _aggregated(rules, at_places)
+        elif rules.pooling == "hf":
+            scores = _applied(rules, _of_own_class(checkpoint, {**inputs, **types}))
         else:
-            scores = _pooled_scores(rules, sample, at_tokens)
+            assert states is not None
+            scores = _applied(rules, _head(checkpoint, _pooled(rules, sample, states)).tolist())
     except Exception as error:  # torch raises many kinds; a stack of its frames helps nobody
         raise ConversionError(
             f"the checkpoint itself fails on a sample of {len(sample.ids)} tokens: {error}; "
-            "if that is longer than its window, give a lower --max_length"
+            f"{_remedy(checkpoint, sample)}"
         ) from error
-    if not all(map(math.isfinite, [*scores, *(value for outputs in at_tokens for value in outputs)])):
+    if not all(map(math.isfinite, [*scores, *(value for outputs in at_places for value in outputs)])):
         raise ConversionError(
             f"the checkpoint itself scores a sample of {len(sample.ids)} tokens with {scores}, "
             "or one of its tokens with a number that is not finite"
         )
-    return scores, at_tokens
+    return scores, at_places
 
 
-def _at_every_token(checkpoint: RewardCheckpoint, inputs: dict[str, Tensor]) -> list[list[float]]:
+def _remedy(checkpoint: RewardCheckpoint, sample: Sample) -> str:
+    if checkpoint.output is not None and not sample.text:
+        return "its code may demand what rows of random tokens have not, such as a turn: use --form text"
+    return "if that is longer than its window, give a lower --max_length"
+
+
+def _taken(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return those of the inputs that the model's own forward pass knows by name."""
+    names = inspect.signature(model.forward).parameters
+    return {name: value for name, value in inputs.items() if name in names}
+
+
+def _of_own_class(checkpoint: RewardCheckpoint, inputs: dict[str, Tensor]) -> list[float]:
+    """Return the outputs that the checkpoint's own class gives for one sample."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    types = _taken(checkpoint.model, {name: inputs[name] for name in inputs if name == "token_type_ids"})
+    if checkpoint.output is None:
+        return checkpoint.model(ids, attention_mask=mask, **types).logits[0].double().tolist()
+    parameters = inspect.signature(checkpoint.model.forward).parameters.values()
+    takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters)
+    takes_mask = takes_all or any(each.name == "attention_mask" for each in parameters)
+    masked = {"attention_mask": mask} if takes_mask else {}
+    reply: Any = checkpoint.model(input_ids=ids, **masked, **types)
+    where = checkpoint.output
+    if where.isdecimal():
+        reply = reply[int(where)]
+    elif where:
+        reply = reply[where] if isinstance(reply, dict) else getattr(reply, where)
+    return reply.double().flatten().tolist()
+
+
+def _head(checkpoint: RewardCheckpoint, states: Tensor) -> Tensor:
+    """Return the head's outputs [..., outputs] of states [..., width], in float64."""
     assert checkpoint.head is not None
-    (head,) = checkpoint.head.layers
-    states = checkpoint.trunk(**inputs).last_hidden_state[0].double()
-    outputs = states @ head.weight.double().T.to(states.device)
-    if head.bias is not None:
-        outputs = outputs + head.bias.double().to(states.device)
-    rows = outputs.tolist()
-    is_probability = checkpoint.rules.pooling == "steps" and len(rows[0]) > 1
-    return [_softmax(row) for row in rows] if is_probability else rows
+    for number, layer in enumerate(checkpoint.head.layers):
+        if number:
+            states = _activated(str(checkpoint.head.activation), states)
+        states = states @ layer.weight.double().T.to(states.device)
+        if layer.bias is not None:
+            states = states + layer.bias.double().to(states.device)
+    return states
 
 
-def _pooled_scores(rules: ScoringRules, sample: Sample, at_tokens: list[list[float]]) -> list[float]:
-    ids, eos = sample.ids, rules.eos_token_id
-    if rules.pooling == "steps":
-        return _aggregated(rules, [at_tokens[place] for place in _step_places(rules, sample)])
-    if rules.pooling == "mean":  # the head is linear: the mean of its outputs is its output of the mean
-        return [_mean(column) for column in zip(*at_tokens, strict=True)]
-    place = {"cls": 0, "last_token": len(ids) - 1}.get(rules.pooling)
+def _activated(name: str, values: Tensor) -> Tensor:
+    if name == "relu":
+        return values.clamp(min=0)
+    if name == "gelu":
+        return values * (1 + torch.erf(values / math.sqrt(2))) / 2
+    if name == "silu":
+        return values / (1 + torch.exp(-values))
+    if name == "selu":  # Klambauer et al. 2017, equation 2
+        scale, alpha = 1.0507009873554805, 1.6732632423543772
+        return scale * torch.where(values > 0, values, alpha * (torch.exp(values) - 1))
+    return torch.tanh(values)
+
+
+def _pooled(rules: ScoringRules, sample: Sample, states: Tensor) -> Tensor:
+    """Pool the states [length, width] of one sample -> [width]."""
+    ids, last = list(sample.ids), len(sample.ids) - 1
+    if rules.pooling == "mean":
+        return states.mean(dim=0)
+    if rules.pooling == "token":
+        reads = [place for place, token in enumerate(ids) if token == rules.pooling_token_id]
+        return states[reads[-1] if reads else last]
+    place = {"cls": 0, "last_token": last}.get(rules.pooling)
     if place is None:
-        place = ids.index(eos) if eos in ids else len(ids) - 1
-    return at_tokens[place]
+        place = ids.index(rules.eos_token_id) if rules.eos_token_id in ids else last
+    return states[place]
 
 
-def _step_places(rules: ScoringRules, sample: Sample) -> list[int]:
+def _places(checkpoint: RewardCheckpoint, sample: Sample) -> list[int]:
     """Return the tokens at which steps end, or that are scored each; only tokens that the client sent."""
-    ids = sample.ids
+    rules, ids = checkpoint.rules, sample.ids
+    if rules.pooling != "steps" and rules.granularity == "sample":
+        return []
+    if rules.reads == "dialogues" and sample.separators is not None:
+        return list(sample.separators)
     sent = [place for place, end in enumerate(sample.ends) if end is not None]
     own = sent or list(range(len(ids)))
-    words = [place for place in own if ids[place] != rules.eos_token_id] or own
+    tokenizer = checkpoint.tokenizer
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    special |= {
+        token for token, word in tokenizer.added_tokens_decoder.items()
+        if word.special and token != tokenizer.unk_token_id
+    }  # fmt: skip
+    words = [place for place in own if ids[place] not in special]
     if rules.granularity != "sample" and not sent:
-        return words[-1:]
+        return (words or own)[-1:]
     if rules.granularity == "token":
         return own
-    return sorted({place for place in own if ids[place] == rules.separator_id} | {words[-1]})
+    separators = sample.separators
+    if separators is None:
+        separators = places_of(rules.separator_ids or (rules.separator_id,), ids)
+    ends = sorted({*separators} & {*own})
+    last_end = max(ends, default=-1)
+    rest = [place for place in words if place > last_end]
+    if any(ids[p] == tokenizer.unk_token_id or tokenizer.decode([ids[p]]).strip() for p in rest):
+        return [*ends, rest[-1]]
+    return ends or (words or own)[-1:]
 
 
 def _aggregated(rules: ScoringRules, steps: list[list[float]]) -> list[float]:
@@ -171,6 +265,14 @@ def _aggregated(rules: ScoringRules, steps: list[list[float]]) -> list[float]:
         return steps[-1]
     combine: dict[str, Callable[[Any], float]] = {"min": min, "prod": math.prod, "mean": _mean}
     return [combine[str(rules.aggregate)](column) for column in zip(*steps, strict=True)]
+
+
+def _applied(rules: ScoringRules, row: list[float]) -> list[float]:
+    if rules.function_to_apply == "softmax":
+        return _softmax(row)
+    if rules.function_to_apply == "sigmoid":
+        return [1 / (1 + math.exp(-value)) for value in row]
+    return row
 
 
 def _softmax(row: list[float]) -> list[float]:

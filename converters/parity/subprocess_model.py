@@ -16,7 +16,8 @@ _DEADLINE_S = 3600.0
 _LAST_LINES = 8
 
 Request = dict[str, Any]
-"""{"texts": [...]} or {"input_ids": [[...]], "attention_mask": [[...]]}."""
+"""{"texts": [...]} or {"input_ids": [[...]], "attention_mask": [[...]]}; with "only_ids": true beside texts
+the reply is {"ids": [[...]]}, what the model reads."""
 
 
 class SubprocessModel:
@@ -45,7 +46,7 @@ class SubprocessModel:
         self._process.communicate()
 
     def score(self, requests: list[Request], device: str) -> list[dict[str, Any]]:
-        """Return per request {"scores": [[...], ...]} or {"error": "..."}. Can be called once.
+        """Return per request {"scores": [[...], ...]}, {"ids": ...} or {"error": "..."}. Can be called once.
 
         Raises:
             ConversionError: the process failed; the message has its last lines.
@@ -67,13 +68,18 @@ def score_in_sequence(
 ) -> list[dict[str, Any]]:
     """Send requests through models one after another, as a Triton ensemble does.
 
-    The replies of one model are the requests of the next; an error stays the reply.
+    The replies of one model are the requests of the next; an error stays the reply, and so do token ids that
+    were asked for.
 
     Raises:
         ConversionError: a process failed.
     """
     replies = list(requests)
     for model in models:
-        scored = iter(model.score([reply for reply in replies if "error" not in reply], device))
-        replies = [reply if "error" in reply else next(scored) for reply in replies]
+        scored = iter(model.score([reply for reply in replies if not _is_final(reply)], device))
+        replies = [reply if _is_final(reply) else next(scored) for reply in replies]
     return replies
+
+
+def _is_final(reply: dict[str, Any]) -> bool:
+    return "error" in reply or "ids" in reply

@@ -1,20 +1,21 @@
-"""A reward model inside Triton's python back end. The converter copies this file into every version folder.
+"""A reward model inside Triton's python back end. The converter copies this file into every version folder,
+as `model.py`, and beside it the two files that it uses.
 
-It stands alone: torch, transformers and numpy, nothing of the package that wrote it. What it must know is in
-`manifest.json` beside it. Four layers, top to bottom:
+Together they stand alone: torch, transformers and numpy, nothing of the package that wrote them. What they
+must know is in `manifest.json` beside them. Top to bottom:
 
-    ServedModel         padded token ids [rows, length] -> scores [rows, rewards]
-    Scorer              samples -> rows of token ids -> scores, of steps or tokens too if the manifest says so
-    score_requests      many requests in one batch; a bad one fails alone
-    TritonPythonModel   what Triton calls
+    network.ServedModel   padded token ids [rows, length] -> scores [rows, rewards]
+    encoding.Encoder      samples -> rows of token ids
+    Scorer                rows -> scores, of steps or tokens too if the manifest says so
+    score_requests        many requests in one batch; a bad one fails alone
+    TritonPythonModel     what Triton calls
 
 By hand, `python model.py < requests.json` scores without a server; see `main` for the format.
 """
 
 from __future__ import annotations
 
-import contextlib
-import inspect
+import importlib
 import json
 import os
 import platform
@@ -22,13 +23,21 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from torch import Tensor
+
+if TYPE_CHECKING:  # for readers and type checkers: a version folder has no such package
+    from conch.converters.triton_models import encoding, network
+    from conch.converters.triton_models.encoding import RejectedError, Row, Rows
+else:
+    if not __package__:  # `python -I model.py` does not look into the script's own folder
+        sys.path.insert(0, str(Path(__file__).resolve().parent))
+    _beside = f"{__package__}." if __package__ else ""  # Triton calls the package by the version's number
+    encoding, network = (importlib.import_module(f"{_beside}{name}") for name in ("encoding", "network"))
+    RejectedError, Row, Rows = encoding.RejectedError, encoding.Row, encoding.Rows
 
 try:
     import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]
@@ -39,26 +48,6 @@ except ModuleNotFoundError:  # run by hand: only Triton provides it
 # together. On a CPU small passes are the fastest: their activations stay in the caches, and less is padding.
 # On dialogues, samples/s: 83 with 512 tokens a pass, 81 with 1,024, 60 with 4,096, 29 with 32,768.
 TOKENS_PER_FORWARD = {"cpu": 512, "cuda": 32_768}
-
-
-class RejectedError(ValueError):
-    """The request is at fault, not the model: the same request fails again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A sample as the model reads it.
-
-    ids: the tokens.
-    places: which tokens end a step and so have a score of their own, ascending; () where the model scores
-        samples only.
-    ends: how much of the sample lies before the end of each such step, in characters of the client's text, or
-        in tokens where the client sends those; () where the model scores samples only.
-    """
-
-    ids: list[int]
-    places: tuple[int, ...] = ()
-    ends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,182 +62,27 @@ class Scores:
     steps: list[np.ndarray]
 
 
-Rows = list[Row]
-Token = tuple[int, int | None]
-"""An id, and how much of the client's sample lies before its end; None where the client did not send it."""
-
-
-class ServedModel(nn.Module):
-    """A network, and the rule by which its outputs become scores.
-
-    network: a sequence classifier, whose own class ends in scores; or a trunk, whose last hidden states are
-        pooled as the manifest says and go through `head`.
-    head: {"weight" [outputs, width], "bias" [outputs]} in float32; None for a classifier.
-    """
-
-    def __init__(self, network: Any, head: dict[str, Tensor] | None, manifest: dict[str, Any]) -> None:
-        super().__init__()
-        self.network = network
-        self.manifest = manifest
-        self.weight: Any = head and nn.Parameter(head["weight"], requires_grad=False)
-        self.bias: Any = head and nn.Parameter(head["bias"], requires_grad=False)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return scores float32 [rows, rewards] of padded rows, int64 [rows, length]; mask 0 is padding."""
-        output = self.network(input_ids=input_ids, attention_mask=attention_mask)
-        if self.weight is None:
-            scores = output.logits.float()
-        elif self.manifest["pooling"] == "steps":
-            every = self._token_scores(output.last_hidden_state)
-            scores = _aggregate(self.manifest["aggregate"], every, self._step_ends(input_ids, attention_mask))
-        else:
-            scores = self._linear(self._pooled(output.last_hidden_state, input_ids, attention_mask))
-        return self._served(scores)
-
-    def dense(self, input_ids: Tensor, attention_mask: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scores [rows, 1] as `forward` does, and one of every token [rows, length], in the same unit.
-
-        ends: bool [rows, length], True where a step ends; aggregated are the scores there.
-        """
-        states = self.network(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        every = self._token_scores(states)
-        if self.manifest["pooling"] == "steps":
-            scores = _aggregate(self.manifest["aggregate"], every, ends)
-        else:
-            scores = self._linear(self._pooled(states, input_ids, attention_mask))
-        return self._served(scores), self._served(every).squeeze(-1)
-
-    def _served(self, scores: Tensor) -> Tensor:
-        """Choose of all outputs [..., outputs] the rewards [..., rewards], normalised by the manifest."""
-        if self.manifest.get("columns") is not None:
-            scores = scores[..., self.manifest["columns"]]
-        if self.manifest["normalise"]:
-            mean, std = (torch.tensor(self.manifest[name], device=scores.device) for name in ("mean", "std"))
-            scores = (scores - mean) / std
-        return scores
-
-    def _token_scores(self, states: Tensor) -> Tensor:
-        """Return the head's outputs at every token, [rows, length, outputs].
-
-        Several outputs of a process reward are kinds of steps: these become probabilities.
-        """
-        logits = self._linear(states)
-        if self.manifest["pooling"] != "steps" or logits.shape[-1] == 1:
-            return logits
-        return logits.softmax(dim=-1)
-
-    def _linear(self, states: Tensor) -> Tensor:
-        return nn.functional.linear(states.float(), self.weight, self.bias)
-
-    def _pooled(self, states: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """Pool states [rows, length, width] -> [rows, width]."""
-        rule = self.manifest["pooling"]
-        if rule == "mean":
-            weights = mask.unsqueeze(-1).float()
-            return (states.float() * weights).sum(dim=1) / weights.sum(dim=1)
-        where = self._position(rule, input_ids, mask)
-        return states[torch.arange(len(states), device=states.device), where]
-
-    def _position(self, rule: str, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """Return the place at which each row is read, [rows]."""
-        if rule == "cls":
-            return mask.int().argmax(dim=1)
-        if rule == "hf":  # as transformers' decoders do it: by the ids, whatever the mask says
-            return _last_true(input_ids != self.manifest["pad_token_id"])
-        last = _last_true(mask.bool())
-        if rule == "last_token":
-            return last
-        is_eos = (input_ids == self.manifest["eos_token_id"]) & mask.bool()
-        return torch.where(is_eos.any(dim=1), is_eos.int().argmax(dim=1), last)
-
-    def _step_ends(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """Return where steps end, bool [rows, length]: at separators, and at the last token but an eos."""
-        body = mask.bool()
-        if self.manifest["eos_token_id"] is not None:
-            body = body & (input_ids != self.manifest["eos_token_id"])
-        last = _last_true(torch.where(body.any(dim=1, keepdim=True), body, mask.bool()))
-        places = torch.arange(mask.shape[1], device=mask.device)
-        return (input_ids == self.manifest["separator_id"]) & mask.bool() | (places == last.unsqueeze(1))
-
-
-def _last_true(where: Tensor) -> Tensor:
-    """Return the index of the last True of each row, [rows, length] -> [rows]; 0 where there is none."""
-    return (where.int() * torch.arange(where.shape[1], device=where.device)).argmax(dim=1)
-
-
-def _aggregate(how: str, scores: Tensor, ends: Tensor) -> Tensor:
-    """Aggregate scores [rows, length, outputs] where `ends` [rows, length] is True -> [rows, outputs]."""
-    where = ends.unsqueeze(-1)
-    if how == "min":
-        return scores.masked_fill(~where, torch.inf).amin(dim=1)
-    if how == "prod":
-        return scores.masked_fill(~where, 1.0).prod(dim=1)
-    if how == "mean":
-        return (scores * where).sum(dim=1) / where.sum(dim=1)
-    return scores[torch.arange(len(scores), device=scores.device), _last_true(ends)]
-
-
-def load_model(folder: Path, manifest: dict[str, Any]) -> ServedModel:
-    """Load the model of a version folder, on the CPU, in evaluation mode."""
-    is_trunk = manifest.get("layout", "classifier") == "trunk"
-    auto_class: Any = AutoModel if is_trunk else AutoModelForSequenceClassification
-    head = load_file(folder / "head.safetensors") if is_trunk else None
-    # config.json describes the format of int8 weights; everything beside them is float32.
-    dtype = torch.float32 if manifest["dtype"] == "int8" else getattr(torch, manifest["dtype"])
-    network = auto_class.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=manifest["trust_remote_code"], dtype=dtype
-    )
-    return ServedModel(network, head, manifest).eval()
-
-
 class Scorer:
     """Scores samples by the model and tokenizer of one version folder."""
 
     def __init__(self, folder: Path, device: str) -> None:
-        self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=self.manifest["trust_remote_code"]
-        )
-        side = self.manifest.get("truncation_side")
-        self.tokenizer.truncation_side = side or self.tokenizer.truncation_side
-        self.eos: int | None = self.tokenizer.eos_token_id
-        self.added = added_tokens(self.tokenizer)
-        added = self.tokenizer.added_tokens_decoder.values()
-        self.special_tokens = tuple(token.content for token in added if token.special and token.content)
-        # Arguments of the call, which no client may set; training refuses the same.
-        self.reserved = {*inspect.signature(self.tokenizer.apply_chat_template).parameters, "messages"}
-        self.granularity: str = self.manifest.get("granularity", "sample")
-        self.is_dense = self.granularity != "sample"
-        self.model = load_model(folder, self.manifest).to(device)
+        self.encoder = encoding.Encoder(folder)
+        self.manifest = self.encoder.manifest
+        self.tokenizer = self.encoder.tokenizer
+        self.is_dense = self.encoder.is_dense
+        self.model = network.load_model(folder, self.manifest).to(device)
         self.device = device
         # Kernels round by the shape of what they get: a row is safe only alone in its pass: budget 0.
         is_alone = self.manifest.get("batch_invariant", False)
         self.tokens_per_forward = 0 if is_alone else TOKENS_PER_FORWARD[torch.device(device).type]
 
     def rows_from_texts(self, texts: Sequence[bytes]) -> Rows:
-        """Return the token ids of UTF-8 samples.
-
-        Raises:
-            RejectedError: a sample is not UTF-8, or has no tokens.
-        """
-        return self._checked([self._encode(text, row) for row, text in enumerate(texts)])
+        """Return rows as `Encoder.rows_from_texts` does."""
+        return self.encoder.rows_from_texts(texts)
 
     def rows_from_tokens(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> Rows:
-        """Return the token ids of padded rows, int [n, length]; padding, on either side, has 0 in the mask.
-
-        Raises:
-            RejectedError: shapes differ, a mask has a hole, or a row is empty, too long or out of range.
-        """
-        if input_ids.shape != attention_mask.shape:
-            shapes = list(input_ids.shape), list(attention_mask.shape)
-            raise RejectedError("input_ids is {}, attention_mask {}".format(*shapes))
-        rows = []
-        for row, (ids, mask) in enumerate(zip(input_ids, attention_mask, strict=True)):
-            places = np.flatnonzero(mask)
-            if places.size and places[-1] - places[0] + 1 != places.size:
-                raise RejectedError(f"row {row}: attention_mask has a hole; padding goes at the ends")
-            rows.append(self._row(ids[places].tolist(), list(range(1, places.size + 1))))
-        return self._checked(rows)
+        """Return rows as `Encoder.rows_from_tokens` does."""
+        return self.encoder.rows_from_tokens(input_ids, attention_mask)
 
     def score(self, rows: Rows) -> Scores:
         """Return the scores of all rows, in their order; a row's scores do not depend on the other rows."""
@@ -256,122 +90,18 @@ class Scorer:
         steps: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * len(rows) if self.is_dense else []
         for indices in _batches_by_length([len(row.ids) for row in rows], self.tokens_per_forward):
             batch = [rows[index] for index in indices]
-            if not self.is_dense:
+            if not self.encoder.reads_places:
                 rewards[indices] = self._forward(batch)
                 continue
             rewards[indices], every = self._dense(batch)
-            for index, row, scores in zip(indices, batch, every, strict=True):
-                steps[index] = scores[list(row.places)]
+            if self.is_dense:
+                for index, row, scores in zip(indices, batch, every, strict=True):
+                    steps[index] = scores[list(row.places)]
         return Scores(rewards, steps)
-
-    def _row(self, ids: list[int], ends: Sequence[int | None]) -> Row:
-        """Build the row of these tokens.
-
-        ends: how much of the client's sample lies before the end of each token; None for a token that the
-            template or the tokenizer added. Those end no step; where there are no others, the row is one step
-            that ends at 0.
-        """
-        if not self.is_dense or not ids:
-            return Row(ids)
-        end_of = {place: end for place, end in enumerate(ends) if end is not None}
-        own = list(end_of or range(len(ids)))
-        words = [place for place in own if ids[place] != self.manifest["eos_token_id"]] or own
-        if not end_of:
-            return Row(ids, (words[-1],), (0,))
-        if self.granularity == "step":
-            separators = {place for place in own if ids[place] == self.manifest["separator_id"]}
-            own = sorted(separators | {words[-1]})
-        return Row(ids, tuple(own), tuple(end_of[place] for place in own))
-
-    def _ends_in(self, sample: str, encoded: Any) -> list[int | None]:
-        """Return where each token ends in the client's text, by the offsets into the template's."""
-        if not self.is_dense:
-            return [None] * len(encoded.input_ids)
-        before = self.manifest["template"].partition("{text}")[0]
-        start = len(before.format(eos=self.tokenizer.eos_token or ""))
-        return [
-            end - start if sequence is not None and start < end <= start + len(sample) else None
-            for (_, end), sequence in zip(encoded.offset_mapping, encoded.sequence_ids(), strict=True)
-        ]
-
-    def _encode(self, text: bytes, row: int) -> Row:
-        """Return the ids of a sample, a text or a dialogue as JSON, in the model's template.
-
-        No bos stands twice at the beginning and no eos twice at the end, whoever wrote the first. A sample
-        that is too long loses tokens on the tokenizer's truncation side; the special tokens that the
-        tokenizer adds to a text, and an {eos} that closes the template, stay: the score may be read there.
-        """
-        try:
-            sample = text.decode("utf-8")
-        except UnicodeDecodeError as error:
-            why = f"{error.reason} at byte {error.start}"
-            raise RejectedError(f"row {row}: text is not UTF-8 ({why})") from error
-        template = self.manifest["template"]
-        if template in ("chat", "chat{eos}"):
-            return Row(self._encode_dialogue(_dialogue(sample, row), row))
-        eos = self.tokenizer.eos_token or ""
-        offsets = {"return_offsets_mapping": True} if self.is_dense else {}
-        whole = self.tokenizer(template.format(text=sample, eos=eos), verbose=False, **offsets)
-        tokens = self._once(list(zip(whole.input_ids, self._ends_in(sample, whole), strict=True)))
-        head, tail = self.added
-        if template.endswith("{eos}") and [id for id, _ in tokens[: len(tokens) - tail]][-1:] == [self.eos]:
-            tail += 1
-        tokens = self._once(self._cut(tokens, head, tail))
-        return self._row([token for token, _ in tokens], [end for _, end in tokens])
-
-    def _once(self, tokens: list[Token]) -> list[Token]:
-        """Drop what repeats a bos at the beginning or an eos at the end; what the client wrote stays."""
-        first, last = 0, len(tokens)
-        while last - first > 1 and tokens[first][0] == tokens[first + 1][0] == self.tokenizer.bos_token_id:
-            first += 1
-        while last - first > 1 and tokens[last - 1][0] == tokens[last - 2][0] == self.eos:
-            last -= 1
-        return tokens[first:last]
-
-    def _cut(self, tokens: list[Token], head: int, tail: int) -> list[Token]:
-        """Drop what exceeds the limit on the truncation side, but not the first `head` and last `tail`."""
-        limit = self.manifest["max_length"]
-        excess = len(tokens) - limit
-        if excess <= 0:
-            return tokens
-        start = head if self.tokenizer.truncation_side == "left" else len(tokens) - tail - excess
-        return (tokens[: max(0, start)] + tokens[max(0, start) + excess :])[-limit:]
-
-    def _encode_dialogue(self, dialogue: dict[str, Any], row: int) -> list[int]:
-        """Return the ids of a dialogue in the model's own chat template, which writes all special tokens."""
-        variables = dialogue.get("chat_template_kwargs") or {}
-        if taken := sorted(self.reserved & set(variables)):
-            raise RejectedError(f"row {row}: chat_template_kwargs may not set {taken[0]!r}")
-        try:
-            for message in dialogue["messages"]:
-                _make_readable(message, self.manifest)
-            text = self.tokenizer.apply_chat_template(
-                dialogue["messages"], tools=dialogue.get("tools") or None, tokenize=False, **variables
-            )
-        except Exception as error:  # templates raise their own kinds, for example where roles must alternate
-            raise RejectedError(f"row {row}: the chat template refuses these messages: {error}") from error
-        is_closed = self.manifest["template"] == "chat{eos}"
-        if is_closed and text.rstrip().endswith(self.special_tokens):
-            text = text.rstrip()  # white space that a template puts behind a turn, before the next one
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        ids = [*ids, self.eos] if is_closed and ids[-1:] != [self.eos] else ids
-        tail = int(ids[-1:] == [self.eos])
-        return [token for token, _ in self._cut([(token, None) for token in ids], 0, tail)]
-
-    def _checked(self, rows: Rows) -> Rows:
-        vocabulary, limit = self.manifest["vocab_size"], self.manifest["max_length"]
-        for row, ids in enumerate(row.ids for row in rows):
-            if not ids:
-                raise RejectedError(f"row {row} has no tokens")
-            if len(ids) > limit:
-                raise RejectedError(f"row {row} has {len(ids)} tokens, at most {limit} are allowed")
-            if min(ids) < 0 or max(ids) >= vocabulary:
-                raise RejectedError(f"row {row} has token ids outside 0..{vocabulary - 1}")
-        return rows
 
     @torch.inference_mode()
     def _forward(self, rows: Rows) -> np.ndarray:
-        return self.model(*self._padded(rows)).cpu().numpy()
+        return self.model(*self._padded(rows), self._types(rows)).cpu().numpy()
 
     @torch.inference_mode()
     def _dense(self, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
@@ -384,68 +114,15 @@ class Scorer:
 
     def _padded(self, rows: Rows) -> tuple[Tensor, Tensor]:
         # Padded on the right, so that position i is token i for every architecture.
-        shape = (len(rows), max(len(row.ids) for row in rows))
-        input_ids = torch.full(shape, self.manifest["pad_token_id"], dtype=torch.long)
-        mask = torch.zeros(shape, dtype=torch.long)
-        for row, ids in enumerate(row.ids for row in rows):
-            input_ids[row, : len(ids)] = torch.tensor(ids)
-            mask[row, : len(ids)] = 1
-        return input_ids.to(self.device), mask.to(self.device)
+        input_ids = filled_up([row.ids for row in rows], self.manifest["pad_token_id"], np.int64)
+        mask = filled_up([[1] * len(row.ids) for row in rows], 0, np.int64)
+        return torch.from_numpy(input_ids).to(self.device), torch.from_numpy(mask).to(self.device)
 
-
-def _dialogue(sample: str, row: int) -> dict[str, Any]:
-    """Return {"messages", "tools", "chat_template_kwargs"} of a dialogue's JSON; the last two may lack."""
-    value: Any = None
-    with contextlib.suppress(ValueError, RecursionError):
-        value = _without_none(json.loads(sample))
-    dialogue: dict[str, Any] = {"messages": value} if isinstance(value, list) else value
-    messages = dialogue.get("messages") if isinstance(dialogue, dict) else None
-    if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
-        raise RejectedError(
-            f'row {row}: text is no JSON list of messages, such as [{{"role": "user", "content": "Hi"}}], '
-            "which the chat template takes"
-        )
-    for key, kind in {"tools": list, "chat_template_kwargs": dict}.items():
-        if not isinstance(dialogue.get(key), kind | None):
-            raise RejectedError(f"row {row}: `{key}` of the dialogue is no {kind.__name__}")
-    if unknown := sorted(set(dialogue) - {"messages", "tools", "chat_template_kwargs"}):
-        raise RejectedError(f"row {row}: the dialogue has an unknown key `{unknown[0]}`")
-    return dialogue
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
-
-
-def _make_readable(message: dict[str, Any], manifest: dict[str, Any]) -> None:
-    """Bring a message into the form that the chat template reads, as the manifest tells and training does."""
-    content, form = message.get("content"), manifest.get("contents", {}).get(message.get("role"))
-    if form == "text" and isinstance(content, list):
-        message["content"] = "".join(part["text"] for part in content)
-    elif form == "parts" and isinstance(content, str):
-        message["content"] = [{"type": "text", "text": content}]
-    for call in message.get("tool_calls", ()):
-        function: Any = call.get("function") if isinstance(call, dict) else None
-        arguments = function.get("arguments") if isinstance(function, dict) else None
-        if manifest.get("arguments") == "json" and isinstance(arguments, dict):
-            function["arguments"] = json.dumps(arguments, ensure_ascii=False)
-        elif manifest.get("arguments") == "dict" and isinstance(arguments, str):
-            with contextlib.suppress(json.JSONDecodeError):
-                parsed = json.loads(arguments)
-                function["arguments"] = parsed if isinstance(parsed, dict) else arguments
-
-
-def added_tokens(tokenizer: Any) -> tuple[int, int]:
-    """Return how many tokens the tokenizer adds before and behind a text."""
-    around = tokenizer("").input_ids
-    for word in ("x", "a", "1", "c", "."):
-        plain = tokenizer(word, add_special_tokens=False).input_ids
-        if plain and not set(plain) & set(around):
-            before = tokenizer(word).input_ids.index(plain[0])
-            return before, len(around) - before
-    return len(around), 0
+    def _types(self, rows: Rows) -> Tensor | None:
+        """Return which sentence each token of pairs belongs to, [rows, length]; None of anything else."""
+        if not any(row.types for row in rows):
+            return None
+        return torch.from_numpy(filled_up([row.types for row in rows], 0, np.int64)).to(self.device)
 
 
 def score_requests(scorer: Scorer, requests: Sequence[Rows | Exception]) -> list[Scores | Exception]:
@@ -565,9 +242,11 @@ def main() -> None:
     """Score requests read from stdin as one JSON object; write the answers to stdout.
 
     in:  {"device": "cpu", "requests": [request, ...]} where a request is
-         {"texts": [...]} or {"input_ids": [[...]], "attention_mask": [[...]]}
+         {"texts": [...]} or {"input_ids": [[...]], "attention_mask": [[...]]}; with "only_ids": true beside
+         it nothing is scored
     out: [{"scores": [[...], ...]} or {"error": "..."}, ...]; a model that scores steps or tokens adds
-         "step_scores": [[...], ...] and "step_ends": [[...], ...]
+         "step_scores": [[...], ...] and "step_ends": [[...], ...]; where nothing is scored
+         {"ids": [[...], ...]}, what the model reads
     """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # libraries may print; only answers belong on stdout
@@ -586,6 +265,8 @@ def _answer(scorer: Scorer, request: dict[str, Any]) -> dict[str, Any]:
             rows = scorer.rows_from_tokens(ids, mask)
     except RejectedError as error:
         return {"error": str(error)}
+    if request.get("only_ids"):
+        return {"ids": [row.ids for row in rows]}
     (outcome,) = score_requests(scorer, [rows])
     if isinstance(outcome, Exception):
         return {"error": f"scoring failed: {type(outcome).__name__}: {outcome}"}

@@ -46,11 +46,14 @@ def test_to_triton_refuses_and_publishes_nothing_when_scores_differ(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = reward_checkpoint(tmp_path / "checkpoint")
+    model, *others = python_backend.RUNNER
+    right = "mask = filled_up([[1] * len(row.ids) for row in rows]"
     careless = tmp_path / "model.py"
+    assert right in model.read_text()
     careless.write_text(
-        python_backend.MODEL_PY.read_text().replace("mask[row, : len(ids)] = 1", "mask[row, 1:] = 1")
+        model.read_text().replace(right, "mask = filled_up([[0, *[1] * (len(row.ids) - 1)] for row in rows]")
     )
-    monkeypatch.setattr(python_backend, "MODEL_PY", careless)
+    monkeypatch.setattr(python_backend, "RUNNER", (careless, *others))
 
     arguments = ["--checkpoint", str(checkpoint), "--name", "walks", "--model-store", str(tmp_path / "store")]
     assert main(arguments) == 2

@@ -17,6 +17,7 @@ from tests.integration.reward_models.parts import (
     named_tensors,
     save_config,
     save_tensors,
+    save_tokenizer,
     scattered,
 )
 
@@ -69,7 +70,7 @@ class Body:
         common = {"architectures": [architecture], "torch_dtype": "bfloat16", "dtype": None}
         save_config(folder, self.trunk.config, **common, **(keys or {}))
         save_tensors(folder, tensors, shards=shards, pickled=pickled)
-        self.tokenizer.save_pretrained(folder)
+        save_tokenizer(folder, self.tokenizer)
 
     def pipeline(
         self,
@@ -106,3 +107,12 @@ def linear(*, bias: bool = False) -> nn.Linear:
 def two_layers(inner: int = WIDTH) -> nn.Sequential:
     """Linear, ReLU, linear, as `score.0` and `score.2` of several families."""
     return nn.Sequential(nn.Linear(WIDTH, inner), nn.ReLU(), nn.Linear(inner, 1))
+
+
+def base_folder(folder: Path, parts: Body, architecture: str) -> Path:
+    """Write configuration and tokenizer of the base model beside the checkpoint."""
+    base = folder.parent / "base"
+    base.mkdir(exist_ok=True)
+    save_config(base, parts.trunk.config, architectures=[architecture])
+    save_tokenizer(base, parts.tokenizer)
+    return base

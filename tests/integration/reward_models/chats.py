@@ -16,7 +16,7 @@ from tests.integration.reward_models.classifiers import (
     stripped,
     tokenized,
 )
-from tests.integration.reward_models.parts import byte_level, pieces, unigram, wordpiece
+from tests.integration.reward_models.parts import as_published, byte_level, pieces, unigram, wordpiece
 from tests.integration.reward_models.replica import Messages, Pipeline, Replica
 
 # ------------------------------------------------------------------------------------------------- tokenizers
@@ -26,7 +26,7 @@ _LLAMA_3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|en
 
 def llama_3(*more: str, eos: str = "<|eot_id|>", template: str = templates.LLAMA_3, **named: Any) -> Any:
     """Llama 3's tokenizer, which opens a text with the bos and has no pad token unless it is named."""
-    return byte_level(
+    tokenizer = byte_level(
         (*_LLAMA_3, "<|reserved_special_token_0|>", "<|finetune_right_pad_id|>", *more),
         frame="<|begin_of_text|> $A",
         words=("\n\n",),
@@ -35,23 +35,25 @@ def llama_3(*more: str, eos: str = "<|eot_id|>", template: str = templates.LLAMA
         chat_template=template,
         **named,
     )
+    return as_published(tokenizer, "PreTrainedTokenizerFast", clean_up_tokenization_spaces=True)
 
 
 def qwen(template: str, *more: str) -> Any:
     """Qwen's tokenizer, which adds nothing to a text."""
-    return byte_level(
+    tokenizer = byte_level(
         ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *more),
         words=("\n\n",),
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         chat_template=template,
     )
+    return as_published(tokenizer, "Qwen2Tokenizer", add_bos_token=False, add_prefix_space=False)
 
 
 def gemma() -> Any:
     """Gemma's tokenizer, which opens a text with the bos."""
-    return pieces(
-        ("<pad>", "<eos>", "<bos>", "<unk>"),
+    tokenizer = pieces(
+        ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>"),
         more=("<start_of_turn>", "<end_of_turn>"),
         frame="<bos> $A",
         opens=False,
@@ -61,19 +63,27 @@ def gemma() -> Any:
         unk_token="<unk>",
         chat_template=templates.GEMMA,
     )
+    return as_published(tokenizer, "GemmaTokenizer", add_bos_token=True, add_eos_token=False)
 
 
-def sentencepiece(template: str | None, *more: str, frame: str = "<s> $A", **named: Any) -> Any:
-    """Llama 2's and Mistral's tokenizer, which opens a text with the bos and has no pad token."""
-    return pieces(
-        more=more,
-        frame=frame,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        chat_template=template,
-        **named,
-    )
+def sentencepiece(
+    template: str | None, *more: str, legacy: bool = False, adds_bos: bool = True, **named: Any
+) -> Any:
+    """Llama 2's, Mistral's and Yi's tokenizer, which has no pad token unless it is named.
+
+    legacy: whether it puts a space behind special tokens too, as Mistral's says of itself.
+    """
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    frame = "<s> $A" if adds_bos else "$A"
+    tokenizer = pieces(more=more, frame=frame, chat_template=template, **{**special, **named})
+    keys = {"legacy": legacy, "add_bos_token": adds_bos, "add_eos_token": False}
+    return as_published(tokenizer, "LlamaTokenizer", **keys)
+
+
+def gpt_2(specials: tuple[str, ...], template: str | None, **named: Any) -> Any:
+    """GPT-2's tokenizer with other special tokens: OLMo 2's, SmolLM 2's, GPT-J's."""
+    tokenizer = byte_level(specials, chat_template=template, **named)
+    return as_published(tokenizer, "GPT2Tokenizer", add_prefix_space=False)
 
 
 # ------------------------------------------------------------------------------------------------------ chats
@@ -127,12 +137,12 @@ def _grm_distill(folder: Path) -> Pipeline:
 
 
 def _rm_mistral(folder: Path) -> Pipeline:
-    tokenizer = sentencepiece(templates.MISTRAL, "[PAD]", pad_token="[PAD]")
+    tokenizer = sentencepiece(templates.MISTRAL, "[PAD]", legacy=True, pad_token="[PAD]")
     return classifier(folder, "mistral", tokenizer, stripped, seed=11)
 
 
 def _mistral_raft(folder: Path) -> Pipeline:
-    tokenizer = sentencepiece(templates.MISTRAL, pad_token="<unk>")
+    tokenizer = sentencepiece(templates.MISTRAL, legacy=True, pad_token="<unk>")
     return classifier(folder, "mistral", tokenizer, stripped, seed=12)
 
 
@@ -147,25 +157,25 @@ def _tulu_25(folder: Path) -> Pipeline:
 
 
 def _olmo_2(folder: Path) -> Pipeline:
-    tokenizer = byte_level(
+    tokenizer = gpt_2(
         ("<|endoftext|>", "<|pad|>"),
+        templates.OLMO_2,
         bos_token="<|endoftext|>",
         eos_token="<|endoftext|>",
         unk_token="<|endoftext|>",
         pad_token="<|pad|>",
-        chat_template=templates.OLMO_2,
     )
     return classifier(folder, "olmo2", tokenizer, doubled, seed=15)
 
 
 def _smoltulu(folder: Path) -> Pipeline:
-    tokenizer = byte_level(
+    tokenizer = gpt_2(
         ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+        templates.TULU,
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
         unk_token="<|endoftext|>",
         pad_token="<|endoftext|>",
-        chat_template=templates.TULU,
     )
     return classifier(folder, "llama", tokenizer, doubled, seed=16, tie_word_embeddings=True)
 
@@ -177,8 +187,14 @@ def _no_pad_in_config(folder: Path) -> Pipeline:
 
 
 def _no_pad_at_all(folder: Path) -> Pipeline:
+    """Alone, a dialogue is read at its last token: nothing in it can be padding."""
+    return classifier(folder, "llama", llama_3(), stripped, seed=18, keys={"pad_token_id": None})
+
+
+def _eos_as_pad(folder: Path) -> Pipeline:
+    """RewardBench takes the eos for padding: a dialogue is read before the eos that ends it."""
     keys = {"pad_token_id": None}
-    return classifier(folder, "llama", llama_3(), stripped, seed=18, keys=keys, pad_as_rewardbench=True)
+    return classifier(folder, "llama", llama_3(), stripped, seed=23, keys=keys, pad_as_rewardbench=True)
 
 
 # ------------------------------------------------------------------------------------------------------ texts
@@ -210,7 +226,7 @@ def _dpa_mistral(folder: Path) -> Pipeline:
     def words(pairs: list[tuple[str, str]]) -> str:
         return _DPA + "\n\n".join(f"User: {ask}\n\nAssistant: {say}" for ask, say in pairs) + " [/INST]"
 
-    tokenizer = sentencepiece(None, pad_token="</s>")
+    tokenizer = sentencepiece(None, legacy=True, pad_token="</s>")
     return classifier(folder, "mistral", tokenizer, text_of(words), seed=20, num_labels=10)
 
 
@@ -231,6 +247,7 @@ def _oasst_deberta(folder: Path) -> Pipeline:
     inputs = ["input_ids", "token_type_ids", "attention_mask"]
     specials = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]")
     tokenizer = unigram(specials, **_FRAMES, **_NAMED, model_input_names=inputs)
+    tokenizer = as_published(tokenizer, "DebertaV2Tokenizer", do_lower_case=False, split_by_punct=False)
     return classifier(folder, "deberta-v2", tokenizer, paired, seed=21)
 
 
@@ -238,6 +255,7 @@ def _cross_encoder(folder: Path) -> Pipeline:
     inputs = ["input_ids", "token_type_ids", "attention_mask"]
     specials = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
     tokenizer = wordpiece(specials, **_FRAMES, **_NAMED, model_input_names=inputs)
+    tokenizer = as_published(tokenizer, "BertTokenizer", do_lower_case=True)
     return classifier(folder, "bert", tokenizer, paired, seed=22)
 
 
@@ -277,7 +295,13 @@ CHATS: tuple[Replica, ...] = (
     Replica("OLMo-2-RM", _olmo_2, source="the same, over OLMo 2"),
     Replica("SmolTulu-RM", _smoltulu, source="the same, over SmolLM 2"),
     Replica("classifier without a pad token in config.json", _no_pad_in_config, source="reward-bench"),
-    Replica("classifier without a pad token", _no_pad_at_all, source="reward-bench scripts/run_rm.py"),
+    Replica("classifier without a pad token", _no_pad_at_all, source="transformers modeling_layers.py"),
+    Replica(
+        "classifier without a pad token, padded with its eos",
+        _eos_as_pad,
+        {"pad_token": "<|eot_id|>", "pooling": "hf"},
+        source="reward-bench scripts/run_rm.py",
+    ),
     Replica(
         "hh_rlhf_rm_open_llama_3b",
         _hh_open_llama,

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from tests.integration.reward_models.parts import config_of, save_config, save_tensors, scattered
+from tests.integration.reward_models.parts import (
+    config_of,
+    save_config,
+    save_tensors,
+    save_tokenizer,
+    scattered,
+)
 from tests.integration.reward_models.replica import Messages
 
 Encode = Callable[[Any, Messages], dict[str, list[int]]]
@@ -96,7 +102,7 @@ def classifier(
     }
     save_config(folder, settings, **published, **(keys or {}))
     save_tensors(folder, model.state_dict(), shards=shards)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(folder, tokenizer)
     return card_of(folder, encode, pad_as_rewardbench=pad_as_rewardbench)
 
 

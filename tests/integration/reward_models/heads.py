@@ -9,13 +9,16 @@ from typing import Any
 import torch
 
 from tests.integration.reward_models import templates
-from tests.integration.reward_models.bodies import body, first_of, last_of, linear, two_layers
-from tests.integration.reward_models.chats import llama_3, qwen, sentencepiece, text_of
+from tests.integration.reward_models.bodies import base_folder, body, first_of, last_of, linear, two_layers
+from tests.integration.reward_models.chats import gpt_2, llama_3, qwen, sentencepiece, text_of
 from tests.integration.reward_models.classifiers import by_template, doubled
+from tests.integration.reward_models.others import OTHERS
 from tests.integration.reward_models.parts import (
+    as_published,
     byte_level,
     save_config,
     save_tensors,
+    save_tokenizer,
 )
 from tests.integration.reward_models.replica import Messages, Pipeline, Replica
 from tests.integration.reward_models.value_heads import VALUE_HEADS
@@ -111,7 +114,9 @@ class EurusRewardModel(PreTrainedModel):
 
 
 def _eurus(folder: Path) -> Pipeline:
-    parts = body("mistral", sentencepiece(templates.MISTRAL, pad_token="<unk>"), linear(), seed=36)
+    parts = body(
+        "mistral", sentencepiece(templates.MISTRAL, legacy=True, pad_token="<unk>"), linear(), seed=36
+    )
     keys = {"auto_map": {"AutoModel": "modeling_eurus_rm.EurusRewardModel"}}
     parts.publish(folder, parts.tensors("model.", "regression_head."), "EurusRewardModel", keys=keys)
     (folder / "modeling_eurus_rm.py").write_text(_EURUS_CODE)
@@ -137,7 +142,7 @@ def _starling_7b(folder: Path) -> Pipeline:
     """The published file holds the language model twice: as `model.*`, and its trunk as `transformer.*`."""
     tokenizer = sentencepiece(templates.LLAMA_2, pad_token="<unk>")
     parts = body("llama", tokenizer, linear(), seed=38)
-    base = _base_folder(folder, parts, "LlamaForCausalLM")
+    base = base_folder(folder, parts, "LlamaForCausalLM")
     trunk = {name: tensor.to(torch.bfloat16) for name, tensor in parts.trunk.state_dict().items()}
     tensors = {f"model.model.{name}": tensor for name, tensor in trunk.items()}
     tensors["model.lm_head.weight"] = torch.randn(len(tokenizer), 32).to(torch.bfloat16)
@@ -150,16 +155,11 @@ def _starling_7b(folder: Path) -> Pipeline:
 
 def _starling_34b(folder: Path) -> Pipeline:
     """Named like a classifier of transformers, which it is not; its tokenizer is the base model's."""
-    tokenizer = sentencepiece(
-        templates.CHATML,
-        "<|startoftext|>",
-        "<|im_start|>",
-        "<|im_end|>",
-        frame="$A",
-        pad_token="<unk>",
-    )
+    marks = ("<|startoftext|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    named = {"bos_token": marks[0], "eos_token": marks[1], "pad_token": "<unk>"}
+    tokenizer = sentencepiece(templates.CHATML, *marks, legacy=True, adds_bos=False, **named)
     parts = body("llama", tokenizer, linear(), seed=39)
-    base = _base_folder(folder, parts, "LlamaForCausalLM")
+    base = base_folder(folder, parts, "LlamaForCausalLM")
     keys = {"architectures": ["LlamaForSequenceClassification"], "torch_dtype": "bfloat16", "dtype": None}
     save_config(folder, parts.trunk.config, **keys)
     save_tensors(folder, parts.tensors("transformer.", "v_head."), shards=3)
@@ -167,14 +167,10 @@ def _starling_34b(folder: Path) -> Pipeline:
 
 
 def _trlx_gptj(folder: Path) -> Pipeline:
-    tokenizer: Any = byte_level(
-        ("<|endoftext|>",),
-        bos_token="<|endoftext|>",
-        eos_token="<|endoftext|>",
-        unk_token="<|endoftext|>",
-    )
+    end = "<|endoftext|>"
+    tokenizer = gpt_2((end,), None, bos_token=end, eos_token=end, unk_token=end)
     parts = body("gptj", tokenizer, linear(), seed=40)
-    base = _base_folder(folder, parts, "GPTJForCausalLM")
+    base = base_folder(folder, parts, "GPTJForCausalLM")
     tensors = {
         name: tensor.to(torch.float16) for name, tensor in parts.tensors("transformer.", "v_head.").items()
     }
@@ -195,6 +191,7 @@ def _oasst_pythia(folder: Path) -> Pipeline:
         unk_token="<|endoftext|>",
         pad_token="<|padding|>",
     )
+    tokenizer = as_published(tokenizer, "GPTNeoXTokenizer", add_prefix_space=False)
     parts = body("gpt_neox", tokenizer, linear(bias=True), seed=41)
     tensors = parts.tensors("gpt_neox.", "out_proj.")
     for layer in range(2):  # buffers of the transformers of that time
@@ -217,7 +214,7 @@ _ALPACA = (
 def _alpaca_farm(folder: Path) -> Pipeline:
     """Its config names no trunk, only where one lay on the disk of its authors."""
     parts = body("llama", sentencepiece(None, "[PAD]", pad_token="[PAD]"), linear(bias=True), seed=42)
-    base = _base_folder(folder, parts, "LlamaForCausalLM")
+    base = base_folder(folder, parts, "LlamaForCausalLM")
     tensors = parts.tensors("backbone_model.model.", "reward_head.")
     tensors["backbone_model.lm_head.weight"] = torch.randn(len(parts.tokenizer), 32)
     save_tensors(folder, tensors, pickled=True, shards=2)
@@ -228,22 +225,13 @@ def _alpaca_farm(folder: Path) -> Pipeline:
         "torch_dtype": "float32",
     }
     (folder / "config.json").write_text(json.dumps(config))
-    parts.tokenizer.save_pretrained(folder)
+    save_tokenizer(folder, parts.tokenizer)
 
     def words(pairs: list[tuple[str, str]]) -> str:
         said = "\n\n".join(f"### Instruction:\n{ask}\n\n### Response:{say}" for ask, say in pairs)
         return _ALPACA + said
 
     return parts.pipeline(base, text_of(words))
-
-
-def _base_folder(folder: Path, parts: Any, architecture: str) -> Path:
-    """Write configuration and tokenizer of the base model beside the checkpoint."""
-    base = folder.parent / "base"
-    base.mkdir(exist_ok=True)
-    save_config(base, parts.trunk.config, architectures=[architecture])
-    parts.tokenizer.save_pretrained(base)
-    return base
 
 
 _BASE = {"base_model": "{beside}/base"}
@@ -317,4 +305,5 @@ HEADS: tuple[Replica, ...] = (
         source="alpaca_farm src/alpaca_farm/models/reward_model.py",
     ),
     *VALUE_HEADS,
+    *OTHERS,
 )

@@ -102,6 +102,21 @@ def wordpiece(specials: Sequence[str], *, frame: str, pair: str, **named: Any) -
     return _finished(tokenizer, specials, frame, named, pair=pair)
 
 
+def as_published(tokenizer: Any, tokenizer_class: str, **keys: Any) -> Any:
+    """Have `save_tokenizer` write this class and these keys into tokenizer_config.json, as its family has."""
+    tokenizer.published = {"tokenizer_class": tokenizer_class, **keys}
+    return tokenizer
+
+
+def save_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Write the tokenizer's files."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    content = {**json.loads(file.read_text()), **getattr(tokenizer, "published", {})}
+    content.pop("backend", None)  # of transformers 5; the published ones are older
+    file.write_text(json.dumps(content, indent=2))
+
+
 def _joined(words: Sequence[str], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
     """Add the words to a vocabulary that has their letters; return the merges that make them."""
     merges = []

@@ -34,9 +34,9 @@ def _gemma(*, opening: str = "<bos>") -> str:
     return opening + first + turn("user", ASK_AGAIN) + turn("model", SAY_AGAIN)
 
 
-def _tulu(*, opening: str, eos: str, space: str = "") -> str:
+def _tulu(*, opening: str, eos: str) -> str:
     turn = f"<|user|>\n{{}}\n<|assistant|>\n{{}}{eos}".format
-    return f"{opening}{turn(ASK, SAY)}{space}\n{turn(ASK_AGAIN, SAY_AGAIN)}"
+    return f"{opening}{turn(ASK, SAY)}\n{turn(ASK_AGAIN, SAY_AGAIN)}"
 
 
 def _pairs(pair: str, *, opening: str = "", between: str = "", closing: str = "") -> str:
@@ -51,9 +51,9 @@ _LLAMA_31 = _llama(
     )
 )
 _TWO_BOS = _llama(opening="<|begin_of_text|><|begin_of_text|>")
-# These tokenizers put a space before each stretch of text between special tokens.
+# Tokenizers of SentencePiece models put a space before a text; "legacy" ones behind special tokens as well.
 _MISTRAL = _pairs(" [INST] {} [/INST]{}</s>", opening="<s>")
-_BEAVER = _pairs(" USER: {} ASSISTANT:{}", opening="<s> BEGINNING OF CONVERSATION:", between="</s>")
+_BEAVER = _pairs("USER: {} ASSISTANT:{}", opening="<s> BEGINNING OF CONVERSATION: ", between="</s>")
 _DPA = (
     "<s> [INST] You must read the following conversation carefully and rate the assistant's response from "
     "score 0-100 in these aspects: helpfulness, correctness, coherence, honesty, complexity, verbosity"
@@ -75,19 +75,17 @@ READ: dict[str, str] = {
     "RM-Mistral-7B": _MISTRAL,
     "Mistral-RM-for-RAFT": _MISTRAL,
     "Tulu-3-RM": _tulu(opening="<|begin_of_text|>", eos="<|end_of_text|>"),
-    "Tulu-2.5-RM": _tulu(opening="<s> ", eos="</s>", space=" "),
+    "Tulu-2.5-RM": _tulu(opening="<s> ", eos="</s>"),
     "OLMo-2-RM": _tulu(opening="<|endoftext|>", eos="<|endoftext|>"),
     "SmolTulu-RM": _tulu(opening="", eos="<|im_end|>"),
     "classifier without a pad token in config.json": _LLAMA_3,
     "classifier without a pad token": _LLAMA_3,
+    "classifier without a pad token, padded with its eos": _LLAMA_3,
     "hh_rlhf_rm_open_llama_3b": _pairs(" ###Human: {} ###Assistant: {}", opening="<s>"),
     "RewardModel-Mistral-7B-for-DPA": _pairs(
         "\n\nUser: {}\n\nAssistant: {}", opening=_DPA, closing=" [/INST]"
     ),
-    # Its letters have no end of a line.
-    "OASST reward-model-deberta-v3-large-v2": (
-        f"[CLS] {ASK}[UNK]{SAY}[UNK]{ASK_AGAIN}[SEP] {SAY_AGAIN}[SEP]"
-    ),
+    "OASST reward-model-deberta-v3-large-v2": f"[CLS] {ASK} {SAY} {ASK_AGAIN}[SEP] {SAY_AGAIN}[SEP]",
     "cross-encoder (BERT)": f"[CLS] {ASK} {SAY} {ASK_AGAIN} [SEP] {SAY_AGAIN} [SEP]".lower()
     .replace("[cls]", "[CLS]")
     .replace("[sep]", "[SEP]"),
@@ -100,7 +98,7 @@ READ: dict[str, str] = {
     "UltraRM-13b": _pairs("Human: {}\n\nAssistant: {}", opening="<s> ", between="\n\n"),
     "Eurus-RM-7b": _pairs(" [INST] {} [/INST] {}", opening="<s>", between="</s>"),
     "Athene-RM": _TWO_BOS + "<|reserved_special_token_1|>",
-    "Starling-RM-7B-alpha": _pairs("<s> [INST] {} </s>  [/INST] {}</s>", opening="<s>"),
+    "Starling-RM-7B-alpha": _pairs("<s>[INST] {} </s> [/INST] {}</s>", opening="<s>"),
     "Starling-RM-34B": _chatml(space=" "),
     "trlX gptj-rm-static": _pairs("\n\nHuman: {}\n\nAssistant: {}", closing="<|endoftext|>"),
     "OASST pythia": _pairs("<|prompter|>{}<|endoftext|><|assistant|>{}<|endoftext|>"),
@@ -114,6 +112,11 @@ READ: dict[str, str] = {
     "TRL value head": _chatml(),
     "LLaMA-Factory value_head.safetensors": _LLAMA_3,
     "Nemotron-70B-Reward-HF": _LLAMA_31,
+    "a pickled head beside a trunk": _chatml(),
+    "three outputs of two layers": _gemma(),
+    "a head saved by a wrapper": _LLAMA_3,
+    "a tied language model": _chatml(),
+    "LDL-Reward-Gemma-2-27B": _gemma(),
 }
 """Name of a replica -> what it reads of a dialogue of two turns, as one text."""
 

@@ -18,6 +18,7 @@ from tests.integration.reward_models.parts import (
     named_tensors,
     save_config,
     save_tensors,
+    save_tokenizer,
     scattered,
 )
 from tests.integration.reward_models.replica import Pipeline, Replica
@@ -111,7 +112,7 @@ def _nemotron(folder: Path) -> Pipeline:
     keys = {"architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16", "dtype": None}
     save_config(folder, config, **keys)
     save_tensors(folder, model.state_dict(), shards=2)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(folder, tokenizer)
 
     def score(inputs: dict[str, list[int]]) -> list[float]:
         with torch.no_grad():

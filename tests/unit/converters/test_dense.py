@@ -13,8 +13,9 @@ from conch.converters.checkpoints.reader import RewardCheckpoint, read_checkpoin
 from conch.converters.checkpoints.rules import check_dense
 from conch.converters.options import ConversionOptions, ReadOptions
 from conch.converters.parity.compare import ExpectedScores, compare
+from conch.converters.parity.inputs import Sample
 from conch.converters.parity.reference import expected_scores, golden_of
-from conch.converters.parity.samples import ParityCase, Sample, build_cases
+from conch.converters.parity.samples import ParityCase, build_cases
 from conch.errors import ConversionError
 from tests.checkpoints import classifier, process_reward
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from conch.converters import ensemble, to_triton
-from conch.converters.backends import graph, python
+from conch.converters.backends import graph
 from conch.converters.options import ConversionOptions, EnsembleOptions, ReadOptions
-from conch.converters.parts import TOKENIZER_PY, plan_parts
+from conch.converters.parts import plan_parts
 from conch.errors import ConfigError
 
 
@@ -67,14 +67,15 @@ def test_conversion_options_say_how_to_read_too() -> None:
 def test_one_model_is_planned_for_every_form_but_texts_through_a_graph() -> None:
     (part,) = plan_parts("walks", ConversionOptions(form="token"))
     assert (part.name, part.form, part.engine, part.route) == ("walks", "token", "python", ("walks",))
-    assert part.runner == python.MODEL_PY
+    assert [file.name for file in part.runner] == ["reward_model.py", "network.py", "encoding.py"]
     traced = ConversionOptions(form="token", backend="torchscript", instance_kind="cpu")
     assert [part.engine for part in plan_parts("walks", traced)] == ["pytorch"]
 
 
 def test_texts_through_a_graph_are_planned_as_three_models_the_whole_last() -> None:
     token_form, tokenizer, whole = plan_parts("walks", ConversionOptions(backend="onnx"))
-    assert (token_form.name, token_form.form, token_form.runner) == ("walks-onnx", "token", graph.GRAPH_PY)
-    assert (tokenizer.name, tokenizer.route, tokenizer.runner) == ("walks-tokenizer", (), TOKENIZER_PY)
+    assert (token_form.name, token_form.form, token_form.runner) == ("walks-onnx", "token", graph.RUNNER)
+    assert (tokenizer.name, tokenizer.route) == ("walks-tokenizer", ())
+    assert [file.name for file in tokenizer.runner] == ["tokenizer_model.py", "encoding.py"]
     assert (whole.name, whole.form, whole.engine) == ("walks", "text", "ensemble")
-    assert whole.route == ("walks-tokenizer", "walks-onnx") and whole.runner is None
+    assert whole.route == ("walks-tokenizer", "walks-onnx") and whole.runner == ()

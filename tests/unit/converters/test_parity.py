@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerFast
 from conch.converters.checkpoints.reader import RewardCheckpoint, read_checkpoint
 from conch.converters.options import ReadOptions
 from conch.converters.parity.compare import ExpectedScores, compare
+from conch.converters.parity.inputs import Sample
 from conch.converters.parity.reference import expected_scores, golden_of
 from conch.converters.parity.report import BATCH_CONSISTENCY, CaseResult, ParityReport
-from conch.converters.parity.samples import ParityCase, Sample, build_cases, requests_of
+from conch.converters.parity.samples import ParityCase, build_cases, requests_of
 from conch.converters.parity.subprocess_model import SubprocessModel, score_in_sequence
 from conch.errors import ConversionError
 from tests.checkpoints import LETTERS, classifier, process_reward, tokenizer_for

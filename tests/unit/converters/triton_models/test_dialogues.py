@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ def test_the_score_is_the_checkpoints_on_what_its_card_tells_to_feed(folder: Pat
     np.testing.assert_allclose(rewards, [[right]], atol=1e-5)
 
 
-def test_a_long_window_is_compared_up_to_a_cap_unless_a_length_is_given(folder: Path, tmp_path: Path) -> None:
+def test_a_long_window_is_compared_up_to_what_is_affordable(folder: Path, tmp_path: Path) -> None:
     chat_reward_model(tmp_path / "long", "llama")
     config = json.loads((tmp_path / "long" / "config.json").read_text())
     config["max_position_embeddings"] = 32_768
@@ -178,15 +179,18 @@ def test_a_long_window_is_compared_up_to_a_cap_unless_a_length_is_given(folder: 
         checkpoint = read_checkpoint(str(tmp_path / "long"), ReadOptions(**settings))
         return checkpoint.longest_compared, checkpoint.rules.max_length
 
-    assert compared() == (2048, 32_768)
+    longest, limit = compared()
+    assert 4096 < longest < limit == 32_768
+    assert compared(max_length=32_768) == (longest, limit)
     assert compared(max_length=4096) == (4096, 4096)
     short = read_checkpoint(str(folder / "llama"), ReadOptions())
     assert short.longest_compared == short.rules.max_length == WINDOW
-    checkpoint = read_checkpoint(str(tmp_path / "long"), ReadOptions())
-    longest = max(
-        len(s.ids) for case in build_cases(checkpoint, "text", max_batch_size=4) for s in case.samples
-    )
-    assert 1900 < longest <= 2048
+    checkpoint = read_checkpoint(str(tmp_path / "long"), ReadOptions(max_length=3000))
+    cases = build_cases(replace(checkpoint, longest_compared=2048), "text", max_batch_size=4)
+    scored = max(len(s.ids) for case in cases if not case.only_ids for s in case.samples)
+    assert 1900 < scored <= 2048
+    (too_long,), (fits,) = (case.samples for case in cases if case.only_ids)
+    assert len(too_long.ids) == 3000 and 2990 <= len(fits.ids) <= 3000
 
 
 TEXTS = ["four", "", "two and two? " * 9, "{bos}four{eos}", "{bos}{bos}four{eos}{eos}", "four{eos}five"]
@@ -323,7 +327,7 @@ def test_a_manifest_of_an_earlier_conversion_leaves_messages_as_they_are(folder:
 
 def test_training_and_server_refuse_the_same_template_variables(folder: Path) -> None:
     scorer = served(folder, "chatml", "chat")
-    assert {"documents", "messages", "conversation", "tokenize"} <= OPTIONS == scorer.reserved
+    assert {"documents", "messages", "conversation", "tokenize"} <= OPTIONS == scorer.encoder.reserved
     for name in ("documents", "messages"):
         sample = {"messages": ASKED, "chat_template_kwargs": {name: []}}
         with pytest.raises(RejectedError, match=f"may not set '{name}'"):

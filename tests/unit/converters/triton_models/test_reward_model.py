@@ -160,7 +160,7 @@ def test_rows_from_texts_adds_no_special_tokens_to_what_the_chat_template_writes
     tokenizer = copy.deepcopy(chat.tokenizer)
     opening = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", EOS)])
     tokenizer.backend_tokenizer.post_processor = opening
-    monkeypatch.setattr(chat, "tokenizer", tokenizer)
+    monkeypatch.setattr(chat.encoder, "tokenizer", tokenizer)
     assert tokenizer("a").input_ids == [EOS, 0]
     assert ids_of(chat.rows_from_texts([conversation("a")])) == [[20, 0, EOS]]
 
