@@ -44,8 +44,8 @@ _SAMPLE = (
 _NOT_HELD = 'has a "prompt" string that the messages before the answers do not hold: take out one of the two'
 _MIXED = "; `data.apply_chat_template=true` makes messages of strings"
 _TIE = (
-    "has answers that are scored alike, a tie: neither is preferred, so nothing is learned from it (rows of a "
-    "file are left out; from Python, take it out)"
+    'has no answer that is worse than the "chosen" one (a tie of scores, or null for "rejected"): nothing is '
+    "preferred, so nothing is learned from it (rows of a file are left out; from Python, take it out)"
 )
 _REWARDED = 'is no {"sample", "reward"} object, preference or labelled completion'
 _STEPWISE = (
@@ -411,9 +411,8 @@ def _refuse_uncompared(row: Mapping[str, Any], given: Any) -> None:
     """
     if "chosen" not in row or "rejected" in row:
         return
-    if "rejected" in public_form(_without_nulls(given)):  # None, of answers that are judged alike
+    if "rejected" in {**given, **public_form(_without_nulls(given))}:
         raise DataError(_TIE)
-    _refuse_nulls(given, ("rejected",))
     raise DataError('has no "rejected" text beside "chosen"' + about(row, ("rejected",)))
 
 

@@ -225,7 +225,8 @@ def _answers(row: Row) -> tuple[str, str] | None:
 
 
 def _answered(asked: Any, answers: Mapping[str, str | None]) -> Row | None:
-    """A prompt with its answers, None for one that there is not; as messages where the prompt is a dialogue, also one of marked turns."""
+    """A prompt with its answers, None for one that is not there; as messages where the prompt is a dialogue,
+    also one of marked turns."""
     if isinstance(asked, str) and (pieces := _HELP_STEER_TURN.split(asked))[1:]:
         roles = ["user", *("user" if who == "User" else ASSISTANT for who in pieces[1::2])]
         turns = [{"role": role, "content": said} for role, said in zip(roles, pieces[::2], strict=True)]

@@ -148,7 +148,6 @@ def test_rows_of_datasets_are_listed_and_its_dicts_refused() -> None:
         (sample_form, {"prompt": None, "completion": "b"}, "prompt"),
         (sample_form, {"prompt": "a", "completion": None}, "completion"),
         (sample_form, {"messages": None}, "messages"),
-        (judgement, {"prompt": "a", "chosen": "b", "rejected": None}, "rejected"),
         (judgement, {"prompt": "a", "chosen": None, "rejected": "b"}, "chosen"),
         (judgement, {"text": "a", "score": None}, "score"),
         (rewarded_form, {"prompt": "a", "completion": "b", "label": None}, "label"),
