@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from conch.data.chat import dialogue_of, encode_dialogue
-from conch.data.files import like_rows, usable
+from conch.data.files import like_rows, place_of, usable
 from conch.data.formats import listed
 from conch.data.text import TextCodec
 from conch.errors import DataError
@@ -86,8 +86,9 @@ def tokenize_turns(
     rows = listed(samples, "samples")
     if not rows:
         raise DataError("the list of samples is empty: give at least one sample")
-    forms = like_rows(rows, [_form(row, index, codec.encoder_decoder) for index, row in enumerate(rows)])
-    return usable(forms, "sample", lambda sample, name: _tokenize(sample, name, codec))
+    names = [place_of(rows, index, "sample") for index in range(len(rows))]
+    forms = [_form(row, name, codec.encoder_decoder) for row, name in zip(rows, names, strict=True)]
+    return usable(like_rows(rows, forms), "sample", lambda sample, name: _tokenize(sample, name, codec))
 
 
 def cut_turns(
@@ -132,18 +133,22 @@ def collate_turns(
     return TurnBatch(ids.to(device), real.to(device), actions[:, longest_prompt:].to(device))
 
 
-def _form(sample: Any, index: int, pairs_only: bool) -> Any:
+def _form(sample: Any, name: str, pairs_only: bool) -> Any:
     """A string, checked turns, or a dialogue as it is."""
     if isinstance(sample, str):
         if pairs_only:
             raise DataError(
-                f"sample {index} is one string; an encoder-decoder reads the prompt apart from the output: "
+                f"{name} is one string; an encoder-decoder reads the prompt apart from the output: "
                 "give [prompt, output]"
             )
         return sample
-    if dialogue_of(sample) is not None and not pairs_only:
+    try:
+        dialogue = dialogue_of(sample)
+    except DataError as error:
+        raise DataError(f"{name} {error}") from None
+    if dialogue is not None and not pairs_only:
         return sample
-    return _checked_turns(sample, index, pairs_only)
+    return _checked_turns(sample, name, pairs_only)
 
 
 def _tokenize(sample: Any, name: str, codec: TextCodec) -> TurnSample:
@@ -178,7 +183,7 @@ def _encode_turns(turns: Sequence[str], codec: TextCodec) -> list[tuple[int, ...
     return encoded
 
 
-def _checked_turns(sample: Any, index: int, pairs_only: bool) -> Sequence[str]:
+def _checked_turns(sample: Any, name: str, pairs_only: bool) -> Sequence[str]:
     """The sample, where it is what its type says.
 
     Raises:
@@ -186,17 +191,13 @@ def _checked_turns(sample: Any, index: int, pairs_only: bool) -> Sequence[str]:
     """
     if not isinstance(sample, Sequence) or not all(isinstance(turn, str) for turn in sample):
         raise DataError(
-            f"sample {index} is neither a string nor a list of strings [prompt, output, ...] "
+            f"{name} is neither a string nor a list of strings [prompt, output, ...] "
             f"(got {type(sample).__name__})"
         )
     if len(sample) == 0 or len(sample) % 2:
-        raise DataError(
-            f"sample {index} has {len(sample)} turns: give prompts and outputs by turns, an even number"
-        )
+        raise DataError(f"{name} has {len(sample)} turns: give prompts and outputs by turns, an even number")
     if pairs_only and len(sample) != 2:
-        raise DataError(
-            f"sample {index} has {len(sample)} turns; an encoder-decoder takes two: [prompt, output]"
-        )
+        raise DataError(f"{name} has {len(sample)} turns; an encoder-decoder takes two: [prompt, output]")
     return sample
 
 

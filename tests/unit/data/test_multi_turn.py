@@ -8,10 +8,13 @@ from typing import Any, Literal
 import pytest
 import torch
 
+from conch.data.files import Rows
 from conch.data.multi_turn import TurnSample, collate_turns, cut_turns, tokenize_turns
 from conch.data.text import TextCodec
 from conch.errors import DataError
 from tests.runs import EOS, PAD, TOKENIZER
+
+MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 def tokenize(
@@ -143,3 +146,12 @@ def test_pairs_only_takes_pairs_only(sample: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         tokenize(sample, encoder_decoder=True)
     assert actions(tokenize(("a", "b"), encoder_decoder=True)[0]) == [1, EOS]
+
+
+@pytest.mark.parametrize(
+    "sample", ["abc", ["a", "b", "c", "d"], ["a"], 3, {"messages": MESSAGES, "tools": 3}]
+)
+def test_a_bad_sample_of_a_file_is_named_by_its_line(sample: Any) -> None:
+    rows = Rows([sample], ["rows.jsonl line 7"])
+    with pytest.raises(DataError, match=r"^rows\.jsonl line 7 "):
+        tokenize_turns(rows, TextCodec(TOKENIZER, encoder_decoder=True))
