@@ -69,6 +69,15 @@ def choose_template(requested: str | None, from_file: str | None, tokenizer: Any
         ConversionError: the template is malformed, or needs an eos or a chat template that is missing.
     """
     chosen = requested or from_file
+    # `chat` is also what dialogues were trained as whose template holds nothing but them.
+    alike = {from_file, "{prompt}{output}" if from_file == "{text}" else None}
+    if reads_dialogues(chosen or "") and from_file in (CHAT, CLOSED_CHAT, "{text}", "{text}{eos}"):
+        alike.add(chosen)
+    if from_file and requested and requested not in alike:
+        _log.warning(
+            "--template %r is taken, though reward_model.json says that the model was trained with %r",
+            *(requested, from_file),
+        )
     if chosen is None:
         if tokenizer.chat_template:
             _log.warning(
