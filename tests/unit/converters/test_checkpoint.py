@@ -263,6 +263,6 @@ def test_a_template_other_than_that_of_training_is_told(
 ) -> None:
     tokenizer = char_tokenizer("abcHuman: ")
     tokenizer.chat_template = "{{ messages }}"
-    choose_template(requested, trained, tokenizer, "last")
+    choose_template(requested, trained, tokenizer, "last_token")
     told = f"--template {requested!r} is taken, though reward_model.json says that the model was trained with"
     assert (f"{told} {trained!r}" in caplog.text) is warns and ("though" in caplog.text) is warns
