@@ -116,7 +116,7 @@ def test_actions_of_a_dialogue_are_the_assistants_tokens() -> None:
     tokenizer = letters(CHATML)
     whole, completion = ({"messages": DIALOGUE}, {"prompt": DIALOGUE[:4], "completion": DIALOGUE[4:]})
     made, _ = tokenize_turns([whole, completion], TextCodec(tokenizer))
-    shown = [text_of(TokenizedSample(turn.token_ids, turn.is_action), tokenizer)[1] for turn in made]
+    shown = [text_of(turn, tokenizer)[1] for turn in made]
     assert shown == [10 * "." + "cd<eos>" + 6 * "." + "f<eos>.", 19 * "." + "f<eos>."]
 
 
@@ -262,7 +262,7 @@ def test_of_answers_that_a_template_writes_otherwise_once_others_follow_the_last
     assert whole == tokenizer.apply_chat_template(DIALOGUE, tokenize=False)
     assert mask.strip(".") == learned.strip(".")
     (turns,), _ = tokenize_turns([row], TextCodec(tokenizer))
-    assert text_of(TokenizedSample(turns.token_ids, turns.is_action), tokenizer)[1] == mask
+    assert text_of(turns, tokenizer)[1] == mask
     # Of one answer nothing follows.
     assert text_of(tokenized(DIALOGUE[3:], tokenizer), tokenizer)[1].strip(".") == learned.strip(".")
 
