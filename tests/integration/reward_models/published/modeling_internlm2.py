@@ -19,7 +19,8 @@ class InternLM2RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
 def _turned(x, positions, theta):
@@ -28,7 +29,7 @@ def _turned(x, positions, theta):
     frequencies = theta ** -(torch.arange(half, device=x.device).float() / half)
     angles = positions[:, None, :, None].float() * frequencies
     first, second = x[..., :half], x[..., half:]
-    cosine, sine = angles.cos(), angles.sin()
+    cosine, sine = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
 
 

@@ -78,9 +78,9 @@ class Gemma2ForQuantileSequenceClassification(Gemma2PreTrainedModel):
         pad = self.config.pad_token_id
         ends = -1 if pad is None else (torch.eq(input_ids, pad).int().argmax(-1) - 1) % input_ids.shape[-1]
         rows = torch.arange(input_ids.shape[0], device=states.device)
-        quantiles = self.regression_layer(states[rows, ends].float())
+        quantiles = self.regression_layer(states[rows, ends])
         quantiles = quantiles.reshape(-1, self.num_objectives, self.num_quantiles)
-        gate = self.gating(states[rows, [find_token_for_gating(ids.tolist()) for ids in input_ids]].float())
+        gate = self.gating(states[rows, [find_token_for_gating(ids.tolist()) for ids in input_ids]])
         rewards = quantiles.mean(dim=2)
         score = torch.sum(gate * rewards, dim=1, keepdim=True)
         return CustomOutput(
