@@ -98,7 +98,7 @@ def recognise(source: Source, requested: ReadOptions) -> Kind:
         return _custom(found, auto_class)
     root = trunk_root(described)
     layers, others = head_layers(described, root, config)
-    is_native = _is_native(found.architecture, found.model_type)
+    is_native = _is_native(found.architecture, found.model_type) and not _is_foreign(layers, found.model_type)
     if is_native or (not found.architecture and _has_native_head(layers, others)):
         return _native(found, layers)
     if found.model_type and layers:
@@ -315,6 +315,14 @@ def _is_native(architecture: str, model_type: str) -> bool:
         return False
     file = _modeling_file(model_type)
     return file is not None and bool(re.search(rf"^class {re.escape(architecture)}\b", _text(file), re.M))
+
+
+def _is_foreign(layers: tuple[str, ...], model_type: str) -> bool:
+    """Whether no class of this type calls a head so, whatever class config.json names."""
+    file = _modeling_file(model_type)
+    code = "" if file is None else _text(file)
+    tops = {name.partition(".")[0] for name in layers}
+    return bool(tops) and not any(top in _NATIVE_HEADS or f"self.{top} =" in code for top in tops)
 
 
 def _has_native_head(layers: tuple[str, ...], others: tuple[str, ...]) -> bool:
