@@ -50,8 +50,9 @@ from conch.config import (
 from conch.data.files import Rows, evaluation_rows, like_rows, rows_at, training_rows
 from conch.data.formats import fitting, listed, prompt_form, rewarded_form
 from conch.data.index_sampler import IndexStream, digest_of
-from conch.data.multi_turn import TurnBatch, TurnSample, collate_turns, cut_turns, tokenize_turns
+from conch.data.multi_turn import cut_turns, tokenize_turns
 from conch.data.rollout_batch import take_rows
+from conch.data.samples import TokenBatch, TokenizedSample, collate
 from conch.distributed.train_engine import TrainEngine
 from conch.errors import DataError
 from conch.evaluation.evaluator import Evaluator, eval_variants, longest_generation
@@ -166,7 +167,7 @@ class ILQLBatch:
     rewards: [B], each earned by its sample's last action.
     """
 
-    turns: TurnBatch
+    turns: TokenBatch
     rewards: Float[Tensor, " B"]
 
 
@@ -358,17 +359,17 @@ class ILQLTrainer:
 
     # ------------------------------------------------------------------------------------------ the two verbs
 
-    def experience(self, samples: Sequence[TurnSample], rewards: Sequence[float]) -> ILQLBatch:
+    def experience(self, samples: Sequence[TokenizedSample], rewards: Sequence[float]) -> ILQLBatch:
         """Pad samples into a batch with their rewards, as `self.samples` and `self.rewards` hold them."""
         pad_id = int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
         device = self.engine.device
-        return ILQLBatch(collate_turns(samples, pad_id, device), torch.tensor(rewards, device=device))
+        return ILQLBatch(collate(samples, pad_id, device), torch.tensor(rewards, device=device))
 
     def update(self, batch: ILQLBatch) -> Metrics:
         """One optimizer update, and a move of the targets where it is due; statistics are means over the
         actions of all ranks."""
         config = self.config.ilql
-        num_actions = self.collectives.all_reduce(batch.turns.action_mask.sum()).clamp(min=1).float()
+        num_actions = self.collectives.all_reduce(batch.turns.loss_mask.sum()).clamp(min=1).float()
         means, report = update_with_statistics(
             self.engine,
             len(batch.rewards),
@@ -390,7 +391,7 @@ class ILQLTrainer:
         """This micro-batch's share of loss and statistics: sums over actions / actions of the batch."""
         config, turns = self.config.ilql, batch.turns
         output = self.engine.module(turns.input_ids, turns.attention_mask, turns.num_response)
-        actions, mask = turns.response_ids, turns.action_mask
+        actions, mask = turns.response_ids, turns.loss_mask
 
         def share(per_token: Tensor) -> Tensor:
             return masked_sum(per_token, mask) / num_actions

@@ -216,6 +216,28 @@ def _describe_fields(section: type[Section], prefix: str, defaults: Section | No
             yield textwrap.fill(text, width=108, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
+def over_defaults(
+    section: type[Section], values: Mapping[str, Any], defaults: Section | None = None
+) -> dict[str, Any]:
+    """Values, which nobody has validated, over the defaults of a section; required keys may be lacking.
+
+    defaults: what the enclosing section has in place of this one.
+    """
+    whole = dict[str, Any](values)
+    for name, field in section.model_fields.items():
+        default, nested, value = (
+            _default(name, field, defaults),
+            nested_section(field.annotation),
+            values.get(name),
+        )
+        if nested is not None and default is not None and (value is None or isinstance(value, Mapping)):
+            inner = default if isinstance(default, Section) else None
+            whole[name] = over_defaults(nested, value or {}, inner)
+        elif name not in values and default is not ...:
+            whole[name] = default
+    return {name: whole[name] for name in dict.fromkeys((*section.model_fields, *whole)) if name in whole}
+
+
 def _shown(value: Any) -> str:
     return repr(str(value) if isinstance(value, Path) else value)
 

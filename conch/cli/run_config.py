@@ -13,14 +13,15 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
+from pydantic_core import to_jsonable_python
 
 import conch
-from conch.cli.options import describe
+from conch.cli.options import describe, over_defaults
 from conch.config import Section, load
 from conch.errors import ConchError, ConfigError
 from conch.log import setup_logging
@@ -73,7 +74,8 @@ def load_run_config(
 
     Understands `[--config-name NAME] [--config-dir DIR] [--print-config] [--help] [key=value ...]`. `--help`
     prints every key with its type, default and meaning, where a file is named with the file's values for
-    defaults; `--print-config` prints the composed configuration; both exit 0.
+    defaults; `--print-config` prints the composed configuration, and without any `key=value` also one that
+    lacks something, with a comment that says what; both exit 0.
 
     default_name: the configuration that runs when none is named.
     config_dir: folder of the configurations; None takes `default_config_dir()`.
@@ -92,16 +94,31 @@ def load_run_config(
         print(f"{parser.format_help()}\n{keys}:\n{describe(section, shown)}")
         raise SystemExit(0)
     values = compose(arguments.config_name, arguments.overrides, arguments.config_dir)
-    config = load(section, values)
+    try:
+        config = load(section, values)
+    except ConfigError as error:
+        if not arguments.print_config or arguments.overrides:
+            raise
+        print(_incomplete(section, values, error), end="")
+        raise SystemExit(0) from None
     if arguments.print_config:
         print(to_yaml(config), end="")
         raise SystemExit(0)
     return config
 
 
+def _incomplete(section: type[Section], values: Mapping[str, Any], error: ConfigError) -> str:
+    """A file's values over the defaults as YAML, below what it lacks to run, required keys among that."""
+    lacks = "".join(f"# {line}\n" for line in str(error).splitlines())
+    return lacks + _yaml(to_jsonable_python(over_defaults(section, values)))
+
+
 def to_yaml(config: Section) -> str:
     """Return the configuration as YAML that `compose` and `load` turn into an equal one."""
-    values = config.model_dump(mode="json")
+    return _yaml(config.model_dump(mode="json"))
+
+
+def _yaml(values: dict[str, Any]) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 

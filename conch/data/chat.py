@@ -22,7 +22,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from conch.data.text import special_tokens
 from conch.errors import DataError
+from conch.log import get_logger
 from conch.types import ASSISTANT, Dialogue
+
+_log = get_logger(__name__)
 
 Message = Mapping[str, Any]
 Span = tuple[int, int]
@@ -33,6 +36,8 @@ TEMPLATE_KEYS = ("tools", "chat_template_kwargs")
 OPTIONS = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"} - {"self"}
 """Names that `apply_chat_template` has for other things than variables of the template; a reward model's
 server refuses the same."""
+
+_ROLES = ("system", "developer", "user", ASSISTANT, "tool")
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -201,9 +206,45 @@ def _rendered(dialogue: Dialogue, name: str, tokenizer: PreTrainedTokenizerBase,
             "(questions and answers of public datasets are texts with `data.apply_chat_template=false`)"
         )
     try:
+        _check_roles(dialogue, name, tokenizer)
         return _render(as_template_reads(dialogue, tokenizer), tokenizer, **options)
     except (TemplateError, TypeError, ValueError) as error:
         raise DataError(f"the chat template does not take {name}: {error}") from error
+
+
+def _check_roles(dialogue: Dialogue, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn once of a role that the chat template passes over, or that nobody knows.
+
+    Raises:
+        DataError: the template passes over what somebody unknown says.
+    """
+    template, reads = _reads_of(dialogue, tokenizer)
+    for number, message in enumerate(dialogue.messages):
+        role = message["role"]
+        known = role in _ROLES or any(f"{quote}{role}{quote}" in template for quote in "'\"")
+        passed_over = bool(reads.passed_over) and reads.passed_over[number]
+        if known and not passed_over:
+            continue
+        if not known and passed_over:
+            roles = ", ".join(dict.fromkeys(each["role"] for each in dialogue.messages))
+            raise DataError(
+                f'message {number} of {name} has the role "{role}", and the chat template leaves it out '
+                f"(roles there: {roles}; known are {', '.join(_ROLES)}, and those that the template names)"
+            )
+        _warn_of_role(role, known)
+
+
+@lru_cache(maxsize=64)
+def _warn_of_role(role: str, known: bool) -> None:
+    """Once for each role."""
+    if known:
+        _log.warning('the chat template leaves out what messages of the role "%s" say', role)
+    else:
+        _log.warning(
+            'messages have the role "%s", which the chat template does not name, so that the model may not '
+            "know it: known are %s",
+            *(role, ", ".join(_ROLES)),
+        )
 
 
 def encode_dialogue(
@@ -222,6 +263,7 @@ def encode_dialogue(
     if not any(message["role"] == ASSISTANT for message in dialogue.messages[num_prompt:]):
         raise DataError(f'{name} has no message with the role "{ASSISTANT}": nothing to learn')
     try:
+        _check_roles(dialogue, name, tokenizer)
         dialogue = as_template_reads(dialogue, tokenizer)
         text, spans = _render_spans(dialogue, name, tokenizer, num_prompt)
     except (TemplateError, TypeError, ValueError) as error:
@@ -257,21 +299,34 @@ def _render_spans(
     tools = None if dialogue.tools is None else list(dialogue.tools)
     template = tokenizer.get_chat_template(tools=tools)
     if _GENERATION.search(template):
-        # Not `apply_chat_template`, which maps the ends of spans to tokens by itself: where a span ends in a
-        # space that tokenizers trim from their offsets, it takes all the rest for the assistant's.
-        variables: dict[str, Any] = {**tokenizer.special_tokens_map, **dialogue.template_kwargs}
-        rendered: Any = render_jinja_template(
-            [[dict(message) for message in dialogue.messages]],
-            tools=tools,
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **variables,
-        )
-        (text,), (spans,) = rendered
-        return text, spans[len(turns) - len(later) :]
+        text, spans = _marked_spans(dialogue, template, tokenizer)
+        if not num_prompt:
+            return text, spans
+        # A turn may have several blocks, or none.
+        prompt = replace(dialogue, messages=dialogue.messages[:num_prompt])
+        num_before = len(_marked_spans(prompt, template, tokenizer)[1]) if len(later) < len(turns) else 0
+        return text, spans[num_before:]
     text = _render(dialogue, tokenizer)
     specials = tuple(special_tokens(tokenizer))
     return text, [_span(dialogue, turn, text, specials, name, tokenizer) for turn in later]
+
+
+def _marked_spans(
+    dialogue: Dialogue, template: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, list[Span]]:
+    """The dialogue as text, and the `{% generation %}` blocks in it."""
+    # Not `apply_chat_template`, which maps the ends of spans to tokens by itself: where a span ends in a
+    # space that tokenizers trim from their offsets, it takes all the rest for the assistant's.
+    variables: dict[str, Any] = {**tokenizer.special_tokens_map, **dialogue.template_kwargs}
+    rendered: Any = render_jinja_template(
+        [[dict(message) for message in dialogue.messages]],
+        tools=None if dialogue.tools is None else list(dialogue.tools),
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        **variables,
+    )
+    (text,), (spans,) = rendered
+    return text, spans
 
 
 def _span(
@@ -332,17 +387,22 @@ def as_template_reads(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase) ->
     only, a string as the only part. Arguments of tool calls become a dict, or a JSON string. What a template
     reads, it is asked by rendering such a dialogue with other words; what cannot be told stays as it is.
     """
-    template = tokenizer.get_chat_template(tools=None if dialogue.tools is None else list(dialogue.tools))
-    shape = tuple(
-        (message["role"], "content" in message, bool(message.get("tool_calls")))
-        for message in dialogue.messages
-    )
-    reads = _what_is_read(template, _specials(tokenizer), shape)
+    _, reads = _reads_of(dialogue, tokenizer)
     readable = [
         _readable(message, contents, reads.arguments)
         for message, contents in zip(dialogue.messages, reads.contents, strict=True)
     ]
     return replace(dialogue, messages=tuple(readable))
+
+
+def _reads_of(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase) -> tuple[str, _Reads]:
+    """The template that renders this dialogue, and what it reads in it."""
+    template = tokenizer.get_chat_template(tools=None if dialogue.tools is None else list(dialogue.tools))
+    shape = tuple(
+        (message["role"], "content" in message, bool(message.get("tool_calls")))
+        for message in dialogue.messages
+    )
+    return template, _what_is_read(template, _specials(tokenizer), shape)
 
 
 _ANSWER = ("user", True, False), (ASSISTANT, True, False)
@@ -396,10 +456,12 @@ class _Reads:
 
     contents: of each message, "text" or "parts".
     arguments: of tool calls, "json" or "dict".
+    passed_over: of each message, whether the template takes the dialogue and leaves this content out.
     """
 
     contents: tuple[str, ...]
     arguments: str = ""
+    passed_over: tuple[bool, ...] = ()
 
 
 def _readable(message: Message, contents: str, arguments: str) -> Message:
@@ -455,7 +517,12 @@ def _what_is_read(
     # A dict that a template writes as Python has it, and a string that it puts into quotes, are misread.
     reads_dict = with_dict is not None and "argument0" in with_dict and "{'argument0'" not in with_dict
     reads_json = with_json is not None and "argument0" in with_json and '\\"argument0' not in with_json
-    return _Reads(contents, "" if reads_dict == reads_json else "dict" if reads_dict else "json")
+    rendered = [text for text in (texts, parts) if text is not None]
+    passed_over = tuple(
+        bool(rendered) and has_content and not any(f"content{number}." in text for text in rendered)
+        for number, (_, has_content, _) in enumerate(shape)
+    )
+    return _Reads(contents, "" if reads_dict == reads_json else "dict" if reads_dict else "json", passed_over)
 
 
 def _probe(

@@ -294,11 +294,11 @@ def _and_others(rows: Sequence[_Bad]) -> str:
 
 def _lines(source: str, config: DataConfig) -> Iterator[_Line]:
     """Every row with its place, one at a time."""
-    path = Path(source)
+    path = Path(source).expanduser()
     suffix = Path(source.removesuffix(".gz")).suffix
     if path.is_dir():
         is_saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
-        return _saved(path) if is_saved else _dataset(source, "train", source, config)
+        return _saved(path) if is_saved else _dataset(str(path), "train", source, config)
     if suffix in _SUFFIXES and not path.exists():
         raise DataError(f"{path} cannot be read: there is no such file{missing_path(path)}")
     if suffix in _TABLES:
@@ -308,13 +308,19 @@ def _lines(source: str, config: DataConfig) -> Iterator[_Line]:
     if suffix == ".json":
         return _json_rows(path)
     named = _HUB_NAME.fullmatch(source)
-    if path.exists() or named is None:
-        what = "is read as rows" if path.exists() else "is there"
+    if path.exists() or named is None or _is_local(source):
+        what = "is read as rows" if path.exists() else f"is there{missing_path(path)}"
         raise DataError(
             f"{source}: no such file {what}; rows are read from {', '.join(_SUFFIXES)} files (text also as "
             ".gz), from a folder, or from a dataset of the hub, owner/name or owner/name:split"
         )
     return _dataset(named["name"], named["split"] or "train", source, config)
+
+
+def _is_local(source: str) -> bool:
+    """Whether the first part of `a/b` is a folder here: then something in it is meant, not `owner/name`."""
+    first, slash, _ = source.partition("/")
+    return bool(slash) and Path(first).is_dir()
 
 
 # ------------------------------------------------------------------------------------------------- text files
@@ -410,7 +416,14 @@ def _refusing(source: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = " ".join(str(error).split())[:400] or type(error).__name__
-        raise DataError(f"{source} cannot be read: {reason}{_about_cache(error)}") from error
+        hint = _about_cache(error) or _near(Path(source))
+        raise DataError(f"{source} cannot be read: {reason}{hint}") from error
+
+
+def _near(path: Path) -> str:
+    """A file or folder here that was perhaps meant, where the path is none and was taken for a name."""
+    hint = "" if path.exists() else missing_path(path)
+    return hint if "did you mean" in hint else ""
 
 
 def _about_cache(error: Exception) -> str:

@@ -43,6 +43,10 @@ _SAMPLE = (
 )
 _NOT_HELD = 'has a "prompt" string that the messages before the answers do not hold: take out one of the two'
 _MIXED = "; `data.apply_chat_template=true` makes messages of strings"
+_TIE = (
+    'has no answer that is worse than the "chosen" one (a tie of scores, or null for "rejected"): nothing is '
+    "preferred, so nothing is learned from it (rows of a file are left out; from Python, take it out)"
+)
 _REWARDED = 'is no {"sample", "reward"} object, preference or labelled completion'
 _STEPWISE = (
     'has "completions" with "labels" for each step, as stepwise supervision has: no trainer here learns from '
@@ -118,7 +122,7 @@ def sample_form(row: Any) -> Any:
     Raises:
         DataError: the row is none of these.
     """
-    row = _recognised(row)
+    given, row = row, _recognised(row)
     if isinstance(row, str):
         return row
     messages = messages_of(row)
@@ -141,6 +145,7 @@ def sample_form(row: Any) -> Any:
     if prompt is not None and answer_text is not None:
         _joined(prompt, answer_text, answer)
     if prompt is None or answer_text is None:
+        _refuse_nulls(given, ("prompt", "completion"), ("chosen",), ("text",), ("messages",))
         raise DataError(_SAMPLE + about(row, ("prompt", "completion"), ("text",)))
     keys = {} if isinstance(prompt, str) else template_keys(row)
     return {"prompt": prompt, "completion": answer_text, **keys}
@@ -156,7 +161,7 @@ def prompt_form(row: Any) -> Any:
     Raises:
         DataError: the row has no prompt.
     """
-    row = _recognised(row)
+    given, row = row, _recognised(row)
     if isinstance(row, str):
         return row
     if isinstance(row, Mapping):
@@ -168,6 +173,7 @@ def prompt_form(row: Any) -> Any:
             if isinstance(prompt, list):
                 template_keys(row)
             return row
+    _refuse_nulls(given, ("prompt",), ("messages",))
     kind = type(row.get("prompt") if isinstance(row, Mapping) else row).__name__
     needed = 'is neither a string nor a dict with a "prompt" string or dialogue'
     raise DataError(f"{needed} (got {kind}){about(row, ('prompt',))}")
@@ -201,7 +207,7 @@ def judgement_form(row: Any) -> Any:
         return row
     _refuse_stepwise(row)
     row = _prompt_apart(row)
-    _refuse_uncompared(row)
+    _refuse_uncompared(row, given)
     judgement = {key: value for key, value in row.items() if key not in ("prompt", "completion")}
     if row.keys() & {"score", "scores", "label"} and not row.keys() & {"prompt", "text"}:
         judgement |= {"text": judgement.pop("messages")} if "messages" in row else {}
@@ -219,7 +225,10 @@ def judgement_form(row: Any) -> Any:
     if any(isinstance(text_of(judgement.get(key)), list) for key in ("text", "chosen", "rejected")):
         template_keys(row)
     judges = {"text", "score"} <= judgement.keys() or {"text", "scores"} <= judgement.keys()
-    return judgement if judges or {"chosen", "rejected"} <= judgement.keys() else given
+    if judges or {"chosen", "rejected"} <= judgement.keys():
+        return judgement
+    _refuse_nulls(given, *JUDGEMENT_FORMS, ("scores",))
+    return given
 
 
 def rewarded_form(row: Any) -> list[tuple[Any, float]]:
@@ -229,7 +238,7 @@ def rewarded_form(row: Any) -> list[tuple[Any, float]]:
     Raises:
         DataError: the row has none of these forms.
     """
-    row = _recognised(row)
+    given, row = row, _recognised(row)
     if not isinstance(row, Mapping):
         raise DataError(_REWARDED + about(row))
     _refuse_stepwise(row)
@@ -240,10 +249,11 @@ def rewarded_form(row: Any) -> list[tuple[Any, float]]:
     row = _prompt_apart(row)
     if {"prompt", "completion", "label"} <= row.keys():
         return [(_turns(row["prompt"], row["completion"], row), 1.0 if _label(row) else -1.0)]
-    _refuse_uncompared(row)
+    _refuse_uncompared(row, given)
     if {"chosen", "rejected"} <= row.keys():
         prompt, chosen, rejected = prompt_and_answers(row)
         return [(_turns(prompt, chosen, row), 1.0), (_turns(prompt, rejected, row), -1.0)]
+    _refuse_nulls(given, *_REWARDED_FORMS, ("sample", "reward"))
     raise DataError(_REWARDED + about(row, *_REWARDED_FORMS))
 
 
@@ -273,9 +283,11 @@ def _recognised(row: Any) -> Any:
     """The row in one of our forms, without those keys of them that have no value."""
     if not isinstance(row, Mapping):
         return row
-    return public_form(
-        {key: value for key, value in row.items() if value is not None or key not in _FORM_KEYS}
-    )
+    return _without_nulls(public_form(_without_nulls(row)))
+
+
+def _without_nulls(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {key: value for key, value in row.items() if value is not None or key not in _FORM_KEYS}
 
 
 def _prompt_apart(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -392,12 +404,32 @@ def _refuse_stepwise(row: Mapping[str, Any]) -> None:
         raise DataError(_STEPWISE)
 
 
-def _refuse_uncompared(row: Mapping[str, Any]) -> None:
-    if "chosen" in row and "rejected" not in row:
-        raise DataError(
-            'has no "rejected" text beside "chosen": answers that are judged alike are not learned from'
-            + about(row, ("rejected",))
-        )
+def _refuse_uncompared(row: Mapping[str, Any], given: Any) -> None:
+    """Refuse a "chosen" text with nothing to prefer it to.
+
+    row: `given`, as `_recognised` has it.
+    """
+    if "chosen" not in row or "rejected" in row:
+        return
+    if "rejected" in {**given, **public_form(_without_nulls(given))}:
+        raise DataError(_TIE)
+    raise DataError('has no "rejected" text beside "chosen"' + about(row, ("rejected",)))
+
+
+def _refuse_nulls(given: Any, *forms: tuple[str, ...]) -> None:
+    """Refuse a row that has one of these forms but for values that are null: it is its values that are at
+    fault, not the names of its columns."""
+    if not isinstance(given, Mapping):
+        return
+    nulls = [
+        key
+        for form in forms
+        for key in form
+        if key in given and given[key] is None and all(name in given for name in form)
+    ]
+    if nulls:
+        named = " and ".join(f'"{key}"' for key in dict.fromkeys(nulls))
+        raise DataError(f"has null for {named}: give a value, or take the row out")
 
 
 def about(row: Any, *forms: tuple[str, ...]) -> str:

@@ -1,22 +1,18 @@
 """Samples as turns: token ids with a mask of the tokens that somebody chose.
 
-Legend: B samples, P prompt tokens (padded left), R response tokens (padded right), T = P + R. The response
-begins at a sample's first action and holds all that follows, later prompts too.
+The response begins at a sample's first action and holds all that follows, later prompts too; batches are
+those of `conch.data.samples`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from jaxtyping import Bool, Int
-from torch import Tensor
-
 from conch.data.chat import dialogue_of, encode_dialogue
-from conch.data.files import like_rows, usable
+from conch.data.files import like_rows, place_of, usable
 from conch.data.formats import listed
+from conch.data.samples import TokenizedSample
 from conch.data.text import TextCodec
 from conch.errors import DataError
 from conch.log import get_logger
@@ -24,59 +20,18 @@ from conch.log import get_logger
 _log = get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class TurnSample:
-    """Tokens of one dialogue and which of them are actions.
-
-    token_ids: the whole sample, eos included.
-    is_action: True at the tokens of output turns; never at the first token, before which there is no state to
-        act in.
-    """
-
-    token_ids: tuple[int, ...]
-    is_action: tuple[bool, ...]
-
-    @property
-    def num_prompt(self) -> int:
-        """Tokens before the first action."""
-        return self.is_action.index(True)
-
-
-@dataclass(frozen=True)
-class TurnBatch:
-    """Padded dialogues.
-
-    input_ids [B, T]: prompt and response. attention_mask [B, T]: True at real tokens.
-
-    action_mask [B, R]: True at actions, which stand among the last R columns of `input_ids`.
-    """
-
-    input_ids: Int[Tensor, "B T"]
-    attention_mask: Bool[Tensor, "B T"]
-    action_mask: Bool[Tensor, "B R"]
-
-    @property
-    def num_response(self) -> int:
-        """R, the columns that hold responses."""
-        return self.action_mask.shape[1]
-
-    @property
-    def response_ids(self) -> Int[Tensor, "B R"]:
-        """The last R columns of `input_ids`."""
-        return self.input_ids[:, -self.num_response :]
-
-
 def tokenize_turns(
     samples: Iterable[Any],
     codec: TextCodec,
-) -> tuple[list[TurnSample], list[int]]:
+) -> tuple[list[TokenizedSample], list[int]]:
     """Tokenise samples, each of them a string (all tokens after the first are actions), a list of turns
     `[prompt, output, prompt, output, ...]` (the outputs' tokens are), or a dialogue (the assistant's are; of
     {"prompt", "completion"} dialogues those of the completion).
 
     An eos token ends every string and list, and is an action; a dialogue ends as the chat template has it.
     Samples that the chat template or the tokenizer refuses are left out; one warning counts and names them.
-    Gives the others with their indices among all samples.
+    Gives the others with their indices among all samples; their `loss_mask` is True at actions, and never at
+    the first token, before which there is no state to act in.
 
     codec: encodes them; of an encoder-decoder it takes `[prompt, output]` and nothing else.
 
@@ -86,13 +41,14 @@ def tokenize_turns(
     rows = listed(samples, "samples")
     if not rows:
         raise DataError("the list of samples is empty: give at least one sample")
-    forms = like_rows(rows, [_form(row, index, codec.encoder_decoder) for index, row in enumerate(rows)])
-    return usable(forms, "sample", lambda sample, name: _tokenize(sample, name, codec))
+    names = [place_of(rows, index, "sample") for index in range(len(rows))]
+    forms = [_form(row, name, codec.encoder_decoder) for row, name in zip(rows, names, strict=True)]
+    return usable(like_rows(rows, forms), "sample", lambda sample, name: _tokenize(sample, name, codec))
 
 
 def cut_turns(
-    samples: Sequence[TurnSample], max_tokens: int, truncation_side: Literal["left", "right"]
-) -> tuple[list[TurnSample], list[int]]:
+    samples: Sequence[TokenizedSample], max_tokens: int, truncation_side: Literal["left", "right"]
+) -> tuple[list[TokenizedSample], list[int]]:
     """Samples of at most `max_tokens` tokens, which lose what is too much on `truncation_side`, with their
     indices; those of which no action is left are left out. Warnings count both, and name the latter by their
     places where they are `Rows`.
@@ -114,44 +70,30 @@ def cut_turns(
     )
 
 
-def collate_turns(
-    samples: Sequence[TurnSample], pad_token_id: int, device: torch.device | str = "cpu"
-) -> TurnBatch:
-    """Pad samples so that all responses begin in the same column."""
-    longest_prompt = max(sample.num_prompt for sample in samples)
-    longest_response = max(len(sample.token_ids) - sample.num_prompt for sample in samples)
-    shape = (len(samples), longest_prompt + longest_response)
-    ids = torch.full(shape, pad_token_id, dtype=torch.long)
-    real, actions = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
-    for row, sample in enumerate(samples):
-        start = longest_prompt - sample.num_prompt
-        columns = slice(start, start + len(sample.token_ids))
-        ids[row, columns] = torch.tensor(sample.token_ids)
-        real[row, columns] = True
-        actions[row, columns] = torch.tensor(sample.is_action)
-    return TurnBatch(ids.to(device), real.to(device), actions[:, longest_prompt:].to(device))
-
-
-def _form(sample: Any, index: int, pairs_only: bool) -> Any:
+def _form(sample: Any, name: str, pairs_only: bool) -> Any:
     """A string, checked turns, or a dialogue as it is."""
     if isinstance(sample, str):
         if pairs_only:
             raise DataError(
-                f"sample {index} is one string; an encoder-decoder reads the prompt apart from the output: "
+                f"{name} is one string; an encoder-decoder reads the prompt apart from the output: "
                 "give [prompt, output]"
             )
         return sample
-    if dialogue_of(sample) is not None and not pairs_only:
+    try:
+        dialogue = dialogue_of(sample)
+    except DataError as error:
+        raise DataError(f"{name} {error}") from None
+    if dialogue is not None and not pairs_only:
         return sample
-    return _checked_turns(sample, index, pairs_only)
+    return _checked_turns(sample, name, pairs_only)
 
 
-def _tokenize(sample: Any, name: str, codec: TextCodec) -> TurnSample:
+def _tokenize(sample: Any, name: str, codec: TextCodec) -> TokenizedSample:
     dialogue = None if isinstance(sample, str) else dialogue_of(sample)
     if dialogue is not None:
         whole, num_prompt = dialogue
         ids, is_assistants = encode_dialogue(whole, name, codec.tokenizer, num_prompt=num_prompt)
-        return TurnSample(ids, (False, *is_assistants[1:]))
+        return TokenizedSample(ids, (False, *is_assistants[1:]))
     if isinstance(sample, str):
         ids = codec.prompt_ids(sample)
         turns = [ids[:1], ids[1:]]
@@ -161,7 +103,7 @@ def _tokenize(sample: Any, name: str, codec: TextCodec) -> TurnSample:
         what = name if isinstance(sample, str) else f"the first prompt of {name}"
         raise DataError(f"{what} is empty once tokenised")
     turns[-1] = codec.with_eos(turns[-1])
-    return TurnSample(
+    return TokenizedSample(
         tuple(token for turn in turns for token in turn),
         tuple(number % 2 == 1 for number, turn in enumerate(turns) for _ in turn),
     )
@@ -178,7 +120,7 @@ def _encode_turns(turns: Sequence[str], codec: TextCodec) -> list[tuple[int, ...
     return encoded
 
 
-def _checked_turns(sample: Any, index: int, pairs_only: bool) -> Sequence[str]:
+def _checked_turns(sample: Any, name: str, pairs_only: bool) -> Sequence[str]:
     """The sample, where it is what its type says.
 
     Raises:
@@ -186,30 +128,26 @@ def _checked_turns(sample: Any, index: int, pairs_only: bool) -> Sequence[str]:
     """
     if not isinstance(sample, Sequence) or not all(isinstance(turn, str) for turn in sample):
         raise DataError(
-            f"sample {index} is neither a string nor a list of strings [prompt, output, ...] "
+            f"{name} is neither a string nor a list of strings [prompt, output, ...] "
             f"(got {type(sample).__name__})"
         )
     if len(sample) == 0 or len(sample) % 2:
-        raise DataError(
-            f"sample {index} has {len(sample)} turns: give prompts and outputs by turns, an even number"
-        )
+        raise DataError(f"{name} has {len(sample)} turns: give prompts and outputs by turns, an even number")
     if pairs_only and len(sample) != 2:
-        raise DataError(
-            f"sample {index} has {len(sample)} turns; an encoder-decoder takes two: [prompt, output]"
-        )
+        raise DataError(f"{name} has {len(sample)} turns; an encoder-decoder takes two: [prompt, output]")
     return sample
 
 
-def _truncate(sample: TurnSample, name: str, max_tokens: int, side: str) -> TurnSample:
+def _truncate(sample: TokenizedSample, name: str, max_tokens: int, side: str) -> TokenizedSample:
     if len(sample.token_ids) <= max_tokens:
         return sample
     window = slice(-max_tokens, None) if side == "left" else slice(max_tokens)
     # What comes first now may have been an action; nothing is left of the state it was chosen in.
-    is_action = (False, *sample.is_action[window][1:])
-    if not any(is_action):
+    learned = (False, *sample.loss_mask[window][1:])
+    if not any(learned):
         raise DataError(
             f"{name} has no action left: the first {max_tokens} of its {len(sample.token_ids)} "
             "tokens, which the model's window holds, are prompt; shorten it, or set "
             "`tokenizer.truncation_side=left`"
         )
-    return TurnSample(sample.token_ids[window], is_action)
+    return TokenizedSample(sample.token_ids[window], learned)

@@ -12,7 +12,7 @@
     OpenAssistant  {"prompt": {"text", "role", "replies": [...]}}: of a tree the replies that people ranked
                    first; the last ranked answer to the root is the rejected one
 
-Where answers are judged alike there is a chosen one and no rejected one.
+Where answers are judged alike there is a chosen one, and None for the rejected one.
 
 What these people and models say is made into messages. A row of another form comes back as it is.
 """
@@ -86,6 +86,8 @@ def as_spoken(row: Row) -> Row:
         row = {**row, "prompt": turns or [{"role": "user", "content": prompt}]}
     elif prompt is None and answers:
         dialogues = {key: hh_messages(text) for key, text in answers.items()}
+        if not all(dialogues.values()) and "prompt" in row:
+            raise DataError('has null for "prompt": give a value, or take the row out')
         if not all(dialogues.values()):
             raise DataError(
                 f'has no "prompt" string beside {", ".join(answers)}: who says what is not known; name it by '
@@ -178,9 +180,11 @@ def _ultra_feedback(row: Row) -> Row | None:
         return None
     scores = [_ultra_score(each) for each in completions]
     best, worst = max(scores), min(scores)
-    form = {"prompt": row["instruction"], "chosen": completions[scores.index(best)]["response"]}
-    if best > worst:
-        form["rejected"] = completions[scores.index(worst)]["response"]
+    form = {
+        "prompt": row["instruction"],
+        "chosen": completions[scores.index(best)]["response"],
+        "rejected": completions[scores.index(worst)]["response"] if best > worst else None,
+    }
     return _with(row, ("instruction", "completions"), form)
 
 
@@ -207,7 +211,7 @@ def _help_steer(row: Row) -> Row | None:
     if answers is None or not isinstance(strength, (int, float)):
         return None
     better, worse = answers if strength <= 0 else answers[::-1]
-    form = _answered(asked, {"chosen": better, **({"rejected": worse} if strength else {})})
+    form = _answered(asked, {"chosen": better, "rejected": worse if strength else None})
     used = ("prompt", "context", "response_1", "response_2", "response1", "response2")
     return None if form is None else _with(row, used, form)
 
@@ -220,8 +224,9 @@ def _answers(row: Row) -> tuple[str, str] | None:
     return None
 
 
-def _answered(asked: Any, answers: dict[str, str]) -> Row | None:
-    """A prompt with its answers; as messages where the prompt is a dialogue, also one of marked turns."""
+def _answered(asked: Any, answers: Mapping[str, str | None]) -> Row | None:
+    """A prompt with its answers, None for one that is not there; as messages where the prompt is a dialogue,
+    also one of marked turns."""
     if isinstance(asked, str) and (pieces := _HELP_STEER_TURN.split(asked))[1:]:
         roles = ["user", *("user" if who == "User" else ASSISTANT for who in pieces[1::2])]
         turns = [{"role": role, "content": said} for role, said in zip(roles, pieces[::2], strict=True)]
@@ -232,7 +237,9 @@ def _answered(asked: Any, answers: dict[str, str]) -> Row | None:
     messages = messages_of(asked)
     if messages is None:
         return None
-    said = {key: [{"role": ASSISTANT, "content": text}] for key, text in answers.items()}
+    said = {
+        key: None if text is None else [{"role": ASSISTANT, "content": text}] for key, text in answers.items()
+    }
     return {"prompt": messages, **said}
 
 

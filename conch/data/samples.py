@@ -16,7 +16,7 @@ from torch import Tensor
 
 from conch.config import DataConfig
 from conch.data.chat import dialogue_of, encode_dialogue
-from conch.data.files import like_rows, usable
+from conch.data.files import like_rows, place_of, usable
 from conch.data.formats import fitting, listed, sample_form
 from conch.data.text import TextCodec
 from conch.errors import DataError
@@ -95,8 +95,9 @@ def tokenize_samples(
     rows = listed(samples, "samples")
     if not rows:
         raise DataError("the list of samples is empty: give at least one sample")
-    forms = like_rows(rows, [_form(row, index, codec.encoder_decoder) for index, row in enumerate(rows)])
-    made, _ = usable(forms, "sample", lambda sample, name: _tokenize(sample, name, codec))
+    names = [place_of(rows, index, "sample") for index in range(len(rows))]
+    forms = [_form(row, name, codec.encoder_decoder) for row, name in zip(rows, names, strict=True)]
+    made, _ = usable(like_rows(rows, forms), "sample", lambda sample, name: _tokenize(sample, name, codec))
     if lengths is not None:
         indices = fitting([len(sample.token_ids) for sample in made], lengths, "samples")
         made = [made[index] for index in indices]
@@ -121,14 +122,14 @@ def collate(
     return TokenBatch(ids.to(device), real.to(device), learned[:, longest_prompt:].to(device))
 
 
-def _form(row: Any, index: int, pairs_only: bool) -> Any:
+def _form(row: Any, name: str, pairs_only: bool) -> Any:
     try:
         sample = sample_form(row)
     except DataError as error:
-        raise DataError(f"sample {index} {error}") from None
+        raise DataError(f"{name} {error}") from None
     if pairs_only and not _is_pair(sample):
         raise DataError(
-            f"sample {index} is no pair; an encoder-decoder reads the prompt apart from the completion: give "
+            f"{name} is no pair; an encoder-decoder reads the prompt apart from the completion: give "
             'dicts of strings "prompt" and "completion"'
         )
     return sample

@@ -5,19 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Generic, TypeVar
 
 from transformers import PreTrainedModel
 
 from conch.config import EvalGenerationConfig, GenerationConfig, OnlineRunConfig, TrainConfig, load
+from conch.data.prompts import fit_prompts, usable_prompts
 from conch.data.text import TextCodec
 from conch.distributed.collectives import Collectives
 from conch.distributed.random_state import own_generators
 from conch.errors import ConfigError
 from conch.evaluation.metrics import MetricFn, mean_of_finite, metric_columns
 from conch.rewards.scorer import RewardScorer, total_reward
-from conch.rollouts.prompts import tokenize_prompts
+from conch.rollouts.prompts import longest_prompt
 from conch.runs.tracking import Tracker
 from conch.types import Metrics, Prompt, Rollout, RolloutEngine
 
@@ -86,26 +86,27 @@ def sampled_prompts(
     prompts: Sequence[str | Mapping[str, Any]],
     eval_prompts: Sequence[str | Mapping[str, Any]] | None,
 ) -> SampledPrompts[GenerationConfig]:
-    """Prompts that leave room for a completion; without `eval_prompts`, all that are learned from are
-    evaluated on, whatever their length.
+    """Prompts that leave room for a completion; without `eval_prompts`, those that are learned from are
+    evaluated on.
 
     config: the run's, for its sections `generation`, `eval_generation`, `rollout`, `tokenizer` and `data`.
 
     Raises:
-        ConfigError, DataError: see `tokenize_prompts` and `eval_variants`.
+        ConfigError, DataError: see `longest_prompt`, `conch.data.prompts.make_prompts` and `eval_variants`.
     """
     variants = eval_variants(config.generation, config.eval_generation)
     max_model_len = config.rollout.max_model_len if config.rollout.engine == "vllm" else None
-    fitting = partial(
-        tokenize_prompts,
-        codec=codec,
-        config=config.tokenizer,
-        model=lm,
-        max_model_len=max_model_len,
+    train_limit, eval_limit = (
+        longest_prompt(lm, generation, max_model_len)
+        for generation in (config.generation, longest_generation(variants))
     )
-    train = fitting(prompts, generation=config.generation, lengths=config.data)
-    evaluated = prompts if eval_prompts is None else eval_prompts
-    return SampledPrompts(train, fitting(evaluated, generation=longest_generation(variants)), variants)
+    usable = usable_prompts(prompts, codec, lengths=config.data)
+    train = fit_prompts(usable, codec, config.tokenizer, max_tokens=train_limit)
+    if eval_prompts is None and eval_limit == train_limit:
+        return SampledPrompts(train, list(train), variants)
+    evaluated = usable if eval_prompts is None else usable_prompts(eval_prompts, codec)
+    evaluation = fit_prompts(evaluated, codec, config.tokenizer, max_tokens=eval_limit)
+    return SampledPrompts(train, evaluation, variants)
 
 
 class Evaluator:

@@ -142,12 +142,33 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Write the adapter without its base, for `peft.PeftModel.from_pretrained(base, folder)`."""
+    """Write the adapter without its base, for `peft.PeftModel.from_pretrained(base, folder)`.
+
+    Embeddings and head go with it where the model has another vocabulary than the base in its folder.
+    """
     # `PreTrainedModel.save_pretrained` would ask the model hub whether the base's vocabulary has grown.
-    tensors = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
+    grown = _has_grown(model)
+    tensors = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=grown)
+    if grown:  # of embeddings and head that are one weight, which is read as both, the first
+        first = {tensor.data_ptr(): name for name, tensor in reversed(tensors.items())}
+        tensors = {name: tensors[name] for name in first.values()}
     on_cpu = {f"base_model.model.{name}": tensor.cpu().contiguous() for name, tensor in tensors.items()}
     save_file(on_cpu, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     model.peft_config[ADAPTER_NAME].save_pretrained(str(folder))  # pyright: ignore[reportIndexIssue, reportArgumentType, reportOptionalSubscript]
+
+
+def _has_grown(model: PreTrainedModel) -> bool:
+    """Whether the vocabulary is another one than that of the base, as its folder or the hub's cache has it.
+
+    False where neither has a config: the model comes from nowhere else, so that nothing else is read.
+    """
+    base = model.peft_config[ADAPTER_NAME].base_model_name_or_path  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
+    try:
+        config = type(model.config).from_pretrained(base, local_files_only=True)
+    except (OSError, ValueError):
+        return False
+    sizes = (getattr(each.get_text_config(), "vocab_size", None) for each in (config, model.config))
+    return len(set(sizes)) > 1
 
 
 def merged_copy(model: PreTrainedModel) -> PreTrainedModel:

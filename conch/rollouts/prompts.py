@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from conch.config import DataConfig, GenerationConfig, TokenizerConfig
+from conch.config import GenerationConfig, TokenizerConfig
 from conch.data.prompts import make_prompts
 from conch.data.text import TextCodec
 from conch.errors import ConfigError
@@ -21,19 +21,13 @@ def tokenize_prompts(
     config: TokenizerConfig,
     model: PreTrainedModel,
     generation: GenerationConfig,
-    lengths: DataConfig | None = None,
-    max_model_len: int | None = None,
 ) -> list[Prompt]:
     """Tokenize prompts so that each leaves room for the longest completion.
-
-    lengths: which prompts to leave out for their length.
-    max_model_len: the sampler's limit on prompt and completion together, in tokens.
 
     Raises:
         ConfigError, DataError: see `longest_prompt` and `conch.data.prompts.make_prompts`.
     """
-    max_tokens = longest_prompt(model, generation, max_model_len)
-    return make_prompts(prompts, codec, config, max_tokens=max_tokens, lengths=lengths)
+    return make_prompts(prompts, codec, config, max_tokens=longest_prompt(model, generation))
 
 
 def longest_prompt(
@@ -41,7 +35,8 @@ def longest_prompt(
 ) -> int | None:
     """Tokens that the longest completion leaves for a prompt; None where there is no limit.
 
-    max_model_len: the sampler's limit, where it is below the model's window.
+    max_model_len: the sampler's limit on prompt and completion together, where it is below the model's
+        window.
 
     Raises:
         ConfigError: no token is left, or `max_model_len` exceeds the model's window.

@@ -9,7 +9,7 @@ from torch import nn
 
 from conch.config import RunConfig, Section, TrainConfig
 from conch.distributed.train_engine import TrainEngine
-from conch.errors import CheckpointError
+from conch.errors import CheckpointError, missing_path
 from conch.log import get_logger
 from conch.runs.checkpoint import (
     CHECKPOINTS,
@@ -105,9 +105,9 @@ def _checkpoint_to_resume(train: TrainConfig) -> Checkpoint | None:
     if train.resume == "auto":
         runs = [train.run_dir] if train.run_dir is not None else _runs_below(train.output_dir)
         return next((found for run in runs if (found := newest_checkpoint(run)) is not None), None)
-    folder = Path(train.resume)
+    folder = Path(train.resume).expanduser()
     if not folder.is_dir():
-        raise CheckpointError(f"`train.resume` = {folder}: there is no such folder")
+        raise CheckpointError(f"`train.resume` = {folder}: there is no such folder{missing_path(folder)}")
     if steps_of(folder):
         checkpoint = newest_checkpoint(folder)
         if checkpoint is None:
@@ -174,4 +174,10 @@ def _restore(trainer: Resumable, run: Run, checkpoint: Checkpoint) -> None:
     for name, value in state["run"].items():
         setattr(run, name, value)
     run.continued, run.saved = True, run.step
-    _log.info("going on with %s after step %d", run.folder, run.step)
+    if run.step >= trainer.config.train.total_steps and run.measured is None:
+        _log.warning(
+            "nothing to do: %s has done %d steps, and train.total_steps=%d: raise that to train on",
+            *(run.folder, run.step, trainer.config.train.total_steps),
+        )
+    else:
+        _log.info("going on with %s after step %d", run.folder, run.step)

@@ -85,15 +85,13 @@ def choose_template(
     {prompt}{output} means {text}: a client sends prompt and output of a sample joined, as one text.
 
     requested: wins over `from_file`. `chat` is `chat{eos}` where the model was trained with an eos at the end
-        of
-        its texts.
+        of its texts.
     from_file: if it says nothing either, the tokenizer decides.
     outputs: of the head.
 
     Raises:
         ConversionError: the template is malformed, needs an eos or a chat template that is missing, or
-            nothing
-            says whether an encoder reads texts or pairs.
+            nothing says whether an encoder reads texts or pairs.
     """
     trained, why = from_file.template, "--template"
     chosen = requested.template or (CHAT if requested.chat_template is not None else None)
@@ -103,7 +101,21 @@ def choose_template(
         why = "--chat_template"
     if chosen is None:
         return _default_template(tokenizer, outputs, pooling)
+    _warn_of_other_template(requested.template, trained, chosen)
     return _checked_template(chosen, trained, tokenizer), why
+
+
+def _warn_of_other_template(requested: str | None, trained: str | None, chosen: str) -> None:
+    """Warn where an option overrides what `reward_model.json` says that the model was trained with."""
+    # `chat` is also what dialogues were trained as whose template holds nothing but them.
+    alike = {trained, "{prompt}{output}" if trained == "{text}" else None}
+    if reads_dialogues(chosen) and trained in (CHAT, CLOSED_CHAT, "{text}", "{text}{eos}"):
+        alike.add(chosen)
+    if trained and requested and requested not in alike:
+        _log.warning(
+            "--template %r is taken, though reward_model.json says that the model was trained with %r",
+            *(requested, trained),
+        )
 
 
 def _default_template(tokenizer: Any, outputs: int, pooling: Pooling) -> tuple[str, str]:
@@ -122,8 +134,8 @@ def _default_template(tokenizer: Any, outputs: int, pooling: Pooling) -> tuple[s
 
 def _closes_pairs(tokenizer: Any) -> bool:
     """Whether the tokenizer puts something between two sentences, as encoders' do."""
-    both = tokenizer("a", "a").input_ids
-    return len(both) > 2 * len(tokenizer("a", add_special_tokens=False).input_ids) + 1
+    separator = getattr(tokenizer, "sep_token_id", None)
+    return separator is not None and separator in tokenizer("a", "a").input_ids
 
 
 def _checked_template(chosen: str, from_file: str | None, tokenizer: Any) -> str:

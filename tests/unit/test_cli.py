@@ -4,6 +4,7 @@ import argparse
 import inspect
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -238,6 +239,35 @@ def test_print_config_shows_yaml_that_loads_again(configs: Path, capsys: pytest.
     assert leaving.value.code == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["name"] == "toy" and shown["train"]["seed"] == 3
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo", "rft", "ilql", "sft", "reward_model"])
+def test_print_config_alone_shows_the_defaults_and_what_is_lacking(
+    algorithm: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        import_module(f"conch.trainers.{algorithm}").main(["--print-config"])
+    assert leaving.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("# configuration not valid:\n#   `model`: give exactly one of `path`")
+    values = yaml.safe_load(shown)
+    assert values["model"]["path"] is None and values["train"]["seed"] == 0
+    with pytest.raises(ConfigError, match="`model`: give exactly one of"):
+        import_module(f"conch.trainers.{algorithm}").main(["--print-config", "train.seed=1"])
+
+
+def test_print_config_names_what_is_required(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.yaml").write_text("train: {seed: 5}\n", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        load_run_config(ToyConfig, ["--print-config"], default_name="empty", config_dir=tmp_path)
+    shown = capsys.readouterr().out
+    assert "# " in shown and "`name` is missing" in shown
+    values = yaml.safe_load(shown)
+    assert (values["train"]["seed"], values["generation"]["max_new_tokens"]) == (5, 9)
+    (tmp_path / "empty.yaml").write_text(shown, encoding="utf-8")
+    with pytest.raises(ConfigError, match="`name` is missing"):
+        load_run_config(ToyConfig, [], default_name="empty", config_dir=tmp_path)
+    assert load_run_config(ToyConfig, ["name=a"], default_name="empty", config_dir=tmp_path).train.seed == 5
 
 
 def test_unknown_option_leaves_with_2_and_usage(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -113,12 +113,12 @@ def _ldl(folder: Path) -> Pipeline:
 
 
 OTHERS: tuple[Replica, ...] = (
-    Replica("a pickled head beside a trunk", _pickled_head_beside_a_trunk, {"pooling": "last_token"}),
-    Replica("three outputs of two layers", _three_outputs_of_two_layers, {"pooling": "last_token"}),
+    Replica("a pickled head beside a trunk", _pickled_head_beside_a_trunk),
+    Replica("three outputs of two layers", _three_outputs_of_two_layers),
     Replica(
         "a head saved by a wrapper",
         _saved_by_a_wrapper,
-        {"pooling": "last_token", "base_model": "{beside}/base"},
+        {"base_model": "{beside}/base"},
     ),
     Replica("a tied language model", _tied_language_model, {"score_tokens": ("<|good|>",)}),
     Replica(

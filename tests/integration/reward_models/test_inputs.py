@@ -111,6 +111,7 @@ READ: dict[str, str] = {
     "OpenRLHF, own prefix": _LLAMA_3,
     "TRL value head": _chatml(),
     "LLaMA-Factory value_head.safetensors": _LLAMA_3,
+    "Skywork-VL-Reward, words alone": _chatml(system="You are a helpful assistant."),
     "Nemotron-70B-Reward-HF": _LLAMA_31,
     "a pickled head beside a trunk": _chatml(),
     "three outputs of two layers": _gemma(),

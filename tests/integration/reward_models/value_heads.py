@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from tests.integration.reward_models import templates
-from tests.integration.reward_models.bodies import body, linear
+from tests.integration.reward_models.bodies import Body, body, linear
 from tests.integration.reward_models.chats import llama_3, qwen, sentencepiece, text_of
 from tests.integration.reward_models.classifiers import Card, by_template
 from tests.integration.reward_models.parts import (
@@ -104,6 +105,39 @@ def _llama_factory(folder: Path) -> Pipeline:
     return parts.pipeline(folder, by_template)
 
 
+def _skywork_vl(folder: Path) -> Pipeline:
+    """A model of images too, asked about words alone; names and flat config of before transformers 4.52."""
+    images = ("vision_start", "vision_end", "image_pad", "video_pad")
+    template = templates.chatml_with_system("You are a helpful assistant.")
+    tokenizer = qwen(template, *(f"<|{name}|>" for name in images))
+    start, end, image, video = (tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in images)
+    text = config_of("qwen2", tokenizer).to_diff_dict()
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    sight = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
+    settings = {
+        **{key: value for key, value in text.items() if key not in ("model_type", "rope_parameters")},
+        "vision_start_token_id": start,
+        "vision_end_token_id": end,
+        "image_token_id": image,
+        "video_token_id": video,
+        "rope_scaling": rope,
+        "vision_config": {**sight, "model_type": "qwen2_5_vl", "fullatt_block_indexes": [0]},
+    }
+    config = AutoConfig.for_model("qwen2_5_vl", **settings)
+    model = scattered(AutoModelForImageTextToText.from_config(config), seed=52)
+    keys = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "torch_dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps({**settings, **keys, "model_type": "qwen2_5_vl"}))
+    tensors = {
+        name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): tensor
+        for name, tensor in model.state_dict().items()
+    }
+    save_tensors(folder, tensors, shards=2)
+    save_tokenizer(folder, tokenizer)
+    head = scattered(linear(bias=True), seed=53)
+    save_file(named_tensors("v_head.summary.", head), folder / "value_head.safetensors")
+    return Body(model.model, head, tokenizer).pipeline(folder, by_template)
+
+
 def _nemotron(folder: Path) -> Pipeline:
     """A language model: the score is the logit of the first token of its vocabulary."""
     tokenizer = llama_3(template=templates.LLAMA_31, pad_token="<|finetune_right_pad_id|>")
@@ -133,21 +167,23 @@ VALUE_HEADS: tuple[Replica, ...] = (
     Replica(
         "OpenRLHF, normalised",
         _openrlhf_normalised,
-        {"pooling": "last_token"},
         source="OpenRLHF openrlhf/models/model.py",
     ),
-    Replica("OpenRLHF value_head", _openrlhf_value_head, {"pooling": "last_token"}, source="the same"),
-    Replica("OpenRLHF, own prefix", _openrlhf_own_prefix, {"pooling": "last_token"}, source="the same"),
+    Replica("OpenRLHF value_head", _openrlhf_value_head, source="the same"),
+    Replica("OpenRLHF, own prefix", _openrlhf_own_prefix, source="the same"),
     Replica(
         "TRL value head",
         _trl_value_head,
-        {"pooling": "last_token"},
         source="trl modeling_value_head.py",
     ),
     Replica(
         "LLaMA-Factory value_head.safetensors",
         _llama_factory,
-        {"pooling": "last_token"},
+        source="reward-bench rewardbench/models/skyvl.py",
+    ),
+    Replica(
+        "Skywork-VL-Reward, words alone",
+        _skywork_vl,
         source="reward-bench rewardbench/models/skyvl.py",
     ),
     Replica(

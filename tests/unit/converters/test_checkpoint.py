@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, GPT2LMHeadModel
 
 from conch.converters.checkpoints.reader import read_checkpoint
-from conch.converters.checkpoints.tokenizer import check_template
+from conch.converters.checkpoints.tokenizer import check_template, choose_template
 from conch.converters.options import ConversionOptions, ReadOptions
 from conch.data.preferences import default_template
 from conch.errors import ConversionError
@@ -244,3 +244,27 @@ def test_options_refuse_a_base_model_that_is_not_there() -> None:
 def test_options_refuse_what_cannot_be(settings: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConversionError, match=expected):
         ConversionOptions(**settings)
+
+
+@pytest.mark.parametrize(
+    ("requested", "trained", "warns"),
+    [
+        ("{text}", "{text}{eos}", True),
+        ("a{text}", "chat", True),
+        ("chat", "Human: {text}{eos}", True),
+        ("chat", "{text}{eos}", False),
+        ("chat{eos}", "chat", False),
+        ("{prompt}{output}", "{text}", False),
+        ("{text}", "{text}", False),
+        (None, "{text}", False),
+        ("{text}", None, False),
+    ],
+)
+def test_a_template_other_than_that_of_training_is_told(
+    requested: str | None, trained: str | None, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = char_tokenizer("abcHuman: ")
+    tokenizer.chat_template = "{{ messages }}"
+    choose_template(requested, trained, tokenizer, "last_token")
+    told = f"--template {requested!r} is taken, though reward_model.json says that the model was trained with"
+    assert (f"{told} {trained!r}" in caplog.text) is warns and ("though" in caplog.text) is warns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from conch.config import TokenizerConfig
+from conch.data.chat import _warn_of_role
 from conch.data.multi_turn import tokenize_turns
 from conch.data.preferences import PreferencePair, TextEncoder, check_rows, judgements
 from conch.data.prompts import make_prompts
@@ -40,6 +42,27 @@ PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" + O
 FORGETFUL = (
     "{% for m in messages %}<{{ m.role }}>"
     "{{ m.content if loop.last or m.role == 'user' else '.' }}<eos>\n{% endfor %}" + OPENED
+)
+# An end of the whole dialogue, where nothing is to follow, as Phi-3's.
+ENDED = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}.\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% else %}<eos>{% endif %}"
+)
+# A thought before the last answer alone, as Qwen3's.
+THOUGHTFUL = (
+    "{% for m in messages %}<{{ m.role }}>{% if loop.last and m.role == 'assistant' %}z {% endif %}"
+    "{{ m.content }}<eos>\n{% endfor %}" + OPENED
+)
+# The last answer ends in another token than earlier ones, as gpt-oss's.
+RETURNED = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{{ '<eos>' if loop.last and not add_generation_prompt else '.' }}{% endfor %}" + OPENED
+)
+# Two blocks to an answer.
+TWICE = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}"
+    "{% generation %}z{% endgeneration %}:{% generation %}{{ m.content }}<eos>{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}" + OPENED
 )
 REFUSING = "{{ raise_exception('roles must alternate') }}"
 
@@ -93,7 +116,7 @@ def test_actions_of_a_dialogue_are_the_assistants_tokens() -> None:
     tokenizer = letters(CHATML)
     whole, completion = ({"messages": DIALOGUE}, {"prompt": DIALOGUE[:4], "completion": DIALOGUE[4:]})
     made, _ = tokenize_turns([whole, completion], TextCodec(tokenizer))
-    shown = [text_of(TokenizedSample(turn.token_ids, turn.is_action), tokenizer)[1] for turn in made]
+    shown = [text_of(turn, tokenizer)[1] for turn in made]
     assert shown == [10 * "." + "cd<eos>" + 6 * "." + "f<eos>.", 19 * "." + "f<eos>."]
 
 
@@ -219,3 +242,82 @@ def test_dialogues_that_cannot_be_told_apart_are_refused(
 ) -> None:
     with pytest.raises(DataError, match=message):
         tokenized(messages, letters(template))
+
+
+@pytest.mark.parametrize(
+    ("template", "learned"),
+    [(ENDED, "f.\n<eos>"), (THOUGHTFUL, "z f<eos>"), (RETURNED, "f<eos>")],
+    ids=["Phi-3", "Qwen3", "gpt-oss"],
+)
+def test_of_answers_that_a_template_writes_otherwise_once_others_follow_the_last_is_learned(
+    template: str, learned: str
+) -> None:
+    tokenizer = letters(template)
+    with pytest.raises(DataError, match=r"renders message 2 of sample 0 differently once others follow"):
+        tokenized({"messages": DIALOGUE}, tokenizer)
+    with pytest.raises(DataError, match=r"renders message 2 of sample 0 differently"):
+        tokenize_turns([{"messages": DIALOGUE}], TextCodec(tokenizer))
+    row = {"prompt": DIALOGUE[:4], "completion": DIALOGUE[4:]}
+    whole, mask = text_of(tokenized(row, tokenizer), tokenizer)
+    assert whole == tokenizer.apply_chat_template(DIALOGUE, tokenize=False)
+    assert mask.strip(".") == learned.strip(".")
+    (turns,), _ = tokenize_turns([row], TextCodec(tokenizer))
+    assert text_of(turns, tokenizer)[1] == mask
+    # Of one answer nothing follows.
+    assert text_of(tokenized(DIALOGUE[3:], tokenizer), tokenizer)[1].strip(".") == learned.strip(".")
+
+
+def test_blocks_are_told_from_those_of_the_prompt_however_many_a_turn_has() -> None:
+    tokenizer = letters(TWICE)
+    whole, mask = text_of(tokenized({"messages": DIALOGUE}, tokenizer), tokenizer)
+    assert whole == "<system>s<user>ab<assistant>z:cd<eos><user>e<assistant>z:f<eos>"
+    assert mask.replace(".", "") == "zcd<eos>zf<eos>"
+    row = {"prompt": DIALOGUE[:4], "completion": DIALOGUE[4:]}
+    assert text_of(tokenized(row, tokenizer), tokenizer)[1].replace(".", "") == "zf<eos>"
+
+
+@pytest.fixture
+def warned(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
+    """What has been warned of, as in a new process."""
+    _warn_of_role.cache_clear()
+    return lambda: caplog.text
+
+
+TWO_ROLES = (
+    "{% for m in messages %}{% if m.role in ('user', 'assistant') %}<{{ m.role }}>{{ m.content }}<eos>"
+    "{% endif %}{% endfor %}" + OPENED
+)
+NAMED = CHATML + "{# the model knows 'critic' #}"
+
+
+@pytest.mark.parametrize("row", [[], {"prompt": []}], ids=["SFT", "a prompt"])
+def test_a_message_of_an_unknown_role_that_the_template_leaves_out_is_refused(row: Any) -> None:
+    tokenizer = letters(TWO_ROLES)
+    messages = [{"role": "human", "content": "e"}, *DIALOGUE[1:3]]
+    with pytest.raises(
+        DataError,
+        match=r'message 0 of (sample|prompt) 0 has the role "human".* \(roles there: human, user, ass',
+    ):
+        if row:
+            make_prompts([{"prompt": messages}], TextCodec(tokenizer), TokenizerConfig(), max_tokens=None)
+        else:
+            tokenized(messages, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "role", "warning"),
+    [
+        (CHATML, "critic", 'the role "critic", which the chat template does not name'),
+        (NAMED, "critic", ""),
+        (CHATML, "tool", ""),
+        (CHATML, "developer", ""),
+        (TWO_ROLES, "system", 'leaves out what messages of the role "system" say'),
+    ],
+)
+def test_roles_that_a_model_may_not_read_are_told_once(
+    template: str, role: str, warning: str, warned: Callable[[], str]
+) -> None:
+    tokenizer = letters(template)
+    for _ in range(2):
+        tokenized([{"role": role, "content": "e"}, *DIALOGUE[1:3]], tokenizer)
+    assert (warning in warned()) and warned().count("role") == (1 if warning else 0)

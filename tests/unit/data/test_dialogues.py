@@ -88,7 +88,7 @@ def test_tool_calls_tools_and_variables_reach_the_template(
     (sample,) = tokenize_samples([row], TextCodec(tokenizer), max_tokens=None, truncation_side="left")
     assert shown(sample.token_ids, sample.loss_mask, tokenizer) == (WHOLE, LEARNED)
     (turn,), _ = tokenize_turns([row], TextCodec(tokenizer))
-    assert shown(turn.token_ids, turn.is_action, tokenizer) == (WHOLE, LEARNED)
+    assert shown(turn.token_ids, turn.loss_mask, tokenizer) == (WHOLE, LEARNED)
 
 
 @pytest.mark.parametrize("template", [PREFIXED, MARKED], ids=["by prefixes", "by blocks"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +190,41 @@ def test_configuration_names_rows_to_train_on_and_to_evaluate_on(tmp_path: Path)
 
 @pytest.mark.parametrize("source", ["./nowhere", "a/b/c", "/nowhere/at/all"])
 def test_a_path_to_nothing_is_not_looked_for_on_the_hub(source: str) -> None:
-    with pytest.raises(DataError, match=f"{source}: no such file is there; rows are read from"):
+    with pytest.raises(DataError, match=rf"{source}: no such file is there \(.*\); rows are read from"):
         read_rows(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "meant"),
+    [
+        ("./promts", "prompts.jsonl"),
+        ("outputs/promts", "outputs/prompts"),
+        ("outputs/runs/one/two", "outputs/run/one/two"),
+        ("~/promts.jsonl", "{home}/prompts.jsonl"),
+        ("promts", "prompts.jsonl"),
+    ],
+)
+def test_a_path_with_a_slip_names_what_was_meant(
+    source: str, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "outputs/prompts").mkdir(parents=True)
+    (tmp_path / "outputs/run").mkdir()
+    written(tmp_path / "prompts.jsonl", '"a"')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    # What asks the hub would say so; here it may not, and says that at once.
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=re.escape(f"did you mean {meant.format(home=tmp_path)}?")) as error:
+        read_rows(source)
+    assert ("no such file is there" in str(error.value) or "cannot be read: there" in str(error.value)) == (
+        source != "promts"
+    )
+
+
+def test_a_path_below_home_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written(tmp_path / "rows.jsonl", "1")
+    assert read_rows("~/rows.jsonl", form=positive) == [10]
 
 
 @pytest.fixture

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from conch.config import DataConfig
+from conch.data.files import read_rows
 from conch.data.formats import judgement_form, listed, prompt_form, rewarded_form, sample_form
 from conch.data.preferences import judgement
 from conch.errors import DataError
@@ -136,3 +139,38 @@ def test_rows_of_datasets_are_listed_and_its_dicts_refused() -> None:
         listed(DatasetDict({"train": split}), "samples")
     with pytest.raises(DataError, match="the samples are one string"):
         listed("abc", "samples")
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "null"),
+    [
+        (prompt_form, {"prompt": None, "n": 1}, "prompt"),
+        (sample_form, {"prompt": None, "completion": "b"}, "prompt"),
+        (sample_form, {"prompt": "a", "completion": None}, "completion"),
+        (sample_form, {"messages": None}, "messages"),
+        (judgement, {"prompt": "a", "chosen": None, "rejected": "b"}, "chosen"),
+        (judgement, {"text": "a", "score": None}, "score"),
+        (rewarded_form, {"prompt": "a", "completion": "b", "label": None}, "label"),
+        (rewarded_form, {"sample": ["a", "b"], "reward": None}, "reward"),
+    ],
+)
+def test_a_value_that_is_null_is_no_missing_column(form: Any, row: Any, null: str) -> None:
+    with pytest.raises(DataError, match=f'^has null for "{null}": give a value') as error:
+        form(row)
+    assert "data.columns" not in str(error.value)
+
+
+def test_a_null_under_a_named_column_is_told_by_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"question": null, "answer": "b"}\n', encoding="utf-8")
+    columns = {"prompt": "question", "completion": "answer"}
+    for spoken in (None, True):
+        config = DataConfig(columns=columns, apply_chat_template=spoken)
+        with pytest.raises(DataError, match='line 1 has null for "prompt"'):
+            read_rows(file, config, form=sample_form)
+
+
+def test_null_columns_of_another_form_change_nothing() -> None:
+    row = {"prompt": None, "completion": None, "messages": [*ASKED, *BLUE]}
+    assert sample_form(row) == {"messages": [*ASKED, *BLUE]}
+    assert judgement({"text": "a", "score": 1.0, "chosen": None, "rejected": None})["score"] == 1.0

@@ -50,6 +50,24 @@ def test_ppo_leaves_prompts_out_but_none_of_the_evaluation(tmp_path: Path) -> No
     assert [prompt.text for prompt in trainer.eval_prompts] == ["a"]
 
 
+@pytest.mark.parametrize("longer", [0, 1])
+def test_what_is_left_out_is_told_once_where_prompts_are_evaluated_on_as_well(
+    longer: int, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("conch"), "propagate", True)
+    prompts = ["", "a", "bc", "defgh" * 20]  # the last one would fit no window
+    trainer = ppo_trainer(
+        tmp_path,
+        prompts=prompts,
+        data=LIMITS,
+        generation={"max_new_tokens": 4},
+        eval_generation={"max_new_tokens": 4 + longer},
+    )
+    assert [prompt.text for prompt in trainer.eval_prompts] == ["bc"] == [p.text for p in trainer.prompts]
+    left_out = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert [text.partition(" left out")[0] for text in left_out] == ["1 of 4 prompts", "2 of 3 prompts"]
+
+
 def test_ilql_leaves_samples_out_with_their_rewards(tmp_path: Path) -> None:
     rewards = [9.0, 1.0, 7.0, 2.0]
     trainer = ilql_trainer(

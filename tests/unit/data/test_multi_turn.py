@@ -8,10 +8,14 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from conch.data.multi_turn import TurnSample, collate_turns, cut_turns, tokenize_turns
+from conch.data.files import Rows
+from conch.data.multi_turn import cut_turns, tokenize_turns
+from conch.data.samples import TokenizedSample, collate
 from conch.data.text import TextCodec
 from conch.errors import DataError
 from tests.runs import EOS, PAD, TOKENIZER
+
+MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 def tokenize(
@@ -19,14 +23,14 @@ def tokenize(
     max_tokens: int | None = None,
     truncation_side: Literal["left", "right"] = "left",
     encoder_decoder: bool = False,
-) -> list[TurnSample]:
+) -> list[TokenizedSample]:
     made, _ = tokenize_turns(samples, TextCodec(TOKENIZER, encoder_decoder=encoder_decoder))
     return made if max_tokens is None else cut_turns(made, max_tokens, truncation_side)[0]
 
 
-def actions(sample: TurnSample) -> list[int]:
+def actions(sample: TokenizedSample) -> list[int]:
     """The token ids that are actions."""
-    return [token for token, is_action in zip(sample.token_ids, sample.is_action, strict=True) if is_action]
+    return [token for token, is_action in zip(sample.token_ids, sample.loss_mask, strict=True) if is_action]
 
 
 @pytest.mark.parametrize(
@@ -51,7 +55,7 @@ def test_actions_are_the_tokens_of_outputs_and_the_end(
 
 
 def test_responses_of_a_batch_begin_in_one_column() -> None:
-    batch = collate_turns(tokenize(("ab", "c"), "defg", ("a", "b", "cd", "e")), PAD)
+    batch = collate(tokenize(("ab", "c"), "defg", ("a", "b", "cd", "e")), PAD)
     assert batch.input_ids.tolist() == [
         [0, 1, 2, EOS, PAD, PAD, PAD],
         [PAD, 3, 4, 5, 6, EOS, PAD],
@@ -62,7 +66,7 @@ def test_responses_of_a_batch_begin_in_one_column() -> None:
         [0, 1, 1, 1, 1, 1, 0],
         [0, 1, 1, 1, 1, 1, 1],
     ]
-    assert batch.action_mask.int().tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 0], [1, 0, 0, 1, 1]]
+    assert batch.loss_mask.int().tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 0], [1, 0, 0, 1, 1]]
     assert batch.num_response == 5
     assert torch.equal(batch.response_ids, batch.input_ids[:, 2:])
 
@@ -143,3 +147,12 @@ def test_pairs_only_takes_pairs_only(sample: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         tokenize(sample, encoder_decoder=True)
     assert actions(tokenize(("a", "b"), encoder_decoder=True)[0]) == [1, EOS]
+
+
+@pytest.mark.parametrize(
+    "sample", ["abc", ["a", "b", "c", "d"], ["a"], 3, {"messages": MESSAGES, "tools": 3}]
+)
+def test_a_bad_sample_of_a_file_is_named_by_its_line(sample: Any) -> None:
+    rows = Rows([sample], ["rows.jsonl line 7"])
+    with pytest.raises(DataError, match=r"^rows\.jsonl line 7 "):
+        tokenize_turns(rows, TextCodec(TOKENIZER, encoder_decoder=True))

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from conch.config import TokenizerConfig
+from conch.config import DataConfig, TokenizerConfig
 from conch.data.files import Rows
-from conch.data.prompts import make_prompts
+from conch.data.prompts import make_prompts, usable_prompts
 from conch.data.text import TextCodec
 from conch.errors import DataError
 from conch.types import Prompt
@@ -59,6 +59,19 @@ def test_the_longest_prompt_is_named_by_its_place_whatever_was_left_out_before_i
         make(rows)
     with pytest.raises(DataError, match=r"\(data\.jsonl line 4 has 6\)"):
         make(Rows(rows, [f"data.jsonl line {number}" for number in (1, 2, 4)]))
+
+
+def test_a_prompt_that_is_too_long_offers_what_leaves_it_out() -> None:
+    rows = ["a", "abcdef", "ab"]
+    with pytest.raises(DataError, match=r"leave training prompts out with `data\.max_tokens=4`"):
+        make(rows)
+    usable = usable_prompts(rows, TextCodec(TOKENIZER), lengths=DataConfig(max_tokens=4))
+    assert [prompt.text for prompt in usable] == ["a", "ab"] and usable.places == ["prompt 0", "prompt 2"]
+
+
+def test_a_bad_prompt_of_a_file_is_named_by_its_line() -> None:
+    with pytest.raises(DataError, match=r"^rows\.jsonl line 7 is neither"):
+        make(Rows([{"prompt": ["a"]}], ["rows.jsonl line 7"]))
 
 
 def test_longest_prompt_that_fits_is_taken() -> None:

@@ -238,8 +238,10 @@ def test_outputs_of_hh_begin_where_the_assistant_does() -> None:
 )
 def test_answers_that_are_judged_alike_are_no_preference(row: Any) -> None:
     for form in (judgement, rewarded_form):
-        with pytest.raises(DataError, match='has no "rejected" text beside "chosen": answers that are'):
+        with pytest.raises(DataError, match=r"has no answer that is worse .*\(a tie .* take it out"):
             form(row)
+        with pytest.raises(DataError, match="a tie"):  # with columns renamed, as a file's rows are
+            form(renamed(row, DataConfig(apply_chat_template=True)))
     assert prompt_form(row)["prompt"] == [HI]
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
+from conch.data.files import Rows
 from conch.data.samples import TokenizedSample, collate, tokenize_samples
 from conch.data.text import TextCodec
 from conch.errors import DataError
@@ -130,7 +131,7 @@ def test_where_nothing_is_left_of_any_sample_it_is_an_error() -> None:
         ([{"prompt": "a", "completion": ""}], "completion of sample 0 is empty"),
         (["a", 3], "sample 1 is neither a string, nor a dict"),
         ([{"prompt": "a"}], "sample 0 is neither"),
-        ([{"prompt": None, "completion": "a"}], "sample 0 is neither"),
+        ([{"prompt": None, "completion": "a"}], 'sample 0 has null for "prompt"'),
         ([{"prompt": "a", "completion": ["b"]}], "sample 0 is neither"),
         ([{"messages": []}], "sample 0 is neither"),
         ([[{"role": "user"}]], "sample 0 is neither"),
@@ -154,3 +155,10 @@ def test_encoder_decoders_take_pairs_alone(sample: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         tokenize(sample, encoder_decoder=True)
     assert tokenize({"prompt": "a", "completion": "b"}, encoder_decoder=True) == [([0, 1, EOS], [0, 1, 1])]
+
+
+@pytest.mark.parametrize("sample", ["abc", 3])
+def test_a_bad_sample_of_a_file_is_named_by_its_line(sample: Any) -> None:
+    rows, codec = Rows([sample], ["rows.jsonl line 7"]), TextCodec(TOKENIZER, encoder_decoder=True)
+    with pytest.raises(DataError, match=r"^rows\.jsonl line 7 is n"):
+        tokenize_samples(rows, codec, max_tokens=None, truncation_side="left")

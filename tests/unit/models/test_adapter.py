@@ -333,6 +333,36 @@ def test_adapters_with_tokens_and_heads_of_their_own_load_and_save_whole(
 
 
 @pytest.mark.filterwarnings(*FOREIGN_WARNINGS)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", EMBEDDINGS)
+@ignore_peft
+def test_an_adapter_on_a_model_that_grew_in_memory_is_saved_with_its_embeddings(
+    family: str, tied: bool, tmp_path: Path
+) -> None:
+    tiny_decoder(family, dtype=torch.float32, tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    for number, keys in enumerate(keys_of(family)[: 4 if tied else 5]):
+        lm = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+        lm.resize_token_embeddings(26)
+        freeze_layers(lm, settings(family, merge=False, **keys))
+        learn(lm)
+        folder = save_model(tmp_path / f"{number}", lm, TOKENIZER, merge_adapter=False)
+        loaded = load_lm(ModelConfig(path=str(folder)))
+        assert loaded.config.vocab_size == 26
+        if not keys:
+            assert torch.equal(loaded.get_input_embeddings().weight, lm.get_input_embeddings().weight)  # pyright: ignore[reportArgumentType]
+        expected = logits(lm)
+        torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=network_rounding(expected))
+
+
+def test_an_adapter_on_its_base_is_saved_without_embeddings(tmp_path: Path) -> None:
+    tiny_decoder("llama").save_pretrained(tmp_path / "base")
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    freeze_layers(lm, settings("llama", merge=False))
+    folder = save_model(tmp_path / "adapter", lm, TOKENIZER, merge_adapter=False)
+    assert all("lora_" in name for name in load_file(folder / "adapter_model.safetensors"))
+
+
+@pytest.mark.filterwarnings(*FOREIGN_WARNINGS)
 @ignore_peft
 def test_adapter_that_does_not_bring_its_new_tokens_is_refused(tmp_path: Path) -> None:
     foreign_adapter(tmp_path, "llama", 2, tied=False, target_modules=["lm_head"])

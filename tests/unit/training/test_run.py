@@ -216,6 +216,26 @@ def test_nothing_to_go_on_with_is_an_error(tmp_path: Path, resume: str) -> None:
         sft(tmp_path / "run", resume=str(tmp_path / resume))
 
 
+def test_a_run_to_go_on_with_that_is_not_there_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "run/checkpoints/step_6").mkdir(parents=True)
+    for slip, meant in (("rnu", "run"), ("run/checkpoints/step_7", "run/checkpoints/step_6")):
+        with pytest.raises(CheckpointError, match=rf"no such folder; did you mean {tmp_path}/{meant}\?"):
+            sft(tmp_path / "run", resume=str(tmp_path / slip))
+
+
+@pytest.mark.parametrize("total_steps", [6, 4])
+def test_a_run_that_is_done_says_that_there_is_nothing_to_do(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, total_steps: int
+) -> None:
+    sft(tmp_path / "run").fit()
+    assert "nothing to do" not in caplog.text
+    sft(tmp_path / "run", resume="auto", total_steps=total_steps).fit()
+    assert f"run has done 6 steps, and train.total_steps={total_steps}: raise that" in caplog.text
+    caplog.clear()
+    sft(tmp_path / "run", resume="auto", total_steps=8)
+    assert "nothing to do" not in caplog.text
+
+
 def test_how_rewards_are_asked_for_may_change_on_resume(tmp_path: Path) -> None:
     sft_trainer(tmp_path / "run", SAMPLES, train={"total_steps": 1}).fit()
     client = {"connect_timeout_s": 1, "request_timeout_s": 1, "deadline_s": 1, "max_in_flight": 1}
