@@ -258,7 +258,7 @@ class Encoder:
         return places
 
     def _steps(self, ids: list[int], own: Sequence[int], separators: list[int]) -> list[int]:
-        """Return where steps end: at separators, and in a step that none closes at its last token but an eos."""
+        """Return where steps end: at separators; a step that none closes at its last token but an eos."""
         ends = sorted(set(separators) & set(own))
         behind = [place for place in own if not ends or place > ends[-1]]
         is_open = not ends or any(not self._blank(ids[place]) for place in behind)
