@@ -287,20 +287,21 @@ def _places(checkpoint: RewardCheckpoint, sample: Sample) -> list[int]:
         token for token, word in tokenizer.added_tokens_decoder.items()
         if word.special and token != tokenizer.unk_token_id
     }  # fmt: skip
-    words = [place for place in own if ids[place] not in special]
+    words = [place for place in own if ids[place] != rules.eos_token_id] or own
     if rules.granularity != "sample" and not sent:
-        return (words or own)[-1:]
+        return words[-1:]
     if rules.granularity == "token":
         return own
     separators = sample.separators
     if separators is None:
         separators = places_of(rules.separator_ids or (rules.separator_id,), ids)
     ends = sorted({*separators} & {*own})
-    last_end = max(ends, default=-1)
-    rest = [place for place in words if place > last_end]
-    if any(ids[p] == tokenizer.unk_token_id or tokenizer.decode([ids[p]]).strip() for p in rest):
-        return [*ends, rest[-1]]
-    return ends or (words or own)[-1:]
+    rest = [place for place in own if not ends or place > ends[-1]]
+    for token in {ids[place] for place in rest} - special:
+        if token == tokenizer.unk_token_id or tokenizer.decode([token]).strip():
+            open_step = [place for place in rest if ids[place] != rules.eos_token_id] or rest
+            return [*ends, open_step[-1]]
+    return ends or words[-1:]
 
 
 def _aggregated(rules: ScoringRules, steps: list[list[float]]) -> list[float]:
