@@ -19,7 +19,7 @@ from conch.converters.options import ConversionOptions, ReadOptions
 from conch.converters.parity.reference import expected_scores, in_float32
 from conch.converters.parity.samples import ParityCase, Sample
 from conch.converters.parts import plan_parts, write_part
-from conch.converters.triton_models.reward_model import Row, Scorer
+from conch.converters.triton_models.reward_model import Scorer
 from conch.errors import ConversionError
 from tests.checkpoints import (
     EOS,
@@ -55,7 +55,11 @@ def served(name: Path, reading: ReadOptions | None = None, *, dtype: Any = "floa
     cases = [ParityCase("rows", tuple(Sample("", tuple(row)) for row in ROWS))]
     expected = expected_scores(checkpoint, cases)
     write_part(folder, *plan_parts("model", options), checkpoint, options)
-    scores = Scorer(folder, "cpu").score([Row(ids) for ids in ROWS]).rewards
+    scorer = Scorer(folder, "cpu")
+    longest = max(map(len, ROWS))
+    ids = np.array([row + [PAD] * (longest - len(row)) for row in ROWS])
+    mask = np.array([[1] * len(row) + [0] * (longest - len(row)) for row in ROWS])
+    scores = scorer.score(scorer.rows_from_tokens(ids, mask)).rewards
     if dtype == "float32":
         assert_scores_close(scores, [expected.scores[tuple(row)] for row in ROWS])
     return scores
