@@ -8,5 +8,5 @@ parts.py        the models of the store that one conversion writes
 checkpoints/    a checkpoint's files, network, tokenizer and scoring rules, and what is refused
 backends/       writers of versions: python, ONNX, TorchScript, ensembles
 parity/         the samples that are compared, both sides' scores, the report
-triton_models/  the `model.py` that versions carry
+triton_models/  the `model.py` that versions carry, and the files beside it
 """

@@ -49,17 +49,16 @@ class StepScores(nn.Module):
     model: is told where they end.
     """
 
-    is_special: Tensor
     is_blank: Tensor
 
     def __init__(self, model: ServedModel, tokenizer: Any, rules: ScoringRules) -> None:
         super().__init__()
         self.model = model
+        self.eos = rules.eos_token_id
         self.separator = rules.separator_ids or (rules.separator_id,)
         special, known = special_ids(tokenizer), set(tokenizer.get_vocab().values())
         ids = range(rules.vocab_size)
         blank = [id in known and is_blank(tokenizer, id, special) for id in ids]
-        self.register_buffer("is_special", torch.tensor([id in special for id in ids]))
         self.register_buffer("is_blank", torch.tensor(blank))
 
     def forward(
@@ -70,7 +69,7 @@ class StepScores(nn.Module):
         return scores
 
     def step_ends(self, input_ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-        """Where steps end: at separators, and at the last word of a step that none closes."""
+        """Where steps end: at separators, and at the last token but an eos of a step that none closes."""
         inside, places = mask.bool(), torch.arange(mask.shape[1], device=mask.device)
         ends = inside
         for back, token in enumerate(reversed(self.separator)):
@@ -78,7 +77,7 @@ class StepScores(nn.Module):
         last_end = torch.where(ends, places, -1).amax(dim=1, keepdim=True)
         behind = inside & (places > last_end)
         is_open = (last_end < 0) | (behind & ~self.is_blank[input_ids]).any(dim=1, keepdim=True)
-        words = behind & ~self.is_special[input_ids]
+        words = behind if self.eos is None else behind & (input_ids != self.eos)
         read = torch.where(words.any(dim=1, keepdim=True), words, behind)
         last = torch.where(read, places, -1).amax(dim=1, keepdim=True)
         return ends | (is_open & (places == last))

@@ -276,8 +276,18 @@ def _read_language_model(source: Source, requested: ReadOptions, kind: Kind, tok
 def _score_token(source: Source, tokenizer: Any, token: str) -> int:
     if token.startswith("id:") and token[3:].isdecimal():
         return int(token[3:])
-    number = tokenizer.get_vocab().get(token)
-    ids = [number] if number is not None else tokenizer(token, add_special_tokens=False).input_ids
+    piece = tokenizer.get_vocab().get(token)
+    ids = list(tokenizer(token, add_special_tokens=False).input_ids)
+    if piece is not None and len(ids) == 1 and ids != [piece]:
+        # Sentencepiece: "+" by itself is "▁+", and "+" only inside a word.
+        raise ConversionError(
+            f"{source.name}: {token!r} of --score_tokens may mean {piece} ({token!r} in the vocabulary) or "
+            f"{ids[0]} "
+            f"({tokenizer.convert_ids_to_tokens(ids[0])!r}, which the text is by itself): give the number "
+            "as id:N, "
+            "or the longer of the two"
+        )
+    ids = ids if piece is None else [piece]
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         raise ConversionError(
             f"{source.name}: {token!r} of --score_tokens is no single token that the tokenizer knows "

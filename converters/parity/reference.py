@@ -23,15 +23,22 @@ from conch.converters.checkpoints.reader import RewardCheckpoint
 from conch.converters.parity.compare import ExpectedScores
 from conch.converters.parity.inputs import Sample, places_of
 from conch.converters.parity.report import GOLDEN_TOLERANCES
-from conch.converters.parity.samples import ParityCase, build_cases, pairs_of_answers, requests_of
+from conch.converters.parity.samples import (
+    ONLY_IDS,
+    ParityCase,
+    build_cases,
+    pairs_of_answers,
+    requests_of,
+)
 from conch.converters.parity.subprocess_model import Request
 from conch.errors import ConversionError, ModelError
-from conch.log import progress
+from conch.log import get_logger, progress
 from conch.models.loading import decoder_layers
 from conch.store.manifest import Golden, GoldenSample, ScoringRules
 from conch.triton.contract import Form
 
 _GOLDEN_SAMPLES = 8
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +62,7 @@ def reference_of(checkpoint: RewardCheckpoint, form: Form, *, max_batch_size: in
         ConversionError: the model itself fails on a sample, scores it with NaN or infinity, or scores all
             answers to a prompt alike.
     """
-    cases = build_cases(checkpoint, form, max_batch_size=max_batch_size)
+    cases = _fit_for_own_class(checkpoint, build_cases(checkpoint, form, max_batch_size=max_batch_size))
     expected = expected_scores(checkpoint, cases)
     _refuse_deaf(checkpoint, cases, expected)
     return ParityReference(cases, requests_of(cases, form, checkpoint.rules.pad_token_id), expected)
@@ -81,6 +88,42 @@ def expected_scores(checkpoint: RewardCheckpoint, cases: Iterable[ParityCase]) -
                     for place, row in zip(places, at_places, strict=True)
                 )
     return expected
+
+
+def _fit_for_own_class(checkpoint: RewardCheckpoint, cases: list[ParityCase]) -> list[ParityCase]:
+    """Turn cases whose samples were cut to the limit, and then refused by the checkpoint's own class, into
+    comparisons of what is read.
+
+    A class may look for a turn that a cut takes, as a gate on the end of the prompt does.
+    """
+    if checkpoint.output is None:
+        return cases
+    limit, fit, refused = checkpoint.rules.max_length, list[ParityCase](), False
+    with in_float32(checkpoint.model):
+        for case in cases:
+            cut = () if case.only_ids else (each for each in case.samples if len(each.ids) == limit)
+            if all(_is_taken(checkpoint, sample) for sample in cut):
+                fit.append(case)
+            elif not refused:
+                refused = True
+                fit.append(ParityCase(ONLY_IDS, case.samples, only_ids=True))
+    if refused:
+        _log.warning(
+            "%s refuses a dialogue that is cut to the limit of %d tokens, and so will its served form; "
+            "--truncation_side says where dialogues lose tokens, --max_length how many they may have",
+            *(type(checkpoint.model).__name__, limit),
+        )
+    return fit
+
+
+@torch.inference_mode()
+def _is_taken(checkpoint: RewardCheckpoint, sample: Sample) -> bool:
+    row = torch.tensor([sample.ids], device=checkpoint.model.device)
+    try:
+        _of_own_class(checkpoint, {"input_ids": row, "attention_mask": torch.ones_like(row)})
+    except Exception:  # code of others raises what it likes
+        return False
+    return True
 
 
 def _refuse_deaf(checkpoint: RewardCheckpoint, cases: Sequence[ParityCase], expected: ExpectedScores) -> None:
@@ -244,20 +287,21 @@ def _places(checkpoint: RewardCheckpoint, sample: Sample) -> list[int]:
         token for token, word in tokenizer.added_tokens_decoder.items()
         if word.special and token != tokenizer.unk_token_id
     }  # fmt: skip
-    words = [place for place in own if ids[place] not in special]
+    words = [place for place in own if ids[place] != rules.eos_token_id] or own
     if rules.granularity != "sample" and not sent:
-        return (words or own)[-1:]
+        return words[-1:]
     if rules.granularity == "token":
         return own
     separators = sample.separators
     if separators is None:
         separators = places_of(rules.separator_ids or (rules.separator_id,), ids)
     ends = sorted({*separators} & {*own})
-    last_end = max(ends, default=-1)
-    rest = [place for place in words if place > last_end]
-    if any(ids[p] == tokenizer.unk_token_id or tokenizer.decode([ids[p]]).strip() for p in rest):
-        return [*ends, rest[-1]]
-    return ends or (words or own)[-1:]
+    rest = [place for place in own if not ends or place > ends[-1]]
+    for token in {ids[place] for place in rest} - special:
+        if token == tokenizer.unk_token_id or tokenizer.decode([token]).strip():
+            open_step = [place for place in rest if ids[place] != rules.eos_token_id] or rest
+            return [*ends, open_step[-1]]
+    return ends or words[-1:]
 
 
 def _aggregated(rules: ScoringRules, steps: list[list[float]]) -> list[float]:
@@ -344,7 +388,8 @@ def _layers(model: PreTrainedModel) -> list[nn.Module]:
 def _replace_buffers(model: PreTrainedModel) -> list[tuple[nn.Module, str, Tensor]]:
     """Exchange the buffers for those of a float32 model, and return the old ones.
 
-    A half-precision model may have computed its tables of positions in half precision.
+    A half-precision model may have computed its tables of positions in half precision; what it stores, such
+    as the statistics of a batch norm, is cast.
     """
     config = copy.deepcopy(model.config)
     config.dtype = torch.float32  # classes made by transformers' own generic ones build their trunk in it
@@ -354,7 +399,11 @@ def _replace_buffers(model: PreTrainedModel) -> list[tuple[nn.Module, str, Tenso
     for path, buffer in model.named_buffers():
         parent, _, name = path.rpartition(".")
         module = model.get_submodule(parent)
-        if name in module._non_persistent_buffers_set and path in fresh:
+        is_stored = name not in module._non_persistent_buffers_set
+        if is_stored and buffer.is_floating_point():
+            old.append((module, name, buffer))
+            module._buffers[name] = buffer.float()
+        elif not is_stored and path in fresh:
             old.append((module, name, buffer))
             module._buffers[name] = fresh[path].to(buffer.device)
     return old

@@ -258,15 +258,16 @@ class Encoder:
         return places
 
     def _steps(self, ids: list[int], own: Sequence[int], separators: list[int]) -> list[int]:
-        """Return where steps end: at separators, and at the last word of a step that none closes."""
+        """Return where steps end: at separators; a step that none closes at its last token but an eos."""
         ends = sorted(set(separators) & set(own))
         behind = [place for place in own if not ends or place > ends[-1]]
         is_open = not ends or any(not self._blank(ids[place]) for place in behind)
         return [*ends, self._last_word(ids, behind)] if is_open else ends
 
     def _last_word(self, ids: list[int], places: Sequence[int]) -> int:
-        """Return the last of the places whose token is not special; the last where all are."""
-        return [*places[-1:], *(place for place in places if ids[place] not in self._special)][-1]
+        """Return the last of the places whose token is no eos; the last where all are."""
+        eos = self.manifest.get("eos_token_id")
+        return [*places[-1:], *(place for place in places if ids[place] != eos)][-1]
 
     @cached_property
     def _special(self) -> set[int]:

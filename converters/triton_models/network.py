@@ -123,7 +123,7 @@ class ServedModel(nn.Module):
             weights = mask.unsqueeze(-1).float()
             return (states.float() * weights).sum(dim=1) / weights.sum(dim=1)
         where = self._position(rule, input_ids, mask)
-        return states[torch.arange(len(states), device=states.device), where]
+        return states[torch.arange(states.shape[0], device=states.device), where]
 
     def _position(self, rule: str, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Return the place at which each row is read, [rows]."""
@@ -166,7 +166,7 @@ def _aggregate(how: str, scores: Tensor, ends: Tensor) -> Tensor:
         return scores.masked_fill(~where, 1.0).prod(dim=1)
     if how == "mean":
         return (scores * where).sum(dim=1) / where.sum(dim=1)
-    return scores[torch.arange(len(scores), device=scores.device), _last_true(ends)]
+    return scores[torch.arange(scores.shape[0], device=scores.device), _last_true(ends)]
 
 
 def load_model(folder: Path, manifest: dict[str, Any]) -> ServedModel:

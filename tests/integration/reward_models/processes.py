@@ -58,6 +58,16 @@ def mistral_tokenizer() -> PreTrainedTokenizerFast:
     return pieces(words=("▁ки", "▁+", "▁-"), bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
+STEPS: tuple[Messages, ...] = (
+    *SOLUTIONS,
+    [
+        {"role": "user", "content": "Two and two?\n\nShow\nyour steps."},
+        {"role": "assistant", "content": "One and one.\n\nTwice that."},
+    ],
+)
+"""The last has in the question what divides the steps of an answer, and ends none there."""
+
+
 # ----------------------------------------------------------------------------------------------------- inputs
 
 
@@ -273,49 +283,49 @@ PROCESSES: tuple[Replica, ...] = (
         "Qwen2.5-Math-PRM",
         qwen_math_prm,
         {"recipe": "qwen2.5-math-prm"},
-        SOLUTIONS,
+        STEPS,
         source="card of Qwen/Qwen2.5-Math-PRM-7B; vllm qwen2_rm.py; product of steps: arXiv 2501.07301",
     ),
     Replica(
         "Math-Shepherd PRM",
         math_shepherd,
         {"recipe": "math-shepherd"},
-        SOLUTIONS,
+        STEPS,
         source="card of peiyi9979/math-shepherd-mistral-7b-prm; lowest step: arXiv 2312.08935",
     ),
     Replica(
         "RLHFlow PRM",
         rlhflow_prm,
         {"recipe": "rlhflow-prm"},
-        SOLUTIONS,
+        STEPS,
         source="RLHFlow/RLHF-Reward-Modeling math-rm/prm_evaluate.py",
     ),
     Replica(
         "RLHFlow ORM",
         rlhflow_orm,
         {"recipe": "rlhflow-orm"},
-        SOLUTIONS,
+        STEPS,
         source="RLHFlow/RLHF-Reward-Modeling math-rm/README.md",
     ),
     Replica(
         "Skywork-o1-Open-PRM",
         skywork_prm,
         {"recipe": "skywork-o1-prm", "aggregate": "mean"},
-        SOLUTIONS,
+        STEPS,
         source="SkyworkAI/skywork-o1-prm-inference model_utils/io_utils.py, prm_model.py",
     ),
     Replica(
         "TRL PRMTrainer",
         trl_prm,
         {"recipe": "trl-prm", "aggregate": "mean"},
-        SOLUTIONS,
+        STEPS,
         source="TRL, trl/trainer/prm_trainer.py tokenize_row",
     ),
     Replica(
         "PURE-PRM",
         pure_prm,
         {"recipe": "trl-prm"},
-        SOLUTIONS,
+        STEPS,
         source="card of jinachris/PURE-PRM-7B",
     ),
     *CUSTOM,

@@ -87,6 +87,17 @@ def test_rlhflows_steps_are_turns_of_the_user() -> None:
     assert rendered(tokenizer, "rlhflow-prm", TWO_STEPS) == text
 
 
+@pytest.mark.parametrize("content", ["One.\n\n Two. ", "One.\n\n\n\nTwo.", "", "One."])
+@pytest.mark.parametrize("closing", ["", HEADER.format("assistant")])
+def test_rlhflows_template_takes_steps_closed_or_not(content: str, closing: str) -> None:
+    tokenizer = llama_tokenizer(template=LLAMA_31, words=ACROSS)
+    answered = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": content}]
+    text = tokenizer.apply_chat_template(processes.rlhflow_turns(answered)[-1], tokenize=False)
+    closed = [answered[0], {"role": "assistant", "content": content + closing}]
+
+    assert rendered(tokenizer, "rlhflow-prm", closed) == text
+
+
 def test_rlhflows_outcome_is_read_where_the_sign_would_be() -> None:
     text = (
         f"<|begin_of_text|>{HEADER.format('system')}{RULES}<|eot_id|>{HEADER.format('user')}"

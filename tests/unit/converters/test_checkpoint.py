@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, GPT2LMHeadModel
 
+from conch.converters.checkpoints.files import RewardModelFile
 from conch.converters.checkpoints.reader import read_checkpoint
 from conch.converters.checkpoints.tokenizer import check_template, choose_template
 from conch.converters.options import ConversionOptions, ReadOptions
@@ -265,6 +266,7 @@ def test_a_template_other_than_that_of_training_is_told(
 ) -> None:
     tokenizer = char_tokenizer("abcHuman: ")
     tokenizer.chat_template = "{{ messages }}"
-    choose_template(requested, trained, tokenizer, "last_token")
+    options, from_file = ReadOptions(template=requested), RewardModelFile(template=trained)
+    choose_template(options, from_file, tokenizer, 1, "last_token")
     told = f"--template {requested!r} is taken, though reward_model.json says that the model was trained with"
     assert (f"{told} {trained!r}" in caplog.text) is warns and ("though" in caplog.text) is warns

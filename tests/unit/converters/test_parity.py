@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import string
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conch.converters.checkpoints.reader import RewardCheckpoint, read_checkpoint
 from conch.converters.options import ReadOptions
+from conch.converters.parity.budget import longest_compared
 from conch.converters.parity.compare import ExpectedScores, compare
 from conch.converters.parity.inputs import Sample
 from conch.converters.parity.reference import expected_scores, golden_of
@@ -215,3 +217,51 @@ def test_score_in_sequence_feeds_each_model_the_replies_of_the_one_before(tmp_pa
         replies = score_in_sequence([first, second], requests, "cpu")
 
     assert replies == [{"n": 3}, {"error": "three"}, {"error": "three"}, {"n": 7}]
+
+
+@pytest.mark.parametrize(("read", "ok"), [([1, 2, 3], True), ([1, 2, 4], False), ([1, 2], False)])
+def test_compare_wants_the_very_tokens_of_a_sample_that_is_too_long_to_score(
+    read: list[int], ok: bool
+) -> None:
+    long = ParityCase("long", (Sample("abc", (1, 2, 3)),), only_ids=True)
+    short = ParityCase("short", (Sample("a", (1,)),))
+    replies: list[dict[str, Any]] = [{"ids": [read]}, {"scores": [[0.5]]}]
+    report = compare([long, short], replies, ExpectedScores({(1,): (0.5,)}), "float32")
+
+    assert report.ok is ok
+    assert ok or "other tokens are read from place 2 of 3 on" in report.table()
+
+
+def test_what_is_read_of_a_long_sample_is_compared_where_its_score_is_not(tmp_path: Path) -> None:
+    """And the eos that closes it is among the tokens."""
+    long = read_checkpoint(str(reward_checkpoint(tmp_path, n_positions=2100)))
+    cases = build_cases(long, "text", max_batch_size=4)
+    asked = [case for case in cases if case.only_ids]
+
+    assert [len(case.samples[0].ids) for case in asked] == [2100, 2100]
+    assert len(asked[0].samples[0].text) > 2100 > len(asked[1].samples[0].text)
+    assert all(case.samples[0].ids[-1] == EOS for case in asked)
+    assert max(len(case.samples) for case in cases if any(len(s.ids) > 2048 for s in case.samples)) == 1
+    assert {"only_ids": True}.items() <= requests_of(asked, "text", PAD)[0].items()
+
+
+def test_the_ladder_of_compared_lengths_ends_where_they_take_too_long(tmp_path: Path) -> None:
+    small = reward_checkpoint(tmp_path / "small", n_positions=16)
+    model = read_checkpoint(str(small)).model
+    assert longest_compared(model, 100) == 100
+    assert longest_compared(model, 3000) == 3000
+    assert 3000 < longest_compared(model, 32_768) == longest_compared(model, 32_768) < 32_768
+    model.config.n_layer = 4000
+    assert longest_compared(model, 32_768) == 2048
+
+
+def test_score_in_sequence_hands_token_ids_that_were_asked_for_to_no_other_model(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(
+        "import json, sys\n"
+        "requests = json.load(sys.stdin)['requests']\n"
+        "json.dump([{'ids': [[1]]} if 'only_ids' in each else {'n': 1} for each in requests], sys.stdout)\n"
+    )
+    with SubprocessModel(tmp_path) as first, SubprocessModel(tmp_path) as second:
+        replies = score_in_sequence([first, second], [{"only_ids": True}, {}], "cpu")
+
+    assert replies == [{"ids": [[1]]}, {"n": 1}]

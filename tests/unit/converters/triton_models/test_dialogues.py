@@ -23,6 +23,7 @@ from conch.errors import DataError
 from tests.chats import CHATS, WINDOW, chat_reward_model, chat_tokenizer
 
 ASKED = [{"role": "user", "content": "two and two?"}, {"role": "assistant", "content": "four"}]
+AS_TEXT = "{text}{eos}"
 SYSTEM = [{"role": "system", "content": "Be brief."}, *ASKED]
 
 
@@ -70,7 +71,7 @@ def test_a_dialogue_is_read_as_its_own_template_renders_it(folder: Path, family:
 
 @pytest.mark.parametrize("family", CHATS)
 def test_a_text_that_begins_with_bos_and_ends_with_eos_gets_neither_again(folder: Path, family: str) -> None:
-    scorer = served(folder, family, None)
+    scorer = served(folder, family, AS_TEXT)
     bos, eos = scorer.tokenizer.bos_token or "", scorer.tokenizer.eos_token
     assert shown(scorer, "four") == f"{bos}four{eos}"
     assert shown(scorer, f"{bos}four{eos}") == f"{bos}four{eos}"
@@ -82,7 +83,7 @@ def test_the_tokenizer_of_a_graph_makes_the_same_ids(folder: Path) -> None:
     """Its `model.py` is another file."""
     for family in CHATS:
         for side in ("left", "right"):
-            version = written(folder, family, None, truncation_side=side, max_length=20)
+            version = written(folder, family, AS_TEXT, truncation_side=side, max_length=20)
             scorer = Scorer(version, "cpu")
             bos, eos = scorer.tokenizer.bos_token or "", scorer.tokenizer.eos_token
             for text in (
@@ -98,7 +99,7 @@ def test_the_tokenizer_of_a_graph_makes_the_same_ids(folder: Path) -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_what_is_cut_leaves_one_bos_and_one_eos(folder: Path, side: Any) -> None:
-    scorer = served(folder, "llama", None, truncation_side=side, max_length=6)
+    scorer = served(folder, "llama", AS_TEXT, truncation_side=side, max_length=6)
     bos, eos = scorer.tokenizer.bos_token, scorer.tokenizer.eos_token
     left = "fghi" if side == "left" else "abcd"
     for text in ("abcdefghi", f"{bos}abcdefghi", f"{bos}abcdefghi{eos}"):

@@ -3,6 +3,7 @@ comparison expects the same, by code of its own."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any, cast
@@ -312,14 +313,21 @@ TOKENIZERS: dict[str, Any] = {
 }
 
 
+PAIRED = [
+    (named, tokenizer)
+    for named, tokenizer in itertools.product(CHAT, TOKENIZERS)
+    # To a tokenizer of words a line break is nothing, so it separates no steps.
+    if tokenizer != "wordpiece" or "\n" not in CHAT[named].get("step_separator", "")
+]
+
+
 @pytest.fixture(scope="module")
 def network() -> Any:
     """Nothing is scored by it."""
     return random_model(AutoModelForSequenceClassification, config_of("llama", num_labels=1))
 
 
-@pytest.mark.parametrize("tokenizer", TOKENIZERS)
-@pytest.mark.parametrize("named", CHAT)
+@pytest.mark.parametrize(("named", "tokenizer"), PAIRED)
 def test_the_comparison_expects_what_the_server_reads(
     tmp_path: Path, network: Any, named: str, tokenizer: str
 ) -> None:
@@ -327,8 +335,6 @@ def test_the_comparison_expects_what_the_server_reads(
     side = ("left", "right")[(list(CHAT).index(named) + list(TOKENIZERS).index(tokenizer)) % 2]
     if not fast.chat_template and named != "pair":
         fast.chat_template = SKYWORK
-    if not fast(CHAT[named].get("step_separator", "a"), add_special_tokens=False).input_ids:
-        pytest.skip("the tokenizer takes the separator for nothing")
     settings = {**CHAT[named], "truncation_side": side}
     if "closing_token_id" in settings:
         settings["closing_token_id"] = fast.convert_tokens_to_ids(settings["closing_token_id"])

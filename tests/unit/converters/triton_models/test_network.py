@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
 from conch.converters.checkpoints.heads import Head, LinearLayer
+from conch.converters.checkpoints.kinds import Kind
 from conch.converters.checkpoints.reader import RewardCheckpoint
 from conch.converters.options import ConversionOptions
 from conch.converters.parity.compare import compare
@@ -286,7 +287,10 @@ def own_class(folder: Path, output: str) -> RewardCheckpoint:
         contents={role: "text" for role in ("system", "user", "assistant", "tool")},
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return RewardCheckpoint(str(folder), model, None, tokenizer, rules, output=output, longest_compared=80)
+    kind = Kind("custom", auto_class="AutoModel")
+    return RewardCheckpoint(
+        str(folder), model, None, tokenizer, rules, kind=kind, output=output, longest_compared=80
+    )
 
 
 @pytest.mark.parametrize("output", RETURNS)
