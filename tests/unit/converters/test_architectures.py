@@ -16,10 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from conch.converters.backends.python import check_layers
 from conch.converters.checkpoints.reader import read_checkpoint
 from conch.converters.options import ConversionOptions, ReadOptions
+from conch.converters.parity.inputs import Sample
 from conch.converters.parity.reference import expected_scores, in_float32
-from conch.converters.parity.samples import ParityCase, Sample
+from conch.converters.parity.samples import ParityCase
 from conch.converters.parts import plan_parts, write_part
-from conch.converters.triton_models.reward_model import Row, Scorer
+from conch.converters.triton_models.reward_model import Scorer
 from conch.errors import ConversionError
 from tests.checkpoints import (
     EOS,
@@ -55,7 +56,9 @@ def served(name: Path, reading: ReadOptions | None = None, *, dtype: Any = "floa
     cases = [ParityCase("rows", tuple(Sample("", tuple(row)) for row in ROWS))]
     expected = expected_scores(checkpoint, cases)
     write_part(folder, *plan_parts("model", options), checkpoint, options)
-    scores = Scorer(folder, "cpu").score([Row(ids) for ids in ROWS]).rewards
+    scorer = Scorer(folder, "cpu")
+    rows = [scorer.rows_from_tokens(np.array([ids]), np.ones((1, len(ids))))[0] for ids in ROWS]
+    scores = scorer.score(rows).rewards
     if dtype == "float32":
         assert_scores_close(scores, [expected.scores[tuple(row)] for row in ROWS])
     return scores
