@@ -183,7 +183,7 @@ def test_a_pipeline_tells_answers_apart(tmp_path: Path, replica: Replica) -> Non
     scores = [tuple(pipeline(messages)) for messages in replica.dialogues]
 
     assert all(math.isfinite(score) for row in scores for score in row)
-    assert len({tuple(round(score, 3) for score in row) for row in scores}) == len(scores)
+    assert len({tuple(round(score, 6) for score in row) for row in scores}) == len(scores)
     assert (tmp_path / "config.json").is_file() and (tmp_path / "tokenizer.json").is_file()
 
 

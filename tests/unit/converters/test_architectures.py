@@ -16,8 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from conch.converters.backends.python import check_layers
 from conch.converters.checkpoints.reader import read_checkpoint
 from conch.converters.options import ConversionOptions, ReadOptions
+from conch.converters.parity.inputs import Sample
 from conch.converters.parity.reference import expected_scores, in_float32
-from conch.converters.parity.samples import ParityCase, Sample
+from conch.converters.parity.samples import ParityCase
 from conch.converters.parts import plan_parts, write_part
 from conch.converters.triton_models.reward_model import Scorer
 from conch.errors import ConversionError
@@ -56,10 +57,15 @@ def served(name: Path, reading: ReadOptions | None = None, *, dtype: Any = "floa
     expected = expected_scores(checkpoint, cases)
     write_part(folder, *plan_parts("model", options), checkpoint, options)
     scorer = Scorer(folder, "cpu")
+<<<<<<< HEAD
     longest = max(map(len, ROWS))
     ids = np.array([row + [PAD] * (longest - len(row)) for row in ROWS])
     mask = np.array([[1] * len(row) + [0] * (longest - len(row)) for row in ROWS])
     scores = scorer.score(scorer.rows_from_tokens(ids, mask)).rewards
+=======
+    rows = [scorer.rows_from_tokens(np.array([ids]), np.ones((1, len(ids))))[0] for ids in ROWS]
+    scores = scorer.score(rows).rewards
+>>>>>>> h/serve
     if dtype == "float32":
         assert_scores_close(scores, [expected.scores[tuple(row)] for row in ROWS])
     return scores

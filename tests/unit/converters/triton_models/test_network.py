@@ -195,9 +195,10 @@ def test_the_reference_scores_as_the_server_does(tmp_path: Path, settings: dict[
 
 
 def test_token_types_reach_the_network_through_padding(tmp_path: Path) -> None:
+    more: Any = {"num_labels": 1}
     config = BertConfig(
         vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
-        num_labels=1, pad_token_id=0,
+        pad_token_id=0, **more,
     )  # fmt: skip
     model = random_model(AutoModelForSequenceClassification, config)
     model.save_pretrained(tmp_path)
