@@ -57,15 +57,8 @@ def served(name: Path, reading: ReadOptions | None = None, *, dtype: Any = "floa
     expected = expected_scores(checkpoint, cases)
     write_part(folder, *plan_parts("model", options), checkpoint, options)
     scorer = Scorer(folder, "cpu")
-<<<<<<< HEAD
-    longest = max(map(len, ROWS))
-    ids = np.array([row + [PAD] * (longest - len(row)) for row in ROWS])
-    mask = np.array([[1] * len(row) + [0] * (longest - len(row)) for row in ROWS])
-    scores = scorer.score(scorer.rows_from_tokens(ids, mask)).rewards
-=======
     rows = [scorer.rows_from_tokens(np.array([ids]), np.ones((1, len(ids))))[0] for ids in ROWS]
     scores = scorer.score(rows).rewards
->>>>>>> h/serve
     if dtype == "float32":
         assert_scores_close(scores, [expected.scores[tuple(row)] for row in ROWS])
     return scores
