@@ -49,7 +49,7 @@ def explain(checkpoint: str, requested: ReadOptions) -> str:
     lines["pad token"] = _pad_token(requested, kind, tokenizer)
     missing = _missing(source, requested, from_file, kind, tokenizer)
     if recipe and requested.recipe is None:
-        lines["recipe"] = f"--recipe {recipe} has facts about it"
+        lines["recipe"] = f"--recipe {recipe} has facts about it; --recipe none if it is another model"
     lines["to be said"] = "\n".join(missing) or "nothing"
     lines["command"] = f"conch convert --checkpoint {shlex.quote(checkpoint)}" + (
         f" --recipe {requested.recipe or recipe}" if requested.recipe or recipe else ""

@@ -15,7 +15,7 @@ from pydantic import model_validator
 from conch.cli import Option
 from conch.config import EnsembleObjective, OnMemberFailure, Section
 from conch.converters.parity.report import ParityReport
-from conch.errors import ConversionError
+from conch.errors import ConversionError, missing_path
 from conch.store.manifest import (
     AddSpecialTokens,
     Aggregate,
@@ -48,8 +48,8 @@ class ReadOptions(Section):
     """Hub revision of the checkpoint."""
 
     recipe: str | None = None
-    """Facts about a public model that its files do not hold; `list` lists them. An option that is given as
-    well wins over the recipe's."""
+    """Facts about a public model that its files do not hold; `list` lists them, `none` takes none. By default
+    the one of the checkpoint's hub id. An option that is given as well wins over the recipe's."""
 
     template: str | None = None
     """Format string over {text}, the client's sample, or {prompt}{output}, and {eos}; or `chat`: clients send
@@ -59,6 +59,10 @@ class ReadOptions(Section):
     chat_template: str | None = None
     """Chat template to serve with in place of the tokenizer's: Jinja, or a file of it. Means --template
     chat."""
+
+    template_date: str | None = None
+    """The day that a chat template shows which writes today's, YYYY-MM-DD; by default that of the conversion.
+    It is fixed, or scores would change with it."""
 
     add_special_tokens: AddSpecialTokens | None = None
     """Special tokens that the tokenizer adds to the templated sample: `once`, its own, but none twice in a
@@ -291,7 +295,8 @@ def check_exists(description: str, path: str) -> None:
     """Raise ConversionError if a name can only mean a folder or file of this machine, and there is none."""
     is_path = path.startswith((".", "/", "~")) or path.count("/") > 1  # else it may be a hub id
     if is_path and not Path(path).expanduser().exists():
-        raise ConversionError(f"{description} folder {path} does not exist")
+        expanded = Path(path).expanduser()
+        raise ConversionError(f"{description} folder {path} does not exist{missing_path(expanded)}")
 
 
 def default_name(checkpoint: str) -> str:

@@ -58,30 +58,50 @@ def recipe_version(name: str) -> str:
     return f"{name}@{recipe_table().version}"
 
 
-def with_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings of a conversion with those of the recipe that they name; a setting that is given wins.
+def with_recipe(settings: Mapping[str, Any], checkpoint: str = "") -> dict[str, Any]:
+    """Return settings of a conversion with those of their recipe; a setting that is given wins.
+
+    checkpoint: whose hub id has a recipe, where the settings name none.
 
     Raises:
-        ConversionError: there is no recipe of this name.
+        ConversionError: there is no recipe of this name, or the checkpoint is called like a model that has
+            one,
+            and nobody says whether it is that model.
     """
-    name = settings.get("recipe")
+    name, recipes = settings.get("recipe"), recipe_table().recipes
     if name is None:
-        return dict(settings)
-    recipes = recipe_table().recipes
+        name = recipe_for(checkpoint)
+        if name is not None and not _is_id_of(checkpoint, recipes[name]):
+            raise ConversionError(
+                f"{checkpoint} is called like a public model whose score needs facts that no file of it "
+                "holds: add "
+                f"--recipe {name} if it is that model, else --recipe none"
+            )
+    if name in (None, "none"):
+        return {key: value for key, value in settings.items() if key != "recipe"}
     if name not in recipes:
         near = difflib.get_close_matches(str(name), recipes, 1)
         meant = f" (did you mean {near[0]}?)" if near else ""
         raise ConversionError(f"there is no recipe {name!r}{meant}; --recipe list lists them")
-    return {**recipes[name].options, **settings}
+    return {**recipes[name].options, **settings, "recipe": name}
 
 
 def recipe_for(checkpoint: str) -> str | None:
     """Return the recipe whose models have this hub id, or this name of a folder; None where there is none."""
-    name = checkpoint.rstrip("/").rpartition("/")[2].lower()
-    for recipe_name, recipe in recipe_table().recipes.items():
-        if any(name == model.rpartition("/")[2].lower() for model in recipe.models):
-            return recipe_name
+    last = _last(checkpoint)
+    for name, recipe in recipe_table().recipes.items():
+        if last and any(last == _last(model) for model in recipe.models):
+            return name
     return None
+
+
+def _is_id_of(checkpoint: str, recipe: Recipe) -> bool:
+    is_here = Path(checkpoint).expanduser().exists()
+    return not is_here and any(checkpoint.lower() == model.lower() for model in recipe.models)
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].lower()
 
 
 def recipe_list() -> str:

@@ -13,6 +13,7 @@ nothing is published.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ from conch.converters.options import (
     default_name,
 )
 from conch.converters.recipes import recipe_list, with_recipe
-from conch.errors import ConchError, ParityError
+from conch.errors import ConchError, ConversionError, ParityError
 from conch.log import quieten_libraries, setup_logging
 
 
@@ -48,7 +49,7 @@ def to_triton(checkpoint: str | Path, **settings: Any) -> Conversion:
         ParityError: the converted model scores differently; nothing was published.
         ModelStoreError: the store cannot be written.
     """
-    options = load(ConversionOptions, with_recipe(settings))
+    options = load(ConversionOptions, with_recipe(settings, str(checkpoint)))
     name = options.name or default_name(str(checkpoint))
     check_name(name)
     check_exists("checkpoint", str(checkpoint))
@@ -76,10 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         setup_logging()
     try:
         if explained is not None:
-            print(explain(checkpoint, load(ReadOptions, with_recipe(_reading(settings)))))
+            print(explain(checkpoint, _to_explain(checkpoint, settings)))
             return 0
         if endpoint is not None:
-            return _verify(endpoint, checkpoint, load(ConversionOptions, with_recipe(settings)))
+            return _verify(endpoint, checkpoint, load(ConversionOptions, with_recipe(settings, checkpoint)))
         conversion = to_triton(checkpoint, **settings)
     except ConchError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -89,8 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _reading(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name in ReadOptions.model_fields}
+def _to_explain(checkpoint: str, settings: Mapping[str, Any]) -> ReadOptions:
+    """Return the options of reading; of a recipe that must be chosen first, the explanation tells."""
+    reading = {name: value for name, value in settings.items() if name in ReadOptions.model_fields}
+    with contextlib.suppress(ConversionError):
+        if "recipe" not in reading:
+            reading = with_recipe(reading, checkpoint)
+    return load(ReadOptions, with_recipe(reading))
 
 
 def _verify(endpoint: str, checkpoint: str, options: ConversionOptions) -> int:

@@ -163,6 +163,8 @@ def _has_grown(model: PreTrainedModel) -> bool:
     False where neither has a config: the model comes from nowhere else, so that nothing else is read.
     """
     base = model.peft_config[ADAPTER_NAME].base_model_name_or_path  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
+    if base is None:
+        return False
     try:
         config = type(model.config).from_pretrained(base, local_files_only=True)
     except (OSError, ValueError):

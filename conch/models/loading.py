@@ -127,6 +127,10 @@ def load_tokenizer(
     check_tokenizer(tokenizer, name=path)
     tokenizer.padding_side = "left"
     set_truncation_side(tokenizer, config.truncation_side)
+    if getattr(tokenizer, "legacy", None) is not None:
+        # transformers 5.23 does not write it, and a Llama tokenizer that is loaded without it puts no space
+        # behind special tokens: other ids for the same text.
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
     return tokenizer
 
 

@@ -31,6 +31,7 @@ from conch.converters.checkpoints.heads import Head, LinearLayer
 from conch.converters.checkpoints.kinds import Kind
 from conch.converters.checkpoints.normalizers import Statistics, statistics_of
 from conch.converters.options import ReadOptions
+from conch.converters.triton_models.network import allow_older_code
 from conch.errors import ConversionError, ModelError, first_line
 from conch.models.adapter import merge_saved_adapter
 from conch.models.folders import ADAPTER_FILE
@@ -320,6 +321,7 @@ def _check_logits_are_linear(source: Source, model: Any, layer: LinearLayer, ids
 
 def _read_custom(source: Source, kind: Kind, tokenizer: Any) -> Network:
     auto_class: Any = getattr(transformers, str(kind.auto_class))
+    allow_older_code(source.folder)
     model, info = _from_pretrained(
         auto_class,
         source.folder,

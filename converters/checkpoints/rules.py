@@ -11,7 +11,7 @@ from typing import Any
 from conch.converters.checkpoints.architectures import Network, final_layer
 from conch.converters.checkpoints.files import REWARD_MODEL_FILE, RewardModelFile, Source
 from conch.converters.checkpoints.kinds import Kind
-from conch.converters.checkpoints.tokenizer import choose_template, reads_dialogues
+from conch.converters.checkpoints.tokenizer import choose_template, reads_dialogues, shown_date
 from conch.converters.options import Normalise, ReadOptions
 from conch.data.chat import what_template_reads
 from conch.errors import ConversionError
@@ -51,6 +51,7 @@ def scoring_rules(
     )
     template, why = choose_template(requested, from_file, tokenizer, len(network.labels), pooling)
     decided["template"] = f"{template} ({why})"
+    decided |= _told_of_recipe_and_date(requested, tokenizer)
     closing_token_id, why = _closing_token(source, requested, kind, tokenizer)
     if closing_token_id is not None:
         token = tokenizer.convert_ids_to_tokens(closing_token_id)
@@ -89,6 +90,16 @@ def scoring_rules(
         vocab_size=_vocab_size(source, network, tokenizer, pad_token_id),
     )
     return rules, decided
+
+
+def _told_of_recipe_and_date(requested: ReadOptions, tokenizer: Any) -> dict[str, str]:
+    told = {"recipe": requested.recipe} if requested.recipe else {}
+    day = shown_date(tokenizer)
+    if day:
+        why = "--template_date" if requested.template_date else "of the conversion; the chat template "
+        "writes today's"
+        told["date"] = f"{day} ({why})"
+    return told
 
 
 def _of_dialogues(template: str, tokenizer: Any) -> dict[str, Any]:

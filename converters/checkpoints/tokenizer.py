@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ PAIR = "pair"
 
 CLOSED_CHAT = "chat{eos}"
 """`CHAT` for models that were trained on dialogues with the template `{text}{eos}`: an eos ends them."""
+
+_NOW = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")
+_DATED = re.compile(r"\{#- (?P<day>\S+) -#\}\{%- macro strftime_now")
 
 # What a vocabulary keeps for later is in no text.
 _UNUSED = re.compile(r"reserved|unused|extra_id|placeholder", re.IGNORECASE)
@@ -64,7 +68,40 @@ def load_tokenizer(source: Source, requested: ReadOptions) -> Any:
         tokenizer.truncation_side = requested.truncation_side
     if requested.chat_template is not None:
         tokenizer.chat_template = _chat_template(requested.chat_template)
+    tokenizer.chat_template = _dated(tokenizer.chat_template, _day(requested.template_date))
     return tokenizer
+
+
+def _day(requested: str | None) -> date:
+    if requested is None:
+        return date.today()
+    try:
+        return date.fromisoformat(requested)
+    except ValueError as error:
+        raise ConversionError(f"--template_date {requested!r} is no day: write YYYY-MM-DD") from error
+
+
+def shown_date(tokenizer: Any) -> str | None:
+    """Return the day that a chat template shows which writes today's; None where it writes none."""
+    match = _DATED.match(str(tokenizer.chat_template or ""))
+    return match and match["day"]
+
+
+def _dated(template: Any, day: date) -> Any:
+    """Return a chat template, or several by name, that show this day where they ask for today's.
+
+    Llama-3.2's writes the date into the system turn: scores would change from day to day, and a server would
+    not score its golden samples as it did.
+    """
+    if isinstance(template, dict):
+        return {name: _dated(each, day) for name, each in template.items()}
+    if not template or _DATED.match(template):
+        return template
+    forms = dict.fromkeys(match[1] or match[2] for match in _NOW.finditer(template))
+    if not forms:
+        return template
+    cases = "".join(f'{{%- if form == "{form}" -%}}{day.strftime(form)}{{%- endif -%}}' for form in forms)
+    return f"{{#- {day.isoformat()} -#}}{{%- macro strftime_now(form) -%}}{cases}{{%- endmacro -%}}{template}"
 
 
 def _chat_template(given: str) -> str:

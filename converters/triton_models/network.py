@@ -6,7 +6,11 @@ It stands alone: torch and transformers, nothing of the package that wrote it.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
 _ACTIVATIONS: dict[str, Any] = {
     "relu": nn.functional.relu,
@@ -178,7 +182,33 @@ def load_model(folder: Path, manifest: dict[str, Any]) -> ServedModel:
     head = load_file(folder / "head.safetensors") if layout == "trunk" else None
     # config.json describes the format of int8 weights; everything beside them is float32.
     dtype = torch.float32 if manifest["dtype"] == "int8" else getattr(torch, manifest["dtype"])
+    if layout == "custom":
+        allow_older_code(folder)
     network = auto_class.from_pretrained(
         folder, local_files_only=True, trust_remote_code=manifest["trust_remote_code"], dtype=dtype
     )
     return ServedModel(network, head, manifest).eval()
+
+
+def allow_older_code(folder: Path) -> None:
+    """Give classes that were written for transformers 4 what transformers 5 took away, for this process.
+
+    Texts for docstrings, which modules of ArmoRM and QRM import (`LLAMA_INPUTS_DOCSTRING`), are empty ones;
+    and a class that does not call `post_init` has no tied weights.
+    """
+    for file in folder.glob("*.py"):
+        code = file.read_text(encoding="utf-8", errors="replace")
+        for name in re.findall(r"^from (transformers\.models\.\w+\.modeling_\w+) import", code, re.M):
+            with contextlib.suppress(ModuleNotFoundError):
+                module = importlib.import_module(name)
+                if not hasattr(module, "__getattr__"):
+                    vars(module)["__getattr__"] = functools.partial(_empty_docstring, name)
+    if not hasattr(PreTrainedModel, "all_tied_weights_keys"):
+        base: Any = PreTrainedModel
+        base.all_tied_weights_keys = {}
+
+
+def _empty_docstring(module: str, name: str) -> str:
+    if re.fullmatch(r"[A-Z0-9_]+_(DOCSTRING|FOR_DOC)", name):
+        return ""
+    raise AttributeError(f"module {module!r} has no attribute {name!r}")

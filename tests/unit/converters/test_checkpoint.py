@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForSequenceClassification, GPT2LMHeadModel
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, GPT2LMHeadModel
 
 from conch.converters.checkpoints.files import RewardModelFile
 from conch.converters.checkpoints.reader import read_checkpoint
@@ -270,3 +271,22 @@ def test_a_template_other_than_that_of_training_is_told(
     choose_template(options, from_file, tokenizer, 1, "last_token")
     told = f"--template {requested!r} is taken, though reward_model.json says that the model was trained with"
     assert (f"{told} {trained!r}" in caplog.text) is warns and ("though" in caplog.text) is warns
+
+
+DATED = "{{ bos_token }}{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}{{ "
+"messages }}"
+
+
+def test_a_template_that_writes_todays_date_is_fixed_to_a_day(tmp_path: Path) -> None:
+    folder = reward_checkpoint(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = DATED
+    tokenizer.save_pretrained(folder)
+    checkpoint = read_checkpoint(str(folder), ReadOptions(template="chat", template_date="2024-07-26"))
+    assert "26 Jul 2024" in str(checkpoint.tokenizer.apply_chat_template([], tokenize=False))
+    assert checkpoint.decisions["date"] == "2024-07-26 (--template_date)"
+    today = read_checkpoint(str(folder), ReadOptions(template="chat"))
+    assert date.today().strftime("%d %b %Y") in str(today.tokenizer.apply_chat_template([], tokenize=False))
+    assert today.decisions["date"].startswith(date.today().isoformat())
+    with pytest.raises(ConversionError, match="no day: write YYYY-MM-DD"):
+        read_checkpoint(str(folder), ReadOptions(template="chat", template_date="26 Jul 2024"))

@@ -211,6 +211,18 @@ def test_a_recipe_is_found_by_the_name_of_its_models() -> None:
     assert recipe_for("outputs/reward_model") is None
 
 
+def test_the_recipe_of_a_hub_id_is_taken_and_a_folder_of_that_name_must_say(tmp_path: Path) -> None:
+    assert with_recipe({}, "Nexusflow/Athene-RM-8B")["recipe"] == "athene-rm"
+    assert with_recipe({"recipe": "none"}, "Nexusflow/Athene-RM-8B") == {}
+    assert with_recipe({}, "outputs/reward_model") == {}
+    folder = tmp_path / "Athene-RM-8B"
+    folder.mkdir()
+    with pytest.raises(ConversionError, match="--recipe athene-rm if it is that model, else --recipe none"):
+        with_recipe({}, str(folder))
+    with pytest.raises(ConversionError, match="--recipe athene-rm if"):
+        with_recipe({}, "somebody/Athene-RM-8B")
+
+
 def test_the_command_lists_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--recipe", "list"]) == 0
     assert "nemotron-70b-reward" in capsys.readouterr().out

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
@@ -338,3 +341,49 @@ def test_a_model_that_is_read_before_the_answer_is_refused(tmp_path: Path, famil
             continue
         with pytest.raises(ConversionError, match=r"same score \(pooling cls, . pairs\): .* --pooling_token"):
             reference_of(checkpoint, "text", max_batch_size=4)
+
+
+OLDER_CODE = """
+from torch import nn
+from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel
+from transformers.models.llama.modeling_llama import LLAMA_INPUTS_DOCSTRING
+from transformers.utils import add_start_docstrings_to_model_forward
+
+
+class OldReward(LlamaPreTrainedModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.v_head = nn.Linear(config.hidden_size, 1, bias=False)
+
+    @add_start_docstrings_to_model_forward(LLAMA_INPUTS_DOCSTRING)
+    def forward(self, input_ids, attention_mask=None):
+        return self.v_head(self.model(input_ids=input_ids).last_hidden_state[:, -1])
+"""
+LOAD = """
+import sys
+from pathlib import Path
+from transformers import AutoModel
+from conch.converters.triton_models.network import allow_older_code
+
+if sys.argv[2] == "allowed":
+    allow_older_code(Path(sys.argv[1]))
+AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+"""
+
+
+@pytest.mark.parametrize("how", ["allowed", "plain"])
+def test_code_for_an_older_transformers_loads(tmp_path: Path, how: str) -> None:
+    (tmp_path / "modeling_old.py").write_text(OLDER_CODE)
+    config = config_of("llama")
+    config.auto_map = {"AutoModel": "modeling_old.OldReward"}
+    config.save_pretrained(tmp_path)
+    trunk = random_model(AutoModel, config_of("llama"))
+    tensors = {f"model.{name}": tensor for name, tensor in trunk.state_dict().items()}
+    save_file(
+        {**tensors, "v_head.weight": torch.ones(1, 32)}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    command = [sys.executable, "-c", LOAD, str(tmp_path), how]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) is (how == "allowed"), done.stderr
+    assert how == "allowed" or "LLAMA_INPUTS_DOCSTRING" in done.stderr
