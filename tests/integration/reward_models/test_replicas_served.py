@@ -99,6 +99,7 @@ def rollout(messages: Messages) -> Rollout:
         for replica in group
     ],
     indirect=["served"],
+    scope="module",  # that of the arguments, else each test had a server of its own
 )
 def test_a_trainer_gets_the_scores_of_a_public_reward_models_card(served: Served, replica: Replica) -> None:
     batch = [rollout(messages) for messages in replica.dialogues]
