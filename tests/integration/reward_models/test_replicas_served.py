@@ -29,10 +29,9 @@ POLICY = chat_tokenizer("chatml")
 
 USUAL = (
     "OASST reward-model-deberta-v3-large-v2",  # pairs of sentences
-    "INF-ORM-Llama3.1-70B",  # two layers
     "Athene-RM",  # a closing token that is read, and two bos
     "beaver reward, normalised",  # mean and std in buffers
-    "Qwen2.5-Math-PRM",  # steps, divided by what a policy writes
+    "Qwen2.5-Math-PRM",  # steps, divided by what a policy writes; two layers
     "Math-Shepherd PRM",  # logits of tokens
     "ArmoRM",  # a class of its own
 )
