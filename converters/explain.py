@@ -6,7 +6,6 @@ No torch here where the weights are safetensors, so that the answer takes a seco
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +15,14 @@ from conch.converters.checkpoints.files import (
     REWARD_MODEL_FILE,
     RewardModelFile,
     Source,
+    base_model_of,
     glance_at,
+    json_object,
     read_reward_model_file,
 )
 from conch.converters.checkpoints.kinds import Kind, recognise
 from conch.converters.options import ReadOptions
-from conch.converters.recipes import recipe_for
+from conch.converters.recipes import recipe_for, recipe_table
 from conch.errors import ConversionError
 
 
@@ -51,10 +52,23 @@ def explain(checkpoint: str, requested: ReadOptions) -> str:
     if recipe and requested.recipe is None:
         lines["recipe"] = f"--recipe {recipe} has facts about it; --recipe none if it is another model"
     lines["to be said"] = "\n".join(missing) or "nothing"
-    lines["command"] = f"conch convert --checkpoint {shlex.quote(checkpoint)}" + (
-        f" --recipe {requested.recipe or recipe}" if requested.recipe or recipe else ""
-    )
+    lines["command"] = _command(checkpoint, requested, recipe)
     return _table(lines)
+
+
+def _command(checkpoint: str, requested: ReadOptions, recipe: str | None) -> str:
+    """Return the conversion with what was given here; of a recipe, its name stands for its options."""
+    given = {name: getattr(requested, name) for name in sorted(requested.model_fields_set)}
+    if requested.recipe or recipe:
+        of_recipe = recipe_table().recipes[requested.recipe or recipe or ""].options
+        given = {name: value for name, value in given.items() if name not in of_recipe}
+        given["recipe"] = requested.recipe or recipe
+    words = ["conch", "convert", "--checkpoint", checkpoint]
+    for name, value in given.items():
+        option = "--reward" if name == "rewards" else f"--{name}"
+        values = value if isinstance(value, tuple) else () if value is True else (str(value),)
+        words += [option, *values] if value not in (None, False, ()) else []
+    return shlex.join(words)
 
 
 def _table(lines: Mapping[str, str]) -> str:
@@ -81,10 +95,13 @@ def _product(shape: tuple[int, ...]) -> int:
 def _tokenizer_facts(source: Source, kind: Kind) -> dict[str, Any]:
     """Return `tokenizer_config.json` of the checkpoint, or of its base, with the chat template that lies
     beside it."""
-    for folder in (source.folder, *([kind.base.folder] if kind.base else [])):
+    folders = [source.folder, *([kind.base.folder] if kind.base else [])]
+    if source.is_adapter:
+        folders.append(Path(base_model_of(source, None)).expanduser())
+    for folder in folders:
         file = folder / "tokenizer_config.json"
         if file.is_file():
-            facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            facts = json_object(file)
             return {**facts, "chat_template": facts.get("chat_template") or _template_beside(folder)}
     return {}
 
@@ -100,6 +117,8 @@ def _pooling(requested: ReadOptions, from_file: RewardModelFile, kind: Kind) -> 
     if requested.pooling or from_file.pooling:
         why = "--pooling" if requested.pooling else REWARD_MODEL_FILE
         return f"{requested.pooling or from_file.pooling} ({why})"
+    if kind.name == "classifier" and kind.outputs is not None and kind.config.get("pad_token_id") is None:
+        return "last_token (config.json has no pad token)"
     return f"{kind.pooling} (default of this kind)"
 
 
@@ -120,8 +139,7 @@ def _pad_token(requested: ReadOptions, kind: Kind, tokenizer: Mapping[str, Any])
     if number is not None:
         return f"id {number} (config.json)"
     token = tokenizer.get("pad_token")
-    return f"{token!r} (tokenizer)" if token else "none: samples are read at their last token, see "
-    "--pad_token"
+    return f"{token!r} (tokenizer)" if token else "none (--pad_token sets one)"
 
 
 def _missing(
@@ -139,9 +157,10 @@ def _missing(
         )
     if len(kind.head) == 2 and kind.activation is None:
         missing.append("--head_activation: what stands between the head's two layers")
-    if kind.pooling == "steps" and requested.step_separator is None:
+    reads_steps = kind.pooling == "steps" and requested.granularity != "token"
+    if reads_steps and requested.step_separator is None:
         missing.append("--step_separator: the text that ends a step; or --granularity token")
-    if kind.pooling == "steps" and kind.outputs == 1 and requested.function_to_apply is None:
+    if reads_steps and kind.outputs == 1 and requested.function_to_apply is None:
         missing.append(
             "--function_to_apply: whether a step's one output is a score (none) or a logit (sigmoid)"
         )

@@ -18,7 +18,7 @@ from conch.converters.checkpoints.reader import RewardCheckpoint, checkpoint_sha
 from conch.converters.checkpoints.rules import check_dense
 from conch.converters.options import Conversion, ConversionOptions
 from conch.converters.parity.compare import compare
-from conch.converters.parity.readings import refuse_two_readings
+from conch.converters.parity.readings import refuse_lost_separators, refuse_two_readings
 from conch.converters.parity.reference import ParityReference, golden_of, reference_of
 from conch.converters.parity.report import ParityReport
 from conch.converters.parity.subprocess_model import SubprocessModel, score_in_sequence
@@ -102,6 +102,7 @@ def _read_and_write(
     for part in parts:
         _check_servable(part, checkpoint, options)
     refuse_two_readings(checkpoint)
+    refuse_lost_separators(checkpoint)
     if checkpoint.longest_compared < checkpoint.rules.max_length:
         _log.warning(
             "scores are compared on samples of up to %d tokens, longer ones take too long; up to the limit "
@@ -163,7 +164,12 @@ def _check_servable(part: Part, checkpoint: RewardCheckpoint, options: Conversio
     if part.route:
         check_dense(checkpoint.rules, checkpoint.tokenizer, part.form)
     if part.engine == "ensemble" and checkpoint.rules.reads == "dialogues":
-        raise ConversionError("--backend onnx has no chat template: take --backend python")
+        raise ConversionError(
+            f"--backend onnx has no chat template, and {checkpoint.source} reads dialogues, since its "
+            "tokenizer has "
+            "one: take --backend python, or --form token; or --template '{text}{eos}' if it was trained on "
+            "texts"
+        )
     if options.dtype == "int8":
         check_layers(checkpoint.model)
 

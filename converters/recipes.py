@@ -83,7 +83,15 @@ def with_recipe(settings: Mapping[str, Any], checkpoint: str = "") -> dict[str, 
         near = difflib.get_close_matches(str(name), recipes, 1)
         meant = f" (did you mean {near[0]}?)" if near else ""
         raise ConversionError(f"there is no recipe {name!r}{meant}; --recipe list lists them")
-    return {**recipes[name].options, **settings, "recipe": name}
+    return {**_left_open(recipes[name].options, settings), **settings, "recipe": name}
+
+
+def _left_open(options: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a recipe without those that belong to a choice that is made otherwise."""
+    dropped: tuple[str, ...] = ("pooling_token",) if settings.get("pooling", "token") != "token" else ()
+    if settings.get("granularity") == "token":
+        dropped += ("step_separator", "step_delimiter", "steps_apart")
+    return {name: value for name, value in options.items() if name not in dropped}
 
 
 def recipe_for(checkpoint: str) -> str | None:

@@ -44,9 +44,7 @@ def write_torchscript(folder: Path, checkpoint: RewardCheckpoint, manifest: Mani
 def check_graph(checkpoint: RewardCheckpoint, backend: Backend) -> None:
     """Raise ConversionError for what no graph over token ids and a mask can hold."""
     reason = ""
-    if checkpoint.rules.reads == "dialogues":
-        reason = f"has no chat template, and {checkpoint.source} reads dialogues"
-    elif checkpoint.output is not None:
+    if checkpoint.output is not None:
         reason = f"holds no Python, and {checkpoint.source} is scored by code of its own"
     elif checkpoint.rules.steps_apart and backend == "torchscript":
         reason = "tokenises nothing, and steps are to be encoded apart"

@@ -107,15 +107,21 @@ def _read_classifier(source: Source, requested: ReadOptions, kind: Kind) -> Netw
         config.num_labels = kind.outputs  # a language model's configuration, beside a head
     model, info = _from_pretrained(
         auto_class,
-        source.folder,
+        None if source.is_file else source.folder,
         f"{source.name} cannot be loaded with {auto_class.__name__}.from_pretrained",
         config=config,
+        **_given_tensors(source),
         dtype=source.stored_dtype(),
         trust_remote_code=requested.trust_remote_code,
     )
     _refuse_tensors(source.name, info, expected=f"complete {auto_class.__name__}")
     _refuse_not_finite(source.name, model.state_dict())
     return _classifier(model.eval(), kind, sha256=source.sha256())
+
+
+def _given_tensors(source: Source) -> dict[str, Any]:
+    """Return what loads the one file that was given, not those that transformers finds beside it."""
+    return {"state_dict": source.tensors()} if source.is_file else {}
 
 
 def _names_labels(kind: Kind) -> bool:
@@ -186,10 +192,10 @@ def _read_head(source: Source, kind: Kind) -> Network:
 
 def _config_of_kind(source: Source, kind: Kind) -> Any:
     """Return the configuration of the trunk, by the type that the kind says."""
-    if kind.base is not None and kind.base.config().get("model_type") == kind.config.get("model_type"):
-        return _config_of(kind.base)
-    if kind.config.get("model_type") == kind.model_type:
+    if source.config().get("model_type") == kind.model_type:
         return _config_of(source)
+    if kind.base is not None and kind.base.config().get("model_type") == kind.model_type:
+        return _config_of(kind.base)
     settings = {key: value for key, value in kind.config.items() if key not in ("model_type", "auto_map")}
     return CONFIG_MAPPING[kind.model_type].from_dict(settings)
 
@@ -253,15 +259,20 @@ def _read_language_model(source: Source, requested: ReadOptions, kind: Kind, tok
     config = _config_of_kind(source, kind)
     model, info = _from_pretrained(
         MODEL_FOR_CAUSAL_LM_MAPPING[type(config)],
-        source.folder,
+        None if source.is_file else source.folder,
         f"{source.name} cannot be loaded as a language model",
         config=config,
+        **_given_tensors(source),
         dtype=source.stored_dtype(),
     )
     _refuse_tensors(source.name, info, expected="complete language model")
     _refuse_not_finite(source.name, model.state_dict())
     ids = [_score_token(source, tokenizer, token) for token in requested.score_tokens]
     rows: Any = model.eval().get_output_embeddings()
+    if max(ids) >= len(rows.weight):
+        raise ConversionError(
+            f"{source.name}: {max(ids)} of --score_tokens is no row of its head, which has {len(rows.weight)}"
+        )
     bias = getattr(rows, "bias", None)
     layer = LinearLayer(
         rows.weight[ids].detach().clone(), None if bias is None else bias[ids].detach().clone()
@@ -272,6 +283,10 @@ def _read_language_model(source: Source, requested: ReadOptions, kind: Kind, tok
         model.base_model, Head((layer,)), kind.pooling, labels, kind, sha256=source.sha256(),
         statistics=statistics_of(kind.config, {}),
     )  # fmt: skip
+
+
+# What some classes do to their logits behind the head: Gemma-2, Cohere, Granite.
+_BEHIND_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 def _score_token(source: Source, tokenizer: Any, token: str) -> int:
@@ -307,7 +322,9 @@ def _check_logits_are_linear(source: Source, model: Any, layer: LinearLayer, ids
     linear = nn.functional.linear(
         states, layer.weight.float(), None if layer.bias is None else layer.bias.float()
     )
-    if not torch.allclose(logits, linear, atol=1e-2, rtol=1e-2):
+    settings = model.config.get_text_config()
+    capped = any(getattr(settings, name, None) not in (None, 1, 1.0) for name in _BEHIND_THE_HEAD)
+    if capped or not torch.allclose(logits, linear, atol=1e-2, rtol=1e-2):
         raise ConversionError(
             f"{source.name}: {type(model).__name__} makes more of its logits than its head gives (a soft "
             "cap, a "
@@ -320,6 +337,8 @@ def _check_logits_are_linear(source: Source, model: Any, layer: LinearLayer, ids
 
 
 def _read_custom(source: Source, kind: Kind, tokenizer: Any) -> Network:
+    if source.is_file:
+        raise ConversionError(f"{source.name}: a class of its own is loaded from its folder: give that")
     auto_class: Any = getattr(transformers, str(kind.auto_class))
     allow_older_code(source.folder)
     model, info = _from_pretrained(
@@ -337,7 +356,6 @@ def _read_custom(source: Source, kind: Kind, tokenizer: Any) -> Network:
         labels = [f"reward_{index}" for index in range(outputs)]
     return Network(
         model, None, "hf", _output_names(labels), kind, sha256=source.sha256(), output=output,
-        statistics=statistics_of(kind.config, {}),
     )  # fmt: skip
 
 
@@ -404,6 +422,11 @@ def _read_adapter(source: Source, requested: ReadOptions, kind: Kind) -> Network
         raise ConversionError(
             f"{source.name} is an adapter for {settings.get('task_type')}, which gives no scores; "
             "an adapter of a reward model says SEQ_CLS or TOKEN_CLS"
+            + (
+                f"; merge it into {base.name}, and put {source.heads[0].name} beside that"
+                if source.heads
+                else ""
+            )
         )
     is_process_reward = settings["task_type"] == "TOKEN_CLS"
     auto_class = AutoModelForTokenClassification if is_process_reward else AutoModelForSequenceClassification

@@ -64,6 +64,7 @@ class Source:
     folder: where configuration and tokenizer are.
     weights: the files that hold tensors; safetensors are preferred to pickled ones.
     heads: those of `weights` that hold nothing but a head, beside the model's own.
+    is_file: whether one file was given, beside which others may lie.
     on_the_hub: tensors of files that were not fetched; only their headers were.
     """
 
@@ -72,6 +73,7 @@ class Source:
     weights: tuple[Path, ...]
     heads: tuple[Path, ...] = ()
     on_the_hub: Mapping[str, TensorInfo] | None = None
+    is_file: bool = False
 
     @property
     def is_adapter(self) -> bool:
@@ -89,7 +91,7 @@ class Source:
         Raises:
             ConversionError: it is no JSON object.
         """
-        return _json_object(self.folder / "config.json")
+        return json_object(self.folder / "config.json")
 
     def described(self) -> dict[str, TensorInfo]:
         """Return shape and dtype of every tensor. Reads only the headers of safetensors files."""
@@ -201,7 +203,7 @@ def find_source(name: str, revision: str | None = None, *, weights: bool = True)
     """
     path = Path(name).expanduser()
     if path.is_file():
-        return Source(name, path.parent, (path,))
+        return Source(name, path.parent, (path,), is_file=True)
     try:
         found = model_folder(str(path), "--checkpoint")
     except ModelError as error:
@@ -350,7 +352,8 @@ def _is_head(path: Path) -> bool:
         shapes = [info.shape for info in _described_in(path).values()]
     except ConversionError:
         return False
-    return len(shapes) <= _MOST_OF_A_HEAD and all(len(shape) <= 2 for shape in shapes)
+    has_matrix = any(len(shape) == 2 for shape in shapes)
+    return has_matrix and len(shapes) <= _MOST_OF_A_HEAD and all(len(shape) <= 2 for shape in shapes)
 
 
 def _indexed(index: Path) -> tuple[Path, ...]:
@@ -391,7 +394,7 @@ def some(names: Iterable[str], shown: int = 4) -> str:
     return ", ".join(listed[:shown]) + more
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:

@@ -31,11 +31,15 @@ Described = Mapping[str, TensorInfo]
 
 _LAYER = re.compile(r"^(?P<root>.*?)(layers?|h|blocks?)\.\d+\.")
 _EMBEDDING = re.compile(
-    r"^(?P<root>.*?)(embed_tokens|word_embeddings|tok_embeddings|embed_in|wte|embeddings)\."
+    r"^(?P<root>.*?)(embed_tokens|word_embeddings|tok_embeddings|embed_in|embed_positions|wte|wpe|embeddings)\."
 )
 _NORMALIZER = re.compile(r"(^|\.)normalizer\.(mean|var|count)$")
 _AUTO_CLASSES = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModel")
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
+_OF_THE_REWARD = (
+    *("architectures", "auto_map", "num_labels", "id2label", "label2id", "reward_token_id"),
+    *("mean", "std", "normalize_reward", "do_normalize", "score_type", "normalize_function"),
+)
 _NATIVE_HEADS = ("score", "classifier")
 _PROCESS = ("ForTokenClassification", "ProcessReward")
 
@@ -54,6 +58,7 @@ class Kind:
     auto_class: of `custom`.
     base: what a checkpoint without configuration, or with an unknown one, was built on.
     root: what the names of the trunk's tensors begin with.
+    scores_tokens: whether the outputs are logits of tokens.
     decisions: what was found -> value and where it comes from.
     """
 
@@ -68,6 +73,7 @@ class Kind:
     auto_class: str | None = None
     base: Source | None = None
     root: str = ""
+    scores_tokens: bool = False
     decisions: dict[str, str] = field(default_factory=dict)
 
 
@@ -78,6 +84,7 @@ def recognise(source: Source, requested: ReadOptions) -> Kind:
         ConversionError: it is no reward model that scores one answer, or something must be said first.
     """
     if source.is_adapter:
+        _refuse_options(source, requested, ("head_activation", "score_tokens"), "an adapter")
         return Kind("adapter", decisions={"kind": "adapter (adapter_config.json)"})
     config, base = source.config(), None
     _refuse_pairwise(source, config)
@@ -92,14 +99,17 @@ def recognise(source: Source, requested: ReadOptions) -> Kind:
     described = {name: info for name, info in source.described().items() if not _NORMALIZER.search(name)}
     found = _Evidence(source, requested, config, known_type(config, described), described, base)
     if requested.score_tokens:
+        _refuse_options(source, requested, ("head_activation",), "a model that scores by logits of tokens")
         return _language_model(found)
     auto_class = _auto_class(config)
     if auto_class and requested.trust_remote_code and not found.is_process:
+        _refuse_options(source, requested, ("head_activation",), "a class of its own")
         return _custom(found, auto_class)
     root = trunk_root(described)
     layers, others = head_layers(described, root, config)
-    is_native = _is_native(found.architecture, found.model_type) and not _is_foreign(layers, found.model_type)
+    is_native = _is_native(found.architecture, found.model_type) and not _is_foreign(found, layers)
     if is_native or (not found.architecture and _has_native_head(layers, others)):
+        _refuse_options(source, requested, ("head_activation",), found.architecture or "a classifier")
         return _native(found, layers)
     if found.model_type and layers:
         return _head(found, layers, root)
@@ -137,11 +147,12 @@ def known_type(config: Mapping[str, Any], described: Described) -> str:
 
     An unknown type that begins with a known one means that: `gpt_neox_reward_model` is `gpt_neox`.
     """
-    parts = str(config.get("model_type", "")).split("_")
+    given = str(config.get("model_type") or "")
+    parts = given.split("_")
     for end in range(len(parts), 0, -1):
-        found = "_".join(parts[:end])
-        if _modeling_file(found) is not None:
-            return found if end == len(parts) or _fits(found, described) else ""
+        for found in ("_".join(parts[:end]), "-".join(parts[:end])):
+            if found in _model_types():
+                return found if found == given or _fits(found, described) else ""
     return ""
 
 
@@ -150,7 +161,7 @@ def trunk_root(described: Described) -> str:
 
     Of a state dict that holds the trunk under two names, one of them.
     """
-    roots = [match["root"] for name in described if (match := _LAYER.match(name))]
+    roots = [match["root"] for name in filter(_is_in_trunk, described) if (match := _LAYER.match(name))]
     roots += [match["root"] for name in described if (match := _EMBEDDING.match(name))]
     if not roots:
         return ""
@@ -236,7 +247,7 @@ def _head(found: _Evidence, layers: tuple[str, ...], root: str) -> Kind:
         )
     if len(layers) == 2:
         if activation is None:
-            activation, why = activation_in_code(source.folder)
+            activation, why = activation_in_code(source.folder, layers[0].partition(".")[0])
         decisions["head activation"] = f"{activation or 'not known'} ({why})"
     if config.get("auto_map"):
         decisions["own class"] = "not run: its trunk and its head are known (--trust_remote_code runs it)"
@@ -270,6 +281,7 @@ def _language_model(found: _Evidence) -> Kind:
         outputs=len(found.requested.score_tokens),
         pooling="steps" if found.is_process else "last_token",
         base=found.base,
+        scores_tokens=True,
         decisions={
             "kind": f"language model {found.architecture} that scores by logits (--score_tokens)",
             "head": f"rows of the language model's head for {tokens} (--score_tokens)",
@@ -301,7 +313,13 @@ def _with_base(config: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     """
     if _modeling_file(str(config.get("model_type", ""))) is not None:
         return config
-    return {**base, **{key: config[key] for key in ("architectures", "auto_map") if key in config}}
+    return {**base, **{key: config[key] for key in _OF_THE_REWARD if key in config}}
+
+
+def _refuse_options(source: Source, requested: ReadOptions, names: tuple[str, ...], what: str) -> None:
+    for name in names:
+        if getattr(requested, name):
+            raise ConversionError(f"{source.name} is {what}, for which --{name} has no place: leave it out")
 
 
 def _auto_class(config: Mapping[str, Any]) -> str | None:
@@ -317,12 +335,19 @@ def _is_native(architecture: str, model_type: str) -> bool:
     return file is not None and bool(re.search(rf"^class {re.escape(architecture)}\b", _text(file), re.M))
 
 
-def _is_foreign(layers: tuple[str, ...], model_type: str) -> bool:
-    """Whether no class of this type calls a head so, whatever class config.json names."""
-    file = _modeling_file(model_type)
+def _is_foreign(found: _Evidence, layers: tuple[str, ...]) -> bool:
+    """Whether the head is another one than that of the class that config.json names.
+
+    A decoder's class has one layer, `score`, without bias, in the model's own files.
+    """
+    file = _modeling_file(found.model_type)
     code = "" if file is None else _text(file)
-    tops = {name.partition(".")[0] for name in layers}
-    return bool(tops) and not any(top in _NATIVE_HEADS or f"self.{top} =" in code for top in tops)
+    if not layers or ("self.classifier =" in code and layers[0].partition(".")[0] == "classifier"):
+        return False
+    if found.architecture.endswith("ForTokenClassification"):
+        return layers != ("score",)
+    in_files = {f"{path.stem}.weight" for path in found.source.heads}
+    return layers != ("score",) or "score.bias" in found.described or "score.weight" in in_files
 
 
 def _has_native_head(layers: tuple[str, ...], others: tuple[str, ...]) -> bool:
@@ -332,12 +357,27 @@ def _has_native_head(layers: tuple[str, ...], others: tuple[str, ...]) -> bool:
 @functools.cache
 def _modeling_file(model_type: str) -> Path | None:
     """Where transformers has the classes of a model type, without importing it; None where it has none."""
-    spec = importlib.util.find_spec("transformers")
-    if not model_type or spec is None or spec.origin is None:
-        return None
-    name = model_type.replace("-", "_")
-    file = Path(spec.origin).parent / "models" / name / f"modeling_{name}.py"
+    name = _model_types().get(model_type)
+    file = _transformers() / "models" / str(name) / f"modeling_{name}.py"
     return file if file.is_file() else None
+
+
+def _transformers() -> Path:
+    spec = importlib.util.find_spec("transformers")
+    assert spec is not None and spec.origin is not None  # a dependency
+    return Path(spec.origin).parent
+
+
+@functools.cache
+def _model_types() -> dict[str, str]:
+    """Model types that transformers knows -> folder of their classes: its own table, which needs no torch."""
+    file = _transformers() / "models" / "auto" / "auto_mappings.py"
+    spec = importlib.util.spec_from_file_location("transformers_auto_mappings", file)
+    assert spec is not None and spec.loader is not None
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    folders: dict[str, str] = table.SPECIAL_MODEL_TYPE_TO_MODULE_NAME
+    return {name: folders.get(name, name.replace("-", "_")) for name in table.CONFIG_MAPPING_NAMES}
 
 
 @functools.cache
@@ -349,17 +389,23 @@ def _fits(model_type: str, described: Described) -> bool:
     """Whether the tensors' names begin with the prefix of a model of this type."""
     file = _modeling_file(model_type)
     prefixes = set(re.findall(r'base_model_prefix = "(\w+)"', _text(file))) if file else set()
-    return any(name.partition(".")[0] in prefixes for name in described)
+    return any(part in prefixes for name in described for part in name.split(".")[:2])
 
 
 def _is_trunk(name: str, root: str, described: Described) -> bool:
-    tops = {each.partition(".")[0] for each in described if _LAYER.match(each) or _EMBEDDING.match(each)}
+    tops = {each.partition(".")[0] for each in described if _is_in_trunk(each)}
     top = name.partition(".")[0]
     if root:  # a second copy of the trunk, under another name, is no head either
         return name.startswith(root) or top in tops - {root.partition(".")[0]}
     # A trunk without a name of its own: what stands beside its layers is a head where it has a matrix.
     matrices = {each.partition(".")[0] for each, info in described.items() if len(info.shape) == 2}
-    return top in tops or top not in matrices
+    return top in tops or top == "pooler" or top not in matrices
+
+
+def _is_in_trunk(name: str) -> bool:
+    """Whether a name is that of an embedding, or of a part inside a numbered layer, such as its attention."""
+    layer = _LAYER.match(name)
+    return bool(_EMBEDDING.match(name)) or (layer is not None and "." in name[layer.end() :])
 
 
 def _is_lm_head(info: TensorInfo, vocabulary: int | None, width: int) -> bool:

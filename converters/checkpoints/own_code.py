@@ -16,8 +16,10 @@ _ACTIVATIONS: dict[str, HeadActivation] = {
 }
 
 
-def activation_in_code(folder: Path) -> tuple[HeadActivation | None, str]:
-    """Return the activation that stands beside linear layers in an `nn.Sequential`, and where it was read.
+def activation_in_code(folder: Path, head: str) -> tuple[HeadActivation | None, str]:
+    """Return the activation in `self.HEAD = nn.Sequential(...)` beside linear layers, and where it was read.
+
+    head: the attribute, with which the names of the head's tensors begin.
 
     None, with the reason, where the folder has no such code, or several activations.
     """
@@ -29,8 +31,11 @@ def activation_in_code(folder: Path) -> tuple[HeadActivation | None, str]:
         except SyntaxError:
             continue
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and _name(node.func) == "Sequential":
-                parts = [_name(part.func) for part in ast.walk(node) if isinstance(part, ast.Call)]
+            if not isinstance(node, ast.Assign) or head not in map(_name, node.targets):
+                continue
+            made = node.value
+            if isinstance(made, ast.Call) and _name(made.func) == "Sequential":
+                parts = [_name(part.func) for part in ast.walk(made) if isinstance(part, ast.Call)]
                 if "Linear" in parts:
                     found |= {_ACTIVATIONS[part]: file.name for part in parts if part in _ACTIVATIONS}
     if len(found) == 1:

@@ -357,9 +357,7 @@ def _rewards(
     if requested:
         columns = tuple(_column(source, name, names) for name in requested)
         return columns, tuple(names[column] for column in columns)
-    if network.kind.name == "tokens" or (
-        pooling == "steps" and names == network.kind.config.get("score_tokens")
-    ):
+    if network.kind.scores_tokens:
         return ((0,), ("reward",)) if function == "softmax" else (None, tuple(names))
     if pooling == "steps" and outputs == 2:  # wrong and right
         return (1,), ("reward",)
@@ -464,6 +462,12 @@ def _normalising(
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None, Normalise]:
     """Return mean and std of the served rewards, and what becomes of them."""
     own = network.statistics
+    if (
+        own is not None
+        and not own.applied
+        and (min(own.std) <= 0 or len(own.mean) not in (1, len(reward_names)))
+    ):
+        own = None  # nothing is done with it, and it fits nothing
     mean, std = (
         _per_reward(statistic, values, reward_names, columns, network.labels)
         for statistic, values in (

@@ -265,7 +265,8 @@ class DialogueInputs(TextInputs):
         if not answer.endswith(rules.step_separator):
             answer = answer + rules.step_separator
         whole, empty = (
-            self._rendered([*messages[:-1], {**messages[-1], "content": content}]) for content in (answer, "")
+            self._rendered([*messages[:-1], {**messages[-1], "content": content}])
+            for content in (answer, "b" if answer.startswith("a") else "a")
         )
         if rules.steps_apart:
             start = len(_common_beginning(whole, empty))

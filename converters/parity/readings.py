@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from conch.converters.checkpoints.reader import RewardCheckpoint
-from conch.converters.parity.inputs import DialogueInputs, Messages, Sample, inputs_of
+from conch.converters.parity.inputs import DialogueInputs, Messages, Sample, inputs_of, places_of
 from conch.converters.parity.reference import expected_scores
 from conch.converters.parity.samples import ParityCase, golden_dialogues
 from conch.errors import ConversionError
@@ -45,6 +45,40 @@ def refuse_two_readings(checkpoint: RewardCheckpoint) -> None:
         readings = _READINGS[aspect](checkpoint)
         if len(readings) > 1:
             _refuse_if_different(checkpoint, aspect, readings)
+
+
+def refuse_lost_separators(checkpoint: RewardCheckpoint) -> None:
+    """Look for the separators of an answer of three steps among its tokens.
+
+    Raises:
+        ConversionError: the tokenizer joins a separator with what stands before it, or the chat template
+            takes
+            the last one off, so that a step would have no score.
+    """
+    rules, inputs = checkpoint.rules, inputs_of(checkpoint)
+    if rules.pooling != "steps" or rules.step_separator is None:
+        return
+    divider = rules.step_delimiter or rules.step_separator
+    answer = divider.join(("Two is one and one.", "So it is four", "That is all."))
+    if isinstance(inputs, DialogueInputs):
+        sample = inputs.sample_of(
+            [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": answer}]
+        )
+        found, wanted = len(sample.separators or ()), 3
+    else:
+        sample = inputs.sample(answer, inputs.shapes[0])
+        found, wanted = len(places_of(rules.separator_ids or (rules.separator_id,), sample.ids)), 2
+    if sample.ids and (found != wanted or sample.separators == (len(sample.ids) - 1,)):
+        read = checkpoint.tokenizer.convert_ids_to_tokens(list(sample.ids))
+        raise ConversionError(
+            f"{checkpoint.source}: of {wanted} separators {rules.step_separator!r} in {answer!r} {found} "
+            "are found "
+            f"among its tokens, so steps would have no score of their own. The tokens: "
+            f"{' '.join(map(repr, read))}. "
+            "Give the separator as it is tokenised there, or --steps_apart, which encodes it by itself; "
+            "where the chat "
+            "template takes white space off an answer, a --chat_template that keeps it"
+        )
 
 
 def _refuse_if_different(checkpoint: RewardCheckpoint, aspect: str, readings: Sequence[Reading]) -> None:
@@ -108,7 +142,10 @@ def _poolings(checkpoint: RewardCheckpoint) -> list[Reading]:
     readings.append(Reading("--pooling last_token", _reading(checkpoint, pooling="last_token")))
     if checkpoint.kind.head == ("v_head",) and tokenizer.eos_token_id is not None:
         readings.append(Reading("--pooling first_eos", _reading(checkpoint, pooling="first_eos")))
-    if tokenizer.cls_token_id is not None:
+    if tokenizer.cls_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.cls_token_id]:
+        for rule in ("cls", "mean"):
+            readings.append(Reading(f"--pooling {rule}", _reading(checkpoint, pooling=rule)))
+    elif tokenizer.cls_token_id is not None:
         rules = {
             "pooling": "token",
             "pooling_token_id": tokenizer.cls_token_id,

@@ -290,7 +290,8 @@ class Encoder:
     def _encode_steps(self, dialogue: dict[str, Any], row: int) -> Row:
         """Return a dialogue whose answer has steps: only separators inside the answer end these.
 
-        The answer begins where its rendering and that of an empty answer part.
+        The answer begins where its rendering and that of another one, of one letter, part. (An empty one may
+        be rendered or tokenised otherwise from before its beginning.)
         """
         separator, delimiter = self.manifest["step_separator"], self.manifest.get("step_delimiter")
         answer = _answer(dialogue, row)
@@ -302,7 +303,7 @@ class Encoder:
             self._trimmed(
                 self._rendered({**dialogue, "messages": [*map(dict, before), {**last, "content": text}]}, row)
             )
-            for text in (answer, "")
+            for text in (answer, "x" if answer[:1] != "x" else "y")
         )
         if self.is_apart:
             tokens = self._tokens(whole, _common(whole, empty))

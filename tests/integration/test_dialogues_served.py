@@ -50,7 +50,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     models = {family: chat_reward_model(root / family, family) for family in ("llama", "gemma")}
     for family in models:
         to_triton(root / family, name=family, model_store=store, template="chat", max_length=100)
-    to_triton(root / "llama", name="texts", model_store=store, max_length=100)
+    to_triton(root / "llama", name="texts", model_store=store, max_length=100, template="{text}{eos}")
     to_ensemble(["llama", "gemma"], name="both", model_store=store, objective="mean")
     with TritonServer(store, ["llama", "gemma", "texts", "both"], ready_timeout_s=300.0) as server:
         yield Served(store, server, models)

@@ -108,8 +108,8 @@ def test_an_unknown_type_over_a_known_trunk_is_known_by_its_names() -> None:
     [
         ("self.score = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))", "relu", "modeling.py"),
         ("self.score = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh())", "tanh", "modeling.py"),
-        ("a = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.GELU())", None, "several: gelu, relu"),
-        ("a = nn.Sequential(nn.Conv1d(1, 1, 1), nn.ReLU())", None, "does not say"),
+        ("self.score = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.GELU())", None, "several: gelu, relu"),
+        ("self.other = nn.Sequential(nn.Linear(1, 1), nn.ReLU())", None, "does not say"),
         ("this is no Python", None, "does not say"),
     ],
 )
@@ -117,7 +117,7 @@ def test_the_activation_is_read_from_the_code_that_is_not_run(
     tmp_path: Path, code: str, activation: str | None, why: str
 ) -> None:
     (tmp_path / "modeling.py").write_text(f"{code}\nraise SystemExit('run')\n", encoding="utf-8")
-    found, reason = activation_in_code(tmp_path)
+    found, reason = activation_in_code(tmp_path, "score")
     assert found == activation and why in reason
 
 
