@@ -15,6 +15,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3}" -m venv "$folder/venv"
 "$folder/venv/bin/pip" install --quiet torch==2.13.0 transformers==5.23.0
+"$folder/venv/bin/pip" list --format=freeze | grep -E "^(torch|transformers|tokenizers)=="
 HF_HUB_OFFLINE=1 "$folder/venv/bin/python" - <<'PY'
 import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
