@@ -342,7 +342,8 @@ def _is_foreign(found: _Evidence, layers: tuple[str, ...]) -> bool:
     """
     file = _modeling_file(found.model_type)
     code = "" if file is None else _text(file)
-    if not layers or ("self.classifier =" in code and layers[0].partition(".")[0] == "classifier"):
+    tops = {name.partition(".")[0] for name in layers}
+    if not layers or ("self.classifier =" in code and "classifier" in tops):
         return False
     if found.architecture.endswith("ForTokenClassification"):
         return layers != ("score",)
@@ -377,7 +378,7 @@ def _model_types() -> dict[str, str]:
     table = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(table)
     folders: dict[str, str] = table.SPECIAL_MODEL_TYPE_TO_MODULE_NAME
-    return {name: folders.get(name, name.replace("-", "_")) for name in table.CONFIG_MAPPING_NAMES}
+    return {name: folders.get(name) or name.replace("-", "_") for name in table.CONFIG_MAPPING_NAMES}
 
 
 @functools.cache

@@ -264,15 +264,16 @@ class DialogueInputs(TextInputs):
             answer = rules.step_separator.join(answer.split(rules.step_delimiter))
         if not answer.endswith(rules.step_separator):
             answer = answer + rules.step_separator
-        whole, empty = (
+        whole, *others = (
             self._rendered([*messages[:-1], {**messages[-1], "content": content}])
-            for content in (answer, "b" if answer.startswith("a") else "a")
+            for content in (answer, "a", "1", "x")
         )
         if rules.steps_apart:
-            start = len(_common_beginning(whole, empty))
+            start = min(len(_common_beginning(whole, other)) for other in others)
             return self._framed([whole[:start], *self._pieces(whole[start:], "")], whole)
         tokens, head, tail = self._framed(None, whole)
-        start = len(_common_beginning(tokens.ids, self._framed(None, empty)[0].ids))
+        begun = (_common_beginning(tokens.ids, self._framed(None, other)[0].ids) for other in others)
+        start = min(map(len, begun))
         for place in places_of(rules.separator_ids or (rules.separator_id,), tokens.ids[start:]):
             tokens.steps[start + place] = True
         return tokens, head, tail

@@ -290,8 +290,8 @@ class Encoder:
     def _encode_steps(self, dialogue: dict[str, Any], row: int) -> Row:
         """Return a dialogue whose answer has steps: only separators inside the answer end these.
 
-        The answer begins where its rendering and that of another one, of one letter, part. (An empty one may
-        be rendered or tokenised otherwise from before its beginning.)
+        The answer begins where its rendering and those of others, of one character each, part the earliest. (An
+        empty one may be rendered or tokenised otherwise from before its beginning, and one may begin alike.)
         """
         separator, delimiter = self.manifest["step_separator"], self.manifest.get("step_delimiter")
         answer = _answer(dialogue, row)
@@ -299,18 +299,18 @@ class Encoder:
             answer = answer.replace(delimiter, separator)
         answer += "" if answer.endswith(separator) else separator
         *before, last = dialogue["messages"]
-        whole, empty = (
+        whole, *others = (
             self._trimmed(
                 self._rendered({**dialogue, "messages": [*map(dict, before), {**last, "content": text}]}, row)
             )
-            for text in (answer, "x" if answer[:1] != "x" else "y")
+            for text in (answer, "x", "a", "1")
         )
         if self.is_apart:
-            tokens = self._tokens(whole, _common(whole, empty))
+            tokens = self._tokens(whole, min(_common(whole, other) for other in others))
         else:
-            tokens, without = self._tokens(whole, 0), self._tokens(empty, 0)
+            tokens = self._tokens(whole, 0)
             ids = [token.id for token in tokens]
-            start = _common(ids, [token.id for token in without])
+            start = min(_common(ids, [token.id for token in self._tokens(other, 0)]) for other in others)
             ends = set(self._separated(ids, start))
             tokens = [token._replace(is_step_end=place in ends) for place, token in enumerate(tokens)]
         tokens = self._finished(tokens)

@@ -273,6 +273,7 @@ def test_a_template_other_than_that_of_training_is_told(
     assert (f"{told} {trained!r}" in caplog.text) is warns and ("though" in caplog.text) is warns
 
 
+ASKED = [{"role": "user", "content": "a"}]
 DATED = "{{ bos_token }}{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}{{ "
 "messages }}"
 
@@ -283,10 +284,12 @@ def test_a_template_that_writes_todays_date_is_fixed_to_a_day(tmp_path: Path) ->
     tokenizer.chat_template = DATED
     tokenizer.save_pretrained(folder)
     checkpoint = read_checkpoint(str(folder), ReadOptions(template="chat", template_date="2024-07-26"))
-    assert "26 Jul 2024" in str(checkpoint.tokenizer.apply_chat_template([], tokenize=False))
+    assert "26 Jul 2024" in str(checkpoint.tokenizer.apply_chat_template(ASKED, tokenize=False))
     assert checkpoint.decisions["date"] == "2024-07-26 (--template_date)"
     today = read_checkpoint(str(folder), ReadOptions(template="chat"))
-    assert date.today().strftime("%d %b %Y") in str(today.tokenizer.apply_chat_template([], tokenize=False))
+    assert date.today().strftime("%d %b %Y") in str(
+        today.tokenizer.apply_chat_template(ASKED, tokenize=False)
+    )
     assert today.decisions["date"].startswith(date.today().isoformat())
     with pytest.raises(ConversionError, match="no day: write YYYY-MM-DD"):
         read_checkpoint(str(folder), ReadOptions(template="chat", template_date="26 Jul 2024"))

@@ -121,7 +121,6 @@ def test_a_graph_scores_by_two_layers_tokens_and_steps(tmp_path: Path, settings:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"rules": {"reads": "dialogues"}}, "has no chat template, and here reads dialogues: take --backend"),
         ({"output": "logits"}, "holds no Python, and here is scored by code of its own"),
         ({"rules": {"separator_ids": (1, 2, 1)}}, "finds no separator whose end is its beginning again"),
     ],
