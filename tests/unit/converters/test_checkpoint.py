@@ -274,8 +274,8 @@ def test_a_template_other_than_that_of_training_is_told(
 
 
 ASKED = [{"role": "user", "content": "a"}]
-DATED = "{{ bos_token }}{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}{{ "
-"messages }}"
+TODAY = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}"
+DATED = f"{{{{ bos_token }}}}{TODAY}{{{{ messages }}}}"
 
 
 def test_a_template_that_writes_todays_date_is_fixed_to_a_day(tmp_path: Path) -> None:
