@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from conch.converters.parity.subprocess_model import SubprocessModel
 from conch.converters.to_triton import to_triton
+from conch.converters.triton_models.reward_model import Scorer
 from conch.errors import ConversionError
 from tests.integration.reward_models.chats import CHATS
 from tests.integration.reward_models.heads import HEADS
@@ -31,9 +31,10 @@ def test_a_public_reward_model_scores_as_its_card_says(tmp_path: Path, replica: 
 
     assert conversion.path is not None
     texts = [json.dumps({"messages": messages}) for messages in replica.dialogues]
-    with SubprocessModel(conversion.path) as model:
-        (reply,) = model.score([{"texts": texts}], "cpu")
-    for served, messages in zip(reply["scores"], replica.dialogues, strict=True):
+    # The conversion has run the version in a process of its own; test_replicas_served.py asks the real server.
+    scorer = Scorer(conversion.path, "cpu")
+    scores = scorer.score(scorer.rows_from_texts([text.encode() for text in texts])).rewards
+    for served, messages in zip(scores.tolist(), replica.dialogues, strict=True):
         assert served == pytest.approx(pipeline(messages), abs=TOLERANCE)
 
 
