@@ -291,7 +291,7 @@ class Encoder:
         """Return a dialogue whose answer has steps: only separators inside the answer end these.
 
         The answer begins where its rendering and those of others, of one character each, part the earliest:
-        an empty one may be rendered or tokenised otherwise from before its beginning, and one may begin alike.
+        an empty one may be read otherwise from before its beginning on, and one may begin alike.
         """
         separator, delimiter = self.manifest["step_separator"], self.manifest.get("step_delimiter")
         answer = _answer(dialogue, row)

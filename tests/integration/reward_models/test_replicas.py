@@ -31,7 +31,7 @@ def test_a_public_reward_model_scores_as_its_card_says(tmp_path: Path, replica: 
 
     assert conversion.path is not None
     texts = [json.dumps({"messages": messages}) for messages in replica.dialogues]
-    # The conversion has run the version in a process of its own; test_replicas_served.py asks the real server.
+    # The conversion ran the version in its own process; test_replicas_served.py asks the real server.
     scorer = Scorer(conversion.path, "cpu")
     scores = scorer.score(scorer.rows_from_texts([text.encode() for text in texts])).rewards
     for served, messages in zip(scores.tolist(), replica.dialogues, strict=True):
