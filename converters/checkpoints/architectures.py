@@ -105,23 +105,20 @@ def _read_classifier(source: Source, requested: ReadOptions, kind: Kind) -> Netw
     config = _config_of(source, requested.trust_remote_code)
     if kind.outputs is not None and config.num_labels != kind.outputs and not _names_labels(kind):
         config.num_labels = kind.outputs  # a language model's configuration, beside a head
+    loaded = {"trust_remote_code": requested.trust_remote_code}
+    if source.is_file:  # the one that was given, not those that transformers finds beside it
+        loaded = {"state_dict": source.tensors()}
     model, info = _from_pretrained(
-        auto_class,
+        auto_class._model_mapping[type(config)] if source.is_file else auto_class,
         None if source.is_file else source.folder,
         f"{source.name} cannot be loaded with {auto_class.__name__}.from_pretrained",
         config=config,
-        **_given_tensors(source),
         dtype=source.stored_dtype(),
-        trust_remote_code=requested.trust_remote_code,
+        **loaded,
     )
     _refuse_tensors(source.name, info, expected=f"complete {auto_class.__name__}")
     _refuse_not_finite(source.name, model.state_dict())
     return _classifier(model.eval(), kind, sha256=source.sha256())
-
-
-def _given_tensors(source: Source) -> dict[str, Any]:
-    """Return what loads the one file that was given, not those that transformers finds beside it."""
-    return {"state_dict": source.tensors()} if source.is_file else {}
 
 
 def _names_labels(kind: Kind) -> bool:
@@ -262,7 +259,7 @@ def _read_language_model(source: Source, requested: ReadOptions, kind: Kind, tok
         None if source.is_file else source.folder,
         f"{source.name} cannot be loaded as a language model",
         config=config,
-        **_given_tensors(source),
+        **({"state_dict": source.tensors()} if source.is_file else {}),
         dtype=source.stored_dtype(),
     )
     _refuse_tensors(source.name, info, expected="complete language model")

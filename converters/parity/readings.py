@@ -18,6 +18,9 @@ from conch.converters.parity.samples import ParityCase, golden_dialogues
 from conch.errors import ConversionError
 from conch.store.manifest import HeadActivation
 
+_UNCUT = 1 << 20
+"""Tokens, more than any sample here has."""
+
 # Scores that rounding alone tells apart are the same reading.
 _ALIKE = 1e-5
 
@@ -55,7 +58,7 @@ def refuse_lost_separators(checkpoint: RewardCheckpoint) -> None:
             takes
             the last one off, so that a step would have no score.
     """
-    rules, inputs = checkpoint.rules, inputs_of(checkpoint)
+    rules, inputs = checkpoint.rules, inputs_of(_reading(checkpoint, max_length=_UNCUT))
     if rules.pooling != "steps" or rules.step_separator is None:
         return
     divider = rules.step_delimiter or rules.step_separator
