@@ -36,6 +36,9 @@ class Recipe(Section):
     note: str = ""
     """What else a user must know or give."""
 
+    automatic: bool = True
+    """Whether the hub id of one of the models takes this recipe. Not where another reading is right as well."""
+
 
 class RecipeTable(Section):
     """All recipes."""
@@ -71,6 +74,7 @@ def with_recipe(settings: Mapping[str, Any], checkpoint: str = "") -> dict[str, 
     name, recipes = settings.get("recipe"), recipe_table().recipes
     if name is None:
         name = recipe_for(checkpoint)
+        name = name if name is not None and recipes[name].automatic else None
         if name is not None and not _is_id_of(checkpoint, recipes[name]):
             raise ConversionError(
                 f"{checkpoint} is called like a public model whose score needs facts that no file of it "

@@ -215,6 +215,7 @@ def test_the_recipe_of_a_hub_id_is_taken_and_a_folder_of_that_name_must_say(tmp_
     assert with_recipe({}, "Nexusflow/Athene-RM-8B")["recipe"] == "athene-rm"
     assert with_recipe({"recipe": "none"}, "Nexusflow/Athene-RM-8B") == {}
     assert with_recipe({}, "outputs/reward_model") == {}
+    assert with_recipe({}, "Dahoas/gptj-rm-static") == {}  # of texts, as examples/hh sends them
     folder = tmp_path / "Athene-RM-8B"
     folder.mkdir()
     with pytest.raises(ConversionError, match="--recipe athene-rm if it is that model, else --recipe none"):
