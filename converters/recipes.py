@@ -37,7 +37,8 @@ class Recipe(Section):
     """What else a user must know or give."""
 
     automatic: bool = True
-    """Whether the hub id of one of the models takes this recipe. Not where another reading is right as well."""
+    """Whether the hub id of one of the models takes this recipe. Not where another reading is right as
+    well."""
 
 
 class RecipeTable(Section):
