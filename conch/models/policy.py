@@ -319,6 +319,11 @@ def _head(lm: PreTrainedModel) -> nn.Module:
     head = lm.get_output_embeddings()
     if not isinstance(head, nn.Module):
         raise ModelError(f"{type(lm).__name__} has no language-model head to read hidden states from")
+    if isinstance(base_of(head), nn.Embedding):
+        raise ModelError(
+            f"{type(lm).__name__} has its decoder's embeddings for a head, whose hidden states cannot be "
+            "read: take another architecture"
+        )
     return head
 
 

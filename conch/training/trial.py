@@ -62,6 +62,11 @@ def check_language_model(lm: PreTrainedModel, config: ModelConfig, end_ids: Sequ
     key = _key(lm, config, end_ids)
     if not config.trial or key in _passed:
         return
+    if getattr(lm.config, "moe_eval_capacity_token_fraction", None) is not None:
+        raise ModelError(
+            f"{type(lm).__name__} leaves tokens out of experts that are full, in training by another measure "
+            f"than in evaluation, so that log-probs depend on the batch: take another architecture ({_OFF})"
+        )
     first, second, *responses = trial_ids(lm, (1, 3, 2, 2))
     samples = [(first, responses[0]), (second, responses[1])]
     tokens = [int(ids[0, 0]) for ids in (first, second)]

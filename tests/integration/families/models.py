@@ -39,7 +39,13 @@ FOLLOW_UP = (
 )
 """Prompts that are dialogues."""
 
-_START_TOKENS = {"bart": "</s>", "mbart": "de_DE", "m2m_100": "</s>", "blenderbot": "<s>"}
+_START_TOKENS = {
+    "bart": "</s>",
+    "mbart": "de_DE",
+    "mbart_forced": "de_DE",
+    "m2m_100": "</s>",
+    "blenderbot": "<s>",
+}
 """What the decoder reads first, where that is not the pad token."""
 
 
@@ -76,13 +82,15 @@ def random_model(family: Family, tokenizer: PreTrainedTokenizerBase, *, seed: in
             of_this = 0.1 if parameter is embeddings else family.noise
             parameter.add_(of_this * torch.randn(parameter.shape, generator=generator))
         head = lm.get_output_embeddings()
-        assert isinstance(head, nn.Linear)
+        assert isinstance(head, (nn.Linear, nn.Embedding))
         head.weight.add_(0.2 * torch.randn(head.weight.shape, generator=generator))
         ends = _end_ids(family, tokenizer)
         head.weight[ends if isinstance(ends, list) else [ends]] *= 3.0
     generation = (
         {"decoder_start_token_id": config.decoder_start_token_id} if config.is_encoder_decoder else {}
     )
+    if "forced_bos_token_id" in family.shape:
+        generation["forced_bos_token_id"] = family.shape["forced_bos_token_id"]
     lm.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=_end_ids(family, tokenizer),
@@ -124,11 +132,17 @@ def greedy_completion(lm: PreTrainedModel, ids: Sequence[int], max_new_tokens: i
     output = lm.generate(  # pyright: ignore[reportCallIssue]
         inputs,
         attention_mask=torch.ones_like(inputs),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max_new_tokens + len(forced_ids(lm)),
         do_sample=False,
     )
     assert isinstance(output, torch.Tensor)
-    return output[0, 1 if lm.config.is_encoder_decoder else len(ids) :].tolist()
+    return output[0, 1 + len(forced_ids(lm)) if lm.config.is_encoder_decoder else len(ids) :].tolist()
+
+
+def forced_ids(lm: PreTrainedModel) -> list[int]:
+    """What the decoder is made to begin with, behind its start token: a language, or nothing."""
+    forced = lm.generation_config.forced_bos_token_id  # pyright: ignore[reportOptionalMemberAccess]
+    return [] if forced is None else [int(forced)]
 
 
 def prompt_ids(

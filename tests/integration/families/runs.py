@@ -24,7 +24,15 @@ from conch.trainers.grpo import GRPORunConfig, GRPOTrainer
 from conch.trainers.ppo import PPORunConfig, PPOTrainer
 from conch.trainers.sft import SFTRunConfig, SFTTrainer
 from conch.types import Metrics, Prompt, Rollout
-from tests.integration.families.models import FOLLOW_UP, LONGEST, QUESTION, TEXTS, prompt_ids, save_family
+from tests.integration.families.models import (
+    FOLLOW_UP,
+    LONGEST,
+    QUESTION,
+    TEXTS,
+    forced_ids,
+    prompt_ids,
+    save_family,
+)
 from tests.integration.families.table import Family
 
 ANSWER = "the map shows a bridge"
@@ -162,9 +170,10 @@ class FamilyRuns:
     def logprobs_alone(self, prompt: Sequence[int], response: Sequence[int]) -> torch.Tensor:
         """Log-probs of a response to a prompt under the checkpoint, alone in its batch, without padding."""
         if self.is_encoder_decoder:
-            start = int(self.lm.config.decoder_start_token_id)
-            decoder_ids = torch.tensor([[start, *response[:-1]]])
-            logits = self.lm(input_ids=torch.tensor([list(prompt)]), decoder_input_ids=decoder_ids).logits[0]
+            start = [int(self.lm.config.decoder_start_token_id), *forced_ids(self.lm)]
+            decoder_ids = torch.tensor([[*start, *response[:-1]]])
+            whole = self.lm(input_ids=torch.tensor([list(prompt)]), decoder_input_ids=decoder_ids).logits[0]
+            logits = whole[len(start) - 1 :]
         else:
             ids = torch.tensor([[*prompt, *response]])
             logits = self.lm(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from conch.errors import ConchError
+from conch.rollouts.hf.decoding import Decoding, decoding_of
 from tests.integration.families import tokenizers
+from tests.integration.families.models import random_model
 from tests.integration.families.runs import FamilyRuns
-from tests.integration.families.table import Family
+from tests.integration.families.table import FAMILIES, Family
 
 _BERT_LIKE = {
     "hidden_size": 16,
@@ -91,6 +93,64 @@ REFUSED = (
         "its positions want texts of one length, and its gradients training mode",
         r"ReformerModelWithLMHead cannot be trained",
     ),
+    Refusal(
+        Family(
+            "prophetnet",
+            "encoder-decoder",
+            "prophetnet",
+            tokenizers.bert,
+            {
+                "hidden_size": 16,
+                **{f"{end}_ffn_dim": 24 for end in ("encoder", "decoder")},
+                **{f"num_{end}_layers": 2 for end in ("encoder", "decoder")},
+                **{f"num_{end}_attention_heads": 2 for end in ("encoder", "decoder")},
+                "max_position_embeddings": 256,
+                "ngram": 2,
+                "num_buckets": 8,
+                "relative_max_distance": 16,
+            },
+        ),
+        "its logits of a token change once others follow",
+        r"ProphetNetForConditionalGeneration .*later tokens",
+    ),
+    Refusal(
+        Family(
+            "fsmt",
+            "encoder-decoder",
+            "fsmt",
+            tokenizers.marian,
+            {
+                "d_model": 16,
+                **{f"{end}_layers": 2 for end in ("encoder", "decoder")},
+                **{f"{end}_ffn_dim": 24 for end in ("encoder", "decoder")},
+                **{f"{end}_attention_heads": 2 for end in ("encoder", "decoder")},
+                **{f"{end}_vocab_size": 108 for end in ("src", "tgt")},
+                "max_position_embeddings": 256,
+                "langs": ["en", "de"],
+            },
+        ),
+        "it scores a padded answer otherwise, and its head is no layer but the decoder's embeddings",
+        r"FSMTForConditionalGeneration (scores a padded sample otherwise|has its decoder's embeddings)",
+    ),
+    Refusal(
+        Family(
+            "nllb_moe",
+            "encoder-decoder",
+            "nllb-moe",
+            tokenizers.m2m100,
+            {
+                "d_model": 16,
+                **{f"{end}_layers": 2 for end in ("encoder", "decoder")},
+                **{f"{end}_ffn_dim": 24 for end in ("encoder", "decoder")},
+                **{f"{end}_attention_heads": 2 for end in ("encoder", "decoder")},
+                **{f"{end}_sparse_step": 2 for end in ("encoder", "decoder")},
+                "max_position_embeddings": 256,
+                "num_experts": 4,
+            },
+        ),
+        "the experts' capacity in training is that of the evaluation pass before it",
+        r"NllbMoeForConditionalGeneration leaves tokens out of experts that are full",
+    ),
 )
 
 
@@ -103,3 +163,12 @@ def test_family_is_refused_by_name(refusal: Refusal, algorithm: str, tmp_path: P
     message = str(error.value)
     assert re.search(refusal.sentence, message)
     assert "\n" not in message and not (tmp_path / algorithm / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "way"), [("minimax", Decoding(True, False)), ("xlstm", Decoding(False, True))]
+)
+def test_family_is_sampled_in_the_slower_way_that_is_right(name: str, way: Decoding) -> None:
+    """MiniMax's steps from a cache give other logits than a whole pass; xLSTM reads padding."""
+    family = FAMILIES[name]
+    assert decoding_of(random_model(family, family.tokenizer())) == way
