@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from conch.converters.checkpoints.architectures import read_network
+from conch.converters.checkpoints.architectures import Network, read_network
 from conch.converters.checkpoints.files import (
     RewardModelFile,
     base_model_of,
@@ -18,7 +18,7 @@ from conch.converters.checkpoints.files import (
 from conch.converters.checkpoints.heads import Head
 from conch.converters.checkpoints.kinds import Kind, recognise
 from conch.converters.checkpoints.rules import scoring_rules
-from conch.converters.checkpoints.tokenizer import PAIR, load_tokenizer
+from conch.converters.checkpoints.tokenizer import PAIR, closes_pairs, load_tokenizer
 from conch.converters.options import ReadOptions
 from conch.converters.parity.budget import WINDOW_COMPARED, longest_compared
 from conch.store.manifest import ScoringRules
@@ -88,22 +88,27 @@ def read_checkpoint(name: str, requested: ReadOptions | None = None) -> RewardCh
         decisions=decisions,
         kind=network.kind,
         output=network.output,
-        undecided=_undecided(requested, from_file, kind, rules),
+        undecided=_undecided(requested, from_file, network, rules, tokenizer),
         longest_compared=longest_compared(network.model, rules.max_length),
     )
 
 
 def _undecided(
-    requested: ReadOptions, from_file: RewardModelFile, kind: Kind, rules: ScoringRules
+    requested: ReadOptions, from_file: RewardModelFile, network: Network, rules: ScoringRules, tokenizer: Any
 ) -> tuple[str, ...]:
     """List the options that nobody gave, and of which the checkpoint's files do not say the value."""
-    open_options = []
+    open_options, kind, outputs = [], network.kind, len(network.labels)
     if len(kind.head) == 2 and kind.activation is None:
         open_options.append("head_activation")
     said = requested.pooling or requested.pooling_token or from_file.pooling or rules.closing_token_id
     if kind.name == "head" and said is None:
         open_options.append("pooling")
+    if rules.pooling == "steps" and outputs == 1 and rules.separator_id is not None:
+        open_options += [] if requested.function_to_apply else ["function_to_apply"]
     is_ours = from_file.template is not None
+    says_template = is_ours or requested.template or requested.chat_template or tokenizer.chat_template
+    if rules.pooling == "hf" and outputs == 1 and not says_template and closes_pairs(tokenizer):
+        open_options.append("template")
     if (
         rules.reads == "dialogues"
         and rules.template != PAIR

@@ -49,7 +49,7 @@ def scoring_rules(
     columns, reward_names = _rewards(
         source, from_file.reward_names, requested.rewards, network, pooling, function
     )
-    template, why = choose_template(requested, from_file, tokenizer, len(network.labels), pooling)
+    template, why = choose_template(requested, from_file, tokenizer, pooling)
     decided["template"] = f"{template} ({why})"
     decided |= _told_of_recipe_and_date(requested, tokenizer)
     closing_token_id, why = _closing_token(source, requested, kind, tokenizer)
@@ -237,8 +237,7 @@ def _function_to_apply(
     if function is not None and network.head is None:
         raise ConversionError(
             f"{source.name}: --function_to_apply needs a head of linear layers, and "
-            f"{type(network.model).__name__} "
-            "gives its scores itself"
+            f"{type(network.model).__name__} gives its scores itself"
         )
     if function == "softmax" and outputs == 1:
         raise ConversionError(f"{source.name} has one output, whose softmax is always 1: use sigmoid or none")
@@ -246,12 +245,6 @@ def _function_to_apply(
         return function, "--function_to_apply"
     if outputs > 1 and (pooling == "steps" or requested.score_tokens):
         return "softmax", f"default for {outputs} outputs of this kind"
-    if pooling == "steps" and requested.granularity != "token":
-        raise ConversionError(
-            f"{source.name} has one output for each step, and nothing says whether it is a score or the "
-            "logit of a "
-            "probability: add --function_to_apply none or sigmoid"
-        )
     return "none", "default"
 
 

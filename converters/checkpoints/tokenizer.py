@@ -115,7 +115,7 @@ def _chat_template(given: str) -> str:
 
 
 def choose_template(
-    requested: ReadOptions, from_file: RewardModelFile, tokenizer: Any, outputs: int, pooling: Pooling
+    requested: ReadOptions, from_file: RewardModelFile, tokenizer: Any, pooling: Pooling
 ) -> tuple[str, str]:
     """Return the template over {text} and {eos}, or `chat`, `chat{eos}`, `pair`; and where it comes from.
 
@@ -124,11 +124,9 @@ def choose_template(
     requested: wins over `from_file`. `chat` is `chat{eos}` where the model was trained with an eos at the end
         of its texts.
     from_file: if it says nothing either, the tokenizer decides.
-    outputs: of the head.
 
     Raises:
-        ConversionError: the template is malformed, needs an eos or a chat template that is missing, or
-            nothing says whether an encoder reads texts or pairs.
+        ConversionError: the template is malformed, or needs an eos or a chat template that is missing.
     """
     trained, why = from_file.template, "--template"
     chosen = requested.template or (CHAT if requested.chat_template is not None else None)
@@ -137,7 +135,7 @@ def choose_template(
     elif requested.template is None:
         why = "--chat_template"
     if chosen is None:
-        return _default_template(tokenizer, outputs, pooling)
+        return _default_template(tokenizer, pooling)
     _warn_of_other_template(requested.template, trained, chosen)
     return _checked_template(chosen, trained, tokenizer), why
 
@@ -155,21 +153,14 @@ def _warn_of_other_template(requested: str | None, trained: str | None, chosen: 
         )
 
 
-def _default_template(tokenizer: Any, outputs: int, pooling: Pooling) -> tuple[str, str]:
+def _default_template(tokenizer: Any, pooling: Pooling) -> tuple[str, str]:
     if tokenizer.chat_template:
         return CHAT, "the tokenizer has a chat template"
-    if outputs == 1 and pooling == "hf" and _closes_pairs(tokenizer):
-        raise ConversionError(
-            "the model is an encoder with one output, and nothing says whether it was trained on a text, or "
-            "on prompt "
-            "and answer as a pair of sentences, which scores otherwise: add --template '{text}' or "
-            "--template pair"
-        )
     # An eos behind the last step would only stand in the way: steps are read at their own ends.
     return "{text}" if pooling == "steps" else default_template(tokenizer), "default for texts"
 
 
-def _closes_pairs(tokenizer: Any) -> bool:
+def closes_pairs(tokenizer: Any) -> bool:
     """Whether the tokenizer puts something between two sentences, as encoders' do."""
     separator = getattr(tokenizer, "sep_token_id", None)
     return separator is not None and separator in tokenizer("a", "a").input_ids

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from conch.converters.checkpoints.reader import RewardCheckpoint
+from conch.converters.checkpoints.tokenizer import PAIR
 from conch.converters.parity.inputs import DialogueInputs, Messages, Sample, inputs_of, places_of
 from conch.converters.parity.reference import expected_scores
 from conch.converters.parity.samples import ParityCase, golden_dialogues
@@ -159,6 +160,23 @@ def _poolings(checkpoint: RewardCheckpoint) -> list[Reading]:
     return readings
 
 
+def _functions(checkpoint: RewardCheckpoint) -> list[Reading]:
+    """One output of a step may be a score, or the logit of a probability."""
+    return [
+        Reading(f"--function_to_apply {name}", _reading(checkpoint, function_to_apply=name))
+        for name in ("none", "sigmoid")
+    ]
+
+
+def _templates(checkpoint: RewardCheckpoint) -> list[Reading]:
+    """An encoder may have learned from texts, or from prompt and answer as a pair of sentences."""
+    pair = {"template": PAIR, "reads": "dialogues"}
+    return [
+        Reading(f"--template '{checkpoint.rules.template}'", checkpoint),
+        Reading("--template pair", _reading(checkpoint, **pair)),
+    ]
+
+
 def _special_tokens(checkpoint: RewardCheckpoint) -> list[Reading]:
     return [
         Reading(f"--add_special_tokens {how}", _reading(checkpoint, add_special_tokens=how))
@@ -178,4 +196,6 @@ _READINGS: dict[str, Callable[[RewardCheckpoint], list[Reading]]] = {
     "head_activation": _activations,
     "pooling": _poolings,
     "add_special_tokens": _special_tokens,
+    "function_to_apply": _functions,
+    "template": _templates,
 }

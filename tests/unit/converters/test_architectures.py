@@ -424,11 +424,6 @@ def test_a_product_of_raw_scores_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, "scores that are no probabilities", **raw, aggregate="prod")
 
 
-def test_whether_one_output_of_a_step_is_a_score_or_a_logit_must_be_said(tmp_path: Path) -> None:
-    process_reward(tmp_path, "llama", num_labels=1)
-    refused(tmp_path, "add --function_to_apply none or sigmoid", step_separator=";")
-
-
 def test_which_of_three_kinds_of_steps_is_the_reward_must_be_said(tmp_path: Path) -> None:
     process_reward(tmp_path, "llama", num_labels=3)
     refused(tmp_path, r"say with --reward .*", step_separator=";")

@@ -268,7 +268,7 @@ def test_a_template_other_than_that_of_training_is_told(
     tokenizer = char_tokenizer("abcHuman: ")
     tokenizer.chat_template = "{{ messages }}"
     options, from_file = ReadOptions(template=requested), RewardModelFile(template=trained)
-    choose_template(options, from_file, tokenizer, 1, "last_token")
+    choose_template(options, from_file, tokenizer, "last_token")
     told = f"--template {requested!r} is taken, though reward_model.json says that the model was trained with"
     assert (f"{told} {trained!r}" in caplog.text) is warns and ("though" in caplog.text) is warns
 

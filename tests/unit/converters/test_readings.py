@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 
 from conch.converters.checkpoints.reader import read_checkpoint
 from conch.converters.options import ReadOptions
 from conch.converters.parity.readings import refuse_two_readings
 from conch.errors import ConversionError
 from tests.chats import chat_reward_model
+from tests.checkpoints import classifier, process_reward, tokenizer_for
 
 
 def with_head(folder: Path, head: dict[str, torch.Tensor], **config: Any) -> Path:
@@ -70,3 +72,32 @@ def test_a_bos_that_the_tokenizer_adds_and_the_template_does_not_write_must_be_s
     with pytest.raises(ConversionError, match="nothing in the checkpoint says its add_special_tokens"):
         check(tmp_path)
     check(tmp_path, add_special_tokens="once")
+
+
+def test_whether_one_output_of_a_step_is_a_score_or_a_logit_must_be_said(tmp_path: Path) -> None:
+    process_reward(tmp_path, "llama", num_labels=1)
+    with pytest.raises(
+        ConversionError, match="nothing in the checkpoint says its function_to_apply"
+    ) as raised:
+        check(tmp_path, step_separator=";")
+    assert all(f"--function_to_apply {name}" in str(raised.value) for name in ("none", "sigmoid"))
+    check(tmp_path, step_separator=";", function_to_apply="sigmoid")
+
+
+def test_whether_an_encoder_reads_texts_or_pairs_must_be_said(tmp_path: Path) -> None:
+    classifier(tmp_path, "bert")
+    tokenizer = tokenizer_for("bert")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="a $A b", pair="a $A b $B:1 b:1", special_tokens=[("a", 0), ("b", 1)]
+    )
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConversionError, match="nothing in the checkpoint says its template") as raised:
+        check(tmp_path)
+    assert "--template '{text}'" in str(raised.value) and "--template pair" in str(raised.value)
+    check(tmp_path, template="{text}")
+    check(tmp_path, template="pair")
+
+
+def test_an_encoder_of_several_outputs_reads_texts(tmp_path: Path) -> None:
+    classifier(tmp_path, "bert", num_labels=2)
+    check(tmp_path)
