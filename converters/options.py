@@ -295,8 +295,9 @@ def check_exists(description: str, path: str) -> None:
     """Raise ConversionError if a name can only mean a folder or file of this machine, and there is none."""
     is_path = path.startswith((".", "/", "~")) or path.count("/") > 1  # else it may be a hub id
     if is_path and not Path(path).expanduser().exists():
-        expanded = Path(path).expanduser()
-        raise ConversionError(f"{description} folder {path} does not exist{missing_path(expanded)}")
+        near = missing_path(Path(path).expanduser())
+        near = near if near.startswith("; did you mean") else ""
+        raise ConversionError(f"{description} folder {path} does not exist{near}")
 
 
 def default_name(checkpoint: str) -> str:

@@ -11,7 +11,7 @@ from conch.converters import ensemble, to_triton
 from conch.converters.backends import graph
 from conch.converters.options import ConversionOptions, EnsembleOptions, ReadOptions
 from conch.converters.parts import plan_parts
-from conch.errors import ConfigError
+from conch.errors import ConfigError, ConversionError
 
 
 @pytest.mark.parametrize(
@@ -79,3 +79,9 @@ def test_texts_through_a_graph_are_planned_as_three_models_the_whole_last() -> N
     assert [file.name for file in tokenizer.runner] == ["tokenizer_model.py", "encoding.py"]
     assert (whole.name, whole.form, whole.engine) == ("walks", "text", "ensemble")
     assert whole.route == ("walks-tokenizer", "walks-onnx") and whole.runner == ()
+
+
+def test_a_folder_with_a_slip_in_its_name_is_suggested(tmp_path: Path) -> None:
+    (tmp_path / "reward_model").mkdir()
+    with pytest.raises(ConversionError, match=r"rewrad_model does not exist; did you mean .*reward_model\?"):
+        to_triton.to_triton(tmp_path / "rewrad_model", model_store=tmp_path / "store")
