@@ -1,8 +1,7 @@
-"""What kind of reward model a checkpoint is: by its configuration, the names and shapes of its tensors, its
-code.
+"""What kind of reward model a checkpoint is: by its configuration, the names and shapes of tensors, its code.
 
 No torch and no transformers here, so that `--explain` answers at once. What is decided here is carried out,
-and held against the real classes, in `networks.py`.
+and held against the real classes, in `architectures.py`.
 """
 
 from __future__ import annotations
@@ -183,10 +182,12 @@ def head_layers(
         of all tensors outside the trunk.
     """
     settings, width = text_config(config), _width(config)
+    trunk_parts = _trunk_parts(root, described)
     outside = {
         name: info
         for name, info in described.items()
-        if not _is_trunk(name, root, described)
+        if not (root and name.startswith(root))
+        and name.partition(".")[0] not in trunk_parts
         and not HARMLESS.search(name)
         and not _is_lm_head(info, settings.get("vocab_size"), width)
     }
@@ -393,14 +394,14 @@ def _fits(model_type: str, described: Described) -> bool:
     return any(part in prefixes for name in described for part in name.split(".")[:2])
 
 
-def _is_trunk(name: str, root: str, described: Described) -> bool:
+def _trunk_parts(root: str, described: Described) -> set[str]:
+    """Return the first parts of names, beside those that begin with `root`, that are the trunk's."""
     tops = {each.partition(".")[0] for each in described if _is_in_trunk(each)}
-    top = name.partition(".")[0]
     if root:  # a second copy of the trunk, under another name, is no head either
-        return name.startswith(root) or top in tops - {root.partition(".")[0]}
+        return tops - {root.partition(".")[0]}
     # A trunk without a name of its own: what stands beside its layers is a head where it has a matrix.
     matrices = {each.partition(".")[0] for each, info in described.items() if len(info.shape) == 2}
-    return top in tops or top == "pooler" or top not in matrices
+    return tops | {"pooler"} | ({each.partition(".")[0] for each in described} - matrices)
 
 
 def _is_in_trunk(name: str) -> bool:
@@ -447,8 +448,7 @@ def _why_not(found: _Evidence, others: tuple[str, ...], auto_class: str | None, 
         return (
             f"{name} has no configuration that transformers knows: its model type is "
             f"{found.config.get('model_type')!r}; say with --base_model which model its trunk is (its "
-            "tensors "
-            f"begin with {root or some(found.described, 1)!r})"
+            f"tensors begin with {root or some(found.described, 1)!r})"
         )
     if others and auto_class:
         return f"{name} has a head that is no chain of linear layers ({some(others)}) and needs {own_class}"
@@ -468,9 +468,7 @@ def _why_not(found: _Evidence, others: tuple[str, ...], auto_class: str | None, 
         )
     return (
         f"{name} is a language model ({architecture}) without a reward head: its head is missing, and would "
-        "be "
-        "random; train a reward model first, or give the checkpoint that has the head. If it scores by the "
-        "logits of tokens, name them with --score_tokens (--recipe list shows some); if it writes which of "
-        "two "
-        "answers is better (pairwise), it gives one answer no score"
+        "be random; train a reward model first, or give the checkpoint that has the head. If it scores by "
+        "the logits of tokens, name them with --score_tokens (--recipe list shows some); if it writes which "
+        "of two answers is better (pairwise), it gives one answer no score"
     )
