@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from conch.converters import triton_models
 from conch.converters.backends import graph, python
@@ -88,7 +86,7 @@ def write_part(
         if part.write_weights is not None:
             part.write_weights(folder, checkpoint, manifest)
         if part.runner:
-            _save_tokenizer(checkpoint.tokenizer, folder)
+            checkpoint.tokenizer.save_pretrained(folder)
         write_manifest(folder, manifest)
     except OSError as error:
         raise ConversionError(f"could not write the model below {folder.parents[1]}: {error}") from error
@@ -148,15 +146,3 @@ def spec_of(
 def _public_name(name: str) -> str:
     """Return a hub id as it is, and of a folder or file on this machine only the last part."""
     return Path(name).resolve().name if Path(name).exists() else name
-
-
-def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer's files.
-
-    transformers 5.23 leaves `legacy` out of a Llama tokenizer's, which puts a space behind special tokens.
-    """
-    tokenizer.save_pretrained(folder)
-    legacy = getattr(tokenizer, "legacy", None)
-    if legacy is not None:
-        file = folder / "tokenizer_config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), "legacy": legacy}, indent=2))

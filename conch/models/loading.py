@@ -127,10 +127,7 @@ def load_tokenizer(
     check_tokenizer(tokenizer, name=path)
     tokenizer.padding_side = "left"
     set_truncation_side(tokenizer, config.truncation_side)
-    if getattr(tokenizer, "legacy", None) is not None:
-        # transformers 5.23 does not write it, and a Llama tokenizer that is loaded without it puts no space
-        # behind special tokens: other ids for the same text.
-        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
+    keep_legacy(tokenizer)
     return tokenizer
 
 
@@ -138,6 +135,16 @@ def set_truncation_side(tokenizer: PreTrainedTokenizerBase, side: str) -> None:
     """Cut on this side, now and once saved and loaded: a served reward model cuts as it was trained."""
     tokenizer.truncation_side = side
     tokenizer.init_kwargs["truncation_side"] = side  # this is what `save_pretrained` writes
+
+
+def keep_legacy(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a Llama tokenizer be saved with its `legacy`, which transformers 5.23 leaves out.
+
+    Loaded without it, the tokenizer puts no space behind special tokens: other ids for the same text.
+    """
+    legacy = getattr(tokenizer, "legacy", None)
+    if legacy is not None:
+        tokenizer.init_kwargs["legacy"] = legacy
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:

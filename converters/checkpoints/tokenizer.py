@@ -21,6 +21,7 @@ from conch.data.preferences import CHAT, default_template, template_mistake
 from conch.data.text import special_tokens
 from conch.errors import ConversionError, first_line
 from conch.log import get_logger
+from conch.models.loading import keep_legacy
 from conch.store.manifest import Pooling
 
 _log = get_logger(__name__)
@@ -64,6 +65,7 @@ def load_tokenizer(source: Source, requested: ReadOptions) -> Any:
             "tokenizer that the model was trained with beside it (tokenizer.save_pretrained), or give the "
             "--base_model that has it"
         )
+    keep_legacy(tokenizer)
     if requested.truncation_side:
         tokenizer.truncation_side = requested.truncation_side
     if requested.chat_template is not None:

@@ -34,6 +34,7 @@ from conch.models.loading import (
     load_tokenizer,
 )
 from tests.numerics import network_rounding
+from tests.text_tokenizers import sentencepiece
 from tests.tiny import (
     DECODERS,
     LANGUAGE_MODELS,
@@ -455,3 +456,18 @@ def test_model_with_a_fused_gelu_is_saved_as_what_it_was(tmp_path: Path) -> None
 def test_no_tokenizer_at_all_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"give `tokenizer\.path`, or `model\.path`"):
         load_tokenizer(TokenizerConfig(), None)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_llama_tokenizer_is_saved_with_its_legacy(tmp_path: Path, legacy: bool) -> None:
+    """transformers 5.23 leaves it out, and reads the same text as other ids once it is loaded again."""
+    sentencepiece().save_pretrained(tmp_path / "published")
+    settings = tmp_path / "published/tokenizer_config.json"
+    kind = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy}
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **kind}))
+    first = load_tokenizer(TokenizerConfig(path=str(tmp_path / "published")))
+    first.save_pretrained(tmp_path / "saved")
+    again = load_tokenizer(TokenizerConfig(path=str(tmp_path / "saved")))
+    assert again.legacy is legacy  # pyright: ignore[reportAttributeAccessIssue]
+    text = "<s>the film is bad</s>good"
+    assert again(text).input_ids == first(text).input_ids
