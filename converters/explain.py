@@ -1,11 +1,11 @@
-"""Say what a checkpoint is, what a conversion would do with it, and what must be said first. Loads no
-weights.
+"""Say what a checkpoint is, what a conversion would do with it, and what must be said first.
 
-No torch here where the weights are safetensors, so that the answer takes a second or two.
+Loads no weights, and no torch but for pickles of the older format, so that the answer takes a second or two.
 """
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -80,16 +80,9 @@ def _table(lines: Mapping[str, str]) -> str:
 
 def _size_of(source: Source) -> str:
     tensors = source.described()
-    parameters = sum(_product(info.shape) for info in tensors.values())
+    parameters = sum(math.prod(info.shape) for info in tensors.values())
     dtypes = ", ".join(sorted({info.dtype for info in tensors.values()}))
     return f"{source.name}: {len(tensors)} tensors, {parameters / 1e6:,.1f} million parameters, {dtypes}"
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
 
 
 def _tokenizer_facts(source: Source, kind: Kind) -> dict[str, Any]:

@@ -166,9 +166,8 @@ def _check_servable(part: Part, checkpoint: RewardCheckpoint, options: Conversio
     if part.engine == "ensemble" and checkpoint.rules.reads == "dialogues":
         raise ConversionError(
             f"--backend onnx has no chat template, and {checkpoint.source} reads dialogues, since its "
-            "tokenizer has "
-            "one: take --backend python, or --form token; or --template '{text}{eos}' if it was trained on "
-            "texts"
+            "tokenizer has one: take --backend python, or --form token; or --template '{text}{eos}' if "
+            "it was trained on texts"
         )
     if options.dtype == "int8":
         check_layers(checkpoint.model)

@@ -69,8 +69,7 @@ def with_recipe(settings: Mapping[str, Any], checkpoint: str = "") -> dict[str, 
 
     Raises:
         ConversionError: there is no recipe of this name, or the checkpoint is called like a model that has
-            one,
-            and nobody says whether it is that model.
+            one, and nobody says whether it is that model.
     """
     name, recipes = settings.get("recipe"), recipe_table().recipes
     if name is None:
@@ -79,8 +78,7 @@ def with_recipe(settings: Mapping[str, Any], checkpoint: str = "") -> dict[str, 
         if name is not None and not _is_id_of(checkpoint, recipes[name]):
             raise ConversionError(
                 f"{checkpoint} is called like a public model whose score needs facts that no file of it "
-                "holds: add "
-                f"--recipe {name} if it is that model, else --recipe none"
+                f"holds: add --recipe {name} if it is that model, else --recipe none"
             )
     if name in (None, "none"):
         return {key: value for key, value in settings.items() if key != "recipe"}

@@ -247,8 +247,7 @@ def _is_known(name: str, tensor: Tensor, trunk: Mapping[str, Tensor], config: An
     return any(ending in trunk and torch.equal(trunk[ending], tensor) for ending in endings)
 
 
-# ----------------------------------------------------------------------------------- logits of tokens as
-# scores
+# ------------------------------------------------------------------------------------------ logits of tokens
 
 
 def _read_language_model(source: Source, requested: ReadOptions, kind: Kind, tokenizer: Any) -> Network:
@@ -277,9 +276,14 @@ def _read_language_model(source: Source, requested: ReadOptions, kind: Kind, tok
     _check_logits_are_linear(source, model, layer, ids)
     labels = tuple(requested.score_tokens) if len(ids) > 1 else ("reward",)
     return Network(
-        model.base_model, Head((layer,)), kind.pooling, labels, kind, sha256=source.sha256(),
+        model.base_model,
+        Head((layer,)),
+        kind.pooling,
+        labels,
+        kind,
+        sha256=source.sha256(),
         statistics=statistics_of(kind.config, {}),
-    )  # fmt: skip
+    )
 
 
 # What some classes do to their logits behind the head: Gemma-2, Cohere, Granite.
@@ -295,17 +299,14 @@ def _score_token(source: Source, tokenizer: Any, token: str) -> int:
         # Sentencepiece: "+" by itself is "▁+", and "+" only inside a word.
         raise ConversionError(
             f"{source.name}: {token!r} of --score_tokens may mean {piece} ({token!r} in the vocabulary) or "
-            f"{ids[0]} "
-            f"({tokenizer.convert_ids_to_tokens(ids[0])!r}, which the text is by itself): give the number "
-            "as id:N, "
-            "or the longer of the two"
+            f"{ids[0]} ({tokenizer.convert_ids_to_tokens(ids[0])!r}, which the text is by itself): give the "
+            "number as id:N, or the longer of the two"
         )
     ids = ids if piece is None else [piece]
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         raise ConversionError(
             f"{source.name}: {token!r} of --score_tokens is no single token that the tokenizer knows "
-            f"({ids}): "
-            "give the text of one, or its number as id:N"
+            f"({ids}): give the text of one, or its number as id:N"
         )
     return int(ids[0])
 
@@ -324,13 +325,11 @@ def _check_logits_are_linear(source: Source, model: Any, layer: LinearLayer, ids
     if capped or not torch.allclose(logits, linear, atol=1e-2, rtol=1e-2):
         raise ConversionError(
             f"{source.name}: {type(model).__name__} makes more of its logits than its head gives (a soft "
-            "cap, a "
-            "scale), so its rows alone would score otherwise"
+            "cap, a scale), so its rows alone would score otherwise"
         )
 
 
-# --------------------------------------------------------------------------- classes that come with a
-# checkpoint
+# ----------------------------------------------------------------------------- classes of a checkpoint's own
 
 
 def _read_custom(source: Source, kind: Kind, tokenizer: Any) -> Network:
@@ -351,15 +350,12 @@ def _read_custom(source: Source, kind: Kind, tokenizer: Any) -> Network:
     labels = [str(label) for label in getattr(model.config, "id2label", {}).values()]
     if len(labels) != outputs:
         labels = [f"reward_{index}" for index in range(outputs)]
-    return Network(
-        model, None, "hf", _output_names(labels), kind, sha256=source.sha256(), output=output,
-    )  # fmt: skip
+    return Network(model, None, "hf", _output_names(labels), kind, sha256=source.sha256(), output=output)
 
 
 @torch.inference_mode()
 def find_output(source: Source, model: Any, tokenizer: Any) -> tuple[str, int]:
-    """Ask a class for the score of one sample, and return where it stands in the reply, and how many there
-    are.
+    """Ask a class for the scores of one sample; return where they stand in the reply, and how many there are.
 
     Raises:
         ConversionError: the class fails, or returns nothing that is one row of scores.
@@ -377,8 +373,7 @@ def find_output(source: Source, model: Any, tokenizer: Any) -> tuple[str, int]:
     except Exception as error:  # code of others raises what it likes
         raise ConversionError(
             f"{source.name}: its own class {type(model).__name__} fails on a dialogue of {row.shape[1]} "
-            "tokens: "
-            f"{first_line(error)}"
+            f"tokens: {first_line(error)}"
         ) from error
     for name, value in _parts_of(reply):
         shape = tuple(value.shape)
@@ -387,8 +382,7 @@ def find_output(source: Source, model: Any, tokenizer: Any) -> tuple[str, int]:
     shapes = ", ".join(f"{name or 'a tensor'} {list(value.shape)}" for name, value in _parts_of(reply))
     raise ConversionError(
         f"{source.name}: {type(model).__name__} returns nothing that is one row of scores for a sample "
-        f"({shapes}); "
-        "without --trust_remote_code a head of linear layers is read by its tensors"
+        f"({shapes}); without --trust_remote_code a head of linear layers is read by its tensors"
     )
 
 

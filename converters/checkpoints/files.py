@@ -268,12 +268,18 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     from torch import Tensor
 
-    for wrapper in _WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
+    content = _unwrapped(content)
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise ConversionError(f"{path} holds no state_dict, a dict of names and tensors")
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def _unwrapped(content: Any) -> Any:
+    """Return the state dict inside what a trainer put around it."""
+    for wrapper in _WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    return content
 
 
 def _described_in(path: Path) -> dict[str, TensorInfo]:
@@ -292,13 +298,10 @@ def _described_in(path: Path) -> dict[str, TensorInfo]:
 
 def _described_in_pickle(path: Path) -> dict[str, TensorInfo]:
     try:
-        content = tensors_in_pickle(path)
+        content = _unwrapped(tensors_in_pickle(path) or {})
     except Exception:  # damaged, or more than tensors: torch says which
-        content = None
-    for wrapper in _WRAPPERS if content is not None else ():
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    found = {name: value for name, value in (content or {}).items() if isinstance(value, PickledTensor)}
+        content = {}
+    found = {name: value for name, value in content.items() if isinstance(value, PickledTensor)}
     if found:
         return {name: TensorInfo(*value) for name, value in found.items()}
     return {

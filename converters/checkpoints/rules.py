@@ -38,10 +38,10 @@ def scoring_rules(
         ConversionError: settings contradict the model or each other.
     """
     kind, decided = network.kind, dict(network.kind.decisions)
-    pooling, why = _pooling(source, requested, from_file.pooling, network, tokenizer)
+    pooling, why = _pooling(source, requested, from_file.pooling, network)
     decided.setdefault("pooling", f"{pooling} ({why})")
     _check_granularity(source, requested, pooling, network)
-    steps, aggregate = _steps(source, requested, pooling, tokenizer, len(network.labels))
+    steps, aggregate = _steps(source, requested, pooling, tokenizer)
     function, why = _function_to_apply(source, requested, pooling, network)
     if pooling == "steps" or function != "none":
         decided["function"] = f"{function} ({why})"
@@ -96,9 +96,8 @@ def _told_of_recipe_and_date(requested: ReadOptions, tokenizer: Any) -> dict[str
     told = {"recipe": requested.recipe} if requested.recipe else {}
     day = shown_date(tokenizer)
     if day:
-        why = "--template_date" if requested.template_date else "of the conversion; the chat template "
-        "writes today's"
-        told["date"] = f"{day} ({why})"
+        of_today = "of the conversion; the chat template writes today's"
+        told["date"] = f"{day} ({'--template_date' if requested.template_date else of_today})"
     return told
 
 
@@ -114,8 +113,7 @@ def _refuse_product(source: Source, aggregate: Aggregate | None, function: Score
     if aggregate == "prod" and function == "none":
         raise ConversionError(
             f"{source.name} has scores that are no probabilities: a product of such means nothing; use min, "
-            "mean "
-            "or last, or --function_to_apply sigmoid if that is what the model was trained with"
+            "mean or last, or --function_to_apply sigmoid if that is what the model was trained with"
         )
 
 
@@ -163,7 +161,7 @@ def check_dense(rules: ScoringRules, tokenizer: Any, form: Form) -> None:
 
 
 def _pooling(
-    source: Source, requested: ReadOptions, from_file: Pooling | None, network: Network, tokenizer: Any
+    source: Source, requested: ReadOptions, from_file: Pooling | None, network: Network
 ) -> tuple[Pooling, str]:
     """Return the rule, and where it comes from."""
     chosen, why = requested.pooling or from_file, "--pooling" if requested.pooling else REWARD_MODEL_FILE
@@ -182,8 +180,7 @@ def _pooling(
     if chosen == "hf":
         raise ConversionError(
             f"{source.name}: pooling 'hf' is what a transformers classifier does, and this is a head on a "
-            "trunk: "
-            "choose last_token, first_eos, token, cls or mean"
+            "trunk: choose last_token, first_eos, token, cls or mean"
         )
     if network.head is None:
         raise ConversionError(
@@ -268,12 +265,9 @@ def _check_granularity(source: Source, requested: ReadOptions, pooling: Pooling,
 
 
 def _steps(
-    source: Source, requested: ReadOptions, pooling: Pooling, tokenizer: Any, outputs: int
+    source: Source, requested: ReadOptions, pooling: Pooling, tokenizer: Any
 ) -> tuple[dict[str, Any], Aggregate | None]:
-    """Return the rules on where steps end, and how scores of steps become one; process rewards only.
-
-    outputs: how many outputs the head has for each token.
-    """
+    """Return the rules on where steps end, and how scores of steps become one; process rewards only."""
     given = [
         option
         for option in ("step_separator", "aggregate", "step_delimiter", "steps_apart")
@@ -298,8 +292,7 @@ def _steps(
     if not ids or tokenizer.unk_token_id in ids:
         raise ConversionError(
             f"step separator {requested.step_separator!r} is no text that the tokenizer knows ({ids}): give "
-            "one "
-            "that is"
+            "one that is"
         )
     return {
         "separator_id": ids[-1],

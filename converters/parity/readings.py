@@ -56,8 +56,7 @@ def refuse_lost_separators(checkpoint: RewardCheckpoint) -> None:
 
     Raises:
         ConversionError: the tokenizer joins a separator with what stands before it, or the chat template
-            takes
-            the last one off, so that a step would have no score.
+            takes the last one off, so that a step would have no score.
     """
     rules, inputs = checkpoint.rules, inputs_of(_reading(checkpoint, max_length=_UNCUT))
     if rules.pooling != "steps" or rules.step_separator is None:
@@ -75,13 +74,11 @@ def refuse_lost_separators(checkpoint: RewardCheckpoint) -> None:
     if sample.ids and (found != wanted or sample.separators == (len(sample.ids) - 1,)):
         read = checkpoint.tokenizer.convert_ids_to_tokens(list(sample.ids))
         raise ConversionError(
-            f"{checkpoint.source}: of {wanted} separators {rules.step_separator!r} in {answer!r} {found} "
-            "are found "
-            f"among its tokens, so steps would have no score of their own. The tokens: "
-            f"{' '.join(map(repr, read))}. "
-            "Give the separator as it is tokenised there, or --steps_apart, which encodes it by itself; "
-            "where the chat "
-            "template takes white space off an answer, a --chat_template that keeps it"
+            f"{checkpoint.source}: of {wanted} separators {rules.step_separator!r} in {answer!r} {found} are "
+            "found among its tokens, so steps would have no score of their own. The tokens: "
+            f"{' '.join(map(repr, read))}. Give the separator as it is tokenised there, or --steps_apart, "
+            "which encodes it by itself; where the chat template takes white space off an answer, a "
+            "--chat_template that keeps it"
         )
 
 
@@ -139,49 +136,41 @@ def _activations(checkpoint: RewardCheckpoint) -> list[Reading]:
 
 
 def _poolings(checkpoint: RewardCheckpoint) -> list[Reading]:
-    """A head that is called `v_head` may be read at the first eos, as trlX does, or at a token kept for
-    it."""
-    tokenizer, readings = checkpoint.tokenizer, []
+    """A `v_head` may be read at the first eos, as trlX does, any head at a token that is kept for it."""
     assert checkpoint.kind is not None
-    readings.append(Reading("--pooling last_token", _reading(checkpoint, pooling="last_token")))
+    tokenizer, rules = checkpoint.tokenizer, ["last_token"]
     if checkpoint.kind.head == ("v_head",) and tokenizer.eos_token_id is not None:
-        readings.append(Reading("--pooling first_eos", _reading(checkpoint, pooling="first_eos")))
-    if tokenizer.cls_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.cls_token_id]:
-        for rule in ("cls", "mean"):
-            readings.append(Reading(f"--pooling {rule}", _reading(checkpoint, pooling=rule)))
-    elif tokenizer.cls_token_id is not None:
-        rules = {
-            "pooling": "token",
-            "pooling_token_id": tokenizer.cls_token_id,
-            "closing_token_id": tokenizer.cls_token_id,
-        }
-        option = f"--closing_token '{tokenizer.cls_token}'"
-        readings.append(Reading(option, _reading(checkpoint, **rules)))
+        rules.append("first_eos")
+    cls = tokenizer.cls_token_id
+    if cls is not None and tokenizer("a").input_ids[:1] == [cls]:
+        return _each(checkpoint, "pooling", *rules, "cls", "mean")
+    readings = _each(checkpoint, "pooling", *rules)
+    if cls is not None:
+        read_there = _reading(checkpoint, pooling="token", pooling_token_id=cls, closing_token_id=cls)
+        readings.append(Reading(f"--closing_token '{tokenizer.cls_token}'", read_there))
     return readings
 
 
 def _functions(checkpoint: RewardCheckpoint) -> list[Reading]:
     """One output of a step may be a score, or the logit of a probability."""
-    return [
-        Reading(f"--function_to_apply {name}", _reading(checkpoint, function_to_apply=name))
-        for name in ("none", "sigmoid")
-    ]
+    return _each(checkpoint, "function_to_apply", "none", "sigmoid")
 
 
 def _templates(checkpoint: RewardCheckpoint) -> list[Reading]:
     """An encoder may have learned from texts, or from prompt and answer as a pair of sentences."""
-    pair = {"template": PAIR, "reads": "dialogues"}
     return [
         Reading(f"--template '{checkpoint.rules.template}'", checkpoint),
-        Reading("--template pair", _reading(checkpoint, **pair)),
+        Reading("--template pair", _reading(checkpoint, template=PAIR, reads="dialogues")),
     ]
 
 
 def _special_tokens(checkpoint: RewardCheckpoint) -> list[Reading]:
-    return [
-        Reading(f"--add_special_tokens {how}", _reading(checkpoint, add_special_tokens=how))
-        for how in ("never", "once")
-    ]
+    return _each(checkpoint, "add_special_tokens", "never", "once")
+
+
+def _each(checkpoint: RewardCheckpoint, option: str, *values: str) -> list[Reading]:
+    """Return a reading for each value of an option that is a scoring rule of the same name."""
+    return [Reading(f"--{option} {value}", _reading(checkpoint, **{option: value})) for value in values]
 
 
 def _reading(checkpoint: RewardCheckpoint, **rules: Any) -> RewardCheckpoint:
