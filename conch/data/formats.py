@@ -17,12 +17,12 @@ An error's words follow a row's name: "row 3 has no prompt".
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from conch.config import DataConfig
 from conch.data.chat import TEMPLATE_KEYS, dialogue_fault, messages_of, template_keys
-from conch.data.files import Rows, as_written, renamed
+from conch.data.files import Rows, as_written, like_rows, place_of, renamed
 from conch.data.public import public_form
 from conch.errors import DataError
 from conch.log import get_logger
@@ -77,6 +77,22 @@ _LIKELY = {
     "label": ("is_correct", "correct"),
 }
 """What public datasets call the keys of our forms, the likeliest first."""
+
+
+def in_form(rows: Iterable[Any], what: str, form: Callable[[Any, str], Any]) -> list[Any]:
+    """What `form` gives for each row, with the places of the rows.
+
+    what: one row, as messages call it ("prompt").
+    form: from a row and its name ("prompt 3", or the line of a file); raises a DataError, with that name, for
+        what is none.
+
+    Raises:
+        DataError: there are no rows, or one is none of that form.
+    """
+    given = listed(rows, f"{what}s")
+    if not given:
+        raise DataError(f"the list of {what}s is empty: give at least one {what}")
+    return like_rows(given, [form(row, place_of(given, index, what)) for index, row in enumerate(given)])
 
 
 def listed(rows: Iterable[Any], what: str, config: DataConfig | None = None) -> list[Any]:

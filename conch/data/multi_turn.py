@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from conch.data.chat import dialogue_of, encode_dialogue
-from conch.data.files import like_rows, place_of, usable
-from conch.data.formats import listed
+from conch.data.files import usable
+from conch.data.formats import in_form
 from conch.data.samples import TokenizedSample
 from conch.data.text import TextCodec
 from conch.errors import DataError
@@ -38,12 +38,8 @@ def tokenize_turns(
     Raises:
         DataError: there are none, none is left, or one, named by its number, is of another form.
     """
-    rows = listed(samples, "samples")
-    if not rows:
-        raise DataError("the list of samples is empty: give at least one sample")
-    names = [place_of(rows, index, "sample") for index in range(len(rows))]
-    forms = [_form(row, name, codec.encoder_decoder) for row, name in zip(rows, names, strict=True)]
-    return usable(like_rows(rows, forms), "sample", lambda sample, name: _tokenize(sample, name, codec))
+    rows = in_form(samples, "sample", lambda row, name: _form(row, name, codec.encoder_decoder))
+    return usable(rows, "sample", lambda sample, name: _tokenize(sample, name, codec))
 
 
 def cut_turns(

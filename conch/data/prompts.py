@@ -7,8 +7,8 @@ from typing import Any
 
 from conch.config import DataConfig, TokenizerConfig
 from conch.data.chat import TEMPLATE_KEYS, dialogue_of_row, render_prompt
-from conch.data.files import Rows, like_rows, place_of, usable
-from conch.data.formats import fitting, listed, prompt_form
+from conch.data.files import Rows, place_of, usable
+from conch.data.formats import fitting, in_form, prompt_form
 from conch.data.text import TextCodec
 from conch.errors import DataError
 from conch.log import get_logger
@@ -49,11 +49,8 @@ def usable_prompts(
     Raises:
         DataError: there are none, one is not a prompt, or all are refused.
     """
-    rows = listed(prompts, "prompts")
-    if not rows:
-        raise DataError("the list of prompts is empty: give at least one prompt")
-    forms = like_rows(rows, [_form(row, place_of(rows, index, "prompt")) for index, row in enumerate(rows)])
-    made, indices = usable(forms, "prompt", lambda row, name: _make_prompt(row, name, codec))
+    rows = in_form(prompts, "prompt", _form)
+    made, indices = usable(rows, "prompt", lambda row, name: _make_prompt(row, name, codec))
     if lengths is not None:
         fits = fitting([len(each.token_ids) for each in made], lengths, "prompts")
         made, indices = [made[number] for number in fits], [indices[number] for number in fits]

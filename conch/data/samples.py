@@ -16,8 +16,8 @@ from torch import Tensor
 
 from conch.config import DataConfig
 from conch.data.chat import dialogue_of, encode_dialogue
-from conch.data.files import like_rows, place_of, usable
-from conch.data.formats import fitting, listed, sample_form
+from conch.data.files import usable
+from conch.data.formats import fitting, in_form, sample_form
 from conch.data.text import TextCodec
 from conch.errors import DataError
 from conch.log import get_logger
@@ -92,12 +92,8 @@ def tokenize_samples(
     Raises:
         DataError: there are none, none is left, or one, named by its number, is of another form.
     """
-    rows = listed(samples, "samples")
-    if not rows:
-        raise DataError("the list of samples is empty: give at least one sample")
-    names = [place_of(rows, index, "sample") for index in range(len(rows))]
-    forms = [_form(row, name, codec.encoder_decoder) for row, name in zip(rows, names, strict=True)]
-    made, _ = usable(like_rows(rows, forms), "sample", lambda sample, name: _tokenize(sample, name, codec))
+    rows = in_form(samples, "sample", lambda row, name: _form(row, name, codec.encoder_decoder))
+    made, _ = usable(rows, "sample", lambda sample, name: _tokenize(sample, name, codec))
     if lengths is not None:
         indices = fitting([len(sample.token_ids) for sample in made], lengths, "samples")
         made = [made[index] for index in indices]
