@@ -133,6 +133,7 @@ class RewardResult:
     detail: for a failure, what happened, in words for a person; for a score of an ensemble that not all
         members gave, how many did.
     members: for an ensemble's score, each member's own; None where it gave none.
+    facts: further figures by name, which are measured and no part of the reward.
     """
 
     status: RewardStatus
@@ -144,6 +145,7 @@ class RewardResult:
     detail: str = ""
     members: Mapping[str, float | None] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
+    facts: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:

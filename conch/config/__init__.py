@@ -37,3 +37,7 @@ from conch.config.run import OnlineRunConfig as OnlineRunConfig
 from conch.config.run import RunConfig as RunConfig
 from conch.config.run import TrackingConfig as TrackingConfig
 from conch.config.run import TrainConfig as TrainConfig
+from conch.config.verifiers import EvaluationConfig as EvaluationConfig
+from conch.config.verifiers import GSM8KConfig as GSM8KConfig
+from conch.config.verifiers import IFEvalConfig as IFEvalConfig
+from conch.config.verifiers import VerifierName as VerifierName

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from conch.config.auth import AuthConfig
 from conch.config.base import Section
+from conch.config.verifiers import GSM8KConfig, IFEvalConfig, VerifierName
 
 FailurePolicy = Literal["raise", "drop", "wait"]
 OnModelChange = Literal["raise", "warn", "accept"]
@@ -100,6 +101,16 @@ class RewardConfig(Section):
     """A Python function instead of a served model, as `file.py:name` or `module:name`; docs/rewards.md says
     how it is called. Its file is run."""
 
+    verifier: VerifierName | None = None
+    """A check instead of a served model: `gsm8k` compares the answer with the row's, `ifeval` looks whether
+    the row's instructions are followed. As one of several `members`, write `verifier:gsm8k`."""
+
+    gsm8k: GSM8KConfig = Field(default_factory=GSM8KConfig)
+    """How GSM8K's answers are checked."""
+
+    ifeval: IFEvalConfig = Field(default_factory=IFEvalConfig)
+    """How IFEval's instructions are checked."""
+
     dialect: HttpDialect = "query"
     """Of an HTTP endpoint: `query` sends {"query": [sample, ...]} and reads {"rewards": [number, ...]};
     `messages` sends "dialogues" as well, each {"messages": [...]}, or null for a prompt that is a text;
@@ -164,6 +175,13 @@ class RewardConfig(Section):
             raise ValueError("give `url` for one reward or `members` for several, not both")
         if self.function is not None and (self.url is not None or self.members):
             raise ValueError("give `function` or `url` or `members`, one of them")
+        if self.verifier is not None and (self.url or self.members or self.function):
+            raise ValueError(
+                f"`verifier` = {self.verifier} stands beside `url`, `members` or `function`: give one of "
+                "them, or "
+                f"name both rewards in `members`, as in `members={{model: host:8001/name, "
+                f"{self.verifier}: verifier:{self.verifier}}}`"
+            )
         return self
 
     @model_validator(mode="after")

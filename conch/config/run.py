@@ -14,6 +14,7 @@ from conch.config.model import ModelConfig, TokenizerConfig
 from conch.config.optim import OptimizerConfig, SchedulerConfig
 from conch.config.reward import RewardConfig
 from conch.config.rollout import RolloutConfig
+from conch.config.verifiers import EvaluationConfig
 
 
 class TrainConfig(Section):
@@ -113,6 +114,7 @@ class OnlineRunConfig(RunConfig):
     eval_generation: EvalGenerationConfig = EvalGenerationConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
     def _places_in_texts_are_known(self) -> OnlineRunConfig:

@@ -1,0 +1,63 @@
+"""Settings of the verifiers: how GSM8K's answers and IFEval's instructions are checked and rewarded."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from conch.config.base import Section
+
+VerifierName = Literal["gsm8k", "ifeval"]
+GSM8KExtractor = Literal["strict", "flexible", "verl", "math"]
+GSM8KVersion = Literal["plain", "torchrl", "seed"]
+IFEvalVersion = Literal["share", "torchrl"]
+
+
+class GSM8KConfig(Section):
+    """Check of a number against the answer of a GSM8K row. docs/verifiable_rewards.md tells who is wrong
+    where."""
+
+    extractor: GSM8KExtractor = "flexible"
+    """How the answer is found: `strict` and `flexible` as lm-eval's task gsm8k version 3 scores, `verl` as
+    verl does, `math` by math-verify, which needs the extra `math`."""
+
+    last_characters: int | None = Field(default=None, ge=1)
+    """With `extractor=verl`: look at so many characters at the end only; verl takes 300. None takes all."""
+
+    version: GSM8KVersion = "plain"
+    """The reward: `plain` 1 or 0; `torchrl` 1.0, 0.1 for an answer in <answer> tags that is wrong, or 0;
+    `seed` 100, or the sum of 20 (equal), 10 (contained), 5 (<answer>) and 5 (<think>)."""
+
+    processes: int = Field(default=2, ge=1)
+    """With `extractor=math`: processes that check, for each process of the trainer."""
+
+    check_timeout_s: float = Field(default=5.0, gt=0)
+    """With `extractor=math`: longest time of one check, in seconds; a late one gives no reward, status
+    `timeout`."""
+
+
+class IFEvalConfig(Section):
+    """Check of the instructions of an IFEval row."""
+
+    version: IFEvalVersion = "share"
+    """The reward: `share` of the instructions that are followed, once the thinking is removed; `torchrl` 0.4,
+    0.3, 0.2 and 0.1 times the four scores (prompt and instructions, strict and loose) and its terms for
+    tags."""
+
+    loose: bool = False
+    """With `version=share`: an instruction counts that any of the eight loose readings follows."""
+
+
+class EvaluationConfig(Section):
+    """What watches a run in its evaluations and is never learned from."""
+
+    verifier: VerifierName | None = None
+    """Check the evaluation's completions as `reward.verifier` would, beside the reward that is learned from;
+    its figures are `eval/<verifier>/<quantity>`."""
+
+    gsm8k: GSM8KConfig = Field(default_factory=GSM8KConfig)
+    """How GSM8K's answers are checked here."""
+
+    ifeval: IFEvalConfig = Field(default_factory=IFEvalConfig)
+    """How IFEval's instructions are checked here."""
