@@ -261,6 +261,7 @@ class RFTTrainer(OnlineTrainer[RFTRunConfig]):
         metrics = {
             **self.scorer.metrics(),
             **reward_metrics(rewards, weights, self._objectives, self.collectives.all_reduce),
+            **self.fact_metrics(rewards),
             "rollout/length_mean": sum(lengths) / len(rows),
             "rollout/truncated_fraction": sum(cut) / len(rows),
             "rft/pool_size": float(sum(len(candidates.scores) for candidates in pool)),

@@ -131,7 +131,8 @@ class RewardConfig(Section):
     `renormalise` the objective over the others, counted as `reward/degraded_fraction`."""
 
     weights: dict[str, float] = Field(default_factory=dict)
-    """Objective -> weight in the sum, for rewards with several objectives; unnamed objectives weigh 1."""
+    """Objective -> weight in the sum, for rewards with several objectives; unnamed objectives weigh 1. The
+    name of a member stands for all its objectives that are not named."""
 
     score_range: tuple[float, float] | None = None
     """Lowest and highest score that a served model can give; another is no score. None takes any finite
@@ -178,8 +179,7 @@ class RewardConfig(Section):
         if self.verifier is not None and (self.url or self.members or self.function):
             raise ValueError(
                 f"`verifier` = {self.verifier} stands beside `url`, `members` or `function`: give one of "
-                "them, or "
-                f"name both rewards in `members`, as in `members={{model: host:8001/name, "
+                f"them, or name both rewards in `members`, as in `members={{model: host:8001/name, "
                 f"{self.verifier}: verifier:{self.verifier}}}`"
             )
         return self

@@ -68,6 +68,17 @@ def rows_at(rows: Sequence[RowT], indices: Sequence[int], what: str) -> Rows[Row
     return Rows((rows[index] for index in indices), (place_of(rows, index, what) for index in indices))
 
 
+def joined(rows: Mapping[str, Sequence[RowT]]) -> Rows[RowT]:
+    """Rows of several lists, each with its name among its own as its place.
+
+    rows: by what each is called, in the singular: "prompt", "evaluation prompt".
+    """
+    named = [
+        (row, place_of(part, index, what)) for what, part in rows.items() for index, row in enumerate(part)
+    ]
+    return Rows((row for row, _ in named), (place for _, place in named))
+
+
 def usable(
     rows: Sequence[Any], what: str, make: Callable[[Any, str], MadeT]
 ) -> tuple[list[MadeT], list[int]]:

@@ -195,17 +195,18 @@ def prompt_form(row: Any) -> Any:
     raise DataError(f"{needed} (got {kind}){about(row, ('prompt',))}")
 
 
-def metadata_keys(row: Any) -> list[str]:
-    """The keys of a prompt's row that reach a reward function; none of a row that is no prompt, which is
-    refused where it is tokenised."""
+def prompt_metadata(row: Any) -> Mapping[str, Any] | None:
+    """What of a prompt's row reaches a reward; None for a row that is no prompt, which is refused where it is
+    tokenised."""
     try:
         form = prompt_form(row)
     except DataError:
-        return []
+        return None
     if not isinstance(form, Mapping):
-        return []
+        return {}
     is_text = isinstance(form["prompt"], str)
-    return [key for key in form if key != "prompt" and (is_text or key not in TEMPLATE_KEYS)]
+    own_keys = ("prompt",) if is_text else ("prompt", *TEMPLATE_KEYS)
+    return {key: value for key, value in form.items() if key not in own_keys}
 
 
 def judgement_form(row: Any) -> Any:

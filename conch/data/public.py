@@ -11,6 +11,7 @@
                    {"context", "response1", "response2", "overall_preference"}
     OpenAssistant  {"prompt": {"text", "role", "replies": [...]}}: of a tree the replies that people ranked
                    first; the last ranked answer to the root is the rejected one
+    GSM8K          {"question", "answer"}, the answer ending in "#### 18"; "answer" stays, for its verifier
 
 Where answers are judged alike there is a chosen one, and None for the rejected one.
 
@@ -64,7 +65,7 @@ def public_form(row: Any, *, spoken: bool = True) -> Any:
     """
     if not isinstance(row, Mapping):
         return row
-    for recognise in (_share_gpt, _alpaca, _ultra_feedback, _help_steer, _open_assistant):
+    for recognise in (_share_gpt, _alpaca, _ultra_feedback, _help_steer, _open_assistant, _gsm8k):
         form = recognise(row)
         if form is not None:
             return as_spoken(form) if spoken else form
@@ -170,6 +171,13 @@ def _alpaca(row: Row) -> Row | None:
     material = row.get(given)
     prompt = row["instruction"] + (f"\n\n{material}" if isinstance(material, str) and material else "")
     return _with(row, ("instruction", given, answer), {"prompt": prompt, "completion": row[answer]})
+
+
+def _gsm8k(row: Row) -> Row | None:
+    question, answer = row.get("question"), row.get("answer")
+    if "prompt" in row or not isinstance(question, str) or not isinstance(answer, str):
+        return None
+    return _with(row, ("question",), {"prompt": question, "completion": answer}) if "####" in answer else None
 
 
 def _ultra_feedback(row: Row) -> Row | None:

@@ -3,6 +3,7 @@ for each value of a swept generation argument."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -16,10 +17,11 @@ from conch.distributed.collectives import Collectives
 from conch.distributed.random_state import own_generators
 from conch.errors import ConfigError
 from conch.evaluation.metrics import MetricFn, mean_of_finite, metric_columns
+from conch.rewards.base import RewardSource
 from conch.rewards.scorer import RewardScorer, total_reward
 from conch.rollouts.prompts import longest_prompt
 from conch.runs.tracking import Tracker
-from conch.types import Metrics, Prompt, Rollout, RolloutEngine
+from conch.types import Metrics, Prompt, RewardResult, Rollout, RolloutEngine
 
 GenerationT = TypeVar("GenerationT", bound=GenerationConfig)
 _NOT_GENERATION = "do_sample"
@@ -114,6 +116,8 @@ class Evaluator:
 
     make_sampler: gives an engine for a generation config.
     scorer: None measures without a reward.
+    watching: sources by name that score the completions too, and are never learned from; what one of them
+        does not score is counted, and stops nothing.
     config: for completions per prompt and the run's seed. An evaluation draws from generators of its own,
         made from the seed, the step and the rank: it changes nothing that training draws later, and comes out
         the same however often there is one.
@@ -129,12 +133,14 @@ class Evaluator:
         *,
         scorer: RewardScorer | None,
         metric_fn: MetricFn | None,
+        watching: Mapping[str, RewardSource] | None = None,
     ) -> None:
         self._collectives = collectives
         self._prompts = prompts
         self._samplers = [(variant, make_sampler(variant.generation)) for variant in variants]
         self._scorer = scorer
         self._metric_fn = metric_fn
+        self._watching = watching or {}
         self._config = config
         self.gold_metric: str | None = None
         """The first metric of `metric_fn`, as `eval/<name>`; known after the first evaluation."""
@@ -180,11 +186,18 @@ class Evaluator:
         else:
             chunks = sampler.generate(prompts, greedy=variant.greedy)
             rollouts = [rollout for chunk in chunks for rollout in chunk]
+        watched = {name: source.submit(rollouts) for name, source in self._watching.items()}
         metrics = extra(rollouts, variant) if extra is not None else {}
         columns: dict[str, list[float]] = {}
         if self._scorer is not None:
-            values = [total_reward(result, self._scorer.weights) for result in self._scorer.gather()]
+            results = self._scorer.gather()
+            values = [total_reward(result, self._scorer.weights) for result in results]
             columns["reward"] = self._collectives.all_gather(values)
+            if self._scorer.measures_facts:
+                columns |= self._columns([result.facts for result in results])
+        for name, results in watched.items():
+            rows = [_watched_row(result) for result in results.result()]
+            columns |= {f"{name}/{key}": column for key, column in self._columns(rows).items()}
         rollouts = self._collectives.all_gather(rollouts)
         gold = metric_columns(self._metric_fn, rollouts)
         self.gold_metric = next((f"eval/{name}" for name in gold), None)
@@ -194,3 +207,21 @@ class Evaluator:
             rows = [[*pair, *numbers] for pair, *numbers in zip(texts, *columns.values(), strict=True)]
             tracker.table(f"eval{variant.suffix}", step, ["prompt", "output", *columns], rows)
         return metrics | {f"eval/{name}": mean_of_finite(column) for name, column in columns.items()}
+
+    def close(self) -> None:
+        """Close the sources that watch."""
+        for source in self._watching.values():
+            source.close()
+
+    def _columns(self, rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+        """What all ranks have of each name, NaN where a row has nothing of it."""
+        all_rows = self._collectives.all_gather([dict(row) for row in rows])
+        names = dict.fromkeys(name for row in all_rows for name in row)
+        return {name: [row.get(name, math.nan) for row in all_rows] for name in names}
+
+
+def _watched_row(result: RewardResult) -> dict[str, float]:
+    """Reward, its parts where there are several, and facts of a source that watches."""
+    parts = result.scores if len(result.scores) > 1 else {}
+    failed = float(not result.ok)
+    return {"reward": total_reward(result, {}), **parts, **result.facts, "failed_fraction": failed}

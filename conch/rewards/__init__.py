@@ -6,3 +6,5 @@ from conch.rewards.base import RewardSource as RewardSource
 from conch.rewards.factory import from_user as from_user
 from conch.rewards.scorer import RewardScorer as RewardScorer
 from conch.rewards.scorer import combine as combine
+from conch.rewards.verifiers.base import Verdict as Verdict
+from conch.rewards.verifiers.base import Verifier as Verifier

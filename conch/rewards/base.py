@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeVar
 
+from conch.rewards.verifiers.base import Verifier
 from conch.types import Prompt, RewardResult, Rollout
 
 SourceT = TypeVar("SourceT", bound="RewardSource")
@@ -70,12 +71,14 @@ class RewardSource(ABC):
     """Scores rollouts in the background. A source of your own needs `check` and `submit`.
 
     name: used in messages, for example "walks at 127.0.0.1:8001".
+    measures_facts: whether its results hold `facts`.
     batched: True: `submit` gets a whole chunk at once, since what is scored together matters, in cost or in
         the scores. False: completions may be submitted one by one, as they end.
     """
 
     name: str = "reward source"
     batched: bool = False
+    measures_facts: bool = False
 
     @abstractmethod
     def check(self) -> None:
@@ -84,6 +87,16 @@ class RewardSource(ABC):
         Raises:
             RewardError, ConfigError: one sentence: what is wrong, where, and what to do.
         """
+
+    def check_row(self, row: Mapping[str, Any]) -> None:
+        """Find out, after `check` and before long work, whether completions of this prompt can be scored.
+
+        row: the prompt's extra keys, which are its metadata.
+
+        Raises:
+            DataError: a phrase about the row: "has no `answer`".
+        """
+        return
 
     def check_prompts(self, prompts: Sequence[Prompt], special_tokens: Iterable[str] = ()) -> None:
         """Find out, after `check` and before long work, whether these prompts can be scored.
@@ -132,5 +145,5 @@ class RewardSource(ABC):
         self.close()
 
 
-UserReward = Callable[..., Any] | str | RewardSource
+UserReward = Callable[..., Any] | str | RewardSource | Verifier[Any]
 """Anything that a user may pass as a reward."""

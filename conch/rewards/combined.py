@@ -49,11 +49,16 @@ class CompositeReward(RewardSource):
         self.name = name
         self.sources = tuple(sources)
         self.batched = any(source.batched for source in sources)
+        self.measures_facts = any(source.measures_facts for source in sources)
 
     def check(self) -> None:
         """Check each source in turn."""
         for source in self.sources:
             source.check()
+
+    def check_row(self, row: Mapping[str, Any]) -> None:
+        for source in self.sources:
+            source.check_row(row)
 
     def check_prompts(self, prompts: Sequence[Prompt], special_tokens: Iterable[str] = ()) -> None:
         for source in self.sources:
@@ -173,6 +178,11 @@ class _NamedSources(CompositeReward):
             detail=detail,
             members=members,
             absent=absent,
+            facts={
+                f"{member}/{name}": value
+                for member, each in row.items()
+                for name, value in each.facts.items()
+            },
         )
 
     def failure(self, row: _MemberResults, status: RewardStatus, detail: str) -> RewardResult:

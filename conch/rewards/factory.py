@@ -20,11 +20,14 @@ from conch.rewards.combined import EnsembleReward, SumReward
 from conch.rewards.function import FunctionReward
 from conch.rewards.replay import ReplayReward
 from conch.rewards.token_rewards import Decode
+from conch.rewards.verifiers.base import Verifier
+from conch.rewards.verifiers.named import PREFIX, named_verifier
+from conch.rewards.verifiers.source import VerifierReward
 
 _THREE_WAYS = (
     "no reward given: pass a Python function `reward(samples, prompts, outputs, **metadata)` (on a command "
-    "line `reward.function=file.py:name`), set `reward.url=host:port/model`, or set the environment variable "
-    "TRITON_HOST=host:port/model"
+    "line `reward.function=file.py:name`), set `reward.url=host:port/model` or `reward.verifier=gsm8k`, or "
+    "set the environment variable TRITON_HOST=host:port/model"
 )
 
 
@@ -38,10 +41,11 @@ def from_user(
 ) -> RewardSource:
     """Make the source that `config.replay`, else `reward`, else `config` or TRITON_HOST names.
 
-    Of the configuration, `function`, `members` or `url`.
+    Of the configuration, `function`, `verifier`, `members` or `url`.
 
-    reward: a Python function, `"host:port/model"`, `"http://host:port/path"`, or a source, which is returned
-        as it is; or several of these by name, which `config.combine` makes one of.
+    reward: a Python function, `"host:port/model"`, `"http://host:port/path"`, `"verifier:gsm8k"`, a verifier,
+        or a source, which is returned as it is; or several of these by name, which `config.combine` makes one
+        of.
     metadata_keys: the extra keys of the prompts in use; `check` sees whether a function takes them.
     rank: this process's number, whose recorded rewards are replayed.
     decode: the policy's ids -> text, which `config.dense` needs.
@@ -53,6 +57,8 @@ def from_user(
         return ReplayReward(config.replay, rank)
     if reward is None and config.function is not None:
         reward = named_function(config.function)
+    if reward is None and config.verifier is not None:
+        reward = PREFIX + config.verifier
     if reward is None:
         reward = config.members or config.url or os.environ.get("TRITON_HOST")
     if not reward:
@@ -122,6 +128,14 @@ def _module(name: str) -> ModuleType:
 def _single_source(
     reward: object, config: RewardConfig, metadata_keys: Iterable[str], decode: Decode | None
 ) -> RewardSource:
+    if isinstance(reward, str) and reward.startswith(PREFIX):
+        reward = named_verifier(reward.removeprefix(PREFIX), config.gsm8k, config.ifeval)
+    if isinstance(reward, Verifier):
+        if config.dense:
+            raise ConfigError(
+                f"reward.dense takes the scores of a model served by Triton, not of {reward.name}"
+            )
+        return VerifierReward(reward)
     if isinstance(reward, str):
         # Only a run with a served model needs its client's libraries installed and loaded.
         from conch.rewards.served import HttpReward, TritonReward
@@ -142,6 +156,6 @@ def _single_source(
     if callable(reward):
         return FunctionReward(reward, metadata_keys=metadata_keys)
     raise ConfigError(
-        "a reward must be a function, `host:port/model`, `http://host:port/path` or a RewardSource, not "
-        f"{kind}"
+        "a reward must be a function, `host:port/model`, `http://host:port/path`, a Verifier or a "
+        f"RewardSource, not {kind}"
     )

@@ -35,6 +35,7 @@ def line_of(rollout: Rollout, result: RewardResult, **where: Any) -> dict[str, A
         "token_scores": result.token_scores,
         "members": dict(result.members),
         "absent": list(result.absent),
+        "facts": dict(result.facts),
         "model": result.model,
         "version": result.version,
         "latency_s": result.latency_s,
@@ -101,6 +102,7 @@ class ReplayReward(RewardSource):
         try:
             lines = _read(file)
             self._recorded = _by_sample(lines, rank)
+            self.measures_facts = any(line.get("facts") for line in lines)
         except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"`reward.replay` = {path} cannot be read as recorded rewards: {error}"
@@ -145,6 +147,7 @@ def _result(line: Mapping[str, Any]) -> RewardResult:
         token_scores=None if dense is None else tuple(dense),
         members=dict(line["members"]),
         absent=tuple(line.get("absent", ())),
+        facts=dict(line.get("facts", {})),
         model=line["model"],
         version=line["version"],
         latency_s=line["latency_s"],

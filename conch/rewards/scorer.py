@@ -78,6 +78,11 @@ class RewardScorer:
         """Of the reward's objectives."""
         return self._config.weights
 
+    @property
+    def measures_facts(self) -> bool:
+        """Whether results hold facts."""
+        return self._source.measures_facts
+
     def attach(self, hooks: OutageHooks) -> None:
         """Tell `hooks` all results from now on, and let it save and leave during outages; on all ranks."""
         self._hooks = hooks
@@ -260,7 +265,7 @@ class RewardScorer:
 
 
 def combine(result: RewardResult, weights: Mapping[str, float]) -> float:
-    """Return the weighted sum of a scalar result's objectives; objectives without a weight weigh 1.
+    """Return the weighted sum of a scalar result's objectives; see `weight_of`.
 
     What does not apply to the sample adds nothing.
 
@@ -269,13 +274,18 @@ def combine(result: RewardResult, weights: Mapping[str, float]) -> float:
     """
     assert result.ok and result.token_scores is None, "only a scalar score can be combined"
     known = {*result.scores, *result.absent}
-    unknown = sorted(set(weights) - known)
+    unknown = sorted(set(weights) - known - {name.partition("/")[0] for name in known})
     if unknown:
         objectives = ", ".join(f"`{name}`" for name in sorted(known))
         raise ConfigError(
             f"reward.weights names `{unknown[0]}`, but the objectives of {result.model} are {objectives}"
         )
-    return sum(weights.get(name, 1.0) * score for name, score in result.scores.items())
+    return sum(weight_of(name, weights) * score for name, score in result.scores.items())
+
+
+def weight_of(objective: str, weights: Mapping[str, float]) -> float:
+    """Return the weight of an objective: its own, of `member/objective` else that of its member, else 1."""
+    return weights.get(objective, weights.get(objective.partition("/")[0], 1.0))
 
 
 def total_reward(result: RewardResult, weights: Mapping[str, float]) -> float:

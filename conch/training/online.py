@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conch.cli import load_run_config
 from conch.config import OnlineRunConfig
-from conch.data.files import evaluation_rows, training_rows
+from conch.data.files import evaluation_rows, joined, training_rows
 from conch.data.formats import listed, prompt_form
 from conch.data.index_sampler import IndexStream, digest_of
 from conch.data.rollout_batch import Sequences, collate
@@ -44,6 +44,7 @@ from conch.training.kl import mean_kl
 from conch.training.logprobs import LogprobOutputs, logprob_outputs
 from conch.training.loop import fit
 from conch.training.resume import start_run
+from conch.training.reward_shaping import agreed_facts
 from conch.training.setup import (
     check_prompts,
     check_vocabulary,
@@ -52,9 +53,10 @@ from conch.training.setup import (
     save_on_main,
     text_codec,
     try_policy,
+    watching_sources,
     with_gathered_weights,
 )
-from conch.training.statistics import reward_metrics, rollout_metrics
+from conch.training.statistics import fact_metrics, reward_metrics, rollout_metrics
 from conch.types import Metrics, Prompt, RewardResult, Rollout
 
 ConfigT = TypeVar("ConfigT", bound=OnlineRunConfig)
@@ -126,7 +128,7 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         prompts = listed(prompts, "prompts", config.data)
         if eval_prompts is not None:
             eval_prompts = listed(eval_prompts, "evaluation prompts", config.data)
-        all_prompts = [*prompts, *(eval_prompts or [])]
+        all_prompts = joined({"prompt": prompts, "evaluation prompt": eval_prompts or []})
         self.source, self.tokenizer = open_reward(self.collectives, reward, config, all_prompts, tokenizer)
         self.scorer = RewardScorer(self.source, config.reward, self.collectives.all_reduce_int)
         self.lm = lm = load_policy(model, config.model, engine.precision)
@@ -135,6 +137,8 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         sampled = sampled_prompts(config, self.codec, lm, prompts, eval_prompts)
         self.prompts, self.eval_prompts, self.variants = sampled.train, sampled.evaluation, sampled.variants
         check_prompts(self.collectives, self.source, [*self.prompts, *self.eval_prompts], self.tokenizer)
+        watching = watching_sources(self.collectives, config.evaluation, eval_prompts or prompts)
+        self._facts: list[str] = []
         self.policy_version = 0
         self.digest = digest_of(prompts)
         self.plan_batches()
@@ -160,6 +164,7 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
             config.train,
             scorer=self.scorer,
             metric_fn=metric_fn,
+            watching=watching,
         )
         self.run = start_run(self, self.checkpointed)
         self.run_dir = self.run.folder
@@ -242,8 +247,15 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         return {
             **self.scorer.metrics(),
             **reward_metrics(rewards, self.config.reward.weights, objectives, reduce),
+            **self.fact_metrics(rewards),
             **rollout_metrics(rollouts, sequences, reduce),
         }
+
+    def fact_metrics(self, rewards: Sequence[RewardResult]) -> Metrics:
+        """Means of what was measured beside the rewards, over all ranks."""
+        if self.source.measures_facts and not self._facts:
+            self._facts = agreed_facts(rewards, self.collectives)
+        return fact_metrics(rewards, self._facts, self.collectives.all_reduce)
 
     @with_gathered_weights
     def compute_logprobs(
@@ -326,6 +338,7 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
     def close(self) -> None:
         """Stop the reward client and the sampler, and leave the process group."""
         self.source.close()
+        self.evaluator.close()
         self._make_sampler.close()
         self.engine.close()
 

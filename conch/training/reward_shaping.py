@@ -29,7 +29,7 @@ from conch.config import Section
 from conch.distributed.collectives import Collectives
 from conch.errors import ConfigError
 from conch.ops import Reduce, masked_mean, masked_sum, only_this_rank, whiten
-from conch.rewards.scorer import total_reward
+from conch.rewards.scorer import total_reward, weight_of
 from conch.types import RewardResult, Rollout, RolloutGroup
 
 
@@ -138,7 +138,7 @@ class RewardShaper:
         off = penalties + self._penalties(group.rollouts, penalties.device)
         rewards, taken_off = [group.rewards[row] for row in rows], [float(off[row]) for row in rows]
         if self._config.combine != "sum":
-            names = {name for reward in rewards for name in reward.scores if self._weights.get(name, 1.0)}
+            names = {name for reward in rewards for name in reward.scores if weight_of(name, self._weights)}
             columns = [[reward.scores[name] for reward in rewards if name in reward.scores] for name in names]
             # An objective that does not apply to one of them makes a difference, too.
             differently = len({frozenset(names & reward.scores.keys()) for reward in rewards}) > 1
@@ -172,7 +172,7 @@ class RewardShaper:
         scores = torch.tensor(rows, device=device).reshape(len(rewards), len(names))
         return combine_objectives(
             scores,
-            [self._weights.get(name, 1.0) for name in names],
+            [weight_of(name, self._weights) for name in names],
             self._config.combine,
             self._collectives.all_reduce,
         )
@@ -250,3 +250,8 @@ def agreed_objectives(rewards: Sequence[RewardResult], collectives: Collectives)
     """Names of the objectives, the same on all ranks, also on one that has no reward to see them by."""
     own = sorted({name for reward in rewards for name in (*reward.scores, *reward.absent)})
     return sorted(set(collectives.all_gather(own)))
+
+
+def agreed_facts(rewards: Sequence[RewardResult], collectives: Collectives) -> list[str]:
+    """Names of the facts in rewards, the same on all ranks."""
+    return sorted(set(collectives.all_gather(sorted({name for reward in rewards for name in reward.facts}))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conch.config import (
+    EvaluationConfig,
     GenerationConfig,
     ModelConfig,
     OnlineRunConfig,
@@ -21,10 +22,11 @@ from conch.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from conch.data.formats import metadata_keys
+from conch.data.files import place_of
+from conch.data.formats import prompt_metadata
 from conch.data.text import TextCodec, decode, lost_in_text, special_tokens
 from conch.distributed.collectives import Collectives
-from conch.errors import ConfigError, ModelError
+from conch.errors import ConfigError, DataError, ModelError
 from conch.log import get_logger
 from conch.models.freezing import freeze_unreached
 from conch.models.kernels import apply_kernels, check_kernels
@@ -47,6 +49,8 @@ from conch.training.trial import check_language_model
 from conch.types import Prompt
 
 _log = get_logger(__name__)
+
+_NUM_NAMED = 3
 
 VerbT = TypeVar("VerbT", bound=Callable[..., Any])
 
@@ -246,15 +250,10 @@ def eval_source(
     if config.delta or config.dense:
         name = "delta" if config.delta else "dense"
         raise ConfigError(f"`reward.{name}` is for rewards that are learned from; here they only measure")
-    named = (config.url, config.function, config.replay)
+    named = (config.url, config.function, config.verifier, config.replay)
     if reward is None and not config.members and all(name is None for name in named):
         return None
     return checked_source(collectives, reward, config, prompts or [])
-
-
-def extra_keys(prompts: Sequence[str | Mapping[str, Any]]) -> list[str]:
-    """The keys, beside "prompt", that a reward function gets as metadata."""
-    return list(dict.fromkeys(key for prompt in prompts for key in metadata_keys(prompt)))
 
 
 def checked_source(
@@ -264,7 +263,8 @@ def checked_source(
     prompts: Sequence[str | Mapping[str, Any]],
     tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None,
 ) -> RewardSource:
-    """The reward source as user and configuration name it, once it has answered every rank.
+    """The reward source as user and configuration name it, once it has answered every rank and read every
+    prompt's row.
 
     tokenizer: gives the policy's, which `reward.dense` needs; called once samples are scored, so it may be
         loaded after the source is found good.
@@ -272,9 +272,11 @@ def checked_source(
     Raises:
         ConfigError: the source will not do.
         RewardError: it does not answer.
+        DataError: completions of a prompt cannot be scored, by what its row says or lacks.
     """
     to_text = None if tokenizer is None else lambda ids: decode(tokenizer(), ids)
-    keys = extra_keys(prompts)
+    rows = [prompt_metadata(prompt) for prompt in prompts]
+    keys = list(dict.fromkeys(key for row in rows if row is not None for key in row))
     sources: list[RewardSource] = []
     collectives.run_on_all_ranks(
         lambda: sources.append(
@@ -283,7 +285,43 @@ def checked_source(
     )
     (source,) = sources
     collectives.run_on_all_ranks(source.check)
+    names = [place_of(prompts, index, "prompt") for index in range(len(prompts))]
+    collectives.run_on_all_ranks(lambda: _check_rows(source, zip(names, rows, strict=True)))
     return source
+
+
+def _check_rows(source: RewardSource, rows: Iterable[tuple[str, Mapping[str, Any] | None]]) -> None:
+    """See that the reward can read what it needs of each prompt's row, before long work starts.
+
+    rows: each behind its place.
+
+    Raises:
+        DataError: names the first rows that it cannot.
+    """
+    problems: list[str] = []
+    for place, row in rows:
+        try:
+            if row is not None:
+                source.check_row(row)
+        except DataError as error:
+            problems.append(f"{place} {error}")
+    if problems:
+        more = f"; and {len(problems) - _NUM_NAMED} more" if len(problems) > _NUM_NAMED else ""
+        raise DataError(f"{source.name} cannot check completions: {'; '.join(problems[:_NUM_NAMED])}{more}")
+
+
+def watching_sources(
+    collectives: Collectives, config: EvaluationConfig, prompts: Sequence[str | Mapping[str, Any]]
+) -> dict[str, RewardSource]:
+    """What watches evaluations on these prompts without being learned from, by name.
+
+    Raises:
+        ConfigError, DataError: see `checked_source`.
+    """
+    if config.verifier is None:
+        return {}
+    reward = RewardConfig(verifier=config.verifier, gsm8k=config.gsm8k, ifeval=config.ifeval)
+    return {config.verifier: checked_source(collectives, None, reward, prompts)}
 
 
 def check_prompts(

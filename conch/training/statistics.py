@@ -43,6 +43,15 @@ def reward_metrics(
     return metrics
 
 
+def fact_metrics(rewards: Sequence[RewardResult], names: Sequence[str], reduce: Reduce) -> Metrics:
+    """Means of facts over the samples of all ranks that they apply to, NaN where there is none.
+
+    names: of the facts, the same on all ranks.
+    """
+    columns = {name: [reward.facts.get(name, math.nan) for reward in rewards] for name in names}
+    return {f"verifier/{name}": _spread(column, reduce)["reward/mean"] for name, column in columns.items()}
+
+
 def _spread(values: Sequence[float], reduce: Reduce) -> Metrics:
     raw = torch.tensor(values, dtype=torch.float64)
     valid = raw.isfinite()

@@ -45,6 +45,7 @@ class Verifier(ABC, Generic[KeyT]):
 
     name: in messages and metrics.
     columns: keys of a prompt's row that are read.
+    success: the fact that says with 1 that a completion is right; lengths are measured apart by it.
     timeout_s: longest time of one check, in seconds, for checks that can hang: they run in processes of their
         own, and one that is late is killed. None: `verify` takes a time that is bounded by the text's length.
     processes: that such checks run in, for each process of the trainer.
@@ -52,13 +53,14 @@ class Verifier(ABC, Generic[KeyT]):
 
     name: ClassVar[str]
     columns: ClassVar[tuple[str, ...]]
+    success: ClassVar[str] = "correct"
     timeout_s: float | None = None
     processes: int = 2
 
     @abstractmethod
     def read_key(self, row: Mapping[str, Any]) -> KeyT:
-        """Read what completions of a prompt are checked against. It is called once for each prompt, before
-        the run.
+        """Read what completions of a prompt are checked against. It is called for each prompt
+        before the run, and again for each completion.
 
         Raises:
             DataError: the row lacks it, or it cannot be read; a phrase about the row, such as "has no

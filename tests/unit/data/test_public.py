@@ -10,7 +10,14 @@ from datasets import Dataset
 
 from conch.config import DataConfig, load
 from conch.data.files import renamed
-from conch.data.formats import judgement_form, listed, metadata_keys, prompt_form, rewarded_form, sample_form
+from conch.data.formats import (
+    judgement_form,
+    listed,
+    prompt_form,
+    prompt_metadata,
+    rewarded_form,
+    sample_form,
+)
 from conch.data.preferences import judgement
 from conch.data.public import hh_messages, public_form
 from conch.errors import DataError
@@ -84,6 +91,7 @@ SHARE_GPT = {
     "conversations": [{"from": "human", "value": "hi there"}, {"from": "gpt", "value": "hello"}],
 }
 ALPACA = {"instruction": "greet", "input": "a friend", "output": "hello"}
+GSM8K = {"question": "2+2?", "answer": "two and two\n#### 4"}
 OASST_TREE = {
     "message_tree_id": "t",
     "tree_state": "ready_for_export",
@@ -153,6 +161,7 @@ def test_what_is_learned_of_rows_of_public_datasets(row: Any, sample: Any) -> No
         (HH, "\n\nHuman: hi there\n\nAssistant:", {"chosen"}),
         (SHARE_GPT, [HI], {"id"}),
         (ALPACA, [user("greet\n\na friend")], {"completion"}),
+        (GSM8K, [user("2+2?")], {"answer", "completion"}),
         (OASST_TREE, [HI], {"tree_state"}),
         # the rows of Tulu 3's reinforcement learning
         ({"messages": [HI], "ground_truth": "4", "dataset": "gsm8k"}, [HI], {"ground_truth", "dataset"}),
@@ -213,9 +222,10 @@ def test_preferences_of_public_datasets_hold_each_prompt_once(row: Any, better: 
 
 def test_keys_of_prompts_that_reach_rewards_are_those_of_their_forms() -> None:
     row = {"messages": [HI], "ground_truth": "4", "tools": [{}], "chat_template_kwargs": {"a": 1}}
-    assert metadata_keys(row) == ["ground_truth"]
-    assert metadata_keys({"prompt": "a", "tools": [{}], "n": None}) == ["tools", "n"]
-    assert metadata_keys("a") == metadata_keys({"question": "a"}) == []
+    assert prompt_metadata(row) == {"ground_truth": "4"}
+    assert prompt_metadata({"prompt": "a", "tools": [{}], "n": None}) == {"tools": [{}], "n": None}
+    assert prompt_metadata("a") == {}
+    assert prompt_metadata({"question": "a"}) is None
 
 
 def test_scores_of_help_steer_are_five_objectives() -> None:
@@ -321,12 +331,12 @@ SINGLE = {"message_id": "a", "parent_id": None, "text": "hi", "role": "prompter"
         (prompt_form, SINGLE, "is a single message of an OpenAssistant tree"),
         (
             sample_form,
-            {"question": "2+2?", "answer": "#### 4"},
+            {"question": "2+2?", "answer": "4"},
             "keys here: question, answer.: set `data.columns.prompt=question data.columns.completion=answer`",
         ),
         (
             prompt_form,
-            {"question": "2+2?", "answer": "#### 4"},
+            {"question": "2+2?", "answer": "4"},
             "got NoneType. .keys here: question, answer.: set `data.columns.prompt=question`",
         ),
         (

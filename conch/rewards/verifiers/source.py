@@ -1,0 +1,139 @@
+"""A reward source around a verifier."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from conch.errors import DataError, first_line
+from conch.rewards.base import ClientStats, RewardSource
+from conch.rewards.combined import when_all_done
+from conch.rewards.replay import sha256_of_sample
+from conch.rewards.verifiers.base import Verdict, Verifier
+from conch.types import RewardResult, RewardStatus, Rollout
+
+if TYPE_CHECKING:
+    from conch.rewards.verifiers.pool import CheckPool
+
+
+class VerifierReward(RewardSource):
+    """Scores completions by a verifier: its scores are the objectives, its facts are measured.
+
+    Checks run in one thread, those of a verifier with a `timeout_s` in processes of their own: one that is
+    late, or whose process died, has the status TIMEOUT, and INVALID where the same sample was late before,
+    since asking again does not help. Two facts are added: `length_right` and `length_wrong`, the tokens of
+    completions whose fact `verifier.success` is at least 1, and of the others.
+    """
+
+    measures_facts = True
+
+    def __init__(self, verifier: Verifier[Any]) -> None:
+        self.name = f"verifier {verifier.name}"
+        self._verifier = verifier
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"verify-{verifier.name}")
+        self._pool: CheckPool | None = None
+        self._num_checks = 0
+        self._late: set[str] = set()
+
+    def check(self) -> None:
+        """Start the processes of a verifier that has some."""
+        if self._verifier.timeout_s is not None and self._pool is None:
+            from conch.rewards.verifiers.pool import CheckPool
+
+            self._pool = CheckPool(self._verifier)
+
+    def check_row(self, row: Mapping[str, Any]) -> None:
+        self._verifier.read_key(row)
+
+    def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:
+        self._num_checks += len(rollouts)
+        self.check()
+        if self._pool is None:
+            return self._thread.submit(self._verify_here, list(rollouts))
+        checks = [self._in_process(self._pool, rollout) for rollout in rollouts]
+        return when_all_done(checks, lambda: [check.result() for check in checks])
+
+    def stats(self) -> ClientStats:
+        """Counts of checks."""
+        return ClientStats(requests=self._num_checks)
+
+    def close(self) -> None:
+        """Cancel what is under way, and end the processes."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def _verify_here(self, rollouts: Sequence[Rollout]) -> list[RewardResult]:
+        results: list[RewardResult] = []
+        for rollout in rollouts:
+            started = time.monotonic()
+            try:
+                key = self._verifier.read_key(rollout.prompt.metadata)
+                verdict = self._verifier.verify(rollout.completion.text, key)
+            except Exception as error:  # of a verifier of the user's: a result, or all ranks would hang
+                results.append(self._failure(rollout, error, started))
+            else:
+                results.append(self._success(rollout, verdict, started))
+        return results
+
+    def _in_process(self, pool: CheckPool, rollout: Rollout) -> Future[RewardResult]:
+        started = time.monotonic()
+        result: Future[RewardResult] = Future()
+
+        def finish(check: Future[Verdict]) -> None:
+            error = check.exception()
+            result.set_result(
+                self._success(rollout, check.result(), started)
+                if error is None
+                else self._failure(rollout, error, started)
+            )
+
+        try:
+            key = self._verifier.read_key(rollout.prompt.metadata)
+        except DataError as error:
+            result.set_result(self._failure(rollout, error, started))
+        else:
+            pool.submit(rollout.completion.text, key).add_done_callback(finish)
+        return result
+
+    def _success(self, rollout: Rollout, verdict: Verdict, started: float) -> RewardResult:
+        bad = next((name for name, score in verdict.scores.items() if not math.isfinite(score)), None)
+        if bad is not None or not verdict.scores:
+            what = f"{verdict.scores[bad]} for `{bad}`" if bad is not None else "no score"
+            return self._failed(RewardStatus.INVALID, f"{self.name} gave {what}", started)
+        return RewardResult(
+            RewardStatus.OK,
+            scores=dict(verdict.scores),
+            model=self._verifier.name,
+            latency_s=time.monotonic() - started,
+            facts={**verdict.facts, **self._lengths(rollout, verdict)},
+        )
+
+    def _lengths(self, rollout: Rollout, verdict: Verdict) -> dict[str, float]:
+        success = verdict.facts.get(self._verifier.success, math.nan)
+        length = float(len(rollout.completion.token_ids))
+        return {
+            "length_right": length if success >= 1 else math.nan,
+            "length_wrong": length if success < 1 else math.nan,
+        }
+
+    def _failure(self, rollout: Rollout, error: BaseException, started: float) -> RewardResult:
+        if isinstance(error, DataError):
+            return self._failed(RewardStatus.INVALID, f"{self.name}: the prompt's row {error}", started)
+        if self._pool is None or not isinstance(error, (TimeoutError, ChildProcessError)):
+            broke = f"{self.name} broke: {type(error).__name__}: {first_line(error)}"
+            return self._failed(RewardStatus.INVALID, broke, started)
+        sample = sha256_of_sample(rollout.sample)
+        was_late = sample in self._late
+        self._late.add(sample)
+        status = RewardStatus.INVALID if was_late else RewardStatus.TIMEOUT
+        again = ", as before" if was_late else ""
+        return self._failed(status, f"{self.name}: {first_line(error)}{again} (sample {sample[:8]})", started)
+
+    def _failed(self, status: RewardStatus, detail: str, started: float) -> RewardResult:
+        latency_s = time.monotonic() - started
+        return RewardResult(status, model=self._verifier.name, latency_s=latency_s, detail=detail)

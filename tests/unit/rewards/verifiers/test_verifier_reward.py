@@ -1,0 +1,247 @@
+"""A verifier as a reward source: scores, facts, failures, rows that cannot be read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conch.config import RewardConfig, load
+from conch.errors import ConfigError, DataError
+from conch.rewards import RewardSource, Verdict, Verifier, from_user
+from conch.rewards.scorer import RewardScorer, total_reward, weight_of
+from conch.rewards.verifiers.source import VerifierReward
+from conch.types import RewardStatus, Rollout
+from tests.fakes.rollouts import rollouts
+from tests.runs import grpo_trainer, ilql_trainer, ppo_trainer, rft_trainer, sft_trainer, vowels
+
+Trainer = Callable[..., Any]
+
+
+class Letter(Verifier[str]):
+    """Right where the completion begins with the row's letter; 0.5 more for an even number of letters."""
+
+    name = "letter"
+    columns = ("letter",)
+
+    def read_key(self, row: Mapping[str, Any]) -> str:
+        if not isinstance(row.get("letter"), str):
+            raise DataError("has no `letter`")
+        return row["letter"]
+
+    def verify(self, completion: str, key: str) -> Verdict:
+        if completion == "broken":
+            raise ZeroDivisionError("by design")
+        if completion == "nan":
+            return Verdict({"answer": math.nan, "format": 0.0}, {"correct": math.nan})
+        right = float(completion.startswith(key))
+        return Verdict({"answer": right, "format": 0.5 * (len(completion) % 2 == 0)}, {"correct": right})
+
+
+class Slow(Letter):
+    """The same in processes: sleeps for "late", dies for "dead"."""
+
+    timeout_s = 1.0
+    processes = 1
+
+    def verify(self, completion: str, key: str) -> Verdict:
+        if completion == "late":
+            time.sleep(60)
+        if completion == "dead":
+            os._exit(3)
+        return super().verify(completion, key)
+
+
+class OnePart(Letter):
+    """Only whether it is right."""
+
+    def verify(self, completion: str, key: str) -> Verdict:
+        verdict = super().verify(completion, key)
+        return Verdict({"answer": verdict.scores["answer"]}, verdict.facts)
+
+
+def sampled(*outputs: str, letter: Any = "a") -> list[Rollout]:
+    row = {} if letter is None else {"letter": letter}
+    return [replace(each, prompt=replace(each.prompt, metadata=row)) for each in rollouts(*outputs)]
+
+
+def statuses(source: RewardSource, *outputs: str) -> list[tuple[RewardStatus, str]]:
+    return [(result.status, result.detail) for result in source.submit(sampled(*outputs)).result(60)]
+
+
+def test_scores_are_objectives_and_facts_stand_beside_them() -> None:
+    with VerifierReward(Letter()) as reward:
+        right, wrong = reward.submit(sampled("ab", "b")).result()
+    assert right.scores == {"answer": 1.0, "format": 0.5}
+    assert wrong.scores == {"answer": 0.0, "format": 0.0}
+    assert right.facts["correct"] == 1.0 and right.facts["length_right"] == 2.0
+    assert math.isnan(right.facts["length_wrong"]) and wrong.facts["length_wrong"] == 1.0
+    assert total_reward(right, {"format": 0.1}) == pytest.approx(1.05)
+
+
+def test_a_check_that_breaks_or_gives_no_number_is_invalid() -> None:
+    with VerifierReward(Letter()) as reward:
+        results = reward.submit([*sampled("broken", "nan", "ab"), *sampled("ab", letter=None)]).result()
+    assert [result.status for result in results] == [
+        RewardStatus.INVALID,
+        RewardStatus.INVALID,
+        RewardStatus.OK,
+        RewardStatus.INVALID,
+    ]
+    assert results[0].detail == "verifier letter broke: ZeroDivisionError: by design"
+    assert results[1].detail == "verifier letter gave nan for `answer`"
+    assert results[3].detail == "verifier letter: the prompt's row has no `letter`"
+    assert not any(result.scores for result in results if not result.ok)
+
+
+def test_late_and_dead_checks_are_timeouts_and_invalid_the_second_time() -> None:
+    with VerifierReward(Slow()) as reward:
+        reward.check()
+        first = statuses(reward, "late", "ab", "dead", "b")
+        again = statuses(reward, "late", "a")
+    assert [status for status, _ in first] == [
+        RewardStatus.TIMEOUT,
+        RewardStatus.OK,
+        RewardStatus.TIMEOUT,
+        RewardStatus.OK,
+    ]
+    assert [status for status, _ in again] == [RewardStatus.INVALID, RewardStatus.OK]
+    assert "as before" in again[0][1]
+
+
+def test_waiting_for_rewards_ends_with_a_check_that_never_comes() -> None:
+    config = load(RewardConfig, {"failure": {"policy": "wait", "wait_budget_s": 600}})
+    with VerifierReward(Slow()) as reward:
+        scorer = RewardScorer(reward, config)
+        scorer.submit(sampled("late", "ab"))
+        started = time.monotonic()
+        with pytest.raises(Exception, match=r"1 of 2 samples got no reward.*as before"):
+            scorer.gather()
+    assert time.monotonic() - started < 300
+
+
+def test_a_member_weighs_as_a_whole_or_part_by_part() -> None:
+    weights = {"letter": 2.0, "letter/format": 0.0}
+    assert [weight_of(name, weights) for name in ("letter/answer", "letter/format", "model")] == [2, 0, 1]
+    config = load(RewardConfig, {"weights": weights})
+    with from_user({"letter": Letter(), "model": vowels}, config) as reward:
+        (result,) = reward.submit(sampled("ab")).result()
+    assert result.scores == {"letter/answer": 1.0, "letter/format": 0.5, "model": 1.0}
+    assert result.facts["letter/correct"] == 1.0
+    assert total_reward(result, weights) == 3.0
+    with pytest.raises(ConfigError, match=r"names `lettre`.*`letter/answer`"):
+        total_reward(result, {"lettre": 1.0})
+
+
+def test_a_member_with_one_part_is_called_like_the_member() -> None:
+    with from_user({"letter": OnePart(), "model": vowels}, RewardConfig()) as reward:
+        (result,) = reward.submit(sampled("ab")).result()
+    assert result.scores == {"letter": 1.0, "model": 1.0}
+
+
+def test_names_of_verifiers_are_taken_where_addresses_are() -> None:
+    with pytest.raises(ConfigError, match="no verifier `gsm`; there are gsm8k, ifeval"):
+        from_user("verifier:gsm", RewardConfig())
+    with pytest.raises(ConfigError, match=r"verifier` = gsm8k stands beside.*verifier:gsm8k"):
+        load(RewardConfig, {"verifier": "gsm8k", "url": "host:8001/model"})
+    with pytest.raises(ConfigError, match=r"reward.dense takes the scores of a model served by Triton"):
+        from_user(Letter(), RewardConfig(dense=True))
+    with from_user({"m": "127.0.0.1:1/x", "v": "verifier:gsm8k"}, RewardConfig()) as reward:
+        assert reward.name == "the sum of m, v" and reward.measures_facts
+    with from_user(None, RewardConfig(verifier="gsm8k")) as reward:
+        assert reward.name == "verifier gsm8k"
+
+
+ROWS = [{"prompt": "a", "letter": "b"}, {"prompt": "c", "letter": "d"}]
+
+
+@pytest.mark.parametrize("make", [ppo_trainer, grpo_trainer, rft_trainer])
+def test_rows_that_cannot_be_read_end_the_run_before_it_starts(tmp_path: Path, make: Trainer) -> None:
+    rows = [*ROWS, {"prompt": "e"}, {"prompt": "f", "letter": 3}]
+    with pytest.raises(DataError, match="cannot check completions: prompt 2 has no `letter`; prompt 3 has"):
+        make(tmp_path / "run", reward_fn=Letter(), prompts=rows)
+    with pytest.raises(DataError, match="evaluation prompt 1 has no `letter`"):
+        make(tmp_path / "run", reward_fn=Letter(), prompts=ROWS, eval_prompts=[ROWS[0], "b"])
+
+
+@pytest.mark.parametrize("make", [ppo_trainer, grpo_trainer, rft_trainer])
+def test_facts_are_measured_in_steps_and_evaluations(tmp_path: Path, make: Trainer) -> None:
+    trainer = make(tmp_path / "run", reward_fn=Letter(), prompts=ROWS)
+    metrics, scores = trainer.step(), trainer.evaluate(repeats=8)
+    assert metrics["reward/mean/answer"] == pytest.approx(metrics["verifier/correct"])
+    lengths = [metrics["verifier/length_right"], metrics["verifier/length_wrong"]]
+    assert all(math.isnan(length) or 0 <= length <= 5 for length in lengths)
+    assert not all(math.isnan(length) for length in lengths)
+    assert 0 < scores["eval/correct"] < 1
+    assert scores["eval/reward"] >= scores["eval/correct"]
+    trainer.close()
+
+
+@pytest.mark.parametrize("make", [sft_trainer, ilql_trainer])
+def test_offline_trainers_measure_with_a_verifier(tmp_path: Path, make: Trainer) -> None:
+    samples = ["ab", "ba", "cd", "dc", "ef", "fe", "gh", "hg"]
+    rewards = ([1.0] * 8,) if make is ilql_trainer else ()
+    trainer = make(tmp_path / "run", samples, *rewards, reward_fn=Letter(), eval_prompts=ROWS)
+    assert {"eval/reward", "eval/correct"} <= trainer.evaluate(repeats=4).keys()
+    trainer.close()
+
+
+GSM8K_ROWS = [{"prompt": "a", "answer": "#### 3"}, {"prompt": "c", "answer": "1 + 3\n#### 4"}]
+
+
+@pytest.mark.parametrize("make", [ppo_trainer, grpo_trainer, rft_trainer])
+def test_a_verifier_watches_what_is_learned_from_another_reward(tmp_path: Path, make: Trainer) -> None:
+    """The learned rewards, and so the weights, are those of a run that nobody watches."""
+    outcomes = []
+    for verifier in ("gsm8k", None):
+        reward = lambda outputs, answer, **_: vowels(outputs)  # noqa: E731
+        settings = {"reward_fn": reward, "prompts": GSM8K_ROWS, "evaluation": {"verifier": verifier}}
+        trainer = make(tmp_path / str(verifier), **settings)
+        scores = trainer.evaluate(repeats=4)
+        metrics = {k: v for k, v in trainer.step().items() if not k.startswith(("time/", "reward/"))}
+        watched = {name: value for name, value in scores.items() if name.startswith("eval/gsm8k/")}
+        outcomes.append(({k: v for k, v in scores.items() if k not in watched}, metrics))
+        if verifier:
+            assert watched["eval/gsm8k/correct"] == 0.0 and watched["eval/gsm8k/failed_fraction"] == 0.0
+        else:
+            assert not watched
+        trainer.close()
+    assert repr(outcomes[0]) == repr(outcomes[1])
+
+
+def test_a_watching_verifier_reads_its_rows_before_the_run(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="verifier gsm8k cannot check completions: prompt 1"):
+        grpo_trainer(
+            tmp_path / "run",
+            prompts=["a", "b"],
+            eval_prompts=[*GSM8K_ROWS[:1], "b"],
+            evaluation={"verifier": "gsm8k"},
+        )
+
+
+def test_facts_are_recorded_and_replayed(tmp_path: Path) -> None:
+    run = grpo_trainer(
+        tmp_path / "first",
+        reward_fn=Letter(),
+        prompts=ROWS,
+        reward={"record": True},
+        train={"total_steps": 1},
+    )
+    run.fit()
+    run.close()
+    lines = [json.loads(line) for line in (tmp_path / "first/rewards.jsonl").read_text().splitlines()]
+    assert {"correct", "length_right", "length_wrong"} == lines[0]["facts"].keys()
+    again = grpo_trainer(
+        tmp_path / "again", reward_fn=None, prompts=ROWS, reward={"replay": tmp_path / "first"}
+    )
+    metrics = again.step()
+    first = json.loads((tmp_path / "first/metrics.jsonl").read_text().splitlines()[-1])
+    assert metrics["verifier/correct"] == pytest.approx(first["verifier/correct"])
+    again.close()
