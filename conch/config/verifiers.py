@@ -27,7 +27,8 @@ class GSM8KConfig(Section):
 
     version: GSM8KVersion = "plain"
     """The reward: `plain` 1 or 0; `torchrl` 1.0, 0.1 for an answer in <answer> tags that is wrong, or 0;
-    `seed` 100, or the sum of 20 (equal), 10 (contained), 5 (<answer>) and 5 (<think>)."""
+    `seed` 100 for a right answer in <answer> tags, or the sum of 20 (a later one is right), 10 (one contains
+    the right number), 5 (one <answer>) and 5 (one <think>)."""
 
     processes: int = Field(default=2, ge=1)
     """With `extractor=math`: processes that check, for each process of the trainer."""
