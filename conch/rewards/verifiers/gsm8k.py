@@ -17,7 +17,7 @@ Versions say what a right answer, a wrong one and the form are worth:
               <answer> contains the right number), 5 (exactly one <answer>) and 5 (exactly one <think>).
 
 `torchrl` and `seed` judge the first <answer>, as TorchRL's GSM8K reward and its first version do. An <answer>
-that is nothing but a number, with or without $, % and commas, is compared as a number (18.00 is 18); any other
+that is nothing but a number, with or without $, % and commas, is compared as a number (18.00 is 18); other
 text in it is read by the extractor, where TorchRL compares the whole text and finds "36 snakes" wrong.
 
 Mended in both: tags are found as text, so that "<" and "&" in the reasoning lose nothing (an XML parser read
