@@ -18,9 +18,9 @@ class GSM8KConfig(Section):
     """Check of a number against the answer of a GSM8K row. docs/verifiable_rewards.md tells who is wrong
     where."""
 
-    extractor: GSM8KExtractor = "flexible"
-    """How the answer is found: `strict` and `flexible` as lm-eval's task gsm8k version 3 scores, `verl` as
-    verl does, `math` by math-verify, which needs the extra `math`."""
+    extractor: GSM8KExtractor = "math"
+    """How the answer is found: `math` by math-verify, which needs the extra `math` and is wrong least often;
+    `strict` and `flexible` as lm-eval's task gsm8k version 3 scores; `verl` as verl does."""
 
     last_characters: int | None = Field(default=None, ge=1)
     """With `extractor=verl`: look at so many characters at the end only; verl takes 300. None takes all."""
