@@ -18,16 +18,17 @@ class GSM8KConfig(Section):
     """Check of a number against the answer of a GSM8K row. docs/verifiable_rewards.md tells who is wrong
     where."""
 
-    extractor: GSM8KExtractor = "flexible"
-    """How the answer is found: `strict` and `flexible` as lm-eval's task gsm8k version 3 scores, `verl` as
-    verl does, `math` by math-verify, which needs the extra `math`."""
+    extractor: GSM8KExtractor = "math"
+    """How the answer is found: `math` by math-verify, which needs the extra `math` and is wrong least often;
+    `strict` and `flexible` as lm-eval's task gsm8k version 3 scores; `verl` as verl does."""
 
     last_characters: int | None = Field(default=None, ge=1)
     """With `extractor=verl`: look at so many characters at the end only; verl takes 300. None takes all."""
 
     version: GSM8KVersion = "plain"
     """The reward: `plain` 1 or 0; `torchrl` 1.0, 0.1 for an answer in <answer> tags that is wrong, or 0;
-    `seed` 100, or the sum of 20 (equal), 10 (contained), 5 (<answer>) and 5 (<think>)."""
+    `seed` 100 for a right answer in <answer> tags, or the sum of 20 (a later one is right), 10 (one contains
+    the right number), 5 (one <answer>) and 5 (one <think>)."""
 
     processes: int = Field(default=2, ge=1)
     """With `extractor=math`: processes that check, for each process of the trainer."""

@@ -57,6 +57,10 @@ class Verifier(ABC, Generic[KeyT]):
     timeout_s: float | None = None
     processes: int = 2
 
+    def warm_up(self) -> None:
+        """Load what checks need, so that no check's `timeout_s` pays for it. Called once in each process that
+        checks."""
+
     @abstractmethod
     def read_key(self, row: Mapping[str, Any]) -> KeyT:
         """Read what completions of a prompt are checked against. It is called for each prompt

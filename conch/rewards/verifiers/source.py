@@ -6,17 +6,15 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from conch.errors import DataError, first_line
 from conch.rewards.base import ClientStats, RewardSource
 from conch.rewards.combined import when_all_done
 from conch.rewards.replay import sha256_of_sample
 from conch.rewards.verifiers.base import Verdict, Verifier
+from conch.rewards.verifiers.pool import CheckDiedError, CheckPool
 from conch.types import RewardResult, RewardStatus, Rollout
-
-if TYPE_CHECKING:
-    from conch.rewards.verifiers.pool import CheckPool
 
 
 class VerifierReward(RewardSource):
@@ -41,8 +39,6 @@ class VerifierReward(RewardSource):
     def check(self) -> None:
         """Start the processes of a verifier that has some."""
         if self._verifier.timeout_s is not None and self._pool is None:
-            from conch.rewards.verifiers.pool import CheckPool
-
             self._pool = CheckPool(self._verifier)
 
     def check_row(self, row: Mapping[str, Any]) -> None:
@@ -124,7 +120,7 @@ class VerifierReward(RewardSource):
     def _failure(self, rollout: Rollout, error: BaseException, started: float) -> RewardResult:
         if isinstance(error, DataError):
             return self._failed(RewardStatus.INVALID, f"{self.name}: the prompt's row {error}", started)
-        if self._pool is None or not isinstance(error, (TimeoutError, ChildProcessError)):
+        if self._pool is None or not isinstance(error, (TimeoutError, CheckDiedError)):
             broke = f"{self.name} broke: {type(error).__name__}: {first_line(error)}"
             return self._failed(RewardStatus.INVALID, broke, started)
         sample = sha256_of_sample(rollout.sample)

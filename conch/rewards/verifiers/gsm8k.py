@@ -1,0 +1,219 @@
+"""Check of an answer to a word problem in GSM8K's form, whose solution ends in `#### 18`.
+
+    verifier = GSM8K(GSM8KConfig(extractor="strict"))
+    key = verifier.read_key({"answer": "She sells 9 at $2, 9 * 2 = 18.\\n#### 18"})     # "18"
+    verifier.verify("9 eggs at $2 make 18.\\n#### 18", key).scores                       # {"answer": 1.0}
+
+Extractors find the answer in a completion. `strict` and `flexible` are the two filters of lm-eval's task
+gsm8k version 3 with the normalisation of its exact match (lm-eval 0.4.13), `verl` is verl's strict method
+(0.9.1), `math` is math-verify (0.9.0). All of them read the whole text, thinking included. They compare text
+with text, except `math`, so that 18.00 is not 18. docs/verifiable_rewards.md tells what each gets wrong.
+
+Versions say what a right answer, a wrong one and the form are worth:
+
+    plain     1 for a right answer, else 0. The whole completion is read.
+    torchrl   1.0 for a right answer in <answer> tags, 0.1 for a wrong one there, 0 without one.
+    seed      100 for a right answer in <answer> tags, else the sum of 20 (a later <answer> is right), 10 (an
+              <answer> contains the right number), 5 (exactly one <answer>) and 5 (exactly one <think>).
+
+`torchrl` and `seed` judge the first <answer>, as TorchRL's GSM8K reward and its first version do. An <answer>
+that is nothing but a number, with or without $, % and commas, is compared as a number (18.00 is 18); other
+text in it is read by the extractor, where TorchRL compares the whole text and finds "36 snakes" wrong.
+
+Mended in both: tags are found as text, so that "<" and "&" in the reasoning lose nothing (an XML parser read
+them once); an <answer> inside the thinking is no answer; an empty or missing <answer> earns nothing (each
+counted as one, since the text was wrapped in a list); "contains" asks for a whole number, so that 3 is not in
+1337. Kept: reasoning that the prompt opened needs no <think> of its own, and `seed` pays for guesses: ten of
+them in one <answer> earn the 10 if one is right.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from decimal import Decimal
+from numbers import Real
+from typing import Any, NamedTuple
+
+from conch.config.verifiers import GSM8KConfig
+from conch.errors import DataError
+from conch.rewards.verifiers import gsm8k_math
+from conch.rewards.verifiers.base import Verdict, Verifier
+
+_MARKED = re.compile(r"#### (-?[0-9.,]+)")
+_ANYWHERE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
+_NUMBER = re.compile(r"(?:\$?([-+]?)|([-+])\$)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.([0-9]*))?")
+_NUMBERS_IN_TEXT = re.compile(r"(?:(?<![0-9])-)?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")
+
+
+class Tags(NamedTuple):
+    """Contents of a completion's tags.
+
+    thoughts: each <think>; text before a lone </think> is one, since the prompt may have opened it.
+    answers: each <answer> outside of the thoughts, stripped.
+    """
+
+    thoughts: list[str]
+    answers: list[str]
+
+
+class GSM8K(Verifier[str]):
+    """Checks a completion's number against the one that the row's `answer` ends in.
+
+    Scores: `answer`, and with `version=torchrl` or `seed` also `format`, what the form alone is worth.
+    Facts: `correct`; `extracted`, whether an answer to compare was found at all; `format`, whether the form
+    is there: a number after `####` (plain), an <answer> with content (torchrl), one <answer> and one <think>
+    (seed).
+    """
+
+    name = "gsm8k"
+    columns = ("answer",)
+
+    def __init__(self, config: GSM8KConfig = GSM8KConfig()) -> None:  # noqa: B008 (sections are frozen)
+        self.config = config
+        if config.extractor == "math":
+            gsm8k_math.check_installed()
+            self.timeout_s = config.check_timeout_s
+            self.processes = config.processes
+
+    def warm_up(self) -> None:
+        if self.config.extractor == "math":
+            gsm8k_math.warm_up()
+
+    def read_key(self, row: Mapping[str, Any]) -> str:
+        """Plain digits of the number after the last `####` in the row's `answer`, or of an `answer` that is a
+        number."""
+        value = row.get("answer")
+        if value is None or value == "":
+            raise DataError("has no `answer`")
+        if isinstance(value, str):
+            text = value.rpartition("####")[2]
+        elif isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
+            text = format(Decimal(str(value)), "f")
+        else:
+            raise DataError(f"has an `answer` that is no text and no number: {value!r}")
+        number = plain_number(text)
+        if number is None:
+            raise DataError(
+                "has an `answer` that does not end in a number such as `#### 1,234`, nor is one: "
+                f"{text.strip()[-80:]!r}"
+            )
+        return number
+
+    def verify(self, completion: str, key: str) -> Verdict:
+        version = self.config.version
+        if version == "plain":
+            correct, extracted = self._compare(completion, key)
+            return Verdict(
+                {"answer": float(correct)}, _facts(correct, extracted, _MARKED.search(completion) is not None)
+            )
+        tags = read_tags(completion)
+        verdicts = [self._compare_answer(answer, key) for answer in tags.answers]
+        correct, extracted = verdicts[0] if verdicts else (False, False)
+        if version == "torchrl":
+            in_form = bool(tags.answers and tags.answers[0])
+            form, other, right = 0.1 * in_form, 0.0, 1.0
+        else:
+            one_answer, one_thought = len([*filter(None, tags.answers)]) == 1, len(tags.thoughts) == 1
+            in_form = one_answer and one_thought
+            form, right = 5.0 * one_answer + 5.0 * one_thought, 100.0
+            other = 20.0 * any(is_equal for is_equal, _ in verdicts[1:]) + 10.0 * any(
+                key in numbers_in(answer) for answer in tags.answers
+            )
+        scores = {"answer": right - form if correct else other, "format": form}
+        return Verdict(scores, _facts(correct, extracted, in_form))
+
+    def _compare(self, text: str, key: str) -> tuple[bool, bool]:
+        """Whether the extractor finds `key` in a text, and whether it finds anything."""
+        if self.config.extractor == "math":
+            return gsm8k_math.compare(text, key)
+        if self.config.extractor == "verl":
+            number = extract_verl(text, self.config.last_characters)
+        else:
+            number = {"strict": extract_strict, "flexible": extract_flexible}[self.config.extractor](text)
+        return number == key, number is not None
+
+    def _compare_answer(self, answer: str, key: str) -> tuple[bool, bool]:
+        """The same for the content of an <answer>, which may be nothing but the number."""
+        number = plain_number(answer.removesuffix("%"))
+        return self._compare(answer, key) if number is None else (number == key, True)
+
+
+def extract_strict(completion: str) -> str | None:
+    """First number after `#### `, as lm-eval's `strict-match` compares it; None where there is none."""
+    match = _MARKED.search(completion)
+    return None if match is None else _ignore_signs(match[1])
+
+
+def extract_flexible(completion: str) -> str | None:
+    """Last run of digits, dots, commas and $, as lm-eval's `flexible-extract` compares it.
+
+    The run need hold no digit: of "18..." and of "18 eggs ..." nothing is left that equals 18. None where
+    there is no run.
+    """
+    runs = _ANYWHERE.findall(completion)
+    return _ignore_signs(runs[-1]) if runs else None
+
+
+def extract_verl(completion: str, last_characters: int | None = None) -> str | None:
+    """Last number after `#### ` in the last `last_characters` characters, as verl's strict method compares
+    it; None where there is none."""
+    numbers = _MARKED.findall(completion if last_characters is None else completion[-last_characters:])
+    return numbers[-1].replace(",", "") if numbers else None
+
+
+def _ignore_signs(number: str) -> str:
+    """Drop commas, $ and one dot at the end, as lm-eval's exact match does."""
+    return number.replace(",", "").replace("$", "").removesuffix(".")
+
+
+def plain_number(text: str) -> str | None:
+    """A number alone in a text as plain digits, "$1,234.50" as "1234.5"; None where it is anything else.
+
+    Commas must separate thousands: "12,34" is none. A dollar sign, a dot at the end and zeros that say
+    nothing are dropped.
+    """
+    match = _NUMBER.fullmatch(text.strip().replace("\N{MINUS SIGN}", "-"))
+    if match is None or not (match[3] or match[4]):
+        return None
+    whole = match[3].replace(",", "").lstrip("0") or "0"
+    fraction = (match[4] or "").rstrip("0")
+    number = f"{whole}.{fraction}" if fraction else whole
+    return f"-{number}" if "-" in (match[1] or match[2] or "") and number != "0" else number
+
+
+def numbers_in(text: str) -> set[str]:
+    """All whole numbers of a text as plain digits: "13, not 7.0" gives 13 and 7, and no 3."""
+    return {number for match in _NUMBERS_IN_TEXT.findall(text) if (number := plain_number(match)) is not None}
+
+
+def read_tags(completion: str) -> Tags:
+    """Find the thoughts and, in what is left without them, the answers.
+
+    A tag that is not closed holds nothing, and nothing after an open <think> is an answer.
+    """
+    start, end = completion.find("<think>"), completion.find("</think>")
+    if end >= 0 and not 0 <= start < end:
+        completion = f"<think>{completion}"
+    thoughts, rest = _split_tags(completion, "think")
+    answers, _ = _split_tags(rest.partition("<think>")[0], "answer")
+    return Tags(thoughts, [answer.strip() for answer in answers])
+
+
+def _split_tags(text: str, tag: str) -> tuple[list[str], str]:
+    """Contents of each `<tag>...</tag>`, and the text without them."""
+    contents: list[str] = []
+    rest: list[str] = []
+    while True:
+        before, opening, after = text.partition(f"<{tag}>")
+        content, closing, following = after.partition(f"</{tag}>")
+        if not (opening and closing):
+            return contents, "".join([*rest, text])
+        contents.append(content)
+        rest.append(before)
+        text = following
+
+
+def _facts(correct: bool, extracted: bool, in_form: bool) -> dict[str, float]:
+    return {"correct": float(correct), "extracted": float(extracted), "format": float(in_form)}

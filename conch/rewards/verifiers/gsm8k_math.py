@@ -1,0 +1,57 @@
+"""Compares by mathematical value with math-verify, `pip install "conch[math]"`.
+
+math-verify's time limits are off here: they are alarm signals, which work in the main thread only and whose
+expiry counts as a wrong answer. The caller sets the deadline (`conch/rewards/verifiers/pool.py`).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+from conch.errors import ConfigError
+
+_NEEDED = ("math_verify", "latex2sympy2_extended", "antlr4")
+
+
+def check_installed() -> None:
+    """Tell that math-verify or a part of it is missing, without loading it.
+
+    Raises:
+        ConfigError: with the command that installs it.
+    """
+    missing = [module for module in _NEEDED if find_spec(module) is None]
+    if missing:
+        raise ConfigError(
+            f'extractor=math needs {" and ".join(missing)}; install it with pip install "conch[math]", or '
+            "choose extractor=flexible"
+        )
+
+
+def warm_up() -> None:
+    """Load math-verify and let its LaTeX parser build its tables, which takes about 2 s."""
+    from math_verify import grader, parser
+
+    # It warns once that its time limits are off, which is on purpose.
+    parser.TIMEOUT_WARNING_SHOWN = grader.TIMEOUT_WARNING_SHOWN = True
+    compare(r"The answer is $\frac{1}{2} + 17.5$ or \boxed{18}.", "18")
+
+
+def compare(completion: str, gold: str) -> tuple[bool, bool]:
+    """Whether math-verify finds a completion's answer equal to a number, and whether it finds an answer."""
+    from math_verify import verify
+
+    answers = _parse(completion)
+    return verify(_parse_gold(gold), answers, timeout_seconds=None), bool(answers)
+
+
+def _parse(text: str) -> list[Any]:
+    from math_verify import parse
+
+    return parse(text, parsing_timeout=None)  # pyright: ignore[reportArgumentType] (None is documented)
+
+
+@lru_cache(maxsize=4096)
+def _parse_gold(gold: str) -> list[Any]:
+    return _parse(gold)

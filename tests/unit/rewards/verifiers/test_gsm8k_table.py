@@ -1,0 +1,100 @@
+"""Completions that a person has labelled: what each extractor accepts, and who is wrong where, as docs say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from conch.config.verifiers import GSM8KConfig, GSM8KExtractor
+from conch.rewards.verifiers.gsm8k import GSM8K
+
+TABLE = Path(__file__).with_name("gsm8k_completions.jsonl")
+DOCS = Path(__file__).resolve().parents[4] / "docs" / "verifiable_rewards.md"
+EXTRACTORS: tuple[GSM8KExtractor, ...] = get_args(GSM8KExtractor)
+KINDS = (
+    *("after ####", "units", "currency", "thousands", "fractions", "percent", "several answers"),
+    *("answer repeated in a check", "LaTeX", "bold", "words", "negative", "time", "empty", "truncated"),
+    *("<think> and <answer> tags", "punctuation"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """kind: of difficulty.
+    is_right: what a person says who reads the completion and knows the answer `gold`.
+    accepted_by: extractors that call it right, as recorded."""
+
+    kind: str
+    completion: str
+    gold: str
+    is_right: bool
+    accepted_by: list[GSM8KExtractor]
+
+
+ROWS = [Row(**json.loads(line)) for line in TABLE.read_text(encoding="utf-8").splitlines()]
+
+
+def accepted(extractor: GSM8KExtractor, completion: str, gold: str) -> bool:
+    verifier = GSM8K(GSM8KConfig(extractor=extractor))
+    return bool(verifier.verify(completion, verifier.read_key({"answer": gold})).facts["correct"])
+
+
+def wrong(extractor: GSM8KExtractor, rows: list[Row]) -> tuple[int, int]:
+    """False positives and false negatives."""
+    verdicts = [(extractor in row.accepted_by, row.is_right) for row in rows]
+    return verdicts.count((True, False)), verdicts.count((False, True))
+
+
+def test_table_holds_every_kind_with_right_and_wrong_completions() -> None:
+    assert len(ROWS) >= 120
+    assert len({(row.completion, row.gold) for row in ROWS}) == len(ROWS)
+    assert {row.kind for row in ROWS} == set(KINDS)
+    assert {row.kind for row in ROWS if row.is_right} == set(KINDS) - {"empty"}
+    assert {row.kind for row in ROWS if not row.is_right} == set(KINDS)
+
+
+@pytest.mark.parametrize("extractor", EXTRACTORS)
+def test_extractor_accepts_what_is_recorded(extractor: GSM8KExtractor) -> None:
+    found = {(row.completion, row.gold) for row in ROWS if accepted(extractor, row.completion, row.gold)}
+    assert found == {(row.completion, row.gold) for row in ROWS if extractor in row.accepted_by}
+
+
+@pytest.mark.parametrize(
+    ("completion", "by"),
+    [
+        ("#### 18.00", (0, 0, 0, 1)),
+        ("#### 18.", (1, 1, 0, 1)),
+        ("#### $18", (0, 1, 0, 1)),
+        ("#### 17 ... #### 18", (0, 1, 1, 1)),
+        ("#### 18\nCheck: 18 / 2 = 9.", (1, 0, 1, 0)),
+        ("The answer is 18 dollars.", (0, 1, 0, 1)),
+    ],
+)
+def test_known_differences_come_out_as_in_the_originals(completion: str, by: tuple[int, ...]) -> None:
+    """lm-eval 0.4.13 strict and flexible, verl 0.9.1, math-verify 0.9.0, each run by itself."""
+    (row,) = [row for row in ROWS if (row.completion, row.gold) == (completion, "18")]
+    assert tuple(int(extractor in row.accepted_by) for extractor in EXTRACTORS) == by
+
+
+def table_line(title: str, rows: list[Row]) -> str:
+    """A line of the table in the docs: how many completions, how many of them right, and who is wrong."""
+    cells = [f"{positives} / {negatives}" for positives, negatives in (wrong(e, rows) for e in EXTRACTORS)]
+    return f"| {' | '.join([title, str(len(rows)), str(sum(row.is_right for row in rows)), *cells])} |"
+
+
+def test_docs_tell_who_is_wrong_where() -> None:
+    lines = [table_line(f"`{kind}`", [row for row in ROWS if row.kind == kind]) for kind in KINDS]
+    lines += [table_line("all", ROWS)]
+    docs = DOCS.read_text(encoding="utf-8")
+    assert "\n".join(lines) in docs
+    math, flexible, verl, strict = (sum(wrong(e, ROWS)) for e in ("math", "flexible", "verl", "strict"))
+    assert f"{math} times of {len(ROWS)}, `flexible` {flexible}, `verl` {verl}, `strict` {strict}." in docs
+
+
+def test_default_extractor_is_the_one_that_is_wrong_least_often() -> None:
+    errors = {extractor: sum(wrong(extractor, ROWS)) for extractor in EXTRACTORS}
+    assert GSM8KConfig().extractor == min(EXTRACTORS, key=errors.__getitem__)
