@@ -1,4 +1,4 @@
-"""Completions that a person has labelled: what each extractor accepts, and who is wrong where, as docs say."""
+"""Completions that a person has labelled: what each extractor accepts, and who is wrong where in the docs."""
 
 from __future__ import annotations
 
