@@ -284,6 +284,15 @@ def test_nothing_outlives_a_trainer_that_is_killed(tmp_path: Path, completion: s
     wait_until(lambda: not is_running(pid))
 
 
+def test_math_verify_that_never_ends_is_killed() -> None:
+    """It works the power out, digit by digit."""
+    verifier = GSM8K(GSM8KConfig(extractor="math", processes=1, check_timeout_s=2))
+    with CheckPool(verifier) as pool:
+        with pytest.raises(TimeoutError, match=r"gsm8k: the check took longer than 2 s"):
+            pool.submit("The answer is 9^9^9^9.", "18").result(timeout=120)
+        assert pool.submit("The answer is 3^2.", "9").result(timeout=120).scores == {"answer": 1.0}
+
+
 def test_math_verify_checks_in_a_pool_from_any_thread() -> None:
     verifier = GSM8K(GSM8KConfig(extractor="math", processes=1, check_timeout_s=60))
     verdicts = []
