@@ -62,7 +62,6 @@ OWNERS = {
     "tensorboard": ("conch/runs/tracking.py",),
     "matplotlib": ("conch/runs/plots.py", "conch/cli/sweeps/pictures.py"),
     "math_verify": ("conch/rewards/verifiers/gsm8k_math.py",),
-    "pebble": ("conch/rewards/verifiers/pool.py",),
     "langdetect": ("conch/rewards/verifiers/ifeval/*.py",),
     "punkt": ("conch/rewards/verifiers/ifeval/*.py",),
     "optuna": ("conch/cli/sweeps/search.py",),
