@@ -109,18 +109,17 @@ class GSM8K(Verifier[str]):
                 {"answer": float(correct)}, _facts(correct, extracted, _MARKED.search(completion) is not None)
             )
         tags = read_tags(completion)
-        verdicts = [self._compare_answer(answer, key) for answer in tags.answers]
-        correct, extracted = verdicts[0] if verdicts else (False, False)
+        first = tags.answers[0] if tags.answers else ""
+        correct, extracted = self._compare_answer(first, key) if first else (False, False)
         if version == "torchrl":
-            in_form = bool(tags.answers and tags.answers[0])
+            in_form = bool(first)
             form, other, right = 0.1 * in_form, 0.0, 1.0
         else:
             one_answer, one_thought = len([*filter(None, tags.answers)]) == 1, len(tags.thoughts) == 1
             in_form = one_answer and one_thought
             form, right = 5.0 * one_answer + 5.0 * one_thought, 100.0
-            other = 20.0 * any(is_equal for is_equal, _ in verdicts[1:]) + 10.0 * any(
-                key in numbers_in(answer) for answer in tags.answers
-            )
+            later_is_right = any(self._compare_answer(answer, key)[0] for answer in tags.answers[1:])
+            other = 20.0 * later_is_right + 10.0 * any(key in numbers_in(answer) for answer in tags.answers)
         scores = {"answer": right - form if correct else other, "format": form}
         return Verdict(scores, _facts(correct, extracted, in_form))
 

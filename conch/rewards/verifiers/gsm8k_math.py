@@ -6,6 +6,7 @@ expiry counts as a wrong answer. The caller sets the deadline (`conch/rewards/ve
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -31,27 +32,26 @@ def check_installed() -> None:
 
 def warm_up() -> None:
     """Load math-verify and let its LaTeX parser build its tables, which takes about 2 s."""
-    from math_verify import grader, parser
-
-    # It warns once that its time limits are off, which is on purpose.
-    parser.TIMEOUT_WARNING_SHOWN = grader.TIMEOUT_WARNING_SHOWN = True
     compare(r"The answer is $\frac{1}{2} + 17.5$ or \boxed{18}.", "18")
 
 
 def compare(completion: str, gold: str) -> tuple[bool, bool]:
     """Whether math-verify finds a completion's answer equal to a number, and whether it finds an answer."""
-    from math_verify import verify
-
-    answers = _parse(completion)
+    parse, verify = _library()
+    answers = parse(completion, parsing_timeout=None)
     return verify(_parse_gold(gold), answers, timeout_seconds=None), bool(answers)
-
-
-def _parse(text: str) -> list[Any]:
-    from math_verify import parse
-
-    return parse(text, parsing_timeout=None)  # pyright: ignore[reportArgumentType] (None is documented)
 
 
 @lru_cache(maxsize=4096)
 def _parse_gold(gold: str) -> list[Any]:
-    return _parse(gold)
+    parse, _ = _library()
+    return parse(gold, parsing_timeout=None)
+
+
+@lru_cache(maxsize=1)
+def _library() -> tuple[Callable[..., list[Any]], Callable[..., bool]]:
+    """math-verify's `parse` and `verify`, without their warnings that the time limits are off."""
+    from math_verify import grader, parser
+
+    parser.TIMEOUT_WARNING_SHOWN = grader.TIMEOUT_WARNING_SHOWN = True
+    return parser.parse, grader.verify

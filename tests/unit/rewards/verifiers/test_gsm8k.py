@@ -81,7 +81,7 @@ RIGHT, WRONG = "<think>9 * 2 = 18</think><answer>18</answer>", "<think>9 + 2 = 1
         ("torchrl", "<answer>18", 0.0, 0.0, 0, 0),
         ("torchrl", "<answer>18.00</answer>", 0.9, 0.1, 1, 1),
         ("torchrl", "<answer> $18 </answer>", 0.9, 0.1, 1, 1),
-        ("torchrl", "<answer>18%</answer>", 0.9, 0.1, 1, 1),
+        ("torchrl", "<answer>18.00%</answer>", 0.9, 0.1, 1, 1),
         ("torchrl", "<answer>She saw 18 snakes</answer>", 0.9, 0.1, 1, 1),
         ("torchrl", "<answer>17</answer><answer>18</answer>", 0.0, 0.1, 0, 1),
         ("torchrl", "<think>Is it <answer>17</answer>? No.</think><answer>18</answer>", 0.9, 0.1, 1, 1),

@@ -1,4 +1,4 @@
-"""Completions that a person has labelled: what each extractor accepts, and who is wrong where, as docs say."""
+"""Completions that a person has labelled: what each extractor accepts, and who is wrong where in the docs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+import math_verify
 import pytest
 
+from benchmarks.completions import make_samples
 from conch.config.verifiers import GSM8KConfig, GSM8KExtractor
 from conch.rewards.verifiers.gsm8k import GSM8K
 
@@ -98,3 +100,15 @@ def test_docs_tell_who_is_wrong_where() -> None:
 def test_default_extractor_is_the_one_that_is_wrong_least_often() -> None:
     errors = {extractor: sum(wrong(extractor, ROWS)) for extractor in EXTRACTORS}
     assert GSM8KConfig().extractor == min(EXTRACTORS, key=errors.__getitem__)
+
+
+def test_math_judges_as_math_verify_does_by_itself() -> None:
+    """Its time limits are off here and on there, and the gold is parsed once here."""
+    for row in ROWS:
+        theirs = math_verify.verify(math_verify.parse(row.gold), math_verify.parse(row.completion))
+        assert ("math" in row.accepted_by) == theirs, row
+    samples = make_samples([f"{n} + {n} is {2 * n}.\n#### {2 * n:,}" for n in range(0, 3000, 23)], 500)
+    for sample in samples:
+        gold = GSM8K().read_key({"answer": sample.answer})
+        theirs = math_verify.verify(math_verify.parse(gold), math_verify.parse(sample.completion))
+        assert accepted("math", sample.completion, gold) == theirs, sample
