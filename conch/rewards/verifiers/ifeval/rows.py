@@ -175,8 +175,8 @@ def read_instructions(row: Mapping[str, Any], where: str = "") -> tuple[Instruct
         raise DataError(f"has {where}no instruction in `instruction_id_list`")
     if len(names) != len(kwargs):
         raise DataError(
-            f"has {where}{len(names)} instructions in `instruction_id_list`, but arguments for {len(kwargs)} "
-            "in `kwargs`"
+            f"has {where}{len(names)} in `instruction_id_list`, but {len(kwargs)} in `kwargs`; each "
+            "instruction needs its arguments, `{}` for none"
         )
     return tuple(read_instruction(name, given, where) for name, given in zip(names, kwargs, strict=True))
 
@@ -221,9 +221,7 @@ def _check_together(instruction: Instruction, where: str) -> None:
     arguments = instruction.arguments
     nth, of = arguments.get("nth_paragraph", 0), arguments.get("num_paragraphs", 0)
     if nth > of:
-        raise DataError(
-            f"has {where}`nth_paragraph`={nth} for {instruction.type}, of `num_paragraphs`={of} only"
-        )
+        raise DataError(f"has {where}`nth_paragraph`={nth} for {instruction.type}, but `num_paragraphs`={of}")
 
 
 def _listed(row: Mapping[str, Any], column: str, where: str) -> Sequence[Any]:

@@ -80,8 +80,8 @@ def pooled(scores: Iterable[Scores]) -> dict[str, float]:
     one. NaN for an empty set.
     """
     every = list(scores)
-    strict = [followed for each in every for followed in each.strict]
-    loose = [followed for each in every for followed in each.loose]
+    strict = [float(followed) for each in every for followed in each.strict]
+    loose = [float(followed) for each in every for followed in each.loose]
     return {
         "prompt_level_strict_acc": _mean([each.prompt_strict for each in every]),
         "inst_level_strict_acc": _mean(strict),

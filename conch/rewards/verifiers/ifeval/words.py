@@ -62,7 +62,7 @@ def treebank_words(text: str) -> list[str]:
     text = f" {' '.join(_BREAK.sub(' ', text).split())} "
     for ending in _ENDINGS:
         text = ending.sub(r" \g<0>", text)
-    return _JOINED.sub(r"\g<0> ", text).split()
+    return _JOINED.sub(r" \g<0> ", text).split()
 
 
 @functools.lru_cache(maxsize=4096)
