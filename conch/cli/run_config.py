@@ -140,8 +140,17 @@ def _sweep(
         options += ["--config-name", arguments.config_name]
     if arguments.config_dir != default_dir:
         options += ["--config-dir", str(arguments.config_dir)]
-    where = (arguments.config_name, arguments.config_dir)
-    return run_sweep(Request(section, tuple(argv), tuple(arguments.overrides), tuple(options), *where))
+    return run_sweep(
+        Request(
+            section,
+            words=tuple(argv),
+            overrides=tuple(arguments.overrides),
+            options=tuple(options),
+            config_name=arguments.config_name,
+            config_dir=arguments.config_dir,
+            print_only=arguments.print_config,
+        )
+    )
 
 
 def config_roots(name: str, config_dir: Path) -> tuple[Path, Path]:

@@ -109,7 +109,22 @@ def split_settings(overrides: Sequence[str]) -> tuple[SweepConfig, list[str]]:
             )
         else:
             rest.append(text)
-    return load(_Named, {"sweep": settings}).sweep, rest
+    return load(_Named, _resolved({"sweep": settings})).sweep, rest
+
+
+def _resolved(settings: dict[str, Any]) -> dict[str, Any]:
+    """Resolve interpolations in a sweep's settings, such as Hydra's `${now:%Y-%m-%d}` in its folder."""
+    from hydra.core.utils import setup_globals
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    setup_globals()
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(settings), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"cannot resolve a setting of the sweep: {error}") from None
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
 
 
 class _Named(Section):

@@ -103,9 +103,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def launcher_environment(launcher: str | None) -> dict[str, str]:
-    """Variables that keep launchers of several jobs apart: torchrun's port of rendezvous."""
-    return {} if launcher is None else {"PET_MASTER_PORT": str(free_port())}
+def launcher_environment(launcher: str | None, environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables of a job with a launcher: a port of its own for torchrun, and this Python as `python`."""
+    if launcher is None:
+        return {}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
+    return {"PET_MASTER_PORT": str(free_port()), "PATH": path}
 
 
 def visible_devices(environment: Mapping[str, str]) -> list[str]:

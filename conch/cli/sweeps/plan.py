@@ -24,6 +24,7 @@ class Request:
     overrides: those of `words` that are `key=value`.
     options: those of `words` that name the configuration file.
     config_name, config_dir: the file, given or not.
+    print_only: show the jobs, and run none.
     """
 
     section: type[Section]
@@ -32,6 +33,7 @@ class Request:
     options: Sequence[str]
     config_name: str
     config_dir: Path
+    print_only: bool = False
 
     def compose(self, overrides: Sequence[str]) -> dict[str, Any]:
         """Compose and validate the configuration of a job; returns what was composed."""
@@ -71,6 +73,23 @@ def plan_jobs(record: Record, request: Request, settings: SweepConfig, axes: Seq
         wanted.append((overrides, checked_digest(record, request, f"job {number}", overrides)))
     choose(record, wanted)
     reset_unfinished(record)
+
+
+def print_plan(request: Request, settings: SweepConfig, axes: Sequence[Axis]) -> None:
+    """Validate and print the jobs of this command, one a line; of a search what it chooses from.
+
+    Raises:
+        ConfigError: see `plan_jobs`.
+    """
+    record = Record(Path("sweep"), request.section.__name__)
+    if settings.trials is not None:
+        _plan_search(record, request, settings, axes)
+        space = " ".join(_space_of(axis) for axis in axes if axis.is_swept)
+        print(f"{search.number_of_trials(axes, settings)} trials of {space}")
+        return
+    for number, overrides in enumerate(product(axes)):
+        checked_digest(record, request, f"job {number}", overrides)
+        print(f"{number}: {' '.join(overrides)}")
 
 
 def _plan_search(record: Record, request: Request, settings: SweepConfig, axes: Sequence[Axis]) -> None:

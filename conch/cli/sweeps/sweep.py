@@ -22,7 +22,14 @@ from conch.atomic_files import replace_text
 from conch.cli.sweeps import launch, pictures, report, search
 from conch.cli.sweeps.grammar import Axis, split_settings
 from conch.cli.sweeps.launch import Program
-from conch.cli.sweeps.plan import Request, checked_digest, own_words, plan_axes, plan_jobs
+from conch.cli.sweeps.plan import (
+    Request,
+    checked_digest,
+    own_words,
+    plan_axes,
+    plan_jobs,
+    print_plan,
+)
 from conch.cli.sweeps.processes import FolderLock, JobProcess, Jobs
 from conch.cli.sweeps.record import Job, Record, make_folder, read_record, write_hydra_files
 from conch.cli.sweeps.results import (
@@ -51,6 +58,9 @@ def run_sweep(request: Request) -> int:
     program = launch.find_program(request.words)
     program.command(settings.launcher, ())
     axes = plan_axes(request, settings, words)
+    if request.print_only:
+        print_plan(request, settings, axes)
+        return 0
     slots = launch.slots_of(settings, launch.visible_devices(os.environ))
     if settings.trials is not None:
         search.check_installed()
@@ -229,7 +239,7 @@ class Sweep:
             environment = {
                 **launch.slot_environment(slot),
                 **launch.thread_environment(self.settings, os.environ),
-                **launch.launcher_environment(self.settings.launcher),
+                **launch.launcher_environment(self.settings.launcher, os.environ),
             }
             job.state = "running"
             self.record.save()
@@ -268,14 +278,13 @@ class Sweep:
             self._prune_where_due(job)
             self._measure(job)
             self._reporter.event("job %d %s: %s", job.number, job.state, _result(job))
-        elif self._leaving and from_outside:
+        elif self._leaving:
+            # Whatever the code: launchers have their own for ranks that leave.
             job.state = "stopped"
             self._reporter.event("job %d stopped", job.number)
         elif from_outside and self._may_retry(job):
             job.state = "waiting"
-            self._reporter.event(
-                "job %d was killed from outside (code %d): it is started again", job.number, code
-            )
+            self._reporter.event("job %d was killed (code %d): it is started again", job.number, code)
         else:
             job.state, job.error = "failed", last_error(process.log, process.log_start)
             self._reporter.event("job %d failed (code %d): %s", job.number, code, job.error)

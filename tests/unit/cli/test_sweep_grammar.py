@@ -134,6 +134,14 @@ def test_settings_are_taken_off_the_command_line() -> None:
     assert (settings.jobs, settings.dir, settings.devices) == (3, Path("here/it is"), (0, "GPU-1"))
 
 
+def test_interpolations_of_the_folder_are_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WHERE", "disk")
+    settings, _ = split_settings(["hydra.sweep.dir='${oc.env:WHERE}/${now:%Y}'"])
+    assert settings.dir is not None and settings.dir.parts[0] == "disk" and int(settings.dir.name) >= 2026
+    with pytest.raises(ConfigError, match="cannot resolve"):
+        split_settings(["sweep.dir='${nowhere}'"])
+
+
 def test_names_of_hydras_optuna_sweeper_are_understood() -> None:
     settings, _ = split_settings(
         ["hydra.sweeper.n_trials=9", "hydra.launcher.n_jobs=2", "hydra.sweeper.sampler.seed=4"]
