@@ -30,13 +30,14 @@ FirstT = TypeVar("FirstT")
 ResultT = TypeVar("ResultT")
 
 
-def describe(section: type[Section], values: Section | None = None) -> str:
+def describe(section: type[Section], values: Section | None = None, *, prefix: str = "") -> str:
     """List every key of `section` and of the sections in it: full name, type, default and docstring.
 
     values: shown for the defaults, for example those that a configuration file sets; None takes the section's
         own.
+    prefix: full name of `section` where it stands inside another, with a dot behind.
     """
-    return "\n".join(_describe_fields(section, prefix="", defaults=values))
+    return "\n".join(_describe_fields(section, prefix=prefix, defaults=values))
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import yaml
 from pydantic_core import to_jsonable_python
@@ -23,8 +23,12 @@ from pydantic_core import to_jsonable_python
 import conch
 from conch.cli.options import describe, over_defaults
 from conch.config import Section, load
+from conch.config.base import nested_section
 from conch.errors import ConchError, ConfigError
 from conch.log import setup_logging
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -72,17 +76,19 @@ def load_run_config(
 ) -> SectionT:
     """Turn command-line arguments into a validated `section`.
 
-    Understands `[--config-name NAME] [--config-dir DIR] [--print-config] [--help] [key=value ...]`. `--help`
-    prints every key with its type, default and meaning, where a file is named with the file's values for
-    defaults; `--print-config` prints the composed configuration, and without any `key=value` also one that
-    lacks something, with a comment that says what; both exit 0.
+    Understands `[--config-name NAME] [--config-dir DIR] [--print-config] [--multirun] [--help]
+    [key=value ...]`. `--help` prints every key with its type, default and meaning, where a file is named with
+    the file's values for defaults; `--print-config` prints the composed configuration, and without any
+    `key=value` also one that lacks something, with a comment that says what; both exit 0. With `--multirun`
+    this process becomes the parent of a sweep, which starts the program anew for each job.
 
     default_name: the configuration that runs when none is named.
     config_dir: folder of the configurations; None takes `default_config_dir()`.
 
     Raises:
         ConfigError: see `compose` and `conch.config.load`.
-        SystemExit: after `--help` and `--print-config` (0), and for an unknown option (2).
+        SystemExit: after `--help` and `--print-config` (0), for an unknown option (2), and after a sweep (see
+            `conch.cli.sweeps.run_sweep`).
     """
     parser = _parser(section, default_name, config_dir or default_config_dir())
     arguments = parser.parse_intermixed_args(list(argv))
@@ -92,7 +98,13 @@ def load_run_config(
             shown = load(section, compose(arguments.config_name, (), arguments.config_dir))
         keys = "keys" if shown is None else f"keys, with the values of {arguments.config_name} as defaults"
         print(f"{parser.format_help()}\n{keys}:\n{describe(section, shown)}")
+        if _may_sweep(section):
+            from conch.cli.sweeps import SweepConfig
+
+            print(f"\nkeys of --multirun:\n{describe(SweepConfig, prefix='sweep.')}")
         raise SystemExit(0)
+    if getattr(arguments, "multirun", False):
+        raise SystemExit(_sweep(section, argv, arguments, default_name, parser.get_default("config_dir")))
     values = compose(arguments.config_name, arguments.overrides, arguments.config_dir)
     try:
         config = load(section, values)
@@ -105,6 +117,49 @@ def load_run_config(
         print(to_yaml(config), end="")
         raise SystemExit(0)
     return config
+
+
+def _may_sweep(section: type[Section]) -> bool:
+    """True for a configuration of a run: one that says where the run is and whether it resumes."""
+    train = section.model_fields.get("train")
+    fields = getattr(nested_section(train.annotation), "model_fields", {}) if train is not None else {}
+    return {"run_dir", "resume"} <= set(fields)
+
+
+def _sweep(
+    section: type[Section],
+    argv: Sequence[str],
+    arguments: argparse.Namespace,
+    default_name: str,
+    default_dir: Path,
+) -> int:
+    from conch.cli.sweeps import Request, run_sweep
+
+    options: list[str] = []
+    if arguments.config_name != default_name:
+        options += ["--config-name", arguments.config_name]
+    if arguments.config_dir != default_dir:
+        options += ["--config-dir", str(arguments.config_dir)]
+    return run_sweep(
+        Request(
+            section,
+            words=tuple(argv),
+            overrides=tuple(arguments.overrides),
+            options=tuple(options),
+            config_name=arguments.config_name,
+            config_dir=arguments.config_dir,
+            print_only=arguments.print_config,
+        )
+    )
+
+
+def config_roots(name: str, config_dir: Path) -> tuple[Path, Path]:
+    """Folders in which the groups of a configuration file are searched: its own, then `config_dir`.
+
+    Raises:
+        ConfigError: no such file.
+    """
+    return _find_config(name, config_dir).parent, config_dir
 
 
 def _incomplete(section: type[Section], values: Mapping[str, Any], error: ConfigError) -> str:
@@ -184,6 +239,12 @@ def _parser(section: type[Section], default_name: str, config_dir: Path) -> argp
     parser.add_argument(
         "--print-config", action="store_true", help="show the composed configuration, and leave"
     )
+    if _may_sweep(section):
+        parser.add_argument(
+            *("-m", "--multirun"),
+            action="store_true",
+            help="run once for each combination of values: key=a,b other=range(1,4); keys sweep.* say how",
+        )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the file")
     return parser
 
@@ -200,23 +261,33 @@ def _find_config(name: str, config_dir: Path) -> Path:
 
 def _force(text: str, roots: Sequence[Path]) -> str:
     """Return the override in a form that may add a key that the file leaves out, which Hydra refuses."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import OverrideType
+
+    override = parse_override(text)
+    if override.is_sweep_override():
+        key, _, value = text.partition("=")
+        remedy = f"write {key}=[{value}] for a list, {_quoted(text)} for text; --multirun tries each of them"
+        raise ConfigError(f"override `{text}` holds several values; {remedy}")
+    picks_file = any((root / override.key_or_group).is_dir() for root in roots)
+    return f"++{text}" if override.type is OverrideType.CHANGE and not picks_file else text
+
+
+def parse_override(text: str) -> Override:
+    """Parse an override by Hydra's grammar.
+
+    Raises:
+        ConfigError: says how a shell and Hydra are told to read the text as a value.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     try:
-        override = OverridesParser.create().parse_override(text)
+        return OverridesParser.create().parse_override(text)
     except HydraException as error:
         remedy = (
             f"in a shell, {_quoted(text)} with both kinds of quotes" if "=" in text else "write key=value"
         )
         raise ConfigError(f"cannot read the override `{text}`: {_readable(error)}; {remedy}") from None
-    if override.is_sweep_override():
-        key, _, value = text.partition("=")
-        remedy = f"write {key}=[{value}] for a list, {_quoted(text)} for text"
-        raise ConfigError(f"override `{text}` holds several values; {remedy}")
-    picks_file = any((root / override.key_or_group).is_dir() for root in roots)
-    return f"++{text}" if override.type is OverrideType.CHANGE and not picks_file else text
 
 
 def _quoted(override: str) -> str:

@@ -15,7 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from conch.atomic_files import replace_text
 from conch.cli import save_resolved
+from conch.cli.sweeps.results import BEST_METRIC_FILE
 from conch.config import TrainConfig
 from conch.distributed.launcher import launched_processes
 from conch.errors import ConfigError
@@ -151,6 +153,8 @@ def _evaluate(
                 f"`train.best_metric` = {best_metric} is no evaluation metric; there are: {names}"
             )
         return scores, False
+    if trainer.engine.collectives.is_main:
+        replace_text(run.folder / BEST_METRIC_FILE, f"{metric}\n")
     return scores, run.note(run.step, metric, scores[metric]) and run.step > 0
 
 
