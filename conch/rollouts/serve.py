@@ -18,8 +18,8 @@ import yaml
 from conch.cli import describe, run_main
 from conch.config import load
 from conch.errors import ConfigError
-from conch.rollouts.vllm.restart import PARENT_PID_VARIABLE, run_and_restart
-from conch.rollouts.vllm.server_config import ServerConfig
+from conch.rollouts.server_config import ServerConfig
+from conch.servers.restart import PARENT_PID_VARIABLE, run_and_restart
 
 
 def main(argv: Sequence[str]) -> None:
