@@ -7,9 +7,7 @@ vLLM (`conch/rollouts/vllm/server.py`) or transformers (`conch/rollouts/hf/serve
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -33,7 +31,6 @@ from conch.rollouts.protocol import (
 )
 from conch.rollouts.server_config import ServerConfig
 from conch.servers.listening import BAD_REQUEST, STALE_WEIGHTS, UNAVAILABLE, make_listener
-from conch.servers.restart import exit_with_parent
 
 _log = get_logger(__name__)
 
@@ -247,10 +244,3 @@ async def listen(server: RolloutServer, config: ServerConfig) -> None:
     listener = make_listener(make_app(server), config)
     _log.info("serving %s with %s on %s:%d", config.model, server.sampler.name, config.host, config.port)
     await listener.serve()
-
-
-def leave_with_parent() -> None:
-    """Let SIGTERM, or the end of the parent process, end this server with code 0."""
-    # uvicorn raises SIGTERM once more after it has stopped, while the sampler is still to be ended.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    exit_with_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))

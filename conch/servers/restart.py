@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -99,3 +100,24 @@ def exit_with_parent(exit_server: Callable[[], None]) -> None:
         exit_server()
 
     threading.Thread(target=watch, daemon=True, name="parent").start()
+
+
+def leave_with_parent() -> None:
+    """Let SIGTERM, or the end of the parent process, end this server with code 0."""
+    # uvicorn raises SIGTERM once more after it has stopped, while an engine is still to be ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    exit_with_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def start(main: Callable[[], None], module: str, argv: Sequence[str], *, restart: bool) -> None:
+    """Run a server: in a process below this one where it is to be started again, else here.
+
+    main: serves, in this process.
+    module: with `argv`, the command line of the process below.
+
+    Raises:
+        SystemExit: with the exit code of the process below.
+    """
+    if restart and PARENT_PID_VARIABLE not in os.environ:
+        raise SystemExit(run_and_restart([sys.executable, "-m", module, *argv]))
+    main()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
+import yaml
 from pydantic import Field, model_validator
 
 from conch.access.tls import ServerTls
 from conch.addresses import is_loopback
-from conch.config import Section
+from conch.config import Section, load
+from conch.errors import ConfigError
 
 
 class ListenSettings(Section):
@@ -71,3 +75,19 @@ class ListenSettings(Section):
         if self.tls_cert is None or self.tls_key is None:
             return None
         return ServerTls(self.tls_cert, self.tls_key, self.tls_ca, self.require_client_cert)
+
+
+SettingsT = TypeVar("SettingsT", bound=ListenSettings)
+
+
+def load_settings(section: type[SettingsT], argv: Sequence[str]) -> SettingsT:
+    """Settings from a command line of `key=value`.
+
+    Raises:
+        ConfigError: one line per mistake.
+    """
+    pairs = [text.partition("=") for text in argv]
+    for key, sign, _ in pairs:
+        if not sign:
+            raise ConfigError(f"`{key}` is no setting: write key=value; --help lists the keys")
+    return load(section, {key: yaml.safe_load(value) for key, _, value in pairs})

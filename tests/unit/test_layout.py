@@ -23,7 +23,7 @@ COLUMNS = (
     {"ops", "addresses", "access", "atomic_files", "cli"},
     {"losses", "advantages", "servers"},
     {"distributed", "data", "models", "triton"},
-    {"rollouts", "rewards", "store", "runs", "sizing"},
+    {"rollouts", "reference", "rewards", "store", "runs", "sizing"},
     {"evaluation", "serving", "plots"},
     {"training"},
     {"trainers"},

@@ -17,7 +17,7 @@ from conch.errors import ModelError
 from conch.log import get_logger
 from conch.models.loading import load_tokenizer
 from conch.rollouts.protocol import CompletionReply, GenerateRequest, LoraCapacity, WeightUpdate
-from conch.rollouts.server import RolloutServer, leave_with_parent, listen
+from conch.rollouts.server import RolloutServer, listen
 from conch.rollouts.server_config import ServerConfig
 from conch.rollouts.stopping import StopCondition
 from conch.rollouts.vllm.build import (
@@ -34,7 +34,7 @@ from conch.rollouts.vllm.build import (
 )
 from conch.rollouts.vllm.engine import sampling_params
 from conch.servers.listening import check_access
-from conch.servers.restart import ENGINE_DIED
+from conch.servers.restart import ENGINE_DIED, leave_with_parent
 
 _log = get_logger(__name__)
 
