@@ -83,10 +83,17 @@ def score(words: Sequence[str]) -> int:
 
 
 def rollout_server(words: Sequence[str]) -> int:
-    """Start a vLLM server that trainers sample from: `conch rollout-server key=value ...`."""
+    """Start a server that trainers sample from: `conch rollout-server key=value ...`."""
     from conch.rollouts import serve as server
 
     _run("conch rollout-server", server.main, words)
+
+
+def reference_server(words: Sequence[str]) -> int:
+    """Start a server that holds the reference of PPO and GRPO: `conch reference-server key=value ...`."""
+    from conch.reference import serve as server
+
+    _run("conch reference-server", server.main, words)
 
 
 def size(words: Sequence[str]) -> int:
@@ -105,7 +112,7 @@ def plot(words: Sequence[str]) -> int:
 
 _VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     verb.__name__.replace("_", "-"): verb
-    for verb in (train, convert, serve, score, rollout_server, size, plot)
+    for verb in (train, convert, serve, score, rollout_server, reference_server, size, plot)
 }
 
 

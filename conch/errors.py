@@ -14,6 +14,8 @@
     │   └── ParityError             the converted model does not score like the original
     ├── RolloutError            completions could not be sampled: memory, or a server that goes astray
     │   └── RolloutUnavailableError  a server that samples is away, or does not answer in time
+    ├── ReferenceServerError    log-probs of the starting policy could not be had from its servers
+    │   └── ReferenceUnavailableError  a server that holds it is away, or does not answer in time
     ├── CheckpointError         a checkpoint cannot be written or read
     └── DistributedError        the ranks that run are not the ranks that were asked for
 
@@ -82,6 +84,14 @@ class RolloutError(ConchError):
 
 class RolloutUnavailableError(RolloutError):
     """A server that samples is away or its deadline passed. Another one, or asking again, may help."""
+
+
+class ReferenceServerError(ConchError):
+    """A server of the starting policy refuses, or holds another model."""
+
+
+class ReferenceUnavailableError(ReferenceServerError):
+    """A server of the starting policy is away or its deadline passed. Another one, or a later try, helps."""
 
 
 class CheckpointError(ConchError):

@@ -52,12 +52,11 @@ from conch.losses import (
 )
 from conch.models.forward import BatchPacker
 from conch.models.policy import Policy
-from conch.models.reference import Reference, build_reference
 from conch.ops import entropy, kl_estimate, kl_loss_terms, masked_mean
 from conch.training.dynamic_sampling import SampledGroups, sample_groups_with_spread
 from conch.training.kl import GRPOKLConfig, KLController, kl_before_update, kl_of_each, kl_penalties
 from conch.training.logprobs import LogprobOutputs, pack
-from conch.training.online import OnlineTrainer, run_online
+from conch.training.online import AnyReference, OnlineTrainer, run_online
 from conch.training.reward_shaping import RewardShaper, ShapingConfig, overlong_penalties
 from conch.training.setup import rows_of_rank, rows_per_process
 from conch.training.statistics import (
@@ -220,10 +219,8 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
     def updates_per_step(self) -> int:
         return self.config.grpo.epochs * self.config.grpo.minibatches
 
-    def make_reference(self) -> Reference | None:
-        if self.config.grpo.kl.coef == 0:
-            return None
-        return build_reference(self.lm, self.config.model.num_layers_unfrozen)
+    def make_reference(self) -> AnyReference | None:
+        return None if self.config.grpo.kl.coef == 0 else self.starting_policy()
 
     @property
     def computes_old_logprobs(self) -> bool:
@@ -267,7 +264,8 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
             metrics |= self.update(batch)
         tokens = self.config.grpo.samples_per_step * metrics["rollout/length_mean"]
         speed = tokens / (time.perf_counter() - started)
-        return {**metrics, **seconds, "grpo/resamples": float(resamples), "time/tokens_per_s": speed}
+        metrics |= {"grpo/resamples": float(resamples), "time/tokens_per_s": speed}
+        return {**metrics, **seconds, **outputs.waits}
 
     def rollout(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """Sample `group_size` completions per prompt, which stand together; each one's reward is requested as

@@ -37,11 +37,10 @@ from conch.distributed.train_engine import UpdateReport
 from conch.losses import policy_loss_terms, value_loss_terms
 from conch.models.forward import BatchPacker
 from conch.models.policy import PolicyWithValue
-from conch.models.reference import Reference, build_reference
 from conch.ops import kl_estimate, kl_loss_terms, masked_mean, masked_sum, whiten
 from conch.training.kl import KLConfig, KLController, kl_of_each
 from conch.training.logprobs import LogprobOutputs, pack
-from conch.training.online import OnlineTrainer, run_online
+from conch.training.online import AnyReference, OnlineTrainer, run_online
 from conch.training.reward_shaping import RewardShaper, ShapingConfig
 from conch.training.setup import rows_per_process, save_on_main, with_gathered_weights
 from conch.training.statistics import (
@@ -172,8 +171,8 @@ class PPOTrainer(OnlineTrainer[PPORunConfig]):
     def updates_per_step(self) -> int:
         return self.config.ppo.epochs * self.config.ppo.minibatches
 
-    def make_reference(self) -> Reference:
-        return build_reference(self.lm, self.config.model.num_layers_unfrozen)
+    def make_reference(self) -> AnyReference:
+        return self.starting_policy()
 
     # ----------------------------------------------------------------------------------------------- one step
 
@@ -194,7 +193,8 @@ class PPOTrainer(OnlineTrainer[PPORunConfig]):
         with timer(seconds, "time/update_s"):
             metrics |= self.update(batch)
         tokens = self.config.ppo.rollouts_per_step * metrics["rollout/length_mean"]
-        return {**metrics, **seconds, "time/tokens_per_s": tokens / sum(seconds.values())}
+        speed = tokens / sum(seconds.values())
+        return {**metrics, **seconds, **outputs.waits, "time/tokens_per_s": speed}
 
     @torch.no_grad()
     def make_batch(

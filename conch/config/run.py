@@ -12,6 +12,7 @@ from conch.config.data import DataConfig
 from conch.config.generation import EvalGenerationConfig, GenerationConfig
 from conch.config.model import ModelConfig, TokenizerConfig
 from conch.config.optim import OptimizerConfig, SchedulerConfig
+from conch.config.reference import ReferenceConfig
 from conch.config.reward import RewardConfig
 from conch.config.rollout import RolloutConfig
 from conch.config.verifiers import EvaluationConfig
@@ -113,6 +114,7 @@ class OnlineRunConfig(RunConfig):
     generation: GenerationConfig = GenerationConfig()
     eval_generation: EvalGenerationConfig = EvalGenerationConfig()
     rollout: RolloutConfig = RolloutConfig()
+    reference: ReferenceConfig = ReferenceConfig()
     reward: RewardConfig = RewardConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 

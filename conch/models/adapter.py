@@ -21,7 +21,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, load_peft_weights
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from conch.errors import ConfigError, ModelError
@@ -397,3 +397,29 @@ def _base_path(model: PreTrainedModel) -> str | None:
     if not path:
         return None
     return str(Path(path).resolve()) if Path(path).exists() else path
+
+
+def distinct_tensors(lm: PreTrainedModel) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield each saved tensor once: its name without peft's layers, its name in the model, and the tensor.
+
+    A tied tensor has the first of its names, that of the embeddings.
+    """
+    unsaved = {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in lm.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    seen: set[int] = set()
+    for name, tensor in [*lm.named_parameters(), *lm.named_buffers()]:
+        plain = _plain_name(name)
+        if plain is None or name in unsaved or id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        yield plain, name, tensor
+
+
+def _plain_name(name: str) -> str | None:
+    """The name of a tensor without peft's layers around it; None for a tensor of peft's own."""
+    if any(part.startswith("lora_") for part in name.split(".")) or ".original_module." in name:
+        return None
+    return name.replace(".base_layer.", ".").replace(f".modules_to_save.{ADAPTER_NAME}.", ".")

@@ -14,7 +14,7 @@ response tokens of all samples, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -49,6 +49,10 @@ Positions = int | Int[Tensor, " K"]
 Padded rows: R, for the last R tokens, each of which was chosen at the token before it.
 Packed rows: indices into all B * T positions, one for each of the K response tokens of all samples.
 """
+
+
+Packing = Literal["shared", "one_row", "padded"]
+"""Rows that a model reads: packed ones that share prompts, one row without padding, or padded ones."""
 
 
 class ForwardInputs(NamedTuple):
@@ -109,6 +113,11 @@ class BatchPacker:
         self._window = sliding_window(lm.config)
         if not self.packs:
             _log.info("%s reads padded rows: it does not take packed ones", type(lm).__name__)
+
+    @property
+    def kind(self) -> Packing:
+        """The rows that `pack` makes."""
+        return "shared" if self._shares_prompts else "one_row" if self.packs else "padded"
 
     def pack(
         self, input_ids: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], num_response: int

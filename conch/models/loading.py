@@ -176,6 +176,13 @@ def context_window(model_config: PretrainedConfig) -> int | None:
     return None
 
 
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Tokens that the model has embeddings for."""
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    return embeddings.num_embeddings
+
+
 def first_position(model_config: PretrainedConfig) -> int:
     """Position id of a text's first token: 0, or 1 behind the pad token's id where RoBERTa set the custom."""
     if model_config.model_type not in _POSITIONS_BEHIND_PAD:

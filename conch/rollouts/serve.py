@@ -9,17 +9,12 @@ server is ready.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 
-import yaml
-
 from conch.cli import describe, run_main
-from conch.config import load
-from conch.errors import ConfigError
-from conch.rollouts.vllm.restart import PARENT_PID_VARIABLE, run_and_restart
-from conch.rollouts.vllm.server_config import ServerConfig
+from conch.rollouts.server_config import ServerConfig
+from conch.servers.restart import start
+from conch.servers.settings import load_settings
 
 
 def main(argv: Sequence[str]) -> None:
@@ -27,15 +22,15 @@ def main(argv: Sequence[str]) -> None:
     if {"-h", "--help"} & set(argv):
         print(f"{__doc__}\nkeys:\n{describe(ServerConfig)}")
         return
-    pairs = [text.partition("=") for text in argv]
-    for key, sign, _ in pairs:
-        if not sign:
-            raise ConfigError(f"`{key}` is no setting: write key=value; --help lists the keys")
-    config = load(ServerConfig, {key: yaml.safe_load(value) for key, _, value in pairs})
-    if config.restart and PARENT_PID_VARIABLE not in os.environ:
-        raise SystemExit(run_and_restart([sys.executable, "-m", "conch.rollouts.serve", *argv]))
-    from conch.rollouts.vllm.server import serve
+    config = load_settings(ServerConfig, argv)
+    start(lambda: _serve(config), "conch.rollouts.serve", argv, restart=config.restart)
 
+
+def _serve(config: ServerConfig) -> None:
+    if config.engine == "transformers":
+        from conch.rollouts.hf.server import serve
+    else:
+        from conch.rollouts.vllm.server import serve
     serve(config)
 
 

@@ -26,7 +26,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from conch.errors import RolloutError, RolloutUnavailableError, first_line
 from conch.log import get_logger
-from conch.models.adapter import ADAPTER_NAME, has_adapter
+from conch.models.adapter import ADAPTER_NAME, distinct_tensors, has_adapter
 from conch.rollouts.protocol import MAX_LORA_RANK, LoraCapacity, Part, TensorSpec
 from conch.rollouts.rendezvous import SignedStore
 
@@ -48,7 +48,7 @@ def checkpoint_tensors(lm: PreTrainedModel, *, merged: bool = True) -> dict[str,
     """
     tensors = {
         plain: _with_adapter(lm, name, tensor.detach()) if merged else tensor.detach()
-        for plain, name, tensor in _distinct_tensors(lm)
+        for plain, name, tensor in distinct_tensors(lm)
     }
     return revert_weight_conversion(lm, tensors)
 
@@ -59,35 +59,9 @@ def checkpoint_names(lm: PreTrainedModel) -> set[str]:
     # without its shape, and notes it in `ds_shape`.
     shapes = {
         plain: torch.empty(getattr(tensor, "ds_shape", tensor.shape), device="meta")
-        for plain, _, tensor in _distinct_tensors(lm)
+        for plain, _, tensor in distinct_tensors(lm)
     }
     return set(revert_weight_conversion(lm, shapes))
-
-
-def _distinct_tensors(lm: PreTrainedModel) -> Iterator[tuple[str, str, Tensor]]:
-    """Yield each saved tensor once: its name without peft's layers, its name in the model, and the tensor.
-
-    A tied tensor has the first of its names, that of the embeddings.
-    """
-    unsaved = {
-        f"{prefix}.{name}".lstrip(".")
-        for prefix, module in lm.named_modules()
-        for name in module._non_persistent_buffers_set
-    }
-    seen: set[int] = set()
-    for name, tensor in [*lm.named_parameters(), *lm.named_buffers()]:
-        plain = _plain_name(name)
-        if plain is None or name in unsaved or id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        yield plain, name, tensor
-
-
-def _plain_name(name: str) -> str | None:
-    """The name of a tensor without peft's layers around it; None for a tensor of peft's own."""
-    if any(part.startswith("lora_") for part in name.split(".")) or ".original_module." in name:
-        return None
-    return name.replace(".base_layer.", ".").replace(f".modules_to_save.{ADAPTER_NAME}.", ".")
 
 
 def _with_adapter(lm: nn.Module, name: str, tensor: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Legend: B rollouts, R response tokens.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from conch.distributed.train_engine import TrainEngine
 from conch.models.forward import BatchPacker, ForwardBatch
 from conch.models.reference import Reference
 from conch.ops import entropy
+from conch.reference.remote import PendingLogprobs, RemoteReference
 from conch.training.setup import eval_mode
 
 
@@ -29,6 +30,8 @@ class LogprobOutputs:
     entropy: of the policy's distribution at each response token, in nats; None likewise.
     values: of the value head; None where there is none or the policy was not asked.
     ref_logprobs: of each response token under the reference; None without a reference.
+    reference_wait_s: seconds in which nothing was done but wait for reference servers; None where none are
+        asked.
     """
 
     sequences: Sequences
@@ -36,6 +39,12 @@ class LogprobOutputs:
     entropy: Float[Tensor, "B R"] | None = None
     values: Float[Tensor, "B R"] | None = None
     ref_logprobs: Float[Tensor, "B R"] | None = None
+    reference_wait_s: float | None = None
+
+    @property
+    def waits(self) -> dict[str, float]:
+        """`reference_wait_s` as a metric, where it was measured."""
+        return {} if self.reference_wait_s is None else {"time/reference_s": self.reference_wait_s}
 
 
 def pack(packer: BatchPacker, sequences: Sequences) -> ForwardBatch:
@@ -47,7 +56,7 @@ def pack(packer: BatchPacker, sequences: Sequences) -> ForwardBatch:
 def logprob_outputs(
     engine: TrainEngine,
     policy: nn.Module,
-    reference: Reference | None,
+    reference: Reference | RemoteReference | None,
     packer: BatchPacker,
     sequences: Sequences,
     *,
@@ -57,16 +66,22 @@ def logprob_outputs(
 ) -> LogprobOutputs:
     """Run policy and reference over `sequences`, `batch_size` rows at a time, without gradient or dropout.
 
+    A reference on servers is asked for all rows first, and computes them while the policy runs here.
+
     policy: the trained module as it was before the engine wrapped it.
     policy_too: False asks the reference alone.
     """
     if not policy_too and reference is None:
         return LogprobOutputs(sequences)
+    parts = [take_rows(sequences, rows) for rows in torch.arange(len(sequences.input_ids)).split(batch_size)]
     columns: list[tuple[Tensor | None, ...]] = []
-    for rows in torch.arange(len(sequences.input_ids)).split(batch_size):
-        packed = pack(packer, take_rows(sequences, rows))
-        logprobs = entropies = values = ref_logprobs = None
-        with eval_mode(policy), engine.autocast():
+    pending: PendingLogprobs | None = None
+    with eval_mode(policy), engine.autocast():
+        if isinstance(reference, RemoteReference):
+            pending, reference = reference.request(parts, temperature), None
+        for part in parts if policy_too or reference is not None else []:
+            packed = pack(packer, part)
+            logprobs = entropies = values = ref_logprobs = None
             if policy_too:
                 with nullcontext() if reference is None else reference.recording():
                     output = engine.module(packed.inputs)
@@ -75,8 +90,17 @@ def logprob_outputs(
                 values = None if output.values is None else packed.unpack(output.values)
             if reference is not None:
                 ref_logprobs = packed.logprobs(reference.logits(packed.inputs), temperature)
-        columns.append((logprobs, entropies, values, ref_logprobs))
-    return LogprobOutputs(sequences, *(_concatenated(column) for column in zip(*columns, strict=True)))
+            columns.append((logprobs, entropies, values, ref_logprobs))
+    joined = [_concatenated(column) for column in zip(*columns, strict=True)] or [None] * 4
+    outputs = LogprobOutputs(sequences, joined[0], joined[1], joined[2], joined[3])
+    return outputs if pending is None else _with_reference(outputs, pending, len(parts))
+
+
+def _with_reference(outputs: LogprobOutputs, pending: PendingLogprobs, num_parts: int) -> LogprobOutputs:
+    """The outputs, once servers have answered all parts."""
+    device = outputs.sequences.input_ids.device
+    ref_logprobs = torch.cat([pending.result(number) for number in range(num_parts)]).to(device)
+    return replace(outputs, ref_logprobs=ref_logprobs, reference_wait_s=pending.wait_s)
 
 
 def _concatenated(parts: tuple[Tensor | None, ...]) -> Tensor | None:

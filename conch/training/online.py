@@ -30,11 +30,13 @@ from conch.data.formats import listed, prompt_form
 from conch.data.index_sampler import IndexStream, digest_of
 from conch.data.rollout_batch import Sequences, collate
 from conch.distributed.train_engine import TrainEngine
+from conch.errors import CheckpointError
 from conch.evaluation.evaluator import Evaluator, Variant, sampled_prompts
 from conch.evaluation.metrics import MetricFn
 from conch.models.forward import BatchPacker
 from conch.models.freezing import freeze_layers
-from conch.models.reference import Reference
+from conch.models.reference import Reference, build_reference
+from conch.reference.remote import RemoteReference
 from conch.rewards.base import UserReward
 from conch.rewards.scorer import RewardScorer
 from conch.rollouts.factory import RolloutEngineFactory, check_sampling
@@ -45,6 +47,7 @@ from conch.training.logprobs import LogprobOutputs, logprob_outputs
 from conch.training.loop import fit
 from conch.training.resume import start_run
 from conch.training.reward_shaping import agreed_facts
+from conch.training.served_reference import open_reference
 from conch.training.setup import (
     check_prompts,
     check_vocabulary,
@@ -58,6 +61,9 @@ from conch.training.setup import (
 )
 from conch.training.statistics import fact_metrics, reward_metrics, rollout_metrics
 from conch.types import Metrics, Prompt, RewardResult, Rollout
+
+AnyReference = Reference | RemoteReference
+"""The starting policy, in this process or on servers."""
 
 ConfigT = TypeVar("ConfigT", bound=OnlineRunConfig)
 
@@ -90,7 +96,7 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
     name: ClassVar[str]
     """Of the algorithm, as its config section is called."""
 
-    reference: Reference | None
+    reference: AnyReference | None
     """The policy as it was at the start; None where the algorithm keeps none."""
 
     module: nn.Module
@@ -198,9 +204,16 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         """Whether the policy's log-probs are computed before its update."""
         return True
 
-    def make_reference(self) -> Reference | None:
+    def make_reference(self) -> AnyReference | None:
         """The policy as it is now, where the algorithm wants one; the trained module is prepared by then."""
         return None
+
+    def starting_policy(self) -> AnyReference:
+        """The policy as it is now, on the servers of `reference.urls` or as the cheapest exact one here."""
+        config = self.config
+        if config.reference.urls is None:
+            return build_reference(self.lm, config.model.num_layers_unfrozen)
+        return open_reference(config.reference, config.model, self.engine, self.lm, self.packer)
 
     @abstractmethod
     def step(self) -> Metrics:
@@ -336,22 +349,39 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         return fit(self, self.name)
 
     def close(self) -> None:
-        """Stop the reward client and the sampler, and leave the process group."""
+        """Stop the reward client and the sampler, leave the reference servers and the process group."""
         self.source.close()
         self.evaluator.close()
+        if isinstance(self.reference, RemoteReference):
+            self.reference.close()
         self._make_sampler.close()
         self.engine.close()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside weights, optimizer and random states; see `Trainer`."""
         parts = {name: part.state_dict() for name, part in self.stateful.items()}
-        return {**parts, "policy_version": self.policy_version}
+        digest = self.reference.digest if isinstance(self.reference, RemoteReference) else None
+        return {**parts, "policy_version": self.policy_version, "reference": digest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
+        """Take up what `state_dict` gave.
+
+        Raises:
+            CheckpointError: the reference servers hold another model than the run started from.
+        """
+        self._check_start(state.get("reference"))
         for name, part in self.stateful.items():
             part.load_state_dict(state[name])
         self.policy_version = state["policy_version"]
+
+    def _check_start(self, digest: str | None) -> None:
+        """digest: of the policy that the run started from; None where it did not ask servers."""
+        if isinstance(self.reference, RemoteReference) and digest not in (None, self.reference.digest):
+            self.reference.close()
+            raise CheckpointError(
+                f"the reference servers and `model.path` hold weights {self.reference.digest[:12]}, but this "
+                f"run started from {str(digest)[:12]}: put the model back that was there"
+            )
 
     @property
     def pad_id(self) -> int:

@@ -38,6 +38,7 @@ from conch.models.loading import (
     load_lm,
     load_tokenizer,
     set_truncation_side,
+    vocabulary_size,
 )
 from conch.models.padding import with_pad_token
 from conch.rewards.base import RewardSource, UserReward
@@ -131,9 +132,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     Raises:
         ModelError: names the token and both sizes.
     """
-    embeddings = model.get_input_embeddings()
-    assert isinstance(embeddings, nn.Embedding)
-    known = embeddings.num_embeddings
+    known = vocabulary_size(model)
     for name, token_id in (("pad", tokenizer.pad_token_id), ("eos", tokenizer.eos_token_id)):
         if int(token_id) >= known:  # pyright: ignore[reportArgumentType]
             raise ModelError(

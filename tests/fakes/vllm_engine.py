@@ -17,12 +17,14 @@ import uvicorn
 from safetensors.torch import load_file
 from torch import Tensor
 
-from conch.rollouts.app import make_listener
+from conch.rollouts.app import make_app
 from conch.rollouts.protocol import LoraCapacity, WeightUpdate
 from conch.rollouts.rendezvous import address_towards, join
-from conch.rollouts.vllm.server import RolloutServer
-from conch.rollouts.vllm.server_config import ServerConfig
+from conch.rollouts.server import RolloutServer
+from conch.rollouts.server_config import ServerConfig
+from conch.rollouts.vllm.server import VLLMSampler
 from conch.rollouts.weight_sync import BroadcastGroup
+from conch.servers.listening import make_listener
 from tests.footprint import wait_until
 from tests.launches import free_port
 from tests.tiny import char_tokenizer
@@ -75,11 +77,11 @@ class ServedVLLM:
 
     def __init__(self, config: ServerConfig, lora: LoraCapacity | None) -> None:
         self.engine = FakeVLLM()
-        self.server = RolloutServer(
-            self.engine, char_tokenizer("abcdefgh"), config.deadline_s, lora, config.weights_dir
-        )
+        tokenizer = char_tokenizer("abcdefgh")
+        self.sampler = VLLMSampler(self.engine, tokenizer, config.deadline_s, lora)
+        self.server = RolloutServer(self.sampler, tokenizer, config.weights_dir)
         self.address = f"{config.host}:{config.port}"
-        self.listener: uvicorn.Server = make_listener(self.server, config)
+        self.listener: uvicorn.Server = make_listener(make_app(self.server), config)
         self._thread = threading.Thread(target=self.listener.run)
 
     def start(self) -> None:

@@ -21,9 +21,9 @@ LONGEST_FUNCTION = 70
 COLUMNS = (
     {"types", "config", "errors", "log", "atomic_files"},
     {"ops", "addresses", "access", "cli"},
-    {"losses", "advantages"},
+    {"losses", "advantages", "servers"},
     {"distributed", "data", "models", "triton"},
-    {"rollouts", "rewards", "store", "runs", "sizing"},
+    {"rollouts", "reference", "rewards", "store", "runs", "sizing"},
     {"evaluation", "serving", "plots"},
     {"training"},
     {"trainers"},
@@ -50,14 +50,14 @@ OWNERS = {
         "conch/serving/*/*.py",
     ),
     "pytriton": (),
-    "httpx2": ("conch/rewards/client/http.py", "conch/rollouts/remote/client.py"),
+    "httpx2": ("conch/rewards/client/http.py", "conch/servers/client.py"),
     "vllm": ("conch/rollouts/vllm/*.py",),
     "flash_attn": (),
     "liger_kernel": ("conch/models/kernels.py",),
     "ray": ("conch/rollouts/ray/*.py",),
     "deepspeed": ("conch/distributed/zero3.py",),
-    "fastapi": ("conch/*/app.py", "conch/rollouts/vllm/server.py"),
-    "uvicorn": ("conch/*/app.py",),
+    "fastapi": ("conch/*/app.py", "conch/*/server.py", "conch/servers/listening.py"),
+    "uvicorn": ("conch/servers/listening.py",),
     "wandb": ("conch/runs/tracking.py",),
     "tensorboard": ("conch/runs/tracking.py",),
     "matplotlib": ("conch/runs/plots.py", "conch/cli/sweeps/pictures.py"),
@@ -67,7 +67,7 @@ OWNERS = {
     "optuna": ("conch/cli/sweeps/search.py",),
 }
 TORCH_FREE = (
-    *("triton", "store", "rewards", "serving"),
+    *("triton", "store", "rewards", "serving", "servers"),
     *sorted(BASE | COLUMNS[1] - {"ops"}),
 )
 LONGEST_LISTING = 13

@@ -12,7 +12,7 @@ from conch.config import OnlineRunConfig, Section, load
 from conch.config.base import nested_section
 from conch.config.other_names import OTHER_NAMES, RENAMED
 from conch.errors import ConfigError
-from conch.rollouts.vllm.server_config import ServerConfig
+from conch.rollouts.server_config import ServerConfig
 from conch.trainers.grpo import GRPORunConfig
 from conch.trainers.ilql import ILQLRunConfig
 from conch.trainers.ppo import PPORunConfig

@@ -35,7 +35,7 @@ def listening_files() -> list[str]:
 
 
 def test_the_table_is_looked_through() -> None:
-    assert {"conch/rollouts/app.py", "conch/rollouts/rendezvous.py", "singularity/serve.sh"} <= {
+    assert {"conch/servers/listening.py", "conch/rollouts/rendezvous.py", "singularity/serve.sh"} <= {
         *listening_files()
     }
 
@@ -52,7 +52,7 @@ def test_files_that_the_document_names_exist() -> None:
 
 def test_settings_that_the_document_names_exist() -> None:
     from conch.config import RolloutConfig
-    from conch.rollouts.vllm.server_config import ServerConfig
+    from conch.rollouts.server_config import ServerConfig
     from conch.serving.deployment.options import NetworkOptions
 
     server = {*ServerConfig.model_fields}

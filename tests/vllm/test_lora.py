@@ -18,9 +18,9 @@ from conch.models.adapter import add_adapter
 from conch.rollouts.hf.engine import HFEngine
 from conch.rollouts.protocol import Health, WeightUpdate, WeightVersion
 from conch.rollouts.remote.client import ServerClient, StaleWeightsError
+from conch.rollouts.server_config import ServerConfig
 from conch.rollouts.vllm import server as vllm_server
 from conch.rollouts.vllm.engine import ColocatedVLLM, VLLMEngine
-from conch.rollouts.vllm.server_config import ServerConfig
 from conch.rollouts.weight_sync import adapter_tensors, checkpoint_tensors
 from tests.launches import free_port
 from tests.vllm.conftest import CACHE_BYTES, prompts, trainers_logprobs

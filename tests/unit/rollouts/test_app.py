@@ -18,13 +18,13 @@ from safetensors.torch import save_file
 from conch.cli import to_yaml
 from conch.config import AuthConfig, GenerationConfig, RolloutConfig, TlsConfig
 from conch.errors import ConfigError, RolloutError, RolloutUnavailableError, ServerStartError
-from conch.rollouts import app
 from conch.rollouts.protocol import GenerateRequest, LoraCapacity, PromptRequest, WeightUpdate, WeightVersion
 from conch.rollouts.remote.client import ServerClient
 from conch.rollouts.remote.pool import ServerPool
 from conch.rollouts.serve import main as serve_main
-from conch.rollouts.vllm.server_config import ServerConfig
+from conch.rollouts.server_config import ServerConfig
 from conch.rollouts.weight_sync import checkpoint_tensors
+from conch.servers import listening
 from tests.certificates import Certificates, make_certificates
 from tests.fakes.vllm_engine import VOCABULARY, ServedVLLM, served
 from tests.tiny import tiny_decoder
@@ -263,7 +263,7 @@ def test_unfit_certificate_is_named_before_anything_is_loaded(
 ) -> None:
     pair: dict[str, Any] = {"tls_cert": certificates.server, "tls_key": certificates.client_key}
     with pytest.raises(ServerStartError, match="they must be a pair"):
-        app.check_access(ServerConfig(model="x", **pair))
+        listening.check_access(ServerConfig(model="x", **pair))
     bad = tmp_path / "bad.pem"
     bad.write_text("-----BEGIN CERTIFICATE-----\n")
     files: dict[str, Any] = {
@@ -271,7 +271,7 @@ def test_unfit_certificate_is_named_before_anything_is_loaded(
         "tls_key": certificates.server_key,
     }
     with pytest.raises(ServerStartError, match="holds no certificate authority"):
-        app.check_access(ServerConfig(model="x", tls_ca=bad, **files))
+        listening.check_access(ServerConfig(model="x", tls_ca=bad, **files))
 
 
 @pytest.mark.parametrize(
@@ -439,7 +439,7 @@ def test_request_with_a_body_that_never_ends_is_given_up(
 def test_headers_that_never_end_are_given_up(
     open_server: ServedVLLM, monkeypatch: pytest.MonkeyPatch, beginning: bytes
 ) -> None:
-    monkeypatch.setattr(app, "_HEADERS_S", 0.2)
+    monkeypatch.setattr(listening, "_HEADERS_S", 0.2)
     with socket.create_connection(tuple_of(open_server), timeout=60) as slow:
         slow.sendall(beginning)
         assert hangs_up(slow)
@@ -448,7 +448,7 @@ def test_headers_that_never_end_are_given_up(
 def test_connection_lives_on_between_two_requests(
     open_server: ServedVLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "_HEADERS_S", 2.0)
+    monkeypatch.setattr(listening, "_HEADERS_S", 2.0)
     with socket.create_connection(tuple_of(open_server), timeout=60) as trainer:
         for _ in range(3):
             trainer.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
@@ -464,6 +464,6 @@ def test_failure_while_sampling_is_told(open_server: ServedVLLM, monkeypatch: py
     async def fail(*_: Any, **__: Any) -> NoReturn:
         raise ValueError("vLLM wants\nnone of this")
 
-    monkeypatch.setattr(open_server.server, "_complete", fail)
+    monkeypatch.setattr(open_server.sampler, "_complete", fail)
     with pytest.raises(RolloutUnavailableError, match=r"failed: vLLM wants$"):
         list(client_of(open_server).completions(REQUEST))

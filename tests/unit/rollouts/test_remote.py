@@ -24,7 +24,7 @@ from conch.rollouts.remote.engine import batch_size, missing_part, split_prompts
 from conch.rollouts.remote.pool import ServerState, least_busy
 from conch.rollouts.rendezvous import join, open_store, wait_for_members
 from conch.rollouts.serve import main as serve_main
-from conch.rollouts.vllm.server_config import ServerConfig
+from conch.rollouts.server_config import ServerConfig
 from conch.rollouts.weight_sync import BroadcastGroup, SharedFile, tensor_specs
 from conch.types import Prompt, Rollout
 from tests.fakes.rollout_server import FakeRolloutServer

@@ -6,13 +6,12 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from conch.access.tls import ServerTls
-from conch.addresses import is_loopback
 from conch.config import RolloutConfig, RolloutDtype, VLLMSettings
 from conch.rollouts.protocol import MAX_LORA_RANK, LoraCapacity
+from conch.servers.settings import ListenSettings
 
 
-class ServerConfig(VLLMSettings):
+class ServerConfig(VLLMSettings, ListenSettings):
     """Keys of `conch rollout-server`. Settings of vLLM have vLLM's names."""
 
     model: str
@@ -21,34 +20,8 @@ class ServerConfig(VLLMSettings):
     port: int = Field(default=8100, ge=1, le=65535)
     """Port to listen on."""
 
-    host: str = "127.0.0.1"
-    """Address to listen on. Beyond this machine it asks for `secret_env` or `require_client_cert`, unless
-    `allow_anyone` is true: whoever is let in reads what is sampled and changes the weights."""
-
-    secret_env: str | None = None
-    """Environment variable with the secret that trainers must send (`rollout.auth.secret_env`). None asks for
-    none."""
-
-    tls_cert: Path | None = None
-    """Certificate (PEM) of the server, which then speaks TLS (`rollout.auth.tls.ca` in the trainer)."""
-
-    tls_key: Path | None = None
-    """Private key (PEM, not encrypted) of `tls_cert`."""
-
-    tls_ca: Path | None = None
-    """Authority (PEM) that signed the trainers' certificates."""
-
-    require_client_cert: bool = False
-    """Turn trainers without a certificate away that `tls_ca` has signed."""
-
-    allow_anyone: bool = False
-    """Listen on a `host` beyond this machine without asking for a secret or a certificate."""
-
     weights_dir: Path = Path("/dev/shm")
     """Folder below which files with weights must lie that trainers name (`rollout.weights=files`)."""
-
-    max_request_mb: float = Field(default=64.0, gt=0)
-    """Largest request, in millions of bytes."""
 
     dtype: RolloutDtype = "auto"
     """Precision of the weights; `auto` takes the one that the model is stored in."""
@@ -82,30 +55,9 @@ class ServerConfig(VLLMSettings):
             )
         return self
 
-    @model_validator(mode="after")
-    def _asks_who_comes(self) -> ServerConfig:
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise ValueError("`tls_cert` and `tls_key` belong together: give both or neither")
-        if self.tls_cert is None and (self.tls_ca is not None or self.require_client_cert):
-            raise ValueError("`tls_ca` and `require_client_cert` need `tls_cert` and `tls_key`")
-        if self.require_client_cert and self.tls_ca is None:
-            raise ValueError(
-                "`require_client_cert` needs `tls_ca`, the authority that signs trainers' certificates"
-            )
-        asks = self.secret_env is not None or self.require_client_cert or self.allow_anyone
-        if not asks and not is_loopback(self.host):
-            raise ValueError(
-                f"`host` = {self.host!r} is reached from other machines, and whoever reaches it reads what "
-                "is sampled and changes the weights: name a variable with a secret in `secret_env`, ask for "
-                "certificates (`require_client_cert`), or set `allow_anyone=true`"
-            )
-        return self
-
-    def tls(self) -> ServerTls | None:
-        """Certificates of the server; None speaks plain text."""
-        if self.tls_cert is None or self.tls_key is None:
-            return None
-        return ServerTls(self.tls_cert, self.tls_key, self.tls_ca, self.require_client_cert)
+    def harm(self) -> str:
+        """What whoever is let in can do."""
+        return "reads what is sampled and changes the weights"
 
     def lora_capacity(self) -> LoraCapacity | None:
         """Adapters that the server is to take; None where it takes none."""

@@ -1,4 +1,4 @@
-"""A rollout server's parent process, over real processes that stand for the server."""
+"""A server's parent process, over real processes that stand for the server."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from conch.rollouts.vllm import restart
-from conch.rollouts.vllm.restart import VLLM_DIED, run_and_restart
+from conch.servers import restart
+from conch.servers.restart import ENGINE_DIED, run_and_restart
 from tests.footprint import wait_until
 
 _SERVER = """
 import os, signal, sys, time
 sys.path[:0] = [{root!r}]
-from conch.rollouts.vllm.restart import exit_with_parent
+from conch.servers.restart import exit_with_parent
 with open({log!r}, "a") as log:
     log.write(f"{{os.getpid()}}\\n")
 lives = len(open({log!r}).readlines())
@@ -43,7 +43,7 @@ def _pauses_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(restart, "_FIRST_PAUSE_S", 0.01)
 
 
-@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", f"sys.exit({VLLM_DIED})"])
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", f"sys.exit({ENGINE_DIED})"])
 def test_a_server_that_dies_is_started_again(tmp_path: Path, end: str) -> None:
     log = tmp_path / "lives"
     assert run_and_restart(server(log, f"if lives < 3: {end}")) == 0
@@ -61,17 +61,17 @@ def test_pauses_double_up_to_the_longest(
 ) -> None:
     monkeypatch.setattr(restart, "_LONGEST_PAUSE_S", 0.03)
     with caplog.at_level("WARNING"):
-        run_and_restart(server(tmp_path / "lives", f"sys.exit({VLLM_DIED} if lives < 5 else 0)"))
+        run_and_restart(server(tmp_path / "lives", f"sys.exit({ENGINE_DIED} if lives < 5 else 0)"))
     assert [message.rpartition(" in ")[2] for message in caplog.messages] == [
         *("0.01 s", "0.02 s", "0.03 s", "0.03 s"),
     ]
-    assert caplog.messages[0] == "the rollout server has lost its vLLM; it is started again in 0.01 s"
+    assert caplog.messages[0] == "the server has lost its engine; it is started again in 0.01 s"
 
 
 def parent_of(log: Path, body: str) -> subprocess.Popen[bytes]:
     """A parent in a process and a session of its own, whose server has noted its id."""
     run = f"raise SystemExit(run_and_restart({server(log, body)!r}))"
-    script = f"from conch.rollouts.vllm.restart import run_and_restart; {run}"
+    script = f"from conch.servers.restart import run_and_restart; {run}"
     above = subprocess.Popen(
         [sys.executable, "-c", script],
         cwd=ROOT,
@@ -85,9 +85,8 @@ def parent_of(log: Path, body: str) -> subprocess.Popen[bytes]:
 def test_ctrl_c_ends_both_however_the_server_takes_it(tmp_path: Path) -> None:
     log = tmp_path / "lives"
     stands = tmp_path / "handler"
-    handler = (
-        f"signal.signal(signal.SIGINT, lambda *_: sys.exit({VLLM_DIED})); open({str(stands)!r}, 'w').close()"
-    )
+    ends = f"signal.signal(signal.SIGINT, lambda *_: sys.exit({ENGINE_DIED}))"
+    handler = f"{ends}; open({str(stands)!r}, 'w').close()"
     above = parent_of(log, f"{handler}; time.sleep(600)")
     wait_until(stands.exists, lambda: "the server set no handler")
     os.killpg(above.pid, signal.SIGINT)

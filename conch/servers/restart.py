@@ -1,10 +1,11 @@
-"""The parent process of a rollout server, which starts it again when it dies."""
+"""The parent process of a server, which starts it again when it dies."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,10 +14,11 @@ from conch.log import get_logger
 
 _log = get_logger(__name__)
 
-VLLM_DIED = 70
-"""Exit code of a server whose vLLM has died, or was killed while it loaded (EX_SOFTWARE of sysexits.h)."""
+ENGINE_DIED = 70
+"""Exit code of a server whose engine (vLLM, or what computes on a GPU) has died, or was killed while it
+loaded (EX_SOFTWARE of sysexits.h)."""
 
-PARENT_PID_VARIABLE = "CONCH_ROLLOUT_PARENT"
+PARENT_PID_VARIABLE = "CONCH_SERVER_PARENT"
 """Environment variable that holds the parent's process id, for the server below it."""
 
 _FIRST_PAUSE_S = 2.0
@@ -30,7 +32,7 @@ _INTERRUPTED = 130
 
 
 def run_and_restart(command: Sequence[str]) -> int:
-    """Run a server, and start it again whenever it is killed or ends with `VLLM_DIED`.
+    """Run a server, and start it again whenever it is killed or ends with `ENGINE_DIED`.
 
     The pause before a restart doubles each time, from 2 s to a minute. SIGTERM ends both processes, and so
     does Ctrl-C, which reaches the server directly. Call it from the main thread.
@@ -61,13 +63,13 @@ def run_and_restart(command: Sequence[str]) -> int:
             code = running[0].wait()
             if exit_codes:
                 break
-            if code >= 0 and code != VLLM_DIED:
+            if code >= 0 and code != ENGINE_DIED:
                 return code
             pause_s = _FIRST_PAUSE_S if time.monotonic() - started > _STABLE_S else pause_s
             reason = (
-                "has lost its vLLM" if code == VLLM_DIED else f"was ended by {signal.Signals(-code).name}"
+                "has lost its engine" if code == ENGINE_DIED else f"was ended by {signal.Signals(-code).name}"
             )
-            _log.warning("the rollout server %s; it is started again in %g s", reason, pause_s)
+            _log.warning("the server %s; it is started again in %g s", reason, pause_s)
             _sleep(pause_s, exit_codes)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         return exit_codes[0]
@@ -98,3 +100,24 @@ def exit_with_parent(exit_server: Callable[[], None]) -> None:
         exit_server()
 
     threading.Thread(target=watch, daemon=True, name="parent").start()
+
+
+def leave_with_parent() -> None:
+    """Let SIGTERM, or the end of the parent process, end this server with code 0."""
+    # uvicorn raises SIGTERM once more after it has stopped, while an engine is still to be ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    exit_with_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def start(main: Callable[[], None], module: str, argv: Sequence[str], *, restart: bool) -> None:
+    """Run a server: in a process below this one where it is to be started again, else here.
+
+    main: serves, in this process.
+    module: with `argv`, the command line of the process below.
+
+    Raises:
+        SystemExit: with the exit code of the process below.
+    """
+    if restart and PARENT_PID_VARIABLE not in os.environ:
+        raise SystemExit(run_and_restart([sys.executable, "-m", module, *argv]))
+    main()
