@@ -278,6 +278,7 @@ def test_share_may_be_loose() -> None:
         ("<think>a</think>b<think>c</think>d", "bd"),
         ("<think>a <think> b</think>c", "c"),
         ("a</think>b</think>c", "c"),
+        ("a<think>b</think>c</think>d", "d"),
         ("<think></think>", ""),
         ("<think>never ends", None),
         ("answer <think>never ends", None),
