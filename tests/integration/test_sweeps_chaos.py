@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
 import subprocess
@@ -49,9 +50,10 @@ def kill_something(process: subprocess.Popen[str], folder: Path, chance: random.
         chance.choice(sorted(jobs, key=lambda job: job.pid)).kill()
         return what
     if what == "guard and parent":
-        for child in psutil.Process(process.pid).children():
-            if any("guard.py" in word for word in child.cmdline()):
-                child.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(process.pid).children():
+                if any("guard.py" in word for word in child.cmdline()):
+                    child.kill()
     process.send_signal(signal.SIGKILL)
     return "parent" if what == "job" else what
 
