@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -199,7 +200,7 @@ def test_jobs_at_once_have_gpus_of_their_own(tmp_path: Path) -> None:
 
 
 def test_launcher_starts_each_job(tmp_path: Path) -> None:
-    run(TOY, tmp_path / "s", "rate=0.1,1", "sweep.launcher='env TOY_WORD=launched python'")
+    run(TOY, tmp_path / "s", "rate=0.1,1", "sweep.launcher=env TOY_WORD=launched python")
     assert seen(tmp_path / "s" / "1")["TOY_WORD"] == "launched"
 
 
@@ -260,3 +261,5 @@ def test_plan_is_printed_and_nothing_done(tmp_path: Path) -> None:
 def test_help_says_what_a_sweep_takes(tmp_path: Path) -> None:
     output = run(TOY, tmp_path / "s", "--help")
     assert "-m, --multirun" in output and "sweep.devices_per_job: int | None" in output
+    alone = subprocess.run([*TOY, "sweep.jobs=2"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert alone.returncode == 1 and "error: keys sweep.* say how a sweep runs: add -" in alone.stderr
