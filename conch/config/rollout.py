@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ByteSize, Field, model_validator
+from pydantic import BeforeValidator, ByteSize, Field
 
 from conch.config.auth import AuthConfig
 from conch.config.base import Section
@@ -39,12 +39,13 @@ class RolloutConfig(VLLMSettings):
     """How completions are sampled for learning and evaluation. Settings of vLLM have vLLM's names."""
 
     engine: Literal["hf", "vllm"] = "hf"
-    """`hf` samples with the policy itself in the trainer's processes; `vllm` with vLLM, in the same processes
-    or on the servers of `urls`."""
+    """`hf` samples with the policy itself in the trainer's processes, `vllm` with vLLM there. Servers of
+    `urls` have an engine of their own."""
 
     urls: str | None = None
-    """`host:port` of a vLLM server (`conch rollout-server`), or several, `host1:port,host2:port`.
-    None runs vLLM in each of the trainer's processes, on its GPU. A server has its own settings of vLLM."""
+    """`host:port` of a rollout server (`conch rollout-server`), or several, `host1:port,host2:port`, which
+    sample with what they were started with, whatever `engine` says here. None samples in the trainer's
+    processes."""
 
     dtype: RolloutDtype = "auto"
     """Precision of vLLM's weights; `auto` takes that of the policy's training. A server has a setting of its
@@ -72,9 +73,3 @@ class RolloutConfig(VLLMSettings):
 
     logprob_diff_alarm: float | None = Field(default=0.1, gt=0)
     """Nats of `rollout/logprob_diff` above which a warning is written; None writes none."""
-
-    @model_validator(mode="after")
-    def _servers_run_vllm(self) -> RolloutConfig:
-        if self.urls is not None and self.engine != "vllm":
-            raise ValueError("`rollout.urls` names vLLM servers: set `rollout.engine=vllm`, or leave it out")
-        return self

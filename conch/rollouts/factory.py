@@ -63,7 +63,7 @@ class RolloutEngineFactory:
         Raises:
             ConchError: on all ranks, where vLLM cannot run what the settings name.
         """
-        if self._config.engine == "hf":
+        if self._config.engine == "hf" and self._config.urls is None:
             autocast = self._engine.autocast
             return HFEngine(self._lm, self._tokenizer, generation, version=self._version, autocast=autocast)
         generation = with_end_ids(generation, self._lm(), self._tokenizer)
@@ -86,7 +86,8 @@ class RolloutEngineFactory:
         if shared is not None:
             raise ConfigError(
                 f"`model.peft_config.target_modules` names {shared}, whose weight embeddings and head share: "
-                "vLLM cannot be given an adapter on it; leave it out, or set `rollout.engine=hf`"
+                "another sampler cannot be given an adapter on it; leave it out, or sample with "
+                "`rollout.engine=hf` in the trainer's processes"
             )
 
     def _start_vllm(self) -> None:

@@ -1,10 +1,11 @@
-"""A vLLM server that trainers sample from.
+"""A server that trainers sample from, with vLLM or with transformers.
 
     conch rollout-server model=outputs/sft/checkpoints/best port=8100
 
-It builds the model from the configuration and tokenizer of `model`, without weights: the trainer
-(`rollout.urls=host:8100`) sends those of the policy before each phase of sampling. The log says when the
-server is ready.
+    conch rollout-server model=outputs/sft/checkpoints/best port=8100 engine=transformers
+
+It builds the model from the configuration and tokenizer of `model`: the trainer (`rollout.urls=host:8100`)
+sends the weights of the policy before each phase of sampling. The log says when the server is ready.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from fastapi import HTTPException
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
-from conch.errors import first_line
+from conch.errors import RolloutError, RolloutUnavailableError, first_line
 from conch.log import get_logger
 from conch.rollouts.app import make_app
 from conch.rollouts.protocol import (
@@ -120,8 +120,8 @@ class RolloutServer:
         none.
 
         Raises:
-            HTTPException: 400 for what can never be loaded, 409 for an adapter without its base; what the
-                server holds is unchanged then. 503 where loading failed.
+            HTTPException: 400 for what can never be loaded, 409 for an adapter without its base; 503 where
+                loading failed.
         """
         async with self._update_lock:
             self._check_update(update)
@@ -135,6 +135,8 @@ class RolloutServer:
                 await self.sampler.load(update)
                 self._record(update)
             except Exception as error:
+                if isinstance(error, RolloutError) and not isinstance(error, RolloutUnavailableError):
+                    raise HTTPException(BAD_REQUEST, f"weights cannot be loaded: {error}") from error
                 _log.warning("weights were not loaded", exc_info=True)
                 raise HTTPException(UNAVAILABLE, f"weights were not loaded: {first_line(error)}") from error
         return await self.health()

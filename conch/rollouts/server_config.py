@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -10,9 +11,21 @@ from conch.config import RolloutConfig, RolloutDtype, VLLMSettings
 from conch.rollouts.protocol import MAX_LORA_RANK, LoraCapacity
 from conch.servers.settings import ListenSettings
 
+_VLLM_ONLY = (
+    *("gpu_memory_utilization", "kv_cache_memory_bytes", "enforce_eager", "tensor_parallel_size"),
+    *("max_lora_rank", "lora_target_modules"),
+)
+_SLOTS = 32
+"""Completions that transformers samples at once where no setting says otherwise. Unlike vLLM's they all have
+room for the longest."""
+
 
 class ServerConfig(VLLMSettings, ListenSettings):
     """Keys of `conch rollout-server`. Settings of vLLM have vLLM's names."""
+
+    engine: Literal["vllm", "transformers"] = "vllm"
+    """What samples: vLLM, or transformers as in the trainer's own processes, which needs no vLLM and runs
+    what vLLM does not know. Memory, LoRA and several GPUs are settings of vLLM alone."""
 
     model: str
     """Folder or hub name of a model of the policy's shape, with its tokenizer."""
@@ -48,6 +61,13 @@ class ServerConfig(VLLMSettings, ListenSettings):
     False leaves that to systemd, Slurm or Kubernetes."""
 
     @model_validator(mode="after")
+    def _settings_are_the_engines(self) -> ServerConfig:
+        given = [name for name in _VLLM_ONLY if name in self.model_fields_set]
+        if self.engine == "transformers" and given:
+            raise ValueError(f"`{given[0]}` is a setting of vLLM: leave it out with `engine=transformers`")
+        return self
+
+    @model_validator(mode="after")
     def _modules_have_a_rank(self) -> ServerConfig:
         if self.lora_target_modules and not self.max_lora_rank:
             raise ValueError(
@@ -58,6 +78,11 @@ class ServerConfig(VLLMSettings, ListenSettings):
     def harm(self) -> str:
         """What whoever is let in can do."""
         return "reads what is sampled and changes the weights"
+
+    @property
+    def slots(self) -> int:
+        """Completions that transformers samples at once."""
+        return self.max_num_seqs if "max_num_seqs" in self.model_fields_set else _SLOTS
 
     def lora_capacity(self) -> LoraCapacity | None:
         """Adapters that the server is to take; None where it takes none."""

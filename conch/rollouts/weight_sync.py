@@ -27,8 +27,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from conch.errors import RolloutError, RolloutUnavailableError, first_line
 from conch.log import get_logger
 from conch.models.adapter import ADAPTER_NAME, distinct_tensors, has_adapter
-from conch.rollouts.protocol import MAX_LORA_RANK, LoraCapacity, Part, TensorSpec
-from conch.rollouts.rendezvous import SignedStore
+from conch.rollouts.protocol import MAX_LORA_RANK, LoraCapacity, Part, TensorSpec, WeightUpdate
+from conch.rollouts.rendezvous import SignedStore, address_towards, join
 
 _log = get_logger(__name__)
 
@@ -135,6 +135,22 @@ class SharedFile:
         if self._folder.is_dir():
             self._delete_files()
             self._folder.rmdir()
+
+
+def received_tensors(
+    update: WeightUpdate, rank: int, size: int, timeout_s: float
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and tensors as the trainer broadcasts them.
+
+    rank, size: of this process in the group, where the trainer has rank 0.
+
+    Raises:
+        RolloutUnavailableError: the group does not come about, or breaks.
+    """
+    store = join(update.host, update.port, update.token, rank=rank, timeout_s=timeout_s)
+    address = address_towards(update.host, update.port)
+    group = BroadcastGroup(store, rank, size, update.backend, address=address, timeout_s=timeout_s)
+    yield from group.receive(update.tensors)
 
 
 class BroadcastGroup:

@@ -56,10 +56,42 @@ class Sampling:
             logits = processor(input_ids, logits)  # pyright: ignore[reportArgumentType]  any integers will do
         return logits.log_softmax(dim=-1)
 
-    def draw(self, logprobs: Float[Tensor, "N V"]) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
-        """Draw a token for each row; gives the tokens and their log-probs."""
-        tokens = logprobs.argmax(dim=-1) if self._greedy else torch.multinomial(logprobs.exp(), 1).squeeze(1)
+    def draw(
+        self, logprobs: Float[Tensor, "N V"], generators: Sequence[torch.Generator | None] | None = None
+    ) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
+        """Draw a token for each row; gives the tokens and their log-probs.
+
+        generators: one for each row, see `draw_seeded`; None draws from torch's own for all rows together.
+        """
+        if self._greedy:
+            tokens = logprobs.argmax(dim=-1)
+        elif generators is None:
+            tokens = torch.multinomial(logprobs.exp(), 1).squeeze(1)
+        else:
+            tokens = draw_seeded(logprobs.exp(), generators)
         return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+
+
+def draw_seeded(
+    probs: Float[Tensor, "N V"], generators: Sequence[torch.Generator | None]
+) -> Int[Tensor, " N"]:
+    """Draw a token for each row from a generator of its own: what a row draws depends on no other row.
+
+    A row draws what `torch.multinomial` draws for it alone: the token whose probability over an exponential
+    variate is largest.
+
+    generators: None for a row whose token nobody reads.
+    """
+    noise = torch.ones_like(probs)
+    for row, generator in enumerate(generators):
+        if generator is not None:
+            noise[row].exponential_(generator=generator)
+    return (probs / noise).argmax(dim=-1)
+
+
+def seeded_generator(seed: int, device: torch.device) -> torch.Generator:
+    """A generator for one completion."""
+    return torch.Generator(device).manual_seed(seed)
 
 
 _GPU_STRIDE = 8
@@ -78,6 +110,7 @@ class SampledSequence:
     prompt: token ids.
     prompt_columns: columns of the buffers that the prefill filled.
     ids, logprobs: sampled tokens and their log-probs.
+    generator: that its tokens are drawn from; None draws from torch's own.
     """
 
     prompt_index: int
@@ -85,6 +118,7 @@ class SampledSequence:
     prompt_columns: int
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    generator: torch.Generator | None = None
 
     @property
     def next_column(self) -> int:
@@ -153,6 +187,8 @@ class ContinuousBatcher:
     num_slots: sequences that are decoded together, at most.
     max_new_tokens: longest response.
     has_ended: True for response ids that need no further token.
+    seeds: one for each prompt, whose completion is then drawn from a generator of its own; None draws from
+        torch's.
     """
 
     def __init__(
@@ -164,8 +200,10 @@ class ContinuousBatcher:
         max_new_tokens: int,
         pad_id: int,
         has_ended: Callable[[list[int]], bool],
+        seeds: Sequence[int] | None = None,
     ) -> None:
         self._lm = lm
+        self._seeds = seeds
         self._waiting = deque(enumerate(prompts))
         self._max_new_tokens = max_new_tokens
         self._pad_id = pad_id
@@ -196,6 +234,16 @@ class ContinuousBatcher:
     def _num_active(self) -> int:
         return sum(sequence is not None for sequence in self._slots)
 
+    def _generator(self, index: int) -> torch.Generator | None:
+        return None if self._seeds is None else seeded_generator(self._seeds[index], self._lm.device)
+
+    def _generators(self, slots: Sequence[int]) -> list[torch.Generator | None] | None:
+        """Those of the sequences in `slots`; None where torch's own is drawn from."""
+        if self._seeds is None:
+            return None
+        sequences = [self._slots[slot] for slot in slots]
+        return [None if sequence is None else sequence.generator for sequence in sequences]
+
     # ------------------------------------------------------------------------------------------------ prefill
 
     def _prefill(self, sampling: Sampling) -> list[SampledSequence]:
@@ -209,11 +257,11 @@ class ContinuousBatcher:
         ids, mask = pad_left(distinct, self._pad_id, self._lm.device)
         logits, width = self._prefill_forward(ids, mask, slots, prompt_of_slot)
         for slot, index, prompt in zip(free, indices, prompts, strict=True):
-            self._slots[slot] = SampledSequence(index, prompt, width)
+            self._slots[slot] = SampledSequence(index, prompt, width, generator=self._generator(index))
         self._start[slots] = width - mask.sum(dim=1)[prompt_of_slot]
         self._end[slots], self._is_active[slots] = width, True
         logprobs = sampling.logprobs(ids if sampling.reads_history else ids[:, -1:], logits)
-        tokens, token_logprobs = sampling.draw(logprobs[prompt_of_slot])
+        tokens, token_logprobs = sampling.draw(logprobs[prompt_of_slot], self._generators(free))
         self._last[slots] = tokens
         return self._read_tokens(free, [(tokens, token_logprobs)])
 
@@ -266,7 +314,8 @@ class ContinuousBatcher:
         )
         self._end = self._end + self._is_active
         input_ids = self._history() if sampling.reads_history else self._last.unsqueeze(1)
-        tokens, logprobs = sampling.draw(sampling.logprobs(input_ids, output.logits[:, -1]))
+        generators = self._generators(range(len(self._slots)))
+        tokens, logprobs = sampling.draw(sampling.logprobs(input_ids, output.logits[:, -1]), generators)
         self._last = tokens
         self._unread.append((tokens, logprobs))
         if len(self._unread) < self._stride(sampling):

@@ -33,7 +33,13 @@ from conch.config import GenerationConfig
 from conch.models.attention import sliding_window
 from conch.models.forward import takes_packed_rows
 from conch.models.policy import decoder_start, flush_left, plain_generation
-from conch.rollouts.hf.continuous_batching import ContinuousBatcher, Sampling, pad_left
+from conch.rollouts.hf.continuous_batching import (
+    ContinuousBatcher,
+    Sampling,
+    draw_seeded,
+    pad_left,
+    seeded_generator,
+)
 from conch.rollouts.hf.decoding import Decoding, decoding_of
 from conch.rollouts.stopping import StopCondition, with_end_ids
 from conch.types import Completion, OnFinished, Prompt, Rollout
@@ -81,16 +87,24 @@ class HFEngine:
         self._decoding: Decoding | None = None
 
     def generate(
-        self, prompts: Sequence[Prompt], *, greedy: bool = False, on_finished: OnFinished | None = None
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        greedy: bool = False,
+        on_finished: OnFinished | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> Iterator[list[Rollout]]:
         """See `RolloutEngine.generate`. What is sampled does not depend on `on_finished`.
 
         Decoders that keep packed rows apart are batched continuously, in `chunk_size` slots
         (`conch.rollouts.hf.continuous_batching`); for others `transformers.generate` samples chunk by chunk.
+
+        seeds: one for each prompt: its completion is the one that this engine samples for the prompt alone
+            after `torch.manual_seed`, but for rounding. None draws from torch's generator.
         """
         size = self._config.chunk_size
         if self._can_batch_continuously(prompts):
-            yield from self._generate_continuously(prompts, greedy, on_finished)
+            yield from self._generate_continuously(prompts, greedy, on_finished, seeds)
             return
         complete = self._stop_condition.completion
         for start in range(0, len(prompts), size):
@@ -99,7 +113,8 @@ class HFEngine:
             for indices in self._sampled_together(chunk, prompts):
                 rows = [prompts[index] for index in indices]
                 collector = RolloutCollector(rows, complete, self._version(), indices, on_finished)
-                self._generate_chunk(collector, greedy, early=on_finished is not None)
+                row_seeds = None if seeds is None else [seeds[index] for index in indices]
+                self._generate_chunk(collector, greedy, row_seeds, early=on_finished is not None)
                 rollouts |= zip(indices, collector.rollouts(), strict=True)
             yield [rollouts[index] for index in chunk]
 
@@ -116,7 +131,11 @@ class HFEngine:
         return max(len(prompt.token_ids) for prompt in prompts) + self._config.max_new_tokens <= window
 
     def _generate_continuously(
-        self, prompts: Sequence[Prompt], greedy: bool, on_finished: OnFinished | None
+        self,
+        prompts: Sequence[Prompt],
+        greedy: bool,
+        on_finished: OnFinished | None,
+        seeds: Sequence[int] | None,
     ) -> Iterator[list[Rollout]]:
         size = self._config.chunk_size
         batcher = ContinuousBatcher(
@@ -126,6 +145,7 @@ class HFEngine:
             max_new_tokens=self._config.max_new_tokens,
             pad_id=self._pad_id,
             has_ended=self._stop_condition.ends,
+            seeds=seeds,
         )
         rollouts: dict[int, Rollout] = {}
         for start in range(0, len(prompts), size):
@@ -176,8 +196,14 @@ class HFEngine:
         return [*by_length.values()]
 
     @torch.no_grad()
-    def _generate_chunk(self, collector: RolloutCollector, greedy: bool, early: bool) -> None:
-        """Sample one chunk with `transformers.generate`. early: report completions before the chunk's end."""
+    def _generate_chunk(
+        self, collector: RolloutCollector, greedy: bool, seeds: Sequence[int] | None, early: bool
+    ) -> None:
+        """Sample one chunk with `transformers.generate`.
+
+        seeds: one for each row; None draws from torch's generator.
+        early: report completions before the chunk's end.
+        """
         lm = self._lm()
         rows = [prompt.token_ids for prompt in collector.prompts]
         input_ids, attention_mask = pad_left(rows, self._pad_id, lm.device)
@@ -188,6 +214,7 @@ class HFEngine:
             start_ids = {"decoder_input_ids": decoder_start(lm, len(rows))}
             response_start = start_ids["decoder_input_ids"].shape[1]
         recorder, stopping = LogprobRecorder(), StoppingCriteriaList()
+        seeded = [] if seeds is None or greedy else [SeededDraw(seeds, lm.device)]
         if self._stop_condition.has_stop_strings:
             stopping.append(StopStrings(self._stop_condition, response_start))
         if early:
@@ -200,20 +227,22 @@ class HFEngine:
                 input_ids,
                 attention_mask=attention_mask.long(),
                 **start_ids,
-                generation_config=self._generation_config(lm, greedy),
-                logits_processor=LogitsProcessorList([*processors, *self._warpers(greedy), recorder]),
+                generation_config=self._generation_config(lm, takes_likeliest=greedy or bool(seeded)),
+                logits_processor=LogitsProcessorList(
+                    [*processors, *self._warpers(greedy), recorder, *seeded]
+                ),
                 stopping_criteria=stopping,
             )
         assert isinstance(sequences, Tensor)
         responses = sequences[:, response_start:]
         collector.add(range(len(responses)), responses, recorder.logprobs(responses))
 
-    def _generation_config(self, lm: PreTrainedModel, greedy: bool) -> HFGenerationConfig:
+    def _generation_config(self, lm: PreTrainedModel, takes_likeliest: bool) -> HFGenerationConfig:
         # Temperature, top-k and top-p are switched off here, for `_warpers` applies them.
-        shaping = {} if greedy else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        shaping = {} if takes_likeliest else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
         return HFGenerationConfig(
             max_new_tokens=self._config.max_new_tokens,
-            do_sample=not greedy,
+            do_sample=not takes_likeliest,
             eos_token_id=sorted(self._stop_condition.end_ids),
             pad_token_id=self._pad_id,
             decoder_start_token_id=getattr(lm.config, "decoder_start_token_id", None),
@@ -322,6 +351,22 @@ class LogprobRecorder(LogitsProcessor):
         if len(self._columns) < ids.shape[1]:
             self.record(ids[:, -1:])
         return torch.cat(self._columns, dim=-1)[:, : ids.shape[1]]
+
+
+class SeededDraw(LogitsProcessor):
+    """Draws each row's token from a generator of its own: gives that token the highest score.
+
+    Stands behind all other processors, before a choice of the likeliest token.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self._generators = [seeded_generator(seed, device) for seed in seeds]
+
+    def __call__(self, input_ids: Int[Tensor, "B T"], scores: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+        """Zeros, and 1 at the drawn tokens."""
+        del input_ids
+        tokens = draw_seeded(scores.softmax(dim=-1), self._generators)
+        return torch.zeros_like(scores).scatter(1, tokens.unsqueeze(1), 1.0)
 
 
 class StopStrings(StoppingCriteria):

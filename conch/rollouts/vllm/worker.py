@@ -28,9 +28,8 @@ from vllm.model_executor.layers.utils import (  # pyright: ignore[reportMissingI
 
 from conch.errors import RolloutError
 from conch.rollouts.protocol import Part, WeightUpdate
-from conch.rollouts.rendezvous import address_towards, join
 from conch.rollouts.vllm.build import ADAPTER_ID, SERVER_PID_VARIABLE
-from conch.rollouts.weight_sync import BroadcastGroup, adapter_rank
+from conch.rollouts.weight_sync import adapter_rank, received_tensors
 
 _POLL_S = 1.0
 
@@ -70,10 +69,7 @@ class WeightReceiver:
         self._disable_compiler()
         message = WeightUpdate.model_validate(update)
         rank, size = 1 + self.rank, 1 + self.vllm_config.parallel_config.world_size
-        store = join(message.host, message.port, message.token, rank=rank, timeout_s=timeout_s)
-        address = address_towards(message.host, message.port)
-        group = BroadcastGroup(store, rank, size, message.backend, address=address, timeout_s=timeout_s)
-        self.load_part(message.part, group.receive(message.tensors))
+        self.load_part(message.part, received_tensors(message, rank, size, timeout_s))
 
     def lora_capacity(self) -> dict[str, Any]:
         """A `LoraCapacity` as plain values."""

@@ -125,6 +125,7 @@ def test_policy_runs_while_servers_compute(tmp_path: Path) -> None:
         server.server.logprobs = late  # pyright: ignore[reportAttributeAccessIssue]
         rollouts = trainer.rollout(trainer.next_prompts(8))
         outputs = trainer.compute_logprobs(rollouts)
+        assert outputs.logprobs is not None and outputs.ref_logprobs is not None
         assert torch.equal(outputs.logprobs, outputs.ref_logprobs)
         trainer.close()
 
@@ -135,7 +136,7 @@ def test_policy_runs_while_servers_compute(tmp_path: Path) -> None:
 def other_weights() -> PreTrainedModel:
     lm = policy()
     with torch.no_grad():
-        lm.lm_head.weight[3, 3] += 1e-7  # no sample would tell
+        next(lm.parameters())[3, 3] += 1e-7  # no sample would tell
     return lm
 
 
@@ -185,18 +186,19 @@ def test_server_that_comes_back_with_another_model_is_refused(tmp_path: Path) ->
 
 
 def test_resumed_run_asks_for_the_policy_of_the_very_start(tmp_path: Path) -> None:
-    settings = {**LEARNING, "train": {"total_steps": 4, "save_every": 2}}
+    train: dict[str, Any] = {"total_steps": 4, "save_every": 2, "run_dir": tmp_path / "run"}
+    settings: dict[str, Any] = {**LEARNING, "train": train}
     with served(policy()) as server:
-        whole = ppo_trainer(tmp_path / "whole", **settings, **on_servers(server))
+        apart = {"train": {**train, "run_dir": tmp_path / "whole"}}
+        whole = ppo_trainer(tmp_path / "whole", **{**settings, **apart}, **on_servers(server))
         whole.fit()
         weights = parameters(whole.module)
         whole.close()
-        first = ppo_trainer(tmp_path / "run", **settings, **on_servers(server))
-        first.config.train.__dict__["total_steps"] = 2
+        shorter = {"train": {**train, "total_steps": 2}}
+        first = ppo_trainer(tmp_path / "run", **{**settings, **shorter}, **on_servers(server))
         first.fit()
         first.close()
-        resume = {"train": {**settings["train"], "resume": str(tmp_path / "run" / "checkpoints" / "step_2")}}
-        resume["train"]["run_dir"] = tmp_path / "run"
+        resume = {"train": {**train, "resume": str(tmp_path / "run" / "checkpoints" / "step_2")}}
         second = ppo_trainer(tmp_path / "run", **{**settings, **resume}, **on_servers(server))
         second.fit()
         assert torch.equal(parameters(second.module), weights)
