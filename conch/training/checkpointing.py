@@ -84,6 +84,8 @@ class Run:
     measured: metrics of the last step while its evaluation is under way, {} before the first step, else None.
     saved: step of the latest checkpoint.
     continued: True for a resumed run.
+    on_saved: called on the main process with the folder of each checkpoint, once that is whole and those are
+        deleted that nothing asks for any more. A CheckpointError of its own ends the run.
     """
 
     folder: Path
@@ -94,6 +96,7 @@ class Run:
     measured: Metrics | None = None
     saved: int | None = None
     continued: bool = False
+    on_saved: Callable[[Path], object] | None = None
 
     def note(self, step: int, metric: str, value: float) -> bool:
         """Compare an evaluation with the best so far; True where it is better. NaN never is."""
@@ -226,6 +229,8 @@ def save_checkpoint(trainer: Trainer, begun: StepStart | None = None) -> Path:
         if ranks.is_main:
             seal(partial, folder, state)
             _tidy(run, trainer.config.train)
+            if run.on_saved is not None:
+                run.on_saved(folder)
 
     ranks.run_on_all_ranks(finish)
     run.saved = run.step

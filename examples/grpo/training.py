@@ -1,0 +1,83 @@
+"""One training process: prompts, trainer, checkpoints. `grpo.py` runs it in its own process, or a launcher
+runs this file in several, with the settings in a file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is not installed
+
+from conch.atomic_files import replace_text
+from conch.cli import run_main
+from conch.config import load
+from conch.models.loading import load_tokenizer
+from conch.trainers.grpo import GRPORunConfig, GRPOTrainer
+from examples.grpo.outputs import write_hydra_files, write_torch_checkpoint
+from examples.grpo.prompts import TAGS, form_asked_for, read_prompts
+from examples.grpo.settings import ExampleConfig
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a training process is to do.
+
+    config: the settings of `grpo.py`.
+    run: what these became.
+    argv: the command line.
+    config_name: the file that was run.
+    """
+
+    config: ExampleConfig
+    run: GRPORunConfig
+    argv: Sequence[str]
+    config_name: str
+
+    def write(self, file: Path) -> None:
+        """Write it for `read`."""
+        sections = {name: getattr(self, name).model_dump(mode="json") for name in ("config", "run")}
+        replace_text(file, json.dumps({"argv": list(self.argv), "config_name": self.config_name, **sections}))
+
+    @classmethod
+    def read(cls, file: Path) -> Task:
+        """Read what `write` wrote."""
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        config, run = load(ExampleConfig, values["config"]), load(GRPORunConfig, values["run"])
+        return cls(config, run, values["argv"], values["config_name"])
+
+
+def train(task: Task) -> Path:
+    """Train; returns the run's folder. All training processes call it."""
+    config, run = task.config, task.run
+    tokenizer = load_tokenizer(run.tokenizer, run.model.path)
+    if set(TAGS) & set(tokenizer.all_special_tokens):  # else the reward would not see them
+        run = load(GRPORunConfig, {**run.model_dump(), "generation": _with_tags(run)})
+    prompts, held_out = read_prompts(
+        config.env,
+        form_asked_for(config.env.dataset, run.reward),
+        has_template=bool(tokenizer.chat_template),
+        evaluates=run.train.eval_every > 0,
+    )
+    with closing(GRPOTrainer(run, prompts=prompts, eval_prompts=held_out)) as trainer:
+        if trainer.collectives.is_main:
+            write_hydra_files(trainer.run_dir, config, task.argv, task.config_name)
+        trainer.run.on_saved = write_torch_checkpoint
+        return trainer.fit()
+
+
+def _with_tags(run: GRPORunConfig) -> dict[str, Any]:
+    return {**run.generation.model_dump(), "skip_special_tokens": False}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line: the file of a `Task`."""
+    train(Task.read(Path(argv[0])))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,120 @@
+"""Commands and environments of what the GRPO example starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conch.config import load
+from conch.errors import ConfigError
+from conch.reference.server_config import ReferenceServerConfig
+from conch.rollouts.server_config import ServerConfig
+from conch.servers.settings import load_settings
+from examples.grpo.devices import DevicePlan, Wish, plan_devices
+from examples.grpo.launch import (
+    Server,
+    accelerate_file,
+    addresses,
+    environment,
+    servers_of,
+    training_command,
+)
+from examples.grpo.settings import ExampleConfig
+from examples.grpo.translation import run_config, translate
+
+TASK = Path("task.json")
+
+
+def plan(num_gpus: int = 8, **asked: int) -> DevicePlan:
+    """A plan of these numbers for `train`, `inference` and `ref`."""
+    wishes = {f"{name}_model": Wish(number) for name, number in asked.items()}
+    return plan_devices(wishes, has_reference=True, num_gpus=num_gpus)
+
+
+def started(config: dict[str, Any], plan: DevicePlan, *, has_vllm: bool) -> list[Server]:
+    """The servers of these settings."""
+    settings = load(ExampleConfig, config)
+    run = run_config(translate(settings, plan, has_vllm=has_vllm))
+    return servers_of(settings, run, plan, has_vllm=has_vllm)
+
+
+def read(server: Server) -> Any:
+    """A server's settings, as it reads them from its command line."""
+    section = {"rollout-server": ServerConfig, "reference-server": ReferenceServerConfig}[server.verb]
+    words = server.command()
+    return load_settings(section, words[words.index(server.verb) + 1 :])
+
+
+@pytest.mark.parametrize("has_vllm", [True, False])
+def test_servers_take_what_they_are_told(has_vllm: bool) -> None:
+    config = {
+        "model": {"name": "some/model"},
+        "inference_model": {"gpu_memory_utilization": 0.7, "enforce_eager": True, "max_model_len": 4096},
+        "env": {"num_envs": 4, "repeats": 16},
+    }
+    servers = started(config, plan(train=2, inference=2, ref=2), has_vllm=has_vllm)
+    assert [(server.name, server.devices) for server in servers] == [
+        *(("inference-0", (2,)), ("inference-1", (3,)), ("reference-0", (4,)), ("reference-1", (5,))),
+    ]
+    assert len({server.port for server in servers}) == 4
+    sampler, reference = read(servers[0]), read(servers[2])
+    assert (sampler.model, sampler.dtype, sampler.port) == ("some/model", "bfloat16", servers[0].port)
+    assert (sampler.max_model_len, sampler.max_num_seqs) == (4096, 32)  # 4 * 16 over two copies
+    if has_vllm:
+        assert (sampler.engine, sampler.gpu_memory_utilization, sampler.enforce_eager) == ("vllm", 0.7, True)
+        assert sampler.max_lora_rank == 8
+    else:
+        assert sampler.engine == "transformers"
+    assert (reference.model, reference.dtype) == ("some/model", "bfloat16")
+    told = addresses(servers)
+    assert told["rollout.urls"] == f"{servers[0].url},{servers[1].url}"
+    assert told["reference.urls"] == f"{servers[2].url},{servers[3].url}"
+
+
+def test_a_copy_of_the_sampler_may_take_several_devices() -> None:
+    servers = started({"inference_model": {"tensor_parallel_size": 2}}, plan(inference=4), has_vllm=True)
+    assert [server.devices for server in servers] == [(1, 2), (3, 4)]
+    assert read(servers[0]).tensor_parallel_size == 2
+    assert addresses(servers).keys() == {"rollout.engine", "rollout.urls"}
+
+
+def test_the_reference_holds_the_weights_that_training_starts_from() -> None:
+    """In the weights' own precision, whatever is computed in."""
+    config = {"train_model": {"lora": {"enabled": False}, "attn_implementation": "eager"}}
+    (reference,) = started(config, plan(ref=1), has_vllm=False)
+    assert (read(reference).dtype, read(reference).attention) == ("float32", "eager")
+
+
+@pytest.mark.parametrize(
+    ("visible", "devices", "told"),
+    [(None, (2, 3), "2,3"), ("4,5,6,7", (2, 3), "6,7"), ("GPU-a,GPU-b", (1,), "GPU-b")],
+)
+def test_devices_are_those_of_the_parent(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, devices: tuple[int, ...], told: str
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert environment(plan(train=1), devices)["CUDA_VISIBLE_DEVICES"] == told
+    assert environment(plan(0, train=1), devices)["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_training_processes_are_launched_as_conch_documents() -> None:
+    config = load(ExampleConfig, {})
+    alone = training_command(config, plan(train=1, ref=1), TASK)
+    assert alone[1:] == [alone[1], "task.json"] and alone[1].endswith("examples/grpo/training.py")
+    on_cpu = training_command(config, plan(0, train=2), TASK)
+    assert on_cpu[1:5] == ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    on_gpus = training_command(config, plan(train=4), TASK)
+    assert on_gpus[1:3] == ["-m", "accelerate.commands.launch"]
+    assert str(accelerate_file("ddp")) in on_gpus and "4" in on_gpus
+
+
+def test_an_accelerate_file_is_found_or_the_names_are_told(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.touch()
+    assert accelerate_file(str(own)) == own
+    with pytest.raises(ConfigError, match=r"= zero9: there is no such file; there are: .*ddp.*zero3"):
+        accelerate_file("zero9")
