@@ -204,7 +204,9 @@ def test_resumed_run_asks_for_the_policy_of_the_very_start(tmp_path: Path) -> No
         first = ppo_trainer(tmp_path / "run", **{**settings, **shorter}, **on_servers(server))
         first.fit()
         first.close()
-        resume: dict[str, Any] = {"train": {**train, "resume": str(tmp_path / "run" / "checkpoints" / "step_2")}}
+        resume: dict[str, Any] = {
+            "train": {**train, "resume": str(tmp_path / "run" / "checkpoints" / "step_2")}
+        }
         second = ppo_trainer(tmp_path / "run", **{**settings, **resume}, **on_servers(server))
         second.fit()
         assert torch.equal(parameters(second.module), weights)
