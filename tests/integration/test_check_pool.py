@@ -215,7 +215,7 @@ def test_verifier_that_cannot_be_sent_is_told() -> None:
 
 
 SCRIPT = """
-import os, sys, time
+import os, threading, time
 from conch.rewards.verifiers.base import Verdict, Verifier
 from conch.rewards.verifiers.pool import CheckPool
 
@@ -223,6 +223,7 @@ class Mine(Verifier[str]):
     name, columns, timeout_s, processes = "mine", (), 2.0, 1
     def read_key(self, row): return ""
     def verify(self, completion, key):
+        threading.Thread(target=time.sleep, args=(3600,)).start()  # keeps its process, as some libraries do
         print(os.getpid(), flush=True)
         time.sleep(float(completion))
         return Verdict({"answer": 1.0})
