@@ -177,6 +177,12 @@ class _SlotCache(DynamicLayer):
         """Keep these slots only."""
         self._buffers = [buffer[slots] for buffer in self._buffers]
 
+    def add_slots(self, count: int) -> None:
+        """Add empty slots behind the others."""
+        self._buffers = [
+            torch.cat([buffer, buffer.new_zeros(count, *buffer.shape[1:])]) for buffer in self._buffers
+        ]
+
 
 class ContinuousBatcher:
     """Samples a completion for each prompt, `advance` by `advance`.
@@ -203,8 +209,10 @@ class ContinuousBatcher:
         seeds: Sequence[int] | None = None,
     ) -> None:
         self._lm = lm
-        self._seeds = seeds
+        self._seeds = None if seeds is None else [*seeds]
         self._waiting = deque(enumerate(prompts))
+        self._num_prompts = len(prompts)
+        self._num_slots = num_slots
         self._max_new_tokens = max_new_tokens
         self._pad_id = pad_id
         self._has_ended = has_ended
@@ -216,12 +224,26 @@ class ContinuousBatcher:
         self._is_active = zeros.bool()
         self._keeps_logits = "logits_to_keep" in inspect.signature(lm.forward).parameters
 
+    @property
+    def is_done(self) -> bool:
+        """True once all sequences have ended."""
+        return not self._waiting and not self._num_active
+
+    def add(self, prompts: Sequence[tuple[int, ...]], seeds: Sequence[int]) -> None:
+        """Sample completions for further prompts, which are numbered on, each from its seed."""
+        assert self._seeds is not None, "seeded prompts join seeded ones only"
+        self._waiting.extend(enumerate(prompts, start=self._num_prompts))
+        self._num_prompts += len(prompts)
+        self._seeds.extend(seeds)
+
     def advance(self, sampling: Sampling) -> list[SampledSequence]:
         """Prefill waiting prompts into free slots, or else decode one token in each slot.
 
         Returns:
             The sequences that have ended, as far as that is known yet.
         """
+        if not self._unread:  # whose columns are the slots that there were
+            self._add_slots()
         free = len(self._slots) - self._num_active
         # Prompts are prefilled some at a time: alone, one would use as few of the machine's units as a token.
         if self._waiting and free >= min(len(self._waiting), max(1, len(self._slots) // 8)):
@@ -386,6 +408,20 @@ class ContinuousBatcher:
         that reads nothing becomes NaN in some kernels, of which nothing can be drawn."""
         freed = torch.tensor(slots, dtype=torch.long, device=self._lm.device)
         self._start[freed], self._end[freed], self._is_active[freed] = 0, 0, False
+
+    def _add_slots(self) -> None:
+        """Make room for prompts that joined, up to `num_slots`."""
+        missing = len(self._waiting) - (len(self._slots) - self._num_active)
+        count = min(self._num_slots - len(self._slots), missing)
+        if count <= 0:
+            return
+        self._slots += [None] * count
+        for cache in self._caches:
+            cache.add_slots(count)
+        self._start, self._end, self._last, self._is_active = (
+            torch.cat([each, each.new_zeros(count)])
+            for each in (self._start, self._end, self._last, self._is_active)
+        )
 
     def _drop_free_slots(self) -> None:
         active = [slot for slot, sequence in enumerate(self._slots) if sequence is not None]

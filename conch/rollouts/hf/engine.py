@@ -138,20 +138,72 @@ class HFEngine:
         seeds: Sequence[int] | None,
     ) -> Iterator[list[Rollout]]:
         size = self._config.chunk_size
-        batcher = ContinuousBatcher(
-            self._lm(),
-            [prompt.token_ids for prompt in prompts],
-            num_slots=size,
-            max_new_tokens=self._config.max_new_tokens,
-            pad_id=self._pad_id,
-            has_ended=self._stop_condition.ends,
-            seeds=seeds,
-        )
+        batcher = self._batcher(prompts, seeds)
         rollouts: dict[int, Rollout] = {}
         for start in range(0, len(prompts), size):
             chunk = range(start, min(start + size, len(prompts)))
             self._advance_until(chunk, batcher, prompts, rollouts, greedy, on_finished)
             yield [rollouts.pop(index) for index in chunk]
+
+    def _batcher(self, prompts: Sequence[Prompt], seeds: Sequence[int] | None) -> ContinuousBatcher:
+        return ContinuousBatcher(
+            self._lm(),
+            [prompt.token_ids for prompt in prompts],
+            num_slots=self._config.chunk_size,
+            max_new_tokens=self._config.max_new_tokens,
+            pad_id=self._pad_id,
+            has_ended=self._stop_condition.ends,
+            seeds=seeds,
+        )
+
+    def takes_joining(self, prompts: Sequence[Prompt]) -> bool:
+        """True where these prompts may join others that are being sampled."""
+        return self._can_batch_continuously(prompts)
+
+    @torch.no_grad()
+    def generate_joined(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        further: Callable[[], tuple[Sequence[Prompt], Sequence[int]]],
+        *,
+        greedy: bool,
+        on_finished: OnFinished,
+    ) -> None:
+        """Sample completions for seeded prompts, and for others that come meanwhile.
+
+        further: gives prompts that join, numbered on, with their seeds; asked at each token, where
+            `takes_joining` holds of the first ones, as it must of those.
+        on_finished: gets each completion once.
+        """
+        if not self._can_batch_continuously(prompts):
+            for _ in self.generate(prompts, greedy=greedy, on_finished=on_finished, seeds=seeds):
+                pass
+            return
+        batcher, everyone = self._batcher(prompts, seeds), [*prompts]
+        with _sampling_mode(self._lm()), self._autocast(), self._processors() as processors:
+            sampling = Sampling(processors, self._warpers(greedy), greedy=greedy)
+            while not batcher.is_done:
+                ended = self._advance(batcher, sampling, everyone)
+                if ended:
+                    on_finished(ended)
+                joining, joining_seeds = further()
+                if joining:
+                    everyone += joining
+                    batcher.add([prompt.token_ids for prompt in joining], joining_seeds)
+
+    def _advance(
+        self, batcher: ContinuousBatcher, sampling: Sampling, prompts: Sequence[Prompt]
+    ) -> dict[int, Rollout]:
+        """Sample a token of each slot, or read prompts; gives what has ended by its prompt's index."""
+        return {
+            sequence.prompt_index: Rollout(
+                prompts[sequence.prompt_index],
+                self._stop_condition.completion(sequence.prompt, sequence.ids, sequence.logprobs),
+                self._version(),
+            )
+            for sequence in batcher.advance(sampling)
+        }
 
     @torch.no_grad()
     def _advance_until(
@@ -164,18 +216,10 @@ class HFEngine:
         on_finished: OnFinished | None,
     ) -> None:
         """Sample until all indices of `chunk` are in `rollouts`, which also gets whatever ends meanwhile."""
-        complete = self._stop_condition.completion
         with _sampling_mode(self._lm()), self._autocast(), self._processors() as processors:
             sampling = Sampling(processors, self._warpers(greedy), greedy=greedy)
             while not all(index in rollouts for index in chunk):
-                ended = {
-                    sequence.prompt_index: Rollout(
-                        prompts[sequence.prompt_index],
-                        complete(sequence.prompt, sequence.ids, sequence.logprobs),
-                        self._version(),
-                    )
-                    for sequence in batcher.advance(sampling)
-                }
+                ended = self._advance(batcher, sampling, prompts)
                 rollouts |= ended
                 if ended and on_finished is not None:
                     on_finished(ended)

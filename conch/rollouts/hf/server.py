@@ -1,7 +1,8 @@
 """transformers in a rollout server; see `conch.rollouts.server`.
 
-One thread runs the model. What waits for it with the same settings is sampled together, each completion from
-its own seed; new weights wait until all that was asked for before has ended.
+One thread runs the model. What is asked for with the same settings is sampled together, each completion from
+its own seed: it joins what is under way, where the model allows it. New weights wait until all that was asked
+for before has ended.
 """
 
 from __future__ import annotations
@@ -71,6 +72,17 @@ class _Request:
     def settings(self) -> tuple[GenerationConfig, bool]:
         """What all completions that are sampled together have in common."""
         return self.message.generation, self.message.greedy
+
+    @property
+    def rows(self) -> list[tuple[_Request, int, int]]:
+        """This request, the index of a prompt and that of one of its seeds, for each completion."""
+        prompts = enumerate(self.message.prompts)
+        return [(self, index, number) for index, prompt in prompts for number in range(len(prompt.seeds))]
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompt of each completion."""
+        return [Prompt("", prompt.token_ids) for prompt in self.message.prompts for _ in prompt.seeds]
 
 
 @dataclass(eq=False)
@@ -166,7 +178,7 @@ class TransformersSampler:
                 self._sample([job, *self._take_alike(job)])
 
     def _collect(self, pause_s: float) -> None:
-        """Queue what has come in; wait so long for each further job."""
+        """Queue what has come in; wait so long for each further job, 0 for none."""
         try:
             while True:
                 self._waiting.append(self._jobs.get(timeout=pause_s) if pause_s else self._jobs.get_nowait())
@@ -184,17 +196,32 @@ class TransformersSampler:
         self._waiting.extendleft(reversed(rest))
         return alike
 
+    def _take_joining(self, settings: tuple[GenerationConfig, bool], engine: HFEngine) -> list[_Request]:
+        """Requests that may join what is under way: with its settings, before all that must wait for it."""
+        self._collect(0.0)
+        joining: list[_Request] = []
+        while self._waiting:
+            job = self._waiting[0]
+            if (
+                not isinstance(job, _Request)
+                or job.settings != settings
+                or not engine.takes_joining(job.prompts)
+            ):
+                break
+            joining.append(job)
+            self._waiting.popleft()
+        return joining
+
     def _sample(self, requests: list[_Request]) -> None:
-        """Sample all completions of these requests, whose settings are the same."""
-        rows = [
-            (request, prompt_index, seed_index)
-            for request in requests
-            for prompt_index, prompt in enumerate(request.message.prompts)
-            for seed_index in range(len(prompt.seeds))
-        ]
-        prompts = [Prompt("", request.message.prompts[index].token_ids) for request, index, _ in rows]
-        seeds = [request.message.prompts[index].seeds[number] for request, index, number in rows]
+        """Sample all completions of these requests, whose settings are the same, and of those that join."""
+        rows = [row for request in requests for row in request.rows]
         generation, greedy = requests[0].settings
+
+        def further() -> tuple[list[Prompt], list[int]]:
+            joining = self._take_joining(requests[0].settings, engine)
+            requests.extend(joining)
+            rows.extend(row for request in joining for row in request.rows)
+            return _prompts_of(joining), _seeds_of(joining)
 
         def tell(ended: Mapping[int, Rollout]) -> None:
             for place, rollout in ended.items():
@@ -205,8 +232,8 @@ class TransformersSampler:
 
         try:
             engine = self._engine(generation)
-            for _ in engine.generate(prompts, greedy=greedy, on_finished=tell, seeds=seeds):
-                pass
+            prompts, seeds = _prompts_of(requests), _seeds_of(requests)
+            engine.generate_joined(prompts, seeds, further, greedy=greedy, on_finished=tell)
         except NobodyReadsError:
             return
         except Exception as error:
@@ -273,6 +300,14 @@ class TransformersSampler:
             torch.cuda.empty_cache()
         elif isinstance(error, torch.AcceleratorError):
             self.has_died = True
+
+
+def _prompts_of(requests: Iterable[_Request]) -> list[Prompt]:
+    return [prompt for request in requests for prompt in request.prompts]
+
+
+def _seeds_of(requests: Iterable[_Request]) -> list[int]:
+    return [seed for request in requests for prompt in request.message.prompts for seed in prompt.seeds]
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[[Any], object], argument: Any) -> None:

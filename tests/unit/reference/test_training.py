@@ -23,7 +23,8 @@ from tests.runs import grpo_trainer, parameters, policy, ppo_trainer
 from tests.tiny import tiny_decoder
 
 STEPS = 3
-LEARNING = {"optimizer": {"learning_rate": 0.01}}
+RATE = {"learning_rate": 0.01}
+LEARNING = {"optimizer": RATE}
 IN_REWARD = {"kl": {"coef": 0.1, "placement": "reward"}}
 IN_LOSS = {"kl": {"coef": 0.1, "placement": "loss"}}
 GRPO = {"prompts_per_step": 2, "group_size": 4, "forward_batch_size": 3}
@@ -221,9 +222,9 @@ def test_resumed_run_asks_for_the_policy_of_the_very_start(tmp_path: Path) -> No
 
 
 def test_one_server_takes_over_from_another(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    kept = outcome(ppo_trainer(tmp_path / "kept", **LEARNING))
+    kept = outcome(ppo_trainer(tmp_path / "kept", optimizer=RATE))
     with served(policy()) as stays, served(policy()) as goes:
-        trainer = ppo_trainer(tmp_path / "served", **LEARNING, **on_servers(stays, goes))
+        trainer = ppo_trainer(tmp_path / "served", optimizer=RATE, **on_servers(stays, goes))
         metrics = [timeless(trainer.step())]
         goes.stop()
         metrics += [timeless(trainer.step()) for _ in range(STEPS - 1)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -180,12 +180,12 @@ def test_requests_of_several_ranks_are_sampled_together() -> None:
     with served(lm, TOKENIZER, max_num_seqs=64) as server, engine_over(server, lm=lm) as remote:
         all_of(remote, prompts("a"))
         weights = remote._pool.weight_version(3)
-        batches: list[int] = []
+        batches: list[list[Any]] = []
         sample = server.sampler._sample
         gate = threading.Event()
 
         def watched(requests: Any) -> None:
-            batches.append(len(requests))
+            batches.append(requests)
             gate.wait(60)
             sample(requests)
 
@@ -208,14 +208,75 @@ def test_requests_of_several_ranks_are_sampled_together() -> None:
             thread.start()
         sampler = server.sampler
         wait_until(
-            lambda: sampler._jobs.qsize() + len(sampler._waiting) + sum(batches) == 5,
+            lambda: sampler._jobs.qsize() + len(sampler._waiting) + sum(map(len, batches)) == 5,
             lambda: f"{batches} of 5 requests have come",
         )
         gate.set()
         for thread in threads:
             thread.join(60)
         assert sorted(len(each) for each in replies) == [2] * 5
-        assert sum(batches) == 5 and len(batches) <= 3
+        assert sum(map(len, batches)) == 5 and len(batches) <= 3
+
+
+@pytest.mark.parametrize("slots", [2, 5, 64])
+def test_prompts_that_join_are_sampled_as_if_they_were_alone(slots: int) -> None:
+    lm, given = model("llama"), prompts(*TEXTS)
+    seeds = [*range(len(given))]
+    wanted = in_process(lm, given, seeds, max_new_tokens=8)
+    config = GenerationConfig(max_new_tokens=8, chunk_size=slots)
+    engine = HFEngine(lambda: lm, TOKENIZER, config, version=lambda: 0)
+    later = [[*range(2, 3)], [], [], [*range(3, 9)], [], [9]]
+    found: dict[int, Rollout] = {}
+
+    def further() -> tuple[list[Prompt], list[int]]:
+        places = later.pop(0) if later else []
+        return [given[place] for place in places], places
+
+    def note(ended: Mapping[int, Rollout]) -> None:
+        assert not found.keys() & ended.keys()
+        found.update(ended)
+
+    engine.generate_joined(given[:2], seeds[:2], further, greedy=False, on_finished=note)
+    assert [found[place].prompt for place in range(len(given))] == given
+    assert_alike([found[place] for place in range(len(given))], wanted)
+
+
+def test_request_joins_what_is_under_way() -> None:
+    lm = model("gpt2")
+    with served(lm, TOKENIZER, max_num_seqs=8) as server, engine_over(server, lm=lm) as remote:
+        all_of(remote, prompts("a"))
+        generation = with_end_ids(GenerationConfig(max_new_tokens=28), lm, TOKENIZER)
+        sampler, ran, joined = server.sampler, threading.Event(), []
+        take = sampler._take_joining
+
+        def watched(*arguments: Any) -> Any:
+            ran.set()
+            wait_until(lambda: bool(joined) or not sampler._jobs.empty(), lambda: "nothing comes")
+            joined.extend(take(*arguments))
+            return joined[-1:] if len(joined) == 1 else []
+
+        sampler._take_joining = watched  # pyright: ignore[reportAttributeAccessIssue]
+        replies: dict[int, list[Any]] = {}
+
+        def ask(seed: int) -> None:
+            prompt = PromptRequest(token_ids=(0, 1), seeds=(seed,))
+            request = GenerateRequest(
+                weights=remote._pool.weight_version(3),
+                generation=generation,
+                greedy=False,
+                eos_id=22,
+                prompts=(prompt,),
+            )
+            with closing(ServerClient(server.address, 60.0)) as client:
+                replies[seed] = list(client.completions(request))
+
+        first, second = (threading.Thread(target=ask, args=(seed,)) for seed in (1, 2))
+        first.start()
+        assert ran.wait(60)
+        second.start()
+        first.join(60)
+        second.join(60)
+        assert len(joined) == 1 and {seed: len(each) for seed, each in replies.items()} == {1: 1, 2: 1}
 
 
 def test_failure_is_told_and_the_server_goes_on(caplog: pytest.LogCaptureFixture) -> None:
