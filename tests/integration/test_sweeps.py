@@ -217,6 +217,18 @@ def test_launcher_starts_each_job(tmp_path: Path) -> None:
     assert seen(tmp_path / "s" / "0")["TOY_WORD"] == "launched"
 
 
+@pytest.mark.slow
+def test_job_saves_though_its_launcher_dies_of_the_signal(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    launcher = "sweep.launcher=sh -c 'python \"$@\"; exit $?' sh"
+    process = start(TOY, folder, "rate=0.1,1", "train.total_steps=30", "pause_s=0.3", launcher)
+    assert wait_until(lambda: steps(folder / "0") >= 3, process)
+    process.send_signal(signal.SIGTERM)
+    finish(process, 143)
+    assert states(folder) == ["stopped", "waiting"] and not processes_of(folder)
+    assert "and leaves" in (folder / "0" / "log.txt").read_text()
+
+
 def test_sweep_inside_of_a_launcher_is_refused(tmp_path: Path) -> None:
     output = run(TOY, tmp_path / "s", "rate=0.1,1", WORLD_SIZE="2", RANK="0", code=1)
     assert "error: --multirun stands outside of torchrun" in output and "sweep.launcher=" in output
