@@ -83,6 +83,7 @@ def run(config: ProgramConfig) -> None:
         state.with_suffix(".new").write_text(json.dumps({"step": step}))
         os.replace(state.with_suffix(".new"), state)
         if told and step < config.train.total_steps:
+            print(f"saved step {step} and leaves", flush=True)
             raise SystemExit(143)
 
 

@@ -50,6 +50,12 @@ class Interval:
     is_log: bool
     is_int: bool
 
+    def __str__(self) -> str:
+        """The interval as it stands on a command line."""
+        text = f"interval({self.low},{self.high})"
+        text = f"int({text})" if self.is_int else text
+        return f"tag(log,{text})" if self.is_log else text
+
 
 @dataclass(frozen=True)
 class Axis:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 POLL_S = 0.1
-_UNKILLABLE_S = 30.0
+UNKILLABLE_S = 30.0
 """Longest that a killed process may take to be gone: one that hangs in a driver or a file system never is."""
 
 
@@ -44,7 +44,7 @@ def end_marked(mark: str, grace_s: float, told: Callable[[list[int]], None] | No
     terminated: set[int] = set()
     while processes := marked(mark):
         late = time.monotonic() > deadline
-        if time.monotonic() > deadline + _UNKILLABLE_S:
+        if time.monotonic() > deadline + UNKILLABLE_S:
             return processes
         # New ones come as long as the old ones start some.
         new = [pid for pid in processes if pid not in terminated]

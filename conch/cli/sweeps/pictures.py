@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 _MOST_NAMES = 20
+_MOST_TICKS = 6
 _PANEL_WIDTH, _PANEL_HEIGHT = 4.6, 3.6
 
 
@@ -25,10 +26,13 @@ def draw_objective(
             places: list[float] = [number for number in numbers if number is not None]
             if min(places) > 0 and max(places) >= 20 * min(places):
                 axes.set_xscale("log")
+            if len(set(places)) <= _MOST_TICKS:
+                axes.set_xticks(sorted(set(places)), [f"{place:g}" for place in sorted(set(places))])
+                axes.minorticks_off()
         else:
             names = list(dict.fromkeys(texts))
             places = [float(names.index(text)) for text in texts]
-            axes.set_xticks(range(len(names)), names, rotation=30 if len(names) > 3 else 0, ha="right")
+            axes.set_xticks(range(len(names)), names, rotation=30 if len(names) > 3 else 0)
         axes.plot(places, values, "o", markersize=5, alpha=0.7)
         axes.set(xlabel=key)
         axes.grid(alpha=0.3)

@@ -99,7 +99,7 @@ def print_plan(request: Request, settings: SweepConfig, axes: Sequence[Axis]) ->
 
 
 def _plan_search(record: Record, request: Request, settings: SweepConfig, axes: Sequence[Axis]) -> None:
-    corners = [axis.words or tuple(axis.word(end) for end in _ends(axis)) for axis in axes]
+    corners = [axis.words or tuple(axis.word(end) for end in _probes(axis)) for axis in axes]
     first = tuple(words[0] for words in corners)
     base = checked_digest(record, request, "the first trial", first)
     for place, words in enumerate(corners):
@@ -122,13 +122,19 @@ def _plan_search(record: Record, request: Request, settings: SweepConfig, axes: 
     record.chosen = sorted(record.jobs)[: search.number_of_trials(axes, settings)]
 
 
-def _ends(axis: Axis) -> tuple[int | float, int | float]:
-    assert axis.interval is not None
-    return axis.interval.low, axis.interval.high
+def _probes(axis: Axis) -> tuple[int | float, ...]:
+    """Both ends of an interval, and what a search may draw between: 1.0 is a whole number, 1.618 is none."""
+    interval = axis.interval
+    assert interval is not None
+    if interval.is_int:
+        return interval.low, interval.high
+    return interval.low, interval.low + (interval.high - interval.low) * 0.618, interval.high
 
 
 def _space_of(axis: Axis) -> str:
-    return f"{axis.key}={axis.interval}" if axis.interval else ",".join(axis.words)
+    if axis.interval is not None:
+        return f"{axis.key}={axis.interval}"
+    return f"{axis.key}={','.join(word.partition('=')[2] for word in axis.words)}"
 
 
 def checked_digest(record: Record, request: Request, name: str, overrides: Sequence[str]) -> str:

@@ -23,7 +23,8 @@ _PR_SET_PDEATHSIG = 1
 _JOB_MARK = "CONCH_SWEEP_JOB"
 _SWEEP_MARK = "CONCH_SWEEP"
 _PARENT_MARK = "CONCH_SWEEP_PARENT"
-_LEFTOVERS_GRACE_S = 5.0
+_LEFTOVERS_GRACE_S = 30.0
+"""Longest that a job's other processes may take to leave once its first one has ended by itself."""
 
 
 class JobProcess:
@@ -42,21 +43,32 @@ class JobProcess:
         self._process = process
         self._mark = mark
         self._kill_at: float | None = None
+        self._terminated: set[int] = set()
 
     def poll(self) -> int | None:
-        """Return the exit code once the job has ended, negative for a signal; None while it runs.
+        """Return the exit code once all of the job has ended, negative for a signal; None while some runs.
 
-        What the job leaves behind (workers, ranks of a launcher that was killed) is ended as well: its folder
-        is nobody's then.
+        What outlives the job's first process is told to leave as well: a rank whose launcher is gone may be
+        saving, and a worker that was forgotten may not write where the job is started again.
         """
-        code = self._process.poll()
+        now, code = time.monotonic(), self._process.poll()
         if code is None:
-            if self._kill_at is not None and time.monotonic() > self._kill_at:
+            if self._kill_at is not None and now > self._kill_at:
                 self.kill()
             return None
-        self._kill_group()
-        guard.end_marked(self._mark, _LEFTOVERS_GRACE_S)
-        return code
+        left = guard.marked(self._mark)
+        if self._kill_at is None:
+            self._kill_at = now + _LEFTOVERS_GRACE_S
+        if not left or now > self._kill_at + guard.UNKILLABLE_S:
+            self._kill_group()
+            return code
+        if now > self._kill_at:
+            self.kill()
+        for pid in set(left) - self._terminated:
+            self._terminated.add(pid)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGTERM)
+        return None
 
     def tell_to_leave(self, grace_s: float) -> None:
         """Send SIGTERM, on which a run saves its step and leaves; SIGKILL follows after `grace_s` seconds."""
