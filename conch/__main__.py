@@ -136,7 +136,7 @@ def _algorithms() -> dict[str, str]:
 def _help() -> str:
     head = ["usage: conch [--help] [--version] VERB ...", ""]
     about = ["Train language models with RL from served reward models.", "", "verbs:"]
-    verbs = [f"  {name:<16}{(verb.__doc__ or '').strip()}" for name, verb in _VERBS.items()]
+    verbs = [f"  {name:<18}{(verb.__doc__ or '').strip()}" for name, verb in _VERBS.items()]
     return "\n".join([*head, *about, *verbs, "", "conch VERB --help says more about a verb.", ""])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 ARGUMENTS: dict[str, list[dict[str, Any]]] = {
@@ -182,3 +183,45 @@ def rows() -> list[dict[str, Any]]:
             (name, arguments) for name, each in ARGUMENTS.items() for arguments in each
         )
     ]
+
+
+def responses_to(row: dict[str, Any]) -> list[str]:
+    """Responses to a row of google/IFEval, built from its arguments to follow it or to fail by little."""
+    prompt = row["prompt"]
+    texts = [prompt, f"{prompt}\n\nHere is the answer. It is short, and it is not what was asked for!"]
+    pieces: list[str] = []
+    for arguments in row["kwargs"]:
+        words = [*arguments.get("keywords", ()), *arguments.get("forbidden_words", ())]
+        pieces += [
+            *(f"The word {word} stands here." for word in words),
+            *[f"Say {arguments.get('keyword')} once more."] * arguments.get("frequency", 0),
+            arguments.get("letter", "") * arguments.get("let_frequency", 0),
+            *[f"* point {number}" for number in range(arguments.get("num_bullets", 0))],
+            *[f"*part {number}* is lit" for number in range(arguments.get("num_highlights", 0))],
+            *[f"[blank {number}]" for number in range(arguments.get("num_placeholders", 0))],
+            *[
+                f"{arguments.get('section_spliter')} {number + 1}\nSome text."
+                for number in range(arguments.get("num_sections", 0))
+            ],
+            *["WORD"] * arguments.get("capital_frequency", 0),
+            *["Short one."] * arguments.get("num_sentences", 0),
+            " ".join(["word"] * arguments.get("num_words", 0)),
+            arguments.get("postscript_marker", ""),
+            arguments.get("end_phrase", ""),
+        ]
+    body = "\n".join(filter(None, pieces))
+    repeated = next((each["prompt_to_repeat"] for each in row["kwargs"] if "prompt_to_repeat" in each), "")
+    first = next((each["first_word"] for each in row["kwargs"] if "first_word" in each), "Text")
+    texts += [
+        body,
+        f"{repeated}\n\n{body}",
+        f"Sure!\n{body}\nDone.",
+        f'"{body}"',
+        body.upper(),
+        body.lower().replace(",", ""),
+        f"<<Title>>\n{body}\n******\n{body}!",
+        *("\n***\n".join([f"{first} and {body[:200]}"] * number) for number in (2, 3, 5)),
+        *("\n\n".join([f"{first} and {body[:200]}"] * number) for number in (2, 3, 4)),
+        json.dumps({"answer": body}),
+    ]
+    return list(dict.fromkeys(texts))

@@ -105,6 +105,8 @@ def load_run_config(
         raise SystemExit(0)
     if getattr(arguments, "multirun", False):
         raise SystemExit(_sweep(section, argv, arguments, default_name, parser.get_default("config_dir")))
+    if _may_sweep(section) and any(text.lstrip("+").startswith("sweep.") for text in arguments.overrides):
+        raise ConfigError("keys sweep.* say how a sweep runs: add --multirun, or leave them out")
     values = compose(arguments.config_name, arguments.overrides, arguments.config_dir)
     try:
         config = load(section, values)

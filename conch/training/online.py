@@ -33,6 +33,7 @@ from conch.distributed.train_engine import TrainEngine
 from conch.errors import CheckpointError
 from conch.evaluation.evaluator import Evaluator, Variant, sampled_prompts
 from conch.evaluation.metrics import MetricFn
+from conch.log import get_logger
 from conch.models.forward import BatchPacker
 from conch.models.freezing import freeze_layers
 from conch.models.reference import Reference, build_reference
@@ -61,6 +62,8 @@ from conch.training.setup import (
 )
 from conch.training.statistics import fact_metrics, reward_metrics, rollout_metrics
 from conch.types import Metrics, Prompt, RewardResult, Rollout
+
+_log = get_logger(__name__)
 
 AnyReference = Reference | RemoteReference
 """The starting policy, in this process or on servers."""
@@ -157,6 +160,8 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         engine.prepare(self.module, config.optimizer, config.scheduler, total_updates=total_updates)
         with engine.gathered_weights():
             self.reference = self.make_reference()
+        if self.reference is None and config.reference.urls is not None:
+            _log.warning("`reference.urls` is not asked: this run measures no KL from its start")
         self._make_sampler = RolloutEngineFactory(
             config.rollout, engine, self.tokenizer, lambda: self.lm, lambda: self.policy_version
         )

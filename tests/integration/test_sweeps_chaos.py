@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from tests.integration.sweeps import (
     run,
     start,
     states,
+    wait_until,
 )
 
 KILLS = 20
@@ -42,18 +44,25 @@ SEARCH = [
 ]
 
 
-def kill_something(process: subprocess.Popen[str], folder: Path, chance: random.Random) -> str:
-    """SIGKILL to the parent, to one of its jobs, or to its guard and then to itself; says to which."""
-    jobs, what = processes_of(folder), chance.choice(["parent", "job", "job", "guard and parent"])
-    if what == "job" and jobs:
-        chance.choice(sorted(jobs, key=lambda job: job.pid)).kill()
-        return what
+WHAT = ["parent", "job", "job", "guard and parent"]
+
+
+def kill_something(process: subprocess.Popen[str], folder: Path, what: str, chance: random.Random) -> bool:
+    """SIGKILL to the parent, to a job, or to the guard and then the parent; False if it had ended."""
+    if what == "job":
+        if not wait_until(lambda: bool(processes_of(folder)), process):
+            return False
+        with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+            chance.choice(processes_of(folder)).kill()
+            return True
+        return False
     if what == "guard and parent":
-        for child in psutil.Process(process.pid).children():
-            if any("guard.py" in word for word in child.cmdline()):
-                child.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(process.pid).children():
+                if any("guard.py" in word for word in child.cmdline()):
+                    child.kill()
     process.send_signal(signal.SIGKILL)
-    return "parent" if what == "job" else what
+    return True
 
 
 @pytest.mark.slow
@@ -85,11 +94,11 @@ def test_results_after_twenty_kills_are_those_of_an_undisturbed_sweep(
                     assert process.returncode in (-9, 1), output
             process = start(program, storm, *words)
             starts += 1
-        until = time.monotonic() + chance.uniform(0.2, longest_s)
+        what, until = chance.choice(WHAT), time.monotonic() + chance.uniform(0.2, longest_s)
         while time.monotonic() < until and process.poll() is None:
             time.sleep(0.01)
-        if process.poll() is None:
-            killed[kill_something(process, storm, chance)] += 1
+        if process.poll() is None and kill_something(process, storm, what, chance):
+            killed[what] += 1
             if chance.random() < 0.5:
                 time.sleep(0.3)
     process.communicate(timeout=LONGEST_S)

@@ -30,6 +30,7 @@ COMMANDS = [
     "conch.serving.__main__",
     "conch.rewards.score",
     "conch.rollouts.serve",
+    "conch.reference.serve",
     "conch.sizing",
     "conch.plots",
     "conch.__main__",
@@ -49,6 +50,7 @@ VERBS = {
     "score": "conch.rewards.score",
     "rollout-server": "conch.rollouts.serve",
     "rollout_server": "conch.rollouts.serve",
+    "reference-server": "conch.reference.serve",
     "size": "conch.sizing",
     "plot": "conch.runs.plots",
 }
@@ -148,7 +150,7 @@ def exit_code(words: list[str]) -> int:
     [
         (["trian"], "`conch trian` is no command; did you mean `conch train`?"),
         (["train", "pppo"], "`conch train pppo` is no command; did you mean `conch train ppo`?"),
-        (["zzz"], "there are: convert, plot, rollout-server, score, serve, size, train"),
+        (["zzz"], "there are: convert, plot, reference-server, rollout-server, score, serve, size, train"),
         (["train", "zzz"], "there are: grpo, ilql, ppo, reward_model, rft, sft"),
         (["serve", "statu"], "`conch serve statu` is no command; did you mean `conch serve status`?"),
         (["serve", "zzz"], "there are: down, logs, status, swap, up"),
@@ -201,6 +203,7 @@ def test_version_is_the_package_s() -> None:
         ("convert ensemble --help", ("torch", "transformers", "tritonclient", "hydra")),
         ("serve up --help", ("torch", "transformers", "tritonclient", "hydra", "numpy")),
         ("rollout-server --help", ("torch", "transformers", "tritonclient", "hydra")),
+        ("reference-server --help", ("torch", "transformers", "tritonclient", "hydra")),
         ("plot --help", ("torch", "transformers", "tritonclient", "hydra", "matplotlib")),
     ],
 )

@@ -30,6 +30,9 @@ _HYDRA_NAMES = {
 }
 """Keys of Hydra and of its plugins that have a counterpart here."""
 
+_TEXTS = ("sweep.dir", "sweep.launcher", "sweep.metric")
+"""Settings that are text: taken as it stands where Hydra's grammar cannot read it, `eval/reward@top_k=1`."""
+
 _SET_BY_THE_SWEEP = ("train.run_dir", "train.resume")
 
 
@@ -89,6 +92,11 @@ def split_settings(overrides: Sequence[str]) -> tuple[SweepConfig, list[str]]:
     settings: dict[str, Any] = {}
     rest: list[str] = []
     for text in overrides:
+        name, _, raw = text.lstrip("+").partition("=")
+        name = _HYDRA_NAMES.get(name, name)
+        if name in _TEXTS:
+            settings[name.removeprefix("sweep.")] = _text(text, raw)
+            continue
         override = parse(text)
         key = _HYDRA_NAMES.get(override.key_or_group, override.key_or_group)
         if key.startswith("sweep."):
@@ -110,6 +118,15 @@ def split_settings(overrides: Sequence[str]) -> tuple[SweepConfig, list[str]]:
         else:
             rest.append(text)
     return load(_Named, _resolved({"sweep": settings})).sweep, rest
+
+
+def _text(text: str, raw: str) -> str | None:
+    """Return the value of an override that is text, `raw` where Hydra reads something else in it."""
+    try:
+        value = parse(text).value()
+    except ConfigError:
+        return raw
+    return value if isinstance(value, str) or value is None else raw
 
 
 def _resolved(settings: dict[str, Any]) -> dict[str, Any]:

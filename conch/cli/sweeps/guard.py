@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 POLL_S = 0.1
+_UNKILLABLE_S = 30.0
+"""Longest that a killed process may take to be gone: one that hangs in a driver or a file system never is."""
 
 
 def marked(mark: str) -> list[int]:
@@ -32,8 +34,8 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-def end_marked(mark: str, grace_s: float, told: Callable[[list[int]], None] | None = None) -> None:
-    """End all processes with this mark, and return when there are none.
+def end_marked(mark: str, grace_s: float, told: Callable[[list[int]], None] | None = None) -> list[int]:
+    """End all processes with this mark; returns those that even SIGKILL does not end, as a rule none.
 
     grace_s: seconds from SIGTERM to SIGKILL.
     told: called with the processes once they have got SIGTERM.
@@ -42,6 +44,8 @@ def end_marked(mark: str, grace_s: float, told: Callable[[list[int]], None] | No
     terminated: set[int] = set()
     while processes := marked(mark):
         late = time.monotonic() > deadline
+        if time.monotonic() > deadline + _UNKILLABLE_S:
+            return processes
         # New ones come as long as the old ones start some.
         new = [pid for pid in processes if pid not in terminated]
         for pid in processes if late else new:
@@ -51,6 +55,7 @@ def end_marked(mark: str, grace_s: float, told: Callable[[list[int]], None] | No
             told(new)
         terminated.update(new)
         time.sleep(POLL_S)
+    return []
 
 
 def main() -> None:

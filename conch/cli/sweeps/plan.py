@@ -14,6 +14,12 @@ from conch.cli.sweeps.settings import SweepConfig
 from conch.config import Section, load
 from conch.errors import ConfigError
 
+_DECIDE = (
+    *("sampler", "seed", "metric", "metric_at", "direction"),
+    *("prune", "n_startup_trials", "n_warmup_steps"),
+)
+"""Settings of a sweep that its results depend on, where it searches."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -103,7 +109,7 @@ def _plan_search(record: Record, request: Request, settings: SweepConfig, axes: 
     space = {
         "keys": [_space_of(axis) for axis in axes if axis.is_swept],
         "configuration": base,
-        **{name: getattr(settings, name) for name in ("sampler", "seed", "metric", "direction", "prune")},
+        **{name: getattr(settings, name) for name in _DECIDE},
     }
     if record.jobs and record.search != space:
         old = record.search or {}

@@ -112,8 +112,16 @@ class Jobs:
         """Have what an earlier, killed parent of this sweep left running save and leave; waits for its end.
 
         told: called with the processes, where there are any.
+
+        Raises:
+            ConfigError: some cannot be ended, and may write into the folders of jobs.
         """
-        guard.end_marked(f"{_SWEEP_MARK}={self._folder}", self._grace_s, told)
+        left = guard.end_marked(f"{_SWEEP_MARK}={self._folder}", self._grace_s, told)
+        if left:
+            raise ConfigError(
+                f"processes {', '.join(map(str, left))} of an earlier start of the sweep in {self._folder} "
+                "cannot be ended: end them, or choose another sweep.dir"
+            )
 
     def start(
         self, number: int, command: Sequence[str], environment: Mapping[str, str], log: Path
@@ -182,7 +190,11 @@ class FolderLock:
         self._file = self._path.open("a+", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if not isinstance(error, BlockingIOError):
+                raise ConfigError(
+                    f"{self._path} cannot be locked ({error.strerror}): choose another sweep.dir"
+                ) from error
             self._file.seek(0)
             owner = self._file.read().strip() or "unknown"
             self._file.close()

@@ -27,12 +27,15 @@ _FORMAT = 1
 State = Literal["waiting", "running", "stopped", "done", "pruned", "failed"]
 
 _FREE_KEYS = (
-    *("train.run_dir", "train.resume", "train.output_dir", "train.num_processes", "train.keep_last"),
-    *("tracking.", "reward.url", "reward.auth.", "reward.client.", "reward.failure.", "reward.record"),
-    *("rollout.urls", "rollout.auth."),
+    *("train.run_dir", "train.resume", "train.output_dir", "train.num_processes", "train.save_every"),
+    *("train.keep_last", "tracking.", "reward.url", "reward.record", "reward.auth.headers_env"),
+    *("reward.client.connect_timeout_s", "reward.client.request_timeout_s", "reward.client.deadline_s"),
+    *("reward.client.timeout_per_1k_tokens_s", "reward.client.max_in_flight"),
+    *("reward.failure.policy", "reward.failure.wait_budget_s", "reward.failure.checkpoint_after_s"),
+    *("reward.failure.on_model_change", "rollout.auth.", "model.trial"),
 )
-"""Settings (or beginnings of their names) that may change between two starts of a sweep: where things are,
-not what is learned."""
+"""Settings (or beginnings of their names) that may change between two starts of a sweep: those that a resumed
+run may change, less those that its results depend on (its length, its evaluations)."""
 
 
 @dataclass

@@ -27,6 +27,11 @@ class Reporter:
     def __init__(self, total: int) -> None:
         self._bar = progress(total=total, desc="sweep")
 
+    @property
+    def is_shown(self) -> bool:
+        """True where a person may be watching the bar."""
+        return not self._bar.disable
+
     def event(self, text: str, *values: Any) -> None:
         """Log one line."""
         self._bar.clear()

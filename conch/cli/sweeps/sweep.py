@@ -73,6 +73,7 @@ def run_sweep(request: Request) -> int:
         _write_command(record, settings, request, program)
         jobs = stack.enter_context(Jobs(folder, settings.grace_s))
         sweep = Sweep(record, request, settings, axes, program, jobs, list(slots))
+        sweep.wait_for_leftovers()
         with _noted_signals() as received:
             sweep.run(received)
         return sweep.conclude(received)
@@ -114,16 +115,20 @@ class Sweep:
         self._next_read = 0.0
         self._leaving = False
 
+    def wait_for_leftovers(self) -> None:
+        """Wait for the end of what an earlier, killed parent of this sweep left running.
+
+        Raises:
+            ConfigError: some of it cannot be ended.
+        """
+        text = "waiting for %d processes of the sweep that was here before to save and leave"
+        self.jobs.end_leftovers(lambda processes: self._reporter.event(text, len(processes)))
+
     def run(self, received: Sequence[int]) -> None:
         """Start and watch jobs until all have ended, or until a signal says to leave.
 
         received: signals so far; grows.
         """
-        self.jobs.end_leftovers(
-            lambda processes: self._reporter.event(
-                "waiting for %d processes of the sweep that was here before to save and leave", len(processes)
-            )
-        )
         self._say_what_is_there()
         try:
             while True:
@@ -299,8 +304,9 @@ class Sweep:
         return count <= self.settings.retries
 
     def _watch(self) -> None:
-        """Look at the metrics of running jobs, once a second."""
-        if time.monotonic() < self._next_read:
+        """Look at the metrics of running jobs, once a second, where they decide or show something."""
+        is_needed = self.settings.prune is not None or self._reporter.is_shown
+        if not is_needed or time.monotonic() < self._next_read:
             return
         self._next_read = time.monotonic() + _READ_EVERY_S
         steps: dict[int, int] = {}
@@ -316,7 +322,7 @@ class Sweep:
         self._reporter.show(settled, steps)
 
     def _prune_where_due(self, job: Job) -> bool:
-        if self.settings.prune is None or self._leaving:
+        if self.settings.prune is None:
             return False
         place = self.record.chosen.index(job.number)
         finished = [self._curve(other) for other in self._known(place) if other.state == "done"]

@@ -106,7 +106,7 @@ class ServerPool:
         if len(reasons) == len(self.servers):
             raise RolloutUnavailableError(
                 f"no server of `rollout.urls` answers: {'; '.join(reasons)}; start one with "
-                "`python -m conch.rollouts.serve`"
+                "`conch rollout-server model=...`"
             )
 
     def weight_version(self, version: int) -> WeightVersion:

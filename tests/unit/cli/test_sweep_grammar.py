@@ -134,6 +134,26 @@ def test_settings_are_taken_off_the_command_line() -> None:
     assert (settings.jobs, settings.dir, settings.devices) == (3, Path("here/it is"), (0, "GPU-1"))
 
 
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        (
+            "sweep.launcher=accelerate launch --main_process_port=0",
+            "launcher",
+            "accelerate launch --main_process_port=0",
+        ),
+        ("sweep.launcher='env A=1 python'", "launcher", "env A=1 python"),
+        ("sweep.metric=eval/reward@do_sample=false", "metric", "eval/reward@do_sample=false"),
+        ("sweep.metric=null", "metric", None),
+        ("sweep.dir=12", "dir", Path("12")),
+        ("+hydra.sweep.dir=a, b/2026-11-29", "dir", Path("a, b/2026-11-29")),
+    ],
+)
+def test_settings_that_are_text_need_no_quotes_of_hydras(text: str, name: str, value: object) -> None:
+    settings, rest = split_settings([text])
+    assert getattr(settings, name) == value and rest == []
+
+
 def test_interpolations_of_the_folder_are_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WHERE", "disk")
     settings, _ = split_settings(["hydra.sweep.dir='${oc.env:WHERE}/${now:%Y}'"])

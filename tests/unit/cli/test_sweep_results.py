@@ -132,6 +132,8 @@ def test_last_words_of_a_failed_job_name_the_error(tmp_path: Path) -> None:
     with log.open("a") as file:
         file.write('step 1\nTraceback (most recent call last):\n  File "x"\nValueError: too far\nbye\n\n')
     assert last_error(log, start) == "ValueError: too far"
+    log.write_text("error: of the attempt before\n$ program\nleft\n")
+    assert last_error(log, start) == "left"
     log.write_text("torch.OutOfMemoryError: CUDA out of memory\nrank 0 left\n")
     assert last_error(log, 0) == "torch.OutOfMemoryError: CUDA out of memory"
     log.write_text("just words\n")

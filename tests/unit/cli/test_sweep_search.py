@@ -37,8 +37,11 @@ def search(count: int, **settings: object) -> list[Trial]:
     return trials
 
 
-def test_values_lie_where_the_words_say() -> None:
-    for trial in search(12):
+def test_values_lie_where_the_words_say_and_differ() -> None:
+    trials = search(12)
+    for place in (0, 2, 3, 4):
+        assert len({trial.overrides[place] for trial in trials}) > 1
+    for trial in trials:
         values = dict(word.split("=", 1) for word in trial.overrides)
         assert list(values) == ["lr", "fixed", "layers", "width", "form"]
         assert 1e-5 <= float(values["lr"]) <= 1e-1 and values["layers"] in "1234" and values["fixed"] == "7"
@@ -54,6 +57,7 @@ def test_a_trial_depends_on_seed_number_and_history_alone() -> None:
         again = draw(AXES, config, "maximize", number, calm[:number], known)
         assert again == calm[number].overrides
     assert search(3, seed=1) != calm[:3]
+    assert len({draw(AXES, config, "maximize", number, calm[:2], []) for number in (2, 3, 4)}) == 3
 
 
 def test_states_of_earlier_trials_are_told_to_the_sampler() -> None:

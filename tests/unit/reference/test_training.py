@@ -101,6 +101,12 @@ def test_mixed_precision_is_that_of_the_trainer(tmp_path: Path, fresh_accelerate
     assert kept[0][0]["policy/kl"] == 0.0
 
 
+def test_servers_that_nothing_is_asked_of_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = grpo_trainer(tmp_path, grpo={**GRPO, "kl": {"coef": 0.0}}, reference={"urls": "127.0.0.1:1"})
+    assert trainer.reference is None and "`reference.urls` is not asked" in caplog.text
+    trainer.close()
+
+
 def test_a_served_run_keeps_no_copy(tmp_path: Path) -> None:
     with served(policy()) as server:
         trainer = ppo_trainer(tmp_path, **on_servers(server))
@@ -198,14 +204,17 @@ def test_resumed_run_asks_for_the_policy_of_the_very_start(tmp_path: Path) -> No
         first = ppo_trainer(tmp_path / "run", **{**settings, **shorter}, **on_servers(server))
         first.fit()
         first.close()
-        resume = {"train": {**train, "resume": str(tmp_path / "run" / "checkpoints" / "step_2")}}
+        resume: dict[str, Any] = {
+            "train": {**train, "resume": str(tmp_path / "run" / "checkpoints" / "step_2")}
+        }
         second = ppo_trainer(tmp_path / "run", **{**settings, **resume}, **on_servers(server))
         second.fit()
         assert torch.equal(parameters(second.module), weights)
         second.close()
     moved = other_weights()
     with served(moved) as server, pytest.raises(CheckpointError, match="started from"):
-        ppo_trainer(tmp_path / "run", lm=copy.deepcopy(moved), **{**settings, **resume}, **on_servers(server))
+        again: dict[str, Any] = {**settings, **resume, **on_servers(server)}
+        ppo_trainer(tmp_path / "run", lm=copy.deepcopy(moved), **again)
 
 
 # ---------------------------------------------------------------------------------------- servers go and come

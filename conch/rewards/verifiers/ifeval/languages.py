@@ -56,8 +56,8 @@ def number_of_sentences(text: str, num_sentences: int, relation: Relation) -> bo
 
 @functools.lru_cache(maxsize=64)
 def detected_language(text: str) -> str | None:
-    """Return the code of the text's language, the same in every process and thread; None where none can be
-    told, as in digits or in a mixture of many.
+    """Return the code of the text's language, the same in every process and thread; None where
+    nothing tells one, as in digits.
 
     Only the first 10,000 characters are read.
     """
@@ -66,10 +66,9 @@ def detected_language(text: str) -> str | None:
     detector = _detectors().create()
     detector.append(text)
     try:
-        language = detector.detect()
+        return detector.detect()
     except LangDetectException:
         return None
-    return None if language == detector.UNKNOWN_LANG else language
 
 
 def require_package(module: str, instruction: str) -> None:

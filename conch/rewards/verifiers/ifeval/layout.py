@@ -138,7 +138,7 @@ def _placeholders(line: str) -> int:
 
 def _has_title(line: str) -> bool:
     start, end = line.find("<<"), line.rfind(">>")
-    return start >= 0 and start + 2 < end and bool(line[start:end].lstrip("<").rstrip(">").strip())
+    return 0 <= start < end and bool(line[start:end].lstrip("<").rstrip(">").strip())
 
 
 def _depth(text: str) -> int:
@@ -149,12 +149,10 @@ def _depth(text: str) -> int:
         mark = match[0]
         if mark == '"':
             in_string = not in_string
-        elif in_string or mark[0] == "\\":
-            continue
-        elif mark in "[{":
+        elif not in_string and mark in "[{":
             depth += 1
             deepest = max(deepest, depth)
-        else:
+        elif not in_string and mark in "]}":
             depth -= 1
     return deepest
 

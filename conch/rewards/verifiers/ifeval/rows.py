@@ -192,7 +192,7 @@ def read_instruction(name: Any, given: Any, where: str = "") -> Instruction:
         near = difflib.get_close_matches(str(name), TYPES, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(TYPES)}"
         raise DataError(f"has {where}the unknown instruction `{name}`; {hint}")
-    arguments = _decoded(given)
+    arguments = decoded(given)
     if not isinstance(arguments, Mapping):
         raise DataError(f"has {where}{given!r} as arguments of {name}; it must be an object, `{{}}` for none")
     present = {key: value for key, value in arguments.items() if value is not None}
@@ -225,7 +225,7 @@ def _check_together(instruction: Instruction, where: str) -> None:
 
 
 def _listed(row: Mapping[str, Any], column: str, where: str) -> Sequence[Any]:
-    value = _decoded(row.get(column))
+    value = decoded(row.get(column))
     if value is None:
         raise DataError(f"has {where}no `{column}`")
     if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
@@ -233,8 +233,8 @@ def _listed(row: Mapping[str, Any], column: str, where: str) -> Sequence[Any]:
     return value
 
 
-def _decoded(value: Any) -> Any:
-    """What a text in JSON says; any other value, and other texts, as they are. Arrays become lists."""
+def decoded(value: Any) -> Any:
+    """Return what a text in JSON says; any other value, and other texts, as they are. Arrays become lists."""
     if not isinstance(value, str):
         return value.tolist() if hasattr(value, "tolist") else value
     try:

@@ -17,7 +17,7 @@ from typing import Any
 from conch.config import IFEvalConfig
 from conch.errors import DataError
 from conch.rewards.verifiers.base import Verdict, Verifier
-from conch.rewards.verifiers.ifeval.rows import Instruction, read_instructions
+from conch.rewards.verifiers.ifeval.rows import Instruction, decoded, read_instructions
 from conch.rewards.verifiers.ifeval.scores import Scores, score
 
 TRIP_WIRES = "trip_wires"
@@ -62,7 +62,7 @@ class IFEval(Verifier[IFEvalKey]):
         self.config = IFEvalConfig() if config is None else config
 
     def read_key(self, row: Mapping[str, Any]) -> IFEvalKey:
-        wires = row.get(TRIP_WIRES)
+        wires = decoded(row.get(TRIP_WIRES))
         if wires is None:
             return IFEvalKey(read_instructions(row))
         if not isinstance(wires, Mapping):

@@ -278,6 +278,7 @@ def test_share_may_be_loose() -> None:
         ("<think>a</think>b<think>c</think>d", "bd"),
         ("<think>a <think> b</think>c", "c"),
         ("a</think>b</think>c", "c"),
+        ("a<think>b</think>c</think>d", "d"),
         ("<think></think>", ""),
         ("<think>never ends", None),
         ("answer <think>never ends", None),
@@ -363,8 +364,9 @@ def test_every_type_gives_a_verdict_on_hostile_text(version: Any) -> None:
     verifier = IFEval(IFEvalConfig(version=version))
     keys = [verifier.read_key(each) for each in rows()[::2]]
     for text in HOSTILE:
+        completion = f"<answer>{text}</answer>" if version == "torchrl" else text
         for key in keys:
-            assert all(map(math.isfinite, verifier.verify(text, key).scores.values()))
+            assert all(map(math.isfinite, verifier.verify(completion, key).scores.values()))
 
 
 def test_every_type_gives_a_verdict_on_random_text() -> None:

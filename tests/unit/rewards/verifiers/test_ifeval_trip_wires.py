@@ -39,6 +39,8 @@ def test_tripped_is_the_share_of_wires_that_are_followed_and_earns_nothing() -> 
     assert honest.scores == cheat.scores == {"instructions": 1.0}
     assert facts("", row).facts["tripped"] == 0.0
     assert math.isnan(facts("A river", ROWS[0]).facts["tripped"])
+    as_text = {**row, "trip_wires": json.dumps(POSTSCRIPT)}
+    assert facts("P.S. More", as_text).facts["tripped"] == 0.5
     assert (
         facts("P.S. More", {**row, "trip_wires": json.loads(json.dumps(POSTSCRIPT))}).facts["tripped"] == 0.5
     )
