@@ -142,7 +142,7 @@ def addresses(servers: Sequence[Server]) -> dict[str, object]:
     references = ",".join(server.url for server in servers if server.verb == "reference-server")
     told: dict[str, object] = {}
     if samplers:
-        told |= {"rollout.engine": "vllm", "rollout.urls": samplers}
+        told["rollout.urls"] = samplers
     if references:
         told["reference.urls"] = references
     return told

@@ -77,7 +77,7 @@ def test_a_copy_of_the_sampler_may_take_several_devices() -> None:
     servers = started({"inference_model": {"tensor_parallel_size": 2}}, plan(inference=4), has_vllm=True)
     assert [server.devices for server in servers] == [(1, 2), (3, 4)]
     assert read(servers[0]).tensor_parallel_size == 2
-    assert addresses(servers).keys() == {"rollout.engine", "rollout.urls"}
+    assert addresses(servers).keys() == {"rollout.urls"}
 
 
 def test_the_reference_holds_the_weights_that_training_starts_from() -> None:
