@@ -33,9 +33,7 @@ SUBJECTS = (
     *("fresh bread", "black tea", "slow trains", "small dogs", "long walks", "good books", "cold winters"),
     *("warm soup", "paper boats", "wild birds", "night buses", "blue bicycles"),
 )
-END_PHRASES = (
-    *("Ask me again tomorrow.", "That is all for today.", "I hope that helps you.", "Now it is your turn."),
-)
+END_PHRASES = ("Ask me again tomorrow.", "That is all for today.")
 POSTSCRIPT_MARKERS = ("P.S.", "P.P.S")
 HELD_OUT_SHARE = 0.2
 FOLLOWED_SHARE = 0.3
@@ -53,9 +51,9 @@ WORDINGS: Mapping[str, tuple[str, ...]] = {
         "Put double quotes around the answer.",
     ),
     "startend:end_checker": ("End with the words: {end_phrase}", "Your last words must be: {end_phrase}"),
-    "detectable_format:number_bullet_lists": (
-        "Give exactly {num_bullets} bullet points.",
-        "Your answer must have {num_bullets} bullets.",
+    "detectable_format:title": (
+        "Begin with a title in double angular brackets.",
+        "Your answer must have a title such as <<My thoughts>>.",
     ),
     "detectable_content:postscript": (
         "Add a postscript that starts with {postscript_marker}",
@@ -76,8 +74,7 @@ _CLOSINGS = (
 )
 """Sentences with a comma, and the same without one."""
 
-_POINTS = ("It is easy to find.", "It gives us hope.", "It never gets old.")
-"""Points of a list, of which an answer names the first ones."""
+_TITLES = ("<<A short answer>>", "<<What I think>>")
 _NOTES = ("I wrote this at home.", "I thought about it for a long time.", "Please write back soon.")
 
 
@@ -155,10 +152,8 @@ def answer(subject: str, instructions: Mapping[str, Mapping[str, Any]], rng: ran
         rng.choice(sentences)[0 if with_comma else 1].format(subject=subject)
         for sentences in (_OPENINGS, _CLOSINGS)
     )
-    lines = [f"{opening} {closing}"]
-    bullets = instructions.get("detectable_format:number_bullet_lists")
-    if bullets is not None:
-        lines += [f"* {point}" for point in _POINTS[: bullets["num_bullets"]]]
+    lines = [rng.choice(_TITLES)] if "detectable_format:title" in instructions else []
+    lines.append(f"{opening} {closing}")
     postscript = instructions.get("detectable_content:postscript")
     if postscript is not None:
         lines.append(f"{postscript['postscript_marker']} {rng.choice(_NOTES)}")
@@ -175,8 +170,6 @@ def _draw_arguments(kind: str, rng: random.Random) -> dict[str, Any]:
     """Arguments of an instruction, by the names of google/IFEval."""
     if kind == "startend:end_checker":
         return {"end_phrase": rng.choice(END_PHRASES)}
-    if kind == "detectable_format:number_bullet_lists":
-        return {"num_bullets": rng.randint(1, len(_POINTS))}
     if kind == "detectable_content:postscript":
         return {"postscript_marker": rng.choice(POSTSCRIPT_MARKERS)}
     return {}

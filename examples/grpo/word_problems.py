@@ -106,8 +106,8 @@ TEMPLATES = (
         ("-", "*"),
     ),
     Template(
-        "{a} {things} are shared among {b} children, and {name} gives each child {c} more. How many {things} "
-        "does each child have?",
+        "{name} shares {a} {things} among {b} children and gives each child {c} more. How many {things} does "
+        "each child have?",
         "Each child gets {sum} {things}.",
         "With the gift each has {sum} {things}.",
         ("/", "+"),
@@ -217,14 +217,17 @@ def _draw_numbers(operations: tuple[str, str], rng: random.Random) -> tuple[int,
 
 
 def _draw_first(first: str, second: str, rng: random.Random) -> tuple[int, int]:
-    """Numbers of the first step, whose result is at most 9 where it is multiplied afterwards."""
-    if first == "*":
-        return rng.randint(2, 9), rng.randint(2, 9)
-    if first == "/":
-        divisor = rng.randint(2, 9)
-        return divisor * rng.randint(2, 9), divisor
-    if second != "*":
-        return rng.randint(2, 12), rng.randint(2, 12)
-    whole = rng.randint(3, 9)
-    part = rng.randint(1, whole - 1)
-    return (part, whole - part) if first == "+" else (whole, part)
+    """Numbers of the first step. Its result is at most 36, so that what the second step adds to a product, or
+    takes off, is added to sums as well; and at most 9 where it is multiplied afterwards."""
+    if second == "*":
+        whole = rng.randint(3, 9)
+        part = rng.randint(1, whole - 1)
+        return (part, whole - part) if first == "+" else (whole, part)
+    if first == "+":
+        return rng.randint(2, 18), rng.randint(2, 18)
+    while True:
+        a, b = rng.randint(2, 9), rng.randint(2, 9)
+        if first == "/":
+            return a * b, b
+        if a * b <= 36:
+            return a, b
