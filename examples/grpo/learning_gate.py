@@ -86,7 +86,7 @@ def word_problem_data() -> Data:
         texts=[*questions, *(row["answer"] for row in half_right)],
         samples=[{"prompt": row["prompt"], "completion": row["answer"]} for row in prompts(half_right)],
         prompts=prompts(word_problems.rows("train", 5000, seed=1)),
-        held_out=prompts(word_problems.rows("held_out", 400, seed=2)),
+        held_out=prompts(word_problems.rows("held_out", 400, seed=3)),
     )
 
 
@@ -101,7 +101,7 @@ def instruction_data() -> Data:
         texts=[row["prompt"] + row["completion"] for row in samples],
         samples=samples,
         prompts=prompts(request.row for request in instructions.requests("train", 4000, seed=1)),
-        held_out=prompts(request.row for request in instructions.requests("held_out", 300, seed=2)),
+        held_out=prompts(request.row for request in instructions.requests("held_out", 300, seed=3)),
     )
 
 

@@ -28,7 +28,7 @@ NAMES: dict[Part, tuple[str, ...]] = {
     "held_out": ("Anton", "Bianca", "Elena", "Farid", "Ida", "Kenji", "Lina", "Mateo", "Nora", "Theo"),
 }
 THINGS = ("apples", "beads", "books", "buttons", "cards", "cups", "eggs", "marbles", "pencils", "shells")
-HELD_OUT_SHARE = 0.2
+HELD_OUT_SHARE = 0.1
 RIGHT_SHARE = 1 / 3
 MISTAKES = {"forgotten": 16, "operation": 3, "count": 1}
 """Mistakes of half-right solutions -> how often each is made, of 20."""
@@ -200,7 +200,7 @@ def half_right_rows(number: int, seed: int) -> list[Row]:
 
 @cache
 def is_held_out(numbers: tuple[int, int, int]) -> bool:
-    """Whether no problem with these numbers, in any order, is learned from; a fifth of all are held out."""
+    """Whether no problem with these numbers, in any order, is learned from; a tenth of all are held out."""
     return random.Random(f"held out {sorted(numbers)}").random() < HELD_OUT_SHARE
 
 

@@ -41,6 +41,7 @@ def test_policy_learns_from_the_verifier(
     assert rewards[0] <= at_most + 0.1 and rewards[-1] >= at_least - 0.1
 
 
+@pytest.mark.slow
 def test_gate_that_is_missed_leaves_with_1(tmp_path: Path) -> None:
     overrides = ("train.total_steps=1", "train.eval_every=1", f"train.run_dir={tmp_path / 'run'}")
     result = subprocess.run(
