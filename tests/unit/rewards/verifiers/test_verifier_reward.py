@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from conch.config import RewardConfig, load
@@ -25,6 +27,26 @@ from tests.runs import grpo_trainer, ilql_trainer, ppo_trainer, rft_trainer, sft
 Trainer = Callable[..., Any]
 
 
+def unchecked(scores: dict[str, Any], facts: dict[str, Any]) -> Verdict:
+    """A verdict of any values: the types are checked in tests alone."""
+    verdict = Verdict({})
+    object.__setattr__(verdict, "scores", scores)
+    object.__setattr__(verdict, "facts", facts)
+    return verdict
+
+
+ODD: dict[str, Any] = {
+    "none": None,
+    "number": 1.0,
+    "null": unchecked({"answer": None, "format": 0.0}, {}),
+    "text": unchecked({"answer": "yes", "format": 0.0}, {}),
+    "empty": Verdict({}),
+    "no fact": Verdict({"answer": 1.0, "format": 0.0}, {"correct": None}),
+    "numpy": unchecked({"answer": np.float32(1), "format": np.int64(0)}, {"correct": np.bool_(True)}),
+}
+"""What a verifier of a user's may give, by the completion that it gives it for."""
+
+
 class Letter(Verifier[str]):
     """Right where the completion begins with the row's letter; 0.5 more for an even number of letters."""
 
@@ -32,6 +54,8 @@ class Letter(Verifier[str]):
     columns = ("letter",)
 
     def read_key(self, row: Mapping[str, Any]) -> str:
+        if row.get("letter") == 0:
+            raise ZeroDivisionError("by design")
         if not isinstance(row.get("letter"), str):
             raise DataError("has no `letter`")
         return row["letter"]
@@ -39,6 +63,8 @@ class Letter(Verifier[str]):
     def verify(self, completion: str, key: str) -> Verdict:
         if completion == "broken":
             raise ZeroDivisionError("by design")
+        if completion in ODD:
+            return ODD[completion]
         if completion == "nan":
             return Verdict({"answer": math.nan, "format": 0.0}, {"correct": math.nan})
         right = float(completion.startswith(key))
@@ -101,6 +127,40 @@ def test_a_check_that_breaks_or_gives_no_number_is_invalid() -> None:
     assert not any(result.scores for result in results if not result.ok)
 
 
+@pytest.mark.parametrize("make", [Letter, Slow])
+def test_what_is_no_verdict_is_invalid_for_its_own_completion_and_keeps_nobody_waiting(
+    make: type[Letter], caplog: pytest.LogCaptureFixture
+) -> None:
+    with VerifierReward(make()) as reward:
+        results = reward.submit([*sampled(*ODD, "ab"), *sampled("ab", letter=0)]).result(60)
+    details = [result.detail for result in results]
+    assert details == [
+        "verifier letter gave None instead of a Verdict",
+        "verifier letter gave 1.0 instead of a Verdict",
+        "verifier letter gave None for `answer`",
+        "verifier letter gave 'yes' for `answer`",
+        "verifier letter gave no score",
+        "",
+        "",
+        "",
+        "verifier letter: the prompt's row cannot be read: ZeroDivisionError: by design",
+    ]
+    assert [result.ok for result in results] == [not detail for detail in details]
+    no_fact, as_numpy = results[5], results[6]
+    assert all(map(math.isnan, no_fact.facts.values()))
+    assert as_numpy.facts["correct"] == 1.0 and as_numpy.facts["length_right"] == 5.0
+    json.dumps([dict(as_numpy.scores), dict(as_numpy.facts)])
+    assert not caplog.records
+
+
+def test_closing_leaves_nobody_waiting(caplog: pytest.LogCaptureFixture) -> None:
+    reward = VerifierReward(Slow())
+    future = reward.submit(sampled("late", "ab", "b"))
+    reward.close()
+    assert not any(result.ok for result in future.result(60))
+    assert not caplog.records
+
+
 def test_late_and_dead_checks_are_timeouts_and_invalid_the_second_time() -> None:
     with VerifierReward(Slow()) as reward:
         reward.check()
@@ -113,7 +173,8 @@ def test_late_and_dead_checks_are_timeouts_and_invalid_the_second_time() -> None
         RewardStatus.OK,
     ]
     assert [status for status, _ in again] == [RewardStatus.INVALID, RewardStatus.OK]
-    assert "as before" in again[0][1]
+    late = r"verifier letter: the (check|start) took longer than 1 s, as before \(sample [0-9a-f]{8}\)"
+    assert re.fullmatch(late, again[0][1])
 
 
 def test_waiting_for_rewards_ends_with_a_check_that_never_comes() -> None:
@@ -164,8 +225,9 @@ ROWS = [{"prompt": "a", "letter": "b"}, {"prompt": "c", "letter": "d"}]
 
 @pytest.mark.parametrize("make", [ppo_trainer, grpo_trainer, rft_trainer])
 def test_rows_that_cannot_be_read_end_the_run_before_it_starts(tmp_path: Path, make: Trainer) -> None:
-    rows = [*ROWS, {"prompt": "e"}, {"prompt": "f", "letter": 3}]
-    with pytest.raises(DataError, match="cannot check completions: prompt 2 has no `letter`; prompt 3 has"):
+    rows = [*ROWS, {"prompt": "e"}, {"prompt": "f", "letter": 0}]
+    told = "completions: prompt 2 has no `letter`; prompt 3 cannot be read: ZeroDivisionError: by design"
+    with pytest.raises(DataError, match=told):
         make(tmp_path / "run", reward_fn=Letter(), prompts=rows)
     with pytest.raises(DataError, match="evaluation prompt 1 has no `letter`"):
         make(tmp_path / "run", reward_fn=Letter(), prompts=ROWS, eval_prompts=[ROWS[0], "b"])
