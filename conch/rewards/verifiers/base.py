@@ -35,11 +35,11 @@ class Verdict:
     scores: parts of the reward by name, whose weighted sum is the reward: `{"answer": 1.0, "format": 0.1}`. A
         verifier gives the same names for every completion.
     facts: further figures, which are measured and no part of the reward: `{"correct": 1.0}`. A verifier gives
-        the same names for every completion, with NaN or None where a fact does not apply.
+        the same names for every completion, with NaN where a fact does not apply.
     """
 
     scores: Mapping[str, float]
-    facts: Mapping[str, float | None] = field(default_factory=dict)
+    facts: Mapping[str, float] = field(default_factory=dict)
 
 
 class Verifier(ABC, Generic[KeyT]):

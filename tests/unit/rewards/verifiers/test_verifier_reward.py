@@ -15,16 +15,31 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conch.config import RewardConfig, load
+from conch.config import GSM8KConfig, RewardConfig, load
 from conch.errors import ConfigError, DataError
+from conch.evaluation.evaluator import Evaluator, watched_row
 from conch.rewards import RewardSource, Verdict, Verifier, from_user
 from conch.rewards.scorer import RewardScorer, total_reward, weight_of
+from conch.rewards.verifiers.gsm8k import GSM8K
 from conch.rewards.verifiers.source import VerifierReward
 from conch.types import RewardStatus, Rollout
 from tests.fakes.rollouts import rollouts
 from tests.runs import grpo_trainer, ilql_trainer, ppo_trainer, rft_trainer, sft_trainer, vowels
 
 Trainer = Callable[..., Any]
+
+
+class WithFact(Verifier[str]):
+    """Gives a fact of a name that evaluations have already."""
+
+    name = "with fact"
+    columns = ()
+
+    def read_key(self, row: Mapping[str, Any]) -> str:
+        return ""
+
+    def verify(self, completion: str, key: str) -> Verdict:
+        return Verdict({"answer": 1.0}, {"reward": 2.0})
 
 
 def unchecked(scores: dict[str, Any], facts: dict[str, Any]) -> Verdict:
@@ -41,7 +56,7 @@ ODD: dict[str, Any] = {
     "null": unchecked({"answer": None, "format": 0.0}, {}),
     "text": unchecked({"answer": "yes", "format": 0.0}, {}),
     "empty": Verdict({}),
-    "no fact": Verdict({"answer": 1.0, "format": 0.0}, {"correct": None}),
+    "no fact": unchecked({"answer": 1.0, "format": 0.0}, {"correct": None}),
     "numpy": unchecked({"answer": np.float32(1), "format": np.int64(0)}, {"correct": np.bool_(True)}),
 }
 """What a verifier of a user's may give, by the completion that it gives it for."""
@@ -276,6 +291,62 @@ def test_a_verifier_watches_what_is_learned_from_another_reward(tmp_path: Path, 
             assert not watched
         trainer.close()
     assert repr(outcomes[0]) == repr(outcomes[1])
+
+
+def test_parts_and_facts_of_what_watches_have_names_of_their_own(tmp_path: Path) -> None:
+    """A right answer in tags: 1.0, of which the form is worth 0.1; the fact `format` is 1 then."""
+    settings: dict[str, Any] = {
+        "verifier": "gsm8k",
+        "gsm8k": {"extractor": "strict", "version": "torchrl"},
+    }
+    trainer = grpo_trainer(tmp_path / "run", prompts=GSM8K_ROWS, evaluation=settings)
+    scores = trainer.evaluate()
+    trainer.close()
+    source = VerifierReward(GSM8K(load(GSM8KConfig, settings["gsm8k"])))
+    prompt = replace(sampled("")[0].prompt, metadata={"answer": "#### 3"})
+    (right,) = source.submit([replace(rollouts("<answer>3</answer>")[0], prompt=prompt)]).result()
+    source.close()
+    assert watched_row(right)["reward/format"] == 0.1 and watched_row(right)["format"] == 1.0
+    assert {f"eval/gsm8k/{name}" for name in watched_row(right)} <= scores.keys()
+
+
+@pytest.mark.parametrize("kind", ["member", "metric_fn", "fact"])
+def test_two_figures_of_one_name_are_refused(tmp_path: Path, kind: str) -> None:
+    watch: dict[str, Any] = {"verifier": "gsm8k", "gsm8k": {"extractor": "strict"}}
+    flexible = GSM8K(load(GSM8KConfig, {"extractor": "flexible"}))
+    settings: dict[str, Any] = {
+        "member": {"reward_fn": {"gsm8k": flexible, "vowels": vowels}, "evaluation": watch},
+        "metric_fn": {"reward_fn": flexible, "metric_fn": lambda outputs, **_: {"correct": 0.0}},
+        "fact": {"reward_fn": WithFact()},
+    }[kind]
+    names = {"member": "gsm8k/correct", "metric_fn": "correct", "fact": "reward"}
+    prompts = [{**row, "letter": "a"} for row in GSM8K_ROWS]
+    trainer = grpo_trainer(tmp_path / "run", prompts=prompts, **settings)
+    with pytest.raises(ConfigError, match=f"`eval/{names[kind]}` would be two figures"):
+        trainer.evaluate()
+    trainer.close()
+
+
+def test_what_a_watching_verifier_cannot_check_is_counted_and_told_and_stops_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = grpo_trainer(tmp_path / "run", prompts=[{**row, "letter": 0} for row in GSM8K_ROWS])
+    evaluator = Evaluator(
+        trainer.collectives,
+        trainer.eval_prompts,
+        trainer.variants,
+        trainer._make_sampler,
+        trainer.config.train,
+        scorer=trainer.scorer,
+        metric_fn=None,
+        watching={"letter": VerifierReward(Letter())},
+    )
+    scores = evaluator.run()
+    evaluator.close()
+    trainer.close()
+    assert scores["eval/letter/failed_fraction"] == 1.0 and math.isfinite(scores["eval/reward"])
+    told = "letter checked 0 of 2 completions of this process only; first: verifier letter: the prompt's row"
+    assert told in caplog.text
 
 
 def test_a_watching_verifier_reads_its_rows_before_the_run(tmp_path: Path) -> None:
