@@ -34,6 +34,8 @@ _log = get_logger("conch.grpo")
 CONFIGS = Path(__file__).resolve().parent / "config"
 DEFAULT = "grpo_gsm8k"
 _SHOW = "--print-config"
+_OTHERWISE = {"-m", "--multirun", "-h", "--help"}
+"""Words that show something else than one run's settings."""
 
 
 def run(config: ExampleConfig, argv: Sequence[str] = ()) -> None:
@@ -99,6 +101,15 @@ def planned(config: ExampleConfig) -> DevicePlan:
     return plan_devices(wishes, has_reference=config.policy.kl_coef > 0, num_gpus=torch.cuda.device_count())
 
 
+def check(config: ExampleConfig) -> None:
+    """See that the settings make a run on this machine.
+
+    Raises:
+        ConfigError: they do not; nothing has been loaded or started.
+    """
+    run_config(translate(config, planned(config), has_vllm=_has_vllm()))
+
+
 def _has_vllm() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
@@ -117,12 +128,12 @@ def main(argv: Sequence[str]) -> None:
     """Command line: `key=value` overrides of `config/grpo_gsm8k.yaml`."""
 
     def loaded(words: Sequence[str]) -> ExampleConfig:
-        return load_run_config(ExampleConfig, words, default_name=DEFAULT, config_dir=CONFIGS)
+        return load_run_config(ExampleConfig, words, default_name=DEFAULT, config_dir=CONFIGS, check=check)
 
     try:
         config = loaded(argv)
-    except SystemExit:
-        if _SHOW in argv:
+    except SystemExit as left:
+        if _SHOW in argv and not left.code and _OTHERWISE.isdisjoint(argv):
             shown = loaded([word for word in argv if word != _SHOW])
             plan = planned(shown)
             lines = [*plan.lines(), "", "became", table(translate(shown, plan, has_vllm=_has_vllm()))]
