@@ -6,6 +6,7 @@ gone, however it went. The kernel ends the training processes, or their launcher
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import math
@@ -317,6 +318,8 @@ def accelerate_file(name: str) -> Path:
 def run_training(command: Sequence[str], plan: DevicePlan) -> None:
     """Run the training processes; Ctrl-C and SIGTERM are handed on to them, and waited for.
 
+    A launcher is passed over: it would end its ranks after 30 s, in the middle of a long step.
+
     Raises:
         KeyboardInterrupt, SystemExit: as the signal, or the processes, ended it.
     """
@@ -337,7 +340,10 @@ def run_training(command: Sequence[str], plan: DevicePlan) -> None:
 
     def hand_on(number: int, _frame: FrameType | None) -> None:
         received.append(number)
-        process.send_signal(number)
+        ranks = _children(process.pid) if len(plan.train) > 1 else []
+        for pid in ranks or [process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -349,3 +355,9 @@ def run_training(command: Sequence[str], plan: DevicePlan) -> None:
         raise KeyboardInterrupt
     if code:
         raise SystemExit(128 + signal.SIGTERM if received else code if code > 0 else 128 - code)
+
+
+def _children(pid: int) -> list[int]:
+    """Processes that a process has started, by whichever of its threads."""
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for file in lists for child in file.read_text().split()]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +22,13 @@ from examples.grpo.launch import (
     accelerate_file,
     addresses,
     environment,
+    run_training,
     servers_of,
     training_command,
 )
 from examples.grpo.settings import ExampleConfig
 from examples.grpo.translation import run_config, translate
+from tests.footprint import wait_until
 
 TASK = Path("task.json")
 
@@ -118,3 +124,47 @@ def test_an_accelerate_file_is_found_or_the_names_are_told(tmp_path: Path) -> No
     assert accelerate_file(str(own)) == own
     with pytest.raises(ConfigError, match=r"= zero9: there is no such file; there are: .*ddp.*zero3"):
         accelerate_file("zero9")
+
+
+LAUNCHER = """
+import signal, subprocess, sys
+rank = subprocess.Popen([sys.executable, *sys.argv[1:]])
+def lose_patience(*_):
+    rank.kill()
+    sys.exit(1)
+signal.signal(signal.SIGINT, lose_patience)
+signal.signal(signal.SIGTERM, lose_patience)
+sys.exit(1 if rank.wait() else 0)
+"""
+RANK = """
+import pathlib, signal, sys, time
+left = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: left.append(1))
+pathlib.Path("ready").touch()
+while not left:
+    time.sleep(0.01)
+time.sleep(0.5)  # of a step that goes on
+pathlib.Path("saved").touch()
+sys.exit(143)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "leaves"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_ranks_finish_their_step_however_soon_their_launcher_would_end_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, leaves: type[BaseException]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def interrupt() -> None:
+        wait_until(Path("ready").exists, lambda: "no rank is there", 60.0)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(leaves) as left:
+        run_training([sys.executable, "-c", LAUNCHER, "-c", RANK], plan(0, train=2))
+    assert Path("saved").exists()
+    if leaves is SystemExit:
+        assert left.value.args == (143,)
