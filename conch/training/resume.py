@@ -35,7 +35,7 @@ _FREE_KEYS = (
     *("reward.client.connect_timeout_s", "reward.client.request_timeout_s", "reward.client.deadline_s"),
     *("reward.client.timeout_per_1k_tokens_s", "reward.client.max_in_flight"),
     *("reward.failure.policy", "reward.failure.wait_budget_s", "reward.failure.checkpoint_after_s"),
-    *("reward.failure.on_model_change", "rollout.auth.", "reference.", "model.trial"),
+    *("reward.failure.on_model_change", "rollout.urls", "rollout.auth.", "reference.", "model.trial"),
 )
 """Settings (or beginnings of their names) that a resumed run may change: none touches what is learned, but
 for the length of the run, which moves the end of the learning-rate schedule."""

@@ -141,7 +141,10 @@ def check_outputs(run: Path, steps: Sequence[int] = (2,)) -> None:
     }
     assert (run / "checkpoints" / f"step_{steps[-1]}").is_dir()
     assert [line["step"] for line in metrics_of(run)] == [1, 2]
-    assert all(line["reward/requests"] == 4 for line in metrics_of(run))
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert settings["grpo"]["prompts_per_step"] * settings["grpo"]["group_size"] == 4
+    share = 4 // settings["train"]["num_processes"]
+    assert all(line["reward/requests"] == share for line in metrics_of(run))  # of the first process
 
 
 # -------------------------------------------------------------------------------- one process, one device
@@ -373,9 +376,7 @@ def test_devices_are_allotted_and_all_processes_end(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name
-)
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_command_that_is_ended_takes_all_along(there: Path, number: signal.Signals, ranks: int) -> None:
     words = [*ONE_EACH[1:], f"train_model.num_devices={ranks}", "train.run_dir=run"]

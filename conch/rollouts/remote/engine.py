@@ -139,6 +139,7 @@ class _Sampling:
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._waiting: deque[PromptBatch] = deque()
         self._missing: set[int] = set()
+        self._under_way: list[tuple[ServerState, PromptBatch, int]] = []
         self._stale_replies = 0
 
     def rollouts(
@@ -148,17 +149,22 @@ class _Sampling:
         self._waiting.extend(batches)
         self._missing = {index for batch in batches for column in batch.indices for index in column}
         last_completion_s = time.monotonic()
-        while self._missing:
-            self._send_waiting()
-            ended = self._receive(prompts)
-            if ended:
-                last_completion_s = time.monotonic()
-                yield ended
-            elif time.monotonic() - last_completion_s > self._deadline_s:
-                raise RolloutUnavailableError(
-                    f"{len(self._missing)} completions are missing, and no server sent one for "
-                    f"`rollout.deadline_s` = {self._deadline_s:g}"
-                )
+        try:
+            while self._missing:
+                self._send_waiting()
+                ended = self._receive(prompts)
+                if ended:
+                    last_completion_s = time.monotonic()
+                    yield ended
+                elif time.monotonic() - last_completion_s > self._deadline_s:
+                    raise RolloutUnavailableError(
+                        f"{len(self._missing)} completions are missing, and no server sent one for "
+                        f"`rollout.deadline_s` = {self._deadline_s:g}"
+                    )
+        finally:
+            # A request ends after its last completion, when nobody waits any more.
+            while self._under_way:
+                self._discharge(*self._under_way[-1])
 
     def _send_waiting(self) -> None:
         """Send waiting batches to servers that have room; probe those that are away."""
@@ -173,6 +179,7 @@ class _Sampling:
             tokens = self._max_tokens(batch)
             server.pending_tokens += tokens
             server.pending_completions += batch.num_completions
+            self._under_way.append((server, batch, tokens))
             self._pool.threads.submit(self._request, server, batch, tokens)
 
     def _max_tokens(self, batch: PromptBatch) -> int:
@@ -239,8 +246,7 @@ class _Sampling:
     def _close_request(self, end: _RequestEnd) -> None:
         """Take a request off its server's account, and queue again what it did not bring."""
         server, batch, error = end.server, end.batch, end.error
-        server.pending_tokens -= end.tokens
-        server.pending_completions -= batch.num_completions
+        self._discharge(server, batch, end.tokens)
         if error is None:
             return
         if not isinstance(error, RolloutUnavailableError):
@@ -251,6 +257,12 @@ class _Sampling:
         rest = missing_part(batch, self._missing)
         if rest is not None:
             self._waiting.appendleft(rest)
+
+    def _discharge(self, server: ServerState, batch: PromptBatch, tokens: int) -> None:
+        """Take a request off its server's account, which outlives this call."""
+        self._under_way.remove((server, batch, tokens))
+        server.pending_tokens -= tokens
+        server.pending_completions -= batch.num_completions
 
     def _count_stale(self, error: StaleWeightsError) -> None:
         """Give up after many refusals: sending the weights again helps a restarted server, but not one that

@@ -101,6 +101,16 @@ def test_one_that_hangs_gets_no_more_while_the_other_works(start: Callable[..., 
     assert slow.lines <= 4 and quick.lines >= 12
 
 
+def test_no_work_stays_on_a_servers_account(start: Callable[..., FakeRolloutServer]) -> None:
+    """A request ends after its last completion. What was not taken off the account then would count for ever,
+    until the server never had room again."""
+    sampling = Sampling(start(max_num_seqs=4))
+    for _ in range(30):
+        assert len(sampling(prompts(4))) == 4
+        (server,) = sampling.pool.servers
+        assert (server.pending_tokens, server.pending_completions) == (0, 0)
+
+
 @pytest.mark.parametrize(
     ("state", "expected"),
     [
