@@ -12,6 +12,7 @@ ends them. `--print-config` shows all settings, and what they become of Conch's;
 from __future__ import annotations
 
 import importlib.util
+import secrets
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -82,10 +83,11 @@ def _start(
     task_file = scratch / "task.json"
     command = training_command(config, plan, task_file)
     servers = servers_of(config, run_config(became), plan, has_vllm=_has_vllm())
-    with running(servers, plan, logs):
+    secret = secrets.token_urlsafe(32)
+    with running(servers, plan, logs, secret):
         final = run_config(became, {**addresses(servers), **where})
         Task(config, final, argv, config_name(argv)).write(task_file)
-        run_training(command, plan)
+        run_training(command, plan, secret)
 
 
 def planned(config: ExampleConfig) -> DevicePlan:
