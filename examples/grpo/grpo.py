@@ -28,7 +28,7 @@ from examples.grpo.devices import DevicePlan, Wish, plan_devices
 from examples.grpo.launch import addresses, run_training, running, servers_of, training_command
 from examples.grpo.settings import ExampleConfig
 from examples.grpo.training import Task, train
-from examples.grpo.translation import Became, run_config, table, translate
+from examples.grpo.translation import Became, run_config, table, translate, without_effect
 
 _log = get_logger("conch.grpo")
 
@@ -51,7 +51,7 @@ def run(config: ExampleConfig, argv: Sequence[str] = ()) -> None:
     plan = planned(config)
     became = translate(config, plan, has_vllm=_has_vllm())
     run_config(became)  # what is wrong is told before the plan
-    print("\n".join(plan.lines()), flush=True)
+    print("\n".join([*plan.lines(), *without_effect(config, plan, has_vllm=_has_vllm())]), flush=True)
     name = config_name(argv)
     if not plan.apart:
         print(f"run folder: {train(Task(config, run_config(became), argv, name))}")
@@ -138,7 +138,14 @@ def main(argv: Sequence[str]) -> None:
         if _SHOW in argv and not left.code and _OTHERWISE.isdisjoint(argv):
             shown = loaded([word for word in argv if word != _SHOW])
             plan = planned(shown)
-            lines = [*plan.lines(), "", "became", table(translate(shown, plan, has_vllm=_has_vllm()))]
+            unused = without_effect(shown, plan, has_vllm=_has_vllm())
+            lines = [
+                *plan.lines(),
+                *unused,
+                "",
+                "became",
+                table(translate(shown, plan, has_vllm=_has_vllm())),
+            ]
             print("\n".join(f"# {line}".rstrip() for line in "\n".join(lines).splitlines()))
         raise
     run(config, argv)

@@ -121,6 +121,8 @@ def _sampler_settings(
     at_once = math.ceil(config.env.num_envs * config.env.repeats / copies)
     settings: dict[str, object] = {
         "model": config.model.name,
+        "revision": config.model.revision,
+        "trust_remote_code": config.model.trust_remote_code or None,
         "dtype": inference.torch_dtype or _computed_dtype(run),
         "max_model_len": inference.max_model_len,
         "max_num_seqs": min(_MOST_AT_ONCE, at_once),

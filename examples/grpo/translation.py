@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from conch.config import load
@@ -154,6 +155,36 @@ def translate(config: ExampleConfig, plan: DevicePlan, *, has_vllm: bool) -> lis
     return [*made, *more]
 
 
+def without_effect(config: ExampleConfig, plan: DevicePlan, *, has_vllm: bool) -> list[str]:
+    """Settings that were given and change nothing on these devices, each with the reason."""
+    uses_vllm = sampler(config, plan, has_vllm=has_vllm) == "vllm"
+    one_process = "one process trains" if len(plan.train) == 1 else ""
+    on_cpu = "" if plan.on_gpus else "simulated devices train without accelerate's file"
+    precision = "weights and all that is computed are float32" if _dtype(config, plan) == "float32" else ""
+    if _uses_deepspeed(config, plan):
+        precision = "DeepSpeed's file says what is computed in"
+    reasons: dict[str, str] = {
+        "train_model.accelerate_config": one_process or on_cpu,
+        "train.mixed_precision": "DeepSpeed's file says what is computed in"
+        if _uses_deepspeed(config, plan)
+        else in_full,
+    }
+    if not uses_vllm:
+        for key in ("gpu_memory_utilization", "enforce_eager"):
+            reasons[f"inference_model.{key}"] = "it is vLLM's, and transformers samples"
+    if not uses_vllm and not plan.inference:
+        for key in ("max_model_len", "torch_dtype"):
+            reasons[f"inference_model.{key}"] = "completions are sampled by the model in training itself"
+    lines = []
+    for name, reason in reasons.items():
+        section, _, key = name.partition(".")
+        given = getattr(config, section)
+        value = getattr(given, key)
+        if reason and value != type(given).model_fields[key].default:
+            lines.append(f"  without effect: `{name}` = {value}: {reason}")
+    return lines
+
+
 def run_config(became: Sequence[Became], more: Mapping[str, Any] | None = None) -> GRPORunConfig:
     """The run that `translate` tells of; where several set the same, the last one holds.
 
@@ -208,12 +239,22 @@ def _model(config: ExampleConfig, plan: DevicePlan) -> list[Became]:
     return made
 
 
+def _uses_deepspeed(config: ExampleConfig, plan: DevicePlan) -> bool:
+    file = config.train_model.accelerate_config
+    return plan.on_gpus and len(plan.train) > 1 and "zero" in Path(file).name
+
+
+def _dtype(config: ExampleConfig, plan: DevicePlan) -> str:
+    """Precision of training."""
+    return config.train_model.torch_dtype or ("bfloat16" if plan.on_gpus else "float32")
+
+
 def _precision(config: ExampleConfig, plan: DevicePlan) -> list[Became]:
     """Weights train in float32 or under an adapter: in half precision, small updates are lost to rounding."""
     trained, mixed = config.train_model, config.train.mixed_precision
-    dtype = trained.torch_dtype or ("bfloat16" if plan.on_gpus else "float32")
+    dtype = _dtype(config, plan)
     source = "train_model.torch_dtype, train.mixed_precision"
-    if "zero" in trained.accelerate_config and len(plan.train) > 1:
+    if _uses_deepspeed(config, plan):
         return [Became("train_model.torch_dtype", "model.dtype", dtype)]  # DeepSpeed's file has the rest
     if dtype == "float32":
         return [Became(source, "model.dtype", dtype), Became(source, "train.mixed_precision", "no")]

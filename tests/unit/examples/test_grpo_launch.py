@@ -59,7 +59,7 @@ def read(server: Server) -> Any:
 @pytest.mark.parametrize("has_vllm", [True, False])
 def test_servers_take_what_they_are_told(has_vllm: bool) -> None:
     config = {
-        "model": {"name": "some/model"},
+        "model": {"name": "some/model", "revision": "v2", "trust_remote_code": True},
         "inference_model": {"gpu_memory_utilization": 0.7, "enforce_eager": True, "max_model_len": 4096},
         "env": {"num_envs": 4, "repeats": 16},
     }
@@ -77,6 +77,7 @@ def test_servers_take_what_they_are_told(has_vllm: bool) -> None:
     else:
         assert sampler.engine == "transformers"
     assert (reference.model, reference.dtype) == ("some/model", "bfloat16")
+    assert {(each.revision, each.trust_remote_code) for each in (sampler, reference)} == {("v2", True)}
     told = addresses(servers)
     assert told["rollout.urls"] == f"{servers[0].url},{servers[1].url}"
     assert told["reference.urls"] == f"{servers[2].url},{servers[3].url}"
