@@ -165,9 +165,7 @@ def without_effect(config: ExampleConfig, plan: DevicePlan, *, has_vllm: bool) -
         precision = "DeepSpeed's file says what is computed in"
     reasons: dict[str, str] = {
         "train_model.accelerate_config": one_process or on_cpu,
-        "train.mixed_precision": "DeepSpeed's file says what is computed in"
-        if _uses_deepspeed(config, plan)
-        else in_full,
+        "train.mixed_precision": precision,
     }
     if not uses_vllm:
         for key in ("gpu_memory_utilization", "enforce_eager"):
