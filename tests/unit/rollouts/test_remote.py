@@ -241,7 +241,7 @@ def test_nobody_answers_within_the_deadline(start: Callable[..., FakeRolloutServ
     sampling = Sampling(server, deadline_s=0.2)
     server.stop()
     with pytest.raises(
-        RolloutUnavailableError, match=r"no server of `rollout.urls` answers: .*rollouts.serve"
+        RolloutUnavailableError, match=r"no server of `rollout.urls` answers: .*conch rollout-server"
     ):
         sampling.pool.check()
     with pytest.raises(
