@@ -18,7 +18,7 @@ from conch.cli import run_main
 from conch.config import load
 from conch.models.loading import load_tokenizer
 from conch.trainers.grpo import GRPORunConfig, GRPOTrainer
-from examples.grpo.outputs import write_hydra_files, write_torch_checkpoint
+from examples.grpo.outputs import complete_torch_checkpoints, write_hydra_files, write_torch_checkpoint
 from examples.grpo.prompts import TAGS, form_asked_for, read_prompts
 from examples.grpo.settings import ExampleConfig
 
@@ -64,8 +64,13 @@ def train(task: Task) -> Path:
         evaluates=run.train.eval_every > 0,
     )
     with closing(GRPOTrainer(run, prompts=prompts, eval_prompts=held_out)) as trainer:
-        if trainer.collectives.is_main:
-            write_hydra_files(trainer.run_dir, config, task.argv, task.config_name)
+
+        def prepare_files() -> None:
+            if trainer.collectives.is_main:
+                write_hydra_files(trainer.run_dir, config, task.argv, task.config_name)
+                complete_torch_checkpoints(trainer.run_dir)
+
+        trainer.collectives.run_on_all_ranks(prepare_files)
         trainer.run.on_saved = write_torch_checkpoint
         return trainer.fit()
 
