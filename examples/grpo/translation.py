@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from conch.config import load
 from conch.errors import ConfigError
 from conch.trainers.grpo import GRPORunConfig
-from examples.grpo.devices import DevicePlan
+from examples.grpo.devices import DevicePlan, plan_devices
 from examples.grpo.settings import ExampleConfig
 
 _MOST_IN_PART = 4
@@ -20,6 +21,13 @@ _MOST_IN_PART = 4
 
 _HALF = {"bfloat16": "bf16", "float16": "fp16"}
 _OWN_SHARE, _SHARED_SHARE = 0.9, 0.3
+_ALL_NAMES: dict[str, Any] = {
+    "model": {"revision": "a", "trust_remote_code": True},
+    "train_model": {"attn_implementation": "eager"},
+    "train": {"keep_checkpoints": 1},
+}
+"""Settings that become one of Conch's only where they are given."""
+
 _CHOSEN = {"scheduler.name", "generation.chunk_size", "grpo.forward_batch_size", "model.disable_dropout"}
 """Settings of Conch's without a name here, which are chosen for what others say."""
 
@@ -201,6 +209,24 @@ def run_config(became: Sequence[Became], more: Mapping[str, Any] | None = None) 
                 raise ConfigError(f"`conch.{name}`: `{parent}` is a section and has a value")
         inner[last] = copy.deepcopy(value)
     return load(GRPORunConfig, nested)
+
+
+def with_names_of_here(text: str) -> str:
+    """A message of Conch's, with the settings in it under the names that they have here."""
+    plan = plan_devices({}, has_reference=True, num_gpus=0)
+    became = translate(load(ExampleConfig, _ALL_NAMES), plan, has_vllm=False)
+    sources = {item.name: item.source for item in became if item.name not in _CHOSEN}
+    own = {name for name, _ in _leaves(ExampleConfig().model_dump(mode="json"))}
+    known = {name for name, _ in _leaves(run_config(became).model_dump(mode="json"))}
+
+    def renamed(match: re.Match[str]) -> str:
+        name = match[1]
+        source = re.match(r"[a-z_]+\.[a-z_.]+", sources.get(name, ""))
+        if source is not None:
+            return f"`{source[0]}"
+        return f"`conch.{name}" if name in known - own else match[0]
+
+    return re.sub(r"`([a-z_]+\.[a-z_.]*[a-z_])", renamed, text)
 
 
 def table(became: Sequence[Became]) -> str:

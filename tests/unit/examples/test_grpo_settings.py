@@ -27,6 +27,7 @@ from examples.grpo.translation import (
     run_config,
     sampler,
     translate,
+    with_names_of_here,
     without_effect,
 )
 
@@ -398,6 +399,22 @@ def test_a_setting_of_conch_with_a_name_here_is_set_by_that() -> None:
         became("conch.train.total_steps=3")
     adapter = became("conch.model.peft_config.use_rslora=true").model.peft_config
     assert adapter == {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "use_rslora": True}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("lower `generation.max_new_tokens`", "lower `inference_model.max_tokens`"),
+        ("with `data.max_tokens=240`, or", "with `conch.data.max_tokens=240`, or"),
+        ("`train.save_every` = 3", "`train.checkpoint_frequency` = 3"),
+        ("set `train.keep_last` and `model.path`", "set `train.keep_checkpoints` and `model.name`"),
+        ("set `train.resume` or `reward.url`", "set `train.resume` or `reward.url`"),
+        ("`train.num_processes` = 2", "`conch.train.num_processes` = 2"),
+        ("`question` of `model.safetensors`", "`question` of `model.safetensors`"),
+    ],
+)
+def test_messages_name_settings_as_they_are_named_here(text: str, told: str) -> None:
+    assert with_names_of_here(text) == told
 
 
 # ------------------------------------------------------------------------------------------- the command line
