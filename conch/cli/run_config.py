@@ -72,7 +72,12 @@ def compose(name: str, overrides: Sequence[str], config_dir: Path) -> dict[str, 
 
 
 def load_run_config(
-    section: type[SectionT], argv: Sequence[str], *, default_name: str, config_dir: Path | None = None
+    section: type[SectionT],
+    argv: Sequence[str],
+    *,
+    default_name: str,
+    config_dir: Path | None = None,
+    check: Callable[[SectionT], object] | None = None,
 ) -> SectionT:
     """Turn command-line arguments into a validated `section`.
 
@@ -84,6 +89,8 @@ def load_run_config(
 
     default_name: the configuration that runs when none is named.
     config_dir: folder of the configurations; None takes `default_config_dir()`.
+    check: raises a ConfigError for what is wrong that the section alone does not see; of a sweep it is asked
+        for every job before the first one starts.
 
     Raises:
         ConfigError: see `compose` and `conch.config.load`.
@@ -104,7 +111,8 @@ def load_run_config(
             print(f"\nkeys of --multirun:\n{describe(SweepConfig, prefix='sweep.')}")
         raise SystemExit(0)
     if getattr(arguments, "multirun", False):
-        raise SystemExit(_sweep(section, argv, arguments, default_name, parser.get_default("config_dir")))
+        options = _file_options(arguments, default_name, parser.get_default("config_dir"))
+        raise SystemExit(_sweep(section, argv, arguments, options, check))
     if _may_sweep(section) and any(text.lstrip("+").startswith("sweep.") for text in arguments.overrides):
         raise ConfigError("keys sweep.* say how a sweep runs: add --multirun, or leave them out")
     values = compose(arguments.config_name, arguments.overrides, arguments.config_dir)
@@ -118,7 +126,19 @@ def load_run_config(
     if arguments.print_config:
         print(to_yaml(config), end="")
         raise SystemExit(0)
+    if check is not None:
+        check(config)
     return config
+
+
+def _file_options(arguments: argparse.Namespace, default_name: str, default_dir: Path) -> list[str]:
+    """The words that name another configuration file than the default."""
+    options: list[str] = []
+    if arguments.config_name != default_name:
+        options += ["--config-name", arguments.config_name]
+    if arguments.config_dir != default_dir:
+        options += ["--config-dir", str(arguments.config_dir)]
+    return options
 
 
 def _may_sweep(section: type[Section]) -> bool:
@@ -132,16 +152,11 @@ def _sweep(
     section: type[Section],
     argv: Sequence[str],
     arguments: argparse.Namespace,
-    default_name: str,
-    default_dir: Path,
+    options: Sequence[str],
+    check: Callable[[Any], object] | None,
 ) -> int:
     from conch.cli.sweeps import Request, run_sweep
 
-    options: list[str] = []
-    if arguments.config_name != default_name:
-        options += ["--config-name", arguments.config_name]
-    if arguments.config_dir != default_dir:
-        options += ["--config-dir", str(arguments.config_dir)]
     return run_sweep(
         Request(
             section,
@@ -151,6 +166,7 @@ def _sweep(
             config_name=arguments.config_name,
             config_dir=arguments.config_dir,
             print_only=arguments.print_config,
+            check=check,
         )
     )
 

@@ -17,11 +17,14 @@ from conch.distributed.collectives import Collectives
 from conch.distributed.random_state import own_generators
 from conch.errors import ConfigError
 from conch.evaluation.metrics import MetricFn, mean_of_finite, metric_columns
+from conch.log import get_logger
 from conch.rewards.base import RewardSource
 from conch.rewards.scorer import RewardScorer, total_reward
 from conch.rollouts.prompts import longest_prompt
 from conch.runs.tracking import Tracker
 from conch.types import Metrics, Prompt, RewardResult, Rollout, RolloutEngine
+
+_log = get_logger(__name__)
 
 GenerationT = TypeVar("GenerationT", bound=GenerationConfig)
 _NOT_GENERATION = "do_sample"
@@ -117,7 +120,7 @@ class Evaluator:
     make_sampler: gives an engine for a generation config.
     scorer: None measures without a reward.
     watching: sources by name that score the completions too, and are never learned from; what one of them
-        does not score is counted, and stops nothing.
+        does not score is counted and told, and stops nothing.
     config: for completions per prompt and the run's seed. An evaluation draws from generators of its own,
         made from the seed, the step and the rank: it changes nothing that training draws later, and comes out
         the same however often there is one.
@@ -161,6 +164,7 @@ class Evaluator:
 
         Raises:
             RewardError, DataError: on all ranks.
+            ConfigError: on all ranks, where two figures have the same name.
         """
         prompts = [prompt for prompt in self._prompts for _ in range(repeats or self._config.eval_repeats)]
         own_prompts = self._collectives.shard(prompts)
@@ -194,14 +198,16 @@ class Evaluator:
             values = [total_reward(result, self._scorer.weights) for result in results]
             columns["reward"] = self._collectives.all_gather(values)
             if self._scorer.measures_facts:
-                columns |= self._columns([result.facts for result in results])
+                facts = self._columns([result.facts for result in results])
+                columns = _beside(columns, facts, "a fact of the reward's verifier")
         for name, results in watched.items():
-            rows = [_watched_row(result) for result in results.result()]
-            columns |= {f"{name}/{key}": column for key, column in self._columns(rows).items()}
+            rows = [watched_row(result) for result in _told(name, results.result())]
+            column_of = {f"{name}/{key}": column for key, column in self._columns(rows).items()}
+            columns = _beside(columns, column_of, f"`evaluation.verifier` = {name}")
         rollouts = self._collectives.all_gather(rollouts)
         gold = metric_columns(self._metric_fn, rollouts)
         self.gold_metric = next((f"eval/{name}" for name in gold), None)
-        columns |= gold
+        columns = _beside(columns, gold, "`metric_fn`")
         if tracker is not None:
             texts = [(rollout.prompt.text, rollout.completion.text) for rollout in rollouts]
             rows = [[*pair, *numbers] for pair, *numbers in zip(texts, *columns.values(), strict=True)]
@@ -220,8 +226,38 @@ class Evaluator:
         return {name: [row.get(name, math.nan) for row in all_rows] for name in names}
 
 
-def _watched_row(result: RewardResult) -> dict[str, float]:
-    """Reward, its parts where there are several, and facts of a source that watches."""
+def _beside(
+    columns: Mapping[str, list[float]], more: Mapping[str, list[float]], whose: str
+) -> dict[str, list[float]]:
+    """All columns.
+
+    Raises:
+        ConfigError: one of `more` is called like another.
+    """
+    if taken := sorted(columns.keys() & more.keys()):
+        raise ConfigError(
+            f"`eval/{taken[0]}` would be two figures, of the reward and of {whose}: give the member of the "
+            "reward, or the metric, another name"
+        )
+    return {**columns, **more}
+
+
+def _told(name: str, results: Sequence[RewardResult]) -> Sequence[RewardResult]:
+    """The results of a source that watches, once a warning has told of those that are none."""
+    failed = [result for result in results if not result.ok]
+    if failed:
+        first = f"{failed[0].detail} ({failed[0].status.value})"
+        told = "%s checked %d of %d completions of this process only; first: %s"
+        _log.warning(told, name, len(results) - len(failed), len(results), first)
+    return results
+
+
+def watched_row(result: RewardResult) -> dict[str, float]:
+    """Reward, its parts where there are several, facts, and whether it failed, of a source that watches."""
     parts = result.scores if len(result.scores) > 1 else {}
-    failed = float(not result.ok)
-    return {"reward": total_reward(result, {}), **parts, **result.facts, "failed_fraction": failed}
+    return {
+        "reward": total_reward(result, {}),
+        **{f"reward/{name}": score for name, score in parts.items()},
+        **result.facts,
+        "failed_fraction": float(not result.ok),
+    }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -34,7 +36,7 @@ from conch.reference.protocol import (
 )
 from conch.reference.server_config import ReferenceServerConfig
 from conch.servers.listening import BAD_REQUEST, UNAVAILABLE, check_access, make_listener, new_app
-from conch.servers.restart import leave_with_parent
+from conch.servers.restart import ENGINE_DIED, leave_with_parent
 
 _log = get_logger(__name__)
 
@@ -44,9 +46,12 @@ class ReferenceServer:
 
     Weights take part in products as the trainer's do: `requires_grad` is set as there, though no gradient is
     computed.
+
+    has_died: True after a fault on a GPU: nothing can be computed in this process any more.
     """
 
     def __init__(self, lm: PreTrainedModel) -> None:
+        self.has_died = False
         self._lm = lm.eval()
         freeze_unreached(lm)
         self._reached = {name for name, parameter in lm.named_parameters() if parameter.requires_grad}
@@ -89,6 +94,9 @@ class ReferenceServer:
                 logprobs = await loop.run_in_executor(self._thread, self.logprobs, message, tensors)
             except RuntimeError as error:  # out of memory is one
                 _log.warning("a forward pass failed", exc_info=True)
+                if isinstance(error, torch.AcceleratorError):
+                    self.has_died = True
+                    signal.raise_signal(signal.SIGTERM)  # the parent, or whatever watches, starts another
                 raise HTTPException(UNAVAILABLE, f"the forward pass failed: {first_line(error)}") from error
         return encode(LogprobReply(digest=health.digest), {"logprobs": logprobs})
 
@@ -137,7 +145,7 @@ def serve(config: ReferenceServerConfig) -> None:
 
     Raises:
         ConchError: the model cannot be loaded, or the port's settings will not do.
-        SystemExit: 0 after SIGTERM.
+        SystemExit: 0 after SIGTERM, `ENGINE_DIED` where the GPU has failed.
     """
     check_access(config)  # before minutes of loading
     leave_with_parent()
@@ -148,6 +156,11 @@ def serve(config: ReferenceServerConfig) -> None:
         keep_heap()
     lm = load_lm(model_config)
     lm.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType]
-    listener = make_listener(make_app(ReferenceServer(lm)), config)
+    server = ReferenceServer(lm)
+    listener = make_listener(make_app(server), config)
     _log.info("serving %s as the reference on %s:%d", config.model, config.host, config.port)
-    asyncio.run(listener.serve())
+    try:
+        asyncio.run(listener.serve())
+    finally:
+        if server.has_died:
+            sys.exit(ENGINE_DIED)

@@ -30,6 +30,12 @@ class ServerConfig(VLLMSettings, ListenSettings):
     model: str
     """Folder or hub name of a model of the policy's shape, with its tokenizer."""
 
+    revision: str | None = None
+    """Hub revision (commit, tag or branch) of `model`."""
+
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Off unless you have read that code."""
+
     port: int = Field(default=8100, ge=1, le=65535)
     """Port to listen on."""
 

@@ -255,7 +255,9 @@ class WeightSource:
                 reason = self._always_merged or why_unsupported(lm, capacity)
                 self._reasons[capacity] = reason
                 if reason is not None and has_adapter(lm):
-                    _log.info("vLLM gets the policy's weights whole, with the adapter merged in: %s", reason)
+                    _log.info(
+                        "samplers get the policy's weights whole, with the adapter merged in: %s", reason
+                    )
             return self._reasons[capacity] is None
 
     def tensors(self, part: Part) -> dict[str, Tensor]:
@@ -326,7 +328,8 @@ def why_unsupported(lm: PreTrainedModel, capacity: LoraCapacity | None) -> str |
     """Why a vLLM of this capacity cannot take the adapter, as the end of a sentence; None where it can."""
     if capacity is None:
         return (
-            f"vLLM has no LoRA for a {type(lm).__name__}, or its server was started with `max_lora_rank` = 0"
+            f"vLLM has no LoRA for a {type(lm).__name__}, or the server takes none (`max_lora_rank` = 0, "
+            "`engine=transformers`)"
         )
     if _rank(lm) > capacity.rank:
         return f"its rank of {_rank(lm)} is above the server's `max_lora_rank` of {capacity.rank}"

@@ -12,6 +12,7 @@ ends them. `--print-config` shows all settings, and what they become of Conch's;
 from __future__ import annotations
 
 import importlib.util
+import secrets
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -27,13 +28,15 @@ from examples.grpo.devices import DevicePlan, Wish, plan_devices
 from examples.grpo.launch import addresses, run_training, running, servers_of, training_command
 from examples.grpo.settings import ExampleConfig
 from examples.grpo.training import Task, train
-from examples.grpo.translation import Became, run_config, table, translate
+from examples.grpo.translation import Became, run_config, table, translate, without_effect
 
 _log = get_logger("conch.grpo")
 
 CONFIGS = Path(__file__).resolve().parent / "config"
 DEFAULT = "grpo_gsm8k"
 _SHOW = "--print-config"
+_OTHERWISE = {"-m", "--multirun", "-h", "--help"}
+"""Words that show something else than one run's settings."""
 
 
 def run(config: ExampleConfig, argv: Sequence[str] = ()) -> None:
@@ -48,7 +51,7 @@ def run(config: ExampleConfig, argv: Sequence[str] = ()) -> None:
     plan = planned(config)
     became = translate(config, plan, has_vllm=_has_vllm())
     run_config(became)  # what is wrong is told before the plan
-    print("\n".join(plan.lines()), flush=True)
+    print("\n".join([*plan.lines(), *without_effect(config, plan, has_vllm=_has_vllm())]), flush=True)
     name = config_name(argv)
     if not plan.apart:
         print(f"run folder: {train(Task(config, run_config(became), argv, name))}")
@@ -80,10 +83,11 @@ def _start(
     task_file = scratch / "task.json"
     command = training_command(config, plan, task_file)
     servers = servers_of(config, run_config(became), plan, has_vllm=_has_vllm())
-    with running(servers, plan, logs):
+    secret = secrets.token_urlsafe(32)
+    with running(servers, plan, logs, secret):
         final = run_config(became, {**addresses(servers), **where})
         Task(config, final, argv, config_name(argv)).write(task_file)
-        run_training(command, plan)
+        run_training(command, plan, secret)
 
 
 def planned(config: ExampleConfig) -> DevicePlan:
@@ -97,6 +101,15 @@ def planned(config: ExampleConfig) -> DevicePlan:
     sections = {name: getattr(config, name) for name in ("train_model", "inference_model", "ref_model")}
     wishes = {name: Wish(section.num_devices, section.devices) for name, section in sections.items()}
     return plan_devices(wishes, has_reference=config.policy.kl_coef > 0, num_gpus=torch.cuda.device_count())
+
+
+def check(config: ExampleConfig) -> None:
+    """See that the settings make a run on this machine.
+
+    Raises:
+        ConfigError: they do not; nothing has been loaded or started.
+    """
+    run_config(translate(config, planned(config), has_vllm=_has_vllm()))
 
 
 def _has_vllm() -> bool:
@@ -117,15 +130,22 @@ def main(argv: Sequence[str]) -> None:
     """Command line: `key=value` overrides of `config/grpo_gsm8k.yaml`."""
 
     def loaded(words: Sequence[str]) -> ExampleConfig:
-        return load_run_config(ExampleConfig, words, default_name=DEFAULT, config_dir=CONFIGS)
+        return load_run_config(ExampleConfig, words, default_name=DEFAULT, config_dir=CONFIGS, check=check)
 
     try:
         config = loaded(argv)
-    except SystemExit:
-        if _SHOW in argv:
+    except SystemExit as left:
+        if _SHOW in argv and not left.code and _OTHERWISE.isdisjoint(argv):
             shown = loaded([word for word in argv if word != _SHOW])
             plan = planned(shown)
-            lines = [*plan.lines(), "", "became", table(translate(shown, plan, has_vllm=_has_vllm()))]
+            unused = without_effect(shown, plan, has_vllm=_has_vllm())
+            lines = [
+                *plan.lines(),
+                *unused,
+                "",
+                "became",
+                table(translate(shown, plan, has_vllm=_has_vllm())),
+            ]
             print("\n".join(f"# {line}".rstrip() for line in "\n".join(lines).splitlines()))
         raise
     run(config, argv)

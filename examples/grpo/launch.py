@@ -6,6 +6,7 @@ gone, however it went. The kernel ends the training processes, or their launcher
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import math
@@ -37,6 +38,10 @@ from examples.grpo.translation import sampler, served_share
 _log = get_logger("conch.grpo")
 
 TRAINING = Path(__file__).with_name("training.py")
+SECRET_VARIABLE = "CONCH_GRPO_SECRET"
+"""Environment variable with the secret that a run's servers and training processes share: nobody else on the
+machine is let in, and no other run takes these servers for its own."""
+
 READY_WITHIN_S = 900.0
 """Longest start of a server: it loads a model, and vLLM records graphs."""
 _POLL_S = 0.2
@@ -45,6 +50,7 @@ _MOST_AT_ONCE = 256
 _LOG_TAIL_LINES = 15
 _LOG_MAX_BYTES, _LOG_KEEP = 50_000_000, 1
 _PR_SET_PDEATHSIG = 1
+_OK, _UNAUTHORIZED = 200, 401
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,7 @@ def servers_of(
         "dtype": model.dtype,
         "attention": model.attention,
         "trust_remote_code": model.trust_remote_code or None,
+        "secret_env": SECRET_VARIABLE,
     }
     return made + [
         Server(f"reference-{number}", "reference-server", own, ports.pop(), (device,))
@@ -114,9 +121,12 @@ def _sampler_settings(
     at_once = math.ceil(config.env.num_envs * config.env.repeats / copies)
     settings: dict[str, object] = {
         "model": config.model.name,
+        "revision": config.model.revision,
+        "trust_remote_code": config.model.trust_remote_code or None,
         "dtype": inference.torch_dtype or _computed_dtype(run),
         "max_model_len": inference.max_model_len,
         "max_num_seqs": min(_MOST_AT_ONCE, at_once),
+        "secret_env": SECRET_VARIABLE,
     }
     engine = sampler(config, plan, has_vllm=has_vllm)
     if engine != "vllm":
@@ -142,9 +152,9 @@ def addresses(servers: Sequence[Server]) -> dict[str, object]:
     references = ",".join(server.url for server in servers if server.verb == "reference-server")
     told: dict[str, object] = {}
     if samplers:
-        told["rollout.urls"] = samplers
+        told |= {"rollout.urls": samplers, "rollout.auth.secret_env": SECRET_VARIABLE}
     if references:
-        told["reference.urls"] = references
+        told |= {"reference.urls": references, "reference.auth.secret_env": SECRET_VARIABLE}
     return told
 
 
@@ -160,23 +170,28 @@ def free_ports(count: int) -> list[int]:
             probe.close()
 
 
-def environment(plan: DevicePlan, devices: Sequence[int]) -> dict[str, str]:
-    """The environment of a process that may use these devices alone."""
+def environment(plan: DevicePlan, devices: Sequence[int], secret: str) -> dict[str, str]:
+    """The environment of a process that may use these devices alone.
+
+    secret: of the run's servers.
+    """
+    shared = {**os.environ, SECRET_VARIABLE: secret}
     if not plan.on_gpus:
-        return {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        return {**shared, "CUDA_VISIBLE_DEVICES": ""}
     visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     names = [visible[device] if visible else str(device) for device in devices]
-    return {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(names)}
+    return {**shared, "CUDA_VISIBLE_DEVICES": ",".join(names)}
 
 
 # ---------------------------------------------------------------------------------------------------- servers
 
 
 @contextmanager
-def running(servers: Sequence[Server], plan: DevicePlan, logs: Path) -> Iterator[None]:
+def running(servers: Sequence[Server], plan: DevicePlan, logs: Path, secret: str) -> Iterator[None]:
     """All servers ready; they end with the context.
 
     logs: folder of their output.
+    secret: that they ask for.
 
     Raises:
         ServerStartError: one ended, or was not ready in time; with the end of its log.
@@ -185,7 +200,8 @@ def running(servers: Sequence[Server], plan: DevicePlan, logs: Path) -> Iterator
     try:
         for server in servers:
             logs.mkdir(parents=True, exist_ok=True)
-            guards.append(_Guarded(server, environment(plan, server.devices), logs / f"{server.name}.log"))
+            env = environment(plan, server.devices, secret)
+            guards.append(_Guarded(server, env, logs / f"{server.name}.log"))
             _log.info("starting %s on port %d, log: %s", server.name, server.port, guards[-1].log)
         deadline = time.monotonic() + READY_WITHIN_S
         for guarded in guards:
@@ -203,6 +219,7 @@ class _Guarded:
 
     def __init__(self, server: Server, environment: Mapping[str, str], log: Path) -> None:
         self.server, self.log = server, log
+        self._secret = environment[SECRET_VARIABLE]
         log.unlink(missing_ok=True)
         self._scratch = tempfile.mkdtemp(prefix="conch-grpo-")
         settings = {
@@ -232,7 +249,7 @@ class _Guarded:
 
     def wait_until_ready(self, deadline: float) -> None:
         """Wait for the server's health."""
-        while not _is_healthy(self.server.url):
+        while not _is_healthy(self.server.url, self._secret):
             if self._process.poll() is not None:
                 raise ServerStartError(f"{self.server.name} ended before it was ready: {self._tail()}")
             if time.monotonic() > deadline:
@@ -260,13 +277,22 @@ class _Guarded:
         return f"the end of {self.log} says\n" + "\n".join(lines)
 
 
-def _is_healthy(url: str) -> bool:
+def _is_healthy(url: str, secret: str) -> bool:
+    """True where a server answers that lets in who knows this secret, and nobody else: another program's, on
+    a port that was free a moment ago, does not."""
+    return _status(url, {}) == _UNAUTHORIZED and _status(url, {"authorization": f"Bearer {secret}"}) == _OK
+
+
+def _status(url: str, headers: Mapping[str, str]) -> int | None:
+    """Status of what is told of a server's health; None without an answer."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with direct.open(f"http://{url}/health", timeout=5.0) as reply:
-            return bool(reply.status == 200)
-    except (OSError, urllib.error.URLError, ValueError):
-        return False
+        with direct.open(urllib.request.Request(f"http://{url}/health", headers=dict(headers)), timeout=5.0):
+            return _OK
+    except urllib.error.HTTPError as error:
+        return error.code
+    except (OSError, ValueError):
+        return None
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -314,13 +340,15 @@ def accelerate_file(name: str) -> Path:
     raise ConfigError(f"`train_model.accelerate_config` = {name}: there is no such file; there are: {names}")
 
 
-def run_training(command: Sequence[str], plan: DevicePlan) -> None:
+def run_training(command: Sequence[str], plan: DevicePlan, secret: str) -> None:
     """Run the training processes; Ctrl-C and SIGTERM are handed on to them, and waited for.
+
+    A launcher is passed over: it would end its ranks after 30 s, in the middle of a long step.
 
     Raises:
         KeyboardInterrupt, SystemExit: as the signal, or the processes, ended it.
     """
-    env = environment(plan, plan.train)
+    env = environment(plan, plan.train, secret)
     if not plan.on_gpus:
         env |= {"ACCELERATE_USE_CPU": "true"}
     # torchrun ends its ranks on SIGTERM; a process without a launcher would wait for servers that are gone.
@@ -337,7 +365,10 @@ def run_training(command: Sequence[str], plan: DevicePlan) -> None:
 
     def hand_on(number: int, _frame: FrameType | None) -> None:
         received.append(number)
-        process.send_signal(number)
+        ranks = _children(process.pid) if len(plan.train) > 1 else []
+        for pid in ranks or [process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -349,3 +380,9 @@ def run_training(command: Sequence[str], plan: DevicePlan) -> None:
         raise KeyboardInterrupt
     if code:
         raise SystemExit(128 + signal.SIGTERM if received else code if code > 0 else 128 - code)
+
+
+def _children(pid: int) -> list[int]:
+    """Processes that a process has started, by whichever of its threads."""
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for file in lists for child in file.read_text().split()]

@@ -84,6 +84,18 @@ def write_torch_checkpoint(folder: Path) -> Path:
     return path
 
 
+def complete_torch_checkpoints(run_dir: Path) -> None:
+    """Write the files that a run which was killed has not come to write: call it before the run goes on.
+
+    Raises:
+        CheckpointError: see `write_torch_checkpoint`.
+    """
+    folder = run_dir / CHECKPOINTS
+    for step in steps_of(run_dir):
+        if not (folder / f"checkpoint_{step}.pt").exists():
+            write_torch_checkpoint(folder / f"step_{step}")
+
+
 def _model_state(folder: Path) -> dict[str, Any]:
     """The trained module's weights under the model's names; under DeepSpeed those that are saved for use."""
     whole = folder / STATE_FOLDER / "model.safetensors"

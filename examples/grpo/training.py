@@ -16,11 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is no
 from conch.atomic_files import replace_text
 from conch.cli import run_main
 from conch.config import load
+from conch.errors import ConchError
 from conch.models.loading import load_tokenizer
 from conch.trainers.grpo import GRPORunConfig, GRPOTrainer
-from examples.grpo.outputs import write_hydra_files, write_torch_checkpoint
+from examples.grpo.outputs import complete_torch_checkpoints, write_hydra_files, write_torch_checkpoint
 from examples.grpo.prompts import TAGS, form_asked_for, read_prompts
 from examples.grpo.settings import ExampleConfig
+from examples.grpo.translation import with_names_of_here
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,19 @@ class Task:
 
 
 def train(task: Task) -> Path:
-    """Train; returns the run's folder. All training processes call it."""
+    """Train; returns the run's folder. All training processes call it.
+
+    Raises:
+        ConchError: as the trainer does, with settings under the names that they have here.
+    """
+    try:
+        return _train(task)
+    except ConchError as error:
+        error.args = (with_names_of_here(str(error)),)
+        raise
+
+
+def _train(task: Task) -> Path:
     config, run = task.config, task.run
     tokenizer = load_tokenizer(run.tokenizer, run.model.path)
     if set(TAGS) & set(tokenizer.all_special_tokens):  # else the reward would not see them
@@ -64,8 +78,13 @@ def train(task: Task) -> Path:
         evaluates=run.train.eval_every > 0,
     )
     with closing(GRPOTrainer(run, prompts=prompts, eval_prompts=held_out)) as trainer:
-        if trainer.collectives.is_main:
-            write_hydra_files(trainer.run_dir, config, task.argv, task.config_name)
+
+        def prepare_files() -> None:
+            if trainer.collectives.is_main:
+                write_hydra_files(trainer.run_dir, config, task.argv, task.config_name)
+                complete_torch_checkpoints(trainer.run_dir)
+
+        trainer.collectives.run_on_all_ranks(prepare_files)
         trainer.run.on_saved = write_torch_checkpoint
         return trainer.fit()
 

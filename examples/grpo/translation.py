@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from conch.config import load
 from conch.errors import ConfigError
 from conch.trainers.grpo import GRPORunConfig
-from examples.grpo.devices import DevicePlan
+from examples.grpo.devices import DevicePlan, plan_devices
 from examples.grpo.settings import ExampleConfig
 
 _MOST_IN_PART = 4
@@ -19,6 +21,13 @@ _MOST_IN_PART = 4
 
 _HALF = {"bfloat16": "bf16", "float16": "fp16"}
 _OWN_SHARE, _SHARED_SHARE = 0.9, 0.3
+_ALL_NAMES: dict[str, Any] = {
+    "model": {"revision": "a", "trust_remote_code": True},
+    "train_model": {"attn_implementation": "eager"},
+    "train": {"keep_checkpoints": 1},
+}
+"""Settings that become one of Conch's only where they are given."""
+
 _CHOSEN = {"scheduler.name", "generation.chunk_size", "grpo.forward_batch_size", "model.disable_dropout"}
 """Settings of Conch's without a name here, which are chosen for what others say."""
 
@@ -154,6 +163,34 @@ def translate(config: ExampleConfig, plan: DevicePlan, *, has_vllm: bool) -> lis
     return [*made, *more]
 
 
+def without_effect(config: ExampleConfig, plan: DevicePlan, *, has_vllm: bool) -> list[str]:
+    """Settings that were given and change nothing on these devices, each with the reason."""
+    uses_vllm = sampler(config, plan, has_vllm=has_vllm) == "vllm"
+    one_process = "one process trains" if len(plan.train) == 1 else ""
+    on_cpu = "" if plan.on_gpus else "simulated devices train without accelerate's file"
+    precision = "weights and all that is computed are float32" if _dtype(config, plan) == "float32" else ""
+    if _uses_deepspeed(config, plan):
+        precision = "DeepSpeed's file says what is computed in"
+    reasons: dict[str, str] = {
+        "train_model.accelerate_config": one_process or on_cpu,
+        "train.mixed_precision": precision,
+    }
+    if not uses_vllm:
+        for key in ("gpu_memory_utilization", "enforce_eager"):
+            reasons[f"inference_model.{key}"] = "it is vLLM's, and transformers samples"
+    if not uses_vllm and not plan.inference:
+        for key in ("max_model_len", "torch_dtype"):
+            reasons[f"inference_model.{key}"] = "completions are sampled by the model in training itself"
+    lines = []
+    for name, reason in reasons.items():
+        section, _, key = name.partition(".")
+        given = getattr(config, section)
+        value = getattr(given, key)
+        if reason and value != type(given).model_fields[key].default:
+            lines.append(f"  without effect: `{name}` = {value}: {reason}")
+    return lines
+
+
 def run_config(became: Sequence[Became], more: Mapping[str, Any] | None = None) -> GRPORunConfig:
     """The run that `translate` tells of; where several set the same, the last one holds.
 
@@ -172,6 +209,24 @@ def run_config(became: Sequence[Became], more: Mapping[str, Any] | None = None) 
                 raise ConfigError(f"`conch.{name}`: `{parent}` is a section and has a value")
         inner[last] = copy.deepcopy(value)
     return load(GRPORunConfig, nested)
+
+
+def with_names_of_here(text: str) -> str:
+    """A message of Conch's, with the settings in it under the names that they have here."""
+    plan = plan_devices({}, has_reference=True, num_gpus=0)
+    became = translate(load(ExampleConfig, _ALL_NAMES), plan, has_vllm=False)
+    sources = {item.name: item.source for item in became if item.name not in _CHOSEN}
+    own = {name for name, _ in _leaves(ExampleConfig().model_dump(mode="json"))}
+    known = {name for name, _ in _leaves(run_config(became).model_dump(mode="json"))}
+
+    def renamed(match: re.Match[str]) -> str:
+        name = match[1]
+        source = re.match(r"[a-z_]+\.[a-z_.]+", sources.get(name, ""))
+        if source is not None:
+            return f"`{source[0]}"
+        return f"`conch.{name}" if name in known - own else match[0]
+
+    return re.sub(r"`([a-z_]+\.[a-z_.]*[a-z_])", renamed, text)
 
 
 def table(became: Sequence[Became]) -> str:
@@ -208,12 +263,22 @@ def _model(config: ExampleConfig, plan: DevicePlan) -> list[Became]:
     return made
 
 
+def _uses_deepspeed(config: ExampleConfig, plan: DevicePlan) -> bool:
+    file = config.train_model.accelerate_config
+    return plan.on_gpus and len(plan.train) > 1 and "zero" in Path(file).name
+
+
+def _dtype(config: ExampleConfig, plan: DevicePlan) -> str:
+    """Precision of training."""
+    return config.train_model.torch_dtype or ("bfloat16" if plan.on_gpus else "float32")
+
+
 def _precision(config: ExampleConfig, plan: DevicePlan) -> list[Became]:
     """Weights train in float32 or under an adapter: in half precision, small updates are lost to rounding."""
     trained, mixed = config.train_model, config.train.mixed_precision
-    dtype = trained.torch_dtype or ("bfloat16" if plan.on_gpus else "float32")
+    dtype = _dtype(config, plan)
     source = "train_model.torch_dtype, train.mixed_precision"
-    if "zero" in trained.accelerate_config and len(plan.train) > 1:
+    if _uses_deepspeed(config, plan):
         return [Became("train_model.torch_dtype", "model.dtype", dtype)]  # DeepSpeed's file has the rest
     if dtype == "float32":
         return [Became(source, "model.dtype", dtype), Became(source, "train.mixed_precision", "no")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -148,6 +149,34 @@ def test_idle_process_that_is_killed_costs_one_check_at_most(pool: CheckPool[str
     with pytest.raises(CheckDiedError, match="was killed by SIGKILL"):
         pid_of(pool)
     assert pid_of(pool) != pid
+
+
+def test_check_without_room_for_its_process_fails_and_a_later_one_is_served() -> None:
+    """No file can be opened for a while."""
+    with CheckPool(Moody()) as pool:
+        pid_of(pool)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            with pytest.raises(CheckDiedError, match="ended with code 3"):
+                pool.submit("exit 3", "").result(timeout=60)
+            with pytest.raises(OSError, match="Too many open files"):
+                pool.submit("four", "").result(timeout=60)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert pool.submit("four", "").result(timeout=60).scores == {"answer": 4.0}
+
+
+def test_fork_leaves_the_pool_to_its_parent(pool: CheckPool[str]) -> None:
+    before = pid_of(pool)
+    child = os.fork()
+    if child == 0:
+        try:
+            pool.close()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert pid_of(pool) == before
 
 
 def test_start_counts_for_no_deadline() -> None:

@@ -224,10 +224,13 @@ def test_every_metric_of_the_document_is_logged(here: Callable[..., Path]) -> No
 
 
 def test_an_interrupted_run_goes_on(here: Callable[..., Path]) -> None:
-    run = here(PROBLEMS, "train.run_dir=outputs/2026-01-01/00-00-00")
-    grpo.main([PROBLEMS, *LIMITS, "train.total_dialog_turns=12", f"train.resume={run}"])
+    often = "train.checkpoint_frequency=1"
+    run = here(PROBLEMS, often, "train.run_dir=outputs/2026-01-01/00-00-00")
+    (run / "checkpoints/checkpoint_2.pt").unlink()  # as if it had been killed before it wrote that
+    grpo.main([PROBLEMS, *LIMITS, often, "train.total_dialog_turns=12", f"train.resume={run}"])
     assert [line["step"] for line in metrics_of(run)] == [1, 2, 3]
-    assert (run / "checkpoints/checkpoint_3.pt").is_file()
+    names = {path.name for path in run.glob("checkpoints/*.pt")}
+    assert names == {"checkpoint_1.pt", "checkpoint_2.pt", "checkpoint_3.pt"}
 
 
 def test_print_config_shows_what_becomes_of_it(

@@ -272,6 +272,18 @@ def test_search_of_another_space_in_the_same_folder_is_refused(tmp_path: Path) -
     assert "is another one (seed changed)" in output
 
 
+@pytest.mark.parametrize("file", [".lock", "sweep.csv"])
+def test_a_file_that_cannot_be_written_ends_the_sweep_with_a_sentence(tmp_path: Path, file: str) -> None:
+    """At its start, and once a job has ended; a folder in the file's place stands for a disk that refuses."""
+    (tmp_path / "s" / file).mkdir(parents=True)
+    (tmp_path / "s" / "sweep.json").write_text(
+        '{"format": 1, "program": "ProgramConfig", "search": null, "chosen": [], "jobs": []}'
+    )
+    output = run(TOY, tmp_path / "s", "rate=0.1,1", "train.total_steps=1", code=1)
+    assert "error: the sweep cannot go on: " in output and "Is a directory" in output
+    assert f"sweep.dir={tmp_path / 's'} goes on with it" in output and "Traceback" not in output
+
+
 def test_plan_is_printed_and_nothing_done(tmp_path: Path) -> None:
     output = run(TOY, tmp_path / "s", "rate=0.1,1", "width=range(1,3)", "--print-config")
     assert output == "0: rate=0.1 width=1\n1: rate=0.1 width=2\n2: rate=1 width=1\n3: rate=1 width=2\n"

@@ -157,7 +157,8 @@ class _Named(Section):
 
 
 def read_axes(words: Sequence[str], roots: Sequence[Path], seed: int) -> list[Axis]:
-    """Return the axes of a sweep; of words with the same key the last one counts, in the first one's place.
+    """Return the axes of a sweep; of words with the same key, whatever signs stand before it, the last one
+    counts, in the first one's place.
 
     roots: folders in which `glob()` looks for files of a group.
     seed: of `shuffle()`.
@@ -169,7 +170,7 @@ def read_axes(words: Sequence[str], roots: Sequence[Path], seed: int) -> list[Ax
     for text in words:
         override = parse(text)
         key = override.get_key_element()
-        axes[key] = _axis(text, key, override, roots, seed)
+        axes[key.lstrip("+")] = _axis(text, key, override, roots, seed)
     return list(axes.values())
 
 

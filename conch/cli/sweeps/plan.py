@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class Request:
     options: those of `words` that name the configuration file.
     config_name, config_dir: the file, given or not.
     print_only: show the jobs, and run none.
+    check: raises a ConfigError for a configuration that `section` lets through and the program does not.
     """
 
     section: type[Section]
@@ -40,13 +41,16 @@ class Request:
     config_name: str
     config_dir: Path
     print_only: bool = False
+    check: Callable[[Any], object] | None = None
 
     def compose(self, overrides: Sequence[str]) -> dict[str, Any]:
         """Compose and validate the configuration of a job; returns what was composed."""
         from conch.cli.run_config import compose
 
         values = compose(self.config_name, overrides, self.config_dir)
-        load(self.section, values)
+        config = load(self.section, values)
+        if self.check is not None:
+            self.check(config)
         return values
 
     def digest(self, values: Mapping[str, Any]) -> str:

@@ -28,7 +28,8 @@ State = Literal["waiting", "running", "stopped", "done", "pruned", "failed"]
 
 _FREE_KEYS = (
     *("train.run_dir", "train.resume", "train.output_dir", "train.num_processes", "train.save_every"),
-    *("train.keep_last", "tracking.", "reward.url", "reward.record", "reward.auth.headers_env"),
+    *("train.keep_last", "train.checkpoint_frequency", "train.keep_checkpoints", "logging."),
+    *("tracking.", "reference.", "rollout.urls", "reward.url", "reward.record", "reward.auth.headers_env"),
     *("reward.client.connect_timeout_s", "reward.client.request_timeout_s", "reward.client.deadline_s"),
     *("reward.client.timeout_per_1k_tokens_s", "reward.client.max_in_flight"),
     *("reward.failure.policy", "reward.failure.wait_budget_s", "reward.failure.checkpoint_after_s"),

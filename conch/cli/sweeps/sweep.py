@@ -42,6 +42,7 @@ from conch.cli.sweeps.results import (
     read_rows,
 )
 from conch.cli.sweeps.settings import SweepConfig
+from conch.errors import ConfigError
 
 _POLL_S = 0.1
 _READ_EVERY_S = 1.0
@@ -51,7 +52,8 @@ def run_sweep(request: Request) -> int:
     """Run the sweep; returns the exit code: 0, 1 where a job failed, 130 after Ctrl-C, 143 after SIGTERM.
 
     Raises:
-        ConfigError: something is wrong that can be known before the first job starts.
+        ConfigError: something is wrong that can be known before the first job starts; or a file of the sweep
+            cannot be written, on a full disk say, which ends its jobs.
     """
     launch.refuse_launched(os.environ)
     settings, words = split_settings(request.overrides)
@@ -65,6 +67,23 @@ def run_sweep(request: Request) -> int:
     if settings.trials is not None:
         search.check_installed()
     folder = make_folder(settings.dir)
+    try:
+        return _run_in(folder, request, settings, axes, program, slots)
+    except OSError as error:
+        raise ConfigError(
+            f"the sweep cannot go on: {error.filename or folder}: {error.strerror}; once that is mended, the "
+            f"same command with sweep.dir={folder} goes on with it"
+        ) from error
+
+
+def _run_in(
+    folder: Path,
+    request: Request,
+    settings: SweepConfig,
+    axes: Sequence[Axis],
+    program: Program,
+    slots: Sequence[tuple[str, ...] | None],
+) -> int:
     with ExitStack() as stack:
         stack.enter_context(FolderLock(folder))
         record = read_record(folder, request.section.__name__)

@@ -7,6 +7,8 @@ A verifier of your own is a class with two methods:
         columns = ("word",)
 
         def read_key(self, row):
+            if "word" not in row:
+                raise DataError("has no `word`")
             return row["word"]
 
         def verify(self, completion, key):
@@ -68,7 +70,7 @@ class Verifier(ABC, Generic[KeyT]):
 
         Raises:
             DataError: the row lacks it, or it cannot be read; a phrase about the row, such as "has no
-                `answer`".
+                `answer`". Any other error is told as a row that cannot be read.
         """
 
     @abstractmethod

@@ -122,6 +122,7 @@ class _State:
     preparation: what a process reads first, see `_preparation`.
     jobs: checks that wait; None ends a thread.
     processes: those that run.
+    pid: of the process that made the pool; they are nobody else's to end.
     lock: of `processes` and `closed`. Reentrant, since whatever thread holds it may collect the pool.
     """
 
@@ -131,9 +132,12 @@ class _State:
     jobs: queue.SimpleQueue[_Job | None] = field(default_factory=queue.SimpleQueue)
     processes: set[subprocess.Popen[bytes]] = field(default_factory=set)
     closed: bool = False
+    pid: int = field(default_factory=os.getpid)
     lock: contextlib.AbstractContextManager[Any] = field(default_factory=threading.RLock)
 
     def close(self, threads: int) -> None:
+        if os.getpid() != self.pid:
+            return  # a copy that came with a fork, whose lock nobody may ever release
         with self.lock:
             self.closed = True
             with contextlib.suppress(queue.Empty):
@@ -147,19 +151,29 @@ class _State:
 
 def _run_checks(state: _State) -> None:
     """Hand one check after another to a process, and replace the process where it has ended."""
-    checker = _Checker(state)
+    checker = _start(state)
     while (job := state.jobs.get()) is not None:
         if not job.future.set_running_or_notify_cancel():
             continue
         try:
+            checker = checker or _Checker(state)
             verdict = checker.check(job.completion, job.key)
         except BaseException as error:
             job.future.set_exception(error)
         else:
             job.future.set_result(verdict)
-        if checker.ended:
-            checker = _Checker(state)
-    checker.end()
+        if checker is None or checker.ended:
+            checker = _start(state)
+    if checker is not None:
+        checker.end()
+
+
+def _start(state: _State) -> _Checker | None:
+    """Start a process; None where there is no room for one now, which the next check finds out anew."""
+    try:
+        return _Checker(state)
+    except OSError:
+        return None
 
 
 class _Checker:
@@ -186,18 +200,16 @@ class _Checker:
     def ended(self) -> bool:
         return self._connection.closed
 
-    def check(self, completion: str, key: Any) -> Verdict:
+    def check(self, completion: str, key: Any) -> Any:
         """Run one check. After a TimeoutError or CheckDiedError of its own the process has ended."""
         if not self._ready:
             self._receive(_START_TIMEOUT_S, "start")
             self._ready = True
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # which `_receive` explains
             self._connection.send((completion, key))
-        verdict = self._receive(self._state.timeout_s, "check")
-        assert verdict is not None
-        return verdict
+        return self._receive(self._state.timeout_s, "check")
 
-    def _receive(self, timeout_s: float, task: str) -> Verdict | None:
+    def _receive(self, timeout_s: float, task: str) -> Any:
         try:
             in_time = self._connection.poll(timeout_s)
             verdict, error, trace = self._connection.recv() if in_time else (None, None, "")

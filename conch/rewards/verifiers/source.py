@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from conch.errors import DataError, first_line
+from conch.errors import ConchError, DataError, first_line
 from conch.rewards.base import ClientStats, RewardSource
 from conch.rewards.combined import when_all_done
 from conch.rewards.replay import sha256_of_sample
@@ -42,7 +42,7 @@ class VerifierReward(RewardSource):
             self._pool = CheckPool(self._verifier)
 
     def check_row(self, row: Mapping[str, Any]) -> None:
-        self._verifier.read_key(row)
+        self._read_key(row)
 
     def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:
         self._num_checks += len(rollouts)
@@ -64,53 +64,59 @@ class VerifierReward(RewardSource):
             self._pool = None
 
     def _verify_here(self, rollouts: Sequence[Rollout]) -> list[RewardResult]:
-        results: list[RewardResult] = []
-        for rollout in rollouts:
-            started = time.monotonic()
-            try:
-                key = self._verifier.read_key(rollout.prompt.metadata)
-                verdict = self._verifier.verify(rollout.completion.text, key)
-            except Exception as error:  # of a verifier of the user's: a result, or all ranks would hang
-                results.append(self._failure(rollout, error, started))
-            else:
-                results.append(self._success(rollout, verdict, started))
-        return results
+        def verdict(rollout: Rollout) -> Any:
+            return self._verifier.verify(rollout.completion.text, self._read_key(rollout.prompt.metadata))
 
-    def _in_process(self, pool: CheckPool, rollout: Rollout) -> Future[RewardResult]:
+        return [self._result(each, lambda each=each: verdict(each), time.monotonic()) for each in rollouts]
+
+    def _in_process(self, pool: CheckPool[Any], rollout: Rollout) -> Future[RewardResult]:
         started = time.monotonic()
         result: Future[RewardResult] = Future()
-
-        def finish(check: Future[Verdict]) -> None:
-            error = check.exception()
-            result.set_result(
-                self._success(rollout, check.result(), started)
-                if error is None
-                else self._failure(rollout, error, started)
-            )
-
         try:
-            key = self._verifier.read_key(rollout.prompt.metadata)
+            check = pool.submit(rollout.completion.text, self._read_key(rollout.prompt.metadata))
         except DataError as error:
             result.set_result(self._failure(rollout, error, started))
         else:
-            pool.submit(rollout.completion.text, key).add_done_callback(finish)
+            check.add_done_callback(
+                lambda check: result.set_result(self._result(rollout, check.result, started))
+            )
         return result
 
-    def _success(self, rollout: Rollout, verdict: Verdict, started: float) -> RewardResult:
-        bad = next((name for name, score in verdict.scores.items() if not math.isfinite(score)), None)
-        if bad is not None or not verdict.scores:
-            what = f"{verdict.scores[bad]} for `{bad}`" if bad is not None else "no score"
+    def _read_key(self, row: Mapping[str, Any]) -> Any:
+        try:
+            return self._verifier.read_key(row)
+        except ConchError:
+            raise
+        except Exception as error:  # of a verifier of the user's
+            raise DataError(f"cannot be read: {type(error).__name__}: {first_line(error)}") from error
+
+    def _result(self, rollout: Rollout, verdict: Callable[[], Any], started: float) -> RewardResult:
+        """Say what came of one check. Nothing is raised, whatever a verifier of the user's does or gives:
+        whoever waits for the result would wait for ever, and so would the other ranks."""
+        try:
+            return self._success(rollout, verdict(), started)
+        except BaseException as error:
+            return self._failure(rollout, error, started)
+
+    def _success(self, rollout: Rollout, verdict: Any, started: float) -> RewardResult:
+        if not isinstance(verdict, Verdict):
+            gave = f"{self.name} gave {verdict!r:.80} instead of a Verdict"
+            return self._failed(RewardStatus.INVALID, gave, started)
+        scores, facts = _as_numbers(verdict.scores), _as_numbers(verdict.facts)
+        bad = next((name for name, score in scores.items() if not math.isfinite(score)), None)
+        if bad is not None or not scores:
+            what = f"{verdict.scores[bad]!r} for `{bad}`" if bad is not None else "no score"
             return self._failed(RewardStatus.INVALID, f"{self.name} gave {what}", started)
         return RewardResult(
             RewardStatus.OK,
-            scores=dict(verdict.scores),
+            scores=scores,
             model=self._verifier.name,
             latency_s=time.monotonic() - started,
-            facts={**verdict.facts, **self._lengths(rollout, verdict)},
+            facts={**facts, **self._lengths(rollout, facts)},
         )
 
-    def _lengths(self, rollout: Rollout, verdict: Verdict) -> dict[str, float]:
-        success = verdict.facts.get(self._verifier.success, math.nan)
+    def _lengths(self, rollout: Rollout, facts: Mapping[str, float]) -> dict[str, float]:
+        success = facts.get(self._verifier.success, math.nan)
         length = float(len(rollout.completion.token_ids))
         return {
             "length_right": length if success >= 1 else math.nan,
@@ -128,8 +134,21 @@ class VerifierReward(RewardSource):
         self._late.add(sample)
         status = RewardStatus.INVALID if was_late else RewardStatus.TIMEOUT
         again = ", as before" if was_late else ""
-        return self._failed(status, f"{self.name}: {first_line(error)}{again} (sample {sample[:8]})", started)
+        late = first_line(error).removeprefix(f"{self._verifier.name}: ")
+        return self._failed(status, f"{self.name}: {late}{again} (sample {sample[:8]})", started)
 
     def _failed(self, status: RewardStatus, detail: str, started: float) -> RewardResult:
         latency_s = time.monotonic() - started
         return RewardResult(status, model=self._verifier.name, latency_s=latency_s, detail=detail)
+
+
+def _as_numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """The values as they can be stored and sent, of NumPy's types too; NaN for one that is no number."""
+    return {name: _as_number(value) for name, value in values.items()}
+
+
+def _as_number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan

@@ -369,7 +369,7 @@ def serve(config: ServerConfig) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where installed, warns
         keep_heap()
     tokenizer = load_tokenizer(TokenizerConfig(), config.model)
-    lm = load_lm(ModelConfig(path=config.model, dtype=_dtype(config)))
+    lm = load_lm(model_config_of(config))
     lm.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType]
     sampler = TransformersSampler(
         lm,
@@ -386,9 +386,12 @@ def serve(config: ServerConfig) -> None:
             sys.exit(ENGINE_DIED)
 
 
-def _dtype(config: ServerConfig) -> Any:
-    """Precision of the weights, by torch's name; that of the folder where the setting leaves it open."""
-    if config.dtype != "auto":
-        return config.dtype
-    stored = AutoConfig.from_pretrained(config.model).dtype
-    return "float32" if stored is None else str(stored).removeprefix("torch.")
+def model_config_of(config: ServerConfig) -> ModelConfig:
+    """The section `model` of a trainer that loads this model; in the precision that it is stored in, where
+    the setting leaves it open."""
+    source: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    dtype: Any = config.dtype
+    if dtype == "auto":
+        stored = AutoConfig.from_pretrained(config.model, **source).dtype
+        dtype = "float32" if stored is None else str(stored).removeprefix("torch.")
+    return ModelConfig(path=config.model, dtype=dtype, **source)

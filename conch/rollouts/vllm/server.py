@@ -206,7 +206,8 @@ def _build(config: ServerConfig) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
     from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore[reportMissingImports]
 
-    model = AutoConfig.from_pretrained(config.model)
+    source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    model = AutoConfig.from_pretrained(config.model, **source)
     for name in model.architectures or []:
         check_architecture(name)
         if config.max_lora_rank and not supports_adapters(name):
@@ -219,6 +220,7 @@ def _build(config: ServerConfig) -> Any:
     try:
         arguments = AsyncEngineArgs(
             **settings,
+            **source,
             **lora_settings(config.lora_capacity()),
             load_format="dummy",
             tensor_parallel_size=config.tensor_parallel_size,

@@ -67,6 +67,13 @@ def test_product_is_that_of_hydras_own_sweeper(words: list[str], configs: Path) 
     assert product(read_axes(words, [configs], seed=0)) == jobs_of_hydra(words, configs)
 
 
+def test_the_last_word_of_a_key_counts_whatever_signs_stand_before_it(configs: Path) -> None:
+    assert product(read_axes(["++a=1,2", "b=3,4", "a=5"], [configs], seed=0)) == [
+        ("a=5", "b=3"),
+        ("a=5", "b=4"),
+    ]
+
+
 def test_shuffle_has_hydras_values_in_an_order_that_the_seed_decides(configs: Path) -> None:
     words = ["a=shuffle(range(0,20))", "b=shuffle(1,2,3,4,5,6,7,8,9)"]
     orders = [product(read_axes(words, [configs], seed=seed)) for seed in (0, 0, 1)]

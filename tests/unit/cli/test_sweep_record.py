@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from conch.cli.sweeps import record as records
 from conch.cli.sweeps.processes import FolderLock
 from conch.cli.sweeps.record import (
     Record,
@@ -17,6 +18,8 @@ from conch.cli.sweeps.record import (
     write_hydra_files,
 )
 from conch.errors import ConfigError
+from conch.training import resume
+from examples.grpo.settings import ExampleConfig
 
 
 def wanted(*names: str) -> list[tuple[tuple[str, ...], str]]:
@@ -77,6 +80,21 @@ def test_digest_differs_where_something_else_is_learned_and_nowhere_else() -> No
     }
     other = {**config, "train": {**config["train"], "seed": 2}}
     assert digest_of(config) == digest_of(moved) != digest_of(other)
+
+
+def test_what_a_resumed_run_may_change_is_no_other_job_unless_results_depend_on_it() -> None:
+    decide = {"train.total_steps", "train.eval_every", "train.eval_repeats", "train.best_metric"}
+    decide |= {"train.early_stopping", "reward.members.", "reward.replay"}
+    assert set(resume._FREE_KEYS) - set(records._FREE_KEYS) == decide
+
+
+def test_jobs_of_the_grpo_example_are_known_however_often_they_save() -> None:
+    moved = {"train.checkpoint_frequency": 5, "train.keep_checkpoints": 2, "logging.wandb": True}
+    before, after = ExampleConfig().model_dump(mode="json"), ExampleConfig().model_dump(mode="json")
+    for name, value in moved.items():
+        section, key = name.split(".")
+        after[section][key] = value
+    assert digest_of(before) == digest_of(after)
 
 
 def test_folder_is_made_new_twice_in_one_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

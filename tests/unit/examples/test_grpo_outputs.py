@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from conch.config import RewardConfig, load
 from conch.errors import CheckpointError, DataError
 from conch.runs.checkpoint import steps_of
-from examples.grpo.outputs import write_hydra_files, write_torch_checkpoint
+from examples.grpo.outputs import complete_torch_checkpoints, write_hydra_files, write_torch_checkpoint
 from examples.grpo.prompts import TAGS, form_asked_for, read_prompts
 from examples.grpo.settings import EnvSettings, ExampleConfig
 from tests.runs import grpo_trainer, policy
@@ -37,6 +37,19 @@ def run_with_checkpoints(folder: Path, **settings: Any) -> Path:
     trainer.run.on_saved = write_torch_checkpoint
     trainer.fit()
     return trainer.run_dir
+
+
+def test_files_that_a_killed_run_has_not_come_to_write_are_written_when_it_goes_on(tmp_path: Path) -> None:
+    folder = run_with_checkpoints(tmp_path / "run") / "checkpoints"
+    content = torch.load(folder / "checkpoint_3.pt", weights_only=True)
+    kept = (folder / "checkpoint_4.pt").stat().st_mtime_ns
+    (folder / "checkpoint_3.pt").unlink()
+    (folder / ".checkpoint_3.pt.partial").touch()
+    complete_torch_checkpoints(folder.parent)
+    written = torch.load(folder / "checkpoint_3.pt", weights_only=True)
+    assert written.keys() == content.keys() and written["step"] == 3
+    assert (folder / "checkpoint_4.pt").stat().st_mtime_ns == kept
+    assert not (folder / ".checkpoint_3.pt.partial").exists()
 
 
 def test_a_checkpoint_holds_all_and_loads_as_weights_alone(tmp_path: Path) -> None:

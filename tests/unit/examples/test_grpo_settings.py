@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,24 @@ import pytest
 import yaml
 
 from conch.cli import describe, load_run_config
-from conch.config import load
+from conch.config import Section, load
 from conch.config.base import nested_section
 from conch.errors import ConfigError
 from conch.trainers.grpo import GRPORunConfig
-from examples.grpo.devices import DevicePlan, Wish, plan_devices
+from examples.grpo.devices import ROLES, DevicePlan, Wish, plan_devices
 from examples.grpo.grpo import CONFIGS, DEFAULT, config_name
+from examples.grpo.launch import servers_of, training_command
 from examples.grpo.outputs import overrides_in
 from examples.grpo.settings import NOT_HERE, RENAMED, ExampleConfig
-from examples.grpo.translation import Batches, plan_batches, run_config, sampler, table, translate
+from examples.grpo.translation import (
+    Batches,
+    plan_batches,
+    run_config,
+    sampler,
+    translate,
+    with_names_of_here,
+    without_effect,
+)
 
 ONE = plan_devices({}, has_reference=True, num_gpus=0)
 GPU = plan_devices({}, has_reference=True, num_gpus=1)
@@ -48,6 +59,88 @@ def test_every_file_is_a_run(file: Path) -> None:
     assert file.stem == f"grpo_{config.env.dataset}"
     run = run_config(translate(config, ONE, has_vllm=False))
     assert (run.reward.verifier, run.optimizer.learning_rate) == (config.env.dataset, 2e-5)
+
+
+LEAVES_NO_TRACE = {"optimizer.name", "conch"}
+"""Settings with a single value, and those that stand for others."""
+
+OTHER: dict[str, Any] = {
+    "env.dataset": "ifeval",
+    "inference_model.backend": "transformers",
+    "inference_model.tensor_parallel_size": 2,
+    "train.dialog_turns_per_batch": 64,
+    "train.gradient_accumulation_steps": 2,
+    "train_model.accelerate_config": "zero3",
+    "train_model.attn_implementation": "eager",
+    "train_model.lora.target_modules": "all-linear",
+    "policy.kl_coef": 0.0,
+}
+"""Another value, where a rule gives none that makes a run."""
+
+PLANS: dict[str, tuple[list[str], int, bool]] = {
+    "one process": ([], 0, False),
+    "one GPU with vLLM": ([], 1, True),
+    "GPUs apart, with vLLM": (["train_model.num_devices=2", "inference_model.num_devices=2"], 8, True),
+    "simulated apart": (["train_model.num_devices=2", "inference_model.num_devices=2"], 0, False),
+}
+
+
+def leaves(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Full name of each setting, and its field."""
+    for name, field in section.model_fields.items():
+        nested = nested_section(field.annotation)
+        if nested is None:
+            yield f"{prefix}{name}", field
+        elif name != "reward":
+            yield from leaves(nested, f"{prefix}{name}.")
+
+
+def another(name: str, field: Any) -> Any:
+    """A value that is not the default."""
+    if name in OTHER:
+        return OTHER[name]
+    default, kinds = field.default, str(field.annotation)
+    if isinstance(default, bool) or "bool" in kinds:
+        return not default
+    if isinstance(default, float):
+        return default / 2 or 0.5
+    if isinstance(default, int):
+        return default * 2 or 3
+    if "float16" in kinds:
+        return "float16"
+    return 0.5 if "float" in kinds else 512 if "int" in kinds else "other"
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_every_setting_changes_something_or_the_program_says_that_it_does_not(case: str) -> None:
+    words, num_gpus, has_vllm = PLANS[case]
+
+    def effect(*more: str) -> tuple[Any, list[str]]:
+        config = settings(*words, *more)
+        wishes = {name: Wish(getattr(config, name).num_devices) for name in ROLES}
+        plan = plan_devices(wishes, has_reference=config.policy.kl_coef > 0, num_gpus=num_gpus)
+        run = run_config(translate(config, plan, has_vllm=has_vllm))
+        servers = servers_of(config, run, plan, has_vllm=has_vllm)
+        command = training_command(config, plan, Path("task"))[:-4]  # without a port
+        told = [server.settings for server in servers]
+        unused = without_effect(config, plan, has_vllm=has_vllm)
+        return (run, plan, command, told, config.env), unused
+
+    plain, unused = effect()
+    assert not unused
+    wrong: list[str] = []
+    for name, field in leaves(ExampleConfig):
+        section = name.partition(".")[0]
+        if name in LEAVES_NO_TRACE or name.endswith(("devices", "num_devices")) or section == "ref_model":
+            continue
+        if name == "inference_model.tensor_parallel_size" and case != "GPUs apart, with vLLM":
+            continue  # refused
+        if name == "inference_model.backend" and not has_vllm:
+            continue  # it is transformers then, asked for or not
+        changed, unused = effect(f"{name}={json.dumps(another(name, field))}")
+        if (changed != plain) == any(f"`{name}`" in line for line in unused):
+            wrong.append(name)
+    assert not wrong
 
 
 # --------------------------------------------------------------------------------------------------- batches
@@ -308,35 +401,20 @@ def test_a_setting_of_conch_with_a_name_here_is_set_by_that() -> None:
     assert adapter == {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "use_rslora": True}
 
 
-def test_every_setting_reaches_the_run_or_the_launch() -> None:
-    """A setting whose change changes nothing would be ignored in silence: each is named in the table, or used
-    where servers, prompts and devices are made."""
-    elsewhere = {
-        *("env.data", "env.eval_data", "env.max_rows", "env.max_eval_rows"),
-        *("train_model.num_devices", "train_model.devices", "train_model.accelerate_config"),
-        *("inference_model.num_devices", "inference_model.devices", "inference_model.tensor_parallel_size"),
-        *(
-            "ref_model.num_devices",
-            "ref_model.devices",
-            "ref_model.attn_implementation",
-            "ref_model.torch_dtype",
-        ),
-        "optimizer.name",
-    }
-    words = (
-        *("model.revision=a", "model.trust_remote_code=true", "train.keep_checkpoints=1", "train.run_dir=x"),
-        *("train.resume=auto", "train_model.attn_implementation=sdpa", "inference_model.torch_dtype=float16"),
-        *("inference_model.max_model_len=99", "inference_model.enforce_eager=true"),
-    )
-    shown = table(translate(settings(*words), GPU, has_vllm=True))
-    for section, field in ExampleConfig.model_fields.items():
-        if section in ("reward", "conch"):
-            continue
-        inner = nested_section(field.annotation)
-        assert inner is not None
-        for name in inner.model_fields:
-            full = f"{section}.{name}"
-            assert full in elsewhere or full in shown, full
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("lower `generation.max_new_tokens`", "lower `inference_model.max_tokens`"),
+        ("with `data.max_tokens=240`, or", "with `conch.data.max_tokens=240`, or"),
+        ("`train.save_every` = 3", "`train.checkpoint_frequency` = 3"),
+        ("set `train.keep_last` and `model.path`", "set `train.keep_checkpoints` and `model.name`"),
+        ("set `train.resume` or `reward.url`", "set `train.resume` or `reward.url`"),
+        ("`train.num_processes` = 2", "`conch.train.num_processes` = 2"),
+        ("`question` of `model.safetensors`", "`question` of `model.safetensors`"),
+    ],
+)
+def test_messages_name_settings_as_they_are_named_here(text: str, told: str) -> None:
+    assert with_names_of_here(text) == told
 
 
 # ------------------------------------------------------------------------------------------- the command line

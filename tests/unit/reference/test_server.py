@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -20,7 +23,10 @@ from conch.errors import ConfigError, DataError, ReferenceServerError
 from conch.reference.protocol import LogprobReply, LogprobRequest, ReferenceHealth, decode, encode
 from conch.reference.serve import main as serve_main
 from conch.reference.server import ReferenceServer
+from conch.servers.restart import ENGINE_DIED
 from tests.certificates import make_certificates
+from tests.footprint import wait_until
+from tests.launches import ROOT, free_port
 from tests.reference_servers import ServedReference, client_of, served
 from tests.runs import policy
 
@@ -208,3 +214,37 @@ def test_server_for_everybody_is_refused_unless_it_is_asked_for(host: str) -> No
 def test_bad_command_lines_are_refused(arguments: list[str], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         serve_main(arguments)
+
+
+FAULTY = """
+import sys
+import torch
+from conch.reference import serve, server
+def fail(*_):
+    raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+server.ReferenceServer.logprobs = fail
+serve.main([f"model={sys.argv[1]}", f"port={sys.argv[2]}", "dtype=float64", "restart=false"])
+"""
+
+
+def test_server_whose_gpu_has_failed_makes_way_for_another(tmp_path: Path) -> None:
+    """With the exit code upon which the process above starts it again."""
+    policy().save_pretrained(tmp_path)
+    port = free_port()
+    process = subprocess.Popen([sys.executable, "-c", FAULTY, str(tmp_path), str(port)], cwd=ROOT)
+    try:
+        content = encode(REQUEST, rows())
+        with httpx2.Client(trust_env=False, timeout=60) as client:
+            replies: list[httpx2.Response] = []
+
+            def has_answered() -> bool:
+                assert process.poll() is None, "the server has ended"
+                with contextlib.suppress(httpx2.ConnectError):
+                    replies.append(client.post(f"http://127.0.0.1:{port}/logprobs", content=content))
+                return bool(replies)
+
+            wait_until(has_answered, lambda: "the server did not become ready", 240.0)
+        assert replies[0].status_code == 503 and "illegal memory access" in replies[0].text
+        assert process.wait(60) == ENGINE_DIED
+    finally:
+        process.kill()

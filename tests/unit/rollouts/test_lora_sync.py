@@ -85,7 +85,7 @@ def test_adapter_that_vllm_cannot_take_goes_merged(settings: dict[str, Any], rea
 
 def test_adapter_goes_merged_where_there_is_no_room() -> None:
     found = why_merged(adapted(), None)
-    assert found is not None and "no LoRA for a LlamaForCausalLM, or its server" in found
+    assert found is not None and "no LoRA for a LlamaForCausalLM, or the server" in found
 
 
 def test_adapter_goes_merged_where_part_of_the_base_is_trained() -> None:
@@ -136,7 +136,7 @@ def test_reason_is_said_once_and_only_where_there_is_an_adapter(caplog: pytest.L
     message, of_choice = caplog.messages
     assert "`rollout.merge_adapter` is true" in of_choice
     assert message.startswith(
-        "vLLM gets the policy's weights whole, with the adapter merged in: model.layers.0"
+        "samplers get the policy's weights whole, with the adapter merged in: model.layers.0"
     )
 
 

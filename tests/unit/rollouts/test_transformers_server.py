@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from conch.config import GenerationConfig, RolloutConfig, load
+from conch.config import GenerationConfig, ModelConfig, RolloutConfig, load
 from conch.errors import ConfigError, RolloutError
 from conch.models.forward import ForwardInputs
 from conch.models.policy import response_logits
@@ -20,6 +20,7 @@ from conch.ops import logprobs_of_labels
 from conch.rollouts.base import draw_seeds
 from conch.rollouts.hf.continuous_batching import draw_seeded, seeded_generator
 from conch.rollouts.hf.engine import HFEngine
+from conch.rollouts.hf.server import model_config_of
 from conch.rollouts.protocol import GenerateRequest, PromptRequest
 from conch.rollouts.remote.client import ServerClient
 from conch.rollouts.remote.engine import RemoteEngine
@@ -372,3 +373,9 @@ def test_run_learns_from_what_a_server_samples(make: Any, tmp_path: Path) -> Non
             metrics = trainer.step()
             assert metrics["rollout/logprob_diff"] < 1e-6, "it samples from the policy as it is"
         trainer.close()
+
+
+def test_model_is_the_one_that_the_settings_name() -> None:
+    settings: dict[str, Any] = {"revision": "v2", "trust_remote_code": True, "dtype": "bfloat16"}
+    config = ServerConfig(model="some/model", engine="transformers", **settings)
+    assert model_config_of(config) == ModelConfig(path="some/model", **settings)

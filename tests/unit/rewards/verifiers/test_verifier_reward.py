@@ -5,24 +5,61 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from conch.config import RewardConfig, load
+from conch.config import GSM8KConfig, RewardConfig, load
 from conch.errors import ConfigError, DataError
+from conch.evaluation.evaluator import Evaluator, watched_row
 from conch.rewards import RewardSource, Verdict, Verifier, from_user
 from conch.rewards.scorer import RewardScorer, total_reward, weight_of
+from conch.rewards.verifiers.gsm8k import GSM8K
 from conch.rewards.verifiers.source import VerifierReward
 from conch.types import RewardStatus, Rollout
 from tests.fakes.rollouts import rollouts
 from tests.runs import grpo_trainer, ilql_trainer, ppo_trainer, rft_trainer, sft_trainer, vowels
 
 Trainer = Callable[..., Any]
+
+
+class WithFact(Verifier[str]):
+    """Gives a fact of a name that evaluations have already."""
+
+    name = "with fact"
+    columns = ()
+
+    def read_key(self, row: Mapping[str, Any]) -> str:
+        return ""
+
+    def verify(self, completion: str, key: str) -> Verdict:
+        return Verdict({"answer": 1.0}, {"reward": 2.0})
+
+
+def unchecked(scores: dict[str, Any], facts: dict[str, Any]) -> Verdict:
+    """A verdict of any values: the types are checked in tests alone."""
+    verdict = Verdict({})
+    object.__setattr__(verdict, "scores", scores)
+    object.__setattr__(verdict, "facts", facts)
+    return verdict
+
+
+ODD: dict[str, Any] = {
+    "none": None,
+    "number": 1.0,
+    "null": unchecked({"answer": None, "format": 0.0}, {}),
+    "text": unchecked({"answer": "yes", "format": 0.0}, {}),
+    "empty": Verdict({}),
+    "no fact": unchecked({"answer": 1.0, "format": 0.0}, {"correct": None}),
+    "numpy": unchecked({"answer": np.float32(1), "format": np.int64(0)}, {"correct": np.bool_(True)}),
+}
+"""What a verifier of a user's may give, by the completion that it gives it for."""
 
 
 class Letter(Verifier[str]):
@@ -32,6 +69,8 @@ class Letter(Verifier[str]):
     columns = ("letter",)
 
     def read_key(self, row: Mapping[str, Any]) -> str:
+        if row.get("letter") == 0:
+            raise ZeroDivisionError("by design")
         if not isinstance(row.get("letter"), str):
             raise DataError("has no `letter`")
         return row["letter"]
@@ -39,6 +78,8 @@ class Letter(Verifier[str]):
     def verify(self, completion: str, key: str) -> Verdict:
         if completion == "broken":
             raise ZeroDivisionError("by design")
+        if completion in ODD:
+            return ODD[completion]
         if completion == "nan":
             return Verdict({"answer": math.nan, "format": 0.0}, {"correct": math.nan})
         right = float(completion.startswith(key))
@@ -101,6 +142,40 @@ def test_a_check_that_breaks_or_gives_no_number_is_invalid() -> None:
     assert not any(result.scores for result in results if not result.ok)
 
 
+@pytest.mark.parametrize("make", [Letter, Slow])
+def test_what_is_no_verdict_is_invalid_for_its_own_completion_and_keeps_nobody_waiting(
+    make: type[Letter], caplog: pytest.LogCaptureFixture
+) -> None:
+    with VerifierReward(make()) as reward:
+        results = reward.submit([*sampled(*ODD, "ab"), *sampled("ab", letter=0)]).result(60)
+    details = [result.detail for result in results]
+    assert details == [
+        "verifier letter gave None instead of a Verdict",
+        "verifier letter gave 1.0 instead of a Verdict",
+        "verifier letter gave None for `answer`",
+        "verifier letter gave 'yes' for `answer`",
+        "verifier letter gave no score",
+        "",
+        "",
+        "",
+        "verifier letter: the prompt's row cannot be read: ZeroDivisionError: by design",
+    ]
+    assert [result.ok for result in results] == [not detail for detail in details]
+    no_fact, as_numpy = results[5], results[6]
+    assert all(map(math.isnan, no_fact.facts.values()))
+    assert as_numpy.facts["correct"] == 1.0 and as_numpy.facts["length_right"] == 5.0
+    json.dumps([dict(as_numpy.scores), dict(as_numpy.facts)])
+    assert not caplog.records
+
+
+def test_closing_leaves_nobody_waiting(caplog: pytest.LogCaptureFixture) -> None:
+    reward = VerifierReward(Slow())
+    future = reward.submit(sampled("late", "ab", "b"))
+    reward.close()
+    assert not any(result.ok for result in future.result(60))
+    assert not caplog.records
+
+
 def test_late_and_dead_checks_are_timeouts_and_invalid_the_second_time() -> None:
     with VerifierReward(Slow()) as reward:
         reward.check()
@@ -113,7 +188,8 @@ def test_late_and_dead_checks_are_timeouts_and_invalid_the_second_time() -> None
         RewardStatus.OK,
     ]
     assert [status for status, _ in again] == [RewardStatus.INVALID, RewardStatus.OK]
-    assert "as before" in again[0][1]
+    late = r"verifier letter: the (check|start) took longer than 1 s, as before \(sample [0-9a-f]{8}\)"
+    assert re.fullmatch(late, again[0][1])
 
 
 def test_waiting_for_rewards_ends_with_a_check_that_never_comes() -> None:
@@ -164,8 +240,9 @@ ROWS = [{"prompt": "a", "letter": "b"}, {"prompt": "c", "letter": "d"}]
 
 @pytest.mark.parametrize("make", [ppo_trainer, grpo_trainer, rft_trainer])
 def test_rows_that_cannot_be_read_end_the_run_before_it_starts(tmp_path: Path, make: Trainer) -> None:
-    rows = [*ROWS, {"prompt": "e"}, {"prompt": "f", "letter": 3}]
-    with pytest.raises(DataError, match="cannot check completions: prompt 2 has no `letter`; prompt 3 has"):
+    rows = [*ROWS, {"prompt": "e"}, {"prompt": "f", "letter": 0}]
+    told = "completions: prompt 2 has no `letter`; prompt 3 cannot be read: ZeroDivisionError: by design"
+    with pytest.raises(DataError, match=told):
         make(tmp_path / "run", reward_fn=Letter(), prompts=rows)
     with pytest.raises(DataError, match="evaluation prompt 1 has no `letter`"):
         make(tmp_path / "run", reward_fn=Letter(), prompts=ROWS, eval_prompts=[ROWS[0], "b"])
@@ -214,6 +291,62 @@ def test_a_verifier_watches_what_is_learned_from_another_reward(tmp_path: Path, 
             assert not watched
         trainer.close()
     assert repr(outcomes[0]) == repr(outcomes[1])
+
+
+def test_parts_and_facts_of_what_watches_have_names_of_their_own(tmp_path: Path) -> None:
+    """A right answer in tags: 1.0, of which the form is worth 0.1; the fact `format` is 1 then."""
+    settings: dict[str, Any] = {
+        "verifier": "gsm8k",
+        "gsm8k": {"extractor": "strict", "version": "torchrl"},
+    }
+    trainer = grpo_trainer(tmp_path / "run", prompts=GSM8K_ROWS, evaluation=settings)
+    scores = trainer.evaluate()
+    trainer.close()
+    source = VerifierReward(GSM8K(load(GSM8KConfig, settings["gsm8k"])))
+    prompt = replace(sampled("")[0].prompt, metadata={"answer": "#### 3"})
+    (right,) = source.submit([replace(rollouts("<answer>3</answer>")[0], prompt=prompt)]).result()
+    source.close()
+    assert watched_row(right)["reward/format"] == 0.1 and watched_row(right)["format"] == 1.0
+    assert {f"eval/gsm8k/{name}" for name in watched_row(right)} <= scores.keys()
+
+
+@pytest.mark.parametrize("kind", ["member", "metric_fn", "fact"])
+def test_two_figures_of_one_name_are_refused(tmp_path: Path, kind: str) -> None:
+    watch: dict[str, Any] = {"verifier": "gsm8k", "gsm8k": {"extractor": "strict"}}
+    flexible = GSM8K(load(GSM8KConfig, {"extractor": "flexible"}))
+    settings: dict[str, Any] = {
+        "member": {"reward_fn": {"gsm8k": flexible, "vowels": vowels}, "evaluation": watch},
+        "metric_fn": {"reward_fn": flexible, "metric_fn": lambda outputs, **_: {"correct": 0.0}},
+        "fact": {"reward_fn": WithFact()},
+    }[kind]
+    names = {"member": "gsm8k/correct", "metric_fn": "correct", "fact": "reward"}
+    prompts = [{**row, "letter": "a"} for row in GSM8K_ROWS]
+    trainer = grpo_trainer(tmp_path / "run", prompts=prompts, **settings)
+    with pytest.raises(ConfigError, match=f"`eval/{names[kind]}` would be two figures"):
+        trainer.evaluate()
+    trainer.close()
+
+
+def test_what_a_watching_verifier_cannot_check_is_counted_and_told_and_stops_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = grpo_trainer(tmp_path / "run", prompts=[{**row, "letter": 0} for row in GSM8K_ROWS])
+    evaluator = Evaluator(
+        trainer.collectives,
+        trainer.eval_prompts,
+        trainer.variants,
+        trainer._make_sampler,
+        trainer.config.train,
+        scorer=trainer.scorer,
+        metric_fn=None,
+        watching={"letter": VerifierReward(Letter())},
+    )
+    scores = evaluator.run()
+    evaluator.close()
+    trainer.close()
+    assert scores["eval/letter/failed_fraction"] == 1.0 and math.isfinite(scores["eval/reward"])
+    told = "letter checked 0 of 2 completions of this process only; first: verifier letter: the prompt's row"
+    assert told in caplog.text
 
 
 def test_a_watching_verifier_reads_its_rows_before_the_run(tmp_path: Path) -> None:
