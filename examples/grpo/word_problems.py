@@ -209,7 +209,7 @@ def _draw_numbers(operations: tuple[str, str], rng: random.Random) -> tuple[int,
     first, second = operations
     while True:
         a, b = _draw_first(first, second, rng)
-        c = rng.randint(2, 9 if second == "*" else 6)
+        c = rng.randint(2, 6)
         between = _OPERATIONS[first](a, b)
         right, mistaken = (_OPERATIONS[each](between, c) for each in (second, _MISTAKEN_FOR[second]))
         if min(right, mistaken) > 0 and right != mistaken:
@@ -217,17 +217,15 @@ def _draw_numbers(operations: tuple[str, str], rng: random.Random) -> tuple[int,
 
 
 def _draw_first(first: str, second: str, rng: random.Random) -> tuple[int, int]:
-    """Numbers of the first step. Its result is at most 36, so that what the second step adds to a product, or
+    """Numbers of the first step. Its result is at most 24, so that what the second step adds to a product, or
     takes off, is added to sums as well; and at most 9 where it is multiplied afterwards."""
     if second == "*":
         whole = rng.randint(3, 9)
         part = rng.randint(1, whole - 1)
         return (part, whole - part) if first == "+" else (whole, part)
     if first == "+":
-        return rng.randint(2, 18), rng.randint(2, 18)
+        return rng.randint(2, 12), rng.randint(2, 12)
     while True:
         a, b = rng.randint(2, 9), rng.randint(2, 9)
-        if first == "/":
-            return a * b, b
-        if a * b <= 36:
-            return a, b
+        if a * b <= (36 if first == "/" else 24):
+            return (a * b, b) if first == "/" else (a, b)
