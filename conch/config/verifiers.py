@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from conch.config.base import Section
 
@@ -37,6 +37,15 @@ class GSM8KConfig(Section):
     """With `extractor=math`: longest time of one check, in seconds; a late one gives no reward, status
     `timeout`."""
 
+    @model_validator(mode="after")
+    def _every_key_acts(self) -> GSM8KConfig:
+        if self.last_characters is not None and self.extractor != "verl":
+            raise ValueError(
+                f"`last_characters` = {self.last_characters} acts with `extractor` = verl only, not with "
+                f"{self.extractor}: leave it out"
+            )
+        return self
+
 
 class IFEvalConfig(Section):
     """Check of the instructions of an IFEval row."""
@@ -48,6 +57,15 @@ class IFEvalConfig(Section):
 
     loose: bool = False
     """With `version=share`: an instruction counts that any of the eight loose readings follows."""
+
+    @model_validator(mode="after")
+    def _every_key_acts(self) -> IFEvalConfig:
+        if self.loose and self.version != "share":
+            raise ValueError(
+                f"`loose` acts with `version` = share only; {self.version} weighs strict and loose scores: "
+                "leave it out"
+            )
+        return self
 
 
 class EvaluationConfig(Section):

@@ -143,6 +143,14 @@ class _NamedSources(CompositeReward):
             except ConchError as error:
                 raise type(error)(f"reward member `{name}`: {error}") from error
 
+    def check_row(self, row: Mapping[str, Any]) -> None:
+        """Check with each member in turn; the message names the member."""
+        for name, source in self.members.items():
+            try:
+                source.check_row(row)
+            except DataError as error:
+                raise DataError(f"{error} (for reward member `{name}`)") from error
+
     def submit_to_members(
         self, rollouts: Sequence[Rollout], combine: Callable[[_MemberResults], RewardResult]
     ) -> Future[list[RewardResult]]:

@@ -148,6 +148,8 @@ def _single_source(
     if isinstance(reward, RewardSource):
         return reward
     kind = type(reward).__name__
+    if isinstance(reward, type) and issubclass(reward, Verifier | RewardSource):
+        raise ConfigError(f"the reward is the class {reward.__name__}: give one of it, {reward.__name__}()")
     if hasattr(reward, "submit"):
         raise ConfigError(
             f"{kind} has the methods of a reward source, but is none: derive it from "

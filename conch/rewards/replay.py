@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -35,13 +36,18 @@ def line_of(rollout: Rollout, result: RewardResult, **where: Any) -> dict[str, A
         "token_scores": result.token_scores,
         "members": dict(result.members),
         "absent": list(result.absent),
-        "facts": dict(result.facts),
+        "facts": facts_in_json(result),
         "model": result.model,
         "version": result.version,
         "latency_s": result.latency_s,
         # Of a failure it may hold what a user's function said about the text.
         "detail": result.detail if result.ok else "",
     }
+
+
+def facts_in_json(result: RewardResult) -> dict[str, float | None]:
+    """Return a result's facts with None for what does not apply: JSON has no NaN."""
+    return {name: value if math.isfinite(value) else None for name, value in result.facts.items()}
 
 
 def sha256_of_sample(sample: str) -> str:
@@ -147,7 +153,7 @@ def _result(line: Mapping[str, Any]) -> RewardResult:
         token_scores=None if dense is None else tuple(dense),
         members=dict(line["members"]),
         absent=tuple(line.get("absent", ())),
-        facts=dict(line.get("facts", {})),
+        facts={name: math.nan if value is None else value for name, value in line.get("facts", {}).items()},
         model=line["model"],
         version=line["version"],
         latency_s=line["latency_s"],

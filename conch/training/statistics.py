@@ -19,6 +19,7 @@ from conch.evaluation.metrics import mean_of_finite
 from conch.log import get_logger
 from conch.losses import effective_sample_size
 from conch.ops import Reduce, masked_mean
+from conch.rewards.replay import facts_in_json
 from conch.rewards.scorer import total_reward
 from conch.training.kl import mean_kl
 from conch.training.logprobs import LogprobOutputs
@@ -154,6 +155,7 @@ def log_rollouts(
             "scores": dict(reward.scores),
             "token_scores": reward.token_scores,
             "members": dict(reward.members),
+            "facts": facts_in_json(reward),
             "kl": nats,
         }
         for rollout, reward, nats in zip(rollouts, rewards, nats_of_each, strict=True)

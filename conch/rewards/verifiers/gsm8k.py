@@ -34,28 +34,18 @@ import re
 from collections.abc import Mapping
 from decimal import Decimal
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 from conch.config.verifiers import GSM8KConfig
 from conch.errors import DataError
 from conch.rewards.verifiers import gsm8k_math
 from conch.rewards.verifiers.base import Verdict, Verifier
+from conch.rewards.verifiers.tags import read_tags
 
 _MARKED = re.compile(r"#### (-?[0-9.,]+)")
 _ANYWHERE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 _NUMBER = re.compile(r"(?:\$?([-+]?)|([-+])\$)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.([0-9]*))?")
 _NUMBERS_IN_TEXT = re.compile(r"(?:(?<![0-9])-)?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")
-
-
-class Tags(NamedTuple):
-    """Contents of a completion's tags.
-
-    thoughts: each <think>; text before a lone </think> is one, since the prompt may have opened it.
-    answers: each <answer> outside of the thoughts, stripped.
-    """
-
-    thoughts: list[str]
-    answers: list[str]
 
 
 class GSM8K(Verifier[str]):
@@ -185,33 +175,6 @@ def plain_number(text: str) -> str | None:
 def numbers_in(text: str) -> set[str]:
     """All whole numbers of a text as plain digits: "13, not 7.0" gives 13 and 7, and no 3."""
     return {number for match in _NUMBERS_IN_TEXT.findall(text) if (number := plain_number(match)) is not None}
-
-
-def read_tags(completion: str) -> Tags:
-    """Find the thoughts and, in what is left without them, the answers.
-
-    A tag that is not closed holds nothing, and nothing after an open <think> is an answer.
-    """
-    start, end = completion.find("<think>"), completion.find("</think>")
-    if end >= 0 and not 0 <= start < end:
-        completion = f"<think>{completion}"
-    thoughts, rest = _split_tags(completion, "think")
-    answers, _ = _split_tags(rest.partition("<think>")[0], "answer")
-    return Tags(thoughts, [answer.strip() for answer in answers])
-
-
-def _split_tags(text: str, tag: str) -> tuple[list[str], str]:
-    """Contents of each `<tag>...</tag>`, and the text without them."""
-    contents: list[str] = []
-    rest: list[str] = []
-    while True:
-        before, opening, after = text.partition(f"<{tag}>")
-        content, closing, following = after.partition(f"</{tag}>")
-        if not (opening and closing):
-            return contents, "".join([*rest, text])
-        contents.append(content)
-        rest.append(before)
-        text = following
 
 
 def _facts(correct: bool, extracted: bool, in_form: bool) -> dict[str, float]:

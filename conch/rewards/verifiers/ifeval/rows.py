@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,14 +58,17 @@ class _NotReadableError(Exception):
 
 
 def _count(value: Any) -> int:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
+    # Tables with empty cells hold whole numbers as 3.0.
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if whole and not isinstance(value, bool) and value >= 0:
+        return int(value)
     raise _NotReadableError("a whole number of at least 0")
 
 
 def _ordinal(value: Any) -> int:
-    if _count(value) >= 1:
-        return value
+    count = _count(value)
+    if count >= 1:
+        return count
     raise _NotReadableError("a whole number of at least 1")
 
 
@@ -185,7 +189,7 @@ def read_instruction(name: Any, given: Any, where: str = "") -> Instruction:
     """Read one instruction; see `read_instructions`.
 
     name: of the type.
-    given: its arguments by name, or the same as text in JSON; nulls count as absent.
+    given: its arguments by name, or the same as text in JSON; nulls and NaN count as absent.
     """
     kind = TYPES.get(name) if isinstance(name, str) else None
     if kind is None:
@@ -195,7 +199,8 @@ def read_instruction(name: Any, given: Any, where: str = "") -> Instruction:
     arguments = decoded(given)
     if not isinstance(arguments, Mapping):
         raise DataError(f"has {where}{given!r} as arguments of {name}; it must be an object, `{{}}` for none")
-    present = {key: value for key, value in arguments.items() if value is not None}
+    plain = {key: _plain(value) for key, value in arguments.items()}
+    present = {key: value for key, value in plain.items() if not _is_nothing(value)}
     for key in kind.arguments:
         if key not in present:
             raise DataError(f"has {where}no `{key}` for {name} in `kwargs`")
@@ -236,8 +241,18 @@ def _listed(row: Mapping[str, Any], column: str, where: str) -> Sequence[Any]:
 def decoded(value: Any) -> Any:
     """Return what a text in JSON says; any other value, and other texts, as they are. Arrays become lists."""
     if not isinstance(value, str):
-        return value.tolist() if hasattr(value, "tolist") else value
+        return _plain(value)
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
         return value
+
+
+def _plain(value: Any) -> Any:
+    """A list or number of Python's own for one of NumPy's, as pandas gives them."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _is_nothing(value: Any) -> bool:
+    """None, or NaN, which tables have for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))

@@ -19,6 +19,7 @@ from conch.errors import DataError
 from conch.rewards.verifiers.base import Verdict, Verifier
 from conch.rewards.verifiers.ifeval.rows import Instruction, decoded, read_instructions
 from conch.rewards.verifiers.ifeval.scores import Scores, score
+from conch.rewards.verifiers.tags import Tags, read_tags
 
 TRIP_WIRES = "trip_wires"
 """Column of instructions that a prompt does not give, see `conch.rewards.verifiers.ifeval.trip_wires`."""
@@ -45,7 +46,8 @@ class IFEval(Verifier[IFEvalKey]):
       loosely. The answer is the completion without its thinking, see `without_thinking`.
     - `torchrl`: `prompt_strict`, `inst_strict`, `prompt_loose` and `inst_loose`, weighed by 0.4, 0.3, 0.2 and
       0.1, then `answer_tags`, 0.1 for exactly one `<answer>` block, and `think_tags`, 0.05 for exactly one
-      `<think>` block. The answer is the first `<answer>` block, or nothing.
+      `<think>` block. The answer is the first `<answer>` block outside of the thinking, or nothing; see
+      `conch.rewards.verifiers.tags`.
 
     Facts, of the same answer: the four scores of IFEval (`prompt_strict`, `inst_strict`, `prompt_loose`,
     `inst_loose`), how many `instructions` there are and how many of them are `followed_strict` and
@@ -74,10 +76,10 @@ class IFEval(Verifier[IFEvalKey]):
 
     def verify(self, completion: str, key: IFEvalKey) -> Verdict:
         if self.config.version == "torchrl":
-            answers = blocks(completion, "answer")
-            answer = answers[0] if answers else ""
+            tags = read_tags(completion)
+            answer = tags.answers[0] if tags.answers else ""
             found = score(answer, key.instructions)
-            return Verdict(_torchrl_parts(found, completion, answers), _facts(found, answer, key))
+            return Verdict(_torchrl_parts(found, tags), _facts(found, answer, key))
         answer = without_thinking(completion) or ""
         found = score(answer, key.instructions)
         share = found.inst_loose if self.config.loose else found.inst_strict
@@ -107,29 +109,14 @@ def without_thinking(completion: str) -> str | None:
     return "".join((*answer, completion[end:])).strip() if end else completion
 
 
-def blocks(completion: str, tag: str) -> list[str]:
-    """Return what stands between `<tag>` and the next `</tag>`, one text for each such pair."""
-    opening, closing = f"<{tag}>", f"</{tag}>"
-    texts: list[str] = []
-    end = 0
-    while (start := completion.find(opening, end)) >= 0:
-        start += len(opening)
-        stop = completion.find(closing, start)
-        if stop < 0:
-            break
-        texts.append(completion[start:stop])
-        end = stop + len(closing)
-    return texts
-
-
-def _torchrl_parts(found: Scores, completion: str, answers: list[str]) -> dict[str, float]:
+def _torchrl_parts(found: Scores, tags: Tags) -> dict[str, float]:
     return {
         "prompt_strict": 0.4 * found.prompt_strict,
         "inst_strict": 0.3 * found.inst_strict,
         "prompt_loose": 0.2 * found.prompt_loose,
         "inst_loose": 0.1 * found.inst_loose,
-        "answer_tags": 0.1 if len(answers) == 1 else 0.0,
-        "think_tags": 0.05 if len(blocks(completion, "think")) == 1 else 0.0,
+        "answer_tags": 0.1 if len(tags.answers) == 1 else 0.0,
+        "think_tags": 0.05 if len(tags.thoughts) == 1 else 0.0,
     }
 
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from conch.config import IFEvalConfig
@@ -18,7 +19,7 @@ from conch.errors import DataError
 from conch.rewards.verifiers.base import Verdict
 from conch.rewards.verifiers.ifeval.rows import GROUPS, TYPES
 from conch.rewards.verifiers.ifeval.scores import pooled, readings, score
-from conch.rewards.verifiers.ifeval.verifier import IFEval, blocks, without_thinking
+from conch.rewards.verifiers.ifeval.verifier import IFEval, without_thinking
 from tests.ifeval_cases import ARGUMENTS, responses, rows
 
 PROMPTS = Path(__file__).resolve().parents[5] / "shared/data/ifeval/prompts.jsonl.gz"
@@ -115,7 +116,7 @@ def test_a_row_that_cannot_be_read_says_why(columns: dict[str, Any], phrase: str
                 {"relation": "at least", "num_words": value},
                 f"has `num_words`={value!r} for {WORDS}; it must be a whole number of at least 0",
             )
-            for value in (-1, "5", 5.0, True, [5])
+            for value in (-1, "5", 5.5, True, [5])
         ),
         (
             WORDS,
@@ -174,6 +175,23 @@ def test_no_argument_of_any_type_may_be_missing(name: str) -> None:
         arguments = {key: value for key, value in ARGUMENTS[name][0].items() if key != missing}
         with pytest.raises(DataError, match=f"has no `{missing}`"):
             IFEval().read_key(row((name, arguments)))
+
+
+def test_rows_of_a_table_with_empty_cells_are_read() -> None:
+    """As `to_dict("records")` of pandas gives them: arrays for lists, 5.0 and NaN for numbers."""
+    filled = row(
+        (WORDS, {"num_words": 5, "relation": "at least"}), ("keywords:existence", {"keywords": ["a"]})
+    )
+    kwargs = [
+        {"num_words": np.float64(5), "relation": "at least", "keywords": None},
+        {"num_words": np.nan, "relation": None, "keywords": np.array(["a"], dtype=object)},
+    ]
+    table = {
+        "instruction_id_list": np.array(filled["instruction_id_list"], dtype=object),
+        "kwargs": np.array(kwargs, dtype=object),
+    }
+    assert IFEval().read_key(table) == IFEval().read_key(filled)
+    assert isinstance(IFEval().read_key(table).instructions[0].arguments["num_words"], int)
 
 
 def test_zero_is_a_number_like_any_other() -> None:
@@ -305,6 +323,8 @@ def test_thinking_that_never_ends_is_no_answer() -> None:
         ("<answer>Yes, sir\none</answer>", (0.0, 0.0, 0.2, 0.1, 0.1, 0.0)),
         ("<answer>one</answer><answer>two, three</answer>", (0.4, 0.3, 0.2, 0.1, 0.0, 0.0)),
         ("<think>a</think><think>b</think><answer>one</answer>", (0.4, 0.3, 0.2, 0.1, 0.1, 0.0)),
+        ("<think>No: <answer>a, b</answer>.</think><answer>one</answer>", (0.4, 0.3, 0.2, 0.1, 0.1, 0.05)),
+        ("the prompt began this</think><answer>one</answer>", (0.4, 0.3, 0.2, 0.1, 0.1, 0.05)),
         ("no tags at all", (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)),
         ("<answer>open", (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)),
         ("", (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)),
@@ -322,10 +342,6 @@ def test_torchrl_weighs_four_scores_of_the_answer_block_and_two_terms_of_tags(
 def test_torchrl_gives_shares_at_the_level_of_instructions() -> None:
     scores = verdict("<answer>one</answer>", row(NO_COMMA, TITLE), version="torchrl").scores
     assert (scores["prompt_strict"], scores["inst_strict"]) == (0.0, pytest.approx(0.15))
-
-
-def test_blocks_end_at_the_next_closing_tag() -> None:
-    assert blocks("<a>1</a> <a>2<a>3</a></a><a>4", "a") == ["1", "2<a>3"]
 
 
 def test_verifier_and_keys_can_be_pickled() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conch.config import GSM8KConfig, RewardConfig, load
+from conch.config import GSM8KConfig, IFEvalConfig, RewardConfig, load
 from conch.errors import ConfigError, DataError
 from conch.evaluation.evaluator import Evaluator, watched_row
 from conch.rewards import RewardSource, Verdict, Verifier, from_user
@@ -114,7 +114,7 @@ def sampled(*outputs: str, letter: Any = "a") -> list[Rollout]:
 
 
 def statuses(source: RewardSource, *outputs: str) -> list[tuple[RewardStatus, str]]:
-    return [(result.status, result.detail) for result in source.submit(sampled(*outputs)).result(60)]
+    return [(result.status, result.detail) for result in source.submit(sampled(*outputs)).result(300)]
 
 
 def test_scores_are_objectives_and_facts_stand_beside_them() -> None:
@@ -147,7 +147,7 @@ def test_what_is_no_verdict_is_invalid_for_its_own_completion_and_keeps_nobody_w
     make: type[Letter], caplog: pytest.LogCaptureFixture
 ) -> None:
     with VerifierReward(make()) as reward:
-        results = reward.submit([*sampled(*ODD, "ab"), *sampled("ab", letter=0)]).result(60)
+        results = reward.submit([*sampled(*ODD, "ab"), *sampled("ab", letter=0)]).result(300)
     details = [result.detail for result in results]
     assert details == [
         "verifier letter gave None instead of a Verdict",
@@ -172,7 +172,7 @@ def test_closing_leaves_nobody_waiting(caplog: pytest.LogCaptureFixture) -> None
     reward = VerifierReward(Slow())
     future = reward.submit(sampled("late", "ab", "b"))
     reward.close()
-    assert not any(result.ok for result in future.result(60))
+    assert not any(result.ok for result in future.result(300))
     assert not caplog.records
 
 
@@ -233,6 +233,30 @@ def test_names_of_verifiers_are_taken_where_addresses_are() -> None:
         assert reward.name == "the sum of m, v" and reward.measures_facts
     with from_user(None, RewardConfig(verifier="gsm8k")) as reward:
         assert reward.name == "verifier gsm8k"
+
+
+def test_a_class_is_no_reward() -> None:
+    with pytest.raises(ConfigError, match=r"the reward is the class Letter: give one of it, Letter\(\)"):
+        from_user(Letter, RewardConfig())  # pyright: ignore[reportArgumentType]
+
+
+def test_a_row_that_one_member_cannot_read_names_the_member() -> None:
+    with from_user({"model": vowels, "first": Letter()}, RewardConfig()) as reward:
+        reward.check_row({"letter": "a"})
+        with pytest.raises(DataError, match=r"^has no `letter` \(for reward member `first`\)$"):
+            reward.check_row({})
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "told"),
+    [
+        (GSM8KConfig, {"last_characters": 300}, "acts with `extractor` = verl only, not with math"),
+        (IFEvalConfig, {"version": "torchrl", "loose": True}, "`loose` acts with `version` = share only"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(section: Any, settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        load(section, settings)
 
 
 ROWS = [{"prompt": "a", "letter": "b"}, {"prompt": "c", "letter": "d"}]
@@ -366,11 +390,15 @@ def test_facts_are_recorded_and_replayed(tmp_path: Path) -> None:
         prompts=ROWS,
         reward={"record": True},
         train={"total_steps": 1},
+        tracking={"rollouts": True},
     )
     run.fit()
     run.close()
-    lines = [json.loads(line) for line in (tmp_path / "first/rewards.jsonl").read_text().splitlines()]
-    assert {"correct", "length_right", "length_wrong"} == lines[0]["facts"].keys()
+    for name in ("rewards.jsonl", "rollouts/step_1.jsonl"):
+        text = (tmp_path / "first" / name).read_text()
+        facts = [json.loads(line)["facts"] for line in text.splitlines()]
+        assert {"correct", "length_right", "length_wrong"} == facts[0].keys()
+        assert "NaN" not in text and any(None in each.values() for each in facts)
     again = grpo_trainer(
         tmp_path / "again", reward_fn=None, prompts=ROWS, reward={"replay": tmp_path / "first"}
     )
