@@ -21,7 +21,6 @@ from conch.rewards.scorer import total_reward
 from conch.trainers.ppo import PPOConfig, PPORunConfig
 from conch.training.kl import KLConfig, KLController, mean_kl
 from conch.training.reward_shaping import RunningMoments, at_last_token
-from conch.training.setup import extra_keys
 from conch.training.statistics import explained_variance, logprob_diff, reward_metrics, rollout_metrics
 from conch.types import RewardResult, RewardStatus
 from tests.runs import EOS, PAD, letters_rollout, scored
@@ -312,16 +311,6 @@ def test_a_weight_that_could_not_move_or_is_steered_by_no_kl_is_refused() -> Non
     ):
         load(PPORunConfig, {**steered, "generation": {"top_p": 0.9}})
     assert load(PPORunConfig, {**steered, "generation": {"temperature": 0.7}}).ppo.kl.target == 1.0
-
-
-def test_extra_keys_are_those_of_all_prompts() -> None:
-    assert extra_keys(["a", {"prompt": "b", "answer": 1}, {"prompt": "c", "source": 2}]) == [
-        "answer",
-        "source",
-    ]
-
-
-# ---------------------------------------------------------------------------------------------------- batches
 
 
 def test_collate_pads_prompts_left_and_responses_right() -> None:

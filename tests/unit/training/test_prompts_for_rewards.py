@@ -67,3 +67,12 @@ def test_dialogues_that_the_reward_reads_are_trained_on(
     prompts = [{"prompt": [{"role": "user", "content": text}]} for text in ("ab", "c")]
     with closing(ppo_trainer(tmp_path / "run", reward_fn=source, prompts=prompts)):
         assert [prompt.text for prompt in source.seen] == ["ab", "c"] * 2  # trained on and evaluated on
+
+
+def test_a_reward_function_must_take_the_keys_of_all_prompts(tmp_path: Path) -> None:
+    def reward(samples: list[str], prompts: list[str], outputs: list[str], answer: list[int]) -> list[float]:
+        return [0.0] * len(outputs)
+
+    prompts = ["a", {"prompt": "b", "answer": 1}, {"prompt": "c", "source": 2}]
+    with pytest.raises(ConfigError, match=r"define it as `reward\(samples, prompts, outputs, answer, source"):
+        grpo_trainer(tmp_path / "run", reward_fn=reward, prompts=prompts)
