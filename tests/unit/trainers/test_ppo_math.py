@@ -313,6 +313,9 @@ def test_a_weight_that_could_not_move_or_is_steered_by_no_kl_is_refused() -> Non
     assert load(PPORunConfig, {**steered, "generation": {"temperature": 0.7}}).ppo.kl.target == 1.0
 
 
+# ---------------------------------------------------------------------------------------------------- batches
+
+
 def test_collate_pads_prompts_left_and_responses_right() -> None:
     rollouts = [letters_rollout("abc", "d", "length"), letters_rollout("e", "f", "eos")]
     sequences = collate(rollouts, PAD)
