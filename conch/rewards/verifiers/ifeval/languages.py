@@ -38,7 +38,7 @@ def response_language(text: str, language: str) -> bool:
 def english_capital(text: str) -> bool:
     """English without a small letter.
 
-    The language is that of the text in small letters: langdetect reads no more than the initials of words in
+    The language is that of the text in small letters: langdetect reads only the ends of words in
     capitals, which are no guide to a language.
     """
     return text.isupper() and detected_language(text.lower()) == "en"
