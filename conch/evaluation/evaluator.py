@@ -200,8 +200,8 @@ class Evaluator:
             if self._scorer.measures_facts:
                 facts = self._columns([result.facts for result in results])
                 columns = _beside(columns, facts, "a fact of the reward's verifier")
-        for name, results in watched.items():
-            rows = [watched_row(result) for result in _told(name, results.result())]
+        for name, future in watched.items():
+            rows = [watched_row(result) for result in _told(name, future.result())]
             column_of = {f"{name}/{key}": column for key, column in self._columns(rows).items()}
             columns = _beside(columns, column_of, f"`evaluation.verifier` = {name}")
         rollouts = self._collectives.all_gather(rollouts)

@@ -10,19 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from conch.cli import describe, run_main
+from conch.cli import run_main
 from conch.reference.server_config import ReferenceServerConfig
-from conch.servers.restart import start
-from conch.servers.settings import load_settings
+from conch.servers.command import run_server
 
 
 def main(argv: Sequence[str]) -> None:
     """Command line: `key=value ...`, or `--help` for the keys."""
-    if {"-h", "--help"} & set(argv):
-        print(f"{__doc__}\nkeys:\n{describe(ReferenceServerConfig)}")
-        return
-    config = load_settings(ReferenceServerConfig, argv)
-    start(lambda: _serve(config), "conch.reference.serve", argv, restart=config.restart)
+    run_server(ReferenceServerConfig, _serve, module="conch.reference.serve", about=__doc__, argv=argv)
 
 
 def _serve(config: ReferenceServerConfig) -> None:

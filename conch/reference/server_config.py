@@ -35,9 +35,6 @@ class ReferenceServerConfig(ListenSettings):
     port: int = Field(default=8200, ge=1, le=65535)
     """Port to listen on."""
 
-    restart: bool = True
-    """Start the server again when it is killed. False leaves that to systemd, Slurm or Kubernetes."""
-
     def harm(self) -> str:
         """What whoever is let in can do."""
         return "has its GPU compute"

@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 from pydantic import Field, FiniteFloat, NonNegativeInt, model_validator
 
 from conch.config import GenerationConfig, Section
-from conch.types import FinishReason
+from conch.types import Completion, FinishReason
 
 
 class WeightVersion(Section):
@@ -167,6 +167,19 @@ class CompletionReply(Section):
     text: str
     finish_reason: FinishReason
     version: int
+
+    @classmethod
+    def of(cls, completion: Completion, prompt_index: int, seed_index: int, version: int) -> CompletionReply:
+        """The reply with a completion."""
+        return cls(
+            prompt_index=prompt_index,
+            seed_index=seed_index,
+            token_ids=completion.token_ids,
+            logprobs=completion.logprobs,
+            text=completion.text,
+            finish_reason=completion.finish_reason,
+            version=version,
+        )
 
     @model_validator(mode="after")
     def _has_a_logprob_for_each_token(self) -> CompletionReply:

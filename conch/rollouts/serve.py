@@ -12,19 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from conch.cli import describe, run_main
+from conch.cli import run_main
 from conch.rollouts.server_config import ServerConfig
-from conch.servers.restart import start
-from conch.servers.settings import load_settings
+from conch.servers.command import run_server
 
 
 def main(argv: Sequence[str]) -> None:
     """Command line: `key=value ...`, or `--help` for the keys."""
-    if {"-h", "--help"} & set(argv):
-        print(f"{__doc__}\nkeys:\n{describe(ServerConfig)}")
-        return
-    config = load_settings(ServerConfig, argv)
-    start(lambda: _serve(config), "conch.rollouts.serve", argv, restart=config.restart)
+    run_server(ServerConfig, _serve, module="conch.rollouts.serve", about=__doc__, argv=argv)
 
 
 def _serve(config: ServerConfig) -> None:

@@ -29,6 +29,9 @@ class ListenSettings(Section):
     """Environment variable with the secret that trainers must send (`auth.secret_env` there). None asks for
     none."""
 
+    restart: bool = True
+    """Start the server again when it is killed. False leaves that to systemd, Slurm or Kubernetes."""
+
     tls_cert: Path | None = None
     """Certificate (PEM) of the server, which then speaks TLS (`auth.tls.ca` in the trainer)."""
 

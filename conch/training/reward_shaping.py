@@ -16,7 +16,7 @@ Legend: B rollouts, R response tokens, K objectives.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -248,10 +248,13 @@ def _dense(rewards: Sequence[RewardResult], mask: Bool[Tensor, "B R"]) -> Float[
 
 def agreed_objectives(rewards: Sequence[RewardResult], collectives: Collectives) -> list[str]:
     """Names of the objectives, the same on all ranks, also on one that has no reward to see them by."""
-    own = sorted({name for reward in rewards for name in (*reward.scores, *reward.absent)})
-    return sorted(set(collectives.all_gather(own)))
+    return _agreed((name for reward in rewards for name in (*reward.scores, *reward.absent)), collectives)
 
 
 def agreed_facts(rewards: Sequence[RewardResult], collectives: Collectives) -> list[str]:
     """Names of the facts in rewards, the same on all ranks."""
-    return sorted(set(collectives.all_gather(sorted({name for reward in rewards for name in reward.facts}))))
+    return _agreed((name for reward in rewards for name in reward.facts), collectives)
+
+
+def _agreed(names: Iterable[str], collectives: Collectives) -> list[str]:
+    return sorted(set(collectives.all_gather(sorted(set(names)))))

@@ -226,7 +226,8 @@ class TransformersSampler:
         def tell(ended: Mapping[int, Rollout]) -> None:
             for place, rollout in ended.items():
                 request, prompt_index, seed_index = rows[place]
-                request.put(_reply(rollout, prompt_index, seed_index, request.version))
+                completion, version = rollout.completion, request.version
+                request.put(CompletionReply.of(completion, prompt_index, seed_index, version))
             if not any(request.is_read for request in requests):
                 raise NobodyReadsError
 
@@ -314,19 +315,6 @@ def _call(loop: asyncio.AbstractEventLoop, function: Callable[[Any], object], ar
     """Call a function on the event loop; does nothing once the server has stopped."""
     if not loop.is_closed():
         loop.call_soon_threadsafe(function, argument)
-
-
-def _reply(rollout: Rollout, prompt_index: int, seed_index: int, version: int) -> CompletionReply:
-    completion = rollout.completion
-    return CompletionReply(
-        prompt_index=prompt_index,
-        seed_index=seed_index,
-        token_ids=completion.token_ids,
-        logprobs=completion.logprobs,
-        text=completion.text,
-        finish_reason=completion.finish_reason,
-        version=version,
-    )
 
 
 def _converted(lm: PreTrainedModel, tensors: dict[str, Tensor]) -> PreTrainedModel:

@@ -147,15 +147,7 @@ class VLLMSampler:
         # vLLM reports versions with the end only. A completion that a stop string ends early has `version`,
         # since no weights are loaded while it is sampled.
         versions = {int(span.version) for span in output.weight_versions or []} or {version}
-        return CompletionReply(
-            prompt_index=prompt_index,
-            seed_index=seed_index,
-            token_ids=completion.token_ids,
-            logprobs=completion.logprobs,
-            text=completion.text,
-            finish_reason=completion.finish_reason,
-            version=min(versions),
-        )
+        return CompletionReply.of(completion, prompt_index, seed_index, min(versions))
 
     def _stop_condition(self, generation: GenerationConfig) -> StopCondition:
         if generation not in self._stop_conditions:
