@@ -252,7 +252,9 @@ def test_request_joins_what_is_under_way() -> None:
 
         def watched(*arguments: Any) -> Any:
             ran.set()
-            wait_until(lambda: bool(joined) or not sampler._jobs.empty(), lambda: "nothing comes")
+            # What has come and may not join yet stands in `_waiting`, and is looked at again in the next step.
+            come = lambda: bool(joined or sampler._waiting) or not sampler._jobs.empty()  # noqa: E731
+            wait_until(come, lambda: "nothing comes")
             joined.extend(take(*arguments))
             return joined[-1:] if len(joined) == 1 else []
 
