@@ -252,7 +252,7 @@ def test_request_joins_what_is_under_way() -> None:
 
         def watched(*arguments: Any) -> Any:
             ran.set()
-            # What has come and may not join yet stands in `_waiting`, and is looked at again in the next step.
+            # What has come and may not join yet stands in `_waiting`, looked at again in the next step.
             come = lambda: bool(joined or sampler._waiting) or not sampler._jobs.empty()  # noqa: E731
             wait_until(come, lambda: "nothing comes")
             joined.extend(take(*arguments))
