@@ -88,11 +88,17 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """A prompt, its completion, and the number of updates the policy had seen when it sampled it."""
+    """A prompt, its completion, and the number of updates the policy had seen when it sampled it.
+
+    policy_version: where weights changed while it was sampled, the one of its first token.
+    version_runs: of a completion that went on under newer weights: versions in order, each with the number of
+        tokens in a row that it sampled; empty where all tokens are of `policy_version`.
+    """
 
     prompt: Prompt
     completion: Completion
     policy_version: int
+    version_runs: tuple[tuple[int, int], ...] = ()
 
     @property
     def sample(self) -> str:

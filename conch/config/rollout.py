@@ -35,12 +35,48 @@ class VLLMSettings(Section):
     a CPU only."""
 
 
+class RayConfig(Section):
+    """Samplers that are actors of Ray (`rollout.engine=ray`): each holds a copy of the policy."""
+
+    samplers: int = Field(default=1, ge=1)
+    """Actors."""
+
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What samples in an actor; vLLM takes its settings from `rollout`."""
+
+    num_cpus: float = Field(default=1, gt=0)
+    """CPUs that Ray sets aside for an actor, which computes on no more."""
+
+    num_gpus: float | None = Field(default=None, ge=0)
+    """GPUs that Ray sets aside for an actor. None takes one where the cluster has GPUs, else none."""
+
+    address: str | None = None
+    """`host:port` of a cluster that runs (`ray start --head`). None starts one on this machine for this run,
+    and ends it with the run."""
+
+    placement: Literal["PACK", "SPREAD"] = "PACK"
+    """Actors on few machines of a cluster, or on many, as Ray names it."""
+
+    max_restarts: int = Field(default=100, ge=0)
+    """How often Ray starts an actor again that died."""
+
+    object_store_memory: ByteSize | None = Field(default=None, gt=0)
+    """Shared memory that a cluster of this run's own takes, in bytes or as `2GiB`. None takes room for four
+    copies of the policy."""
+
+    start_timeout_s: float = Field(default=300.0, gt=0)
+    """Longest time until the cluster answers and all actors are placed and have loaded the model."""
+
+
 class RolloutConfig(VLLMSettings):
     """How completions are sampled for learning and evaluation. Settings of vLLM have vLLM's names."""
 
-    engine: Literal["hf", "vllm"] = "hf"
-    """`hf` samples with the policy itself in the trainer's processes, `vllm` with vLLM there. Servers of
-    `urls` have an engine of their own."""
+    engine: Literal["hf", "vllm", "ray"] = "hf"
+    """`hf` samples with the policy itself in the trainer's processes, `vllm` with vLLM there; `ray` in actors
+    of Ray, as the section `rollout.ray` says. Servers of `urls` have an engine of their own."""
+
+    ray: RayConfig = RayConfig()
+    """Samplers of `engine: ray`."""
 
     urls: str | None = None
     """`host:port` of a rollout server (`conch rollout-server`), or several, `host1:port,host2:port`, which

@@ -57,6 +57,9 @@ class Health(Section):
     device: `cpu` or `cuda`.
     lora: adapters that it can take; None where it takes none.
     base: run whose base weights it holds, for that run's adapters; None where it holds none.
+    busy_s: seconds in which it sampled something, since it started.
+    clock_s: seconds since it started; with `busy_s` it tells which part of the time between two answers was
+        idle.
     """
 
     weights: WeightVersion | None
@@ -66,6 +69,8 @@ class Health(Section):
     device: str
     lora: LoraCapacity | None = None
     base: str | None = None
+    busy_s: float = 0.0
+    clock_s: float = 0.0
 
 
 class TensorSpec(Section):
@@ -88,6 +93,9 @@ class WeightUpdate(Section):
 
     weights: version of these weights.
     part: which of the policy's weights they are.
+    goes_on: True lets completions under way go on with the new weights from their next token on; else the
+        new weights wait until those have ended.
+    handed: True where the tensors come with this message (Ray); needs nothing of what follows.
     path: safetensors file that server and trainer both see; None where the tensors are broadcast.
     host, port: address of the store in which the members of the broadcast meet.
     token: what its members know and strangers do not; made for this broadcast.
@@ -97,6 +105,8 @@ class WeightUpdate(Section):
 
     weights: WeightVersion
     part: Part = "whole"
+    goes_on: bool = False
+    handed: bool = False
     path: str | None = None
     host: str = ""
     port: int = Field(default=0, ge=0, le=65535)
@@ -107,7 +117,7 @@ class WeightUpdate(Section):
     @model_validator(mode="after")
     def _has_one_source(self) -> WeightUpdate:
         is_broadcast = bool(self.host and self.port and self.token and self.tensors)
-        if is_broadcast == (self.path is not None):
+        if [is_broadcast, self.path is not None, self.handed].count(True) != 1:
             raise ValueError("give `path`, or else `host`, `port`, `token` and `tensors`")
         return self
 
@@ -132,6 +142,9 @@ class GenerateRequest(Section):
     """Request for completions of several prompts.
 
     weights: version that all of them are sampled from; a server that holds another refuses (409).
+    or_later: True samples from that version or any later one of the same source, as the server holds it when
+        a completion begins. The request waits where the server holds none of them yet, and new weights that
+        arrive meanwhile go before completions that have not begun.
     generation: sampling settings.
     greedy: takes the likeliest tokens.
     eos_id: token that ends a completion, by the trainer's tokenizer.
@@ -139,6 +152,7 @@ class GenerateRequest(Section):
     """
 
     weights: WeightVersion
+    or_later: bool = False
     generation: GenerationConfig
     greedy: bool
     eos_id: int
@@ -157,7 +171,8 @@ class CompletionReply(Section):
     prompt_index: index into `GenerateRequest.prompts`.
     seed_index: index into the seeds of that prompt.
     token_ids, logprobs, text, finish_reason: see `conch.types.Completion`.
-    version: of the weights that it was sampled from.
+    version: of the weights that it was sampled from; of its first token, where they changed meanwhile.
+    version_runs: see `conch.types.Rollout`.
     """
 
     prompt_index: NonNegativeInt
@@ -167,9 +182,17 @@ class CompletionReply(Section):
     text: str
     finish_reason: FinishReason
     version: int
+    version_runs: tuple[tuple[int, int], ...] = ()
 
     @classmethod
-    def of(cls, completion: Completion, prompt_index: int, seed_index: int, version: int) -> CompletionReply:
+    def of(
+        cls,
+        completion: Completion,
+        prompt_index: int,
+        seed_index: int,
+        version: int,
+        version_runs: tuple[tuple[int, int], ...] = (),
+    ) -> CompletionReply:
         """The reply with a completion."""
         return cls(
             prompt_index=prompt_index,
@@ -179,6 +202,7 @@ class CompletionReply(Section):
             text=completion.text,
             finish_reason=completion.finish_reason,
             version=version,
+            version_runs=version_runs,
         )
 
     @model_validator(mode="after")
