@@ -216,6 +216,10 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
         return self.policy
 
     @property
+    def samples_per_prompt(self) -> int:
+        return self.config.grpo.group_size
+
+    @property
     def updates_per_step(self) -> int:
         return self.config.grpo.epochs * self.config.grpo.minibatches
 
@@ -248,7 +252,7 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
             rollouts, rewards, resamples = self._sample_groups(seconds)
         else:
             with timer(seconds, "time/rollout_s"):
-                rollouts = self.rollout(self.next_prompts(self._num_prompts))
+                rollouts = self.sample(self._num_prompts)
         with timer(seconds, "time/logprobs_s"):
             outputs = self.compute_logprobs(rollouts)
         if rewards is None:
@@ -267,18 +271,13 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
         metrics |= {"grpo/resamples": float(resamples), "time/tokens_per_s": speed}
         return {**metrics, **seconds, **outputs.waits}
 
-    def rollout(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        """Sample `group_size` completions per prompt, which stand together; each one's reward is requested as
-        soon as it has ended."""
-        return super().rollout([prompt for prompt in prompts for _ in range(self.config.grpo.group_size)])
-
     def _sample_groups(self, seconds: dict[str, float]) -> SampledGroups:
         """A step's groups, those without spread replaced."""
         config = self.config.grpo
 
         def sample() -> list[RolloutGroup]:
             with timer(seconds, "time/rollout_s"):
-                rollouts = self.rollout(self.next_prompts(self._num_prompts))
+                rollouts = self.sample(self._num_prompts)
             with timer(seconds, "time/score_s"):
                 return RolloutGroup.split(rollouts, self.score(rollouts), config.group_size)
 

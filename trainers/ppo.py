@@ -180,7 +180,7 @@ class PPOTrainer(OnlineTrainer[PPORunConfig]):
         """One rollout with its updates."""
         seconds: dict[str, float] = {}
         with timer(seconds, "time/rollout_s"):
-            rollouts = self.rollout(self.next_prompts(self._rows))
+            rollouts = self.sample(self._rows)
         with timer(seconds, "time/logprobs_s"):
             outputs = self.compute_logprobs(rollouts)
         with timer(seconds, "time/score_s"):
