@@ -18,9 +18,10 @@ from pydantic import model_validator
 from conch.cli import run_main
 from conch.config import RolloutConfig
 from conch.training.online import run_online
+from conch.training.overlap.correction import CorrectionConfig
 from conch.training.overlap.sampling import Overlap
 from conch.training.overlap.settings import AsyncConfig
-from conch.trainers.grpo import CorrectionConfig, GRPOConfig, GRPORunConfig, GRPOTrainer
+from conch.trainers.grpo import GRPOConfig, GRPORunConfig, GRPOTrainer
 from conch.types import Metrics
 
 

@@ -61,6 +61,14 @@ class Collectives:
                 Tensor, self._accelerator.reduce(values.to(self._accelerator.device), reduction="sum")
             )
 
+    def all_reduce_max(self, values: Tensor) -> Tensor:
+        """Take the greatest of `values` elementwise over all ranks."""
+        if self.num_ranks == 1:
+            return values
+        with peer_loss_explained():
+            rows = self._accelerator.gather(values.to(self._accelerator.device).unsqueeze(0))
+        return cast(Tensor, rows).amax(dim=0)
+
     def all_reduce_int(self, value: int) -> int:
         """Sum a whole number over all ranks: how ranks agree on what each of them saw."""
         return int(self.all_reduce(torch.tensor(value, device=self._accelerator.device)))

@@ -298,7 +298,7 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
             **self.scorer.metrics(),
             **reward_metrics(rewards, self.config.reward.weights, objectives, reduce),
             **self.fact_metrics(rewards),
-            **rollout_metrics(rollouts, sequences, reduce),
+            **rollout_metrics(rollouts, sequences, reduce, self.collectives.all_reduce_max),
         }
 
     def fact_metrics(self, rewards: Sequence[RewardResult]) -> Metrics:

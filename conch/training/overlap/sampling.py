@@ -25,7 +25,7 @@ from conch.rollouts.remote.stream import GroupRequest, GroupStream
 from conch.runs.checkpoint import CHECKPOINTS, read_rank_state
 from conch.training.overlap.buffer import Admission, BufferedGroup, GroupBuffer
 from conch.training.overlap.ledger import append_to_ledger, cut_ledger
-from conch.training.overlap.metrics import LengthAudit, better_split, staleness_metrics
+from conch.training.overlap.metrics import LengthAudit, split_advice, staleness_metrics
 from conch.training.overlap.settings import AsyncConfig
 from conch.types import Metrics, RewardResult, Rollout
 
@@ -45,7 +45,7 @@ class Overlap:
         self._trainer = trainer
         self._settings = settings
         self.buffer = GroupBuffer()
-        self._lengths = LengthAudit()
+        self._lengths = LengthAudit(trainer.config.generation.max_new_tokens)
         self._stream: GroupStream | None = None
         self._handed: int | None = None
         self._asked: dict[int, list[int]] = {}
@@ -115,7 +115,7 @@ class Overlap:
         rollouts = [rollout for group in self._taken for rollout in group.in_order]
         self._taken, self._rewards = [], []
         return {
-            **staleness_metrics(rollouts, version, ranks.all_reduce),
+            **staleness_metrics(rollouts, version, ranks.all_reduce, ranks.all_reduce_max),
             "async/trainer_idle_fraction": trainer_idle,
             "async/sampler_idle_fraction": sampler_idle,
             "async/buffered_groups": float(sums[4]),
@@ -137,9 +137,8 @@ class Overlap:
         self._stream.close()
         ranks, (trainer_idle, sampler_idle) = self._trainer.collectives, _idle(self._totals)
         if ranks.is_main and self._totals[1] > 0:
-            split = better_split(ranks.num_ranks, self._stream.num_samplers, trainer_idle, sampler_idle)
-            if split is not None:
-                _log.info("%s", split.line())
+            devices = (ranks.num_ranks, self._stream.num_samplers)
+            _log.info("%s", split_advice(*devices, trainer_idle, sampler_idle))
         self._stream = None
 
     # -------------------------------------------------------------------------------------------------- parts
