@@ -139,7 +139,7 @@ def test_audit_loses_no_count_of_several_threads() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert audit.state_dict()["sampled"].tolist() == [0.0, 0.0, 0.0, 8000.0]
+    assert audit.state_dict()["sampled"] == [0.0, 0.0, 0.0, 8000.0]
 
 
 @pytest.mark.parametrize(
