@@ -11,14 +11,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conch.config import GenerationConfig, RolloutConfig
 from conch.distributed.train_engine import TrainEngine
-from conch.errors import ConfigError
+from conch.errors import ConchError, ConfigError
 from conch.models.adapter import adapted_and_shared
 from conch.rollouts.hf.engine import HFEngine
 from conch.rollouts.remote.engine import RemoteEngine
 from conch.rollouts.remote.pool import ServerPool
+from conch.rollouts.remote.stream import GroupStream
 from conch.rollouts.stopping import with_end_ids
 from conch.rollouts.vllm.build import check_installed
-from conch.types import RolloutEngine
+from conch.types import Rollout, RolloutEngine
 
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -80,6 +81,35 @@ class RolloutEngineFactory:
         from conch.rollouts.vllm.engine import VLLMEngine
 
         return VLLMEngine(self._shared, self._tokenizer, generation, version=self._version)
+
+    def stream(
+        self,
+        generation: GenerationConfig,
+        *,
+        goes_on: bool,
+        on_completion: Callable[[int, int, Rollout], None],
+        on_failure: Callable[[ConchError], None],
+    ) -> GroupStream:
+        """Make what samples beside training; see `GroupStream`. All ranks call it together.
+
+        Raises:
+            ConfigError: `rollout` names nothing that samples outside of the trainer's processes.
+        """
+        self(generation)
+        if not isinstance(self._shared, ServerPool):
+            raise ConfigError(
+                "sampling beside training needs samplers of its own: set `rollout.engine=ray`, or "
+                "`rollout.urls` to servers that `conch rollout-server` started"
+            )
+        return GroupStream(
+            self._shared,
+            with_end_ids(generation, self._lm(), self._tokenizer),
+            int(self._tokenizer.eos_token_id),  # pyright: ignore[reportArgumentType]
+            deadline_s=self._config.deadline_s,
+            goes_on=goes_on,
+            on_completion=on_completion,
+            on_failure=on_failure,
+        )
 
     def _check_adapter(self) -> None:
         shared = adapted_and_shared(self._lm())
