@@ -1,0 +1,1 @@
+"""Training that overlaps with sampling and scoring: asynchronous GRPO."""
