@@ -354,9 +354,11 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         gives (greedy ones, or of a cut distribution).
         """
         extra = None if self.reference is None else self._kl_of_evaluation
-        if self.overlap is not None:
+        if self.overlap is None:
+            return self.evaluator.run(tracker, step, repeats=repeats, extra=extra)
+        with self.overlap.progress.paused("evaluation"):
             self.overlap.prepare_evaluation()
-        return self.evaluator.run(tracker, step, repeats=repeats, extra=extra)
+            return self.evaluator.run(tracker, step, repeats=repeats, extra=extra)
 
     def _kl_of_evaluation(self, rollouts: Sequence[Rollout], variant: Variant[Any]) -> Metrics:
         if variant.greedy or variant.generation.cuts:

@@ -27,6 +27,7 @@ from conch.training.overlap.buffer import Admission, BufferedGroup, GroupBuffer
 from conch.training.overlap.ledger import append_to_ledger, cut_ledger
 from conch.training.overlap.metrics import LengthAudit, split_advice, staleness_metrics
 from conch.training.overlap.settings import AsyncConfig
+from conch.training.overlap.watchdog import Progress, Watchdog
 from conch.types import Metrics, RewardResult, Rollout
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class Overlap:
         self._trainer = trainer
         self._settings = settings
         self.buffer = GroupBuffer()
+        self.progress = Progress()
+        self._watchdog: Watchdog | None = None
         self._lengths = LengthAudit(trainer.config.generation.max_new_tokens)
         self._stream: GroupStream | None = None
         self._handed: int | None = None
@@ -85,7 +88,8 @@ class Overlap:
     def score(self) -> list[RewardResult]:
         """Wait for the rewards of what `sample` returned last; raises as `RewardScorer.gather` does."""
         began = time.perf_counter()
-        self._rewards = self._trainer.scorer.gather()
+        with self.progress.paused("scoring"):  # its client has deadlines of its own, an outage a budget
+            self._rewards = self._trainer.scorer.gather()
         self._waited_s += time.perf_counter() - began
         return self._rewards
 
@@ -103,6 +107,7 @@ class Overlap:
         """
         trainer, ranks = self._trainer, self._trainer.collectives
         version = trainer.policy_version - 1  # the step's updates are in it
+        self.progress.note("step")
         self._enter(version)
         now = time.perf_counter()
         busy_s, clock_s = self._stream.idle() if self._stream is not None and ranks.is_main else (0.0, 0.0)
@@ -134,6 +139,8 @@ class Overlap:
         """Stop sampling, and tell which division of the devices would have been better."""
         if self._stream is None:
             return
+        if self._watchdog is not None:
+            self._watchdog.__exit__(None, None, None)
         self._stream.close()
         ranks, (trainer_idle, sampler_idle) = self._trainer.collectives, _idle(self._totals)
         if ranks.is_main and self._totals[1] > 0:
@@ -161,6 +168,16 @@ class Overlap:
                     self._request_rewards(group, [place], [rollout])
         self._request_whole_groups()
         self._submit([group for group in groups if group.missing])
+        self._watchdog = Watchdog(
+            self.progress,
+            deadline_s=settings.deadline_s,
+            run=self._trainer.run.folder,
+            rank=self._trainer.collectives.rank,
+            on_stuck=self.buffer.fail,
+            describe=[self._stream.describe, self._describe],
+            stacks=[self._stream.stacks],
+        )
+        self._watchdog.__enter__()
         self._step_began = time.perf_counter()
 
     def _hand_over(self) -> None:
@@ -216,6 +233,7 @@ class Overlap:
             place = self._asked[number][index]
             group = self.buffer.put(number, place, rollout)
             self._lengths.note_sampled(len(rollout.completion.token_ids))
+            self.progress.note("completion")
             if self._trainer.scorer.batched:
                 self._request_whole_groups()
             else:
@@ -229,7 +247,19 @@ class Overlap:
     def _request_rewards(
         self, group: BufferedGroup, places: Sequence[int], rollouts: Sequence[Rollout]
     ) -> None:
-        self.buffer.requested(group, places, self._trainer.scorer.request(rollouts))
+        request = self._trainer.scorer.request(rollouts)
+        request.future.add_done_callback(lambda _future: self.progress.note("reward"))
+        self.buffer.requested(group, places, request)
+
+    def _describe(self) -> list[str]:
+        """What the trainer has of groups, in words, for the watchdog."""
+        ended, under_way = self.buffer.counts()
+        oldest = next(iter(self.buffer.groups()), None)
+        where = "" if oldest is None else (
+            f"; the oldest, group {oldest.admission.number}, lacks {len(oldest.missing)} of "
+            f"{len(oldest.admission.seeds)} completions"
+        )
+        return [f"the trainer has {ended} groups whose completions have ended and {under_way} others{where}"]
 
     def _request_whole_groups(self) -> None:
         """Request the rewards of whole groups in the order of admission, for sources where order matters."""
@@ -297,6 +327,7 @@ class Overlap:
     def state_dict(self) -> dict[str, Any]:
         """Groups that were admitted and not trained, with the completions that have ended; rewards are asked
         for again."""
+        self.progress.note("checkpoint")
         return {"groups": self.buffer.state_dict(), "lengths": self._lengths.state_dict()}
 
 
