@@ -16,14 +16,13 @@ from conch.config import Section, load
 from conch.config.base import nested_section
 from conch.errors import ConfigError
 from conch.trainers.grpo import GRPORunConfig
+from examples.grpo.batches import Batches, plan_batches
 from examples.grpo.devices import ROLES, DevicePlan, Wish, plan_devices
 from examples.grpo.grpo import CONFIGS, DEFAULT, config_name
 from examples.grpo.launch import servers_of, training_command
 from examples.grpo.outputs import overrides_in
 from examples.grpo.settings import NOT_HERE, RENAMED, ExampleConfig
 from examples.grpo.translation import (
-    Batches,
-    plan_batches,
     run_config,
     sampler,
     translate,
