@@ -87,6 +87,10 @@ class ServerClient(HttpClient):
                 raise RolloutUnavailableError(f"{self.address} failed: {failure}")
             yield self.parse(CompletionReply, values)
 
+    def stacks(self) -> str:
+        """Nothing: a server does not show strangers what it does."""
+        return ""
+
     def refusal_of(self, status: int, detail: str) -> ConchError:
         if status == _STALE_WEIGHTS:
             return StaleWeightsError(f"{self.address}: {detail}")

@@ -247,6 +247,15 @@ class GroupStream:
             lines.append(f"{_groups(numbers)} wait for a server")
         return lines
 
+    @property
+    def num_samplers(self) -> int:
+        """Servers, those that are away included."""
+        return len(self._pool.servers)
+
+    def stacks(self) -> str:
+        """Stacks of all threads of those samplers that tell them."""
+        return "\n".join(server.client.stacks() for server in self._pool.servers)
+
     def close(self) -> None:
         """End the threads; waits for no completion. Servers run on."""
         self._is_closed = True
