@@ -114,8 +114,7 @@ class GroupBuffer:
         oldest = [self._groups[number] for number in sorted(self._groups)[:count]]
         assert len(oldest) == count, f"{count} groups are to be trained, {len(oldest)} were admitted"
         return all(
-            sum(len(places) for places, _ in group.requests) == len(group.admission.seeds)
-            for group in oldest
+            sum(len(places) for places, _ in group.requests) == len(group.admission.seeds) for group in oldest
         )
 
     def counts(self) -> tuple[int, int]:

@@ -255,9 +255,13 @@ class Overlap:
         """What the trainer has of groups, in words, for the watchdog."""
         ended, under_way = self.buffer.counts()
         oldest = next(iter(self.buffer.groups()), None)
-        where = "" if oldest is None else (
-            f"; the oldest, group {oldest.admission.number}, lacks {len(oldest.missing)} of "
-            f"{len(oldest.admission.seeds)} completions"
+        where = (
+            ""
+            if oldest is None
+            else (
+                f"; the oldest, group {oldest.admission.number}, lacks {len(oldest.missing)} of "
+                f"{len(oldest.admission.seeds)} completions"
+            )
         )
         return [f"the trainer has {ended} groups whose completions have ended and {under_way} others{where}"]
 
