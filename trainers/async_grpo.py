@@ -1,10 +1,11 @@
-"""GRPO that samples and scores while it trains: the step of `trainers/grpo.py`, its first line replaced by "take
-groups from the buffer".
+"""GRPO that samples and scores while it trains: the step of `trainers/grpo.py`, its first line replaced by
+"take groups from the buffer".
 
-What a step learns from is at most `asynchronous.max_staleness` steps old (`conch/training/overlap/sampling.py` says
-how that is kept). The policy that sampled is another than the one that learns, so the loss is decoupled (Hilton et
-al. 2022, arXiv:2110.00641; Fu et al. 2025, arXiv:2505.24298): the ratio is to the policy at the beginning of the
-step, and `grpo.correction` weighs by that policy over the one that sampled.
+What a step learns from is at most `asynchronous.max_staleness` steps old
+(`conch/training/overlap/sampling.py` says how that is kept). The policy that sampled is another than the one
+that learns, so the loss is decoupled (Hilton et al. 2022, arXiv:2110.00641; Fu et al. 2025,
+arXiv:2505.24298): the ratio is to the policy at the beginning of the step, and `grpo.correction` weighs by
+that policy over the one that sampled.
 
 With `max_staleness=0` this is synchronous GRPO on the same samplers, bit for bit on a CPU.
 """
@@ -17,11 +18,11 @@ from pydantic import model_validator
 
 from conch.cli import run_main
 from conch.config import RolloutConfig
+from conch.trainers.grpo import GRPOConfig, GRPORunConfig, GRPOTrainer
 from conch.training.online import run_online
 from conch.training.overlap.correction import CorrectionConfig
 from conch.training.overlap.sampling import Overlap
 from conch.training.overlap.settings import AsyncConfig
-from conch.trainers.grpo import GRPOConfig, GRPORunConfig, GRPOTrainer
 from conch.types import Metrics
 
 
@@ -36,13 +37,13 @@ class AsyncGRPORunConfig(GRPORunConfig):
     def _sampling_goes_on_elsewhere(self) -> AsyncGRPORunConfig:
         if self.rollout.urls is None and self.rollout.engine != "ray":
             raise ValueError(
-                f"`rollout.engine` = {self.rollout.engine} samples in the trainer's own processes, which then "
-                "do not train: take `rollout.engine=ray`, or name rollout servers in `rollout.urls`"
+                f"`rollout.engine` = {self.rollout.engine} samples in the processes of the trainer, "
+                "which then do not train: take `rollout.engine=ray`, or name rollout servers in `rollout.urls`"
             )
         if self.grpo.max_resamples:
             raise ValueError(
-                "`grpo.max_resamples` samples again within a step, where asynchronous training throws nothing "
-                "away: leave it out, or train with `conch.trainers.grpo`"
+                "`grpo.max_resamples` samples again within a step, where asynchronous training throws "
+                "nothing away: leave it out, or train with `conch.trainers.grpo`"
             )
         return self
 

@@ -69,7 +69,7 @@ from conch.training.statistics import (
     updates_over,
     warn_of_logprob_diff,
 )
-from conch.types import Metrics, Prompt, RewardResult, Rollout, RolloutGroup
+from conch.types import Metrics, RewardResult, Rollout, RolloutGroup
 
 
 class GRPOConfig(Section):

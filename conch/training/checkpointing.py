@@ -93,7 +93,8 @@ class Run:
     measured: metrics of the last step while its evaluation is under way, {} before the first step, else None.
     saved: step of the latest checkpoint.
     continued: True for a resumed run.
-    own: what a rank has of its own to go on with, beside what is the same on all ranks; None where nothing is.
+    own: what a rank has of its own to go on with, beside what is the same on all ranks; None where nothing
+        is.
     on_saved: called on the main process with the folder of each checkpoint, once that is whole and those are
         deleted that nothing asks for any more. A CheckpointError of its own ends the run.
     """

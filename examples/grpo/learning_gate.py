@@ -7,8 +7,8 @@
 A small model learns from nothing, by SFT, solutions of word problems that are mostly half right, or answers
 that follow few of their instructions; then GRPO, whose only reward is the verifier's, teaches it to do right.
 Both are measured on held-out prompts, sampled at temperature 1. Overrides are those of
-`configs/grpo_gates/<gate>/grpo.yaml`; with `--async` it samples in Ray while it trains, and asynchronous.yaml beside that
-file is laid over it. The exit code is 1 where the gate is missed.
+`configs/grpo_gates/<gate>/grpo.yaml`; with `--async` it samples in Ray while it trains, and asynchronous.yaml
+beside that file is laid over it. The exit code is 1 where the gate is missed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Groups between admission and training: each is there once, the oldest is trained first, none is dropped.
 
-A group is the completions of one prompt that are compared with each other. It is numbered when it is admitted,
-and its number says in which step it is trained. Numbers count from 0 on each rank.
+A group is the completions of one prompt that are compared with each other. It is numbered when it is
+admitted, and its number says in which step it is trained. Numbers count from 0 on each rank.
 
 Two threads meet here: the trainer's, which admits and takes, and the stream's, which brings completions.
 """

@@ -1,8 +1,9 @@
 """The ledger of a run: a line for each group that was trained, so that anyone can see that each prompt of the
 data was learned from once, whatever died meanwhile.
 
-A line: {"step": of training, "rank", "number": of the group, "position": in the walk over the data, "row": of the
-data, "epoch", "versions": [lowest, highest] of the weights that sampled it, "scored": completions with a reward}.
+A line: {"step": of training, "rank", "number": of the group, "position": in the walk over the data, "row": of
+the data, "epoch", "versions": [lowest, highest] of the weights that sampled it, "scored": completions with a
+reward}.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def read_ledger(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def ledger_faults(run_dir: Path, num_rows: int) -> list[str]:
-    """What is wrong with a run's ledger, in words; nothing where each position of the walk over the data, from
-    the first to the last that was trained, stands in it once.
+    """What is wrong with a run's ledger, in words; nothing where each position of the walk over the data,
+    from the first to the last that was trained, stands in it once.
 
     num_rows: of the data.
     """

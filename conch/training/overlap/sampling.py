@@ -4,9 +4,9 @@
     it is admitted once  i // P <= w + max_staleness         w: version of the weights last handed over
     it is sampled from the newest weights that its sampler holds, at least w
 
-so what step s learns from was sampled at version s - max_staleness or later, whatever samplers and rewards take,
-and groups are trained in the order in which they were admitted. (Admission with the oldest first, instead of
-throwing away what has become too old, which would be the long completions.)
+so what step s learns from was sampled at version s - max_staleness or later, whatever samplers and rewards
+take, and groups are trained in the order in which they were admitted. (Admission with the oldest first,
+instead of throwing away what has become too old, which would be the long completions.)
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class Overlap:
     # ----------------------------------------------------------------------------------------------- one step
 
     def sample(self, count: int) -> list[Rollout]:
-        """The completions of the oldest `count` groups, those of a group together; their rewards are under way.
+        """The completions of the oldest `count` groups, those of a group together; their rewards are under
+        way.
 
         Hands over weights and admits prompts first, where it is time to.
 
@@ -129,7 +130,8 @@ class Overlap:
         }
 
     def prepare_evaluation(self) -> None:
-        """Have samplers hold the present weights; what is under way goes on behind the evaluation or with it."""
+        """Have samplers hold the present weights; what is under way goes on behind the evaluation or with
+        it."""
         if self._stream is None:
             return
         self._hand_over()
@@ -186,12 +188,13 @@ class Overlap:
         assert stream is not None
         if self._handed == trainer.policy_version:
             return
-        self._handed = trainer.policy_version
+        self._handed = version = trainer.policy_version
         with trainer.engine.gathered_weights():
-            stream.hand_over(self._handed)
+            stream.hand_over(version)
 
     def _admit(self, count: int) -> None:
-        """Admit every prompt whose group can still be trained in time, and none behind the run's last step."""
+        """Admit every prompt whose group can still be trained in time, and none behind the run's last
+        step."""
         trainer, ranks = self._trainer, self._trainer.collectives
         assert self._handed is not None
         admitted = trainer.stream.position // ranks.num_ranks
@@ -224,8 +227,8 @@ class Overlap:
         stream.submit(requests)
 
     def _note_completion(self, number: int, index: int, rollout: Rollout) -> None:
-        """In the stream's thread: buffer a completion, and request its reward, or that of its whole group where
-        the source wants what belongs together.
+        """In the stream's thread: buffer a completion, and request its reward, or that of its whole group
+        where the source wants what belongs together.
 
         index: of the completion among those that were asked for.
         """

@@ -11,22 +11,22 @@ class AsyncConfig(Section):
     """Training that does not wait for its samples: how old these may be."""
 
     max_staleness: int = Field(default=1, ge=0)
-    """Steps, at most, between the weights that sampled a completion and the step that learns from it, the time
-    of scoring included. A prompt is admitted only where that holds, so that nothing is thrown away; 0 waits for
-    each step's samples, as synchronous training does."""
+    """Steps, at most, between the weights that sampled a completion and the step that learns from it, the
+    time of scoring included. A prompt is admitted only where that holds, so that nothing is thrown away; 0
+    waits for each step's samples, as synchronous training does."""
 
     sync_every: int = Field(default=1, ge=1)
-    """Steps after which samplers get new weights. More costs age and saves hand-overs, which decide with small
-    models; at most `max_staleness` + 1."""
+    """Steps after which samplers get new weights. More costs age and saves hand-overs, which decide with
+    small models; at most `max_staleness` + 1."""
 
     partial_rollouts: bool = False
-    """True lets completions under way go on with new weights from their next token on, so that a long one holds
-    nothing up; each token counts with the age of its own weights. False has new weights wait in a sampler until
-    what is under way there has ended."""
+    """True lets completions under way go on with new weights from their next token on, so that a long one
+    holds nothing up; each token counts with the age of its own weights. False has new weights wait in a
+    sampler until what is under way there has ended."""
 
     deadline_s: float = Field(default=900.0, gt=0)
-    """Seconds without a completion, a reward, a hand-over or a step after which the run ends with an account of
-    who waits for whom."""
+    """Seconds without a completion, a reward, a hand-over or a step after which the run ends with an account
+    of who waits for whom."""
 
     @model_validator(mode="after")
     def _weights_come_in_time(self) -> AsyncConfig:
