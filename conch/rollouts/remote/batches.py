@@ -9,9 +9,6 @@ from itertools import groupby
 from conch.rollouts.protocol import MAX_COMPLETIONS, MAX_REQUEST_TOKENS, PromptRequest
 from conch.types import Prompt
 
-BATCHES_PER_SERVER = 4
-"""Requests that a server's share of prompts is split into, so that a quick server can relieve a slow one."""
-
 
 @dataclass(eq=False)
 class PromptBatch:
@@ -36,9 +33,9 @@ class PromptBatch:
         )
 
 
-def batch_size(prompts: Sequence[Prompt], num_servers: int) -> int:
+def batch_size(prompts: Sequence[Prompt], num_servers: int, requests_per_server: int = 4) -> int:
     """Completions of a request: few requests for each server, none that it would find too large."""
-    even = -(-len(prompts) // (num_servers * BATCHES_PER_SERVER))
+    even = -(-len(prompts) // (num_servers * requests_per_server))
     return max(1, min(even, largest_batch(prompts)))
 
 

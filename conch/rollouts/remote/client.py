@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-
-from torch import Tensor
+from collections.abc import Iterator
+from typing import ClassVar
 
 from conch.config import AuthConfig
 from conch.errors import ConchError, RolloutError, RolloutUnavailableError
@@ -28,13 +27,15 @@ class ServerClient(HttpClient):
     deadline_s: longest wait for weights to be loaded, or for the next completion.
     auth: access to the server; TLS where it names an authority.
 
-    takes_handed: no tensors go with a message over HTTP.
-
     Raises:
         ConfigError: from the constructor: a certificate cannot be read, or the secret's variable is not set.
     """
 
-    takes_handed = False
+    takes_handed: ClassVar[bool] = False
+    """True where tensors go with the message of an update."""
+
+    requests_per_server: ClassVar[int] = 4
+    """Requests that a server's share of prompts is split into: a quick server can relieve a slow one."""
 
     def __init__(self, address: str, deadline_s: float, auth: AuthConfig | None = None) -> None:
         super().__init__(
@@ -56,16 +57,13 @@ class ServerClient(HttpClient):
         """
         return self.parse(Health, self.values("GET", "/health", timeout=CONNECT_S))
 
-    def update_weights(self, update: WeightUpdate, tensors: Mapping[str, Tensor] | None = None) -> Health:
+    def update_weights(self, update: WeightUpdate) -> Health:
         """Have the server load these weights; returns once it has.
-
-        tensors: None; see `SamplerClient`.
 
         Raises:
             RolloutUnavailableError: it does not answer, or failed.
             RolloutError: it can never load them.
         """
-        assert tensors is None, "weights travel beside HTTP, never in it"
         content = update.model_dump_json()
         return self.parse(Health, self.values("POST", "/weights", content=content, headers=JSON))
 

@@ -16,7 +16,6 @@ from conch.errors import ConchError, RolloutError, RolloutUnavailableError
 from conch.rollouts.base import check_lengths, draw_seeds, in_order
 from conch.rollouts.protocol import CompletionReply, GenerateRequest
 from conch.rollouts.remote.batches import (
-    BATCHES_PER_SERVER,
     PromptBatch,
     batch_size,
     even_blocks,
@@ -94,10 +93,11 @@ class RemoteEngine:
             check_lengths(prompts, self._config, self._pool.max_model_len)
             seeds = draw_seeds(len(prompts))
             places = range(len(prompts))
-            if self._pool.hands_over:
+            if self._pool.requests_per_server == 1:
                 batches = even_blocks(prompts, places, seeds, len(servers))
             else:
-                batches = split_prompts(prompts, places, seeds, batch_size(prompts, len(servers)))
+                size = batch_size(prompts, len(servers), self._pool.requests_per_server)
+                batches = split_prompts(prompts, places, seeds, size)
             sampling = _Sampling(self._pool, self._config, self._eos_id, lease, greedy, self._deadline_s)
             finished = sampling.rollouts(prompts, batches)
             yield from in_order(prompts, finished, self._config.chunk_size, on_finished)
@@ -247,5 +247,5 @@ class _Sampling:
         """Give up after many refusals: sending the weights again helps a restarted server, but not one that
         another run uses, too."""
         self._stale_replies += 1
-        if self._stale_replies > 3 * BATCHES_PER_SERVER * len(self._pool.servers):
+        if self._stale_replies > 3 * self._pool.requests_per_server * len(self._pool.servers):
             raise RolloutError(f"{error}, again and again: give each run servers of its own") from error

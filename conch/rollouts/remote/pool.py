@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol, get_args, runtime_checkable
+from typing import ClassVar, Protocol, get_args, runtime_checkable
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from conch.addresses import parse_servers
@@ -49,19 +48,18 @@ _JOIN_S = 60.0
 
 @runtime_checkable
 class SamplerClient(Protocol):
-    """Speaks with one server; several threads may use it at once. `ServerClient` says what the methods do.
+    """Speaks with one server; several threads may use it at once. `ServerClient` says what the members mean.
 
-    takes_handed: True where `update_weights` takes the tensors themselves, in memory; the server is then
-        asked for a rollout's completions in one request.
+    Where `takes_handed` is True, `update_weights` has the tensors as its second argument.
     """
 
+    takes_handed: ClassVar[bool]
+    requests_per_server: ClassVar[int]
     address: str
-    host: str
-    port: int
-    takes_handed: bool
 
+    @property
+    def update_weights(self) -> Callable[..., Health]: ...
     def health(self) -> Health: ...
-    def update_weights(self, update: WeightUpdate, tensors: Mapping[str, Tensor] | None = None) -> Health: ...
     def completions(self, request: GenerateRequest) -> Iterator[CompletionReply]: ...
     def close(self) -> None: ...
 
@@ -96,12 +94,14 @@ class ServerState:
 
 
 class ServerPool:
-    """The servers of `config.urls`, or those of `clients`, and the weights that they are sent.
+    """The servers of `config.urls`, or `actors`, and the weights that they are sent.
 
     lm: gives the policy; called within a lease, whenever weights are sent.
     source: name of this run, the same on all of its ranks.
     sends_weights: True on the one rank that sends weights; the other ranks wait until the servers hold them.
-    clients: of servers that have no URL; None takes those of `config.urls`.
+    actors: servers that have no URL, instead of `config.urls`.
+
+    requests_per_server: see `ServerClient`.
     """
 
     def __init__(
@@ -111,23 +111,19 @@ class ServerPool:
         *,
         source: str,
         sends_weights: bool,
-        clients: Sequence[SamplerClient] | None = None,
+        actors: Sequence[SamplerClient] = (),
     ) -> None:
         self._config = config
         self._weights = WeightSource(lm, merge=config.merge_adapter is True)
         self._source = source
         self.sends_weights = sends_weights
-        if (
-            clients is None
-            and sends_weights
-            and config.weights == "broadcast"
-            and config.auth.tls.ca is not None
-        ):
+        if not actors and sends_weights and config.weights == "broadcast" and config.auth.tls.ca is not None:
             _log.warning(
                 "rollout servers are asked over TLS, but weights that are broadcast travel in plain text; "
                 "keep the network between trainer and servers to yourself, docs/security.md"
             )
-        self.servers = [ServerState(client) for client in clients or _clients_of_urls(config)]
+        self.servers = [ServerState(client) for client in actors or _clients_of_urls(config)]
+        self.requests_per_server = self.servers[0].client.requests_per_server
         self._recover_lock = threading.Lock()
         self._buffers = SnapshotBuffers()
         self._files: dict[Part, SharedFile] = {
@@ -182,11 +178,6 @@ class ServerPool:
             goes_on=goes_on,
             base_stays=self._weights.base_stays(),
         )
-
-    @property
-    def hands_over(self) -> bool:
-        """True where servers take tensors in memory."""
-        return all(server.client.takes_handed for server in self.servers)
 
     @property
     def max_model_len(self) -> int | None:
@@ -310,6 +301,7 @@ class ServerPool:
 
     def _broadcast(self, server: ServerState, health: Health, lease: WeightLease, part: Part) -> Health:
         """Broadcast to this server alone, so that a server that dies stops no other's weights."""
+        assert isinstance(server.client, ServerClient)
         with lease.reading():
             tensors = lease.register(lease.tensors(part))
             specs, are_on_gpu = tensor_specs(tensors), next(iter(tensors.values())).is_cuda

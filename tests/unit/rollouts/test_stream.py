@@ -42,6 +42,10 @@ def start() -> Iterator[Start]:
         yield make
 
 
+def hang(release: threading.Event) -> None:
+    release.wait(LONG_S)
+
+
 class Streaming:
     """A stream over fake servers, and what it has told.
 
@@ -163,7 +167,7 @@ def test_older_groups_are_asked_for_first_and_a_busy_server_gets_no_more(
     monkeypatch.setattr(remote_stream, "_ORDER_S", 0.3)
     slow, quick = start(max_num_seqs=4), start(max_num_seqs=4)
     release = threading.Event()
-    slow.before_line = lambda _number: release.wait(LONG_S) and None
+    slow.before_line = lambda _number: hang(release)
     quick.before_line = lambda _number: wait_until(
         lambda: len(slow.requests) == 2, lambda: "it was not asked"
     )
@@ -307,7 +311,7 @@ def test_mistake_of_who_takes_completions_ends_the_stream(start: Start) -> None:
 def test_silence_ends_the_stream_and_says_who_is_away_and_what_is_missing(start: Start) -> None:
     silent, away = start(), start()
     release = threading.Event()
-    silent.before_line = lambda number: release.wait(LONG_S) and None if number > 2 else None
+    silent.before_line = lambda number: hang(release) if number > 2 else None
     with closing(Streaming(silent, away, deadline_s=0.6)) as streaming:
         streaming.stream.hand_over(0)
         away.stop()
@@ -350,11 +354,11 @@ def test_close_waits_for_no_completion(start: Start) -> None:
     server = start()
     release, asked = threading.Event(), threading.Event()
 
-    def hang(_number: int) -> None:
+    def say(_number: int) -> None:
         asked.set()
-        release.wait(LONG_S)
+        hang(release)
 
-    server.before_line = hang
+    server.before_line = say
     streaming = Streaming(server)
     streaming.stream.hand_over(0)
     streaming.stream.submit(groups([0]))
@@ -407,12 +411,12 @@ def test_hand_over_returns_at_once_and_only_the_newest_weights_follow(start: Sta
     sent = keep_files(server)
     take_weights = server.take_weights
 
-    def hang(body: dict[str, Any]) -> tuple[int, Any]:
+    def take(body: dict[str, Any]) -> tuple[int, Any]:
         taking.set()
-        release.wait(LONG_S)
+        hang(release)
         return take_weights(body)
 
-    server.take_weights = hang  # pyright: ignore[reportAttributeAccessIssue]
+    server.take_weights = take  # pyright: ignore[reportAttributeAccessIssue]
     with closing(Streaming(server)) as streaming:
         moments = []
         for version in range(4):
@@ -527,11 +531,11 @@ def test_evaluation_samples_beside_the_stream(start: Start) -> None:
     server = start()
     release = threading.Event()
 
-    def hang(number: int) -> None:
+    def say(number: int) -> None:
         if number == 3:
-            release.wait(LONG_S)
+            hang(release)
 
-    server.before_line = hang
+    server.before_line = say
     with closing(Streaming(server)) as streaming:
         streaming.stream.hand_over(5)
         requests = groups([0, 1], version=4)
@@ -556,11 +560,11 @@ def test_watchdog_reads_who_waits_for_what(start: Start) -> None:
     server = start(max_num_seqs=4)
     release, asked = threading.Event(), threading.Event()
 
-    def hang(_number: int) -> None:
+    def say(_number: int) -> None:
         asked.set()
-        release.wait(LONG_S)
+        hang(release)
 
-    server.before_line = hang
+    server.before_line = say
     with closing(Streaming(server)) as streaming:
         assert streaming.stream.describe() == [f"{server.address} holds no weights"]
         streaming.stream.hand_over(0)
@@ -568,7 +572,7 @@ def test_watchdog_reads_who_waits_for_what(start: Start) -> None:
         for number in range(4):
             streaming.stream.submit(groups([number]))
         assert asked.wait(LONG_S)
-        wait_until(lambda: "2 of groups 0 to 1" in streaming.stream.describe()[0], streaming.stream.describe)
+        wait_until(lambda: "2 of groups 0 to 1" in streaming.stream.describe()[0], lambda: "not two blocks")
         words, waiting = streaming.stream.describe()
         assert words == f"{server.address} holds version 0, samples 2 of groups 0 to 1, asked for 0 s ago"
         assert waiting == "2 of groups 2 to 3 wait for a server"
