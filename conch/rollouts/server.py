@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from fastapi import HTTPException
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from conch.errors import RolloutError, RolloutUnavailableError, first_line
@@ -33,6 +34,9 @@ from conch.rollouts.server_config import ServerConfig
 from conch.servers.listening import BAD_REQUEST, STALE_WEIGHTS, UNAVAILABLE, make_listener
 
 _log = get_logger(__name__)
+
+Refused = HTTPException
+"""What a request is refused by, over whatever transport; has `status_code` and `detail`."""
 
 
 @runtime_checkable
@@ -66,8 +70,11 @@ class Sampler(Protocol):
     @property
     def vocabulary(self) -> int: ...
 
-    async def load(self, update: WeightUpdate) -> None:
-        """Load new weights once all completions under way have ended."""
+    async def load(self, update: WeightUpdate, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Load new weights once all completions under way have ended.
+
+        tensors: those of an update that is `handed`.
+        """
         ...
 
     def completions(self, request: GenerateRequest, version: int) -> AsyncIterator[CompletionReply]:
@@ -115,9 +122,13 @@ class RolloutServer:
             base=self._base,
         )
 
-    async def update_weights(self, update: WeightUpdate) -> Health:
+    async def update_weights(
+        self, update: WeightUpdate, tensors: Mapping[str, Tensor] | None = None
+    ) -> Health:
         """Load new weights once all completions under way have ended. Until they are loaded the server holds
         none.
+
+        tensors: those of an update that is `handed`.
 
         Raises:
             HTTPException: 400 for what can never be loaded, 409 for an adapter without its base; 503 where
@@ -125,6 +136,8 @@ class RolloutServer:
         """
         async with self._update_lock:
             self._check_update(update)
+            if update.handed != (tensors is not None):
+                raise HTTPException(BAD_REQUEST, "`handed` is for weights that come through Ray")
             self._weights = None
             if update.part != "adapter":
                 self._base = None
@@ -132,7 +145,7 @@ class RolloutServer:
                 # The file that was checked, whatever a link on the way to it may say by now.
                 update = update.model_copy(update={"path": str(Path(update.path).resolve())})
             try:
-                await self.sampler.load(update)
+                await self.sampler.load(update, tensors)
                 self._record(update)
             except Exception as error:
                 if isinstance(error, RolloutError) and not isinstance(error, RolloutUnavailableError):

@@ -87,9 +87,10 @@ class _Request:
 
 @dataclass(eq=False)
 class _Load:
-    """New weights. put: takes what went wrong, or None."""
+    """New weights. put: takes what went wrong, or None. tensors: those of an update that is `handed`."""
 
     update: WeightUpdate
+    tensors: Mapping[str, Tensor] | None
     put: Callable[[Exception | None], None]
 
 
@@ -138,7 +139,7 @@ class TransformersSampler:
 
     # ------------------------------------------------------------------------------------ on the event loop
 
-    async def load(self, update: WeightUpdate) -> None:
+    async def load(self, update: WeightUpdate, tensors: Mapping[str, Tensor] | None = None) -> None:
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
 
@@ -147,7 +148,7 @@ class TransformersSampler:
                 return
             done.set_result(None) if error is None else done.set_exception(error)
 
-        self._jobs.put(_Load(update, lambda error: _call(loop, finish, error)))
+        self._jobs.put(_Load(update, tensors, lambda error: _call(loop, finish, error)))
         await done
 
     async def completions(self, request: GenerateRequest, version: int) -> AsyncIterator[CompletionReply]:
@@ -254,7 +255,10 @@ class TransformersSampler:
     def _load(self, job: _Load) -> None:
         update = job.update
         try:
-            if update.path is None:
+            if job.tensors is not None:
+                shapes = {name: tuple(tensor.shape) for name, tensor in job.tensors.items()}
+                self.load_tensors(shapes, job.tensors.items())
+            elif update.path is None:
                 shapes = {spec.name: spec.shape for spec in update.tensors}
                 self.load_tensors(shapes, received_tensors(update, 1, 2, self._deadline_s))
             else:

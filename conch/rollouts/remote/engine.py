@@ -26,9 +26,6 @@ from conch.rollouts.remote.lease import WeightLease
 from conch.rollouts.remote.pool import ServerPool, ServerState, least_busy
 from conch.types import Completion, OnFinished, Prompt, Rollout
 
-_BATCHES_PER_SERVER = 4
-"""Requests that a server's share of prompts is split into, so that a quick server can relieve a slow one."""
-
 _WAIT_S = 0.5
 """Longest wait for a completion before servers are looked after again."""
 
@@ -110,7 +107,7 @@ class RemoteEngine:
             servers = self._pool.push_weights(lease)
             check_lengths(prompts, self._config, self._pool.max_model_len)
             seeds = draw_seeds(len(prompts))
-            size = batch_size(prompts, len(servers))
+            size = batch_size(prompts, len(servers), self._pool.requests_per_server)
             batches = split_prompts(prompts, range(len(prompts)), seeds, size)
             sampling = _Sampling(self._pool, self._config, self._eos_id, lease, greedy, self._deadline_s)
             finished = sampling.rollouts(prompts, batches)
@@ -268,14 +265,14 @@ class _Sampling:
         """Give up after many refusals: sending the weights again helps a restarted server, but not one that
         another run uses, too."""
         self._stale_replies += 1
-        if self._stale_replies > 3 * _BATCHES_PER_SERVER * len(self._pool.servers):
+        if self._stale_replies > 3 * self._pool.requests_per_server * len(self._pool.servers):
             raise RolloutError(f"{error}, again and again: give each run servers of its own") from error
 
 
-def batch_size(prompts: Sequence[Prompt], num_servers: int) -> int:
+def batch_size(prompts: Sequence[Prompt], num_servers: int, requests_per_server: int = 4) -> int:
     """Completions of a request: few requests for each server, none that it would find too large."""
     longest = max((len(prompt.token_ids) for prompt in prompts), default=1)
-    even = -(-len(prompts) // (num_servers * _BATCHES_PER_SERVER))
+    even = -(-len(prompts) // (num_servers * requests_per_server))
     return max(1, min(even, MAX_COMPLETIONS, MAX_REQUEST_TOKENS // max(1, longest)))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from transformers import PreTrainedModel
 
@@ -25,6 +25,9 @@ from conch.rollouts.weight_sync import (
     WeightSource,
     tensor_specs,
 )
+
+if TYPE_CHECKING:
+    from conch.rollouts.ray.client import RayClient
 
 _log = get_logger(__name__)
 
@@ -48,7 +51,7 @@ class ServerState:
     next_probe_s: earliest time of the next probe for that rollout, on the monotonic clock.
     """
 
-    client: ServerClient
+    client: ServerClient | RayClient
     health: Health | None = None
     pending_tokens: int = 0
     pending_completions: int = 0
@@ -67,6 +70,7 @@ class ServerPool:
     lm: gives the policy; called within a lease, whenever weights are sent.
     source: name of this run, the same on all of its ranks.
     sends_weights: True on the one rank that sends weights; the other ranks wait until the servers hold them.
+    actors: servers in actors of Ray, instead of `config.urls`.
     """
 
     def __init__(
@@ -76,8 +80,8 @@ class ServerPool:
         *,
         source: str,
         sends_weights: bool,
+        actors: Sequence[RayClient] = (),
     ) -> None:
-        assert config.urls is not None
         self._config = config
         self._weights = WeightSource(lm, merge=config.merge_adapter is True)
         self._source = source
@@ -87,10 +91,12 @@ class ServerPool:
                 "rollout servers are asked over TLS, but weights that are broadcast travel in plain text; "
                 "keep the network between trainer and servers to yourself, docs/security.md"
             )
-        self.servers = [
-            ServerState(ServerClient(url, config.deadline_s, config.auth))
-            for url in parse_servers(config.urls, "rollout.urls")
+        clients = actors or [
+            ServerClient(url, config.deadline_s, config.auth)
+            for url in parse_servers(config.urls or "", "rollout.urls")
         ]
+        self.servers = [ServerState(client) for client in clients]
+        self.requests_per_server = clients[0].requests_per_server
         self._files: dict[Part, SharedFile] = {
             part: SharedFile(f"{source}-{part}") for part in get_args(Part)
         }
@@ -215,6 +221,8 @@ class ServerPool:
         return self._send(server, lease, "adapter")
 
     def _send(self, server: ServerState, lease: WeightLease, part: Part) -> Health:
+        if server.client.takes_handed is True:
+            return self._hand(server.client, lease, part)
         if self._config.weights == "broadcast":
             return self._broadcast(server, lease, part)
         version = 0 if part == "base" else lease.weights.version  # a base is written once
@@ -222,14 +230,20 @@ class ServerPool:
             path = self._files[part].path(version, lambda: self._weights.tensors(part))
         return server.client.update_weights(WeightUpdate(weights=lease.weights, part=part, path=str(path)))
 
+    def _hand(self, client: RayClient, lease: WeightLease, part: Part) -> Health:
+        with lease.reading():
+            tensors = {name: tensor.detach().clone() for name, tensor in self._weights.tensors(part).items()}
+        return client.update_weights(WeightUpdate(weights=lease.weights, part=part, handed=True), tensors)
+
     def _broadcast(self, server: ServerState, lease: WeightLease, part: Part) -> Health:
         """Broadcast to this server alone, so that a server that dies stops no other's weights."""
-        assert server.health is not None
+        client = server.client
+        assert server.health is not None and client.takes_handed is False
         with lease.reading():
             tensors = lease.register(self._weights.tensors(part))
             specs, are_on_gpu = tensor_specs(tensors), next(iter(tensors.values())).is_cuda
         backend = "nccl" if server.health.device == "cuda" and are_on_gpu else "gloo"
-        address = address_towards(server.client.host, server.client.port)
+        address = address_towards(client.host, client.port)
         store = open_store(address, _JOIN_S)
         update = WeightUpdate(
             weights=lease.weights,
@@ -240,12 +254,12 @@ class ServerPool:
             backend=backend,
             tensors=specs,
         )
-        reply = self.threads.submit(server.client.update_weights, update)
+        reply = self.threads.submit(client.update_weights, update)
         workers = server.health.workers
         if not wait_for_members(store, workers, reply.done, _JOIN_S):
             if reply.done():
                 reply.result()  # raises what the server refused, or why it is gone
-            raise RolloutUnavailableError(f"{server.client.address} did not come for its weights")
+            raise RolloutUnavailableError(f"{client.address} did not come for its weights")
         deadline_s = self._config.deadline_s
         group = BroadcastGroup(store, 0, 1 + workers, backend, address=address, timeout_s=deadline_s)
         with closing(group):
