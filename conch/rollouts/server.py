@@ -38,6 +38,9 @@ from conch.servers.listening import BAD_REQUEST, STALE_WEIGHTS, UNAVAILABLE, mak
 
 _log = get_logger(__name__)
 
+Refused = HTTPException
+"""What a request is refused by, over whatever transport; has `status_code` and `detail`."""
+
 
 @runtime_checkable
 class Sampler(Protocol):

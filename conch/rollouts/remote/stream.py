@@ -254,7 +254,13 @@ class GroupStream:
 
     def stacks(self) -> str:
         """Stacks of all threads of those samplers that tell them."""
-        return "\n".join(server.client.stacks() for server in self._pool.servers)
+        told: list[str] = []
+        for server in self._pool.servers:
+            try:
+                told.append(server.client.stacks())
+            except ConchError as error:
+                told.append(f"no stacks: {error}")
+        return "\n".join(told)
 
     def close(self) -> None:
         """End the threads; waits for no completion. Servers run on."""
