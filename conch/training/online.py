@@ -50,6 +50,7 @@ from conch.training.resume import start_run
 from conch.training.reward_shaping import agreed_facts
 from conch.training.served_reference import open_reference
 from conch.training.setup import (
+    check_deadlines,
     check_prompts,
     check_vocabulary,
     load_policy,
@@ -136,6 +137,7 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         self.config = config
         self.engine = engine = TrainEngine(config.train)
         self.collectives = self.engine.collectives
+        check_deadlines(config, self.collectives.num_ranks)
         if model is None:
             engine.check_weights(config.model)
         prompts = listed(prompts, "prompts", config.data)

@@ -37,7 +37,8 @@ def ranks(kind: str, run: Path, timeout_s: float) -> None:
         collectives.broadcast(1)
         collectives.barrier()  # who sends does not wait
     elif kind == "backward":
-        engine.update([torch.ones(2, 4)], lambda batch: engine.module(batch).sum())
+        rows = torch.ones(2, 4, dtype=next(engine.module.parameters()).dtype)
+        engine.update([rows], lambda batch: engine.module(batch).sum())
 
 
 def watched_ranks(run: Path, deadline_s: float) -> None:

@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.launches import LONGEST_S, accelerate, kill_all, start, torchrun
@@ -101,8 +100,8 @@ def test_a_rank_that_hangs_ends_the_run_at_the_deadline_of_a_collective(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["cpu", "zero2-bf16"])
-def test_the_deadline_holds_under_accelerate_and_deepspeed(config: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", ["zero2-bf16", "zero3"])
+def test_the_deadline_holds_in_the_groups_of_deepspeed(config: str, tmp_path: Path) -> None:
     process = hang("backward", tmp_path, 20.0, accelerate(config, 2))
     output = output_of(process)
     assert process.returncode not in (0, None)
@@ -117,4 +116,3 @@ def test_two_ranks_end_each_with_a_sentence_where_one_hangs_in_c(tmp_path: Path)
     assert "nothing has moved on rank 1" in output
     assert "nothing has moved on rank 0" in output or "error: another process of this run is gone" in output
     assert "ctypes.CDLL(None).sleep(LONG_S)" in stacks(tmp_path, 1)
-    assert not [child for child in psutil.Process().children() if child.pid == process.pid]
