@@ -240,9 +240,12 @@ class ServerPool:
         was_away, weights = server.health is None, lease.weights
         if self._read_health(server) is not None or server.holds(weights) or not self.sends_weights:
             return
+        health = server.health
+        if health is None:  # lost again, as a request found in another thread
+            return
         try:
             with lease.sending():
-                server.health = self._update_weights(server, lease)
+                server.health = self._update_weights(server, health, lease)
         except LeaseEndedError:
             return  # newer weights come with the next probe, or this server's with the next hand-over
         except RolloutError as error:
@@ -259,12 +262,13 @@ class ServerPool:
     def _read_health(self, server: ServerState) -> str | None:
         """Why the server cannot be used; None where it answers."""
         try:
-            server.health = server.client.health()
+            health = server.client.health()
         except RolloutUnavailableError as error:
             server.health = None
             return str(error)
         if self.sends_weights:
-            server.takes = "adapter" if self._weights.sends_adapter_alone(server.health.lora) else "whole"
+            server.takes = "adapter" if self._weights.sends_adapter_alone(health.lora) else "whole"
+        server.health = health
         return None
 
     def mark_lost(self, server: ServerState, error: Exception) -> None:
@@ -273,16 +277,15 @@ class ServerPool:
             _log.warning("rollout server lost, its work goes to others: %s", error)
         server.health = None
 
-    def _update_weights(self, server: ServerState, lease: WeightLease) -> Health:
+    def _update_weights(self, server: ServerState, health: Health, lease: WeightLease) -> Health:
         """Send a live server what it lacks: all weights, or base and adapter, or the adapter alone."""
-        assert server.health is not None
         if server.takes != "adapter":
-            return self._send(server, lease, "whole")
-        if server.health.base != lease.weights.source:
-            self._send(server, lease, "base")
-        return self._send(server, lease, "adapter")
+            return self._send(server, health, lease, "whole")
+        if health.base != lease.weights.source:
+            self._send(server, health, lease, "base")
+        return self._send(server, health, lease, "adapter")
 
-    def _send(self, server: ServerState, lease: WeightLease, part: Part) -> Health:
+    def _send(self, server: ServerState, health: Health, lease: WeightLease, part: Part) -> Health:
         if server.client.takes_handed:
             with lease.reading():
                 tensors = lease.register(lease.tensors(part))
@@ -290,20 +293,20 @@ class ServerPool:
             names = [*tensors]
             return server.client.update_weights(update, dict(zip(names, lease.copies(tensors), strict=True)))
         if self._config.weights == "broadcast":
-            return self._broadcast(server, lease, part)
+            return self._broadcast(server, health, lease, part)
         version = 0 if part == "base" else lease.weights.version  # a base is written once
         with lease.reading():
             path = self._files[part].path(version, lambda: lease.tensors(part))
         update = WeightUpdate(weights=lease.weights, part=part, goes_on=lease.goes_on, path=str(path))
         return server.client.update_weights(update)
 
-    def _broadcast(self, server: ServerState, lease: WeightLease, part: Part) -> Health:
+    def _broadcast(self, server: ServerState, health: Health, lease: WeightLease, part: Part) -> Health:
         """Broadcast to this server alone, so that a server that dies stops no other's weights."""
-        assert server.health is not None and isinstance(server.client, ServerClient)
+        assert isinstance(server.client, ServerClient)
         with lease.reading():
             tensors = lease.register(lease.tensors(part))
             specs, are_on_gpu = tensor_specs(tensors), next(iter(tensors.values())).is_cuda
-        backend = "nccl" if server.health.device == "cuda" and are_on_gpu else "gloo"
+        backend = "nccl" if health.device == "cuda" and are_on_gpu else "gloo"
         address = address_towards(server.client.host, server.client.port)
         store = open_store(address, _JOIN_S)
         update = WeightUpdate(
@@ -317,7 +320,7 @@ class ServerPool:
             tensors=specs,
         )
         reply = self.threads.submit(server.client.update_weights, update)
-        workers = server.health.workers
+        workers = health.workers
         if not wait_for_members(store, workers, reply.done, _JOIN_S):
             if reply.done():
                 reply.result()  # raises what the server refused, or why it is gone
