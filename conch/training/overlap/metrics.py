@@ -86,11 +86,12 @@ class LengthAudit:
             return {"sampled": self._sampled.clone(), "trained": self._trained.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting where `state_dict` was taken; responses may have become longer since."""
+        """Go on counting where `state_dict` was taken, whatever the longest response was then."""
         with self._lock:
-            for name, counts in (("sampled", self._sampled), ("trained", self._trained)):
-                before = state[name][: len(counts)]
-                counts.zero_()[: len(before)] = before
+            size = max(len(self._sampled), len(state["sampled"]))
+            self._sampled, self._trained = (torch.zeros(size, dtype=torch.float64) for _ in range(2))
+            self._sampled[: len(state["sampled"])] = state["sampled"]
+            self._trained[: len(state["trained"])] = state["trained"]
 
 
 def _mean_length(counts: Float[Tensor, " L"]) -> float:
