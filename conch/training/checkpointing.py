@@ -74,6 +74,7 @@ class Trainer(Protocol):
         ...
 
 
+@runtime_checkable
 class RankState(Protocol):
     """Something of one rank's own that a resumed run takes up."""
 
