@@ -140,6 +140,7 @@ def _empty_lm(blueprint: Blueprint, folder: str) -> PreTrainedModel:
         else:
             auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
             lm = auto.from_config(config, **trust, **settings)
+    lm.tie_weights()  # which goes with the initialisation that was left out
     if "generation_config.json" in blueprint.files:
         lm.generation_config = HFGenerationConfig.from_pretrained(folder)
     disable_dropout(lm)
