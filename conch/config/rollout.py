@@ -44,7 +44,7 @@ class RayConfig(Section):
     engine: Literal["transformers", "vllm"] = "transformers"
     """What samples in an actor; vLLM takes its settings from `rollout`."""
 
-    num_cpus: float = Field(default=1, gt=0)
+    num_cpus: float = Field(default=1.0, gt=0)
     """CPUs that Ray sets aside for an actor, which computes on no more."""
 
     num_gpus: float | None = Field(default=None, ge=0)
