@@ -38,7 +38,7 @@ class AsyncGRPORunConfig(GRPORunConfig):
         if self.rollout.urls is None and self.rollout.engine != "ray":
             raise ValueError(
                 f"`rollout.engine` = {self.rollout.engine} samples in the processes of the trainer, "
-                "which then do not train: take `rollout.engine=ray`, or name rollout servers in `rollout.urls`"
+                "which then do not train: take `rollout.engine=ray`, or name servers in `rollout.urls`"
             )
         if self.grpo.max_resamples:
             raise ValueError(
