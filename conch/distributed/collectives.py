@@ -86,7 +86,7 @@ class Collectives:
         """Take the greatest of `values` elementwise over all ranks."""
         if self.num_ranks == 1:
             return values
-        with peer_loss_explained():
+        with self.waiting("all_reduce_max"):
             rows = self._accelerator.gather(values.to(self._accelerator.device).unsqueeze(0))
         return cast(Tensor, rows).amax(dim=0)
 

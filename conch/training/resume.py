@@ -31,7 +31,7 @@ _FREE_KEYS = (
     *("train.resume", "train.run_dir", "train.output_dir", "train.total_steps", "train.num_processes"),
     *("train.eval_every", "train.eval_repeats", "train.save_every", "train.keep_last"),
     *("train.best_metric", "train.early_stopping", "train.collective_timeout_s", "tracking."),
-    *("asynchronous.deadline_s", "rollout.ray."),
+    *("asynchronous.deadline_s", "rollout.ray.", "rollout.max_num_seqs"),
     *("reward.url", "reward.members.", "reward.record", "reward.replay", "reward.auth.headers_env"),
     *("reward.client.connect_timeout_s", "reward.client.request_timeout_s", "reward.client.deadline_s"),
     *("reward.client.timeout_per_1k_tokens_s", "reward.client.max_in_flight"),
@@ -133,7 +133,8 @@ def _check_same(checkpoint: Checkpoint, config: Section) -> None:
     if state["algorithm"] != type(config).__name__:
         raise CheckpointError(
             f"the checkpoint {checkpoint.folder} is of a {state['algorithm']}, this run is a "
-            f"{type(config).__name__}"
+            f"{type(config).__name__}: go on with the trainer that made it, or start a new run from its "
+            "weights with `model.path`"
         )
     new = _flat(config.model_dump(mode="json"))
     defaults = _flat(type(config).model_construct().model_dump(mode="json"))

@@ -69,7 +69,6 @@ def run(config: ExampleConfig, argv: Sequence[str] = ()) -> None:
     plan = planned(config)
     became = translate(config, plan, has_vllm=_has_vllm())
     made = run_config(became, None, run_section(config))  # what is wrong is told before the plan
-    check_sampling(made.rollout)
     print("\n".join(told_before(config, plan)), flush=True)
     name = config_name(argv)
     if not plan.apart:
@@ -141,7 +140,7 @@ def check(config: ExampleConfig) -> None:
         ConfigError: they do not; nothing has been loaded or started.
     """
     became = translate(config, planned(config), has_vllm=_has_vllm())
-    run_config(became, None, run_section(config))
+    check_sampling(run_config(became, None, run_section(config)).rollout)
 
 
 def _has_vllm() -> bool:

@@ -370,6 +370,12 @@ def _lead(config: ExampleConfig, batches: Batches) -> list[Became]:
     if not isinstance(config, AsyncExampleConfig):
         return []
     train, lead = config.train, plan_lead(config.train, batches)
+    correction = config.conch.get("grpo", {}).get("correction", {})
+    if config.inference_model.top_p < 1 and correction.get("kind") != "none":
+        raise ConfigError(
+            f"`inference_model.top_p` = {config.inference_model.top_p} cuts the distribution that older "
+            "samples are weighed by: leave it at 1, or weigh none, `conch.grpo.correction.kind=none`"
+        )
     updates = f"train.weight_update_frequency: in steps of {batches.minibatches * train.epochs} updates"
     return [
         Became(lead.source, "asynchronous.max_staleness", lead.max_staleness),

@@ -110,7 +110,9 @@ def test_two_devices_for_each() -> None:
         ("ray.collector_config.num_cpus=2", "rollout.ray.num_cpus", 2),
         ("inference_model.max_model_len=512", "rollout.max_model_len", 512),
         ("inference_model.torch_dtype=float16", "rollout.dtype", "float16"),
-        ("inference_model.served_by=servers", "rollout.engine", "hf"),
+        ("inference_model.served_by=servers", "rollout.urls", "127.0.0.1:0"),
+        ("train.total_dialog_turns=64", "grpo.correction.kind", "truncate"),
+        ("conch.grpo.correction.level=sequence", "grpo.correction.kind", "truncate"),
         ("env.num_envs=2", "rollout.max_num_seqs", 32),
         ("conch.asynchronous.deadline_s=60", "asynchronous.deadline_s", 60),
         ("mode=async", "asynchronous.max_staleness", 1),
@@ -253,6 +255,14 @@ def test_cpus_of_ray() -> None:
         "without effect: `ray.train_handler_config.num_cpus` = 8.0: training processes are no actors of Ray",
         "without effect: `ray.init_config.num_cpus` = 96.0: it is a limit, and samplers ask for less",
     ]
+
+
+def test_a_cut_distribution_weighs_no_samples() -> None:
+    with pytest.raises(
+        ConfigError, match=r"`inference_model.top_p` = 0.9 .*`conch.grpo.correction.kind=none`"
+    ):
+        became("inference_model.top_p=0.9")
+    assert became("inference_model.top_p=0.9", "conch.grpo.correction.kind=none").generation.top_p == 0.9
 
 
 def test_an_actor_takes_one_device() -> None:
