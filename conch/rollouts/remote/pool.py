@@ -229,8 +229,9 @@ class ServerPool:
                     return None
                 server.probe.result()
             now_s = time.monotonic()
-            pause_s = look_s if server.holds(lease.weights) else _PROBE_PAUSE_S
-            if now_s < server.probed_s + pause_s and (server.lease is lease or pause_s is look_s):
+            is_current = server.holds(lease.weights)
+            pause_s = look_s if is_current else _PROBE_PAUSE_S
+            if now_s < server.probed_s + pause_s and (is_current or server.lease is lease):
                 return None
             server.probed_s = now_s
             server.lease = lease

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from conch.rollouts.remote.stream import GroupRequest, GroupStream
 from conch.rollouts.weight_sync import checkpoint_tensors
 from conch.types import Prompt, Rollout
 from tests.footprint import wait_until
+from tests.launches import free_port
 from tests.tiny import char_tokenizer, tiny_decoder
 from tests.transformers_servers import ServedTransformers, served
 
@@ -30,7 +32,9 @@ TEXTS = ["a", "bcd", "hgf", "aabbccd"]
 class Streamed:
     """A stream, and the rollouts that it has brought, by number and place."""
 
-    def __init__(self, *servers: ServedTransformers, lm: PreTrainedModel, weights: str) -> None:
+    def __init__(
+        self, *servers: ServedTransformers, lm: PreTrainedModel, weights: str, goes_on: bool = False
+    ) -> None:
         urls = ",".join(server.address for server in servers)
         config = load(RolloutConfig, {"urls": urls, "weights": weights})
         self.pool = ServerPool(config, lambda: lm, source=f"run-{id(lm)}", sends_weights=True)
@@ -42,7 +46,7 @@ class Streamed:
             GENERATION,
             int(TOKENIZER.eos_token_id),  # pyright: ignore[reportArgumentType]
             deadline_s=60.0,
-            goes_on=False,
+            goes_on=goes_on,
             on_completion=self._take,
             on_failure=self.failures.append,
         )
@@ -61,8 +65,8 @@ class Streamed:
 
 
 @contextmanager
-def streamed(*servers: ServedTransformers, lm: PreTrainedModel, weights: str) -> Iterator[Streamed]:
-    with closing(Streamed(*servers, lm=lm, weights=weights)) as stream:
+def streamed(*servers: ServedTransformers, lm: PreTrainedModel, **settings: Any) -> Iterator[Streamed]:
+    with closing(Streamed(*servers, lm=lm, **settings)) as stream:
         yield stream
 
 
@@ -128,3 +132,39 @@ def test_stream_samples_what_an_engine_samples_by_the_same_seeds() -> None:
             assert found.prompt is group.prompt and found.policy_version == 0
             assert found.completion.token_ids == other.completion.token_ids
             assert found.completion.logprobs == pytest.approx(other.completion.logprobs, abs=1e-9)
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_weights_that_come_meanwhile_sample_the_rest(goes_on: bool) -> None:
+    lm = tiny_decoder("gpt2")
+    requests = [
+        GroupRequest(number, Prompt("a", (number % 20,)), tuple(range(16 * number, 16 * number + 16)), 0)
+        for number in range(12)
+    ]
+    with (
+        served(tiny_decoder("gpt2", seed=1), TOKENIZER, max_num_seqs=2) as server,
+        streamed(server, lm=lm, weights="files", goes_on=goes_on) as run,
+    ):
+        run.stream.hand_over(3)
+        run.stream.submit([replace(request, version=3) for request in requests])
+        run.wait_for(4)
+        run.stream.hand_over(4)
+        run.wait_for(12 * 16)
+    told = list(run.rollouts.values())
+    assert {rollout.policy_version for rollout in told} == {3, 4} and told[-1].policy_version == 4
+    for rollout in told:
+        runs = rollout.version_runs
+        if runs:
+            assert goes_on and [version for version, _ in runs] == [3, 4]
+            assert sum(count for _, count in runs) == len(rollout.completion.token_ids)
+
+
+def test_request_waits_in_a_server_that_was_started_anew_and_gets_weights_there() -> None:
+    lm, port = tiny_decoder("gpt2"), free_port()
+    with served(tiny_decoder("gpt2", seed=1), TOKENIZER, port=port) as server:
+        run = Streamed(server, lm=lm, weights="files")
+        run.stream.hand_over(0)
+        run.stream.wait_for_weights()
+    with closing(run), served(tiny_decoder("gpt2", seed=1), TOKENIZER, port=port):
+        run.stream.submit(groups(0))  # nobody has noticed that it holds no weights any more
+        run.wait_for(12)
