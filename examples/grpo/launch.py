@@ -308,8 +308,9 @@ def training_command(config: ExampleConfig, plan: DevicePlan, task: Path) -> lis
     program, number = [str(TRAINING), str(task)], len(plan.train)
     if number == 1:
         return [sys.executable, *program]
+    logs = ["--log_dir", str(task.parent)]  # torchrun leaves a folder there, which goes with the task's file
     if not plan.on_gpus:
-        alone = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
+        alone = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", *logs]
         return [
             sys.executable,
             "-m",
@@ -322,7 +323,7 @@ def training_command(config: ExampleConfig, plan: DevicePlan, task: Path) -> lis
     file = accelerate_file(config.train_model.accelerate_config)
     port = ["--main_process_port", str(free_ports(1)[0])]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
-    return [*launch, "--num_processes", str(number), *port, *program]
+    return [*launch, "--num_processes", str(number), *logs, *port, *program]
 
 
 def accelerate_file(name: str) -> Path:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,6 @@ SHORT = (*LIMITS, "train.dialog_turns_per_batch=4")
 """Two steps of two prompts, with two completions each."""
 
 PROGRAM = (str(FOLDER / "grpo-async.py"),)
-SHARED_MEMORY = Path("/dev/shm")
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +54,17 @@ def there(folder: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def files_of_ray() -> set[Path]:
-    """What clusters leave on this machine while they run."""
-    return {*Path("/tmp").glob("conch-ray-*"), *SHARED_MEMORY.glob("*plasma*")}
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """Where Ray and the programs put what they need while they run; sockets want a short path."""
+    with tempfile.TemporaryDirectory(prefix="grpo-", dir="/tmp") as folder:
+        yield Path(folder)
 
 
-def typed(there: Path, *words: str, code: int = 0, program: Sequence[str] = PROGRAM) -> str:
-    """Output of a command that leaves no process and no file of Ray's behind."""
-    before = files_of_ray()
-    shown = finish(start(there, *words, program=program, VLLM_USE_V1="0"), code)
-    assert not files_of_ray() - before
+def typed(there: Path, scratch: Path, *words: str, code: int = 0, program: Sequence[str] = PROGRAM) -> str:
+    """Output of a command that leaves no process and no scratch file behind."""
+    shown = finish(start(there, *words, program=program, VLLM_USE_V1="0", TMPDIR=str(scratch)), code)
+    assert not list(scratch.iterdir())
     return shown
 
 
@@ -75,8 +76,10 @@ def typed(there: Path, *words: str, code: int = 0, program: Sequence[str] = PROG
     ],
     ids=["two_each", "by_hand"],
 )
-def test_the_command_of_the_document(there: Path, words: Sequence[str], plan: Sequence[str]) -> None:
-    shown = typed(there, *words, PROBLEMS, *SHORT)
+def test_the_command_of_the_document(
+    there: Path, scratch: Path, words: Sequence[str], plan: Sequence[str]
+) -> None:
+    shown = typed(there, scratch, *words, PROBLEMS, *SHORT)
     assert f"training      simulated {plan[0]}" in shown
     assert f"sampling      simulated {plan[1]}" in shown
     assert f"the reference simulated {plan[2]}" in shown
@@ -92,39 +95,41 @@ def test_the_command_of_the_document(there: Path, words: Sequence[str], plan: Se
     assert (settings["rollout"]["engine"], settings["rollout"]["ray"]["samplers"]) == ("ray", 2)
 
 
-def test_an_interrupted_run_goes_on(there: Path) -> None:
+def test_an_interrupted_run_goes_on(there: Path, scratch: Path) -> None:
     """And a run of the other program does not."""
     often = ("train.checkpoint_frequency=1", "train.run_dir=run", "policy.kl_coef=0")
-    typed(there, "--config-name", "grpo_ifeval", "mode=async", TASKS, *SHORT, *often)
+    typed(there, scratch, "--config-name", "grpo_ifeval", "mode=async", TASKS, *SHORT, *often)
     assert settings_of(there / "run")["env"]["dataset"] == "ifeval"
     check_outputs(there / "run", (1, 2), overlaps=True)
     more = ("train.total_dialog_turns=12", "train.resume=auto")
-    typed(there, "--config-name", "grpo_ifeval", TASKS, *SHORT, *often, *more)
+    typed(there, scratch, "--config-name", "grpo_ifeval", TASKS, *SHORT, *often, *more)
     assert [line["step"] for line in metrics_of(there / "run")] == [1, 2, 3]
-    told = typed(there, "env.dataset=ifeval", TASKS, *SHORT, *often, *more, code=1, program=["grpo.py"])
+    told = typed(
+        there, scratch, "env.dataset=ifeval", TASKS, *SHORT, *often, *more, code=1, program=["grpo.py"]
+    )
     assert re.search(r"(?m)^error: the checkpoint .* is of `grpo-async.py`, this run is `grpo.py`", told)
 
 
 @pytest.mark.slow
-def test_from_its_folder_with_a_checkpoint_of_the_other_program(there: Path) -> None:
+def test_from_its_folder_with_a_checkpoint_of_the_other_program(there: Path, scratch: Path) -> None:
     words = (PROBLEMS, *SHORT, "train.run_dir=run", "policy.kl_coef=0", "train.partial_rollouts=true")
     finish(start(there, *words[:-1], program=["grpo.py"]))
-    told = typed(there, *words, "train.resume=run", code=1, program=["grpo-async.py"])
+    told = typed(there, scratch, *words, "train.resume=run", code=1, program=["grpo-async.py"])
     assert re.search(r"(?m)^error: the checkpoint .* is of `grpo.py`, this run is `grpo-async.py`", told)
 
 
 @pytest.mark.slow
-def test_rollout_servers_sample_as_well(there: Path) -> None:
+def test_rollout_servers_sample_as_well(there: Path, scratch: Path) -> None:
     served = ("inference_model.num_devices=2", "inference_model.served_by=servers", "policy.kl_coef=0")
-    typed(there, *served, PROBLEMS, *SHORT)
+    typed(there, scratch, *served, PROBLEMS, *SHORT)
     run = only_run(there)
     check_outputs(run, overlaps=True)
     assert {path.name for path in (run / "servers").iterdir()} == {"inference-0.log", "inference-1.log"}
 
 
 @pytest.mark.slow
-def test_a_sweep(there: Path) -> None:
-    typed(there, "--multirun", "train.max_staleness=0,2", "policy.kl_coef=0", PROBLEMS, *SHORT)
+def test_a_sweep(there: Path, scratch: Path) -> None:
+    typed(there, scratch, "--multirun", "train.max_staleness=0,2", "policy.kl_coef=0", PROBLEMS, *SHORT)
     (sweep,) = there.glob("multirun/*/*")
     runs = [sweep / "0", sweep / "1"]
     assert [settings_of(run)["train"]["max_staleness"] for run in runs] == [0, 2]
@@ -136,22 +141,24 @@ def test_a_sweep(there: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_command_that_is_ended_takes_all_along(there: Path, number: signal.Signals, ranks: int) -> None:
-    before = files_of_ray()
+def test_a_command_that_is_ended_takes_all_along(
+    there: Path, scratch: Path, number: signal.Signals, ranks: int
+) -> None:
     words = ("ref_model.num_devices=1", f"train_model.num_devices={ranks}", "train.run_dir=run")
-    process = start(there, *words, PROBLEMS, *SHORT, "train.total_dialog_turns=100000", program=PROGRAM)
+    endless = (*SHORT, "train.total_dialog_turns=100000")
+    process = start(there, *words, PROBLEMS, *endless, program=PROGRAM, TMPDIR=str(scratch))
     with all_ended(process) as everyone:
         wait_for(lambda: (there / "run/metrics.jsonl").exists() and len(metrics_of(there / "run")) > 1)
         assert len(everyone.note()) >= 5  # guard, server, trainer, Ray's own, sampler
         process.send_signal(number)
         output, _ = process.communicate(timeout=LONGEST_S)
     assert process.returncode == SIGNALS[number], output
-    wait_for(lambda: not files_of_ray() - before)
+    wait_for(lambda: not list(scratch.glob("conch-ray-*")))
     if number is signal.SIGKILL:
         return
     step = int(metrics_of(there / "run")[-1]["step"])
     content = torch.load(there / f"run/checkpoints/checkpoint_{step}.pt", weights_only=True)
     assert content["step"] == step  # the step was finished and saved
     more = ("train.resume=auto", f"train.total_dialog_turns={4 * (step + 1)}")
-    typed(there, *words, PROBLEMS, *SHORT, *more)
+    typed(there, scratch, *words, PROBLEMS, *SHORT, *more)
     assert [line["step"] for line in metrics_of(there / "run")] == list(range(1, step + 2))
