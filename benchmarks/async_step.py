@@ -114,7 +114,8 @@ def write_spec(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 def trainer_of(spec: dict[str, Any], kind: str, url: str | None) -> GRPOTrainer:
     """The trainer of one side. url: a server to sample from, instead of an actor."""
     completions = spec["prompts_per_step"] * spec["group_size"]
-    rollout: dict[str, Any] = {"urls": url}
+    # A sampler that computes nothing has log-probs of its own.
+    rollout: dict[str, Any] = {"urls": url, "logprob_diff_alarm": None}
     if url is None:
         rollout = {"engine": "ray", "max_num_seqs": spec["slots"], "ray": {"samplers": 1, "num_cpus": 1}}
     settings = {

@@ -79,7 +79,7 @@ def train(folder: Path, url: str, steps: int, seed: int) -> None:
     trainer = async_grpo_trainer(
         folder,
         reward_fn=url,
-        optimizer={"learning_rate": 0.01},
+        optimizer={"learning_rate": 0.003},
         grpo={"prompts_per_step": _GROUPS, "group_size": _GROUP_SIZE, "minibatches": 1},
         asynchronous={"max_staleness": 2, "deadline_s": 60.0},
         rollout={"engine": "ray"},
