@@ -13,6 +13,8 @@ has failed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Annotated, Literal
 
 from pydantic import Field, FiniteFloat, NonNegativeInt, model_validator
@@ -33,11 +35,11 @@ class WeightVersion(Section):
 
 
 MAX_LORA_RANK = 512
-"""Highest rank of an adapter that vLLM can be started for."""
+"""Highest rank of an adapter that goes to a sampler by itself; vLLM can be started for no higher one."""
 
 
 class LoraCapacity(Section):
-    """Adapters that an engine of vLLM can take.
+    """Adapters that a sampler can take by themselves.
 
     rank: highest rank.
     modules: last parts of the names of the layers that an adapter may be on.
@@ -163,6 +165,12 @@ class Failure(Section):
     """The last line of an answer whose completions could not all be sampled. detail: why, in a sentence."""
 
     detail: str
+
+
+def version_runs(versions: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """`Rollout.version_runs` of a completion's tokens, each of which has a version."""
+    runs = tuple((version, sum(1 for _ in run)) for version, run in groupby(versions))
+    return runs if len(runs) > 1 else ()
 
 
 class CompletionReply(Section):

@@ -205,7 +205,9 @@ class RolloutServer:
                 "or broadcast them",
             )
         if update.part != "whole" and self.sampler.lora is None:
-            raise HTTPException(BAD_REQUEST, "this server takes no adapters: start it with `max_lora_rank`")
+            raise HTTPException(
+                BAD_REQUEST, "this server takes no adapters: start one with vLLM with `max_lora_rank`"
+            )
         if update.part == "adapter" and update.weights.source != self._base:
             raise HTTPException(STALE_WEIGHTS, f"the base of {update.weights.source} is not here")
         if update.path is not None:

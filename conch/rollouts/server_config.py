@@ -25,7 +25,7 @@ class ServerConfig(VLLMSettings, ListenSettings):
 
     engine: Literal["vllm", "transformers"] = "vllm"
     """What samples: vLLM, or transformers as in the trainer's own processes, which needs no vLLM and runs
-    what vLLM does not know. Memory, LoRA and several GPUs are settings of vLLM alone."""
+    what vLLM does not know. Memory, room for adapters and several GPUs are settings of vLLM alone."""
 
     model: str
     """Folder or hub name of a model of the policy's shape, with its tokenizer."""
@@ -50,7 +50,8 @@ class ServerConfig(VLLMSettings, ListenSettings):
 
     max_lora_rank: int = Field(default=0, ge=0, le=MAX_LORA_RANK)
     """Highest rank of an adapter that a trainer may send by itself, after its base; a trainer whose rank is
-    higher sends all weights with the adapter merged in. 0 takes merged weights only, and samples faster."""
+    higher sends all weights with the adapter merged in. 0 takes merged weights only, and samples faster. With
+    transformers every server takes adapters by themselves."""
 
     lora_target_modules: tuple[str, ...] = ()
     """Last parts of the names of the layers that adapters may be on, `[q_proj, v_proj]`; the fewer layers,

@@ -330,17 +330,17 @@ def _why_special_layer(layer: BaseTunerLayer) -> str | None:
 
 
 def why_unsupported(lm: PreTrainedModel, capacity: LoraCapacity | None) -> str | None:
-    """Why a vLLM of this capacity cannot take the adapter, as the end of a sentence; None where it can."""
+    """Why a sampler of this capacity cannot take the adapter, as the end of a sentence; None where it can."""
     if capacity is None:
         return (
-            f"vLLM has no LoRA for a {type(lm).__name__}, or the server takes none (`max_lora_rank` = 0, "
-            "`engine=transformers`)"
+            f"the sampler has no LoRA for a {type(lm).__name__}, or a server with vLLM takes none "
+            "(`max_lora_rank` = 0)"
         )
     if _rank(lm) > capacity.rank:
         return f"its rank of {_rank(lm)} is above the server's `max_lora_rank` of {capacity.rank}"
     for name, _ in _lora_layers(lm):
         if name.rpartition(".")[2] not in capacity.modules:
-            return f"vLLM has no LoRA for {name} of a {type(lm).__name__}"
+            return f"the sampler has no LoRA for {name} of a {type(lm).__name__}"
     return None
 
 

@@ -152,7 +152,10 @@ def test_adapter_alone_is_handed_over_and_sampled_from_after_every_update(
     ("settings", "reason"),
     [
         ({"use_dora": True}, "model.layers.0.self_attn.q_proj adds more than a product (DoraLinear"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "vLLM has no LoRA for lm_head of a LlamaForCausalLM"),
+        (
+            {"target_modules": ["q_proj", "lm_head"]},
+            "has no LoRA for lm_head of a LlamaForCausalLM",
+        ),
     ],
 )
 def test_policy_whose_adapter_vllm_cannot_take_is_handed_over_whole(

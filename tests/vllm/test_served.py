@@ -6,6 +6,7 @@ import contextlib
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,14 +15,17 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from conch.config import GenerationConfig, RolloutConfig
 from conch.errors import RolloutError
 from conch.rollouts.hf.engine import HFEngine
+from conch.rollouts.protocol import GenerateRequest, Health, PromptRequest, WeightUpdate, WeightVersion
 from conch.rollouts.remote.client import ServerClient
 from conch.rollouts.remote.engine import RemoteEngine
 from conch.rollouts.remote.pool import ServerPool
+from conch.rollouts.weight_sync import checkpoint_tensors
 from conch.types import Prompt, Rollout
 from tests.launches import ROOT, free_port
 from tests.vllm.conftest import CACHE_BYTES, make_lm, prompts
@@ -140,6 +144,47 @@ def test_greedy_completions_are_those_of_transformers_after_every_update(
         assert_alike(found, wanted)
         assert {rollout.policy_version for rollout in found} == {version}
         pool.close()
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_new_weights_go_before_what_has_not_begun(
+    goes_on: bool,
+    servers: tuple[ServerProcess, ServerProcess],
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    source = f"run-{time.monotonic_ns()}"
+    with (
+        tempfile.TemporaryDirectory(prefix="conch-test-", dir="/dev/shm") as folder,
+        contextlib.closing(ServerClient(servers[0].address, READY_S)) as client,
+    ):
+
+        def update(version: int) -> Health:
+            path = Path(folder) / f"{version}.safetensors"
+            tensors = checkpoint_tensors(make_lm(tokenizer, version))
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+            weights = WeightVersion(source=source, version=version)
+            return client.update_weights(WeightUpdate(weights=weights, path=str(path), goes_on=goes_on))
+
+        slots = update(1).max_num_seqs
+        request = GenerateRequest(
+            weights=WeightVersion(source=source, version=1),
+            or_later=True,
+            generation=GenerationConfig(max_new_tokens=100),
+            greedy=False,
+            eos_id=22,
+            prompts=(PromptRequest(token_ids=(0, 1, 2), seeds=tuple(range(3 * slots))),),
+        )
+        replies = client.completions(request)
+        found = [next(replies)]
+        assert update(2).weights == WeightVersion(source=source, version=2)
+        found += replies
+    assert len(found) == 3 * slots and found[0].version == 1
+    assert {reply.version for reply in found} == {1, 2}
+    for reply in found:
+        runs = reply.version_runs
+        assert not runs or sum(count for _, count in runs) == len(reply.token_ids)
+        assert not runs or (goes_on and [version for version, _ in runs] == [1, 2])
+    assert any(reply.version_runs for reply in found) == goes_on
 
 
 def test_same_seed_samples_the_same_wherever_it_is_sampled(

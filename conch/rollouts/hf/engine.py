@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -43,6 +42,7 @@ from conch.rollouts.hf.continuous_batching import (
 )
 from conch.rollouts.hf.decoding import Decoding, decoding_of
 from conch.rollouts.hf.under_way import ChunkQueue, UnderWay
+from conch.rollouts.protocol import version_runs
 from conch.rollouts.stopping import StopCondition, with_end_ids
 from conch.types import Completion, OnFinished, Prompt, Rollout
 
@@ -208,13 +208,12 @@ class HFEngine:
         ended: dict[int, Rollout] = {}
         for sequence in batcher.advance(sampling):
             completion = self._stop_condition.completion(sequence.prompt, sequence.ids, sequence.logprobs)
-            versions = sequence.versions[: len(completion.token_ids)]
-            runs = tuple((version, sum(1 for _ in run)) for version, run in groupby(versions))
+            runs = version_runs(sequence.versions[: len(completion.token_ids)])
             ended[sequence.prompt_index] = Rollout(
                 prompts[sequence.prompt_index],
                 completion,
                 sequence.versions[0],
-                runs if len(runs) > 1 else (),
+                runs,
             )
         return ended
 

@@ -26,7 +26,7 @@ from conch.models.loading import context_window, load_lm, load_tokenizer, vocabu
 from conch.rollouts.hf.engine import HFEngine
 from conch.rollouts.hf.jobs import JobQueue, LoadJob, Row, SampleJob
 from conch.rollouts.hf.under_way import UnderWay
-from conch.rollouts.hf.weights import ModelWeights
+from conch.rollouts.hf.weights import ModelWeights, lora_capacity
 from conch.rollouts.protocol import CompletionReply, GenerateRequest, WeightUpdate
 from conch.rollouts.server import BusyClock, RolloutServer, listen
 from conch.rollouts.server_config import ServerConfig
@@ -59,7 +59,6 @@ class TransformersSampler:
 
     name = "transformers"
     workers = 1
-    lora = None
 
     def __init__(
         self,
@@ -78,6 +77,7 @@ class TransformersSampler:
         self.max_model_len = max_model_len or window or _NO_WINDOW
         self.max_num_seqs = slots
         self.device = lm.device.type
+        self.lora = lora_capacity(lm)
         self.vocabulary = vocabulary_size(lm)
         self.has_died = False
         self._lm = lm.eval()

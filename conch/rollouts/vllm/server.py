@@ -21,7 +21,13 @@ from conch.config import GenerationConfig, TokenizerConfig
 from conch.errors import ModelError, RolloutUnavailableError
 from conch.log import get_logger
 from conch.models.loading import load_tokenizer
-from conch.rollouts.protocol import CompletionReply, GenerateRequest, LoraCapacity, WeightUpdate
+from conch.rollouts.protocol import (
+    CompletionReply,
+    GenerateRequest,
+    LoraCapacity,
+    WeightUpdate,
+    version_runs,
+)
 from conch.rollouts.server import BusyClock, RolloutServer, listen
 from conch.rollouts.server_config import ServerConfig
 from conch.rollouts.stopping import StopCondition
@@ -38,6 +44,7 @@ from conch.rollouts.vllm.build import (
     was_killed,
 )
 from conch.rollouts.vllm.engine import sampling_params
+from conch.rollouts.vllm.gate import Gate
 from conch.rollouts.weight_sync import SHARED_MEMORY
 from conch.servers.listening import check_access
 from conch.servers.restart import ENGINE_DIED, leave_with_parent
@@ -72,6 +79,7 @@ class VLLMSampler:
         self._adapter: Any = None
         self._stop_conditions: dict[GenerationConfig, StopCondition] = {}
         self._clock = BusyClock()
+        self._gate = Gate(self.max_num_seqs)
 
     @property
     def busy_s(self) -> float:
@@ -106,16 +114,20 @@ class VLLMSampler:
             await self._load_update(update)
 
     async def _load_update(self, update: WeightUpdate) -> None:
-        await self._engine.pause_generation(mode="wait", clear_cache=True)
-        try:
-            await self._load(update)
-            await self._engine.reset_prefix_cache()
-            await self._engine.update_weight_version(str(update.weights.version))
-            if update.part != "base":
-                is_adapter = update.part == "adapter"
-                self._adapter = adapter_request(update.weights.version) if is_adapter else None
-        finally:
-            await self._engine.resume_generation()
+        goes_on = update.goes_on and update.part != "base"
+        async with self._gate.closed(update.weights, is_base=update.part == "base", goes_on=goes_on):
+            # Paused to "wait", vLLM would leave out what stands in its own queue, where nothing is by now.
+            await self._engine.pause_generation(mode="keep" if goes_on else "wait", clear_cache=not goes_on)
+            try:
+                await self._load(update)
+                if not goes_on:
+                    await self._engine.reset_prefix_cache()
+                await self._engine.update_weight_version(str(update.weights.version))
+                if update.part != "base":
+                    is_adapter = update.part == "adapter"
+                    self._adapter = adapter_request(update.weights.version) if is_adapter else None
+            finally:
+                await self._engine.resume_generation()
 
     async def _load(self, update: WeightUpdate) -> None:
         if update.path is None:
@@ -152,17 +164,27 @@ class VLLMSampler:
         )
         tokens = {"type": "token", "prompt_token_ids": list(prompt.token_ids)}
         output: Any = None
-        sampling = self._engine.generate(tokens, params, uuid4().hex, lora_request=self._adapter)
-        async with aclosing(sampling) as outputs:
-            async for request_output in outputs:
-                output = request_output.outputs[0]
-                if request_output.finished or stop.reached(output.token_ids):
-                    break
+        versions: list[int] = []
+        async with self._gate.row(request, version) as row:
+            # Keeps what weights of other versions left in the prefix cache apart, which is not emptied where
+            # something goes on.
+            tokens["cache_salt"] = f"{request.weights.source} {row.version}"
+            with self._clock.busy():
+                sampling = self._engine.generate(tokens, params, uuid4().hex, lora_request=self._adapter)
+                async with aclosing(sampling) as outputs:
+                    async for request_output in outputs:
+                        output = request_output.outputs[0]
+                        versions += [row.version] * (len(output.token_ids) - len(versions))
+                        if request_output.finished or stop.reached(output.token_ids):
+                            break
         completion = stop.completion(prompt.token_ids, output.token_ids, output.logprobs.logprobs)
-        # vLLM reports versions with the end only. A completion that a stop string ends early has `version`,
-        # since no weights are loaded while it is sampled.
-        versions = {int(span.version) for span in output.weight_versions or []} or {version}
-        return CompletionReply.of(completion, prompt_index, seed_index, min(versions))
+        # vLLM reports versions with the end only. Of a completion that a stop string ends early all tokens
+        # came one by one, each under the weights that were loaded then.
+        for span in output.weight_versions or []:
+            versions[span.start : span.end] = [int(span.version)] * (span.end - span.start)
+        runs = version_runs(versions[: len(completion.token_ids)])
+        first = versions[0] if request.or_later else min(versions)
+        return CompletionReply.of(completion, prompt_index, seed_index, first, runs)
 
     def _stop_condition(self, generation: GenerationConfig) -> StopCondition:
         if generation not in self._stop_conditions:

@@ -72,7 +72,10 @@ def test_plain_adapter_goes_alone(settings: dict[str, Any]) -> None:
         ({"modules_to_save": ["lm_head"]}, "lm_head.modules_to_save.default.weight is trained beside it"),
         ({"target_modules": ["embed_tokens"]}, "model.embed_tokens is a Embedding, no plain linear layer"),
         ({"family": "gpt2", "target_modules": ["c_attn"]}, "h.0.attn.c_attn is a Conv1D, no plain linear"),
-        ({"target_modules": ["o_proj"]}, "vLLM has no LoRA for model.layers.0.self_attn.o_proj of a Llama"),
+        (
+            {"target_modules": ["o_proj"]},
+            "has no LoRA for model.layers.0.self_attn.o_proj of a Llama",
+        ),
         ({"r": 9}, "its rank of 9 is above the server's `max_lora_rank` of 8"),
         ({"rank_pattern": {"v_proj": 16}}, "its rank of 16 is above the server's"),
         ({"r": 513}, "its rank of 513 is above 512, the highest that vLLM"),
@@ -85,7 +88,7 @@ def test_adapter_that_vllm_cannot_take_goes_merged(settings: dict[str, Any], rea
 
 def test_adapter_goes_merged_where_there_is_no_room() -> None:
     found = why_merged(adapted(), None)
-    assert found is not None and "no LoRA for a LlamaForCausalLM, or the server" in found
+    assert found is not None and "no LoRA for a LlamaForCausalLM, or a server" in found
 
 
 def test_adapter_goes_merged_where_part_of_the_base_is_trained() -> None:
