@@ -32,9 +32,11 @@ def check_sampling(config: RolloutConfig) -> None:
         ConfigError: vLLM is to run in this process, or Ray beside it, and is absent or of a release that
             Conch does not know; the machine lacks what Ray is asked for.
     """
+    if config.urls is not None:
+        return
     if config.engine == "ray":
         check_ray(config)
-    if config.engine == "vllm" and config.urls is None:
+    if config.engine == "vllm":
         check_installed()
 
 
@@ -75,7 +77,7 @@ class RolloutEngineFactory:
         generation = with_end_ids(generation, self._lm(), self._tokenizer)
         if self._shared is None:
             self._check_adapter()
-            if self._config.engine == "ray":
+            if self._config.engine == "ray" and not self._config.urls:
                 self._start_ray()
             else:
                 start = self._start_pool if self._config.urls else self._start_vllm
