@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ByteSize, Field, model_validator
+from pydantic import BeforeValidator, ByteSize, Field
 
 from conch.config.auth import AuthConfig
 from conch.config.base import Section
@@ -81,11 +81,11 @@ class RolloutConfig(VLLMSettings):
     urls: str | None = None
     """`host:port` of a rollout server (`conch rollout-server`), or several, `host1:port,host2:port`, which
     sample with what they were started with, whatever `engine` says here. None samples in the trainer's
-    processes."""
+    processes, or in actors of Ray."""
 
     dtype: RolloutDtype = "auto"
-    """Precision of vLLM's weights; `auto` takes that of the policy's training. A server has a setting of its
-    own."""
+    """Precision of the weights of vLLM, and of whatever samples in actors; `auto` takes that of the policy's
+    training. A server has a setting of its own."""
 
     sleep_level: Literal[0, 1, 2] = 2
     """GPU memory that vLLM releases while the trainer computes, as vLLM numbers it: 0 none; 1 the cache, and
@@ -109,11 +109,3 @@ class RolloutConfig(VLLMSettings):
 
     logprob_diff_alarm: float | None = Field(default=0.1, gt=0)
     """Nats of `rollout/logprob_diff` above which a warning is written; None writes none."""
-
-    @model_validator(mode="after")
-    def _samplers_are_servers_or_actors(self) -> RolloutConfig:
-        if self.engine == "ray" and self.urls is not None:
-            raise ValueError(
-                "`urls` names rollout servers and `engine: ray` wants actors: leave one of them out"
-            )
-        return self

@@ -100,7 +100,7 @@ def sampled_prompts(
         ConfigError, DataError: see `longest_prompt`, `conch.data.prompts.make_prompts` and `eval_variants`.
     """
     variants = eval_variants(config.generation, config.eval_generation)
-    max_model_len = config.rollout.max_model_len if config.rollout.engine == "vllm" else None
+    max_model_len = config.rollout.max_model_len if config.rollout.engine in ("vllm", "ray") else None
     train_limit, eval_limit = (
         longest_prompt(lm, generation, max_model_len)
         for generation in (config.generation, longest_generation(variants))

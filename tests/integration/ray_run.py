@@ -5,6 +5,7 @@ RUN_DIR STEPS [close|stay]    `stay` samples until it is ended from outside
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tests.runs import grpo_trainer
 def main() -> None:
     run_dir, steps, end = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     setup_logging()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     settings = {"address": sys.argv[4]} if len(sys.argv) > 4 else {}
     trainer = grpo_trainer(run_dir, rollout={"engine": "ray", "ray": settings})
     samplers = trainer._make_sampler._samplers

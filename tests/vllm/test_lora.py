@@ -329,4 +329,4 @@ def test_room_for_adapters_of_a_model_that_takes_none_is_refused(tmp_path: Path,
     lm.config.architectures = [type(lm).__name__]
     lm.config.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="vLLM has no LoRA for a GPT2LMHeadModel: leave `max_lora_rank` out"):
-        vllm_server._build(ServerConfig(model=str(tmp_path), max_lora_rank=4))
+        vllm_server.build_engine(ServerConfig(model=str(tmp_path), max_lora_rank=4))

@@ -105,7 +105,7 @@ class SamplerActor:
         if self._server is None and not self._is_building:
             self._is_building, self._failure, self._deadline_s = True, "", blueprint.deadline_s
             try:
-                self._server = await asyncio.to_thread(_build, blueprint)
+                self._server = await _build(blueprint)
             except ConchError as error:
                 self._failure = first_line(error)
             except Exception as error:
@@ -224,7 +224,7 @@ class SamplerActor:
         return tuple(messages)
 
 
-def _build(blueprint: Blueprint) -> RolloutServer:
+async def _build(blueprint: Blueprint) -> RolloutServer:
     torch.set_num_threads(blueprint.threads)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where installed, warns
@@ -234,7 +234,7 @@ def _build(blueprint: Blueprint) -> RolloutServer:
     # In the cluster's own folder, where there is one: it is deleted whatever becomes of this process.
     parent = os.environ.get(FOLDER_VARIABLE)
     with tempfile.TemporaryDirectory(prefix="sampler-", dir=parent) as folder:
-        return build_server(blueprint, Path(folder))
+        return await build_server(blueprint, Path(folder))
 
 
 def stacks() -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +21,12 @@ from transformers import (
 from transformers import GenerationConfig as HFGenerationConfig
 from transformers.initialization import no_init_weights
 
-from conch.config import RolloutConfig, TokenizerConfig
+from conch.config import RolloutConfig, TokenizerConfig, VLLMSettings
 from conch.models.loading import disable_dropout, fuse_activations, load_tokenizer
 from conch.rollouts.hf.server import TransformersSampler
 from conch.rollouts.protocol import LoraCapacity
 from conch.rollouts.server import RolloutServer
+from conch.rollouts.server_config import ServerConfig
 from conch.rollouts.vllm.build import write_config
 
 SLOTS = 32
@@ -48,7 +50,7 @@ class Blueprint:
     max_model_len: longest prompt and completion together, in tokens; None takes the model's window.
     slots: completions sampled at once.
     deadline_s: longest time in which weights may be loaded.
-    rollout: settings of vLLM, as plain values.
+    vllm: settings of vLLM, as plain values.
     lora: adapters that vLLM is to take; None for none.
     """
 
@@ -61,6 +63,7 @@ class Blueprint:
     max_model_len: int | None
     slots: int
     deadline_s: float
+    vllm: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] | None = None
 
 
@@ -97,11 +100,12 @@ def blueprint_of(
         max_model_len=config.max_model_len,
         slots=config.max_num_seqs if "max_num_seqs" in config.model_fields_set else SLOTS,
         deadline_s=config.deadline_s,
+        vllm=config.model_dump(include=set(VLLMSettings.model_fields), exclude_unset=True),
         lora=None if lora is None else lora.model_dump(),
     )
 
 
-def build_server(blueprint: Blueprint, folder: Path) -> RolloutServer:
+async def build_server(blueprint: Blueprint, folder: Path) -> RolloutServer:
     """The server, whose model has no weights yet.
 
     folder: empty; is given the files of the blueprint.
@@ -112,8 +116,38 @@ def build_server(blueprint: Blueprint, folder: Path) -> RolloutServer:
     for name, content in blueprint.files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    tokenizer = load_tokenizer(TokenizerConfig(), str(folder))
-    lm = _empty_lm(blueprint, str(folder))
+    build = _vllm_server if blueprint.engine == "vllm" else _transformers_server
+    return await build(blueprint, str(folder))
+
+
+async def _vllm_server(blueprint: Blueprint, folder: str) -> RolloutServer:
+    from conch.rollouts.vllm.server import build_engine, prepare_process, sampler_over
+
+    prepare_process()
+    tokenizer = load_tokenizer(TokenizerConfig(), folder)
+    lora = {} if blueprint.lora is None else blueprint.lora
+    config = ServerConfig(
+        engine="vllm",
+        model=folder,
+        dtype=blueprint.dtype,  # pyright: ignore[reportArgumentType]  a validator reads it
+        deadline_s=blueprint.deadline_s,
+        trust_remote_code=blueprint.trust_remote_code,
+        max_lora_rank=lora.get("rank", 0),
+        lora_target_modules=lora.get("modules", ()),
+        **blueprint.vllm,
+    )
+    engine = await asyncio.to_thread(build_engine, config)
+    return RolloutServer(await sampler_over(engine, config, tokenizer), tokenizer, _NO_FILES)
+
+
+async def _transformers_server(blueprint: Blueprint, folder: str) -> RolloutServer:
+    return await asyncio.to_thread(_load_transformers, blueprint, folder)
+
+
+def _load_transformers(blueprint: Blueprint, folder: str) -> RolloutServer:
+    torch.set_num_threads(blueprint.threads)
+    tokenizer = load_tokenizer(TokenizerConfig(), folder)
+    lm = _empty_lm(blueprint, folder)
     lm.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType]
     sampler = TransformersSampler(
         lm,

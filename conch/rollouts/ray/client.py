@@ -37,18 +37,21 @@ class SharedWeights:
         self._key: tuple[str, int, str] | None = None
         self._ref: Any = None
         self._lock = threading.Lock()
+        self._is_closed = False
 
     def ref(self, update: WeightUpdate, tensors: Mapping[str, Tensor]) -> Any:
         """Ray's reference to these weights. Those of the version or part before are given up.
 
         Raises:
-            RolloutError: the object store has no room for them.
+            RolloutError: the object store has no room for them, or `close` was called.
         """
         import ray
         from ray.exceptions import ObjectStoreFullError
 
         key = (update.weights.source, update.weights.version, update.part)
         with self._lock:
+            if self._is_closed:  # Ray would start anew for whoever puts something there now
+                raise RolloutUnavailableError("the run ends, and hands over no more weights")
             if self._key != key:
                 self._key = self._ref = None
                 try:
@@ -61,10 +64,10 @@ class SharedWeights:
                 self._key = key
             return self._ref
 
-    def clear(self) -> None:
-        """Give up what is there."""
+    def close(self) -> None:
+        """Give up what is there, and take no more."""
         with self._lock:
-            self._key = self._ref = None
+            self._key, self._ref, self._is_closed = None, None, True
 
 
 class _NotBuiltError(RolloutUnavailableError):

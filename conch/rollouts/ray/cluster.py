@@ -28,8 +28,8 @@ _log = get_logger(__name__)
 
 _MODE, _TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
 
-_LONGEST_FOLDER = 40
-"""Characters of the folder: Ray puts sockets 66 characters deeper, and a socket's path has 107 at most."""
+_LONGEST_FOLDER = 36
+"""Characters of the folder: Ray puts sockets 70 characters deeper, and a socket's path has 107 at most."""
 
 _SETTINGS: dict[str, Any] = {
     "log_to_driver": False,
@@ -91,7 +91,7 @@ class Cluster:
                     num_gpus=len(gpus) if share.gpus else 0,
                     include_dashboard=False,
                     object_store_memory=store_bytes,
-                    _temp_dir=str(folder),
+                    _temp_dir=str(folder / "ray"),  # which Ray opens to everybody, below one that is not
                     **_SETTINGS,
                 )
         except BaseException:

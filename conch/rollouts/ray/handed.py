@@ -37,7 +37,10 @@ class HandedTensors:
 
     def as_torch(self) -> dict[str, Tensor]:
         """The tensors, which share the arrays' memory: read them only."""
-        return {
-            name: torch.from_numpy(array).view(getattr(torch, self.dtypes[name])).reshape(self.shapes[name])
-            for name, array in self.arrays.items()
-        }
+        return {name: self._tensor(name) for name in self.arrays}
+
+    def _tensor(self, name: str) -> Tensor:
+        array, dtype, shape = self.arrays[name], getattr(torch, self.dtypes[name]), self.shapes[name]
+        if not array.size:  # torch gives bytes that are none a stride of 0, which no other type can have
+            return torch.empty(shape, dtype=dtype)
+        return torch.from_numpy(array).view(dtype).reshape(shape)

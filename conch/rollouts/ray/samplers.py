@@ -141,7 +141,7 @@ class RaySamplers:
         """Let waiting threads go, end the actors where this process made them, and leave the cluster."""
         for client in self.clients:
             client.close()
-        self._weights.clear()
+        self._weights.close()
         if self._placement is not None:
             self._end_actors(self._placement)
         self._cluster.leave()

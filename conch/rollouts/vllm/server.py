@@ -223,21 +223,35 @@ def serve(config: ServerConfig) -> None:
         SystemExit: 0 after SIGTERM, `ENGINE_DIED` where vLLM has died.
     """
     check_access(config)  # before minutes of loading
-    check_installed()
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ[SERVER_PID_VARIABLE] = str(os.getpid())
+    prepare_process()
     leave_with_parent()
     tokenizer = load_tokenizer(TokenizerConfig(), config.model)
     asyncio.run(_serve(config, tokenizer))
 
 
+def prepare_process() -> None:
+    """Make this process one that holds a vLLM, whose processes end with it.
+
+    Raises:
+        ConfigError: vLLM is absent, or of a release that Conch does not know.
+    """
+    check_installed()
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ[SERVER_PID_VARIABLE] = str(os.getpid())
+
+
+async def sampler_over(engine: Any, config: ServerConfig, tokenizer: PreTrainedTokenizerBase) -> VLLMSampler:
+    """The sampler over an engine that `build_engine` has built from the same settings."""
+    lora = None
+    if config.max_lora_rank:
+        lora = LoraCapacity(**(await engine.collective_rpc("lora_capacity"))[0])
+    return VLLMSampler(engine, tokenizer, config.deadline_s, lora)
+
+
 async def _serve(config: ServerConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    engine, server = _build(config), None
+    engine, server = build_engine(config), None
     try:
-        lora = None
-        if config.max_lora_rank:
-            lora = LoraCapacity(**(await engine.collective_rpc("lora_capacity"))[0])
-        sampler = VLLMSampler(engine, tokenizer, config.deadline_s, lora)
+        sampler = await sampler_over(engine, config, tokenizer)
         server = RolloutServer(sampler, tokenizer, config.weights_dir)
         await listen(server, config)
     finally:
@@ -246,7 +260,7 @@ async def _serve(config: ServerConfig, tokenizer: PreTrainedTokenizerBase) -> No
             sys.exit(ENGINE_DIED)
 
 
-def _build(config: ServerConfig) -> Any:
+def build_engine(config: ServerConfig) -> Any:
     """Build vLLM's engine without weights.
 
     Raises:

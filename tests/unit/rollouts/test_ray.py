@@ -123,9 +123,9 @@ def test_address_that_does_not_answer_is_refused_within_seconds() -> None:
     assert "is not of the form host:port" in refusal(address="ray://head")
 
 
-def test_servers_and_actors_together_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"`urls` names rollout servers and `engine: ray` wants actors"):
-        load(RolloutConfig, {"engine": "ray", "urls": "host:8100"})
+def test_servers_that_are_named_come_before_actors() -> None:
+    settings = {"engine": "ray", "urls": "host:8100", "ray": {"samplers": 10**6}}
+    check_sampling(load(RolloutConfig, settings))
 
 
 def test_vllm_in_actors_needs_vllm() -> None:
