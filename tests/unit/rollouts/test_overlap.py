@@ -414,7 +414,9 @@ def test_reader_that_leaves_frees_the_slots_for_others() -> None:
             gone = asyncio.create_task(server.replies(ask(1, *range(10, 20))))
             await server.stepper.step(2)
             stays = server.ask(ask(1, 30))
-            await asyncio.sleep(0.05)
+            await until(lambda: len(server.sampler._jobs) > 0)
+            await server.stepper.step(1)
+            assert len(server.sampler._jobs) == 0, "it joined"
             gone.cancel()
             await asyncio.wait([gone])
             before = server.stepper.passes
@@ -463,24 +465,23 @@ def test_what_comes_to_an_idle_sampler_is_the_same_to_the_last_bit(tmp_path: Pat
 
 def test_prompts_that_join_between_two_readings_begin_after_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(continuous_batching, "_reading_waits", lambda _device: True)
-    lm, found = MODELS[1], dict[int, Rollout]()
-    config = GenerationConfig(max_new_tokens=12, chunk_size=8)
+    lm, found = model(0, "llama"), dict[int, Rollout]()
+    config = GenerationConfig(max_new_tokens=12, chunk_size=16)
     engine = HFEngine(lambda: lm, TOKENIZER, config, version=lambda: 0)
-    later = [[*range(8)], [], [], [8], []]
+    later = [[seed] for seed in range(16, 40)]  # one at each step, while rows end
 
     def join(under_way: UnderWay) -> None:
         seeds = later.pop(0) if later else []
         under_way.add([Prompt("", (0, 1, 2))] * len(seeds), seeds)
 
-    seeds = later.pop(0)
     engine.generate_joined(
-        [Prompt("", (0, 1, 2))] * 8,
-        seeds,
+        [Prompt("", (0, 1, 2))] * 16,
+        range(16),
         join,
         greedy=False,
         on_finished=lambda ended: found.update(ended),
     )
-    assert [found[seed].completion.token_ids for seed in range(9)] == [alone(lm, seed) for seed in range(9)]
+    assert [found[seed].completion.token_ids for seed in range(40)] == [alone(lm, seed) for seed in range(40)]
 
 
 # ------------------------------------------------------------------------------------------------ its clock
