@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -121,6 +123,24 @@ def test_address_that_does_not_answer_is_refused_within_seconds() -> None:
     assert "does not answer" in message and "`ray start --head`" in message
     assert time.monotonic() - begin < 30
     assert "is not of the form host:port" in refusal(address="ray://head")
+
+
+@pytest.mark.parametrize("greeting", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+def test_address_of_something_else_is_refused(monkeypatch: pytest.MonkeyPatch, greeting: bytes) -> None:
+    monkeypatch.setattr(check, "_CONNECT_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            connection.sendall(greeting)
+            time.sleep(2)
+            connection.close()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        message = refusal(address=f"127.0.0.1:{server.getsockname()[1]}")
+        thread.join()
+    assert ("what listens there is not Ray" if greeting else "timed out") in message
 
 
 def test_servers_that_are_named_come_before_actors() -> None:
