@@ -248,7 +248,7 @@ def test_actor_refuses_in_words() -> None:
     blueprint = blueprint_of(lm, TOKENIZER, ray_config(), lm.dtype, None)
 
     async def work(sampler: SamplerActor) -> None:
-        eos = int(TOKENIZER.eos_token_id)
+        eos = TOKENIZER.convert_tokens_to_ids(str(TOKENIZER.eos_token))
         stale = await sampler.begin(request((1,), eos_id=eos))
         assert stale.status == 409 and "no weights are here" in stale.detail
         unknown = await sampler.more(99)
