@@ -16,7 +16,7 @@ import torch
 
 from conch.config import GenerationConfig, RolloutConfig, load
 from conch.errors import ConfigError, RolloutUnavailableError
-from conch.rollouts.ray.check import LEAST_STORE_BYTES, Share
+from conch.rollouts.ray.check import LEAST_STORE_BYTES, Share, check_address
 from conch.rollouts.ray.client import RayClient
 from conch.rollouts.ray.cluster import Cluster
 from conch.rollouts.ray.janitor import processes_of
@@ -55,6 +55,7 @@ def samplers(cluster: Cluster) -> Iterator[RaySamplers]:
 def test_cluster_asks_for_a_token_and_keeps_its_files_to_itself(cluster: Cluster) -> None:
     assert cluster._folder is not None and cluster._folder.stat().st_mode & 0o077 == 0
     assert len(cluster.address.token) >= 32
+    check_address(cluster.address.address)
     program = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); print('in')"
     for token in ("", "0" * 64):
         environment = {

@@ -28,6 +28,10 @@ LEAST_STORE_BYTES = 80 * 2**20
 SHARED_MEMORY = Path("/dev/shm")
 _CONNECT_S = 5.0
 
+# Ray speaks gRPC, so HTTP/2 (RFC 9113, section 3.4): each side begins with a frame of settings.
+_FRAME_HEADER, _SETTINGS_FRAME = 9, b"\x04"
+_HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + _SETTINGS_FRAME + b"\0" * 5
+
 
 @dataclass(frozen=True)
 class Share:
@@ -88,7 +92,7 @@ def check_release() -> None:
 
 
 def check_address(address: str) -> None:
-    """Refuse an address where nobody listens.
+    """Refuse an address where no Ray answers: `ray.init` would wait there for minutes.
 
     Raises:
         ConfigError: it is no `host:port`, or does not answer within seconds.
@@ -100,7 +104,11 @@ def check_address(address: str) -> None:
             "--head` prints, or leave it out for a cluster on this machine"
         )
     try:
-        socket.create_connection((parsed[0].strip("[]"), parsed[1]), timeout=_CONNECT_S).close()
+        with socket.create_connection((parsed[0].strip("[]"), parsed[1]), timeout=_CONNECT_S) as connection:
+            connection.sendall(_HTTP2_PREFACE)
+            answer = connection.recv(_FRAME_HEADER)
+        if answer[3:4] != _SETTINGS_FRAME:
+            raise ConnectionError("what listens there is not Ray")
     except OSError as error:
         raise ConfigError(
             f"`rollout.ray.address` = {address!r} does not answer ({error}): start the cluster with `ray "

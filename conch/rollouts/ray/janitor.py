@@ -61,6 +61,8 @@ def clean_up(folder: str, grace_s: float = _GRACE_S) -> None:
 
 def main() -> None:
     folder = sys.argv[1]
+    if os.fork():  # no child of the run: who kills a run with all of its children would kill it, too
+        os._exit(0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if b"done" not in sys.stdin.buffer.read():

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -123,6 +126,24 @@ def test_address_that_does_not_answer_is_refused_within_seconds() -> None:
     assert "is not of the form host:port" in refusal(address="ray://head")
 
 
+@pytest.mark.parametrize("greeting", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+def test_address_of_something_else_is_refused(monkeypatch: pytest.MonkeyPatch, greeting: bytes) -> None:
+    monkeypatch.setattr(check, "_CONNECT_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            connection.sendall(greeting)
+            time.sleep(2)
+            connection.close()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        message = refusal(address=f"127.0.0.1:{server.getsockname()[1]}")
+        thread.join()
+    assert ("what listens there is not Ray" if greeting else "timed out") in message
+
+
 def test_servers_that_are_named_come_before_actors() -> None:
     settings = {"engine": "ray", "urls": "host:8100", "ray": {"samplers": 10**6}}
     check_sampling(load(RolloutConfig, settings))
@@ -228,7 +249,7 @@ def test_actor_refuses_in_words() -> None:
     blueprint = blueprint_of(lm, TOKENIZER, ray_config(), lm.dtype, None)
 
     async def work(sampler: SamplerActor) -> None:
-        eos = int(TOKENIZER.eos_token_id)
+        eos = TOKENIZER.convert_tokens_to_ids(str(TOKENIZER.eos_token))
         stale = await sampler.begin(request((1,), eos_id=eos))
         assert stale.status == 409 and "no weights are here" in stale.detail
         unknown = await sampler.more(99)
@@ -277,6 +298,10 @@ def test_actor_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---------------------------------------------------------------------------------------------------- janitor
 
 
+def janitors(folder: Path) -> list[psutil.Process]:
+    return [one for one in psutil.process_iter(["cmdline"]) if str(folder) in (one.info["cmdline"] or [])]
+
+
 @pytest.mark.parametrize("goodbye", [b"", b"done"])
 def test_janitor_ends_what_a_killed_run_leaves(tmp_path: Path, goodbye: bytes) -> None:
     folder = tmp_path / "conch-ray-x"
@@ -288,7 +313,11 @@ def test_janitor_ends_what_a_killed_run_leaves(tmp_path: Path, goodbye: bytes) -
         try:
             wait_until(lambda: left.pid in janitor.processes_of(str(folder)), lambda: "not started")
             cleaner.communicate(goodbye, timeout=60)
-            assert (left.poll() is None) == (goodbye == b"done") == folder.exists()
+            if goodbye == b"done":
+                wait_until(lambda: not janitors(folder), lambda: "the janitor stays")
+                assert left.poll() is None and folder.exists()
+            else:
+                wait_until(lambda: left.poll() is not None and not folder.exists(), lambda: "not cleaned up")
         finally:
             left.kill()
             left.wait()
