@@ -16,6 +16,9 @@ For the G completions y_1..y_G of a prompt, with rewards r_i, n_i tokens and rho
 `loss=dr_grpo`, which weighs all tokens alike, this is RLOO with its gradient divided by max_new_tokens
 (Ahmadian et al. 2024, arXiv:2402.14740, section 3).
 
+`correction` multiplies a token's term by v_it, pi_old over the sampler's probability, cut or masked: what
+makes up for samples of older weights or of other kernels (`conch/training/overlap/correction.py`).
+
 Where this differs from common code: all sums and counts run over the minibatch of all ranks; pi_old comes
 from the trainer's own forward pass (where nothing asks for it before a step's one update, from that update's,
 and the ratio is 1); a group whose rewards are all alike teaches nothing (its advantages are 0, never noise

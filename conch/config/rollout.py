@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ByteSize, Field
+from pydantic import BeforeValidator, ByteSize, Field, model_validator
 
 from conch.config.auth import AuthConfig
 from conch.config.base import Section
@@ -109,3 +109,11 @@ class RolloutConfig(VLLMSettings):
 
     logprob_diff_alarm: float | None = Field(default=0.1, gt=0)
     """Nats of `rollout/logprob_diff` above which a warning is written; None writes none."""
+
+    @model_validator(mode="after")
+    def _samplers_are_servers_or_actors(self) -> RolloutConfig:
+        if self.engine == "ray" and self.urls is not None:
+            raise ValueError(
+                "`urls` names rollout servers and `engine: ray` wants actors: leave one of them out"
+            )
+        return self

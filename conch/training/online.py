@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -172,22 +172,25 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         self._make_sampler = RolloutEngineFactory(
             config.rollout, engine, self.tokenizer, lambda: self.lm, lambda: self.policy_version
         )
-        self.sampler = self._make_sampler(config.generation)
-        engine.seed_sampling()
-        self.evaluator = Evaluator(
-            self.collectives,
-            self.eval_prompts,
-            self.variants,
-            self._make_sampler,
-            config.train,
-            scorer=self.scorer,
-            metric_fn=metric_fn,
-            watching=watching,
-        )
-        self.run = start_run(self, self.checkpointed)
-        self.run_dir = self.run.folder
-        if self.overlap is not None:
-            self.collectives.run_on_all_ranks(self.overlap.take_up_run)
+        with ExitStack() as undone:  # what samples may have processes of its own
+            undone.callback(self._make_sampler.close)
+            self.sampler = self._make_sampler(config.generation)
+            engine.seed_sampling()
+            self.evaluator = Evaluator(
+                self.collectives,
+                self.eval_prompts,
+                self.variants,
+                self._make_sampler,
+                config.train,
+                scorer=self.scorer,
+                metric_fn=metric_fn,
+                watching=watching,
+            )
+            self.run = start_run(self, self.checkpointed)
+            self.run_dir = self.run.folder
+            if self.overlap is not None:
+                self.collectives.run_on_all_ranks(self.overlap.take_up_run)
+            undone.pop_all()
 
     # ---------------------------------------------------------------------- what an algorithm says of itself
 

@@ -15,7 +15,7 @@ FOLDERS = ("conch", "trainers", "converters", "examples", "benchmarks", "singula
 LISTENS = re.compile(
     r"\.listen\(|create_server\(|start_server\(|start_unix_server\(|HTTPServer\(|uvicorn\.(run|Server)\(|"
     r"serve_forever\(|\bTCPStore\(|is_master=True|init_process_group\(|ProcessGroup(Gloo|NCCL)\(|"
-    r"--grpc-address|\"grpc-address\"|http-address|metrics-address|socketserver|tensorboard\.program"
+    r"--grpc-address|\"grpc-address\"|http-address|metrics-address|socketserver|\bray\.init\(|tensorboard\.program"
 )
 # File -> why no row of the table names it.
 BESIDE = {

@@ -116,10 +116,10 @@ def share_of_machine(config: RayConfig) -> Share:
     """
     cpus, gpus = len(os.sched_getaffinity(0)), len(spare_gpus())
     all_gpus = torch.cuda.device_count()
-    each = config.num_gpus
+    each = None if config.num_gpus is None else float(config.num_gpus)
     if each is None:
         each = 1.0 if all_gpus else 0.0
-    share = Share(config.samplers, config.num_cpus, each)
+    share = Share(config.samplers, float(config.num_cpus), each)
     if share.num_cpus > cpus:
         raise ConfigError(
             f"`rollout.ray`: {share.samplers} samplers x {share.cpus:g} CPUs = {share.num_cpus:g} CPUs, and "

@@ -187,10 +187,10 @@ def share_of_cluster(config: RayConfig) -> Share:
     import ray
 
     resources = ray.cluster_resources()
-    each = config.num_gpus
+    each = None if config.num_gpus is None else float(config.num_gpus)
     if each is None:
         each = 1.0 if resources.get("GPU", 0) else 0.0
-    share = Share(config.samplers, config.num_cpus, each)
+    share = Share(config.samplers, float(config.num_cpus), each)
     for kind, needed, of_one in (("CPU", share.num_cpus, share.cpus), ("GPU", share.num_gpus, each)):
         if needed > resources.get(kind, 0):
             raise ConfigError(

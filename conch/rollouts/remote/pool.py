@@ -241,9 +241,12 @@ class ServerPool:
         was_away, weights = server.health is None, lease.weights
         if self._read_health(server) is not None or server.holds(weights) or not self.sends_weights:
             return
+        health = server.health
+        if health is None:  # lost again, as a request found in another thread
+            return
         try:
             with lease.sending():
-                server.health = self._update_weights(server, lease)
+                server.health = self._update_weights(server, health, lease)
         except LeaseEndedError:
             return  # newer weights come with the next probe, or this server's with the next hand-over
         except RolloutError as error:
@@ -260,12 +263,13 @@ class ServerPool:
     def _read_health(self, server: ServerState) -> str | None:
         """Why the server cannot be used; None where it answers."""
         try:
-            server.health = server.client.health()
+            health = server.client.health()
         except RolloutUnavailableError as error:
             server.health = None
             return str(error)
         if self.sends_weights:
-            server.takes = "adapter" if self._weights.sends_adapter_alone(server.health.lora) else "whole"
+            server.takes = "adapter" if self._weights.sends_adapter_alone(health.lora) else "whole"
+        server.health = health
         return None
 
     def mark_lost(self, server: ServerState, error: Exception) -> None:
@@ -274,11 +278,8 @@ class ServerPool:
             _log.warning("rollout server lost, its work goes to others: %s", error)
         server.health = None
 
-    def _update_weights(self, server: ServerState, lease: WeightLease) -> Health:
+    def _update_weights(self, server: ServerState, health: Health, lease: WeightLease) -> Health:
         """Send a live server what it lacks: all weights, or base and adapter, or the adapter alone."""
-        health = server.health  # another thread may find it lost meanwhile
-        if health is None:
-            raise RolloutUnavailableError(f"{server.client.address} was lost")
         if server.takes != "adapter":
             return self._send(server, health, lease, "whole")
         if health.base != lease.weights.source:

@@ -86,11 +86,13 @@ class LengthAudit:
             return {"sampled": self._sampled.tolist(), "trained": self._trained.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting where `state_dict` was taken; responses may have become longer since."""
+        """Go on counting where `state_dict` was taken, whatever the longest response was then."""
         with self._lock:
-            for name, counts in (("sampled", self._sampled), ("trained", self._trained)):
-                before = torch.tensor(state[name][: len(counts)], dtype=counts.dtype)
-                counts.zero_()[: len(before)] = before
+            size = max(len(self._sampled), len(state["sampled"]))
+            self._sampled, self._trained = (
+                torch.tensor(state[name] + [0.0] * (size - len(state[name])), dtype=torch.float64)
+                for name in ("sampled", "trained")
+            )
 
 
 def _mean_length(counts: Float[Tensor, " L"]) -> float:

@@ -1,0 +1,166 @@
+"""Samplers in actors of Ray: a run repeats, a killed actor costs nothing, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conch.config import GenerationConfig, RolloutConfig, load
+from conch.errors import ConfigError, RolloutUnavailableError
+from conch.rollouts.ray.check import LEAST_STORE_BYTES, Share
+from conch.rollouts.ray.client import RayClient
+from conch.rollouts.ray.cluster import Cluster
+from conch.rollouts.ray.janitor import processes_of
+from conch.rollouts.ray.samplers import RaySamplers
+from conch.rollouts.remote.engine import RemoteEngine
+from conch.rollouts.remote.pool import ServerPool
+from conch.types import Prompt
+from tests.footprint import wait_until
+from tests.launches import ROOT, accelerate, finish, kill_all, start
+from tests.runs import TOKENIZER, grpo_trainer, parameters, policy
+
+PROMPTS = [Prompt("ab", (0, 1)), Prompt("c", (2,))] * 600
+CLOCKED = ("time/", "reward/latency", "reward/wait", "reward/hidden")
+LEFT_S = 120.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[Cluster]:
+    """One cluster for all runs of this process, which keep its connection."""
+    one = Cluster.start(Share(2, 0.5, 0.0), LEAST_STORE_BYTES)
+    yield one
+    folder = one._folder
+    one.leave()
+    assert folder is not None and not folder.exists() and not processes_of(str(folder))
+
+
+@pytest.fixture(scope="module")
+def samplers(cluster: Cluster) -> Iterator[RaySamplers]:
+    config = load(RolloutConfig, {"engine": "ray", "ray": {"samplers": 1, "num_cpus": 0.25, "num_gpus": 0}})
+    lm = policy()
+    actors = RaySamplers.start(config, lm, TOKENIZER, lm.dtype, None)
+    yield actors
+    actors.close()
+
+
+def test_cluster_asks_for_a_token_and_keeps_its_files_to_itself(cluster: Cluster) -> None:
+    assert cluster._folder is not None and cluster._folder.stat().st_mode & 0o077 == 0
+    assert len(cluster.address.token) >= 32
+    program = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); print('in')"
+    for token in ("", "0" * 64):
+        environment = {
+            **os.environ,
+            "RAY_AUTH_MODE": "token" if token else "disabled",
+            "RAY_AUTH_TOKEN": token,
+        }
+        command = [sys.executable, "-c", program, cluster.address.address]
+        stranger = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert stranger.returncode != 0 and "in" not in stranger.stdout.split()
+    for process in processes_of(str(cluster._folder)):
+        assert cluster.address.token.encode() not in Path(f"/proc/{process}/cmdline").read_bytes()
+
+
+def test_killed_actor_loses_no_prompt_and_doubles_none(samplers: RaySamplers) -> None:
+    config = load(RolloutConfig, {"engine": "ray"})
+    lm = policy()
+    pool = ServerPool(config, lambda: lm, source="run", sends_weights=True, actors=samplers.clients)
+    generation = GenerationConfig(max_new_tokens=9, chunk_size=4)
+    engine = RemoteEngine(pool, TOKENIZER, generation, version=lambda: 5, deadline_s=240.0)
+    [client] = samplers.clients
+    assert "sampler" in client.stacks()
+    torch.manual_seed(1)
+    undisturbed = [rollout for chunk in engine.generate(PROMPTS) for rollout in chunk]
+    torch.manual_seed(1)
+    rollouts, first_pid = [], client.pid()
+    for chunk in engine.generate(PROMPTS):
+        if not rollouts:
+            os.kill(first_pid, signal.SIGKILL)
+        rollouts += chunk
+    assert client.pid() != first_pid
+    assert [rollout.prompt for rollout in rollouts] == PROMPTS
+    assert [one.completion.token_ids for one in rollouts] == [one.completion.token_ids for one in undisturbed]
+    assert {rollout.policy_version for rollout in rollouts} == {5}
+    pool.threads.shutdown()
+
+
+def test_actor_that_does_not_answer_is_a_sentence(samplers: RaySamplers) -> None:
+    client: RayClient = samplers.clients[0]
+    with pytest.raises(RolloutUnavailableError, match=r"^sampler-0 does not answer: no answer for 0\.001 s$"):
+        client._call("more", 10**6, timeout_s=0.001)
+
+
+def test_more_than_the_cluster_has_is_refused_with_the_sum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    settings = {"engine": "ray", "ray": {"samplers": 2, "num_cpus": 1, "num_gpus": 0}}
+    with pytest.raises(ConfigError, match=r"2 samplers x 1 CPUs = 2 CPUs, and the Ray cluster has 1: lower"):
+        grpo_trainer(tmp_path, rollout=settings)
+
+
+def test_run_repeats_to_the_last_bit(tmp_path: Path) -> None:
+    runs: list[tuple[list[dict[str, Any]], torch.Tensor]] = []
+    for name in ("one", "other"):
+        settings = {"engine": "ray", "ray": {"num_cpus": 0.5, "num_gpus": 0}}
+        trainer = grpo_trainer(tmp_path / name, rollout=settings)
+        metrics = [dict(trainer.step()) for _ in range(3)]
+        runs.append((metrics, parameters(trainer.lm)))
+        trainer.close()
+    (one, weights), (other, other_weights) = runs
+    assert torch.equal(weights, other_weights) and not torch.equal(weights, parameters(policy()))
+    for left, right in zip(one, other, strict=True):
+        assert left.keys() == right.keys()
+        assert not {key for key in left if left[key] != right[key] and not key.startswith(CLOCKED)}
+
+
+def test_two_ranks_share_an_actor(tmp_path: Path) -> None:
+    program = ["tests/integration/ray_run.py", str(tmp_path), "2", "close"]
+    output = finish(start([*accelerate("cpu", 2), *program], PYTHONPATH=str(ROOT)))
+    assert output.count("closed") == 2 and len(re.findall(r"^step", output, re.M)) == 2, output
+    assert_nothing_is_left(output)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "Ctrl-C"])
+def test_run_that_is_ended_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "tests/integration/ray_run.py", str(tmp_path), "1", "stay"]
+    run = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert run.stdout is not None
+        output = ""
+        while "step" not in output:
+            line = run.stdout.readline()
+            assert line, output
+            output += line
+        if number == signal.SIGINT:
+            os.killpg(run.pid, number)  # as a terminal does
+        else:
+            os.kill(run.pid, number)
+        run.wait(LEFT_S)
+    finally:
+        kill_all(run)
+    assert_nothing_is_left(output)
+
+
+def assert_nothing_is_left(output: str) -> None:
+    found = re.search(r"^folder (/\S+)$", output, re.M)
+    assert found is not None, output
+    folder = found[1]
+    wait_until(lambda: not processes_of(folder) and not Path(folder).exists(), lambda: folder, LEFT_S)
