@@ -313,7 +313,9 @@ def _sampling(config: ExampleConfig, plan: DevicePlan, batches: Batches, has_vll
         return [*made, *_ray(config, plan, engine), *_of_engine(config, plan, engine)]
     if isinstance(config, AsyncExampleConfig):
         copies = len(plan.inference) // inference.tensor_parallel_size
-        return [*made, Became("inference_model devices", "rollout.urls", ",".join([_NO_PORT_YET] * copies))]
+        urls = ",".join([_NO_PORT_YET] * copies)
+        made.append(Became("inference_model.served_by", "rollout.engine", "hf"))  # the default is Ray
+        return [*made, Became("inference_model devices", "rollout.urls", urls)]
     if plan.inference:
         return made
     made.append(Became("inference_model.backend", "rollout.engine", "vllm" if engine == "vllm" else "hf"))
