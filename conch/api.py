@@ -12,6 +12,7 @@ from conch.errors import ConfigError
 from conch.evaluation.metrics import MetricFn
 from conch.log import setup_logging
 from conch.rewards.base import UserReward
+from conch.trainers.async_grpo import AsyncGRPORunConfig, AsyncGRPOTrainer
 from conch.trainers.grpo import GRPORunConfig, GRPOTrainer
 from conch.trainers.ilql import ILQLRunConfig, ILQLTrainer
 from conch.trainers.ppo import PPORunConfig, PPOTrainer
@@ -23,15 +24,18 @@ RunConfigT = TypeVar("RunConfigT", bound=Section)
 _SECTIONS: dict[str, type[Section]] = {
     "ppo": PPORunConfig,
     "grpo": GRPORunConfig,
+    "async_grpo": AsyncGRPORunConfig,
     "rft": RFTRunConfig,
     "ilql": ILQLRunConfig,
     "sft": SFTRunConfig,
 }
-"""Algorithm -> its run config, which has a section of that name."""
+"""Algorithm -> its run config, which has a section of that name; of asynchronous GRPO they are `grpo` and
+`asynchronous`."""
 
 _NEEDS: dict[type[Section], set[str]] = {
     PPORunConfig: {"prompts"},
     GRPORunConfig: {"prompts"},
+    AsyncGRPORunConfig: {"prompts"},
     RFTRunConfig: {"prompts"},
     ILQLRunConfig: {"samples", "rewards"},
     SFTRunConfig: {"samples"},
@@ -73,8 +77,8 @@ def train(
     metric_fn: extra evaluation metrics, with the arguments of a reward function; returns name -> values.
     config: nested mapping of the keys of the algorithm's run config (`{"train": {"total_steps": 50}}`), or
         one of these itself; its `model.path` is `model` unless it says otherwise.
-    algorithm: what to train by, where that does not follow from the data: "ppo", "grpo", "rft", "ilql" or
-        "sft".
+    algorithm: what to train by, where that does not follow from the data: "ppo", "grpo", "async_grpo", "rft",
+        "ilql" or "sft".
 
     Raises:
         ConchError: before any long work, for what can be known to be wrong; see `conch.errors`.
@@ -134,6 +138,9 @@ def _asked_for(config: Mapping[str, Any] | Section | None, algorithm: str | None
         named = [type(config)]
     else:
         named = [section for name, section in _SECTIONS.items() if name in (config or {})]
+        if algorithm == "async_grpo" or "asynchronous" in (config or {}):
+            named = [AsyncGRPORunConfig if section is GRPORunConfig else section for section in named]
+            named = named or [AsyncGRPORunConfig]
     if algorithm is not None and named not in ([], [_SECTIONS[algorithm]]):
         names = ", ".join(section.__name__ for section in named)
         raise ConfigError(f"`algorithm` is {algorithm!r}, but `config` is made for another: {names}")
@@ -148,6 +155,8 @@ def _make(
 ) -> PPOTrainer | GRPOTrainer | RFTTrainer | ILQLTrainer | SFTTrainer:
     if isinstance(run, PPORunConfig):
         return PPOTrainer(run, **inputs)
+    if isinstance(run, AsyncGRPORunConfig):
+        return AsyncGRPOTrainer(run, **inputs)
     if isinstance(run, GRPORunConfig):
         return GRPOTrainer(run, **inputs)
     if isinstance(run, RFTRunConfig):

@@ -17,7 +17,8 @@
     ├── ReferenceServerError    log-probs of the starting policy could not be had from its servers
     │   └── ReferenceUnavailableError  a server that holds it is away, or does not answer in time
     ├── CheckpointError         a checkpoint cannot be written or read
-    └── DistributedError        the ranks that run are not the ranks that were asked for
+    ├── DistributedError        the ranks that run are not the ranks that were asked for, or one hangs
+    └── StuckError              nothing of a run has moved within its deadline
 
 A message says what is wrong, where, and what to do about it. Command-line programs print it without a
 traceback and leave with code 1 (see `conch.cli.run_main`).
@@ -99,7 +100,11 @@ class CheckpointError(ConchError):
 
 
 class DistributedError(ConchError):
-    """The processes that run are not the processes that were asked for."""
+    """The processes that run are not the processes that were asked for, or one of them hangs."""
+
+
+class StuckError(ConchError):
+    """Nothing of an asynchronous run has moved within its deadline: something waits for ever."""
 
 
 def first_line(error: BaseException | str) -> str:

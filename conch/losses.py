@@ -87,12 +87,46 @@ def clipped_loss_terms(
     return torch.maximum(plain, clipped), clipped > plain
 
 
-def truncated_importance_weights(
-    logprobs: Float[Tensor, "B R"], sampling_logprobs: Float[Tensor, "B R"], most: float
+CorrectionLevel = Literal["token", "sequence", "geometric"]
+"""What an importance weight is of: one token, the whole response (the product over its tokens), or the
+response's token on average (the geometric mean)."""
+
+
+def importance_weights(
+    logprobs: Float[Tensor, "B R"],
+    sampling_logprobs: Float[Tensor, "B R"],
+    mask: Bool[Tensor, "B R"],
+    level: CorrectionLevel,
 ) -> Float[Tensor, "B R"]:
-    """Importance weights of the trainer's distribution against the sampler's, truncated at `most` (Ionides
-    2008, "Truncated Importance Sampling")."""
-    return clipped_log_ratio(logprobs, sampling_logprobs).exp().clamp(max=most)
+    """pi_old / pi_sampler of each token, before anything is cut; 1 where a response has no token.
+
+    Log-ratios of a token and of a product are kept within the bound of `clipped_log_ratio`, so that no weight
+    is infinite. The weight of a whole response stands at each of its columns.
+
+    logprobs: of the policy before its update, by the trainer.
+    sampling_logprobs: under which the tokens were drawn.
+    mask: True at response tokens.
+    """
+    zeros = torch.zeros_like(logprobs)
+    log_ratio = torch.where(mask, clipped_log_ratio(logprobs, sampling_logprobs), zeros)
+    if level == "token":
+        return log_ratio.exp()
+    total = log_ratio.sum(dim=1, keepdim=True)
+    if level == "geometric":
+        total = total / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return clipped_log_ratio(total, torch.zeros_like(total)).exp().expand_as(log_ratio)
+
+
+def truncate_weights(weights: Float[Tensor, "B R"], cap: float) -> Float[Tensor, "B R"]:
+    """Lower weights to `cap` where they exceed it: more bias, less variance (Ionides 2008,
+    "Truncated Importance Sampling")."""
+    return weights.clamp(max=cap)
+
+
+def mask_weights(weights: Float[Tensor, "B R"], low: float, high: float) -> Float[Tensor, "B R"]:
+    """Keep weights within [`low`, `high`] as they are and set all others to 0 (IcePop: Ling Team 2025,
+    arXiv:2510.18855, M(k) of its objective)."""
+    return torch.where((weights >= low) & (weights <= high), weights, torch.zeros_like(weights))
 
 
 def effective_sample_size(mean_weight: float, mean_square: float) -> float:

@@ -12,6 +12,7 @@ from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from conch.config import load
 from conch.models.ilql import ILQLPolicy
+from conch.trainers.async_grpo import AsyncGRPORunConfig, AsyncGRPOTrainer
 from conch.trainers.grpo import GRPORunConfig, GRPOTrainer
 from conch.trainers.ilql import ILQLRunConfig, ILQLTrainer
 from conch.trainers.ppo import PPORunConfig, PPOTrainer
@@ -105,10 +106,28 @@ def grpo_trainer(run_dir: Path, *, lm: PreTrainedModel | None = None, **settings
 
     settings: sections of the run config, `reward_fn`, `prompts`, `eval_prompts`, `metric_fn`.
     """
+    given = _grpo_inputs(settings, lm)
+    return GRPOTrainer(load(GRPORunConfig, _grpo_values(run_dir, settings)), **given)
+
+
+def async_grpo_trainer(
+    run_dir: Path, *, lm: PreTrainedModel | None = None, **settings: Any
+) -> AsyncGRPOTrainer:
+    """The same, asynchronous; `rollout` says where it samples."""
+    given = _grpo_inputs(settings, lm)
+    return AsyncGRPOTrainer(load(AsyncGRPORunConfig, _grpo_values(run_dir, settings)), **given)
+
+
+def _grpo_inputs(settings: dict[str, Any], lm: PreTrainedModel | None) -> dict[str, Any]:
+    """What is no setting, taken out of `settings`."""
     names = ("prompts", "eval_prompts", "metric_fn")
     given = {name: settings.pop(name) for name in names if name in settings}
     reward = settings.pop("reward_fn", vowels)
-    values = _merged(
+    return {"reward": reward, "prompts": PROMPTS, "tokenizer": TOKENIZER, "model": lm or policy(), **given}
+
+
+def _grpo_values(run_dir: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return _merged(
         {
             "model": {"architecture": {"model_type": "gpt2"}},
             "generation": {"max_new_tokens": 5, "chunk_size": 64},
@@ -116,10 +135,6 @@ def grpo_trainer(run_dir: Path, *, lm: PreTrainedModel | None = None, **settings
             "train": {**TRAIN, "total_steps": 4, "run_dir": run_dir},
         },
         settings,
-    )
-    return GRPOTrainer(
-        load(GRPORunConfig, values),
-        **{"reward": reward, "prompts": PROMPTS, "tokenizer": TOKENIZER, "model": lm or policy(), **given},
     )
 
 

@@ -48,7 +48,6 @@ from conch.losses import (
     effective_sample_size,
     policy_ratio,
     token_weights,
-    truncated_importance_weights,
 )
 from conch.models.forward import BatchPacker
 from conch.models.policy import Policy
@@ -57,18 +56,20 @@ from conch.training.dynamic_sampling import SampledGroups, sample_groups_with_sp
 from conch.training.kl import GRPOKLConfig, KLController, kl_before_update, kl_of_each, kl_penalties
 from conch.training.logprobs import LogprobOutputs, pack
 from conch.training.online import AnyReference, OnlineTrainer, run_online
+from conch.training.overlap.correction import CorrectionConfig, importance_metrics
 from conch.training.reward_shaping import RewardShaper, ShapingConfig, overlong_penalties
 from conch.training.setup import rows_of_rank, rows_per_process
 from conch.training.statistics import (
-    importance_weight_metrics,
+    NewestRollouts,
     log_rollouts,
+    newest_rollouts,
     policy_metrics,
     timer,
     update_with_statistics,
     updates_over,
     warn_of_logprob_diff,
 )
-from conch.types import Metrics, Prompt, RewardResult, Rollout, RolloutGroup
+from conch.types import Metrics, RewardResult, Rollout, RolloutGroup
 
 
 class GRPOConfig(Section):
@@ -104,9 +105,8 @@ class GRPOConfig(Section):
     """eps_high: how far it may rise; more than `clip_low` leaves room for rare tokens (DAPO takes 0.28).
     gspo's ratios are means over a response, and want 3e-4 and 4e-4 or so."""
 
-    importance_sampling_cap: float | None = Field(default=None, gt=0)
-    """Weigh each token by pi_old of the trainer over that of the sampler, at most this much: for samplers
-    with other kernels than the trainer's (truncated importance sampling; 2 is usual). None does not."""
+    correction: CorrectionConfig = CorrectionConfig()
+    """Weights that make up for a sampler with older weights or other kernels than the trainer's."""
 
     max_resamples: int = Field(default=0, ge=0)
     """Further rollouts per step, at most, that replace groups whose rewards are all alike by groups of other
@@ -129,9 +129,10 @@ class GRPOConfig(Section):
             )
         if self.advantage == "group_std" and self.loss == "dr_grpo":
             raise ValueError("`loss: dr_grpo` divides by no standard deviation: leave `advantage` out")
-        if self.importance_sampling_cap is not None and self.loss == "gspo":
+        if self.loss == "gspo" and self.correction.is_on and self.correction.level == "token":
             raise ValueError(
-                "`importance_sampling_cap` weighs each token, gspo a whole response: leave one of them out"
+                "`correction.level: token` weighs each token, `loss: gspo` knows whole responses only: take "
+                "`correction.level: geometric`, the ratio of gspo itself, or `sequence`"
             )
         self.kl.check_horizon(self.samples_per_step, "`prompts_per_step` * `group_size`")
         return self
@@ -157,9 +158,9 @@ class GRPORunConfig(OnlineRunConfig):
     def _settings_fit_each_other(self) -> GRPORunConfig:
         generation, grpo = self.generation, self.grpo
         grpo.kl.check_target(generation, "grpo")
-        if grpo.importance_sampling_cap is not None and generation.cuts:
+        if grpo.correction.is_on and generation.cuts:
             raise ValueError(
-                "`grpo.importance_sampling_cap` compares whole distributions, but `generation.top_k` or "
+                "`grpo.correction` compares whole distributions, but `generation.top_k` or "
                 "`top_p` cuts the sampler's: leave one of them out"
             )
         if grpo.overlong_buffer > generation.max_new_tokens:
@@ -172,13 +173,16 @@ class GRPORunConfig(OnlineRunConfig):
 
 @dataclass(frozen=True)
 class GRPOBatch:
-    """One step's samples, ready to train on. All [B, R] but `sequences` and `advantages` [B].
+    """One step's samples, ready to train on. All [B, R] but `sequences` and what is marked.
 
     loss_mask: True at response tokens of samples that have a reward.
     old_logprobs: of the policy that sampled; None where a step's one update finds them by itself.
     ref_logprobs: of the reference, where there is one.
+    advantages [B]: of samples against their group.
     correction: weights that make up for the sampler's distance from the trainer, where they are on.
     kl_coef: weight of the KL.
+    newest [B]: True at samples of the newest weights.
+    age: updates that the policy has seen since those.
     """
 
     sequences: Sequences
@@ -188,6 +192,8 @@ class GRPOBatch:
     advantages: Float[Tensor, " B"]
     correction: Float[Tensor, "B R"] | None
     kl_coef: float
+    newest: Bool[Tensor, " B"]
+    age: int
 
 
 class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
@@ -216,6 +222,10 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
         return self.policy
 
     @property
+    def samples_per_prompt(self) -> int:
+        return self.config.grpo.group_size
+
+    @property
     def updates_per_step(self) -> int:
         return self.config.grpo.epochs * self.config.grpo.minibatches
 
@@ -233,7 +243,7 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
         return (
             (reference is not None and (reference.needs_policy_forward or in_reward))
             or self.updates_per_step > 1
-            or grpo.importance_sampling_cap is not None
+            or grpo.correction.is_on
             or not self.config.model.disable_dropout
         )
 
@@ -248,7 +258,7 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
             rollouts, rewards, resamples = self._sample_groups(seconds)
         else:
             with timer(seconds, "time/rollout_s"):
-                rollouts = self.rollout(self.next_prompts(self._num_prompts))
+                rollouts = self.sample(self._num_prompts)
         with timer(seconds, "time/logprobs_s"):
             outputs = self.compute_logprobs(rollouts)
         if rewards is None:
@@ -267,18 +277,13 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
         metrics |= {"grpo/resamples": float(resamples), "time/tokens_per_s": speed}
         return {**metrics, **seconds, **outputs.waits}
 
-    def rollout(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        """Sample `group_size` completions per prompt, which stand together; each one's reward is requested as
-        soon as it has ended."""
-        return super().rollout([prompt for prompt in prompts for _ in range(self.config.grpo.group_size)])
-
     def _sample_groups(self, seconds: dict[str, float]) -> SampledGroups:
         """A step's groups, those without spread replaced."""
         config = self.config.grpo
 
         def sample() -> list[RolloutGroup]:
             with timer(seconds, "time/rollout_s"):
-                rollouts = self.rollout(self.next_prompts(self._num_prompts))
+                rollouts = self.sample(self._num_prompts)
             with timer(seconds, "time/score_s"):
                 return RolloutGroup.split(rollouts, self.score(rollouts), config.group_size)
 
@@ -311,12 +316,12 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
         kl_coef = self.kl_controller.coef
         totals, sizes = self._totals(rollouts, rewards, outputs, mask, kl_coef)
         advantages = group_advantages(totals, valid, config.group_size, config.advantage_kind, sizes)
-        correction, cap = None, config.importance_sampling_cap
-        if cap is not None:
-            assert outputs.logprobs is not None
-            correction = truncated_importance_weights(outputs.logprobs, sequences.sampling_logprobs, cap)
+        old, greatest = outputs.logprobs, self.collectives.all_reduce_max
+        correction = None if old is None else config.correction.weights(old, sequences)
+        newest = newest_rollouts(rollouts, self.policy_version, greatest, self.engine.device)
+        policies = (old, outputs.ref_logprobs)
         batch = GRPOBatch(
-            sequences, mask, outputs.logprobs, outputs.ref_logprobs, advantages, correction, kl_coef
+            sequences, mask, *policies, advantages, correction, kl_coef, newest.rows, newest.age
         )
         sampled = self.sampling_metrics(rollouts, rewards, sequences, self.shaper.objectives)
         return batch, {**sampled, **self._statistics(batch, outputs, valid)}
@@ -332,7 +337,9 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
             lambda rows: self._update_minibatch(take_rows(batch, rows)),
         )
         if batch.old_logprobs is None:
-            warn_of_logprob_diff(metrics["rollout/logprob_diff"], self.config.rollout.logprob_diff_alarm)
+            gap, share = metrics.pop("newest/logprob_diff"), metrics.pop("newest/share")
+            if share:
+                warn_of_logprob_diff(gap / share, self.config.rollout.logprob_diff_alarm, batch.age)
             metrics = self._adapt_kl_coef(metrics, batch.kl_coef)
         self.policy_version += 1
         return metrics
@@ -358,18 +365,19 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
 
     def _statistics(self, batch: GRPOBatch, outputs: LogprobOutputs, valid: Bool[Tensor, " B"]) -> Metrics:
         """Of advantages, distances and weights, over all ranks."""
-        config, reduce = self.config.grpo, self.collectives.all_reduce
+        config, ranks, cuts = self.config.grpo, self.collectives, self.config.generation.cuts
+        reduce, newest = ranks.all_reduce, NewestRollouts(batch.newest, batch.age)
         zero_std = ~(batch.advantages != 0).reshape(-1, config.group_size).any(dim=1)
         all_groups = torch.ones_like(zero_std)
         metrics = {
             "grpo/advantage_std": float(masked_mean(batch.advantages**2, valid, reduce)) ** 0.5,
             "grpo/frac_reward_zero_std": float(masked_mean(zero_std.float(), all_groups, reduce)),
-            **policy_metrics(outputs, reduce, self.config.rollout.logprob_diff_alarm),
+            **policy_metrics(outputs, reduce, self.config.rollout.logprob_diff_alarm, newest),
         }
         metrics = self._adapt_kl_coef(metrics, batch.kl_coef)
-        if batch.correction is not None and (cap := config.importance_sampling_cap) is not None:
-            mask = batch.sequences.response_mask
-            metrics |= importance_weight_metrics(batch.correction, cap, mask, reduce)
+        if outputs.logprobs is not None and not cuts:
+            of = (outputs.logprobs, batch.sequences, config.correction)
+            metrics |= importance_metrics(*of, reduce, ranks.all_reduce_max)
         return metrics
 
     def _adapt_kl_coef(self, metrics: Metrics, kl_coef: float) -> Metrics:
@@ -424,6 +432,9 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
             entropies = packed.unpack(entropy(logits.detach(), temperature))
             columns["policy/entropy"] = weighted_sum(entropies, shares)
             columns["rollout/logprob_diff"] = weighted_sum(gap, shares)
+            of_newest = shares * batch.newest.unsqueeze(1)
+            columns["newest/logprob_diff"] = weighted_sum(gap, of_newest)
+            columns["newest/share"] = weighted_sum(torch.ones_like(gap), of_newest)
             if batch.ref_logprobs is not None:
                 of_samples = kl_of_each(logprobs.detach(), batch.ref_logprobs, batch.sequences.response_mask)
                 columns["policy/kl"] = of_samples.sum() / config.samples_per_step

@@ -46,6 +46,7 @@ from conch.training.setup import rows_per_process, save_on_main, with_gathered_w
 from conch.training.statistics import (
     explained_variance,
     log_rollouts,
+    newest_rollouts,
     policy_metrics,
     timer,
     update_with_statistics,
@@ -180,7 +181,7 @@ class PPOTrainer(OnlineTrainer[PPORunConfig]):
         """One rollout with its updates."""
         seconds: dict[str, float] = {}
         with timer(seconds, "time/rollout_s"):
-            rollouts = self.rollout(self.next_prompts(self._rows))
+            rollouts = self.sample(self._rows)
         with timer(seconds, "time/logprobs_s"):
             outputs = self.compute_logprobs(rollouts)
         with timer(seconds, "time/score_s"):
@@ -218,9 +219,11 @@ class PPOTrainer(OnlineTrainer[PPORunConfig]):
         if config.whiten_rewards:
             per_token = whiten(per_token, mask, reduce, shift_mean=False)
         advantages, returns = gae(per_token, values, mask, config.gamma, config.lam)
+        greatest = self.collectives.all_reduce_max
+        newest = newest_rollouts(rollouts, self.policy_version, greatest, self.engine.device)
         metrics = {
             **self.sampling_metrics(rollouts, rewards, sequences, self.shaper.objectives),
-            **policy_metrics(outputs, reduce, self.config.rollout.logprob_diff_alarm),
+            **policy_metrics(outputs, reduce, self.config.rollout.logprob_diff_alarm, newest),
             "policy/kl_coef": kl_coef,
             "value/mean": float(masked_mean(values, mask, reduce)),
             "value/explained_variance": explained_variance(values, returns, mask, reduce),

@@ -11,6 +11,7 @@ the YAML leaves out: the section alone decides which keys exist.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -104,11 +105,12 @@ def load_run_config(
         if (arguments.config_name, arguments.config_dir) != (default_name, parser.get_default("config_dir")):
             shown = load(section, compose(arguments.config_name, (), arguments.config_dir))
         keys = "keys" if shown is None else f"keys, with the values of {arguments.config_name} as defaults"
-        print(f"{parser.format_help()}\n{keys}:\n{describe(section, shown)}")
+        text = f"{parser.format_help()}\n{keys}:\n{describe(section, shown)}\n"
         if _may_sweep(section):
             from conch.cli.sweeps import SweepConfig
 
-            print(f"\nkeys of --multirun:\n{describe(SweepConfig, prefix='sweep.')}")
+            text += f"\nkeys of --multirun:\n{describe(SweepConfig, prefix='sweep.')}\n"
+        _show(text)
         raise SystemExit(0)
     if getattr(arguments, "multirun", False):
         options = _file_options(arguments, default_name, parser.get_default("config_dir"))
@@ -121,14 +123,23 @@ def load_run_config(
     except ConfigError as error:
         if not arguments.print_config or arguments.overrides:
             raise
-        print(_incomplete(section, values, error), end="")
+        _show(_incomplete(section, values, error))
         raise SystemExit(0) from None
     if arguments.print_config:
-        print(to_yaml(config), end="")
+        _show(to_yaml(config))
         raise SystemExit(0)
     if check is not None:
         check(config)
     return config
+
+
+def _show(text: str) -> None:
+    """Print `text`; a reader that leaves before its end, as `head` does, is no error."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        # What is left in the buffer goes nowhere, else Python's own flush at the exit would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _file_options(arguments: argparse.Namespace, default_name: str, default_dir: Path) -> list[str]:

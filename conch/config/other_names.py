@@ -28,7 +28,8 @@ RENAMED: Mapping[str, str] = {
     "tensor_parallel": "tensor_parallel_size",
     "lora_rank": "max_lora_rank",
     "lora_modules": "lora_target_modules",
-    "grpo.sampler_correction": "grpo.importance_sampling_cap",
+    "grpo.sampler_correction": "grpo.correction.cap",
+    "grpo.importance_sampling_cap": "grpo.correction.cap",
     "grpo.max_draws": "grpo.max_resamples",
 }
 """Old name of a setting -> its present one; a rollout server's stand in no section."""
@@ -92,6 +93,13 @@ OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "gae_lambda": ("ppo.lam",),
     "num_generations": ("grpo.group_size", "rft.n_generations_per_prompt"),
     "loss_type": ("grpo.loss",),
+    "vllm_importance_sampling_mode": ("grpo.correction.kind",),
+    "vllm_importance_sampling_correction": ("grpo.correction.kind",),
+    "vllm_importance_sampling_cap": ("grpo.correction.cap",),
+    "vllm_importance_sampling_clip_max": ("grpo.correction.cap",),
+    "vllm_importance_sampling_clip_min": ("grpo.correction.low",),
+    "rollout_is": ("grpo.correction.level",),
+    "rollout_is_threshold": ("grpo.correction.cap",),
     "overlong_filter": ("grpo.overlong_buffer",),
 }
 """Last part of the other name -> full names of ours."""

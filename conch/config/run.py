@@ -51,6 +51,11 @@ class TrainConfig(Section):
     num_processes: int | None = Field(default=None, ge=1)
     """Processes this run must have; any other number is refused (some launchers silently start one)."""
 
+    collective_timeout_s: float = Field(default=1800.0, gt=0)
+    """Longest wait of a process for the others, in seconds, after which it ends with an error. Must exceed
+    what one may do while the rest wait: sample its share of a step (`rollout.deadline_s`), wait for rewards
+    (`reward.client.deadline_s`), load a model, write a checkpoint."""
+
     eval_every: int = Field(default=100, ge=0)
     """Evaluate every so many steps, and at the start and end; 0 never evaluates."""
 

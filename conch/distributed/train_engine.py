@@ -29,10 +29,11 @@ from accelerate.utils import (
     set_seed,
 )
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d as c10d
 from transformers import get_scheduler
 
 from conch.config import ModelConfig, OptimizerConfig, SchedulerConfig, TrainConfig
-from conch.distributed.collectives import Collectives, peer_loss_explained
+from conch.distributed.collectives import Collectives
 from conch.distributed.launch_settings import (
     check_environment,
     check_kind,
@@ -59,9 +60,6 @@ group: dropping it joins gloo's threads with the interpreter's lock held, and on
 tensor waits for that very lock, for ever."""
 
 _SETTLE_S = 0.5
-
-COLLECTIVE_TIMEOUT_S = 1800
-"""Longest a rank waits for the others: must exceed the slowest rank's rollout and any wait for rewards."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +92,8 @@ class TrainEngine:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # Naming a backend makes accelerate expect a process group: not for a single process.
         backend = "gloo" if not has_gpu and launched_processes() > 1 else None
-        process_group = InitProcessGroupKwargs(
-            backend=backend, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S)
-        )
+        timeout = timedelta(seconds=config.collective_timeout_s)
+        process_group = InitProcessGroupKwargs(backend=backend, timeout=timeout)
         check_environment()
         precision = wanted_precision(config)
         try:
@@ -112,7 +109,7 @@ class TrainEngine:
             )
         except ValueError as error:  # settings of the launcher or of a DeepSpeed file that exclude each other
             raise ConfigError(f"accelerate refuses its configuration: {first_line(error)}") from error
-        self.collectives = Collectives(self.accelerator)
+        self.collectives = Collectives(self.accelerator, config.collective_timeout_s)
         check_kind(self.accelerator.distributed_type)
         check_precision(self.accelerator, precision)
         self._take_over()
@@ -188,7 +185,9 @@ class TrainEngine:
             name, raw, num_warmup_steps=scheduler.warmup_updates, num_training_steps=total_updates
         )
         self._take_over()
-        self.module, self._optimizer = self.accelerator.prepare(module, raw)
+        with self.collectives.waiting("the preparation of training"):
+            self.module, self._optimizer = self.accelerator.prepare(module, raw)
+        self._give_deadline()
 
     def check_weights(self, config: ModelConfig) -> None:
         """Refuse weights that would be trained in half precision, before they are loaded; `prepare` asks all.
@@ -210,6 +209,12 @@ class TrainEngine:
             "in bfloat16), launch with DeepSpeed (configs/accelerate/zero2-bf16.yaml), or train an adapter "
             "(`model.peft_config`)"
         )
+
+    def _give_deadline(self) -> None:
+        """Give all process groups the deadline of the first: those that DeepSpeed makes have torch's own, 10
+        minutes over NCCL."""
+        for group in list(c10d._world.pg_map) if torch.distributed.is_initialized() else ():
+            c10d._set_pg_timeout(timedelta(seconds=self._config.collective_timeout_s), group)
 
     def _take_over(self) -> None:
         """Put this run's settings where accelerate and DeepSpeed will read them."""
@@ -235,13 +240,14 @@ class TrainEngine:
             # The last one is told here, not by accelerate's count of calls.
             self.accelerator.sync_gradients = is_last = number == steps
             apart = nullcontext() if is_last else self.accelerator.no_sync(self.module)
-            with peer_loss_explained(), apart:
+            with self.collectives.explained("a backward pass"), apart:
                 loss = loss_of(micro_batch)
                 total = total + at_least_float32(loss.detach())
                 self.accelerator.backward(loss * (steps * self.collectives.num_ranks))
-        with peer_loss_explained():
+        with self.collectives.waiting("an optimizer step"):  # on a GPU what is read waits for the gradients
             grad_norm, skipped = self._step()
-        return UpdateReport(float(self.collectives.all_reduce(total)), grad_norm, learning_rate, skipped)
+            loss_sum = float(self.collectives.all_reduce(total))
+        return UpdateReport(loss_sum, grad_norm, learning_rate, skipped)
 
     def _step(self) -> tuple[float, bool]:
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self._config.max_grad_norm)
@@ -276,7 +282,7 @@ class TrainEngine:
 
         self._is_whole = True
         try:
-            with peer_loss_explained(), deepspeed_zero3.whole(self.module):
+            with self.collectives.explained("a gathering of weights"), deepspeed_zero3.whole(self.module):
                 yield
         finally:
             self._is_whole = False
@@ -310,9 +316,13 @@ class TrainEngine:
 
         Raises:
             CheckpointError: it cannot be written.
+            DistributedError: another rank is gone or stuck.
         """
         try:
-            self.accelerator.save_state(str(folder))
+            with self.collectives.explained("the writing of a checkpoint"):
+                self.accelerator.save_state(str(folder))
+        except DistributedError:
+            raise
         except Exception as error:  # a full disk surfaces as OSError, RuntimeError or safetensors' own type
             raise CheckpointError(f"the training state in {folder} cannot be written: {error}") from error
 
@@ -323,12 +333,13 @@ class TrainEngine:
             CheckpointError: it is of another model, or cannot be read.
         """
         try:
-            self.accelerator.load_state(str(folder))
+            with self.collectives.explained("the reading of a checkpoint"):
+                self.accelerator.load_state(str(folder))
             # accelerate passes over a random state that it cannot restore.
             written = load(folder / f"random_states_{self.collectives.rank}.pkl")["torch_manual_seed"]
             if not torch.equal(torch.get_rng_state(), written):
                 raise CheckpointError(f"the random state in {folder} was not restored")
-        except CheckpointError:
+        except (CheckpointError, DistributedError):
             raise
         except Exception as error:
             reason = " ".join(str(error).split())[:400]
@@ -346,6 +357,7 @@ class TrainEngine:
 
     def close(self) -> None:
         """Leave the process group."""
+        self.collectives.close()
         if torch.distributed.is_initialized():
             _LEFT_GROUPS.append(torch.distributed.group.WORLD)
         self.accelerator.end_training()

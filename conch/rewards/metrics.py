@@ -21,13 +21,15 @@ class ScorerMetrics:
     def __init__(self, source: RewardSource) -> None:
         self.overlap = OverlapTimer()
         self._source = source
+        self._lock = threading.Lock()
         self._submits = 0
         self._last_stats = self.stats()
         self._server_times: Future[ServerTimes] | None = None
 
     def record_submit(self, future: Future[Any]) -> None:
-        """Count a request to the source, under way until `future` is done."""
-        self._submits += 1
+        """Count a request to the source, under way until `future` is done; from any thread."""
+        with self._lock:
+            self._submits += 1
         self.overlap.track(future)
 
     def stats(self) -> ClientStats:
@@ -88,7 +90,7 @@ def _percentile(ordered: Sequence[float], share: float) -> float:
 
 
 class OverlapTimer:
-    """Measures from one `read` to the next. `track` may be called in one thread, futures end in any.
+    """Measures from one `read` to the next. `track` may be called in any thread, futures end in any.
 
     Rewards are under way from a request to its reply; several at once count once, not several times.
     """

@@ -24,6 +24,14 @@ def _single_rank(value: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class RewardRequest:
+    """Rewards that were asked for ahead of the gather that they belong to: see `RewardScorer.request`."""
+
+    rollouts: list[Rollout]
+    future: Future[list[RewardResult]]
+
+
+@dataclass(frozen=True, slots=True)
 class _Submission:
     """One request to the source.
 
@@ -115,6 +123,30 @@ class RewardScorer:
 
             chunks = list(sampler.generate(prompts, greedy=greedy, on_finished=submit_finished))
         return [rollout for chunk in chunks for rollout in chunk]
+
+    @property
+    def batched(self) -> bool:
+        """Whether what is scored together matters; see `RewardSource.batched`."""
+        return self._source.batched
+
+    def request(self, rollouts: Sequence[Rollout]) -> RewardRequest:
+        """Request the rewards of finished rollouts ahead of the step that learns from them; from any thread.
+
+        No `gather` speaks of them before `adopt` was called.
+        """
+        return RewardRequest([*rollouts], self._submit_to_source([*rollouts]))
+
+    def adopt(self, requests: Iterable[tuple[Sequence[int], RewardRequest]]) -> None:
+        """Have the next `gather` wait for requests that were made ahead.
+
+        requests: each behind the positions of its rollouts among what is adopted here, which stands behind
+            what was submitted before.
+        """
+        first = self._submitted
+        for positions, request in requests:
+            self._submitted += len(positions)
+            placed = [first + position for position in positions]
+            self._pending.append(_Submission(placed, request.rollouts, request.future))
 
     def gather(self) -> list[RewardResult]:
         """Wait for the results of all that was submitted since the last gather, in its order.

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from fastapi import HTTPException
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from conch.errors import RolloutError, RolloutUnavailableError, first_line
@@ -34,6 +38,9 @@ from conch.servers.listening import BAD_REQUEST, STALE_WEIGHTS, UNAVAILABLE, mak
 
 _log = get_logger(__name__)
 
+Refused = HTTPException
+"""What a request is refused by, over whatever transport; has `status_code` and `detail`."""
+
 
 @runtime_checkable
 class Sampler(Protocol):
@@ -47,6 +54,7 @@ class Sampler(Protocol):
     device: `cpu` or `cuda`.
     lora: adapters that it takes; None for none.
     vocabulary: tokens that the model knows; 0 where it does not tell.
+    busy_s: seconds in which at least one completion was under way.
     """
 
     @property
@@ -65,17 +73,58 @@ class Sampler(Protocol):
     def lora(self) -> LoraCapacity | None: ...
     @property
     def vocabulary(self) -> int: ...
+    @property
+    def busy_s(self) -> float: ...
 
-    async def load(self, update: WeightUpdate) -> None:
-        """Load new weights once all completions under way have ended."""
+    async def load(self, update: WeightUpdate, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Load new weights.
+
+        Completions of exact requests that came before are sampled first. Of requests for these weights or
+        later ones (`or_later`) only completions that are under way go before, and with `update.goes_on` not
+        even those: they go on with the new weights, where the sampler can.
+
+        tensors: the weights of an update that is `handed` over, by their names; only read.
+        """
         ...
 
     def completions(self, request: GenerateRequest, version: int) -> AsyncIterator[CompletionReply]:
         """Yield completions as they end. Sampling stops once they are no longer read.
 
-        version: of the weights that are loaded.
+        version: of the weights that are loaded; those of an exact request.
         """
         ...
+
+
+class BusyClock:
+    """Adds up the seconds in which something is under way, in however many threads and tasks."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._under_way = 0
+        self._total_s = self._changed_s = 0.0
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """What runs inside is under way."""
+        self._change(1)
+        try:
+            yield
+        finally:
+            self._change(-1)
+
+    @property
+    def seconds(self) -> float:
+        """The sum until now."""
+        return self._change(0)
+
+    def _change(self, count: int) -> float:
+        with self._lock:
+            now = time.monotonic()
+            if self._under_way:
+                self._total_s += now - self._changed_s
+            self._changed_s = now
+            self._under_way += count
+            return self._total_s
 
 
 class RolloutServer:
@@ -94,6 +143,8 @@ class RolloutServer:
         self._weights: WeightVersion | None = None
         self._base: str | None = None
         self._update_lock = asyncio.Lock()
+        self._weights_changed = asyncio.Condition()
+        self._started_s = time.monotonic()
 
     async def health(self) -> Health:
         """State of this server.
@@ -113,18 +164,23 @@ class RolloutServer:
             device=sampler.device,
             lora=sampler.lora,
             base=self._base,
+            busy_s=sampler.busy_s,
+            clock_s=time.monotonic() - self._started_s,
         )
 
-    async def update_weights(self, update: WeightUpdate) -> Health:
-        """Load new weights once all completions under way have ended. Until they are loaded the server holds
-        none.
+    async def update_weights(
+        self, update: WeightUpdate, tensors: Mapping[str, Tensor] | None = None
+    ) -> Health:
+        """Load new weights, as `Sampler.load` says. Until they are loaded the server holds none.
+
+        tensors: the weights of an update that is `handed` over, by their names; only read.
 
         Raises:
             HTTPException: 400 for what can never be loaded, 409 for an adapter without its base; 503 where
                 loading failed.
         """
         async with self._update_lock:
-            self._check_update(update)
+            self._check_update(update, tensors)
             self._weights = None
             if update.part != "adapter":
                 self._base = None
@@ -132,8 +188,8 @@ class RolloutServer:
                 # The file that was checked, whatever a link on the way to it may say by now.
                 update = update.model_copy(update={"path": str(Path(update.path).resolve())})
             try:
-                await self.sampler.load(update)
-                self._record(update)
+                await self.sampler.load(update, tensors)
+                await self._record(update)
             except Exception as error:
                 if isinstance(error, RolloutError) and not isinstance(error, RolloutUnavailableError):
                     raise HTTPException(BAD_REQUEST, f"weights cannot be loaded: {error}") from error
@@ -141,7 +197,13 @@ class RolloutServer:
                 raise HTTPException(UNAVAILABLE, f"weights were not loaded: {first_line(error)}") from error
         return await self.health()
 
-    def _check_update(self, update: WeightUpdate) -> None:
+    def _check_update(self, update: WeightUpdate, tensors: Mapping[str, Tensor] | None) -> None:
+        if update.handed and tensors is None:
+            raise HTTPException(
+                BAD_REQUEST,
+                "weights that are `handed` over come with a call in this process, none came: send a `path`, "
+                "or broadcast them",
+            )
         if update.part != "whole" and self.sampler.lora is None:
             raise HTTPException(BAD_REQUEST, "this server takes no adapters: start it with `max_lora_rank`")
         if update.part == "adapter" and update.weights.source != self._base:
@@ -149,30 +211,46 @@ class RolloutServer:
         if update.path is not None:
             _check_file(Path(update.path), self._weights_dir)
 
-    def _record(self, update: WeightUpdate) -> None:
-        """Record what the sampler holds after an update."""
+    async def _record(self, update: WeightUpdate) -> None:
+        """Record what the sampler holds after an update, and let the requests go on that wait for it."""
         if update.part == "base":
             self._base = update.weights.source
             return
-        self._weights = update.weights
+        async with self._weights_changed:
+            self._weights = update.weights
+            self._weights_changed.notify_all()
+
+    def _may_come(self, request: GenerateRequest) -> bool:
+        """True where the weights that are asked for are not here, and may be after the next update."""
+        if not request.or_later:
+            return False
+        here, wanted = self._weights, request.weights
+        return here is None or (here.source == wanted.source and here.version < wanted.version)
+
+    def _check_weights(self, request: GenerateRequest) -> None:
+        here, wanted = self._weights, request.weights
+        if here == wanted or (
+            request.or_later
+            and here is not None
+            and here.source == wanted.source
+            and here.version >= wanted.version
+        ):
+            return
+        present = "no weights" if here is None else f"those of {here.version} of {here.source}"
+        later = " or later" if request.or_later else ""
+        raise HTTPException(
+            STALE_WEIGHTS,
+            f"version {wanted.version}{later} of {wanted.source} was asked for, {present} are here",
+        )
 
     def check(self, request: GenerateRequest) -> None:
-        """Refuse a request that cannot be sampled as it is.
+        """Refuse a request that cannot be sampled as it is, now or (`or_later`) once newer weights are here.
 
         Raises:
             HTTPException: 409 for other weights, 400 for another eos token or a prompt that is too long.
         """
-        if request.weights != self._weights:
-            present = (
-                "no weights"
-                if self._weights is None
-                else f"those of {self._weights.version} of {self._weights.source}"
-            )
-            raise HTTPException(
-                STALE_WEIGHTS,
-                f"version {request.weights.version} of {request.weights.source} was asked for, {present} are "
-                "here",
-            )
+        if not self._may_come(request):
+            self._check_weights(request)
         if request.eos_id != self._eos_id:
             raise HTTPException(
                 BAD_REQUEST,
@@ -205,8 +283,19 @@ class RolloutServer:
     async def completion_lines(self, request: GenerateRequest) -> AsyncIterator[str]:
         """Yield a line for each completion, as it ends, and where one fails a last line that says why.
 
-        Sampling stops once the lines are no longer read.
+        Waits first for weights that may come (`GenerateRequest.or_later`), for as long as the lines are
+        read. Waiting and sampling stop once they are no longer read.
+
+        request: one that `check` let pass.
         """
+        try:
+            async with self._weights_changed:
+                await self._weights_changed.wait_for(lambda: not self._may_come(request))
+            # What was here for `check` may be gone. From now on until the sampler has it, nothing else runs.
+            self._check_weights(request)
+        except HTTPException as refusal:
+            yield Failure(detail=refusal.detail).model_dump_json() + "\n"
+            return
         assert self._weights is not None
         replies = self.sampler.completions(request, self._weights.version)
         try:

@@ -114,10 +114,11 @@ class SharedFile:
         file = self._folder / f"{version}.safetensors"
         with self._lock:
             if self._version != version:
+                contents = tensors()  # first: where they may be read no more, the file that is there stays
                 try:
                     self._folder.mkdir(mode=0o700, exist_ok=True)  # others on this machine may not read
                     self._delete_files()
-                    save_file({name: tensor.contiguous() for name, tensor in tensors().items()}, file)
+                    save_file({name: tensor.contiguous() for name, tensor in contents.items()}, file)
                 except (OSError, SafetensorError) as error:
                     raise RolloutError(
                         f"the weights cannot be written to {self._folder}: {error}; make room there, or set "
@@ -259,6 +260,10 @@ class WeightSource:
                         "samplers get the policy's weights whole, with the adapter merged in: %s", reason
                     )
             return self._reasons[capacity] is None
+
+    def base_stays(self) -> bool:
+        """True where the weights that an adapter adds to stay in their place, whole, for the whole run."""
+        return not any(hasattr(parameter, "ds_shape") for parameter in self._lm().parameters())
 
     def tensors(self, part: Part) -> dict[str, Tensor]:
         """Names and weights as `conch.rollouts.vllm.worker` loads them. ZeRO-3 must have gathered them."""

@@ -5,6 +5,7 @@ A checkpoint is a folder `checkpoints/step_N`:
     config.json, model.safetensors, ...   the Hugging Face folder, which `from_pretrained` loads, or an
                                           adapter's: adapter_config.json, adapter_model.safetensors
     state/                                weights, optimizer and random states, as accelerate writes them
+    state/rank_R.json                     what rank R alone has to go on with, where it has anything
     trainer_state.json                    step, data position, controllers, configuration, versions
     files.json                            size and CRC-32 of every file: what `verify` checks
 """
@@ -39,6 +40,7 @@ _log = get_logger(__name__)
 
 STATE_FOLDER = "state"
 STATE_FILE = "trainer_state.json"
+_RANK_FILE = "rank_{}.json"
 FILES_FILE = "files.json"
 BEST_LINK = "best"
 CHECKPOINTS = "checkpoints"
@@ -190,6 +192,33 @@ def seal(partial: Path, folder: Path, state: Mapping[str, Any]) -> None:
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"the checkpoint {folder} cannot be written: {error}") from error
+
+
+def save_rank_state(folder: Path, rank: int, state: Mapping[str, Any]) -> None:
+    """Write what one rank alone has to go on with into a checkpoint that is being written; {} writes nothing.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    if not state:
+        return
+    try:
+        (folder / STATE_FOLDER / _RANK_FILE.format(rank)).write_text(json.dumps(state))
+    except OSError as error:
+        raise CheckpointError(f"the state of rank {rank} in {folder} cannot be written: {error}") from error
+
+
+def read_rank_state(folder: Path, rank: int) -> dict[str, Any]:
+    """Read what `save_rank_state` wrote into a checkpoint; {} where it wrote nothing.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    file = folder / STATE_FOLDER / _RANK_FILE.format(rank)
+    try:
+        return json.loads(file.read_text()) if file.exists() else {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

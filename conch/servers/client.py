@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TypeVar
 
 import httpx2
@@ -74,6 +75,7 @@ class HttpClient:
             # A proxy set for the internet does not lead to a machine of one's own cluster.
             trust_env=False,
         )
+        self._streamed: set[socket.socket] = set()
 
     def ask(self, method: str, path: str, **settings: Any) -> httpx2.Response:
         """A whole answer, status 200.
@@ -106,7 +108,12 @@ class HttpClient:
             if reply.status_code != httpx2.codes.OK:
                 reply.read()
                 self._raise_refusal(reply)
-            yield from reply.iter_lines()
+            connection = reply.extensions["network_stream"].get_extra_info("socket")
+            self._streamed.add(connection)
+            try:
+                yield from reply.iter_lines()
+            finally:
+                self._streamed.discard(connection)
 
     def parse(self, message: type[MessageT], values: Any) -> MessageT:
         """A message of the server's.
@@ -177,7 +184,10 @@ class HttpClient:
         }
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections; who waits for lines in another thread gets an error."""
+        for connection in [*self._streamed]:
+            with suppress(OSError):  # the server has hung up just now
+                connection.shutdown(socket.SHUT_RDWR)  # to close it would leave the other thread waiting
         self._http.close()
 
 

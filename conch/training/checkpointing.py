@@ -25,6 +25,7 @@ from conch.runs.checkpoint import (
     delete_checkpoint,
     link_best,
     partial_of,
+    save_rank_state,
     seal,
     steps_of,
 )
@@ -73,6 +74,14 @@ class Trainer(Protocol):
         ...
 
 
+class RankState(Protocol):
+    """Something of one rank's own that a resumed run takes up."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        ...
+
+
 @dataclass
 class Run:
     """Progress of a run.
@@ -84,6 +93,8 @@ class Run:
     measured: metrics of the last step while its evaluation is under way, {} before the first step, else None.
     saved: step of the latest checkpoint.
     continued: True for a resumed run.
+    own: what a rank has of its own to go on with, beside what is the same on all ranks; None where nothing
+        is.
     on_saved: called on the main process with the folder of each checkpoint, once that is whole and those are
         deleted that nothing asks for any more. A CheckpointError of its own ends the run.
     """
@@ -96,6 +107,7 @@ class Run:
     measured: Metrics | None = None
     saved: int | None = None
     continued: bool = False
+    own: RankState | None = None
     on_saved: Callable[[Path], object] | None = None
 
     def note(self, step: int, metric: str, value: float) -> bool:
@@ -123,6 +135,7 @@ class StepStart:
 
     random: RandomState
     trainer: dict[str, Any]
+    own: dict[str, Any]
 
 
 class RunOutageHooks:
@@ -139,7 +152,9 @@ class RunOutageHooks:
     def begin(self) -> None:
         """A step or an evaluation begins: `save` will go back to here."""
         if self._trainer.scorer is not None and self._trainer.config.reward.failure.policy == "wait":
-            self._begun = StepStart(RandomState.capture(), self._trainer.state_dict())
+            trainer = self._trainer
+            own = trainer.run.own.state_dict() if trainer.run.own is not None else {}
+            self._begun = StepStart(RandomState.capture(), trainer.state_dict(), own)
 
     def save(self) -> None:
         """Save what stood at the last `begin`, unless a checkpoint of just that is there."""
@@ -214,6 +229,9 @@ def save_checkpoint(trainer: Trainer, begun: StepStart | None = None) -> Path:
     trainer.save_pretrained(partial)
     with begun.random.restored() if begun else nullcontext():
         ranks.run_on_all_ranks(lambda: engine.save_state(partial / STATE_FOLDER))
+    if run.own is not None:
+        own = begun.own if begun else run.own.state_dict()
+        ranks.run_on_all_ranks(lambda: save_rank_state(partial, ranks.rank, own))
     state = {
         "step": run.step,
         "algorithm": type(trainer.config).__name__,

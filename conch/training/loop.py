@@ -50,6 +50,7 @@ def fit(trainer: Trainer, name: str) -> Path:
     run, train = trainer.run, trainer.config.train
     if trainer.engine.collectives.is_main:
         save_resolved(trainer.config, run.folder / "config.yaml")
+    trainer.engine.collectives.watch(run.folder)
     _log.info("run folder: %s", run.folder)
     tracker = Tracker(
         run.folder,

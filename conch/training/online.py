@@ -2,7 +2,7 @@
 
 An algorithm writes `setup`, `step` and what is its own; a step reads as
 
-    rollouts = self.rollout(self.next_prompts(n))      rewards are requested as completions end
+    rollouts = self.sample(n)                          rewards are requested as completions end
     outputs = self.compute_logprobs(rollouts)          while the last rewards are under way
     rewards = self.score(rollouts)                     waits; all ranks agree on failures
     batch, metrics = self.make_batch(rollouts, rewards, outputs)
@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -50,6 +50,7 @@ from conch.training.resume import start_run
 from conch.training.reward_shaping import agreed_facts
 from conch.training.served_reference import open_reference
 from conch.training.setup import (
+    check_deadlines,
     check_prompts,
     check_vocabulary,
     load_policy,
@@ -62,6 +63,10 @@ from conch.training.setup import (
 )
 from conch.training.statistics import fact_metrics, reward_metrics, rollout_metrics
 from conch.types import Metrics, Prompt, RewardResult, Rollout
+
+if TYPE_CHECKING:
+    from conch.rollouts.remote.stream import GroupStream
+    from conch.training.overlap.sampling import Overlap
 
 _log = get_logger(__name__)
 
@@ -132,6 +137,7 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         self.config = config
         self.engine = engine = TrainEngine(config.train)
         self.collectives = self.engine.collectives
+        check_deadlines(config, self.collectives.num_ranks)
         if model is None:
             engine.check_weights(config.model)
         prompts = listed(prompts, "prompts", config.data)
@@ -151,6 +157,7 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         self.policy_version = 0
         self.digest = digest_of(prompts)
         self.plan_batches()
+        self.overlap = self.make_overlap()
         self.stateful: dict[str, Stateful] = {"stream": self.stream}
         freeze_layers(lm, config.model)
         lm.to(engine.device)  # pyright: ignore[reportArgumentType]
@@ -179,6 +186,8 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         )
         self.run = start_run(self, self.checkpointed)
         self.run_dir = self.run.folder
+        if self.overlap is not None:
+            self.collectives.run_on_all_ranks(self.overlap.take_up_run)
 
     # ---------------------------------------------------------------------- what an algorithm says of itself
 
@@ -220,6 +229,16 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
             return build_reference(self.lm, config.model.num_layers_unfrozen)
         return open_reference(config.reference, config.model, self.engine, self.lm, self.packer)
 
+    @property
+    def samples_per_prompt(self) -> int:
+        """Completions of a prompt in one step."""
+        return 1
+
+    def make_overlap(self) -> Overlap | None:
+        """What samples while this trains, made once prompts and data position are there; None samples and
+        trains in turn."""
+        return None
+
     @abstractmethod
     def step(self) -> Metrics:
         """One step of training."""
@@ -235,18 +254,33 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         """The next prompts of this rank's share of the data."""
         return [self.prompts[row] for row in self.stream.draw(number)]
 
+    def sample(self, number: int) -> list[Rollout]:
+        """Completions of the next `number` prompts, those of a prompt together; their rewards are under way.
+
+        Of the present policy, or with `overlap` the oldest that were sampled ahead.
+        """
+        if self.overlap is not None:
+            return self.overlap.sample(number)
+        return self.rollout(self.next_prompts(number))
+
     @with_gathered_weights
     def rollout(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        """Sample a completion per prompt; each one's reward is requested as soon as it has ended."""
-        return self.scorer.submit_each(self.sampler, prompts)
+        """Sample `samples_per_prompt` completions per prompt, which stand together; each one's reward is
+        requested as soon as it has ended."""
+        repeated = [prompt for prompt in prompts for _ in range(self.samples_per_prompt)]
+        return self.scorer.submit_each(self.sampler, repeated)
+
+    def engine_stream(self, **settings: Any) -> GroupStream:
+        """A stream over the samplers of `rollout`; see `RolloutEngineFactory.stream`."""
+        return self._make_sampler.stream(self.config.generation, **settings)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[RewardResult]:
-        """Wait for the rewards of what `rollout` returned last.
+        """Wait for the rewards of what `sample` or `rollout` returned last.
 
         Raises:
             RewardError, ConfigError: on all ranks together; see `RewardScorer.gather`.
         """
-        results = self.scorer.gather()
+        results = self.scorer.gather() if self.overlap is None else self.overlap.score()
         assert len(results) == len(rollouts), "score() speaks of the last rollout() only"
         return results
 
@@ -266,7 +300,7 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
             **self.scorer.metrics(),
             **reward_metrics(rewards, self.config.reward.weights, objectives, reduce),
             **self.fact_metrics(rewards),
-            **rollout_metrics(rollouts, sequences, reduce),
+            **rollout_metrics(rollouts, sequences, reduce, self.collectives.all_reduce_max),
         }
 
     def fact_metrics(self, rewards: Sequence[RewardResult]) -> Metrics:
@@ -322,7 +356,11 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         gives (greedy ones, or of a cut distribution).
         """
         extra = None if self.reference is None else self._kl_of_evaluation
-        return self.evaluator.run(tracker, step, repeats=repeats, extra=extra)
+        if self.overlap is None:
+            return self.evaluator.run(tracker, step, repeats=repeats, extra=extra)
+        with self.overlap.progress.paused("evaluation"):
+            self.overlap.prepare_evaluation()
+            return self.evaluator.run(tracker, step, repeats=repeats, extra=extra)
 
     def _kl_of_evaluation(self, rollouts: Sequence[Rollout], variant: Variant[Any]) -> Metrics:
         if variant.greedy or variant.generation.cuts:
@@ -355,6 +393,8 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
 
     def close(self) -> None:
         """Stop the reward client and the sampler, leave the reference servers and the process group."""
+        if self.overlap is not None:
+            self.overlap.close()
         self.source.close()
         self.evaluator.close()
         if isinstance(self.reference, RemoteReference):

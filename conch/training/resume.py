@@ -30,7 +30,8 @@ _log = get_logger(__name__)
 _FREE_KEYS = (
     *("train.resume", "train.run_dir", "train.output_dir", "train.total_steps", "train.num_processes"),
     *("train.eval_every", "train.eval_repeats", "train.save_every", "train.keep_last"),
-    *("train.best_metric", "train.early_stopping", "tracking."),
+    *("train.best_metric", "train.early_stopping", "train.collective_timeout_s", "tracking."),
+    *("asynchronous.deadline_s", "rollout.ray."),
     *("reward.url", "reward.members.", "reward.record", "reward.replay", "reward.auth.headers_env"),
     *("reward.client.connect_timeout_s", "reward.client.request_timeout_s", "reward.client.deadline_s"),
     *("reward.client.timeout_per_1k_tokens_s", "reward.client.max_in_flight"),

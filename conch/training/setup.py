@@ -67,6 +67,25 @@ def with_gathered_weights(verb: VerbT) -> VerbT:
     return whole  # pyright: ignore[reportReturnType]  the same signature
 
 
+def check_deadlines(config: OnlineRunConfig, num_ranks: int) -> None:
+    """Check that no rank gives up the others before one of them may give up what it waits for itself.
+
+    Raises:
+        ConfigError: `train.collective_timeout_s` is too short.
+    """
+    waits = {
+        "rollout.deadline_s": config.rollout.deadline_s,
+        "reward.client.deadline_s": config.reward.client.deadline_s,
+        "reference.deadline_s": config.reference.deadline_s,
+    }
+    name = max(waits, key=waits.__getitem__)
+    if num_ranks > 1 and config.train.collective_timeout_s <= waits[name]:
+        raise ConfigError(
+            f"`train.collective_timeout_s` = {config.train.collective_timeout_s:g} must exceed `{name}` = "
+            f"{waits[name]:g}: while one process waits that long, the {num_ranks - 1} others wait for it"
+        )
+
+
 def load_policy(model: PreTrainedModel | None, config: ModelConfig, precision: str) -> PreTrainedModel:
     """The model that a user passed, with dropout and kernels as the config says, or the one that it names.
 

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,7 +18,6 @@ from conch.distributed.collectives import Collectives
 from conch.distributed.train_engine import TrainEngine, UpdateReport
 from conch.evaluation.metrics import mean_of_finite
 from conch.log import get_logger
-from conch.losses import effective_sample_size
 from conch.ops import Reduce, masked_mean
 from conch.rewards.replay import facts_in_json
 from conch.rewards.scorer import total_reward
@@ -62,75 +62,126 @@ def _spread(values: Sequence[float], reduce: Reduce) -> Metrics:
     return {"reward/mean": mean, "reward/std": variance**0.5, "reward/failed_fraction": 1 - share}
 
 
-def rollout_metrics(rollouts: Sequence[Rollout], sequences: Sequences, reduce: Reduce) -> Metrics:
-    """Lengths, and the share cut by the limit."""
+def rollout_metrics(
+    rollouts: Sequence[Rollout], sequences: Sequences, reduce: Reduce, greatest: Reduce
+) -> Metrics:
+    """Lengths, and the share cut by the limit.
+
+    greatest: takes the maximum over all ranks.
+    """
     mask = sequences.response_mask
     reasons = [rollout.completion.finish_reason for rollout in rollouts]
     cut = torch.tensor([reason == "length" for reason in reasons], device=mask.device)
-    everyone = torch.ones_like(cut)
+    everyone, lengths = torch.ones_like(cut), mask.sum(dim=1)
     return {
-        "rollout/length_mean": float(masked_mean(mask.sum(dim=1).float(), everyone, reduce)),
+        "rollout/length_mean": float(masked_mean(lengths.float(), everyone, reduce)),
+        "rollout/length_max": float(greatest(lengths.max())),
         "rollout/truncated_fraction": float(masked_mean(cut.float(), everyone, reduce)),
     }
 
 
+@dataclass(frozen=True)
+class NewestRollouts:
+    """Those of a step that the newest weights sampled: by them the sampler is held against the trainer, for
+    the others' log-probs differ by what the policy has learned since.
+
+    A rollout is as old as its first token: where weights changed under way, later tokens were sampled by the
+    new ones from keys and values of the old.
+
+    rows: True at the newest, of this rank; False everywhere where another rank has newer ones.
+    age: updates that the policy has seen since it sampled them; 0 in synchronous training.
+    """
+
+    rows: Bool[Tensor, " B"]
+    age: int
+
+
+def newest_rollouts(
+    rollouts: Sequence[Rollout], version: int, greatest: Reduce, device: torch.device
+) -> NewestRollouts:
+    """Find the newest rollouts over all ranks.
+
+    version: updates that the policy has seen.
+    greatest: takes the maximum over all ranks.
+    """
+    versions = torch.tensor([rollout.policy_version for rollout in rollouts], device=device)
+    newest = greatest(versions.max())
+    return NewestRollouts(versions == newest, max(0, version - int(newest)))
+
+
 def logprob_diff(
-    logprobs: Float[Tensor, "B R"], sequences: Sequences, reduce: Reduce, alarm: float | None = None
+    logprobs: Float[Tensor, "B R"],
+    sequences: Sequences,
+    reduce: Reduce,
+    alarm: float | None = None,
+    newest: NewestRollouts | None = None,
 ) -> float:
     """Distance of the sampler's log-probs from the trainer's: mean of absolute differences, nats a token.
 
     alarm: see `warn_of_logprob_diff`.
+    newest: rollouts that the alarm goes by; None for all, sampled by the present policy.
     """
-    distance = (logprobs - sequences.sampling_logprobs).abs()
-    gap = float(masked_mean(distance, sequences.response_mask, reduce))
-    warn_of_logprob_diff(gap, alarm)
+    distance, mask = (logprobs - sequences.sampling_logprobs).abs(), sequences.response_mask
+    gap = float(masked_mean(distance, mask, reduce))
+    if newest is None:
+        warn_of_logprob_diff(gap, alarm)
+    else:
+        of_newest = float(masked_mean(distance, mask & newest.rows.unsqueeze(1), reduce))
+        warn_of_logprob_diff(of_newest, alarm, newest.age)
     return gap
 
 
-def policy_metrics(outputs: LogprobOutputs, reduce: Reduce, alarm: float | None = None) -> Metrics:
+def policy_metrics(
+    outputs: LogprobOutputs,
+    reduce: Reduce,
+    alarm: float | None = None,
+    newest: NewestRollouts | None = None,
+) -> Metrics:
     """Entropy, distance from the sampler and, where there is a reference, KL to it; {} without log-probs.
 
-    alarm: see `warn_of_logprob_diff`.
+    alarm, newest: see `logprob_diff`.
     """
     if outputs.logprobs is None or outputs.entropy is None:
         return {}
     mask = outputs.sequences.response_mask
     metrics = {
         "policy/entropy": float(masked_mean(outputs.entropy, mask, reduce)),
-        "rollout/logprob_diff": logprob_diff(outputs.logprobs, outputs.sequences, reduce, alarm),
+        "rollout/logprob_diff": logprob_diff(outputs.logprobs, outputs.sequences, reduce, alarm, newest),
     }
     if outputs.ref_logprobs is not None:
         metrics["policy/kl"] = mean_kl(outputs.logprobs, outputs.ref_logprobs, mask, reduce)
     return metrics
 
 
-def warn_of_logprob_diff(gap: float, alarm: float | None) -> None:
-    """Write a warning where `logprob_diff` is above `alarm`, in nats a token."""
-    if alarm is not None and gap > alarm:
+def warn_of_logprob_diff(gap: float, alarm: float | None, age: int = 0) -> None:
+    """Write a warning where the distance of the newest rollouts is above `alarm`, in nats a token.
+
+    age: updates that the policy has seen since it sampled them.
+    """
+    if alarm is None or gap <= alarm:
+        return
+    causes = "another precision, stale weights, or a cut by `generation.top_k` or `top_p`"
+    if not age:
         _log.warning(
             "the sampler's log-probs are %.3g nats a token from the trainer's, above "
             "`rollout.logprob_diff_alarm` = %g: what is trained on was sampled from another distribution "
-            "(another precision, stale weights, or a cut by `generation.top_k` or `top_p`)",
+            "(%s)",
             gap,
             alarm,
+            causes,
         )
-
-
-def importance_weight_metrics(
-    weights: Float[Tensor, "B R"], cap: float, mask: Bool[Tensor, "B R"], reduce: Reduce
-) -> Metrics:
-    """Mean, share at `cap` and effective sample size of truncated importance weights over all ranks.
-
-    mask: True at response tokens.
-    """
-    mean, square = (float(masked_mean(values, mask, reduce)) for values in (weights, weights**2))
-    return {
-        "rollout/importance_ratio_mean": mean,
-        "rollout/importance_ratio_capped_fraction": float(
-            masked_mean((weights >= cap).float(), mask, reduce)
-        ),
-        "rollout/effective_sample_size": effective_sample_size(mean, square),
-    }
+        return
+    _log.warning(
+        "the sampler's log-probs are %.3g nats a token from the trainer's, above "
+        "`rollout.logprob_diff_alarm` = %g: the newest samples of this step are %d %s old, in which the "
+        "policy moved that far, or the sampler computes otherwise (%s); a step on samples of the present "
+        "policy, as the first of a run is, warns in the second case only",
+        gap,
+        alarm,
+        age,
+        "update" if age == 1 else "updates",
+        causes,
+    )
 
 
 def log_rollouts(

@@ -1,7 +1,8 @@
 """Which devices train, sample and hold the reference.
 
 `num_devices` allots devices that nobody else has, to training first, then to sampling, then to the reference;
-`devices` names them by hand. Who is given none works where the model is trained.
+`devices` names them by hand. Who is given none works where the model is trained, except for sampling that
+goes on meanwhile: it takes a device of its own.
 """
 
 from __future__ import annotations
@@ -73,12 +74,15 @@ class DevicePlan:
         return ["devices", *rows]
 
 
-def plan_devices(wishes: Mapping[str, Wish], *, has_reference: bool, num_gpus: int) -> DevicePlan:
+def plan_devices(
+    wishes: Mapping[str, Wish], *, has_reference: bool, num_gpus: int, overlaps: bool = False
+) -> DevicePlan:
     """Allot devices.
 
     wishes: section -> what it asks for.
     has_reference: False leaves the reference out, whatever it asks for.
     num_gpus: GPUs that this program may use; with 0, devices are simulated, as many as are asked for.
+    overlaps: sampling goes on while the model is trained, and takes one device where it asks for none.
 
     Raises:
         ConfigError: a device is asked for twice, or there are too few; with the arithmetic.
@@ -86,8 +90,15 @@ def plan_devices(wishes: Mapping[str, Wish], *, has_reference: bool, num_gpus: i
     asked = {section: wishes.get(section, Wish()) for section in ROLES}
     if not has_reference:
         asked["ref_model"] = Wish()
+    if overlaps and not asked["inference_model"].count:
+        if num_gpus == 1:
+            raise ConfigError(
+                "there is 1 GPU, and sampling while the model is trained takes another: run `grpo.py`, where "
+                "both take turns on one, or make more visible (CUDA_VISIBLE_DEVICES)"
+            )
+        asked["inference_model"] = Wish(num_devices=1)
     named = _named_by_hand(asked, num_gpus)
-    if not any(wish.count for wish in asked.values()):
+    if not overlaps and not any(wish.count for wish in asked.values()):
         return DevicePlan((0,), (), (), has_reference, num_gpus > 0, apart=False)
     if not asked["train_model"].count:
         asked["train_model"] = Wish(num_devices=1)

@@ -5,8 +5,9 @@
     python grpo.py train_model.num_devices=2 ref_model.num_devices=2 inference_model.num_devices=2
     python grpo.py --multirun optimizer.lr=1e-4,1e-5 policy.kl_coef=0.01,0.1
 
-One command starts training, samplers and reference, each on devices of its own where these are asked for, and
-ends them. `--print-config` shows all settings, and what they become of Conch's; README.md explains them.
+`grpo-async.py` samples while it trains. One command starts training, samplers and reference, each on devices
+of its own where these are asked for, and ends them. `--print-config` shows all settings, and what they become
+of Conch's; README.md explains them.
 """
 
 from __future__ import annotations
@@ -23,12 +24,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is no
 from conch.cli import load_run_config, run_main
 from conch.config import TrainConfig
 from conch.log import get_logger
+from conch.rollouts.factory import check_sampling
 from conch.runs.tracking import make_run_dir
+from examples.grpo.async_settings import AsyncExampleConfig
 from examples.grpo.devices import DevicePlan, Wish, plan_devices
-from examples.grpo.launch import addresses, run_training, running, servers_of, training_command
+from examples.grpo.launch import (
+    addresses,
+    devices_of_training,
+    run_training,
+    running,
+    servers_of,
+    training_command,
+)
 from examples.grpo.settings import ExampleConfig
 from examples.grpo.training import Task, train
-from examples.grpo.translation import Became, run_config, table, translate, without_effect
+from examples.grpo.translation import (
+    Became,
+    lead_lines,
+    run_config,
+    run_section,
+    table,
+    translate,
+    without_effect,
+)
 
 _log = get_logger("conch.grpo")
 
@@ -50,11 +68,12 @@ def run(config: ExampleConfig, argv: Sequence[str] = ()) -> None:
     """
     plan = planned(config)
     became = translate(config, plan, has_vllm=_has_vllm())
-    run_config(became)  # what is wrong is told before the plan
-    print("\n".join([*plan.lines(), *without_effect(config, plan, has_vllm=_has_vllm())]), flush=True)
+    made = run_config(became, None, run_section(config))  # what is wrong is told before the plan
+    check_sampling(made.rollout)
+    print("\n".join(told_before(config, plan)), flush=True)
     name = config_name(argv)
     if not plan.apart:
-        print(f"run folder: {train(Task(config, run_config(became), argv, name))}")
+        print(f"run folder: {train(Task(config, made, argv, name))}")
         return
     where: dict[str, object] = {}
     run_dir = config.train.run_dir
@@ -82,12 +101,13 @@ def _start(
     """
     task_file = scratch / "task.json"
     command = training_command(config, plan, task_file)
-    servers = servers_of(config, run_config(became), plan, has_vllm=_has_vllm())
+    section = run_section(config)
+    servers = servers_of(config, run_config(became, None, section), plan, has_vllm=_has_vllm())
     secret = secrets.token_urlsafe(32)
     with running(servers, plan, logs, secret):
-        final = run_config(became, {**addresses(servers), **where})
+        final = run_config(became, {**addresses(servers), **where}, section)
         Task(config, final, argv, config_name(argv)).write(task_file)
-        run_training(command, plan, secret)
+        run_training(command, plan, devices_of_training(config, plan), secret)
 
 
 def planned(config: ExampleConfig) -> DevicePlan:
@@ -100,7 +120,18 @@ def planned(config: ExampleConfig) -> DevicePlan:
 
     sections = {name: getattr(config, name) for name in ("train_model", "inference_model", "ref_model")}
     wishes = {name: Wish(section.num_devices, section.devices) for name, section in sections.items()}
-    return plan_devices(wishes, has_reference=config.policy.kl_coef > 0, num_gpus=torch.cuda.device_count())
+    return plan_devices(
+        wishes,
+        has_reference=config.policy.kl_coef > 0,
+        num_gpus=torch.cuda.device_count(),
+        overlaps=isinstance(config, AsyncExampleConfig),
+    )
+
+
+def told_before(config: ExampleConfig, plan: DevicePlan) -> list[str]:
+    """What is printed before anything is loaded."""
+    unused = without_effect(config, plan, has_vllm=_has_vllm())
+    return [*plan.lines(), *lead_lines(config, plan), *unused]
 
 
 def check(config: ExampleConfig) -> None:
@@ -109,7 +140,8 @@ def check(config: ExampleConfig) -> None:
     Raises:
         ConfigError: they do not; nothing has been loaded or started.
     """
-    run_config(translate(config, planned(config), has_vllm=_has_vllm()))
+    became = translate(config, planned(config), has_vllm=_has_vllm())
+    run_config(became, None, run_section(config))
 
 
 def _has_vllm() -> bool:
@@ -126,11 +158,14 @@ def config_name(argv: Sequence[str]) -> str:
     return DEFAULT
 
 
-def main(argv: Sequence[str]) -> None:
-    """Command line: `key=value` overrides of `config/grpo_gsm8k.yaml`."""
+def main(argv: Sequence[str], section: type[ExampleConfig] = ExampleConfig) -> None:
+    """Command line: `key=value` overrides of `config/grpo_gsm8k.yaml`.
+
+    section: settings of the program, of this one or of `grpo-async.py`.
+    """
 
     def loaded(words: Sequence[str]) -> ExampleConfig:
-        return load_run_config(ExampleConfig, words, default_name=DEFAULT, config_dir=CONFIGS, check=check)
+        return load_run_config(section, words, default_name=DEFAULT, config_dir=CONFIGS, check=check)
 
     try:
         config = loaded(argv)
@@ -138,14 +173,8 @@ def main(argv: Sequence[str]) -> None:
         if _SHOW in argv and not left.code and _OTHERWISE.isdisjoint(argv):
             shown = loaded([word for word in argv if word != _SHOW])
             plan = planned(shown)
-            unused = without_effect(shown, plan, has_vllm=_has_vllm())
-            lines = [
-                *plan.lines(),
-                *unused,
-                "",
-                "became",
-                table(translate(shown, plan, has_vllm=_has_vllm())),
-            ]
+            became = translate(shown, plan, has_vllm=_has_vllm())
+            lines = [*told_before(shown, plan), "", "became", table(became)]
             print("\n".join(f"# {line}".rstrip() for line in "\n".join(lines).splitlines()))
         raise
     run(config, argv)

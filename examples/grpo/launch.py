@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-import math
 import os
 import shutil
 import signal
@@ -31,9 +30,10 @@ from conch.errors import ConfigError, ServerStartError
 from conch.log import get_logger
 from conch.serving.server import process_guard
 from conch.trainers.grpo import GRPORunConfig
+from examples.grpo.async_settings import uses_ray
 from examples.grpo.devices import DevicePlan
 from examples.grpo.settings import ExampleConfig
-from examples.grpo.translation import sampler, served_share
+from examples.grpo.translation import at_once_of_each, sampler, served_share
 
 _log = get_logger("conch.grpo")
 
@@ -46,7 +46,6 @@ READY_WITHIN_S = 900.0
 """Longest start of a server: it loads a model, and vLLM records graphs."""
 _POLL_S = 0.2
 _GRACE_S = 10.0
-_MOST_AT_ONCE = 256
 _LOG_TAIL_LINES = 15
 _LOG_MAX_BYTES, _LOG_KEEP = 50_000_000, 1
 _PR_SET_PDEATHSIG = 1
@@ -89,7 +88,8 @@ def servers_of(
     run: what the settings became.
     """
     size = config.inference_model.tensor_parallel_size
-    groups = [plan.inference[first : first + size] for first in range(0, len(plan.inference), size)]
+    served = () if uses_ray(config) else plan.inference
+    groups = [served[first : first + size] for first in range(0, len(served), size)]
     ports = free_ports(len(groups) + len(plan.reference))
     settings = _sampler_settings(config, run, plan, len(groups), has_vllm=has_vllm)
     made = [
@@ -118,14 +118,13 @@ def _sampler_settings(
     if not copies:
         return {}
     inference, lora = config.inference_model, config.train_model.lora
-    at_once = math.ceil(config.env.num_envs * config.env.repeats / copies)
     settings: dict[str, object] = {
         "model": config.model.name,
         "revision": config.model.revision,
         "trust_remote_code": config.model.trust_remote_code or None,
         "dtype": inference.torch_dtype or _computed_dtype(run),
         "max_model_len": inference.max_model_len,
-        "max_num_seqs": min(_MOST_AT_ONCE, at_once),
+        "max_num_seqs": at_once_of_each(config, copies),
         "secret_env": SECRET_VARIABLE,
     }
     engine = sampler(config, plan, has_vllm=has_vllm)
@@ -133,7 +132,7 @@ def _sampler_settings(
         return {**settings, "engine": engine}
     return {
         **settings,
-        "gpu_memory_utilization": served_share(config),
+        "gpu_memory_utilization": served_share(config, plan),
         "enforce_eager": inference.enforce_eager,
         "tensor_parallel_size": inference.tensor_parallel_size,
         "max_lora_rank": lora.r if lora.enabled else None,
@@ -340,7 +339,13 @@ def accelerate_file(name: str) -> Path:
     raise ConfigError(f"`train_model.accelerate_config` = {name}: there is no such file; there are: {names}")
 
 
-def run_training(command: Sequence[str], plan: DevicePlan, secret: str) -> None:
+def devices_of_training(config: ExampleConfig, plan: DevicePlan) -> tuple[int, ...]:
+    """Devices that the training processes may use: each its own, in order, and Ray's samplers, which these
+    start, those behind."""
+    return plan.train + (plan.inference if uses_ray(config) else ())
+
+
+def run_training(command: Sequence[str], plan: DevicePlan, devices: Sequence[int], secret: str) -> None:
     """Run the training processes; Ctrl-C and SIGTERM are handed on to them, and waited for.
 
     A launcher is passed over: it would end its ranks after 30 s, in the middle of a long step.
@@ -348,7 +353,7 @@ def run_training(command: Sequence[str], plan: DevicePlan, secret: str) -> None:
     Raises:
         KeyboardInterrupt, SystemExit: as the signal, or the processes, ended it.
     """
-    env = environment(plan, plan.train, secret)
+    env = environment(plan, devices, secret)
     if not plan.on_gpus:
         env |= {"ACCELERATE_USE_CPU": "true"}
     # torchrun ends its ranks on SIGTERM; a process without a launcher would wait for servers that are gone.

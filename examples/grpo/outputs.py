@@ -16,6 +16,7 @@ from conch.atomic_files import replace_text, sync
 from conch.cli.run_config import to_yaml
 from conch.errors import CheckpointError
 from conch.runs.checkpoint import CHECKPOINTS, STATE_FOLDER, read_checkpoint, steps_of
+from examples.grpo.async_settings import AsyncExampleConfig
 from examples.grpo.settings import ExampleConfig
 
 _WRAPPER = "lm."
@@ -26,7 +27,11 @@ def write_hydra_files(run_dir: Path, config: ExampleConfig, argv: Sequence[str],
     """Write `.hydra/{config,overrides,hydra}.yaml`: settings, words of the command line, where it ran."""
     folder, words = run_dir / ".hydra", overrides_in(argv)
     folder.mkdir(parents=True, exist_ok=True)
-    job = {"name": "grpo", "config_name": config_name, "chdir": False}
+    job = {
+        "name": "grpo-async" if isinstance(config, AsyncExampleConfig) else "grpo",
+        "config_name": config_name,
+        "chdir": False,
+    }
     about = {
         "hydra": {
             "run": {"dir": str(run_dir)},

@@ -1,14 +1,15 @@
 """Settings of `grpo.py`: their names are those that TorchRL's example of GRPO made known.
 
 A setting that has had two names has both: `RENAMED`. One that would change nothing here is refused with the
-reason, unless its value is what happens anyway: `NOT_HERE`. `translation.py` makes a run of Conch's of them.
+reason, unless its value is what happens anyway: `NOT_HERE`. `async_settings.py` has those of `grpo-async.py`,
+`translation.py` makes a run of Conch's of either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -25,7 +26,13 @@ RENAMED: Mapping[str, str] = {
 }
 """Another name of a setting -> its name here."""
 
-_ASYNC = "it belongs to asynchronous training, and this program samples, then trains, then samples again"
+NotHere: TypeAlias = Mapping[str, tuple[tuple[Any, ...], str]]
+"""Setting or section -> the values that say what happens anyway, and why there is no other."""
+
+_ASYNC = (
+    "it belongs to asynchronous training, and this program samples, then trains, then samples again: run "
+    "`grpo-async.py`"
+)
 _QUANTIZED = (
     "no weights are quantised here: `train_model.lora.enabled=true train_model.torch_dtype=bfloat16` keeps "
     "the model in 2 bytes a parameter"
@@ -33,7 +40,7 @@ _QUANTIZED = (
 _NO_ADAPTER = "the reference is the model as it was at the start, without an adapter"
 _VLLM = "vLLM decides it by itself"
 
-NOT_HERE: Mapping[str, tuple[tuple[Any, ...], str]] = {
+NOT_HERE: NotHere = {
     "env.reasoning": (
         (False, None),
         "each prompt asks for the reasoning in <think> and the answer in <answer>",
@@ -80,8 +87,7 @@ NOT_HERE: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "ray": ((None,), _ASYNC),
     "mode": (("sync", None), _ASYNC),
 }
-"""Setting or section of TorchRL's example that is none here -> the values that say what happens anyway, and
-why there is no other."""
+"""Settings and sections of TorchRL's example that are none here."""
 
 
 class EnvSettings(Section):
@@ -137,9 +143,9 @@ class TrainSettings(Section):
     """Completions of a batch (a step): a multiple of `env.repeats`. None takes `env.num_envs` *
     `env.repeats`. Also `steps_per_batch`."""
 
-    optim_batch_size: int = Field(default=32, ge=1)
+    optim_batch_size: int | None = Field(default=32, ge=1)
     """Completions of one optimizer step, over all training processes: a divisor of the batch. Less saves
-    memory."""
+    memory. None takes the batch."""
 
     gradient_accumulation_steps: int | None = Field(default=None, ge=1)
     """Parts into which a process cuts its share of an optimizer step: more saves memory, and changes nothing
@@ -326,6 +332,8 @@ class ExampleConfig(Section):
     Names and meanings are those of TorchRL's example; README.md tells where these differ, and why.
     """
 
+    not_here: ClassVar[NotHere] = NOT_HERE
+
     env: EnvSettings = EnvSettings()
     model: ModelSettings = ModelSettings()
     train: TrainSettings = TrainSettings()
@@ -356,17 +364,19 @@ class ExampleConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _names_known_elsewhere(cls, values: Any) -> Any:
-        return in_names_of_here(values) if isinstance(values, Mapping) else values
+        return in_names_of_here(values, cls.not_here) if isinstance(values, Mapping) else values
 
 
-def in_names_of_here(values: Mapping[str, Any]) -> dict[str, Any]:
+def in_names_of_here(values: Mapping[str, Any], not_here: NotHere) -> dict[str, Any]:
     """Bring settings under their names here, and take out those that say what happens anyway.
+
+    not_here: those that are none here.
 
     Raises:
         ValueError: a setting is none here, or stands under two names with different values.
     """
     nested = _copied(values)
-    for name, (harmless, reason) in NOT_HERE.items():
+    for name, (harmless, reason) in not_here.items():
         value = _taken(nested, name)
         if value is not _ABSENT and value not in harmless:
             raise ValueError(f"`{name}` = {value!r} is no setting of this program: {reason}")

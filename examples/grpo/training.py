@@ -1,5 +1,5 @@
-"""One training process: prompts, trainer, checkpoints. `grpo.py` runs it in its own process, or a launcher
-runs this file in several, with the settings in a file."""
+"""One training process: prompts, trainer, checkpoints. `grpo.py` runs it in its own process, or has this file
+run in one, or by a launcher in several, with the settings in a file."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ from conch.cli import run_main
 from conch.config import load
 from conch.errors import ConchError
 from conch.models.loading import load_tokenizer
+from conch.trainers.async_grpo import AsyncGRPORunConfig, AsyncGRPOTrainer
 from conch.trainers.grpo import GRPORunConfig, GRPOTrainer
+from examples.grpo.async_settings import AsyncExampleConfig
 from examples.grpo.outputs import complete_torch_checkpoints, write_hydra_files, write_torch_checkpoint
 from examples.grpo.prompts import TAGS, form_asked_for, read_prompts
 from examples.grpo.settings import ExampleConfig
-from examples.grpo.translation import with_names_of_here
+from examples.grpo.translation import run_section, with_names_of_here
 
 
 @dataclass(frozen=True)
 class Task:
     """What a training process is to do.
 
-    config: the settings of `grpo.py`.
+    config: the settings of `grpo.py`, or of `grpo-async.py`.
     run: what these became.
     argv: the command line.
     config_name: the file that was run.
@@ -43,13 +45,16 @@ class Task:
     def write(self, file: Path) -> None:
         """Write it for `read`."""
         sections = {name: getattr(self, name).model_dump(mode="json") for name in ("config", "run")}
-        replace_text(file, json.dumps({"argv": list(self.argv), "config_name": self.config_name, **sections}))
+        overlaps = isinstance(self.config, AsyncExampleConfig)
+        words = {"overlaps": overlaps, "argv": list(self.argv), "config_name": self.config_name}
+        replace_text(file, json.dumps({**words, **sections}))
 
     @classmethod
     def read(cls, file: Path) -> Task:
         """Read what `write` wrote."""
         values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        config, run = load(ExampleConfig, values["config"]), load(GRPORunConfig, values["run"])
+        config = load(AsyncExampleConfig if values["overlaps"] else ExampleConfig, values["config"])
+        run = load(run_section(config), values["run"])
         return cls(config, run, values["argv"], values["config_name"])
 
 
@@ -62,7 +67,7 @@ def train(task: Task) -> Path:
     try:
         return _train(task)
     except ConchError as error:
-        error.args = (with_names_of_here(str(error)),)
+        error.args = (with_names_of_here(str(error), type(task.config)),)
         raise
 
 
@@ -70,14 +75,14 @@ def _train(task: Task) -> Path:
     config, run = task.config, task.run
     tokenizer = load_tokenizer(run.tokenizer, run.model.path)
     if set(TAGS) & set(tokenizer.all_special_tokens):  # else the reward would not see them
-        run = load(GRPORunConfig, {**run.model_dump(), "generation": _with_tags(run)})
+        run = load(type(run), {**run.model_dump(), "generation": _with_tags(run)})
     prompts, held_out = read_prompts(
         config.env,
         form_asked_for(config.env.dataset, run.reward),
         has_template=bool(tokenizer.chat_template),
         evaluates=run.train.eval_every > 0,
     )
-    with closing(GRPOTrainer(run, prompts=prompts, eval_prompts=held_out)) as trainer:
+    with closing(_trainer(run, prompts=prompts, eval_prompts=held_out)) as trainer:
 
         def prepare_files() -> None:
             if trainer.collectives.is_main:
@@ -87,6 +92,12 @@ def _train(task: Task) -> Path:
         trainer.collectives.run_on_all_ranks(prepare_files)
         trainer.run.on_saved = write_torch_checkpoint
         return trainer.fit()
+
+
+def _trainer(run: GRPORunConfig, **data: Any) -> GRPOTrainer:
+    if isinstance(run, AsyncGRPORunConfig):
+        return AsyncGRPOTrainer(run, **data)
+    return GRPOTrainer(run, **data)
 
 
 def _with_tags(run: GRPORunConfig) -> dict[str, Any]:

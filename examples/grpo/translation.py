@@ -1,9 +1,12 @@
-"""From the settings of `grpo.py` to a run of Conch's GRPO, and a table of what became of what."""
+"""From the settings of `grpo.py` or `grpo-async.py` to a run of Conch's GRPO, and a table of what became of
+what."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,21 +15,31 @@ from typing import Any
 
 from conch.config import load
 from conch.errors import ConfigError
+from conch.trainers.async_grpo import AsyncGRPORunConfig
 from conch.trainers.grpo import GRPORunConfig
+from examples.grpo.async_settings import AsyncExampleConfig, uses_ray
+from examples.grpo.batches import Batches, plan_batches, plan_lead
 from examples.grpo.devices import DevicePlan, plan_devices
 from examples.grpo.settings import ExampleConfig
 
-_MOST_IN_PART = 4
-"""Completions of a micro-batch, where nobody says how an optimizer step is cut."""
-
 _HALF = {"bfloat16": "bf16", "float16": "fp16"}
 _OWN_SHARE, _SHARED_SHARE = 0.9, 0.3
+_MOST_AT_ONCE = 256
 _ALL_NAMES: dict[str, Any] = {
     "model": {"revision": "a", "trust_remote_code": True},
     "train_model": {"attn_implementation": "eager"},
     "train": {"keep_checkpoints": 1},
 }
 """Settings that become one of Conch's only where they are given."""
+
+_NO_PORT_YET = "127.0.0.1:0"
+"""Address of a server that is to run."""
+
+_NAMES_OF_LEAD: dict[str, Any] = {"max_staleness": 1}
+"""As above, of `train` in `grpo-async.py`."""
+
+_PROGRAMS = {False: "`grpo.py`", True: "`grpo-async.py`"}
+"""Whether sampling goes on while the model is trained -> program."""
 
 _CHOSEN = {"scheduler.name", "generation.chunk_size", "grpo.forward_batch_size", "model.disable_dropout"}
 """Settings of Conch's without a name here, which are chosen for what others say."""
@@ -46,97 +59,6 @@ class Became:
     value: Any
 
 
-@dataclass(frozen=True)
-class Batches:
-    """How completions are cut, in numbers that come out whole.
-
-    turns: completions of a step.
-    prompts: of a step.
-    steps: of the run.
-    minibatches: optimizer steps of a pass over a step's completions.
-    accumulation: parts of a process's share of an optimizer step.
-    at_once: completions that a process samples at once.
-    """
-
-    turns: int
-    prompts: int
-    steps: int
-    minibatches: int
-    accumulation: int
-    at_once: int
-
-
-def plan_batches(config: ExampleConfig, num_processes: int) -> Batches:
-    """Cut the run into steps, these into optimizer steps, these into parts.
-
-    num_processes: that train.
-
-    Raises:
-        ConfigError: something does not come out whole; one sentence with the arithmetic.
-    """
-    env, train = config.env, config.train
-    turns, optim = train.dialog_turns_per_batch or env.num_envs * env.repeats, train.optim_batch_size
-    batch = f"`train.dialog_turns_per_batch` = {turns}"
-    if train.dialog_turns_per_batch is None:
-        batch = f"a batch of `env.num_envs` * `env.repeats` = {env.num_envs} * {env.repeats} = {turns}"
-    whole = _multiples(env.repeats, turns)
-    _check(turns, whole, f"{batch} is not whole groups of `env.repeats` = {env.repeats}")
-    prompts = turns // env.repeats
-    _check(
-        turns,
-        _multiples(num_processes * env.repeats, turns),
-        f"{batch} has {prompts} prompts ({turns} / {env.repeats}), which {num_processes} training processes "
-        "do not share evenly",
-    )
-    parts = train.gradient_accumulation_steps
-    fitting = [
-        size
-        for size in range(num_processes * (parts or 1), turns + 1)
-        if _fits(size, turns, num_processes, parts)
-    ]
-    cut = f"{num_processes} training processes" if num_processes > 1 else ""
-    if parts:
-        cut += f"{' times ' if cut else ''}{parts} parts (`train.gradient_accumulation_steps`)"
-    _check(
-        optim,
-        fitting,
-        f"{batch} does not divide into optimizer steps of `train.optim_batch_size` = {optim}"
-        if turns % optim or not cut
-        else f"`train.optim_batch_size` = {optim} does not divide into {cut}",
-    )
-    share = optim // num_processes
-    parts = parts or next(count for count in range(1, share + 1) if _is_small(share, count))
-    at_once = math.ceil(min(env.num_envs * env.repeats, turns) / num_processes)
-    steps = math.ceil(train.total_dialog_turns / turns)
-    return Batches(turns, prompts, steps, turns // optim, parts, at_once)
-
-
-def _multiples(unit: int, size: int) -> range:
-    """Multiples of `unit`, the next above `size` among them."""
-    return range(unit, size + unit + 1, unit)
-
-
-def _fits(optim: int, turns: int, num_processes: int, parts: int | None) -> bool:
-    return turns % optim == 0 and optim % (num_processes * (parts or 1)) == 0
-
-
-def _is_small(share: int, parts: int) -> bool:
-    return share % parts == 0 and share // parts <= _MOST_IN_PART
-
-
-def _check(size: int, fitting: Sequence[int], problem: str) -> None:
-    """Refuse a size that is none of these, with the nearest that are.
-
-    Raises:
-        ConfigError: see above.
-    """
-    if size in fitting:
-        return
-    below, above = [one for one in fitting if one < size][-1:], [one for one in fitting if one > size][:1]
-    nearest = " or ".join(map(str, [*below, *above]))
-    raise ConfigError(f"{problem}: take {nearest or 'a larger batch'}")
-
-
 def translate(config: ExampleConfig, plan: DevicePlan, *, has_vllm: bool) -> list[Became]:
     """What the settings become, without the addresses of servers, which are known once these run.
 
@@ -152,6 +74,7 @@ def translate(config: ExampleConfig, plan: DevicePlan, *, has_vllm: bool) -> lis
         *_optimizer(config),
         *_batches(config, batches, len(plan.train)),
         *_sampling(config, plan, batches, has_vllm),
+        *_lead(config, batches),
         *_reward(config),
         *_run(config),
     ]
@@ -178,23 +101,60 @@ def without_effect(config: ExampleConfig, plan: DevicePlan, *, has_vllm: bool) -
     if not uses_vllm:
         for key in ("gpu_memory_utilization", "enforce_eager"):
             reasons[f"inference_model.{key}"] = "it is vLLM's, and transformers samples"
+    if isinstance(config, AsyncExampleConfig):
+        reasons |= _unused_of_ray(config)
     if not uses_vllm and not plan.inference:
         for key in ("max_model_len", "torch_dtype"):
             reasons[f"inference_model.{key}"] = "completions are sampled by the model in training itself"
     lines = []
     for name, reason in reasons.items():
-        section, _, key = name.partition(".")
-        given = getattr(config, section)
+        *sections, key = name.split(".")
+        given = functools.reduce(getattr, sections, config)
         value = getattr(given, key)
         if reason and value != type(given).model_fields[key].default:
             lines.append(f"  without effect: `{name}` = {value}: {reason}")
     return lines
 
 
-def run_config(became: Sequence[Became], more: Mapping[str, Any] | None = None) -> GRPORunConfig:
+def lead_lines(config: ExampleConfig, plan: DevicePlan) -> list[str]:
+    """How far sampling runs ahead, to print before anything is loaded; nothing where it does not."""
+    if not isinstance(config, AsyncExampleConfig):
+        return []
+    batches = plan_batches(config, len(plan.train))
+    lead = plan_lead(config.train, batches)
+    updates = batches.minibatches * config.train.epochs
+    often = "each step" if lead.sync_every == 1 else f"every {lead.sync_every} steps"
+    bound = f"tokens are at most {_counted(lead.max_staleness, 'step')} old"
+    if not lead.max_staleness:
+        bound = "0: each step waits for its samples, as in grpo.py"
+    prompts, held = _counted(batches.prompts, "prompt"), _counted(lead.max_staleness + 1, "step")
+    return [
+        "asynchronous",
+        f"  a step        {batches.turns} completions of {prompts}, {_counted(updates, 'optimizer step')}",
+        f"  buffer        {lead.buffer} completions: {held}, one in training",
+        f"  staleness     {bound}",
+        f"  new weights   after {often}",
+    ]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def run_section(config: ExampleConfig) -> type[GRPORunConfig]:
+    """Of Conch's, what the settings become."""
+    return AsyncGRPORunConfig if isinstance(config, AsyncExampleConfig) else GRPORunConfig
+
+
+def run_config(
+    became: Sequence[Became],
+    more: Mapping[str, Any] | None = None,
+    section: type[GRPORunConfig] = GRPORunConfig,
+) -> GRPORunConfig:
     """The run that `translate` tells of; where several set the same, the last one holds.
 
     more: full name -> value, laid over it.
+    section: of the run; see `run_section`.
 
     Raises:
         ConfigError: see `conch.config.load`.
@@ -208,16 +168,24 @@ def run_config(became: Sequence[Became], more: Mapping[str, Any] | None = None) 
             if not isinstance(inner, dict):
                 raise ConfigError(f"`conch.{name}`: `{parent}` is a section and has a value")
         inner[last] = copy.deepcopy(value)
-    return load(GRPORunConfig, nested)
+    return load(section, nested)
 
 
-def with_names_of_here(text: str) -> str:
-    """A message of Conch's, with the settings in it under the names that they have here."""
-    plan = plan_devices({}, has_reference=True, num_gpus=0)
-    became = translate(load(ExampleConfig, _ALL_NAMES), plan, has_vllm=False)
+def with_names_of_here(text: str, section: type[ExampleConfig] = ExampleConfig) -> str:
+    """A message of Conch's, with the settings in it under the names that they have here.
+
+    section: of the program.
+    """
+    overlaps = issubclass(section, AsyncExampleConfig)
+    train = {**_ALL_NAMES["train"], **(_NAMES_OF_LEAD if overlaps else {})}
+    config = load(section, {**_ALL_NAMES, "train": train})
+    plan = plan_devices({}, has_reference=True, num_gpus=0, overlaps=overlaps)
+    became = translate(config, plan, has_vllm=False)
     sources = {item.name: item.source for item in became if item.name not in _CHOSEN}
-    own = {name for name, _ in _leaves(ExampleConfig().model_dump(mode="json"))}
-    known = {name for name, _ in _leaves(run_config(became).model_dump(mode="json"))}
+    own = {name for name, _ in _leaves(config.model_dump(mode="json"))}
+    known = {
+        name for name, _ in _leaves(run_config(became, None, run_section(config)).model_dump(mode="json"))
+    }
 
     def renamed(match: re.Match[str]) -> str:
         name = match[1]
@@ -226,6 +194,7 @@ def with_names_of_here(text: str) -> str:
             return f"`{source[0]}"
         return f"`conch.{name}" if name in known - own else match[0]
 
+    text = re.sub(r"an? (Async)?GRPORunConfig", lambda run: _PROGRAMS[bool(run[1])], text)
     return re.sub(r"`([a-z_]+\.[a-z_.]*[a-z_])", renamed, text)
 
 
@@ -315,7 +284,7 @@ def _batches(config: ExampleConfig, batches: Batches, num_processes: int) -> lis
     steps = f"train.total_dialog_turns: {total} / {batches.turns}"
     if total % batches.turns:
         steps += f", rounded up: {batches.steps * batches.turns} completions"
-    optim = f"train.optim_batch_size: {batches.turns} / {config.train.optim_batch_size}"
+    optim = f"train.optim_batch_size: {batches.turns} / {batches.turns // batches.minibatches}"
     return [
         Became(steps, "train.total_steps", batches.steps),
         Became("env.num_envs, train.dialog_turns_per_batch", "grpo.prompts_per_step", batches.prompts),
@@ -340,22 +309,86 @@ def _sampling(config: ExampleConfig, plan: DevicePlan, batches: Batches, has_vll
         Became("inference_model.top_p", "generation.top_p", inference.top_p),
         Became("inference_model.max_tokens", "generation.max_new_tokens", inference.max_tokens),
     ]
+    if isinstance(config, AsyncExampleConfig) and uses_ray(config):
+        return [*made, *_ray(config, plan, engine), *_of_engine(config, plan, engine)]
+    if isinstance(config, AsyncExampleConfig):
+        copies = len(plan.inference) // inference.tensor_parallel_size
+        return [*made, Became("inference_model devices", "rollout.urls", ",".join([_NO_PORT_YET] * copies))]
     if plan.inference:
         return made
     made.append(Became("inference_model.backend", "rollout.engine", "vllm" if engine == "vllm" else "hf"))
-    if engine != "vllm":
-        return made
-    share = inference.gpu_memory_utilization or _SHARED_SHARE
-    made.append(Became("inference_model.gpu_memory_utilization", "rollout.gpu_memory_utilization", share))
-    for key, name in (
-        ("enforce_eager", "enforce_eager"),
-        ("max_model_len", "max_model_len"),
-        ("torch_dtype", "dtype"),
-    ):
+    return made if engine != "vllm" else [*made, *_of_engine(config, plan, engine)]
+
+
+def _of_engine(config: ExampleConfig, plan: DevicePlan, engine: str) -> list[Became]:
+    """Settings of the section `rollout` that an engine takes."""
+    inference = config.inference_model
+    made: list[Became] = []
+    keys = [("max_model_len", "max_model_len"), ("torch_dtype", "dtype")]
+    if engine == "vllm":
+        share = served_share(config, plan)
+        made.append(Became("inference_model.gpu_memory_utilization", "rollout.gpu_memory_utilization", share))
+        keys.append(("enforce_eager", "enforce_eager"))
+    for key, name in keys:
         value = getattr(inference, key)
         if value is not None:
             made.append(Became(f"inference_model.{key}", f"rollout.{name}", value))
     return made
+
+
+def _ray(config: AsyncExampleConfig, plan: DevicePlan, engine: str) -> list[Became]:
+    """Samplers that are actors of Ray.
+
+    Raises:
+        ConfigError: they ask for more CPUs than the cluster may have.
+    """
+    copies = len(plan.inference) // config.inference_model.tensor_parallel_size
+    limit, each = config.ray.init_config.num_cpus, config.ray.collector_config.num_cpus
+    if limit is not None and copies * (each or 1) > limit:
+        raise ConfigError(
+            f"{copies} samplers with {each or 1:g} CPUs each (`ray.collector_config.num_cpus`) take "
+            f"{copies * (each or 1):g}, and `ray.init_config.num_cpus` = {limit:g}: raise it, or lower the "
+            "other"
+        )
+    source = "ray.collector_config.num_cpus"
+    if each is None and not plan.on_gpus and (cpus := len(os.sched_getaffinity(0))) < copies:
+        each, source = round(cpus / copies, 4), f"{source}: {cpus} CPUs for {copies} simulated devices"
+    made = [
+        Became("inference_model.served_by", "rollout.engine", "ray"),
+        Became("inference_model devices", "rollout.ray.samplers", copies),
+        Became("inference_model devices", "rollout.ray.num_gpus", 1 if plan.on_gpus else 0),
+        Became("inference_model.backend", "rollout.ray.engine", engine),
+        Became("env.num_envs", "rollout.max_num_seqs", at_once_of_each(config, copies)),
+    ]
+    if each is not None:
+        made.append(Became(source, "rollout.ray.num_cpus", each))
+    return made
+
+
+def _lead(config: ExampleConfig, batches: Batches) -> list[Became]:
+    """How far sampling runs ahead; nothing where it does not."""
+    if not isinstance(config, AsyncExampleConfig):
+        return []
+    train, lead = config.train, plan_lead(config.train, batches)
+    updates = f"train.weight_update_frequency: in steps of {batches.minibatches * train.epochs} updates"
+    return [
+        Became(lead.source, "asynchronous.max_staleness", lead.max_staleness),
+        Became(updates, "asynchronous.sync_every", lead.sync_every),
+        Became("train.partial_rollouts", "asynchronous.partial_rollouts", train.partial_rollouts),
+    ]
+
+
+def _unused_of_ray(config: AsyncExampleConfig) -> dict[str, str]:
+    """Settings of the section `ray` that change nothing here, with the reason."""
+    reasons = {
+        "ray.train_handler_config.num_cpus": "training processes are no actors of Ray",
+        "ray.replay_buffer_config.num_cpus": "the buffer is in the training processes",
+        "ray.init_config.num_cpus": "it is a limit, and samplers ask for less",
+    }
+    if uses_ray(config):
+        return reasons
+    no_ray = "`inference_model.served_by` = servers does without Ray"
+    return dict.fromkeys([*reasons, "ray.collector_config.num_cpus"], no_ray)
 
 
 def sampler(config: ExampleConfig, plan: DevicePlan, *, has_vllm: bool) -> str:
@@ -372,6 +405,11 @@ def sampler(config: ExampleConfig, plan: DevicePlan, *, has_vllm: bool) -> str:
         )
     if backend == "auto":
         backend = "vllm" if has_vllm and plan.on_gpus else "transformers"
+    if inference.tensor_parallel_size > 1 and uses_ray(config):
+        raise ConfigError(
+            f"`inference_model.tensor_parallel_size` = {inference.tensor_parallel_size}: an actor of Ray "
+            "holds its copy on one device here; set `inference_model.served_by=servers`, or leave it at 1"
+        )
     if inference.tensor_parallel_size > 1 and (backend != "vllm" or not plan.inference):
         raise ConfigError(
             f"`inference_model.tensor_parallel_size` = {inference.tensor_parallel_size} needs vLLM on "
@@ -386,9 +424,14 @@ def sampler(config: ExampleConfig, plan: DevicePlan, *, has_vllm: bool) -> str:
     return backend
 
 
-def served_share(config: ExampleConfig) -> float:
-    """Share of a GPU's memory for a sampler on a device of its own."""
-    return config.inference_model.gpu_memory_utilization or _OWN_SHARE
+def served_share(config: ExampleConfig, plan: DevicePlan) -> float:
+    """Share of a GPU's memory for a sampler."""
+    return config.inference_model.gpu_memory_utilization or (_OWN_SHARE if plan.inference else _SHARED_SHARE)
+
+
+def at_once_of_each(config: ExampleConfig, copies: int) -> int:
+    """Completions that a sampler of its own samples at once."""
+    return min(_MOST_AT_ONCE, math.ceil(config.env.num_envs * config.env.repeats / copies))
 
 
 def _reward(config: ExampleConfig) -> list[Became]:

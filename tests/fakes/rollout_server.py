@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -21,6 +22,7 @@ class FakeRolloutServer:
     before_line: called before each completion is sent, with its number since the start; an exception breaks
         the connection off.
     says_version: version of the policy in each completion; None tells the truth.
+    requests: bodies of what it was asked to sample.
     secret: what every request must bring; "" asks for none.
     """
 
@@ -39,6 +41,8 @@ class FakeRolloutServer:
         self.weights: dict[str, Any] | None = None
         self.base: str | None = None
         self.files: list[str] = []
+        self.requests: list[dict[str, Any]] = []
+        self.is_stopped = False
         self.before_look = before_look
         self.before_line: Callable[[int], None] = lambda _number: None
         self.says_version: int | None = None
@@ -63,6 +67,7 @@ class FakeRolloutServer:
 
     def stop(self) -> None:
         """Nobody answers any more; a connection in use is broken off by an exception of `before_line`."""
+        self.is_stopped = True
         self._http.shutdown()
         self._http.server_close()
 
@@ -105,6 +110,18 @@ class FakeRolloutServer:
             for seed_index, seed in enumerate(prompt["seeds"])
         ]
 
+    def holds(self, body: dict[str, Any]) -> bool:
+        """Whether it can sample what is requested; waits for weights that may come later."""
+        wanted, or_later = body["weights"], body.get("or_later", False)
+        while or_later and not self.is_stopped:
+            weights = self.weights
+            if weights is not None and weights["source"] != wanted["source"]:
+                return False
+            if weights is not None and weights["version"] >= wanted["version"]:
+                return True
+            time.sleep(0.002)
+        return wanted == self.weights
+
     def sending(self, rows: int) -> None:
         with self._lock:
             self._rows += rows
@@ -130,20 +147,23 @@ def _handler(server: FakeRolloutServer) -> type[BaseHTTPRequestHandler]:
                 self._reply(*refusal or server.take_weights(body))
                 return
             version = body["weights"]["version"]
-            if body["weights"] != server.weights:
+            server.requests.append(body)
+            if not server.holds(body):
                 server.events.append(f"refused {version}")
                 self._reply(409, {"detail": f"version {version} is not here"})
                 return
             server.events.append(f"generate {version}")
-            self._stream(server.lines_for(body))
+            self._stream(server.lines_for(body), is_newest=body.get("or_later", False))
 
-        def _stream(self, lines: list[dict[str, Any]]) -> None:
+        def _stream(self, lines: list[dict[str, Any]], *, is_newest: bool) -> None:
             self.send_response(200)
             self.end_headers()
             server.sending(len(lines))
             try:
                 for line in lines:
                     server.before_line(server.next_line())
+                    if is_newest and server.says_version is None and server.weights is not None:
+                        line["version"] = server.weights["version"]
                     self.wfile.write(json.dumps(line).encode() + b"\n")
                     self.wfile.flush()
             except ConnectionError:

@@ -10,6 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from conch.config import TrainConfig
 from conch.distributed.train_engine import TrainEngine
 from conch.errors import ConchError, ConfigError
+from conch.training.overlap.metrics import LengthAudit, staleness_metrics
 from conch.training.reward_shaping import RunningMoments
 from conch.types import RewardResult, RewardStatus
 from tests.runs import (
@@ -191,6 +193,39 @@ def grpo(folder: Path) -> dict[str, Any]:
     }
 
 
+def stale(folder: Path) -> dict[str, Any]:
+    """A step on samples of several ages, weighed for it; and what is watched of them."""
+    trainer = grpo_trainer(
+        folder / "stale",
+        lm=policy(**SMALL),
+        optimizer=LINEAR_ADAM,
+        rollout={"logprob_diff_alarm": 1e-9},
+        grpo={"kl": {"coef": 0.0}, "correction": {"kind": "mask", "level": "sequence", "low": 0.1}},
+    )
+    ranks = trainer.collectives
+    size = len(GROUPS) // ranks.num_ranks
+    mine = slice(ranks.rank * size, (ranks.rank + 1) * size)
+    trainer.policy_version = 5
+    sampled = [replace(each, policy_version=row // 2) for row, each in enumerate(GROUPS)][mine]
+    batch, metrics = batch_and_metrics(trainer, sampled, GROUP_REWARDS[mine])
+    metrics |= trainer.update(batch)
+    audit = LengthAudit(longest=6)
+    for row, each in enumerate(sampled):
+        audit.note_sampled(len(each.completion.token_ids))
+        if row % 2:
+            audit.note_trained(len(each.completion.token_ids))
+    watched = staleness_metrics(sampled, 5, ranks.all_reduce, ranks.all_reduce_max)
+    assert watched["staleness/max"] == 5.0 and metrics["rollout/length_max"] == 6.0
+    return {
+        **numbers(metrics),
+        **watched,
+        **audit.metrics(ranks.all_reduce),
+        "age": batch.age,
+        "newest": ranks.all_reduce_int(int(batch.newest.sum())),
+        "parameters": parameters(trainer.policy),
+    }
+
+
 def moments(folder: Path) -> dict[str, Any]:
     """Running moments of batches of unequal size, one of them empty on a rank."""
     engine, running = TrainEngine(TrainConfig()), RunningMoments()
@@ -281,6 +316,7 @@ SCENARIOS = (
     ilql,
     ppo,
     grpo,
+    stale,
     moments,
     rank_dependent,
     uneven_evaluation,

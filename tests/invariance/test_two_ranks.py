@@ -21,7 +21,7 @@ DEADLINE_S = 300
 
 Found = dict[str, Any]
 
-BOUNDS = {"grpo": 1e-6, "regression": 1e-6, "pairs": 1e-6}
+BOUNDS = {"grpo": 1e-6, "stale": 1e-6, "regression": 1e-6, "pairs": 1e-6}
 """Relative bounds where float32 takes part: rewards and their statistics. All else is float64."""
 
 
@@ -69,7 +69,7 @@ def test_there_are_truly_two_processes(ranks: list[dict[str, Found]], tmp_path: 
     assert alone.startswith("DistributedError: 2 processes were asked for, 1 run")
 
 
-@pytest.mark.parametrize("name", ["sft", "regression", "pairs", "ilql", "ppo", "grpo", "moments"])
+@pytest.mark.parametrize("name", ["sft", "regression", "pairs", "ilql", "ppo", "grpo", "stale", "moments"])
 def test_two_ranks_find_what_one_finds(ranks: list[dict[str, Found]], tmp_path: Path, name: str) -> None:
     expected = getattr(scenarios, name)(tmp_path)
     for rank in ranks:

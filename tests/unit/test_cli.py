@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -268,6 +269,19 @@ def test_print_config_names_what_is_required(tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(ConfigError, match="`name` is missing"):
         load_run_config(ToyConfig, [], default_name="empty", config_dir=tmp_path)
     assert load_run_config(ToyConfig, ["name=a"], default_name="empty", config_dir=tmp_path).train.seed == 5
+
+
+@pytest.mark.parametrize("option", ["--help", "--print-config"])
+def test_reader_that_leaves_before_the_end_is_no_error(
+    option: str, configs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with pytest.raises(SystemExit) as caught:
+            load_run_config(ToyConfig, [option], default_name="plain", config_dir=configs)
+    assert caught.value.code == 0
 
 
 def test_unknown_option_leaves_with_2_and_usage(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.runs import PROMPTS, ilql_trainer, ppo_trainer, reward_trainer, sft_trainer
+from tests.runs import PROMPTS, grpo_trainer, ilql_trainer, ppo_trainer, reward_trainer, sft_trainer
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs/metrics.md"
 SAMPLES = ["abcd", "bc", "hgf", "aab", "cde", "fgh", "ab", "ed"]
@@ -25,6 +25,7 @@ def explained() -> set[str]:
 
 MAKERS: dict[str, Callable[[Path], Any]] = {
     "ppo": lambda folder: ppo_trainer(folder),
+    "grpo": lambda folder: grpo_trainer(folder, grpo={"correction": {"kind": "mask"}}),
     "sft": lambda folder: sft_trainer(folder, SAMPLES, eval_samples=SAMPLES),
     "regression": lambda folder: reward_trainer(folder, SCORED, eval_samples=SCORED),
     "pairs": lambda folder: reward_trainer(folder, PAIRS, eval_samples=PAIRS),

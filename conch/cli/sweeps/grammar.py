@@ -215,9 +215,11 @@ def _axis(text: str, key: str, override: Override, roots: Sequence[Path], seed: 
         return Axis(key, (), Interval(low, high, "log" in value.tags, is_int))
     if isinstance(value, Glob):
         names = _group_options(override.key_or_group, roots)
+        if not names:
+            raise ConfigError(f"`{text}`: glob is for groups of configuration files, and `{key}` is none")
         matching = value.filter(names)
         if not matching:
-            raise ConfigError(f"`{text}` matches no file; there is: {', '.join(names) or 'none'}")
+            raise ConfigError(f"`{text}` matches no file; there is: {', '.join(names)}")
         return Axis(key, tuple(f"{key}={name}" for name in matching))
     if isinstance(value, ChoiceSweep) and any(isinstance(element, IntervalSweep) for element in value.list):
         raise ConfigError(f"`{text}`: an interval cannot stand among other values")

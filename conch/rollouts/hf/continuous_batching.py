@@ -102,6 +102,15 @@ _SPARE_COLUMNS = 64
 """Columns that buffers grow by."""
 
 
+@dataclass(frozen=True)
+class _Step:
+    """Tokens of one step and their log-probs, on the device, and the version of the weights."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    version: int
+
+
 @dataclass
 class SampledSequence:
     """A prompt and its completion so far.
@@ -110,7 +119,9 @@ class SampledSequence:
     prompt: token ids.
     prompt_columns: columns of the buffers that the prefill filled.
     ids, logprobs: sampled tokens and their log-probs.
+    versions: of the weights that each token was sampled from.
     generator: that its tokens are drawn from; None draws from torch's own.
+    is_wanted: False once nobody waits for it.
     """
 
     prompt_index: int
@@ -118,7 +129,9 @@ class SampledSequence:
     prompt_columns: int
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
     generator: torch.Generator | None = None
+    is_wanted: bool = True
 
     @property
     def next_column(self) -> int:
@@ -195,7 +208,11 @@ class ContinuousBatcher:
     has_ended: True for response ids that need no further token.
     seeds: one for each prompt, whose completion is then drawn from a generator of its own; None draws from
         torch's.
+    version: gives the version of the model's weights. They may change between two calls of `advance`: keys
+        and values of the tokens so far stay as they are, further tokens are sampled from the new weights.
     """
+
+    weights_may_change = True
 
     def __init__(
         self,
@@ -207,8 +224,10 @@ class ContinuousBatcher:
         pad_id: int,
         has_ended: Callable[[list[int]], bool],
         seeds: Sequence[int] | None = None,
+        version: Callable[[], int] = lambda: 0,
     ) -> None:
         self._lm = lm
+        self._version = version
         self._seeds = None if seeds is None else [*seeds]
         self._waiting = deque(enumerate(prompts))
         self._num_prompts = len(prompts)
@@ -218,7 +237,7 @@ class ContinuousBatcher:
         self._has_ended = has_ended
         self._slots: list[SampledSequence | None] = [None] * min(num_slots, len(prompts))
         self._caches: list[_SlotCache] = []
-        self._unread: list[tuple[Tensor, Tensor]] = []
+        self._unread: list[_Step] = []
         zeros = torch.zeros(len(self._slots), dtype=torch.long, device=lm.device)
         self._start, self._end, self._last = zeros, zeros.clone(), zeros.clone()
         self._is_active = zeros.bool()
@@ -236,14 +255,34 @@ class ContinuousBatcher:
         self._num_prompts += len(prompts)
         self._seeds.extend(seeds)
 
+    def withdraw(self, which: Callable[[int], bool]) -> list[int]:
+        """Sample nothing for those prompts that have not begun, and give their indices.
+
+        which: True for the index of a prompt that is meant.
+        """
+        withdrawn = [index for index, _ in self._waiting if which(index)]
+        self._waiting = deque(entry for entry in self._waiting if not which(entry[0]))
+        return withdrawn
+
+    def abandon(self, which: Callable[[int], bool]) -> None:
+        """Sample no more for those prompts, whose completions nobody waits for.
+
+        which: True for the index of a prompt that is meant.
+        """
+        self.withdraw(which)
+        for sequence in self._slots:
+            if sequence is not None and which(sequence.prompt_index):
+                sequence.is_wanted = False
+
     def advance(self, sampling: Sampling) -> list[SampledSequence]:
         """Prefill waiting prompts into free slots, or else decode one token in each slot.
 
         Returns:
             The sequences that have ended, as far as that is known yet.
         """
-        if not self._unread:  # whose columns are the slots that there were
-            self._add_slots()
+        if self._unread:  # whose columns are the slots as they are, and those sequences'
+            return self._decode(sampling)
+        self._add_slots()
         free = len(self._slots) - self._num_active
         # Prompts are prefilled some at a time: alone, one would use as few of the machine's units as a token.
         if self._waiting and free >= min(len(self._waiting), max(1, len(self._slots) // 8)):
@@ -285,7 +324,7 @@ class ContinuousBatcher:
         logprobs = sampling.logprobs(ids if sampling.reads_history else ids[:, -1:], logits)
         tokens, token_logprobs = sampling.draw(logprobs[prompt_of_slot], self._generators(free))
         self._last[slots] = tokens
-        return self._read_tokens(free, [(tokens, token_logprobs)])
+        return self._read_tokens(free, [_Step(tokens, token_logprobs, self._version())])
 
     def _prefill_forward(
         self,
@@ -339,7 +378,7 @@ class ContinuousBatcher:
         generators = self._generators(range(len(self._slots)))
         tokens, logprobs = sampling.draw(sampling.logprobs(input_ids, output.logits[:, -1]), generators)
         self._last = tokens
-        self._unread.append((tokens, logprobs))
+        self._unread.append(_Step(tokens, logprobs, self._version()))
         if len(self._unread) < self._stride(sampling):
             return []
         unread, self._unread = self._unread, []
@@ -376,26 +415,28 @@ class ContinuousBatcher:
         tokens = [(*sequence.prompt, *sequence.ids) for sequence in sequences]
         return pad_left(tokens, self._pad_id, self._lm.device)[0]
 
-    def _read_tokens(
-        self, slots: Sequence[int], unread: Sequence[tuple[Tensor, Tensor]]
-    ) -> list[SampledSequence]:
+    def _read_tokens(self, slots: Sequence[int], unread: Sequence[_Step]) -> list[SampledSequence]:
         """Append sampled tokens to the sequences in `slots`; free the slots of those that have ended.
 
-        unread: tokens and log-probs of each step, in the order of `slots`.
+        unread: each with a token for each of `slots`, in their order.
 
         Returns:
-            The sequences that have ended.
+            The sequences that have ended, less those that nobody waits for, whose slots are freed, too.
         """
-        ids = torch.stack([tokens for tokens, _ in unread]).tolist()
-        logprobs = torch.stack([logprobs for _, logprobs in unread]).tolist()
+        ids = torch.stack([step.tokens for step in unread]).tolist()
+        logprobs = torch.stack([step.logprobs for step in unread]).tolist()
         ended: list[SampledSequence] = []
         for column, slot in enumerate(slots):
             sequence = self._slots[slot]
             if sequence is None:
                 continue
-            for token, logprob in zip(ids, logprobs, strict=True):
+            if not sequence.is_wanted:
+                self._slots[slot] = None
+                continue
+            for token, logprob, step in zip(ids, logprobs, unread, strict=True):
                 sequence.ids.append(token[column])
                 sequence.logprobs.append(logprob[column])
+                sequence.versions.append(step.version)
                 if self._has_ended(sequence.ids) or len(sequence.ids) == self._max_new_tokens:
                     ended.append(sequence)
                     self._slots[slot] = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ from conch.rollouts.hf.continuous_batching import (
     seeded_generator,
 )
 from conch.rollouts.hf.decoding import Decoding, decoding_of
+from conch.rollouts.hf.under_way import ChunkQueue, UnderWay
 from conch.rollouts.stopping import StopCondition, with_end_ids
 from conch.types import Completion, OnFinished, Prompt, Rollout
 
@@ -106,16 +108,9 @@ class HFEngine:
         if self._can_batch_continuously(prompts):
             yield from self._generate_continuously(prompts, greedy, on_finished, seeds)
             return
-        complete = self._stop_condition.completion
         for start in range(0, len(prompts), size):
             chunk = range(start, min(start + size, len(prompts)))
-            rollouts: dict[int, Rollout] = {}
-            for indices in self._sampled_together(chunk, prompts):
-                rows = [prompts[index] for index in indices]
-                collector = RolloutCollector(rows, complete, self._version(), indices, on_finished)
-                row_seeds = None if seeds is None else [seeds[index] for index in indices]
-                self._generate_chunk(collector, greedy, row_seeds, early=on_finished is not None)
-                rollouts |= zip(indices, collector.rollouts(), strict=True)
+            rollouts = self._sample_chunk(chunk, prompts, seeds, greedy, on_finished)
             yield [rollouts[index] for index in chunk]
 
     # ------------------------------------------------------------------------------------ continuous batching
@@ -154,6 +149,7 @@ class HFEngine:
             pad_id=self._pad_id,
             has_ended=self._stop_condition.ends,
             seeds=seeds,
+            version=self._version,
         )
 
     def takes_joining(self, prompts: Sequence[Prompt]) -> bool:
@@ -165,45 +161,62 @@ class HFEngine:
         self,
         prompts: Sequence[Prompt],
         seeds: Sequence[int],
-        further: Callable[[], tuple[Sequence[Prompt], Sequence[int]]],
+        between: Callable[[UnderWay], None],
         *,
         greedy: bool,
         on_finished: OnFinished,
     ) -> None:
         """Sample completions for seeded prompts, and for others that come meanwhile.
 
-        further: gives prompts that join, numbered on, with their seeds; asked at each token, where
-            `takes_joining` holds of the first ones, as it must of those.
-        on_finished: gets each completion once.
+        between: called after each step, a token of each slot or a chunk; may add prompts, where
+            `takes_joining` holds of the first ones, as it must of those, withdraw some that have not begun,
+            or change the model's weights where `UnderWay.weights_may_change`.
+        on_finished: gets each completion once, with the versions of the weights that its tokens were sampled
+            from.
         """
         if not self._can_batch_continuously(prompts):
-            for _ in self.generate(prompts, greedy=greedy, on_finished=on_finished, seeds=seeds):
-                pass
+            self._generate_joined_chunks(prompts, seeds, between, greedy, on_finished)
             return
-        batcher, everyone = self._batcher(prompts, seeds), [*prompts]
+        batcher = self._batcher(prompts, seeds)
+        under_way = UnderWay(prompts, batcher)
         with _sampling_mode(self._lm()), self._autocast(), self._processors() as processors:
             sampling = Sampling(processors, self._warpers(greedy), greedy=greedy)
             while not batcher.is_done:
-                ended = self._advance(batcher, sampling, everyone)
+                ended = self._advance(batcher, sampling, under_way.prompts)
                 if ended:
                     on_finished(ended)
-                joining, joining_seeds = further()
-                if joining:
-                    everyone += joining
-                    batcher.add([prompt.token_ids for prompt in joining], joining_seeds)
+                between(under_way)
+
+    def _generate_joined_chunks(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        between: Callable[[UnderWay], None],
+        greedy: bool,
+        on_finished: OnFinished,
+    ) -> None:
+        chunks = ChunkQueue(seeds)
+        under_way = UnderWay(prompts, chunks)
+        while chunk := chunks.take(self._config.chunk_size):
+            self._sample_chunk(chunk, under_way.prompts, chunks.seeds, greedy, on_finished)
+            between(under_way)
 
     def _advance(
         self, batcher: ContinuousBatcher, sampling: Sampling, prompts: Sequence[Prompt]
     ) -> dict[int, Rollout]:
         """Sample a token of each slot, or read prompts; gives what has ended by its prompt's index."""
-        return {
-            sequence.prompt_index: Rollout(
+        ended: dict[int, Rollout] = {}
+        for sequence in batcher.advance(sampling):
+            completion = self._stop_condition.completion(sequence.prompt, sequence.ids, sequence.logprobs)
+            versions = sequence.versions[: len(completion.token_ids)]
+            runs = tuple((version, sum(1 for _ in run)) for version, run in groupby(versions))
+            ended[sequence.prompt_index] = Rollout(
                 prompts[sequence.prompt_index],
-                self._stop_condition.completion(sequence.prompt, sequence.ids, sequence.logprobs),
-                self._version(),
+                completion,
+                sequence.versions[0],
+                runs if len(runs) > 1 else (),
             )
-            for sequence in batcher.advance(sampling)
-        }
+        return ended
 
     @torch.no_grad()
     def _advance_until(
@@ -225,6 +238,25 @@ class HFEngine:
                     on_finished(ended)
 
     # ----------------------------------------------------------------------------------------- chunk by chunk
+
+    def _sample_chunk(
+        self,
+        chunk: Sequence[int],
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int] | None,
+        greedy: bool,
+        on_finished: OnFinished | None,
+    ) -> dict[int, Rollout]:
+        """Rollouts of the prompts with these indices."""
+        rollouts: dict[int, Rollout] = {}
+        for indices in self._sampled_together(chunk, prompts):
+            rows = [prompts[index] for index in indices]
+            complete, version = self._stop_condition.completion, self._version()
+            collector = RolloutCollector(rows, complete, version, indices, on_finished)
+            row_seeds = None if seeds is None else [seeds[index] for index in indices]
+            self._generate_chunk(collector, greedy, row_seeds, early=on_finished is not None)
+            rollouts |= zip(indices, collector.rollouts(), strict=True)
+        return rollouts
 
     def _sampled_together(self, chunk: Sequence[int], prompts: Sequence[Prompt]) -> list[list[int]]:
         """Indices of the prompts of a chunk that stand in one batch: all of them, but for a model that sees

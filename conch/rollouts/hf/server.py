@@ -2,23 +2,19 @@
 
 One thread runs the model. What is asked for with the same settings is sampled together, each completion from
 its own seed: it joins what is under way, where the model allows it. New weights wait until all that was asked
-for before has ended.
+for before has ended; of what takes later weights, too (`or_later`), until what is under way has ended.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import queue
 import sys
 import threading
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,20 +22,14 @@ from conch.config import GenerationConfig, ModelConfig, TokenizerConfig
 from conch.distributed.malloc import keep_heap
 from conch.errors import ConfigError, RolloutError, first_line
 from conch.log import get_logger
-from conch.models.adapter import distinct_tensors
-from conch.models.loading import (
-    context_window,
-    disable_dropout,
-    fuse_activations,
-    load_lm,
-    load_tokenizer,
-    vocabulary_size,
-)
+from conch.models.loading import context_window, load_lm, load_tokenizer, vocabulary_size
 from conch.rollouts.hf.engine import HFEngine
+from conch.rollouts.hf.jobs import JobQueue, LoadJob, Row, SampleJob
+from conch.rollouts.hf.under_way import UnderWay
+from conch.rollouts.hf.weights import ModelWeights
 from conch.rollouts.protocol import CompletionReply, GenerateRequest, WeightUpdate
-from conch.rollouts.server import RolloutServer, listen
+from conch.rollouts.server import BusyClock, RolloutServer, listen
 from conch.rollouts.server_config import ServerConfig
-from conch.rollouts.weight_sync import received_tensors
 from conch.servers.listening import check_access
 from conch.servers.restart import ENGINE_DIED, leave_with_parent
 from conch.types import Prompt, Rollout
@@ -53,44 +43,6 @@ _GATHER_S = 0.005
 """Time for the requests of one rollout to come in together before an idle sampler begins."""
 
 _NO_WINDOW = 2**31 - 1
-
-
-@dataclass(eq=False)
-class _Request:
-    """Completions that were asked for.
-
-    put: hands a reply, or what went wrong, over to who reads them.
-    is_read: False once nobody reads them any more.
-    """
-
-    message: GenerateRequest
-    version: int
-    put: Callable[[CompletionReply | Exception], None]
-    is_read: bool = True
-
-    @property
-    def settings(self) -> tuple[GenerationConfig, bool]:
-        """What all completions that are sampled together have in common."""
-        return self.message.generation, self.message.greedy
-
-    @property
-    def rows(self) -> list[tuple[_Request, int, int]]:
-        """This request, the index of a prompt and that of one of its seeds, for each completion."""
-        prompts = enumerate(self.message.prompts)
-        return [(self, index, number) for index, prompt in prompts for number in range(len(prompt.seeds))]
-
-    @property
-    def prompts(self) -> list[Prompt]:
-        """The prompt of each completion."""
-        return [Prompt("", prompt.token_ids) for prompt in self.message.prompts for _ in prompt.seeds]
-
-
-@dataclass(eq=False)
-class _Load:
-    """New weights. put: takes what went wrong, or None."""
-
-    update: WeightUpdate
-    put: Callable[[Exception | None], None]
 
 
 class NobodyReadsError(Exception):
@@ -130,15 +82,23 @@ class TransformersSampler:
         self.has_died = False
         self._lm = lm.eval()
         self._tokenizer = tokenizer
-        self._deadline_s = deadline_s
+        self._weights = ModelWeights(self._lm, deadline_s)
+        self._version = 0
         self._engines: dict[GenerationConfig, HFEngine] = {}
-        self._jobs: queue.SimpleQueue[_Request | _Load] = queue.SimpleQueue()
-        self._waiting: deque[_Request | _Load] = deque()
+        self._clock = BusyClock()
+        self._jobs = JobQueue(_GATHER_S)
         threading.Thread(target=self._work, name="sampler", daemon=True).start()
+
+    @property
+    def busy_s(self) -> float:
+        return self._clock.seconds
 
     # ------------------------------------------------------------------------------------ on the event loop
 
-    async def load(self, update: WeightUpdate) -> None:
+    async def load(self, update: WeightUpdate, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """See `Sampler.load`. A model that is sampled chunk by chunk gets new weights between two chunks:
+        what is under way ends before them, whatever `goes_on` says. So does what is under way beside an
+        exact request; and all of it before a base, from which nothing can be sampled."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
 
@@ -147,13 +107,13 @@ class TransformersSampler:
                 return
             done.set_result(None) if error is None else done.set_exception(error)
 
-        self._jobs.put(_Load(update, lambda error: _call(loop, finish, error)))
+        self._jobs.put(LoadJob(update, tensors, lambda error: _call(loop, finish, error)))
         await done
 
     async def completions(self, request: GenerateRequest, version: int) -> AsyncIterator[CompletionReply]:
         loop = asyncio.get_running_loop()
         replies: asyncio.Queue[CompletionReply | Exception] = asyncio.Queue()
-        job = _Request(request, version, lambda reply: _call(loop, replies.put_nowait, reply))
+        job = SampleJob(request, version, lambda reply: _call(loop, replies.put_nowait, reply))
         self._jobs.put(job)
         try:
             for _ in range(sum(len(prompt.seeds) for prompt in request.prompts)):
@@ -168,129 +128,80 @@ class TransformersSampler:
 
     def _work(self) -> None:
         while True:
-            if not self._waiting:
-                self._waiting.append(self._jobs.get())
-            self._collect(_GATHER_S)
-            job = self._waiting.popleft()
-            if isinstance(job, _Load):
+            job = self._jobs.next()
+            if isinstance(job, LoadJob):
                 self._load(job)
             else:
-                self._sample([job, *self._take_alike(job)])
+                self._sample([job, *self._jobs.take_alike(job)])
 
-    def _collect(self, pause_s: float) -> None:
-        """Queue what has come in; wait so long for each further job, 0 for none."""
-        try:
-            while True:
-                self._waiting.append(self._jobs.get(timeout=pause_s) if pause_s else self._jobs.get_nowait())
-        except queue.Empty:
-            return
+    def _sample(self, jobs: list[SampleJob]) -> None:
+        """Sample all completions of these jobs, whose settings are the same, and of those that join.
 
-    def _take_alike(self, first: _Request) -> list[_Request]:
-        """Waiting requests with the settings of `first` that came before any new weights."""
-        alike: list[_Request] = []
-        rest: deque[_Request | _Load] = deque()
-        while self._waiting and not isinstance(self._waiting[0], _Load):
-            job = self._waiting.popleft()
-            assert isinstance(job, _Request)
-            (alike if job.settings == first.settings else rest).append(job)
-        self._waiting.extendleft(reversed(rest))
-        return alike
-
-    def _take_joining(self, settings: tuple[GenerationConfig, bool], engine: HFEngine) -> list[_Request]:
-        """Requests that may join what is under way: with its settings, before all that must wait for it."""
-        self._collect(0.0)
-        joining: list[_Request] = []
-        while self._waiting:
-            job = self._waiting[0]
-            if (
-                not isinstance(job, _Request)
-                or job.settings != settings
-                or not engine.takes_joining(job.prompts)
-            ):
-                break
-            joining.append(job)
-            self._waiting.popleft()
-        return joining
-
-    def _sample(self, requests: list[_Request]) -> None:
-        """Sample all completions of these requests, whose settings are the same, and of those that join."""
-        rows = [row for request in requests for row in request.rows]
-        generation, greedy = requests[0].settings
-
-        def further() -> tuple[list[Prompt], list[int]]:
-            joining = self._take_joining(requests[0].settings, engine)
-            requests.extend(joining)
-            rows.extend(row for request in joining for row in request.rows)
-            return _prompts_of(joining), _seeds_of(joining)
-
-        def tell(ended: Mapping[int, Rollout]) -> None:
-            for place, rollout in ended.items():
-                request, prompt_index, seed_index = rows[place]
-                completion, version = rollout.completion, request.version
-                request.put(CompletionReply.of(completion, prompt_index, seed_index, version))
-            if not any(request.is_read for request in requests):
-                raise NobodyReadsError
-
+        What new weights overtake is put back.
+        """
+        generation, greedy = jobs[0].settings
+        batch = _Batch()
         try:
             engine = self._engine(generation)
-            prompts, seeds = _prompts_of(requests), _seeds_of(requests)
-            engine.generate_joined(prompts, seeds, further, greedy=greedy, on_finished=tell)
+            prompts, seeds = batch.begin(jobs)
+
+            def between(under_way: UnderWay) -> None:
+                batch.drop_unread(under_way)
+                self._make_way(batch, under_way)
+                joining = self._jobs.take_joining(jobs[0].settings, engine.takes_joining)
+                if joining:
+                    under_way.add(*batch.begin(joining))
+
+            with self._clock.busy():
+                engine.generate_joined(prompts, seeds, between, greedy=greedy, on_finished=batch.tell)
         except NobodyReadsError:
             return
         except Exception as error:
             self._note(error)
-            for request in requests:
-                request.put(RolloutError(f"transformers failed: {first_line(error)}"))
+            for job in batch.jobs or jobs:
+                job.fail(RolloutError(f"transformers failed: {first_line(error)}"))
+
+    def _make_way(self, batch: _Batch, under_way: UnderWay) -> None:
+        """Load new weights that what is under way goes on with; withdraw what others overtake."""
+        load = self._jobs.pending_load()
+        if load is None:
+            return
+        goes_on = load.update.goes_on and load.update.part != "base" and under_way.weights_may_change
+        overtakes_all = all(self._jobs.overtakes(load, job) for job in batch.jobs if job.is_under_way)
+        if goes_on and overtakes_all and self._jobs.take_first(load):
+            if not self._load(load):
+                raise RolloutError("new weights were not loaded, and those that were here are gone")
+            return
+        rows = batch.rows
+        withdrawn = under_way.withdraw(lambda index: self._jobs.overtakes(load, rows[index].job))
+        self._jobs.put_back([rows[index] for index in withdrawn])
 
     def _engine(self, generation: GenerationConfig) -> HFEngine:
         if generation not in self._engines:
             if len(self._engines) >= _MAX_ENGINES:
                 self._engines.clear()
             slots = generation.model_copy(update={"chunk_size": self.max_num_seqs})
-            # Which version a completion is of is told by its request.
-            self._engines[generation] = HFEngine(lambda: self._lm, self._tokenizer, slots, version=lambda: 0)
+            lm, version = lambda: self._lm, lambda: self._version
+            self._engines[generation] = HFEngine(lm, self._tokenizer, slots, version=version)
         return self._engines[generation]
 
-    def _load(self, job: _Load) -> None:
+    def _load(self, job: LoadJob) -> bool:
+        """Load new weights; False where that fails."""
         update = job.update
+        self._jobs.source = None
         try:
-            if update.path is None:
-                shapes = {spec.name: spec.shape for spec in update.tensors}
-                self.load_tensors(shapes, received_tensors(update, 1, 2, self._deadline_s))
-            else:
-                with safe_open(update.path, framework="pt") as file:
-                    names = [*file.keys()]
-                    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-                    self.load_tensors(shapes, ((name, file.get_tensor(name)) for name in names))
+            self._weights.load(update, job.tensors)
         except Exception as error:
             self._note(error)
+            self._jobs.fail_waiting()
             job.put(error)
-        else:
-            job.put(None)
-
-    @torch.no_grad()
-    def load_tensors(
-        self, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, Tensor]]
-    ) -> None:
-        """Copy weights, under the names of a checkpoint, into the model.
-
-        shapes: of all of `tensors`, by name.
-
-        Raises:
-            RolloutError: they are of another model.
-        """
-        own = {plain: tensor for plain, _, tensor in distinct_tensors(self._lm)}
-        if own.keys() != shapes.keys():
-            self._lm = _converted(self._lm, dict(tensors))
-            return
-        for name, shape in shapes.items():
-            if tuple(own[name].shape) != tuple(shape):
-                raise RolloutError(
-                    f"{name} has the shape {tuple(shape)}, here {tuple(own[name].shape)}: serve the policy's "
-                    "own folder"
-                )
-        for name, tensor in tensors:
-            own[name].copy_(tensor)
+            return False
+        self._version = update.weights.version
+        if update.part != "base":
+            self._jobs.source = update.weights.source
+        self._jobs.fail_strangers(update.weights.source)
+        job.put(None)
+        return True
 
     def _note(self, error: Exception) -> None:
         """Log what is no refusal. After a fault on a GPU nothing can be computed in this process any more."""
@@ -303,45 +214,56 @@ class TransformersSampler:
             self.has_died = True
 
 
-def _prompts_of(requests: Iterable[_Request]) -> list[Prompt]:
-    return [prompt for request in requests for prompt in request.prompts]
+class _Batch:
+    """Completions that are sampled together.
 
+    rows: all of them, as they are numbered.
+    jobs: that they belong to.
+    """
 
-def _seeds_of(requests: Iterable[_Request]) -> list[int]:
-    return [seed for request in requests for prompt in request.message.prompts for seed in prompt.seeds]
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.jobs: list[SampleJob] = []
+
+    def begin(self, jobs: Iterable[SampleJob]) -> tuple[list[Prompt], list[int]]:
+        """Number the rows of jobs that have not begun; gives their prompts and seeds."""
+        rows = [row for job in jobs for row in job.begin()]
+        self.rows += rows
+        self.jobs = [*dict.fromkeys([*self.jobs, *(row.job for row in rows)])]
+        return [row.prompt for row in rows], [row.seed for row in rows]
+
+    def tell(self, ended: Mapping[int, Rollout]) -> None:
+        """Hand completions over to who reads them."""
+        for place, rollout in ended.items():
+            row = self.rows[place]
+            row.job.missing -= 1
+            row.job.put(
+                CompletionReply.of(
+                    rollout.completion,
+                    row.prompt_index,
+                    row.seed_index,
+                    rollout.policy_version if row.job.message.or_later else row.job.version,
+                    rollout.version_runs,
+                )
+            )
+        self._check_read()
+
+    def drop_unread(self, under_way: UnderWay) -> None:
+        """Sample no more of what nobody reads."""
+        self._check_read()
+        if not all(job.is_read for job in self.jobs):
+            under_way.abandon(lambda index: not self.rows[index].job.is_read)
+            self.jobs = [job for job in self.jobs if job.is_read]
+
+    def _check_read(self) -> None:
+        if not any(job.is_read for job in self.jobs):
+            raise NobodyReadsError
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[[Any], object], argument: Any) -> None:
     """Call a function on the event loop; does nothing once the server has stopped."""
     if not loop.is_closed():
         loop.call_soon_threadsafe(function, argument)
-
-
-def _converted(lm: PreTrainedModel, tensors: dict[str, Tensor]) -> PreTrainedModel:
-    """A model of this kind with weights that a checkpoint holds in another shape (experts one by one, say).
-
-    Raises:
-        RolloutError: weights are missing, or of another model.
-    """
-    loaded: Any = type(lm).from_pretrained(
-        None,
-        config=lm.config,
-        state_dict=tensors,
-        dtype=lm.dtype,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # refused below, with a tensor named
-    )
-    model, info = loaded
-    wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
-    wrong += sorted(key for key, *_ in info["mismatched_keys"])
-    if wrong:
-        raise RolloutError(
-            f"these are not the weights of a {type(lm).__name__} of this shape ({wrong[0]}): serve the "
-            "policy's own folder"
-        )
-    disable_dropout(model)
-    fuse_activations(model)
-    return model.to(lm.device).eval()
 
 
 def serve(config: ServerConfig) -> None:

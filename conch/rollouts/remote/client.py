@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import ClassVar
 
 from conch.config import AuthConfig
 from conch.errors import ConchError, RolloutError, RolloutUnavailableError
@@ -29,6 +30,12 @@ class ServerClient(HttpClient):
     Raises:
         ConfigError: from the constructor: a certificate cannot be read, or the secret's variable is not set.
     """
+
+    takes_handed: ClassVar[bool] = False
+    """True where tensors go with the message of an update."""
+
+    requests_per_server: ClassVar[int] = 4
+    """Requests that a server's share of prompts is split into: a quick server can relieve a slow one."""
 
     def __init__(self, address: str, deadline_s: float, auth: AuthConfig | None = None) -> None:
         super().__init__(
@@ -77,6 +84,10 @@ class ServerClient(HttpClient):
                 failure = self.parse(Failure, values).detail[:_MAX_DETAIL]
                 raise RolloutUnavailableError(f"{self.address} failed: {failure}")
             yield self.parse(CompletionReply, values)
+
+    def stacks(self) -> str:
+        """Nothing: a server does not show strangers what it does."""
+        return ""
 
     def refusal_of(self, status: int, detail: str) -> ConchError:
         if status == _STALE_WEIGHTS:

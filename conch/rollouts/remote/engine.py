@@ -14,39 +14,21 @@ from transformers import PreTrainedTokenizerBase
 from conch.config import GenerationConfig
 from conch.errors import ConchError, RolloutError, RolloutUnavailableError
 from conch.rollouts.base import check_lengths, draw_seeds, in_order
-from conch.rollouts.protocol import (
-    MAX_COMPLETIONS,
-    MAX_REQUEST_TOKENS,
-    CompletionReply,
-    GenerateRequest,
-    PromptRequest,
+from conch.rollouts.protocol import CompletionReply, GenerateRequest
+from conch.rollouts.remote.batches import (
+    PromptBatch,
+    batch_size,
+    even_blocks,
+    missing_part,
+    split_prompts,
 )
 from conch.rollouts.remote.client import StaleWeightsError
 from conch.rollouts.remote.lease import WeightLease
 from conch.rollouts.remote.pool import ServerPool, ServerState, least_busy
 from conch.types import Completion, OnFinished, Prompt, Rollout
 
-_BATCHES_PER_SERVER = 4
-"""Requests that a server's share of prompts is split into, so that a quick server can relieve a slow one."""
-
 _WAIT_S = 0.5
 """Longest wait for a completion before servers are looked after again."""
-
-
-@dataclass(eq=False)
-class PromptBatch:
-    """The prompts of one request.
-
-    requests: prompts with their seeds.
-    indices: for each prompt, the index of each of its completions among all that are to be sampled.
-    """
-
-    requests: list[PromptRequest]
-    indices: list[list[int]]
-
-    @property
-    def num_completions(self) -> int:
-        return sum(len(column) for column in self.indices)
 
 
 @dataclass(frozen=True)
@@ -110,8 +92,12 @@ class RemoteEngine:
             servers = self._pool.push_weights(lease)
             check_lengths(prompts, self._config, self._pool.max_model_len)
             seeds = draw_seeds(len(prompts))
-            size = batch_size(prompts, len(servers))
-            batches = split_prompts(prompts, range(len(prompts)), seeds, size)
+            places = range(len(prompts))
+            if self._pool.requests_per_server == 1:
+                batches = even_blocks(prompts, places, seeds, len(servers))
+            else:
+                size = batch_size(prompts, len(servers), self._pool.requests_per_server)
+                batches = split_prompts(prompts, places, seeds, size)
             sampling = _Sampling(self._pool, self._config, self._eos_id, lease, greedy, self._deadline_s)
             finished = sampling.rollouts(prompts, batches)
             yield from in_order(prompts, finished, self._config.chunk_size, on_finished)
@@ -176,18 +162,11 @@ class _Sampling:
             if server is None:
                 return
             batch = self._waiting.popleft()
-            tokens = self._max_tokens(batch)
+            tokens = batch.max_tokens(self._config.max_new_tokens)
             server.pending_tokens += tokens
             server.pending_completions += batch.num_completions
             self._under_way.append((server, batch, tokens))
             self._pool.threads.submit(self._request, server, batch, tokens)
-
-    def _max_tokens(self, batch: PromptBatch) -> int:
-        """Prompt and completion tokens of a batch, at most."""
-        return sum(
-            len(column) * (len(request.token_ids) + self._config.max_new_tokens)
-            for request, column in zip(batch.requests, batch.indices, strict=True)
-        )
 
     def _request(self, server: ServerState, batch: PromptBatch, tokens: int) -> None:
         """In a thread: request a batch, and queue what the server answers."""
@@ -268,49 +247,5 @@ class _Sampling:
         """Give up after many refusals: sending the weights again helps a restarted server, but not one that
         another run uses, too."""
         self._stale_replies += 1
-        if self._stale_replies > 3 * _BATCHES_PER_SERVER * len(self._pool.servers):
+        if self._stale_replies > 3 * self._pool.requests_per_server * len(self._pool.servers):
             raise RolloutError(f"{error}, again and again: give each run servers of its own") from error
-
-
-def batch_size(prompts: Sequence[Prompt], num_servers: int) -> int:
-    """Completions of a request: few requests for each server, none that it would find too large."""
-    longest = max((len(prompt.token_ids) for prompt in prompts), default=1)
-    even = -(-len(prompts) // (num_servers * _BATCHES_PER_SERVER))
-    return max(1, min(even, MAX_COMPLETIONS, MAX_REQUEST_TOKENS // max(1, longest)))
-
-
-def split_prompts(
-    prompts: Sequence[Prompt], indices: Sequence[int], seeds: Sequence[int], size: int
-) -> list[PromptBatch]:
-    """Split prompts into batches of about `size` completions.
-
-    Equal prompts in a row become one request with several seeds, and stay in one batch: a server computes
-    what they share once.
-    """
-    batches = [PromptBatch([], [])]
-    previous_ids: tuple[int, ...] | None = None
-    for index, seed in zip(indices, seeds, strict=True):
-        batch, ids = batches[-1], prompts[index].token_ids
-        if ids == previous_ids:
-            batch.requests[-1] = PromptRequest(token_ids=ids, seeds=(*batch.requests[-1].seeds, seed))
-            batch.indices[-1].append(index)
-            continue
-        if batch.num_completions >= size:
-            batch = PromptBatch([], [])
-            batches.append(batch)
-        batch.requests.append(PromptRequest(token_ids=ids, seeds=(seed,)))
-        batch.indices.append([index])
-        previous_ids = ids
-    return [batch for batch in batches if batch.requests]
-
-
-def missing_part(batch: PromptBatch, missing: set[int]) -> PromptBatch | None:
-    """The part of a batch whose completions are in `missing`, with their seeds; None where it is empty."""
-    rest = PromptBatch([], [])
-    for request, column in zip(batch.requests, batch.indices, strict=True):
-        pairs = [(index, seed) for index, seed in zip(column, request.seeds, strict=True) if index in missing]
-        if pairs:
-            seeds = tuple(seed for _, seed in pairs)
-            rest.indices.append([index for index, _ in pairs])
-            rest.requests.append(PromptRequest(token_ids=request.token_ids, seeds=seeds))
-    return rest if rest.requests else None

@@ -1,19 +1,19 @@
-"""Read lock on the policy's weights for the duration of one rollout."""
+"""What may be read of the policy's weights, and for how long: for the duration of one rollout."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor
 
 from conch.errors import RolloutUnavailableError
-from conch.rollouts.protocol import WeightVersion
+from conch.rollouts.protocol import Part, WeightVersion
 
 
 class LeaseEndedError(RolloutUnavailableError):
-    """The rollout has ended for which the weights were to be read."""
+    """The rollout has ended for which the weights were to be read, or newer ones stand in their place."""
 
 
 class WeightLease:
@@ -23,10 +23,16 @@ class WeightLease:
     ZeRO-3 a rank holds its own shard only.
 
     weights: version that may be read.
+    read: gives the tensors of a part.
+    goes_on: see `WeightUpdate`.
     """
 
-    def __init__(self, weights: WeightVersion) -> None:
+    def __init__(
+        self, weights: WeightVersion, read: Callable[[Part], dict[str, Tensor]], *, goes_on: bool = False
+    ) -> None:
         self.weights = weights
+        self.goes_on = goes_on
+        self._read = read
         self._lock = threading.Lock()
         self._registered: list[dict[str, Tensor]] = []
         self._has_ended = False
@@ -47,6 +53,15 @@ class WeightLease:
             if self._has_ended:
                 raise LeaseEndedError("the rollout ended before these weights were read")
             yield
+
+    @contextmanager
+    def sending(self) -> Iterator[None]:
+        """Surrounds all that is done to bring one server these weights."""
+        yield
+
+    def tensors(self, part: Part) -> dict[str, Tensor]:
+        """Names and weights. Call it inside `reading`."""
+        return self._read(part)
 
     def register(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Give the same tensors in a dict that `end` empties, whoever holds it. Call it inside `reading`."""

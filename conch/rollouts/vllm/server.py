@@ -5,19 +5,24 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import aclosing, contextmanager
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from conch.config import GenerationConfig, TokenizerConfig
-from conch.errors import ModelError
+from conch.errors import ModelError, RolloutUnavailableError
 from conch.log import get_logger
 from conch.models.loading import load_tokenizer
 from conch.rollouts.protocol import CompletionReply, GenerateRequest, LoraCapacity, WeightUpdate
-from conch.rollouts.server import RolloutServer, listen
+from conch.rollouts.server import BusyClock, RolloutServer, listen
 from conch.rollouts.server_config import ServerConfig
 from conch.rollouts.stopping import StopCondition
 from conch.rollouts.vllm.build import (
@@ -33,6 +38,7 @@ from conch.rollouts.vllm.build import (
     was_killed,
 )
 from conch.rollouts.vllm.engine import sampling_params
+from conch.rollouts.weight_sync import SHARED_MEMORY
 from conch.servers.listening import check_access
 from conch.servers.restart import ENGINE_DIED, leave_with_parent
 
@@ -65,6 +71,11 @@ class VLLMSampler:
         self._deadline_s = deadline_s
         self._adapter: Any = None
         self._stop_conditions: dict[GenerationConfig, StopCondition] = {}
+        self._clock = BusyClock()
+
+    @property
+    def busy_s(self) -> float:
+        return self._clock.seconds
 
     @property
     def has_died(self) -> bool:
@@ -90,7 +101,11 @@ class VLLMSampler:
     def vocabulary(self) -> int:
         return self._engine.vllm_config.model_config.get_vocab_size()
 
-    async def load(self, update: WeightUpdate) -> None:
+    async def load(self, update: WeightUpdate, tensors: Mapping[str, Tensor] | None = None) -> None:
+        with _in_file(update, tensors) as update:
+            await self._load_update(update)
+
+    async def _load_update(self, update: WeightUpdate) -> None:
         await self._engine.pause_generation(mode="wait", clear_cache=True)
         try:
             await self._load(update)
@@ -155,6 +170,27 @@ class VLLMSampler:
                 self._stop_conditions.clear()
             self._stop_conditions[generation] = StopCondition(self._tokenizer, generation)
         return self._stop_conditions[generation]
+
+
+@contextmanager
+def _in_file(update: WeightUpdate, tensors: Mapping[str, Tensor] | None) -> Iterator[WeightUpdate]:
+    """An update whose tensors, where they are handed over, are in a file that vLLM's workers read.
+
+    Raises:
+        RolloutUnavailableError: shared memory is full or absent.
+    """
+    if tensors is None:
+        yield update
+        return
+    with tempfile.TemporaryDirectory(prefix="conch-handed-", dir=SHARED_MEMORY) as folder:
+        path = Path(folder) / "weights.safetensors"
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        except (OSError, SafetensorError) as error:
+            raise RolloutUnavailableError(
+                f"the weights cannot be written to {path}: {error}; make room there"
+            ) from error
+        yield update.model_copy(update={"handed": False, "path": str(path)})
 
 
 def serve(config: ServerConfig) -> None:

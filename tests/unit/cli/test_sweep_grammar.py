@@ -112,6 +112,7 @@ def test_interval_numbers_are_written_so_that_they_are_read_exactly() -> None:
         ("a=tag(log,interval(0,1))", ("above 0",)),
         ("a=interval(1,5),3", ("cannot stand among other values",)),
         ("shape=glob(x*)", ("matches no file", "line, steep, steeper")),
+        ("rate=glob(*)", ("groups of configuration files", "`rate` is none")),
         ("a=sort(glob(*))", ("cannot read the override",)),
         ("a=range(1,4", ("cannot read the override",)),
         ("a=range(4,1)", ("holds no value",)),

@@ -13,7 +13,9 @@ from examples.grpo.devices import DevicePlan, Wish, plan_devices
 SECTIONS = {"train": "train_model", "infer": "inference_model", "ref": "ref_model"}
 
 
-def plan(num_gpus: int = 8, *, has_reference: bool = True, **asked: Any) -> DevicePlan:
+def plan(
+    num_gpus: int = 8, *, has_reference: bool = True, overlaps: bool = False, **asked: Any
+) -> DevicePlan:
     """A plan of wishes by short names: a number, a list, or both."""
     wishes: dict[str, Wish] = {}
     for name, value in asked.items():
@@ -21,7 +23,7 @@ def plan(num_gpus: int = 8, *, has_reference: bool = True, **asked: Any) -> Devi
         if isinstance(value, list):
             number, devices = None, value
         wishes[SECTIONS[name]] = Wish(number, devices)
-    return plan_devices(wishes, has_reference=has_reference, num_gpus=num_gpus)
+    return plan_devices(wishes, has_reference=has_reference, num_gpus=num_gpus, overlaps=overlaps)
 
 
 @pytest.mark.parametrize(
@@ -110,3 +112,46 @@ def test_simulated_devices_say_so() -> None:
     assert "sampling      simulated device 2" in shown
     assert "no GPU here: the 4 devices are simulated by processes on the CPU" in shown
     assert "simulated" not in "\n".join(plan(4, train=2, infer=1, ref=1).lines())
+
+
+# ------------------------------------------------------------------------- sampling that goes on meanwhile
+
+
+@pytest.mark.parametrize(
+    ("asked", "num_gpus", "train", "inference", "reference"),
+    [
+        ({}, 8, (0,), (1,), ()),
+        ({}, 0, (0,), (1,), ()),
+        ({"train": 2}, 4, (0, 1), (2,), ()),
+        ({"train": [0, 1]}, 4, (0, 1), (2,), ()),
+        ({"ref": 1}, 4, (0,), (1,), (2,)),
+        ({"infer": 3}, 4, (0,), (1, 2, 3), ()),
+        ({"infer": [0]}, 2, (1,), (0,), ()),
+        ({"train": 2, "infer": 2, "ref": 2}, 6, (0, 1), (2, 3), (4, 5)),
+    ],
+)
+def test_sampling_meanwhile_has_a_device_of_its_own(
+    asked: Mapping[str, Any],
+    num_gpus: int,
+    train: tuple[int, ...],
+    inference: tuple[int, ...],
+    reference: tuple[int, ...],
+) -> None:
+    made = plan(num_gpus, overlaps=True, **asked)
+    assert (made.train, made.inference, made.reference) == (train, inference, reference)
+    assert made.apart
+
+
+@pytest.mark.parametrize(
+    ("asked", "num_gpus", "message"),
+    [
+        ({}, 1, r"there is 1 GPU, and sampling while the model is trained takes another: run `grpo.py`"),
+        ({"train": 1}, 1, r"there is 1 GPU"),
+        ({"train": 4}, 4, r"4 \(train_model\) \+ 1 \(inference_model\) = 5 devices are asked for"),
+        ({"train": [0], "infer": [0]}, 2, r"device 0 is taken twice, also by `train_model.devices`"),
+    ],
+)
+def test_sampling_meanwhile_shares_no_device(asked: Mapping[str, Any], num_gpus: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as raised:
+        plan(num_gpus, overlaps=True, **asked)
+    assert "\n" not in str(raised.value)

@@ -170,7 +170,7 @@ def test_ranks_finish_their_step_however_soon_their_launcher_would_end_them(
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(leaves) as left:
-        run_training([sys.executable, "-c", LAUNCHER, "-c", RANK], plan(0, train=2), "")
+        run_training([sys.executable, "-c", LAUNCHER, "-c", RANK], plan(0, train=2), (0, 1), "")
     assert Path("saved").exists()
     if leaves is SystemExit:
         assert left.value.args == (143,)

@@ -16,15 +16,16 @@ from conch.config import Section, load
 from conch.config.base import nested_section
 from conch.errors import ConfigError
 from conch.trainers.grpo import GRPORunConfig
+from examples.grpo.async_settings import AsyncExampleConfig
+from examples.grpo.batches import Batches, plan_batches
 from examples.grpo.devices import ROLES, DevicePlan, Wish, plan_devices
 from examples.grpo.grpo import CONFIGS, DEFAULT, config_name
 from examples.grpo.launch import servers_of, training_command
 from examples.grpo.outputs import overrides_in
 from examples.grpo.settings import NOT_HERE, RENAMED, ExampleConfig
 from examples.grpo.translation import (
-    Batches,
-    plan_batches,
     run_config,
+    run_section,
     sampler,
     translate,
     with_names_of_here,
@@ -35,16 +36,19 @@ ONE = plan_devices({}, has_reference=True, num_gpus=0)
 GPU = plan_devices({}, has_reference=True, num_gpus=1)
 
 
-def settings(*words: str) -> ExampleConfig:
-    """The settings of a command line, not by the program's own way, which takes a quarter of a second."""
+def settings(*words: str, section: type[ExampleConfig] = ExampleConfig) -> ExampleConfig:
+    """The settings of a command line, not by the program's own way, which takes a quarter of a second.
+
+    section: of the program.
+    """
     values: dict[str, Any] = {}
     for name, _, value in (word.partition("=") for word in words):
-        *sections, key = name.split(".")
+        *parents, key = name.split(".")
         inner = values
-        for section in sections:
-            inner = inner.setdefault(section, {})
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
         inner[key] = yaml.safe_load(value)
-    return load(ExampleConfig, values)
+    return load(section, values)
 
 
 def became(*words: str, plan: DevicePlan = ONE, has_vllm: bool = False) -> GRPORunConfig:
@@ -61,6 +65,7 @@ def test_every_file_is_a_run(file: Path) -> None:
     assert (run.reward.verifier, run.optimizer.learning_rate) == (config.env.dataset, 2e-5)
 
 
+TENSOR_PARALLEL = ("GPUs apart, with vLLM", "servers while training")
 LEAVES_NO_TRACE = {"optimizer.name", "conch"}
 """Settings with a single value, and those that stand for others."""
 
@@ -74,14 +79,23 @@ OTHER: dict[str, Any] = {
     "train_model.attn_implementation": "eager",
     "train_model.lora.target_modules": "all-linear",
     "policy.kl_coef": 0.0,
+    "train.optim_batch_size": 16,
+    "train.buffer_size": 100,
+    "inference_model.served_by": "servers",
+    "ray.init_config.num_cpus": 64,
+    "ray.collector_config.num_cpus": 2,
 }
 """Another value, where a rule gives none that makes a run."""
 
-PLANS: dict[str, tuple[list[str], int, bool]] = {
-    "one process": ([], 0, False),
-    "one GPU with vLLM": ([], 1, True),
-    "GPUs apart, with vLLM": (["train_model.num_devices=2", "inference_model.num_devices=2"], 8, True),
-    "simulated apart": (["train_model.num_devices=2", "inference_model.num_devices=2"], 0, False),
+APART = ["train_model.num_devices=2", "inference_model.num_devices=2"]
+PLANS: dict[str, tuple[type[ExampleConfig], list[str], int, bool]] = {
+    "one process": (ExampleConfig, [], 0, False),
+    "one GPU with vLLM": (ExampleConfig, [], 1, True),
+    "GPUs apart, with vLLM": (ExampleConfig, APART, 8, True),
+    "simulated apart": (ExampleConfig, APART, 0, False),
+    "ray": (AsyncExampleConfig, APART, 0, False),
+    "ray with vLLM": (AsyncExampleConfig, APART, 8, True),
+    "servers while training": (AsyncExampleConfig, [*APART, "inference_model.served_by=servers"], 8, True),
 }
 
 
@@ -113,15 +127,17 @@ def another(name: str, field: Any) -> Any:
 
 @pytest.mark.parametrize("case", PLANS)
 def test_every_setting_changes_something_or_the_program_says_that_it_does_not(case: str) -> None:
-    words, num_gpus, has_vllm = PLANS[case]
+    section, words, num_gpus, has_vllm = PLANS[case]
 
     def effect(*more: str) -> tuple[Any, list[str]]:
-        config = settings(*words, *more)
+        config = settings(*words, *more, section=section)
         wishes = {name: Wish(getattr(config, name).num_devices) for name in ROLES}
-        plan = plan_devices(wishes, has_reference=config.policy.kl_coef > 0, num_gpus=num_gpus)
-        run = run_config(translate(config, plan, has_vllm=has_vllm))
+        has_reference, overlaps = config.policy.kl_coef > 0, section is AsyncExampleConfig
+        plan = plan_devices(wishes, has_reference=has_reference, num_gpus=num_gpus, overlaps=overlaps)
+        run = run_config(translate(config, plan, has_vllm=has_vllm), None, run_section(config))
         servers = servers_of(config, run, plan, has_vllm=has_vllm)
-        command = training_command(config, plan, Path("task"))[:-4]  # without a port
+        command = training_command(config, plan, Path("task"))
+        command = command[: command.index("task") - 3]  # without a port
         told = [server.settings for server in servers]
         unused = without_effect(config, plan, has_vllm=has_vllm)
         return (run, plan, command, told, config.env), unused
@@ -129,12 +145,14 @@ def test_every_setting_changes_something_or_the_program_says_that_it_does_not(ca
     plain, unused = effect()
     assert not unused
     wrong: list[str] = []
-    for name, field in leaves(ExampleConfig):
-        section = name.partition(".")[0]
-        if name in LEAVES_NO_TRACE or name.endswith(("devices", "num_devices")) or section == "ref_model":
+    for name, field in leaves(section):
+        first = name.partition(".")[0]
+        if name in LEAVES_NO_TRACE or name.endswith(("devices", "num_devices")) or first == "ref_model":
             continue
-        if name == "inference_model.tensor_parallel_size" and case != "GPUs apart, with vLLM":
+        if name == "inference_model.tensor_parallel_size" and case not in TENSOR_PARALLEL:
             continue  # refused
+        if name == "inference_model.served_by" and case == "servers while training":
+            continue  # the other value is the default
         if name == "inference_model.backend" and not has_vllm:
             continue  # it is transformers then, asked for or not
         changed, unused = effect(f"{name}={json.dumps(another(name, field))}")

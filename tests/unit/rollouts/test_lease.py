@@ -38,7 +38,7 @@ WEIGHTS = WeightVersion(source="run", version=3)
 
 
 def test_end_waits_for_who_reads_and_nobody_reads_after_it() -> None:
-    lease, order = WeightLease(WEIGHTS), list[str]()
+    lease, order = WeightLease(WEIGHTS, lambda _part: {}), list[str]()
     inside, release = threading.Event(), threading.Event()
 
     def read() -> None:
@@ -64,7 +64,7 @@ def test_end_waits_for_who_reads_and_nobody_reads_after_it() -> None:
 
 
 def test_what_is_sent_is_a_copy_and_breaks_off_at_the_end() -> None:
-    lease, weight = WeightLease(WEIGHTS), torch.tensor([1.0, 2.0])
+    lease, weight = WeightLease(WEIGHTS, lambda _part: {}), torch.tensor([1.0, 2.0])
     with lease.reading():
         tensors = lease.register({"a": weight, "b": weight, "c": weight})
     copies = lease.copies(tensors)

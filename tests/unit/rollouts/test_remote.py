@@ -19,8 +19,8 @@ from conch.addresses import parse_servers
 from conch.config import load
 from conch.errors import ConfigError, RolloutError, RolloutUnavailableError
 from conch.rollouts.protocol import Health, PromptRequest
+from conch.rollouts.remote.batches import batch_size, missing_part, split_prompts
 from conch.rollouts.remote.client import ServerClient
-from conch.rollouts.remote.engine import batch_size, missing_part, split_prompts
 from conch.rollouts.remote.pool import ServerState, least_busy
 from conch.rollouts.rendezvous import join, open_store, wait_for_members
 from conch.rollouts.serve import main as serve_main

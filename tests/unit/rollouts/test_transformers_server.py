@@ -21,6 +21,7 @@ from conch.rollouts.base import draw_seeds
 from conch.rollouts.hf.continuous_batching import draw_seeded, seeded_generator
 from conch.rollouts.hf.engine import HFEngine
 from conch.rollouts.hf.server import model_config_of
+from conch.rollouts.hf.under_way import UnderWay
 from conch.rollouts.protocol import GenerateRequest, PromptRequest
 from conch.rollouts.remote.client import ServerClient
 from conch.rollouts.remote.engine import RemoteEngine
@@ -209,7 +210,7 @@ def test_requests_of_several_ranks_are_sampled_together() -> None:
             thread.start()
         sampler = server.sampler
         wait_until(
-            lambda: sampler._jobs.qsize() + len(sampler._waiting) + sum(map(len, batches)) == 5,
+            lambda: len(sampler._jobs) + sum(map(len, batches)) == 5,
             lambda: f"{batches} of 5 requests have come",
         )
         gate.set()
@@ -229,15 +230,15 @@ def test_prompts_that_join_are_sampled_as_if_they_were_alone(slots: int) -> None
     later = [[*range(2, 3)], [], [], [*range(3, 9)], [], [9]]
     found: dict[int, Rollout] = {}
 
-    def further() -> tuple[list[Prompt], list[int]]:
+    def join(under_way: UnderWay) -> None:
         places = later.pop(0) if later else []
-        return [given[place] for place in places], places
+        under_way.add([given[place] for place in places], places)
 
     def note(ended: Mapping[int, Rollout]) -> None:
         assert not found.keys() & ended.keys()
         found.update(ended)
 
-    engine.generate_joined(given[:2], seeds[:2], further, greedy=False, on_finished=note)
+    engine.generate_joined(given[:2], seeds[:2], join, greedy=False, on_finished=note)
     assert [found[place].prompt for place in range(len(given))] == given
     assert_alike([found[place] for place in range(len(given))], wanted)
 
@@ -248,17 +249,17 @@ def test_request_joins_what_is_under_way() -> None:
         all_of(remote, prompts("a"))
         generation = with_end_ids(GenerationConfig(max_new_tokens=28), lm, TOKENIZER)
         sampler, ran, joined = server.sampler, threading.Event(), []
-        take = sampler._take_joining
+        take = sampler._jobs.take_joining
 
         def watched(*arguments: Any) -> Any:
             ran.set()
-            # What has come and may not join yet stands in `_waiting`, looked at again in the next step.
-            come = lambda: bool(joined or sampler._waiting) or not sampler._jobs.empty()  # noqa: E731
+            # What has come and may not join yet is looked at again in the next step.
+            come = lambda: bool(joined or len(sampler._jobs))  # noqa: E731
             wait_until(come, lambda: "nothing comes")
             joined.extend(take(*arguments))
             return joined[-1:] if len(joined) == 1 else []
 
-        sampler._take_joining = watched  # pyright: ignore[reportAttributeAccessIssue]
+        sampler._jobs.take_joining = watched  # pyright: ignore[reportAttributeAccessIssue]
         replies: dict[int, list[Any]] = {}
 
         def ask(seed: int) -> None:

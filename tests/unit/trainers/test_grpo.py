@@ -6,8 +6,9 @@ import copy
 import json
 import logging
 import math
+import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,17 @@ def token_logprobs(lm: GPT2LMHeadModel, rollout: Rollout) -> torch.Tensor:
 
 
 def loss_by_loop(
-    form: LossForm, new: GPT2LMHeadModel, old: GPT2LMHeadModel, kl_coef: float, longest: int
+    form: LossForm,
+    new: GPT2LMHeadModel,
+    old: GPT2LMHeadModel,
+    kl_coef: float,
+    longest: int,
+    correct: Callable[[torch.Tensor], torch.Tensor] = torch.ones_like,
 ) -> float:
-    """The loss as the papers write it, sample by sample; the reference is the old policy."""
+    """The loss as the papers write it, sample by sample; the reference is the old policy.
+
+    correct: weights of a response's tokens, from old over sampling probabilities; the latter are all 1/e.
+    """
     used = [
         row for row, score in enumerate(SCORES) if score is not None and ROLLOUTS[row].completion.token_ids
     ]
@@ -87,6 +96,7 @@ def loss_by_loop(
             log_ratio = log_ratio.mean().expand_as(log_ratio)
         ratio = log_ratio.exp()
         gain = torch.minimum(advantage * ratio, advantage * ratio.clamp(0.9, 1.3))
+        gain = gain * correct((token_logprobs(old, ROLLOUTS[row]) + 1.0).exp())
         to_reference = token_logprobs(old, ROLLOUTS[row]) - token_logprobs(new, ROLLOUTS[row])
         terms = kl_coef * (to_reference.exp() - 1 - to_reference) - gain
         per = {"dapo": num_tokens, "dr_grpo": len(used) * longest}.get(form, len(used) * len(ratio))
@@ -109,6 +119,41 @@ def test_loss_is_that_of_the_paper(run_dir: Path, form: LossForm) -> None:
     loss, stats = trainer._loss(batch, token_weights(mask, form, 5), shares)
     assert float(stats["train/clip_fraction"]) > 0  # the clip is part of what is compared
     assert loss.item() == pytest.approx(loss_by_loop(form, trainer.policy.lm, old, 0.5, longest=5), abs=1e-5)
+
+
+CORRECTIONS: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor], torch.Tensor]]] = {
+    "truncate": ({"kind": "truncate", "cap": 1.2}, lambda ratio: ratio.clamp(max=1.2)),
+    "mask": ({"kind": "mask", "high": 1.5}, lambda ratio: ratio * ((ratio >= 0.5) & (ratio <= 1.5))),
+    "sequence": (
+        {"kind": "truncate", "level": "sequence"},
+        lambda ratio: ratio.prod().clamp(max=2.0).expand_as(ratio),
+    ),
+    "geometric": (
+        {"kind": "mask", "level": "geometric", "low": 0.9},
+        lambda ratio: (mean := ratio.log().mean().exp().expand_as(ratio)) * (mean >= 0.9) * (mean <= 5.0),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        *(("grpo", name) for name in CORRECTIONS),
+        *(("dapo", "mask"), ("dr_grpo", "sequence"), ("gspo", "sequence"), ("gspo", "geometric")),
+    ],
+)
+def test_corrected_loss_has_two_ratios(run_dir: Path, form: LossForm, name: str) -> None:
+    """pi / pi_old is clipped as ever; pi_old / pi_sampler weighs, and the KL stands apart."""
+    settings, correct = CORRECTIONS[name]
+    grpo = {"loss": form, **CLIPS, "correction": settings, "kl": {"coef": 0.5}}
+    trainer = grpo_trainer(run_dir, lm=policy(), grpo=grpo)
+    old = policy()
+    batch = batch_of(trainer, ROLLOUTS, scored(*SCORES))
+    shake(trainer.policy.lm, 0.1, seed=5)
+    loss, _ = trainer._loss(batch, token_weights(batch.loss_mask, form, 5), batch.loss_mask.float())
+    new, plain = trainer.policy.lm, loss_by_loop(form, trainer.policy.lm, old, 0.5, longest=5)
+    assert loss.item() == pytest.approx(loss_by_loop(form, new, old, 0.5, 5, correct), abs=1e-5)
+    assert abs(loss.item() - plain) > 1e-3, "the weights change something"
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -216,7 +261,11 @@ def test_a_steps_only_update_finds_the_old_log_probs_itself(
     (first, metrics_first, coef_first), (alone, metrics_alone, coef_alone) = found
     torch.testing.assert_close(alone, first, rtol=0, atol=1e-10)
     assert not torch.equal(alone, parameters(policy()))
-    assert metrics_alone == pytest.approx(metrics_first, abs=1e-5)
+    # What the sampler's weights are worth is known before an update only.
+    measured = {name: value for name, value in metrics_first.items() if name in metrics_alone}
+    known_first = metrics_first.keys() - measured.keys()
+    assert all(re.search("importance_ratio|effective_sample_size", name) for name in known_first)
+    assert metrics_alone == pytest.approx(measured, abs=1e-5)
     assert coef_alone == pytest.approx(coef_first, rel=1e-6) and (coef_alone != kl_coef) == bool(kl_coef)
     assert metrics_alone["rollout/logprob_diff"] > 0.1 and metrics_alone["policy/entropy"] > 0.1
     assert [
@@ -249,7 +298,7 @@ def test_evaluation_measures_the_policys_distance_where_steps_make_no_pass_of_it
         {"grpo": {"kl": {"coef": 0.1, "placement": "reward"}}},
         {"grpo": {"epochs": 2}},
         {"grpo": {"minibatches": 2}},
-        {"grpo": {"importance_sampling_cap": 2.0}},
+        {"grpo": {"correction": {"kind": "mask"}}},
         {"model": {"disable_dropout": False}},
     ],
 )
@@ -309,24 +358,69 @@ def test_groups_without_spread_fill_up_where_resamples_run_out(run_dir: Path) ->
     assert torch.equal(parameters(trainer.policy.lm), before)
 
 
-def test_importance_sampling_weighs_tokens_and_is_measured(run_dir: Path) -> None:
-    trainer = grpo_trainer(run_dir, grpo={"importance_sampling_cap": 1.5})
-    metrics = trainer.step()
-    assert metrics["rollout/importance_ratio_mean"] == pytest.approx(1.0, abs=1e-4)
-    assert metrics["rollout/effective_sample_size"] == pytest.approx(1.0, abs=1e-4)
+def test_importance_ratios_are_measured_with_and_without_a_correction(run_dir: Path) -> None:
+    grpo = {"epochs": 2}
+    metrics = grpo_trainer(run_dir, grpo=grpo).step()
+    for level in ("", "sequence_"):
+        for name in ("effective_sample_size", "importance_ratio_mean", "importance_ratio_max"):
+            assert metrics[f"rollout/{level}{name}"] == pytest.approx(1.0, abs=1e-4)
+    assert not [name for name in metrics if "cut_fraction" in name]
+    correction = {"kind": "truncate", "cap": 1.2}
+    trainer = grpo_trainer(run_dir.with_name("corrected"), grpo={"correction": correction})
     # These claim that the sampler gave each token a log-probability of -2.5.
     claimed = [
         replace(each, completion=replace(each.completion, logprobs=(-2.5,) * len(each.completion.token_ids)))
         for each in ROLLOUTS
     ]
     batch, metrics = batch_and_metrics(trainer, claimed, scored(*SCORES))
-    expected = (batch.old_logprobs + 2.5).exp().clamp(max=1.5)
+    expected = (batch.old_logprobs + 2.5).exp().clamp(max=1.2)
     torch.testing.assert_close(batch.correction[batch.loss_mask], expected[batch.loss_mask])
-    assert 0 < metrics["rollout/importance_ratio_capped_fraction"] < 1
-    weights = token_weights(batch.loss_mask, "grpo", 5)
-    plain = replace(batch, correction=torch.ones_like(batch.correction))
-    ours, theirs = (trainer._loss(each, weights, weights)[1]["train/policy_loss"] for each in (batch, plain))
-    assert abs((ours - theirs).item()) > 1e-3
+    assert 0 < metrics["rollout/importance_ratio_cut_fraction"] < 1 < metrics["rollout/importance_ratio_max"]
+    cut = grpo_trainer(run_dir.with_name("cut"), grpo=grpo, generation={"top_k": 3}).step()
+    assert "rollout/logprob_diff" in cut and "rollout/effective_sample_size" not in cut
+
+
+@pytest.mark.parametrize("passes_first", [True, False])
+@pytest.mark.parametrize(
+    ("ages", "wrong", "said"),
+    [
+        ((0, 2), 2, None),
+        ((0, 2), 0, "sampled from another distribution"),
+        ((1, 3), 1, "the newest samples of this step are 1 update old"),
+        ((1, 3), 3, None),
+        ((3, 3), 3, "the newest samples of this step are 3 updates old"),
+    ],
+)
+def test_alarm_goes_by_the_newest_samples(
+    run_dir: Path,
+    caplog: pytest.LogCaptureFixture,
+    passes_first: bool,
+    ages: tuple[int, int],
+    wrong: int,
+    said: str | None,
+) -> None:
+    """Each group has an age; the sampler of one of them is off by a nat."""
+    trainer = grpo_trainer(
+        run_dir,
+        grpo={"epochs": 2 if passes_first else 1, "kl": {"coef": 0.0}},
+        rollout={"logprob_diff_alarm": 0.5},
+    )
+    trainer.policy_version = 7
+    sampled: list[Rollout] = []
+    for row, each in enumerate(ROLLOUTS):
+        age = ages[row // 4]
+        true = token_logprobs(trainer.policy.lm, each) - float(age == wrong)
+        completion = replace(each.completion, logprobs=tuple(true.tolist()))
+        sampled.append(replace(each, completion=completion, policy_version=7 - age))
+    with caplog.at_level(logging.WARNING):
+        batch, metrics = batch_and_metrics(trainer, sampled, scored(*SCORES))
+        assert (batch.old_logprobs is not None) == passes_first
+        metrics |= trainer.update(batch)
+    assert 0.3 < metrics["rollout/logprob_diff"] <= 1.001, "of all samples"
+    assert not [name for name in metrics if name.startswith("newest")]
+    assert len(caplog.messages) == (said is not None)
+    if said is not None:
+        assert said in caplog.messages[0] and "1 nats a token" in caplog.messages[0]
 
 
 def test_log_probs_are_computed_while_rewards_are_under_way(
@@ -363,8 +457,8 @@ def test_letters_are_learned(run_dir: Path) -> None:
         ({"grpo": {"group_size": 1}}, "`group_size` = 1 leaves nothing to compare with: take at least 2"),
         ({"grpo": {"loss": "dr_grpo", "advantage": "group_std"}}, "divides by no standard deviation"),
         (
-            {"grpo": {"importance_sampling_cap": 2.0}, "generation": {"top_p": 0.9}},
-            "`grpo.importance_sampling_cap` compares whole distributions",
+            {"grpo": {"correction": {"kind": "truncate"}}, "generation": {"top_p": 0.9}},
+            "`grpo.correction` compares whole distributions",
         ),
         (
             {"grpo": {"overlong_buffer": 9}, "generation": {"max_new_tokens": 8}},
@@ -372,9 +466,18 @@ def test_letters_are_learned(run_dir: Path) -> None:
         ),
         ({"grpo": {"loss": "gpro"}}, "grpo.loss"),
         (
-            {"grpo": {"loss": "gspo", "importance_sampling_cap": 2.0}},
-            "`importance_sampling_cap` weighs each token, gspo a whole response",
+            {"grpo": {"loss": "gspo", "correction": {"kind": "truncate"}}},
+            "`grpo`: `correction.level: token` weighs each token, `loss: gspo` knows whole responses only: ",
         ),
+        ({"grpo": {"correction": {"kind": "tis"}}}, "`grpo.correction.kind`: Input should be 'none', 'trunc"),
+        ({"grpo": {"correction": "truncate"}}, "did you mean `grpo.correction.kind=truncate`"),
+        ({"grpo": {"correction": {"cap": 3.0}}}, "`cap` is a bound of `kind: truncate`, but `kind` is none"),
+        ({"grpo": {"correction": {"kind": "truncate", "low": 0.1}}}, "`low` is a bound of `kind: mask`, but"),
+        (
+            {"grpo": {"correction": {"kind": "mask", "low": 7.0}}},
+            "no weight lies between `low` = 7 and `high` = 5",
+        ),
+        ({"grpo": {"importance_sampling_cap": 2.0}}, "did you mean `grpo.correction.cap`"),
         (
             {"grpo": {"prompts_per_step": 512, "group_size": 16, "kl": {"target": 1.0, "horizon": 1000}}},
             r"`kl.horizon` = 1000 is shorter than `prompts_per_step` \* `group_size` = 8192: one step could",

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from conch.advantages import Advantage, group_advantages, has_spread
 from conch.losses import (
+    CorrectionLevel,
     LossForm,
     clipped_loss_terms,
     effective_sample_size,
+    importance_weights,
+    mask_weights,
     policy_ratio,
     token_weights,
-    truncated_importance_weights,
+    truncate_weights,
 )
 from conch.training.reward_shaping import overlong_penalties
 from tests.runs import letters_rollout
@@ -145,10 +148,40 @@ def test_sampler_weights_have_mean_one_and_are_cut_at_the_top() -> None:
     """Over the sampler's distribution the ratio of two distributions has mean 1."""
     torch.manual_seed(0)
     trainer, sampler = (torch.randn(50).log_softmax(0) for _ in range(2))
-    weights = truncated_importance_weights(trainer[None], sampler[None], most=1e6)
+    everywhere = torch.ones(1, 50, dtype=torch.bool)
+    weights = importance_weights(trainer[None], sampler[None], everywhere, "token")
     assert float((sampler.exp() * weights[0]).sum()) == pytest.approx(1.0, abs=1e-5)
-    cut = truncated_importance_weights(trainer[None], sampler[None], most=2.0)
+    cut = truncate_weights(weights, 2.0)
     assert float(cut.max()) == 2.0 and float(cut.min()) == float(weights.min())
+
+
+def test_a_response_is_weighed_by_the_product_or_the_geometric_mean_of_its_tokens() -> None:
+    trainer = torch.tensor([[2.0, 8.0, 9.0], [0.5, 9.0, 9.0], [9.0, 9.0, 9.0]]).log()
+    mask = torch.tensor([[True, True, False], [True, False, False], [False] * 3])
+    sampler = torch.zeros_like(trainer)
+    of = (trainer, sampler, mask)
+    tokens, products, means = (importance_weights(*of, each) for each in ("token", "sequence", "geometric"))
+    torch.testing.assert_close(tokens, torch.tensor([[2.0, 8.0, 1.0], [0.5, 1.0, 1.0], [1.0, 1.0, 1.0]]))
+    torch.testing.assert_close(products, torch.tensor([[16.0], [0.5], [1.0]]).expand(3, 3))
+    torch.testing.assert_close(means, torch.tensor([[4.0], [0.5], [1.0]]).expand(3, 3))
+
+
+def test_weights_outside_the_band_are_zero_and_those_within_stay() -> None:
+    weights = torch.tensor([[0.1, 0.5, 1.7, 5.0, 5.1]])
+    kept = mask_weights(weights, 0.5, 5.0)
+    torch.testing.assert_close(kept, torch.tensor([[0.0, 0.5, 1.7, 5.0, 0.0]]))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
+def test_no_weight_is_infinite_or_no_number(level: CorrectionLevel) -> None:
+    """Of tokens that the trainer holds for impossible, or far likelier than the sampler did, thousands in a
+    row."""
+    trainer = torch.tensor([[-math.inf] * 4000, [-0.1] * 4000, [math.nan] * 4000])
+    mask = torch.tensor([[True] * 4000, [True] * 4000, [False] * 4000])
+    sampler = torch.tensor([[-1.0], [-50.0], [-math.inf]]).expand(3, 4000)
+    weights = importance_weights(trainer, sampler, mask, level)
+    ends = torch.tensor([[-20.0], [20.0], [0.0]]).exp().expand(3, 4000)
+    torch.testing.assert_close(weights, ends, rtol=1e-4, atol=0)
 
 
 def test_effective_share_is_that_of_the_weights() -> None:

@@ -243,8 +243,8 @@ def test_rollout_metrics_count_truncated_and_mask_padding() -> None:
     ]
     sequences = collate(rollouts, PAD)
     trainers_own = torch.where(sequences.response_mask, sequences.sampling_logprobs - 0.25, 1e9)
-    metrics = rollout_metrics(rollouts, sequences, only_this_rank)
-    assert metrics["rollout/length_mean"] == 6 / 4
+    metrics = rollout_metrics(rollouts, sequences, only_this_rank, only_this_rank)
+    assert metrics["rollout/length_mean"] == 6 / 4 and metrics["rollout/length_max"] == 3.0
     assert metrics["rollout/truncated_fraction"] == 1 / 4
     assert logprob_diff(trainers_own, sequences, only_this_rank) == pytest.approx(0.25)
 

@@ -1,0 +1,1 @@
+"""Samplers that are actors of Ray: a rollout server each, whose transport is Ray."""

@@ -1,0 +1,71 @@
+"""Cleans up after a cluster of Ray whose run was killed: waits for the run's end, then ends what is left.
+
+Runs as a program of its own, `python -I janitor.py FOLDER`, in a session of its own; its standard input is a
+pipe that the run holds open. A run that ends well says `done` there, and has cleaned up itself.
+
+    FOLDER: Ray's files; processes of the cluster have it in the environment variable `CONCH_RAY_FOLDER`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+FOLDER_VARIABLE = "CONCH_RAY_FOLDER"
+"""Environment variable that holds the folder, for all processes of a run's own cluster."""
+
+_GRACE_S = 5.0
+"""Time in which the processes of a cluster leave by themselves once the run is gone."""
+
+_TRIES = 50
+
+
+def processes_of(folder: str) -> list[int]:
+    """Processes of the cluster, by their environment; without this one."""
+    mark = f"{FOLDER_VARIABLE}={folder}".encode()
+    ids = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            variables = (entry / "environ").read_bytes().split(b"\0")
+        except OSError:  # somebody else's, or gone
+            continue
+        if mark in variables:
+            ids.append(int(entry.name))
+    return ids
+
+
+def clean_up(folder: str, grace_s: float = _GRACE_S) -> None:
+    """End the processes of the cluster and delete the folder.
+
+    grace_s: time in which they may leave by themselves.
+    """
+    end = time.monotonic() + grace_s
+    while processes_of(folder) and time.monotonic() < end:
+        time.sleep(0.1)
+    for _ in range(_TRIES):
+        for number in processes_of(folder):
+            with contextlib.suppress(OSError):
+                os.kill(number, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
+        if not processes_of(folder) and not os.path.exists(folder):
+            return
+        time.sleep(0.1)
+
+
+def main() -> None:
+    folder = sys.argv[1]
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    if b"done" not in sys.stdin.buffer.read():
+        clean_up(folder)
+
+
+if __name__ == "__main__":
+    main()

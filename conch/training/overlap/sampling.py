@@ -1,0 +1,352 @@
+"""Sampling and scoring that go on while the trainer computes: what stands in for the first line of its step.
+
+    group i of a rank is trained in step i // P              P groups a step
+    it is admitted once  i // P <= w + max_staleness         w: version of the weights last handed over
+    it is sampled from the newest weights that its sampler holds, at least w
+
+so what step s learns from was sampled at version s - max_staleness or later, whatever samplers and rewards
+take, and groups are trained in the order in which they were admitted. (Admission with the oldest first,
+instead of throwing away what has become too old, which would be the long completions.)
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from conch.errors import ConchError, RolloutError, first_line
+from conch.log import get_logger
+from conch.rollouts.base import draw_seeds
+from conch.rollouts.remote.stream import GroupRequest, GroupStream
+from conch.runs.checkpoint import CHECKPOINTS, read_rank_state
+from conch.training.overlap.buffer import Admission, BufferedGroup, GroupBuffer
+from conch.training.overlap.ledger import append_to_ledger, cut_ledger
+from conch.training.overlap.metrics import LengthAudit, split_advice, staleness_metrics
+from conch.training.overlap.settings import AsyncConfig
+from conch.training.overlap.watchdog import Progress, Watchdog
+from conch.types import Metrics, RewardResult, Rollout
+
+if TYPE_CHECKING:
+    from conch.training.online import OnlineTrainer
+
+_log = get_logger(__name__)
+
+
+class Overlap:
+    """One rank's groups between sampling and training.
+
+    trainer: that learns from them; its policy is read while it samples and hands over weights.
+    """
+
+    def __init__(self, trainer: OnlineTrainer[Any], settings: AsyncConfig) -> None:
+        self._trainer = trainer
+        self._settings = settings
+        self.buffer = GroupBuffer()
+        self.progress = Progress()
+        self._watchdog: Watchdog | None = None
+        self._lengths = LengthAudit(trainer.config.generation.max_new_tokens)
+        self._stream: GroupStream | None = None
+        self._handed: int | None = None
+        self._asked: dict[int, list[int]] = {}
+        self._request_lock = threading.Lock()
+        self._taken: list[BufferedGroup] = []
+        self._rewards: list[RewardResult] = []
+        self._waited_s = 0.0
+        self._step_began = time.perf_counter()
+        self._totals = torch.zeros(4, dtype=torch.float64)
+
+    # ----------------------------------------------------------------------------------------------- one step
+
+    def sample(self, count: int) -> list[Rollout]:
+        """The completions of the oldest `count` groups, those of a group together; their rewards are under
+        way.
+
+        Hands over weights and admits prompts first, where it is time to.
+
+        Raises:
+            ConchError: on all ranks: sampling failed, here or on another rank.
+        """
+        trainer = self._trainer
+        self._start()
+        if self._handed is None or trainer.policy_version - self._handed >= self._settings.sync_every:
+            self._hand_over()
+        self._admit(count)
+        taken: list[BufferedGroup] = []
+        began = time.perf_counter()
+        trainer.collectives.run_on_all_ranks(lambda: taken.extend(self.buffer.take(count)))
+        self._waited_s += time.perf_counter() - began
+        self._taken = taken
+        self._adopt(taken)
+        rollouts = [rollout for group in taken for rollout in group.in_order]
+        for rollout in rollouts:
+            self._lengths.note_trained(len(rollout.completion.token_ids))
+        return rollouts
+
+    def score(self) -> list[RewardResult]:
+        """Wait for the rewards of what `sample` returned last; raises as `RewardScorer.gather` does."""
+        began = time.perf_counter()
+        with self.progress.paused("scoring"):  # its client has deadlines of its own, an outage a budget
+            self._rewards = self._trainer.scorer.gather()
+        self._waited_s += time.perf_counter() - began
+        return self._rewards
+
+    def finish_step(self) -> Metrics:
+        """Enter into the ledger what the step before has learned from; returns the figures of the overlap.
+
+        Returns:
+            staleness/mean, staleness/max: updates between the weights that sampled a token and the step that
+                learned from it.
+            async/trainer_idle_fraction: share of the time since the last step in which trainers waited for
+                completions or rewards.
+            async/sampler_idle_fraction: share of the samplers' time in which they sampled nothing.
+            async/buffered_groups: groups whose completions have ended, and which wait to be trained.
+            async/length_sampled_mean, async/length_trained_mean, async/length_distance: see `LengthAudit`.
+        """
+        trainer, ranks = self._trainer, self._trainer.collectives
+        version = trainer.policy_version - 1  # the step's updates are in it
+        self.progress.note("step")
+        self._enter(version)
+        now = time.perf_counter()
+        busy_s, clock_s = self._stream.idle() if self._stream is not None and ranks.is_main else (0.0, 0.0)
+        times = torch.tensor([self._waited_s, now - self._step_began, busy_s, clock_s], dtype=torch.float64)
+        self._waited_s, self._step_began = 0.0, now
+        ended, under_way = self.buffer.counts()
+        sums = ranks.all_reduce(torch.cat([times, torch.tensor([ended, under_way])])).cpu()
+        self._totals += sums[:4]
+        trainer_idle, sampler_idle = _idle(sums[:4])
+        rollouts = [rollout for group in self._taken for rollout in group.in_order]
+        self._taken, self._rewards = [], []
+        return {
+            **staleness_metrics(rollouts, version, ranks.all_reduce, ranks.all_reduce_max),
+            "async/trainer_idle_fraction": trainer_idle,
+            "async/sampler_idle_fraction": sampler_idle,
+            "async/buffered_groups": float(sums[4]),
+            "async/groups_under_way": float(sums[5]),
+            **self._lengths.metrics(ranks.all_reduce),
+        }
+
+    def prepare_evaluation(self) -> None:
+        """Have samplers hold the present weights; what is under way goes on behind the evaluation or with
+        it."""
+        if self._stream is None:
+            return
+        self._hand_over()
+        self._trainer.collectives.run_on_all_ranks(self._stream.wait_for_weights)
+
+    def close(self) -> None:
+        """Stop sampling, and tell which division of the devices would have been better."""
+        if self._stream is None:
+            return
+        if self._watchdog is not None:
+            self._watchdog.__exit__(None, None, None)
+        self._stream.close()
+        ranks, (trainer_idle, sampler_idle) = self._trainer.collectives, _idle(self._totals)
+        if ranks.is_main and self._totals[1] > 0:
+            devices = (ranks.num_ranks, self._stream.num_samplers)
+            _log.info("%s", split_advice(*devices, trainer_idle, sampler_idle))
+        self._stream = None
+
+    # -------------------------------------------------------------------------------------------------- parts
+
+    def _start(self) -> None:
+        """Begin to sample, at the first step: what a resumed run has to finish comes first."""
+        if self._stream is not None:
+            return
+        settings = self._settings
+        self._stream = self._trainer.engine_stream(
+            goes_on=settings.partial_rollouts,
+            on_completion=self._note_completion,
+            on_failure=self.buffer.fail,
+        )
+        self._hand_over()
+        groups = self.buffer.groups()
+        for group in groups:
+            for place, rollout in group.rollouts.items():
+                if not self._trainer.scorer.batched:
+                    self._request_rewards(group, [place], [rollout])
+        self._request_whole_groups()
+        self._submit([group for group in groups if group.missing])
+        self._watchdog = Watchdog(
+            self.progress,
+            deadline_s=settings.deadline_s,
+            run=self._trainer.run.folder,
+            rank=self._trainer.collectives.rank,
+            on_stuck=self.buffer.fail,
+            describe=[self._stream.describe, self._describe],
+            stacks=[self._stream.stacks],
+        )
+        self._watchdog.__enter__()
+        self._step_began = time.perf_counter()
+
+    def _hand_over(self) -> None:
+        """Have samplers get the present weights, unless they were given these already."""
+        trainer, stream = self._trainer, self._stream
+        assert stream is not None
+        if self._handed == trainer.policy_version:
+            return
+        self._handed = version = trainer.policy_version
+        with trainer.engine.gathered_weights():
+            stream.hand_over(version)
+
+    def _admit(self, count: int) -> None:
+        """Admit every prompt whose group can still be trained in time, and none behind the run's last
+        step."""
+        trainer, ranks = self._trainer, self._trainer.collectives
+        assert self._handed is not None
+        admitted = trainer.stream.position // ranks.num_ranks
+        last_step = min(self._handed + self._settings.max_staleness, trainer.config.train.total_steps - 1)
+        rows = trainer.stream.draw(max(0, (last_step + 1) * count - admitted))
+        size = trainer.samples_per_prompt
+        seeds = draw_seeds(len(rows) * size) if rows else []
+        groups = [
+            BufferedGroup(
+                Admission(admitted + index, row, tuple(seeds[index * size : (index + 1) * size])),
+                trainer.prompts[row],
+            )
+            for index, row in enumerate(rows)
+        ]
+        self.buffer.admit(groups)
+        ranks.run_on_all_ranks(lambda: self._submit(groups))
+
+    def _submit(self, groups: Sequence[BufferedGroup]) -> None:
+        """Have the missing completions of groups sampled."""
+        if not groups:
+            return
+        stream, version = self._stream, self._handed
+        assert stream is not None and version is not None
+        requests: list[GroupRequest] = []
+        for group in groups:
+            number, missing = group.admission.number, group.missing
+            self._asked[number] = missing
+            seeds = tuple(group.admission.seeds[place] for place in missing)
+            requests.append(GroupRequest(number, group.prompt, seeds, version))
+        stream.submit(requests)
+
+    def _note_completion(self, number: int, index: int, rollout: Rollout) -> None:
+        """In the stream's thread: buffer a completion, and request its reward, or that of its whole group
+        where the source wants what belongs together.
+
+        index: of the completion among those that were asked for.
+        """
+        try:
+            place = self._asked[number][index]
+            group = self.buffer.put(number, place, rollout)
+            self._lengths.note_sampled(len(rollout.completion.token_ids))
+            self.progress.note("completion")
+            if self._trainer.scorer.batched:
+                self._request_whole_groups()
+            else:
+                self._request_rewards(group, [place], [rollout])
+        except ConchError as error:
+            self.buffer.fail(error)
+        except Exception as error:  # in a thread that nobody waits for
+            _log.exception("a completion was not taken in")
+            self.buffer.fail(RolloutError(f"a completion was not taken in: {first_line(error)}"))
+
+    def _request_rewards(
+        self, group: BufferedGroup, places: Sequence[int], rollouts: Sequence[Rollout]
+    ) -> None:
+        request = self._trainer.scorer.request(rollouts)
+        request.future.add_done_callback(lambda _future: self.progress.note("reward"))
+        self.buffer.requested(group, places, request)
+
+    def _describe(self) -> list[str]:
+        """What the trainer has of groups, in words, for the watchdog."""
+        ended, under_way = self.buffer.counts()
+        oldest = next(iter(self.buffer.groups()), None)
+        where = (
+            ""
+            if oldest is None
+            else (
+                f"; the oldest, group {oldest.admission.number}, lacks {len(oldest.missing)} of "
+                f"{len(oldest.admission.seeds)} completions"
+            )
+        )
+        return [f"the trainer has {ended} groups whose completions have ended and {under_way} others{where}"]
+
+    def _request_whole_groups(self) -> None:
+        """Request the rewards of whole groups in the order of admission, for sources where order matters."""
+        if not self._trainer.scorer.batched:
+            return
+        with self._request_lock:
+            for group in self.buffer.groups():
+                if group.missing:
+                    return
+                if not group.requests:
+                    self._request_rewards(group, range(len(group.rollouts)), group.in_order)
+
+    def _adopt(self, taken: Sequence[BufferedGroup]) -> None:
+        size = self._trainer.samples_per_prompt
+        self._trainer.scorer.adopt(
+            ([row * size + place for place in places], request)
+            for row, group in enumerate(taken)
+            for places, request in group.requests
+        )
+        for group in taken:
+            self._asked.pop(group.admission.number, None)
+
+    # -------------------------------------------------------------------------------------- ledger and resume
+
+    def _enter(self, version: int) -> None:
+        """Write the groups of all ranks into the run's ledger. version: that learned from them."""
+        trainer, ranks = self._trainer, self._trainer.collectives
+        size = trainer.samples_per_prompt
+        lines: list[dict[str, Any]] = []
+        for index, group in enumerate(self._taken):
+            number, position = group.admission.number, group.admission.number * ranks.num_ranks + ranks.rank
+            versions = [each for rollout in group.in_order for each in versions_of(rollout)]
+            lines.append(
+                {
+                    "step": version + 1,
+                    "rank": ranks.rank,
+                    "number": number,
+                    "position": position,
+                    "row": group.admission.row,
+                    "epoch": position // len(trainer.prompts),
+                    "versions": [min(versions), max(versions)],
+                    "scored": sum(reward.ok for reward in self._rewards[index * size : (index + 1) * size]),
+                }
+            )
+        lines = sorted(ranks.all_gather(lines), key=lambda line: line["position"])
+        if ranks.is_main:
+            append_to_ledger(trainer.run.folder, lines)
+
+    def take_up_run(self) -> None:
+        """Go on where a resumed run stood, or begin a new one's ledger; from now on it is saved with the run.
+
+        Raises:
+            CheckpointError: a checkpoint's groups cannot be read.
+        """
+        run, ranks = self._trainer.run, self._trainer.collectives
+        run.own = self
+        if ranks.is_main:
+            cut_ledger(run.folder, run.step)
+        if run.continued:
+            folder = run.folder / CHECKPOINTS / f"step_{run.step}"
+            state = read_rank_state(folder, ranks.rank)
+            self.buffer.load_state_dict(state["groups"], self._trainer.prompts)
+            self._lengths.load_state_dict(state["lengths"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Groups that were admitted and not trained, with the completions that have ended; rewards are asked
+        for again."""
+        self.progress.note("checkpoint")
+        return {"groups": self.buffer.state_dict(), "lengths": self._lengths.state_dict()}
+
+
+def versions_of(rollout: Rollout) -> list[int]:
+    """Versions of the weights that sampled a completion."""
+    return [version for version, _ in rollout.version_runs] or [rollout.policy_version]
+
+
+def _idle(times: torch.Tensor) -> tuple[float, float]:
+    """Idle shares of trainers and samplers.
+
+    times: seconds that trainers waited, that passed for them, that samplers were busy, that passed for them.
+    """
+    waited, passed, busy, clock = times.tolist()
+    return waited / passed if passed else 0.0, 1 - busy / clock if clock else 0.0

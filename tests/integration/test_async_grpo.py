@@ -1,0 +1,165 @@
+"""Asynchronous GRPO on real samplers: at staleness 0 the synchronous run, its bound, its ledger, its
+resume."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conch.errors import CheckpointError, ConfigError, RolloutError
+from conch.rewards.function import FunctionReward
+from conch.training.overlap.ledger import ledger_faults, read_ledger
+from conch.types import Metrics
+from tests.runs import PROMPTS, TOKENIZER, async_grpo_trainer, grpo_trainer, parameters, policy, vowels
+from tests.transformers_servers import served
+
+STEPS = 6
+LEARNS = {"optimizer": {"learning_rate": 0.01}, "grpo": {"minibatches": 2, "kl": {"coef": 0.05}}}
+
+
+def comparable(metrics: Metrics) -> Metrics:
+    """What does not tell of time, nor in how many pieces rewards were asked for."""
+    timed = ("time/", "async/", "staleness/", "reward/latency", "reward/wait", "reward/hidden")
+    timed += ("reward/in_flight", "reward/requests")
+    return {name: value for name, value in metrics.items() if not name.startswith(timed)}
+
+
+def run(trainer: Any, steps: int = STEPS) -> tuple[list[Metrics], torch.Tensor]:
+    """Metrics of each step, and the weights at the end."""
+    with closing(trainer):
+        metrics = [comparable(trainer.step()) for _ in range(steps)]
+        return metrics, parameters(trainer.module)
+
+
+def slow_where_long(outputs: Sequence[str], **_: Any) -> list[float]:
+    """A reward that takes longer the longer an output is."""
+    time.sleep(0.01 * max(map(len, outputs)))
+    return vowels(outputs)
+
+
+def test_staleness_0_is_the_synchronous_run_bit_for_bit(tmp_path: Path) -> None:
+    settings = {**LEARNS, "rollout": {"engine": "ray"}, "train": {"total_steps": STEPS}}
+    kept = {"grpo": {**LEARNS["grpo"], "correction": {"kind": "truncate"}}}
+    synchronous = run(grpo_trainer(tmp_path / "sync", **{**settings, **kept}))
+    overlapped = run(async_grpo_trainer(tmp_path / "async", asynchronous={"max_staleness": 0}, **settings))
+    assert overlapped[0] == synchronous[0]
+    assert torch.equal(overlapped[1], synchronous[1])
+    assert not torch.equal(synchronous[1], parameters(policy()))
+
+
+@pytest.mark.parametrize(("staleness", "every", "partial"), [(1, 1, False), (2, 3, False), (3, 1, True)])
+def test_samples_are_as_old_as_allowed_and_no_older(
+    tmp_path: Path, staleness: int, every: int, partial: bool
+) -> None:
+    overlap = {"max_staleness": staleness, "sync_every": every, "partial_rollouts": partial}
+    with served(policy(), TOKENIZER) as server:
+        trainer = async_grpo_trainer(
+            tmp_path / "run",
+            asynchronous=overlap,
+            rollout={"urls": server.address},
+            train={"total_steps": 10},
+            reward_fn=slow_where_long,
+            **LEARNS,
+        )
+        with closing(trainer):
+            trainer.fit()
+    lines = read_ledger(tmp_path / "run")
+    ages = [line["step"] - 1 - version for line in lines for version in line["versions"]]
+    assert 0 < max(ages) <= staleness
+    assert ledger_faults(tmp_path / "run", len(PROMPTS)) == []
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= line["staleness/mean"] <= line["staleness/max"] <= staleness for line in logged[1:])
+
+
+def test_long_answers_with_slow_rewards_are_learned_from_as_often_as_sampled(tmp_path: Path) -> None:
+    with served(policy(), TOKENIZER) as server:
+        trainer = async_grpo_trainer(
+            tmp_path / "run",
+            asynchronous={"max_staleness": 4},
+            rollout={"urls": server.address},
+            train={"total_steps": 8},
+            reward_fn=FunctionReward(slow_where_long),
+        )
+        with closing(trainer):
+            distances = [trainer.step()["async/length_distance"] for _ in range(8)]
+    assert all(0 <= distance <= 1 for distance in distances)
+    assert distances[-1] == 0.0, "the run has ended: all that was sampled was learned from"
+
+
+def test_resumed_run_learns_from_each_prompt_once(tmp_path: Path) -> None:
+    def trainer(server: Any, **train: Any) -> Any:
+        return async_grpo_trainer(
+            tmp_path / "run",
+            asynchronous={"max_staleness": 3},
+            rollout={"urls": server.address},
+            train={"total_steps": 9, "save_every": 1, **train},
+            **LEARNS,
+        )
+
+    with served(policy(), TOKENIZER) as server:
+        begun = trainer(server)
+        with closing(begun):
+            for _ in range(2):
+                begun.step()
+                begun.run.step += 1
+            save(begun)
+            kept = parameters(begun.module)
+            begun.step()  # after the checkpoint: is done again
+        resumed = trainer(server, resume=str(tmp_path / "run"))
+        with closing(resumed):
+            assert torch.equal(parameters(resumed.module), kept)
+            waiting = [group.admission.number for group in resumed.overlap.buffer.groups()]
+            assert waiting == [4, 5, 6, 7, 8, 9], "three steps of two groups were admitted ahead"
+            resumed.fit()
+    lines = read_ledger(tmp_path / "run")
+    assert [line["position"] for line in lines] == list(range(18))
+    assert ledger_faults(tmp_path / "run", len(PROMPTS)) == []
+
+
+def save(trainer: Any) -> None:
+    from conch.training.checkpointing import save_checkpoint
+
+    save_checkpoint(trainer)
+
+
+def test_checkpoint_of_the_synchronous_trainer_is_refused(tmp_path: Path) -> None:
+    with closing(grpo_trainer(tmp_path / "run", train={"total_steps": 1})) as trainer:
+        trainer.fit()
+    with served(policy(), TOKENIZER) as server, pytest.raises(CheckpointError, match="is of a GRPORunConfig"):
+        async_grpo_trainer(
+            tmp_path / "run", rollout={"urls": server.address}, train={"resume": str(tmp_path / "run")}
+        )
+
+
+def test_dead_samplers_end_the_run_in_words(tmp_path: Path) -> None:
+    with served(policy(), TOKENIZER) as server:
+        trainer = async_grpo_trainer(
+            tmp_path / "run", rollout={"urls": server.address, "deadline_s": 3}, train={"total_steps": 50}
+        )
+        with closing(trainer):
+            trainer.step()
+            server.stop()
+            with pytest.raises(RolloutError, match=server.address):
+                for _ in range(49):
+                    trainer.step()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rollout": {"engine": "hf"}}, "which then do not train"),
+        ({"asynchronous": {"max_staleness": -1}}, "asynchronous.max_staleness"),
+        ({"asynchronous": {"max_staleness": 1, "sync_every": 3}}, "take at most 2"),
+        ({"grpo": {"max_resamples": 2}}, "throws nothing away"),
+    ],
+)
+def test_bad_settings_are_one_sentence(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        async_grpo_trainer(tmp_path / "run", **settings)
