@@ -33,7 +33,14 @@ _FREE_KEYS = (
     *("reward.client.connect_timeout_s", "reward.client.request_timeout_s", "reward.client.deadline_s"),
     *("reward.client.timeout_per_1k_tokens_s", "reward.client.max_in_flight"),
     *("reward.failure.policy", "reward.failure.wait_budget_s", "reward.failure.checkpoint_after_s"),
-    *("reward.failure.on_model_change", "rollout.auth.", "model.trial"),
+    *(
+        "reward.failure.on_model_change",
+        "rollout.auth.",
+        "rollout.ray.",
+        "rollout.max_num_seqs",
+        "model.trial",
+    ),
+    *("train.collective_timeout_s", "asynchronous.deadline_s"),
 )
 """Settings (or beginnings of their names) that may change between two starts of a sweep: those that a resumed
 run may change, less those that its results depend on (its length, its evaluations)."""

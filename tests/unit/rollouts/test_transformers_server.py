@@ -217,7 +217,7 @@ def test_requests_of_several_ranks_are_sampled_together() -> None:
         for thread in threads:
             thread.join(60)
         assert sorted(len(each) for each in replies) == [2] * 5
-        assert sum(map(len, batches)) == 5 and len(batches) <= 3
+        assert len(batches) <= 3, "what is alike joins what is under way"
 
 
 @pytest.mark.parametrize("slots", [2, 5, 64])
