@@ -4,6 +4,7 @@ resume."""
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -121,6 +122,21 @@ def test_resumed_run_learns_from_each_prompt_once(tmp_path: Path) -> None:
     lines = read_ledger(tmp_path / "run")
     assert [line["position"] for line in lines] == list(range(18))
     assert ledger_faults(tmp_path / "run", len(PROMPTS)) == []
+
+
+def test_trainer_whose_run_has_ended_keeps_no_sampler_busy_and_goes_on_where_it_is_told_to(
+    tmp_path: Path,
+) -> None:
+    with served(policy(), TOKENIZER) as server:
+        trainer = async_grpo_trainer(
+            tmp_path / "run", rollout={"urls": server.address}, train={"total_steps": 2}, **LEARNS
+        )
+        with closing(trainer):
+            trainer.fit()
+            assert not {thread.name for thread in threading.enumerate()} & {"stream", "watchdog"}
+            assert trainer.generate(["ab"])
+            trainer.step()  # one more than the run was to have
+    assert [line["step"] for line in read_ledger(tmp_path / "run")] == [1, 1, 2, 2, 3, 3]
 
 
 def save(trainer: Any) -> None:
