@@ -170,6 +170,7 @@ class Overlap:
             on_completion=self._note_completion,
             on_failure=self.buffer.fail,
         )
+        self._stream.idle()  # samplers count from here on, as the trainer does
         self._hand_over()
         groups = self.buffer.groups()
         for group in groups:
