@@ -35,16 +35,25 @@ def make_run_dir(config: TrainConfig) -> Path:
     if config.run_dir is None:
         return _make_new_folder(config.output_dir / datetime.now().strftime("%Y-%m-%d/%H-%M-%S"))
     folder = config.run_dir
-    if (folder / METRICS_FILE).exists():
-        raise ConfigError(
-            f"{folder} holds another run: go on with it by `train.resume=auto`, choose another "
-            "`train.run_dir`, or delete that one"
-        )
+    check_unused(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(_cannot_create(folder, "train.run_dir", error)) from error
     return folder.resolve()
+
+
+def check_unused(folder: Path) -> None:
+    """Refuse a folder for a new run that holds another one.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if (folder / METRICS_FILE).exists():
+        raise ConfigError(
+            f"{folder} holds another run: go on with it by `train.resume=auto`, choose another "
+            "`train.run_dir`, or delete that one"
+        )
 
 
 def _make_new_folder(first_choice: Path) -> Path:

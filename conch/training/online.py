@@ -46,7 +46,7 @@ from conch.runs.tracking import Tracker
 from conch.training.kl import mean_kl
 from conch.training.logprobs import LogprobOutputs, logprob_outputs
 from conch.training.loop import fit
-from conch.training.resume import start_run
+from conch.training.resume import check_folders, start_run
 from conch.training.reward_shaping import agreed_facts
 from conch.training.served_reference import open_reference
 from conch.training.setup import (
@@ -138,6 +138,7 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         self.engine = engine = TrainEngine(config.train)
         self.collectives = self.engine.collectives
         check_deadlines(config, self.collectives.num_ranks)
+        self.collectives.run_on_all_ranks(lambda: check_folders(config) if self.collectives.is_main else None)
         if model is None:
             engine.check_weights(config.model)
         prompts = listed(prompts, "prompts", config.data)
@@ -392,7 +393,11 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
 
     def fit(self) -> Path:
         """Train for `train.total_steps` steps; returns the run folder."""
-        return fit(self, self.name)
+        try:
+            return fit(self, self.name)
+        finally:  # whoever keeps the trainer samples from it, and does not keep samplers busy
+            if self.overlap is not None:
+                self.overlap.close()
 
     def close(self) -> None:
         """Stop the reward client and the sampler, leave the reference servers and the process group."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,6 +15,8 @@ from conch.errors import CheckpointError, missing_path
 from conch.log import get_logger
 from conch.runs.checkpoint import (
     CHECKPOINTS,
+    FORMAT,
+    STATE_FILE,
     STATE_FOLDER,
     Checkpoint,
     check_space,
@@ -22,7 +26,7 @@ from conch.runs.checkpoint import (
     read_checkpoint,
     steps_of,
 )
-from conch.runs.tracking import METRICS_FILE, make_run_dir
+from conch.runs.tracking import METRICS_FILE, check_unused, make_run_dir
 from conch.training.checkpointing import Run
 
 _log = get_logger(__name__)
@@ -62,6 +66,29 @@ class Resumable(Protocol):
         ...
 
 
+def check_folders(config: RunConfig) -> None:
+    """Refuse, before a model is loaded or a sampler started, what can be told without reading a checkpoint's
+    weights; `start_run` looks at all of it.
+
+    Raises:
+        ConfigError: the folder of a new run holds another.
+        CheckpointError: `train.resume` names no folder, or a run of another algorithm or configuration.
+    """
+    train = config.train
+    if train.resume is None:
+        if train.run_dir is not None:
+            check_unused(train.run_dir)
+        return
+    folder = train.run_dir if train.resume == "auto" else _named_folder(train.resume)
+    if folder is None:
+        return
+    newest = next(iter(steps_of(folder).values()), folder)
+    with contextlib.suppress(OSError, ValueError):  # `start_run` tells what is not whole
+        state = json.loads((newest / STATE_FILE).read_text(encoding="utf-8"))
+        if state.get("format") == FORMAT:
+            _check_same(Checkpoint(newest, state), config)
+
+
 def start_run(trainer: Resumable, module: nn.Module) -> Run:
     """Make the run's folder, or take up the run that `train.resume` names: the last thing a constructor does.
 
@@ -95,7 +122,9 @@ def _find(config: RunConfig) -> tuple[Path, Checkpoint | None]:
             # Interrupted before its first checkpoint: nothing there is worth more than a new start.
             (train.run_dir / METRICS_FILE).unlink(missing_ok=True)
         return make_run_dir(train), None
-    _check_same(checkpoint, config)
+    for key, (old, new) in _check_same(checkpoint, config).items():
+        if key == "train.total_steps":
+            _log.warning("train.total_steps was %s, is %s", old, new)
     delete_leftovers(checkpoint.run_dir)
     return checkpoint.run_dir.resolve(), Checkpoint(checkpoint.folder.resolve(), checkpoint.state)
 
@@ -106,9 +135,7 @@ def _checkpoint_to_resume(train: TrainConfig) -> Checkpoint | None:
     if train.resume == "auto":
         runs = [train.run_dir] if train.run_dir is not None else _runs_below(train.output_dir)
         return next((found for run in runs if (found := newest_checkpoint(run)) is not None), None)
-    folder = Path(train.resume).expanduser()
-    if not folder.is_dir():
-        raise CheckpointError(f"`train.resume` = {folder}: there is no such folder{missing_path(folder)}")
+    folder = _named_folder(train.resume)
     if steps_of(folder):
         checkpoint = newest_checkpoint(folder)
         if checkpoint is None:
@@ -117,14 +144,22 @@ def _checkpoint_to_resume(train: TrainConfig) -> Checkpoint | None:
     return read_checkpoint(folder.resolve())  # through `best`, which is a link
 
 
+def _named_folder(resume: str) -> Path:
+    folder = Path(resume).expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(f"`train.resume` = {folder}: there is no such folder{missing_path(folder)}")
+    return folder
+
+
 def _runs_below(output_dir: Path) -> list[Path]:
     """Folders of runs that saved something, newest first."""
     runs = {path.parent.parent for path in output_dir.glob(f"*/*/{CHECKPOINTS}/step_*")}
     return sorted(runs, reverse=True)
 
 
-def _check_same(checkpoint: Checkpoint, config: Section) -> None:
-    """Refuse a checkpoint of another algorithm or configuration.
+def _check_same(checkpoint: Checkpoint, config: Section) -> dict[str, tuple[Any, Any]]:
+    """Refuse a checkpoint of another algorithm or configuration; returns by its key what may differ and does:
+    what it was, and what it is.
 
     Raises:
         CheckpointError: names what differs.
@@ -148,8 +183,7 @@ def _check_same(checkpoint: Checkpoint, config: Section) -> None:
             f"the checkpoint {checkpoint.folder} was made with another configuration: {named}. "
             "Go on with the old one, or start a new run from the checkpoint with `model.path`"
         )
-    if "train.total_steps" in changed:
-        _log.warning("train.total_steps was %s, is %s", old["train.total_steps"], new["train.total_steps"])
+    return {key: (old.get(key), new.get(key)) for key in changed}
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -96,7 +96,9 @@ def _train(task: Task) -> Path:
 
 def _trainer(run: GRPORunConfig, **data: Any) -> GRPOTrainer:
     if isinstance(run, AsyncGRPORunConfig):
-        return AsyncGRPOTrainer(run, **data)
+        trainer = AsyncGRPOTrainer(run, **data)
+        trainer.overlap.device_settings = ("train_model.num_devices", "inference_model.num_devices")
+        return trainer
     return GRPOTrainer(run, **data)
 
 

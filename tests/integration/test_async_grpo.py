@@ -4,6 +4,7 @@ resume."""
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -17,6 +18,7 @@ from conch.errors import CheckpointError, ConfigError, RolloutError
 from conch.rewards.function import FunctionReward
 from conch.training.overlap.ledger import ledger_faults, read_ledger
 from conch.types import Metrics
+from tests.footprint import wait_until
 from tests.runs import PROMPTS, TOKENIZER, async_grpo_trainer, grpo_trainer, parameters, policy, vowels
 from tests.transformers_servers import served
 
@@ -121,6 +123,38 @@ def test_resumed_run_learns_from_each_prompt_once(tmp_path: Path) -> None:
     lines = read_ledger(tmp_path / "run")
     assert [line["position"] for line in lines] == list(range(18))
     assert ledger_faults(tmp_path / "run", len(PROMPTS)) == []
+
+
+def test_trainer_whose_run_has_ended_keeps_no_sampler_busy_and_goes_on_where_it_is_told_to(
+    tmp_path: Path,
+) -> None:
+    with served(policy(), TOKENIZER) as server:
+        trainer = async_grpo_trainer(
+            tmp_path / "run", rollout={"urls": server.address}, train={"total_steps": 2}, **LEARNS
+        )
+        with closing(trainer):
+            trainer.fit()
+            assert not {thread.name for thread in threading.enumerate()} & {"stream", "watchdog"}
+            assert trainer.generate(["ab"])
+            trainer.step()  # one more than the run was to have
+    assert [line["step"] for line in read_ledger(tmp_path / "run")] == [1, 1, 2, 2, 3, 3]
+
+
+def test_samplers_count_from_the_first_step_on(tmp_path: Path) -> None:
+    trainers: list[Any] = []
+
+    def reward(outputs: Sequence[str], **_: Any) -> list[float]:
+        """Wait until the sampler has told of itself since the step began."""
+        server = trainers[0].overlap._stream._pool.servers[0]
+        told = server.health
+        wait_until(lambda: server.health is not told, lambda: "the sampler tells nothing")
+        return vowels(outputs)
+
+    with served(policy(), TOKENIZER) as server:
+        trainer = async_grpo_trainer(tmp_path / "run", rollout={"urls": server.address}, reward_fn=reward)
+        trainers.append(trainer)
+        with closing(trainer):
+            assert 0 <= trainer.step()["async/sampler_idle_fraction"] < 1
 
 
 def save(trainer: Any) -> None:

@@ -61,7 +61,7 @@ def check_ray(config: RolloutConfig) -> None:
     """
     check_release()
     if config.ray.engine == "vllm" and config.ray.address is None:
-        check_vllm()
+        check_vllm("rollout.ray.engine=vllm", "rollout.ray.engine=transformers")
     if config.ray.address is not None:
         check_address(config.ray.address)
         return

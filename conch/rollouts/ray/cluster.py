@@ -115,7 +115,8 @@ class Cluster:
 
         with _reported(
             f"the Ray cluster at {address.address} does not let this process in; a cluster with a token "
-            "wants `RAY_AUTH_MODE=token` and its `RAY_AUTH_TOKEN` here, and each machine of a run `ray start`"
+            "wants `RAY_AUTH_MODE=token` and the same token here (`~/.ray/auth_token`, or `RAY_AUTH_TOKEN`), "
+            "and each machine of a run `ray start`"
         ):
             ray.init(address=address.address, **_SETTINGS)
         return cls(address, connected_here=True)

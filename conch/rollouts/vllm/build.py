@@ -34,8 +34,11 @@ _EXIT_S = 10.0
 _CPU_CACHE_BYTES = 2**30
 
 
-def check_installed() -> str:
+def check_installed(setting: str = "rollout.engine=vllm", otherwise: str = "rollout.engine=hf") -> str:
     """Version of vLLM.
+
+    setting: that asks for it.
+    otherwise: setting that does without it.
 
     Raises:
         ConfigError: it is absent, or of a release that Conch does not know.
@@ -48,13 +51,13 @@ def check_installed() -> str:
             continue
     if not versions:
         raise ConfigError(
-            "`rollout.engine=vllm` needs vLLM, which is not installed here: docs/rollouts.md has how to make "
-            "an environment with it, or set `rollout.engine=hf`"
+            f"`{setting}` needs vLLM, which is not installed here: docs/rollouts.md has how to make "
+            f"an environment with it, or set `{otherwise}`"
         )
     if not versions[0].startswith(f"{SUPPORTED}."):
         raise ConfigError(
             f"vLLM {versions[0]} is installed, and Conch works with {SUPPORTED}: install "
-            f"vllm=={SUPPORTED}.0, or set `rollout.engine=hf`"
+            f"vllm=={SUPPORTED}.0, or set `{otherwise}`"
         )
     return versions[0]
 

@@ -162,7 +162,7 @@ def split_advice(
     trainer_idle: float,
     sampler_idle: float,
     *,
-    settings: tuple[str, str] = ("train_model.num_devices", "inference_model.num_devices"),
+    settings: tuple[str, str],
 ) -> str:
     """Say in a sentence which split of the devices would shorten the step, or where the next device belongs.
 

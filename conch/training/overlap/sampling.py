@@ -11,6 +11,7 @@ instead of throwing away what has become too old, which would be the long comple
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -45,6 +46,9 @@ class Overlap:
     def __init__(self, trainer: OnlineTrainer[Any], settings: AsyncConfig) -> None:
         self._trainer = trainer
         self._settings = settings
+        samplers = "rollout.ray.samplers" if trainer.config.rollout.urls is None else "rollout servers"
+        self.device_settings: tuple[str, str] = ("train.num_processes", samplers)
+        """What a user divides devices by, to train and to sample; the last line of a run names them."""
         self.buffer = GroupBuffer()
         self.progress = Progress()
         self._watchdog: Watchdog | None = None
@@ -117,7 +121,7 @@ class Overlap:
         ended, under_way = self.buffer.counts()
         sums = ranks.all_reduce(torch.cat([times, torch.tensor([ended, under_way])])).cpu()
         self._totals += sums[:4]
-        trainer_idle, sampler_idle = _idle(sums[:4])
+        trainer_idle, sampler_idle = idle_shares(sums[:4])
         rollouts = [rollout for group in self._taken for rollout in group.in_order]
         self._taken, self._rewards = [], []
         return {
@@ -138,17 +142,21 @@ class Overlap:
         self._trainer.collectives.run_on_all_ranks(self._stream.wait_for_weights)
 
     def close(self) -> None:
-        """Stop sampling, and tell which division of the devices would have been better."""
+        """Stop sampling, and tell which division of the devices would have been better; the next step begins
+        anew."""
         if self._stream is None:
             return
         if self._watchdog is not None:
             self._watchdog.__exit__(None, None, None)
         self._stream.close()
-        ranks, (trainer_idle, sampler_idle) = self._trainer.collectives, _idle(self._totals)
+        ranks, (trainer_idle, sampler_idle) = self._trainer.collectives, idle_shares(self._totals)
         if ranks.is_main and self._totals[1] > 0:
             devices = (ranks.num_ranks, self._stream.num_samplers)
-            _log.info("%s", split_advice(*devices, trainer_idle, sampler_idle))
-        self._stream = None
+            advice = split_advice(*devices, trainer_idle, sampler_idle, settings=self.device_settings)
+            _log.info("%s", advice)
+        self._stream, self._handed = None, None
+        for group in self.buffer.groups():
+            group.requests.clear()
 
     # -------------------------------------------------------------------------------------------------- parts
 
@@ -162,6 +170,7 @@ class Overlap:
             on_completion=self._note_completion,
             on_failure=self.buffer.fail,
         )
+        self._stream.idle()  # samplers count from here on, as the trainer does
         self._hand_over()
         groups = self.buffer.groups()
         for group in groups:
@@ -194,11 +203,12 @@ class Overlap:
 
     def _admit(self, count: int) -> None:
         """Admit every prompt whose group can still be trained in time, and none behind the run's last
-        step."""
+        step, unless a caller takes further ones."""
         trainer, ranks = self._trainer, self._trainer.collectives
         assert self._handed is not None
         admitted = trainer.stream.position // ranks.num_ranks
-        last_step = min(self._handed + self._settings.max_staleness, trainer.config.train.total_steps - 1)
+        last_of_run = max(trainer.config.train.total_steps - 1, trainer.policy_version)
+        last_step = min(self._handed + self._settings.max_staleness, last_of_run)
         rows = trainer.stream.draw(max(0, (last_step + 1) * count - admitted))
         size = trainer.samples_per_prompt
         seeds = draw_seeds(len(rows) * size) if rows else []
@@ -343,10 +353,10 @@ def versions_of(rollout: Rollout) -> list[int]:
     return [version for version, _ in rollout.version_runs] or [rollout.policy_version]
 
 
-def _idle(times: torch.Tensor) -> tuple[float, float]:
-    """Idle shares of trainers and samplers.
+def idle_shares(times: torch.Tensor) -> tuple[float, float]:
+    """Idle shares of the time, of trainers and of samplers; NaN where nothing was told of them.
 
     times: seconds that trainers waited, that passed for them, that samplers were busy, that passed for them.
     """
     waited, passed, busy, clock = times.tolist()
-    return waited / passed if passed else 0.0, 1 - busy / clock if clock else 0.0
+    return waited / passed if passed else math.nan, 1 - busy / clock if clock else math.nan

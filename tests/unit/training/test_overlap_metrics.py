@@ -21,6 +21,7 @@ from conch.training.overlap.metrics import (
     split_advice,
     staleness_metrics,
 )
+from conch.training.overlap.sampling import idle_shares
 from conch.types import Rollout
 from tests.runs import PAD, letters_rollout
 
@@ -180,6 +181,14 @@ def test_better_split_is_that_of_the_shortest_step(
     ],
 )
 def test_advice_names_the_settings(present: tuple[int, int], idle: tuple[float, float], said: str) -> None:
-    advice = split_advice(*present, *idle)
+    advice = split_advice(
+        *present, *idle, settings=("train_model.num_devices", "inference_model.num_devices")
+    )
     assert said in advice
     assert "nan" not in advice
+
+
+def test_idle_shares_of_what_tells_nothing_are_no_numbers() -> None:
+    trainer, sampler = idle_shares(torch.tensor([1.0, 4.0, 0.0, 0.0]))
+    assert trainer == 0.25
+    assert math.isnan(sampler), "no sampler has told how long it was busy, which is not that it always was"
