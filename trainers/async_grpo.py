@@ -60,8 +60,9 @@ class AsyncGRPOTrainer(GRPOTrainer):
 
     def step(self) -> Metrics:
         """One step of GRPO on groups from the buffer."""
-        metrics = super().step()
-        return metrics | self.overlap.finish_step()
+        with self.overlap.watched():
+            metrics = super().step()
+            return metrics | self.overlap.finish_step()
 
 
 def main(argv: Sequence[str]) -> None:

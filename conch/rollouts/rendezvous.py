@@ -24,6 +24,7 @@ from torch.distributed import (
 
 from conch.errors import RolloutUnavailableError, first_line
 
+_CONNECT_S = 30.0
 _POLL_S = 0.005
 _DIGEST_BYTES = 32
 
@@ -115,12 +116,20 @@ def open_store(address: str, timeout_s: float) -> SignedStore:
 def join(host: str, port: int, token: str, *, rank: int, timeout_s: float) -> SignedStore:
     """Come to a store as member `rank`, and return it; see `wait_for_members`.
 
+    The store is there before anyone is told of it: where nobody listens, its owner has died. torch would go
+    on trying for twice the time that it is given.
+
+    timeout_s: longest wait for a value of the store.
+
     Raises:
         RolloutUnavailableError: nobody listens there.
     """
+    connect_s = min(timeout_s, _CONNECT_S)
     try:
-        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
-    except RuntimeError as error:
+        socket.create_connection((host, port), timeout=connect_s).close()
+        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=connect_s))
+        store.set_timeout(timedelta(seconds=timeout_s))
+    except (OSError, RuntimeError) as error:
         raise RolloutUnavailableError(
             f"the trainer's store at {host}:{port} cannot be reached: {first_line(error)[:300]}"
         ) from error

@@ -195,13 +195,11 @@ def seal(partial: Path, folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def save_rank_state(folder: Path, rank: int, state: Mapping[str, Any]) -> None:
-    """Write what one rank alone has to go on with into a checkpoint that is being written; {} writes nothing.
+    """Write what one rank alone has to go on with into a checkpoint that is being written.
 
     Raises:
         CheckpointError: it cannot be written.
     """
-    if not state:
-        return
     try:
         (folder / STATE_FOLDER / _RANK_FILE.format(rank)).write_text(json.dumps(state))
     except OSError as error:
@@ -209,14 +207,14 @@ def save_rank_state(folder: Path, rank: int, state: Mapping[str, Any]) -> None:
 
 
 def read_rank_state(folder: Path, rank: int) -> dict[str, Any]:
-    """Read what `save_rank_state` wrote into a checkpoint; {} where it wrote nothing.
+    """Read what `save_rank_state` wrote into a checkpoint.
 
     Raises:
         CheckpointError: it cannot be read.
     """
     file = folder / STATE_FOLDER / _RANK_FILE.format(rank)
     try:
-        return json.loads(file.read_text()) if file.exists() else {}
+        return json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
 

@@ -78,8 +78,8 @@ class Trainer(Protocol):
 class RankState(Protocol):
     """Something of one rank's own that a resumed run takes up."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """JSON values."""
+    def capture(self) -> Callable[[], dict[str, Any]]:
+        """Capture what stands at this moment; the result gives it as JSON values, whenever it is called."""
         ...
 
 
@@ -136,7 +136,7 @@ class StepStart:
 
     random: RandomState
     trainer: dict[str, Any]
-    own: dict[str, Any]
+    own: Callable[[], dict[str, Any]] | None
 
 
 class RunOutageHooks:
@@ -154,7 +154,7 @@ class RunOutageHooks:
         """A step or an evaluation begins: `save` will go back to here."""
         if self._trainer.scorer is not None and self._trainer.config.reward.failure.policy == "wait":
             trainer = self._trainer
-            own = trainer.run.own.state_dict() if trainer.run.own is not None else {}
+            own = trainer.run.own.capture() if trainer.run.own is not None else None
             self._begun = StepStart(RandomState.capture(), trainer.state_dict(), own)
 
     def save(self) -> None:
@@ -230,9 +230,9 @@ def save_checkpoint(trainer: Trainer, begun: StepStart | None = None) -> Path:
     trainer.save_pretrained(partial)
     with begun.random.restored() if begun else nullcontext():
         ranks.run_on_all_ranks(lambda: engine.save_state(partial / STATE_FOLDER))
-    if run.own is not None:
-        own = begun.own if begun else run.own.state_dict()
-        ranks.run_on_all_ranks(lambda: save_rank_state(partial, ranks.rank, own))
+    own = begun.own if begun else run.own.capture() if run.own is not None else None
+    if own is not None:
+        ranks.run_on_all_ranks(lambda: save_rank_state(partial, ranks.rank, own()))
     state = {
         "step": run.step,
         "algorithm": type(trainer.config).__name__,

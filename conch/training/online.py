@@ -360,11 +360,9 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         gives (greedy ones, or of a cut distribution).
         """
         extra = None if self.reference is None else self._kl_of_evaluation
-        if self.overlap is None:
-            return self.evaluator.run(tracker, step, repeats=repeats, extra=extra)
-        with self.overlap.progress.paused("evaluation"):
-            self.overlap.prepare_evaluation()
-            return self.evaluator.run(tracker, step, repeats=repeats, extra=extra)
+        if self.overlap is not None:
+            self.overlap.present_weights()
+        return self.evaluator.run(tracker, step, repeats=repeats, extra=extra)
 
     def _kl_of_evaluation(self, rollouts: Sequence[Rollout], variant: Variant[Any]) -> Metrics:
         if variant.greedy or variant.generation.cuts:
@@ -375,6 +373,8 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
     def generate(self, prompts: Sequence[str], *, greedy: bool = False) -> list[str]:
         """Completions of the current policy."""
         config = self.config
+        if self.overlap is not None:
+            self.overlap.present_weights()
         tokenized = tokenize_prompts(prompts, self.codec, config.tokenizer, self.lm, config.generation)
         chunks = self.sampler.generate(tokenized, greedy=greedy)
         return [rollout.completion.text for chunk in chunks for rollout in chunk]

@@ -16,6 +16,7 @@ import torch
 
 from conch.errors import CheckpointError, ConfigError, RolloutError
 from conch.rewards.function import FunctionReward
+from conch.rollouts.remote.client import ServerClient
 from conch.training.overlap.ledger import ledger_faults, read_ledger
 from conch.types import Metrics
 from tests.footprint import wait_until
@@ -120,6 +121,8 @@ def test_resumed_run_learns_from_each_prompt_once(tmp_path: Path) -> None:
             waiting = [group.admission.number for group in resumed.overlap.buffer.groups()]
             assert waiting == [4, 5, 6, 7, 8, 9], "three steps of two groups were admitted ahead"
             resumed.fit()
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["async/length_distance"] == 0.0, "all that was sampled was learned from"
     lines = read_ledger(tmp_path / "run")
     assert [line["position"] for line in lines] == list(range(18))
     assert ledger_faults(tmp_path / "run", len(PROMPTS)) == []
@@ -183,6 +186,82 @@ def test_dead_samplers_end_the_run_in_words(tmp_path: Path) -> None:
             with pytest.raises(RolloutError, match=server.address):
                 for _ in range(49):
                     trainer.step()
+
+
+def test_prompt_too_long_for_the_servers_is_told_at_the_first_step(tmp_path: Path) -> None:
+    """Though its turn comes in a later one."""
+    with served(policy(), TOKENIZER, max_model_len=12) as server:
+        trainer = async_grpo_trainer(
+            tmp_path / "run",
+            rollout={"urls": server.address},
+            prompts=["a"] * 100 + ["abcdefgh"],
+            train={"total_steps": 60},
+        )
+        with closing(trainer), pytest.raises(ConfigError, match="a prompt of 8 tokens"):
+            trainer.step()
+
+
+def test_nothing_has_to_move_between_steps(tmp_path: Path) -> None:
+    """`conch.train` returns a trainer that nobody has closed, and that its user keeps."""
+    with served(policy(), TOKENIZER) as server:
+        trainer = async_grpo_trainer(
+            tmp_path / "run",
+            rollout={"urls": server.address},
+            asynchronous={"deadline_s": 2.0},
+            train={"total_steps": 2},
+        )
+        with closing(trainer):
+            trainer.step()
+            time.sleep(4)
+            trainer.step()
+    assert not (tmp_path / "run" / "stuck").exists()
+
+
+def test_steps_beyond_the_last_are_made(tmp_path: Path) -> None:
+    with served(policy(), TOKENIZER) as server:
+        trainer = async_grpo_trainer(
+            tmp_path / "run", rollout={"urls": server.address}, train={"total_steps": 2}
+        )
+        with closing(trainer):
+            for _ in range(4):
+                trainer.step()
+    assert [line["step"] for line in read_ledger(tmp_path / "run")] == [1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_completions_outside_of_training_leave_the_present_weights_in_the_sampler(tmp_path: Path) -> None:
+    """The stream would send its own, older ones back."""
+    with served(policy(), TOKENIZER) as server, closing(ServerClient(server.address, 10.0)) as client:
+        trainer = async_grpo_trainer(
+            tmp_path / "run", rollout={"urls": server.address}, train={"total_steps": 4}
+        )
+        with closing(trainer):
+            trainer.step()
+            trainer.generate(["a", "bc"])
+            time.sleep(3)
+            weights = client.health().weights
+    assert weights is not None and weights.version == 1
+
+
+def test_evaluation_at_staleness_0_is_that_of_the_synchronous_run(tmp_path: Path) -> None:
+    def rows(name: str) -> list[Metrics]:
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [comparable(json.loads(line)) for line in lines]
+
+    kept = {"grpo": {**LEARNS["grpo"], "correction": {"kind": "truncate"}}}
+    with served(policy(), TOKENIZER) as server:
+        settings = {
+            **LEARNS,
+            "rollout": {"urls": server.address},
+            "train": {"total_steps": 4, "eval_every": 2},
+            "eval_prompts": ["a", "bc"],
+        }
+        overlap = {"max_staleness": 0}
+        with closing(async_grpo_trainer(tmp_path / "async", asynchronous=overlap, **settings)) as trainer:
+            trainer.fit()
+        with closing(grpo_trainer(tmp_path / "sync", **{**settings, **kept})) as trainer:
+            trainer.fit()
+    assert "eval/reward" in rows("async")[0]
+    assert rows("async") == rows("sync")
 
 
 @pytest.mark.parametrize(

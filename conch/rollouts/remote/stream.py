@@ -180,6 +180,17 @@ class GroupStream:
         self._newest = self._pool.snapshot(version, goes_on=self._goes_on)
         self._events.put(_Wake())
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Check that prompts fit the servers, before any is sampled.
+
+        Raises:
+            ConfigError: a prompt is longer than the servers' `max_model_len` leaves room for.
+            RolloutUnavailableError: no server answers.
+        """
+        if self._pool.max_model_len is None:  # nobody has asked a server yet
+            self._pool.check()
+        check_lengths(prompts, self._generation, self._pool.max_model_len)
+
     def submit(self, requests: Sequence[GroupRequest]) -> None:
         """Have groups sampled; returns at once.
 

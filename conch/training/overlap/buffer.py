@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,13 +128,20 @@ class GroupBuffer:
         with self._changed:
             return [self._groups[number] for number in sorted(self._groups)]
 
-    def state_dict(self) -> list[dict[str, Any]]:
-        """All groups with the completions that have ended, as JSON values."""
+    def capture(self) -> Callable[[], list[dict[str, Any]]]:
+        """Capture all groups with the completions that have ended; the result gives them as JSON values.
+
+        To capture takes no time, to write 8 million tokens down takes seconds.
+        """
         with self._changed:
-            return [_group_state(self._groups[number]) for number in sorted(self._groups)]
+            groups = [
+                BufferedGroup(group.admission, group.prompt, dict(group.rollouts))
+                for _, group in sorted(self._groups.items())
+            ]
+        return lambda: [_group_state(group) for group in groups]
 
     def load_state_dict(self, state: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]) -> None:
-        """Take up what `state_dict` gave; rewards are to be asked for again.
+        """Take up what `capture` gave; rewards are to be asked for again.
 
         prompts: by their rows.
         """

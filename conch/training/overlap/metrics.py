@@ -81,18 +81,19 @@ class LengthAudit:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What this rank counted, for `load_state_dict`: JSON values."""
+        """What this rank trained on, for `load_state_dict`: JSON values."""
         with self._lock:
-            return {"sampled": self._sampled.tolist(), "trained": self._trained.tolist()}
+            return {"trained": self._trained.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting where `state_dict` was taken, whatever the longest response was then."""
+        """Go on counting where `state_dict` was taken, whatever the longest response was then.
+
+        All of these were sampled; what waited to be trained then is to be noted again as sampled.
+        """
         with self._lock:
-            size = max(len(self._sampled), len(state["sampled"]))
-            self._sampled, self._trained = (
-                torch.tensor(state[name] + [0.0] * (size - len(state[name])), dtype=torch.float64)
-                for name in ("sampled", "trained")
-            )
+            missing = len(self._trained) - len(state["trained"])
+            self._trained = torch.tensor(state["trained"] + [0.0] * missing, dtype=torch.float64)
+            self._sampled = self._trained.clone()
 
 
 def _mean_length(counts: Float[Tensor, " L"]) -> float:

@@ -14,7 +14,8 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,7 +52,6 @@ class Overlap:
         """What a user divides devices by, to train and to sample; the last line of a run names them."""
         self.buffer = GroupBuffer()
         self.progress = Progress()
-        self._watchdog: Watchdog | None = None
         self._lengths = LengthAudit(trainer.config.generation.max_new_tokens)
         self._stream: GroupStream | None = None
         self._handed: int | None = None
@@ -64,6 +64,27 @@ class Overlap:
         self._totals = torch.zeros(4, dtype=torch.float64)
 
     # ----------------------------------------------------------------------------------------------- one step
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside, a step is made, in which something has to move; between steps nothing has to, however long
+        an evaluation, a checkpoint or a user with a trainer in a notebook takes.
+
+        Raises:
+            StuckError: nothing has moved for `asynchronous.deadline_s`.
+        """
+        self._start()
+        assert self._stream is not None
+        with Watchdog(
+            self.progress,
+            deadline_s=self._settings.deadline_s,
+            run=self._trainer.run.folder,
+            rank=self._trainer.collectives.rank,
+            on_stuck=self.buffer.fail,
+            describe=[self._stream.describe, self._describe],
+            stacks=[self._stream.stacks],
+        ):
+            yield
 
     def sample(self, count: int) -> list[Rollout]:
         """The completions of the oldest `count` groups, those of a group together; their rewards are under
@@ -133,9 +154,9 @@ class Overlap:
             **self._lengths.metrics(ranks.all_reduce),
         }
 
-    def prepare_evaluation(self) -> None:
-        """Have samplers hold the present weights; what is under way goes on behind the evaluation or with
-        it."""
+    def present_weights(self) -> None:
+        """Have samplers hold the present weights, for an evaluation; what is under way goes on behind it or
+        with it."""
         if self._stream is None:
             return
         self._hand_over()
@@ -146,8 +167,6 @@ class Overlap:
         anew."""
         if self._stream is None:
             return
-        if self._watchdog is not None:
-            self._watchdog.__exit__(None, None, None)
         self._stream.close()
         ranks, (trainer_idle, sampler_idle) = self._trainer.collectives, idle_shares(self._totals)
         if ranks.is_main and self._totals[1] > 0:
@@ -164,31 +183,24 @@ class Overlap:
         """Begin to sample, at the first step: what a resumed run has to finish comes first."""
         if self._stream is not None:
             return
-        settings = self._settings
-        self._stream = self._trainer.engine_stream(
-            goes_on=settings.partial_rollouts,
+        trainer = self._trainer
+        self._stream = stream = trainer.engine_stream(
+            goes_on=self._settings.partial_rollouts,
             on_completion=self._note_completion,
             on_failure=self.buffer.fail,
         )
-        self._stream.idle()  # samplers count from here on, as the trainer does
+        # All of the data, not what is admitted: else a long prompt ends the run after hours.
+        trainer.collectives.run_on_all_ranks(lambda: stream.check(trainer.prompts))
+        stream.idle()  # samplers count from here on, as the trainer does
         self._hand_over()
         groups = self.buffer.groups()
         for group in groups:
             for place, rollout in group.rollouts.items():
-                if not self._trainer.scorer.batched:
+                if not trainer.scorer.batched:
                     self._request_rewards(group, [place], [rollout])
         self._request_whole_groups()
-        self._submit([group for group in groups if group.missing])
-        self._watchdog = Watchdog(
-            self.progress,
-            deadline_s=settings.deadline_s,
-            run=self._trainer.run.folder,
-            rank=self._trainer.collectives.rank,
-            on_stuck=self.buffer.fail,
-            describe=[self._stream.describe, self._describe],
-            stacks=[self._stream.stacks],
-        )
-        self._watchdog.__enter__()
+        missing = [group for group in groups if group.missing]
+        trainer.collectives.run_on_all_ranks(lambda: self._submit(missing))
         self._step_began = time.perf_counter()
 
     def _hand_over(self) -> None:
@@ -207,8 +219,9 @@ class Overlap:
         trainer, ranks = self._trainer, self._trainer.collectives
         assert self._handed is not None
         admitted = trainer.stream.position // ranks.num_ranks
-        last_of_run = max(trainer.config.train.total_steps - 1, trainer.policy_version)
-        last_step = min(self._handed + self._settings.max_staleness, last_of_run)
+        # A step that is made beyond the run's last one needs samples as well.
+        end = max(trainer.config.train.total_steps - 1, trainer.policy_version)
+        last_step = min(self._handed + self._settings.max_staleness, end)
         rows = trainer.stream.draw(max(0, (last_step + 1) * count - admitted))
         size = trainer.samples_per_prompt
         seeds = draw_seeds(len(rows) * size) if rows else []
@@ -340,12 +353,15 @@ class Overlap:
             state = read_rank_state(folder, ranks.rank)
             self.buffer.load_state_dict(state["groups"], self._trainer.prompts)
             self._lengths.load_state_dict(state["lengths"])
+            for group in self.buffer.groups():
+                for rollout in group.rollouts.values():
+                    self._lengths.note_sampled(len(rollout.completion.token_ids))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Groups that were admitted and not trained, with the completions that have ended; rewards are asked
-        for again."""
-        self.progress.note("checkpoint")
-        return {"groups": self.buffer.state_dict(), "lengths": self._lengths.state_dict()}
+    def capture(self) -> Callable[[], dict[str, Any]]:
+        """Capture groups that were admitted and not trained, with the completions that have ended; rewards
+        are asked for again."""
+        groups, lengths = self.buffer.capture(), self._lengths.state_dict()
+        return lambda: {"groups": groups(), "lengths": lengths}
 
 
 def versions_of(rollout: Rollout) -> list[int]:

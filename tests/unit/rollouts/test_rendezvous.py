@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -103,3 +104,17 @@ def test_member_whom_a_stranger_leads_elsewhere_does_not_go() -> None:
 def test_store_that_is_gone_is_named() -> None:
     with pytest.raises(RolloutUnavailableError, match=r"the trainer's store at 127\.0\.0\.1:1 cannot be"):
         join("127.0.0.1", 1, "t", rank=1, timeout_s=0.5)
+
+
+def test_member_does_not_wait_for_an_owner_that_has_died() -> None:
+    """A server that did could do nothing else, and the run that goes on would wait for it."""
+    began = time.monotonic()
+    with pytest.raises(RolloutUnavailableError):
+        join("127.0.0.1", 1, "t", rank=1, timeout_s=LONG_S)
+    assert time.monotonic() - began < LONG_S / 2
+
+
+def test_member_waits_long_for_a_value() -> None:
+    store = open_store("127.0.0.1", LONG_S)
+    member = join("127.0.0.1", store.port, store.token, rank=1, timeout_s=45.0)
+    assert member.timeout == timedelta(seconds=45.0)
