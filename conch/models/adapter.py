@@ -374,6 +374,18 @@ def adapted_and_shared(model: PreTrainedModel) -> str | None:
     return None
 
 
+def copied_and_shared(model: PreTrainedModel) -> str | None:
+    """Name of a module of which a copy trains (`modules_to_save`), and whose weight embeddings and head
+    share; None where there is none."""
+    if not model.config.tie_word_embeddings:
+        return None
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and module in ends:
+            return name
+    return None
+
+
 def classifier_heads(model: PreTrainedModel) -> list[str]:
     """Names of a classifier's modules beside its trunk, and of a pooler; none for a language model."""
     if model.get_output_embeddings() is not None:
@@ -404,11 +416,7 @@ def distinct_tensors(lm: PreTrainedModel) -> Iterator[tuple[str, str, Tensor]]:
 
     A tied tensor has the first of its names, that of the embeddings.
     """
-    unsaved = {
-        f"{prefix}.{name}".lstrip(".")
-        for prefix, module in lm.named_modules()
-        for name in module._non_persistent_buffers_set
-    }
+    unsaved = _unsaved(lm)
     seen: set[int] = set()
     for name, tensor in [*lm.named_parameters(), *lm.named_buffers()]:
         plain = _plain_name(name)
@@ -416,6 +424,22 @@ def distinct_tensors(lm: PreTrainedModel) -> Iterator[tuple[str, str, Tensor]]:
             continue
         seen.add(id(tensor))
         yield plain, name, tensor
+
+
+def derived_tensors(lm: PreTrainedModel) -> dict[str, Tensor]:
+    """Tensors that are not saved, for they follow from the configuration; by name, without peft's layers."""
+    unsaved = _unsaved(lm)
+    named = {name: tensor for name, tensor in lm.named_buffers() if name in unsaved}
+    return {plain: tensor for name, tensor in named.items() if (plain := _plain_name(name)) is not None}
+
+
+def _unsaved(lm: nn.Module) -> set[str]:
+    """Names of the buffers that are not saved."""
+    return {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in lm.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
 
 
 def _plain_name(name: str) -> str | None:

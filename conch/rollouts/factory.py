@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from conch.config import GenerationConfig, RolloutConfig
 from conch.distributed.train_engine import TrainEngine
 from conch.errors import ConchError, ConfigError
-from conch.models.adapter import adapted_and_shared
+from conch.models.adapter import adapted_and_shared, copied_and_shared
 from conch.rollouts.hf.engine import HFEngine
 from conch.rollouts.ray.check import check_ray
 from conch.rollouts.remote.engine import RemoteEngine
@@ -123,13 +123,15 @@ class RolloutEngineFactory:
         )
 
     def _check_adapter(self) -> None:
-        shared = adapted_and_shared(self._lm())
-        if shared is not None:
-            raise ConfigError(
-                f"`model.peft_config.target_modules` names {shared}, whose weight embeddings and head share: "
-                "another sampler cannot be given an adapter on it; leave it out, or sample with "
-                "`rollout.engine=hf` in the trainer's processes"
-            )
+        lm = self._lm()
+        for key, find in (("target_modules", adapted_and_shared), ("modules_to_save", copied_and_shared)):
+            shared = find(lm)
+            if shared is not None:
+                raise ConfigError(
+                    f"`model.peft_config.{key}` names {shared}, whose weight embeddings and head share: "
+                    "another sampler has both in one; leave it out, or sample with `rollout.engine=hf` in "
+                    "the trainer's processes"
+                )
 
     def _start_vllm(self) -> None:
         from conch.rollouts.vllm.engine import ColocatedVLLM

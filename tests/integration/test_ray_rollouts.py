@@ -132,8 +132,10 @@ def test_two_ranks_share_an_actor(tmp_path: Path) -> None:
     assert_nothing_is_left(output)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "Ctrl-C"])
-def test_run_that_is_ended_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_asynchronous_run_that_is_ended_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, "tests/integration/ray_run.py", str(tmp_path), "1", "stay"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     output = ""
@@ -142,16 +144,24 @@ def test_run_that_is_ended_leaves_nothing(tmp_path: Path, number: signal.Signals
     ) as run:
         try:
             assert run.stdout is not None
-            while "step" not in output:
+            while output.count("step") < 2:
                 line = run.stdout.readline()
                 assert line, output
                 output += line
             end = os.killpg if number == signal.SIGINT else os.kill  # a terminal's goes to all of a run
             end(run.pid, number)
-            run.wait(LEFT_S)
+            output += run.stdout.read()
+            code = run.wait(LEFT_S)
         finally:
             kill_all(run)
     assert_nothing_is_left(output)
+    saved = [path.name for path in (tmp_path / "checkpoints").glob("step_*")]
+    if number == signal.SIGKILL:
+        assert (code, saved) == (-signal.SIGKILL, [])
+        return
+    # Python ends by SIGINT itself after a KeyboardInterrupt that nobody has caught.
+    assert code == (143 if number == signal.SIGTERM else -signal.SIGINT)
+    assert saved == [f"step_{output.count('step')}"], "the step that was under way is finished, and no other"
 
 
 def assert_nothing_is_left(output: str) -> None:

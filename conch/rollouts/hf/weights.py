@@ -109,7 +109,11 @@ class ModelWeights:
         """
         own = {plain: tensor for plain, _, tensor in distinct_tensors(self._lm)}
         if own.keys() != shapes.keys():
-            tensors = _converted(self._lm, dict(tensors))
+            converted = _converted(self._lm, dict(tensors))
+            foreign = own.keys() ^ converted.keys()  # where embeddings and head share no weight, for one
+            if foreign:
+                raise _another_model(self._lm, min(foreign))
+            tensors = converted.items()
         else:
             for name, shape in shapes.items():
                 if tuple(own[name].shape) != tuple(shape):
@@ -145,7 +149,14 @@ def _product(up: Tensor, down: Tensor) -> Tensor:
     return up @ down
 
 
-def _converted(lm: PreTrainedModel, tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+def _another_model(lm: PreTrainedModel, name: str) -> RolloutError:
+    return RolloutError(
+        f"these are not the weights of a {type(lm).__name__} of this shape ({name}): serve the policy's own "
+        "folder"
+    )
+
+
+def _converted(lm: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights as a model of this kind holds them, of those that a checkpoint holds in another shape (experts
     one by one, say).
 
@@ -164,8 +175,5 @@ def _converted(lm: PreTrainedModel, tensors: dict[str, Tensor]) -> list[tuple[st
     wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
     wrong += sorted(key for key, *_ in info["mismatched_keys"])
     if wrong:
-        raise RolloutError(
-            f"these are not the weights of a {type(lm).__name__} of this shape ({wrong[0]}): serve the "
-            "policy's own folder"
-        )
-    return [(plain, tensor) for plain, _, tensor in distinct_tensors(model)]
+        raise _another_model(lm, wrong[0])
+    return {plain: tensor for plain, _, tensor in distinct_tensors(model)}

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import safetensors.torch
 import torch
 import transformers
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,6 +25,8 @@ from transformers import GenerationConfig as HFGenerationConfig
 from transformers.initialization import no_init_weights
 
 from conch.config import RolloutConfig, TokenizerConfig, VLLMSettings
+from conch.errors import ModelError
+from conch.models.adapter import derived_tensors
 from conch.models.loading import disable_dropout, fuse_activations, load_tokenizer
 from conch.rollouts.hf.server import TransformersSampler
 from conch.rollouts.protocol import LoraCapacity
@@ -42,7 +47,8 @@ class Blueprint:
     """A model without weights, its tokenizer, and how it samples.
 
     engine: what samples.
-    config: files of model and tokenizer, by their names.
+    files: of model's configuration and tokenizer, by their names.
+    derived: tensors that no checkpoint holds, as a safetensors file.
     dtype: of the weights, as torch calls it.
     attention: implementation, as transformers calls it; None for its default.
     trust_remote_code: runs code that the model's configuration names.
@@ -56,6 +62,7 @@ class Blueprint:
 
     engine: Literal["transformers", "vllm"]
     files: dict[str, bytes]
+    derived: bytes
     dtype: str
     attention: str | None
     trust_remote_code: bool
@@ -93,6 +100,7 @@ def blueprint_of(
     return Blueprint(
         engine=config.ray.engine,
         files=files,
+        derived=b"" if config.ray.engine == "vllm" else _derived(lm),
         dtype=str(dtype).removeprefix("torch."),
         attention=getattr(lm.config, "_attn_implementation", None),
         trust_remote_code=type(lm).__module__.startswith("transformers_modules."),
@@ -103,6 +111,15 @@ def blueprint_of(
         vllm=config.model_dump(include=set(VLLMSettings.model_fields), exclude_unset=True),
         lora=None if lora is None else lora.model_dump(),
     )
+
+
+def _derived(lm: PreTrainedModel) -> bytes:
+    """Tables of numbers that the model has computed from its configuration: rotary ones, scales.
+
+    A model that is built in half precision may compute them in it, one that was loaded has not.
+    """
+    tables = {name: each for name, each in derived_tensors(lm).items() if each.is_floating_point()}
+    return safetensors.torch.save({name: each.detach().cpu().clone() for name, each in tables.items()})
 
 
 async def build_server(blueprint: Blueprint, folder: Path) -> RolloutServer:
@@ -175,8 +192,20 @@ def _empty_lm(blueprint: Blueprint, folder: str) -> PreTrainedModel:
             auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
             lm = auto.from_config(config, **trust, **settings)
     lm.tie_weights()  # which goes with the initialisation that was left out
+    _put_derived(lm, safetensors.torch.load(blueprint.derived))
     if "generation_config.json" in blueprint.files:
         lm.generation_config = HFGenerationConfig.from_pretrained(folder)
     disable_dropout(lm)
     fuse_activations(lm)
     return lm
+
+
+def _put_derived(lm: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+    own = derived_tensors(lm)
+    for name, tensor in tensors.items():
+        if name not in own or own[name].shape != tensor.shape:
+            raise ModelError(
+                f"a {type(lm).__name__} that is built from the policy's configuration has no {name} like the "
+                "policy's: set `rollout.engine=hf`"
+            )
+        own[name].copy_(tensor)

@@ -311,6 +311,7 @@ def test_other_models_weights_are_refused() -> None:
             r"has the shape .*, here .*: serve the policy's own",
         ),
         (tiny_decoder("llama"), r"not the weights of a GPT2LMHeadModel of this shape"),
+        (tiny_decoder("gpt2", tie_word_embeddings=False), r"of this shape \(lm_head\.weight\)"),
     ):
         for weights in ("files", "broadcast"):
             with (

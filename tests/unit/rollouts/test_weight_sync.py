@@ -251,12 +251,20 @@ def test_absent_vllm_is_reported_before_anything_is_asked_or_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_adapter_on_a_weight_that_embeddings_and_head_share_is_refused_for_vllm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("adapter", "complaint"),
+    [
+        ({"target_modules": ["lm_head"]}, "target_modules` names lm_head"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save` names lm_head"),
+        ({"modules_to_save": ["wte"]}, r"modules_to_save` names transformer\.wte"),
+    ],
+)
+def test_adapter_on_a_weight_that_embeddings_and_head_share_is_refused_for_other_samplers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: dict[str, Any], complaint: str
 ) -> None:
     monkeypatch.setattr("conch.models.adapter._base_path", lambda _model: "base")
-    adapter = {"r": 2, "target_modules": ["lm_head"]}
-    with pytest.raises(ConfigError, match=r"names lm_head, whose weight .* share: another sampler cannot"):
+    adapter = {"r": 2, "target_modules": ["c_attn"], **adapter}
+    with pytest.raises(ConfigError, match=rf"{complaint}, whose weight .* share: another sampler has both"):
         grpo_trainer(
             tmp_path / "run",
             model={"peft_config": adapter},
