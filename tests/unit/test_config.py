@@ -40,6 +40,8 @@ RUN_CONFIG_CLASSES = {
     "ppo_exact": ("conch.trainers.ppo", "PPORunConfig"),
     "ilql": ("conch.trainers.ilql", "ILQLRunConfig"),
     "grpo": ("conch.trainers.grpo", "GRPORunConfig"),
+    "async_grpo": ("conch.trainers.async_grpo", "AsyncGRPORunConfig"),
+    "asynchronous": ("conch.trainers.async_grpo", "AsyncGRPORunConfig"),
     "rft": ("conch.trainers.rft", "RFTRunConfig"),
     "quickstart": ("examples.randomwalks.quickstart", "QuickstartConfig"),
     "sentiments/offline": ("examples.sentiments.offline", "OfflineConfig"),

@@ -39,6 +39,8 @@ COMMANDS = [
 VERBS = {
     "train ppo": "conch.trainers.ppo",
     "train grpo": "conch.trainers.grpo",
+    "train async_grpo": "conch.trainers.async_grpo",
+    "train async-grpo": "conch.trainers.async_grpo",
     "train rft": "conch.trainers.rft",
     "train ilql": "conch.trainers.ilql",
     "train sft": "conch.trainers.sft",
@@ -60,6 +62,7 @@ NAMES = {
     "conch.converters.to_triton": ["to_triton"],
     "conch.trainers.ppo": ["PPOTrainer", "PPORunConfig"],
     "conch.trainers.grpo": ["GRPOTrainer", "GRPORunConfig"],
+    "conch.trainers.async_grpo": ["AsyncGRPOTrainer", "AsyncGRPORunConfig"],
     "conch.trainers.rft": ["RFTTrainer", "RFTRunConfig"],
     "conch.trainers.ilql": ["ILQLTrainer", "ILQLRunConfig"],
     "conch.trainers.sft": ["SFTTrainer", "SFTRunConfig"],
@@ -151,7 +154,7 @@ def exit_code(words: list[str]) -> int:
         (["trian"], "`conch trian` is no command; did you mean `conch train`?"),
         (["train", "pppo"], "`conch train pppo` is no command; did you mean `conch train ppo`?"),
         (["zzz"], "there are: convert, plot, reference-server, rollout-server, score, serve, size, train"),
-        (["train", "zzz"], "there are: grpo, ilql, ppo, reward_model, rft, sft"),
+        (["train", "zzz"], "there are: async_grpo, grpo, ilql, ppo, reward_model, rft, sft"),
         (["serve", "statu"], "`conch serve statu` is no command; did you mean `conch serve status`?"),
         (["serve", "zzz"], "there are: down, logs, status, swap, up"),
         (
@@ -176,7 +179,7 @@ def test_help_lists_every_verb_with_a_line_of_its_own(words: list[str], capsys: 
         line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")
     ]
     verbs = {verb.split()[-1] for verb in VERBS if (words[0] == "train") == verb.startswith("train ")}
-    expected = verbs - {"reward-model", "rollout_server", "ensemble"}
+    expected = verbs - {"async-grpo", "reward-model", "rollout_server", "ensemble"}
     assert {name for name, _ in listed} == (expected if words[0] == "train" else {"train", *expected})
     assert all(summary for _, summary in listed)
 
