@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TypeVar
+from weakref import WeakSet
 
 import httpx2
 from pydantic import ValidationError
@@ -75,7 +76,8 @@ class HttpClient:
             # A proxy set for the internet does not lead to a machine of one's own cluster.
             trust_env=False,
         )
-        self._streamed: set[socket.socket] = set()
+        self._connections: WeakSet[socket.socket] = WeakSet()
+        self._traced = {"trace": self._note_connection}
 
     def ask(self, method: str, path: str, **settings: Any) -> httpx2.Response:
         """A whole answer, status 200.
@@ -86,7 +88,7 @@ class HttpClient:
             ConchError: of the two types of the constructor.
         """
         with self.answered():
-            reply = self._http.request(method, path, **settings)
+            reply = self._http.request(method, path, extensions=self._traced, **settings)
         if reply.status_code != httpx2.codes.OK:
             self._raise_refusal(reply)
         return reply
@@ -103,17 +105,12 @@ class HttpClient:
         """Yield the lines of an answer to a POST as they come; raises as `ask` does."""
         with (
             self.answered(),
-            self._http.stream("POST", path, content=content, headers=JSON) as reply,
+            self._http.stream("POST", path, content=content, headers=JSON, extensions=self._traced) as reply,
         ):
             if reply.status_code != httpx2.codes.OK:
                 reply.read()
                 self._raise_refusal(reply)
-            connection = reply.extensions["network_stream"].get_extra_info("socket")
-            self._streamed.add(connection)
-            try:
-                yield from reply.iter_lines()
-            finally:
-                self._streamed.discard(connection)
+            yield from reply.iter_lines()
 
     def parse(self, message: type[MessageT], values: Any) -> MessageT:
         """A message of the server's.
@@ -183,9 +180,14 @@ class HttpClient:
             "record_layer_failure": no_tls,
         }
 
+    def _note_connection(self, event: str, details: Mapping[str, Any]) -> None:
+        """Note the socket of each new connection: what waits there at `close` has to be woken."""
+        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            self._connections.add(details["return_value"].get_extra_info("socket"))
+
     def close(self) -> None:
-        """Close the connections; who waits for lines in another thread gets an error."""
-        for connection in [*self._streamed]:
+        """Close the connections; who waits for an answer in another thread gets an error."""
+        for connection in [*self._connections]:
             with suppress(OSError):  # the server has hung up just now
                 connection.shutdown(socket.SHUT_RDWR)  # to close it would leave the other thread waiting
         self._http.close()

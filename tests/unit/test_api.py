@@ -91,7 +91,10 @@ def test_a_config_of_a_type_picks_its_own(tmp_path: Path) -> None:
             r"RewardModelRunConfig, which `conch.train` does not",
         ),
         ({"samples": ["a"], "tokenizer": None}, r"pass `tokenizer=`"),
-        ({"prompts": ["a"], "algorithm": "dpo"}, r"`algorithm` = 'dpo': there are ppo, grpo, async_grpo, rft, ilql, sft"),
+        (
+            {"prompts": ["a"], "algorithm": "dpo"},
+            r"`algorithm` = 'dpo': there are ppo, grpo, async_grpo, rft, ilql, sft",
+        ),
         ({"prompts": ["a"], "algorithm": "sft"}, r"SFTRunConfig learns from `samples`"),
         ({"prompts": ["a"], "config": {"grpo": {}, "rft": {}}}, r"several algorithms: grpo, rft"),
         (

@@ -62,6 +62,7 @@ NAMES = {
     "conch.converters.to_triton": ["to_triton"],
     "conch.trainers.ppo": ["PPOTrainer", "PPORunConfig"],
     "conch.trainers.grpo": ["GRPOTrainer", "GRPORunConfig"],
+    "conch.trainers.async_grpo": ["AsyncGRPOTrainer", "AsyncGRPORunConfig"],
     "conch.trainers.rft": ["RFTTrainer", "RFTRunConfig"],
     "conch.trainers.ilql": ["ILQLTrainer", "ILQLRunConfig"],
     "conch.trainers.sft": ["SFTTrainer", "SFTRunConfig"],

@@ -9,6 +9,7 @@ reward}.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,9 +21,11 @@ LEDGER_FILE = "ledger.jsonl"
 
 
 def append_to_ledger(run_dir: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Append a step's lines in one write."""
+    """Append a step's lines in one write; they are on disk before a checkpoint says that the step was done."""
     with (run_dir / LEDGER_FILE).open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def cut_ledger(run_dir: Path, last_step: int) -> None:

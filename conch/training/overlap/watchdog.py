@@ -76,7 +76,7 @@ class Progress:
 
 
 class Watchdog:
-    """Ends the run where nothing has moved for `deadline_s`; to be used as a context around the loop.
+    """Ends the run where nothing has moved for `deadline_s`; to be used as a context around a step.
 
     Its thread writes the stacks of all threads to the run's folder, adds what the other parts say of theirs,
     and calls `on_stuck`, which is to wake the main thread with the error. A main thread that has not left the
