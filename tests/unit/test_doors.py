@@ -40,6 +40,7 @@ VERBS = {
     "train ppo": "conch.trainers.ppo",
     "train grpo": "conch.trainers.grpo",
     "train rft": "conch.trainers.rft",
+    "train async_grpo": "conch.trainers.async_grpo",
     "train ilql": "conch.trainers.ilql",
     "train sft": "conch.trainers.sft",
     "train reward_model": "conch.trainers.reward_model",
@@ -151,7 +152,7 @@ def exit_code(words: list[str]) -> int:
         (["trian"], "`conch trian` is no command; did you mean `conch train`?"),
         (["train", "pppo"], "`conch train pppo` is no command; did you mean `conch train ppo`?"),
         (["zzz"], "there are: convert, plot, reference-server, rollout-server, score, serve, size, train"),
-        (["train", "zzz"], "there are: grpo, ilql, ppo, reward_model, rft, sft"),
+        (["train", "zzz"], "there are: async_grpo, grpo, ilql, ppo, reward_model, rft, sft"),
         (["serve", "statu"], "`conch serve statu` is no command; did you mean `conch serve status`?"),
         (["serve", "zzz"], "there are: down, logs, status, swap, up"),
         (

@@ -488,7 +488,7 @@ def test_prompts_that_join_between_two_readings_begin_after_them(monkeypatch: py
 def test_prompt_that_joins_while_tokens_are_unread_changes_no_other(
     begun: int, joins_after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After 3 steps there are slots to add; after 12, four behind the first reading, slots of rows that ended."""
+    """After 3 steps there are slots to add; after 12, three behind a reading, those of rows that ended."""
     monkeypatch.setattr(continuous_batching, "_reading_waits", lambda _device: True)
     lm, found, steps = model(0, "llama"), dict[int, Rollout](), 0
     config = GenerationConfig(max_new_tokens=24, chunk_size=16)
