@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from conch.config import GenerationConfig, RolloutConfig, load
 from conch.errors import ConfigError, RolloutUnavailableError
+from conch.rollouts.protocol import Health, WeightUpdate
 from conch.rollouts.ray.check import LEAST_STORE_BYTES, Share, check_address
 from conch.rollouts.ray.client import RayClient
 from conch.rollouts.ray.cluster import Cluster
@@ -26,7 +28,8 @@ from conch.rollouts.remote.pool import ServerPool
 from conch.types import Prompt
 from tests.footprint import wait_until
 from tests.launches import ROOT, accelerate, finish, kill_all, start
-from tests.runs import TOKENIZER, grpo_trainer, parameters, policy
+from tests.runs import TOKENIZER, async_grpo_trainer, grpo_trainer, parameters, policy
+from tests.tiny import tiny_decoder
 
 PROMPTS = [Prompt("ab", (0, 1)), Prompt("c", (2,))] * 600
 CLOCKED = ("time/", "reward/latency", "reward/wait", "reward/hidden")
@@ -119,10 +122,39 @@ def test_run_repeats_to_the_last_bit(tmp_path: Path) -> None:
         runs.append((metrics, parameters(trainer.lm)))
         trainer.close()
     (one, weights), (other, other_weights) = runs
+    assert max(metrics["rollout/logprob_diff"] for metrics in one) < 1e-5
     assert torch.equal(weights, other_weights) and not torch.equal(weights, parameters(policy()))
     for left, right in zip(one, other, strict=True):
         assert left.keys() == right.keys()
         assert not {key for key in left if left[key] != right[key] and not key.startswith(CLOCKED)}
+
+
+def test_policy_and_samplers_agree_on_log_probs_after_each_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("conch.models.adapter._base_path", lambda _model: "base")
+    sent: list[str] = []
+    update = RayClient.update_weights
+
+    def noted(client: RayClient, message: WeightUpdate, tensors: Any) -> Health:
+        sent.append(message.part)
+        return update(client, message, tensors)
+
+    monkeypatch.setattr(RayClient, "update_weights", noted)
+    trainer = async_grpo_trainer(
+        tmp_path,
+        lm=tiny_decoder("llama", dtype=torch.float32),
+        model={"peft_config": {"r": 4, "target_modules": ["q_proj", "down_proj"]}},
+        asynchronous={"max_staleness": 0},
+        rollout={"engine": "ray", "ray": {"num_cpus": 0.5, "num_gpus": 0}},
+        optimizer={"learning_rate": 0.1},
+    )
+    with closing(trainer):
+        before = parameters(trainer.lm)
+        differences = [trainer.step()["rollout/logprob_diff"] for _ in range(3)]
+        assert not torch.equal(before, parameters(trainer.lm))
+    assert max(differences) < 1e-5, differences
+    assert sent == ["base", "adapter", "adapter", "adapter"]
 
 
 def test_two_ranks_share_an_actor(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import ValidationError
 from torch import Tensor
@@ -84,7 +84,7 @@ class RayClient:
     blueprint: Ray's reference to what the actor builds its model from; None on ranks that do not have it.
     """
 
-    takes_handed: ClassVar[Literal[True]] = True
+    takes_handed: ClassVar[bool] = True
     requests_per_server: ClassVar[int] = 1
     """One: which rows are sampled together depends on no clock, so that a run repeats."""
 

@@ -21,7 +21,7 @@ LEDGER_FILE = "ledger.jsonl"
 
 
 def append_to_ledger(run_dir: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Append a step's lines in one write; they are on disk before a checkpoint says that the step was done."""
+    """Append a step's lines in one write; they are on disk before a checkpoint counts on them."""
     with (run_dir / LEDGER_FILE).open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines))
         file.flush()

@@ -484,6 +484,34 @@ def test_prompts_that_join_between_two_readings_begin_after_them(monkeypatch: py
     assert [found[seed].completion.token_ids for seed in range(40)] == [alone(lm, seed) for seed in range(40)]
 
 
+@pytest.mark.parametrize(("begun", "joins_after"), [(2, 3), (16, 12)], ids=["further slots", "freed slots"])
+def test_prompt_that_joins_while_tokens_are_unread_changes_no_other(
+    begun: int, joins_after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After 3 steps there are slots to add; after 12, three behind a reading, those of rows that ended."""
+    monkeypatch.setattr(continuous_batching, "_reading_waits", lambda _device: True)
+    lm, found, steps = model(0, "llama"), dict[int, Rollout](), 0
+    config = GenerationConfig(max_new_tokens=24, chunk_size=16)
+    engine = HFEngine(lambda: lm, TOKENIZER, config, version=lambda: 0)
+
+    def join(under_way: UnderWay) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == joins_after:
+            under_way.add([Prompt("", (0, 1, 2))], [begun])
+
+    engine.generate_joined(
+        [Prompt("", (0, 1, 2))] * begun,
+        range(begun),
+        join,
+        greedy=False,
+        on_finished=lambda ended: found.update(ended),
+    )
+    wanted = [alone(lm, seed, max_new_tokens=24) for seed in range(begun + 1)]
+    assert [found[seed].completion.token_ids for seed in range(begun + 1)] == wanted
+    assert begun == 2 or min(map(len, wanted[:begun])) < 8, "a slot is free after the first reading"
+
+
 # ------------------------------------------------------------------------------------------------ its clock
 
 
