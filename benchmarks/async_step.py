@@ -174,7 +174,7 @@ def take_blocks(spec: dict[str, Any], kind: str, url: str | None) -> None:
         hand_over_s = None
         if isinstance(trainer, AsyncGRPOTrainer):
             wait_until_idle(trainer)
-            _, hand_over_s = timed(trainer.overlap.prepare_evaluation)
+            _, hand_over_s = timed(trainer.overlap.present_weights)
             wait_until_idle(trainer)
         print("BLOCK " + json.dumps({"steps": steps, "hand_over_s": hand_over_s}), flush=True)
     trainer.close()
