@@ -128,7 +128,8 @@ class Overlap:
             async/trainer_idle_fraction: share of the time since the last step in which trainers waited for
                 completions or rewards.
             async/sampler_idle_fraction: share of the samplers' time in which they sampled nothing.
-            async/buffered_groups: groups whose completions have ended, and which wait to be trained.
+            async/buffered_groups, async/groups_under_way: groups whose completions have ended, and which wait
+                to be trained; groups that are being sampled.
             async/length_sampled_mean, async/length_trained_mean, async/length_distance: see `LengthAudit`.
         """
         trainer, ranks = self._trainer, self._trainer.collectives
