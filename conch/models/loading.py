@@ -178,7 +178,9 @@ def context_window(model_config: PretrainedConfig) -> int | None:
 
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Tokens that the model has embeddings for."""
-    embeddings = model.get_input_embeddings()
+    embeddings: Any = model.get_input_embeddings()
+    # An adapter that trains a copy of them has wrapped them.
+    embeddings = getattr(embeddings, "original_module", embeddings)
     assert isinstance(embeddings, nn.Embedding)
     return embeddings.num_embeddings
 
