@@ -101,6 +101,11 @@ class Rollout:
     version_runs: tuple[tuple[int, int], ...] = ()
 
     @property
+    def versions(self) -> tuple[tuple[int, int], ...]:
+        """Versions of the weights in order, each with the number of tokens in a row that it sampled."""
+        return self.version_runs or ((self.policy_version, len(self.completion.token_ids)),)
+
+    @property
     def sample(self) -> str:
         """Prompt and output as one string: what a reward model of texts reads."""
         return self.prompt.text + self.completion.text

@@ -38,16 +38,16 @@ def ticks(stop: threading.Event, period_s: float) -> Iterator[float]:
         before = now
 
 
-def thread_stacks() -> str:
+def thread_stacks(*, own: bool = False) -> str:
     """Return the stacks of all threads of this process, by name, the main thread first.
 
-    The thread that calls is left out.
+    own: False leaves the thread out that calls.
     """
     threads = {thread.ident: thread for thread in threading.enumerate()}
     main = threading.main_thread().ident
     texts: list[str] = []
     for ident, frame in sorted(sys._current_frames().items(), key=lambda item: item[0] != main):
-        if ident == threading.get_ident():
+        if ident == threading.get_ident() and not own:
             continue
         thread = threads.get(ident)
         name = thread.name if thread is not None else "a thread that Python did not start"

@@ -11,9 +11,7 @@ import itertools
 import logging
 import os
 import signal
-import sys
 import tempfile
-import threading
 import time
 import traceback
 import warnings
@@ -26,6 +24,7 @@ from typing import Any
 import torch
 
 from conch.distributed.malloc import keep_heap
+from conch.distributed.stuck import thread_stacks
 from conch.errors import ConchError, first_line
 from conch.rollouts.protocol import GenerateRequest, WeightUpdate
 from conch.rollouts.ray.blueprint import Blueprint, build_server
@@ -186,7 +185,7 @@ class SamplerActor:
 
     async def stacks(self) -> str:
         """What each thread of this process is at."""
-        return stacks()
+        return thread_stacks(own=True)
 
     async def pid(self) -> int:
         """Process id, on the machine where it runs."""
@@ -235,16 +234,6 @@ async def _build(blueprint: Blueprint) -> RolloutServer:
     parent = os.environ.get(FOLDER_VARIABLE)
     with tempfile.TemporaryDirectory(prefix="sampler-", dir=parent) as folder:
         return await build_server(blueprint, Path(folder))
-
-
-def stacks() -> str:
-    """What each thread of this process is at, the innermost call last."""
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    parts = [
-        f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
-        for ident, frame in sys._current_frames().items()
-    ]
-    return "\n".join(parts)
 
 
 def leave_launcher() -> None:

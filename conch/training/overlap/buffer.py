@@ -12,6 +12,7 @@ import base64
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ class GroupBuffer:
     """Groups that were admitted and have not been trained."""
 
     def __init__(self) -> None:
-        self._groups: dict[int, BufferedGroup] = {}
+        self._groups: dict[int, BufferedGroup] = {}  # in the order of their numbers, as they are admitted
         self._changed = threading.Condition()
         self._error: ConchError | None = None
 
@@ -74,7 +75,7 @@ class GroupBuffer:
         """Take in groups, each behind those that are there."""
         with self._changed:
             for group in groups:
-                assert not self._groups or group.admission.number > max(self._groups)
+                assert group.admission.number > next(reversed(self._groups), -1)
                 self._groups[group.admission.number] = group
 
     def put(self, number: int, place: int, rollout: Rollout) -> BufferedGroup:
@@ -108,13 +109,14 @@ class GroupBuffer:
                 if self._error is not None:
                     raise self._error
                 self._changed.wait()
-            return [self._groups.pop(number) for number in sorted(self._groups)[:count]]
+            return [self._groups.pop(number) for number in [*islice(self._groups, count)]]
 
     def _are_ready(self, count: int) -> bool:
-        oldest = [self._groups[number] for number in sorted(self._groups)[:count]]
-        assert len(oldest) == count, f"{count} groups are to be trained, {len(oldest)} were admitted"
+        here = len(self._groups)
+        assert here >= count, f"{count} groups are to be trained, {here} were admitted"
         return all(
-            sum(len(places) for places, _ in group.requests) == len(group.admission.seeds) for group in oldest
+            sum(len(places) for places, _ in group.requests) == len(group.admission.seeds)
+            for group in islice(self._groups.values(), count)
         )
 
     def counts(self) -> tuple[int, int]:
@@ -126,7 +128,7 @@ class GroupBuffer:
     def groups(self) -> list[BufferedGroup]:
         """All groups, the oldest first."""
         with self._changed:
-            return [self._groups[number] for number in sorted(self._groups)]
+            return [*self._groups.values()]
 
     def capture(self) -> Callable[[], list[dict[str, Any]]]:
         """Capture all groups with the completions that have ended; the result gives them as JSON values.
@@ -136,7 +138,7 @@ class GroupBuffer:
         with self._changed:
             groups = [
                 BufferedGroup(group.admission, group.prompt, dict(group.rollouts))
-                for _, group in sorted(self._groups.items())
+                for group in self._groups.values()
             ]
         return lambda: [_group_state(group) for group in groups]
 

@@ -27,7 +27,7 @@ def staleness_metrics(rollouts: Sequence[Rollout], version: int, reduce: Reduce,
     runs = [
         (version - sampled_by, tokens)
         for rollout in rollouts
-        for sampled_by, tokens in _runs(rollout)
+        for sampled_by, tokens in rollout.versions
         if tokens
     ]
     sums = [sum(age * tokens for age, tokens in runs), sum(tokens for _, tokens in runs)]
@@ -37,11 +37,6 @@ def staleness_metrics(rollouts: Sequence[Rollout], version: int, reduce: Reduce,
         "staleness/mean": total / count if count else math.nan,
         "staleness/max": oldest if count else math.nan,
     }
-
-
-def _runs(rollout: Rollout) -> tuple[tuple[int, int], ...]:
-    """Version and number of tokens, in order."""
-    return rollout.version_runs or ((rollout.policy_version, len(rollout.completion.token_ids)),)
 
 
 class LengthAudit:

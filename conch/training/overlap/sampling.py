@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from conch.errors import ConchError, RolloutError, first_line
 from conch.log import get_logger
 from conch.rollouts.base import draw_seeds
 from conch.rollouts.remote.stream import GroupRequest, GroupStream
@@ -252,24 +251,19 @@ class Overlap:
 
     def _note_completion(self, number: int, index: int, rollout: Rollout) -> None:
         """In the stream's thread: buffer a completion, and request its reward, or that of its whole group
-        where the source wants what belongs together.
+        where the source wants what belongs together. What goes wrong here ends the stream, which tells
+        `GroupBuffer.fail`.
 
         index: of the completion among those that were asked for.
         """
-        try:
-            place = self._asked[number][index]
-            group = self.buffer.put(number, place, rollout)
-            self._lengths.note_sampled(len(rollout.completion.token_ids))
-            self.progress.note("completion")
-            if self._trainer.scorer.batched:
-                self._request_whole_groups()
-            else:
-                self._request_rewards(group, [place], [rollout])
-        except ConchError as error:
-            self.buffer.fail(error)
-        except Exception as error:  # in a thread that nobody waits for
-            _log.exception("a completion was not taken in")
-            self.buffer.fail(RolloutError(f"a completion was not taken in: {first_line(error)}"))
+        place = self._asked[number][index]
+        group = self.buffer.put(number, place, rollout)
+        self._lengths.note_sampled(len(rollout.completion.token_ids))
+        self.progress.note("completion")
+        if self._trainer.scorer.batched:
+            self._request_whole_groups()
+        else:
+            self._request_rewards(group, [place], [rollout])
 
     def _request_rewards(
         self, group: BufferedGroup, places: Sequence[int], rollouts: Sequence[Rollout]
@@ -282,14 +276,10 @@ class Overlap:
         """What the trainer has of groups, in words, for the watchdog."""
         ended, under_way = self.buffer.counts()
         oldest = next(iter(self.buffer.groups()), None)
-        where = (
-            ""
-            if oldest is None
-            else (
-                f"; the oldest, group {oldest.admission.number}, lacks {len(oldest.missing)} of "
-                f"{len(oldest.admission.seeds)} completions"
-            )
-        )
+        where = ""
+        if oldest is not None:
+            number, size = oldest.admission.number, len(oldest.admission.seeds)
+            where = f"; the oldest, group {number}, lacks {len(oldest.missing)} of {size} completions"
         return [f"the trainer has {ended} groups whose completions have ended and {under_way} others{where}"]
 
     def _request_whole_groups(self) -> None:
@@ -322,7 +312,7 @@ class Overlap:
         lines: list[dict[str, Any]] = []
         for index, group in enumerate(self._taken):
             number, position = group.admission.number, group.admission.number * ranks.num_ranks + ranks.rank
-            versions = [each for rollout in group.in_order for each in versions_of(rollout)]
+            versions = [sampled_by for rollout in group.in_order for sampled_by, _ in rollout.versions]
             lines.append(
                 {
                     "step": version + 1,
@@ -363,11 +353,6 @@ class Overlap:
         are asked for again."""
         groups, lengths = self.buffer.capture(), self._lengths.state_dict()
         return lambda: {"groups": groups(), "lengths": lengths}
-
-
-def versions_of(rollout: Rollout) -> list[int]:
-    """Versions of the weights that sampled a completion."""
-    return [version for version, _ in rollout.version_runs] or [rollout.policy_version]
 
 
 def idle_shares(times: torch.Tensor) -> tuple[float, float]:

@@ -31,7 +31,7 @@ from conch.rollouts.protocol import (
 )
 from conch.rollouts.ray import actor as actor_module
 from conch.rollouts.ray import check, janitor
-from conch.rollouts.ray.actor import NOT_BUILT, UNKNOWN_REQUEST, Answer, SamplerActor, leave_launcher, stacks
+from conch.rollouts.ray.actor import NOT_BUILT, UNKNOWN_REQUEST, Answer, SamplerActor, leave_launcher
 from conch.rollouts.ray.blueprint import Blueprint, blueprint_of
 from conch.rollouts.ray.handed import HandedTensors
 from conch.rollouts.weight_sync import checkpoint_tensors
@@ -278,7 +278,8 @@ def test_model_that_cannot_be_built_is_a_refusal() -> None:
 
 
 def test_stacks_name_threads_and_lines() -> None:
-    assert "MainThread" in stacks() and "test_stacks_name_threads_and_lines" in stacks()
+    told = asyncio.run(SamplerActor().stacks())
+    assert "MainThread" in told and "test_stacks_name_threads_and_lines" in told
 
 
 def test_actor_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
