@@ -276,13 +276,22 @@ def stop(name: str, timeout_s: float) -> bool:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
         deadline = time.monotonic() + patience_s
-        while is_held(folder):
+        while is_held(folder) or _is_alive(pid):
             if time.monotonic() > deadline:
                 break
             time.sleep(_POLL_S)
         else:
             return number == signal.SIGTERM
     raise ServingError(f"supervisor {pid} of deployment {name} does not end, not even by SIGKILL")
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process runs that has not ended; it gives its lock back shortly before it ends."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rsplit(")", 1)[1].split()[0] != "Z"
 
 
 def _other_release(folder: Path) -> str:

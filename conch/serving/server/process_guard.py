@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 _POLL_S = 0.5
 _CHUNK_BYTES = 1 << 16
 _END_COMMAND_TIMEOUT_S = 20.0
@@ -46,6 +47,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, _: stopping.append(number))
     signal.signal(signal.SIGINT, lambda number, _: stopping.append(number))
     log = RotatingLog(Path(settings["log"]), settings["log_max_bytes"], settings["log_keep"])
+    # Stubs that outlive the server become children of this process, so that their end can be waited for.
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     try:
         server = _start(settings)
         print(server.pid, flush=True)
@@ -158,6 +161,9 @@ def _end(server: subprocess.Popen[bytes], log: RotatingLog, grace_s: float) -> i
     with contextlib.suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)  # the server if it hangs, and stubs that outlived it
     code = server.wait()
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.waitpid(-server.pid, 0)  # stubs: whoever asked for the stop finds all of its group gone
     while _copy_output(server, log):
         pass
     return code if code >= 0 else 128 - code
