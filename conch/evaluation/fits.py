@@ -1,5 +1,5 @@
-"""Fits of how gold moves with the distance d = sqrt(KL) from the starting policy (Gao, Schulman & Hilton 2022,
-"Scaling laws for reward model overoptimization", arXiv:2210.10760):
+"""Fits of how gold moves with the distance d = sqrt(KL) from the starting policy (Gao, Schulman & Hilton
+2022, "Scaling laws for reward model overoptimization", arXiv:2210.10760):
 
     best-of-n:  R(d) = d (alpha - beta d)
     RL:         R(d) = d (alpha - beta ln d)
@@ -149,8 +149,8 @@ def _least_squares(kl: Any, gain: Any, form: Form) -> tuple[np.ndarray, np.ndarr
     kl, gain = kl[used], gain[used]
     if (count := len(np.unique(kl))) < _FEWEST_POINTS:
         raise DataError(
-            f"{count} scored points away from the starting policy are too few for a fit of alpha and beta: it "
-            f"takes {_FEWEST_POINTS}; evaluate more often, or at more n"
+            f"{count} scored points away from the starting policy are too few for a fit of alpha and beta: "
+            f"it takes {_FEWEST_POINTS}; evaluate more often, or at more n"
         )
     design = _design(kl, form)
     coefficients, _, _, _ = np.linalg.lstsq(design, gain, rcond=None)
