@@ -7,7 +7,7 @@ sampled. A file is replaced as a whole: readers see the old one or the new one.
     {"conch_evaluation": 1, "step": 100, "variant": "", "metrics": {"eval/reward": ..., "eval/kl": ...},
      "sources": {"reward": "rm at host:8001"}}
     {"prompt": 0, "input": "a text, or [messages]", "output": "...", "num_tokens": 12,
-     "scores": {"reward": 1.5, "gold": null}, "members": {"a": 1.4, "b": 1.6}}
+     "scores": {"reward": 1.5, "gold": null}, "members": {"a": 1.4, "b": 1.6}, "metadata": {"answer": "7"}}
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class EvaluatedSample:
     input: the prompt, as text or as messages.
     scores: name of a source -> total score; None where it gave none.
     members: for an ensemble, each member's own score.
+    metadata: the prompt's extra keys, which a verifier or a reward function reads.
     """
 
     prompt: int
@@ -49,6 +50,7 @@ class EvaluatedSample:
     num_tokens: int
     scores: Mapping[str, float | None]
     members: Mapping[str, float | None] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def variance(self) -> float | None:
@@ -116,11 +118,13 @@ def write_record(path: Path, record: EvaluationRecord) -> None:
             "num_tokens": sample.num_tokens,
             "scores": {name: _number(value) for name, value in sample.scores.items()},
             "members": {name: _number(value) for name, value in sample.members.items()},
+            **({"metadata": dict(sample.metadata)} if sample.metadata else {}),
         }
         for sample in record.samples
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in (head, *rows)))
+    lines = (json.dumps(row, ensure_ascii=False, default=str) for row in (head, *rows))
+    replace_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def read_record(path: Path) -> EvaluationRecord:
