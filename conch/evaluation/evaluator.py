@@ -322,6 +322,7 @@ class Evaluator:
                 len(rollout.completion.token_ids),
                 {name: number_or_none(column[place]) for name, column in scores.items()},
                 samples.members[place],
+                rollout.prompt.metadata,
             )
             for place, rollout in enumerate(samples.rollouts)
         )

@@ -29,6 +29,7 @@ COMMANDS = [
     "conch.converters.ensemble",
     "conch.serving.__main__",
     "conch.rewards.score",
+    "conch.evaluation.gold",
     "conch.rollouts.serve",
     "conch.reference.serve",
     "conch.sizing",
@@ -50,6 +51,7 @@ VERBS = {
     "convert ensemble": "conch.converters.ensemble",
     "serve": "conch.serving.__main__",
     "score": "conch.rewards.score",
+    "gold-eval": "conch.evaluation.gold",
     "rollout-server": "conch.rollouts.serve",
     "rollout_server": "conch.rollouts.serve",
     "reference-server": "conch.reference.serve",
@@ -153,7 +155,10 @@ def exit_code(words: list[str]) -> int:
     [
         (["trian"], "`conch trian` is no command; did you mean `conch train`?"),
         (["train", "pppo"], "`conch train pppo` is no command; did you mean `conch train ppo`?"),
-        (["zzz"], "there are: convert, plot, reference-server, rollout-server, score, serve, size, train"),
+        (
+            ["zzz"],
+            "there are: convert, gold-eval, plot, reference-server, rollout-server",
+        ),
         (["train", "zzz"], "there are: async_grpo, grpo, ilql, ppo, reward_model, rft, sft"),
         (["serve", "statu"], "`conch serve statu` is no command; did you mean `conch serve status`?"),
         (["serve", "zzz"], "there are: down, logs, status, swap, up"),
