@@ -47,6 +47,7 @@ def train(
     model: str | PreTrainedModel,
     *,
     reward: UserReward | Mapping[str, UserReward] | None = None,
+    gold: UserReward | None = None,
     prompts: Sequence[str | Mapping[str, Any]] | None = None,
     samples: Sequence[Any] | None = None,
     rewards: Sequence[float] | None = None,
@@ -68,6 +69,8 @@ def train(
         `RewardSource`, or several of these by name (see `reward.combine`); for PPO, GRPO and RFT, None takes
         `config["reward"]["url"]` or the TRITON_HOST environment variable. ILQL and SFT use it to measure
         evaluation samples, not to learn.
+    gold: a reward that watches: what `reward` may be, asked in evaluations only and never learned from. Its
+        best evaluation is the run's best checkpoint; None takes `config["evaluation"]["gold"]`.
     prompts: strings, or dicts with a "prompt" whose other keys reach `reward` and `metric_fn` as keyword
         arguments.
     samples: for SFT strings, dicts with "prompt" and "completion", or dialogues; for ILQL strings or lists of
@@ -93,6 +96,7 @@ def train(
     inputs: dict[str, Any] = {
         **{name: value for name, value in data.items() if value is not None},
         "reward": reward,
+        "gold": gold,
         "eval_prompts": eval_prompts,
         "metric_fn": metric_fn,
         "model": None if isinstance(model, str) else model,

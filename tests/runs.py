@@ -81,9 +81,10 @@ def vowels(outputs: Sequence[str], **_: Any) -> list[float]:
 def ppo_trainer(run_dir: Path, *, lm: PreTrainedModel | None = None, **settings: Any) -> PPOTrainer:
     """A trainer of 8 rollouts of up to 5 tokens; one epoch in one minibatch.
 
-    settings: sections of the run config, `reward_fn`, `prompts`, `eval_prompts`, `metric_fn`, `tokenizer`.
+    settings: sections of the run config, `reward_fn`, `prompts`, `eval_prompts`, `metric_fn`, `tokenizer`,
+        `gold`.
     """
-    names = ("prompts", "eval_prompts", "metric_fn", "tokenizer")
+    names = ("prompts", "eval_prompts", "metric_fn", "tokenizer", "gold")
     given = {name: settings.pop(name) for name in names if name in settings}
     reward = settings.pop("reward_fn", vowels)
     values = _merged(
@@ -104,7 +105,8 @@ def ppo_trainer(run_dir: Path, *, lm: PreTrainedModel | None = None, **settings:
 def grpo_trainer(run_dir: Path, *, lm: PreTrainedModel | None = None, **settings: Any) -> GRPOTrainer:
     """A trainer of 2 groups of 4 rollouts of up to 5 tokens; one epoch in one minibatch.
 
-    settings: sections of the run config, `reward_fn`, `prompts`, `eval_prompts`, `metric_fn`.
+    settings: sections of the run config, `reward_fn`, `prompts`, `eval_prompts`, `metric_fn`,
+        `gold`.
     """
     given = _grpo_inputs(settings, lm)
     return GRPOTrainer(load(GRPORunConfig, _grpo_values(run_dir, settings)), **given)
@@ -120,7 +122,7 @@ def async_grpo_trainer(
 
 def _grpo_inputs(settings: dict[str, Any], lm: PreTrainedModel | None) -> dict[str, Any]:
     """What is no setting, taken out of `settings`."""
-    names = ("prompts", "eval_prompts", "metric_fn")
+    names = ("prompts", "eval_prompts", "metric_fn", "gold")
     given = {name: settings.pop(name) for name in names if name in settings}
     reward = settings.pop("reward_fn", vowels)
     return {"reward": reward, "prompts": PROMPTS, "tokenizer": TOKENIZER, "model": lm or policy(), **given}
@@ -144,9 +146,9 @@ def sft_trainer(
     """A trainer of 8 samples a batch.
 
     settings: sections of the run config (that of the tokenizer as `tokenizer_config`), `eval_samples`,
-        `eval_prompts`, `metric_fn`, `reward_fn`, `tokenizer`.
+        `eval_prompts`, `metric_fn`, `reward_fn`, `tokenizer`, `gold`.
     """
-    names = ("eval_samples", "eval_prompts", "metric_fn", "tokenizer")
+    names = ("eval_samples", "eval_prompts", "metric_fn", "tokenizer", "gold")
     given = {name: settings.pop(name) for name in names if name in settings}
     reward = settings.pop("reward_fn", None)
     settings["tokenizer"] = settings.pop("tokenizer_config", {})
@@ -177,9 +179,9 @@ def ilql_trainer(
 ) -> ILQLTrainer:
     """A trainer of 4 samples a batch, whose heads are far from the zeros that they start at.
 
-    settings: sections of the run config, `eval_prompts`, `reward_fn`, `metric_fn`, `logit_mask`.
+    settings: sections of the run config, `eval_prompts`, `reward_fn`, `metric_fn`, `logit_mask`, `gold`.
     """
-    names = ("eval_prompts", "metric_fn", "logit_mask")
+    names = ("eval_prompts", "metric_fn", "logit_mask", "gold")
     given = {name: settings.pop(name) for name in names if name in settings}
     reward = settings.pop("reward_fn", None)
     values = _merged(
@@ -241,9 +243,10 @@ def reward_trainer(run_dir: Path, samples: Sequence[Any], **settings: Any) -> Re
 def rft_trainer(run_dir: Path, *, lm: PreTrainedModel | None = None, **settings: Any) -> RFTTrainer:
     """A trainer of 4 completions of up to 5 tokens for each of 8 prompts, two steps a round.
 
-    settings: sections of the run config, `reward_fn`, `prompts`, `eval_prompts`, `metric_fn`.
+    settings: sections of the run config, `reward_fn`, `prompts`, `eval_prompts`, `metric_fn`,
+        `gold`.
     """
-    names = ("prompts", "eval_prompts", "metric_fn")
+    names = ("prompts", "eval_prompts", "metric_fn", "gold")
     given = {name: settings.pop(name) for name in names if name in settings}
     reward = settings.pop("reward_fn", vowels)
     rft = {"n_generations_per_prompt": 4, "n_improve_steps": 2, "batch_size": 8, "updates_per_step": 2}

@@ -41,6 +41,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from conch.cli import load_run_config, run_main
 from conch.config import (
     EvalGenerationConfig,
+    EvaluationConfig,
     GenerationConfig,
     RewardConfig,
     RunConfig,
@@ -57,6 +58,7 @@ from conch.distributed.train_engine import TrainEngine
 from conch.errors import DataError
 from conch.evaluation.evaluator import Evaluator, eval_variants, longest_generation
 from conch.evaluation.metrics import MetricFn
+from conch.evaluation.watch import Evaluation
 from conch.models.freezing import freeze_layers
 from conch.models.ilql import DECODING_FILE, ILQLOutput, ILQLPolicy
 from conch.models.loading import context_window
@@ -72,6 +74,7 @@ from conch.training.resume import start_run
 from conch.training.setup import (
     check_prompts,
     check_vocabulary,
+    check_watching,
     eval_source,
     load_policy,
     load_policy_tokenizer,
@@ -79,6 +82,7 @@ from conch.training.setup import (
     save_on_main,
     text_codec,
     try_policy,
+    watching_sources,
     with_gathered_weights,
 )
 from conch.training.statistics import update_metrics, update_with_statistics
@@ -156,6 +160,7 @@ class ILQLRunConfig(RunConfig):
     generation: ILQLGenerationConfig = ILQLGenerationConfig()
     eval_generation: ILQLEvalGenerationConfig = ILQLEvalGenerationConfig()
     reward: RewardConfig = RewardConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     ilql: ILQLConfig = ILQLConfig()
 
 
@@ -253,7 +258,8 @@ class ILQLTrainer:
     samples: strings (all tokens after the first are actions) or lists of turns [prompt, output, prompt, ...]
         (the outputs' tokens are).
     rewards: one per sample.
-    eval_prompts: completed and measured in evaluations, by `metric_fn` and by `reward` where they are given.
+    eval_prompts: completed and measured in evaluations, by `metric_fn`, `reward` and `gold` where they are
+        given.
     model: a loaded model with its tokenizer, instead of `config.model.path`.
     logit_mask: [V, V], True at [i, j] forbids token j right after token i in decoding.
 
@@ -269,6 +275,7 @@ class ILQLTrainer:
         rewards: Sequence[float],
         eval_prompts: Sequence[str | Mapping[str, Any]] | None = None,
         reward: UserReward | Mapping[str, UserReward] | None = None,
+        gold: UserReward | None = None,
         metric_fn: MetricFn | None = None,
         model: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -281,6 +288,7 @@ class ILQLTrainer:
             engine.check_weights(config.model)
         eval_prompts = listed(eval_prompts or [], "evaluation prompts", config.data)
         self.source = eval_source(self.collectives, reward, config.reward, eval_prompts)
+        self.watching = watching_sources(self.collectives, config, eval_prompts, reward, gold)
         self.tokenizer = load_policy_tokenizer(tokenizer, config.tokenizer, config.model.path)
         lm = load_policy(model, config.model, engine.precision)
         check_vocabulary(lm, self.tokenizer)
@@ -292,6 +300,7 @@ class ILQLTrainer:
             tokenize_prompts(eval_prompts, self.codec, config.tokenizer, lm, longest) if eval_prompts else []
         )
         check_prompts(self.collectives, self.source, self.eval_prompts, self.tokenizer)
+        check_watching(self.collectives, self.watching, self.eval_prompts, self.tokenizer)
         self._init_policy(lm, logit_mask)
         agree = self.collectives.all_reduce_int
         self.scorer = RewardScorer(self.source, config.reward, agree) if self.source else None
@@ -303,6 +312,8 @@ class ILQLTrainer:
             config.train,
             scorer=self.scorer,
             metric_fn=metric_fn,
+            watching=self.watching,
+            keep=config.evaluation.keep,
         )
         self.run = start_run(self, self.policy)
         self.run_dir = self.run.folder
@@ -431,8 +442,13 @@ class ILQLTrainer:
 
     @property
     def default_best_metric(self) -> str:
-        """The first metric of the user's `metric_fn`, else the reward."""
-        return self.evaluator.gold_metric or "eval/reward"
+        """Gold where it is measured, else the first metric of the user's `metric_fn`, else the reward."""
+        return self.evaluator.best_metric or "eval/reward"
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """What the latest evaluation measured, sample by sample; None without prompts to evaluate on."""
+        return self.evaluator.latest
 
     def fit(self) -> Path:
         """Train for `train.total_steps` optimizer updates; returns the run folder."""
@@ -477,6 +493,7 @@ class ILQLTrainer:
         """Stop the reward client and leave the process group."""
         if self.source is not None:
             self.source.close()
+        self.evaluator.close()
         self.engine.close()
 
 

@@ -382,6 +382,11 @@ class RewardModelTrainer:
         """The metric that decides which checkpoint is best."""
         return "eval/accuracy" if self.form.compares else "eval/spearman"
 
+    @property
+    def evaluation(self) -> None:
+        """None: nothing is sampled."""
+        return None
+
     def fit(self) -> Path:
         """Train for `train.total_steps` optimizer updates; returns the run folder."""
         return fit(self, "reward_model")

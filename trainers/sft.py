@@ -26,6 +26,7 @@ from conch.cli import load_run_config, run_main
 from conch.config import (
     DataConfig,
     EvalGenerationConfig,
+    EvaluationConfig,
     GenerationConfig,
     RewardConfig,
     RunConfig,
@@ -40,6 +41,7 @@ from conch.distributed.train_engine import TrainEngine
 from conch.errors import ConfigError
 from conch.evaluation.evaluator import Evaluator, eval_variants, longest_generation
 from conch.evaluation.metrics import MetricFn
+from conch.evaluation.watch import Evaluation
 from conch.models.attention import check_packing, packed_logits
 from conch.models.forward import ForwardInputs
 from conch.models.freezing import freeze_layers
@@ -56,6 +58,7 @@ from conch.training.resume import start_run
 from conch.training.setup import (
     check_prompts,
     check_vocabulary,
+    check_watching,
     eval_mode,
     eval_source,
     load_policy,
@@ -64,6 +67,7 @@ from conch.training.setup import (
     save_on_main,
     text_codec,
     try_policy,
+    watching_sources,
     with_gathered_weights,
 )
 from conch.training.statistics import update_metrics
@@ -95,6 +99,7 @@ class SFTRunConfig(RunConfig):
     generation: GenerationConfig = GenerationConfig()
     eval_generation: EvalGenerationConfig = EvalGenerationConfig()
     reward: RewardConfig = RewardConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     sft: SFTConfig = SFTConfig()
 
 
@@ -133,7 +138,8 @@ class SFTTrainer:
     samples: strings, {"prompt", "completion"} pairs, dialogues ({"messages": [{"role", "content"}, ...]} or
         the list itself), or what else docs/data.md has for SFT.
     eval_samples: held out, for the loss on them.
-    eval_prompts: completed and measured in evaluations, by `metric_fn` and by `reward` where they are given.
+    eval_prompts: completed and measured in evaluations, by `metric_fn`, `reward` and `gold` where they are
+        given.
     model: a loaded model with its tokenizer, instead of `config.model.path`.
 
     Raises:
@@ -148,6 +154,7 @@ class SFTTrainer:
         eval_samples: Iterable[Sample] | None = None,
         eval_prompts: Sequence[str | Mapping[str, Any]] | None = None,
         reward: UserReward | Mapping[str, UserReward] | None = None,
+        gold: UserReward | None = None,
         metric_fn: MetricFn | None = None,
         model: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -159,6 +166,7 @@ class SFTTrainer:
             engine.check_weights(config.model)
         eval_prompts = listed(eval_prompts or [], "evaluation prompts", config.data)
         self.source = eval_source(self.collectives, reward, config.reward, eval_prompts)
+        self.watching = watching_sources(self.collectives, config, eval_prompts, reward, gold)
         self.tokenizer = load_policy_tokenizer(tokenizer, config.tokenizer, config.model.path)
         if config.sft.chat_template is not None:
             self.tokenizer.chat_template = read_chat_template(config.sft.chat_template)
@@ -207,14 +215,17 @@ class SFTTrainer:
         self, prompts: Sequence[str | Mapping[str, Any]], metric_fn: MetricFn | None
     ) -> None:
         config = self.config
-        if not prompts and (metric_fn is not None or self.source is not None):
-            raise ConfigError("`metric_fn` and `reward` measure completions of `eval_prompts`: give some")
+        if not prompts and (metric_fn is not None or self.source is not None or self.watching):
+            raise ConfigError(
+                "`metric_fn`, `reward` and gold measure completions of `eval_prompts`: give some"
+            )
         variants = eval_variants(config.generation, config.eval_generation)
         longest = longest_generation(variants)
         self.eval_prompts = (
             tokenize_prompts(prompts, self.codec, config.tokenizer, self.lm, longest) if prompts else []
         )
         check_prompts(self.collectives, self.source, self.eval_prompts, self.tokenizer)
+        check_watching(self.collectives, self.watching, self.eval_prompts, self.tokenizer)
         agree = self.collectives.all_reduce_int
         self.scorer = RewardScorer(self.source, config.reward, agree) if self.source else None
         self.evaluator = Evaluator(
@@ -225,6 +236,8 @@ class SFTTrainer:
             config.train,
             scorer=self.scorer,
             metric_fn=metric_fn,
+            watching=self.watching,
+            keep=config.evaluation.keep,
         )
 
     def _make_sampler(self, generation: GenerationConfig) -> HFEngine:
@@ -297,8 +310,14 @@ class SFTTrainer:
 
     @property
     def default_best_metric(self) -> str:
-        """The first metric of the user's `metric_fn`, else the loss on held-out samples, else the reward."""
-        return self.evaluator.gold_metric or ("eval/loss" if self.eval_samples else "eval/reward")
+        """Gold where it is measured, else the first metric of the user's `metric_fn`, else the loss on
+        held-out samples, else the reward."""
+        return self.evaluator.best_metric or ("eval/loss" if self.eval_samples else "eval/reward")
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """What the latest evaluation measured, sample by sample; None without prompts to evaluate on."""
+        return self.evaluator.latest
 
     def fit(self) -> Path:
         """Train for `train.total_steps` optimizer updates; returns the run folder."""
@@ -329,6 +348,7 @@ class SFTTrainer:
         """Stop the reward client and leave the process group."""
         if self.source is not None:
             self.source.close()
+        self.evaluator.close()
         self.engine.close()
 
 

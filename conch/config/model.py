@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from conch.config.auth import AuthConfig
 from conch.config.base import Section
 
 _SHORT_DTYPES = {
@@ -116,3 +117,22 @@ class TokenizerConfig(Section):
 
     max_prompt_tokens: int | None = Field(default=None, ge=1)
     """Longest prompt, in tokens, where that shall be less than the window leaves."""
+
+
+class ReferenceConfig(Section):
+    """Where PPO and GRPO have the log-probs of the starting policy from."""
+
+    urls: str | None = None
+    """`host:port` of a reference server (`conch reference-server`), or several, `host1:port,host2:port`,
+    which share the micro-batches. None keeps the reference in the trainer's processes."""
+
+    auth: AuthConfig = Field(default_factory=AuthConfig)
+    """Access to the servers of `urls`."""
+
+    request_timeout_s: float = Field(default=300.0, gt=0)
+    """Longest wait for one server's answer to one micro-batch, in seconds, behind others' in its queue; then
+    the next server is asked."""
+
+    deadline_s: float = Field(default=600.0, gt=0)
+    """Longest wait for the log-probs of a micro-batch from any server, in seconds; then the run ends with an
+    error."""

@@ -5,17 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from conch.config.base import Section
 from conch.config.data import DataConfig
+from conch.config.evaluation import EvaluationConfig, StopRule, parse_stop_rule
 from conch.config.generation import EvalGenerationConfig, GenerationConfig
-from conch.config.model import ModelConfig, TokenizerConfig
+from conch.config.model import ModelConfig, ReferenceConfig, TokenizerConfig
 from conch.config.optim import OptimizerConfig, SchedulerConfig
-from conch.config.reference import ReferenceConfig
 from conch.config.reward import RewardConfig
 from conch.config.rollout import RolloutConfig
-from conch.config.verifiers import EvaluationConfig
 
 
 class TrainConfig(Section):
@@ -70,11 +69,40 @@ class TrainConfig(Section):
 
     best_metric: str | None = None
     """Evaluation metric by which the best checkpoint is chosen, for example `eval/reward`; lower is better
-    for names that end in `loss`, else higher. None takes the trainer's own choice: the first metric of
-    `metric_fn`, else `eval/reward`; offline `eval/loss` or the reward model's accuracy or correlation."""
+    for names that end in `loss`, else higher. None takes the trainer's own choice: `eval/gold/reward` where
+    there is an `evaluation.gold`, else the first metric of `metric_fn`, else `eval/reward`; offline
+    `eval/loss` or the reward model's accuracy or correlation."""
 
     early_stopping: int = Field(default=0, ge=0)
     """Stop after so many evaluations in a row without a better `best_metric`; 0 never stops early."""
+
+    stop_when: str | None = None
+    """Stop by a metric of its own: `gold falls for 3 evaluations` once three evaluations in a row were each
+    below the best one so far, in gold or in another metric (`eval/reward falls for ...`). One that is as good
+    as the best ends the row; one in which most prompts have no figure, as while gold is away, neither ends it
+    nor counts. Without a margin any fall counts, noise too: with k = 3 a policy that no longer learns stops
+    soon. ` by more than 2 standard errors` behind it counts only an evaluation that is so far below the best,
+    in standard errors of the paired difference over prompts."""
+
+    @property
+    def stop_rule(self) -> StopRule | None:
+        """What `stop_when` says."""
+        return None if self.stop_when is None else parse_stop_rule(self.stop_when)
+
+    @field_validator("stop_when")
+    @classmethod
+    def _stop_rule_can_be_read(cls, text: str | None) -> str | None:
+        if text is not None:
+            parse_stop_rule(text)
+        return text
+
+    @model_validator(mode="after")
+    def _stop_rule_can_act(self) -> TrainConfig:
+        if self.stop_when is not None and self.eval_every == 0:
+            raise ValueError(
+                "`stop_when` goes by evaluations, and with `eval_every` = 0 there are none: set one of them"
+            )
+        return self
 
 
 class TrackingConfig(Section):

@@ -66,17 +66,3 @@ class IFEvalConfig(Section):
                 "leave it out"
             )
         return self
-
-
-class EvaluationConfig(Section):
-    """What watches a run in its evaluations and is never learned from."""
-
-    verifier: VerifierName | None = None
-    """Check the evaluation's completions as `reward.verifier` would, beside the reward that is learned from;
-    its figures are `eval/<verifier>/<quantity>`."""
-
-    gsm8k: GSM8KConfig = Field(default_factory=GSM8KConfig)
-    """How GSM8K's answers are checked here."""
-
-    ifeval: IFEvalConfig = Field(default_factory=IFEvalConfig)
-    """How IFEval's instructions are checked here."""

@@ -55,11 +55,16 @@ class EvaluatedSample:
     @property
     def variance(self) -> float | None:
         """Population variance of the members' scores there are; None where no member gave one."""
-        there = [score for score in self.members.values() if score is not None]
-        if not there:
-            return None
-        mean = math.fsum(there) / len(there)
-        return math.fsum((score - mean) ** 2 for score in there) / len(there)
+        return members_variance(self.members)
+
+
+def members_variance(members: Mapping[str, float | None]) -> float | None:
+    """Population variance of the scores there are; None where there is none."""
+    there = [score for score in members.values() if score is not None]
+    if not there:
+        return None
+    mean = math.fsum(there) / len(there)
+    return math.fsum((score - mean) ** 2 for score in there) / len(there)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +92,7 @@ class EvaluationRecord:
         assert len(scores) == len(self.samples), "one score per sample"
         pairs = zip(self.samples, scores, strict=True)
         samples = tuple(
-            replace(sample, scores={**sample.scores, name: _number(score)}) for sample, score in pairs
+            replace(sample, scores={**sample.scores, name: number_or_none(score)}) for sample, score in pairs
         )
         return replace(self, samples=samples, sources={**self.sources, name: source})
 
@@ -107,7 +112,7 @@ def write_record(path: Path, record: EvaluationRecord) -> None:
         "conch_evaluation": _FORMAT,
         "step": record.step,
         "variant": record.variant,
-        "metrics": {name: _number(value) for name, value in record.metrics.items()},
+        "metrics": {name: number_or_none(value) for name, value in record.metrics.items()},
         "sources": dict(record.sources),
     }
     rows = (
@@ -116,15 +121,22 @@ def write_record(path: Path, record: EvaluationRecord) -> None:
             "input": sample.input,
             "output": sample.output,
             "num_tokens": sample.num_tokens,
-            "scores": {name: _number(value) for name, value in sample.scores.items()},
-            "members": {name: _number(value) for name, value in sample.members.items()},
+            "scores": {name: number_or_none(value) for name, value in sample.scores.items()},
+            "members": {name: number_or_none(value) for name, value in sample.members.items()},
             **({"metadata": dict(sample.metadata)} if sample.metadata else {}),
         }
         for sample in record.samples
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(row, ensure_ascii=False, default=str) for row in (head, *rows))
-    replace_text(path, "".join(f"{line}\n" for line in lines))
+    replace_text(path, "".join(f"{_line(row)}\n" for row in (head, *rows)))
+
+
+def delete_records(run_dir: Path, first_step: int) -> None:
+    """Delete a run's records of this step and later ones, and what a kill left of one that was written."""
+    for path in _listed(run_dir / EVALUATIONS):
+        match = _NAME.fullmatch(path.name.removeprefix(".").removesuffix(".partial"))
+        if match is not None and (int(match[1]) >= first_step or path.name.startswith(".")):
+            path.unlink()
 
 
 def read_record(path: Path) -> EvaluationRecord:
@@ -165,6 +177,17 @@ def _listed(folder: Path) -> Iterable[Path]:
     return folder.iterdir() if folder.is_dir() else ()
 
 
+def _line(row: Mapping[str, Any]) -> str:
+    """JSON with the letters of all languages as they are; with escapes where half of a surrogate pair, which
+    UTF-8 has no place for, stands in a text."""
+    line = json.dumps(row, ensure_ascii=False, default=str)
+    try:
+        line.encode("utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(row, default=str)
+    return line
+
+
 def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
@@ -175,5 +198,6 @@ def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:
     return row
 
 
-def _number(value: float | None) -> float | None:
+def number_or_none(value: float | None) -> float | None:
+    """The value as JSON has it, without NaN and infinity."""
     return None if value is None or not math.isfinite(value) else float(value)

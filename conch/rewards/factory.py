@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.parse import urlsplit
 
-from conch.addresses import SCHEMES
+from conch.addresses import SCHEMES, Endpoint, is_loopback, parse_urls
 from conch.config import RewardConfig
 from conch.errors import ConfigError, missing_path
 from conch.rewards.base import RewardSource, UserReward
@@ -55,12 +56,9 @@ def from_user(
     """
     if config.replay is not None:
         return ReplayReward(config.replay, rank)
-    if reward is None and config.function is not None:
-        reward = named_function(config.function)
-    if reward is None and config.verifier is not None:
-        reward = PREFIX + config.verifier
-    if reward is None:
-        reward = config.members or config.url or os.environ.get("TRITON_HOST")
+    reward = _named(reward, config)
+    if isinstance(reward, str) and reward == config.function:
+        reward = named_function(reward)
     if not reward:
         raise ConfigError(_THREE_WAYS)
     if not isinstance(reward, Mapping):
@@ -78,30 +76,102 @@ def from_user(
     )
 
 
-def named_function(name: str) -> Callable[..., Any]:
+def _named(
+    reward: UserReward | Mapping[str, UserReward] | None, config: RewardConfig
+) -> UserReward | Mapping[str, UserReward] | None:
+    """What is given, else what the configuration or TRITON_HOST names; a function by its name."""
+    if reward is not None:
+        return reward
+    if config.function is not None:
+        return config.function
+    if config.verifier is not None:
+        return PREFIX + config.verifier
+    return config.members or config.url or os.environ.get("TRITON_HOST")
+
+
+def is_function_name(text: str) -> bool:
+    """Whether it is `file.py:name`, where it may be an address as well."""
+    return text.rpartition(":")[0].endswith(".py")
+
+
+def shared_reward(
+    gold: UserReward,
+    gold_config: RewardConfig,
+    reward: UserReward | Mapping[str, UserReward] | None,
+    config: RewardConfig,
+) -> str | None:
+    """Whether `gold` is what `from_user` makes the reward of, or a member of it: the same model on a server
+    that both name, the same verifier with the same settings, the same function or object.
+
+    Returns the member's name, "" for the reward as a whole, None where `gold` is something else.
+    """
+    if config.replay is not None:
+        return None
+    named = _named(reward, config)
+    members = named if isinstance(named, Mapping) else {"": named}
+    own = _identities(gold, gold_config)
+    return next((name for name, each in members.items() if own & _identities(each, config)), None)
+
+
+def _identities(reward: object, config: RewardConfig) -> set[object]:
+    """What a single reward is, in forms that can be compared: one for each server of a model."""
+    if isinstance(reward, str):
+        return _identities_of_name(reward.strip(), config)
+    code = getattr(reward, "__code__", None)
+    if code is None:
+        bound = getattr(reward, "__self__", None), getattr(reward, "__func__", None)
+        return {id(reward)} if None in bound else {(id(bound[0]), id(bound[1]))}
+    # The same function, however its file was loaded; what is made within another one may differ by a closure.
+    name = getattr(reward, "__qualname__", "")
+    own = {("function", Path(code.co_filename).resolve(), name)} if name.isidentifier() else set()
+    return {id(reward), *own}
+
+
+def _identities_of_name(name: str, config: RewardConfig) -> set[object]:
+    if name.startswith(PREFIX):
+        kind = name.removeprefix(PREFIX)
+        return {(name, getattr(config, kind, None) and getattr(config, kind).model_dump_json())}
+    if name == config.function or is_function_name(name):
+        place, _, attribute = name.rpartition(":")
+        return {("function", Path(place).resolve(), attribute)}
+    try:
+        if name.startswith(SCHEMES):
+            return {
+                (_host(url.hostname or ""), url.port, url.path) for url in map(urlsplit, parse_urls(name))
+            }
+        return {(_host(each.host), each.port, each.model) for each in Endpoint.parse_all(name)}
+    except ConfigError:  # whoever opens it tells what is wrong with it
+        return set()
+
+
+def _host(host: str) -> str:
+    return "127.0.0.1" if is_loopback(host) else host.lower()
+
+
+def named_function(name: str, setting: str = "reward.function") -> Callable[..., Any]:
     """Load a function from `file.py:name` or `module:name`; modules of the current folder are found.
+
+    setting: full name of the key that `name` comes from, for messages.
 
     Raises:
         ConfigError: no such file, module or function.
     """
     place, _, attribute = name.rpartition(":")
     if not place or not attribute:
-        raise ConfigError(f"`reward.function` = {name}: write file.py:name or module:name")
-    module = _module_of_file(Path(place)) if place.endswith(".py") else _module(place)
+        raise ConfigError(f"`{setting}` = {name}: write file.py:name or module:name")
+    module = _module_of_file(Path(place), setting) if place.endswith(".py") else _module(place, setting)
     function = getattr(module, attribute, None)
     if not callable(function):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         near = difflib.get_close_matches(attribute, names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(names)) or 'none'}"
-        raise ConfigError(f"`reward.function` = {name}: {place} has no function {attribute}; {hint}")
+        raise ConfigError(f"`{setting}` = {name}: {place} has no function {attribute}; {hint}")
     return function
 
 
-def _module_of_file(path: Path) -> ModuleType:
+def _module_of_file(path: Path, setting: str) -> ModuleType:
     if not path.is_file():
-        raise ConfigError(
-            f"`reward.function`: {path} cannot be read: there is no such file{missing_path(path)}"
-        )
+        raise ConfigError(f"`{setting}`: {path} cannot be read: there is no such file{missing_path(path)}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -112,7 +182,7 @@ def _module_of_file(path: Path) -> ModuleType:
     return module
 
 
-def _module(name: str) -> ModuleType:
+def _module(name: str, setting: str) -> ModuleType:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -121,7 +191,7 @@ def _module(name: str) -> ModuleType:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # something that the module itself imports
         raise ConfigError(
-            f"`reward.function`: there is no module {error.name}; give a file as file.py:name"
+            f"`{setting}`: there is no module {error.name}; give a file as file.py:name"
         ) from None
 
 

@@ -82,6 +82,11 @@ class RewardScorer:
         self._meter = ScorerMetrics(source)
 
     @property
+    def source_name(self) -> str:
+        """What gives the rewards, as messages name it."""
+        return self._source.name
+
+    @property
     def weights(self) -> Mapping[str, float]:
         """Of the reward's objectives."""
         return self._config.weights

@@ -64,7 +64,8 @@ class ServedReward(RewardSource):
         return "tokens" if info.takes_tokens else info.reads
 
     def check_prompts(self, prompts: Sequence[Prompt], special_tokens: Iterable[str] = ()) -> None:
-        check_readable(self._who, self._client.info(), prompts, special_tokens)
+        if self._client.has_info:  # of a server that may be away for now, nothing can be said
+            check_readable(self._who, self._client.info(), prompts, special_tokens)
 
     def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:
         """Start scoring and return at once: one result per rollout, in order.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, runtime_checkable
@@ -14,6 +14,7 @@ from conch import __version__
 from conch.config import TrainConfig
 from conch.distributed.random_state import RandomState
 from conch.distributed.train_engine import TrainEngine
+from conch.evaluation.watch import Evaluation, Watch
 from conch.log import get_logger
 from conch.rewards.replay import append_lines, line_of
 from conch.rewards.scorer import RewardScorer
@@ -56,6 +57,11 @@ class Trainer(Protocol):
         """The evaluation metric that decides which checkpoint is best, unless `train.best_metric` does."""
         ...
 
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """What the latest `evaluate` measured, sample by sample; None where nothing is sampled."""
+        ...
+
     def step(self) -> Metrics:
         """One step of training."""
         ...
@@ -91,6 +97,7 @@ class Run:
     step: steps done.
     best, best_step: value and step of the metric that decides; None before the first evaluation.
     worse: evaluations in a row that were not better.
+    watch: what evaluations are compared with, for alarms and `train.stop_when`.
     measured: metrics of the last step while its evaluation is under way, {} before the first step, else None.
     saved: step of the latest checkpoint.
     continued: True for a resumed run.
@@ -105,6 +112,7 @@ class Run:
     best: float | None = None
     best_step: int = 0
     worse: int = 0
+    watch: Watch = field(default_factory=Watch)
     measured: Metrics | None = None
     saved: int | None = None
     continued: bool = False
@@ -123,7 +131,15 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run takes up; not the folder, which may be moved."""
         names = ("step", "best", "best_step", "worse", "measured")
-        return {name: getattr(self, name) for name in names}
+        return {**{name: getattr(self, name) for name in names}, "watch": self.watch.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` gave; older checkpoints have no state of alarms."""
+        for name, value in state.items():
+            if name == "watch":
+                self.watch.load_state_dict(value)
+            else:
+                setattr(self, name, value)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from conch.cli.sweeps.results import BEST_METRIC_FILE
 from conch.config import TrainConfig
 from conch.distributed.launcher import launched_processes
 from conch.errors import ConfigError
+from conch.evaluation.watch import comparable, cut_evaluations, report
 from conch.log import get_logger, is_main_process
 from conch.rewards.replay import cut_lines
 from conch.runs.tracking import Tracker
@@ -65,6 +66,7 @@ def fit(trainer: Trainer, name: str) -> Path:
         if trainer.engine.collectives.is_main:
             last_step = run.step if run.continued else -1
             cut_lines(run.folder, last_step, evaluated=run.measured is None)
+            cut_evaluations(run.folder, last_step, evaluated=run.measured is None)
         if trainer.scorer is not None:
             trainer.scorer.attach(host)
         _begin(trainer, tracker, host)
@@ -76,7 +78,9 @@ def fit(trainer: Trainer, name: str) -> Path:
             "checkpoints/step_%d",
             run.step,
         )
-    if _is_hopeless(run, train):
+    if _has_fallen(run, train):
+        _log.info("stopped early (train.stop_when): %s", run.watch.reason(train.stop_rule))
+    elif _is_hopeless(run, train):
         _log.info("stopped early: no better than at step %d for %d evaluations", run.best_step, run.worse)
     return run.folder
 
@@ -139,7 +143,7 @@ def _evaluate(
     measured: what the step before it reported, {} before the first.
 
     Raises:
-        ConfigError: `train.best_metric` is not among them.
+        ConfigError: `train.best_metric` or that of `train.stop_when` is not among them.
     """
     run, best_metric = trainer.run, trainer.config.train.best_metric
     run.measured = measured
@@ -147,20 +151,44 @@ def _evaluate(
     scores = trainer.evaluate(tracker, run.step)
     run.measured = None
     metric = best_metric or trainer.default_best_metric
+    alarms = _watch(trainer, tracker, scores)
     if metric not in scores:
         if best_metric:
             names = ", ".join(sorted(scores))
             raise ConfigError(
                 f"`train.best_metric` = {best_metric} is no evaluation metric; there are: {names}"
             )
-        return scores, False
+        return scores | alarms, False
     if trainer.engine.collectives.is_main:
         replace_text(run.folder / BEST_METRIC_FILE, f"{metric}\n")
-    return scores, run.note(run.step, metric, scores[metric]) and run.step > 0
+    better = run.note(run.step, metric, comparable(scores, metric))
+    return scores | alarms, better and run.step > 0
+
+
+def _watch(trainer: Trainer, tracker: Tracker, scores: Metrics) -> Metrics:
+    """Compare an evaluation with those before it: the alarms' metrics; those that begin are put on record.
+
+    Raises:
+        ConfigError: `train.stop_when` goes by what is not evaluated.
+    """
+    run, evaluation, rule = trainer.run, trainer.evaluation, trainer.config.train.stop_rule
+    metrics: Metrics = {}
+    if evaluation is not None:
+        metrics, begun = run.watch.judge(evaluation, trainer.config.evaluation.alarms)
+        if trainer.engine.collectives.is_main:
+            report(begun, evaluation, tracker)
+    if rule is not None:
+        run.watch.count_fall(run.step, scores, evaluation, rule)
+    return metrics
+
+
+def _has_fallen(run: Run, train: TrainConfig) -> bool:
+    return train.stop_rule is not None and run.watch.falls >= train.stop_rule.count
 
 
 def _is_hopeless(run: Run, train: TrainConfig) -> bool:
-    return 0 < train.early_stopping <= run.worse
+    """Whether an early end is due."""
+    return 0 < train.early_stopping <= run.worse or _has_fallen(run, train)
 
 
 @contextmanager

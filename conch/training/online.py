@@ -33,12 +33,13 @@ from conch.distributed.train_engine import TrainEngine
 from conch.errors import CheckpointError
 from conch.evaluation.evaluator import Evaluator, Variant, sampled_prompts
 from conch.evaluation.metrics import MetricFn
+from conch.evaluation.watch import Evaluation
 from conch.log import get_logger
 from conch.models.forward import BatchPacker
 from conch.models.freezing import freeze_layers
 from conch.models.reference import Reference, build_reference
 from conch.reference.remote import RemoteReference
-from conch.rewards.base import UserReward
+from conch.rewards.base import RewardSource, UserReward
 from conch.rewards.scorer import RewardScorer
 from conch.rollouts.factory import RolloutEngineFactory, check_sampling
 from conch.rollouts.prompts import tokenize_prompts
@@ -53,6 +54,7 @@ from conch.training.setup import (
     check_deadlines,
     check_prompts,
     check_vocabulary,
+    check_watching,
     load_policy,
     open_reward,
     save_on_main,
@@ -93,6 +95,7 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
 
     config: the run config of the algorithm.
     reward: a function, an address, a source, or several by name; None takes what the config names.
+    gold: one that scores evaluations and is never learned from; None takes `config.evaluation.gold`.
     prompts, eval_prompts: texts, or mappings with "prompt" whose other keys are metadata of the reward.
     metric_fn: further measures of evaluation completions.
     model: a loaded model with its tokenizer, instead of `config.model.path`.
@@ -129,6 +132,7 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         reward: UserReward | Mapping[str, UserReward] | None = None,
         prompts: Sequence[str | Mapping[str, Any]],
         eval_prompts: Sequence[str | Mapping[str, Any]] | None = None,
+        gold: UserReward | None = None,
         metric_fn: MetricFn | None = None,
         model: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -147,13 +151,14 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         all_prompts = joined({"prompt": prompts, "evaluation prompt": eval_prompts or []})
         self.source, self.tokenizer = open_reward(self.collectives, reward, config, all_prompts, tokenizer)
         self.scorer = RewardScorer(self.source, config.reward, self.collectives.all_reduce_int)
+        watching = watching_sources(self.collectives, config, eval_prompts or prompts, reward, gold)
         self.lm = lm = load_policy(model, config.model, engine.precision)
         check_vocabulary(lm, self.tokenizer)
         self.codec = text_codec(self.tokenizer, lm, config.tokenizer)
         sampled = sampled_prompts(config, self.codec, lm, prompts, eval_prompts)
         self.prompts, self.eval_prompts, self.variants = sampled.train, sampled.evaluation, sampled.variants
         check_prompts(self.collectives, self.source, [*self.prompts, *self.eval_prompts], self.tokenizer)
-        watching = watching_sources(self.collectives, config.evaluation, eval_prompts or prompts)
+        check_watching(self.collectives, watching, self.eval_prompts, self.tokenizer)
         self._facts: list[str] = []
         self.policy_version = 0
         self.digest = digest_of(prompts)
@@ -177,21 +182,25 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
             undone.callback(self._make_sampler.close)
             self.sampler = self._make_sampler(config.generation)
             engine.seed_sampling()
-            self.evaluator = Evaluator(
-                self.collectives,
-                self.eval_prompts,
-                self.variants,
-                self._make_sampler,
-                config.train,
-                scorer=self.scorer,
-                metric_fn=metric_fn,
-                watching=watching,
-            )
+            self.evaluator = self._make_evaluator(watching, metric_fn)
             self.run = start_run(self, self.checkpointed)
             self.run_dir = self.run.folder
             if self.overlap is not None:
                 self.collectives.run_on_all_ranks(self.overlap.take_up_run)
             undone.pop_all()
+
+    def _make_evaluator(self, watching: Mapping[str, RewardSource], metric_fn: MetricFn | None) -> Evaluator:
+        return Evaluator(
+            self.collectives,
+            self.eval_prompts,
+            self.variants,
+            self._make_sampler,
+            self.config.train,
+            scorer=self.scorer,
+            metric_fn=metric_fn,
+            watching=watching,
+            keep=self.config.evaluation.keep,
+        )
 
     # ---------------------------------------------------------------------- what an algorithm says of itself
 
@@ -388,8 +397,13 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
 
     @property
     def default_best_metric(self) -> str:
-        """The first metric of the user's `metric_fn`, else the reward."""
-        return self.evaluator.gold_metric or "eval/reward"
+        """Gold where it is measured, else the first metric of the user's `metric_fn`, else the reward."""
+        return self.evaluator.best_metric or "eval/reward"
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """What the latest evaluation measured, sample by sample."""
+        return self.evaluator.latest
 
     def fit(self) -> Path:
         """Train for `train.total_steps` steps; returns the run folder."""

@@ -41,6 +41,7 @@ _FREE_KEYS = (
     *("reward.client.timeout_per_1k_tokens_s", "reward.client.max_in_flight"),
     *("reward.failure.policy", "reward.failure.wait_budget_s", "reward.failure.checkpoint_after_s"),
     *("reward.failure.on_model_change", "rollout.urls", "rollout.auth.", "reference.", "model.trial"),
+    *("evaluation.", "train.stop_when"),
 )
 """Settings (or beginnings of their names) that a resumed run may change: none touches what is learned, but
 for the length of the run, which moves the end of the learning-rate schedule."""
@@ -87,6 +88,14 @@ def check_folders(config: RunConfig) -> None:
         state = json.loads((newest / STATE_FILE).read_text(encoding="utf-8"))
         if state.get("format") == FORMAT:
             _check_same(Checkpoint(newest, state), config)
+
+
+def is_resumed(train: TrainConfig) -> bool:
+    """Whether `train.resume` names something to go on with; `auto` may find nothing."""
+    if train.resume != "auto":
+        return train.resume is not None
+    runs = [train.run_dir] if train.run_dir is not None else _runs_below(train.output_dir)
+    return any(steps_of(run) for run in runs)
 
 
 def start_run(trainer: Resumable, module: nn.Module) -> Run:
@@ -207,8 +216,7 @@ def _restore(trainer: Resumable, run: Run, checkpoint: Checkpoint) -> None:
     trainer.load_state_dict(state["trainer"])
     engine.load_state_dict(state["engine"])
     engine.load_state(checkpoint.folder / STATE_FOLDER)
-    for name, value in state["run"].items():
-        setattr(run, name, value)
+    run.load_state_dict(state["run"])
     run.continued, run.saved = True, run.step
     if run.step >= trainer.config.train.total_steps and run.measured is None:
         _log.warning(

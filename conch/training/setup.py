@@ -7,13 +7,14 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conch.config import (
+    GOLD_METRIC,
     EvaluationConfig,
     GenerationConfig,
     ModelConfig,
@@ -26,7 +27,9 @@ from conch.data.files import place_of
 from conch.data.formats import prompt_metadata
 from conch.data.text import TextCodec, decode, lost_in_text, special_tokens
 from conch.distributed.collectives import Collectives
-from conch.errors import ConfigError, DataError, ModelError
+from conch.errors import ConfigError, DataError, ModelError, RewardError, RewardUnavailableError
+from conch.evaluation.records import GOLD
+from conch.evaluation.watch import NO_GOLD
 from conch.log import get_logger
 from conch.models.freezing import freeze_unreached
 from conch.models.kernels import apply_kernels, check_kernels
@@ -43,9 +46,10 @@ from conch.models.loading import (
 from conch.models.padding import with_pad_token
 from conch.rewards.base import RewardSource, UserReward
 from conch.rewards.combined import DeltaReward, check_originals
-from conch.rewards.factory import from_user
+from conch.rewards.factory import from_user, is_function_name, named_function, shared_reward
 from conch.rollouts.stopping import StopCondition, with_end_ids
 from conch.runs.checkpoint import save_model
+from conch.training.resume import is_resumed
 from conch.training.trial import check_language_model
 from conch.types import Prompt
 
@@ -79,10 +83,14 @@ def check_deadlines(config: OnlineRunConfig, num_ranks: int) -> None:
         "reference.deadline_s": config.reference.deadline_s,
     }
     name = max(waits, key=waits.__getitem__)
-    if num_ranks > 1 and config.train.collective_timeout_s <= waits[name]:
+    _check_wait(config.train, num_ranks, name, waits[name])
+
+
+def _check_wait(train: TrainConfig, num_ranks: int, name: str, seconds: float) -> None:
+    if num_ranks > 1 and train.collective_timeout_s <= seconds:
         raise ConfigError(
-            f"`train.collective_timeout_s` = {config.train.collective_timeout_s:g} must exceed `{name}` = "
-            f"{waits[name]:g}: while one process waits that long, the {num_ranks - 1} others wait for it"
+            f"`train.collective_timeout_s` = {train.collective_timeout_s:g} must exceed `{name}` = "
+            f"{seconds:g}: while one process waits that long, the {num_ranks - 1} others wait for it"
         )
 
 
@@ -280,12 +288,15 @@ def checked_source(
     config: RewardConfig,
     prompts: Sequence[str | Mapping[str, Any]],
     tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None,
+    *,
+    may_be_away: bool = False,
 ) -> RewardSource:
     """The reward source as user and configuration name it, once it has answered every rank and read every
     prompt's row.
 
     tokenizer: gives the policy's, which `reward.dense` needs; called once samples are scored, so it may be
         loaded after the source is found good.
+    may_be_away: a server that does not answer is a warning.
 
     Raises:
         ConfigError: the source will not do.
@@ -302,7 +313,16 @@ def checked_source(
         )
     )
     (source,) = sources
-    collectives.run_on_all_ranks(source.check)
+
+    def check() -> None:
+        try:
+            source.check()
+        except RewardUnavailableError as error:
+            if not may_be_away:
+                raise
+            _log.warning("the run goes on without it until it is back: %s", error)
+
+    collectives.run_on_all_ranks(check)
     names = [place_of(prompts, index, "prompt") for index in range(len(prompts))]
     collectives.run_on_all_ranks(lambda: _check_rows(source, zip(names, rows, strict=True)))
     return source
@@ -328,18 +348,107 @@ def _check_rows(source: RewardSource, rows: Iterable[tuple[str, Mapping[str, Any
         raise DataError(f"{source.name} cannot check completions: {'; '.join(problems[:_NUM_NAMED])}{more}")
 
 
+@runtime_checkable
+class WatchedRunConfig(Protocol):
+    """The sections of a run that evaluates with rewards."""
+
+    @property
+    def train(self) -> TrainConfig:
+        """Its length and whether it goes on with another."""
+        ...
+
+    @property
+    def reward(self) -> RewardConfig:
+        """What is learned from, or measured with."""
+        ...
+
+    @property
+    def evaluation(self) -> EvaluationConfig:
+        """What watches."""
+        ...
+
+
 def watching_sources(
-    collectives: Collectives, config: EvaluationConfig, prompts: Sequence[str | Mapping[str, Any]]
+    collectives: Collectives,
+    config: WatchedRunConfig,
+    prompts: Sequence[str | Mapping[str, Any]],
+    reward: UserReward | Mapping[str, UserReward] | None,
+    gold: UserReward | None,
 ) -> dict[str, RewardSource]:
     """What watches evaluations on these prompts without being learned from, by name.
 
+    reward, gold: what the user passed; None takes what the config names.
+
     Raises:
-        ConfigError, DataError: see `checked_source`.
+        ConfigError, DataError, RewardError: see `checked_source`; a gold server that is away is a warning
+            where a run is resumed.
+        ConfigError: gold is the reward, or `train.stop_when` goes by it and there is none.
     """
-    if config.verifier is None:
-        return {}
-    reward = RewardConfig(verifier=config.verifier, gsm8k=config.gsm8k, ifeval=config.ifeval)
-    return {config.verifier: checked_source(collectives, None, reward, prompts)}
+    evaluation = config.evaluation
+    sources: dict[str, RewardSource] = {}
+    gold = evaluation.gold if gold is None else gold
+    if gold is not None:
+        sources[GOLD] = _gold_source(collectives, config, prompts, reward, gold)
+    elif config.train.stop_rule is not None and config.train.stop_rule.metric == GOLD_METRIC:
+        raise ConfigError(NO_GOLD)
+    if evaluation.verifier is not None:
+        verifier = RewardConfig(
+            verifier=evaluation.verifier, gsm8k=evaluation.gsm8k, ifeval=evaluation.ifeval
+        )
+        sources[evaluation.verifier] = checked_source(collectives, None, verifier, prompts)
+    return sources
+
+
+def _gold_source(
+    collectives: Collectives,
+    config: WatchedRunConfig,
+    prompts: Sequence[str | Mapping[str, Any]],
+    reward: UserReward | Mapping[str, UserReward] | None,
+    gold: UserReward,
+) -> RewardSource:
+    evaluation = config.evaluation
+    settings = RewardConfig(
+        dialect=evaluation.gold_dialect,
+        client=evaluation.gold_client,
+        auth=evaluation.gold_auth,
+        gsm8k=evaluation.gsm8k,
+        ifeval=evaluation.ifeval,
+    )
+    member = shared_reward(gold, settings, reward, config.reward)
+    if member is not None:
+        place = f"a member, `{member}`, of the reward" if member else "the reward"
+        raise ConfigError(
+            f"`evaluation.gold` is {place} that this run learns from: what a policy is trained to please "
+            "cannot watch it; name another source, or leave gold out"
+        )
+    if isinstance(gold, str):
+        wait_s = evaluation.gold_client.deadline_s
+        _check_wait(config.train, collectives.num_ranks, "evaluation.gold_client.deadline_s", wait_s)
+    resumed = collectives.broadcast(is_resumed(config.train) if collectives.is_main else False)
+    loaded: list[UserReward] = []
+
+    def load() -> None:
+        if isinstance(gold, str) and is_function_name(gold):
+            loaded.append(named_function(gold, "evaluation.gold"))
+        else:
+            loaded.append(gold)
+
+    collectives.run_on_all_ranks(load)
+    try:
+        return checked_source(collectives, loaded[0], settings, prompts, may_be_away=resumed)
+    except (ConfigError, RewardError, DataError) as error:
+        raise type(error)(f"gold: {error}") from error
+
+
+def check_watching(
+    collectives: Collectives,
+    watching: Mapping[str, RewardSource],
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """See that what watches can read these prompts; see `check_prompts`."""
+    for source in watching.values():
+        check_prompts(collectives, source, prompts, tokenizer)
 
 
 def check_prompts(

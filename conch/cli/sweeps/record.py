@@ -40,7 +40,8 @@ _FREE_KEYS = (
         "rollout.max_num_seqs",
         "model.trial",
     ),
-    *("train.collective_timeout_s", "asynchronous.deadline_s"),
+    *("train.collective_timeout_s", "asynchronous.deadline_s", "evaluation.keep", "evaluation.alarms."),
+    *("evaluation.gold_client.", "evaluation.gold_auth."),
 )
 """Settings (or beginnings of their names) that may change between two starts of a sweep: those that a resumed
 run may change, less those that its results depend on (its length, its evaluations)."""

@@ -131,6 +131,11 @@ class RewardClient:
         for problem in problems:
             _log.warning("one of %d replicas cannot be used yet: %s", len(replicas), problem)
 
+    @property
+    def has_info(self) -> bool:
+        """Whether a replica has told what the model takes."""
+        return bool(self._infos())
+
     def info(self) -> ModelInfo:
         """What the model takes, once `check` has asked a replica."""
         infos = self._infos()

@@ -28,6 +28,8 @@ from tests.runs import (
 
 SAMPLES = ["ab", "abcdefgh", "c", "hgfedcba", "de", "bcdefghab", "fg", "ccccccc"]
 
+ALWAYS = {"eval/reward", "eval/reward_standard_error", "eval/length_mean"}
+
 
 def dice(outputs: list[str], **_: Any) -> dict[str, list[float]]:
     """A user's metric that draws from every generator there is."""
@@ -113,12 +115,12 @@ def test_kl_is_that_of_the_temperature_of_the_evaluation(run_dir: Path, temperat
 @pytest.mark.parametrize("cut", [{"do_sample": False}, {"top_k": 2}, {"top_p": 0.5}], ids=str)
 def test_completions_that_no_temperature_gives_have_no_kl(run_dir: Path, cut: dict[str, Any]) -> None:
     trainer, _ = far_from_start(run_dir, eval_generation=cut)
-    assert trainer.evaluate().keys() == {"eval/reward"}
+    assert trainer.evaluate().keys() == ALWAYS
 
 
 def test_a_sweep_names_what_its_last_value_has(run_dir: Path) -> None:
     trainer, _ = far_from_start(run_dir, eval_generation={"top_k": [0, 2]})
     assert trainer.evaluate().keys() == {
-        *("eval/reward", "eval/reward@top_k=0", "eval/reward@top_k=2"),
-        "eval/kl@top_k=0",
+        *(f"{name}{suffix}" for name in ALWAYS for suffix in ("", "@top_k=0", "@top_k=2")),
+        *("eval/kl@top_k=0", "eval/sqrt_kl@top_k=0"),
     }

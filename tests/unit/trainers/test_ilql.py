@@ -234,7 +234,7 @@ def test_a_server_that_only_the_environment_names_is_not_asked(
 ) -> None:
     monkeypatch.setenv("TRITON_HOST", "localhost:1/nobody")
     trainer = ilql_trainer(run_dir, SAMPLES, REWARDS, eval_prompts=["a"], metric_fn=spelling)
-    assert set(trainer.evaluate()) == {"eval/length"}
+    assert set(trainer.evaluate()) == {"eval/length", "eval/length_mean"}
 
 
 def test_saved_folder_generates_what_the_trainer_does(run_dir: Path, tmp_path: Path) -> None:

@@ -253,7 +253,7 @@ def test_samples_are_measured_in_evaluations(run_dir: Path) -> None:
 
 def test_the_best_of_a_run_that_has_prompts_alone_is_by_reward(run_dir: Path) -> None:
     trainer = sft_trainer(run_dir, ["ab"], eval_prompts=["a"], reward_fn=vowels)
-    assert set(trainer.evaluate()) == {"eval/reward"}
+    assert set(trainer.evaluate()) == {"eval/reward", "eval/reward_standard_error", "eval/length_mean"}
     assert trainer.default_best_metric == "eval/reward"
 
 

@@ -338,7 +338,8 @@ def test_a_loss_is_better_when_lower_and_nan_never() -> None:
 def test_an_unknown_best_metric_is_refused(tmp_path: Path) -> None:
     trainer = ppo_trainer(tmp_path / "run", train={"eval_every": 1, "best_metric": "eval/glod"})
     with pytest.raises(
-        ConfigError, match=r"eval/glod is no evaluation metric; there are: eval/kl, eval/reward"
+        ConfigError,
+        match=r"eval/glod is no evaluation metric; there are: eval/kl, eval/length_mean, eval/reward",
     ):
         trainer.fit()
 

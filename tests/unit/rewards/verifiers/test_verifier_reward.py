@@ -369,7 +369,7 @@ def test_what_a_watching_verifier_cannot_check_is_counted_and_told_and_stops_not
     evaluator.close()
     trainer.close()
     assert scores["eval/letter/failed_fraction"] == 1.0 and math.isfinite(scores["eval/reward"])
-    told = "letter checked 0 of 2 completions of this process only; first: verifier letter: the prompt's row"
+    told = "letter scored 0 of 2 completions of this process only; first: verifier letter: the prompt's row"
     assert told in caplog.text
 
 
