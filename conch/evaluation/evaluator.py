@@ -50,6 +50,7 @@ from conch.rewards.base import RewardSource
 from conch.rewards.scorer import RewardScorer, total_reward, weight_of
 from conch.rollouts.prompts import longest_prompt
 from conch.runs.tracking import Tracker
+from conch.triton.contract import TEMPLATE_KWARGS, TOOLS
 from conch.types import Metrics, Prompt, RewardResult, Rollout, RolloutEngine
 
 _log = get_logger(__name__)
@@ -322,7 +323,7 @@ class Evaluator:
                 len(rollout.completion.token_ids),
                 {name: number_or_none(column[place]) for name, column in scores.items()},
                 samples.members[place],
-                rollout.prompt.metadata,
+                kept_metadata(rollout.prompt),
             )
             for place, rollout in enumerate(samples.rollouts)
         )
@@ -385,6 +386,16 @@ def _input(prompt: Prompt) -> str | list[Mapping[str, Any]]:
     except (TypeError, ValueError):  # a picture, say
         return prompt.text
     return messages
+
+
+def kept_metadata(prompt: Prompt) -> Mapping[str, Any]:
+    """A prompt's extra keys, among them what its chat template reads beside the messages."""
+    dialogue = prompt.dialogue
+    if dialogue is None:
+        return dict(prompt.metadata)
+    tools = {} if dialogue.tools is None else {TOOLS: list(dialogue.tools)}
+    variables = {TEMPLATE_KWARGS: dict(dialogue.template_kwargs)} if dialogue.template_kwargs else {}
+    return {**prompt.metadata, **tools, **variables}
 
 
 def member_totals(result: RewardResult, weights: Mapping[str, float]) -> Mapping[str, float | None]:

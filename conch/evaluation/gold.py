@@ -33,7 +33,6 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from conch.addresses import SCHEMES
 from conch.cli import add_options, parse_options, written_with
 from conch.config import RewardConfig
 from conch.errors import ConchError, ConfigError, DataError, RewardUnavailableError
@@ -52,11 +51,10 @@ from conch.evaluation.seed_files import (
 )
 from conch.log import get_logger, progress, setup_logging
 from conch.rewards.base import RewardSource
-from conch.rewards.factory import from_user, named_function
+from conch.rewards.factory import from_user, is_function_name, named_function
 from conch.rewards.function import FunctionReward
 from conch.rewards.score import AskOptions
 from conch.rewards.scorer import total_reward
-from conch.rewards.verifiers.named import PREFIX
 from conch.triton.contract import TEMPLATE_KWARGS, TOOLS
 from conch.types import Completion, Dialogue, Prompt, RewardResult, RewardStatus, Rollout
 
@@ -68,7 +66,6 @@ Present = Callable[[EvaluatedSample], Rollout]
 _SAVE_EVERY_S = 30.0
 _FEWEST_TO_COMPARE = 4
 """Different scores of a file, of which the gold reward's tell whether it is the one that was learned from."""
-_FUNCTION = re.compile(r".+\.py:\w+|[\w.]+:[A-Za-z_]\w*")
 _OF_TEMPLATE = (TOOLS, TEMPLATE_KWARGS)
 
 
@@ -138,8 +135,7 @@ def gold_source(gold: str, config: RewardConfig, metadata_keys: Sequence[str] = 
     Raises:
         ConfigError: it names none.
     """
-    is_function = _FUNCTION.fullmatch(gold) and not gold.startswith((PREFIX, *SCHEMES))
-    reward = named_function(gold) if is_function else gold
+    reward = named_function(gold, "GOLD") if is_function_name(gold) else gold
     return from_user(reward, config, metadata_keys=metadata_keys)
 
 

@@ -298,7 +298,12 @@ def write_seed_files(records: Sequence[Path], folder: Path) -> list[Path]:
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    replace_text(path, json.dumps(rows, ensure_ascii=False, indent=4, default=str))
+    text = json.dumps(rows, ensure_ascii=False, indent=4, default=str)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, which UTF-8 has no place for
+        text = json.dumps(rows, indent=4, default=str)
+    replace_text(path, text)
 
 
 def _column(key: str) -> str:

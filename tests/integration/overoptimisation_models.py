@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
@@ -43,7 +44,7 @@ def instructions(file: Path) -> Path:
     return file
 
 
-def _shape(**more: int) -> GPT2Config:
+def _shape(**more: Any) -> GPT2Config:
     tokenizer = byte_tokenizer()
     special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     return GPT2Config(

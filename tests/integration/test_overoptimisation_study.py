@@ -97,11 +97,7 @@ def test_a_policy_is_trained_and_measured_by_both_of_the_papers_commands(folder:
     files = seed_files_of(run_dir / "eval")
     assert [path.name for path in files] == ["eval-0.json", "eval-1.json"]
     head = json.loads(files[-1].read_text())[0]
-    assert (
-        len(head["kl_list"]) == EVALUATIONS
-        and head["kl"] == head["kl_list"][-1]
-        and head["step"] == 2
-    )
+    assert len(head["kl_list"]) == EVALUATIONS and head["kl"] == head["kl_list"][-1] and head["step"] == 2
     for sample in read_seed_file(files[-1]).samples:
         assert sample.scores["gold"] == len(alpaca(sample).sample) and sample.scores["reward"] is not None
 

@@ -17,6 +17,7 @@ import pytest
 
 from conch.config import RewardConfig, load
 from conch.errors import ConfigError, DataError, RewardUnavailableError
+from conch.evaluation.evaluator import kept_metadata
 from conch.evaluation.gold import Gold, add_gold, as_it_stands, gold_source, main, templated
 from conch.evaluation.records import (
     EvaluatedSample,
@@ -27,6 +28,7 @@ from conch.evaluation.records import (
     write_record,
 )
 from conch.rewards.base import RewardSource
+from conch.types import Dialogue, Prompt
 from tests.fakes.json_rewards import Endpoint, Reply, endpoint
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -294,6 +296,16 @@ def test_messages_reach_a_reward_as_messages(tmp_path: Path, judge: Endpoint) ->
     answered = [*messages, {"role": "assistant", "content": "Me."}]
     assert any(each and each["messages"] == answered for each in dialogues) and None in dialogues
     assert as_it_stands(EvaluatedSample(0, messages, "", 0, {})).dialogue is not None, "an empty answer"
+
+
+def test_what_a_run_keeps_of_a_dialogue_is_the_dialogue_again() -> None:
+    messages = ({"role": "user", "content": "Who?"},)
+    dialogue = Dialogue(messages, ({"name": "look"},), {"thinking": False})
+    prompt = Prompt("<user>Who?", (1,), {"answer": "7"}, dialogue)
+    kept = EvaluatedSample(0, [*messages], "Me.", 1, {}, {}, kept_metadata(prompt))
+    again = as_it_stands(kept)
+    assert again.prompt.dialogue == dialogue and again.prompt.metadata == {"answer": "7"}
+    assert kept_metadata(Prompt("a", (1,), {"answer": "7"})) == {"answer": "7"}
 
 
 class _Texts(RewardSource):

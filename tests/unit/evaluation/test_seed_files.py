@@ -128,6 +128,13 @@ def test_a_run_without_an_ensemble_has_no_variance(tmp_path: Path) -> None:
     assert row["ensemble_variance"] == [0.0] and row["instruction"] == row["prompt"] == "a"
 
 
+def test_a_text_that_utf8_has_no_place_for_is_written_all_the_same(tmp_path: Path) -> None:
+    sample = EvaluatedSample(0, "a", "grün \ud83d", 1, {"reward": 1.0})
+    write_seed_file(tmp_path / "eval-0.json", EvaluationRecord(0, (sample,)), kls=[None])
+    write_evaluation(tmp_path / "eval-0.json", read_evaluation(tmp_path / "eval-0.json"))
+    assert read_seed_file(tmp_path / "eval-0.json").samples == (sample,)
+
+
 def test_evaluations_of_a_run_are_numbered_with_the_kl_of_each_so_far(tmp_path: Path) -> None:
     for step, kl in ((0, 0.0), (100, 1.5), (1000, 2.5)):
         write_record(
