@@ -237,23 +237,19 @@ def test_the_reward_that_was_learned_from_is_refused_by_name_and_by_its_scores(
     run = a_run(tmp_path / "named", proxy=judge.url)
     assert main([str(run), judge.url]) == 1
     assert "is the reward that" in capsys.readouterr().err and judge.asked == []
-    run = a_run(tmp_path / "moved", [0])
-    path = records_of(run)[0]
-    samples = read_record(path).samples
-    scored = [
-        EvaluatedSample(
-            sample.prompt,
-            f"{number} {'x' * number}",
-            sample.output,
-            4,
-            {"reward": float(len(f"{number} {'x' * number}" + sample.output))},
-        )
-        for number, sample in enumerate(samples)
-    ]
-    write_record(path, EvaluationRecord(0, tuple(scored)))
-    before = path.read_bytes()
-    assert main([str(run), judge.url]) == 1
-    assert "the score that it was learned from" in capsys.readouterr().err and path.read_bytes() == before
+    for where, scores in (("moved", ("reward",)), ("member", ("rm_seed1",))):
+        path = record_path(tmp_path / where, 0)
+        texts = [f"{number} {'x' * number}" for number in range(PER_STEP)]
+        samples = []
+        for text in texts:
+            proxy = {name: float(len(text)) for name in scores}
+            members = proxy if where == "member" else {}
+            samples.append(EvaluatedSample(0, text, "", 4, {"reward": 0.5, **proxy}, members))
+        write_record(path, EvaluationRecord(0, tuple(samples)))
+        before = path.read_bytes()
+        assert main([str(tmp_path / where), judge.url]) == 1
+        told = "by its member `rm_seed1`" if where == "member" else "learned from: it is the same"
+        assert told in capsys.readouterr().err and path.read_bytes() == before
 
 
 def test_a_verifier_may_agree_with_the_proxy(tmp_path: Path) -> None:
