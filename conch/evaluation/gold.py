@@ -341,20 +341,29 @@ def _save(path: Path, record: EvaluationRecord, column: Sequence[float | None], 
     """Write a file with the scores that there are.
 
     Raises:
-        ConfigError: they are those of the reward that was learned from, sample by sample.
+        ConfigError: they are those of the reward that was learned from, or of a member of it.
     """
-    pairs = [
-        (proxy, score)
-        for sample, score in zip(record.samples, column, strict=True)
-        if score is not None and (proxy := sample.scores.get(PROXY)) is not None
-    ]
-    varied = len({proxy for proxy, _ in pairs}) >= _FEWEST_TO_COMPARE
-    if varied and all(math.isclose(proxy, score, rel_tol=1e-6, abs_tol=1e-9) for proxy, score in pairs):
-        raise ConfigError(
-            f"{gold.told} gives each of {len(pairs)} samples of {path} the score that it was learned from: "
-            "it is the same reward, so give one that training did not see"
-        )
+    learned = {"": [sample.scores.get(PROXY) for sample in record.samples]}
+    for name in dict.fromkeys(name for sample in record.samples for name in sample.members):
+        learned[f" by its member `{name}`"] = [sample.members.get(name) for sample in record.samples]
+    for member, scores in learned.items():
+        if _is_same(scores, column):
+            raise ConfigError(
+                f"{gold.told} gives each sample of {path} the score that it was learned from{member}: it is "
+                "the same reward, so give one that training did not see"
+            )
     write_evaluation(path, record.with_scores(gold.name, column, gold.told))
+
+
+def _is_same(scores: Sequence[float | None], others: Sequence[float | None]) -> bool:
+    """Whether two columns agree wherever both have a score, and differ enough within for that to mean it."""
+    pairs = [
+        (one, other)
+        for one, other in zip(scores, others, strict=True)
+        if one is not None and other is not None
+    ]
+    varied = len({one for one, _ in pairs}) >= _FEWEST_TO_COMPARE
+    return varied and all(math.isclose(*pair, rel_tol=1e-6, abs_tol=1e-9) for pair in pairs)
 
 
 # ------------------------------------------------------------------------------------------------ the summary

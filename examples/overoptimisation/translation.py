@@ -117,7 +117,13 @@ def run_config(
     dtype = sft.dtype or config.dtype
     if on_gpu:
         values["train"]["mixed_precision"] = _HALF.get(dtype, "no")
-    return load(PPORunConfig, laid_over(values, _own(config.conch)))
+    made = load(PPORunConfig, laid_over(values, _own(config.conch)))
+    if not made.evaluation.keep or not made.train.eval_every:
+        raise ConfigError(
+            "a study is made of the evaluations that its runs keep: leave `conch.evaluation.keep` at true, "
+            "and `conch.train.eval_every` above 0"
+        )
+    return made
 
 
 def _own(more: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -237,6 +237,9 @@ def test_settings_of_conchs_own_go_through_and_those_with_a_name_here_do_not(tmp
     assert run.train.eval_repeats == 8 and run.ppo.whiten_rewards and run.ppo.epochs == 4
     with pytest.raises(ConfigError, match=r"conch.train.run_dir"):
         made(study(tmp_path, "mine", "ensemble", "conch.train.run_dir=x"))
+    for word in ("conch.evaluation.keep=false", "conch.train.eval_every=0"):
+        with pytest.raises(ConfigError, match="evaluations that its runs keep"):
+            made(study(tmp_path, "mine", "ensemble", word))
     cosine = study(tmp_path, "mine", "ensemble", "ppo_config.scheduler.kwargs.T_max=3000")
     assert made(cosine).scheduler.name == "cosine"
 
