@@ -156,6 +156,13 @@ class _Apart(nn.Module):
         self._batch = batch
         self._apart = list(modules)  # a list, since they belong to the members
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            kind = type(self._apart[0]).__name__
+            raise AttributeError(f"the network's code reads `{name}` of its {kind} itself") from None
+
     def forward(self, *values: Any, **named: Any) -> Any:
         places = self._batch.parts(tuple(values))
         names = [self._batch.parts(value) for value in named.values()]

@@ -253,7 +253,7 @@ def test_a_family_that_does_not_stack_is_held_too_and_the_manifest_says_how_it_r
 
     manifest = read_model(tmp_path / "store", "e").manifest
     assert isinstance(manifest, EnsembleManifest)
-    assert not manifest.in_one_pass and "has no attribute 'weight'" in manifest.why_apart
+    assert not manifest.in_one_pass and "code reads `weight` of its Embedding itself" in manifest.why_apart
     assert "members are run one after another, not in one pass" in caplog.text
     assert [result.name for result in made.parity.results][:2] == [
         "m0, one after another",
