@@ -4,10 +4,10 @@
 # Seen with the tritonserver of nvidia-pytriton 0.7.0 (server 2.51.0), tritonclient 2.73.0 (Linux x86-64, Python 3.11).
 # Guess: with `response_cache { enable: true }` a request gets a stored answer only if it is the same request: the same
 #   inputs, of the same shape, the same outputs asked for, the same parameters; or such requests are not cached.
-# Seen: only the bytes of the inputs count. After [[1, 2, 3, 4, 5, 6]] the two prompts [[1, 2, 3], [4, 5, 6]] get its
-#   single reward of 21, of shape [1, 1], and so do three prompts of two ids. Who asks for `reward` and `members` after
-#   somebody asked for `reward` alone gets `reward` alone. And a request with the parameter `scale` 3, or without it,
-#   gets what `scale` 2 gave. The model is not run for them, and nobody gets an error.
+# Seen: only the names and bytes of the inputs count. After [[1, 2, 3, 4, 5, 6]] the two prompts [[1, 2, 3], [4, 5, 6]]
+#   get its single reward of 21, of shape [1, 1], and so do three prompts of two ids. Who asks for `reward` and
+#   `members` after somebody asked for `reward` alone gets `reward` alone. And a request with the parameter `scale` 3,
+#   or without it, gets what `scale` 2 gave. The model is not run for them, and nobody gets an error.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
