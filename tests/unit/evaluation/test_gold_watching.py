@@ -378,6 +378,19 @@ def test_the_reward_that_the_environment_names_is_known(monkeypatch: pytest.Monk
     assert shared_reward("host:8001/rm", RewardConfig(), None, RewardConfig()) == ""
 
 
+def test_a_trainer_that_learns_from_no_reward_has_none_by_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with endpoint() as server:
+        monkeypatch.setenv("TRITON_HOST", server.url)
+        watch: dict[str, Any] = {"gold": server.url, "gold_client": HASTY}
+        trainer = sft_trainer(tmp_path / "run", SAMPLES, eval_prompts=["a"], evaluation=watch)
+        assert trainer.evaluate()["eval/gold/failed_fraction"] == 0.0
+        trainer.close()
+        with pytest.raises(ConfigError, match="is the reward that this run learns from"):
+            ppo_trainer(tmp_path / "ppo", reward_fn=None, evaluation=watch)
+
+
 def test_gold_that_is_the_reward_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"`evaluation\.gold` is the reward that this run learns from"):
         ppo_trainer(tmp_path / "run", gold=vowels)
