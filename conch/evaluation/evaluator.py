@@ -272,7 +272,8 @@ class Evaluator:
         for source in self._watching:
             rows = gathered([watched_row(result) for result in source.gather()])
             column_of = {f"{source.name}/{key}": column for key, column in _columns(rows).items()}
-            columns = _beside(columns, column_of, f"`evaluation.{source.name}`")
+            setting = "gold" if source.name == GOLD else f"verifier` = `{source.name}"
+            columns = _beside(columns, column_of, f"`evaluation.{setting}`")
             if source.name == GOLD:
                 price = self._collectives.all_gather([(float(source.requests), source.seconds)])
                 requests, seconds = zip(*price, strict=True)
@@ -372,7 +373,7 @@ def _keep(run_dir: Path, records: Sequence[EvaluationRecord]) -> None:
     try:
         for record in records:
             write_record(record_path(run_dir, record.step, record.variant), record)
-    except OSError as error:
+    except (OSError, TypeError, ValueError) as error:  # of the disk, or of what JSON has no form for
         _log.warning("the evaluation of step %d is not kept: %s", records[0].step, error)
 
 
