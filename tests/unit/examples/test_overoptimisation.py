@@ -22,6 +22,7 @@ from examples.overoptimisation.prompts import alpaca, names_of, read_prompts, wi
 from examples.overoptimisation.run_ppo_gold_eval import main as gold_eval
 from examples.overoptimisation.served import (
     Serving,
+    check_together,
     has_address,
     in_store,
     served,
@@ -32,6 +33,7 @@ from examples.overoptimisation.settings import GoldSettings, StudyConfig
 from examples.overoptimisation.translation import batches_of, run_config
 from tests.fakes.json_rewards import endpoint
 from tests.integration.overoptimisation_models import reward_model
+from tests.stores import store_model
 
 BASE = ["--configs", "defaults", "defaults_rlhf"]
 MINE: dict[str, Any] = {
@@ -345,6 +347,15 @@ def test_processes_of_a_launcher_share_a_server(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ServerStartError, match="several machines"), served(["models/a"], Serving(tmp_path)):
         pass
+
+
+def test_members_of_different_outputs_make_no_ensemble(tmp_path: Path) -> None:
+    for name, rewards in (("a", ("reward",)), ("b", ("quality",)), ("c", ("helpful", "short"))):
+        store_model(tmp_path, name, reward_names=rewards)
+    check_together({"models/a": "a", "models/b": "b"}, tmp_path)
+    with pytest.raises(ConfigError, match=r"models/a has reward and models/c has helpful, short"):
+        check_together({"models/a": "a", "models/b": "b", "models/c": "c"}, tmp_path)
+    assert in_store("a", Serving(tmp_path), "") == "a"
 
 
 def test_a_model_that_is_nowhere_is_told(tmp_path: Path) -> None:
