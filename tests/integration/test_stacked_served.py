@@ -189,7 +189,8 @@ def test_one_member_that_gives_one_text_no_number(store: Path, tmp_path: Path) -
             stacked=True,
         )
         break_member(made.path, 1, LETTERS.index(letter))
-    texts = ["ba" if letter in "abcd" else "dc", letter, "f"]
+    first, last = [each for each in LETTERS if each != letter][:2]
+    texts = [first + last, letter, last]
     with (
         TritonServer(tmp_path, ["strict", "lenient"]) as server,
         open_client(server.url, server.access) as client,
@@ -208,8 +209,8 @@ def test_one_member_that_gives_one_text_no_number(store: Path, tmp_path: Path) -
                 [False, True, False],
                 [False] * 3,
             ]
-            first, last = reply["member_rewards"][1, [0, 2]].astype(float)
-            assert reply["variance"][1, 0] == pytest.approx((first - last) ** 2 / 2, rel=1e-4)
+            one, three = reply["member_rewards"][1, [0, 2]].astype(float)
+            assert reply["variance"][1, 0] == pytest.approx((one - three) ** 2 / 2, rel=1e-4)
             assert np.isfinite(reply["rewards"]).all()
 
 
