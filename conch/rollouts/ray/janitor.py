@@ -23,6 +23,11 @@ _GRACE_S = 5.0
 """Time in which the processes of a cluster leave by themselves once the run is gone."""
 
 _TRIES = 50
+_LOOK_S = 0.1
+
+_QUIET_LOOKS = 4
+"""Looks in a row that find nothing before a cluster is gone: a process that is just being started shows no
+environment for a moment."""
 
 
 def processes_of(folder: str) -> list[int]:
@@ -48,15 +53,18 @@ def clean_up(folder: str, grace_s: float = _GRACE_S) -> None:
     """
     end = time.monotonic() + grace_s
     while processes_of(folder) and time.monotonic() < end:
-        time.sleep(0.1)
+        time.sleep(_LOOK_S)
+    quiet = 0
     for _ in range(_TRIES):
-        for number in processes_of(folder):
+        found = processes_of(folder)
+        for number in found:
             with contextlib.suppress(OSError):
                 os.kill(number, signal.SIGKILL)
         shutil.rmtree(folder, ignore_errors=True)
-        if not processes_of(folder) and not os.path.exists(folder):
+        quiet = 0 if found or os.path.exists(folder) else quiet + 1
+        if quiet == _QUIET_LOOKS:
             return
-        time.sleep(0.1)
+        time.sleep(_LOOK_S)
 
 
 def main() -> None:

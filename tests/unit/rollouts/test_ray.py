@@ -329,3 +329,21 @@ def test_janitor_ends_what_a_killed_run_leaves(tmp_path: Path, goodbye: bytes) -
         finally:
             left.kill()
             left.wait()
+
+
+def test_a_process_that_shows_its_environment_late_is_ended_too(tmp_path: Path) -> None:
+    # As one that the raylet was just starting when it was killed.
+    folder = tmp_path / "conch-ray-y"
+    folder.mkdir()
+    code = (
+        "import os, sys, time; time.sleep(0.2); "
+        f"os.execve(sys.executable, [sys.executable, '-c', 'import time; time.sleep(600)'], "
+        f"{{'{janitor.FOLDER_VARIABLE}': {str(folder)!r}}})"
+    )
+    with subprocess.Popen([sys.executable, "-I", "-S", "-c", code]) as late:
+        try:
+            time.sleep(0.1)
+            janitor.clean_up(str(folder), grace_s=0.0)
+            assert late.wait(1.0) == -9
+        finally:
+            late.kill()
