@@ -301,7 +301,7 @@ class Evaluator:
         if samples.variances is not None:
             more["eval/members_variance"] = mean_of_finite(samples.variances)
         if "eval/kl" in measured:
-            more["eval/sqrt_kl"] = math.sqrt(max(0.0, measured["eval/kl"]))
+            more["eval/sqrt_kl"] = math.sqrt(max(measured["eval/kl"], 0.0))  # in this order NaN stays NaN
         means = {f"eval/{name}": mean_of_finite(column) for name, column in samples.columns.items()}
         if taken := sorted(means.keys() & (more | measured).keys()):
             raise ConfigError(
