@@ -130,11 +130,23 @@ def hosting(
 def joined(models: Sequence[str], rank: RankSettings, store: Path) -> str:
     """Name of the ensemble of these models in the store, which is made where it is missing."""
     objective = OBJECTIVES[rank.objective_name]
-    told = json.dumps([*models, objective, rank.uwo_weight])
+    told = json.dumps([*models, objective, rank.uwo_weight, *_named_variance(rank)])
     name = f"ensemble-{objective}-{hashlib.sha256(told.encode()).hexdigest()[:_DIGEST_LETTERS]}"
     if name not in _models(store):
-        to_ensemble(models, name=name, objective=objective, uwo_weight=rank.uwo_weight, model_store=store)
+        to_ensemble(
+            models,
+            name=name,
+            objective=objective,
+            uwo_weight=rank.uwo_weight,
+            variance=rank.variance,
+            model_store=store,
+        )
     return name
+
+
+def _named_variance(rank: RankSettings) -> list[str]:
+    """What tells an ensemble of another variance from that of the population."""
+    return [] if rank.variance == "population" else [rank.variance]
 
 
 def in_store(name: str, serving: Serving, gpu: str) -> str:
@@ -222,5 +234,9 @@ def served_rewards(names: Mapping[str, str], rank: RankSettings, store: Path) ->
             yield {"url": endpoint, **client}
             return
         members = {short: endpoints[name] for short, name in names.items()}
-        combine = {"combine": OBJECTIVES[rank.objective_name], "uwo_weight": rank.uwo_weight}
+        combine = {
+            "combine": OBJECTIVES[rank.objective_name],
+            "uwo_weight": rank.uwo_weight,
+            "variance": rank.variance,
+        }
         yield {"members": members, **combine, **client}
