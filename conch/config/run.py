@@ -74,7 +74,8 @@ class TrainConfig(Section):
     `eval/loss` or the reward model's accuracy or correlation."""
 
     early_stopping: int = Field(default=0, ge=0)
-    """Stop after so many evaluations in a row without a better `best_metric`; 0 never stops early."""
+    """Stop after so many evaluations in a row without a better `best_metric`; 0 never stops early. One that
+    gold decides and was away for does not count."""
 
     stop_when: str | None = None
     """Stop by a metric of its own: `gold falls for 3 evaluations` once three evaluations in a row were each

@@ -11,12 +11,13 @@ each by line; a file in which no row is good stops the run.
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -396,15 +397,39 @@ def _dataset(name: str, split: str, source: str, config: DataConfig) -> Iterator
     from datasets import load_dataset
 
     with _refusing(source):
-        dataset = load_dataset(
-            name,
-            config.subset,
-            data_dir=config.folder,
-            split=split,
-            revision=config.revision,
-            streaming=config.streaming,
-        )
-        yield from _numbered(dataset)
+        where: dict[str, Any] = {
+            "name": config.subset,
+            "data_dir": config.folder,
+            "revision": config.revision,
+        }
+        arrays = _json_files(name, split, where) if Path(name).is_dir() else []
+        if not arrays:
+            yield from _numbered(load_dataset(name, split=split, streaming=config.streaming, **where))
+            return
+    rows = itertools.chain.from_iterable(_json_rows(path) for path in arrays)
+    for number, row in enumerate(rows, start=1):
+        yield replace(row, place=f"row {number}")
+
+
+def _json_files(name: str, split: str, where: Mapping[str, Any]) -> list[Path]:
+    """Files of a split of a folder where one is a JSON array, of which `datasets` rounds numbers to ten
+    decimals and makes NaN a missing value; else none."""
+    from datasets import load_dataset_builder
+
+    builder = load_dataset_builder(name, **where)
+    files: Any = builder.config.data_files or {}
+    paths = [Path(str(file)) for file in files.get(split, [])]
+    readable = all(path.is_file() and _is_json(path) for path in paths)
+    return paths if readable and any(map(_is_array, paths)) else []
+
+
+def _is_json(path: Path) -> bool:
+    return Path(path.name.removesuffix(".gz")).suffix in (".json", ".jsonl")
+
+
+def _is_array(path: Path) -> bool:
+    with _readable(path) as file:
+        return next((line.lstrip()[0] for line in file if line.strip()), "") == "["
 
 
 def _saved(folder: Path) -> Iterator[_Line]:

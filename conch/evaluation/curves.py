@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ import numpy as np
 from conch.errors import DataError, missing_path
 from conch.evaluation.best_of_n import BestOfN
 from conch.evaluation.fits import Form
+from conch.evaluation.metrics import mean_of_finite
 from conch.evaluation.records import GOLD, PROXY, EvaluationRecord, read_record, records_of
 
 RESULTS = "results.json"
 """File of a folder of best-of-n."""
 _FORMAT = 1
 _KL = "eval/kl"
+_VARIANCE = "eval/members_variance"
 
 
 @dataclass(frozen=True)
@@ -145,9 +147,9 @@ def run_curve(run_dir: Path, *, gold: str = GOLD, label: str = "") -> Curve:
         label=label or run_dir.name,
         step=np.array([record.step for record in records], dtype=float),
         kl=np.array(kl),
-        proxy=np.array([_mean(record.column(PROXY)) for record in records]),
-        gold=np.array([_mean(record.column(gold)) for record in records]),
-        variance=np.array([_mean(_variances(record)) for record in records]),
+        proxy=np.array([mean_of_finite(record.column(PROXY)) for record in records]),
+        gold=np.array([mean_of_finite(record.column(gold)) for record in records]),
+        variance=np.array([_variance(record) for record in records]),
         proxy_start=Start.of(records[0].column(PROXY)),
         gold_start=Start.of(records[0].column(gold)),
     )
@@ -158,14 +160,13 @@ def _kl(record: EvaluationRecord) -> float:
     return math.nan if value is None else value
 
 
-def _variances(record: EvaluationRecord) -> list[float]:
+def _variance(record: EvaluationRecord) -> float:
+    """As it was measured, which for a sum of ensembles the samples do not tell; else of the samples."""
+    measured = record.metrics.get(_VARIANCE)
+    if measured is not None:
+        return measured
     values = (sample.variance for sample in record.samples)
-    return [math.nan if value is None else value for value in values]
-
-
-def _mean(values: Sequence[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    return math.fsum(finite) / len(finite) if finite else math.nan
+    return mean_of_finite([math.nan if value is None else value for value in values])
 
 
 def results_json(

@@ -31,7 +31,6 @@ from conch.evaluation.records import (
     PROXY,
     EvaluatedSample,
     EvaluationRecord,
-    members_variance,
     number_or_none,
     record_path,
     write_record,
@@ -47,6 +46,7 @@ from conch.evaluation.watch import (
 )
 from conch.log import get_logger
 from conch.rewards.base import RewardSource
+from conch.rewards.combined import disagreement
 from conch.rewards.scorer import RewardScorer, total_reward, weight_of
 from conch.rollouts.prompts import longest_prompt
 from conch.runs.tracking import Tracker
@@ -260,11 +260,13 @@ class Evaluator:
 
         columns: dict[str, list[float]] = {}
         members: list[Mapping[str, float | None]] = [{} for _ in order]
+        variances: list[float] = []
         if self._scorer is not None:
             results = self._scorer.gather()
             weights = self._scorer.weights
             columns["reward"] = gathered([total_reward(result, weights) for result in results])
             members = gathered([member_totals(result, weights) for result in results])
+            variances = gathered([_nan_for_none(disagreement(result)) for result in results])
             if self._scorer.measures_facts:
                 facts = _columns(gathered([dict(result.facts) for result in results]))
                 columns = _beside(columns, facts, "a fact of the reward's verifier")
@@ -281,7 +283,7 @@ class Evaluator:
         rollouts = gathered(rollouts)
         of_user = metric_columns(self._metric_fn, rollouts)
         self._user_metric = next((f"eval/{name}" for name in of_user), None)
-        return _Samples(rollouts, _beside(columns, of_user, "`metric_fn`"), members, prices)
+        return _Samples(rollouts, _beside(columns, of_user, "`metric_fn`"), members, variances, prices)
 
     def _metrics(self, samples: _Samples, measured: Metrics, repeats: int) -> Metrics:
         """Means over the samples, and what is made of them.
@@ -299,7 +301,7 @@ class Evaluator:
         if samples.variances is not None:
             more["eval/members_variance"] = mean_of_finite(samples.variances)
         if "eval/kl" in measured:
-            more["eval/sqrt_kl"] = math.sqrt(max(0.0, measured["eval/kl"]))
+            more["eval/sqrt_kl"] = math.sqrt(max(measured["eval/kl"], 0.0))  # in this order NaN stays NaN
         means = {f"eval/{name}": mean_of_finite(column) for name, column in samples.columns.items()}
         if taken := sorted(means.keys() & (more | measured).keys()):
             raise ConfigError(
@@ -340,12 +342,14 @@ class _Samples:
     """An evaluation's completions with their figures, of all ranks, in the order of the prompts.
 
     members: scores of an ensemble's members for each; empty without one.
+    member_variances: of these scores, NaN where there are none.
     prices: metrics of what gold cost.
     """
 
     rollouts: list[Rollout]
     columns: dict[str, list[float]]
     members: list[Mapping[str, float | None]]
+    member_variances: list[float]
     prices: Metrics
 
     @property
@@ -356,10 +360,7 @@ class _Samples:
     @property
     def variances(self) -> list[float] | None:
         """Variance of each one's members, NaN where none scored it; None where there are no members."""
-        if not any(self.members):
-            return None
-        variances = [members_variance(members) for members in self.members]
-        return [math.nan if variance is None else variance for variance in variances]
+        return self.member_variances if any(self.members) else None
 
     def table(self) -> tuple[list[str], list[list[Any]]]:
         """Names and rows of the table of samples."""
@@ -397,6 +398,10 @@ def kept_metadata(prompt: Prompt) -> Mapping[str, Any]:
     tools = {} if dialogue.tools is None else {TOOLS: list(dialogue.tools)}
     variables = {TEMPLATE_KWARGS: dict(dialogue.template_kwargs)} if dialogue.template_kwargs else {}
     return {**prompt.metadata, **tools, **variables}
+
+
+def _nan_for_none(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def member_totals(result: RewardResult, weights: Mapping[str, float]) -> Mapping[str, float | None]:

@@ -36,6 +36,7 @@ from pydantic import Field, field_validator
 from conch.cli import add_options, parse_options, written_with
 from conch.config import RewardConfig
 from conch.errors import ConchError, ConfigError, DataError, RewardUnavailableError
+from conch.evaluation.metrics import mean_of_finite
 from conch.evaluation.records import (
     GOLD,
     PROXY,
@@ -377,15 +378,11 @@ def gold_row(record: EvaluationRecord, name: str = GOLD) -> GoldRow:
     return GoldRow(
         f"{record.step}{record.variant}",
         math.nan if kl is None else kl,
-        _mean(proxy),
-        _mean(gold),
+        mean_of_finite(proxy),
+        mean_of_finite(gold),
         len(record.samples) - len(gold),
         len(record.samples),
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
 
 
 def summary(rows: Sequence[GoldRow], name: str = GOLD) -> str:

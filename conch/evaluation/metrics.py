@@ -99,4 +99,4 @@ def _column(name: str, values: Any, count: int) -> list[float]:
 def mean_of_finite(column: Sequence[float]) -> float:
     """Mean of what is a number; NaN where nothing is."""
     finite = [value for value in column if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else math.nan
+    return math.fsum(finite) / len(finite) if finite else math.nan

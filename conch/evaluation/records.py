@@ -22,6 +22,7 @@ from typing import Any
 
 from conch.atomic_files import replace_text
 from conch.errors import DataError, missing_path
+from conch.rewards.combined import members_variance as variance_of
 
 EVALUATIONS = "evaluations"
 PROXY = "reward"
@@ -61,10 +62,7 @@ class EvaluatedSample:
 def members_variance(members: Mapping[str, float | None]) -> float | None:
     """Population variance of the scores there are; None where there is none."""
     there = [score for score in members.values() if score is not None]
-    if not there:
-        return None
-    mean = math.fsum(there) / len(there)
-    return math.fsum((score - mean) ** 2 for score in there) / len(there)
+    return variance_of(there) if there else None
 
 
 @dataclass(frozen=True, slots=True)

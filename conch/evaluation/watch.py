@@ -174,6 +174,7 @@ class Watch:
         self._references: dict[str, Reference] = {}
         self._on: list[str] = []
         self._metric = ""
+        self._margin: float | None = None
         self.falls = 0
         """Evaluations in a row that were below the best one, as the run's `StopRule` counts."""
 
@@ -265,6 +266,8 @@ class Watch:
         if self._metric != rule.metric:
             self._references.pop(_STOP, None)
             self._metric, self.falls = rule.metric, 0
+        if self._margin != rule.standard_errors:
+            self._margin, self.falls = rule.standard_errors, 0
         means = None if evaluation is None else evaluation.by_prompt(rule.metric.removeprefix("eval/"))
         value = scores[rule.metric]
         if not math.isfinite(value) or (means is not None and not _mostly_there(means)):
@@ -279,6 +282,12 @@ class Watch:
         if change.mean > 0:
             self._references[_STOP] = now
 
+    def has_fallen(self, rule: StopRule) -> bool:
+        """Whether a run stops by this rule; falls that another one has counted, before the run was resumed
+        with this one, do not count."""
+        is_counted = (self._metric, self._margin) == (rule.metric, rule.standard_errors)
+        return is_counted and self.falls >= rule.count
+
     def reason(self, rule: StopRule) -> str:
         """Why the run stops, in words."""
         best = self._references[_STOP]
@@ -292,12 +301,14 @@ class Watch:
             "references": references,
             "on": list(self._on),
             "metric": self._metric,
+            "margin": self._margin,
             "falls": self.falls,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         self._prompts, self._metric, self.falls = state["prompts"], state["metric"], state["falls"]
+        self._margin = state.get("margin")
         self._references = {name: Reference.from_json(each) for name, each in state["references"].items()}
         self._on = list(state["on"])
 

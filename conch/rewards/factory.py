@@ -95,6 +95,14 @@ def is_function_name(text: str) -> bool:
     return text.rpartition(":")[0].endswith(".py")
 
 
+def source_in_short(word: str) -> dict[str, str]:
+    """The keys of a section `reward` that `host:port/model`, `http://host:port/path`, `verifier:gsm8k` or
+    `file.py:name` stands for."""
+    if word.startswith(PREFIX):
+        return {"verifier": word.removeprefix(PREFIX)}
+    return {"function" if is_function_name(word) else "url": word}
+
+
 def shared_reward(
     gold: UserReward,
     gold_config: RewardConfig,

@@ -95,7 +95,8 @@ class Run:
 
     folder: of the run.
     step: steps done.
-    best, best_step: value and step of the metric that decides; None before the first evaluation.
+    best_metric: the metric that decides; "" before the first evaluation.
+    best, best_step: its best value and the step; None before the first evaluation.
     worse: evaluations in a row that were not better.
     watch: what evaluations are compared with, for alarms and `train.stop_when`.
     measured: metrics of the last step while its evaluation is under way, {} before the first step, else None.
@@ -109,6 +110,7 @@ class Run:
 
     folder: Path
     step: int = 0
+    best_metric: str = ""
     best: float | None = None
     best_step: int = 0
     worse: int = 0
@@ -120,7 +122,13 @@ class Run:
     on_saved: Callable[[Path], object] | None = None
 
     def note(self, step: int, metric: str, value: float) -> bool:
-        """Compare an evaluation with the best so far; True where it is better. NaN never is."""
+        """Compare an evaluation with the best so far; True where it is better. NaN never is.
+
+        A metric says nothing of another one's best, as of a run that is resumed with gold beside it.
+        """
+        if self.best_metric not in ("", metric):
+            self.best, self.worse = None, 0
+        self.best_metric = metric
         sign = -1 if metric.endswith("loss") else 1
         better = value == value and (self.best is None or sign * value > sign * self.best)
         if better:
@@ -130,7 +138,7 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run takes up; not the folder, which may be moved."""
-        names = ("step", "best", "best_step", "worse", "measured")
+        names = ("step", "best_metric", "best", "best_step", "worse", "measured")
         return {**{name: getattr(self, name) for name in names}, "watch": self.watch.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

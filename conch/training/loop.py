@@ -7,6 +7,7 @@ up what the checkpoint holds.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -18,7 +19,7 @@ from types import FrameType
 from conch.atomic_files import replace_text
 from conch.cli import save_resolved
 from conch.cli.sweeps.results import BEST_METRIC_FILE
-from conch.config import TrainConfig
+from conch.config import GOLD_METRIC, TrainConfig
 from conch.distributed.launcher import launched_processes
 from conch.errors import ConfigError
 from conch.evaluation.watch import comparable, cut_evaluations, report
@@ -161,7 +162,10 @@ def _evaluate(
         return scores | alarms, False
     if trainer.engine.collectives.is_main:
         replace_text(run.folder / BEST_METRIC_FILE, f"{metric}\n")
-    better = run.note(run.step, metric, comparable(scores, metric))
+    value = comparable(scores, metric)
+    if metric == GOLD_METRIC and math.isnan(value):  # gold was away, which is no step towards an early end
+        return scores | alarms, False
+    better = run.note(run.step, metric, value)
     return scores | alarms, better and run.step > 0
 
 
@@ -183,7 +187,7 @@ def _watch(trainer: Trainer, tracker: Tracker, scores: Metrics) -> Metrics:
 
 
 def _has_fallen(run: Run, train: TrainConfig) -> bool:
-    return train.stop_rule is not None and run.watch.falls >= train.stop_rule.count
+    return train.stop_rule is not None and run.watch.has_fallen(train.stop_rule)
 
 
 def _is_hopeless(run: Run, train: TrainConfig) -> bool:

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from conch.addresses import SCHEMES, Endpoint
 from conch.atomic_files import replace_text
 from conch.config import RewardConfig, load
-from conch.converters.to_triton import to_triton
-from conch.errors import ConfigError, missing_path
 from conch.log import get_logger, progress
-from conch.rewards.factory import from_user
+from conch.rewards.factory import from_user, source_in_short
 from conch.rewards.scorer import RewardScorer, total_reward
-from conch.serving.server.server import ServerOptions, TritonServer
-from conch.store.store import is_valid_name, list_models
 from conch.types import Completion, Dialogue, Prompt, Rollout
-from examples.hosting import last_gpu
 from examples.overoptimisation.bon_files import Entry
+from examples.overoptimisation.served import Serving, identity_of, served
 
 _log = get_logger("conch.overoptimisation")
 
@@ -32,70 +26,6 @@ TEMPLATE = "<|prompter|>{instruction}<|endoftext|><|assistant|>"
 """What the paper's reward models read in front of an answer."""
 
 _ROWS_AT_ONCE = 1024
-_READY_WITHIN_S = 600.0
-
-
-def _fingerprint(model: str) -> str:
-    """What changes with a model's name and with a checkpoint's files: one trained anew is another."""
-    folder = Path(model).expanduser()
-    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-    content = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    told = json.dumps([str(folder.resolve()) if files else model, content])
-    return hashlib.sha256(told.encode()).hexdigest()
-
-
-@contextmanager
-def address_of(model: str, store: Path) -> Iterator[str]:
-    """Address of a reward model, for as long as the context lasts.
-
-    model: an address, a model of the store, or a checkpoint's folder or hub id, which is converted first.
-
-    Raises:
-        ConfigError: there is no such model.
-        ConchError: it cannot be converted or served.
-    """
-    if _is_address(model):
-        yield model
-        return
-    gpu = last_gpu()
-    name = _in_store(model, store, gpu)
-    server = TritonServer(store, [name], options=ServerOptions(gpu=gpu), ready_timeout_s=_READY_WITHIN_S)
-    with server:
-        _log.info("serving %s on %s", name, f"GPU {gpu}" if gpu else "the CPU")
-        yield server.endpoint(name)
-
-
-def _is_address(model: str) -> bool:
-    if model.startswith(SCHEMES) or ".py:" in model:
-        return True
-    try:
-        return bool(Endpoint.parse_all(model))
-    except ConfigError:
-        return False
-
-
-def _in_store(model: str, store: Path, gpu: str) -> str:
-    stored = list_models(store) if store.is_dir() else []
-    folder = Path(model).expanduser()
-    if is_valid_name(model) and model in stored and not folder.is_dir():
-        return model
-    if not folder.is_dir() and model.count("/") != 1:
-        raise ConfigError(
-            f"{model} is no reward model: no folder{missing_path(folder)}, no model of {store} (there are: "
-            f"{', '.join(stored) or 'none'}), and no address host:port/model"
-        )
-    short = re.sub(r"[^A-Za-z0-9._-]", "-", model.rstrip("/").rpartition("/")[2]).lstrip("._-") or "reward"
-    name = f"{short}-{_fingerprint(model)[:8]}"
-    if name not in stored:
-        _log.info("converting %s into %s", model, store / name)
-        to_triton(
-            model,
-            name=name,
-            model_store=store,
-            dtype="float16" if gpu else "float32",
-            instance_kind="gpu" if gpu else "cpu",
-        )
-    return name
 
 
 def score_entries(
@@ -110,7 +40,7 @@ def score_entries(
         instruction as the user's message.
 
     Raises:
-        ConchError: see `address_of`; or the model gave an answer no score.
+        ConchError: the model cannot be found, converted or served; or it gave an answer no score.
     """
     marks = [mark_of(model, entry, template) for entry in entries]
     paths = [folder / f"entry_{number:06d}.json" for number in range(len(entries))]
@@ -118,9 +48,9 @@ def score_entries(
     if all(scores is not None for scores in known):
         return [scores for scores in known if scores is not None]
     folder.mkdir(parents=True, exist_ok=True)
-    with address_of(model, store) as address:
-        key = "function" if ".py:" in address else "url"
-        config = load(RewardConfig, {key: address, "client": {"cache_size": 0}})
+    with served([model], Serving(store)) as addresses:
+        address = addresses[model]
+        config = load(RewardConfig, {**source_in_short(address), "client": {"cache_size": 0}})
         with closing(from_user(None, config)) as source:
             source.check()
             scorer = RewardScorer(source, config)
@@ -147,7 +77,7 @@ def _scores(scorer: RewardScorer, entry: Entry, template: str) -> np.ndarray:
 
 def mark_of(model: str, entry: Entry, template: str) -> str:
     """What scores are of: the model, and the texts that it reads."""
-    told: list[Any] = [_fingerprint(model), template, entry.instruction, entry.answers]
+    told: list[Any] = [identity_of(model), template, entry.instruction, entry.answers]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 

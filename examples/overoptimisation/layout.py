@@ -51,8 +51,9 @@ def _name(config: StudyConfig) -> str:
     if config.rm_seed is not None:
         return f"seed{config.rm_seed}"
     if len(rank.model_names) > 1:
-        # The mean and WCO have no weight, and UWO with another one is another study.
-        weight = f"-{rank.uwo_weight:g}" if rank.objective_name == "UWO" else ""
+        # The mean and WCO have no weight, and UWO with another one, or another variance, is another study.
+        variance = "" if rank.variance == "population" else f"_{rank.variance}"
+        weight = f"-{rank.uwo_weight:g}{variance}" if rank.objective_name == "UWO" else ""
         return f"ensemble_{rank.objective_name}{weight}"
     (name,) = config.reward_models
     return name.strip("./").replace("/", "_").replace(":", "_")

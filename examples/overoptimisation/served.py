@@ -130,11 +130,23 @@ def hosting(
 def joined(models: Sequence[str], rank: RankSettings, store: Path) -> str:
     """Name of the ensemble of these models in the store, which is made where it is missing."""
     objective = OBJECTIVES[rank.objective_name]
-    told = json.dumps([*models, objective, rank.uwo_weight])
+    told = json.dumps([*models, objective, rank.uwo_weight, *_named_variance(rank)])
     name = f"ensemble-{objective}-{hashlib.sha256(told.encode()).hexdigest()[:_DIGEST_LETTERS]}"
     if name not in _models(store):
-        to_ensemble(models, name=name, objective=objective, uwo_weight=rank.uwo_weight, model_store=store)
+        to_ensemble(
+            models,
+            name=name,
+            objective=objective,
+            uwo_weight=rank.uwo_weight,
+            variance=rank.variance,
+            model_store=store,
+        )
     return name
+
+
+def _named_variance(rank: RankSettings) -> list[str]:
+    """What tells an ensemble of another variance from that of the population."""
+    return [] if rank.variance == "population" else [rank.variance]
 
 
 def in_store(name: str, serving: Serving, gpu: str) -> str:
@@ -170,14 +182,18 @@ def in_store(name: str, serving: Serving, gpu: str) -> str:
 def stored_name(name: str, checkpoint: str, serving: Serving) -> str:
     """Name that a checkpoint gets in the store: its own, and letters that change with its files and with how
     it is presented, so that one that was trained anew is converted anew."""
-    folder = Path(checkpoint).expanduser()
-    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-    content = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    where = str(folder.resolve()) if files else checkpoint
-    told = json.dumps([where, content, serving.template, serving.dtype])
+    told = json.dumps([*identity_of(checkpoint), serving.template, serving.dtype])
     digest = hashlib.sha256(told.encode()).hexdigest()[:_DIGEST_LETTERS]
     short = re.sub(r"[^A-Za-z0-9._-]", "-", name.rstrip("/").rpartition("/")[2]).lstrip("._-") or "reward"
     return f"{short}-{digest}"
+
+
+def identity_of(model: str) -> tuple[str, list[tuple[str, int, int]]]:
+    """What changes with a model's name and, of a checkpoint here, with its place and its files."""
+    folder = Path(model).expanduser()
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    content = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return (str(folder.resolve()) if files else model, content)
 
 
 def _models(store: Path) -> list[str]:
@@ -218,5 +234,9 @@ def served_rewards(names: Mapping[str, str], rank: RankSettings, store: Path) ->
             yield {"url": endpoint, **client}
             return
         members = {short: endpoints[name] for short, name in names.items()}
-        combine = {"combine": OBJECTIVES[rank.objective_name], "uwo_weight": rank.uwo_weight}
+        combine = {
+            "combine": OBJECTIVES[rank.objective_name],
+            "uwo_weight": rank.uwo_weight,
+            "variance": rank.variance,
+        }
         yield {"members": members, **combine, **client}

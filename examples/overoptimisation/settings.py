@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from conch.config import Dtype, EnsembleObjective, Section
+from conch.config import Dtype, EnsembleObjective, EnsembleVariance, Section
 from conch.config.model import full_dtype
 from conch.store.manifest import ServedDtype
 
@@ -103,8 +103,11 @@ class RankSettings(Section):
     times their variance (UWO)."""
 
     uwo_weight: float = Field(default=0.1, ge=0)
-    """Cost of a variance of 1, with UWO. The variance divides by the number of members: a weight found with a
-    variance that divides by one less, as the paper's PPO does, is multiplied by k / (k - 1)."""
+    """Cost of a variance of 1, with UWO."""
+
+    variance: EnsembleVariance = "population"
+    """What UWO's variance of k members divides by: `population` k, `sample` k - 1, as the paper's PPO does. A
+    weight found with the one is worth that of the other times k / (k - 1)."""
 
     serve_as: Literal["members", "ensemble"] = "members"
     """Whether checkpoints of an ensemble are served each by itself, and combined here, or as one model."""

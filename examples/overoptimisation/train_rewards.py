@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is no
 from pydantic import Field, model_validator
 
 from conch.cli import load_run_config, run_main, save_resolved
-from conch.config import load
+from conch.config import EnsembleVariance, load
 from conch.data.files import evaluation_rows, training_rows
 from conch.data.preferences import judgement
 from conch.log import get_logger
@@ -73,6 +73,9 @@ class RewardsConfig(RewardModelRunConfig):
 
     uwo_weight: float = Field(default=0.1, ge=0)
     """With `ensemble=UWO`: cost of a variance of 1."""
+
+    variance: EnsembleVariance = "population"
+    """What this variance of k members divides by: `population` k, `sample` k - 1."""
 
     @model_validator(mode="after")
     def _seeds_name_the_runs(self) -> RewardsConfig:
@@ -164,7 +167,12 @@ def _convert(config: RewardsConfig, folders: Sequence[Path]) -> None:
     for folder, model in zip(folders, models, strict=True):
         print(f"{folder}: {model} in {config.model_store}")
     if config.ensemble is not None:
-        rank = {"model_names": models, "objective_name": config.ensemble, "uwo_weight": config.uwo_weight}
+        rank = {
+            "model_names": models,
+            "objective_name": config.ensemble,
+            "uwo_weight": config.uwo_weight,
+            "variance": config.variance,
+        }
         print(
             f"ensemble: {joined(models, load(RankSettings, rank), config.model_store)} in "
             f"{config.model_store}"

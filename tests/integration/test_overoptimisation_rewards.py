@@ -51,6 +51,11 @@ def test_members_differ_by_their_seed_and_what_is_done_stays(words: list[str], c
     main([*words, "ensemble=UWO", "uwo_weight=0.5"])
     assert {path: path.stat().st_mtime_ns for path in Path().rglob("*.safetensors")} == before
     assert list_models(Path("model_store")) == names
+    main([*words, "ensemble=UWO", "uwo_weight=0.5", "variance=sample"])
+    (other,) = set(list_models(Path("model_store"))) - set(names)
+    variances = [read_model(Path("model_store"), name).spec.variance for name in (joined, other)]
+    assert variances == ["population", "sample"]
+    names = list_models(Path("model_store"))
     main([*words, "seeds=[3,5,7]", "convert=false"])
     assert Path("models/rm_seed7").is_dir() and list_models(Path("model_store")) == names
 

@@ -16,8 +16,8 @@ from conch.config import (
     Section,
     TokenizerConfig,
 )
-
-_VERIFIER = "verifier:"
+from conch.rewards.factory import shared_reward, source_in_short
+from conch.rewards.verifiers.named import PREFIX
 
 
 class BestOfNConfig(Section):
@@ -91,27 +91,17 @@ class BestOfNRunConfig(Section):
             for key in ("dense", "delta", "record", "replay"):
                 if config is not None and getattr(config, key):
                     raise ValueError(f"`{name}.{key}` is for rewards that are learned from: leave it out")
-        proxies, golds = _sources(self.reward), _sources(self.gold)
-        if same := proxies & golds:
-            raise ValueError(
-                f"the gold model is the proxy, {min(same)}: what the proxy chooses must be judged by another"
-            )
+        for name in _names(self.gold):
+            if self.gold and shared_reward(name, self.gold, None, self.reward) is not None:
+                raise ValueError(
+                    f"the gold model is the proxy, {name}: what the proxy chooses must be judged by another"
+                )
         return self
 
 
-def source_in_short(text: str) -> dict[str, str]:
-    """The keys of a reward's section that one word stands for."""
-    if text.startswith(_VERIFIER):
-        return {"verifier": text.removeprefix(_VERIFIER)}
-    if ".py:" in text:
-        return {"function": text}
-    return {"url": text}
-
-
-def _sources(config: RewardConfig | None) -> set[str]:
+def _names(config: RewardConfig | None) -> list[str]:
     """What a section asks, by its names."""
     if config is None:
-        return set()
-    verifier = None if config.verifier is None else _VERIFIER + config.verifier
-    names = (config.url, config.function, verifier, *config.members.values())
-    return {name.replace("localhost", "127.0.0.1") for name in names if name is not None}
+        return []
+    verifier = None if config.verifier is None else PREFIX + config.verifier
+    return [name for name in (config.url, config.function, verifier, *config.members.values()) if name]

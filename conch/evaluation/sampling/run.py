@@ -135,13 +135,6 @@ def _opened_sources(
         asked[PROXY] = sources_of(config.reward, PROXY, keys)
         if config.gold is not None:
             asked[GOLD] = sources_of(config.gold, GOLD, keys)
-        proxies = {each.description for each in asked[PROXY]}
-        for each in asked.get(GOLD, ()):
-            if each.description in proxies:
-                raise ConfigError(
-                    f"the gold model is the proxy, {each.description}: what the proxy chooses must be judged "
-                    "by another"
-                )
 
     def check() -> None:
         for each in (each for sources in asked.values() for each in sources):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,22 @@ def test_folder_gives_its_training_split(tmp_path: Path) -> None:
         written(tmp_path / f"data/{split}.jsonl", json.dumps({"a": split}))
 
     assert read_rows(tmp_path / "data") == [{"a": "train"}]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_folder_of_json_arrays_keeps_numbers_as_they_are_written(tmp_path: Path, indent: int | None) -> None:
+    scores = [0.12345678901, 0.12345678905]  # equal when rounded to ten decimals
+    rows = [{"answers": ["a", "b"], "scores": scores}, {"answers": ["c"], "scores": [math.nan]}]
+    (tmp_path / "data").mkdir()
+    written(tmp_path / "data/train-1.json", "\n" + json.dumps(rows, indent=indent))
+    written(tmp_path / "data/train-2.jsonl", json.dumps({"answers": ["d"], "scores": [1e-11]}))
+    written(tmp_path / "data/test.json", json.dumps([{"answers": [], "scores": []}]))
+
+    read = read_rows(tmp_path / "data")
+
+    assert [row["scores"] for row in read] == [scores, pytest.approx([math.nan], nan_ok=True), [1e-11]]
+    assert read.places[2] == f"{tmp_path / 'data'} row 3"
+    assert read_rows(f"{tmp_path / 'data'}", DataConfig(subset="default")) == read
 
 
 def test_rows_know_the_places_that_they_were_read_from(tmp_path: Path) -> None:

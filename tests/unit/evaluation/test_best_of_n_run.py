@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conch.config import GenerationConfig
+from conch.config import GenerationConfig, load
 from conch.errors import ConfigError, RewardError
 from conch.evaluation.best_of_n import best_of_n_curve
+from conch.evaluation.sampling.config import BestOfNRunConfig
 from conch.evaluation.sampling.run import tell_of_prefixes
 from conch.rollouts.hf.engine import HFEngine
 from conch.types import Prompt
@@ -194,6 +195,31 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_sampled(bench: B
     with pytest.raises(ConfigError, match=sentence):
         bench.run(**settings)
     assert not (bench.folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("reward", "gold", "refused"),
+    [
+        ({"url": "127.0.0.1:8001,other:8001/rm"}, {"url": "localhost:8001/rm"}, True),
+        ({"function": "rewards.py:f"}, {"function": "./rewards.py:f"}, True),
+        (
+            {"members": {"a": "h:8001/a", "b": "h:8001/b"}},
+            {"members": {"c": "h:8001/c", "d": "h:8001/b"}},
+            True,
+        ),
+        ({"verifier": "gsm8k"}, {"verifier": "gsm8k", "gsm8k": {"extractor": "strict"}}, False),
+        ({"url": "127.0.0.1:8001/rm"}, {"url": "127.0.0.1:8001/other"}, False),
+    ],
+)
+def test_gold_that_is_the_proxy_by_another_name_is_refused(
+    reward: dict[str, Any], gold: dict[str, Any], refused: bool
+) -> None:
+    settings = {"model": {"path": "m"}, "reward": reward, "gold": gold}
+    if not refused:
+        load(BestOfNRunConfig, settings)
+        return
+    with pytest.raises(ConfigError, match="the gold model is the proxy"):
+        load(BestOfNRunConfig, settings)
 
 
 def other_weights(bench: Bench) -> dict[str, Any]:

@@ -48,6 +48,13 @@ TRAINERS: dict[str, Callable[..., Any]] = {
 }
 
 
+def test_a_distance_that_is_no_number_has_no_root(tmp_path: Path) -> None:
+    trainer = ppo_trainer(tmp_path / "run", eval_prompts=["a"])
+    found = trainer.evaluator.run(extra=lambda rollouts, variant: {"eval/kl": float("nan")})
+    trainer.close()
+    assert np.isnan(found["eval/sqrt_kl"])
+
+
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_an_evaluation_changes_nothing_that_is_drawn_later(tmp_path: Path, kind: str) -> None:
     """`train.eval_every` may change on resume: one that evaluates and one that does not are the same."""

@@ -15,10 +15,13 @@ import pytest
 
 from conch.config import RewardConfig, load
 from conch.errors import ConfigError, RewardInvalidError, RewardUnavailableError
+from conch.evaluation.curves import run_curve
 from conch.evaluation.evaluator import _input
 from conch.evaluation.records import EvaluatedSample, read_record, record_path, records_of
 from conch.evaluation.watch import ALARMS_FILE
+from conch.rewards.combined import EnsembleReward
 from conch.rewards.factory import shared_reward
+from conch.rewards.function import FunctionReward
 from conch.runs.checkpoint import steps_of
 from conch.types import Dialogue, Prompt
 from tests.fakes.json_rewards import Reply, endpoint, lengths
@@ -242,6 +245,39 @@ def test_a_run_stops_once_gold_has_fallen_and_says_why(
     assert words in caplog.text
     again = done(ppo_trainer(run, gold=Scripted(), train={**train, "resume": "auto"}))
     assert again.run.step == 5, "a run that has stopped stays stopped"
+
+
+def test_gold_that_is_away_is_no_step_towards_an_early_end(tmp_path: Path) -> None:
+    train = {**EACH, "total_steps": 4, "early_stopping": 2}
+    trainer = done(ppo_trainer(tmp_path / "run", gold=Scripted(3.0, 2.0, None, None, 4.0), train=train))
+    assert (trainer.run.step, trainer.run.best) == (4, 4.0)
+
+
+def test_gold_beside_a_resumed_run_has_a_best_of_its_own(tmp_path: Path) -> None:
+    done(ppo_trainer(tmp_path / "run", train={**EACH, "total_steps": 1}))
+    train = {**EACH, "total_steps": 3, "resume": "auto"}
+    trainer = done(ppo_trainer(tmp_path / "run", gold=Scripted(-1e6, -2e6), train=train))
+    assert (trainer.run.best, trainer.run.best_step) == (-1e6, 2)
+
+
+def test_members_of_two_ensembles_are_compared_each_with_its_own(tmp_path: Path) -> None:
+    """The two ensembles of a sum may be far apart where the members of each agree."""
+
+    def ensemble(shift: float) -> EnsembleReward:
+        def near(outputs: Sequence[str], **_: Any) -> list[float]:
+            return [shift + len(output) for output in outputs]
+
+        def far(outputs: Sequence[str], **_: Any) -> list[float]:
+            return [shift + len(output) + 2.0 for output in outputs]
+
+        return EnsembleReward({"near": FunctionReward(near), "far": FunctionReward(far)}, "mean")
+
+    reward = {"low": ensemble(0.0), "high": ensemble(100.0)}
+    train = {**EACH, "total_steps": 1}
+    done(ppo_trainer(tmp_path / "run", reward_fn=reward, reward={"combine": "sum"}, train=train))
+
+    assert [row["eval/members_variance"] for row in measured(tmp_path / "run")] == [1.0, 1.0]
+    assert run_curve(tmp_path / "run").variance.tolist() == [1.0, 1.0]
 
 
 def test_a_rule_by_gold_wants_gold(tmp_path: Path) -> None:

@@ -288,6 +288,37 @@ def test_a_watch_goes_on_from_its_state_as_if_it_had_never_stopped() -> None:
     assert {"gold_falls", "members_disagree", "length_drift"} == set(seen)
 
 
+@pytest.mark.parametrize(
+    ("rule", "stops"),
+    [
+        (GOLD_RULE, True),
+        (StopRule("eval/gold/reward", 3), False),
+        (StopRule("eval/gold/reward", 2, 2.0), False),
+        (StopRule("eval/reward", 2), False),
+    ],
+)
+def test_falls_count_for_the_rule_that_counted_them(rule: StopRule, stops: bool) -> None:
+    watch = Watch()
+    for step, gold in enumerate([3.0, 2.0, 1.0]):
+        one = evaluation(step, [1.0, 2.0], [gold, gold + 1])
+        watch.count_fall(step, scores(one), one, GOLD_RULE)
+    resumed = Watch()
+    resumed.load_state_dict(json.loads(json.dumps(watch.state_dict())))
+
+    assert resumed.has_fallen(rule) is stops
+
+
+def test_another_margin_counts_from_its_beginning() -> None:
+    watch = Watch()
+    for step, gold in enumerate([3.0, 2.0, 1.0]):
+        one = evaluation(step, [1.0, 2.0], [gold, gold + 1])
+        watch.count_fall(step, scores(one), one, GOLD_RULE)
+    one = evaluation(3, [1.0, 2.0], [0.0, 1.0])
+    watch.count_fall(3, scores(one), one, StopRule("eval/gold/reward", 2, 2.0))
+
+    assert watch.falls == 1 and not watch.has_fallen(StopRule("eval/gold/reward", 2, 2.0))
+
+
 def test_an_alarm_is_put_on_record_with_the_prompts_that_changed_most(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

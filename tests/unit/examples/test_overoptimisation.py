@@ -328,7 +328,12 @@ def test_members_that_are_served_already_are_asked_where_they_are(tmp_path: Path
     with served_rewards(names_of(config.reward_models), config.rank_config, tmp_path) as reward:
         assert reward["members"] == {"a": "127.0.0.1:1/a", "b": "127.0.0.1:2/b"}
         assert (reward["combine"], reward["uwo_weight"]) == ("uwo", 0.1)
+        assert reward["variance"] == "population"
         assert made(config).reward.combine == "sum", "one model has nothing to combine"
+    other = study(tmp_path, "mine", *words, "rank_config.variance=sample")
+    with served_rewards(names_of(other.reward_models), other.rank_config, tmp_path) as reward:
+        assert reward["variance"] == "sample"
+    assert run_folder(other).name == f"{run_folder(config).name}_sample" == "ensemble_UWO-0.1_sample"
     joined = study(tmp_path, "mine", *words, "rank_config.serve_as=ensemble")
     with (
         pytest.raises(ConfigError, match="is served already"),

@@ -8,7 +8,7 @@ from tritonclient.grpc import model_config_pb2
 
 from conch.errors import ServingError
 from conch.triton.config_pbtxt import from_pbtxt, spec_from_model_config, to_pbtxt
-from conch.triton.contract import Engine, RewardModelSpec
+from conch.triton.contract import Engine, RewardModelSpec, TokenizerSpec
 
 # As the converter of an older trainer writes it: ids only, half precision on the wire, its width not stated.
 FOREIGN = """
@@ -62,6 +62,27 @@ def test_to_pbtxt_batches_ragged_rows_and_sets_no_queue_policy() -> None:
     assert not config.dynamic_batching.HasField("default_queue_policy")
     assert config.version_policy.latest.num_versions == 1
     assert config.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_CPU
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        RewardModelSpec("m"),
+        RewardModelSpec("m", form="token", engine="onnxruntime"),
+        RewardModelSpec("m", engine="ensemble"),
+        RewardModelSpec("m", members=("a", "b")),
+        RewardModelSpec("m", members=("a", "b"), holds_members=True),
+        RewardModelSpec("m", granularity="step"),
+        TokenizerSpec("t", 8, 128),
+    ],
+)
+def test_no_model_asks_for_triton_s_response_cache(spec: RewardModelSpec | TokenizerSpec) -> None:
+    """Its key holds the inputs' names and bytes, and neither shapes, nor outputs asked for, nor parameters
+    (server 2.51): rows of other lengths, or dense scores, could be answered with another request's reply."""
+    for embedded in (False, True):
+        config = model_config_pb2.ModelConfig()
+        text_format.Parse(to_pbtxt(spec, embedded=embedded), config)
+        assert not config.HasField("response_cache")
 
 
 def test_to_pbtxt_declares_dense_scores_of_any_number() -> None:
