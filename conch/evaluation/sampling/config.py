@@ -24,7 +24,7 @@ class BestOfNConfig(Section):
     """How many completions are sampled, what is told of them, and where they are kept."""
 
     num_samples: int = Field(default=256, ge=1)
-    """Completions of each prompt, N. A later call with more samples the missing ones only."""
+    """Completions of each prompt, N. A later call with more samples only the missing ones."""
 
     ns: tuple[int, ...] = ()
     """Numbers of completions to choose from, each at most `num_samples`; () takes the powers of two."""
