@@ -92,6 +92,11 @@ class BestOfNRunConfig(Section):
                 if config is not None and getattr(config, key):
                     raise ValueError(f"`{name}.{key}` is for rewards that are learned from: leave it out")
         proxies, golds = _sources(self.reward), _sources(self.gold)
+        if self.gold is not None and not golds:
+            raise ValueError(
+                "`gold` names no source: give `gold=host:port/model`, `gold.url`, `gold.function`, "
+                "`gold.verifier` or `gold.members`, or leave all of `gold` out"
+            )
         if same := proxies & golds:
             raise ValueError(
                 f"the gold model is the proxy, {min(same)}: what the proxy chooses must be judged by another"
