@@ -129,6 +129,7 @@ ENSEMBLE = {"rank_config": {"model_names": ["a/rm", "b/rm", "c"]}}
         (["mine", "ensemble", "rank_config.objective_name=median"], "objective_name"),
         (["mine", "ensemble", "sft_config.quantization=true"], "no weights are quantised"),
         (["mine", "ensemble", "prompt_template=hi"], "no {instruction} in it"),
+        (["mine", "rank_config.model_names=[a{seed}]"], "quotes stand around a text with braces"),
         (["mine", "ensemble", "oops"], "there is no entry `oops`"),
     ],
 )
@@ -136,6 +137,12 @@ def test_mistakes_are_told_in_a_sentence(words: list[str], sentence: str, tmp_pa
     with pytest.raises(ConfigError) as caught:
         settings(*entries_in(tmp_path, ensemble=ENSEMBLE), *words)
     assert sentence in str(caught.value), str(caught.value)
+
+
+def test_one_dataset_need_not_be_a_list(tmp_path: Path) -> None:
+    words = [*entries_in(tmp_path, ensemble=ENSEMBLE), "mine", "ensemble"]
+    assert settings(*words, "datasets=rows.jsonl").datasets == ("rows.jsonl",)
+    assert settings(*words, "datasets={train: a, eval: b}").datasets == ({"train": "a", "eval": "b"},)
 
 
 def test_a_folder_without_entries_is_told(tmp_path: Path) -> None:
