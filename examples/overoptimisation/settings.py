@@ -292,7 +292,8 @@ class StudyConfig(Section):
 
     datasets: tuple[str | dict[str, Any], ...] = Field(min_length=1)
     """Instructions: `alpaca_farm`, a file, a dataset of the hub (`owner/name:split`), or keys of Conch's
-    section `data`, as in `{train: mine.jsonl, eval: others.jsonl}`; one, or a list."""
+    section `data`, as in `{train: mine.jsonl, eval: others.jsonl}`; one, or a list. Of one without `eval` the
+    last tenth is kept for evaluations."""
 
     eval_size: int | None = Field(default=4, ge=1)
     """Instructions to keep for evaluations; null keeps all that there are."""
