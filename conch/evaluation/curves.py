@@ -20,7 +20,14 @@ from conch.errors import DataError, missing_path
 from conch.evaluation.best_of_n import BestOfN
 from conch.evaluation.fits import Form
 from conch.evaluation.metrics import mean_of_finite
-from conch.evaluation.records import GOLD, PROXY, EvaluationRecord, read_record, records_of
+from conch.evaluation.records import (
+    GOLD,
+    PROXY,
+    EvaluationRecord,
+    read_record,
+    records_of,
+    variants_of,
+)
 
 RESULTS = "results.json"
 """File of a folder of best-of-n."""
@@ -100,38 +107,34 @@ def _gain(label: str, name: str, scores: np.ndarray, start: Start | None) -> np.
     return (scores - start.mean) / start.std
 
 
-def curve_of(folder: Path, *, gold: str = GOLD, label: str = "") -> Curve:
+def curve_of(folder: Path, *, gold: str = GOLD, label: str = "", variant: str | None = None) -> Curve:
     """Read a run's folder or that of a best-of-n, whichever it is.
 
     gold: name of the score that watched a run.
     label: "" takes the folder's name.
+    variant: of a run's evaluations, see `run_curve`.
 
     Raises:
         DataError: it is neither, or lacks something.
     """
     if (folder / RESULTS).is_file():
         return best_of_n_curve_of(folder, label=label)
-    return run_curve(folder, gold=gold, label=label)
+    return run_curve(folder, gold=gold, label=label, variant=variant)
 
 
-def run_curve(run_dir: Path, *, gold: str = GOLD, label: str = "") -> Curve:
+def run_curve(run_dir: Path, *, gold: str = GOLD, label: str = "", variant: str | None = None) -> Curve:
     """Read a run's evaluations.
 
-    gold: name of the score that watched.
+    gold: name of the score that watched; one of another name than the default must be there.
     label: "" takes the folder's name.
+    variant: suffix of a swept generation argument; None takes that of all samples, else the only one of a
+        sweep that measured KL.
 
     Raises:
-        DataError: the run kept no evaluations, none of the starting policy, or none with its KL; or a record
-            is damaged.
+        DataError: the run kept no evaluations, none of the starting policy, none with its KL, or none with
+            that gold; or a record is damaged.
     """
-    paths = records_of(run_dir)
-    if not paths:
-        where = "" if run_dir.exists() else missing_path(run_dir)
-        raise DataError(
-            f"{run_dir} holds no evaluations: give the folder of a run that kept some "
-            f"(`evaluation.keep=true`), or one that `conch best-of-n` wrote{where}"
-        )
-    records = [read_record(path) for path in paths]
+    records = [read_record(path) for path in _paths(run_dir, variant)]
     if records[0].step != 0:
         raise DataError(
             f"{run_dir} kept no evaluation of its starting policy: the first is of step {records[0].step}, "
@@ -143,6 +146,12 @@ def run_curve(run_dir: Path, *, gold: str = GOLD, label: str = "") -> Curve:
             f"{run_dir} measured no KL in its evaluations: it needs a reference, and samples that are "
             "neither greedy nor cut by top-k or top-p"
         )
+    names = dict.fromkeys(name for record in records for row in record.samples for name in row.scores)
+    if gold != GOLD and gold not in names:
+        raise DataError(
+            f"{run_dir} has no scores `{gold}`, but {', '.join(names)}; "
+            f"`conch gold-eval {run_dir} GOLD --name {gold}` adds some"
+        )
     return Curve(
         label=label or run_dir.name,
         step=np.array([record.step for record in records], dtype=float),
@@ -153,6 +162,29 @@ def run_curve(run_dir: Path, *, gold: str = GOLD, label: str = "") -> Curve:
         proxy_start=Start.of(records[0].column(PROXY)),
         gold_start=Start.of(records[0].column(gold)),
     )
+
+
+def _paths(run_dir: Path, variant: str | None) -> list[Path]:
+    variants = variants_of(run_dir)
+    if not variants:
+        where = "" if run_dir.exists() else missing_path(run_dir)
+        raise DataError(
+            f"{run_dir} holds no evaluations: give the folder of a run that kept some "
+            f"(`evaluation.keep=true`), or one that `conch best-of-n` wrote{where}"
+        )
+    if variant is None:
+        sampled = variants if len(variants) == 1 else [each for each in variants if _has_kl(run_dir, each)]
+        variant = "" if "" in variants else sampled[0] if len(sampled) == 1 else None
+    if variant not in variants:
+        raise DataError(
+            f"{run_dir} evaluated a sweep: choose one of its values with --variant, of "
+            + ", ".join(f"`{each}`" for each in variants)
+        )
+    return records_of(run_dir, variant)
+
+
+def _has_kl(run_dir: Path, variant: str) -> bool:
+    return math.isfinite(_kl(read_record(records_of(run_dir, variant)[-1])))
 
 
 def _kl(record: EvaluationRecord) -> float:

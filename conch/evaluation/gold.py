@@ -245,9 +245,10 @@ def _missing(path: Path, record: EvaluationRecord, gold: Gold) -> int:
     return sum(gold.force or sample.scores.get(gold.name) is None for sample in record.samples)
 
 
-def _model(source: str) -> str:
-    """What of a source's name does not change when its server moves."""
-    return source.partition(" at ")[0]
+def _model(source: str) -> tuple[str, bool]:
+    """What of a source's name does not change when its server moves: the model, and whether it has one."""
+    name, at, _ = source.partition(" at ")
+    return name, bool(at)
 
 
 def _check_readable(path: Path, record: EvaluationRecord, gold: Gold) -> None:
@@ -427,6 +428,12 @@ def _run(where: Path, gold: str, options: GoldOptions) -> tuple[list[GoldRow], s
     paths = evaluation_files(where)
     if options.write_seed_files is not None and paths[0].suffix != RECORD:
         raise ConfigError(f"--write-seed-files: {where} holds such files already, and no records of a run")
+    whole = [path for path in paths if "@" not in path.name]
+    if options.write_seed_files is not None and not whole:
+        raise ConfigError(
+            f"--write-seed-files: {where} evaluated a sweep (`eval_generation`), for whose values such files "
+            "have no place: leave it out"
+        )
     keys = dict.fromkeys(
         key for path in paths for sample in read_evaluation(path).samples for key in sample.metadata
     )
@@ -443,7 +450,7 @@ def _run(where: Path, gold: str, options: GoldOptions) -> tuple[list[GoldRow], s
         )
         rows = add_gold(paths, asked)
     if options.write_seed_files is not None:
-        write_seed_files([path for path in paths if "@" not in path.name], options.write_seed_files)
+        write_seed_files(whole, options.write_seed_files)
     return rows, options.name
 
 

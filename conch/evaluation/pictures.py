@@ -331,11 +331,22 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("pictures"), help="default: %(default)s")
     parser.add_argument("--gold", default=GOLD, help="score that watched the runs (default: %(default)s)")
+    parser.add_argument(
+        "--variant",
+        help="of runs that evaluate a sweep (`eval_generation`), as in the names of their files: "
+        "@do_sample=true; default: the only one that measured KL",
+    )
     arguments = parser.parse_args(argv)
+    groups = groups_of(arguments.folder)
     curves = {
-        name: [curve_of(folder, gold=arguments.gold) for folder in folders]
-        for name, folders in groups_of(arguments.folder).items()
+        name: [curve_of(folder, gold=arguments.gold, variant=arguments.variant) for folder in folders]
+        for name, folders in groups.items()
     }
+    for name, folders in groups.items():
+        for folder, curve in zip(folders, curves[name], strict=True):
+            if not np.isfinite(curve.gold).any():
+                told = "%s has no gold scores, so %s is drawn without: `conch gold-eval` adds them to a run"
+                _log.warning(told, folder, name)
     for path in draw(curves, arguments.output):
         print(path)
 

@@ -163,12 +163,24 @@ def records_of(run_dir: Path, variant: str = "") -> list[Path]:
 
     run_dir: the run, or its folder of evaluations itself.
     """
-    folder = run_dir / EVALUATIONS if (run_dir / EVALUATIONS).is_dir() else run_dir
     found: dict[int, Path] = {}
-    for path in _listed(folder):
+    for path in _listed(_folder(run_dir)):
         if (match := _NAME.fullmatch(path.name)) and (match[2] or "") == variant:
             found[int(match[1])] = path
     return [found[step] for step in sorted(found)]
+
+
+def variants_of(run_dir: Path) -> list[str]:
+    """Variants of which a run kept evaluations, sorted; "" is that without a sweep.
+
+    run_dir: the run, or its folder of evaluations itself.
+    """
+    matches = (_NAME.fullmatch(path.name) for path in _listed(_folder(run_dir)))
+    return sorted({match[2] or "" for match in matches if match is not None})
+
+
+def _folder(run_dir: Path) -> Path:
+    return run_dir / EVALUATIONS if (run_dir / EVALUATIONS).is_dir() else run_dir
 
 
 def _listed(folder: Path) -> Iterable[Path]:

@@ -45,6 +45,7 @@ from conch.evaluation.records import (
     EvaluationRecord,
     read_record,
     records_of,
+    variants_of,
     write_record,
 )
 
@@ -52,7 +53,6 @@ RECORD = ".jsonl"
 """Suffix of records of Conch's own."""
 
 _NAME = re.compile(r"eval-(\d+)\.json")
-_VARIANT = re.compile(r"step_\d+((?:@.+)?)\.jsonl")
 _SCORES = "_scores"
 _COLUMN_OF = {"proxy": PROXY, "gold": GOLD}
 """Beginning of a key of scores -> name of the score in a record."""
@@ -67,10 +67,10 @@ def evaluation_files(where: Path) -> list[Path]:
     """
     if not where.is_dir():
         raise ConfigError(f"{where} is no folder of evaluations{missing_path(where)}")
-    folder = where / EVALUATIONS if (where / EVALUATIONS).is_dir() else where
-    variants = {match[1] for path in folder.iterdir() if (match := _VARIANT.fullmatch(path.name))}
-    found = [path for variant in sorted(variants) for path in records_of(folder, variant)]
-    found = found or seed_files_of(folder) or seed_files_of(where / "eval")
+    found = [path for variant in variants_of(where) for path in records_of(where, variant)]
+    found = (
+        found or seed_files_of(where / EVALUATIONS) or seed_files_of(where) or seed_files_of(where / "eval")
+    )
     if not found:
         raise ConfigError(
             f"{where} holds no evaluations, neither step_<n>.jsonl nor eval-<k>.json: name the folder of a "

@@ -140,8 +140,8 @@ class Tracker:
 
     def _show(self, step: int, metrics: Metrics) -> None:
         self._bar.update(step - self._bar.n)
-        headline = {name: metrics[name] for name in _HEADLINE if name in metrics}
-        text = "  ".join(f"{name.split('/')[-1]} {value:.4g}" for name, value in headline.items())
+        shown = {short: metrics[name] for name, short in _HEADLINE.items() if name in metrics}
+        text = "  ".join(f"{short} {value:.4g}" for short, value in shown.items())
         self._bar.set_postfix_str(text)
         if self._bar.disable:
             self._print(step, text)
@@ -155,16 +155,17 @@ class Tracker:
         _log.info("%s %d/%d  %s  %s", self._desc, step, self._total, text, pace)
 
 
-_HEADLINE = (
-    "reward/mean",
-    "eval/reward",
-    "eval/optimality",
-    "policy/kl",
-    "train/loss",
-    "eval/accuracy",
-    "eval/spearman",
-)
-"""Metrics that the console shows, as far as a step has them."""
+_HEADLINE = {
+    "reward/mean": "mean",
+    "eval/reward": "reward",
+    "eval/gold/reward": "gold",
+    "eval/optimality": "optimality",
+    "policy/kl": "kl",
+    "train/loss": "loss",
+    "eval/accuracy": "accuracy",
+    "eval/spearman": "spearman",
+}
+"""Metrics that the console shows, as far as a step has them -> their names there."""
 
 
 @runtime_checkable

@@ -418,6 +418,8 @@ def check_gold(
         if config.train.stop_rule is not None and config.train.stop_rule.metric == GOLD_METRIC:
             raise ConfigError(NO_GOLD)
         return
+    if config.train.eval_every == 0:
+        _log.warning("gold is never asked: it watches evaluations, and `train.eval_every` = 0 makes none")
     if not isinstance(config, OnlineRunConfig) and not _is_named(reward, config.reward):
         return
     member = shared_reward(gold, _gold_settings(config.evaluation), reward, config.reward)

@@ -133,7 +133,8 @@ def _overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
         try:
             found.append((name, yaml.safe_load(value)))
         except yaml.YAMLError as error:
-            raise ConfigError(f"the value of `{name}` cannot be read: {value}") from error
+            braces = "; in YAML, quotes stand around a text with braces" if "{" in value else ""
+            raise ConfigError(f"the value of `{name}` cannot be read: {value}{braces}") from error
     return found
 
 

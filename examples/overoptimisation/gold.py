@@ -7,6 +7,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from conch.config import RewardConfig, load
+from conch.errors import ConfigError
 from conch.evaluation.gold import (
     Gold,
     GoldRow,
@@ -16,7 +17,7 @@ from conch.evaluation.gold import (
     gold_row,
     gold_source,
 )
-from conch.evaluation.records import EVALUATIONS, GOLD, records_of
+from conch.evaluation.records import EVALUATIONS, GOLD, PROXY, records_of
 from conch.evaluation.seed_files import (
     evaluation_files,
     read_evaluation,
@@ -65,6 +66,14 @@ def _scored(paths: Sequence[Path], gold: GoldSettings, store: Path, force: bool)
     config = load(RewardConfig, {"client": {"batch_rows": gold.batch_size}})
     keys = [*dict.fromkeys(key for record in before for sample in record.samples for key in sample.metadata)]
     with _address(gold, store) as address, closing(gold_source(address, config, keys)) as source:
+        # A model that is served for this alone has another port than it had as the reward.
+        if not has_address(gold.model_name) and _model(source.name) in {
+            _model(record.sources.get(PROXY, "")) for record in before
+        }:
+            raise ConfigError(
+                f"{gold.model_name} is the reward model that {paths[0].parent} was learned from: give one "
+                "that training did not see"
+            )
         asked = Gold(
             source,
             present=_present(paths[0], gold),
@@ -74,6 +83,10 @@ def _scored(paths: Sequence[Path], gold: GoldSettings, store: Path, force: bool)
             who=gold.model_name,
         )
         return add_gold(paths, asked)
+
+
+def _model(source: str) -> str:
+    return source.partition(" at ")[0]
 
 
 @contextmanager

@@ -295,7 +295,8 @@ class StudyConfig(Section):
 
     datasets: tuple[str | dict[str, Any], ...] = Field(min_length=1)
     """Instructions: `alpaca_farm`, a file, a dataset of the hub (`owner/name:split`), or keys of Conch's
-    section `data`, as in `{train: mine.jsonl, eval: others.jsonl}`."""
+    section `data`, as in `{train: mine.jsonl, eval: others.jsonl}`; one, or a list. Of one without `eval` the
+    last tenth is kept for evaluations."""
 
     eval_size: int | None = Field(default=4, ge=1)
     """Instructions to keep for evaluations; null keeps all that there are."""
@@ -333,6 +334,11 @@ class StudyConfig(Section):
 
     conch: dict[str, Any] = Field(default_factory=dict)
     """Any setting of `conch train ppo` that has no name here: `conch.train.eval_repeats=16`."""
+
+    @field_validator("datasets", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, datasets: Any) -> Any:
+        return (datasets,) if isinstance(datasets, str | dict) else datasets
 
     @model_validator(mode="after")
     def _seed_has_its_place(self) -> StudyConfig:

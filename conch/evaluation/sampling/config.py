@@ -24,7 +24,7 @@ class BestOfNConfig(Section):
     """How many completions are sampled, what is told of them, and where they are kept."""
 
     num_samples: int = Field(default=256, ge=1)
-    """Completions of each prompt, N. A later call with more samples the missing ones only."""
+    """Completions of each prompt, N. A later call with more samples only the missing ones."""
 
     ns: tuple[int, ...] = ()
     """Numbers of completions to choose from, each at most `num_samples`; () takes the powers of two."""
@@ -91,6 +91,11 @@ class BestOfNRunConfig(Section):
             for key in ("dense", "delta", "record", "replay"):
                 if config is not None and getattr(config, key):
                     raise ValueError(f"`{name}.{key}` is for rewards that are learned from: leave it out")
+        if self.gold is not None and not _names(self.gold):
+            raise ValueError(
+                "`gold` names no source: give `gold=host:port/model`, `gold.url`, `gold.function`, "
+                "`gold.verifier` or `gold.members`, or leave all of `gold` out"
+            )
         for name in _names(self.gold):
             if self.gold and shared_reward(name, self.gold, None, self.reward) is not None:
                 raise ValueError(

@@ -341,8 +341,9 @@ def _tell(result: BestOfN, folder: Path) -> None:
             "%d completions lack a score and are left out, and %d prompts with fewer than %d whole ones",
             *(result.left_out_samples, result.left_out_prompts, max(result.ns)),
         )
-    last = {name: f"{values[-1]:.4g}" for name, values in result.mean.items()}
-    first = {name: f"{values[0]:.4g}" for name, values in result.mean.items()}
+    first, last = (
+        ", ".join(f"{name} {values[place]:.4g}" for name, values in result.mean.items()) for place in (0, -1)
+    )
     _log.info("best of %d: %s; of %d: %s", result.ns[0], first, result.ns[-1], last)
     _log.info("%d prompts with %d completions: %s", result.num_prompts, result.num_samples, folder)
 

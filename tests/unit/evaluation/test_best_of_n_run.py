@@ -185,10 +185,11 @@ def refusals(bench: Bench) -> list[tuple[dict[str, Any], str]]:
         ({"best_of_n.ns": "[1,64]"}, "`ns` has 64, and the best of n can be told for n from 1 to"),
         ({"data.eval": None}, "no prompts: set `data.eval`"),
         ({"reward.dense": "true"}, "is for rewards that are learned from"),
+        ({"gold": None, "gold.client.batch_rows": 8}, "`gold` names no source"),
     ]
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(5))
 def test_settings_that_cannot_be_are_refused_before_anything_is_sampled(bench: Bench, number: int) -> None:
     settings, sentence = refusals(bench)[number]
 

@@ -58,6 +58,22 @@ def test_another_gold_is_read_by_its_name(tmp_path: Path) -> None:
     keep(tmp_path, 0, [{"reward": 1.0, "gold": 4.0, "human": 7.0}], 0.0)
 
     assert run_curve(tmp_path, gold="human").gold.tolist() == [7.0]
+    with pytest.raises(DataError, match="has no scores `humane`, but reward, gold, human"):
+        run_curve(tmp_path, gold="humane")
+
+
+def test_of_a_sweep_the_value_that_measured_kl_is_read_or_the_one_that_is_named(tmp_path: Path) -> None:
+    keep(tmp_path, 0, [{"reward": 1.0, "gold": 4.0}], None, variant="@do_sample=false")
+    keep(tmp_path, 0, [{"reward": 2.0, "gold": 5.0}], 0.0, variant="@do_sample=true")
+
+    assert run_curve(tmp_path).proxy.tolist() == [2.0]
+    assert run_curve(tmp_path, variant="@do_sample=true").proxy.tolist() == [2.0]
+    with pytest.raises(DataError, match="measured no KL"):
+        run_curve(tmp_path, variant="@do_sample=false")
+    keep(tmp_path, 0, [{"reward": 3.0}], 0.0, variant="@temperature=2")
+    for variant in (None, "@do_sample"):
+        with pytest.raises(DataError, match="choose one of its values with --variant, of `@do_sample=false`"):
+            run_curve(tmp_path, variant=variant)
 
 
 def test_equal_scores_at_the_start_cannot_normalise(tmp_path: Path) -> None:

@@ -123,6 +123,24 @@ def test_force_scores_anew_and_another_name_stands_beside(tmp_path: Path, judge:
     assert gold_of(run) == lengths(run)
 
 
+def test_a_served_model_is_not_taken_for_a_function_of_its_name(tmp_path: Path, capsys: Any) -> None:
+    sample = EvaluatedSample(0, "a", "b", 1, {"reward": 1.0, "gold": 2.0})
+    for place, source in enumerate(("gold", "gold at host:8001")):
+        write_record(
+            record_path(tmp_path / source, 0), EvaluationRecord(0, (sample,), {}, "", {"gold": source})
+        )
+        assert main([str(tmp_path / source), "localhost:9/gold"]) == 1 - place
+    assert "holds scores `gold` of gold, not of gold at localhost:9" in capsys.readouterr().err
+
+
+def test_files_of_the_other_code_have_no_place_for_a_sweep(tmp_path: Path, capsys: Any) -> None:
+    sample = EvaluatedSample(0, "a", "b", 1, {"reward": 1.0})
+    write_record(record_path(tmp_path, 0, "@beta=1"), EvaluationRecord(0, (sample,), {}, "@beta=1"))
+    words = ["verifier:gsm8k", "--write-seed-files", str(tmp_path / "eval")]
+    assert main([str(tmp_path), *words]) == 1
+    assert "evaluated a sweep" in capsys.readouterr().err
+
+
 def test_a_server_that_goes_away_leaves_what_it_gave(tmp_path: Path, capsys: Any) -> None:
     run = a_run(tmp_path)
     calls: list[int] = []

@@ -285,6 +285,11 @@ def test_a_rule_by_gold_wants_gold(tmp_path: Path) -> None:
         ppo_trainer(tmp_path / "run", train={**EACH, "stop_when": "gold falls for 2 evaluations"})
 
 
+def test_gold_without_evaluations_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ppo_trainer(tmp_path / "run", gold=Scripted(), train={**EACH, "eval_every": 0})
+    assert "gold is never asked" in caplog.text
+
+
 def test_a_rule_by_what_is_not_evaluated_ends_the_run_at_its_start(tmp_path: Path) -> None:
     trainer = ppo_trainer(
         tmp_path / "run", train={**EACH, "stop_when": "eval/optimality falls for 2 evaluations"}

@@ -142,6 +142,18 @@ def test_command_draws_groups_of_runs_beside_best_of_n(
     }
 
 
+def test_a_run_without_gold_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    samples = tuple(EvaluatedSample(0, "p", "o", 1, {"reward": float(k)}) for k in range(3))
+    for step in (0, 1):
+        write_record(
+            record_path(tmp_path / "a", step), EvaluationRecord(step, samples, {"eval/kl": float(step)})
+        )
+
+    main([f"{tmp_path}/a", "--output", str(tmp_path / "out")])
+
+    assert f"{tmp_path}/a has no gold scores, so a is drawn without" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("words", "groups"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,7 @@ ENSEMBLE = {"rank_config": {"model_names": ["a/rm", "b/rm", "c"]}}
         (["mine", "ensemble", "rank_config.objective_name=median"], "objective_name"),
         (["mine", "ensemble", "sft_config.quantization=true"], "no weights are quantised"),
         (["mine", "ensemble", "prompt_template=hi"], "no {instruction} in it"),
+        (["mine", "rank_config.model_names=[a{seed}]"], "quotes stand around a text with braces"),
         (["mine", "ensemble", "oops"], "there is no entry `oops`"),
     ],
 )
@@ -136,6 +138,12 @@ def test_mistakes_are_told_in_a_sentence(words: list[str], sentence: str, tmp_pa
     with pytest.raises(ConfigError) as caught:
         settings(*entries_in(tmp_path, ensemble=ENSEMBLE), *words)
     assert sentence in str(caught.value), str(caught.value)
+
+
+def test_one_dataset_need_not_be_a_list(tmp_path: Path) -> None:
+    words = [*entries_in(tmp_path, ensemble=ENSEMBLE), "mine", "ensemble"]
+    assert settings(*words, "datasets=rows.jsonl").datasets == ("rows.jsonl",)
+    assert settings(*words, "datasets={train: a, eval: b}").datasets == ({"train": "a", "eval": "b"},)
 
 
 def test_a_folder_without_entries_is_told(tmp_path: Path) -> None:
@@ -427,6 +435,17 @@ def test_files_alone_are_scored_as_they_say(own: bool, tmp_path: Path) -> None:
         head = "Q: Go." if own else "<|prompter|>Go.<|endoftext|><|assistant|>"
         assert asked(running) == [f"{head}a", f"{head}bc"]
     assert json.loads(file.read_text())[0]["gold_scores"] == [len(head) + 1.0, len(head) + 2.0]
+
+
+def test_the_reward_model_of_a_run_is_known_at_another_port(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = {"reward": "rm-1234abcd at 127.0.0.1:1"}
+    write_record(record_path(tmp_path, 0), EvaluationRecord(0, SAMPLES, sources=sources))
+    served = {"models/rm": "127.0.0.1:9/rm-1234abcd"}
+    monkeypatch.setattr(study_gold, "hosting", lambda *_: nullcontext(served))
+    with pytest.raises(ConfigError, match=r"models/rm is the reward model that .* was learned from"):
+        study_gold.gold_scores(tmp_path / "eval", GoldSettings(model_name="models/rm"), tmp_path)
 
 
 def test_nobody_is_served_where_no_score_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,11 +129,11 @@ def test_without_a_terminal_a_line_tells_step_headline_and_pace(
     monkeypatch.setattr(logging.getLogger("conch"), "propagate", True)
     caplog.set_level(logging.INFO, "conch")
     with tracker(tmp_path) as track:
-        track.log(0, {"eval/reward": 0.1})
+        track.log(0, {"eval/reward": 0.1, "eval/gold/reward": -2.0})
         track.log(1, {"reward/mean": 0.123456, "train/other": 9.0})
 
     first, second = (record.getMessage() for record in caplog.records)
-    assert first.split() == ["test", "0/4", "reward", "0.1"]
+    assert first.split() == ["test", "0/4", "reward", "0.1", "gold", "-2"]
     assert second.startswith("test 1/4  mean 0.1235  (") and second.endswith(" s left)")
     assert "other" not in second
 

@@ -268,7 +268,12 @@ def test_the_best_of_a_run_that_has_prompts_alone_is_by_reward(run_dir: Path) ->
             ConfigError,
             "`sft.chat_template` = no/such.jinja cannot be read",
         ),
-        (["a"], {"metric_fn": half_length}, ConfigError, "`metric_fn` and `reward` .* `eval_prompts`: give"),
+        (
+            ["a"],
+            {"metric_fn": half_length},
+            ConfigError,
+            "`metric_fn`, `reward` and gold .* `eval_prompts`: give",
+        ),
         (["a"], {"reward": {"delta": True}}, ConfigError, "`reward.delta` is for rewards that are learned"),
         (
             ["a"],
