@@ -79,7 +79,8 @@ def _architectures(first: StoredModel, other: StoredModel) -> str:
     one, two = (_configuration(model, "config.json") for model in (first, other))
     if one.get("model_type") != two.get("model_type"):
         return f"{first.name} is {one.get('model_type')}, {other.name} {two.get('model_type')}"
-    labels = [{"num_labels": len(config.get("id2label", ()))} for config in _raw(first, other)]
+    # A config.json that says nothing of its labels has the two of transformers.
+    labels = [{"num_labels": len(config.get("id2label") or (0, 1))} for config in _raw(first, other)]
     return _difference({**one, **labels[0]}, {**two, **labels[1]}, first, other)
 
 

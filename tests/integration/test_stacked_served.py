@@ -257,7 +257,7 @@ def test_a_family_that_does_not_stack_is_held_too_and_the_manifest_says_how_it_r
     ]
     with TritonServer(tmp_path / "store", ["e"]) as server, open_client(server.url, server.access) as client:
         reply = infer(client, "e", FEW)
-        assert "its members run one after another, not in one pass" in server.log_tail()
+        assert "its members run one after another, not in one pass" in server.log_tail(10_000)
     np.testing.assert_allclose(reply["rewards"][:, 0], reply["member_rewards"].min(axis=1), atol=1e-6)
 
 
@@ -279,7 +279,7 @@ def test_members_that_cannot_share_a_model_are_refused_by_name(
     expected = {
         "letters": "one and letters have different tokenizers (tokenizer.json differs): leave out --stacked",
         "wide": "one and wide differ in architecture, n_embd is 32 in one, 64 in wide: leave out",
-        "rewards:reward_0": "one and rewards differ in architecture, num_labels is 1 in one, 2 in rewards",
+        "rewards:LABEL_0": "one and rewards differ in architecture, num_labels is 1 in one, 2 in rewards",
         "longer": "one and longer read samples differently, max_length is 12 in one, 14 in longer",
     }
     settings = ["--objective", "mean", "--name", "e", "--stacked", "--model_store", str(tmp_path / "store")]
