@@ -1,8 +1,10 @@
 """Continuous batching (Yu et al. 2022, "Orca", section 3.2): a sequence that has ended frees its slot for the
 next prompt, so that little is computed behind an end.
 
-Equal prompts among those that are prefilled together are prefilled once. Keys and values stand in buffers
-that are written in place. A slot's own lie between its first column and its next one, under its own mask.
+Equal prompts are prefilled once: where they are prefilled together, and where the next ones wait for a slot,
+for which keys, values and first distribution are kept (vLLM's prefix caching does the same). Keys and values
+stand in buffers that are written in place. A slot's own lie between its first column and its next one, under
+its own mask.
 
 Legend: B distinct prompts that are prefilled together, S slots, N sequences that are sampled (B or S), W
 columns, H heads, D their width, V vocabulary.
@@ -11,8 +13,9 @@ columns, H heads, D their width, V vocabulary.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,6 +110,24 @@ class _Step:
     """Tokens of one step and their log-probs, on the device, and the version of the weights."""
 
     tokens: Tensor
+    logprobs: Tensor
+    version: int
+
+
+_KEPT_SHARE = 8
+"""One prompt per so many slots is kept for those that wait: an eighth more memory for prompts, at most."""
+
+
+@dataclass(frozen=True)
+class _ReadPrompt:
+    """What prefilling a prompt gave.
+
+    states: of each block keys and values [1, H, W, D], without padding.
+    logprobs: [1, V], which the first token is drawn from.
+    version: of the weights.
+    """
+
+    states: list[tuple[Tensor, Tensor]]
     logprobs: Tensor
     version: int
 
@@ -237,6 +258,7 @@ class ContinuousBatcher:
         self._has_ended = has_ended
         self._slots: list[SampledSequence | None] = [None] * min(num_slots, len(prompts))
         self._caches: list[_SlotCache] = []
+        self._read_prompts: dict[tuple[int, ...], _ReadPrompt] = {}
         self._unread: list[_Step] = []
         zeros = torch.zeros(len(self._slots), dtype=torch.long, device=lm.device)
         self._start, self._end, self._last = zeros, zeros.clone(), zeros.clone()
@@ -311,29 +333,95 @@ class ContinuousBatcher:
         free = [slot for slot, sequence in enumerate(self._slots) if sequence is None]
         indices, prompts = zip(*(self._waiting.popleft() for _ in free[: len(self._waiting)]), strict=True)
         free = free[: len(indices)]
-        distinct = list(dict.fromkeys(prompts))
-        row_of = {prompt: row for row, prompt in enumerate(distinct)}
-        prompt_of_slot = torch.tensor([row_of[prompt] for prompt in prompts], device=self._lm.device)
-        slots = torch.tensor(free, device=self._lm.device)
-        ids, mask = pad_left(distinct, self._pad_id, self._lm.device)
-        logits, width = self._prefill_forward(ids, mask, slots, prompt_of_slot)
+        version = self._version()
+        places: dict[tuple[int, ...], list[int]] = {}
+        for slot, prompt in zip(free, prompts, strict=True):
+            places.setdefault(prompt, []).append(slot)
+        known = {
+            prompt: read
+            for prompt, read in self._read_prompts.items()
+            if prompt in places and read.version == version
+        }
+        self._forget_prompts(version)
+        logprobs = {prompt: read.logprobs for prompt, read in known.items()}
+        for prompt, read in known.items():
+            slots = places[prompt]
+            self._fill(slots, read.states, [0] * len(slots), [len(prompt)] * len(slots))
+        if unread := [prompt for prompt in places if prompt not in known]:
+            logprobs |= self._read(unread, places, sampling, version)
         for slot, index, prompt in zip(free, indices, prompts, strict=True):
-            self._slots[slot] = SampledSequence(index, prompt, width, generator=self._generator(index))
-        self._start[slots] = width - mask.sum(dim=1)[prompt_of_slot]
-        self._end[slots], self._is_active[slots] = width, True
+            columns = len(prompt) if prompt in known else max(map(len, unread))
+            self._slots[slot] = SampledSequence(index, prompt, columns, generator=self._generator(index))
+        rows = torch.cat([logprobs[prompt] for prompt in prompts])
+        tokens, token_logprobs = sampling.draw(rows, self._generators(free))
+        self._last[torch.tensor(free, device=self._lm.device)] = tokens
+        return self._read_tokens(free, [_Step(tokens, token_logprobs, version)])
+
+    def _read(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        places: Mapping[tuple[int, ...], Sequence[int]],
+        sampling: Sampling,
+        version: int,
+    ) -> dict[tuple[int, ...], Float[Tensor, "1 V"]]:
+        """Log-probs of the token after each prompt, whose keys and values go into slots, and are kept for
+        those that wait with the same prompt.
+
+        places: of each prompt, its slots.
+        """
+        ids, mask = pad_left(prompts, self._pad_id, self._lm.device)
+        logits, states = self._prefill_forward(ids, mask)
         logprobs = sampling.logprobs(ids if sampling.reads_history else ids[:, -1:], logits)
-        tokens, token_logprobs = sampling.draw(logprobs[prompt_of_slot], self._generators(free))
-        self._last[slots] = tokens
-        return self._read_tokens(free, [_Step(tokens, token_logprobs, self._version())])
+        rows = [row for row, prompt in enumerate(prompts) for _ in places[prompt]]
+        slots = [slot for prompt in prompts for slot in places[prompt]]
+        self._fill(slots, states, rows, [len(prompts[row]) for row in rows])
+        logprobs_of = {prompt: logprobs[row : row + 1] for row, prompt in enumerate(prompts)}
+        waiting = self._next_prompts()
+        for row, prompt in enumerate(prompts):
+            if prompt in waiting and len(self._read_prompts) < max(1, self._num_slots // _KEPT_SHARE):
+                start = ids.shape[1] - len(prompt)
+                own = [(_one(keys, row, start), _one(values, row, start)) for keys, values in states]
+                self._read_prompts[prompt] = _ReadPrompt(own, logprobs_of[prompt].clone(), version)
+        return logprobs_of
+
+    def _next_prompts(self) -> set[tuple[int, ...]]:
+        """Prompts of the slots' next sequences."""
+        return {prompt for _, prompt in itertools.islice(self._waiting, self._num_slots)}
+
+    def _forget_prompts(self, version: int) -> None:
+        """Drop what was read under other weights, or for sequences that all have begun."""
+        waiting = self._next_prompts()
+        self._read_prompts = {
+            prompt: read
+            for prompt, read in self._read_prompts.items()
+            if read.version == version and prompt in waiting
+        }
+
+    def _fill(
+        self,
+        slots: Sequence[int],
+        states: Sequence[tuple[Tensor, Tensor]],
+        rows: Sequence[int],
+        lengths: Sequence[int],
+    ) -> None:
+        """Copy prefilled keys and values, padded on the left, into slots.
+
+        rows, lengths: for each of `slots`, the row of its prompt and the prompt's tokens.
+        """
+        into = torch.tensor(slots, device=self._lm.device)
+        from_rows = torch.tensor(rows, device=self._lm.device)
+        width = states[0][0].shape[2]
+        for number, pair in enumerate(states):
+            if number == len(self._caches):
+                self._caches.append(_SlotCache(*(self._new_buffer(each) for each in pair)))
+            self._caches[number].copy_prompts(into, pair, from_rows)
+        self._start[into] = width - torch.tensor(lengths, device=self._lm.device)
+        self._end[into], self._is_active[into] = width, True
 
     def _prefill_forward(
-        self,
-        ids: Int[Tensor, "B W"],
-        mask: Bool[Tensor, "B W"],
-        slots: Int[Tensor, " N"],
-        prompt_of_slot: Int[Tensor, " N"],
-    ) -> tuple[Float[Tensor, "B V"], int]:
-        """Logits of the token after each prompt, and the columns that the prompts fill."""
+        self, ids: Int[Tensor, "B W"], mask: Bool[Tensor, "B W"]
+    ) -> tuple[Float[Tensor, "B V"], list[tuple[Tensor, Tensor]]]:
+        """Logits of the token after each prompt, and keys and values [B, H, W, D] of each block."""
         cache = DynamicCache()
         last_only = {"logits_to_keep": 1} if self._keeps_logits else {}
         output = self._lm(
@@ -345,12 +433,7 @@ class ContinuousBatcher:
             **last_only,
         )
         layers: list[Any] = cache.layers
-        for number, layer in enumerate(layers):
-            states = layer.keys, layer.values
-            if number == len(self._caches):
-                self._caches.append(_SlotCache(*(self._new_buffer(each) for each in states)))
-            self._caches[number].copy_prompts(slots, states, prompt_of_slot)
-        return output.logits[:, -1], ids.shape[1]
+        return output.logits[:, -1], [(layer.keys, layer.values) for layer in layers]
 
     def _new_buffer(self, states: Tensor) -> Tensor:
         _, heads, width, size = states.shape
@@ -473,6 +556,11 @@ class ContinuousBatcher:
         self._start, self._end, self._last, self._is_active = (
             each[slots] for each in (self._start, self._end, self._last, self._is_active)
         )
+
+
+def _one(states: Tensor, row: int, start: int) -> Tensor:
+    """A copy of one row from a column on, that does not keep the others in memory."""
+    return states[row : row + 1, :, start:].clone()
 
 
 def _reading_waits(device: torch.device) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -35,17 +36,21 @@ def sample(
     processors: Any = None,
     **settings: Any,
 ) -> list[Rollout]:
-    from contextlib import nullcontext
+    engine = engine_of(lm, processors=processors, **settings)
+    torch.manual_seed(0)
+    return [rollout for chunk in engine.generate(prompts(texts), greedy=greedy) for rollout in chunk]
 
-    engine = HFEngine(
+
+def engine_of(
+    lm: PreTrainedModel, *, version: Callable[[], int] = lambda: 0, processors: Any = None, **settings: Any
+) -> HFEngine:
+    return HFEngine(
         lambda: lm,
         TOKENIZER,
         GenerationConfig(**settings),
-        version=lambda: 0,
+        version=version,
         processors=lambda: nullcontext(processors or ()),
     )
-    torch.manual_seed(0)
-    return [rollout for chunk in engine.generate(prompts(texts), greedy=greedy) for rollout in chunk]
 
 
 def counted(lm: PreTrainedModel) -> list[tuple[int, int]]:
@@ -102,6 +107,61 @@ def test_a_prompt_of_a_group_is_read_once() -> None:
     found = sample(lm, ["abcd"] * 5 + ["ef"] * 3, chunk_size=8, max_new_tokens=4)
     assert len({r.completion.text for r in found[:5]}) > 1, "each has a completion of its own"
     assert shapes[3:5] == [(2, 4), (8, 1)], "after the three passes that try the model out"
+
+
+def test_a_prompt_is_read_once_however_many_completions_wait_for_a_slot() -> None:
+    lm = tiny_decoder("gpt2")
+    shapes = counted(lm)
+    found = sample(lm, ["abcd"] * 40 + ["efg"] * 40, chunk_size=4, max_new_tokens=4)
+    reads = [shape for shape in shapes[3:] if shape[1] > 1]
+    assert len({r.completion.text for r in found[:40]}) > 5, "each has a completion of its own"
+    assert reads in ([(1, 4), (1, 3)], [(1, 4), (1, 4)]), "after the three passes that try the model out"
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_seeded_completions_of_a_shared_prompt_are_those_that_read_it_alone(family: str) -> None:
+    lm = tiny_decoder(family)
+    texts = ["abcdefgh"] * 13 + ["ij"] * 9 + ["abcdefgh"] * 3
+    engine = engine_of(lm, chunk_size=4, max_new_tokens=6)
+    seeds = [100 + number for number in range(len(texts))]
+    together = [rollout for chunk in engine.generate(prompts(texts), seeds=seeds) for rollout in chunk]
+    for text, seed, one in zip(texts, seeds, together, strict=True):
+        ((other,),) = engine.generate(prompts([text]), seeds=[seed])
+        assert one.completion.token_ids == other.completion.token_ids
+        assert one.completion.logprobs == pytest.approx(other.completion.logprobs, abs=1e-5)
+
+
+def test_a_shared_prompt_is_read_again_once_the_weights_have_changed() -> None:
+    lm = tiny_decoder("gpt2")
+    updates = [0]
+    engine = engine_of(lm, version=lambda: updates[0], chunk_size=2, max_new_tokens=3)
+    generation = engine.generate(prompts(["abcd"] * 12), greedy=True)
+    before = next(generation)[0].completion
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    updates[0] = 1
+    *_, last = [rollout for chunk in generation for rollout in chunk]
+    ((alone,),) = engine_of(lm, chunk_size=1, max_new_tokens=3).generate(prompts(["abcd"]), greedy=True)
+    assert last.policy_version == 1
+    assert last.completion.logprobs == pytest.approx(alone.completion.logprobs, abs=1e-5)
+    assert last.completion.logprobs != pytest.approx(before.logprobs, abs=1e-3)
+
+
+@torch.no_grad()
+def test_kept_prompts_are_few_and_forgotten_with_the_last_that_waits() -> None:
+    lm = tiny_decoder("gpt2")
+    rows = [tuple(TOKENIZER(letter).input_ids) for letter in "abcdefghijklmnop"]
+    batcher = continuous_batching.ContinuousBatcher(
+        lm, rows * 3, num_slots=16, max_new_tokens=2, pad_id=TOKENIZER.pad_token_id, has_ended=lambda _: False
+    )
+    sampling = continuous_batching.Sampling((), (), greedy=True)
+    most = 0
+    while not batcher.is_done:
+        batcher.advance(sampling)
+        most = max(most, len(batcher._read_prompts))
+    assert most == 2
+    assert not batcher._read_prompts
 
 
 def test_ended_rows_make_room_and_are_dropped_in_the_end() -> None:
