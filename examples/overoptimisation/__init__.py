@@ -1,0 +1,1 @@
+"""Overoptimisation of reward models: seen, measured and stopped by ensembles."""

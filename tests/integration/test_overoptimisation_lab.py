@@ -1,0 +1,50 @@
+"""The laboratory of overoptimisation: its chain and how it goes on, and, slowly, what it shows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from conch.evaluation.records import GOLD, read_record, records_of
+from examples.overoptimisation.laboratory import ARMS, LaboratoryConfig, places, run
+
+SMALL = {
+    **{"num_demonstrations": 128, "num_pairs": 64, "num_members": 2, "best_of": 16},
+    **{"num_start_texts": 200, "ppo_steps": 2, "eval_repeats": 4, "workers": 1},
+}
+
+
+def test_a_chain_has_all_its_parts_and_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+    config = LaboratoryConfig(seed=(3,), output=tmp_path, **SMALL)
+    summary = run(config)
+    at = places(config, 3)
+    assert len(at.pairs.read_text().splitlines()) == 64
+    for arm in ARMS:
+        first, *_, last = [read_record(path) for path in records_of(at.policy(arm))]
+        assert (first.step, last.step) == (0, 2) and len(last.samples) == 8 * 4
+        assert all(sample.scores[GOLD] is not None for sample in last.samples)
+        assert bool(last.samples[0].members) == (arm != "single")
+    assert list(summary["best_of_n"][3]["wco"]) == [1, 2, 4, 8, 16]
+    assert json.loads((tmp_path / "summary.json").read_text())["ppo"]["3"] == summary["ppo"][3]
+
+    kept = (at.policy("mean") / "metrics.jsonl").stat().st_mtime_ns
+    shutil.rmtree(at.policy("uwo") / "checkpoints")
+    at.best_of_n.unlink()
+    again = run(config)
+    assert again["ppo"] == summary["ppo"] and again["best_of_n"] == summary["best_of_n"]
+    assert (at.policy("mean") / "metrics.jsonl").stat().st_mtime_ns == kept
+
+
+@pytest.mark.slow
+def test_a_single_model_is_overoptimised_and_ensembles_are_much_less(tmp_path: Path) -> None:
+    summary = run(LaboratoryConfig(output=tmp_path))
+    for arms in summary["ppo"].values():
+        single = arms["single"]
+        assert single["peak"] > 0.3
+        assert single["loss"] >= 0.15
+        assert single["peak"] - single["final"] > 4 * single["standard_error"]
+        for arm in ("wco", "uwo"):
+            assert arms[arm]["loss"] <= single["loss"] / 3
