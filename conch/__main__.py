@@ -110,9 +110,26 @@ def plot(words: Sequence[str]) -> int:
     _run("conch plot", plots.main, words)
 
 
+def best_of_n(words: Sequence[str]) -> int:
+    """Judge the proxy's best of n completions by gold, for all n: `conch best-of-n key=value ...`."""
+    from conch.evaluation.sampling import run
+
+    _run("conch best-of-n", run.main, words)
+
+
+def overoptimisation(words: Sequence[str]) -> int:
+    """Draw proxy and gold against sqrt(KL): `conch overoptimisation RUN_OR_FOLDER ... --output DIR`."""
+    from conch.evaluation import pictures
+
+    _run("conch overoptimisation", pictures.main, words)
+
+
 _VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     verb.__name__.replace("_", "-"): verb
-    for verb in (train, convert, serve, score, rollout_server, reference_server, size, plot)
+    for verb in (
+        *(train, convert, serve, score, rollout_server, reference_server, size, plot),
+        *(best_of_n, overoptimisation),
+    )
 }
 
 

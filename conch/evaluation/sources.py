@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from typing import Any
 
 from conch.log import get_logger
@@ -79,7 +80,9 @@ class WatchingSource:
         future = self._future
         if self._problem or future is None:
             return self._failures(self._problem)
-        if not wait([future], self._longest_wait_s).done:
+        ended = threading.Event()  # `concurrent.futures.wait` sees no cancelled future of a user's
+        future.add_done_callback(lambda _: ended.set())
+        if not ended.wait(self._longest_wait_s):
             late = (
                 f"{self.source_name} gave no scores within {self._longest_wait_s:g} s, half of "
                 "`train.collective_timeout_s`, in which other processes wait for this one"

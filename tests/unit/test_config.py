@@ -43,6 +43,7 @@ RUN_CONFIG_CLASSES = {
     "async_grpo": ("conch.trainers.async_grpo", "AsyncGRPORunConfig"),
     "asynchronous": ("conch.trainers.async_grpo", "AsyncGRPORunConfig"),
     "rft": ("conch.trainers.rft", "RFTRunConfig"),
+    "best_of_n": ("conch.evaluation.sampling.config", "BestOfNRunConfig"),
     "quickstart": ("examples.randomwalks.quickstart", "QuickstartConfig"),
     "sentiments/offline": ("examples.sentiments.offline", "OfflineConfig"),
     **{

@@ -33,6 +33,8 @@ COMMANDS = [
     "conch.reference.serve",
     "conch.sizing",
     "conch.plots",
+    "conch.evaluation.sampling.run",
+    "conch.evaluation.pictures",
     "conch.__main__",
 ]
 # Verb of `conch` -> the module whose `main` it runs.
@@ -55,6 +57,9 @@ VERBS = {
     "reference-server": "conch.reference.serve",
     "size": "conch.sizing",
     "plot": "conch.runs.plots",
+    "best-of-n": "conch.evaluation.sampling.run",
+    "best_of_n": "conch.evaluation.sampling.run",
+    "overoptimisation": "conch.evaluation.pictures",
 }
 NAMES = {
     "conch": ["train", "score", "__version__"],
@@ -153,7 +158,10 @@ def exit_code(words: list[str]) -> int:
     [
         (["trian"], "`conch trian` is no command; did you mean `conch train`?"),
         (["train", "pppo"], "`conch train pppo` is no command; did you mean `conch train ppo`?"),
-        (["zzz"], "there are: convert, plot, reference-server, rollout-server, score, serve, size, train"),
+        (
+            ["zzz"],
+            "there are: best-of-n, convert, overoptimisation, plot, reference-server, rollout-server",
+        ),
         (["train", "zzz"], "there are: async_grpo, grpo, ilql, ppo, reward_model, rft, sft"),
         (["serve", "statu"], "`conch serve statu` is no command; did you mean `conch serve status`?"),
         (["serve", "zzz"], "there are: down, logs, status, swap, up"),
@@ -179,7 +187,7 @@ def test_help_lists_every_verb_with_a_line_of_its_own(words: list[str], capsys: 
         line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")
     ]
     verbs = {verb.split()[-1] for verb in VERBS if (words[0] == "train") == verb.startswith("train ")}
-    expected = verbs - {"async-grpo", "reward-model", "rollout_server", "ensemble"}
+    expected = verbs - {"async-grpo", "reward-model", "rollout_server", "best_of_n", "ensemble"}
     assert {name for name, _ in listed} == (expected if words[0] == "train" else {"train", *expected})
     assert all(summary for _, summary in listed)
 

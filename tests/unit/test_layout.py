@@ -60,7 +60,7 @@ OWNERS = {
     "uvicorn": ("conch/servers/listening.py",),
     "wandb": ("conch/runs/tracking.py",),
     "tensorboard": ("conch/runs/tracking.py",),
-    "matplotlib": ("conch/runs/plots.py", "conch/cli/sweeps/pictures.py"),
+    "matplotlib": ("conch/runs/plots.py", "conch/cli/sweeps/pictures.py", "conch/evaluation/pictures.py"),
     "math_verify": ("conch/rewards/verifiers/gsm8k_math.py",),
     "langdetect": ("conch/rewards/verifiers/ifeval/*.py",),
     "punkt": ("conch/rewards/verifiers/ifeval/*.py",),

@@ -1,0 +1,1 @@
+"""Many completions of each prompt, sampled, scored and kept: `conch best-of-n`."""
