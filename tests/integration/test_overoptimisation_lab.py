@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from conch.evaluation.records import GOLD, read_record, records_of
-from examples.overoptimisation.laboratory import ARMS, LaboratoryConfig, places, run
+from examples.overoptimisation.laboratory.chain import run
+from examples.overoptimisation.laboratory.parts import ARMS, LaboratoryConfig, places
 
 SMALL = {
     **{"num_demonstrations": 128, "num_pairs": 64, "num_members": 2, "best_of": 16},

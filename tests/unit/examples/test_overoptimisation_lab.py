@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conch.evaluation.curves import curve_of
 from conch.evaluation.records import EvaluatedSample, EvaluationRecord, record_path, write_record
 from conch.rewards.combined import EnsembleReward
 from conch.rewards.function import FunctionReward
 from conch.types import Completion, Prompt, Rollout
-from examples.overoptimisation.hidden_preference import (
+from examples.overoptimisation.laboratory.hidden_preference import (
     LETTERS,
     NUM_COMMON,
     RARE_SHARE,
@@ -22,7 +23,7 @@ from examples.overoptimisation.hidden_preference import (
     letters_by_liking,
     random_texts,
 )
-from examples.overoptimisation.laboratory_results import best_of_n_gold, ensemble_reward, outcome
+from examples.overoptimisation.laboratory.results import ensemble_reward, measure_best_of_n, outcome
 
 RNG_SEED = 5
 
@@ -100,23 +101,26 @@ def test_best_of_n_is_normalised_and_starts_at_the_starting_policy(tmp_path: Pat
     rng = np.random.default_rng(2)
     gold_scores = rng.normal(loc=7, scale=3, size=(2, 8))
     np.savez(tmp_path / "scores.npz", members=gold_scores[None].repeat(2, axis=0), gold=gold_scores)
-    found = best_of_n_gold(tmp_path / "scores.npz", "mean", 1.0)
-    normalised = (gold_scores - gold_scores.mean()) / gold_scores.std()
+    found = measure_best_of_n(tmp_path / "scores.npz", "mean", 1.0, tmp_path / "best")
+    normalised = (gold_scores - gold_scores.mean()) / gold_scores.std(ddof=1)
     assert list(found) == [1, 2, 4, 8]
     assert found[1] == pytest.approx(0.0, abs=1e-9)
     assert found[8] == pytest.approx(normalised.max(axis=1).mean())
+    assert curve_of(tmp_path / "best").variance == pytest.approx(np.zeros(4))
 
 
 def test_the_loss_is_of_the_gain_at_the_peak(tmp_path: Path) -> None:
     for step, mean in ((0, 10.0), (10, 14.0), (20, 13.0), (30, 11.0)):
         scores = mean + np.array([-2.0, 2.0, -2.0, 2.0])
         samples = tuple(
-            EvaluatedSample(0, "a", "b", 1, {"reward": 0.0, "gold": float(score)}) for score in scores
+            EvaluatedSample(0, "a", "b", 1, {"reward": float(-score), "gold": float(score)}) for score in scores
         )
         write_record(
             record_path(tmp_path, step), EvaluationRecord(step, samples, metrics={"eval/kl": step / 10 + 1})
         )
     found = outcome(tmp_path)
-    assert (found.peak, found.peak_step, found.final, found.sqrt_kl) == (2.0, 10, 0.5, 2.0)
+    spread = np.std([-2.0, 2.0, -2.0, 2.0], ddof=1)
+    assert found.peak == pytest.approx(4 / spread) and found.peak_step == 10
+    assert (found.final, found.sqrt_kl) == (pytest.approx(1 / spread), 2.0)
     assert found.loss == pytest.approx(0.75)
     assert found.standard_error == pytest.approx(0.5)

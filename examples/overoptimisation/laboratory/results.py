@@ -18,11 +18,12 @@ import numpy as np
 from jaxtyping import Float
 
 from conch.atomic_files import replace_text
-from conch.evaluation.best_of_n import best_of_n_curve
-from conch.evaluation.records import GOLD, read_record, records_of
+from conch.evaluation.best_of_n import best_of_n
+from conch.evaluation.curves import RESULTS, Start, curve_of, results_json, run_curve
+from conch.evaluation.pictures import draw
+from conch.evaluation.records import GOLD, PROXY, read_record, records_of
 
-LARGEST_LOSS_OF_ENSEMBLES = 1 / 3
-"""Share of a single member's loss that an ensemble may lose, for the claim to hold."""
+_VARIANCE = "members_variance"
 
 
 @dataclass(frozen=True)
@@ -45,19 +46,19 @@ class Outcome:
 
 def outcome(run_dir: Path) -> Outcome:
     """Measure a run by the evaluations that it kept."""
-    records = [read_record(path) for path in records_of(run_dir)]
-    columns = [np.array(record.column(GOLD)) for record in records]
-    mean, std = columns[0].mean(), columns[0].std()
-    gold = [float((column.mean() - mean) / std) for column in columns]
-    peak = max(gold)
-    last = columns[-1]
+    measured = run_curve(run_dir)
+    curve = measured.normalised()
+    assert measured.gold_start is not None
+    last = np.array(read_record(records_of(run_dir)[-1]).column(GOLD)) / measured.gold_start.std
+    top, final = int(curve.gold.argmax()), float(curve.gold[-1])
+    peak = float(curve.gold[top])
     return Outcome(
         peak=peak,
-        peak_step=records[gold.index(peak)].step,
-        final=gold[-1],
-        standard_error=float(last.std() / std / math.sqrt(len(last))),
-        loss=(peak - gold[-1]) / peak if peak > 0 else math.nan,
-        sqrt_kl=math.sqrt(max(0.0, records[-1].metrics["eval/kl"] or 0.0)),
+        peak_step=int(curve.step[top]),
+        final=final,
+        standard_error=float(last.std(ddof=1) / math.sqrt(len(last))),
+        loss=(peak - final) / peak if peak > 0 else math.nan,
+        sqrt_kl=float(curve.distance[-1]),
     )
 
 
@@ -73,39 +74,55 @@ def ensemble_reward(
     return mean if arm == "mean" else mean - uwo_weight * members.var(axis=0)
 
 
-def best_of_n_gold(scores: Path, arm: str, uwo_weight: float) -> dict[int, float]:
-    """Gold of the best of n by a reward, for n = 1, 2, 4, ..., mean over prompts.
+def measure_best_of_n(scores: Path, arm: str, uwo_weight: float, folder: Path) -> dict[int, float]:
+    """Estimate what the best of n by a reward is worth, for n = 1, 2, 4, ...
 
-    scores: file of the members' scores and gold.
+    scores: file of the members' scores and gold, [prompts, samples] each.
+    folder: gets `results.json`, as of `conch best-of-n`.
+
+    Returns:
+        n -> gold, normalised.
     """
     with np.load(scores) as arrays:
         members, gold = arrays["members"], arrays["gold"]
-    gold = (gold - gold.mean()) / gold.std()
     reward = ensemble_reward(arm, members, uwo_weight)
+    columns = {PROXY: reward, GOLD: gold}
+    if arm != "single":
+        columns[_VARIANCE] = members.var(axis=0)
     ns = [2**power for power in range(gold.shape[1].bit_length()) if 2**power <= gold.shape[1]]
-    rows = [best_of_n_curve(proxy, of_prompt, ns) for proxy, of_prompt in zip(reward, gold, strict=True)]
-    return dict(zip(ns, np.mean(rows, axis=0).tolist(), strict=True))
+    rows = [{name: column[prompt] for name, column in columns.items()} for prompt in range(len(gold))]
+    found = best_of_n(rows, ns, proxy=PROXY)
+    starts = {name: Start.of(columns[name].ravel()) for name in (PROXY, GOLD)}
+    content = results_json(
+        found, starts, {PROXY: arm, GOLD: "hidden preference"}, _VARIANCE if arm != "single" else ""
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(folder / RESULTS, json.dumps(content, indent=2) + "\n")
+    gains = curve_of(folder).normalised().gold
+    return dict(zip(ns, gains.tolist(), strict=True))
 
 
 def report(
-    runs: Mapping[int, Mapping[str, Path]],
-    scores: Mapping[int, Path],
-    uwo_weight: float,
-    output: Path,
-    seconds: float,
+    folders: Mapping[int, Path], arms: Sequence[str], uwo_weight: float, output: Path, seconds: float
 ) -> dict[str, Any]:
-    """Write `summary.json`, and print a table; returns what the file holds.
+    """Write `summary.json` and the figures `ppo` and `best_of_n` with their CSV files, and print a table.
 
-    runs: seed -> arm -> folder of its PPO run.
-    scores: seed -> file of best-of-n's scores.
+    folders: of the seeds, each with `ppo_<arm>` and `best_of_n.npz`; get `best_of_n_<arm>`.
     seconds: that the command took.
+
+    Returns:
+        what `summary.json` holds.
     """
-    ppo = {seed: {arm: outcome(folder) for arm, folder in arms.items()} for seed, arms in runs.items()}
+    runs = {arm: [folder / f"ppo_{arm}" for folder in folders.values()] for arm in arms}
+    choices = {arm: [folder / f"best_of_n_{arm}" for folder in folders.values()] for arm in arms}
+    ppo = {seed: {arm: outcome(folder / f"ppo_{arm}") for arm in arms} for seed, folder in folders.items()}
     best = {
-        seed: {arm: best_of_n_gold(scores[seed], arm, uwo_weight) for arm in arms}
-        for seed, arms in runs.items()
+        seed: {
+            arm: measure_best_of_n(folder / "best_of_n.npz", arm, uwo_weight, folder / f"best_of_n_{arm}")
+            for arm in arms
+        }
+        for seed, folder in folders.items()
     }
-    arms = list(next(iter(runs.values())))
     summary = {
         "seconds": seconds,
         "uwo_weight": uwo_weight,
@@ -115,6 +132,9 @@ def report(
     }
     replace_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(table(ppo, best))
+    for name, groups in (("ppo", runs), ("best_of_n", choices)):
+        curves = {arm: [curve_of(folder) for folder in of] for arm, of in groups.items()}
+        print(*draw(curves, output, name), sep="\n")
     return summary
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from conch.data.preferences import TextEncoder, collate_texts
 from conch.trainers.reward_model import METADATA_FILE, scores_of
-from examples.overoptimisation.hidden_preference import TEXT_LENGTH, prompts
+from examples.overoptimisation.laboratory.hidden_preference import TEXT_LENGTH, prompts
 
 _ROWS = 1024
 

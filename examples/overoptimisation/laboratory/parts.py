@@ -1,59 +1,35 @@
-"""Overoptimisation on a CPU, in one command: from the checkout,
-
-    python -m examples.overoptimisation.laboratory
-    python -m examples.overoptimisation.laboratory seed=1 output=outputs/lab
-
-A hidden preference (gold) over short texts labels 1,000 pairs of texts of the starting policy, a quarter of
-the labels wrong. Five reward models (proxies) learn from these; PPO without a KL penalty trains the policy on
-one of them, and on the mean, the worst case (WCO) and the uncertainty-weighted mean (UWO) of all five. Gold
-watches. Best-of-n of the starting policy, chosen by the same rewards, stands beside. The numbers come with a
-figure, a CSV and `summary.json`; docs/overoptimisation.md explains them.
-
-Every finished part stays in `output`, and training goes on from its last checkpoint: after an interruption
-the same command does what is left.
-"""
+"""The parts of a laboratory: settings, places, and what is trained, sampled and scored for a seed."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
-import torch
 from pydantic import Field, field_validator
 
 from conch.atomic_files import replace_text
-from conch.cli import compose, load_run_config, run_main
+from conch.cli import compose
 from conch.config import Section, load
-from conch.log import get_logger, setup_logging
 from conch.runs.checkpoint import steps_of
 from conch.trainers.ppo import PPORunConfig, PPOTrainer
 from conch.trainers.reward_model import RewardModelRunConfig, RewardModelTrainer
 from conch.trainers.sft import SFTRunConfig, SFTTrainer
-from examples.overoptimisation.hidden_preference import (
+from examples.overoptimisation.laboratory.hidden_preference import (
     demonstrations,
     gold,
     labelled_pairs,
     letter_tokenizer,
     prompts,
 )
-from examples.overoptimisation.laboratory_results import report
-from examples.overoptimisation.proxies import Proxy, sampled_texts
+from examples.overoptimisation.laboratory.proxies import Proxy, sampled_texts
 
-_log = get_logger("conch.laboratory")
-
-ROOT = Path(__file__).resolve().parents[2]
-GOLD = f"{ROOT}/examples/overoptimisation/hidden_preference.py:gold"
+ROOT = Path(__file__).resolve().parents[3]
+GOLD = f"{ROOT}/examples/overoptimisation/laboratory/hidden_preference.py:gold"
 ARMS = ("single", "mean", "wco", "uwo")
 """Rewards that a policy is trained on: the first member, or an objective over all of them."""
 
@@ -242,107 +218,3 @@ def is_finished(run_dir: Path, values: dict[str, Any]) -> bool:
 def last_checkpoint(run_dir: Path) -> Path:
     """The checkpoint that the end of a run saved."""
     return next(iter(steps_of(run_dir).values()))
-
-
-# -------------------------------------------------------------------------------------------------- the whole
-
-
-@dataclass(frozen=True)
-class Part:
-    """Something to do for a seed. name: of its log file. do: with its arguments behind the config."""
-
-    name: str
-    do: Callable[..., None]
-    arguments: tuple[Any, ...]
-
-
-def first_parts(seed: int) -> list[Part]:
-    """What the other parts of a seed build on, in order."""
-    return [Part("start", train_start, (seed,)), Part("members", train_members, (seed,))]
-
-
-def last_parts(seed: int) -> list[Part]:
-    """What can be done at once when the first parts of a seed are there."""
-    policies = [Part(f"ppo_{arm}", train_policy, (seed, arm)) for arm in ARMS]
-    return [*policies, Part("best_of_n", score_best_of_n, (seed,))]
-
-
-def run(config: LaboratoryConfig) -> dict[str, Any]:
-    """All parts of all seeds, and the report; returns what `summary.json` holds."""
-    started, done = time.perf_counter(), 0
-    total = sum(len(first_parts(seed)) + len(last_parts(seed)) for seed in config.seed)
-    with ProcessPoolExecutor(
-        config.workers, mp_context=get_context("spawn"), initializer=_begin_worker
-    ) as pool:
-        under_way: dict[Future[float], tuple[int, Part, list[Part]]] = {}
-
-        def submit(seed: int, part: Part, then: list[Part]) -> None:
-            under_way[pool.submit(_perform, config, seed, part)] = (seed, part, then)
-
-        for seed in config.seed:
-            first, *then = first_parts(seed)
-            submit(seed, first, then)
-        while under_way:
-            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-                seed, part, then = under_way.pop(future)
-                seconds, done = future.result(), done + 1
-                _log.info("[%d/%d] seed %d: %s in %.0f s", done, total, seed, part.name, seconds)
-                if then:
-                    submit(seed, then[0], then[1:])
-                elif part.do is train_members:
-                    for each in last_parts(seed):
-                        submit(seed, each, [])
-    at = {seed: places(config, seed) for seed in config.seed}
-    return report(
-        {seed: {arm: of.policy(arm) for arm in ARMS} for seed, of in at.items()},
-        {seed: of.best_of_n for seed, of in at.items()},
-        trainer_values("ppo", config.output, 0)["reward"]["uwo_weight"],
-        config.output,
-        seconds=round(time.perf_counter() - started, 1),
-    )
-
-
-def _begin_worker() -> None:
-    """Make a worker one that computes on one core, and that ends with the command that started it."""
-    torch.set_num_threads(1)
-    Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
-
-
-def _leave_with(parent: int) -> None:
-    """End this process as SIGTERM does, training saved, once another has its parent's place."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _perform(config: LaboratoryConfig, seed: int, part: Part) -> float:
-    """Do a part in a worker, what it says going to a file; returns the seconds it took."""
-    start = time.perf_counter()
-    with _told_to(places(config, seed).folder / f"{part.name}.log"):
-        setup_logging()
-        part.do(config, *part.arguments)
-    return time.perf_counter() - start
-
-
-@contextmanager
-def _told_to(path: Path) -> Iterator[None]:
-    """Send what this process writes to a file, by its descriptors: libraries write there as well."""
-    kept = [os.dup(number) for number in (1, 2)]
-    with path.open("a") as file:
-        for number in (1, 2):
-            os.dup2(file.fileno(), number)
-    try:
-        yield
-    finally:
-        for number, old in zip((1, 2), kept, strict=True):
-            os.dup2(old, number)
-            os.close(old)
-
-
-def main(argv: Sequence[str]) -> None:
-    """Command line: `key=value` overrides of the settings above."""
-    run(load_run_config(LaboratoryConfig, argv, default_name="laboratory/laboratory"))
-
-
-if __name__ == "__main__":
-    run_main(main)
