@@ -17,9 +17,9 @@ import torch
 
 from conch.log import get_logger, setup_logging
 from examples.overoptimisation.laboratory.parts import (
-    ARMS,
     LaboratoryConfig,
     places,
+    rewards_of,
     score_best_of_n,
     train_members,
     train_policy,
@@ -47,9 +47,10 @@ class Part:
         return 1 + sum(part.number for part in self.then)
 
 
-def chain_of(seed: int) -> Part:
+def chain_of(config: LaboratoryConfig, seed: int) -> Part:
     """All parts of a seed, from the first."""
-    policies = [Part(f"ppo_{arm}", seed, train_policy, (arm,)) for arm in ARMS]
+    names = [name for names in rewards_of(config).values() for name in names]
+    policies = [Part(f"ppo_{name}", seed, train_policy, (name,)) for name in names]
     last = (*policies, Part("best_of_n", seed, score_best_of_n))
     return Part("start", seed, train_start, then=(Part("members", seed, train_members, then=last),))
 
@@ -70,7 +71,6 @@ def run(config: LaboratoryConfig) -> dict[str, Any]:
             raise
     return report(
         {seed: places(config, seed).folder for seed in config.seed},
-        ARMS,
         trainer_values("ppo", config.output, 0)["reward"]["uwo_weight"],
         config.output,
         seconds=round(time.perf_counter() - started, 1),
@@ -79,7 +79,7 @@ def run(config: LaboratoryConfig) -> dict[str, Any]:
 
 def _perform_all(pool: ProcessPoolExecutor, config: LaboratoryConfig) -> None:
     """Do every part as soon as the one that it builds on is done."""
-    chains = [chain_of(seed) for seed in config.seed]
+    chains = [chain_of(config, seed) for seed in config.seed]
     total, done = sum(chain.number for chain in chains), 0
     under_way = {pool.submit(_perform, config, chain): chain for chain in chains}
     while under_way:

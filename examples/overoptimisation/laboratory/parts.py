@@ -30,8 +30,9 @@ from examples.overoptimisation.laboratory.proxies import Proxy, sampled_texts
 
 ROOT = Path(__file__).resolve().parents[3]
 GOLD = f"{ROOT}/examples/overoptimisation/laboratory/hidden_preference.py:gold"
-ARMS = ("single", "mean", "wco", "uwo")
-"""Rewards that a policy is trained on: the first member, or an objective over all of them."""
+SINGLE = "single"
+ENSEMBLES = ("mean", "wco", "uwo")
+"""Objectives over all members that a policy is trained on, beside single members."""
 
 _DEMONSTRATIONS, _PAIRS, _BEST_OF_N, _START = range(4)
 """Keep apart the seeds of a laboratory's draws."""
@@ -60,6 +61,9 @@ class LaboratoryConfig(Section):
 
     num_members: int = Field(default=5, ge=2)
     """Reward models of the ensemble."""
+
+    num_single: int = Field(default=3, ge=1)
+    """Members on each of which alone a policy is trained; at most `num_members`."""
 
     best_of: int = Field(default=4096, ge=2)
     """Samples of each prompt for best-of-n, and the largest n."""
@@ -94,9 +98,9 @@ class Places:
         """Run of a reward model."""
         return self.folder / f"reward_model_{number}"
 
-    def policy(self, arm: str) -> Path:
+    def policy(self, reward: str) -> Path:
         """Run of PPO."""
-        return self.folder / f"ppo_{arm}"
+        return self.folder / f"ppo_{reward}"
 
     @property
     def texts(self) -> Path:
@@ -162,23 +166,33 @@ def train_members(config: LaboratoryConfig, seed: int) -> None:
             trainer.fit()
 
 
-def train_policy(config: LaboratoryConfig, seed: int, arm: str) -> None:
-    """PPO on one of the rewards, with gold watching."""
+def rewards_of(config: LaboratoryConfig) -> dict[str, list[str]]:
+    """Rewards that are compared, each with what PPO is run on: `single` on members 0, 1, ..., one at a
+    time."""
+    singles = [f"{SINGLE}_{number}" for number in range(min(config.num_single, config.num_members))]
+    return {SINGLE: singles, **{objective: [objective] for objective in ENSEMBLES}}
+
+
+def train_policy(config: LaboratoryConfig, seed: int, reward_name: str) -> None:
+    """PPO on one of the rewards, with gold watching.
+
+    reward_name: an objective, or `single_0` for the first member.
+    """
     at = places(config, seed)
-    values = trainer_values("ppo", at.policy(arm), seed)
+    values = trainer_values("ppo", at.policy(reward_name), seed)
     values["model"] = {"path": str(last_checkpoint(at.start))}
     values["evaluation"] = {"gold": GOLD}
     for key, value in {"total_steps": config.ppo_steps, "eval_repeats": config.eval_repeats}.items():
         if value is not None:
             values["train"][key] = value
-    if is_finished(at.policy(arm), values):
+    if is_finished(at.policy(reward_name), values):
         return
     proxies = members(at, config.num_members)
-    if arm == "single":
-        reward: Any = proxies[0].scores
+    if reward_name in ENSEMBLES:
+        reward: Any = {f"member_{number}": proxy.scores for number, proxy in enumerate(proxies)}
+        values["reward"]["combine"] = reward_name
     else:
-        reward = {f"member_{number}": proxy.scores for number, proxy in enumerate(proxies)}
-        values["reward"]["combine"] = arm
+        reward = proxies[int(reward_name.removeprefix(f"{SINGLE}_"))].scores
     run_config = load(PPORunConfig, values)
     with closing(PPOTrainer(run_config, reward=reward, prompts=prompts())) as trainer:
         trainer.fit()

@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from conch.atomic_files import replace_text
 from conch.evaluation.best_of_n import best_of_n
-from conch.evaluation.curves import RESULTS, Start, curve_of, results_json, run_curve
+from conch.evaluation.curves import RESULTS, Curve, Start, curve_of, results_json, run_curve
 from conch.evaluation.pictures import draw
 from conch.evaluation.records import GOLD, PROXY, read_record, records_of
 
@@ -28,9 +28,9 @@ _VARIANCE = "members_variance"
 
 @dataclass(frozen=True)
 class Outcome:
-    """Gold of a PPO run.
+    """Gold of the PPO runs on a reward, of several runs their mean at each evaluation.
 
-    peak: the highest of its evaluations. peak_step: when that was.
+    peak: the highest. peak_step: when that was.
     final: of the last evaluation. standard_error: of that, over its samples.
     loss: share of the gain at the peak that is gone at the end, (peak - final) / (peak - start); start is 0.
     sqrt_kl: at the end, in sqrt(nats per sample).
@@ -44,37 +44,43 @@ class Outcome:
     sqrt_kl: float
 
 
-def outcome(run_dir: Path) -> Outcome:
-    """Measure a run by the evaluations that it kept."""
-    measured = run_curve(run_dir)
-    curve = measured.normalised()
-    assert measured.gold_start is not None
-    last = np.array(read_record(records_of(run_dir)[-1]).column(GOLD)) / measured.gold_start.std
-    top, final = int(curve.gold.argmax()), float(curve.gold[-1])
-    peak = float(curve.gold[top])
+def outcome(run_dirs: Sequence[Path]) -> Outcome:
+    """Measure runs by the evaluations that they kept, at the same steps."""
+    measured = [run_curve(run_dir) for run_dir in run_dirs]
+    curves = [each.normalised() for each in measured]
+    gold = np.mean([curve.gold for curve in curves], axis=0)
+    errors = [_standard_error(run_dir, each) for run_dir, each in zip(run_dirs, measured, strict=True)]
+    top, peak, final = int(gold.argmax()), float(gold.max()), float(gold[-1])
     return Outcome(
         peak=peak,
-        peak_step=int(curve.step[top]),
+        peak_step=int(curves[0].step[top]),
         final=final,
-        standard_error=float(last.std(ddof=1) / math.sqrt(len(last))),
+        standard_error=float(np.linalg.norm(errors) / len(errors)),
         loss=(peak - final) / peak if peak > 0 else math.nan,
-        sqrt_kl=float(curve.distance[-1]),
+        sqrt_kl=float(np.mean([curve.distance[-1] for curve in curves])),
     )
+
+
+def _standard_error(run_dir: Path, curve: Curve) -> float:
+    """Of normalised gold in a run's last evaluation."""
+    assert curve.gold_start is not None
+    scores = np.array(read_record(records_of(run_dir)[-1]).column(GOLD)) / curve.gold_start.std
+    return float(scores.std(ddof=1) / math.sqrt(len(scores)))
 
 
 def ensemble_reward(
     arm: str, members: Float[np.ndarray, "K P N"], uwo_weight: float
 ) -> Float[np.ndarray, "P N"]:
-    """What `reward.combine` makes of the members' scores; `single` is the first member's."""
-    if arm == "single":
-        return members[0]
-    if arm == "wco":
+    """What `reward.combine` makes of the members' scores; `single_0` is the first member's."""
+    if name == "wco":
         return members.min(axis=0)
-    mean = members.mean(axis=0)
-    return mean if arm == "mean" else mean - uwo_weight * members.var(axis=0)
+    if name in ("mean", "uwo"):
+        mean = members.mean(axis=0)
+        return mean if name == "mean" else mean - uwo_weight * members.var(axis=0)
+    return members[int(name.rpartition("_")[2])]
 
 
-def measure_best_of_n(scores: Path, arm: str, uwo_weight: float, folder: Path) -> dict[int, float]:
+def measure_best_of_n(scores: Path, name: str, uwo_weight: float, folder: Path) -> dict[int, float]:
     """Estimate what the best of n by a reward is worth, for n = 1, 2, 4, ...
 
     scores: file of the members' scores and gold, [prompts, samples] each.
@@ -85,17 +91,13 @@ def measure_best_of_n(scores: Path, arm: str, uwo_weight: float, folder: Path) -
     """
     with np.load(scores) as arrays:
         members, gold = arrays["members"], arrays["gold"]
-    reward = ensemble_reward(arm, members, uwo_weight)
-    columns = {PROXY: reward, GOLD: gold}
-    if arm != "single":
-        columns[_VARIANCE] = members.var(axis=0)
+    reward = ensemble_reward(name, members, uwo_weight)
+    columns = {PROXY: reward, GOLD: gold, _VARIANCE: members.var(axis=0)}
     ns = [2**power for power in range(gold.shape[1].bit_length()) if 2**power <= gold.shape[1]]
     rows = [{name: column[prompt] for name, column in columns.items()} for prompt in range(len(gold))]
     found = best_of_n(rows, ns, proxy=PROXY)
     starts = {name: Start.of(columns[name].ravel()) for name in (PROXY, GOLD)}
-    content = results_json(
-        found, starts, {PROXY: arm, GOLD: "hidden preference"}, _VARIANCE if arm != "single" else ""
-    )
+    content = results_json(found, starts, {PROXY: name, GOLD: "hidden preference"}, _VARIANCE)
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(folder / RESULTS, json.dumps(content, indent=2) + "\n")
     gains = curve_of(folder).normalised().gold
@@ -103,39 +105,56 @@ def measure_best_of_n(scores: Path, arm: str, uwo_weight: float, folder: Path) -
 
 
 def report(
-    folders: Mapping[int, Path], arms: Sequence[str], uwo_weight: float, output: Path, seconds: float
+    folders: Mapping[int, Path],
+    rewards: Mapping[str, Sequence[str]],
+    uwo_weight: float,
+    output: Path,
+    seconds: float,
 ) -> dict[str, Any]:
     """Write `summary.json` and the figures `ppo` and `best_of_n` with their CSV files, and print a table.
 
-    folders: of the seeds, each with `ppo_<arm>` and `best_of_n.npz`; get `best_of_n_<arm>`.
+    folders: of the seeds, each with `ppo_<name>` and `best_of_n.npz`; get `best_of_n_<name>`.
+    rewards: that are compared -> names of what PPO was run on.
     seconds: that the command took.
 
     Returns:
         what `summary.json` holds.
     """
-    runs = {arm: [folder / f"ppo_{arm}" for folder in folders.values()] for arm in arms}
-    choices = {arm: [folder / f"best_of_n_{arm}" for folder in folders.values()] for arm in arms}
-    ppo = {seed: {arm: outcome(folder / f"ppo_{arm}") for arm in arms} for seed, folder in folders.items()}
-    best = {
-        seed: {
-            arm: measure_best_of_n(folder / "best_of_n.npz", arm, uwo_weight, folder / f"best_of_n_{arm}")
-            for arm in arms
+    ppo, best = {}, {}
+    for seed, folder in folders.items():
+        ppo[seed] = {
+            reward: outcome([folder / f"ppo_{name}" for name in names]) for reward, names in rewards.items()
         }
-        for seed, folder in folders.items()
-    }
+        best[seed] = {
+            reward: _mean_of(
+                [
+                    measure_best_of_n(
+                        folder / "best_of_n.npz", name, uwo_weight, folder / f"best_of_n_{name}"
+                    )
+                    for name in names
+                ]
+            )
+            for reward, names in rewards.items()
+        }
     summary = {
         "seconds": seconds,
         "uwo_weight": uwo_weight,
-        "ppo": {seed: {arm: asdict(found) for arm, found in of.items()} for seed, of in ppo.items()},
+        "ppo": {seed: {reward: asdict(found) for reward, found in of.items()} for seed, of in ppo.items()},
         "best_of_n": best,
-        "mean_loss": {arm: float(np.mean([of[arm].loss for of in ppo.values()])) for arm in arms},
     }
     replace_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(table(ppo, best))
-    for name, groups in (("ppo", runs), ("best_of_n", choices)):
-        curves = {arm: [curve_of(folder) for folder in of] for arm, of in groups.items()}
-        print(*draw(curves, output, name), sep="\n")
+    for kind in ("ppo", "best_of_n"):
+        curves = {
+            reward: [curve_of(folder / f"{kind}_{name}") for folder in folders.values() for name in names]
+            for reward, names in rewards.items()
+        }
+        print(*draw(curves, output, kind), sep="\n")
     return summary
+
+
+def _mean_of(curves: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    return {n: float(np.mean([curve[n] for curve in curves])) for n in curves[0]}
 
 
 def table(
