@@ -71,6 +71,7 @@ def run(config: LaboratoryConfig) -> dict[str, Any]:
             raise
     return report(
         {seed: places(config, seed).folder for seed in config.seed},
+        rewards_of(config),
         trainer_values("ppo", config.output, 0)["reward"]["uwo_weight"],
         config.output,
         seconds=round(time.perf_counter() - started, 1),

@@ -69,7 +69,7 @@ def _standard_error(run_dir: Path, curve: Curve) -> float:
 
 
 def ensemble_reward(
-    arm: str, members: Float[np.ndarray, "K P N"], uwo_weight: float
+    name: str, members: Float[np.ndarray, "K P N"], uwo_weight: float
 ) -> Float[np.ndarray, "P N"]:
     """What `reward.combine` makes of the members' scores; `single_0` is the first member's."""
     if name == "wco":
