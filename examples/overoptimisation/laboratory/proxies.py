@@ -56,7 +56,7 @@ def sampled_texts(folder: Path, per_prompt: int, seed: int) -> list[str]:
     texts: list[str] = []
     for start in range(0, len(openings), _ROWS):
         ids = torch.tensor(tokenizer(openings[start : start + _ROWS]).input_ids)
-        written = policy.generate(
+        written = policy.generate(  # pyright: ignore[reportAttributeAccessIssue]
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=True,

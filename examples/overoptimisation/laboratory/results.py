@@ -32,7 +32,8 @@ class Outcome:
 
     peak: the highest. peak_step: when that was.
     final: of the last evaluation. standard_error: of that, over its samples.
-    loss: share of the gain at the peak that is gone at the end, (peak - final) / (peak - start); start is 0.
+    loss: share of the gain at the peak that is gone at the end, (peak - final) / (peak - start), the start being
+        0; None where nothing was gained.
     sqrt_kl: at the end, in sqrt(nats per sample).
     """
 
@@ -40,7 +41,7 @@ class Outcome:
     peak_step: int
     final: float
     standard_error: float
-    loss: float
+    loss: float | None
     sqrt_kl: float
 
 
@@ -56,7 +57,7 @@ def outcome(run_dirs: Sequence[Path]) -> Outcome:
         peak_step=int(curves[0].step[top]),
         final=final,
         standard_error=float(np.linalg.norm(errors) / len(errors)),
-        loss=(peak - final) / peak if peak > 0 else math.nan,
+        loss=(peak - final) / peak if peak > 0 else None,
         sqrt_kl=float(np.mean([curve.distance[-1] for curve in curves])),
     )
 
@@ -165,10 +166,11 @@ def table(
     lines = [f"{'seed':>4} {'reward':8}{heads}  gold of the best of n"]
     for seed, arms in ppo.items():
         for arm, found in arms.items():
+            lost = "-" if found.loss is None else f"{found.loss:.0%}"
             shown = _some(best[seed][arm])
             lines.append(
                 f"{seed:>4} {arm:8}{found.peak:>7.2f}{found.peak_step:>6}{found.final:>8.2f}"
-                f"{found.standard_error:>6.2f}{found.loss:>7.0%}{found.sqrt_kl:>10.2f}  {shown}"
+                f"{found.standard_error:>6.2f}{lost:>7}{found.sqrt_kl:>10.2f}  {shown}"
             )
     return "\n".join(lines)
 

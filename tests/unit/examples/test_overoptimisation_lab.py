@@ -23,7 +23,7 @@ from examples.overoptimisation.laboratory.hidden_preference import (
     letters_by_liking,
     random_texts,
 )
-from examples.overoptimisation.laboratory.results import ensemble_reward, measure_best_of_n, outcome
+from examples.overoptimisation.laboratory.results import ensemble_reward, measure_best_of_n, outcome, table
 
 RNG_SEED = 5
 
@@ -125,3 +125,16 @@ def test_the_loss_is_of_the_gain_at_the_peak(tmp_path: Path) -> None:
     assert (found.final, found.sqrt_kl) == (pytest.approx(1 / spread), 2.0)
     assert found.loss == pytest.approx(0.75)
     assert found.standard_error == pytest.approx(0.5 / np.sqrt(2))
+
+
+def test_nothing_gained_is_nothing_lost(tmp_path: Path) -> None:
+    for step, mean in ((0, 10.0), (10, 9.0)):
+        samples = tuple(
+            EvaluatedSample(0, "a", "b", 1, {"reward": score, "gold": mean + score}) for score in (-1.0, 1.0)
+        )
+        write_record(
+            record_path(tmp_path, step), EvaluationRecord(step, samples, metrics={"eval/kl": float(step)})
+        )
+    found = outcome([tmp_path])
+    assert found.loss is None and found.peak == 0.0
+    assert " -" in table({0: {"single": found}}, {0: {"single": {1: 0.0}}})
