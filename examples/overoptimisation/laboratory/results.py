@@ -32,8 +32,8 @@ class Outcome:
 
     peak: the highest. peak_step: when that was.
     final: of the last evaluation. standard_error: of that, over its samples.
-    loss: share of the gain at the peak that is gone at the end, (peak - final) / (peak - start), the start being
-        0; None where nothing was gained.
+    loss: share of the gain at the peak that is gone at the end, (peak - final) / (peak - start); the start is
+        0. None where nothing was gained.
     sqrt_kl: at the end, in sqrt(nats per sample).
     """
 
