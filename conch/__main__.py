@@ -82,6 +82,13 @@ def score(words: Sequence[str]) -> int:
     return scoring.main(words)
 
 
+def gold_eval(words: Sequence[str]) -> int:
+    """Score a run's evaluations by another reward: `conch gold-eval RUN_OR_EVAL_DIR GOLD`."""
+    from conch.evaluation import gold
+
+    return gold.main(words)
+
+
 def rollout_server(words: Sequence[str]) -> int:
     """Start a server that trainers sample from: `conch rollout-server key=value ...`."""
     from conch.rollouts import serve as server
@@ -128,7 +135,7 @@ _VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     verb.__name__.replace("_", "-"): verb
     for verb in (
         *(train, convert, serve, score, rollout_server, reference_server, size, plot),
-        *(best_of_n, overoptimisation),
+        *(gold_eval, best_of_n, overoptimisation),
     )
 }
 

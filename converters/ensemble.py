@@ -2,6 +2,7 @@
 their disagreement (Coste et al. 2023, arXiv:2310.02743).
 
     conch convert ensemble --members a b c --objective uwo --uwo-weight 0.1 --name ens
+    conch convert ensemble --members a b c --objective uwo --stacked --name ens
     python -m conch.converters.ensemble --members a b:helpful --objective mean --name ens
 
 Exit codes: 0 published, 1 cannot be done, 2 written but it combines wrong; nothing is published then.
@@ -18,6 +19,7 @@ from typing import Any
 from conch.cli import add_options, keywords_of, written_with
 from conch.config import load
 from conch.converters.options import Conversion, EnsembleOptions
+from conch.converters.stacked import check_stackable
 from conch.errors import ConchError, ConversionError, ParityError
 from conch.log import quieten_libraries
 from conch.store.manifest import EnsembleMember, Manifest
@@ -46,13 +48,20 @@ def to_ensemble(members: Sequence[str], **settings: Any) -> Conversion:
     store = Path(options.model_store)
     stored, chosen = _read_members(store, members)
     _check_together(store, options, stored)
+    if options.stacked:
+        check_stackable(stored)
     # These bring torch and transformers: not for `--help` or a mistake.
     from conch.converters.backends.ensemble import publish_ensemble
+    from conch.converters.backends.stacked import publish_stacked
     from conch.converters.parity.ensemble import ensemble_reference, member_scores
+    from conch.converters.parity.stacked import StackedReference
 
     samples, scores = member_scores(stored, chosen, options.device)
     reference = ensemble_reference(samples, scores, options)
     with staged_version(store, options.name) as folder:
+        if options.stacked:
+            expected = StackedReference(samples, scores, reference, options.device)
+            return publish_stacked(folder, store, options, stored, chosen, expected)
         return publish_ensemble(folder, store, options, stored, chosen, reference)
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import model_validator
 
 from conch.cli import Option
-from conch.config import EnsembleObjective, OnMemberFailure, Section
+from conch.config import EnsembleObjective, EnsembleVariance, OnMemberFailure, Section
 from conch.converters.parity.report import ParityReport
 from conch.errors import ConversionError, missing_path
 from conch.store.manifest import (
@@ -246,15 +246,30 @@ class EnsembleOptions(Section):
     """The ensemble's name in the store."""
 
     objective: EnsembleObjective
-    """How the members' scores become one: their mean; wco, the lowest; or uwo, mean - uwo_weight * population
+    """How the members' scores become one: their mean; wco, the lowest; or uwo, mean - uwo_weight *
     variance."""
 
     uwo_weight: float = 0.1
     """Weight of the variance of the members' scores; used by uwo alone."""
 
+    variance: EnsembleVariance = "population"
+    """Variance of k scores, for uwo and the output `variance`: population divides by k, sample by k - 1; that
+    of a single score is 0."""
+
     on_member_failure: OnMemberFailure = "fail"
     """What becomes of a sample that a member gave no score: fail refuses the sample and names the member,
     renormalise combines the other scores and says how many in `members_used`."""
+
+    stacked: bool = False
+    """Put the members' weights into one model, which reads a sample once and scores short batches by all
+    members in one pass. They must share architecture, tokenizer, template and limits."""
+
+    instance_kind: Kind = "gpu"
+    """With stacked: where config.pbtxt puts the model. The bundled server has a configuration of its own, on
+    the CPU."""
+
+    gpu: int = 0
+    """With stacked: number of the card, of those that the server sees."""
 
     model_store: str | Path = "model_store"
     """The store's folder."""

@@ -75,7 +75,7 @@ def served_reward(config: RewardConfig, hosted: HostedConfig) -> Iterator[str]:
         with _hosting(hosted) as endpoint:
             yield endpoint
     else:
-        yield _wait_for_host()
+        yield wait_for_host()
 
 
 @contextmanager
@@ -121,7 +121,12 @@ def last_gpu() -> str:
     return visible.split(",")[-1].strip() if visible else str(torch.cuda.device_count() - 1)
 
 
-def _wait_for_host() -> str:
+def wait_for_host() -> str:
+    """What the first process of this launcher has left by `tell`, as soon as it is there.
+
+    Raises:
+        ServerStartError: nothing, for an hour.
+    """
     note, deadline = launchers_note(), time.monotonic() + _LONGEST_WAIT_S
     while not note.is_file():
         if time.monotonic() > deadline:

@@ -72,6 +72,7 @@ def store_model(
     weights: bytes = b"weights",
     model_py: str = LENGTH_MODEL,
     golden_score: float = 2.0,
+    reward_names: tuple[str, ...] = ("reward",),
     **placement: Any,
 ) -> Path:
     """Publish a version and return its folder. The only golden sample is the text `ab`.
@@ -81,8 +82,9 @@ def store_model(
     with staged_version(store, name) as folder:
         (folder / "model.safetensors").write_bytes(weights)
         (folder / "model.py").write_text(model_py)
-        spec = RewardModelSpec(name, max_length=8)
-        spec = _write_beside(folder, spec, GoldenSample(text="ab", scores=(golden_score,)))
+        spec = RewardModelSpec(name, max_length=8, reward_names=reward_names)
+        golden = GoldenSample(text="ab", scores=(golden_score,) * len(reward_names))
+        spec = _write_beside(folder, spec, golden)
         return publish(folder, spec, store, **placement)
 
 

@@ -72,6 +72,7 @@ from conch.runs.tracking import Tracker
 from conch.training.loop import fit
 from conch.training.resume import start_run
 from conch.training.setup import (
+    check_gold,
     check_prompts,
     check_vocabulary,
     check_watching,
@@ -284,11 +285,12 @@ class ILQLTrainer:
         self.config = config
         self.engine = engine = TrainEngine(config.train)
         self.collectives = self.engine.collectives
+        check_gold(config, reward, gold)
         if model is None:
             engine.check_weights(config.model)
         eval_prompts = listed(eval_prompts or [], "evaluation prompts", config.data)
         self.source = eval_source(self.collectives, reward, config.reward, eval_prompts)
-        self.watching = watching_sources(self.collectives, config, eval_prompts, reward, gold)
+        self.watching = watching_sources(self.collectives, config, eval_prompts, gold)
         self.tokenizer = load_policy_tokenizer(tokenizer, config.tokenizer, config.model.path)
         lm = load_policy(model, config.model, engine.precision)
         check_vocabulary(lm, self.tokenizer)

@@ -56,6 +56,7 @@ from conch.runs.tracking import Tracker
 from conch.training.loop import fit
 from conch.training.resume import start_run
 from conch.training.setup import (
+    check_gold,
     check_prompts,
     check_vocabulary,
     check_watching,
@@ -162,11 +163,12 @@ class SFTTrainer:
         self.config = config
         self.engine = engine = TrainEngine(config.train)
         self.collectives = self.engine.collectives
+        check_gold(config, reward, gold)
         if model is None:
             engine.check_weights(config.model)
         eval_prompts = listed(eval_prompts or [], "evaluation prompts", config.data)
         self.source = eval_source(self.collectives, reward, config.reward, eval_prompts)
-        self.watching = watching_sources(self.collectives, config, eval_prompts, reward, gold)
+        self.watching = watching_sources(self.collectives, config, eval_prompts, gold)
         self.tokenizer = load_policy_tokenizer(tokenizer, config.tokenizer, config.model.path)
         if config.sft.chat_template is not None:
             self.tokenizer.chat_template = read_chat_template(config.sft.chat_template)

@@ -27,6 +27,7 @@ from conch.config.model import full_dtype as full_dtype
 from conch.config.optim import OptimizerConfig as OptimizerConfig
 from conch.config.optim import SchedulerConfig as SchedulerConfig
 from conch.config.reward import EnsembleObjective as EnsembleObjective
+from conch.config.reward import EnsembleVariance as EnsembleVariance
 from conch.config.reward import FailurePolicy as FailurePolicy
 from conch.config.reward import HttpDialect as HttpDialect
 from conch.config.reward import OnMemberFailure as OnMemberFailure

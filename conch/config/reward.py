@@ -17,6 +17,9 @@ OnModelChange = Literal["raise", "warn", "accept"]
 # Of an ensemble, combined by the trainer or by a server.
 EnsembleObjective = Literal["mean", "wco", "uwo"]
 OnMemberFailure = Literal["fail", "renormalise"]
+EnsembleVariance = Literal["population", "sample"]
+"""What the sum of squared deviations from the mean of k scores is divided by: k, or k - 1 (for one score the
+variance is 0 by either name)."""
 
 
 class RewardClientConfig(Section):
@@ -125,6 +128,10 @@ class RewardConfig(Section):
 
     uwo_weight: float = Field(default=0.1, ge=0)
     """With `combine=uwo`: cost of a variance of 1."""
+
+    variance: EnsembleVariance = "population"
+    """With `combine=uwo`: the variance of k scores, divided by k (`population`, as in the paper) or by k - 1
+    (`sample`, as in its authors' code for PPO). One score has none, that is 0."""
 
     on_member_failure: OnMemberFailure = "fail"
     """A sample that a member of an ensemble does not score: `fail` gives it the member's failure,

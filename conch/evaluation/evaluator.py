@@ -50,6 +50,7 @@ from conch.rewards.base import RewardSource
 from conch.rewards.scorer import RewardScorer, total_reward, weight_of
 from conch.rollouts.prompts import longest_prompt
 from conch.runs.tracking import Tracker
+from conch.triton.contract import TEMPLATE_KWARGS, TOOLS
 from conch.types import Metrics, Prompt, RewardResult, Rollout, RolloutEngine
 
 _log = get_logger(__name__)
@@ -271,7 +272,8 @@ class Evaluator:
         for source in self._watching:
             rows = gathered([watched_row(result) for result in source.gather()])
             column_of = {f"{source.name}/{key}": column for key, column in _columns(rows).items()}
-            columns = _beside(columns, column_of, f"`evaluation.{source.name}`")
+            setting = "gold" if source.name == GOLD else f"verifier` = `{source.name}"
+            columns = _beside(columns, column_of, f"`evaluation.{setting}`")
             if source.name == GOLD:
                 price = self._collectives.all_gather([(float(source.requests), source.seconds)])
                 requests, seconds = zip(*price, strict=True)
@@ -322,6 +324,7 @@ class Evaluator:
                 len(rollout.completion.token_ids),
                 {name: number_or_none(column[place]) for name, column in scores.items()},
                 samples.members[place],
+                kept_metadata(rollout.prompt),
             )
             for place, rollout in enumerate(samples.rollouts)
         )
@@ -370,7 +373,7 @@ def _keep(run_dir: Path, records: Sequence[EvaluationRecord]) -> None:
     try:
         for record in records:
             write_record(record_path(run_dir, record.step, record.variant), record)
-    except OSError as error:
+    except (OSError, TypeError, ValueError) as error:  # of the disk, or of what JSON has no form for
         _log.warning("the evaluation of step %d is not kept: %s", records[0].step, error)
 
 
@@ -384,6 +387,16 @@ def _input(prompt: Prompt) -> str | list[Mapping[str, Any]]:
     except (TypeError, ValueError):  # a picture, say
         return prompt.text
     return messages
+
+
+def kept_metadata(prompt: Prompt) -> Mapping[str, Any]:
+    """A prompt's extra keys, among them what its chat template reads beside the messages."""
+    dialogue = prompt.dialogue
+    if dialogue is None:
+        return dict(prompt.metadata)
+    tools = {} if dialogue.tools is None else {TOOLS: list(dialogue.tools)}
+    variables = {TEMPLATE_KWARGS: dict(dialogue.template_kwargs)} if dialogue.template_kwargs else {}
+    return {**prompt.metadata, **tools, **variables}
 
 
 def member_totals(result: RewardResult, weights: Mapping[str, float]) -> Mapping[str, float | None]:

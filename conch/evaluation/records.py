@@ -7,7 +7,7 @@ sampled. A file is replaced as a whole: readers see the old one or the new one.
     {"conch_evaluation": 1, "step": 100, "variant": "", "metrics": {"eval/reward": ..., "eval/kl": ...},
      "sources": {"reward": "rm at host:8001"}}
     {"prompt": 0, "input": "a text, or [messages]", "output": "...", "num_tokens": 12,
-     "scores": {"reward": 1.5, "gold": null}, "members": {"a": 1.4, "b": 1.6}}
+     "scores": {"reward": 1.5, "gold": null}, "members": {"a": 1.4, "b": 1.6}, "metadata": {"answer": "7"}}
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class EvaluatedSample:
     input: the prompt, as text or as messages.
     scores: name of a source -> total score; None where it gave none.
     members: for an ensemble, each member's own score.
+    metadata: the prompt's extra keys, which a verifier or a reward function reads.
     """
 
     prompt: int
@@ -49,6 +50,7 @@ class EvaluatedSample:
     num_tokens: int
     scores: Mapping[str, float | None]
     members: Mapping[str, float | None] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def variance(self) -> float | None:
@@ -121,6 +123,7 @@ def write_record(path: Path, record: EvaluationRecord) -> None:
             "num_tokens": sample.num_tokens,
             "scores": {name: number_or_none(value) for name, value in sample.scores.items()},
             "members": {name: number_or_none(value) for name, value in sample.members.items()},
+            **({"metadata": dict(sample.metadata)} if sample.metadata else {}),
         }
         for sample in record.samples
     )
@@ -177,11 +180,11 @@ def _listed(folder: Path) -> Iterable[Path]:
 def _line(row: Mapping[str, Any]) -> str:
     """JSON with the letters of all languages as they are; with escapes where half of a surrogate pair, which
     UTF-8 has no place for, stands in a text."""
-    line = json.dumps(row, ensure_ascii=False)
+    line = json.dumps(row, ensure_ascii=False, default=str)
     try:
         line.encode("utf-8")
     except UnicodeEncodeError:
-        return json.dumps(row)
+        return json.dumps(row, default=str)
     return line
 
 

@@ -9,6 +9,8 @@ Coste et al. 2023 (arXiv:2310.02743) has the objectives of ensembles, which are 
     wco     min(s)                                          worst-case optimisation
     uwo     mean(s) - uwo_weight * sum (s_i - mean)^2 / k   uncertainty-weighted optimisation
 
+With `variance=sample` the sum is divided by k - 1 instead, and the variance of a single score is 0.
+
 The reward of a sample relative to a reference answer: score(prompt + output) - score(prompt + original).
 
 What is left is what the policy does better than the answer it is compared with; how easy a prompt is cancels.
@@ -16,6 +18,7 @@ What is left is what the policy does better than the answer it is compared with;
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -23,7 +26,7 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any, TypeVar
 
-from conch.config import EnsembleObjective, OnMemberFailure
+from conch.config import EnsembleObjective, EnsembleVariance, OnMemberFailure
 from conch.errors import ConchError, DataError, RewardInvalidError
 from conch.log import get_logger
 from conch.rewards.base import ClientStats, RewardSource, ServerTimes
@@ -210,6 +213,7 @@ class EnsembleReward(_NamedSources):
 
     objective: `mean`, `wco` or `uwo`, see above.
     uwo_weight: cost of a variance of 1.
+    variance: of the `population` (over k) or of the `sample` (over k - 1).
     on_member_failure: `fail` gives a sample the failure of the member that did not score it; `renormalise`
         takes the objective over the others and says in `detail` how many there were.
     """
@@ -220,12 +224,14 @@ class EnsembleReward(_NamedSources):
         objective: EnsembleObjective,
         *,
         uwo_weight: float = 0.1,
+        variance: EnsembleVariance = "population",
         on_member_failure: OnMemberFailure = "fail",
     ) -> None:
         assert members, "an ensemble has members"
         super().__init__(f"the {objective}", members)
         self._objective = objective
         self._uwo_weight = uwo_weight
+        self._variance: EnsembleVariance = variance
         self._on_member_failure = on_member_failure
         self._fewest = len(members)
 
@@ -238,8 +244,7 @@ class EnsembleReward(_NamedSources):
             return self.member_failure(row)
         objectives = {tuple(_by_common_name(each.scores)) for each in scored.values()}
         if len(objectives) > 1 or objectives == {()}:
-            wrong = "the members of an ensemble need one score per sample each, or the same objectives"
-            return self.failure(row, RewardStatus.INVALID, wrong)
+            return self.failure(row, RewardStatus.INVALID, _misfit(scored))
         names = objectives.pop()
         columns = {name: _by_common_name(each.scores) for name, each in scored.items()}
         scores = {name: self._value([column[name] for column in columns.values()]) for name in names}
@@ -257,7 +262,7 @@ class EnsembleReward(_NamedSources):
         mean = fmean(scores)
         if self._objective == "mean":
             return mean
-        return mean - self._uwo_weight * fmean((score - mean) ** 2 for score in scores)
+        return mean - self._uwo_weight * members_variance(scores, self._variance)
 
     def _note(self, row: _MemberResults, scored: _MemberResults) -> str:
         """How many members scored a sample, where not all did; logged when there are fewer than before."""
@@ -308,6 +313,46 @@ class SumReward(_NamedSources):
             f"{member}/{name}": score for member, each in row.items() for name, score in each.members.items()
         }
         return self.success(row, scores, ", ".join(notes), inner, tuple(absent))
+
+
+def _misfit(scored: _MemberResults) -> str:
+    """Say which members give other scores than the first, or none for the sample as a whole."""
+
+    def gives(result: RewardResult) -> str:
+        if result.token_scores is not None:
+            return "a score for each token"
+        return "one score" if len(result.scores) == 1 else f"the objectives {', '.join(result.scores)}"
+
+    (first, given), *others = ((name, gives(each)) for name, each in scored.items())
+    other, what = next(((name, each) for name, each in others if each != given), (first, given))
+    pair = f"`{first}` gives {given}" + (f", `{other}` {what}" if other != first else "")
+    return f"the members of an ensemble need one score per sample each, or the same objectives: {pair}"
+
+
+def disagreement(result: RewardResult) -> float | None:
+    """Return the population variance of the scores that a sample's members gave; None without members.
+
+    Of several objectives the mean of their variances.
+    """
+    names = result.scores if len(result.scores) > 1 else [""]
+    groups = [
+        [score for member, score in result.members.items() if score is not None and _is_of(member, name)]
+        for name in names
+    ]
+    variances = [members_variance(group) for group in groups if group]
+    return fmean(variances) if variances else None
+
+
+def _is_of(member: str, objective: str) -> bool:
+    """Whether a member's score belongs to an objective: `member/objective` of an ensemble of several, or
+    `objective/member` of a sum of ensembles; "" has all."""
+    return not objective or member.endswith(f"/{objective}") or member.startswith(f"{objective}/")
+
+
+def members_variance(scores: Sequence[float], kind: EnsembleVariance = "population") -> float:
+    """Return the variance of one sample's scores; 0 for a single one."""
+    mean, unbiased = fmean(scores), kind == "sample"
+    return math.fsum((score - mean) ** 2 for score in scores) / max(1, len(scores) - unbiased)
 
 
 def _by_common_name(scores: Mapping[str, float]) -> Mapping[str, float]:

@@ -72,6 +72,7 @@ def from_user(
         members,
         config.combine,
         uwo_weight=config.uwo_weight,
+        variance=config.variance,
         on_member_failure=config.on_member_failure,
     )
 

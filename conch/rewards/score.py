@@ -39,21 +39,11 @@ _FORMS = (
 _NOT_JSON = object()
 
 
-class ScoreOptions(Section):
-    """Score texts or dialogues with a served reward model: JSON lines in, JSON lines out."""
-
-    path: Annotated[str, Option(positional=True)] = "-"
-    """File of JSON lines; of `.txt`, each line is a text. `-` reads JSON lines from standard input."""
-
-    url: str | None = None
-    """`host:port/model`, several hosts with commas between, or `http://host:port/path`; without it the
-    TRITON_HOST environment variable."""
+class AskOptions(Section):
+    """How a served reward model is asked."""
 
     dialect: HttpDialect = "query"
     """What an HTTP endpoint is sent, see `reward.dialect`."""
-
-    batch_rows: int = 64
-    """Most samples in a request."""
 
     deadline_s: float = 60.0
     """Time limit of one request with all its retries, in seconds."""
@@ -70,13 +60,35 @@ class ScoreOptions(Section):
     tls_key: Path | None = None
     """Its private key, not encrypted."""
 
+    def section(self, url: str | None, batch_rows: int) -> RewardConfig:
+        """Return these settings as a trainer's `reward` section.
+
+        url: see `reward.url`.
+        batch_rows: most samples in a request.
+        """
+        tls = {"ca": self.tls_ca, "cert": self.tls_cert, "key": self.tls_key}
+        client = {"batch_rows": batch_rows, "deadline_s": self.deadline_s}
+        auth = {"secret_env": self.secret_env, "tls": tls}
+        settings = {"url": url, "dialect": self.dialect, "client": client, "auth": auth}
+        return load(RewardConfig, settings)
+
+
+class ScoreOptions(AskOptions):
+    """Score texts or dialogues with a served reward model: JSON lines in, JSON lines out."""
+
+    path: Annotated[str, Option(positional=True)] = "-"
+    """File of JSON lines; of `.txt`, each line is a text. `-` reads JSON lines from standard input."""
+
+    url: str | None = None
+    """`host:port/model`, several hosts with commas between, or `http://host:port/path`; without it the
+    TRITON_HOST environment variable."""
+
+    batch_rows: int = 64
+    """Most samples in a request."""
+
     def reward(self) -> RewardConfig:
         """Return these settings as a trainer's `reward` section."""
-        tls = {"ca": self.tls_ca, "cert": self.tls_cert, "key": self.tls_key}
-        client = {"batch_rows": self.batch_rows, "deadline_s": self.deadline_s}
-        auth = {"secret_env": self.secret_env, "tls": tls}
-        settings = {"url": self.url, "dialect": self.dialect, "client": client, "auth": auth}
-        return load(RewardConfig, settings)
+        return self.section(self.url, self.batch_rows)
 
 
 def score(

@@ -14,6 +14,8 @@ from conch.runs.tracking import METRICS_FILE
 LABELS = {
     "reward/mean": "served reward of rollouts (mean)",
     "eval/reward": "reward on evaluation samples (mean)",
+    "eval/gold/reward": "gold on evaluation samples (mean), which watches only",
+    "eval/members_variance": "variance of an ensemble's members (reward², mean)",
     "eval/optimality": "gold optimality (mean, 1 = shortest walks)",
     "policy/kl": "KL to the starting policy (nats per sample)",
 }

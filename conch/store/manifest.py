@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from conch.config import EnsembleObjective, OnMemberFailure, Section, full_dtype
+from conch.config import EnsembleObjective, EnsembleVariance, OnMemberFailure, Section, full_dtype
 from conch.triton.contract import Form, Granularity, Reads
 
 MANIFEST = "manifest.json"
@@ -320,10 +320,13 @@ class EnsembleManifest(Section):
     """The members, in the order of the columns of `member_rewards`."""
 
     objective: EnsembleObjective
-    """`mean`: mean of the scores. `wco`: the lowest. `uwo`: mean - uwo_weight * population variance."""
+    """`mean`: mean of the scores. `wco`: the lowest. `uwo`: mean - uwo_weight * variance."""
 
     uwo_weight: float = Field(ge=0, allow_inf_nan=False)
     """Weight of the variance; used by `uwo` alone."""
+
+    variance: EnsembleVariance = "population"
+    """Whether the variance of k scores is divided by k or by k - 1; versions of before the choice have k."""
 
     on_member_failure: OnMemberFailure
     """A sample without one member's score: `fail` refuses it, `renormalise` combines the scores there are."""
@@ -333,6 +336,16 @@ class EnsembleManifest(Section):
 
     max_length: int = Field(ge=1)
     """The lowest limit of the members, in tokens."""
+
+    holds_members: bool = False
+    """Whether the version has its members' weights itself, in folders `members/0` and so on, in their order;
+    else it asks models of these names."""
+
+    in_one_pass: bool = False
+    """Of a version that holds its members: whether short batches go through all members in one pass."""
+
+    why_apart: str = ""
+    """Why the members run one after another always; "" where they do not."""
 
     tools: dict[str, str]
     """Versions of python and numpy."""

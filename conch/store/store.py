@@ -2,7 +2,8 @@
 
 An unmodified Triton can read it. Versions are never changed in place: a new one is written aside and renamed.
 
-An ensemble needs its members beside it: `read_with_members` lists the models that a server must load.
+An ensemble that does not hold its members needs them beside it: `read_with_members` lists the models that a
+server must load.
 """
 
 from __future__ import annotations
@@ -75,7 +76,11 @@ class StoredModel(ModelFolder):
     @property
     def submodels(self) -> tuple[str, ...]:
         """Names of the models that this one passes samples on to."""
-        return ensemble_parts(self.name) if self.spec.engine == "ensemble" else self.spec.members
+        if self.spec.engine == "ensemble":
+            return ensemble_parts(self.name)
+        if not isinstance(self.manifest, EnsembleManifest) or self.manifest.holds_members:
+            return ()
+        return tuple(member.name for member in self.manifest.members)
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,7 +386,7 @@ def read_with_members(model_store: Path, names: Sequence[str]) -> list[StoredMod
     models: dict[str, StoredModel] = {}
     for name in names:
         model = read_model(model_store, name)
-        if isinstance(model.manifest, EnsembleManifest):
+        if isinstance(model.manifest, EnsembleManifest) and not model.manifest.holds_members:
             models |= _members(model_store, model.name, model.manifest)
         if model.spec.engine == "ensemble":  # the server loads its tokenizer by itself
             _, part = ensemble_parts(name)

@@ -26,7 +26,7 @@ _ROWS = (1, 8)
 def write_warmup(folder: Path, spec: RewardModelSpec, sample: GoldenSample) -> str:
     """Write the warm-up data of a version into `folder`, in files whose names are unique to the version.
 
-    An ensemble asks its members, which may not be loaded yet: it gets no warm-up of its own.
+    An ensemble that asks its members, which may not be loaded yet, gets no warm-up of its own.
 
     Returns:
         text of protobuf to add to both configurations of the version.
@@ -37,7 +37,7 @@ def write_warmup(folder: Path, spec: RewardModelSpec, sample: GoldenSample) -> s
     pb: Any = model_config_pb2  # built at run time, so nothing is known of its types
     config = pb.ModelConfig()
     folder.mkdir(exist_ok=True)
-    asks_others = bool(spec.members) or spec.engine == "ensemble"
+    asks_others = spec.asks_members or spec.engine == "ensemble"
     tensors = {} if asks_others else _tensors(spec, sample)
     files = {name: f"{spec.content_sha256[:16]}-{name}" for name in tensors}
     for name, (_, _, data) in tensors.items():

@@ -52,6 +52,7 @@ from conch.training.reward_shaping import agreed_facts
 from conch.training.served_reference import open_reference
 from conch.training.setup import (
     check_deadlines,
+    check_gold,
     check_prompts,
     check_vocabulary,
     check_watching,
@@ -142,6 +143,7 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         self.engine = engine = TrainEngine(config.train)
         self.collectives = self.engine.collectives
         check_deadlines(config, self.collectives.num_ranks)
+        check_gold(config, reward, gold)
         self.collectives.run_on_all_ranks(lambda: check_folders(config) if self.collectives.is_main else None)
         if model is None:
             engine.check_weights(config.model)
@@ -151,7 +153,7 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         all_prompts = joined({"prompt": prompts, "evaluation prompt": eval_prompts or []})
         self.source, self.tokenizer = open_reward(self.collectives, reward, config, all_prompts, tokenizer)
         self.scorer = RewardScorer(self.source, config.reward, self.collectives.all_reduce_int)
-        watching = watching_sources(self.collectives, config, eval_prompts or prompts, reward, gold)
+        watching = watching_sources(self.collectives, config, eval_prompts or prompts, gold)
         self.lm = lm = load_policy(model, config.model, engine.precision)
         check_vocabulary(lm, self.tokenizer)
         self.codec = text_codec(self.tokenizer, lm, config.tokenizer)

@@ -276,10 +276,15 @@ def eval_source(
     if config.delta or config.dense:
         name = "delta" if config.delta else "dense"
         raise ConfigError(f"`reward.{name}` is for rewards that are learned from; here they only measure")
-    named = (config.url, config.function, config.verifier, config.replay)
-    if reward is None and not config.members and all(name is None for name in named):
+    if not _is_named(reward, config):
         return None
     return checked_source(collectives, reward, config, prompts or [])
+
+
+def _is_named(reward: UserReward | Mapping[str, UserReward] | None, config: RewardConfig) -> bool:
+    """Whether the user gives a reward, other than by TRITON_HOST."""
+    named = (reward, config.url, config.function, config.verifier, config.replay)
+    return bool(config.members) or any(name is not None for name in named)
 
 
 def checked_source(
@@ -372,25 +377,21 @@ def watching_sources(
     collectives: Collectives,
     config: WatchedRunConfig,
     prompts: Sequence[str | Mapping[str, Any]],
-    reward: UserReward | Mapping[str, UserReward] | None,
     gold: UserReward | None,
 ) -> dict[str, RewardSource]:
     """What watches evaluations on these prompts without being learned from, by name.
 
-    reward, gold: what the user passed; None takes what the config names.
+    gold: what the user passed; None takes what the config names.
 
     Raises:
         ConfigError, DataError, RewardError: see `checked_source`; a gold server that is away is a warning
             where a run is resumed.
-        ConfigError: gold is the reward, or `train.stop_when` goes by it and there is none.
     """
     evaluation = config.evaluation
     sources: dict[str, RewardSource] = {}
     gold = evaluation.gold if gold is None else gold
     if gold is not None:
-        sources[GOLD] = _gold_source(collectives, config, prompts, reward, gold)
-    elif config.train.stop_rule is not None and config.train.stop_rule.metric == GOLD_METRIC:
-        raise ConfigError(NO_GOLD)
+        sources[GOLD] = _gold_source(collectives, config, prompts, gold)
     if evaluation.verifier is not None:
         verifier = RewardConfig(
             verifier=evaluation.verifier, gsm8k=evaluation.gsm8k, ifeval=evaluation.ifeval
@@ -399,30 +400,54 @@ def watching_sources(
     return sources
 
 
-def _gold_source(
-    collectives: Collectives,
+def check_gold(
     config: WatchedRunConfig,
-    prompts: Sequence[str | Mapping[str, Any]],
     reward: UserReward | Mapping[str, UserReward] | None,
-    gold: UserReward,
-) -> RewardSource:
-    evaluation = config.evaluation
-    settings = RewardConfig(
-        dialect=evaluation.gold_dialect,
-        client=evaluation.gold_client,
-        auth=evaluation.gold_auth,
-        gsm8k=evaluation.gsm8k,
-        ifeval=evaluation.ifeval,
-    )
-    member = shared_reward(gold, settings, reward, config.reward)
+    gold: UserReward | None,
+) -> None:
+    """See, before anything is opened, that gold is another source than the reward, and there where a run
+    stops by it.
+
+    reward, gold: what the user passed; None takes what the config names.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    gold = config.evaluation.gold if gold is None else gold
+    if gold is None:
+        if config.train.stop_rule is not None and config.train.stop_rule.metric == GOLD_METRIC:
+            raise ConfigError(NO_GOLD)
+        return
+    if not isinstance(config, OnlineRunConfig) and not _is_named(reward, config.reward):
+        return
+    member = shared_reward(gold, _gold_settings(config.evaluation), reward, config.reward)
     if member is not None:
         place = f"a member, `{member}`, of the reward" if member else "the reward"
         raise ConfigError(
             f"`evaluation.gold` is {place} that this run learns from: what a policy is trained to please "
             "cannot watch it; name another source, or leave gold out"
         )
+
+
+def _gold_settings(evaluation: EvaluationConfig) -> RewardConfig:
+    return RewardConfig(
+        dialect=evaluation.gold_dialect,
+        client=evaluation.gold_client,
+        auth=evaluation.gold_auth,
+        gsm8k=evaluation.gsm8k,
+        ifeval=evaluation.ifeval,
+    )
+
+
+def _gold_source(
+    collectives: Collectives,
+    config: WatchedRunConfig,
+    prompts: Sequence[str | Mapping[str, Any]],
+    gold: UserReward,
+) -> RewardSource:
+    settings = _gold_settings(config.evaluation)
     if isinstance(gold, str):
-        wait_s = evaluation.gold_client.deadline_s
+        wait_s = settings.client.deadline_s
         _check_wait(config.train, collectives.num_ranks, "evaluation.gold_client.deadline_s", wait_s)
     resumed = collectives.broadcast(is_resumed(config.train) if collectives.is_main else False)
     loaded: list[UserReward] = []

@@ -19,6 +19,7 @@ from conch.distributed.train_engine import TrainEngine, UpdateReport
 from conch.evaluation.metrics import mean_of_finite
 from conch.log import get_logger
 from conch.ops import Reduce, masked_mean
+from conch.rewards.combined import disagreement
 from conch.rewards.replay import facts_in_json
 from conch.rewards.scorer import total_reward
 from conch.training.kl import mean_kl
@@ -34,6 +35,8 @@ def reward_metrics(
 ) -> Metrics:
     """Mean and spread of the rewards of all ranks, NaN where there are none, and the share that failed.
 
+    Of ensembles the mean over samples of the variance of their members' scores as well.
+
     objectives: where there are several, each one's mean is reported as well; the same on all ranks.
     """
     metrics = _spread([total_reward(reward, weights) for reward in rewards], reduce)
@@ -41,6 +44,10 @@ def reward_metrics(
         for name in objectives:
             column = [reward.scores.get(name, math.nan) for reward in rewards]
             metrics[f"reward/mean/{name}"] = _spread(column, reduce)["reward/mean"]
+    variances = [disagreement(reward) for reward in rewards]
+    members = _spread([math.nan if each is None else each for each in variances], reduce)
+    if members["reward/failed_fraction"] < 1:  # over all ranks, which so agree
+        metrics["reward/members_variance"] = members["reward/mean"]
     return metrics
 
 

@@ -21,6 +21,7 @@ from conch.triton.contract import (
     Reads,
     RewardModelSpec,
     TokenizerSpec,
+    VarianceKind,
     ensemble_parts,
 )
 
@@ -37,8 +38,8 @@ def to_pbtxt(
 ) -> str:
     """Return the text of `config.pbtxt`.
 
-    kind, gpu: device of the instances: the CPU, or the visible GPU of that number. An ensemble only sends
-        samples to its members, so it stays on the CPU.
+    kind, gpu: device of the instances: the CPU, or the visible GPU of that number. An ensemble that only
+        sends samples to its members stays on the CPU.
     embedded: write for servers that have no back end but python.
     """
     from google.protobuf import text_format
@@ -54,7 +55,7 @@ def to_pbtxt(
     config.version_policy.latest.num_versions = 1
     # A short delay and nothing else: queue limits and priorities make the server stall requests for 500 ms.
     config.dynamic_batching.max_queue_delay_microseconds = spec.max_queue_delay_us
-    on_gpu = kind == "gpu" and not spec.members
+    on_gpu = kind == "gpu" and not spec.asks_members
     group = config.instance_group.add(count=spec.instances)
     group.kind = pb.ModelInstanceGroup.KIND_GPU if on_gpu else pb.ModelInstanceGroup.KIND_CPU
     if on_gpu:
@@ -102,7 +103,8 @@ def _add_parameters(config: Any, spec: RewardModelSpec, engine: Engine) -> None:
         "content_sha256": spec.content_sha256,
         "engine": spec.engine,
         **_ENGINE_PARAMETERS.get(engine, {}),
-        **({"members": ",".join(spec.members)} if spec.members else {}),
+        **({"members": ",".join(spec.members), "variance": spec.variance} if spec.members else {}),
+        **({"holds_members": "true"} if spec.holds_members else {}),
         **({"granularity": spec.granularity} if spec.is_dense else {}),
         **({"reads": spec.reads} if spec.reads != "texts" else {}),
         **({"special_tokens": json.dumps(spec.special_tokens)} if spec.special_tokens else {}),
@@ -171,6 +173,8 @@ def spec_from_model_config(config: Any) -> RewardModelSpec:
         content_sha256=parameters.get("content_sha256", ""),
         engine=_engine(config.name, parameters.get("engine", "python")),
         members=members,
+        variance=_variance(config.name, parameters.get("variance", "population")),
+        holds_members=parameters.get("holds_members") == "true",
         granularity=granularity,
         reads=_reads(config.name, parameters.get("reads", "texts")),
         special_tokens=_special_tokens(config.name, parameters.get("special_tokens", "[]")),
@@ -249,6 +253,14 @@ def _granularity(model: str, listed: str) -> Granularity:
             f"model {model}: parameter granularity is {listed!r}, none of {get_args(Granularity)}"
         )
     return cast(Granularity, listed)
+
+
+def _variance(model: str, listed: str) -> VarianceKind:
+    if listed not in get_args(VarianceKind):
+        raise ServingError(
+            f"model {model}: parameter variance is {listed!r}, none of {get_args(VarianceKind)}"
+        )
+    return cast(VarianceKind, listed)
 
 
 def _reads(model: str, listed: str) -> Reads:

@@ -14,7 +14,7 @@ object with "role" and what the template reads of it.
 
 An ensemble of M members has either form and, beside `rewards`, three outputs that a client may ask for:
     member_rewards FP32 [M]    every member's score, NaN where it gave none
-    variance FP32 [1]          population variance of the scores that there are
+    variance FP32 [1]          variance of the scores that there are; 0 for a single one
     members_used INT32 [1]     how many there are
 
 A model of granularity `step` or `token` gives dense scores: one at the end of each step of a sample, or one
@@ -39,6 +39,8 @@ Form = Literal["text", "token"]
 Engine = Literal["python", "onnxruntime", "pytorch", "ensemble"]
 Granularity = Literal["sample", "step", "token"]
 """Parts of a sample that get scores of their own: none, steps or tokens."""
+VarianceKind = Literal["population", "sample"]
+"""What the squared deviations of k scores are divided by: k or k - 1."""
 Reads = Literal["texts", "dialogues"]
 """What the input of a text-form model holds."""
 
@@ -73,7 +75,9 @@ class RewardModelSpec:
     content_sha256: hash of the latest version's manifest, which hashes all its other files; "" if not known.
     engine: Triton's back end of `config.pbtxt`; `configs/embedded.pbtxt` runs the same files in the python
         one. `ensemble`: text form only, passes texts through the two models of `ensemble_parts`.
-    members: of an ensemble, the models it asks, in the order of `member_rewards`; empty for any other model.
+    members: of an ensemble, its members in the order of `member_rewards`; empty for any other model.
+    variance: of an ensemble, whether the variance of k scores is divided by k or by k - 1.
+    holds_members: whether an ensemble runs its members itself; else it asks models of their names.
     granularity: see above.
     reads: see above.
     special_tokens: strings that the model's tokenizer takes for one token each, whatever stands around them;
@@ -93,9 +97,16 @@ class RewardModelSpec:
     content_sha256: str = ""
     engine: Engine = "python"
     members: tuple[str, ...] = ()
+    variance: VarianceKind = "population"
+    holds_members: bool = False
     granularity: Granularity = "sample"
     reads: Reads = "texts"
     special_tokens: tuple[str, ...] = ()
+
+    @property
+    def asks_members(self) -> bool:
+        """Whether it has no weights, and sends samples on to other models."""
+        return bool(self.members) and not self.holds_members
 
     @property
     def is_dense(self) -> bool:

@@ -40,7 +40,7 @@ def publish_ensemble(
         ConversionError: the folder cannot be written.
         ModelStoreError: the store cannot be written.
     """
-    manifest = _manifest(options, stored, members)
+    manifest = ensemble_manifest(options, stored, members)
     try:
         shutil.copyfile(ENSEMBLE_PY, folder / "model.py")
         write_manifest(folder, manifest)
@@ -54,13 +54,14 @@ def publish_ensemble(
         content_sha256 = write_beside(folder, manifest, reference.golden, report)
     except OSError as error:
         raise ConversionError(f"could not write the ensemble below {store}: {error}") from error
-    spec = _spec(options, stored, members, manifest, content_sha256)
+    spec = ensemble_spec(options, stored, members, manifest, content_sha256)
     return Conversion(publish(folder, spec, store), spec, report)
 
 
-def _manifest(
+def ensemble_manifest(
     options: EnsembleOptions, stored: Sequence[StoredModel], members: tuple[EnsembleMember, ...]
 ) -> EnsembleManifest:
+    """Return the manifest of an ensemble that asks its members."""
     rewards = {member.reward for member in members}
     return EnsembleManifest(
         name=options.name,
@@ -70,6 +71,7 @@ def _manifest(
         members=members,
         objective=options.objective,
         uwo_weight=options.uwo_weight,
+        variance=options.variance,
         on_member_failure=options.on_member_failure,
         reward_names=(rewards.pop() if len(rewards) == 1 else "reward",),
         max_length=min(model.spec.max_length for model in stored),
@@ -77,13 +79,14 @@ def _manifest(
     )
 
 
-def _spec(
+def ensemble_spec(
     options: EnsembleOptions,
     stored: Sequence[StoredModel],
     members: Sequence[EnsembleMember],
     manifest: EnsembleManifest,
     content_sha256: str,
 ) -> RewardModelSpec:
+    """Return the contract of an ensemble that asks its members."""
     return RewardModelSpec(
         name=options.name,
         form=manifest.form,
@@ -92,9 +95,19 @@ def _spec(
         max_length=manifest.max_length,
         max_queue_delay_us=0,  # the members wait to fill their batches; waiting twice gains nothing
         content_sha256=content_sha256,
-        members=tuple(member.name for member in members),
+        members=member_labels(members),
+        variance=options.variance,
         reads=manifest.reads,
         special_tokens=_known_to_all(stored),
+    )
+
+
+def member_labels(members: Sequence[EnsembleMember]) -> tuple[str, ...]:
+    """Return what clients call the members: their models' names, with the reward where one stands twice."""
+    names = [member.name for member in members]
+    return tuple(
+        member.name if names.count(member.name) == 1 else f"{member.name}:{member.reward}"
+        for member in members
     )
 
 

@@ -132,8 +132,13 @@ def _case(name: str, scores: list[list[float | None]], options: EnsembleOptions)
 def _combined(scores: Sequence[float], options: EnsembleOptions) -> float:
     if options.objective == "wco":
         return min(scores)
-    penalty = options.uwo_weight * statistics.pvariance(scores) if options.objective == "uwo" else 0.0
-    return statistics.fmean(scores) - penalty
+    if options.objective == "mean":
+        return statistics.fmean(scores)
+    if options.variance == "population" or len(scores) == 1:
+        variance = statistics.pvariance(scores)
+    else:
+        variance = statistics.variance(scores)
+    return statistics.fmean(scores) - options.uwo_weight * variance
 
 
 def _error_bound(row: Sequence[tuple[float, float]], options: EnsembleOptions) -> float:
@@ -142,8 +147,9 @@ def _error_bound(row: Sequence[tuple[float, float]], options: EnsembleOptions) -
     if options.objective == "wco":
         return max(errors)
     mean = statistics.fmean(score for score, _ in row)
-    # d variance = 2/k * sum (score - mean) d score
-    slope = 2 * statistics.fmean(abs(score - mean) * error for score, error in row)
+    # d variance = 2/k * sum (score - mean) d score; or 2/(k - 1) * ...
+    weights = len(row) - (options.variance == "sample")
+    slope = 2 / max(1, weights) * sum(abs(score - mean) * error for score, error in row)
     return statistics.fmean(errors) + (options.uwo_weight * slope if options.objective == "uwo" else 0.0)
 
 

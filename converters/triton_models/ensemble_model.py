@@ -64,15 +64,20 @@ Column = list[float | MemberFailure]
 
 
 def combine(
-    member_rewards: np.ndarray, objective: str, uwo_weight: float
+    member_rewards: np.ndarray, objective: str, uwo_weight: float, variance_kind: str = "population"
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Combine each row of scores [n, members] into one reward; NaN where a member gave none, never all NaN.
 
+    variance_kind: `population` divides by the number of scores there are, `sample` by one less; the variance
+        of a single one is 0.
+
     Returns:
-        rewards float64 [n]; population variance float64 [n] of the scores there are; their number int [n].
+        rewards float64 [n]; variance float64 [n] of the scores there are; their number int [n].
     """
     used = np.isfinite(member_rewards).sum(axis=1)
-    mean, variance = np.nanmean(member_rewards, axis=1), np.nanvar(member_rewards, axis=1)
+    mean = np.nanmean(member_rewards, axis=1)
+    squares = np.nansum((member_rewards - mean[:, None]) ** 2, axis=1)
+    variance = squares / np.maximum(1, used - (variance_kind == "sample"))
     if objective == "mean":
         return mean, variance, used
     if objective == "wco":
@@ -140,12 +145,12 @@ class TritonPythonModel:
         """Read the settings. Members may load later than this model: the first request looks for them."""
         refuse_numpy_2(np.__version__)
         self.manifest = json.loads((Path(__file__).parent / "manifest.json").read_text(encoding="utf-8"))
-        self.names = [member["name"] for member in self.manifest["members"]]
         self.members = MemberModels(self.manifest["members"])
         self.inputs = ("text",) if self.manifest["form"] == "text" else ("input_ids", "attention_mask")
+        names = ", ".join(member["name"] for member in self.manifest["members"])
         pb_utils.Logger.log_info(
-            f"{args['model_name']} version {args['model_version']}: {self.manifest['objective']} of "
-            f"{', '.join(self.names)}; on a member's failure: {self.manifest['on_member_failure']}"
+            f"{args['model_name']} version {args['model_version']}: {self.manifest['objective']} of {names}; "
+            f"on a member's failure: {self.manifest['on_member_failure']}"
         )
 
     async def execute(self, requests: list[Any]) -> list[Any]:
@@ -155,38 +160,52 @@ class TritonPythonModel:
             for request in requests
         ]
         scores = await self.members.scores(_joined(request_inputs))
-        self._log_failures(scores)
+        log_failures(scores, self.manifest)
         rows = iter(scores)
-        return [self._response([next(rows) for _ in range(_rows(inputs))]) for inputs in request_inputs]
+        return [
+            response([next(rows) for _ in range(_rows(inputs))], self.manifest) for inputs in request_inputs
+        ]
 
-    def _response(self, scores: list[Column]) -> Any:
-        for number, row in enumerate(scores):
-            failures = [score for score in row if isinstance(score, MemberFailure)]
-            if failures and (self.manifest["on_member_failure"] == "fail" or len(failures) == len(row)):
-                return _error(number, failures)
-        member_rewards = np.array(
-            [[np.nan if isinstance(score, MemberFailure) else score for score in row] for row in scores]
-        )
-        objective, weight = self.manifest["objective"], self.manifest["uwo_weight"]
-        rewards, variance, used = combine(member_rewards, objective, weight)
-        return pb_utils.InferenceResponse(
-            output_tensors=[
-                pb_utils.Tensor("rewards", rewards.astype(np.float32)[:, None]),
-                pb_utils.Tensor("member_rewards", member_rewards.astype(np.float32)),
-                pb_utils.Tensor("variance", variance.astype(np.float32)[:, None]),
-                pb_utils.Tensor("members_used", used.astype(np.int32)[:, None]),
-            ]
-        )
 
-    def _log_failures(self, scores: list[Column]) -> None:
-        for column, name in enumerate(self.names):
-            of_member = [row[column] for row in scores]
-            failures = [score for score in of_member if isinstance(score, MemberFailure)]
-            if failures:
-                pb_utils.Logger.log_warn(
-                    f"member {name} gave no score to {len(failures)} of {len(scores)} samples "
-                    f"({self.manifest['on_member_failure']}): {failures[0].message}"
-                )
+def response(scores: list[Column], manifest: dict[str, Any]) -> Any:
+    """Build the reply to a request from its rows' scores, or the error of the first row that gets none."""
+    for number, row in enumerate(scores):
+        failures = [score for score in row if isinstance(score, MemberFailure)]
+        if failures and (manifest["on_member_failure"] == "fail" or len(failures) == len(row)):
+            return _error(number, failures)
+    member_rewards = np.array(
+        [[np.nan if isinstance(score, MemberFailure) else score for score in row] for row in scores]
+    )
+    rewards, variance, used = combined(member_rewards, manifest)
+    return pb_utils.InferenceResponse(
+        output_tensors=[
+            pb_utils.Tensor("rewards", rewards.astype(np.float32)[:, None]),
+            pb_utils.Tensor("member_rewards", member_rewards.astype(np.float32)),
+            pb_utils.Tensor("variance", variance.astype(np.float32)[:, None]),
+            pb_utils.Tensor("members_used", used.astype(np.int32)[:, None]),
+        ]
+    )
+
+
+def combined(
+    member_rewards: np.ndarray, manifest: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what `combine` does with the manifest's rule; manifests of before the choice of a variance have
+    that of the population."""
+    kind = manifest.get("variance", "population")
+    return combine(member_rewards, manifest["objective"], manifest["uwo_weight"], kind)
+
+
+def log_failures(scores: list[Column], manifest: dict[str, Any]) -> None:
+    """Say for each member how many of the rows it gave no score, and why."""
+    for column, member in enumerate(manifest["members"]):
+        of_member = [row[column] for row in scores]
+        failures = [score for score in of_member if isinstance(score, MemberFailure)]
+        if failures:
+            pb_utils.Logger.log_warn(
+                f"member {member['name']} gave no score to {len(failures)} of {len(scores)} samples "
+                f"({manifest['on_member_failure']}): {failures[0].message}"
+            )
 
 
 def _error(row: int, failures: list[MemberFailure]) -> Any:
@@ -235,8 +254,7 @@ def main() -> None:
     manifest = json.loads((Path(__file__).parent / "manifest.json").read_text(encoding="utf-8"))
     answers = []
     for request in json.load(sys.stdin)["requests"]:
-        scores = np.array(request["member_rewards"], dtype=np.float64)
-        rewards, _, _ = combine(scores, manifest["objective"], manifest["uwo_weight"])
+        rewards, _, _ = combined(np.array(request["member_rewards"], dtype=np.float64), manifest)
         answers.append({"scores": rewards.astype(np.float32)[:, None].tolist()})
     json.dump(answers, sys.stdout)
 

@@ -56,6 +56,16 @@ class ServedModel(nn.Module):
         self.takes_mask = not self.is_custom or takes_all or "attention_mask" in parameters
         self.takes_types = "token_type_ids" in parameters
 
+    def head(self) -> dict[str, Tensor] | None:
+        """Return the head's tensors by number and name, as the constructor takes them."""
+        pairs = enumerate(zip(self.weights, self.biases, strict=True))
+        tensors = {
+            f"{n}.{name}": value
+            for n, pair in pairs
+            for name, value in zip(("weight", "bias"), pair, strict=True)
+        }
+        return tensors or None
+
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
@@ -63,12 +73,24 @@ class ServedModel(nn.Module):
 
         Not of pooling `steps`, which must be told where steps end.
         """
+        outputs = self.outputs(input_ids, attention_mask, token_type_ids)
+        return self.rewards(outputs, input_ids, attention_mask)
+
+    def outputs(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """Return what the network gives: a classifier's scores [rows, outputs], a trunk's last hidden states
+        [rows, length, width]."""
         output = self._run(input_ids, attention_mask, token_type_ids)
         if self.is_custom:
-            return self._served(_scores_in(output, self.manifest["output"], rows=len(input_ids)))
+            return _scores_in(output, self.manifest["output"], rows=len(input_ids))
+        return output.last_hidden_state if len(self.weights) else output.logits
+
+    def rewards(self, outputs: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Make rewards float32 [rows, rewards] of what `outputs` returns."""
         if not len(self.weights):
-            return self._served(output.logits.float())
-        return self._served(self._head(self._pooled(output.last_hidden_state, input_ids, attention_mask)))
+            return self._served(outputs.float())
+        return self._served(self._head(self._pooled(outputs, input_ids, attention_mask)))
 
     def dense(self, input_ids: Tensor, attention_mask: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
         """Return scores [rows, rewards] as `forward` does, and the first of every token, [rows, length].

@@ -63,11 +63,14 @@ class Scores:
 
 
 class Scorer:
-    """Scores samples by the model and tokenizer of one version folder."""
+    """Scores samples by the model and tokenizer of one version folder.
 
-    def __init__(self, folder: Path, device: str) -> None:
-        self.encoder = encoding.Encoder(folder)
-        self.manifest = self.encoder.manifest
+    encoder: that makes the rows; None loads the folder's own tokenizer.
+    """
+
+    def __init__(self, folder: Path, device: str, encoder: encoding.Encoder | None = None) -> None:
+        self.encoder = encoder or encoding.Encoder(folder)
+        self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         self.tokenizer = self.encoder.tokenizer
         self.is_dense = self.encoder.is_dense
         self.model = network.load_model(folder, self.manifest).to(device)
@@ -88,7 +91,7 @@ class Scorer:
         """Return the scores of all rows, in their order; a row's scores do not depend on the other rows."""
         rewards = np.empty((len(rows), len(self.manifest["reward_names"])), dtype=np.float32)
         steps: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * len(rows) if self.is_dense else []
-        for indices in _batches_by_length([len(row.ids) for row in rows], self.tokens_per_forward):
+        for indices in batches_by_length([len(row.ids) for row in rows], self.tokens_per_forward):
             batch = [rows[index] for index in indices]
             if not self.encoder.reads_places:
                 rewards[indices] = self._forward(batch)
@@ -101,24 +104,25 @@ class Scorer:
 
     @torch.inference_mode()
     def _forward(self, rows: Rows) -> np.ndarray:
-        return self.model(*self._padded(rows), self._types(rows)).cpu().numpy()
+        return self.model(*self.padded(rows), self.types(rows)).cpu().numpy()
 
     @torch.inference_mode()
     def _dense(self, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-        input_ids, mask = self._padded(rows)
+        input_ids, mask = self.padded(rows)
         ends = torch.zeros(mask.shape, dtype=torch.bool)
         for row, places in enumerate(row.places for row in rows):
             ends[row, list(places)] = True
         scores, every = self.model.dense(input_ids, mask, ends.to(self.device))
         return scores.cpu().numpy(), every.cpu().numpy()
 
-    def _padded(self, rows: Rows) -> tuple[Tensor, Tensor]:
+    def padded(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Return ids and mask, int64 [rows, longest]."""
         # Padded on the right, so that position i is token i for every architecture.
         input_ids = filled_up([row.ids for row in rows], self.manifest["pad_token_id"], np.int64)
         mask = filled_up([[1] * len(row.ids) for row in rows], 0, np.int64)
         return torch.from_numpy(input_ids).to(self.device), torch.from_numpy(mask).to(self.device)
 
-    def _types(self, rows: Rows) -> Tensor | None:
+    def types(self, rows: Rows) -> Tensor | None:
         """Return which sentence each token of pairs belongs to, [rows, length]; None of anything else."""
         if not any(row.types for row in rows):
             return None
@@ -160,7 +164,7 @@ def _finite(scores: Scores | Exception) -> Scores | Exception:
     return scores
 
 
-def _batches_by_length(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+def batches_by_length(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
     """Group indices so that rows of like length share a forward pass, within `budget` tokens."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):

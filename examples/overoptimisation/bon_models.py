@@ -35,6 +35,15 @@ _ROWS_AT_ONCE = 1024
 _READY_WITHIN_S = 600.0
 
 
+def _fingerprint(model: str) -> str:
+    """What changes with a model's name and with a checkpoint's files: one trained anew is another."""
+    folder = Path(model).expanduser()
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    content = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    told = json.dumps([str(folder.resolve()) if files else model, content])
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
 @contextmanager
 def address_of(model: str, store: Path) -> Iterator[str]:
     """Address of a reward model, for as long as the context lasts.
@@ -75,12 +84,8 @@ def _in_store(model: str, store: Path, gpu: str) -> str:
             f"{model} is no reward model: no folder{missing_path(folder)}, no model of {store} (there are: "
             f"{', '.join(stored) or 'none'}), and no address host:port/model"
         )
-    # Of the files as they are: a checkpoint that was trained anew is converted anew.
-    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-    content = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    told = json.dumps([str(folder.resolve()) if files else model, content])
     short = re.sub(r"[^A-Za-z0-9._-]", "-", model.rstrip("/").rpartition("/")[2]).lstrip("._-") or "reward"
-    name = f"{short}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+    name = f"{short}-{_fingerprint(model)[:8]}"
     if name not in stored:
         _log.info("converting %s into %s", model, store / name)
         to_triton(
@@ -107,7 +112,7 @@ def score_entries(
     Raises:
         ConchError: see `address_of`; or the model gave an answer no score.
     """
-    marks = [_mark(model, entry, template) for entry in entries]
+    marks = [mark_of(model, entry, template) for entry in entries]
     paths = [folder / f"entry_{number:06d}.json" for number in range(len(entries))]
     known = [_known(path, mark) for path, mark in zip(paths, marks, strict=True)]
     if all(scores is not None for scores in known):
@@ -140,8 +145,9 @@ def _scores(scorer: RewardScorer, entry: Entry, template: str) -> np.ndarray:
     return np.array(scores)
 
 
-def _mark(model: str, entry: Entry, template: str) -> str:
-    told: list[Any] = [model, template, entry.instruction, entry.answers]
+def mark_of(model: str, entry: Entry, template: str) -> str:
+    """What scores are of: the model, and the texts that it reads."""
+    told: list[Any] = [_fingerprint(model), template, entry.instruction, entry.answers]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 

@@ -15,6 +15,14 @@ from conch.config import RewardConfig, load
 from conch.converters.ensemble import to_ensemble
 from conch.converters.to_triton import to_triton
 from conch.errors import ConfigError, ConversionError
+from conch.evaluation.gold import main as gold_eval
+from conch.evaluation.records import (
+    EvaluatedSample,
+    EvaluationRecord,
+    read_record,
+    record_path,
+    write_record,
+)
 from conch.rewards.factory import from_user
 from conch.rewards.score import main, score
 from conch.rewards.served import TritonReward
@@ -180,3 +188,26 @@ def test_a_model_that_nobody_names_or_that_is_away_is_one_sentence(
     assert capsys.readouterr().err.startswith("error: ")
     assert main([str(tmp_path / "none.jsonl"), "--url", "127.0.0.1:1/m"]) == 1
     assert "cannot be read" in capsys.readouterr().err
+
+
+def test_evaluations_of_dialogues_get_gold_scores_by_a_chat_model_alone(
+    served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = tuple(
+        EvaluatedSample(0, [*map(dict, ASKED)], answer, 1, {"reward": 0.0}) for answer in ("four", "fünf", "")
+    )
+    write_record(record_path(tmp_path, 0), EvaluationRecord(0, samples))
+    limits = ["--deadline-s", str(DEADLINE_S)]
+    assert gold_eval([str(tmp_path), served.server.endpoint("texts"), *limits]) == 1
+    assert "3 of 3 inputs" in capsys.readouterr().err
+    assert gold_eval([str(tmp_path), served.server.endpoint("llama"), *limits]) == 0
+    record = read_record(record_path(tmp_path, 0))
+    for sample, gold in zip(record.samples, record.column("gold"), strict=True):
+        right = served.right("llama", [*ASKED, {"role": "assistant", "content": sample.output}])
+        assert gold == pytest.approx(right, abs=1e-5)
+    assert record.sources["gold"] == f"llama at {served.server.url}"
+
+    text = EvaluatedSample(0, "two and two? ", "four", 1, {"reward": 0.0})
+    write_record(record_path(tmp_path, 1), EvaluationRecord(1, (text,)))
+    assert gold_eval([str(tmp_path), served.server.endpoint("llama"), *limits]) == 1
+    assert "reads dialogues, but 1 of 1 prompts are texts" in capsys.readouterr().err

@@ -47,6 +47,20 @@ def test_arguments_pick_the_algorithm(
     assert (tmp_path / "saved/tokenizer.json").is_file()
 
 
+def test_gold_watches_what_is_trained_in_one_call(tmp_path: Path) -> None:
+    def gold(outputs: list[str], **_: Any) -> list[float]:
+        return [float(len(output)) for output in outputs]
+
+    given: list[dict[str, Any]] = [
+        {"prompts": PROMPTS, "reward": vowels, "config": settings(tmp_path / "ppo")},
+        {"samples": ["abcd"] * 4, "eval_prompts": PROMPTS, "config": settings(tmp_path / "sft")},
+    ]
+    for each in given:
+        trainer = conch.train(policy(), tokenizer=TOKENIZER, gold=gold, **each)
+        assert trainer.evaluate()["eval/gold/failed_fraction"] == 0.0
+        trainer.close()
+
+
 RFT = {"n_generations_per_prompt": 4, "batch_size": 4}
 
 

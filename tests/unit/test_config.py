@@ -12,7 +12,9 @@ from pydantic import ValidationError
 
 from conch.cli import add_options, default_config_dir, describe, load_run_config
 from conch.config import (
+    AlarmsConfig,
     AuthConfig,
+    EvaluationConfig,
     GenerationConfig,
     ModelConfig,
     RewardAuthConfig,
@@ -21,6 +23,7 @@ from conch.config import (
     RewardFailureConfig,
     RolloutConfig,
     Section,
+    StopRule,
     TlsConfig,
     TrainConfig,
     load,
@@ -306,6 +309,7 @@ def test_generation_config_refuses_values_out_of_range(values: dict[str, float])
     [
         *(ModelConfig, TrainConfig, GenerationConfig, RewardConfig),
         *(RewardClientConfig, RewardAuthConfig, RewardFailureConfig, RolloutConfig, AuthConfig, TlsConfig),
+        *(EvaluationConfig, AlarmsConfig),
     ],
 )
 def test_every_field_is_documented(section: type[Section]) -> None:
@@ -333,3 +337,47 @@ def test_short_names_of_precisions_are_understood_on_a_command_line(
     with pytest.raises(SystemExit):
         parser.parse_args(["--dtype", "b16"])
     assert "invalid choice: 'b16'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("gold falls for 3 evaluations", StopRule("eval/gold/reward", 3)),
+        ("gold  falls for 1 evaluation", StopRule("eval/gold/reward", 1)),
+        ("eval/reward@beta=10 falls for 2 evaluations", StopRule("eval/reward@beta=10", 2)),
+        (
+            "gold falls for 3 evaluations by more than 1.5 standard errors",
+            StopRule("eval/gold/reward", 3, 1.5),
+        ),
+    ],
+)
+def test_a_rule_to_stop_by_is_read(text: str, rule: StopRule) -> None:
+    assert load(TrainConfig, {"stop_when": text}).stop_rule == rule
+    assert load(TrainConfig, {}).stop_rule is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("gold", "gold falls", "gold rises for 3 evaluations", "gold falls for 0 evaluations"),
+        *("reward falls for 3 evaluations", "gold falls for 3 evaluations by 2 standard errors", ""),
+    ],
+)
+def test_a_rule_to_stop_by_that_cannot_be_read_shows_how_to_write_one(text: str) -> None:
+    grammar = r"`stop_when`: write `<gold\|eval/metric> falls for <k> evaluations\[ by more than <s> standard"
+    with pytest.raises(ConfigError, match=grammar):
+        load(TrainConfig, {"stop_when": text})
+
+
+def test_a_rule_to_stop_by_that_cannot_act_is_refused() -> None:
+    rule = {"stop_when": "gold falls for 3 evaluations"}
+    with pytest.raises(ConfigError, match="goes by evaluations, and with `eval_every` = 0 there are none"):
+        load(TrainConfig, {**rule, "eval_every": 0})
+    with pytest.raises(ConfigError, match=r"stop by it with `train\.early_stopping`"):
+        load(TrainConfig, {"stop_when": "eval/loss falls for 3 evaluations"})
+
+
+def test_a_rule_to_stop_by_goes_through_a_command_line() -> None:
+    words = ["model.path=m", "train.stop_when='gold falls for 3 evaluations by more than 2 standard errors'"]
+    config = load_run_config(PPORunConfig, words, default_name="ppo")
+    assert config.train.stop_rule == StopRule("eval/gold/reward", 3, 2.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.runs import PROMPTS, grpo_trainer, ilql_trainer, ppo_trainer, reward_trainer, sft_trainer
+from tests.runs import PROMPTS, grpo_trainer, ilql_trainer, ppo_trainer, reward_trainer, sft_trainer, vowels
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs/metrics.md"
 SAMPLES = ["abcd", "bc", "hgf", "aab", "cde", "fgh", "ab", "ed"]
@@ -26,11 +27,28 @@ def explained() -> set[str]:
 MAKERS: dict[str, Callable[[Path], Any]] = {
     "ppo": lambda folder: ppo_trainer(folder),
     "grpo": lambda folder: grpo_trainer(folder, grpo={"correction": {"kind": "mask"}}),
+    "gold": lambda folder: ppo_trainer(
+        folder,
+        reward_fn={"a": vowels, "b": lambda outputs, **_: [1.0] * len(outputs)},
+        reward={"combine": "mean"},
+        gold=lambda outputs, **_: [0.0] * len(outputs),
+        train={"eval_every": 1, "total_steps": 1},
+    ),
     "sft": lambda folder: sft_trainer(folder, SAMPLES, eval_samples=SAMPLES),
     "regression": lambda folder: reward_trainer(folder, SCORED, eval_samples=SCORED),
     "pairs": lambda folder: reward_trainer(folder, PAIRS, eval_samples=PAIRS),
     "ilql": lambda folder: ilql_trainer(folder, SAMPLES, [1.0] * 8, eval_prompts=PROMPTS),
 }
+
+
+def test_every_metric_of_a_whole_run_is_explained(tmp_path: Path) -> None:
+    trainer = MAKERS["gold"](tmp_path / "run")
+    trainer.fit()
+    trainer.close()
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    logged = {name for row in rows for name in row} - {"step"}
+    assert {"alarm/gold_falls", "alarm/members_disagree", "alarm/length_drift"} <= logged
+    assert logged - explained() == set()
 
 
 @pytest.mark.parametrize("name", MAKERS)

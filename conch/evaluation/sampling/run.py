@@ -215,7 +215,7 @@ def _sample_missing(session: _Session, make_sampler: Callable[[], RolloutEngine]
     if not parts:
         return
     sampler = make_sampler()
-    _tell_of_prefixes(sampler, session.prompts)
+    tell_of_prefixes(sampler, session.prompts)
     with progress(total=sum(len(part.prompts) for part in parts), desc="sampling") as bar:
         for first in range(0, len(parts), collectives.num_ranks):
             under_way = parts[first : first + collectives.num_ranks]
@@ -227,7 +227,8 @@ def _sample_missing(session: _Session, make_sampler: Callable[[], RolloutEngine]
             bar.update(sum(len(each.prompts) for each in under_way))
 
 
-def _tell_of_prefixes(sampler: RolloutEngine, prompts: Sequence[Prompt]) -> None:
+def tell_of_prefixes(sampler: RolloutEngine, prompts: Sequence[Prompt]) -> None:
+    """Log why each completion reads its prompt for itself, where that is so."""
     if isinstance(sampler, HFEngine) and not sampler.takes_joining(prompts):
         _log.info(
             "each completion reads its prompt anew: the model's attention does not keep rows apart in one "

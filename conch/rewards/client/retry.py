@@ -319,9 +319,14 @@ class RetryingScorer:
             if reply.token_scores
             else parser.parse_columns(reply.columns)
         )
+        if not (reply.members or any(reply.notes)):
+            return results
+        rows = zip(
+            results, reply.notes or [""] * len(results), reply.members or [{}] * len(results), strict=True
+        )
         return [
-            replace(result, detail=note) if note and result.ok else result
-            for result, note in zip(results, reply.notes or [""] * len(results), strict=True)
+            replace(result, detail=note, members=members) if result.ok else result
+            for result, note, members in rows
         ]
 
     def _failures(self, attempt: _Attempt, failure: Failure) -> list[RewardResult]:

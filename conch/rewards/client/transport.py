@@ -133,12 +133,14 @@ class Reply:
     notes: per row a note on its score for a person ("scored by 1 of 2 members"), or ""; empty for none.
     token_scores: per row one number for each token of the response, in place of `columns` where rows have
         `bounds`; empty elsewhere.
+    members: of an ensemble, per row each member's own score, None where it gave none; empty elsewhere.
     """
 
     columns: Mapping[str, Sequence[float | None]]
     version: str = ""
     notes: Sequence[str] = ()
     token_scores: Sequence[Sequence[float]] = ()
+    members: Sequence[Mapping[str, float | None]] = ()
 
 
 @runtime_checkable

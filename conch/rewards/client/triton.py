@@ -18,7 +18,13 @@ from conch.log import get_logger
 from conch.rewards.base import ServerTimes
 from conch.rewards.client.transport import Failure, ModelInfo, ReplicaError, Reply, ScoringRow
 from conch.rewards.client.triton_errors import classify, require_model, require_server
-from conch.rewards.client.triton_messages import encode, read_members_used, read_scores, read_steps
+from conch.rewards.client.triton_messages import (
+    encode,
+    read_member_scores,
+    read_members_used,
+    read_scores,
+    read_steps,
+)
 from conch.rewards.token_rewards import token_scores
 from conch.triton.channel import Access, open_aio_client
 from conch.triton.config_pbtxt import spec_from_model_config
@@ -122,6 +128,7 @@ class TritonTransport:
         try:
             columns = read_scores(reply, len(rows), spec)
             used = read_members_used(reply, len(rows), spec)
+            member_scores = read_member_scores(reply, len(rows), spec)
             dense = []
             if self._dense:
                 dense = [
@@ -133,7 +140,7 @@ class TritonTransport:
         members = len(spec.members)
         self._warn_of_missing_members(min(used, default=0), members)
         notes = [f"scored by {count} of {members} members" if count < members else "" for count in used]
-        return Reply(columns, reply.get_response().model_version, notes, dense)
+        return Reply(columns, reply.get_response().model_version, notes, dense, member_scores)
 
     async def server_statistics(self, timeout_s: float) -> ServerTimes | None:
         reply: Any = await self._call(

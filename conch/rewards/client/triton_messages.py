@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ from conch.errors import RewardInvalidError
 from conch.rewards.client.transport import ScoringRow
 from conch.triton.contract import (
     MASK_INPUT,
+    MEMBER_REWARDS,
     MEMBERS_USED,
     OUTPUT,
     STEP_ENDS,
@@ -23,6 +25,9 @@ from conch.triton.contract import (
 Steps = tuple[list[int], list[float]]
 """Ends of a row's steps or tokens, as `conch.triton.contract` counts them, and their scores."""
 
+MemberScores = dict[str, float | None]
+"""Member of an ensemble -> its score of a row, None where it gave none."""
+
 _INTEGERS = {"INT32": np.int32, "INT64": np.int64}
 
 
@@ -32,12 +37,13 @@ def encode(
     """Make the input tensors of one request, and the outputs that it asks for.
 
     Inputs are `text` [n, 1], or `input_ids` and `attention_mask` [n, longest]. Outputs are the rewards, of an
-    ensemble the number of members that gave them, and dense scores.
+    ensemble its members' scores and how many there are, and dense scores.
 
     pad_to: the longest row is padded to a multiple of this, but never beyond what the model takes.
     dense: asks for the scores of steps or tokens.
     """
-    names = [OUTPUT, *([MEMBERS_USED] if spec.members else []), *([STEP_REWARDS, STEP_ENDS] if dense else [])]
+    of_members = [MEMBER_REWARDS, MEMBERS_USED] if spec.members else []
+    names = [OUTPUT, *of_members, *([STEP_REWARDS, STEP_ENDS] if dense else [])]
     return _inputs(rows, spec, pad_to), [InferRequestedOutput(name) for name in names]
 
 
@@ -80,6 +86,28 @@ def read_members_used(reply: InferResult, count: int, spec: RewardModelSpec) -> 
     if not spec.members:
         return []
     return _read(reply, MEMBERS_USED, "INT32", [count, 1])[:, 0].tolist()
+
+
+def read_member_scores(reply: InferResult, count: int, spec: RewardModelSpec) -> list[MemberScores]:
+    """Read what each member of an ensemble gave each row; empty for any other model.
+
+    A number that is not finite is no score. Members of the same name, as servers of before may state them,
+    are numbered.
+
+    Raises:
+        RewardInvalidError: output missing, wrong dtype or wrong shape.
+    """
+    if not spec.members:
+        return []
+    names = [
+        name if spec.members.count(name) == 1 else f"{name}#{number}"
+        for number, name in enumerate(spec.members, 1)
+    ]
+    scores = _read(reply, MEMBER_REWARDS, "FP32", [count, len(names)])
+    rows = scores.tolist()
+    if not np.isfinite(scores).all():
+        rows = [[score if math.isfinite(score) else None for score in row] for row in rows]
+    return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 def read_steps(reply: InferResult, rows: Sequence[ScoringRow], spec: RewardModelSpec) -> list[Steps]:

@@ -67,7 +67,21 @@ def check_ray(config: RolloutConfig) -> None:
         return
     share_of_machine(config.ray)
     if config.ray.object_store_memory is not None:
-        check_shared_memory(int(config.ray.object_store_memory), "`rollout.ray.object_store_memory`")
+        check_store(int(config.ray.object_store_memory))
+
+
+def check_store(size: int) -> None:
+    """Refuse an object store of `size` bytes that Ray does not make, or that shared memory has no room for.
+
+    Raises:
+        ConfigError: says what there is.
+    """
+    if size < LEAST_STORE_BYTES:
+        raise ConfigError(
+            f"`rollout.ray.object_store_memory` = {size:,} bytes is less than the {LEAST_STORE_BYTES >> 20} "
+            "MiB that Ray's object store takes at least: give it with a unit, as 2GiB, or leave it out"
+        )
+    check_shared_memory(size, "`rollout.ray.object_store_memory`")
 
 
 def check_release() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from conch.store.manifest import MANIFEST, EnsembleManifest
+from conch.store.manifest import MANIFEST
 from conch.store.store import ModelFolder, StoredModel
 
 _CANDIDATE = "_candidate-"
@@ -69,7 +69,7 @@ class Repository:
                 entry.unlink() if entry.is_symlink() else shutil.rmtree(entry)
         version = folder / str(part.version)
         inside = self._store / part.name / str(part.version)
-        if part is model and isinstance(model.manifest, EnsembleManifest) and aliases:
+        if part is model and model.spec.asks_members and aliases:
             _write_ensemble(version, part.path, inside, aliases)
         else:
             version.symlink_to(inside)

@@ -9,95 +9,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
+from conch.config import GenerationConfig
 from conch.errors import ConfigError, RewardError
 from conch.evaluation.best_of_n import best_of_n_curve
-from conch.evaluation.records import EvaluationRecord, read_record
-from conch.evaluation.sampling.run import main
+from conch.evaluation.sampling.run import tell_of_prefixes
+from conch.rollouts.hf.engine import HFEngine
+from conch.types import Prompt
+from tests.best_of_n_runs import Bench
 from tests.fakes.json_rewards import Reply, endpoint
-from tests.runs import TOKENIZER, policy
-
-REWARDS = """
-from pathlib import Path
-
-LOG = Path({log!r})
-
-
-def _told(name, outputs):
-    with LOG.open("a") as file:
-        file.write("".join(f"{{name}} {{output!r}}\\n" for output in outputs))
-
-
-def vowels(outputs, **_):
-    _told("vowels", outputs)
-    return [float(sum(letter in "ae" for letter in output)) for output in outputs]
-
-
-def length(outputs, **_):
-    _told("length", outputs)
-    return [float(len(output)) for output in outputs]
-
-
-def late(outputs, **_):
-    _told("late", outputs)
-    return [float(sum(letter in "fgh" for letter in output)) - len(output) for output in outputs]
-
-
-def not_for_a(outputs, **_):
-    return [None if output.startswith("a") else float(len(output)) for output in outputs]
-"""
+from tests.runs import TOKENIZER
+from tests.tiny import tiny_decoder
 
 
 def letters_a(samples: list[str]) -> Reply:
     return 200, json.dumps({"rewards": [float(sample.count("a")) for sample in samples]}).encode()
-
-
-class Bench:
-    """A policy, prompts and rewards in a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.log = folder / "calls.txt"
-        self.log.touch()
-        (folder / "rewards.py").write_text(REWARDS.format(log=str(self.log)))
-        (folder / "prompts.jsonl").write_text('{"prompt": "ab"}\n{"prompt": "c"}\n{"prompt": "def"}\n')
-        self.save_policy("policy", 0)
-
-    def save_policy(self, name: str, seed: int) -> None:
-        policy(seed, dtype=torch.float32).save_pretrained(self.folder / name)
-        TOKENIZER.save_pretrained(self.folder / name)
-
-    def reward(self, name: str) -> str:
-        return f"{self.folder / 'rewards.py'}:{name}"
-
-    def run(self, *words: str, **settings: Any) -> dict[str, Any]:
-        """Run the command; gives its results."""
-        settings = {
-            "model.path": self.folder / "policy",
-            "data.eval": self.folder / "prompts.jsonl",
-            "generation.max_new_tokens": 4,
-            "generation.chunk_size": 8,
-            "reward.function": self.reward("vowels"),
-            "gold": self.reward("length"),
-            "best_of_n.num_samples": 20,
-            "best_of_n.save_every": 16,
-            "best_of_n.output_dir": self.folder / "out",
-            **settings,
-        }
-        main([*(f"{key}={value}" for key, value in settings.items() if value is not None), *words])
-        name = settings.get("best_of_n.name", "")
-        return json.loads((self.folder / "out" / name / "results.json").read_text())
-
-    def records(self) -> dict[str, EvaluationRecord]:
-        paths = sorted((self.folder / "out" / "samples").glob("*.jsonl"))
-        return {path.name: read_record(path) for path in paths}
-
-    def calls(self) -> list[str]:
-        """Names of the rewards that were asked since the last call of this, once per text."""
-        names = [line.split()[0] for line in self.log.read_text().splitlines()]
-        self.log.write_text("")
-        return names
 
 
 @pytest.fixture
@@ -118,7 +44,8 @@ def test_results_are_those_of_the_kept_samples(bench: Bench) -> None:
 
     samples = [sample for record in bench.records().values() for sample in record.samples]
     assert sorted(sample.prompt for sample in samples) == [0] * 20 + [1] * 20 + [2] * 20
-    assert len({sample.output for sample in samples}) > 20, "each completion is drawn for itself"
+    first, second, *_ = ([each.output for each in record.samples] for record in bench.records().values())
+    assert first[:4] != second[:4], "each part of a prompt's completions is drawn for itself"
     for sample in samples:
         assert sample.scores["gold"] == len(sample.output)
         assert sample.scores["reward"] == sum(letter in "ae" for letter in sample.output)
@@ -309,3 +236,17 @@ def test_a_gold_whose_scores_are_all_the_proxy_s_is_refused_in_the_end(bench: Be
 
     with pytest.raises(ConfigError, match="all their scores are equal"):
         bench.run(gold=f"{bench.folder / 'copy.py'}:vowels")
+
+
+@pytest.mark.parametrize(("family", "told"), [("gpt2", False), ("qwen2", True)])
+def test_model_that_cannot_share_a_prompt_says_so(
+    family: str, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    window = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1} if told else {}
+    lm = tiny_decoder(family, **window)
+    engine = HFEngine(lambda: lm, TOKENIZER, GenerationConfig(max_new_tokens=8), version=lambda: 0)
+
+    with caplog.at_level("INFO"):
+        tell_of_prefixes(engine, [Prompt("ab", (0, 1))])
+
+    assert ("each completion reads its prompt anew" in caplog.text) is told

@@ -1,492 +1,385 @@
-"""Runs that a gold reward watches: what it decides, what it costs, and that it stops nothing."""
+"""Gold scores that are added to evaluations, by rewards behind real sockets."""
 
 from __future__ import annotations
 
 import json
-import math
-import shutil
-import statistics
+import os
+import signal
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conch.config import RewardConfig, load
-from conch.errors import ConfigError, RewardInvalidError, RewardUnavailableError
-from conch.evaluation.evaluator import _input
-from conch.evaluation.records import EvaluatedSample, read_record, record_path, records_of
-from conch.evaluation.watch import ALARMS_FILE
-from conch.rewards.factory import shared_reward
-from conch.runs.checkpoint import steps_of
+from conch.errors import ConfigError, DataError, RewardUnavailableError
+from conch.evaluation.evaluator import kept_metadata
+from conch.evaluation.gold import Gold, add_gold, as_it_stands, gold_source, main, templated
+from conch.evaluation.records import (
+    EvaluatedSample,
+    EvaluationRecord,
+    read_record,
+    record_path,
+    records_of,
+    write_record,
+)
+from conch.rewards.base import RewardSource
 from conch.types import Dialogue, Prompt
-from tests.fakes.json_rewards import Reply, endpoint, lengths
-from tests.runs import PROMPTS, grpo_trainer, ilql_trainer, ppo_trainer, rft_trainer, sft_trainer, vowels
-from tests.unit.training.test_run import SAMPLES, metrics_of
+from tests.fakes.json_rewards import Endpoint, Reply, endpoint
 
-Trainer = Callable[..., Any]
-EACH = {"total_steps": 4, "eval_every": 1}
-# Everything within a second, for a server that is not there.
-HASTY = {"connect_timeout_s": 0.2, "request_timeout_s": 0.3, "deadline_s": 0.6, "cache_size": 0}
-
-
-def gold_length(outputs: Sequence[str], **_: Any) -> list[float]:
-    """A gold function: the length of an output in letters."""
-    return [float(len(output)) for output in outputs]
+ROOT = Path(__file__).resolve().parents[3]
+STEPS = (0, 100, 200)
+PER_STEP = 6
+TWO: Any = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+FAST = {"client": {"deadline_s": 1.0, "request_timeout_s": 1.0, "connect_timeout_s": 0.5}}
 
 
-class Scripted:
-    """A gold function that gives one value for all of an evaluation, and raises where that is None."""
-
-    def __init__(self, *values: float | None) -> None:
-        self._values = iter(values)
-
-    def __call__(self, outputs: Sequence[str], **_: Any) -> list[float]:
-        value = next(self._values)
-        if value is None:
-            raise OSError("gold is out")
-        return [value] * len(outputs)
-
-
-def samples_of(trainer: Any) -> Sequence[EvaluatedSample]:
-    """Of its latest evaluation."""
-    return trainer.evaluation.record.samples
-
-
-def done(trainer: Any) -> Any:
-    try:
-        trainer.fit()
-    finally:
-        trainer.close()
-    return trainer
-
-
-# -------------------------------------------------------------------------------------------------- measuring
-
-
-@pytest.mark.parametrize("make", [ppo_trainer, grpo_trainer, rft_trainer])
-def test_gold_is_measured_and_never_learned_from(tmp_path: Path, make: Trainer) -> None:
-    outcomes = []
-    for gold in (gold_length, None):
-        trainer = make(tmp_path / str(gold is None), gold=gold)
-        scores = trainer.evaluate(repeats=3)
-        metrics = {k: v for k, v in trainer.step().items() if not k.startswith(("time/", "reward/"))}
-        outcomes.append(({k: v for k, v in scores.items() if "/gold/" not in k}, metrics))
-        if gold is None:
-            assert not any("gold" in name for name in scores)
-        else:
-            texts = [sample.output for sample in samples_of(trainer)]
-            assert scores["eval/gold/reward"] == pytest.approx(statistics.fmean(gold_length(texts)))
-            assert scores["eval/gold/failed_fraction"] == 0.0 and scores["eval/gold/requests"] == 1.0
-            assert scores["eval/gold/seconds"] >= 0.0
-        trainer.close()
-    assert repr(outcomes[0]) == repr(outcomes[1])
-
-
-@pytest.mark.parametrize("make", [sft_trainer, ilql_trainer])
-@pytest.mark.parametrize("reward", [vowels, None])
-def test_offline_trainers_are_watched_as_well(tmp_path: Path, make: Trainer, reward: Any) -> None:
-    rewards = ([1.0] * len(SAMPLES),) if make is ilql_trainer else ()
-    trainer = make(
-        tmp_path / "run", SAMPLES, *rewards, reward_fn=reward, gold=gold_length, eval_prompts=["a", "b"]
-    )
-    assert trainer.evaluate()["eval/gold/failed_fraction"] == 0.0
-    assert trainer.default_best_metric == "eval/gold/reward"
-    trainer.close()
-
-
-def test_gold_without_prompts_to_sample_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="gold measure completions of `eval_prompts`: give some"):
-        sft_trainer(tmp_path / "run", SAMPLES, gold=gold_length)
-
-
-def test_statistics_are_those_of_what_is_kept(tmp_path: Path) -> None:
-    """Reckoned anew from the file: population variance of two members, standard errors over prompts."""
-    reward = {"a": vowels, "b": lambda outputs, **_: [2.0 * x + 1.0 for x in vowels(outputs)]}
-    trainer = ppo_trainer(
-        tmp_path / "run",
-        reward_fn=reward,
-        reward={"combine": "uwo", "uwo_weight": 0.5},
-        gold=gold_length,
-        train={**EACH, "total_steps": 1, "eval_repeats": 3},
-    )
-    done(trainer)
-    record = read_record(record_path(tmp_path / "run", 1))
-    assert [sample.prompt for sample in record.samples] == [place // 3 for place in range(24)]
-    assert [sample.input for sample in record.samples] == [text for text in PROMPTS for _ in range(3)]
-    a = vowels([sample.output for sample in record.samples])
-    pairs = [(x, 2 * x + 1) for x in a]
-    assert [tuple(sample.members.values()) for sample in record.samples] == pairs
-    variances = [statistics.pvariance(pair) for pair in pairs]
-    proxy = [statistics.fmean(pair) - 0.5 * v for pair, v in zip(pairs, variances, strict=True)]
-    assert record.column("reward") == pytest.approx(proxy, rel=1e-12)
-    assert record.column("gold") == gold_length([sample.output for sample in record.samples])
-    assert record.sources == {"reward": trainer.source.name, "gold": "gold_length"}
-
-    def error(column: Sequence[float]) -> float:
-        means = [statistics.fmean(column[place : place + 3]) for place in range(0, 24, 3)]
-        return statistics.stdev(means) / math.sqrt(8)
-
-    row = metrics_of(tmp_path / "run")[-1]
-    assert row["eval/members_variance"] == pytest.approx(statistics.fmean(variances), rel=1e-12)
-    assert row["eval/reward_standard_error"] == pytest.approx(error(proxy), rel=1e-12)
-    assert row["eval/gold/standard_error"] == pytest.approx(error(record.column("gold")), rel=1e-12)
-    counts = [sample.num_tokens for sample in record.samples]
-    assert row["eval/length_mean"] == pytest.approx(statistics.fmean(counts))
-    assert row["eval/sqrt_kl"] == pytest.approx(math.sqrt(max(0.0, row["eval/kl"])))
-    assert record.metrics["eval/kl"] == row["eval/kl"]
-
-
-def test_a_member_that_fails_for_one_text_is_told_apart(tmp_path: Path) -> None:
-    def picky(outputs: Sequence[str], **_: Any) -> list[float]:
-        return [math.nan if "c" in output else 5.0 for output in outputs]
-
-    trainer = ppo_trainer(
-        tmp_path / "run",
-        reward_fn={"a": vowels, "b": picky},
-        reward={"combine": "mean", "on_member_failure": "renormalise"},
-        gold=gold_length,
-    )
-    scores = trainer.evaluate(repeats=4)
-    trainer.close()
-    samples = samples_of(trainer)
-    failed = ["c" in sample.output for sample in samples]
-    assert 0 < sum(failed) < len(failed)
-    assert [sample.members["b"] is None for sample in samples] == failed
-    variances = [
-        0.0 if lacks else statistics.pvariance([sample.members["a"] or 0.0, 5.0])
-        for sample, lacks in zip(samples, failed, strict=True)
-    ]
-    assert scores["eval/members_variance"] == pytest.approx(statistics.fmean(variances))
-    assert scores["eval/gold/failed_fraction"] == 0.0
-
-
-def test_prompts_in_another_order_are_scored_as_before(tmp_path: Path) -> None:
-    """Each prompt keeps its completion with its reward and its gold."""
-    found = []
-    for order in (PROMPTS, PROMPTS[::-1]):
-        trainer = ppo_trainer(
-            tmp_path / order[0],
-            gold=gold_length,
-            eval_prompts=order,
-            eval_generation={"do_sample": False},
-        )
-        scores = trainer.evaluate()
-        trainer.close()
-        samples = samples_of(trainer)
-        rows = sorted((each.input, each.output, *each.scores.values()) for each in samples)
-        found.append((rows, {k: v for k, v in scores.items() if k != "eval/gold/seconds"}))
-    assert found[0][0] == found[1][0]
-    assert found[0][1] == pytest.approx(found[1][1], rel=1e-12)
-
-
-def test_gold_is_asked_while_the_reward_is(tmp_path: Path) -> None:
-    both = threading.Barrier(2)
-
-    def reward(outputs: Sequence[str], **_: Any) -> list[float]:
-        both.wait(30.0)
-        return vowels(outputs)
-
-    def gold(outputs: Sequence[str], **_: Any) -> list[float]:
-        both.wait(30.0)
-        return gold_length(outputs)
-
-    trainer = ppo_trainer(tmp_path / "run", reward_fn=reward, gold=gold)
-    assert trainer.evaluate()["eval/gold/failed_fraction"] == 0.0
-    trainer.close()
-
-
-def test_a_figure_of_every_evaluation_is_no_name_for_the_users(tmp_path: Path) -> None:
-    trainer = ppo_trainer(tmp_path / "run", metric_fn=lambda outputs, **_: {"length_mean": 0.0})
-    with pytest.raises(ConfigError, match="`eval/length_mean` would be two figures"):
-        trainer.evaluate()
-    trainer.close()
-
-
-def test_messages_are_kept_and_pictures_are_not() -> None:
-    messages = ({"role": "user", "content": "grün"},)
-    assert _input(Prompt("rendered", (1,), dialogue=Dialogue(messages))) == [*messages]
-    picture = ({"role": "user", "content": [{"type": "image", "image": b"..."}]},)
-    assert _input(Prompt("rendered", (1,), dialogue=Dialogue(picture))) == "rendered"
-
-
-# --------------------------------------------------------------------------------- what gold decides in a run
-
-
-def test_the_best_checkpoint_is_that_of_gold(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    done(ppo_trainer(run, gold=Scripted(1.0, 2.0, 5.0, None, 4.0), train=EACH))
-    assert (run / "checkpoints/best").resolve().name == "step_2"
-    assert (run / "best_metric.txt").read_text() == "eval/gold/reward\n"
-
-
-def test_the_users_choice_of_the_best_metric_wins(tmp_path: Path) -> None:
-    train = {**EACH, "total_steps": 1, "best_metric": "eval/length_mean"}
-    trainer = done(ppo_trainer(tmp_path / "run", gold=Scripted(1.0, 2.0), train=train))
-    assert (tmp_path / "run/best_metric.txt").read_text() == "eval/length_mean\n"
-    assert trainer.run.best == pytest.approx(
-        max(row["eval/length_mean"] for row in metrics_of(tmp_path / "run"))
-    )
-
-
-def test_a_run_stops_once_gold_has_fallen_and_says_why(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO")
-    run = tmp_path / "run"
-    train = {**EACH, "total_steps": 9, "stop_when": "gold falls for 2 evaluations"}
-    trainer = done(ppo_trainer(run, gold=Scripted(3.0, 2.0, 4.0, 3.0, None, 3.5, 1.0), train=train))
-    assert trainer.run.step == 5 and set(steps_of(run)) == {2, 5}
-    words = "stopped early (train.stop_when): eval/gold/reward was below that of step 2 for 2 evaluations"
-    assert words in caplog.text
-    again = done(ppo_trainer(run, gold=Scripted(), train={**train, "resume": "auto"}))
-    assert again.run.step == 5, "a run that has stopped stays stopped"
-
-
-def test_a_rule_by_gold_wants_gold(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"`train\.stop_when` goes by gold, and nothing gives it"):
-        ppo_trainer(tmp_path / "run", train={**EACH, "stop_when": "gold falls for 2 evaluations"})
-
-
-def test_a_rule_by_what_is_not_evaluated_ends_the_run_at_its_start(tmp_path: Path) -> None:
-    trainer = ppo_trainer(
-        tmp_path / "run", train={**EACH, "stop_when": "eval/optimality falls for 2 evaluations"}
-    )
-    with pytest.raises(ConfigError, match="eval/optimality, which is no evaluation metric; there are: eval"):
-        trainer.fit()
-    trainer.close()
-    assert trainer.run.step == 0
-
-
-def measured(run: Path) -> list[dict[str, Any]]:
-    """Figures of evaluations, without those of the clock."""
-    return [
-        {k: v for k, v in row.items() if k.startswith(("eval/", "alarm/")) and not k.endswith("seconds")}
-        for row in metrics_of(run)
-    ]
-
-
-def kept(run: Path) -> list[Any]:
-    records = [read_record(path) for path in records_of(run)]
-    return [(each.step, each.samples, each.sources) for each in records]
-
-
-def test_a_resumed_run_has_the_alarms_and_evaluations_of_one_that_was_not_stopped(tmp_path: Path) -> None:
-    def run(name: str, **train: Any) -> None:
-        done(
-            ppo_trainer(
-                tmp_path / name,
-                gold=lambda outputs, **_: [-x for x in vowels(outputs)],
-                evaluation={"alarms": {"length_drift": 1.001, "gold_falls": 0.01}},
-                optimizer={"learning_rate": 5e-3},
-                train={**EACH, "stop_when": "gold falls for 9 evaluations", **train},
+def a_run(folder: Path, steps: Sequence[int] = STEPS, **changed: Any) -> Path:
+    """Evaluations of samples with lengths of their own, some outputs twice."""
+    for step in steps:
+        samples = tuple(
+            EvaluatedSample(
+                number // 2,
+                changed.get("input", f"{step}: question {number // 2} "),
+                "ab" * (number % 3),
+                4,
+                {"reward": float(10 * number + step)},
             )
+            for number in range(PER_STEP)
         )
-
-    run("whole", total_steps=6)
-    run("parts", total_steps=3, save_every=2)
-    assert record_path(tmp_path / "parts", 3).exists()
-    # As a kill behind the evaluation of step 3 leaves it.
-    shutil.rmtree(tmp_path / "parts/checkpoints/step_3")
-    run("parts", total_steps=6, save_every=2, resume="auto")
-
-    alarms = (tmp_path / "whole" / ALARMS_FILE).read_text()
-    assert {json.loads(line)["name"] for line in alarms.splitlines()} >= {"length_drift"}
-    assert (tmp_path / "parts" / ALARMS_FILE).read_text() == alarms
-    assert kept(tmp_path / "parts") == kept(tmp_path / "whole") and len(kept(tmp_path / "parts")) == 7
-    assert measured(tmp_path / "parts") == measured(tmp_path / "whole")
-    tables = sorted(path.name for path in (tmp_path / "whole/samples").glob("alarm_*"))
-    assert sorted(path.name for path in (tmp_path / "parts/samples").glob("alarm_*")) == tables != []
-    for name in tables:
-        whole, parts = ((tmp_path / run / "samples" / name).read_text() for run in ("whole", "parts"))
-        assert whole == parts and "output_then" in whole
+        sources = {"reward": changed.get("proxy", "rm at 127.0.0.1:1")}
+        write_record(
+            record_path(folder, step), EvaluationRecord(step, samples, {"eval/kl": 0.5}, "", sources)
+        )
+    return folder
 
 
-# ----------------------------------------------------------------------------------------- what is kept of it
+def gold_of(run: Path, name: str = "gold") -> list[list[float | None]]:
+    return [[sample.scores.get(name) for sample in read_record(path).samples] for path in records_of(run)]
 
 
-def test_nothing_is_kept_where_that_is_not_wanted(tmp_path: Path) -> None:
-    done(ppo_trainer(tmp_path / "run", train={**EACH, "total_steps": 1}, evaluation={"keep": False}))
-    assert not (tmp_path / "run/evaluations").exists()
+def lengths(run: Path) -> list[list[float]]:
+    """What the fake endpoint gives."""
+    return [
+        [float(len(str(sample.input) + sample.output)) for sample in read_record(path).samples]
+        for path in records_of(run)
+    ]
 
 
-def test_an_evaluation_that_ends_half_way_leaves_no_file(tmp_path: Path) -> None:
-    """The reward is away for the second of two variants at step 1."""
+@pytest.fixture
+def judge() -> Iterator[Endpoint]:
+    with endpoint() as running:
+        yield running
+
+
+def asked_samples(running: Endpoint) -> list[str]:
+    return [sample for body in running.asked for sample in body["query"] if sample]
+
+
+def test_every_sample_gets_the_score_of_its_own_text(tmp_path: Path, judge: Endpoint, capsys: Any) -> None:
+    run = a_run(tmp_path)
+    assert main([str(run), judge.url, "--batch-size", "4"]) == 0
+    assert gold_of(run) == lengths(run)
+    assert max(len(body["query"]) for body in judge.asked) <= 4
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["step", "KL", "(nats)", "proxy", "gold", "failed"]
+    assert lines[2].split() == ["100", "0.5", "125", f"{sum(lengths(run)[1]) / 6:.4g}", "0", "of", "6"]
+    assert read_record(records_of(run)[0]).sources["gold"] == judge.url
+
+
+def test_what_has_a_score_is_not_asked_for_again(tmp_path: Path, judge: Endpoint) -> None:
+    run = a_run(tmp_path)
+    assert main([str(run), judge.url]) == 0
+    judge.asked.clear()
+    a_run(tmp_path, [300])
+    path = records_of(run)[1]
+    record = read_record(path)
+    write_record(path, record.with_scores("gold", [1.0, None, *[2.0] * 4], judge.url))
+    assert main([str(run / "evaluations"), judge.url]) == 0
+    asked = asked_samples(judge)
+    assert {text[:4] for text in asked if "question" in text} == {"300:", "100:"}
+    assert sum(text.startswith("100:") for text in asked) == 1
+    assert gold_of(run)[1] == [1.0, lengths(run)[1][1], *[2.0] * 4]
+    assert main([str(run), "http://127.0.0.1:9/score", "--force"]) == 1
+    whole = [path.read_bytes() for path in records_of(run)]
+    judge.asked.clear()
+    assert main([str(run), judge.url]) == 0, "where nothing is missing, nobody is asked"
+    assert judge.asked == [] and [path.read_bytes() for path in records_of(run)] == whole
+
+
+def test_force_scores_anew_and_another_name_stands_beside(tmp_path: Path, judge: Endpoint) -> None:
+    run = a_run(tmp_path, [0])
+    record = read_record(records_of(run)[0])
+    write_record(records_of(run)[0], record.with_scores("gold", [9.0] * PER_STEP, "another judge"))
+    assert main([str(run), judge.url]) == 1
+    assert gold_of(run) == [[9.0] * PER_STEP]
+    assert main([str(run), judge.url, "--name", "second"]) == 0
+    assert gold_of(run) == [[9.0] * PER_STEP] and gold_of(run, "second") == lengths(run)
+    assert main([str(run), judge.url, "--force"]) == 0
+    assert gold_of(run) == lengths(run)
+
+
+def test_a_server_that_goes_away_leaves_what_it_gave(tmp_path: Path, capsys: Any) -> None:
+    run = a_run(tmp_path)
     calls: list[int] = []
 
-    def reward(outputs: Sequence[str], **_: Any) -> list[float]:
-        calls.append(1)
-        return [] if len(calls) == 5 else vowels(outputs)  # two variants, a step, two variants
+    def dying(samples: list[str]) -> Reply:
+        calls.append(len(samples))
+        if sum(calls) > 10:
+            return 0, b""
+        return 200, json.dumps({"rewards": [float(len(sample)) for sample in samples]}).encode()
 
-    trainer = ppo_trainer(
-        tmp_path / "run", reward_fn=reward, train=EACH, eval_generation={"temperature": [0.5, 1.0]}
+    with endpoint(dying) as running:
+        argv = [str(run), running.url, "--batch-size", "2", "--deadline-s", "1"]
+        assert main(argv) == 1
+        error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        assert (
+            len(error) == 1 and "went away while it scored" in error[0] and "goes on from there" in error[0]
+        )
+        done = [score for column in gold_of(run) for score in column if score is not None]
+        assert PER_STEP < len(done) <= 10 and gold_of(run)[0] == lengths(run)[0]
+        running.answer = lambda samples: (
+            200,
+            json.dumps({"rewards": [float(len(s)) for s in samples]}).encode(),
+        )
+        running.asked.clear()
+        assert main(argv) == 0
+        assert gold_of(run) == lengths(run)
+        texts = {text for text in asked_samples(running) if "question" in text}
+        assert not any(text.startswith("0: ") for text in texts)
+
+
+def test_a_server_that_is_away_from_the_start_changes_nothing(tmp_path: Path, capsys: Any) -> None:
+    run = a_run(tmp_path)
+    before = [path.read_bytes() for path in records_of(run)]
+    assert main([str(run), "http://127.0.0.1:9/score", "--deadline-s", "1"]) == 1
+    assert capsys.readouterr().err.count("error:") == 1
+    assert [path.read_bytes() for path in records_of(run)] == before
+
+
+def test_a_sample_that_gets_no_score_is_counted_and_asked_for_again(tmp_path: Path, capsys: Any) -> None:
+    run = a_run(tmp_path, [0])
+
+    def choosy(samples: list[str]) -> Reply:
+        return 200, json.dumps(
+            {"rewards": [None if sample.endswith("abab") else 1.0 + len(sample) for sample in samples]}
+        ).encode()
+
+    with endpoint(choosy) as running:
+        assert main([str(run), running.url]) == 2
+        assert gold_of(run)[0].count(None) == 2 and "2 of 6" in capsys.readouterr().out
+        running.answer = lambda samples: (200, json.dumps({"rewards": [3.0] * len(samples)}).encode())
+        assert main([str(run), running.url]) == 0
+        assert gold_of(run)[0].count(3.0) == 2
+
+
+@pytest.mark.parametrize("after", [7, 12], ids=["within a file", "between two files"])
+def test_a_killed_evaluation_goes_on_where_it_was(after: int, tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    stuck, go_on = threading.Event(), threading.Event()
+    seen: list[str] = []
+
+    def slow(samples: list[str]) -> Reply:
+        texts = [sample for sample in samples if "question" in sample]
+        if len(seen) + len(texts) > after and not go_on.is_set():
+            stuck.set()
+            go_on.wait(60)
+            return 0, b""
+        seen.extend(texts)
+        return 200, json.dumps({"rewards": [float(len(sample)) for sample in samples]}).encode()
+
+    with endpoint(slow) as running:
+        command = [sys.executable, "-m", "conch.evaluation.gold", str(run), running.url, "--batch-size", "1"]
+        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        try:
+            assert stuck.wait(60)
+            time.sleep(0.3)  # what was scored before is on its way to the disk
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            go_on.set()
+        partial = gold_of(run)
+        files = after // PER_STEP
+        assert partial[:files] == lengths(run)[:files]
+        assert partial[files:] == [[None] * PER_STEP] * (len(STEPS) - files), "a file is whole, or as it was"
+        before = [path.read_bytes() for path in records_of(run)[:files]]
+        seen.clear()
+        assert main([str(run), running.url, "--batch-size", "1"]) == 0
+        assert gold_of(run) == lengths(run)
+        assert [path.read_bytes() for path in records_of(run)[:files]] == before
+        done = tuple(f"{step}: " for step in STEPS[:files])
+        assert not any(text.startswith(done) for text in seen)
+
+
+def test_a_long_file_is_written_while_it_is_scored(
+    tmp_path: Path, judge: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("conch.evaluation.gold._SAVE_EVERY_S", 0.0)
+    run, saved = a_run(tmp_path, [0]), list[int]()
+
+    def note(samples: list[str]) -> Reply:
+        saved.append(sum(score is not None for score in gold_of(run)[0]))
+        return 200, json.dumps({"rewards": [float(len(sample)) for sample in samples]}).encode()
+
+    judge.answer = note
+    with gold_source(judge.url, RewardConfig()) as source:
+        add_gold(records_of(run), Gold(source, batch_size=1, at_once=1))
+    assert 0 < saved[-1] < PER_STEP and gold_of(run) == lengths(run)
+
+
+def test_the_reward_that_was_learned_from_is_refused_by_name_and_by_its_scores(
+    tmp_path: Path, judge: Endpoint, capsys: Any
+) -> None:
+    run = a_run(tmp_path / "named", proxy=judge.url)
+    assert main([str(run), judge.url]) == 1
+    assert "is the reward that" in capsys.readouterr().err and judge.asked == []
+    for where, scores in (("moved", ("reward",)), ("member", ("rm_seed1",))):
+        path = record_path(tmp_path / where, 0)
+        texts = [f"{number} {'x' * number}" for number in range(PER_STEP)]
+        samples = []
+        for text in texts:
+            proxy = {name: float(len(text)) for name in scores}
+            members = proxy if where == "member" else {}
+            samples.append(EvaluatedSample(0, text, "", 4, {"reward": 0.5, **proxy}, members))
+        write_record(path, EvaluationRecord(0, tuple(samples)))
+        before = path.read_bytes()
+        assert main([str(tmp_path / where), judge.url]) == 1
+        told = "by its member `rm_seed1`" if where == "member" else "learned from: it is the same"
+        assert told in capsys.readouterr().err and path.read_bytes() == before
+
+
+def test_a_verifier_may_agree_with_the_proxy(tmp_path: Path) -> None:
+    sample = EvaluatedSample(0, "2 + 2?", r"\boxed{4}", 4, {"reward": 1.0}, {}, {"answer": "#### 4"})
+    wrong = EvaluatedSample(0, "2 + 2?", r"\boxed{5}", 4, {"reward": 0.0}, {}, {"answer": "#### 4"})
+    write_record(record_path(tmp_path, 0), EvaluationRecord(0, (sample, wrong, sample, wrong)))
+    assert main([str(tmp_path), "verifier:gsm8k", "--name", "correct"]) == 0
+    assert gold_of(tmp_path, "correct") == [[1.0, 0.0, 1.0, 0.0]]
+
+
+def test_a_verifier_needs_what_the_rows_had(tmp_path: Path, capsys: Any) -> None:
+    assert main([str(a_run(tmp_path)), "verifier:gsm8k"]) == 1
+    assert "prompt 0 has no" in capsys.readouterr().err
+
+
+def test_a_function_gets_texts_and_the_keys_of_the_rows(tmp_path: Path) -> None:
+    (tmp_path / "judging.py").write_text(
+        "def judge(samples, prompts, outputs, bonus):\n"
+        "    return [len(output) + 10 * b for output, b in zip(outputs, bonus)]\n"
     )
-    with pytest.raises(RewardInvalidError):
-        done(trainer)
-    names = sorted(path.name for path in (tmp_path / "run/evaluations").iterdir())
-    assert names == ["step_000000@temperature=0.5.jsonl", "step_000000@temperature=1.jsonl"]
+    samples = (EvaluatedSample(0, "a", "bc", 1, {"reward": 0.0}, {}, {"bonus": 3}),)
+    write_record(record_path(tmp_path, 0), EvaluationRecord(0, samples, sources={"reward": "judge"}))
+    assert main([str(tmp_path), f"{tmp_path}/judging.py:judge"]) == 0, "another function may have its name"
+    assert gold_of(tmp_path) == [[32.0]]
+    assert main([str(tmp_path), f"{tmp_path}/judging.py:judging"]) == 1
 
 
-def test_a_disk_that_takes_nothing_costs_the_record_and_not_the_run(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    trainer = ppo_trainer(tmp_path / "run", train={**EACH, "total_steps": 1})
-    (tmp_path / "run/evaluations").write_text("in the way")
-    done(trainer)
-    assert "the evaluation of step 1 is not kept" in caplog.text and trainer.run.step == 1
+def test_messages_reach_a_reward_as_messages(tmp_path: Path, judge: Endpoint) -> None:
+    messages: list[Any] = [{"role": "user", "content": "Who?"}]
+    samples = (
+        EvaluatedSample(0, messages, "Me.", 2, {}, {}, {"tools": [{"name": "look"}], "id": 1}),
+        EvaluatedSample(1, "plain ", "text", 2, {}),
+    )
+    write_record(record_path(tmp_path, 0), EvaluationRecord(0, samples))
+    rollout = as_it_stands(samples[0])
+    assert rollout.dialogue is not None and rollout.dialogue.tools == ({"name": "look"},)
+    assert rollout.prompt.metadata == {"id": 1}
+    assert main([str(tmp_path), judge.url, "--dialect", "messages"]) == 0
+    dialogues = [each for body in judge.asked for each in body.get("dialogues", [])]
+    answered = [*messages, {"role": "assistant", "content": "Me."}]
+    assert any(each and each["messages"] == answered for each in dialogues) and None in dialogues
+    assert as_it_stands(EvaluatedSample(0, messages, "", 0, {})).dialogue is not None, "an empty answer"
 
 
-# -------------------------------------------------------------------------------------- gold that is no gold
+def test_what_a_run_keeps_of_a_dialogue_is_the_dialogue_again() -> None:
+    messages = ({"role": "user", "content": "Who?"},)
+    dialogue = Dialogue(messages, ({"name": "look"},), {"thinking": False})
+    prompt = Prompt("<user>Who?", (1,), {"answer": "7"}, dialogue)
+    kept = EvaluatedSample(0, [*messages], "Me.", 1, {}, {}, kept_metadata(prompt))
+    again = as_it_stands(kept)
+    assert again.prompt.dialogue == dialogue and again.prompt.metadata == {"answer": "7"}
+    assert kept_metadata(Prompt("a", (1,), {"answer": "7"})) == {"answer": "7"}
 
 
-RM = {"url": "host:8001/rm"}
-SERVERS = {"url": "127.0.0.1:8001,Host:8002/rm"}
-FUNCTION = f"{__file__}:gold_length"
+class _Texts(RewardSource):
+    """Reads texts, as served models without a chat template do."""
+
+    name = "texts"
+    reads = "texts"
+
+    def check(self) -> None: ...
+
+    def submit(self, rollouts: Any) -> Any:
+        raise AssertionError("asked")
+
+
+def test_dialogues_are_no_texts(tmp_path: Path) -> None:
+    run = a_run(tmp_path, [0], input=[{"role": "user", "content": "Who?"}])
+    with pytest.raises(ConfigError, match=r"6 of 6 inputs of .* are dialogues: .*--template chat"):
+        add_gold(records_of(run), Gold(_Texts()))
+
+
+def test_a_template_shows_the_prompt_in_another_form(tmp_path: Path, judge: Endpoint) -> None:
+    run = a_run(tmp_path, [0], input=[{"role": "user", "content": "Who {prompt}?"}])
+    assert main([str(run), judge.url, "--prompt-template", "Q: {prompt}\nA: "]) == 0
+    assert "Q: Who {prompt}?\nA: abab" in asked_samples(judge)
+    assert main([str(run), judge.url, "--prompt-template", "Q: "]) == 1
+    with pytest.raises(ConfigError, match="dialogue of 2 messages"):
+        templated("{prompt}")(EvaluatedSample(3, [*TWO], "", 0, {}))
+
+
+def test_a_run_becomes_the_files_of_the_other_code(tmp_path: Path, judge: Endpoint) -> None:
+    run = a_run(tmp_path / "run")
+    assert main([str(run), judge.url, "--write-seed-files", str(tmp_path / "eval")]) == 0
+    rows = [json.loads((tmp_path / f"eval/eval-{number}.json").read_text()) for number in range(3)]
+    assert [score for row in rows[1] for score in row["gold_scores"]] == lengths(run)[1]
+    for row in rows[2]:
+        del row["gold_scores"]
+    (tmp_path / "eval/eval-2.json").write_text(json.dumps(rows[2]))
+    judge.asked.clear()
+    assert main([str(tmp_path / "eval"), judge.url]) == 0
+    again = json.loads((tmp_path / "eval/eval-2.json").read_text())
+    assert [score for row in again for score in row["gold_scores"]] == lengths(run)[2]
+    assert {text[:3] for text in asked_samples(judge) if "question" in text} == {"200"}
 
 
 @pytest.mark.parametrize(
-    ("gold", "reward", "config", "member"),
+    ("words", "sentence"),
     [
-        ("host:8001/rm", None, RM, ""),
-        ("HOST:8001/rm", "host:8001/rm", {}, ""),
-        ("host:8002,localhost:8001/rm", None, SERVERS, ""),
-        ("host:8002/rm", None, SERVERS, ""),
-        ("http://h:80/a", None, {"url": "http://b:80,http://h:80/a"}, ""),
-        ("host:8001/rm", None, {"members": {"x": "other:1/rm", "y": "host:8001/rm"}}, "y"),
-        ("host:8001/rm", {"x": vowels, "y": "host:8001/rm"}, {}, "y"),
-        ("verifier:gsm8k", None, {"verifier": "gsm8k"}, ""),
-        (FUNCTION, None, {"function": FUNCTION}, ""),
-        (FUNCTION, gold_length, {}, ""),
-        (gold_length, gold_length, {}, ""),
-        (gold_length, None, {"function": FUNCTION}, ""),
-        ("host:8001/rm2", None, RM, None),
-        ("host:8003/rm", None, SERVERS, None),
-        ("verifier:gsm8k", None, {"verifier": "gsm8k", "gsm8k": {"extractor": "strict"}}, None),
-        (gold_length, vowels, {}, None),
-        (lambda **_: [], lambda **_: [], {}, None),
-        (Scripted().__call__, Scripted().__call__, {}, None),
-        ("not an address", None, RM, None),
+        (["none"], "no folder of evaluations"),
+        ([".", "--name", "reward"], "--name reward"),
+        ([".", "--batch-size", "0"], "--batch-size 0: at least 1"),
+        (["."], "holds no evaluations"),
     ],
 )
-def test_gold_that_is_the_reward_is_known(gold: Any, reward: Any, config: Any, member: str | None) -> None:
-    assert shared_reward(gold, RewardConfig(), reward, load(RewardConfig, config)) == member
-
-
-def test_the_reward_that_the_environment_names_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_HOST", "host:8001/rm")
-    assert shared_reward("host:8001/rm", RewardConfig(), None, RewardConfig()) == ""
-
-
-def test_gold_that_is_the_reward_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"`evaluation\.gold` is the reward that this run learns from"):
-        ppo_trainer(tmp_path / "run", gold=vowels)
-    with pytest.raises(ConfigError, match="is a member, `b`, of the reward"):
-        ppo_trainer(tmp_path / "run", reward_fn={"a": gold_length, "b": vowels}, gold=vowels)
-
-
-@pytest.mark.parametrize(
-    ("gold", "message"),
-    [
-        ("nowhere", "gold: reward `nowhere` is not of the form `host:port/model`"),
-        ("none.py:f", r"gold: `evaluation\.gold`: none\.py cannot be read|`evaluation\.gold`: none\.py"),
-        (f"{__file__}:gold_lenght", r"`evaluation\.gold` = .*has no function gold_lenght; did you mean"),
-        (lambda texts: [], "gold: reward function `<lambda>` has the wrong signature"),
-    ],
-)
-def test_gold_that_cannot_work_is_refused_before_the_run(tmp_path: Path, gold: Any, message: str) -> None:
-    config: dict[str, Any] = {"evaluation": {"gold": gold}} if isinstance(gold, str) else {"gold": gold}
-    with pytest.raises(ConfigError, match=message):
-        ppo_trainer(tmp_path / "run", **config)
-
-
-# ------------------------------------------------------------------------------------- gold on a real socket
-
-
-def test_a_server_that_is_absent_is_refused_at_the_start_and_a_warning_on_a_resume(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_mistakes_are_told_in_a_sentence(
+    words: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    train = {**EACH, "total_steps": 1, "save_every": 1}
-    watch: dict[str, Any]
-    with endpoint() as server:
-        watch = {"evaluation": {"gold": server.url, "gold_client": HASTY}}
-        done(ppo_trainer(tmp_path / "run", train=train, **watch))
-    with pytest.raises(RewardUnavailableError, match="gold: "):
-        ppo_trainer(tmp_path / "new", train=train, **watch)
-    done(ppo_trainer(tmp_path / "run", train={**train, "total_steps": 2, "resume": "auto"}, **watch))
-    assert "the run goes on without it until it is back" in caplog.text
-    rows = metrics_of(tmp_path / "run")
-    assert [row["eval/gold/failed_fraction"] for row in rows] == [0.0, 0.0, 1.0]
-    assert rows[2]["eval/gold/reward"] is None and rows[2]["alarm/gold_falls"] is None
-    record = read_record(record_path(tmp_path / "run", 2))
-    assert {sample.scores["gold"] for sample in record.samples} == {None}
-    assert None not in {sample.scores["reward"] for sample in record.samples}
+    monkeypatch.chdir(tmp_path)
+    where, *more = words
+    assert main([where, "verifier:gsm8k", *more]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and sentence in line
 
 
-def test_an_outage_in_mid_evaluation_fails_what_was_not_scored_and_the_run_goes_on(tmp_path: Path) -> None:
-    """One row a request: the server breaks off behind the third, and is back for the next evaluation."""
-    left = [10**9]
-
-    def some(samples: list[str]) -> Reply:
-        left[0] -= 1
-        return (0, b"") if left[0] < 0 else lengths(samples)
-
-    with endpoint(some) as server:
-        client = {**HASTY, "batch_rows": 1, "max_in_flight": 1}
-        trainer = ppo_trainer(tmp_path / "run", evaluation={"gold": server.url, "gold_client": client})
-        before = len(server.asked)
-        whole = trainer.evaluate(step=1)
-        asked = len(server.asked) - before
-        left[0] = 3
-        part = trainer.evaluate(step=2)
-        samples = samples_of(trainer)
-        left[0] = 10**9
-        again = trainer.evaluate(step=3)
-        trainer.close()
-
-    assert whole["eval/gold/failed_fraction"] == 0.0 and whole["eval/gold/requests"] == asked > 1
-    golds = [sample.scores["gold"] for sample in samples]
-    assert part["eval/gold/failed_fraction"] == sum(gold is None for gold in golds) / 8
-    assert 0 < part["eval/gold/failed_fraction"] < 1
-    for sample in samples:  # what was scored before the outage stands beside its own text
-        assert sample.scores["gold"] in (None, float(len(str(sample.input)) + len(sample.output)))
-    assert again["eval/gold/failed_fraction"] == 0.0
+def test_a_damaged_file_is_told_before_anything_is_asked(tmp_path: Path, judge: Endpoint) -> None:
+    run = a_run(tmp_path)
+    records_of(run)[2].write_text('{"conch_evaluation": 1')
+    with (
+        pytest.raises(DataError, match="damaged"),
+        gold_source(judge.url, load(RewardConfig, FAST)) as source,
+    ):
+        add_gold(records_of(run), Gold(source))
+    assert judge.asked == []
 
 
-@pytest.mark.parametrize("reply", [b"rubbish", b'{"rewards": ["x"]}', b'{"rewards": []}', b"null"])
-def test_a_server_that_talks_rubbish_is_a_failure(tmp_path: Path, reply: bytes) -> None:
-    with endpoint() as server:
-        trainer = ppo_trainer(tmp_path / "run", evaluation={"gold": server.url, "gold_client": HASTY})
-        server.answer = lambda samples: (200, reply)
-        scores = trainer.evaluate()
-        trainer.close()
-    assert scores["eval/gold/failed_fraction"] == 1.0 and math.isfinite(scores["eval/reward"])
-
-
-def test_dense_gold_and_several_objectives_count_as_their_sums(tmp_path: Path) -> None:
-    def dense(outputs: Sequence[str], output_ids: Sequence[Sequence[int]], **_: Any) -> list[list[float]]:
-        return [[1.0] * len(ids) for ids in output_ids]
-
-    def two(outputs: Sequence[str], **_: Any) -> dict[str, list[float]]:
-        return {"a": gold_length(outputs), "b": [1.0] * len(outputs)}
-
-    for gold in (dense, two):
-        trainer = ppo_trainer(tmp_path / gold.__name__, gold=gold)
-        scores = trainer.evaluate()
-        samples = samples_of(trainer)
-        trainer.close()
-        expected = [each.num_tokens if gold is dense else 1 + len(each.output) for each in samples]
-        assert [each.scores["gold"] for each in samples] == expected
-        assert scores["eval/gold/failed_fraction"] == 0.0
-
-
-def test_an_evaluation_with_gold_for_few_prompts_is_no_best_one(tmp_path: Path) -> None:
-    """Of the second evaluation a single prompt has gold, and a high one."""
-    values = iter([1.0, 100.0, 2.0])
-
-    def gold(outputs: Sequence[str], **_: Any) -> list[float]:
-        value = next(values)
-        return [value, *[math.nan if value == 100.0 else value] * (len(outputs) - 1)]
-
-    done(ppo_trainer(tmp_path / "run", gold=gold, train={**EACH, "total_steps": 2}))
-    assert (tmp_path / "run/checkpoints/best").resolve().name == "step_2"
+def test_an_unreachable_server_is_an_error_of_its_own_kind(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    with (
+        pytest.raises(RewardUnavailableError),
+        gold_source("http://127.0.0.1:9/score", load(RewardConfig, FAST)) as source,
+    ):
+        add_gold(records_of(run), Gold(source))

@@ -18,7 +18,7 @@ from conch.evaluation.records import (
 )
 
 SAMPLES = (
-    EvaluatedSample(0, "a\u2028b", "grün\n", 2, {"reward": 1.5}, {"a": 1.0, "b": 2.0}),
+    EvaluatedSample(0, "a\u2028b", "grün\n", 2, {"reward": 1.5}, {"a": 1.0, "b": 2.0}, {"answer": [7]}),
     EvaluatedSample(0, [{"role": "user", "content": "hi"}], "", 0, {"reward": None}, {"a": 1.0, "b": None}),
 )
 

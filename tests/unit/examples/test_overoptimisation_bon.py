@@ -11,8 +11,8 @@ import pytest
 
 from conch.errors import ConfigError, DataError
 from conch.evaluation.best_of_n import best_of_n_curve
-from examples.overoptimisation import run_bon_ensembles, run_bon_pipeline
-from examples.overoptimisation.bon_files import DEFAULT_NS, choices, objective_of, read_sorted
+from examples.overoptimisation import bon_models, run_bon_ensembles, run_bon_pipeline
+from examples.overoptimisation.bon_files import DEFAULT_NS, Entry, choices, objective_of, read_sorted
 
 REWARDS = """
 from pathlib import Path
@@ -167,6 +167,17 @@ def test_other_answers_are_scored_anew(study: Study) -> None:
     study.run("--no-ensembles")
 
     assert study.asked() == ["seed1 40", "seed2 40", "seed3 40"]
+
+
+def test_checkpoint_that_was_trained_anew_is_another_model(tmp_path: Path) -> None:
+    entry = Entry({"instruction": "do"}, ("a", "b"), np.zeros(2))
+    (tmp_path / "rm").mkdir()
+    (tmp_path / "rm" / "model.safetensors").write_text("first")
+    mark = bon_models.mark_of(str(tmp_path / "rm"), entry, "")
+
+    assert bon_models.mark_of(str(tmp_path / "rm"), entry, "") == mark
+    (tmp_path / "rm" / "model.safetensors").write_text("second")
+    assert bon_models.mark_of(str(tmp_path / "rm"), entry, "") != mark
 
 
 def test_files_of_the_paper_s_code_are_brought_together_by_their_texts(study: Study) -> None:

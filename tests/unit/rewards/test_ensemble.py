@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from conch.config import RewardConfig, RewardFailureConfig, load
+from conch.converters.triton_models.ensemble_model import combine as serve
 from conch.errors import ConfigError
 from conch.rewards.base import ClientStats, ServerTimes
-from conch.rewards.combined import EnsembleReward, SumReward
+from conch.rewards.combined import EnsembleReward, SumReward, disagreement, members_variance
 from conch.rewards.factory import from_user
 from conch.rewards.function import FunctionReward
 from conch.rewards.scorer import RewardScorer, combine
@@ -47,6 +48,26 @@ def three(samples: list[str], prompts: list[str], outputs: list[str]) -> dict[st
 
 def dense(samples: list[str], prompts: list[str], outputs: list[str]) -> list[list[float]]:
     return [[1.0] * len(output) for output in outputs]
+
+
+class Given(FunctionReward):
+    """Gives the sample at each place its score; NaN is a failure."""
+
+    def __init__(self, scores: np.ndarray) -> None:
+        super().__init__(ten)
+        self.scores = scores.tolist()
+
+    def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:
+        future: Future[list[RewardResult]] = Future()
+        future.set_result(
+            [
+                RewardResult(RewardStatus.OK, scores={"reward": score})
+                if np.isfinite(score)
+                else RewardResult(RewardStatus.INVALID, detail="the score is nan")
+                for score in self.scores
+            ]
+        )
+        return future
 
 
 class Partial(FunctionReward):
@@ -94,6 +115,55 @@ def test_an_ensemble_has_the_papers_objectives(objective: Any, expected: np.ndar
     assert all(list(result.members) == ["a", "b", "c"] and not result.detail for result in found)
 
 
+@pytest.mark.parametrize("variance", ["population", "sample"])
+@pytest.mark.parametrize("objective", ["mean", "wco", "uwo"])
+def test_the_client_and_a_server_combine_alike_whoever_is_missing(objective: Any, variance: Any) -> None:
+    generator = np.random.default_rng(7)
+    for count in range(1, 7):
+        scores = generator.normal(size=(40, count)) * 10.0 ** generator.integers(-3, 4, size=(40, 1))
+        scores[generator.random(scores.shape) < 0.3] = np.nan
+        scores[::5] = np.round(scores[::5])  # ties
+        scores[3] = 2.5
+        scores[4, 0], scores[4, 1:] = 1.5, np.nan
+        scores = scores[np.isfinite(scores).any(axis=1)]
+        served, spread, used = serve(scores, objective, 0.7, variance)
+
+        columns = {f"m{place}": Given(scores[:, place]) for place in range(count)}
+        ensemble = EnsembleReward(
+            columns, objective, uwo_weight=0.7, variance=variance, on_member_failure="renormalise"
+        )
+        with ensemble:
+            found = ensemble.submit(rollouts(*map(str, range(len(scores))))).result(WAIT_S)
+        assert [result.scores["reward"] for result in found] == pytest.approx(served.tolist(), rel=1e-11)
+        there = [[score for score in result.members.values() if score is not None] for result in found]
+        assert [len(row) for row in there] == used.tolist()
+        expected = [np.var(row, ddof=int(variance == "sample" and len(row) > 1)) for row in there]
+        assert spread.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        assert [members_variance(row, variance) for row in there] == pytest.approx(
+            expected, rel=1e-9, abs=1e-12
+        )
+        assert np.isfinite(served).all() and min(used) == 1
+
+
+def test_the_variance_of_a_sample_costs_k_over_k_less_one_times_as_much() -> None:
+    config = RewardConfig(combine="uwo", uwo_weight=0.5, variance="sample")
+    with from_user({"a": length, "b": inverse, "c": ten}, config) as source:
+        found = source.submit(BATCH).result(WAIT_S)
+    expected = SCORES.mean(axis=1) - 0.5 * SCORES.var(axis=1) * 3 / 2
+    assert [result.scores["reward"] for result in found] == pytest.approx(expected.tolist())
+    with pytest.raises(ConfigError, match="variance"):
+        load(RewardConfig, {"variance": "unbiased"})
+
+
+def test_disagreement_is_the_variance_of_the_members_of_each_objective() -> None:
+    several = results_of(EnsembleReward(members(two, three), "mean"))[1]
+    assert disagreement(several) == pytest.approx((4.0 + 6.25) / 2)  # x: 1, 5; y: 2, 7
+    inner = EnsembleReward(members(length, ten), "mean")
+    summed = results_of(SumReward({"rm": inner, "rule": FunctionReward(ten)}))[0]
+    assert disagreement(summed) == 4.5**2
+    assert disagreement(results_of(FunctionReward(ten))[0]) is None
+
+
 def test_an_ensemble_of_several_objectives_combines_each() -> None:
     found = results_of(EnsembleReward(members(two, three), "mean"))
 
@@ -139,11 +209,20 @@ def test_bad_data_decides_over_an_absent_server(make: Any) -> None:
     assert found[1].status is RewardStatus.INVALID and "`b`" in found[1].detail
 
 
-@pytest.mark.parametrize("pair", [(length, two), (dense, dense)])
-def test_members_that_do_not_fit_together_are_bad_data(pair: Any) -> None:
+@pytest.mark.parametrize(
+    ("pair", "said"),
+    [
+        ((length, two), "`a` gives one score, `b` the objectives x, y"),
+        ((dense, dense), "`a` gives a score for each token"),
+        ((ten, length, dense), "`a` gives one score, `c` a score for each token"),
+    ],
+)
+def test_members_that_do_not_fit_together_are_bad_data(pair: Any, said: str) -> None:
     found = results_of(EnsembleReward(members(*pair), "wco"))
     assert {result.status for result in found} == {RewardStatus.INVALID}
-    assert "one score per sample" in found[0].detail
+    assert found[0].detail == (
+        f"the members of an ensemble need one score per sample each, or the same objectives: {said}"
+    )
 
 
 def test_a_sum_has_all_objectives_by_name() -> None:

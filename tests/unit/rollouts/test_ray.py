@@ -109,6 +109,11 @@ def test_gpus_of_training_are_left_to_it(
     assert f"4 training takes {ranks}, which leaves {4 - ranks}" in message and "`num_gpus=0`" in message
 
 
+def test_an_object_store_without_a_unit_is_refused() -> None:
+    message = refusal(object_store_memory=1000)
+    assert "1,000 bytes" in message and "80 MiB" in message and "2GiB" in message
+
+
 def test_shared_memory_that_is_too_small_is_refused() -> None:
     message = refusal(object_store_memory="1000TiB")
     assert "/dev/shm has" in message and "`rollout.ray.object_store_memory`" in message

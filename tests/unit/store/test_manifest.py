@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 
-from conch.store.manifest import Manifest, ScoringRules
+import numpy as np
+
+from conch.converters.triton_models.ensemble_model import combined
+from conch.store.manifest import EnsembleManifest, Manifest, ScoringRules
 
 MANIFEST = """
 {
@@ -60,3 +63,33 @@ def test_manifest_holds_the_scoring_rules_of_its_checkpoint() -> None:
     rules = ScoringRules(**{name: getattr(manifest, name) for name in ScoringRules.model_fields})
     assert (rules.pooling, rules.separator_id, rules.max_length) == ("steps", 11, 32)
     assert Manifest(**{**dict(manifest), **dict(rules)}) == manifest
+
+
+ENSEMBLE = """
+{
+  "format": 1,
+  "name": "ens",
+  "form": "text",
+  "reads": "texts",
+  "created_at": "2026-11-01T00:00:00+00:00",
+  "members": [
+    {"name": "a", "reward": "reward", "column": 0, "columns": 1, "version": 1, "content_sha256": "a1"},
+    {"name": "b", "reward": "kind", "column": 1, "columns": 2, "version": 3, "content_sha256": "b2"}
+  ],
+  "objective": "uwo",
+  "uwo_weight": 0.1,
+  "on_member_failure": "fail",
+  "reward_names": ["reward"],
+  "max_length": 12,
+  "tools": {"python": "3.12.3", "numpy": "1.26.4"},
+  "files": {"model.py": "c3"}
+}
+"""
+
+
+def test_an_older_ensemble_asks_its_members_and_divides_by_their_number() -> None:
+    manifest = EnsembleManifest.model_validate_json(ENSEMBLE)
+    assert (manifest.variance, manifest.holds_members, manifest.in_one_pass) == ("population", False, False)
+    scores = np.array([[1.0, 4.0]])
+    found = combined(scores, json.loads(ENSEMBLE))  # what its model.py reads
+    assert [values.tolist() for values in found] == [[2.5 - 0.1 * 2.25], [2.25], [2]]

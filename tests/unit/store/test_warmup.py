@@ -44,6 +44,14 @@ def test_tokens_go_with_a_mask_of_ones_in_the_declared_type(tmp_path: Path) -> N
     assert all(list(inputs[name].dims) == [3] for name in inputs)
 
 
+def test_an_ensemble_is_warmed_up_if_it_holds_its_members(tmp_path: Path) -> None:
+    sample = GoldenSample(text="ab", scores=(1.0,))
+    asking = RewardModelSpec("ens", content_sha256="f" * 64, members=("a", "b"))
+    assert not requests(write_warmup(tmp_path, asking, sample))
+    holding = RewardModelSpec("ens", content_sha256="f" * 64, members=("a", "b"), holds_members=True)
+    assert [each.batch_size for each in requests(write_warmup(tmp_path, holding, sample))] == [1, 8]
+
+
 def test_a_new_version_brings_its_own_data_and_data_that_nobody_names_goes(tmp_path: Path) -> None:
     def data() -> set[str]:
         return {file.name for file in (tmp_path / "lengths" / "warmup").iterdir()}

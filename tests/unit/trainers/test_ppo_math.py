@@ -220,6 +220,17 @@ def test_reward_metrics_leave_failures_out() -> None:
     assert metrics == {"reward/mean": 2.5, "reward/std": 1.5, "reward/failed_fraction": 0.5}
 
 
+def test_reward_metrics_have_the_members_variance_where_there_are_members() -> None:
+    def of_members(*scores: float | None) -> RewardResult:
+        members = {f"m{place}": score for place, score in enumerate(scores)}
+        return RewardResult(RewardStatus.OK, scores={"reward": 1.0}, members=members)
+
+    rewards = [of_members(1.0, 3.0), of_members(2.0, None), *scored(5.0, None)]
+    found = reward_metrics(rewards, {}, ["reward"], only_this_rank)
+    assert found["reward/members_variance"] == 0.5  # of 1 and 0; the others have no members
+    assert "reward/members_variance" not in reward_metrics(scored(1.0, None), {}, [], only_this_rank)
+
+
 def test_reward_metrics_of_failures_alone_are_no_zero() -> None:
     metrics = reward_metrics(scored(None, None), {}, [], only_this_rank)
     assert math.isnan(metrics["reward/mean"]) and math.isnan(metrics["reward/std"])

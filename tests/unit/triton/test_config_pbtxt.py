@@ -36,6 +36,7 @@ output [ { name: "rewards" data_type: TYPE_FP16 dims: [ -1 ] } ]
         ),
         RewardModelSpec("ens", members=("a", "b", "b"), max_queue_delay_us=0),
         RewardModelSpec("ens", form="token", members=("a", "b")),
+        RewardModelSpec("ens", members=("a:x", "a:y"), variance="sample", holds_members=True),
         RewardModelSpec("steps", granularity="step"),
         RewardModelSpec("tokens", form="token", granularity="token"),
         RewardModelSpec("chat", reads="dialogues", special_tokens=('<"quoted">', "<|é|>")),
@@ -148,8 +149,19 @@ def test_from_pbtxt_refuses_an_ensemble_whose_outputs_do_not_fit(before: str, af
         from_pbtxt(text.replace(before, after))
 
 
-def test_to_pbtxt_keeps_an_ensemble_on_the_cpu() -> None:
+def test_to_pbtxt_keeps_an_ensemble_on_the_cpu_unless_it_holds_its_members() -> None:
     assert "KIND_GPU" not in to_pbtxt(RewardModelSpec("ens", members=("a", "b")), kind="gpu")
+    held = RewardModelSpec("ens", members=("a", "b"), holds_members=True)
+    assert "KIND_GPU" in to_pbtxt(held, kind="gpu")
+
+
+def test_an_ensemble_of_before_the_choice_has_the_variance_of_the_population() -> None:
+    text = to_pbtxt(RewardModelSpec("ens", members=("a", "b")))
+    start = text.index('parameters {\n  key: "variance"')
+    older = text[:start] + text[text.index("\n}\n", start) + 3 :]
+    assert "population" not in older and from_pbtxt(older) == from_pbtxt(text)
+    with pytest.raises(ServingError, match="parameter variance is 'unbiased', none of"):
+        from_pbtxt(text.replace('"population"', '"unbiased"'))
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "pytorch"])

@@ -34,8 +34,16 @@ def test_combine_equals_the_formula_by_hand(objective: str, expected: list[float
     assert used.tolist() == [3, 2]
 
 
-def test_combine_of_one_member_left_has_no_variance() -> None:
-    rewards, variance, used = combine(np.array([[NAN, 2.0]]), "uwo", 0.3)
+def test_combine_divides_by_one_less_for_the_variance_of_a_sample() -> None:
+    rewards, variance, _ = combine(np.array([[1.0, 2.0, 6.0], [1.0, NAN, 6.0]]), "uwo", 0.3, "sample")
+
+    np.testing.assert_allclose(variance, [7.0, 12.5])
+    np.testing.assert_allclose(rewards, [3 - 0.3 * 7.0, 3.5 - 0.3 * 12.5])
+
+
+@pytest.mark.parametrize("kind", ["population", "sample"])
+def test_combine_of_one_member_left_has_no_variance(kind: str) -> None:
+    rewards, variance, used = combine(np.array([[NAN, 2.0]]), "uwo", 0.3, kind)
     assert (rewards.tolist(), variance.tolist(), used.tolist()) == ([2.0], [0.0], [1])
 
 
