@@ -1,11 +1,11 @@
 """The laboratory's world: texts of ten letters, and a hidden preference over them.
 
 The preference (gold) is a small transformer of random weights that nothing trains: its output at the last
-letter of a text. The language that texts are drawn from is made of ten letters, those that gold likes best,
-as people's language is made of what people like to read; the other twenty stand in it now and then, 10 % of
-all letters together. Demonstrations are the best of four such texts by gold, as the answers that people write
-for SFT are better than chance. So a thousand pairs of texts say much about ten letters, and next to nothing
-about twenty that gold does not like.
+letter of a text. The language that texts are drawn from prefers what gold likes, as people's language is made
+of what people like to read: letters are as frequent as their rank in gold's liking says, by Zipf's law.
+Demonstrations are the best of four such texts by gold, as the answers that people write for SFT are better
+than chance. So a thousand pairs of texts say much about the first letters and little about each of the many
+last ones, most of which gold does not like.
 
 Legend: B texts, T letters, D width, H heads, V letters of the alphabet.
 """
@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 from transformers import PreTrainedTokenizerFast
 
-LETTERS = string.ascii_lowercase + "0123"
+LETTERS = string.ascii_letters + string.digits[:8]
 TEXT_LENGTH = 10
 NUM_PROMPTS = 8
-NUM_COMMON = 10
-RARE_SHARE = 0.1
+ZIPF = 1.0
+"""Frequency of the letter that gold likes k-th best, before normalisation: 1 / k^ZIPF."""
 GOLD_SEED = 1234
 """Of the preference's weights: fixed, whatever the seed of a run."""
 
@@ -118,11 +118,18 @@ def _counts(texts: Int[Tensor, "B T"]) -> list[Float[Tensor, " B"]]:
     return [(texts == letter).sum(dim=1).float() for letter in range(len(LETTERS))]
 
 
+@cache
+def letter_frequencies(seed: int = GOLD_SEED) -> dict[str, float]:
+    """All letters, from the one that gold likes best, each with its share of the language."""
+    shares = 1 / np.arange(1, len(LETTERS) + 1) ** ZIPF
+    return dict(zip(letters_by_liking(seed), (shares / shares.sum()).tolist(), strict=True))
+
+
 def random_texts(number: int, rng: np.random.Generator) -> list[str]:
     """Texts of ten letters, each drawn by its frequency in the language."""
-    letters, num_rare = letters_by_liking(), len(LETTERS) - NUM_COMMON
-    frequencies = [(1 - RARE_SHARE) / NUM_COMMON] * NUM_COMMON + [RARE_SHARE / num_rare] * num_rare
-    drawn = rng.choice(len(letters), size=(number, TEXT_LENGTH), p=frequencies)
+    frequencies = letter_frequencies()
+    drawn = rng.choice(len(frequencies), size=(number, TEXT_LENGTH), p=list(frequencies.values()))
+    letters = list(frequencies)
     return ["".join(letters[place] for place in row) for row in drawn]
 
 

@@ -34,7 +34,8 @@ SINGLE = "single"
 ENSEMBLES = ("mean", "wco", "uwo")
 """Objectives over all members that a policy is trained on, beside single members."""
 
-_DEMONSTRATIONS, _PAIRS, _BEST_OF_N, _START = range(4)
+_DRAWS = 4
+_DEMONSTRATIONS, _PAIRS, _BEST_OF_N, _START = range(_DRAWS)
 """Keep apart the seeds of a laboratory's draws."""
 
 
@@ -54,7 +55,7 @@ class LaboratoryConfig(Section):
     """Texts that the starting policy imitates."""
 
     num_pairs: int = Field(default=1000, ge=64)
-    """Labelled pairs that every member learns from."""
+    """Labelled pairs that a member learns from, each member from others."""
 
     label_noise: float = Field(default=0.25, ge=0, lt=0.5)
     """Share of the pairs' labels that are wrong."""
@@ -62,7 +63,7 @@ class LaboratoryConfig(Section):
     num_members: int = Field(default=5, ge=2)
     """Reward models of the ensemble."""
 
-    num_single: int = Field(default=3, ge=1)
+    num_single: int = Field(default=5, ge=1)
     """Members on each of which alone a policy is trained; at most `num_members`."""
 
     best_of: int = Field(default=4096, ge=2)
@@ -107,10 +108,9 @@ class Places:
         """Texts of the starting policy that scores are normalised on."""
         return self.folder / "start_texts.json"
 
-    @property
-    def pairs(self) -> Path:
-        """The labelled pairs."""
-        return self.folder / "pairs.jsonl"
+    def pairs(self, member: int) -> Path:
+        """The labelled pairs that a reward model learns from."""
+        return self.folder / f"pairs_{member}.jsonl"
 
     @property
     def best_of_n(self) -> Path:
@@ -139,26 +139,29 @@ def train_start(config: LaboratoryConfig, seed: int) -> None:
             trainer.fit()
     policy, openings = last_checkpoint(at.start), len(prompts())
     if not at.texts.is_file():
-        drawn = sampled_texts(policy, -(-config.num_start_texts // openings), seed=10 * seed + _START)
+        drawn = sampled_texts(policy, -(-config.num_start_texts // openings), seed=_DRAWS * seed + _START)
         replace_text(at.texts, json.dumps(drawn))
-    if not at.pairs.is_file():
-        rng = np.random.default_rng((_PAIRS, seed))
-        drawn = sampled_texts(policy, -(-2 * config.num_pairs // openings), seed=10 * seed + _PAIRS)
+    for member in range(config.num_members):
+        if at.pairs(member).is_file():
+            continue
+        key = config.num_members * seed + member
+        drawn = sampled_texts(policy, -(-2 * config.num_pairs // openings), seed=_PAIRS + _DRAWS * (key + 1))
+        rng = np.random.default_rng((_PAIRS, seed, member))
         rng.shuffle(drawn)
         rows = labelled_pairs(drawn, config.label_noise, rng)[: config.num_pairs]
-        replace_text(at.pairs, "".join(json.dumps(row) + "\n" for row in rows))
+        replace_text(at.pairs(member), "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def train_members(config: LaboratoryConfig, seed: int) -> None:
-    """Train the reward models; they differ by the weights they start from and by the order of the pairs."""
+    """Train the reward models, each from weights of its own on pairs of its own."""
     at = places(config, seed)
-    pairs = [json.loads(line) for line in at.pairs.read_text().splitlines()]
     texts = json.loads(at.texts.read_text())
     for number in range(config.num_members):
         values = trainer_values("reward_model", at.member(number), seed)
         values["reward_model"] |= {"rng_seed": config.num_members * seed + number, "eval_fraction": 0.0}
         if is_finished(at.member(number), values):
             continue
+        pairs = [json.loads(line) for line in at.pairs(number).read_text().splitlines()]
         run_config = load(RewardModelRunConfig, values)
         with closing(
             RewardModelTrainer(run_config, samples=pairs, reference=texts, tokenizer=letter_tokenizer())
@@ -204,7 +207,7 @@ def score_best_of_n(config: LaboratoryConfig, seed: int) -> None:
     at = places(config, seed)
     if at.best_of_n.is_file():
         return
-    texts = sampled_texts(last_checkpoint(at.start), config.best_of, seed=10 * seed + _BEST_OF_N)
+    texts = sampled_texts(last_checkpoint(at.start), config.best_of, seed=_DRAWS * seed + _BEST_OF_N)
     shape = (len(prompts()), config.best_of)
     scores = np.array([proxy.scores(texts) for proxy in members(at, config.num_members)])
     partial = at.best_of_n.with_name(".partial.npz")

@@ -14,11 +14,10 @@ from conch.rewards.function import FunctionReward
 from conch.types import Completion, Prompt, Rollout
 from examples.overoptimisation.laboratory.hidden_preference import (
     LETTERS,
-    NUM_COMMON,
-    RARE_SHARE,
     demonstrations,
     gold,
     labelled_pairs,
+    letter_frequencies,
     letter_tokenizer,
     letters_by_liking,
     random_texts,
@@ -40,15 +39,19 @@ def test_gold_is_one_function_of_the_text_alone(texts: list[str]) -> None:
     assert together[50] == 0.0
     assert len({round(score, 4) for score in together}) > 45
     # The weights are a part of the experiment: other ones are another world.
-    assert gold(["abcdefghij"])[0] == pytest.approx(-0.76649, abs=1e-4)
+    assert gold(["abcdefghij"])[0] == pytest.approx(-0.49573, abs=1e-4)
 
 
 def test_the_language_is_of_letters_that_gold_likes(texts: list[str]) -> None:
-    liked = letters_by_liking()
-    assert sorted(liked) == sorted(LETTERS)
-    rare = liked[NUM_COMMON:]
-    share = np.mean([letter in rare for text in texts for letter in text])
-    assert share == pytest.approx(RARE_SHARE, abs=0.006)
+    frequencies = letter_frequencies()
+    assert "".join(frequencies) == letters_by_liking()
+    assert sorted(frequencies) == sorted(LETTERS)
+    shares = list(frequencies.values())
+    assert sum(shares) == pytest.approx(1) and shares[0] == pytest.approx(60 * shares[59])
+    letters = "".join(texts)
+    for place in (0, 1, 9, 59):
+        share = letters.count(list(frequencies)[place]) / len(letters)
+        assert share == pytest.approx(shares[place], rel=0.15)
     rng = np.random.default_rng(RNG_SEED)
     any_letters = ["".join(row) for row in rng.choice(list(LETTERS), size=(2000, 10))]
     spread = np.std(gold(texts))
