@@ -99,7 +99,9 @@ def test_ranks_agree_after_a_step_that_started_on_policy(ranks: list[dict[str, F
 
 def test_ranks_evaluate_unequal_shares(ranks: list[dict[str, Found]]) -> None:
     first, second = (rank["uneven_evaluation"] for rank in ranks)
-    assert first == second
+    assert first.keys() == second.keys()
+    for name in first:  # one prompt has no standard error: NaN on both
+        assert first[name] == pytest.approx(second[name], rel=0, abs=0, nan_ok=True)
     assert first["many"]["eval/kl"] == first["one"]["eval/kl"] == 0.0
 
 
