@@ -259,10 +259,10 @@ def test_folder_of_other_samples_is_refused(
 
 def test_a_gold_whose_scores_are_all_the_proxy_s_is_refused_in_the_end(bench: Bench) -> None:
     source = (bench.folder / "rewards.py").read_text()
-    (bench.folder / "copy.py").write_text(source)
+    (bench.folder / "twin_of_gold.py").write_text(source)
 
     with pytest.raises(ConfigError, match="all their scores are equal"):
-        bench.run(gold=f"{bench.folder / 'copy.py'}:vowels")
+        bench.run(gold=f"{bench.folder / 'twin_of_gold.py'}:vowels")
 
 
 @pytest.mark.parametrize(("family", "told"), [("gpt2", False), ("qwen2", True)])
