@@ -24,6 +24,7 @@ from conch.evaluation.records import (
     GOLD,
     PROXY,
     EvaluationRecord,
+    number_or_none,
     read_record,
     records_of,
     variants_of,
@@ -218,7 +219,7 @@ def results_json(
             if column in result.mean:
                 low, high = result.interval[column]
                 row[f"{key}_score"] = float(result.mean[column][k])
-                row[f"{key}_interval"] = [_number(low[k]), _number(high[k])]
+                row[f"{key}_interval"] = [number_or_none(low[k]), number_or_none(high[k])]
         if variance:
             row["members_variance"] = float(result.mean[variance][k])
         rows.append(row)
@@ -264,7 +265,3 @@ def best_of_n_curve_of(folder: Path, *, label: str = "") -> Curve:
         proxy_start=starts.get(PROXY),
         gold_start=starts.get(GOLD),
     )
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None

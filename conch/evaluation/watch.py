@@ -37,6 +37,7 @@ from conch.evaluation.records import (
     EvaluatedSample,
     EvaluationRecord,
     delete_records,
+    number_or_none,
     read_record,
     record_path,
 )
@@ -136,7 +137,7 @@ class Reference:
 
     def to_json(self) -> dict[str, Any]:
         """With None for NaN."""
-        means = {name: [_or_none(value) for value in column] for name, column in self.means.items()}
+        means = {name: [number_or_none(value) for value in column] for name, column in self.means.items()}
         return {**asdict(self), "means": means}
 
     @classmethod
@@ -448,10 +449,6 @@ def _in_errors(change: Change) -> str:
     if not change.standard_error > 0:
         return "by as much for every prompt,"
     return f"{-change.mean / change.standard_error:.3g} standard errors"
-
-
-def _or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _or_nan(value: float | None) -> float:

@@ -22,8 +22,9 @@ from typing import Any
 
 import networkx as nx
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from examples.letters import tokenizer_of
 
 NUM_NODES = 21
 MAX_LENGTH = 10
@@ -161,10 +162,4 @@ class RandomWalks:
 
 def letter_tokenizer() -> PreTrainedTokenizerFast:
     """One token a letter, and `<pad>`, `<eos>`."""
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", "<unk>", *LETTERS])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=32
-    )
+    return tokenizer_of(LETTERS, max_length=32)

@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 from transformers import PreTrainedTokenizerFast
+
+from examples.letters import tokenizer_of
 
 LETTERS = string.ascii_letters + string.digits[:8]
 TEXT_LENGTH = 10
@@ -162,10 +163,4 @@ def labelled_pairs(texts: Sequence[str], noise: float, rng: np.random.Generator)
 
 def letter_tokenizer() -> PreTrainedTokenizerFast:
     """One token a letter, and `<pad>`, `<eos>`."""
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", "<unk>", *LETTERS])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=16
-    )
+    return tokenizer_of(LETTERS, max_length=16)
