@@ -71,6 +71,7 @@ RUN_CONFIG_CLASSES = {
         )
         for size in reviews.SIZES
     },
+    "laboratory/laboratory": ("examples.overoptimisation.laboratory.parts", "LaboratoryConfig"),
 }
 
 
