@@ -24,7 +24,7 @@ COLUMNS = (
     {"losses", "advantages", "servers"},
     {"distributed", "data", "models", "triton"},
     {"rollouts", "reference", "rewards", "store", "runs", "sizing"},
-    {"evaluation", "serving", "plots"},
+    {"evaluation", "serving", "plots", "reward_server", "interop"},
     {"training"},
     {"trainers"},
     {"api"},
@@ -67,7 +67,7 @@ OWNERS = {
     "optuna": ("conch/cli/sweeps/search.py",),
 }
 TORCH_FREE = (
-    *("triton", "store", "rewards", "serving", "servers"),
+    *("triton", "store", "rewards", "serving", "servers", "reward_server", "interop"),
     *sorted(BASE | COLUMNS[1] - {"ops"}),
 )
 LONGEST_LISTING = 13

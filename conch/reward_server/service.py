@@ -1,0 +1,70 @@
+"""What every address of a reward server asks: samples in, results out, never more waiting than agreed.
+
+address of some wire form -> `ScoringService.score` -> `RewardSource.submit` (the client's queue, batches,
+replicas and retries; or a function, a verifier, goals, a judge)
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from conch.errors import RewardError
+from conch.rewards.base import RewardSource
+from conch.types import RewardResult, RewardStatus, Rollout
+
+
+class OverloadedError(RewardError):
+    """More samples wait than agreed; HTTP says 429.
+
+    retry_after_s: when to ask again, in seconds.
+    """
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class ScoringService:
+    """Scores of a source for many callers at once; belongs to one event loop.
+
+    source: one whose `check` has passed.
+    max_waiting: most samples under way, of all callers together. A request that does not fit is refused, but
+        one larger than that by itself is taken while nothing else is under way.
+    deadline_s: longest time for a request; what has not come by then has the status TIMEOUT.
+    """
+
+    def __init__(self, source: RewardSource, *, max_waiting: int, deadline_s: float) -> None:
+        self.source = source
+        self.waiting = 0
+        self._max_waiting = max_waiting
+        self._deadline_s = deadline_s
+
+    async def score(self, rollouts: Sequence[Rollout]) -> list[RewardResult]:
+        """One result per rollout, in order; a failure is a status.
+
+        Raises:
+            OverloadedError: too much waits.
+        """
+        if not rollouts:
+            return []
+        if self.waiting and self.waiting + len(rollouts) > self._max_waiting:
+            raise OverloadedError(
+                f"{self.waiting} samples wait, {len(rollouts)} more would be above this server's "
+                f"`max_waiting` = {self._max_waiting}",
+                retry_after_s=1.0,
+            )
+        loop = asyncio.get_running_loop()
+        future = self.source.submit(rollouts)
+        self.waiting += len(rollouts)
+        # Counted until the source has ended with it, however long its caller waits.
+        future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._end, len(rollouts)))
+        try:
+            # A cancelled future could not take the source's results.
+            return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), self._deadline_s)
+        except asyncio.TimeoutError:
+            late = RewardResult(RewardStatus.TIMEOUT, detail=f"no score within {self._deadline_s:g} s")
+            return [late] * len(rollouts)
+
+    def _end(self, number: int) -> None:
+        self.waiting -= number
