@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ class Curve:
     variance: mean of the members' variance; NaN without an ensemble.
     form: which of the two it is.
     proxy_start, gold_start: scores of the starting policy, for `normalised`; None once that has been called.
+    intervals: "proxy" and "gold" -> [2, points], lowest and highest at each point, as far as they are known.
     """
 
     label: str
@@ -75,6 +76,7 @@ class Curve:
     form: Form = "rl"
     proxy_start: Start | None = None
     gold_start: Start | None = None
+    intervals: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def distance(self) -> np.ndarray:
@@ -87,8 +89,13 @@ class Curve:
         Raises:
             DataError: the starting policy's scores are all alike.
         """
+        starts = {"proxy": self.proxy_start, "gold": self.gold_start}
         return replace(
             self,
+            intervals={
+                name: _gain(self.label, name, interval, starts[name])
+                for name, interval in self.intervals.items()
+            },
             proxy=_gain(self.label, "proxy", self.proxy, self.proxy_start),
             gold=_gain(self.label, "gold", self.gold, self.gold_start),
             variance=self.variance / (self.proxy_start.std**2 if self.proxy_start is not None else 1.0),
@@ -252,6 +259,7 @@ def best_of_n_curve_of(folder: Path, *, label: str = "") -> Curve:
             for key in ("n", "kl", "proxy_score", "gold_score", "members_variance")
         }
         starts = {name: Start(**start) for name, start in content["start"].items()}
+        intervals = {name: _interval(rows, name) for name in ("proxy", "gold")}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path} is damaged or no result of best-of-n: {error}") from error
     return Curve(
@@ -264,4 +272,11 @@ def best_of_n_curve_of(folder: Path, *, label: str = "") -> Curve:
         form="best_of_n",
         proxy_start=starts.get(PROXY),
         gold_start=starts.get(GOLD),
+        intervals={name: interval for name, interval in intervals.items() if np.isfinite(interval).any()},
     )
+
+
+def _interval(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    """Lowest and highest at each n, [2, rows]; NaN where there are none."""
+    edges = [row.get(f"{name}_interval") or (None, None) for row in rows]
+    return np.array(edges, dtype=float).reshape(-1, 2).T

@@ -5,7 +5,8 @@
 
 A folder is that of a run that kept its evaluations, or one that `conch best-of-n` wrote. Scores are gains
 over the starting policy in standard deviations of its scores. Folders of a group, with commas between, are
-seeds: the line is their mean at each step, the band goes from the least to the greatest.
+seeds: the line is their mean at each step, and at each distance that all of them reached; the band goes from
+the least to the greatest. One best-of-n has the intervals of its prompts' bootstrap for a band.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,16 @@ _LEGEND_LINE = 0.24
 
 
 @dataclass(frozen=True)
+class Band:
+    """A line with what is around it. at: of the horizontal axis. low, high: edges of the band."""
+
+    at: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+@dataclass(frozen=True)
 class Group:
     """Seeds of one setting, normalised, at the steps that all of them have.
 
@@ -60,14 +71,38 @@ class Group:
     def form(self) -> str:
         return self.seeds[0].form
 
-    def band(self, series: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Mean, least and greatest over seeds of `proxy`, `gold`, `variance` or `distance` at each step."""
+    def band(self, series: str) -> Band:
+        """`proxy`, `gold`, `variance` or `distance` at each step."""
         rows = np.stack([getattr(seed, series) for seed in self.seeds])
-        return rows.mean(axis=0), rows.min(axis=0), rows.max(axis=0)
+        interval = self.seeds[0].intervals.get(series) if len(rows) == 1 else None
+        low, high = (rows.min(axis=0), rows.max(axis=0)) if interval is None else interval
+        return Band(self.seeds[0].step, rows.mean(axis=0), low, high)
+
+    def band_over_distance(self, series: str) -> Band:
+        """The same against sqrt(KL). Of several seeds, whose KL differs at a step, at the distances that one
+        of them was measured at and all of them reached; between its points a seed is a straight line."""
+        if len(self.seeds) == 1:
+            return replace(self.band(series), at=self.seeds[0].distance)
+        lines = [_by_distance(seed.distance, getattr(seed, series)) for seed in self.seeds]
+        if not all(len(distance) for distance, _ in lines):
+            nothing = np.array([])
+            return Band(nothing, nothing, nothing, nothing)
+        first, last = max(line[0][0] for line in lines), min(line[0][-1] for line in lines)
+        at = np.unique(np.concatenate([distance for distance, _ in lines]))
+        at = at[(at >= first) & (at <= last)]
+        rows = np.stack([np.interp(at, *line) for line in lines])
+        return Band(at, rows.mean(axis=0), rows.min(axis=0), rows.max(axis=0))
 
     def has(self, series: str) -> bool:
         """Whether there is a number to draw."""
-        return bool(np.isfinite(self.band(series)[0]).any())
+        return bool(np.isfinite(self.band(series).mean).any())
+
+
+def _by_distance(distance: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A run's points in the order of their distance, those without a number left out."""
+    there = np.flatnonzero(np.isfinite(distance) & np.isfinite(values))
+    order = there[np.argsort(distance[there], kind="stable")]
+    return distance[order], values[order]
 
 
 def group_of(name: str, curves: Sequence[Curve]) -> Group:
@@ -99,7 +134,8 @@ def group_of(name: str, curves: Sequence[Curve]) -> Group:
 def _at(curve: Curve, steps: Sequence[float]) -> Curve:
     places = [curve.step.tolist().index(step) for step in steps]
     columns = {name: getattr(curve, name)[places] for name in ("step", "kl", "proxy", "gold", "variance")}
-    return Curve(label=curve.label, form=curve.form, **columns)
+    intervals = {name: interval[:, places] for name, interval in curve.intervals.items()}
+    return Curve(label=curve.label, form=curve.form, intervals=intervals, **columns)
 
 
 def draw(curves: Mapping[str, Sequence[Curve]], folder: Path, name: str = NAME) -> list[Path]:
@@ -169,12 +205,19 @@ def _draw_figure(groups: Sequence[Group], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.set_visible(bool(axes.lines))
         axes.axhline(0.0, color="black", linewidth=0.6)
-    seeds = sorted({len(group.seeds) for group in groups})
-    if seeds[-1] > 1:
-        counts = " or ".join(map(str, seeds))
-        figure.suptitle(f"mean of {counts} seeds; bands: least to greatest", fontsize="medium")
+    figure.suptitle(_about_bands(groups), fontsize="medium")
     _draw_legend(figure, panels[0, 0])
     figure.savefig(path, dpi=120)
+
+
+def _about_bands(groups: Sequence[Group]) -> str:
+    """Says what lines and bands are, where there are bands."""
+    said: list[str] = []
+    if any(len(group.seeds) > 1 for group in groups):
+        said.append("several runs: their mean, band from the least to the greatest")
+    if any(group.seeds[0].intervals for group in groups if len(group.seeds) == 1):
+        said.append("one best-of-n: band of the 95 % bootstrap interval over prompts")
+    return "\n".join(said)
 
 
 def _draw_legend(figure: Any, axes: Any) -> None:
@@ -193,18 +236,17 @@ def _draw_legend(figure: Any, axes: Any) -> None:
 
 def _draw_group(group: Group, panels: Any, x: str, color: str) -> None:
     """Proxy dashed, gold solid, the members' variance below."""
-    places = group.band(x)[0]
     styles = {"proxy": ("--", 1.2, panels[0]), "gold": ("-", 2.0, panels[0])}
     if len(panels) > 1:
         styles["variance"] = ("-", 1.2, panels[1])
     for series, (style, width, axes) in styles.items():
         if not group.has(series):
             continue
-        mean, low, high = group.band(series)
-        there = np.isfinite(mean) & np.isfinite(places)
+        band = group.band_over_distance(series) if x == "distance" else group.band(series)
+        there = np.isfinite(band.mean) & np.isfinite(band.at)
         axes.plot(
-            places[there],
-            mean[there],
+            band.at[there],
+            band.mean[there],
             style,
             color=color,
             linewidth=width,
@@ -212,21 +254,23 @@ def _draw_group(group: Group, panels: Any, x: str, color: str) -> None:
             markersize=3,
             label=_label(group, series),
         )
-        if len(group.seeds) > 1:
-            axes.fill_between(places[there], low[there], high[there], color=color, alpha=0.18, linewidth=0)
+        if not np.array_equal(band.low[there], band.high[there]):
+            edges = band.low[there], band.high[there]
+            axes.fill_between(band.at[there], *edges, color=color, alpha=0.18, linewidth=0)
 
 
 def _draw_fit(group: Group, axes: Any, color: str) -> None:
     fit = group.fits.get("gold")
     if fit is None:
         return
-    d = np.linspace(0.0, float(np.nanmax(group.band("distance")[0])), 200)
+    d = np.linspace(0.0, float(np.nanmax(group.band("distance").mean)), 200)
     axes.plot(d, fit.gain(d**2), ":", color=color, linewidth=1.6)
 
 
 def _label(group: Group, series: str) -> str:
     """Text of the legend; gold's with the fit that is dotted."""
-    name = f"{group.name}: {series}"
+    runs = f" ({len(group.seeds)} runs)" if len(group.seeds) > 1 else ""
+    name = f"{group.name}{runs}: {series}"
     fit = group.fits.get(series)
     if series != "gold" or fit is None:
         return name
@@ -319,6 +363,15 @@ def groups_of(words: Sequence[str]) -> dict[str, list[Path]]:
     return groups
 
 
+def _labels(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of their paths that tell the folders of a group apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    length = 1
+    while len({each[-length:] for each in parts}) < len(set(parts)):
+        length += 1
+    return [str(Path(*each[-length:])) for each in parts]
+
+
 def main(argv: Sequence[str]) -> None:
     """Draw the folders that a command line names."""
     parser = argparse.ArgumentParser(
@@ -338,10 +391,13 @@ def main(argv: Sequence[str]) -> None:
     )
     arguments = parser.parse_args(argv)
     groups = groups_of(arguments.folder)
-    curves = {
-        name: [curve_of(folder, gold=arguments.gold, variant=arguments.variant) for folder in folders]
-        for name, folders in groups.items()
-    }
+    curves: dict[str, list[Curve]] = {}
+    for name, folders in groups.items():
+        labels = zip(folders, _labels(folders), strict=True)
+        curves[name] = [
+            curve_of(folder, gold=arguments.gold, label=label, variant=arguments.variant)
+            for folder, label in labels
+        ]
     for name, folders in groups.items():
         for folder, curve in zip(folders, curves[name], strict=True):
             if not np.isfinite(curve.gold).any():

@@ -27,7 +27,8 @@ class BestOfNConfig(Section):
     """Completions of each prompt, N. A later call with more samples only the missing ones."""
 
     ns: tuple[int, ...] = ()
-    """Numbers of completions to choose from, each at most `num_samples`; () takes the powers of two."""
+    """Numbers of completions to choose from, each at most `num_samples`; () takes the powers of two, of all
+    completions that are kept."""
 
     bootstrap: int = Field(default=1000, ge=0)
     """Bootstrap samples of the prompts, of which the intervals are 95 % percentiles; 0 gives no intervals."""
@@ -56,10 +57,9 @@ class BestOfNConfig(Section):
             )
         return self
 
-    @property
-    def choices(self) -> tuple[int, ...]:
-        """`ns`, in order."""
-        powers = (2**power for power in range(self.num_samples.bit_length()))
+    def choices(self, num_kept: int) -> tuple[int, ...]:
+        """`ns`, in order. num_kept: completions of each prompt that are there."""
+        powers = (2**power for power in range(max(num_kept, self.num_samples).bit_length()))
         return tuple(sorted(set(self.ns or powers)))
 
 

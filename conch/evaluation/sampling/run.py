@@ -289,7 +289,7 @@ def _write_results(session: _Session, config: BestOfNRunConfig, folder: Path) ->
         prompts = [{name: columns[name] for name in sections} for columns in prompts]
     result = best_of_n(
         prompts,
-        session.config.choices,
+        session.config.choices(min(len(columns[PROXY]) for columns in prompts)),
         proxy=PROXY,
         resamples=session.config.bootstrap,
         seed=session.config.seed,

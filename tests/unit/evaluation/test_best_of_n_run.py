@@ -89,6 +89,12 @@ def test_more_samples_are_added_to_those_there_are(bench: Bench) -> None:
     assert len({sample[2] for sample in texts(bench) if sample[1] == 0}) > 5
 
 
+def test_fewer_samples_than_are_kept_leave_the_results_of_all(bench: Bench) -> None:
+    first = bench.run(**{"best_of_n.num_samples": 30})
+
+    assert bench.run(**{"best_of_n.num_samples": 4})["results"] == first["results"]
+
+
 def test_another_gold_and_another_proxy_are_scored_beside_and_sampled_for_never(bench: Bench) -> None:
     first = bench.run()
     before = texts(bench)

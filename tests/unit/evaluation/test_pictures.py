@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from conch.errors import ConfigError, DataError
 from conch.evaluation.best_of_n import best_of_n
-from conch.evaluation.curves import RESULTS, Curve, Start, results_json
+from conch.evaluation.curves import RESULTS, Curve, Start, curve_of, results_json
 from conch.evaluation.fits import Form
 from conch.evaluation.pictures import draw, draw_folder, group_of, groups_of, main
 from conch.evaluation.records import EvaluatedSample, EvaluationRecord, record_path, write_record
@@ -71,18 +72,60 @@ def test_seeds_are_brought_to_the_steps_that_all_have() -> None:
     short = curve("short", step=[0.0, 200, 400, 500, 600])
     group = group_of("g", [curve("long"), short])
 
-    assert group.band("step")[0].tolist() == [0, 200, 400]
-    mean, low, high = group.band("gold")
-    assert low == pytest.approx(mean) and high == pytest.approx(mean)
+    band = group.band("gold")
+    assert band.at.tolist() == [0, 200, 400]
+    assert band.low == pytest.approx(band.mean) and band.high == pytest.approx(band.mean)
 
 
 def test_band_goes_from_the_least_seed_to_the_greatest() -> None:
-    mean, low, high = group_of("g", [curve(alpha=alpha) for alpha in (1.0, 1.1, 1.5)]).band("gold")
+    band = group_of("g", [curve(alpha=alpha) for alpha in (1.0, 1.1, 1.5)]).band("gold")
 
     d = math.sqrt(2.5)
-    assert (mean[1], low[1], high[1]) == pytest.approx(
+    assert (band.mean[1], band.low[1], band.high[1]) == pytest.approx(
         tuple(d * (alpha - 0.4 * math.log(d)) for alpha in (1.2, 1.0, 1.5))
     )
+
+
+def test_line_over_the_distance_goes_forward_where_the_seeds_distances_differ() -> None:
+    near = replace(curve(gold=10 + 3 * np.array([0.0, 1, 2, 3, 4])), kl=np.array([0.0, 1, 4, 9, 16]))
+    far = replace(curve(gold=10 + 3 * np.array([0.0, 2, 6, 4, 8])), kl=np.array([0.0, 4, 36, 16, 64]))
+
+    band = group_of("g", [near, far]).band_over_distance("gold")
+
+    # Of the second seed, gains at distances 0, 2, 4, 6, 8 are 0, 2, 4, 6, 8; of the first one they are d.
+    assert band.at.tolist() == [0, 1, 2, 3, 4]
+    assert band.mean == pytest.approx(band.at) and band.low == pytest.approx(band.high)
+
+
+def test_line_over_the_distance_of_one_run_is_in_the_order_of_its_steps() -> None:
+    run = replace(curve(), kl=np.array([0.0, 4, 36, 16, 64]))
+
+    assert group_of("g", [run]).band_over_distance("gold").at.tolist() == [0, 2, 6, 4, 8]
+
+
+def test_one_best_of_n_has_its_intervals_for_a_band(tmp_path: Path) -> None:
+    draws = np.random.default_rng(0)
+    prompts = [{name: draws.normal(size=64) for name in ("reward", "gold")} for _ in range(4)]
+    result = best_of_n(prompts, [1, 4, 16], proxy="reward", resamples=50)
+    starts = {"reward": Start(1.0, 2.0), "gold": Start(1.0, 2.0)}
+    (tmp_path / RESULTS).write_text(json.dumps(results_json(result, starts, {})))
+
+    band = group_of("g", [curve_of(tmp_path)]).band("gold")
+
+    low, high = result.interval["gold"]
+    assert band.low == pytest.approx((low - 1) / 2) and band.high == pytest.approx((high - 1) / 2)
+    assert (band.low < band.mean).all() and (band.mean < band.high).all()
+    assert draw_folder(tmp_path)[0].name == "best_of_n.png"
+
+
+def test_seeds_in_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for seed in ("seed_0", "seed_1"):
+        keep_run(tmp_path / seed / "ppo", 0.5)
+
+    main([f"ppo={tmp_path}/seed_0/ppo,{tmp_path}/seed_1/ppo", "--output", str(tmp_path / "out")])
+
+    seeds = {row["seed"] for row in rows_of(tmp_path / "out/overoptimisation.csv")}
+    assert seeds == {"seed_0/ppo", "seed_1/ppo"}
 
 
 def test_group_of_two_kinds_or_without_a_common_step_is_refused() -> None:
