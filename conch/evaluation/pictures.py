@@ -6,7 +6,8 @@
 A folder is that of a run that kept its evaluations, or one that `conch best-of-n` wrote. Scores are gains
 over the starting policy in standard deviations of its scores. Folders of a group, with commas between, are
 seeds: the line is their mean at each step, and at each distance that all of them reached; the band goes from
-the least to the greatest. One best-of-n has the intervals of its prompts' bootstrap for a band.
+the least to the greatest, and gold of each goes on as a thin line. One best-of-n has the intervals of its
+prompts' bootstrap for a band.
 """
 
 from __future__ import annotations
@@ -214,7 +215,7 @@ def _about_bands(groups: Sequence[Group]) -> str:
     """Says what lines and bands are, where there are bands."""
     said: list[str] = []
     if any(len(group.seeds) > 1 for group in groups):
-        said.append("several runs: their mean, band from the least to the greatest")
+        said.append("several runs: their mean, band from the least to the greatest, thin: gold of each")
     if any(group.seeds[0].intervals for group in groups if len(group.seeds) == 1):
         said.append("one best-of-n: band of the 95 % bootstrap interval over prompts")
     return "\n".join(said)
@@ -244,13 +245,17 @@ def _draw_group(group: Group, panels: Any, x: str, color: str) -> None:
             continue
         band = group.band_over_distance(series) if x == "distance" else group.band(series)
         there = np.isfinite(band.mean) & np.isfinite(band.at)
+        measured = len(band.at) == len(group.seeds[0].step)
+        if not measured and series == "gold":  # the mean ends where the first run does
+            for seed in group.seeds:
+                axes.plot(*_by_distance(seed.distance, seed.gold), color=color, linewidth=0.6, alpha=0.6)
         axes.plot(
             band.at[there],
             band.mean[there],
             style,
             color=color,
             linewidth=width,
-            marker="o",
+            marker="o" if measured else "",
             markersize=3,
             label=_label(group, series),
         )
