@@ -1,5 +1,4 @@
-"""How fast rewards come: our client, a sequential one with fixed batches, one sample a POST (to a plain server
-and to ours), and the limit.
+"""How fast rewards come: our client, a sequential one with fixed batches, one sample a POST, and the limit.
 
     python -m benchmarks.rewards --data harmless-base.jsonl.gz
 

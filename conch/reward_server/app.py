@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from conch.errors import ConfigError, first_line
@@ -236,13 +236,31 @@ async def _send(send: Any, status: int, answer: Any, retry_after_s: float | None
 def _other_addresses(rewards: Mapping[str, Reward], meter: Meter) -> FastAPI:
     """Health, metrics, and what servers of KServe's protocol and of OpenAI's tell about themselves."""
     app = new_app("Conch rewards")
+    _add_health(app, rewards)
+    _add_descriptions(app, rewards)
 
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(await asyncio.to_thread(meter.text), media_type=CONTENT_TYPE)
+
+    @app.exception_handler(NOT_FOUND)
+    async def nothing_here(request: Request, error: Exception) -> JSONResponse:
+        del error
+        path, places = request.url.path, ", ".join(ADDRESSES)
+        reason = (
+            f"there is nothing at {request.method} {path:.80}; scores are had by a POST to {places} or "
+            "/v2/models/NAME/infer"
+        )
+        return JSONResponse(detail_error(NOT_FOUND, reason), NOT_FOUND)
+
+    # FastAPI finds these by their annotations, which it reads from the module.
+    del metrics, nothing_here
+    return app
+
+
+def _add_health(app: FastAPI, rewards: Mapping[str, Reward]) -> None:
     def is_ready() -> bool:
         return all(reward.readiness.is_ready for reward in rewards.values())
-
-    def not_ready() -> JSONResponse:
-        reasons = {name: each.readiness.reason for name, each in rewards.items() if each.readiness.reason}
-        return JSONResponse({"ready": False, "rewards": reasons}, UNAVAILABLE, {"retry-after": "5"})
 
     @app.get("/health")
     async def health() -> dict[str, bool]:
@@ -251,16 +269,16 @@ def _other_addresses(rewards: Mapping[str, Reward], meter: Meter) -> FastAPI:
     @app.get("/ready")
     @app.get("/v2/health/ready")
     async def ready() -> Any:
-        return {"ready": True} if is_ready() else not_ready()
+        return {"ready": True} if is_ready() else _not_ready(rewards)
 
     @app.get("/v2/health/live")
     async def live() -> dict[str, bool]:
         return {"live": True}
 
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(await asyncio.to_thread(meter.text), media_type=CONTENT_TYPE)
+    del health, ready, live
 
+
+def _add_descriptions(app: FastAPI, rewards: Mapping[str, Reward]) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         listed = [{"id": name, "object": "model", "created": 0, "owned_by": "conch"} for name in rewards]
@@ -278,27 +296,20 @@ def _other_addresses(rewards: Mapping[str, Reward], meter: Meter) -> FastAPI:
     async def model_ready(name: str) -> Any:
         if name not in rewards:
             return _no_model(name)
-        return {"name": name, "ready": True} if rewards[name].readiness.is_ready else not_ready()
+        return {"name": name, "ready": True} if rewards[name].readiness.is_ready else _not_ready(rewards)
 
     @app.post("/v2/models/{name}/infer")
     async def unknown_model(name: str) -> Response:
         return _no_model(name)
 
-    @app.exception_handler(NOT_FOUND)
-    async def nothing_here(request: Any, _error: Exception) -> JSONResponse:
-        path, places = request.url.path, ", ".join(ADDRESSES)
-        return JSONResponse(
-            detail_error(
-                NOT_FOUND,
-                f"there is nothing at {request.method} {path:.80}; scores are had by a "
-                f"POST to {places} or /v2/models/NAME/infer",
-            ),
-            NOT_FOUND,
-        )
+    del models, server, model, model_ready, unknown_model
 
-    # FastAPI finds these by their annotations, which it reads from the module.
-    del health, ready, live, metrics, models, server, model, model_ready, unknown_model, nothing_here
-    return app
+
+def _not_ready(rewards: Mapping[str, Reward]) -> JSONResponse:
+    reasons = {name: each.readiness.reason for name, each in rewards.items() if each.readiness.reason}
+    soonest_s = min(each.readiness.every_s for each in rewards.values())
+    content = {"ready": False, "rewards": reasons}
+    return JSONResponse(content, UNAVAILABLE, {"retry-after": str(math.ceil(soonest_s))})
 
 
 def _no_model(name: str) -> JSONResponse:

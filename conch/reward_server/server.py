@@ -63,9 +63,7 @@ def open_front(config: RewardServerConfig, stack: ExitStack) -> RewardFront:
         ConfigError: a reward cannot be made of its name.
     """
     sources = {name: stack.enter_context(source) for name, source in _sources(config)}
-    front = RewardFront([_open(name, source, config) for name, source in sources.items()], Meter())
-    _add_goals(front, [*sources.values()])
-    return front
+    return RewardFront([_open(name, source, config) for name, source in sources.items()], Meter())
 
 
 async def listen(front: RewardFront, config: RewardServerConfig, close: Callable[[], object]) -> None:
@@ -177,16 +175,3 @@ def _parts(source: RewardSource) -> Iterator[RewardSource]:
         return
     for each in source.sources:
         yield from _parts(each)
-
-
-def _add_goals(front: RewardFront, sources: Sequence[RewardSource]) -> None:
-    """Add the addresses of a goal space, where the reward is one."""
-    try:
-        from conch.reward_server.goalspace import add_goalspace
-        from conch.rewards.goals.source import GoalsReward
-    except ModuleNotFoundError:
-        return
-    for source in sources:
-        if isinstance(source, GoalsReward):
-            add_goalspace(front.app, source.measure)
-            return

@@ -13,7 +13,6 @@ Triton's extension for binary data is read (`tritonclient.http` writes its input
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,16 +37,18 @@ def _read(body: Body, reader: Reader) -> Question:
         raise RefusedError(BAD_REQUEST, "`inputs` is a list of tensors")
     raw, columns = memoryview(body.get(RAW, b"")), dict[str, list[str]]()
     for tensor in inputs:
-        size = (tensor.get("parameters") or {}).get("binary_data_size", 0)
+        size = _raw_size(tensor)
         columns[str(tensor.get("name"))] = _strings(tensor, raw[:size])
         raw = raw[size:]
     if columns.keys() != _ONE and columns.keys() != _TWO:
         raise RefusedError(
             BAD_REQUEST, f"the inputs are `{TEXT_INPUT}`, or `prompt` and `completion`, not {sorted(columns)}"
         )
-    wanted = [each.get("name") for each in body.get("outputs") or () if isinstance(each, Mapping)]
-    if any(name != OUTPUT for name in wanted):
-        raise RefusedError(BAD_REQUEST, f"the output is `{OUTPUT}`, not {wanted}")
+    wanted = body.get("outputs") or []
+    if not isinstance(wanted, list) or any(
+        not isinstance(each, Mapping) or each.get("name") != OUTPUT for each in wanted
+    ):
+        raise RefusedError(BAD_REQUEST, f"there is one output, `{OUTPUT}`")
     if columns.keys() == _ONE:
         rollouts = [reader.text(text) for text in columns[TEXT_INPUT]]
     else:
@@ -56,6 +57,15 @@ def _read(body: Body, reader: Reader) -> Question:
             raise RefusedError(BAD_REQUEST, "`prompt` and `completion` have different lengths")
         rollouts = [reader.answered(*pair, {}) for pair in zip(prompts, completions, strict=True)]
     return Question(rollouts, lambda scores: _tell(scores, body.get("id")))
+
+
+def _raw_size(tensor: Mapping[str, Any]) -> int:
+    """How many bytes behind the JSON are a tensor's."""
+    parameters = tensor.get("parameters")
+    size = parameters.get("binary_data_size", 0) if isinstance(parameters, Mapping) else 0
+    if not isinstance(size, int) or size < 0:
+        raise RefusedError(BAD_REQUEST, "`binary_data_size` is a number of bytes")
+    return size
 
 
 def _strings(tensor: Mapping[str, Any], raw: memoryview) -> list[str]:
@@ -67,9 +77,9 @@ def _strings(tensor: Mapping[str, Any], raw: memoryview) -> list[str]:
     if not all(isinstance(value, str) for value in values):
         raise RefusedError(BAD_REQUEST, f"input `{name}` holds something else than texts")
     ok = isinstance(shape, list) and all(isinstance(size, int) for size in shape)
-    if not ok or math.prod(shape) != len(values) or len(shape) > 2 or shape[1:] not in ([], [1]):
+    if not ok or shape not in ([len(values)], [len(values), 1]):
         raise RefusedError(
-            BAD_REQUEST, f"input `{name}` has {len(values)} texts and the shape {shape}: [n] or [n, 1]"
+            BAD_REQUEST, f"input `{name}` has {len(values)} texts and the shape {shape!r:.40}: [n] or [n, 1]"
         )
     return values
 

@@ -15,8 +15,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from conch.reward_server.forms.base import BAD_REQUEST, Body, Form, Question, Reader, RefusedError, Scores
-from conch.reward_server.forms.base import column, texts
+from conch.reward_server.forms.base import (
+    BAD_REQUEST,
+    Body,
+    Form,
+    Question,
+    Reader,
+    RefusedError,
+    Scores,
+    column,
+    texts,
+)
 from conch.rewards.scorer import weight_of
 from conch.types import RewardResult
 

@@ -5,9 +5,10 @@ vLLM (`vllm/entrypoints/pooling/`): "model", and "input" (a text or several) or 
     /pooling    -> {"data": [{"index", "object": "pooling", "data": [number]}], ...}
     /score      pairs under text_1, text_2; data_1, data_2; queries, documents; queries, items
                 -> {"data": [{"index", "object": "score", "score": number}], ...}
-    /rerank     {"query", "documents", "top_n"} -> {"results": [{"index", "document", "relevance_score"}], ...}
-verl (`verl/experimental/reward_loop/reward_loop.py`) POSTs {"model", "input", "use_activation": false}, before
-0.7 "activation", one rendered dialogue at a time, and takes data[-1].probs[-1]. With SGLang as its engine it
+    /rerank     {"query", "documents", "top_n"}
+                -> {"results": [{"index", "document", "relevance_score"}], ...}
+verl (`verl/experimental/reward_loop/reward_loop.py`) POSTs {"model", "input", "use_activation": false} (earlier
+"activation"), one rendered dialogue at a time, and takes data[-1].probs[-1]. With SGLang as its engine it
 asks /v1/embeddings and takes data[-1].embedding[-1].
 SGLang's /classify has the texts under "text" and answers a list of {"embedding": [number]}.
 
