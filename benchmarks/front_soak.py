@@ -29,10 +29,10 @@ import psutil
 from conch.errors import ConchError, ServerStartError
 from conch.serving.server.server import free_port
 
-_FUNCTION = '''
+_FUNCTION = """
 def reward(samples, prompts, outputs, **metadata):
     return [float(len(each)) for each in outputs]
-'''
+"""
 _START_S = 60.0
 _MOST_GROWTH = 0.01
 
@@ -105,7 +105,10 @@ async def _ask_all(port: int, callers: int, first: int, last: int) -> None:
 
 def measure(requests: int, warm_up: int, callers: int, looks: int) -> list[Look]:
     """What the server held after the warm-up, and after each part of the requests."""
-    with tempfile.TemporaryDirectory(prefix="conch-soak-") as folder, _server(Path(folder)) as (port, process):
+    with (
+        tempfile.TemporaryDirectory(prefix="conch-soak-") as folder,
+        _server(Path(folder)) as (port, process),
+    ):
         asyncio.run(_ask_all(port, callers, 1, warm_up))
         found = [Look.at(process, 0)]
         bounds = [requests * part // looks for part in range(looks + 1)]
@@ -137,7 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     lines = [_line(look, before) for before, look in itertools.pairwise(found)]
-    print("\n".join(["| requests | USS, MiB | files | processor time of a request, us |", "|---|---|---|---|", *lines]))
+    head = ["| requests | USS, MiB | files | processor time of a request, us |", "|---|---|---|---|"]
+    print("\n".join([*head, *lines]))
     growth = found[-1].uss / found[0].uss - 1
     print(f"\nmemory grew by {growth:.2%} since the warm-up; at most {_MOST_GROWTH:.0%} is let pass")
     return int(growth > _MOST_GROWTH)

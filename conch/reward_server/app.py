@@ -47,6 +47,7 @@ _log = get_logger(__name__)
 _INTERNAL = 500
 _JSON_LENGTH = b"inference-header-content-length"
 _WARN_EVERY_S = 30.0
+_write_json = json.JSONEncoder(allow_nan=False).encode
 
 
 @dataclass(frozen=True)
@@ -157,10 +158,11 @@ class RewardFront:
             )
         question = form.read(body, reward.reader)
         results = await reward.service.score(question.rollouts)
+        totals = [total_reward(result, reward.weights) for result in results]
+        results = [_finite(*pair) for pair in zip(totals, results, strict=True)]
         self._meter.count_samples(reward.name, results)
         if not question.partial or not any(each.ok for each in results):
             self._refuse_failures(question, results)
-        totals = [total_reward(result, reward.weights) for result in results]
         return question.answer(Scores(reward.name, totals, results, reward.weights))
 
     def _refuse_failures(self, question: Question, results: Sequence[RewardResult]) -> None:
@@ -194,6 +196,13 @@ class _FailedError(RefusedError):
         self.statuses = statuses
 
 
+def _finite(total: float, result: RewardResult) -> RewardResult:
+    """A result; INVALID where it is OK, and its objectives add up to no number."""
+    if not result.ok or math.isfinite(total):
+        return result
+    return RewardResult(RewardStatus.INVALID, detail=f"its objectives add up to {total}")
+
+
 def _unknown_form(path: str, forms: Sequence[Form]) -> str:
     here = "; ".join(form.shape for form in forms)
     there = ", ".join(each for each in ADDRESSES if each != path)
@@ -225,7 +234,7 @@ async def _body_of(scope: Any, receive: Any) -> Any:
 
 
 async def _send(send: Any, status: int, answer: Any, retry_after_s: float | None) -> None:
-    content = json.dumps(answer, allow_nan=False).encode()
+    content = _write_json(answer).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
     if retry_after_s is not None:
         headers.append((b"retry-after", str(max(1, math.ceil(retry_after_s))).encode()))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 
+import uvicorn
 import uvloop
 
 from conch.config import RewardConfig
@@ -53,7 +55,10 @@ def serve(config: RewardServerConfig, command: Sequence[str]) -> None:
         raise SystemExit(run_workers(config.workers, command))
     with ExitStack() as sources:
         front = open_front(config, sources)
-        uvloop.run(listen(front, config, sources.close))
+        names = ", ".join(f"`{name}`" for name in front.rewards)
+        _log.info("serving %s on %s:%d", names, config.host, config.port)
+        sockets = shared_socket(config) if is_worker() else None
+        uvloop.run(listen(listener_of(front, config), front, sources.close, sockets))
 
 
 def open_front(config: RewardServerConfig, stack: ExitStack) -> RewardFront:
@@ -63,18 +68,12 @@ def open_front(config: RewardServerConfig, stack: ExitStack) -> RewardFront:
         ConfigError: a reward cannot be made of its name.
     """
     sources = {name: stack.enter_context(source) for name, source in _sources(config)}
-    return RewardFront([_open(name, source, config) for name, source in sources.items()], Meter())
+    return RewardFront([open_reward(name, source, config) for name, source in sources.items()], Meter())
 
 
-async def listen(front: RewardFront, config: RewardServerConfig, close: Callable[[], object]) -> None:
-    """Serve until SIGTERM.
-
-    close: closes the rewards, at the end. A look at one that does not answer would keep the process.
-
-    Raises:
-        ConchError: a reward turned out to be none, such as a model that gives no rewards.
-    """
-    listener = make_listener(
+def listener_of(front: RewardFront, config: RewardServerConfig) -> uvicorn.Server:
+    """What serves the application on the configured port, behind a guard."""
+    return make_listener(
         front,
         config,
         http=QuickHeaderDeadline,
@@ -82,13 +81,27 @@ async def listen(front: RewardFront, config: RewardServerConfig, close: Callable
         keep_alive_s=_KEEP_ALIVE_S,
         grace_s=config.deadline_s + _GRACE_S,
     )
+
+
+async def listen(
+    listener: uvicorn.Server,
+    front: RewardFront,
+    close: Callable[[], object],
+    sockets: list[socket.socket] | None = None,
+) -> None:
+    """Serve until SIGTERM, or until `listener.should_exit`.
+
+    close: closes the rewards, at the end. A look at one that does not answer would keep the process.
+    sockets: to listen on; None takes the configured port.
+
+    Raises:
+        ConchError: a reward turned out to be none, such as a model that gives no rewards.
+    """
     watching = [asyncio.ensure_future(reward.readiness.watch()) for reward in front.rewards.values()]
     for each in watching:
         each.add_done_callback(lambda _: setattr(listener, "should_exit", True))
-    names = ", ".join(f"`{name}`" for name in front.rewards)
-    _log.info("serving %s on %s:%d", names, config.host, config.port)
     try:
-        await listener.serve(shared_socket(config) if is_worker() else None)
+        await listener.serve(sockets)
     finally:
         failures = [each.exception() for each in watching if each.done() and not each.cancelled()]
         for each in watching:
@@ -131,7 +144,8 @@ def name_of(word: str) -> str:
     return name.rpartition(":")[2] or name
 
 
-def _open(name: str, source: RewardSource, config: RewardServerConfig) -> Reward:
+def open_reward(name: str, source: RewardSource, config: RewardServerConfig) -> Reward:
+    """A source as requests ask for it."""
     asked = source
     # A reward that compares a prompt's completions gets each request by itself: that is the group.
     if source.batched and not getattr(source, "needs_groups", False):

@@ -35,6 +35,8 @@ def _read_openrlhf(body: Body, reader: Reader) -> Question:
     labels = column(body, "labels", len(queries))
     if body.get("dialogues") is not None:  # what our own client adds, `reward.dialect=messages`
         dialogues = column(body, "dialogues", len(queries))
+        if not all(isinstance(each, dict | None) for each in dialogues):
+            raise RefusedError(BAD_REQUEST, '`dialogues` are objects with "messages", null for a text')
         rollouts = [
             reader.text(query, reader.row(label))
             if dialogue is None

@@ -7,9 +7,9 @@ vLLM (`vllm/entrypoints/pooling/`): "model", and "input" (a text or several) or 
                 -> {"data": [{"index", "object": "score", "score": number}], ...}
     /rerank     {"query", "documents", "top_n"}
                 -> {"results": [{"index", "document", "relevance_score"}], ...}
-verl (`verl/experimental/reward_loop/reward_loop.py`) POSTs {"model", "input", "use_activation": false} (earlier
-"activation"), one rendered dialogue at a time, and takes data[-1].probs[-1]. With SGLang as its engine it
-asks /v1/embeddings and takes data[-1].embedding[-1].
+verl (`verl/experimental/reward_loop/reward_loop.py`) POSTs {"model", "input", "use_activation": false}, one
+rendered dialogue at a time ("activation" in earlier releases), and takes data[-1].probs[-1]. With SGLang as
+its engine it asks /v1/embeddings and takes data[-1].embedding[-1].
 SGLang's /classify has the texts under "text" and answers a list of {"embedding": [number]}.
 
 verl asks again after 5xx and gives up after 4xx, so what may pass is 503 here, never 429.
