@@ -116,7 +116,7 @@ def _sources(config: RewardServerConfig) -> Iterator[tuple[str, RewardSource]]:
     """Name and source of each reward."""
     if config.rewards:
         for name, word in config.rewards.items():
-            yield name, _source(word, config.source)
+            yield name, _source(word, config)
         return
     named = any((config.source.url, config.source.function, config.source.verifier, config.source.members))
     word = config.reward or (None if named else os.environ.get("TRITON_HOST"))
@@ -125,13 +125,14 @@ def _sources(config: RewardServerConfig) -> Iterator[tuple[str, RewardSource]]:
             "`reward` is missing: give `reward=host:8001/model`, `reward=verifier:gsm8k` or what else gives "
             "rewards; --help lists the ways"
         )
-    yield name_of(word or _word_of(config.source)), _source(word, config.source)
+    yield name_of(word or _word_of(config.source)), _source(word, config)
 
 
-def _source(word: str | None, config: RewardConfig) -> RewardSource:
+def _source(word: str | None, config: RewardServerConfig) -> RewardSource:
+    source = config.source
     if word is not None and is_function_name(word):
-        config = config.model_copy(update={"function": word})
-    return from_user(word, config)
+        source = source.model_copy(update={"function": word})
+    return from_user(word, source, metadata_keys=[config.label_key] if config.label_key else [])
 
 
 def _word_of(config: RewardConfig) -> str:
@@ -176,6 +177,7 @@ def reader_of(source: RewardSource, config: RewardServerConfig) -> Reader:
     only = columns[0][0] if len(columns) == 1 and len(columns[0]) == 1 else "label"
     return Reader(
         label_key=config.label_key or only,
+        always_labels=config.label_key is not None,
         strip=config.strip,
         needs_completions=not all(isinstance(part, ServedReward) for part in parts),
         reads="texts" if "texts" in reads else "any",

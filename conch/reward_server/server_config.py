@@ -32,8 +32,9 @@ class RewardServerConfig(ListenSettings):
     """Port to listen on."""
 
     label_key: str | None = None
-    """Key of a sample's row under which a request's label stands, for verifiers and functions. None takes
-    the one column that the verifier reads, else `label`. A label that is an object is the row itself."""
+    """Key of a sample's row under which a request's label stands, for verifiers and functions; name it where
+    a function has it as an argument. None takes the one column that the verifier reads, else `label`. A label
+    that is an object is the row itself."""
 
     strip: tuple[str, ...] = ()
     """Taken off the end of texts that clients send with the policy's special tokens in them (OpenRLHF,

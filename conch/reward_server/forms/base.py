@@ -95,12 +95,14 @@ class Reader:
     """Makes rollouts for one reward.
 
     label_key: see `RewardServerConfig`.
+    always_labels: whether a row has the key even where a client sends no label, since a function names it.
     strip: see `RewardServerConfig`.
     needs_completions: whether the reward looks at the completion apart from its prompt, as verifiers do.
     reads: what a served model takes; `any` where Python code is given both.
     """
 
     label_key: str = "label"
+    always_labels: bool = False
     strip: tuple[str, ...] = ()
     needs_completions: bool = True
     reads: Literal["texts", "dialogues", "both", "any"] = "any"
@@ -156,7 +158,7 @@ class Reader:
     def row(self, label: Any) -> dict[str, Any]:
         """The row that a label stands for; clients send None or "" where they have none."""
         if label is None or label == "":
-            return {}
+            return {self.label_key: None} if self.always_labels else {}
         return dict(label) if isinstance(label, Mapping) else {self.label_key: label}
 
     def stripped(self, text: str) -> str:

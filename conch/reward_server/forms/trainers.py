@@ -84,9 +84,8 @@ def _slime_scores(body: Body, reader: Reader) -> Question:
 
 
 def named_scores(total: float, result: RewardResult) -> dict[str, float]:
-    """The reward, and the scores of several objectives beside it."""
-    objectives = result.scores if len(result.scores) + len(result.absent) > 1 else {}
-    return {**objectives, "reward": total}
+    """The scores of the objectives, and the reward."""
+    return {**result.scores, "reward": total}
 
 
 OPENRLHF = Form(
