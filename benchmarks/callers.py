@@ -1,7 +1,8 @@
 """Ways to get rewards for a list of samples: ours, and two that others use, each as small as it can be.
 
 Every way takes a share of the samples, as one rank of a run has it, and says of each what its score is and
-after how many seconds it was known.
+after how many seconds it was known: since the share was handed in, or where samples are asked for one by one
+since this one was.
 """
 
 from __future__ import annotations
@@ -75,14 +76,21 @@ def fixed_batches(url: str, work: Work, *, masked: bool) -> tuple[Way, Callable[
 
 
 def one_a_post(url: str, work: Work) -> tuple[Way, Callable[[], None]]:
-    """One POST a sample, one after the other; callers share a pool of connections that stay open."""
+    """One POST a sample, one after the other; callers share a pool of connections that stay open.
+
+    The seconds of a sample are those of its own POST. The body is OpenRLHF's.
+
+    url: reads {"query": [text], ...} and answers {"rewards": [number], ...}.
+    """
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
     client = httpx2.Client(timeout=300.0, limits=limits, trust_env=False)
 
     def score(places: Sequence[int]) -> Scored:
-        started, scored = time.perf_counter(), []
+        scored = []
         for place in places:
-            reply = client.post(f"{url}/score", json={"query": [work.texts[place]]}).raise_for_status()
+            started = time.perf_counter()
+            body = {"query": [work.texts[place]], "prompts": [""], "labels": [""]}
+            reply = client.post(url, json=body).raise_for_status()
             scored.append((reply.json()["rewards"][0], time.perf_counter() - started))
         return scored
 

@@ -27,13 +27,14 @@ import httpx2
 from benchmarks.callers import Scored, Way, ask_all, conch_way, fixed_batches, one_a_post
 from benchmarks.checkpoint import dialogues, write_checkpoint
 from benchmarks.limit import Limit, Work
-from benchmarks.measuring import add_common_options, check_scores, machine, on_core, run, spread
+from benchmarks.measuring import add_common_options, cell, check_scores, machine, on_core, run, spread
 from benchmarks.served_step import Steps, in_process, median_of, seconds_of
 from conch.converters.to_triton import to_triton
 from conch.errors import ServerStartError
 from conch.serving.server.server import TritonServer, free_port
 
 LIMIT, OURS = "in process, best batching", "Conch"
+POST, FRONT = "one sample a POST", "one sample a POST, to Conch's reward server"
 TEXT, TOKEN = "text", "token"
 _START_S = 120.0
 
@@ -92,9 +93,28 @@ def _fastapi(checkpoint: Path, core: int) -> Iterator[str]:
         process.wait()
 
 
-def _answers(url: str) -> bool:
+@contextmanager
+def _front(endpoint: str, core: int) -> Iterator[str]:
+    """`conch reward-server` before the served model, on the same core; its URL, once it answers."""
+    port = free_port("127.0.0.1")
+    settings = [f"reward={endpoint}", f"port={port}", "restart=false", "source.client.cache_size=0"]
+    with on_core(core):
+        process = subprocess.Popen([sys.executable, "-m", "conch.reward_server", *settings])
     try:
-        return httpx2.post(f"{url}/score", json={"query": ["a"]}, timeout=10.0, trust_env=False).is_success
+        deadline = time.monotonic() + _START_S
+        while not _answers(f"http://127.0.0.1:{port}", "/"):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise ServerStartError("the reward server did not start; its own words stand above")
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/get_reward"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _answers(url: str, path: str = "/score") -> bool:
+    try:
+        return httpx2.post(f"{url}{path}", json={"query": ["a"]}, timeout=10.0, trust_env=False).is_success
     except httpx2.TransportError:
         return False
 
@@ -113,12 +133,14 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         with on_core(arguments.server_core):  # which the server's processes inherit
             server = stack.enter_context(TritonServer(folder / "store", [TEXT, TOKEN]))
         post_url = stack.enter_context(_fastapi(checkpoint, arguments.server_core))
-        rows = _rows(stack, limit, work, server, post_url, arguments.callers)
+        front_url = stack.enter_context(_front(server.endpoint(TEXT), arguments.server_core))
+        rows = _rows(stack, limit, work, server, (f"{post_url}/score", front_url), arguments.callers)
         check_scores({row.name: [score for score, _ in row.ask()[0]] for row in rows})  # warms up, too
         limit.choose_budget(work.ids)
         _take_turns(rows, arguments.rounds)
         steps = Steps(folder, checkpoint, texts[:64], steps=arguments.steps + 1)
-        ppo = _ppo(steps, limit, server.endpoint(TEXT), arguments.ppo_rounds)
+        rounds = arguments.ppo_rounds
+        ppo = _ppo(steps, limit, server.endpoint(TEXT), rounds) if rounds else {}
     others = [row for row in rows if row.way != OURS]
     return {
         "date": date.today().isoformat(),
@@ -131,8 +153,14 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _rows(
-    stack: ExitStack, limit: Limit, work: Work, server: TritonServer, post_url: str, callers: Sequence[int]
+    stack: ExitStack,
+    limit: Limit,
+    work: Work,
+    server: TritonServer,
+    urls: tuple[str, str],
+    callers: Sequence[int],
 ) -> list[Row]:
+    """urls: of the FastAPI server, and of ours."""
     samples = len(work.texts)
 
     def in_this_process(places: Sequence[int]) -> Scored:
@@ -148,7 +176,7 @@ def _rows(
         return Row(name, callers, lambda: ask_all(way, callers, samples))
 
     ours = opened(conch_way(server.endpoint(TEXT), work))
-    post = opened(one_a_post(post_url, work))
+    post, front = (opened(one_a_post(url, work)) for url in urls)
     unmasked = opened(fixed_batches(server.endpoint(TOKEN), work, masked=False))
     masked = opened(fixed_batches(server.endpoint(TOKEN), work, masked=True))
     return [
@@ -156,7 +184,8 @@ def _rows(
         *(row(OURS, ours, count) for count in callers),
         row("sequential, batches of 24", unmasked, 1),
         row("sequential, batches of 24, padding told by a mask", masked, 1),
-        *(row("one sample a POST", post, count) for count in callers),
+        *(row(POST, post, count) for count in callers),
+        *(row(FRONT, front, count) for count in callers),
     ]
 
 
@@ -191,10 +220,6 @@ def _step_s(steps: Sequence[dict[str, float]]) -> float:
 
 def table(report: dict[str, Any]) -> str:
     """The report as Markdown: median (lowest-highest) over the rounds."""
-
-    def cell(figures: dict[str, float], digits: int) -> str:
-        return f"{figures['median']:.{digits}f} ({figures['low']:.{digits}f}-{figures['high']:.{digits}f})"
-
     results = report["results"]
     lines = ["| way | callers | samples/s | p50, s | p99, s |", "|---|---|---|---|---|"]
     for row in results:
@@ -205,12 +230,31 @@ def table(report: dict[str, Any]) -> str:
     lines.append("|---" * (1 + len(ours)) + "|")
     for name in ours[0]["over"]:
         lines.append(f"| {name} | " + " | ".join(cell(row["over"][name], 2) for row in ours) + " |")
+    lines += _front_table(results)
     ppo = report["ppo"]
+    if not ppo:
+        return "\n".join(lines)
     lines += ["", "| PPO step | |", "|---|---|"]
     lines.append(f"| served over in process on a second core | {cell(ppo['served_over_in_process'], 3)} |")
     for name in ("step_served_s", "step_in_process_s", "rollout_s", "wait_s", "hidden_fraction"):
         lines.append(f"| {name} | {ppo[name]:.3f} |")
     return "\n".join(lines)
+
+
+def _front_table(results: Sequence[dict[str, Any]]) -> list[str]:
+    """What is asked of the reward server: its rate over the limit, its slowest over the other's median."""
+    plain = {row["callers"]: row for row in results if row["way"] == POST}
+    lines = [
+        "",
+        "| reward server | rate over the limit | p99 over the p50 of the FastAPI server |",
+        "|---|---|---|",
+    ]
+    for row in results:
+        if row["way"] == FRONT:
+            slow = row["p99_s"]["median"] / plain[row["callers"]]["p50_s"]["median"]
+            over = next(figures for name, figures in row["over"].items() if name.startswith(LIMIT))
+            lines.append(f"| {row['callers']} callers | {cell(over, 2)} | {slow:.2f} |")
+    return lines
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -222,7 +266,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=3, help="default: %(default)s")
     add("--callers", type=int, nargs="+", default=[1, 8, 64], help="default: %(default)s")
     add("--steps", type=int, default=4, help="PPO steps that count, a run; default: %(default)s")
-    add("--ppo-rounds", type=int, default=2, help="pairs of PPO runs; default: %(default)s")
+    add("--ppo-rounds", type=int, default=2, help="pairs of PPO runs, 0 for none; default: %(default)s")
     add_common_options(parser)
     return parser
 

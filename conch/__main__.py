@@ -96,6 +96,13 @@ def rollout_server(words: Sequence[str]) -> int:
     _run("conch rollout-server", server.main, words)
 
 
+def reward_server(words: Sequence[str]) -> int:
+    """Give rewards to other trainers over HTTP: `conch reward-server reward=host:8001/model`."""
+    from conch.reward_server import __main__ as server
+
+    _run("conch reward-server", server.main, words)
+
+
 def reference_server(words: Sequence[str]) -> int:
     """Start a server that holds the reference of PPO and GRPO: `conch reference-server key=value ...`."""
     from conch.reference import serve as server
@@ -134,7 +141,7 @@ def overoptimisation(words: Sequence[str]) -> int:
 _VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     verb.__name__.replace("_", "-"): verb
     for verb in (
-        *(train, convert, serve, score, rollout_server, reference_server, size, plot),
+        *(train, convert, serve, score, rollout_server, reference_server, reward_server, size, plot),
         *(gold_eval, best_of_n, overoptimisation),
     )
 }

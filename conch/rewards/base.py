@@ -88,6 +88,13 @@ class RewardSource(ABC):
             RewardError, ConfigError: one sentence: what is wrong, where, and what to do.
         """
 
+    def is_ready(self) -> bool:
+        """Find out, after `check`, whether a score could be had now; takes some seconds at most.
+
+        A source that asks nobody else always is.
+        """
+        return True
+
     def check_row(self, row: Mapping[str, Any]) -> None:
         """Find out, after `check` and before long work, whether completions of this prompt can be scored.
 

@@ -59,6 +59,9 @@ class CompositeReward(RewardSource):
         for source in self.sources:
             source.check()
 
+    def is_ready(self) -> bool:
+        return all(source.is_ready() for source in self.sources)
+
     def check_row(self, row: Mapping[str, Any]) -> None:
         for source in self.sources:
             source.check_row(row)

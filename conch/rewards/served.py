@@ -57,6 +57,10 @@ class ServedReward(RewardSource):
         """
         self._thread.submit(self._client.check()).result()
 
+    def is_ready(self) -> bool:
+        """Ask the servers that are in use for a score; True once one gives it."""
+        return self._thread.submit(self._client.is_ready()).result()
+
     @property
     def reads(self) -> str:
         """What the model takes, once `check` has asked: `tokens`, `texts`, `dialogues` or `both`."""

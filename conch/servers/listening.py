@@ -8,6 +8,7 @@ Every refusal is `{"detail": one sentence}`. docs/security.md lists what guards 
 from __future__ import annotations
 
 import asyncio
+import base64
 import hmac
 import json
 import ssl
@@ -34,6 +35,9 @@ _HEADERS_S = 10.0
 _BODY_S = 60.0
 """Longest time for a request's body to come in."""
 
+_KEEP_ALIVE_S = 5.0
+"""Idle time after which a connection is closed."""
+
 _GOODBYE_S = 1.0
 """Longest wait of a server that stops for a peer that is idle."""
 
@@ -44,12 +48,23 @@ class Guard:
     Of a request without the secret nothing but the headers is read.
 
     secret: "" lets everybody in.
+    takes_password: also lets in who sends it as a password (`http://any:SECRET@host`), as clients can that
+        have no setting for a header.
     max_body_bytes: largest body.
     body_s: longest time for a body to come in, in seconds.
     """
 
-    def __init__(self, app: Any, secret: str, max_body_bytes: int, body_s: float = _BODY_S) -> None:
+    def __init__(
+        self,
+        app: Any,
+        secret: str,
+        max_body_bytes: int,
+        body_s: float = _BODY_S,
+        *,
+        takes_password: bool = False,
+    ) -> None:
         self._app = app
+        self._takes_password = takes_password
         self._expected = f"Bearer {secret}".encode() if secret else b""
         self._max_body_bytes = max_body_bytes
         self._body_s = body_s
@@ -91,8 +106,9 @@ class Guard:
         tokens = [value for name, value in scope["headers"] if name == b"authorization"]
         if not tokens:
             return "the server asks for a secret: name the environment variable that holds it (secret_env)"
+        token = _as_bearer(tokens[0]) if self._takes_password else tokens[0]
         # Compared in a time that tells nothing of how much of the secret is right.
-        if len(tokens) == 1 and hmac.compare_digest(tokens[0], self._expected):
+        if len(tokens) == 1 and hmac.compare_digest(token, self._expected):
             return None
         return "the server refuses the secret: it was started with another one"
 
@@ -112,6 +128,17 @@ class Guard:
                 return _HUNG_UP
             if not message.get("more_body"):
                 return bytes(body) if size <= self._max_body_bytes else None
+
+
+def _as_bearer(token: bytes) -> bytes:
+    """A user's password as if it had been sent as a token; anything else as it is."""
+    kind, _, content = token.partition(b" ")
+    if kind.lower() != b"basic":
+        return token
+    try:
+        return b"Bearer " + base64.b64decode(content, validate=True).partition(b":")[2]
+    except ValueError:
+        return b""
 
 
 async def _refuse(send: Any, status: int, reason: str) -> None:
@@ -200,21 +227,42 @@ def check_access(settings: ListenSettings) -> None:
         check_server(tls)
 
 
-def make_listener(app: FastAPI, settings: ListenSettings) -> uvicorn.Server:
+def make_listener(
+    app: Any,
+    settings: ListenSettings,
+    *,
+    http: type[asyncio.Protocol] = HeaderDeadline,
+    takes_password: bool = False,
+    keep_alive_s: float = _KEEP_ALIVE_S,
+    grace_s: float | None = None,
+) -> uvicorn.Server:
     """What serves `app`, behind a guard, on `settings.host` and `settings.port`, as soon as it is run.
+
+    app: an ASGI application.
+    http: of a connection, which must close those whose headers do not come.
+    takes_password: see `Guard`.
+    keep_alive_s: idle time after which a connection is closed, in seconds.
+    grace_s: longest time that a server which stops waits for what is under way; None for ever.
 
     Raises as `check_access` does.
     """
     check_access(settings)
     tls = settings.tls()
-    guarded = Guard(app, secret_from(settings.secret_env), int(settings.max_request_mb * 1e6))
+    guarded = Guard(
+        app,
+        secret_from(settings.secret_env),
+        int(settings.max_request_mb * 1e6),
+        takes_password=takes_password,
+    )
     mutual = tls is not None and tls.require_client_cert
     return uvicorn.Server(
         uvicorn.Config(
             guarded,
             host=settings.host,
             port=settings.port,
-            http=HeaderDeadline,
+            http=http,
+            timeout_keep_alive=keep_alive_s,  # pyright: ignore[reportArgumentType]  (passed to the loop as it is)
+            timeout_graceful_shutdown=grace_s,  # pyright: ignore[reportArgumentType]
             ws="none",
             log_level="warning",
             access_log=False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import Field, model_validator
@@ -84,7 +84,7 @@ SettingsT = TypeVar("SettingsT", bound=ListenSettings)
 
 
 def load_settings(section: type[SettingsT], argv: Sequence[str]) -> SettingsT:
-    """Settings from a command line of `key=value`.
+    """Settings from a command line of `key=value`; a key with dots stands in a section.
 
     Raises:
         ConfigError: one line per mistake.
@@ -93,4 +93,13 @@ def load_settings(section: type[SettingsT], argv: Sequence[str]) -> SettingsT:
     for key, sign, _ in pairs:
         if not sign:
             raise ConfigError(f"`{key}` is no setting: write key=value; --help lists the keys")
-    return load(section, {key: yaml.safe_load(value) for key, _, value in pairs})
+    values: dict[str, Any] = {}
+    for key, _, value in pairs:
+        *sections, name = key.split(".")
+        inner = values
+        for each in sections:
+            inner = inner.setdefault(each, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"`{key}` and `{each}` cannot both be given")
+        inner[name] = yaml.safe_load(value)
+    return load(section, values)

@@ -57,6 +57,7 @@ VERBS = {
     "rollout-server": "conch.rollouts.serve",
     "rollout_server": "conch.rollouts.serve",
     "reference-server": "conch.reference.serve",
+    "reward-server": "conch.reward_server.__main__",
     "size": "conch.sizing",
     "plot": "conch.runs.plots",
     "best-of-n": "conch.evaluation.sampling.run",
@@ -217,6 +218,7 @@ def test_version_is_the_package_s() -> None:
         ("serve up --help", ("torch", "transformers", "tritonclient", "hydra", "numpy")),
         ("rollout-server --help", ("torch", "transformers", "tritonclient", "hydra")),
         ("reference-server --help", ("torch", "transformers", "tritonclient", "hydra")),
+        ("reward-server --help", ("torch", "transformers", "tritonclient", "hydra", "fastapi")),
         ("plot --help", ("torch", "transformers", "tritonclient", "hydra", "matplotlib")),
     ],
 )

@@ -56,8 +56,13 @@ OWNERS = {
     "liger_kernel": ("conch/models/kernels.py",),
     "ray": ("conch/rollouts/ray/*.py",),
     "deepspeed": ("conch/distributed/zero3.py",),
-    "fastapi": ("conch/*/app.py", "conch/*/server.py", "conch/servers/listening.py"),
-    "uvicorn": ("conch/servers/listening.py",),
+    "fastapi": (
+        *("conch/*/app.py", "conch/*/server.py", "conch/servers/listening.py"),
+        "conch/reward_server/goalspace.py",
+    ),
+    "uvicorn": ("conch/servers/listening.py", "conch/servers/quick_http.py", "conch/reward_server/server.py"),
+    "uvloop": ("conch/reward_server/server.py",),
+    "prometheus_client": ("conch/reward_server/metrics.py",),
     "wandb": ("conch/runs/tracking.py",),
     "tensorboard": ("conch/runs/tracking.py",),
     "matplotlib": ("conch/runs/plots.py", "conch/cli/sweeps/pictures.py", "conch/evaluation/pictures.py"),
@@ -178,6 +183,8 @@ def test_torch_free_parts_import_no_torch() -> None:
         ("conch.rewards.served", ("torch", "transformers")),
         ("conch.serving.server.server", ("torch", "transformers", "pytriton")),
         ("conch.converters.to_triton", ("torch", "transformers")),
+        ("conch.reward_server.server", ("torch", "transformers")),
+        ("conch.reward_server.__main__", ("torch", "fastapi", "uvicorn", "tritonclient")),
     ],
 )
 def test_import_stays_light(module: str, kept_out: tuple[str, ...]) -> None:

@@ -131,6 +131,11 @@ class RewardClient:
         for problem in problems:
             _log.warning("one of %d replicas cannot be used yet: %s", len(replicas), problem)
 
+    async def is_ready(self) -> bool:
+        """Whether a replica gives a score now, within `request_timeout_s`; one that does not leaves use."""
+        self._start()  # what brings replicas back into use
+        return any(await asyncio.gather(*(self._health.answers(each) for each in self._pool.usable())))
+
     @property
     def has_info(self) -> bool:
         """Whether a replica has told what the model takes."""

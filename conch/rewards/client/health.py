@@ -68,6 +68,16 @@ class HealthChecker:
         self._pool.grant_waiting()
         await self.statistics_gain(replica, timeout_s)
 
+    async def answers(self, replica: ReplicaState) -> bool:
+        """Whether a replica in use scores a row; counts as a failed request where it does not."""
+        assert replica.info is not None, "in use"
+        try:
+            await self._score_probe(replica, replica.info, self._config.request_timeout_s)
+        except ReplicaError as error:
+            self._scorer.record_failure(replica, error.failure)
+            return False
+        return True
+
     async def statistics_gain(self, replica: ReplicaState, timeout_s: float) -> ServerTimes:
         """Gain of the server's statistics since the last call; zeros if it does not tell."""
         try:

@@ -235,7 +235,7 @@ class RetryingScorer:
             return
         self.counts.replica_faults += 1
         _log.warning("%s refused what another replica scored: %s", refuser.name, failure.detail)
-        self._record_failure(refuser, failure)
+        self.record_failure(refuser, failure)
 
     async def _retry_until_deadline(
         self, attempt: _Attempt, replica: ReplicaState | None
@@ -278,7 +278,7 @@ class RetryingScorer:
         except ReplicaError as error:
             failure = error.failure
             if failure.status.is_infrastructure:
-                self._record_failure(replica, failure)
+                self.record_failure(replica, failure)
             else:
                 self.last_reply_at = time.monotonic()
             return failure
@@ -298,7 +298,8 @@ class RetryingScorer:
             replica.info = await replica.transport.describe(timeout_s)
         self.record_reply(replica, version, replica.info.content)
 
-    def _record_failure(self, replica: ReplicaState, failure: Failure) -> None:
+    def record_failure(self, replica: ReplicaState, failure: Failure) -> None:
+        """Count a failed request; the replica may go out of use."""
         was_closed = replica.breaker.is_closed
         replica.breaker.record_failure(failure)
         if was_closed and not replica.breaker.is_closed:

@@ -36,6 +36,11 @@ class VerifierReward(RewardSource):
         self._num_checks = 0
         self._late: set[str] = set()
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Keys of a prompt's row that the verifier reads."""
+        return self._verifier.columns
+
     def check(self) -> None:
         """Start the processes of a verifier that has some."""
         if self._verifier.timeout_s is not None and self._pool is None:

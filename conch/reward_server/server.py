@@ -1,0 +1,193 @@
+"""The process of a reward server: rewards, what watches them, and the port."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+
+import uvicorn
+import uvloop
+
+from conch.config import RewardConfig
+from conch.errors import ConfigError
+from conch.log import get_logger
+from conch.reward_server.app import Reward, RewardFront
+from conch.reward_server.forms.base import Reader
+from conch.reward_server.gathering import GatheredReward
+from conch.reward_server.metrics import Meter
+from conch.reward_server.readiness import Readiness
+from conch.reward_server.server_config import RewardServerConfig
+from conch.reward_server.service import ScoringService
+from conch.reward_server.workers import is_worker, run_workers, shared_socket
+from conch.rewards.base import RewardSource
+from conch.rewards.combined import CompositeReward
+from conch.rewards.factory import from_user, is_function_name
+from conch.rewards.served import ServedReward
+from conch.rewards.verifiers.source import VerifierReward
+from conch.servers.listening import check_access, make_listener
+from conch.servers.quick_http import QuickHeaderDeadline
+from conch.servers.restart import leave_with_parent
+
+_log = get_logger(__name__)
+
+_KEEP_ALIVE_S = 75.0
+"""Idle time after which a connection is closed: longer than a step of most trainers' sampling."""
+
+_GRACE_S = 5.0
+"""A server that stops answers what is under way for its deadline and this."""
+
+
+def serve(config: RewardServerConfig, command: Sequence[str]) -> None:
+    """Serve until SIGTERM, or until the parent process is gone; what is under way is answered.
+
+    command: starts this program, for each of several processes.
+
+    Raises:
+        ConchError: settings will not do, or the reward is none.
+        SystemExit: 0 after SIGTERM.
+    """
+    check_access(config)
+    leave_with_parent()
+    if config.workers > 1 and not is_worker():
+        raise SystemExit(run_workers(config.workers, command))
+    with ExitStack() as sources:
+        front = open_front(config, sources)
+        names = ", ".join(f"`{name}`" for name in front.rewards)
+        _log.info("serving %s on %s:%d", names, config.host, config.port)
+        sockets = shared_socket(config) if is_worker() else None
+        uvloop.run(listen(listener_of(front, config), front, sources.close, sockets))
+
+
+def open_front(config: RewardServerConfig, stack: ExitStack) -> RewardFront:
+    """The application with all rewards of a configuration, which `stack` closes.
+
+    Raises:
+        ConfigError: a reward cannot be made of its name.
+    """
+    sources = {name: stack.enter_context(source) for name, source in _sources(config)}
+    return RewardFront([open_reward(name, source, config) for name, source in sources.items()], Meter())
+
+
+def listener_of(front: RewardFront, config: RewardServerConfig) -> uvicorn.Server:
+    """What serves the application on the configured port, behind a guard."""
+    return make_listener(
+        front,
+        config,
+        http=QuickHeaderDeadline,
+        takes_password=True,
+        keep_alive_s=_KEEP_ALIVE_S,
+        grace_s=config.deadline_s + _GRACE_S,
+    )
+
+
+async def listen(
+    listener: uvicorn.Server,
+    front: RewardFront,
+    close: Callable[[], object],
+    sockets: list[socket.socket] | None = None,
+) -> None:
+    """Serve until SIGTERM, or until `listener.should_exit`.
+
+    close: closes the rewards, at the end. A look at one that does not answer would keep the process.
+    sockets: to listen on; None takes the configured port.
+
+    Raises:
+        ConchError: a reward turned out to be none, such as a model that gives no rewards.
+    """
+    watching = [asyncio.ensure_future(reward.readiness.watch()) for reward in front.rewards.values()]
+    for each in watching:
+        each.add_done_callback(lambda _: setattr(listener, "should_exit", True))
+    try:
+        await listener.serve(sockets)
+    finally:
+        failures = [each.exception() for each in watching if each.done() and not each.cancelled()]
+        for each in watching:
+            each.cancel()
+        close()
+    for failure in failures:
+        if failure is not None:
+            raise failure
+
+
+def _sources(config: RewardServerConfig) -> Iterator[tuple[str, RewardSource]]:
+    """Name and source of each reward."""
+    if config.rewards:
+        for name, word in config.rewards.items():
+            yield name, _source(word, config)
+        return
+    named = any((config.source.url, config.source.function, config.source.verifier, config.source.members))
+    word = config.reward or (None if named else os.environ.get("TRITON_HOST"))
+    if word is None and not named:
+        raise ConfigError(
+            "`reward` is missing: give `reward=host:8001/model`, `reward=verifier:gsm8k` or what else gives "
+            "rewards; --help lists the ways"
+        )
+    yield name_of(word or _word_of(config.source)), _source(word, config)
+
+
+def _source(word: str | None, config: RewardServerConfig) -> RewardSource:
+    source = config.source
+    if word is not None and is_function_name(word):
+        source = source.model_copy(update={"function": word})
+    return from_user(word, source, metadata_keys=[config.label_key] if config.label_key else [])
+
+
+def _word_of(config: RewardConfig) -> str:
+    return config.url or config.function or config.verifier or "reward"
+
+
+def name_of(word: str) -> str:
+    """The short name of a reward: `host:8001/model` is `model`, `verifier:gsm8k` is `gsm8k`."""
+    name = word.rstrip("/").rpartition("/")[2] or word
+    return name.rpartition(":")[2] or name
+
+
+def open_reward(name: str, source: RewardSource, config: RewardServerConfig) -> Reward:
+    """A source as requests ask for it."""
+    asked = source
+    # A reward that compares a prompt's completions gets each request by itself: that is the group.
+    if source.batched and not getattr(source, "needs_groups", False):
+        asked = GatheredReward(source, samples=config.gather_samples, wait_s=config.gather_s)
+    reward = Reward(
+        name,
+        ScoringService(asked, max_waiting=config.max_waiting, deadline_s=config.deadline_s),
+        Readiness(name, source, every_s=config.probe_s, on_reached=lambda: reward.reader),
+        config.source.weights,
+        lambda: reader_of(source, config),
+    )
+    return reward
+
+
+def reader_of(source: RewardSource, config: RewardServerConfig) -> Reader:
+    """How bodies become samples for a source whose `check` has passed.
+
+    Raises:
+        ConfigError: a model takes token ids.
+    """
+    parts = list(_parts(source))
+    reads = {part.reads for part in parts if isinstance(part, ServedReward)}
+    if "tokens" in reads:
+        raise ConfigError(
+            f"{source.name} takes token ids, and clients send texts: convert the model with --form text"
+        )
+    columns = [part.columns for part in parts if isinstance(part, VerifierReward)]
+    only = columns[0][0] if len(columns) == 1 and len(columns[0]) == 1 else "label"
+    return Reader(
+        label_key=config.label_key or only,
+        always_labels=config.label_key is not None,
+        strip=config.strip,
+        needs_completions=not all(isinstance(part, ServedReward) for part in parts),
+        reads="texts" if "texts" in reads else "any",
+    )
+
+
+def _parts(source: RewardSource) -> Iterator[RewardSource]:
+    """The sources that a source stands on; itself where it stands on none."""
+    if not isinstance(source, CompositeReward):
+        yield source
+        return
+    for each in source.sources:
+        yield from _parts(each)

@@ -1,0 +1,89 @@
+"""Several processes on one port, for rewards that compute in Python."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+
+from conch.log import get_logger
+from conch.reward_server.metrics import PROCESSES_FOLDER
+from conch.servers.restart import PARENT_PID_VARIABLE
+from conch.servers.settings import ListenSettings
+
+_log = get_logger(__name__)
+
+WORKER_VARIABLE = "CONCH_REWARD_WORKER"
+"""Environment variable with the number of a process that shares its port."""
+
+_PAUSE_S = 2.0
+_POLL_S = 0.1
+
+
+def is_worker() -> bool:
+    """Whether this process is one of several."""
+    return WORKER_VARIABLE in os.environ
+
+
+def shared_socket(settings: ListenSettings) -> list[socket.socket]:
+    """A socket on the port that other processes listen on as well: the kernel shares connections out."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    listener.bind((settings.host, settings.port))
+    return [listener]
+
+
+def run_workers(number: int, command: Sequence[str]) -> int:
+    """Run so many processes until SIGTERM, and start one that was killed again.
+
+    command: starts one, which finds its number in `WORKER_VARIABLE`.
+
+    Returns:
+        The exit code: 0 after SIGTERM, else that of the first process that ended by itself; the others are
+        then ended too.
+    """
+    stopping: list[int] = []
+    previous = signal.signal(signal.SIGTERM, lambda *_: stopping.append(0))
+    with tempfile.TemporaryDirectory(prefix="conch-reward-metrics-") as folder:
+        environment = {**os.environ, PROCESSES_FOLDER: folder, PARENT_PID_VARIABLE: str(os.getpid())}
+        workers = [_start(command, environment, index) for index in range(number)]
+        try:
+            while not stopping:
+                time.sleep(_POLL_S)
+                for index, worker in enumerate(workers):
+                    code = worker.poll()
+                    if code is None:
+                        continue
+                    if code >= 0:
+                        stopping.append(code)
+                        break
+                    _log.warning(
+                        "worker %d was ended by %s; it is started again", index, signal.Signals(-code).name
+                    )
+                    _forget(worker.pid, folder)
+                    time.sleep(_PAUSE_S)
+                    workers[index] = _start(command, environment, index)
+            return stopping[0]
+        finally:
+            for worker in workers:
+                worker.terminate()
+            for worker in workers:
+                worker.wait()
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _start(command: Sequence[str], environment: dict[str, str], index: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, env={**environment, WORKER_VARIABLE: str(index)})
+
+
+def _forget(process_id: int, folder: str) -> None:
+    """Take out what a process that is gone showed at this moment."""
+    for name in os.listdir(folder):
+        if name.startswith("gauge_live") and name.endswith(f"_{process_id}.db"):
+            os.remove(os.path.join(folder, name))
