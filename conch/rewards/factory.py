@@ -20,6 +20,7 @@ from conch.rewards.base import RewardSource, UserReward
 from conch.rewards.combined import EnsembleReward, SumReward
 from conch.rewards.function import FunctionReward
 from conch.rewards.replay import ReplayReward
+from conch.rewards.steering import SteeringReward
 from conch.rewards.token_rewards import Decode
 from conch.rewards.verifiers.base import Verifier
 from conch.rewards.verifiers.named import PREFIX, named_verifier
@@ -56,7 +57,17 @@ def from_user(
     """
     if config.replay is not None:
         return ReplayReward(config.replay, rank)
-    reward = _named(reward, config)
+    source = _source(_named(reward, config), config, metadata_keys, decode)
+    return SteeringReward(source, config.steering) if config.steering.is_on else source
+
+
+def _source(
+    reward: UserReward | Mapping[str, UserReward] | None,
+    config: RewardConfig,
+    metadata_keys: Iterable[str],
+    decode: Decode | None,
+) -> RewardSource:
+    """What gives the scores; of several, what makes one of them."""
     if isinstance(reward, str) and reward == config.function:
         reward = named_function(reward)
     if not reward:

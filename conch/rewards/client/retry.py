@@ -299,6 +299,9 @@ class RetryingScorer:
         self.record_reply(replica, version, replica.info.content)
 
     def _record_failure(self, replica: ReplicaState, failure: Failure) -> None:
+        if failure.retry_after_s > 0:
+            self.pool.defer(replica, failure.retry_after_s)
+            return
         was_closed = replica.breaker.is_closed
         replica.breaker.record_failure(failure)
         if was_closed and not replica.breaker.is_closed:
