@@ -194,12 +194,12 @@ def golden_texts(config: GoalServerConfig) -> list[Golden]:
     golden = [Golden(each.text, each.goals, each.tolerance, config.normalize) for each in config.golden]
     if not config.golden_of_conch:
         return golden
-    from conch.rewards.goals import GOAL_NAMES, GoalSpace
+    from conch.rewards.goals import DEFAULT_GOALS, GoalSpace
 
-    names = [name for name in config.names or GOAL_NAMES if name in GOAL_NAMES]
+    names = [name for name in config.names or DEFAULT_GOALS if name in DEFAULT_GOALS]
     if not names:
         raise ConfigError(
-            f"`reward.goal_server.golden_of_conch` knows {', '.join(GOAL_NAMES)}, and none of them is in "
+            f"`reward.goal_server.golden_of_conch` knows {', '.join(DEFAULT_GOALS)}, and none of them is in "
             f"`reward.goal_server.names` = {', '.join(config.names)}: give texts in `golden` instead"
         )
     # As they are measured where the form can say so: a server may have ranges of its own.
