@@ -229,7 +229,7 @@ def _goals_reward(reward: str, config: RewardConfig) -> RewardSource:
 
     own = config.goals
     space = GoalSpace(reward.removeprefix(GOALS), own.normalization, config=config, setting=f"`{reward}`")
-    return GoalsReward(space, normalize=own.normalize)
+    return GoalsReward(space, normalize=own.normalize, partial=config.steering.is_on)
 
 
 def _single_source(

@@ -85,7 +85,7 @@ def relaunch_on_cpu(argv: Sequence[str]) -> None:
     machine without a GPU it starts one, whatever `--num-processes` says."""
     import torch
 
-    wanted = _asked_of_launcher()
+    wanted = asked_of_launcher(_command_of_parent())
     if wanted < 2 or launched_processes() or torch.cuda.is_available() or os.environ.get(_RELAUNCHED):
         return
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", _RELAUNCHED: "1"}
@@ -97,12 +97,15 @@ def relaunch_on_cpu(argv: Sequence[str]) -> None:
     os.execve(sys.executable, [sys.executable, *launch], environment)
 
 
-def _asked_of_launcher() -> int:
-    """`--num-processes` of the `accelerate launch` that started this process; 0 where none did."""
+def _command_of_parent() -> list[str]:
     try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        return Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
-        return 0
+        return []
+
+
+def asked_of_launcher(words: Sequence[str]) -> int:
+    """`--num-processes` of a command line of `accelerate launch`; 0 where it is none, or does not say."""
     if not any(Path(word).name.startswith("accelerate") or "accelerate.commands" in word for word in words):
         return 0
     for word, behind in zip(words, [*words[1:], ""], strict=True):

@@ -128,6 +128,7 @@ def _trained_policy(config: SteerabilityRunConfig, run_dir: Path) -> str:
         task = {
             "config": steerability.sft,
             "rows": steerability.sft_rows,
+            "steps": steerability.sft_steps,
             "seed": config.train.seed,
             "folder": str(folder),
         }
@@ -138,16 +139,19 @@ def _trained_policy(config: SteerabilityRunConfig, run_dir: Path) -> str:
     return str(next(reversed(steps_of(folder).values())))
 
 
-def train_policy(name: str, rows: int, seed: int, folder: Path) -> None:
+def train_policy(name: str, rows: int, seed: int, folder: Path, steps: int | None = None) -> None:
     """SFT on a generated corpus.
 
     name: of the file with its settings.
+    steps: instead of the file's.
 
     Raises:
         ConchError: see `SFTTrainer`.
     """
     values = compose(name, [], CONFIGS)
     values["train"] = {**values.get("train", {}), "seed": seed, "run_dir": str(folder)}
+    if steps is not None:
+        values["train"]["total_steps"] = steps
     config = load(SFTRunConfig, values)
     samples = corpus(rows, seed=0)
     tokenizer = tokenizer_for(
@@ -190,7 +194,8 @@ def _wait_for(note: Path) -> Prepared:
 def main(argv: Sequence[str]) -> None:
     """Command line: the JSON of what to train."""
     task = json.loads(argv[0])
-    train_policy(task["config"], task["rows"], task["seed"], Path(task["folder"]))
+    folder = Path(task["folder"])
+    train_policy(task["config"], task["rows"], task["seed"], folder, task.get("steps"))
 
 
 if __name__ == "__main__":

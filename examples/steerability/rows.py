@@ -38,8 +38,8 @@ def instruction(row: Mapping[str, Any], goals: Sequence[str]) -> str:
     """Say in words which way and how far a row's text shall go."""
     wishes = []
     for goal in goals:
-        target, source = row.get(TARGET + goal), row.get(SOURCE + goal)
-        if not _is_number(target) or not _is_number(source) or target == source:
+        target, source = _number(row.get(TARGET + goal)), _number(row.get(SOURCE + goal))
+        if target is None or source is None or target == source:
             continue
         more, less = _PHRASES.get(goal, (f"higher in {goal}", f"lower in {goal}"))
         move = target - source
@@ -51,8 +51,9 @@ def instruction(row: Mapping[str, Any], goals: Sequence[str]) -> str:
     return f"Rewrite the text below so that it is {listed}. {_ONLY}"
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def _number(value: Any) -> float | None:
+    """None for what is none; the reward says so when it checks the row."""
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def read_probe(config: SteerabilityConfig, goals: Sequence[str]) -> tuple[list[Row], list[Row]]:

@@ -54,6 +54,9 @@ class SteerabilityConfig(Section):
     sft_rows: int = Field(default=12_000, ge=1)
     """Rows of that corpus."""
 
+    sft_steps: int | None = Field(default=None, ge=1)
+    """Steps of that training; None takes what its file says."""
+
 
 class SteerabilityRunConfig(GRPORunConfig):
     """Everything a run is made from."""

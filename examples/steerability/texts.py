@@ -69,11 +69,18 @@ REGISTERS = {
 }
 
 
+CHATTY_SHARE = 0.3
+"""Of all sentences: those with a pronoun and an adverb, which are less formal."""
+
+
 def sentence(register: str, rng: random.Random) -> str:
-    """The adjective noun verb the noun: six words and a stop."""
+    """Six words and a stop: the adjective noun verb the noun, or what somebody often does."""
     words = REGISTERS[register]
-    adjective, verb = rng.choice(words.adjectives), rng.choice(words.verbs)
-    return f"The {adjective} {rng.choice(words.nouns)} {verb} the {rng.choice(words.nouns)}."
+    adjective, verb, noun = rng.choice(words.adjectives), rng.choice(words.verbs), rng.choice(words.nouns)
+    if rng.random() < CHATTY_SHARE:
+        who, when = rng.choice(("They", "We", "You")), rng.choice(("often", "never"))
+        return f"{who} {when} {verb} the {adjective} {noun}."
+    return f"The {adjective} {noun} {verb} the {rng.choice(words.nouns)}."
 
 
 def text(length: float, difficulty: float, rng: random.Random) -> str:
