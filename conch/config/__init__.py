@@ -44,6 +44,8 @@ from conch.config.run import OnlineRunConfig as OnlineRunConfig
 from conch.config.run import RunConfig as RunConfig
 from conch.config.run import TrackingConfig as TrackingConfig
 from conch.config.run import TrainConfig as TrainConfig
+from conch.config.steering import GoalServerConfig as GoalServerConfig
+from conch.config.steering import SteeringConfig as SteeringConfig
 from conch.config.verifiers import GSM8KConfig as GSM8KConfig
 from conch.config.verifiers import IFEvalConfig as IFEvalConfig
 from conch.config.verifiers import VerifierName as VerifierName

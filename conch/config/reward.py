@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from conch.config.auth import AuthConfig
 from conch.config.base import Section
+from conch.config.steering import GoalServerConfig, SteeringConfig
 from conch.config.verifiers import GSM8KConfig, IFEvalConfig, VerifierName
 
 FailurePolicy = Literal["raise", "drop", "wait"]
@@ -131,7 +132,14 @@ class RewardConfig(Section):
     dialect: HttpDialect = "query"
     """Of an HTTP endpoint: `query` sends {"query": [sample, ...]} and reads {"rewards": [number, ...]};
     `messages` sends "dialogues" as well, each {"messages": [...]}, or null for a prompt that is a text;
-    `goals` sends [sample, ...] and reads {goal: [number or null, ...]}."""
+    `goals` sends {"texts": [...]} or [text, ...] and reads {goal: [number or null, ...]}, as `goal_server`
+    says."""
+
+    goal_server: GoalServerConfig = Field(default_factory=GoalServerConfig)
+    """What is asked of an endpoint with `dialect=goals`."""
+
+    steering: SteeringConfig = Field(default_factory=SteeringConfig)
+    """Rewards for reaching the targets of a row in several goals."""
 
     members: dict[str, str] = Field(default_factory=dict)
     """Several rewards instead of one `url`: name -> what `url` may be. `combine` makes one of them."""
@@ -202,6 +210,24 @@ class RewardConfig(Section):
                 f"`verifier` = {self.verifier} stands beside `url`, `members` or `function`: give one of "
                 f"them, or name both rewards in `members`, as in `members={{model: host:8001/name, "
                 f"{self.verifier}: verifier:{self.verifier}}}`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _steering_fits(self) -> RewardConfig:
+        if not self.steering.is_on:
+            return self
+        for name, is_set in (
+            ("dense", self.dense),
+            ("delta", self.delta),
+            ("combine", self.combine != "sum"),
+        ):
+            if is_set:
+                raise ValueError(f"`steering` makes rewards of goals that are measured: leave `{name}` out")
+        if unknown := sorted(set(self.weights) - set(self.steering.rewards)):
+            raise ValueError(
+                f"`weights` names `{unknown[0]}`, which is not in `steering.rewards`: "
+                f"{', '.join(self.steering.rewards)}"
             )
         return self
 

@@ -80,6 +80,11 @@ class RewardSource(ABC):
     batched: bool = False
     measures_facts: bool = False
 
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Names of its scores, once `check` has asked; empty where only the results tell."""
+        return ()
+
     @abstractmethod
     def check(self) -> None:
         """Find out before long work starts whether scoring can work at all.

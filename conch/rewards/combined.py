@@ -291,6 +291,16 @@ class SumReward(_NamedSources):
         assert members, "a sum has members"
         super().__init__("the sum", members)
 
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Known where those of all members are."""
+        own = {name: source.objectives for name, source in self.members.items()}
+        if not all(own.values()):
+            return ()
+        return tuple(
+            f"{name}/{each}" if len(names) > 1 else name for name, names in own.items() for each in names
+        )
+
     def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:
         return self.submit_to_members(rollouts, self._join)
 

@@ -20,6 +20,7 @@ from conch.rewards.base import RewardSource, UserReward
 from conch.rewards.combined import EnsembleReward, SumReward
 from conch.rewards.function import FunctionReward
 from conch.rewards.replay import ReplayReward
+from conch.rewards.steering import SteeringReward
 from conch.rewards.token_rewards import Decode
 from conch.rewards.verifiers.base import Verifier
 from conch.rewards.verifiers.named import PREFIX, named_verifier
@@ -59,7 +60,17 @@ def from_user(
     """
     if config.replay is not None:
         return ReplayReward(config.replay, rank)
-    reward = _named(reward, config)
+    source = _source(_named(reward, config), config, metadata_keys, decode)
+    return SteeringReward(source, config.steering) if config.steering.is_on else source
+
+
+def _source(
+    reward: UserReward | Mapping[str, UserReward] | None,
+    config: RewardConfig,
+    metadata_keys: Iterable[str],
+    decode: Decode | None,
+) -> RewardSource:
+    """What gives the scores; of several, what makes one of them."""
     if isinstance(reward, str) and reward == config.function:
         reward = named_function(reward)
     if not reward:
@@ -218,7 +229,7 @@ def _goals_reward(reward: str, config: RewardConfig) -> RewardSource:
 
     own = config.goals
     space = GoalSpace(reward.removeprefix(GOALS), own.normalization, config=config, setting=f"`{reward}`")
-    return GoalsReward(space, normalize=own.normalize)
+    return GoalsReward(space, normalize=own.normalize, partial=config.steering.is_on)
 
 
 def _single_source(

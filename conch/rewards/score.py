@@ -38,6 +38,8 @@ _FORMS = (
 )
 _NOT_JSON = object()
 
+_TEXT_READERS = ("texts", "outputs")
+
 
 class AskOptions(Section):
     """How a served reward model is asked."""
@@ -151,7 +153,7 @@ def _submit(part: Sequence[Any], source: Any) -> Iterator[RewardResult]:
             rollout, problem = rollout_of(row), ""
         except DataError as error:
             rollout, problem = None, str(error)
-        if rollout is not None and rollout.prompt.dialogue is not None and source.reads == "texts":
+        if rollout is not None and rollout.prompt.dialogue is not None and source.reads in _TEXT_READERS:
             problem = (
                 "is a dialogue, and the model reads texts: give it as one text, or convert the model with "
                 "--template chat"

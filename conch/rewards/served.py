@@ -7,13 +7,13 @@ from concurrent.futures import Future
 
 from conch.access.tls import client_context
 from conch.addresses import Endpoint, parse_urls, secret_headers
-from conch.config import RewardConfig
+from conch.config import GoalServerConfig, RewardConfig
 from conch.errors import ConfigError
 from conch.log import get_logger
 from conch.rewards.base import ClientStats, RewardSource, ServerTimes
 from conch.rewards.client.client import RewardClient, Tokenizer
 from conch.rewards.client.event_loop import LoopThread
-from conch.rewards.client.http import HttpTransport
+from conch.rewards.client.http import GoalsTransport, Golden, HttpTransport
 from conch.rewards.client.transport import ModelInfo, Transport
 from conch.rewards.client.triton import TritonTransport
 from conch.rewards.token_rewards import Decode
@@ -21,6 +21,14 @@ from conch.triton.channel import configured_access
 from conch.types import Prompt, RewardResult, Rollout
 
 _log = get_logger(__name__)
+
+_GOLDEN_TEXTS = (
+    "The cat sat on the warm mat and looked at the rain. It did not want to go out, so it slept until the "
+    "evening came.",
+    "Subsequent investigation of the administrative correspondence established that neither the municipal "
+    "authority nor its representatives had anticipated considerable opposition, although several residents "
+    "had repeatedly communicated their objections in writing.",
+)
 
 
 class ServedReward(RewardSource):
@@ -62,8 +70,13 @@ class ServedReward(RewardSource):
         return self._thread.submit(self._client.is_ready()).result()
 
     @property
+    def objectives(self) -> tuple[str, ...]:
+        return self._client.info().reward_names if self._client.has_info else ()
+
+    @property
     def reads(self) -> str:
-        """What the model takes, once `check` has asked: `tokens`, `texts`, `dialogues` or `both`."""
+        """What the model takes, once `check` has asked: `tokens`, `texts`, `outputs`, `dialogues` or
+        `both`."""
         info = self._client.info()
         return "tokens" if info.takes_tokens else info.reads
 
@@ -140,7 +153,8 @@ class HttpReward(ServedReward):
     """Scores rollouts with what listens at `url`: `http://host:port/path`, or several with a comma between.
 
     `config.dialect` says what is sent and what comes back; see `HttpTransport`. Everything else (queue,
-    retries, deadlines, checks) is as with served reward models.
+    retries, deadlines, checks) is as with served reward models. Of goals that are asked for, one without a
+    value fails its sample, unless targets decide which are needed (`config.steering`).
 
     Raises:
         ConfigError: `url` is not of that form, a certificate cannot be read, or a secret's variable is not
@@ -156,9 +170,49 @@ class HttpReward(ServedReward):
         urls = parse_urls(url)
         headers = secret_headers(config.auth.headers_env)
         context = client_context(config.auth.tls, "reward.auth.tls")
-        transports = [HttpTransport(each, config.client, headers, context, config.dialect) for each in urls]
+        transports: list[Transport]
+        if config.dialect == "goals":
+            golden = golden_texts(config.goal_server)
+            transports = [
+                GoalsTransport(
+                    *(each, config.client, headers, context, config.goal_server, golden),
+                    partial=config.steering.is_on,
+                )
+                for each in urls
+            ]
+        else:
+            transports = [
+                HttpTransport(each, config.client, headers, context, config.dialect) for each in urls
+            ]
         servers = ", ".join(urls)
         super().__init__(servers, f"reward endpoint {servers}", transports, config)
+
+
+def golden_texts(config: GoalServerConfig) -> list[Golden]:
+    """What a server of goals must measure right: texts of the configuration, and of Conch's own goals some
+    sentences, which are measured in this process.
+
+    Raises:
+        ConfigError: none of the goals that are named is one of Conch's.
+    """
+    golden = [Golden(each.text, each.goals, each.tolerance, config.normalize) for each in config.golden]
+    if not config.golden_of_conch:
+        return golden
+    from conch.rewards.goals import DEFAULT_GOALS, GoalSpace
+
+    names = [name for name in config.names or DEFAULT_GOALS if name in DEFAULT_GOALS]
+    if not names:
+        raise ConfigError(
+            f"`reward.goal_server.golden_of_conch` knows {', '.join(DEFAULT_GOALS)}, and none of them is in "
+            f"`reward.goal_server.names` = {', '.join(config.names)}: give texts in `golden` instead"
+        )
+    # As they are measured where the form can say so: a server may have ranges of its own.
+    normalize = config.form == "list"
+    values = GoalSpace(names).measure(_GOLDEN_TEXTS, normalize=normalize)
+    return golden + [
+        Golden(text, {name: values[name][row] for name in names}, 1e-3, normalize)
+        for row, text in enumerate(_GOLDEN_TEXTS)
+    ]
 
 
 def check_readable(

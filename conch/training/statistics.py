@@ -22,6 +22,7 @@ from conch.ops import Reduce, masked_mean
 from conch.rewards.combined import disagreement
 from conch.rewards.replay import facts_in_json
 from conch.rewards.scorer import total_reward
+from conch.rewards.steering.source import FACTS as STEERING_FACTS
 from conch.training.kl import mean_kl
 from conch.training.logprobs import LogprobOutputs
 from conch.training.loop import Run
@@ -54,10 +55,15 @@ def reward_metrics(
 def fact_metrics(rewards: Sequence[RewardResult], names: Sequence[str], reduce: Reduce) -> Metrics:
     """Means of facts over the samples of all ranks that they apply to, NaN where there is none.
 
-    names: of the facts, the same on all ranks.
+    names: of the facts, the same on all ranks; those of steering bring their stage along.
     """
     columns = {name: [reward.facts.get(name, math.nan) for reward in rewards] for name in names}
-    return {f"verifier/{name}": _spread(column, reduce)["reward/mean"] for name, column in columns.items()}
+    return {
+        name if name.startswith(STEERING_FACTS) else f"verifier/{name}": _spread(column, reduce)[
+            "reward/mean"
+        ]
+        for name, column in columns.items()
+    }
 
 
 def _spread(values: Sequence[float], reduce: Reduce) -> Metrics:

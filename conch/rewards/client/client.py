@@ -28,7 +28,7 @@ from conch.rewards.client.health import HealthChecker
 from conch.rewards.client.pool import Pool, ReplicaState
 from conch.rewards.client.queue import QueuedRow, RequestQueue, limits_of
 from conch.rewards.client.retry import RequestCounts, RetryingScorer
-from conch.rewards.client.transport import Failure, ModelInfo, ReplicaError, ScoringRow, Transport
+from conch.rewards.client.transport import FIRST_TEXT, Failure, ModelInfo, ReplicaError, ScoringRow, Transport
 from conch.rewards.results import ReplyParser, name_row
 from conch.rewards.token_rewards import Decode, response_bounds
 from conch.triton.dialogues import dialogue_json
@@ -43,6 +43,8 @@ _PROBE_DIALOGUE = Dialogue(tuple({"role": role, "content": "a"} for role in ("us
 PROBE = Rollout(
     Prompt("a", (1,), dialogue=_PROBE_DIALOGUE), Completion("", (), (), "length"), policy_version=0
 )
+# Of a completion alone any measure must say something, also one of sentences.
+OUTPUT_PROBE = Rollout(Prompt("a", (1,)), Completion(FIRST_TEXT, (), (), "length"), policy_version=0)
 
 _NO_DIALOGUE = (
     "is a text, and the model reads dialogues: give prompts as lists of messages, or convert the model with "
@@ -194,7 +196,8 @@ class RewardClient:
                 return None
             except ReplicaError as error:
                 failure = error.failure
-            await asyncio.sleep(replica.breaker.pause_s(urgent=True))
+            pause_s = max(replica.breaker.pause_s(urgent=True), failure.retry_after_s)
+            await asyncio.sleep(min(pause_s, max(0.0, deadline - time.monotonic())))
             replica.breaker.record_probe_failure(failure)
         kind = RewardUnavailableError if failure.status.is_infrastructure else RewardInvalidError
         return kind(failure.detail)
@@ -276,7 +279,7 @@ class RewardClient:
         return self._invalid(f"{self._pool.name}: {name_row(position, rollout.sample)} {row}")
 
     def _probe_row(self, info: ModelInfo) -> ScoringRow:
-        row = self._make_row(PROBE, 0, info)
+        row = self._make_row(OUTPUT_PROBE if info.reads == "outputs" else PROBE, 0, info)
         if isinstance(row, str):
             raise ReplicaError(Failure(RewardStatus.INVALID, f"a probe sample {row}"))
         return row
@@ -366,7 +369,11 @@ def make_row(
     dense: the row's tokens get rewards of their own; models that take text need `decode` then.
     """
     sample, dialogue = rollout.sample, ""
-    if not info.takes_tokens and info.reads != "texts":
+    if info.reads == "outputs":
+        # What has neither a prompt's ids nor an output is a text by itself.
+        is_text = not (rollout.prompt.token_ids or rollout.completion.text)
+        sample = rollout.prompt.text if is_text else rollout.completion.text
+    elif not info.takes_tokens and info.reads != "texts":
         if rollout.dialogue is None and info.reads == "dialogues":
             return _NO_DIALOGUE
         try:

@@ -109,6 +109,7 @@ class ReplicaState:
     in_flight: requests under way.
     tokens: tokens in the requests under way.
     turn: number of its latest request, to take turns.
+    busy_until: time of the loop before which it wants no request.
     """
 
     transport: Transport
@@ -119,6 +120,7 @@ class ReplicaState:
     in_flight: int = 0
     tokens: int = 0
     turn: int = 0
+    busy_until: float = float("-inf")
 
     @property
     def name(self) -> str:
@@ -214,6 +216,12 @@ class Pool:
         replica.in_flight -= 1
         self.grant_waiting()
 
+    def defer(self, replica: ReplicaState, seconds: float) -> None:
+        """Give a replica no request for so many seconds: it has too much to do."""
+        loop = asyncio.get_running_loop()
+        replica.busy_until = max(replica.busy_until, loop.time() + seconds)
+        loop.call_at(replica.busy_until + 1e-3, self.grant_waiting)  # a timer may come a clock's tick early
+
     def grant_waiting(self) -> None:
         """Grant places to waiters; must be called whenever a replica changes its state."""
         waiting_is_useless = self.permanent_failure() is not None
@@ -234,7 +242,12 @@ class Pool:
 
     def _least_loaded(self, avoid: Collection[ReplicaState]) -> ReplicaState | None:
         preferred = self.usable(but=avoid) or self.usable()
-        free = [replica for replica in preferred if replica.in_flight < self._max_in_flight]
+        now = asyncio.get_running_loop().time()
+        free = [
+            replica
+            for replica in preferred
+            if replica.in_flight < self._max_in_flight and replica.busy_until <= now
+        ]
         # One that fails fast always has free places: among equals it comes last, until its breaker opens.
         return min(free, key=lambda each: (each.in_flight, each.breaker.failures, each.turn), default=None)
 

@@ -299,7 +299,10 @@ class RetryingScorer:
         self.record_reply(replica, version, replica.info.content)
 
     def record_failure(self, replica: ReplicaState, failure: Failure) -> None:
-        """Count a failed request; the replica may go out of use."""
+        """Count a failed request; the replica may go out of use, or rest for as long as it asked for."""
+        if failure.retry_after_s > 0:
+            self.pool.defer(replica, failure.retry_after_s)
+            return
         was_closed = replica.breaker.is_closed
         replica.breaker.record_failure(failure)
         if was_closed and not replica.breaker.is_closed:

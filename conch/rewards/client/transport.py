@@ -17,6 +17,10 @@ from conch.errors import RewardError
 from conch.rewards.base import ServerTimes
 from conch.types import RewardStatus
 
+FIRST_TEXT = "A small dog slept beside the old gate, and nobody in the village wanted to wake it."
+"""A completion that any measure has a value for, also one of words and sentences: what probes send to a
+server that reads completions alone."""
+
 _BYTES_PER_TOKEN = 4  # of UTF-8 text under a usual vocabulary; decides only how much goes into a request
 
 
@@ -24,7 +28,8 @@ _BYTES_PER_TOKEN = 4  # of UTF-8 text under a usual vocabulary; decides only how
 class ScoringRow:
     """One sample to score. Equal rows get equal scores.
 
-    sample: prompt and output as one text, by which messages name the row; can be encoded as UTF-8.
+    sample: prompt and output as one text, or the output alone where the model reads that; messages name the
+        row by it; can be encoded as UTF-8.
     token_ids: empty for models that take text.
     bounds: for dense rewards, `token_rewards.response_bounds`; else empty.
     dialogue: prompt and output as messages, the JSON of `conch.triton.contract`; "" where the model reads
@@ -70,6 +75,8 @@ class Failure:
         refused): it gets none until a probe was scored. Other failures count only when they pile up.
     maybe_one_row: one bad row may have failed the whole request: it is bisected.
     elsewhere: another replica may succeed. False where the request itself is at fault.
+    retry_after_s: seconds after which a replica that has too much to do wants to be asked again; 0 where it
+        does not say. It gets nothing until then, which is no fault of its.
     """
 
     status: RewardStatus
@@ -78,6 +85,7 @@ class Failure:
     is_down: bool = False
     maybe_one_row: bool = False
     elsewhere: bool = True
+    retry_after_s: float = 0.0
 
     @property
     def is_lasting(self) -> bool:
@@ -101,8 +109,8 @@ class ModelInfo:
     """Description of a server's model. Replicas of one model agree in all but the limits.
 
     takes_tokens: rows go as token ids, not as text.
-    reads: of models that take text: `texts`; `dialogues` and nothing else; or `both`, and then a dialogue
-        goes beside its text.
+    reads: of models that take text: `texts`; `outputs`, completions without their prompts; `dialogues` and
+        nothing else; or `both`, and then a dialogue goes beside its text.
     special_tokens: what the model's tokenizer takes for one token, see `RewardModelSpec`; empty if not known.
     reward_names: objectives of every score; empty if only the replies name them.
     max_rows: most rows in a request.
@@ -113,7 +121,7 @@ class ModelInfo:
     """
 
     takes_tokens: bool = False
-    reads: Literal["texts", "dialogues", "both"] = "texts"
+    reads: Literal["texts", "outputs", "dialogues", "both"] = "texts"
     special_tokens: tuple[str, ...] = ()
     reward_names: tuple[str, ...] = ()
     max_rows: int = 64

@@ -18,14 +18,20 @@ class GoalsReward(RewardSource):
     A sample that a goal has no value for has that goal's status, and no score.
 
     normalize: scores between 0 and 1, by each goal's range.
+    partial: a sample that a goal has no value for keeps the others, and that goal is absent.
     """
 
-    def __init__(self, space: GoalSpace, *, normalize: bool = True) -> None:
+    def __init__(self, space: GoalSpace, *, normalize: bool = True, partial: bool = False) -> None:
         self.name = f"goals {', '.join(space.names)}"
         self._space = space
         self._normalize = normalize
+        self._partial = partial
         self._calls = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="goals")
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return self._space.names
 
     def check(self) -> None:
         self._space.check(normalize=self._normalize)
@@ -50,9 +56,13 @@ class GoalsReward(RewardSource):
 
     def _result(self, row: dict[str, Value], latency_s: float) -> RewardResult:
         failures = [value for value in row.values() if isinstance(value, Failure)]
-        if failures:
+        away = any(failure.status.is_infrastructure for failure in failures)
+        if failures and (away or not self._partial or len(failures) == len(row)):
             # Bad data before infrastructure: asking again does not cure it.
             status, detail = min(failures, key=lambda failure: failure.status.is_infrastructure)
             return RewardResult(status, model=self.name, latency_s=latency_s, detail=detail)
         scores = {name: value for name, value in row.items() if not isinstance(value, Failure)}
-        return RewardResult(RewardStatus.OK, scores=scores, model=self.name, latency_s=latency_s)
+        absent = tuple(name for name in row if name not in scores)
+        return RewardResult(
+            RewardStatus.OK, scores=scores, model=self.name, latency_s=latency_s, absent=absent
+        )

@@ -47,7 +47,7 @@ def test_query_dialect_sends_samples_and_reads_rewards() -> None:
 
 def test_goals_dialect_sends_a_list_and_reads_objectives() -> None:
     with endpoint(goals) as served:
-        found = score(served.url, "a", "bbb", dialect="goals")
+        found = score(served.url, "a", "bbb", dialect="goals", goal_server={"form": "list", "send": "sample"})
 
     assert [each.scores for each in found] == [{"long": 2.0, "one": 1.0}, {"long": 4.0, "one": 1.0}]
     assert served.asked[-1] == ["pa", "pbbb"]
@@ -107,7 +107,7 @@ def test_passing_failures_are_tried_again(status: int) -> None:
         (401, "unavailable", "HTTP 401 Unauthorized: it wants a token.*reward.auth.headers_env"),
         (403, "unavailable", "HTTP 403 Forbidden: it wants a token"),
         (404, "unavailable", "HTTP 404 Not Found: check the path"),
-        (302, "unavailable", "HTTP 302 Found: check the path"),
+        (302, "unavailable", "HTTP 302 Found to /elsewhere, which is not followed: check the path"),
         (422, "invalid", "HTTP 422"),
         (500, "invalid", "HTTP 500 Internal Server Error"),
     ],
