@@ -80,7 +80,7 @@ class JudgeClient:
         self._config = config
         self._endpoints = list(endpoints)
         share = num_processes or int(os.environ.get("WORLD_SIZE", "1"))
-        self._pool = Pool(name, self._endpoints, config.max_in_flight)  # pyright: ignore[reportArgumentType]
+        self._pool = Pool(name, self._endpoints, config.max_in_flight)
         for replica in self._pool.replicas:
             replica.info = ModelInfo()
         self._limits = {
@@ -270,7 +270,7 @@ class JudgeClient:
         self._counts.requests += 1
         if before is not None:
             self._counts.retries[before.status.value] += 1
-        endpoint: Any = replica.transport
+        endpoint: JudgeEndpoint = replica.transport
         try:
             answer = await endpoint.ask(body, min(self._config.request_timeout_s, left_s))
         except PausedError as error:

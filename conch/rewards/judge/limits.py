@@ -52,15 +52,15 @@ class Limits:
         self._requests = RateLimit(requests)
         self._tokens = RateLimit(tokens)
 
-    async def wait(self, tokens: float) -> None:
+    async def wait(self, tokens: int) -> None:
         """Wait until a request of so many tokens may be sent."""
-        wait_s = max(self._requests.take(1), self._tokens.take(tokens))
+        wait_s = max(self._requests.take(1.0), self._tokens.take(float(tokens)))
         if wait_s > 0:
             await asyncio.sleep(wait_s)
 
-    def correct(self, tokens: float) -> None:
+    def correct(self, tokens: int) -> None:
         """Count the tokens that a request turned out to have beyond the estimate."""
-        self._tokens.correct(tokens)
+        self._tokens.correct(float(tokens))
 
 
 def asked_pause_s(headers: Mapping[str, str]) -> float:
