@@ -37,11 +37,14 @@ def key_of(judge: str, body: Mapping[str, Any]) -> str:
 class AnswerCache:
     """The latest `size` answers by their keys; in memory, and with `path` in a SQLite file behind it.
 
+    model: as the server names it now; answers of another one are not known. "" knows all.
+
     Raises:
         ConfigError: the file cannot be opened.
     """
 
     def __init__(self, size: int, path: Path | None) -> None:
+        self.model = ""
         self._size = size
         self._answers: OrderedDict[str, Answer] = OrderedDict()
         self._path = path
@@ -58,7 +61,9 @@ class AnswerCache:
         elif self._file is not None:
             rows = self._execute("SELECT answer FROM answers WHERE key = ?", key)
             answer = _read(rows[0][0]) if rows else None
-        return None if answer is None else replace(answer, is_known=True, pause_s=0.0)
+        if answer is None or (self.model and answer.model != self.model):
+            return None
+        return replace(answer, is_known=True, pause_s=0.0)
 
     def add(self, key: str, answer: Answer) -> None:
         """Keep an answer; the oldest go."""
@@ -75,12 +80,6 @@ class AnswerCache:
             self._execute(
                 "DELETE FROM answers WHERE number <= (SELECT max(number) FROM answers) - ?", self._size
             )
-
-    def clear(self) -> None:
-        """Forget what this process knows: the model is another."""
-        self._answers.clear()
-        if self._file is not None:
-            self._execute("DELETE FROM answers")
 
     def close(self) -> None:
         """Close the file. A second call does nothing."""

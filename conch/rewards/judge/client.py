@@ -288,13 +288,13 @@ class JudgeClient:
             self._leave_alone(replica, answer.pause_s, nothing_left)
         self._limits[id(replica)].correct(answer.tokens_in + answer.tokens_out - estimate)
         self._count(answer)
-        if self._identity.record_reply(replica.name, answer.model, ""):
-            self._cache.clear()
+        self._identity.record_reply(replica.name, answer.model, "")
         if self._identity.change:
             return Failure(RewardStatus.INVALID, self._identity.change)
         return answer
 
     def _count(self, answer: Answer) -> None:
+        self._cache.model = answer.model
         self.spending.requests += 1
         self.spending.tokens_in += answer.tokens_in
         self.spending.tokens_out += answer.tokens_out
