@@ -204,6 +204,10 @@ class RFTTrainer(OnlineTrainer[RFTRunConfig]):
         return TokenLoss(self.lm)
 
     @property
+    def group_size(self) -> int:
+        return self.config.rft.n_generations_per_prompt
+
+    @property
     def updates_per_step(self) -> int:
         return self.config.rft.updates_per_step
 
@@ -226,9 +230,13 @@ class RFTTrainer(OnlineTrainer[RFTRunConfig]):
         """New prompts, and completions of the current policy for them."""
         repeats = self.config.rft.n_generations_per_prompt
         seconds: dict[str, float] = {}
-        rows = [row for row in self.stream.draw(self._num_prompts) for _ in range(repeats)]
+        drawn = self.stream.draw(self._num_prompts)
+        if self.scorer.needs_groups:  # which compares what is on one rank
+            rows = [row for row in self.collectives.shard(drawn) for _ in range(repeats)]
+        else:
+            rows = self.collectives.shard([row for row in drawn for _ in range(repeats)])
         with timer(seconds, "time/rollout_s"):
-            rollouts = self.rollout([self.prompts[row] for row in self.collectives.shard(rows)])
+            rollouts = self.rollout([self.prompts[row] for row in rows])
         with timer(seconds, "time/score_s"):
             rewards = self.score(rollouts)
         with timer(seconds, "time/experience_s"):

@@ -19,6 +19,9 @@ from conch.config.evaluation import EvaluationConfig as EvaluationConfig
 from conch.config.evaluation import StopRule as StopRule
 from conch.config.generation import EvalGenerationConfig as EvalGenerationConfig
 from conch.config.generation import GenerationConfig as GenerationConfig
+from conch.config.judge import JudgeConfig as JudgeConfig
+from conch.config.judge import JudgeParser as JudgeParser
+from conch.config.judge import RubricItem as RubricItem
 from conch.config.model import Dtype as Dtype
 from conch.config.model import ModelConfig as ModelConfig
 from conch.config.model import ReferenceConfig as ReferenceConfig

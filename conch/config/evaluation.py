@@ -78,8 +78,8 @@ class EvaluationConfig(Section):
     gold: str | None = None
     """A reward that watches: scores the evaluation's completions beside the reward that is learned from, as
     `eval/gold/reward`, and decides which checkpoint is best. `host:port/model` (or several servers of it),
-    `http://host:port/path`, `verifier:gsm8k`, or a Python function as `file.py:name`. While it is away, the
-    run goes on."""
+    `http://host:port/path`, `verifier:gsm8k`, `judge:FILE.yaml`, or a Python function as `file.py:name`.
+    While it is away, the run goes on."""
 
     gold_dialect: HttpDialect = "query"
     """As `reward.dialect`, for a `gold` that is an HTTP endpoint."""

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from conch.config.auth import AuthConfig
 from conch.config.base import Section
+from conch.config.judge import JudgeConfig
 from conch.config.steering import GoalServerConfig, SteeringConfig
 from conch.config.verifiers import GSM8KConfig, IFEvalConfig, VerifierName
 
@@ -129,6 +130,10 @@ class RewardConfig(Section):
     goals: GoalsConfig = Field(default_factory=GoalsConfig)
     """How the goals of a reward `goals:reading_difficulty,text_length` are given."""
 
+    judge: JudgeConfig = Field(default_factory=JudgeConfig)
+    """A language model that is asked for its opinion, instead of a served reward model; docs/judges.md. As
+    one of several `members`, write `judge:FILE.yaml`."""
+
     dialect: HttpDialect = "query"
     """Of an HTTP endpoint: `query` sends {"query": [sample, ...]} and reads {"rewards": [number, ...]};
     `messages` sends "dialogues" as well, each {"messages": [...]}, or null for a prompt that is a text;
@@ -210,6 +215,11 @@ class RewardConfig(Section):
                 f"`verifier` = {self.verifier} stands beside `url`, `members` or `function`: give one of "
                 f"them, or name both rewards in `members`, as in `members={{model: host:8001/name, "
                 f"{self.verifier}: verifier:{self.verifier}}}`"
+            )
+        if self.judge.is_set and (self.members or self.function or self.verifier or self.url):
+            raise ValueError(
+                "`judge` stands beside `url`, `members`, `function` or `verifier`: give one of them, or name "
+                "all in `members`, as in `members={model: host:8001/name, judge: judge:FILE.yaml}`"
             )
         return self
 

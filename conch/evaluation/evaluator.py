@@ -144,6 +144,21 @@ def sampled_prompts(
     return SampledPrompts(train, evaluation, variants)
 
 
+def check_groups_of_evaluation(source: RewardSource, repeats: int) -> None:
+    """See that a source which compares the completions of a prompt gets some to compare.
+
+    repeats: completions of a prompt in an evaluation.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if source.needs_groups and repeats < 2:
+        raise ConfigError(
+            f"{source.name} compares the completions of one prompt with each other, and an evaluation "
+            "samples one of each: set `train.eval_repeats` to 2 or more, or `train.eval_every=0` to make none"
+        )
+
+
 class Evaluator:
     """Samples completions of evaluation prompts on all ranks and measures them.
 
@@ -182,6 +197,10 @@ class Evaluator:
         ]
         self._keep = keep
         self._config = config
+        wanting_groups = [source for source in (watching or {}).values() if source.needs_groups]
+        self._needs_groups = bool(wanting_groups) or (scorer is not None and scorer.needs_groups)
+        if config.eval_every:
+            self._check_groups(config.eval_repeats)
         self._user_metric: str | None = None
         self.latest: Evaluation | None = None
         """What the latest evaluation measured, of a sweep its last variant; None before the first."""
@@ -213,18 +232,19 @@ class Evaluator:
             ConfigError: on all ranks, where two figures have the same name.
         """
         repeats = repeats or self._config.eval_repeats
-        prompts = [prompt for prompt in self._prompts for _ in range(repeats)]
-        own_prompts = self._collectives.shard(prompts)
-        places = self._collectives.all_gather([*self._collectives.shard(range(len(prompts)))])
+        self._check_groups(repeats)
+        own_places = self._own_places(repeats)
+        own_prompts = [self._prompts[place // repeats] for place in own_places]
+        places = self._collectives.all_gather([*own_places])
         order = sorted(range(len(places)), key=places.__getitem__)
         metrics: Metrics = {}
         results: Metrics = {}
         evaluations: list[Evaluation] = []
         with own_generators(_EVALUATION, self._config.seed, step, self._collectives.rank):
             for variant, sampler in self._samplers:
-                rollouts = self._sample(sampler, own_prompts, greedy=variant.greedy)
+                rollouts = self._sample(sampler, own_prompts, greedy=variant.greedy, repeats=repeats)
                 for source in self._watching:
-                    source.submit(rollouts)
+                    source.submit(rollouts, group_size=repeats)
                 measured = extra(rollouts, variant) if extra is not None else {}
                 samples = self._collect(rollouts, order)
                 if tracker is not None:
@@ -242,10 +262,27 @@ class Evaluator:
         for source in self._watching:
             source.close()
 
-    def _sample(self, sampler: RolloutEngine, prompts: Sequence[Prompt], *, greedy: bool) -> list[Rollout]:
+    def _own_places(self, repeats: int) -> Sequence[int]:
+        """This rank's places among all completions; whole prompts where a source compares their
+        completions."""
+        if not self._needs_groups:
+            return self._collectives.shard(range(len(self._prompts) * repeats))
+        own = self._collectives.shard(range(len(self._prompts)))
+        return [prompt * repeats + repeat for prompt in own for repeat in range(repeats)]
+
+    def _check_groups(self, repeats: int) -> None:
+        sources = [source.source for source in self._watching]
+        if self._scorer is not None:
+            sources.append(self._scorer.source)
+        for source in sources:
+            check_groups_of_evaluation(source, repeats)
+
+    def _sample(
+        self, sampler: RolloutEngine, prompts: Sequence[Prompt], *, greedy: bool, repeats: int
+    ) -> list[Rollout]:
         """Completions of this rank's prompts; the rewards that are learned from are under way."""
         if self._scorer is not None:
-            return self._scorer.submit_each(sampler, prompts, greedy=greedy)
+            return self._scorer.submit_each(sampler, prompts, greedy=greedy, group_size=repeats)
         return [rollout for chunk in sampler.generate(prompts, greedy=greedy) for rollout in chunk]
 
     def _collect(self, rollouts: list[Rollout], order: Sequence[int]) -> _Samples:

@@ -52,6 +52,7 @@ from conch.evaluation.seed_files import (
 )
 from conch.log import get_logger, progress, setup_logging
 from conch.rewards.base import RewardSource
+from conch.rewards.combined import refuse_groups
 from conch.rewards.factory import from_user, is_function_name, named_function
 from conch.rewards.function import FunctionReward
 from conch.rewards.score import AskOptions
@@ -137,7 +138,9 @@ def gold_source(gold: str, config: RewardConfig, metadata_keys: Sequence[str] = 
         ConfigError: it names none.
     """
     reward = named_function(gold, "GOLD") if is_function_name(gold) else gold
-    return from_user(reward, config, metadata_keys=metadata_keys)
+    source = from_user(reward, config, metadata_keys=metadata_keys)
+    refuse_groups(source, "a column of kept scores")
+    return source
 
 
 def as_it_stands(sample: EvaluatedSample) -> Rollout:

@@ -11,6 +11,7 @@ from typing import Any
 
 from conch.log import get_logger
 from conch.rewards.base import RewardSource
+from conch.rewards.combined import submit_groups
 from conch.rewards.scorer import total_reward
 from conch.types import RewardResult, RewardStatus, Rollout
 
@@ -32,7 +33,7 @@ class WatchingSource:
         """That the last `gather` waited."""
         self.requests = 0
         """That the last evaluation took; of a source that counts none, submits."""
-        self._source = source
+        self.source = source
         self._longest_wait_s = longest_wait_s
         self._rollouts: Sequence[Rollout] = ()
         self._future: Future[list[RewardResult]] | None = None
@@ -44,10 +45,13 @@ class WatchingSource:
     @property
     def source_name(self) -> str:
         """What scores, as messages name it."""
-        return self._source.name
+        return self.source.name
 
-    def submit(self, rollouts: Sequence[Rollout]) -> None:
-        """Ask for scores and return at once."""
+    def submit(self, rollouts: Sequence[Rollout], *, group_size: int = 1) -> None:
+        """Ask for scores and return at once.
+
+        group_size: completions of a prompt, which stand together.
+        """
         self._rollouts, self._problem = rollouts, ""
         if self._future is not None and not self._future.done():
             self._problem = f"{self.source_name} is still busy with an earlier evaluation"
@@ -56,7 +60,7 @@ class WatchingSource:
         self._requests_before = self._count_requests()
         self._submits += 1
         try:
-            self._future = self._source.submit(rollouts)
+            self._future = submit_groups(self.source, rollouts, group_size)
         except Exception as error:
             self._problem = self._broke(error)
 
@@ -74,7 +78,7 @@ class WatchingSource:
 
     def close(self) -> None:
         """Close the source."""
-        self._source.close()
+        self.source.close()
 
     def _results(self) -> list[RewardResult]:
         future = self._future
@@ -120,7 +124,7 @@ class WatchingSource:
 
     def _count_requests(self) -> int:
         try:
-            stats = self._source.stats()
+            stats = self.source.stats()
         except Exception:  # a source of the user's: its counts are worth no run
             stats = None
         return self._submits if stats is None else stats.requests

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from conch.errors import RewardError
 from conch.rewards.base import RewardSource
+from conch.rewards.combined import refuse_groups
 from conch.types import RewardResult, RewardStatus, Rollout
 
 
@@ -35,6 +36,7 @@ class ScoringService:
     """
 
     def __init__(self, source: RewardSource, *, max_waiting: int, deadline_s: float) -> None:
+        refuse_groups(source, "a reward server")
         self.source = source
         self.waiting = 0
         self._max_waiting = max_waiting

@@ -23,8 +23,9 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeVar
 
+from conch.config import JudgeConfig
 from conch.rewards.verifiers.base import Verifier
-from conch.types import Prompt, RewardResult, Rollout
+from conch.types import Metrics, Prompt, RewardResult, Rollout
 
 SourceT = TypeVar("SourceT", bound="RewardSource")
 
@@ -74,11 +75,17 @@ class RewardSource(ABC):
     measures_facts: whether its results hold `facts`.
     batched: True: `submit` gets a whole chunk at once, since what is scored together matters, in cost or in
         the scores. False: completions may be submitted one by one, as they end.
+    needs_groups: True: each `submit` gets the completions of one prompt that a step or an evaluation has
+        sampled, all of them, in order, and nothing else.
+    deadline_s: longest time of one score, in seconds, for which other processes may have to wait; None where
+        `reward.client.deadline_s` says it, or nothing.
     """
 
     name: str = "reward source"
     batched: bool = False
     measures_facts: bool = False
+    needs_groups: bool = False
+    deadline_s: float | None = None
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -138,6 +145,11 @@ class RewardSource(ABC):
         """
         return None
 
+    def metrics(self) -> Metrics:
+        """Further figures of this process since the last call, sums that those of several sources add up in;
+        each is explained in docs/metrics.md."""
+        return {}
+
     def server_statistics(self) -> Future[ServerTimes]:
         """Ask for the gain of the servers' own statistics since the last call, summed over the replicas.
 
@@ -157,5 +169,5 @@ class RewardSource(ABC):
         self.close()
 
 
-UserReward = Callable[..., Any] | str | RewardSource | Verifier[Any]
+UserReward = Callable[..., Any] | str | RewardSource | Verifier[Any] | JudgeConfig
 """Anything that a user may pass as a reward."""

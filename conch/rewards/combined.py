@@ -27,10 +27,10 @@ from statistics import fmean
 from typing import Any, TypeVar
 
 from conch.config import EnsembleObjective, EnsembleVariance, OnMemberFailure
-from conch.errors import ConchError, DataError, RewardInvalidError
+from conch.errors import ConchError, ConfigError, DataError, RewardInvalidError
 from conch.log import get_logger
 from conch.rewards.base import ClientStats, RewardSource, ServerTimes
-from conch.types import DEFAULT_OBJECTIVE, Completion, Prompt, RewardResult, RewardStatus, Rollout
+from conch.types import DEFAULT_OBJECTIVE, Completion, Metrics, Prompt, RewardResult, RewardStatus, Rollout
 
 ResultT = TypeVar("ResultT")
 
@@ -53,6 +53,10 @@ class CompositeReward(RewardSource):
         self.sources = tuple(sources)
         self.batched = any(source.batched for source in sources)
         self.measures_facts = any(source.measures_facts for source in sources)
+        self.needs_groups = any(source.needs_groups for source in sources)
+        self.deadline_s = max(
+            (source.deadline_s for source in sources if source.deadline_s is not None), default=None
+        )
 
     def check(self) -> None:
         """Check each source in turn."""
@@ -87,6 +91,11 @@ class CompositeReward(RewardSource):
             most_in_flight=sum(each.most_in_flight for each in counts),
             model_change=next((each.model_change for each in counts if each.model_change), ""),
         )
+
+    def metrics(self) -> Metrics:
+        columns = [source.metrics() for source in self.sources]
+        names = dict.fromkeys(name for column in columns for name in column)
+        return {name: sum(column.get(name, 0.0) for column in columns) for name in names}
 
     def server_statistics(self) -> Future[ServerTimes]:
         futures = [source.server_statistics() for source in self.sources]
@@ -129,6 +138,35 @@ def when_all_done(futures: Sequence[Future[Any]], make_result: Callable[[], Resu
     if not distinct:
         finish()
     return combined
+
+
+def submit_groups(
+    source: RewardSource, rollouts: Sequence[Rollout], group_size: int
+) -> Future[list[RewardResult]]:
+    """Submit rollouts that are all there to a source as it wants them: together, or group by group.
+
+    group_size: rollouts of a prompt, which stand together.
+    """
+    if not source.needs_groups:
+        return source.submit(rollouts)
+    firsts = range(0, len(rollouts), group_size)
+    futures = [source.submit(rollouts[first : first + group_size]) for first in firsts]
+    return when_all_done(futures, lambda: [result for future in futures for result in future.result()])
+
+
+def refuse_groups(source: RewardSource, what: str) -> None:
+    """Refuse a source that compares completions where each is scored by itself.
+
+    what: that would ask it: "a reward server".
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if source.needs_groups:
+        raise ConfigError(
+            f"{source.name} compares the completions of one prompt with each other, and {what} has each "
+            "scored by itself: take a reward that scores single completions"
+        )
 
 
 class _NamedSources(CompositeReward):

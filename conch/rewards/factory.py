@@ -14,11 +14,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from conch.addresses import SCHEMES, Endpoint, is_loopback, parse_urls
-from conch.config import RewardConfig
+from conch.config import JudgeConfig, RewardConfig
 from conch.errors import ConfigError, missing_path
 from conch.rewards.base import RewardSource, UserReward
 from conch.rewards.combined import EnsembleReward, SumReward
 from conch.rewards.function import FunctionReward
+from conch.rewards.judge.names import JUDGE
 from conch.rewards.replay import ReplayReward
 from conch.rewards.steering import SteeringReward
 from conch.rewards.token_rewards import Decode
@@ -28,8 +29,8 @@ from conch.rewards.verifiers.source import VerifierReward
 
 _THREE_WAYS = (
     "no reward given: pass a Python function `reward(samples, prompts, outputs, **metadata)` (on a command "
-    "line `reward.function=file.py:name`), set `reward.url=host:port/model` or `reward.verifier=gsm8k`, or "
-    "set the environment variable TRITON_HOST=host:port/model"
+    "line `reward.function=file.py:name`), set `reward.url=host:port/model`, `reward.verifier=gsm8k` or "
+    "`reward.judge.file=FILE.yaml`, or set the environment variable TRITON_HOST=host:port/model"
 )
 
 GOALS = "goals:"
@@ -46,11 +47,11 @@ def from_user(
 ) -> RewardSource:
     """Make the source that `config.replay`, else `reward`, else `config` or TRITON_HOST names.
 
-    Of the configuration, `function`, `verifier`, `members` or `url`.
+    Of the configuration, `function`, `verifier`, `judge`, `members` or `url`.
 
     reward: a Python function, `"host:port/model"`, `"http://host:port/path"`, `"verifier:gsm8k"`,
-        `"goals:text_length"`, a verifier, or a source, which is returned as it is; or several of these by
-        name, which `config.combine` makes one of.
+        `"goals:text_length"`, `"judge:FILE.yaml"`, a judge's section, a verifier, or a source, which is
+        returned as it is; or several of these by name, which `config.combine` makes one of.
     metadata_keys: the extra keys of the prompts in use; `check` sees whether a function takes them.
     rank: this process's number, whose recorded rewards are replayed.
     decode: the policy's ids -> text, which `config.dense` needs.
@@ -101,6 +102,8 @@ def _named(
         return config.function
     if config.verifier is not None:
         return PREFIX + config.verifier
+    if config.judge.is_set:
+        return config.judge
     return config.members or config.url or os.environ.get("TRITON_HOST")
 
 
@@ -109,9 +112,11 @@ def is_function_name(text: str) -> bool:
     return text.rpartition(":")[0].endswith(".py") and not text.startswith(GOALS)
 
 
-def source_in_short(word: str) -> dict[str, str]:
-    """The keys of a section `reward` that `host:port/model`, `http://host:port/path`, `verifier:gsm8k` or
-    `file.py:name` stands for."""
+def source_in_short(word: str) -> dict[str, Any]:
+    """The keys of a section `reward` that `host:port/model`, `http://host:port/path`, `verifier:gsm8k`,
+    `judge:FILE.yaml` or `file.py:name` stands for."""
+    if word.startswith(JUDGE):
+        return {"judge": {"file": word.removeprefix(JUDGE)}}
     if word.startswith(PREFIX):
         return {"verifier": word.removeprefix(PREFIX)}
     return {"function" if is_function_name(word) else "url": word}
@@ -140,6 +145,8 @@ def _identities(reward: object, config: RewardConfig) -> set[object]:
     """What a single reward is, in forms that can be compared: one for each server of a model."""
     if isinstance(reward, str):
         return _identities_of_name(reward.strip(), config)
+    if isinstance(reward, JudgeConfig):
+        return _identities_of_judge(reward)
     code = getattr(reward, "__code__", None)
     if code is None:
         bound = getattr(reward, "__self__", None), getattr(reward, "__func__", None)
@@ -156,6 +163,8 @@ def _identities_of_name(name: str, config: RewardConfig) -> set[object]:
     if name.startswith(PREFIX):
         kind = name.removeprefix(PREFIX)
         return {(name, getattr(config, kind, None) and getattr(config, kind).model_dump_json())}
+    if name.startswith(JUDGE):
+        return _identities_of_judge(JudgeConfig(file=Path(name.removeprefix(JUDGE))))
     if name == config.function or is_function_name(name):
         place, _, attribute = name.rpartition(":")
         return {("function", Path(place).resolve(), attribute)}
@@ -167,6 +176,18 @@ def _identities_of_name(name: str, config: RewardConfig) -> set[object]:
         return {(_host(each.host), each.port, each.model) for each in Endpoint.parse_all(name)}
     except ConfigError:  # whoever opens it tells what is wrong with it
         return set()
+
+
+def _identities_of_judge(judge: JudgeConfig) -> set[object]:
+    """The same questions to the same model; it may sit elsewhere."""
+    from conch.rewards.judge.source import read_judge
+
+    try:
+        read = read_judge(judge)
+    except ConfigError:  # whoever opens it tells what is wrong with it
+        return set()
+    template = (read.parser, read.system, read.template, tuple(item.question for item in read.rubric))
+    return {("judge", read.model, template)}
 
 
 def _host(host: str) -> str:
@@ -232,6 +253,18 @@ def _goals_reward(reward: str, config: RewardConfig) -> RewardSource:
     return GoalsReward(space, normalize=own.normalize, partial=config.steering.is_on)
 
 
+def _judge(reward: str | JudgeConfig, config: RewardConfig, metadata_keys: Iterable[str]) -> RewardSource:
+    # Only a run with a judge needs its libraries.
+    from conch.rewards.judge.source import JudgeReward, read_judge
+
+    if config.dense:
+        raise ConfigError("reward.dense takes the scores of a model served by Triton, not of a judge")
+    if isinstance(reward, str):
+        reward = JudgeConfig(file=Path(reward.removeprefix(JUDGE)))
+    policy = config.failure.on_model_change
+    return JudgeReward(read_judge(reward), metadata_keys=metadata_keys, on_model_change=policy)
+
+
 def _single_source(
     reward: object, config: RewardConfig, metadata_keys: Iterable[str], decode: Decode | None
 ) -> RewardSource:
@@ -245,6 +278,8 @@ def _single_source(
                 f"reward.dense takes the scores of a model served by Triton, not of {reward.name}"
             )
         return VerifierReward(reward)
+    if isinstance(reward, JudgeConfig) or (isinstance(reward, str) and reward.startswith(JUDGE)):
+        return _judge(reward, config, metadata_keys)
     if isinstance(reward, str):
         # Only a run with a served model needs its client's libraries installed and loaded.
         from conch.rewards.served import HttpReward, TritonReward
@@ -267,6 +302,6 @@ def _single_source(
     if callable(reward):
         return FunctionReward(reward, metadata_keys=metadata_keys)
     raise ConfigError(
-        "a reward must be a function, `host:port/model`, `http://host:port/path`, a Verifier or a "
-        f"RewardSource, not {kind}"
+        "a reward must be a function, `host:port/model`, `http://host:port/path`, `judge:FILE.yaml`, a "
+        f"Verifier or a RewardSource, not {kind}"
     )

@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 from conch.errors import ConfigError
 from conch.rewards.base import ClientStats, RewardSource
@@ -16,9 +16,23 @@ from conch.rewards.client.event_loop import LoopThread
 from conch.rewards.results import ReplyParser
 from conch.types import RewardResult, RewardStatus, Rollout
 
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+
 _ARGUMENTS = ("samples", "prompts", "outputs")
 _MORE_ARGUMENTS = ("messages", "output_ids")
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+
+def groupwise(function: FunctionT) -> FunctionT:
+    """Have a reward function called once per group, with all completions of one prompt that a step has
+    sampled:
+
+        @conch.rewards.groupwise
+        def novelty(samples, prompts, outputs):
+            return [1.0 / outputs.count(output) for output in outputs]
+    """
+    function.needs_groups = True  # pyright: ignore[reportFunctionMemberAccess]
+    return function
 
 
 class FunctionReward(RewardSource):
@@ -29,7 +43,7 @@ class FunctionReward(RewardSource):
     it gets `messages` and `output_ids` as well, see `arguments_of`. It returns a list of numbers, a list of
     per-token lists (each as long as its completion's `token_ids`), or a dict of objective -> list of numbers.
     A sync function is called for one whole chunk at a time; an async one as completions end, and its calls
-    overlap. Neither has a deadline.
+    overlap. Neither has a deadline. One that is `groupwise` is called for one group at a time.
 
     metadata_keys: the extra keys that `check` makes sure the function takes.
     """
@@ -37,6 +51,7 @@ class FunctionReward(RewardSource):
     def __init__(self, function: Callable[..., Any], *, metadata_keys: Iterable[str] = ()) -> None:
         self.name = _name_of(function)
         self.batched = not _is_async(function)
+        self.needs_groups = bool(getattr(getattr(function, "func", function), "needs_groups", False))
         self._who = f"reward function `{self.name}`"
         self._function = function
         self._metadata_keys = tuple(metadata_keys)
@@ -68,6 +83,8 @@ class FunctionReward(RewardSource):
             return []
         samples = tuple(rollout.sample for rollout in rollouts)  # the function may change its list
         problem = self._signature_problem(metadata_of(rollouts))
+        if self.needs_groups and (misfit := group_problem(rollouts)):
+            problem = f"{self._who} {misfit}"
         if problem:
             return ReplyParser(self._who, samples, self.name).failures(RewardStatus.INVALID, problem)
         arguments = arguments_of(self._function, rollouts)
@@ -104,6 +121,17 @@ class FunctionReward(RewardSource):
             arguments = ", ".join([*_ARGUMENTS, *metadata_keys, "**metadata"])
             return f"{self._who} has the wrong signature ({error}): define it as `{self.name}({arguments})`"
         return ""
+
+
+def group_problem(rollouts: Sequence[Rollout]) -> str:
+    """Why rollouts are not the completions of one prompt, two or more; "" if they are."""
+    prompts = {(each.prompt.text, each.prompt.token_ids) for each in rollouts}
+    if len(prompts) == 1 and len(rollouts) > 1:
+        return ""
+    return (
+        f"needs the completions of one prompt together, two or more, and was handed {len(rollouts)} of "
+        f"{len(prompts)} prompts"
+    )
 
 
 def arguments_of(function: Callable[..., Any], rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:

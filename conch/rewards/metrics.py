@@ -53,6 +53,7 @@ class ScorerMetrics:
             reward/in_flight: most requests under way at once since the last gather.
             reward/queue_s, reward/compute_s: seconds that a request waited in the server, and was computed
                 there: the server's means over all clients' requests between the two gathers before this one.
+            and what the source has of its own: see `RewardSource.metrics`.
         """
         latencies = sorted(result.latency_s for result in results)
         samples = max(1, len(results))
@@ -73,6 +74,7 @@ class ScorerMetrics:
             "reward/in_flight": float(stats.most_in_flight),
             "reward/queue_s": server.queue_s / max(1, server.requests),
             "reward/compute_s": server.compute_s / max(1, server.requests),
+            **self._source.metrics(),
         }
 
     def _latest_server_times(self) -> ServerTimes:

@@ -26,7 +26,7 @@ REWARDS_FILE = "rewards.jsonl"
 def line_of(rollout: Rollout, result: RewardResult, **where: Any) -> dict[str, Any]:
     """Make the line of one score.
 
-    where: the first keys of the line: step, phase, rank.
+    where: the first keys of the line: step, phase, rank; of a source that wants groups, `groups`.
     """
     return {
         **where,
@@ -109,6 +109,7 @@ class ReplayReward(RewardSource):
             lines = _read(file)
             self._recorded = _by_sample(lines, rank)
             self.measures_facts = any(line.get("facts") for line in lines)
+            self.needs_groups = any(line.get("groups") for line in lines)
         except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"`reward.replay` = {path} cannot be read as recorded rewards: {error}"

@@ -12,6 +12,7 @@ from conch.config import RewardConfig
 from conch.errors import ConfigError, RewardError, RewardInvalidError, RewardUnavailableError
 from conch.log import get_logger
 from conch.rewards.base import ClientStats, RewardSource
+from conch.rewards.combined import when_all_done
 from conch.rewards.metrics import ScorerMetrics
 from conch.rewards.outage import AllReduceInt, Outage, OutageHooks
 from conch.types import Metrics, Prompt, RewardResult, RewardStatus, Rollout, RolloutEngine
@@ -82,6 +83,11 @@ class RewardScorer:
         self._meter = ScorerMetrics(source)
 
     @property
+    def source(self) -> RewardSource:
+        """What gives the rewards."""
+        return self._source
+
+    @property
     def source_name(self) -> str:
         """What gives the rewards, as messages name it."""
         return self._source.name
@@ -110,14 +116,32 @@ class RewardScorer:
         self._submit_at(dict(enumerate(rollouts, first)))
 
     def submit_each(
-        self, sampler: RolloutEngine, prompts: Sequence[Prompt], *, greedy: bool = False
+        self,
+        sampler: RolloutEngine,
+        prompts: Sequence[Prompt],
+        *,
+        greedy: bool = False,
+        group_size: int = 1,
     ) -> list[Rollout]:
         """Sample a completion per prompt and request its reward as soon as it has ended, or together with its
-        chunk if the source is `batched`.
+        chunk if the source is `batched`, or with its group if it wants groups.
+
+        group_size: how often each prompt stands in `prompts`, one time behind the other.
 
         Returns all rollouts in the order of their prompts, which is that of `gather`.
         """
-        if self._source.batched:
+        if self._source.needs_groups:
+            assert len(prompts) % group_size == 0, "groups are whole"
+            first = self._submitted
+            self._submitted += len(prompts)
+            groups = _EndingGroups(group_size, in_order=self._source.batched)
+
+            def submit_groups(finished: Mapping[int, Rollout]) -> None:
+                for number, group in groups.ended(finished):
+                    self._submit_at(dict(enumerate(group, first + number * group_size)))
+
+            chunks = list(sampler.generate(prompts, greedy=greedy, on_finished=submit_groups))
+        elif self._source.batched:
             chunks = list(self._submit_chunks(sampler.generate(prompts, greedy=greedy)))
         else:
             first = self._submitted
@@ -134,8 +158,15 @@ class RewardScorer:
         """Whether what is scored together matters; see `RewardSource.batched`."""
         return self._source.batched
 
+    @property
+    def needs_groups(self) -> bool:
+        """Whether the source scores whole groups; see `RewardSource.needs_groups`."""
+        return self._source.needs_groups
+
     def request(self, rollouts: Sequence[Rollout]) -> RewardRequest:
         """Request the rewards of finished rollouts ahead of the step that learns from them; from any thread.
+
+        rollouts: of a source that wants groups, one of them.
 
         No `gather` speaks of them before `adopt` was called.
         """
@@ -163,10 +194,10 @@ class RewardScorer:
             ConfigError: likewise, where `weights` names an objective that the reward does not have.
             SystemExit: on every rank, where a hook was told to leave while the server was away.
         """
-        rollouts, results = self._collect_pending()
+        rollouts, results, groups = self._collect_pending()
         counts = self._count(results)
         if self._config.failure.policy == "wait":
-            counts = self._wait_out_outage(rollouts, results, counts)
+            counts = self._wait_out_outage(rollouts, results, groups, counts)
         if self._hooks is not None:
             self._hooks.scored(rollouts, results)
         stats = self._meter.stats()
@@ -201,15 +232,18 @@ class RewardScorer:
         self._meter.record_submit(future)
         return future
 
-    def _collect_pending(self) -> tuple[list[Rollout], list[RewardResult]]:
-        """All submitted rollouts and their results, both in the order of positions."""
+    def _collect_pending(self) -> tuple[list[Rollout], list[RewardResult], list[list[int]]]:
+        """All submitted rollouts and their results, both in the order of positions; and the indices of those
+        that were submitted together."""
         pending, self._pending, self._submitted = self._pending, [], 0
         rows: dict[int, tuple[Rollout, RewardResult]] = {}
         for submission in pending:
             results = self._wait_for_results(submission.rollouts, submission.future)
             rows |= zip(submission.positions, zip(submission.rollouts, results, strict=True), strict=True)
-        ordered = [rows[position] for position in sorted(rows)]
-        return [rollout for rollout, _ in ordered], [result for _, result in ordered]
+        index_of = {position: index for index, position in enumerate(sorted(rows))}
+        ordered = [rows[position] for position in index_of]
+        together = [[index_of[position] for position in each.positions] for each in pending]
+        return [rollout for rollout, _ in ordered], [result for _, result in ordered], together
 
     def _wait_for_results(
         self, rollouts: list[Rollout], future: Future[list[RewardResult]]
@@ -259,11 +293,16 @@ class RewardScorer:
         return failure.max_fraction * total if failure.policy == "drop" else 0.0
 
     def _wait_out_outage(
-        self, rollouts: Sequence[Rollout], results: list[RewardResult], counts: _Counts
+        self,
+        rollouts: Sequence[Rollout],
+        results: list[RewardResult],
+        together: Sequence[Sequence[int]],
+        counts: _Counts,
     ) -> _Counts:
         """Submit again, in lock step on all ranks, until the server is back, data is bad or the budget spent.
 
         results: gets the new results in place of the failures.
+        together: indices of what was submitted together, which a source that wants groups gets so again.
         """
         if counts.away == 0 or counts.bad > 0:
             return counts
@@ -272,11 +311,14 @@ class RewardScorer:
         )
         while counts.away > 0 and counts.bad == 0 and outage.pause():
             failed = [index for index, result in enumerate(results) if result.status.is_infrastructure]
-            missing = [rollouts[index] for index in failed]
-            future = self._submit_to_source(missing) if missing else None
-            outage.wait_for(future)
-            if future is not None:
-                for index, result in zip(failed, self._wait_for_results(missing, future), strict=True):
+            parts = [failed] if failed else []
+            if self._source.needs_groups:
+                parts = [[*group] for group in together if not set(group).isdisjoint(failed)]
+            requests = [(part, [rollouts[index] for index in part]) for part in parts]
+            futures = [self._submit_to_source(missing) for _, missing in requests]
+            outage.wait_for(when_all_done(futures, lambda: None) if futures else None)
+            for (part, missing), future in zip(requests, futures, strict=True):
+                for index, result in zip(part, self._wait_for_results(missing, future), strict=True):
                     results[index] = result
             counts = self._count(results)
         if counts.failed == 0:
@@ -299,6 +341,30 @@ class RewardScorer:
         remedy = "; reward.failure.policy=drop goes on without such samples" if few else ""
         reason = f"first: {worst.detail} ({worst.status.value}){remedy}"
         return kind(f"{summary}, {len(own)} of them on this rank; {reason}")
+
+
+class _EndingGroups:
+    """Completions that end one by one, until their groups are whole.
+
+    in_order: a group waits for those before it, for sources of which the order of calls matters.
+    """
+
+    def __init__(self, size: int, *, in_order: bool) -> None:
+        self._size = size
+        self._in_order = in_order
+        self._parts: dict[int, dict[int, Rollout]] = {}
+        self._next = 0
+
+    def ended(self, finished: Mapping[int, Rollout]) -> list[tuple[int, list[Rollout]]]:
+        """Take in completions by their places; returns the groups that are to be scored now, by number."""
+        for index, rollout in finished.items():
+            self._parts.setdefault(index // self._size, {})[index] = rollout
+        whole = sorted(number for number, part in self._parts.items() if len(part) == self._size)
+        if self._in_order:
+            whole = [number for ahead, number in enumerate(whole) if number == self._next + ahead]
+            self._next += len(whole)
+        groups = [(number, self._parts.pop(number)) for number in whole]
+        return [(number, [part[index] for index in sorted(part)]) for number, part in groups]
 
 
 def combine(result: RewardResult, weights: Mapping[str, float]) -> float:

@@ -228,6 +228,8 @@ class RunOutageHooks:
         where = {"step": run.step, "phase": "eval", "rank": ranks.rank}
         if run.measured is None:
             where |= {"step": run.step + 1, "phase": "train"}
+        if trainer.scorer is not None and trainer.scorer.needs_groups:
+            where["groups"] = True  # so that a replay deals prompts out to ranks as this run does
         pairs = zip(rollouts, results, strict=True)
         lines = ranks.all_gather([line_of(rollout, result, **where) for rollout, result in pairs])
         if ranks.is_main:

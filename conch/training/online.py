@@ -151,7 +151,9 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         if eval_prompts is not None:
             eval_prompts = listed(eval_prompts, "evaluation prompts", config.data)
         all_prompts = joined({"prompt": prompts, "evaluation prompt": eval_prompts or []})
-        self.source, self.tokenizer = open_reward(self.collectives, reward, config, all_prompts, tokenizer)
+        self.source, self.tokenizer = open_reward(
+            self.collectives, reward, config, all_prompts, tokenizer, self.group_size
+        )
         self.scorer = RewardScorer(self.source, config.reward, self.collectives.all_reduce_int)
         watching = watching_sources(self.collectives, config, eval_prompts or prompts, gold)
         self.lm = lm = load_policy(model, config.model, engine.precision)
@@ -249,6 +251,11 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         """Completions of a prompt in one step."""
         return 1
 
+    @property
+    def group_size(self) -> int:
+        """Completions of a prompt in one step that a reward of groups gets together."""
+        return self.samples_per_prompt
+
     def make_overlap(self) -> Overlap | None:
         """What samples while this trains, made once prompts and data position are there; None samples and
         trains in turn."""
@@ -283,7 +290,7 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         """Sample `samples_per_prompt` completions per prompt, which stand together; each one's reward is
         requested as soon as it has ended."""
         repeated = [prompt for prompt in prompts for _ in range(self.samples_per_prompt)]
-        return self.scorer.submit_each(self.sampler, repeated)
+        return self.scorer.submit_each(self.sampler, repeated, group_size=self.group_size)
 
     def engine_stream(self, **settings: Any) -> GroupStream:
         """A stream over the samplers of `rollout`; see `RolloutEngineFactory.stream`."""

@@ -40,6 +40,10 @@ _FREE_KEYS = (
     *("reward.client.connect_timeout_s", "reward.client.request_timeout_s", "reward.client.deadline_s"),
     *("reward.client.timeout_per_1k_tokens_s", "reward.client.max_in_flight"),
     *("reward.failure.policy", "reward.failure.wait_budget_s", "reward.failure.checkpoint_after_s"),
+    *("reward.judge.url", "reward.judge.key_env", "reward.judge.headers_env", "reward.judge.tls."),
+    *("reward.judge.max_in_flight", "reward.judge.requests_per_minute", "reward.judge.tokens_per_minute"),
+    *("reward.judge.connect_timeout_s", "reward.judge.request_timeout_s", "reward.judge.deadline_s"),
+    *("reward.judge.cache_", "reward.judge.price_", "reward.judge.budget"),
     *("reward.failure.on_model_change", "rollout.urls", "rollout.auth.", "reference.", "model.trial"),
     *("evaluation.", "train.stop_when"),
 )

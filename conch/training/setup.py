@@ -28,6 +28,7 @@ from conch.data.formats import prompt_metadata
 from conch.data.text import TextCodec, decode, lost_in_text, special_tokens
 from conch.distributed.collectives import Collectives
 from conch.errors import ConfigError, DataError, ModelError, RewardError, RewardUnavailableError
+from conch.evaluation.evaluator import check_groups_of_evaluation
 from conch.evaluation.records import GOLD
 from conch.evaluation.watch import NO_GOLD
 from conch.log import get_logger
@@ -284,7 +285,7 @@ def eval_source(
 def _is_named(reward: UserReward | Mapping[str, UserReward] | None, config: RewardConfig) -> bool:
     """Whether the user gives a reward, other than by TRITON_HOST."""
     named = (reward, config.url, config.function, config.verifier, config.replay)
-    return bool(config.members) or any(name is not None for name in named)
+    return bool(config.members) or config.judge.is_set or any(name is not None for name in named)
 
 
 def checked_source(
@@ -509,22 +510,53 @@ def less_originals(
     return DeltaReward(source, lambda prompt, text: codec.response_ids(prompt.text, prompt.token_ids, text))
 
 
+def check_groups(source: RewardSource, config: OnlineRunConfig, group_size: int) -> None:
+    """See, before long work, that a source which compares the completions of a prompt gets some to compare.
+
+    group_size: completions of a prompt in a step of training.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if not source.needs_groups:
+        return
+    if group_size < 2:
+        raise ConfigError(
+            f"{source.name} compares the completions of one prompt with each other, and this trainer samples "
+            "one of each: train with `grpo`, `async_grpo`, or `rft` with `rft.n_generations_per_prompt` of 2 "
+            "or more"
+        )
+    if config.reward.delta and config.reward.replay is None:
+        raise ConfigError(
+            f"`reward.delta` takes off the score of one reference answer, and {source.name} has no score of "
+            "a single answer: leave `reward.delta` out"
+        )
+    if config.train.eval_every:
+        check_groups_of_evaluation(source, config.train.eval_repeats)
+
+
 def open_reward(
     collectives: Collectives,
     reward: UserReward | Mapping[str, UserReward] | None,
     config: OnlineRunConfig,
     prompts: Sequence[str | Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase | None,
+    group_size: int = 1,
 ) -> tuple[RewardSource, PreTrainedTokenizerBase]:
     """What a trainer learns from, once it has answered every rank, and the policy's tokenizer.
 
-    config: the run's, for its sections `reward`, `tokenizer` and `model`.
+    config: the run's, for its sections `reward`, `tokenizer`, `model` and `train`.
+    group_size: completions of a prompt that a source which wants groups gets together.
 
     Raises:
         ConchError: see `checked_source`, `load_policy_tokenizer` and `less_originals`.
+        ConfigError: the source wants groups and there are none, or may take longer than ranks wait.
     """
     loaded: list[PreTrainedTokenizerBase] = []
     source = checked_source(collectives, reward, config.reward, prompts, lambda: loaded[0])
+    check_groups(source, config, group_size)
+    if source.deadline_s is not None:
+        _check_wait(config.train, collectives.num_ranks, "reward.judge.deadline_s", source.deadline_s)
     loaded.append(load_policy_tokenizer(tokenizer, config.tokenizer, config.model.path))
     if config.reward.delta and config.reward.replay is None:  # what is recorded is the difference
         codec = TextCodec(loaded[0], add_special_tokens=config.tokenizer.add_special_tokens)

@@ -50,7 +50,7 @@ OWNERS = {
         "conch/serving/*/*.py",
     ),
     "pytriton": (),
-    "httpx2": ("conch/rewards/client/http.py", "conch/servers/client.py"),
+    "httpx2": ("conch/rewards/client/http.py", "conch/rewards/judge/endpoint.py", "conch/servers/client.py"),
     "vllm": ("conch/rollouts/vllm/*.py",),
     "flash_attn": (),
     "liger_kernel": ("conch/models/kernels.py",),

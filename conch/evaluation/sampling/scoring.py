@@ -17,6 +17,7 @@ from conch.config import RewardConfig
 from conch.errors import ConchError, ConfigError, RewardError
 from conch.evaluation.records import PROXY, EvaluatedSample, EvaluationRecord
 from conch.rewards.base import RewardSource
+from conch.rewards.combined import refuse_groups
 from conch.rewards.factory import from_user
 from conch.rewards.outage import AllReduceInt
 from conch.rewards.scorer import RewardScorer, total_reward
@@ -48,10 +49,12 @@ def sources_of(config: RewardConfig, default_name: str, metadata_keys: Sequence[
     """
     if not config.members:
         source = from_user(None, config, metadata_keys=metadata_keys)
+        refuse_groups(source, "best-of-n")
         return [Asked(source, config, default_name, _description(source, config))]
     asked: list[Asked] = []
     for member, reward in config.members.items():
         source = from_user(reward, config, metadata_keys=metadata_keys)
+        refuse_groups(source, "best-of-n")
         asked.append(Asked(source, config, "", _description(source, config, reward), member))
     return asked
 
@@ -64,6 +67,8 @@ def _description(source: RewardSource, config: RewardConfig, member: str = "") -
         return f"{PREFIX}{checked} {settings}" if settings else f"{PREFIX}{checked}"
     # The name of a function says nothing of its file.
     name = config.function if config.function is not None and not member else source.name
+    if digest := getattr(source, "digest", ""):  # a judge's questions are no part of its name
+        name = f"{name} {digest}"
     return f"{name} {dict(config.weights)}" if config.weights and not member else name
 
 

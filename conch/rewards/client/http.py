@@ -46,8 +46,8 @@ from conch.types import DEFAULT_OBJECTIVE, RewardStatus
 _REPLY_LIMIT = 16_000_000
 """Bytes; a number takes some twenty."""
 
-_ACCESS_DENIED = (401, 403, 407)
-_TRANSIENT = (408, 425, 429, 502, 503, 504)
+ACCESS_DENIED = (401, 403, 407)
+TRANSIENT = (408, 425, 429, 502, 503, 504)
 # 413 too large may fit in halves; 500 is what frameworks make of an exception, of one row perhaps.
 _MAYBE_ONE_ROW = (400, 413, 422, 500)
 _REDIRECTS = (301, 302, 307, 308)
@@ -224,7 +224,7 @@ class GoalsTransport(HttpTransport):
     async def _listed_goals(self) -> list[str] | None:
         """Goals by GET /goals beside the path; None where the server has no such list."""
         status, headers, reply = await self._exchange("GET", _beside(self._url, "goals"))
-        if status in (*_ACCESS_DENIED, *_TRANSIENT):
+        if status in (*ACCESS_DENIED, *TRANSIENT):
             raise ReplicaError(_status_failure(status, headers, self._url))
         try:
             content = json.loads(reply) if status == HTTPStatus.OK else None
@@ -304,7 +304,7 @@ async def _within(timeout_s: float, work: Coroutine[Any, Any, ValueT]) -> ValueT
     except asyncio.TimeoutError:
         raise ReplicaError(Failure(RewardStatus.TIMEOUT, "no reply in time", retryable=True)) from None
     except httpx2.TransportError as error:
-        raise ReplicaError(_connection_failure(error)) from error
+        raise ReplicaError(connection_failure(error)) from error
     except httpx2.HTTPError as error:
         _raise_invalid(f"the reply cannot be read ({type(error).__name__})")
 
@@ -368,7 +368,8 @@ def _raise_invalid(problem: str) -> NoReturn:
     raise ReplicaError(Failure(RewardStatus.INVALID, problem, maybe_one_row=True))
 
 
-def _connection_failure(error: httpx2.TransportError) -> Failure:
+def connection_failure(error: httpx2.TransportError) -> Failure:
+    """Return what a connection that failed means for the samples."""
     reason = str(error) or type(error).__name__
     if isinstance(error, httpx2.TimeoutException):
         return Failure(RewardStatus.TIMEOUT, "no connection in time", retryable=True)
@@ -445,10 +446,10 @@ def _status_failure(status: int, headers: Mapping[str, str], url: str) -> Failur
     detail = f"HTTP {status} {phrase}"
     if status in _REDIRECTS:
         detail += _redirected(url, headers)
-    if status in _ACCESS_DENIED:
+    if status in ACCESS_DENIED:
         detail += ": it wants a token; name its variable in `reward.auth.headers_env.authorization`"
         return Failure(RewardStatus.UNAVAILABLE, detail, is_down=True)
-    if status in _TRANSIENT:
+    if status in TRANSIENT:
         after_s = _retry_after_s(headers)
         return Failure(RewardStatus.UNAVAILABLE, detail, retryable=True, retry_after_s=after_s)
     if status in _MAYBE_ONE_ROW:

@@ -14,9 +14,10 @@ import random
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from conch.log import rank
-from conch.rewards.client.transport import Failure, ModelInfo, Transport
+from conch.rewards.client.transport import Failure, ModelInfo, NamedServer
 
 IN_A_ROW = 5
 WINDOW = 20
@@ -102,7 +103,7 @@ def backoff_s(attempts: int) -> float:
 class ReplicaState:
     """One replica as the client sees it.
 
-    transport: the connection to it.
+    transport: the connection to it, a `Transport` of a reward model.
     info: description of its model; None until it was reached for the first time: it gets no rows before.
     contents: version -> content hash, of every version that has replied.
     breaker_opened: set when its breaker opens.
@@ -112,7 +113,7 @@ class ReplicaState:
     busy_until: time of the loop before which it wants no request.
     """
 
-    transport: Transport
+    transport: Any
     breaker: CircuitBreaker = field(default_factory=CircuitBreaker)
     info: ModelInfo | None = None
     contents: dict[str, str] = field(default_factory=dict)
@@ -154,7 +155,7 @@ class Pool:
     most_in_flight: most requests under way at once; a reader may set it back.
     """
 
-    def __init__(self, name: str, transports: Sequence[Transport], max_in_flight: int) -> None:
+    def __init__(self, name: str, transports: Sequence[NamedServer], max_in_flight: int) -> None:
         self.name = name
         self.model = transports[0].model
         # Each rank begins with another replica, or the first would get the first request of all of them.

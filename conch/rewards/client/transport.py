@@ -152,6 +152,18 @@ class Reply:
 
 
 @runtime_checkable
+class NamedServer(Protocol):
+    """What a pool of replicas knows of one: of a reward model's server, or of a judge's.
+
+    name: in messages.
+    model: goes into `RewardResult.model`.
+    """
+
+    name: str
+    model: str
+
+
+@runtime_checkable
 class Transport(Protocol):
     """Connection to one server. Every method ends within its `timeout_s`, even if the server is gone.
 

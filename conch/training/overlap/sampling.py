@@ -196,7 +196,7 @@ class Overlap:
         groups = self.buffer.groups()
         for group in groups:
             for place, rollout in group.rollouts.items():
-                if not trainer.scorer.batched:
+                if not self._asks_by_group:
                     self._request_rewards(group, [place], [rollout])
         self._request_whole_groups()
         missing = [group for group in groups if group.missing]
@@ -260,7 +260,7 @@ class Overlap:
         group = self.buffer.put(number, place, rollout)
         self._lengths.note_sampled(len(rollout.completion.token_ids))
         self.progress.note("completion")
-        if self._trainer.scorer.batched:
+        if self._asks_by_group:
             self._request_whole_groups()
         else:
             self._request_rewards(group, [place], [rollout])
@@ -282,14 +282,22 @@ class Overlap:
             where = f"; the oldest, group {number}, lacks {len(oldest.missing)} of {size} completions"
         return [f"the trainer has {ended} groups whose completions have ended and {under_way} others{where}"]
 
+    @property
+    def _asks_by_group(self) -> bool:
+        """Whether the source gets whole groups: it compares what is in one, or what is scored together
+        matters."""
+        return self._trainer.scorer.batched or self._trainer.scorer.needs_groups
+
     def _request_whole_groups(self) -> None:
-        """Request the rewards of whole groups in the order of admission, for sources where order matters."""
-        if not self._trainer.scorer.batched:
+        """Request the rewards of whole groups, in the order of admission for sources where order matters."""
+        if not self._asks_by_group:
             return
         with self._request_lock:
             for group in self.buffer.groups():
                 if group.missing:
-                    return
+                    if self._trainer.scorer.batched:
+                        return
+                    continue
                 if not group.requests:
                     self._request_rewards(group, range(len(group.rollouts)), group.in_order)
 
