@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import importlib.metadata
 import os
 import sys
@@ -82,6 +81,7 @@ class LocalReward:
         _rewards.add(self)
         self._lock = threading.Lock()
         self._source: RewardSource | None = None
+        self._closer: weakref.finalize[[int, RewardSource], LocalReward] | None = None
         self._ready = False
         self._reads: tuple[str, ...] = ()
 
@@ -148,9 +148,9 @@ class LocalReward:
     def close(self) -> None:
         """Close what this process has opened; a later use opens it again."""
         with self._lock:
-            source, self._source, self._ready = self._source, None, False
-        if source is not None:
-            source.close()
+            closer, self._closer, self._source, self._ready = self._closer, None, None, False
+        if closer is not None:
+            closer()
 
     def _new_source(self, columns: Sequence[str]) -> RewardSource:
         source = from_user(self.reward, self.config, metadata_keys=columns)
@@ -177,6 +177,8 @@ class LocalReward:
         with self._lock:
             if self._source is None:
                 self._source = self._new_source(columns)
+                # With its reward, or at the end of the process.
+                self._closer = weakref.finalize(self, _close_in, os.getpid(), self._source)
             return self._source
 
     def _make_ready(self, source: RewardSource, rollouts: Sequence[Rollout]) -> None:
@@ -268,9 +270,9 @@ def _start_anew_after_fork() -> None:
         each._forget()
 
 
-def _close_all() -> None:
-    for each in list(_rewards):
-        each.close()
+def _close_in(process: int, source: RewardSource) -> None:
+    if os.getpid() == process:
+        source.close()
 
 
 def version_of(package: str) -> tuple[int, ...] | None:
@@ -284,4 +286,3 @@ def version_of(package: str) -> tuple[int, ...] | None:
 
 
 os.register_at_fork(after_in_child=_start_anew_after_fork)
-atexit.register(_close_all)
