@@ -160,6 +160,22 @@ def arguments_of(function: Callable[..., Any], rollouts: Sequence[Rollout]) -> d
     }
 
 
+def needed_columns(function: Callable[..., Any]) -> list[str]:
+    """Return the extra keys of prompts that a function of samples cannot be called without."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some functions written in C have no signature
+        return []
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [
+        each.name
+        for each in parameters
+        if each.kind in named
+        and each.default is each.empty
+        and each.name not in (*_ARGUMENTS, *_MORE_ARGUMENTS)
+    ]
+
+
 def _messages(rollout: Rollout) -> list[dict[str, Any]] | None:
     dialogue = rollout.dialogue
     return None if dialogue is None else [dict(message) for message in dialogue.messages]
