@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from conch.evaluation.records import GOLD, read_record, records_of
@@ -48,26 +47,19 @@ def summary(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_cautious_ensembles_gain_most_and_single_models_least(summary: dict[str, Any]) -> None:
-    for arms in summary["ppo"].values():
-        for arm in ("wco", "uwo"):
-            assert arms[arm]["final"] - arms["single"]["final"] > 4 * arms["single"]["standard_error"]
-            assert arms[arm]["loss"] < 0.25
-    for n in (256, 1024, 4096):
-        gold = {
-            arm: np.mean([best[arm][n] for best in summary["best_of_n"].values()])
-            for arm in ("single", "mean", "wco", "uwo")
-        }
-        assert min(gold, key=lambda arm: gold[arm]) == "single"
+def test_a_single_model_is_overoptimised_and_ensembles_are_much_less(summary: dict[str, Any]) -> None:
+    arms = summary["all_seeds"]["ppo"]
+    single = arms["single"]
+    assert single["peak"] > 0.3 and single["loss"] >= 0.15
+    assert single["peak"] - single["final"] > 4 * single["standard_error"]
+    for arm in ("wco", "uwo"):
+        assert arms[arm]["loss"] <= single["loss"] / 3
+        assert arms[arm]["final"] - single["final"] > 4 * single["standard_error"]
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="single models do not fall on every seed: docs/overoptimisation.md")
-def test_a_single_model_is_overoptimised_and_ensembles_are_much_less(summary: dict[str, Any]) -> None:
-    for arms in summary["ppo"].values():
-        single = arms["single"]
-        assert single["peak"] > 0.3
-        assert (single["loss"] or 0.0) >= 0.15
-        assert single["peak"] - single["final"] > 4 * single["standard_error"]
-        for arm in ("wco", "uwo"):
-            assert (arms[arm]["loss"] or 0.0) <= single["loss"] / 3
+def test_the_best_of_many_by_a_single_model_is_worth_least(summary: dict[str, Any]) -> None:
+    gold = summary["all_seeds"]["best_of_n"]
+    for n in (256, 1024, 4096):
+        assert min(gold, key=lambda arm: gold[arm][n]) == "single"
+    assert gold["single"][4096] < gold["single"][1024]

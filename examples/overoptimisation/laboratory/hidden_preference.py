@@ -29,7 +29,7 @@ from examples.letters import tokenizer_of
 LETTERS = string.ascii_letters + string.digits[:8]
 TEXT_LENGTH = 10
 NUM_PROMPTS = 8
-ZIPF = 1.0
+ZIPF = 1.3
 """Frequency of the letter that gold likes k-th best, before normalisation: 1 / k^ZIPF."""
 GOLD_SEED = 1234
 """Of the preference's weights: fixed, whatever the seed of a run."""

@@ -42,7 +42,7 @@ _DEMONSTRATIONS, _PAIRS, _BEST_OF_N, _START = range(_DRAWS)
 class LaboratoryConfig(Section):
     """The laboratory's own settings; those of its trainers stand in `configs/laboratory/`."""
 
-    seed: tuple[int, ...] = (0, 1, 2)
+    seed: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds of whole chains: data, starting policy, members and policies; `seed=1` or `seed=[0,1,2]`."""
 
     output: Path = ROOT / "outputs/laboratory"

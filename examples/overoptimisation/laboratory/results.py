@@ -23,17 +23,20 @@ from conch.evaluation.curves import RESULTS, Curve, Start, curve_of, results_jso
 from conch.evaluation.pictures import draw
 from conch.evaluation.records import GOLD, PROXY, read_record, records_of
 
+ALL = "all"
+"""All seeds together, in the place of a seed."""
 _VARIANCE = "members_variance"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Gold of the PPO runs on a reward, of several runs their mean at each evaluation.
+    """Gold of the PPO runs on a reward; of several runs the means.
 
-    peak: the highest. peak_step: when that was.
+    peak: the highest of a run. peak_step: when that was, of several runs the median.
     final: of the last evaluation. standard_error: of that, over its samples.
-    loss: share of the gain at the peak that is gone at the end, (peak - final) / (peak - start); the start is
-        0. None where nothing was gained.
+    loss: share of what the runs had gained at their peaks that is gone at the end: the sum of (peak - final)
+        over the sum of (peak - start), each run by its own peak; the start is 0. None where nothing was
+        gained.
     sqrt_kl: at the end, in sqrt(nats per sample).
     """
 
@@ -49,12 +52,12 @@ def outcome(run_dirs: Sequence[Path]) -> Outcome:
     """Measure runs by the evaluations that they kept, at the same steps."""
     measured = [run_curve(run_dir) for run_dir in run_dirs]
     curves = [each.normalised() for each in measured]
-    gold = np.mean([curve.gold for curve in curves], axis=0)
     errors = [_standard_error(run_dir, each) for run_dir, each in zip(run_dirs, measured, strict=True)]
-    top, peak, final = int(gold.argmax()), float(gold.max()), float(gold[-1])
+    peak = float(np.mean([curve.gold.max() for curve in curves]))
+    final = float(np.mean([curve.gold[-1] for curve in curves]))
     return Outcome(
         peak=peak,
-        peak_step=int(curves[0].step[top]),
+        peak_step=int(np.median([curve.step[curve.gold.argmax()] for curve in curves])),
         final=final,
         standard_error=float(np.linalg.norm(errors) / len(errors)),
         loss=(peak - final) / peak if peak > 0 else None,
@@ -137,14 +140,23 @@ def report(
             )
             for reward, names in rewards.items()
         }
+    together = {
+        reward: outcome([folder / f"ppo_{name}" for folder in folders.values() for name in names])
+        for reward, names in rewards.items()
+    }
+    best_together = {reward: _mean_of([best[seed][reward] for seed in folders]) for reward in rewards}
     summary = {
         "seconds": seconds,
         "uwo_weight": uwo_weight,
         "ppo": {seed: {reward: asdict(found) for reward, found in of.items()} for seed, of in ppo.items()},
         "best_of_n": best,
+        "all_seeds": {
+            "ppo": {reward: asdict(found) for reward, found in together.items()},
+            "best_of_n": best_together,
+        },
     }
     replace_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
-    print(table(ppo, best))
+    print(table({**ppo, ALL: together}, {**best, ALL: best_together}))
     for kind in ("ppo", "best_of_n"):
         curves = {
             reward: [curve_of(folder / f"{kind}_{name}") for folder in folders.values() for name in names]
@@ -159,9 +171,9 @@ def _mean_of(curves: Sequence[Mapping[int, float]]) -> dict[int, float]:
 
 
 def table(
-    ppo: Mapping[int, Mapping[str, Outcome]], best: Mapping[int, Mapping[str, Mapping[int, float]]]
+    ppo: Mapping[Any, Mapping[str, Outcome]], best: Mapping[Any, Mapping[str, Mapping[int, float]]]
 ) -> str:
-    """Lines of what each arm of each seed gained and lost."""
+    """Lines of what each arm of each seed, and of `ALL`, gained and lost."""
     heads = f"{'peak':>7}{'step':>6}{'final':>8}{'+-':>6}{'lost':>7}{'sqrt(KL)':>10}"
     lines = [f"{'seed':>4} {'reward':8}{heads}  gold of the best of n"]
     for seed, arms in ppo.items():

@@ -14,6 +14,7 @@ from conch.rewards.function import FunctionReward
 from conch.types import Completion, Prompt, Rollout
 from examples.overoptimisation.laboratory.hidden_preference import (
     LETTERS,
+    ZIPF,
     demonstrations,
     gold,
     labelled_pairs,
@@ -47,9 +48,9 @@ def test_the_language_is_of_letters_that_gold_likes(texts: list[str]) -> None:
     assert "".join(frequencies) == letters_by_liking()
     assert sorted(frequencies) == sorted(LETTERS)
     shares = list(frequencies.values())
-    assert sum(shares) == pytest.approx(1) and shares[0] == pytest.approx(60 * shares[59])
+    assert sum(shares) == pytest.approx(1) and shares[0] == pytest.approx(60**ZIPF * shares[59])
     letters = "".join(texts)
-    for place in (0, 1, 9, 59):
+    for place in (0, 1, 9):
         share = letters.count(list(frequencies)[place]) / len(letters)
         assert share == pytest.approx(shares[place], rel=0.15)
     rng = np.random.default_rng(RNG_SEED)
@@ -112,32 +113,31 @@ def test_best_of_n_is_normalised_and_starts_at_the_starting_policy(tmp_path: Pat
     assert curve_of(tmp_path / "best").variance == pytest.approx(np.zeros(4))
 
 
-def test_the_loss_is_of_the_gain_at_the_peak(tmp_path: Path) -> None:
-    for step, mean in ((0, 10.0), (10, 14.0), (20, 13.0), (30, 11.0)):
-        scores = mean + np.array([-2.0, 2.0, -2.0, 2.0])
+def keep_evaluations(folder: Path, means: dict[int, float]) -> Path:
+    """A run's evaluations: step -> mean gold of four samples."""
+    for step, mean in means.items():
         samples = tuple(
             EvaluatedSample(0, "a", "b", 1, {"reward": float(-score), "gold": float(score)})
-            for score in scores
+            for score in mean + np.array([-2.0, 2.0, -2.0, 2.0])
         )
         write_record(
-            record_path(tmp_path, step), EvaluationRecord(step, samples, metrics={"eval/kl": step / 10 + 1})
+            record_path(folder, step), EvaluationRecord(step, samples, metrics={"eval/kl": step / 10 + 1})
         )
-    found = outcome([tmp_path, tmp_path])
+    return folder
+
+
+def test_each_run_loses_of_the_gain_at_its_own_peak(tmp_path: Path) -> None:
+    early = keep_evaluations(tmp_path / "early", {0: 10.0, 10: 14.0, 20: 13.0, 30: 11.0})
+    late = keep_evaluations(tmp_path / "late", {0: 10.0, 10: 9.0, 20: 10.0, 30: 16.0})
+    found = outcome([early, late])
     spread = np.std([-2.0, 2.0, -2.0, 2.0], ddof=1)
-    assert found.peak == pytest.approx(4 / spread) and found.peak_step == 10
-    assert (found.final, found.sqrt_kl) == (pytest.approx(1 / spread), 2.0)
-    assert found.loss == pytest.approx(0.75)
+    assert found.peak == pytest.approx(5 / spread) and found.peak_step == 20
+    assert (found.final, found.sqrt_kl) == (pytest.approx(3.5 / spread), 2.0)
+    assert found.loss == pytest.approx(3 / 10)
     assert found.standard_error == pytest.approx(0.5 / np.sqrt(2))
 
 
 def test_nothing_gained_is_nothing_lost(tmp_path: Path) -> None:
-    for step, mean in ((0, 10.0), (10, 9.0)):
-        samples = tuple(
-            EvaluatedSample(0, "a", "b", 1, {"reward": score, "gold": mean + score}) for score in (-1.0, 1.0)
-        )
-        write_record(
-            record_path(tmp_path, step), EvaluationRecord(step, samples, metrics={"eval/kl": float(step)})
-        )
-    found = outcome([tmp_path])
+    found = outcome([keep_evaluations(tmp_path, {0: 10.0, 10: 9.0})])
     assert found.loss is None and found.peak == 0.0
     assert " -" in table({0: {"single": found}}, {0: {"single": {1: 0.0}}})
