@@ -27,6 +27,11 @@ class GoalsReward(RewardSource):
         self._calls = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="goals")
 
+    @property
+    def space(self) -> GoalSpace:
+        """The goals."""
+        return self._space
+
     def check(self) -> None:
         self._space.check(normalize=self._normalize)
 
