@@ -2,10 +2,10 @@
 
     python -m benchmarks.front_soak
 
-The server is a process of its own, with a Python function behind it that takes no time; `--callers` connections
-that stay open send OpenRLHF's body, one sample a POST, all of them different, and every tenth request is one
-that the server refuses. USS is what its process alone holds in memory. `--warm-up` requests go before, until
-the allocator's pools have settled.
+The server is a process of its own, with a Python function behind it that takes no time; `--callers`
+connections that stay open send OpenRLHF's body, one sample a POST, all of them different, and every tenth
+request is one that the server refuses. USS is what its process alone holds in memory. `--warm-up` requests go
+before, until the allocator's pools have settled.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from conch.serving.server.server import TritonServer, free_port
 LIMIT, OURS = "in process, best batching", "Conch"
 POST, FRONT = "one sample a POST", "one sample a POST, to Conch's reward server"
 TEXT, TOKEN = "text", "token"
-_START_S = 120.0
+_START_S = 400.0
 
 
 @dataclass(slots=True)
@@ -131,7 +131,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         to_triton(checkpoint, name=form, form=form, model_store=folder / "store")
     with ExitStack() as stack:
         with on_core(arguments.server_core):  # which the server's processes inherit
-            server = stack.enter_context(TritonServer(folder / "store", [TEXT, TOKEN]))
+            server = stack.enter_context(
+                TritonServer(folder / "store", [TEXT, TOKEN], ready_timeout_s=_START_S)
+            )
         post_url = stack.enter_context(_fastapi(checkpoint, arguments.server_core))
         front_url = stack.enter_context(_front(server.endpoint(TEXT), arguments.server_core))
         rows = _rows(stack, limit, work, server, (f"{post_url}/score", front_url), arguments.callers)

@@ -230,7 +230,9 @@ async def _body_of(scope: Any, receive: Any) -> Any:
         raise RefusedError(
             BAD_REQUEST, f"the body of {scope['path']} is no JSON: {first_line(error)}"
         ) from None
-    return {**body, RAW: raw} if raw and isinstance(body, dict) else body
+    if isinstance(body, dict):
+        body[RAW] = raw  # whatever a client has written there
+    return body
 
 
 async def _send(send: Any, status: int, answer: Any, retry_after_s: float | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
 import uvicorn
@@ -17,14 +17,16 @@ from conch.log import get_logger
 from conch.reward_server.app import Reward, RewardFront
 from conch.reward_server.forms.base import Reader
 from conch.reward_server.gathering import GatheredReward
+from conch.reward_server.goalspace import add_goalspace
 from conch.reward_server.metrics import Meter
 from conch.reward_server.readiness import Readiness
 from conch.reward_server.server_config import RewardServerConfig
-from conch.reward_server.service import ScoringService
+from conch.reward_server.service import OverloadedError, ScoringService
 from conch.reward_server.workers import is_worker, run_workers, shared_socket
 from conch.rewards.base import RewardSource
 from conch.rewards.combined import CompositeReward
-from conch.rewards.factory import from_user, is_function_name
+from conch.rewards.factory import GOALS, from_user, is_function_name
+from conch.rewards.goals.source import GoalsReward
 from conch.rewards.served import ServedReward
 from conch.rewards.verifiers.source import VerifierReward
 from conch.servers.listening import check_access, make_listener
@@ -68,7 +70,30 @@ def open_front(config: RewardServerConfig, stack: ExitStack) -> RewardFront:
         ConfigError: a reward cannot be made of its name.
     """
     sources = {name: stack.enter_context(source) for name, source in _sources(config)}
-    return RewardFront([open_reward(name, source, config) for name, source in sources.items()], Meter())
+    front = RewardFront([open_reward(name, source, config) for name, source in sources.items()], Meter())
+    add_goals(front, sources.values(), config)
+    return front
+
+
+def add_goals(front: RewardFront, sources: Iterable[RewardSource], config: RewardServerConfig) -> None:
+    """Add the addresses of a goal space, where the reward is one: the first, of several."""
+    spaces = [source.space for source in sources if isinstance(source, GoalsReward)]
+    if not spaces:
+        return
+    waiting = 0
+
+    async def measure(texts: Sequence[str], normalize: bool) -> Mapping[str, Sequence[float]]:
+        nonlocal waiting
+        if waiting and waiting + len(texts) > config.max_waiting:
+            problem = f"{waiting} texts wait, `max_waiting` = {config.max_waiting}"
+            raise OverloadedError(problem, retry_after_s=1.0)
+        waiting += len(texts)
+        try:
+            return await asyncio.to_thread(spaces[0].measure, texts, normalize=normalize)
+        finally:
+            waiting -= len(texts)
+
+    add_goalspace(front.app, measure, spaces[0].names)
 
 
 def listener_of(front: RewardFront, config: RewardServerConfig) -> uvicorn.Server:
@@ -141,6 +166,8 @@ def _word_of(config: RewardConfig) -> str:
 
 def name_of(word: str) -> str:
     """The short name of a reward: `host:8001/model` is `model`, `verifier:gsm8k` is `gsm8k`."""
+    if word.startswith(GOALS):
+        return GOALS.rstrip(":")
     name = word.rstrip("/").rpartition("/")[2] or word
     return name.rpartition(":")[2] or name
 

@@ -5,8 +5,8 @@ python front_clients.py FOLDER HOST:PORT OUT.json
 FOLDER: the packages openrlhf and verl, unpacked, without what they depend on.
 OUT.json: what became of each sample of `CASES`, by client.
 
-Of the packages the modules that ask a server are loaded from their files; what they import besides (Ray, vLLM,
-tokenizers) is empty here, and their pauses are short. Imports nothing of the project.
+Of the packages the modules that ask a server are loaded from their files; what they import besides (Ray,
+vLLM, tokenizers) is empty here, and their pauses are short. Imports nothing of the project.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
@@ -123,21 +124,25 @@ def test_our_own_client_can_ask_it() -> None:
         assert result.scores["reward"] == float(len(triton.requests[-1][0]))
 
 
+@pytest.fixture(scope="module")
+def gsm8k() -> Iterator[Served]:
+    with served(source("verifier:gsm8k")) as server:
+        yield server
+
+
 @pytest.mark.parametrize(
     ("label", "score"), [("72", 1.0), ("work #### 72", 1.0), ({"answer": "72"}, 1.0), ("71", 0.0)]
 )
-def test_labels_reach_the_verifier(label: Any, score: float) -> None:
-    with served(source("verifier:gsm8k")) as server:
-        answer = {"prompt": "q", "response": "It is 72. #### 72", "label": label}
-        assert server.post("/slime/scores", answer)[1]["answer"] == score
-        openrlhf = {"query": ["q It is 72. #### 72"], "prompts": ["q "], "labels": [label]}
-        assert server.post("/get_reward", openrlhf)[1]["rewards"] == [score]
+def test_labels_reach_the_verifier(gsm8k: Served, label: Any, score: float) -> None:
+    answer = {"prompt": "q", "response": "It is 72. #### 72", "label": label}
+    assert gsm8k.post("/slime/scores", answer)[1]["answer"] == score
+    openrlhf = {"query": ["q It is 72. #### 72"], "prompts": ["q "], "labels": [label]}
+    assert gsm8k.post("/get_reward", openrlhf)[1]["rewards"] == [score]
 
 
-def test_missing_label_is_a_failure_not_a_wrong_answer() -> None:
-    with served(source("verifier:gsm8k")) as server:
-        status, answer = server.post("/slime", {"prompt": "q", "response": "72", "label": None})
-        assert status == 422 and "has no `answer`" in answer["detail"]
+def test_missing_label_is_a_failure_not_a_wrong_answer(gsm8k: Served) -> None:
+    status, answer = gsm8k.post("/slime", {"prompt": "q", "response": "72", "label": None})
+    assert status == 422 and "has no `answer`" in answer["detail"]
 
 
 def test_ensembles_and_endpoints_stand_behind_it() -> None:

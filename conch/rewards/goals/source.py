@@ -33,6 +33,11 @@ class GoalsReward(RewardSource):
     def objectives(self) -> tuple[str, ...]:
         return self._space.names
 
+    @property
+    def space(self) -> GoalSpace:
+        """The goals."""
+        return self._space
+
     def check(self) -> None:
         self._space.check(normalize=self._normalize)
 

@@ -78,7 +78,7 @@ def test_settings_that_contradict_are_refused(values: dict[str, object], reason:
 
 def test_rewards_are_named_by_their_last_part() -> None:
     words = ("host:8001/walks", "http://h/score", "verifier:gsm8k", "rewards.py:brevity", "goals:a,b")
-    assert [name_of(word) for word in words] == ["walks", "score", "gsm8k", "brevity", "a,b"]
+    assert [name_of(word) for word in words] == ["walks", "score", "gsm8k", "brevity", "goals"]
 
 
 def test_server_without_a_reward_says_how_to_give_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -319,3 +319,19 @@ def test_model_chooses_among_several_rewards() -> None:
         assert status == 404 and "at /models/NAME/classify" in answer["detail"]
         listed = server.ask("GET", "/v1/models").json()["data"]
         assert [each["id"] for each in listed] == ["one", "two"]
+
+
+def test_goal_space_behind_it_has_its_own_addresses_too() -> None:
+    from conch.config import RewardConfig, load
+    from conch.reward_server.server import add_goals
+    from conch.reward_server.server_config import RewardServerConfig
+    from conch.rewards.factory import from_user
+
+    source = from_user("goals:text_length", RewardConfig())
+    source.name = "goals"
+    with served(source) as server:
+        add_goals(server.front, [source], load(RewardServerConfig, {}))
+        assert server.ask("GET", "/goals").json() == {"goals": ["text_length"]}
+        status, answer = server.post("/goalspace", {"texts": ["one two three"], "normalize": False})
+        assert (status, answer) == (200, {"text_length": [3.0]})
+        assert server.post("/get_reward", {"query": ["a b"], "prompts": [""], "labels": [""]})[0] == 200

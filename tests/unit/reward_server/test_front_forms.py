@@ -9,6 +9,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from conch.reward_server.forms.kserve import RAW
 from conch.types import RewardResult, RewardStatus
 from tests.reward_servers import Lengths, Served, served
 
@@ -241,6 +242,7 @@ PLACES: dict[str, dict[str, Any]] = {
     "/v2/models/lengths/infer": {
         "inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a"], "parameters": {}}],
         "outputs": [{"name": "rewards"}],
+        RAW: "x",
     },
     "/": {"prompts": ["a"], "completions": ["b"], "labels": ["x"], "partial": False},
 }
