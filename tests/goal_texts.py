@@ -22,8 +22,9 @@ TEXTS = (
     "I don't think that's a good idea. You could ask her first, and then we'll see what she says! If she "
     "can't come, I'd call Dr. Brown at 5:30 p.m. and tell him. It isn't far from here, is it?",
     "The committee of the institute published a detailed report on the structural causes of the regional "
-    "decline in industrial production. According to its authors, investment in infrastructure fell by 12.5% between "
-    "1998 and 2004; employment fell further, and the population of the three largest cities decreased.",
+    "decline in industrial production. According to its authors, investment in infrastructure fell by 12.5% "
+    "between 1998 and 2004; employment fell further, and the population of the three largest cities "
+    "decreased.",
     "the cat sat on the mat and the dog sat on the cat and the mat was flat and the cat was sad and the dog "
     "was glad that the cat was sad and flat on the mat",
     'She said, "Stop!" Nobody moved. (It was cold -- very cold.) "We cannot go on," he whispered... '
