@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is no
 
 from conch.cli import compose, run_main
 from conch.config import load
-from conch.errors import ServerStartError
+from conch.errors import ConfigError, ServerStartError
 from conch.log import get_logger
-from conch.runs.checkpoint import steps_of
+from conch.runs.checkpoint import CHECKPOINTS, steps_of
 from conch.trainers.sft import SFTRunConfig, SFTTrainer
 from examples.byte_pairs import tokenizer_for
 from examples.grpo.launch import SECRET_VARIABLE, Server, free_ports, running
@@ -82,8 +82,7 @@ def _made(config: SteerabilityRunConfig, devices: Devices) -> Iterator[Prepared]
     run_dir = config.train.run_dir
     policy = None
     if config.steerability.sft is not None:
-        assert run_dir is not None or config.train.resume is not None, "the first process has chosen one"
-        policy = _trained_policy(config, run_dir or Path(str(config.train.resume)))
+        policy = _trained_policy(config, run_dir or _resumed_folder(config.train.resume))
     ready = Prepared(None if run_dir is None else str(run_dir), policy)
     if devices.sampler is None:
         yield ready
@@ -93,6 +92,20 @@ def _made(config: SteerabilityRunConfig, devices: Devices) -> Iterator[Prepared]
     logs = (run_dir or Path("outputs")) / "servers"
     with running([server], devices.plan, logs, secret):
         yield Prepared(ready.run_dir, policy, server.url, secret)
+
+
+def _resumed_folder(resume: str | None) -> Path:
+    """The run's folder, of it or of one of its checkpoints.
+
+    Raises:
+        ConfigError: `auto` without a folder.
+    """
+    if resume in (None, "auto"):
+        raise ConfigError(
+            "`steerability.sft` with `train.resume` = auto: name the run's folder, `train.run_dir`"
+        )
+    folder = Path(str(resume))
+    return folder.parents[1] if folder.parent.name == CHECKPOINTS else folder
 
 
 def _server(config: SteerabilityRunConfig, device: int, policy: str | None) -> Server:
