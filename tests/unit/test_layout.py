@@ -56,7 +56,12 @@ OWNERS = {
     "liger_kernel": ("conch/models/kernels.py",),
     "ray": ("conch/rollouts/ray/*.py",),
     "deepspeed": ("conch/distributed/zero3.py",),
-    "fastapi": ("conch/*/app.py", "conch/*/server.py", "conch/servers/listening.py"),
+    "fastapi": (
+        "conch/*/app.py",
+        "conch/reward_server/goalspace.py",
+        "conch/*/server.py",
+        "conch/servers/listening.py",
+    ),
     "uvicorn": ("conch/servers/listening.py",),
     "wandb": ("conch/runs/tracking.py",),
     "tensorboard": ("conch/runs/tracking.py",),
