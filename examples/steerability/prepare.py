@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is no
 
 from conch.cli import compose, run_main
 from conch.config import load
-from conch.errors import ServerStartError
+from conch.errors import ConfigError, ServerStartError
 from conch.log import get_logger
-from conch.runs.checkpoint import steps_of
+from conch.runs.checkpoint import CHECKPOINTS, steps_of
 from conch.trainers.sft import SFTRunConfig, SFTTrainer
 from examples.byte_pairs import tokenizer_for
 from examples.grpo.launch import SECRET_VARIABLE, Server, free_ports, running
@@ -82,8 +82,7 @@ def _made(config: SteerabilityRunConfig, devices: Devices) -> Iterator[Prepared]
     run_dir = config.train.run_dir
     policy = None
     if config.steerability.sft is not None:
-        assert run_dir is not None or config.train.resume is not None, "the first process has chosen one"
-        policy = _trained_policy(config, run_dir or Path(str(config.train.resume)))
+        policy = _trained_policy(config, run_dir or _resumed_folder(config.train.resume))
     ready = Prepared(None if run_dir is None else str(run_dir), policy)
     if devices.sampler is None:
         yield ready
@@ -93,6 +92,20 @@ def _made(config: SteerabilityRunConfig, devices: Devices) -> Iterator[Prepared]
     logs = (run_dir or Path("outputs")) / "servers"
     with running([server], devices.plan, logs, secret):
         yield Prepared(ready.run_dir, policy, server.url, secret)
+
+
+def _resumed_folder(resume: str | None) -> Path:
+    """The run's folder, of it or of one of its checkpoints.
+
+    Raises:
+        ConfigError: `auto` without a folder.
+    """
+    if resume in (None, "auto"):
+        raise ConfigError(
+            "`steerability.sft` with `train.resume` = auto: name the run's folder, `train.run_dir`"
+        )
+    folder = Path(str(resume))
+    return folder.parents[1] if folder.parent.name == CHECKPOINTS else folder
 
 
 def _server(config: SteerabilityRunConfig, device: int, policy: str | None) -> Server:
@@ -118,41 +131,51 @@ def _server(config: SteerabilityRunConfig, device: int, policy: str | None) -> S
 
 
 def _trained_policy(config: SteerabilityRunConfig, run_dir: Path) -> str:
-    """The checkpoint of SFT in a folder beside the run, trained first where there is none."""
-    folder = run_dir.with_name(f"{run_dir.name}-sft")
-    if not steps_of(folder):
+    """The last checkpoint of SFT in a folder beside the run, which is trained first where it is not whole."""
+    folder, own = run_dir.with_name(f"{run_dir.name}-sft"), config.steerability
+    assert own.sft is not None
+    steps = sft_config(own.sft, own.sft_steps, config.train.seed, folder).train.total_steps
+    if max(steps_of(folder), default=0) < steps:
         _log.info("training the policy to begin with, into %s", folder)
         alone = {name: value for name, value in os.environ.items() if name not in _OF_LAUNCHER}
         alone.pop("OMP_NUM_THREADS", None)  # the other processes only wait meanwhile
-        steerability = config.steerability
         task = {
-            "config": steerability.sft,
-            "rows": steerability.sft_rows,
-            "steps": steerability.sft_steps,
+            "name": own.sft,
+            "steps": own.sft_steps,
+            "rows": own.sft_rows,
             "seed": config.train.seed,
             "folder": str(folder),
         }
-        command = [sys.executable, str(Path(__file__)), json.dumps(task)]
-        done = subprocess.run(command, env=alone, check=False)
+        done = subprocess.run([sys.executable, str(Path(__file__)), json.dumps(task)], env=alone, check=False)
         if done.returncode:
             raise ServerStartError("the policy to begin with was not trained: the output above says why")
-    return str(next(reversed(steps_of(folder).values())))
+    there = steps_of(folder)
+    return str(there[max(there)])
 
 
-def train_policy(name: str, rows: int, seed: int, folder: Path, steps: int | None = None) -> None:
-    """SFT on a generated corpus.
+def sft_config(name: str, steps: int | None, seed: int, folder: Path) -> SFTRunConfig:
+    """Settings of the policy to begin with; one that was interrupted goes on.
 
-    name: of the file with its settings.
+    name: of the file with them.
     steps: instead of the file's.
+
+    Raises:
+        ConfigError: there is no such file, or it is wrong.
+    """
+    values = compose(name, [], CONFIGS)
+    own = {"seed": seed, "run_dir": str(folder), "resume": "auto"}
+    values["train"] = {**values.get("train", {}), **own}
+    if steps is not None:
+        values["train"]["total_steps"] = steps
+    return load(SFTRunConfig, values)
+
+
+def train_policy(config: SFTRunConfig, rows: int) -> None:
+    """SFT on a generated corpus of so many rows.
 
     Raises:
         ConchError: see `SFTTrainer`.
     """
-    values = compose(name, [], CONFIGS)
-    values["train"] = {**values.get("train", {}), "seed": seed, "run_dir": str(folder)}
-    if steps is not None:
-        values["train"]["total_steps"] = steps
-    config = load(SFTRunConfig, values)
     samples = corpus(rows, seed=0)
     tokenizer = tokenizer_for(
         config.model, config.tokenizer, [row["prompt"] + row["completion"] for row in samples]
@@ -194,8 +217,8 @@ def _wait_for(note: Path) -> Prepared:
 def main(argv: Sequence[str]) -> None:
     """Command line: the JSON of what to train."""
     task = json.loads(argv[0])
-    folder = Path(task["folder"])
-    train_policy(task["config"], task["rows"], task["seed"], folder, task.get("steps"))
+    rows, folder = task.pop("rows"), Path(task.pop("folder"))
+    train_policy(sft_config(**task, folder=folder), rows)
 
 
 if __name__ == "__main__":
