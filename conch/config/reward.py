@@ -115,10 +115,6 @@ class RewardConfig(Section):
     ifeval: IFEvalConfig = Field(default_factory=IFEvalConfig)
     """How IFEval's instructions are checked."""
 
-    judge: JudgeConfig = Field(default_factory=JudgeConfig)
-    """A language model that is asked for its opinion, instead of a served reward model; docs/judges.md. As
-    one of several `members`, write `judge:FILE.yaml`."""
-
     dialect: HttpDialect = "query"
     """Of an HTTP endpoint: `query` sends {"query": [sample, ...]} and reads {"rewards": [number, ...]};
     `messages` sends "dialogues" as well, each {"messages": [...]}, or null for a prompt that is a text;
@@ -173,6 +169,10 @@ class RewardConfig(Section):
 
     failure: RewardFailureConfig = Field(default_factory=RewardFailureConfig)
     """Response to missing rewards."""
+
+    judge: JudgeConfig = Field(default_factory=JudgeConfig)
+    """A language model that is asked for its opinion, instead of a served reward model; docs/judges.md. As
+    one of several `members`, write `judge:FILE.yaml`."""
 
     @model_validator(mode="after")
     def _dense_fits(self) -> RewardConfig:
