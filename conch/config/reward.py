@@ -130,10 +130,6 @@ class RewardConfig(Section):
     goals: GoalsConfig = Field(default_factory=GoalsConfig)
     """How the goals of a reward `goals:reading_difficulty,text_length` are given."""
 
-    judge: JudgeConfig = Field(default_factory=JudgeConfig)
-    """A language model that is asked for its opinion, instead of a served reward model; docs/judges.md. As
-    one of several `members`, write `judge:FILE.yaml`."""
-
     dialect: HttpDialect = "query"
     """Of an HTTP endpoint: `query` sends {"query": [sample, ...]} and reads {"rewards": [number, ...]};
     `messages` sends "dialogues" as well, each {"messages": [...]}, or null for a prompt that is a text;
@@ -195,6 +191,10 @@ class RewardConfig(Section):
 
     failure: RewardFailureConfig = Field(default_factory=RewardFailureConfig)
     """Response to missing rewards."""
+
+    judge: JudgeConfig = Field(default_factory=JudgeConfig)
+    """A language model that is asked for its opinion, instead of a served reward model; docs/judges.md. As
+    one of several `members`, write `judge:FILE.yaml`."""
 
     @model_validator(mode="after")
     def _dense_fits(self) -> RewardConfig:
