@@ -116,13 +116,13 @@ class AsyncComputeScore(_ComputeScore):
         return {key: value for key, value in self.__dict__.items() if not key.startswith("__")}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.__dict__.update(state)
+        vars(self).update(state)
         self._dress()
 
     def _dress(self) -> None:
         # verl asks `inspect.iscoroutinefunction`, which believes what has the attributes of a function.
         call = type(self).__call__
-        self.__dict__.update(
+        vars(self).update(
             __name__="compute_score",
             __code__=call.__code__,
             __defaults__=None,

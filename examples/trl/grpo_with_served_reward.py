@@ -34,7 +34,7 @@ def main() -> None:
     datasets: Any = importlib.import_module("datasets")
     trl: Any = importlib.import_module("trl")
     prompts = dict.fromkeys(" ".join(text.split()[:_OPENING_WORDS]) for text in texts)
-    tokenizer = None if options.model else tokenizer_of(texts)
+    tokenizer: Any = None if options.model else tokenizer_of(texts)
     settings: dict[str, Any] = (
         {} if options.model else {"learning_rate": 1e-3, "use_cpu": True, "bf16": False}
     )

@@ -27,7 +27,7 @@ def main() -> None:
     rows = reviews(options.data)
     kind, other = ([row["text"] for row in rows if row["label"] == label] for label in (1, 0))
     pairs = [{"chosen": good, "rejected": bad} for good, bad in zip(kind, other, strict=False)]
-    tokenizer = None if options.model else tokenizer_of([row["text"] for row in rows])
+    tokenizer: Any = None if options.model else tokenizer_of([row["text"] for row in rows])
     model = options.model or model_of("GPT2ForSequenceClassification", tokenizer, num_labels=1)
     settings: dict[str, Any] = (
         {} if options.model else {"learning_rate": 1e-3, "use_cpu": True, "bf16": False}

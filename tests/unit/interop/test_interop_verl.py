@@ -72,8 +72,8 @@ def test_objectives_stand_beside_their_sum() -> None:
 
 
 def test_a_batch_gets_a_score_each() -> None:
-    function = reward_function(sees, prompt="question", batch=True)
-    scores: Any = function(
+    function: Any = reward_function(sees, prompt="question", batch=True)
+    scores = function(
         data_sources=["gsm8k"] * 2,
         solution_strs=["#### 4", "5"],
         ground_truths=["4", "5"],
@@ -85,7 +85,7 @@ def test_a_batch_gets_a_score_each() -> None:
 def test_what_has_no_reward_stops_the_run() -> None:
     with pytest.raises(RewardInvalidError, match=r"broken: 1 of 1 samples got no reward; .* ValueError: no"):
         run(reward_function(broken), **CALL)
-    with pytest.raises(DataError, match="`extra_info` has no `question`, .* it has other"):
+    with pytest.raises(DataError, match=r"`extra_info` has no `question`, .* it has other"):
         run(reward_function(sees, prompt="question"), **CALL, extra_info={"other": 1})
     with pytest.raises(ConfigError, match="does not apply to a sample"):
         run(reward_function(lambda samples, prompts, outputs, **rest: [None]), **CALL)
