@@ -138,7 +138,8 @@ def objectives(spec: dict[str, Any], folder: Path) -> Any:
 
 
 def reward_trainer(spec: dict[str, Any], folder: Path) -> Any:
-    """Train a reward model by TRL, and return what it says of some texts."""
+    """Train a reward model by TRL, and return what it says of some texts: as TRL scores them, and closed by the
+    eos token, as it has learned from them."""
     torch: Any = importlib.import_module("torch")
     config = trl.RewardConfig(
         output_dir=str(folder / "run"),
@@ -157,10 +158,11 @@ def reward_trainer(spec: dict[str, Any], folder: Path) -> Any:
     trainer.train()
     trainer.save_model(str(folder / "model"))
     model, tokenizer = trainer.model.eval(), trainer.processing_class
-    scores = {}
+    scores: dict[str, dict[str, float]] = {"open": {}, "closed": {}}
     for text in spec["texts"]:
-        with torch.inference_mode():
-            scores[text] = model(**tokenizer(text, return_tensors="pt")).logits.item()
+        for form, read in (("open", text), ("closed", text + tokenizer.eos_token)):
+            with torch.inference_mode():
+                scores[form][text] = model(**tokenizer(read, return_tensors="pt")).logits.item()
     return {"folder": str(folder / "model"), "scores": scores}
 
 
