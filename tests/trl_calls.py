@@ -1,5 +1,5 @@
-"""Calls of reward functions as TRL makes them, without it: tests/integration/trl_peers.py holds them against those
-of the real trainers."""
+"""Calls of reward functions as TRL makes them, without it: tests/integration/test_interop_trl_peers.py holds
+them against those of the real trainers."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class LocalReward:
         return {"reward": self.reward, "config": self.config}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.__dict__.update(state)
+        vars(self).update(state)
         self._forget()
 
     def _forget(self) -> None:

@@ -100,7 +100,7 @@ def reward_functions(
         raise ConfigError(f"`objectives` = {objectives!r}: give a list of different names")
     local = LocalReward(reward, config)
     latest = _Latest()
-    functions = [
+    functions: list[RewardFunction] = [
         _make(sync)(local, f"{name or local.name}/{objective}", objective, on_failure, tools, latest)
         for objective in objectives
     ]
@@ -178,7 +178,7 @@ class RewardFunction(ABC):
         return {key: self.__dict__[key] for key in keys}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.__dict__.update(state)
+        vars(self).update(state)
         self._dress()
 
     def _dress(self) -> None:
@@ -256,7 +256,7 @@ class AsyncRewardFunction(RewardFunction):
         # TRL before 1.14 asks `inspect.iscoroutinefunction` of the object, which believes what has the
         # attributes of a function; `__signature__` is what it then shows.
         keywords = inspect.Parameter("columns", inspect.Parameter.VAR_KEYWORD)
-        self.__dict__.update(
+        vars(self).update(
             __code__=type(self).__call__.__code__,
             __defaults__=None,
             __kwdefaults__=None,

@@ -241,54 +241,15 @@ def _module(name: str, setting: str) -> ModuleType:
         ) from None
 
 
-def _goals_reward(reward: str, config: RewardConfig) -> RewardSource:
-    if config.dense:
-        raise ConfigError(f"reward.dense takes the scores of a model served by Triton, not of {reward}")
-    # Only a run with goals needs their dictionaries, which take a second to load.
-    from conch.rewards.goals.source import GoalsReward
-    from conch.rewards.goals.space import GoalSpace
-
-    own = config.goals
-    space = GoalSpace(reward.removeprefix(GOALS), own.normalization, config=config, setting=f"`{reward}`")
-    return GoalsReward(space, normalize=own.normalize, partial=config.steering.is_on)
-
-
-def _judge(reward: str | JudgeConfig, config: RewardConfig, metadata_keys: Iterable[str]) -> RewardSource:
-    # Only a run with a judge needs its libraries.
-    from conch.rewards.judge.source import JudgeReward, read_judge
-
-    if config.dense:
-        raise ConfigError("reward.dense takes the scores of a model served by Triton, not of a judge")
-    if isinstance(reward, str):
-        reward = JudgeConfig(file=Path(reward.removeprefix(JUDGE)))
-    policy = config.failure.on_model_change
-    return JudgeReward(read_judge(reward), metadata_keys=metadata_keys, on_model_change=policy)
-
-
 def _single_source(
     reward: object, config: RewardConfig, metadata_keys: Iterable[str], decode: Decode | None
 ) -> RewardSource:
-    if isinstance(reward, str) and reward.startswith(PREFIX):
-        reward = named_verifier(reward.removeprefix(PREFIX), config.gsm8k, config.ifeval)
-    if isinstance(reward, str) and reward.startswith(GOALS):
-        return _goals_reward(reward, config)
-    if isinstance(reward, Verifier):
-        if config.dense:
-            raise ConfigError(
-                f"reward.dense takes the scores of a model served by Triton, not of {reward.name}"
-            )
-        return VerifierReward(reward)
-    if isinstance(reward, JudgeConfig) or (isinstance(reward, str) and reward.startswith(JUDGE)):
-        return _judge(reward, config, metadata_keys)
     if isinstance(reward, str):
-        # Only a run with a served model needs its client's libraries installed and loaded.
-        from conch.rewards.served import HttpReward, TritonReward
-
-        if not reward.startswith(SCHEMES):
-            return TritonReward(reward, config, decode=decode)
-        if config.dense:
-            raise ConfigError(f"reward.dense takes the scores of a model served by Triton, not of {reward}")
-        return HttpReward(reward, config)
+        return _source_of_name(reward, config, metadata_keys, decode)
+    if isinstance(reward, Verifier):
+        return _verifier_reward(reward, config)
+    if isinstance(reward, JudgeConfig):
+        return _judge(reward, config, metadata_keys)
     if isinstance(reward, RewardSource):
         return reward
     kind = type(reward).__name__
@@ -305,3 +266,50 @@ def _single_source(
         "a reward must be a function, `host:port/model`, `http://host:port/path`, `judge:FILE.yaml`, a "
         f"Verifier or a RewardSource, not {kind}"
     )
+
+
+def _source_of_name(
+    name: str, config: RewardConfig, metadata_keys: Iterable[str], decode: Decode | None
+) -> RewardSource:
+    """What a string stands for. Only a run that asks for it needs its libraries installed and loaded."""
+    if name.startswith(PREFIX):
+        verifier = named_verifier(name.removeprefix(PREFIX), config.gsm8k, config.ifeval)
+        return _verifier_reward(verifier, config)
+    if name.startswith(GOALS):
+        return _goals_reward(name, config)
+    if name.startswith(JUDGE):
+        return _judge(JudgeConfig(file=Path(name.removeprefix(JUDGE))), config, metadata_keys)
+    from conch.rewards.served import HttpReward, TritonReward
+
+    if not name.startswith(SCHEMES):
+        return TritonReward(name, config, decode=decode)
+    _refuse_dense(config, name)
+    return HttpReward(name, config)
+
+
+def _refuse_dense(config: RewardConfig, name: str) -> None:
+    if config.dense:
+        raise ConfigError(f"reward.dense takes the scores of a model served by Triton, not of {name}")
+
+
+def _verifier_reward(verifier: Verifier[Any], config: RewardConfig) -> RewardSource:
+    _refuse_dense(config, verifier.name)
+    return VerifierReward(verifier)
+
+
+def _goals_reward(name: str, config: RewardConfig) -> RewardSource:
+    _refuse_dense(config, name)
+    from conch.rewards.goals.source import GoalsReward
+    from conch.rewards.goals.space import GoalSpace
+
+    own = config.goals
+    space = GoalSpace(name.removeprefix(GOALS), own.normalization, config=config, setting=f"`{name}`")
+    return GoalsReward(space, normalize=own.normalize, partial=config.steering.is_on)
+
+
+def _judge(judge: JudgeConfig, config: RewardConfig, metadata_keys: Iterable[str]) -> RewardSource:
+    _refuse_dense(config, "a judge")
+    from conch.rewards.judge.source import JudgeReward, read_judge
+
+    policy = config.failure.on_model_change
+    return JudgeReward(read_judge(judge), metadata_keys=metadata_keys, on_model_change=policy)

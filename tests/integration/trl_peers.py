@@ -2,8 +2,8 @@
 
 python trl_peers.py SPEC.json OUT.json PART ...
 
-SPEC.json: `text` and `chat`, addresses of served models; `policy` and `chat_policy`, folders of language models;
-    `pairs`, rows of a preference dataset; `reward_base`, a folder of a classifier; `scratch`, a folder.
+SPEC.json: `text` and `chat`, addresses of served models; `policy` and `chat_policy`, folders of language
+    models; `pairs`, rows of a preference dataset; `texts`; `reward_base`, a classifier; `scratch`.
 OUT.json: part -> what came of it, on the first process.
 
 Of Conch it imports `conch.interop` alone, as a user of TRL does.
@@ -28,11 +28,13 @@ CHATS = [
     {"prompt": [{"role": "user", "content": text}], "answer": text} for text in ("one?", "two?", "3?", "4?")
 ]
 CALLS: list[dict[str, str]] = []
+SAMPLES: list[list[Any]] = []
 
 
 def spy(**arguments: Any) -> list[float]:
     """A reward of nothing that notes what TRL calls it with."""
     CALLS.append({name: type(value).__name__ for name, value in arguments.items()})
+    SAMPLES.extend(map(list, zip(arguments["prompts"], arguments["completions"], strict=True)))
     return [0.0] * len(arguments["prompts"])
 
 
@@ -70,6 +72,7 @@ def online(
 ) -> dict[str, Any]:
     """Train, and return the log and the table of completions."""
     CALLS.clear()
+    SAMPLES.clear()
     eval_rows = more.pop("eval_rows", None)
     dataset = datasets.Dataset.from_list(rows) if isinstance(rows, list) else rows
     run = trainer(
@@ -85,7 +88,12 @@ def online(
     rows = [
         row for table in tables for row in json.loads(pandas.read_parquet(table).to_json(orient="records"))
     ]
-    return {"log": run.state.log_history, "completions": rows, "call": CALLS[0] if CALLS else None}
+    return {
+        "log": run.state.log_history,
+        "completions": rows,
+        "call": CALLS[0] if CALLS else None,
+        "samples": SAMPLES[:],
+    }
 
 
 def grpo(spec: dict[str, Any], folder: Path) -> Any:
@@ -130,7 +138,8 @@ def objectives(spec: dict[str, Any], folder: Path) -> Any:
 
 
 def reward_trainer(spec: dict[str, Any], folder: Path) -> Any:
-    """Train a reward model by TRL, and return what it says of some texts."""
+    """Train a reward model by TRL, and return what it says of some texts: as TRL scores them, and closed by the
+    eos token, as it has learned from them."""
     torch: Any = importlib.import_module("torch")
     config = trl.RewardConfig(
         output_dir=str(folder / "run"),
@@ -149,10 +158,11 @@ def reward_trainer(spec: dict[str, Any], folder: Path) -> Any:
     trainer.train()
     trainer.save_model(str(folder / "model"))
     model, tokenizer = trainer.model.eval(), trainer.processing_class
-    scores = {}
+    scores: dict[str, dict[str, float]] = {"open": {}, "closed": {}}
     for text in spec["texts"]:
-        with torch.inference_mode():
-            scores[text] = model(**tokenizer(text, return_tensors="pt")).logits.item()
+        for form, read in (("open", text), ("closed", text + tokenizer.eos_token)):
+            with torch.inference_mode():
+                scores[form][text] = model(**tokenizer(read, return_tensors="pt")).logits.item()
     return {"folder": str(folder / "model"), "scores": scores}
 
 
