@@ -204,9 +204,11 @@ def _parts(rule: list[str]) -> tuple[str | None, str, str, str]:
     return rule[0], rule[1], rule[2].removeprefix("f"), rule[-2]
 
 
-@lru_cache(1)
-def english_tagger() -> Tagger:
+@lru_cache(2)
+def english_tagger(every_rule: bool = False) -> Tagger:
     """Load the lexicon and the rules of the installed TextBlob, which itself is not imported.
+
+    every_rule: give the tags of TextBlob, mistakes included.
 
     Raises:
         ConfigError: it is not installed, or has other files.
@@ -217,7 +219,9 @@ def english_tagger() -> Tagger:
     folder = Path(spec.submodule_search_locations[0], "en")
     try:
         lexicon = {word: tag for word, tag, *_ in _rows(folder / "en-lexicon.txt")}
-        context = [rule for rule in _rows(folder / "en-context.txt") if not _leaves_closed_class(rule)]
+        context = [
+            rule for rule in _rows(folder / "en-context.txt") if every_rule or not _leaves_closed_class(rule)
+        ]
         return Tagger(lexicon, list(_rows(folder / "en-morphology.txt")), context)
     except (OSError, ValueError) as error:
         raise ConfigError(

@@ -7,6 +7,9 @@ import pytest
 from conch.rewards.goals.diversity import diversity_words, mtld, textual_diversity
 from conch.rewards.goals.formality import f_score, formality, formality_1999, word_classes
 from conch.rewards.goals.readability import count_sentences, plain_words, reading_difficulty, syllable_counter
+from conch.rewards.goals.tagger import english_tagger
+from conch.rewards.goals.words import text_length
+from tests.goal_texts import RECORDED, Recorded
 
 
 def test_reading_difficulty_is_the_grade_of_a_hand_count() -> None:
@@ -112,3 +115,33 @@ def test_formal_texts_are_more_formal() -> None:
     casual = "Well, I really think we should just go there now, and then they can tell us what to do!"
     assert formality(formal) > 70
     assert formality(casual) < 35
+
+
+@pytest.mark.parametrize("recorded", RECORDED, ids=lambda each: each.text[:20])
+def test_values_are_those_that_other_packages_gave(recorded: Recorded) -> None:
+    assert reading_difficulty(recorded.text) == pytest.approx(recorded.grade, abs=1e-9)
+    assert text_length(recorded.text) == recorded.length
+    assert textual_diversity(recorded.text) == pytest.approx(recorded.diversity, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("I don't know.", 5),
+        ("I don\u2019t know.", 5),  # NLTK: don, the apostrophe, t
+        ("Mr. Smith came.", 4),
+        ("e.g. squares", 2),  # NLTK takes it for the end of a sentence
+        ("He cannot 'go' -- gonna wait...", 11),
+        ("It costs $1,299.99 (12%).", 9),
+        ("a/b x:y 5:30", 5),
+    ],
+)
+def test_words_are_counted_as_a_treebank_does(text: str, words: int) -> None:
+    assert text_length(text) == words
+
+
+def test_rules_do_not_make_verbs_of_prepositions() -> None:
+    text = "He sent us in , and of that you may know nothing if you ask ."
+    words = text.split()
+    assert english_tagger().tag(words)[3] == "IN"
+    assert english_tagger().tag(words).count("IN") > english_tagger(every_rule=True).tag(words).count("IN")
