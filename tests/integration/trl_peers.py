@@ -138,8 +138,8 @@ def objectives(spec: dict[str, Any], folder: Path) -> Any:
 
 
 def reward_trainer(spec: dict[str, Any], folder: Path) -> Any:
-    """Train a reward model by TRL, and return what it says of some texts: as TRL scores them, and closed by the
-    eos token, as it has learned from them."""
+    """Train a reward model by TRL, and return what it says of some texts: as TRL scores them, and closed by
+    the eos token, as it has learned from them."""
     torch: Any = importlib.import_module("torch")
     config = trl.RewardConfig(
         output_dir=str(folder / "run"),
