@@ -76,10 +76,10 @@ def serve(words: Sequence[str]) -> int:
 
 
 def score(words: Sequence[str]) -> int:
-    """Score texts or dialogues with a served model: `conch score --url host:port/model FILE`."""
-    from conch.rewards import score as scoring
+    """Score samples or pairs with any reward: `conch score --url host:port/model FILE`."""
+    from conch.scoring import run
 
-    return scoring.main(words)
+    return run.main(words)
 
 
 def gold_eval(words: Sequence[str]) -> int:

@@ -242,6 +242,17 @@ def read_rows(
     return Rows(good, places)
 
 
+def each_row(source: str, config: DataConfig | None = None) -> Iterator[tuple[str, Any, str]]:
+    """Every row of a source, good or bad, one at a time: its place ("row 3"), its value, and why it cannot be
+    read; "" where it can.
+
+    Raises:
+        DataError: the source is missing, damaged or of another kind.
+    """
+    for line in _lines(source, config or DataConfig()):
+        yield line.place, line.value, line.broken
+
+
 def training_rows(config: DataConfig, what: str, *, form: Callable[[Any], RowT]) -> Rows[RowT]:
     """The rows that `data.train` names; see `read_rows`.
 

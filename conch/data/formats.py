@@ -461,14 +461,15 @@ def about(row: Any, *forms: tuple[str, ...]) -> str:
     if not isinstance(row, Mapping):
         return faulty
     keys = ", ".join(str(key) for key in list(row)[:20])
-    columns = next(filter(None, (_likely_columns(row, form) for form in forms)), {})
+    columns = next(filter(None, (likely_columns(row, form) for form in forms)), {})
     set_to = " ".join(f"data.columns.{key}={column}" for key, column in columns.items())
     remedy = f"set `{set_to}`" if set_to else "name columns by `data.columns`, see docs/data.md"
     return f"{faulty} (keys here: {keys}): {remedy}"
 
 
-def _likely_columns(row: Mapping[str, Any], form: tuple[str, ...]) -> dict[str, str]:
-    """The columns that likely are what the row lacks of this form; none where it lacks more or nothing."""
+def likely_columns(row: Mapping[str, Any], form: tuple[str, ...]) -> dict[str, str]:
+    """Key of the form -> the column that likely is what the row lacks of it; none where it lacks more or
+    nothing."""
     lacking = [key for key in form if key not in row]
     columns: dict[str, str] = {}
     for key in lacking:

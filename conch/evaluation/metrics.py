@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -47,16 +48,49 @@ def accuracy(ahead: np.ndarray) -> float:
     return float(np.heaviside(ahead, 0.5).mean())
 
 
-def calibration_error(ahead: np.ndarray) -> float:
-    """Expected calibration error (Guo et al. 2017, equation 3) of the confidence in the text that scores
-    higher, sigmoid(|difference|), against how often that text is the chosen one; a tie is right by one half.
+@dataclass(frozen=True, slots=True)
+class ReliabilityBin:
+    """Pairs of like confidence.
 
-    Ten bins of equal width between 1/2 and 1. 0 is perfect.
+    low, high: between which confidences.
+    count: pairs.
+    confidence: its mean.
+    right: how often the text that scores higher is the chosen one.
+    """
+
+    low: float
+    high: float
+    count: int
+    confidence: float
+    right: float
+
+
+def reliability(ahead: np.ndarray) -> list[ReliabilityBin]:
+    """How often the text that scores higher is the chosen one, for each confidence in it, which is
+    sigmoid(|difference|); a tie is right by one half. Ten bins of equal width between 1/2 and 1,
+    those without pairs left out.
+
+    ahead: score of the chosen text less that of the other, [pairs].
     """
     confidence = 0.5 + 0.5 * np.tanh(np.abs(ahead) / 2)
     right = np.heaviside(ahead, 0.5)
     bins = np.minimum(((confidence - 0.5) * 2 * _NUM_BINS).astype(int), _NUM_BINS - 1)
-    gaps = [abs((right - confidence)[bins == number].sum()) for number in set(bins.tolist())]
+    return [
+        ReliabilityBin(
+            0.5 + number / (2 * _NUM_BINS),
+            0.5 + (number + 1) / (2 * _NUM_BINS),
+            int((bins == number).sum()),
+            float(confidence[bins == number].mean()),
+            float(right[bins == number].mean()),
+        )
+        for number in sorted(set(bins.tolist()))
+    ]
+
+
+def calibration_error(ahead: np.ndarray) -> float:
+    """Expected calibration error (Guo et al. 2017, equation 3) over the bins of `reliability`; 0 is
+    perfect."""
+    gaps = (each.count * abs(each.right - each.confidence) for each in reliability(ahead))
     return float(sum(gaps) / len(ahead))
 
 

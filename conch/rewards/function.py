@@ -56,6 +56,10 @@ class FunctionReward(RewardSource):
     def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:
         return self._thread.submit(self._score(list(rollouts)))
 
+    def takes(self, key: str) -> bool:
+        """Whether the function can be given this extra key of a prompt."""
+        return key not in (*_ARGUMENTS, *_MORE_ARGUMENTS) and _takes(self._function, key)
+
     def stats(self) -> ClientStats:
         return ClientStats(requests=self._calls)
 

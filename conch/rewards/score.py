@@ -1,34 +1,29 @@
-"""Score texts or dialogues with a served reward model, from the command line or from Python.
+"""Score texts or dialogues with any reward, from Python. The command `conch score` is `conch.scoring.run`.
 
-    conch score --url 127.0.0.1:8001/walks samples.jsonl > scores.jsonl
-    echo '{"text": "The film was fine."}' | conch score --url 127.0.0.1:8001/walks
+    results = conch.score(["The film was fine."], "127.0.0.1:8001/walks")
+    results = conch.score([{"prompt": "6 x 7?", "completion": "#### 42", "answer": "42"}], "verifier:gsm8k")
 
-A row is a text, a JSON string or {"text": "..."}; a dialogue, {"messages": [...]} with "tools" and
+A row is a text, a string or {"text": "..."}; a dialogue, {"messages": [...]} with "tools" and
 "chat_template_kwargs" where there are any, or the list of its messages; or {"prompt", "completion"}, both
-texts or the prompt a list of messages. Each row gets one line: {"index", "status", "scores", ...}. A row
-without a score has another status than "ok" and says why in "detail"; it never gets a number.
-
-Exit codes: 0 all rows have scores, 1 nothing could be asked, 2 some rows have none.
+texts or the prompt a list of messages. What else a row has is for verifiers and functions.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import json
-import os
-import sys
+import runpy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from conch.addresses import SCHEMES
-from conch.cli import Option, add_options, parse_options, written_with
 from conch.config import HttpDialect, RewardConfig, Section, load
-from conch.errors import ConchError, ConfigError, DataError
-from conch.log import progress, setup_logging
+from conch.errors import ConfigError, DataError
+from conch.rewards.base import RewardSource, UserReward
+from conch.rewards.factory import from_user
+from conch.rewards.function import FunctionReward
 from conch.triton.contract import MESSAGES, TEMPLATE_KWARGS, TOOLS
 from conch.types import ASSISTANT, Completion, Dialogue, Prompt, RewardResult, RewardStatus, Rollout
 
@@ -36,7 +31,8 @@ _ROWS_AT_ONCE = 256
 _FORMS = (
     'a text, {"text": ...}, a list of messages, {"messages": [...]}, or {"prompt": ..., "completion": ...}'
 )
-_NOT_JSON = object()
+FORM_KEYS = (MESSAGES, TOOLS, TEMPLATE_KWARGS, "text", "prompt", "completion", "chosen", "rejected")
+"""Keys of a row that are what is scored; others are metadata."""
 
 
 class AskOptions(Section):
@@ -73,66 +69,55 @@ class AskOptions(Section):
         return load(RewardConfig, settings)
 
 
-class ScoreOptions(AskOptions):
-    """Score texts or dialogues with a served reward model: JSON lines in, JSON lines out."""
-
-    path: Annotated[str, Option(positional=True)] = "-"
-    """File of JSON lines; of `.txt`, each line is a text. `-` reads JSON lines from standard input."""
-
-    url: str | None = None
-    """`host:port/model`, several hosts with commas between, or `http://host:port/path`; without it the
-    TRITON_HOST environment variable."""
-
-    batch_rows: int = 64
-    """Most samples in a request."""
-
-    def reward(self) -> RewardConfig:
-        """Return these settings as a trainer's `reward` section."""
-        return self.section(self.url, self.batch_rows)
-
-
 def score(
     rows: Iterable[Any],
-    reward: str | None = None,
+    reward: UserReward | None = None,
     config: RewardConfig | Mapping[str, Any] | None = None,
 ) -> list[RewardResult]:
-    """Score samples with a served reward model; one result per row, in order.
+    """Score samples with a reward; one result per row, in order.
 
     rows: see this module's docstring.
-    reward: "host:port/model" or "http://host:port/path"; None takes `config`'s url, else TRITON_HOST.
+    reward: "host:port/model", "http://host:port/path", "verifier:gsm8k", a function, a source, or what else
+        `from_user` takes; None takes what `config` names, else TRITON_HOST.
     config: keys of a trainer's section `reward`, or the section itself.
 
     Raises:
-        ConfigError, RewardError: the model is not named, cannot be asked, or takes token ids.
+        ConfigError, RewardError: the reward is not named, cannot be asked, or takes token ids.
     """
     section = config if isinstance(config, RewardConfig) else load(RewardConfig, dict(config or {}))
-    return list(score_each(rows, section if reward is None else section.model_copy(update={"url": reward})))
+    return list(score_each(rows, section, reward))
 
 
-def score_each(rows: Iterable[Any], config: RewardConfig) -> Iterator[RewardResult]:
+def score_each(
+    rows: Iterable[Any], config: RewardConfig, reward: UserReward | None = None
+) -> Iterator[RewardResult]:
     """Yield one result per row, in order, while later rows are being scored.
 
     Raises:
         ConfigError, RewardError: as `score`, before the first result.
     """
-    # Only who asks a server needs its client's libraries loaded.
-    from conch.rewards.served import HttpReward, ServedReward, TritonReward
-
-    url = config.url or os.environ.get("TRITON_HOST")
-    if not url:
-        raise ConfigError("no reward model given: name it with --url host:port/model, or set TRITON_HOST")
-    source: ServedReward = HttpReward(url, config) if url.startswith(SCHEMES) else TritonReward(url, config)
-    with contextlib.closing(source):
+    source = from_user(reward, config)
+    with contextlib.nullcontext() if source is reward else contextlib.closing(source):
         source.check()
-        if source.reads == "tokens":
-            raise ConfigError(
-                f"{source.name} takes token ids of the policy's tokenizer, and here are texts: convert the "
-                "model again with --form text"
-            )
+        refuse_token_ids(source)
         yield from _results(iter(rows), source)
 
 
-def _results(rows: Iterator[Any], source: Any) -> Iterator[RewardResult]:
+def reads_of(source: RewardSource) -> str:
+    """What a source that was checked reads: `tokens`, `texts`, `dialogues` or `both`."""
+    return getattr(source, "reads", "both")
+
+
+def refuse_token_ids(source: RewardSource) -> None:
+    """Raise ConfigError where the source reads token ids, which rows of texts do not hold."""
+    if reads_of(source) == "tokens":
+        raise ConfigError(
+            f"{source.name} takes token ids of the policy's tokenizer, and here are texts: convert the "
+            "model again with --form text"
+        )
+
+
+def _results(rows: Iterator[Any], source: RewardSource) -> Iterator[RewardResult]:
     """Yield results while one more part of the rows is under way."""
     before: Iterable[RewardResult] | None = None
     while part := list(itertools.islice(rows, _ROWS_AT_ONCE)):
@@ -142,20 +127,16 @@ def _results(rows: Iterator[Any], source: Any) -> Iterator[RewardResult]:
     yield from before or ()
 
 
-def _submit(part: Sequence[Any], source: Any) -> Iterator[RewardResult]:
+def _submit(part: Sequence[Any], source: RewardSource) -> Iterator[RewardResult]:
     """Request scores; what cannot be sent is INVALID. Only who iterates over the results waits for them."""
     sent: list[Rollout] = []
     problems: list[str] = []
     for row in part:
         try:
-            rollout, problem = rollout_of(row), ""
+            rollout = rollout_of(row, metadata_for(source, row))
+            problem = unreadable(source, rollout)
         except DataError as error:
             rollout, problem = None, str(error)
-        if rollout is not None and rollout.prompt.dialogue is not None and source.reads == "texts":
-            problem = (
-                "is a dialogue, and the model reads texts: give it as one text, or convert the model with "
-                "--template chat"
-            )
         problems.append(problem)
         if rollout is not None and not problem:
             sent.append(rollout)
@@ -165,35 +146,77 @@ def _submit(part: Sequence[Any], source: Any) -> Iterator[RewardResult]:
 def _in_order(problems: Sequence[str], future: Future[list[RewardResult]]) -> Iterator[RewardResult]:
     scored = iter(future.result())
     for problem in problems:
-        yield RewardResult(RewardStatus.INVALID, detail=f"the row {problem}") if problem else next(scored)
+        yield refused_row(problem) if problem else next(scored)
 
 
-def rollout_of(row: Any) -> Rollout:
-    """Return a row as the sample that a client sends.
+def refused_row(problem: str) -> RewardResult:
+    """The result of a row that cannot be sent. problem: why, in words that follow its name."""
+    return RewardResult(RewardStatus.INVALID, detail=f"the row {problem}")
+
+
+def unreadable(source: RewardSource, rollout: Rollout) -> str:
+    """Why a source that was checked cannot read a sample, in words that follow a row's name; "" if it can."""
+    if rollout.prompt.dialogue is None or reads_of(source) != "texts":
+        return ""
+    return (
+        "is a dialogue, and the model reads texts: give it as one text, or convert the model with "
+        "--template chat"
+    )
+
+
+def metadata_for(source: RewardSource, row: Any) -> dict[str, Any]:
+    """What of a row goes to a verifier or a function beside the sample: of a function, what it takes."""
+    if not isinstance(row, Mapping):
+        return {}
+    keys = [key for key in row if isinstance(key, str) and key not in FORM_KEYS]
+    if isinstance(source, FunctionReward):
+        keys = [key for key in keys if source.takes(key)]
+    return {key: row[key] for key in keys}
+
+
+def rollout_of(row: Any, metadata: Mapping[str, Any] | None = None) -> Rollout:
+    """Return a row as the sample that a source is asked for.
+
+    metadata: see `Prompt`.
 
     Raises:
         DataError: it is none, in words that follow its name.
     """
-    if row is _NOT_JSON:
-        raise DataError(f"is no JSON: give {_FORMS}")
+    more = dict(metadata or {})
     if isinstance(row, str):
-        return _sample(Prompt(row, ()))
+        return _sample(Prompt(row, (), more))
     if isinstance(row, list):
-        return rollout_of({MESSAGES: row})
+        return rollout_of({MESSAGES: row}, more)
     if not isinstance(row, Mapping):
         raise DataError(f"is a {type(row).__name__}: give {_FORMS}")
-    if MESSAGES in row:
-        return _sample(_dialogue_prompt(_messages(row[MESSAGES]), row))
+    if row.get(MESSAGES) is not None:
+        *before, last = _messages(row[MESSAGES])
+        return _answered(tuple(before), (last,), row, more)
     if isinstance(row.get("text"), str):
-        return _sample(Prompt(row["text"], ()))
+        return _sample(Prompt(row["text"], (), more))
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
-        return _sample(Prompt(prompt, ()), completion)
+        return _sample(Prompt(prompt, (), more), completion)
     if isinstance(prompt, list) and isinstance(completion, str):
-        return _sample(_dialogue_prompt(_messages(prompt), row), completion)
+        return _sample(_dialogue_prompt(_messages(prompt), row, more), completion)
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _sample(_dialogue_prompt((*_messages(prompt), *_messages(completion)), row))
+        return _answered(_messages(prompt), _messages(completion), row, more)
     raise DataError(f"has the keys {', '.join(map(str, row)) or 'of an empty object'}: give {_FORMS}")
+
+
+def _answered(
+    prompt: tuple[Mapping[str, Any], ...],
+    answer: tuple[Mapping[str, Any], ...],
+    row: Mapping[str, Any],
+    metadata: dict[str, Any],
+) -> Rollout:
+    """A dialogue and what answers it; an answer in one message of plain text is the completion."""
+    last, content = answer[-1], answer[-1].get("content")
+    is_plain = last["role"] == ASSISTANT and set(last) == {"role", "content"} and isinstance(content, str)
+    is_next = len(answer) == 1 and prompt and prompt[-1]["role"] != ASSISTANT
+    if is_plain and is_next and content:
+        return _sample(_dialogue_prompt(prompt, row, metadata), content)
+    return _sample(_dialogue_prompt((*prompt, *answer), row, metadata))
 
 
 def _messages(messages: Any) -> tuple[Mapping[str, Any], ...]:
@@ -204,11 +227,13 @@ def _messages(messages: Any) -> tuple[Mapping[str, Any], ...]:
     return tuple({key: value for key, value in each.items() if value is not None} for each in messages)
 
 
-def _dialogue_prompt(messages: tuple[Mapping[str, Any], ...], row: Mapping[str, Any]) -> Prompt:
+def _dialogue_prompt(
+    messages: tuple[Mapping[str, Any], ...], row: Mapping[str, Any], metadata: dict[str, Any]
+) -> Prompt:
     tools, variables = row.get(TOOLS), row.get(TEMPLATE_KWARGS)
     dialogue = Dialogue(messages, None if not tools else tuple(tools), dict(variables or {}))
     # By this text messages name the row, and nothing else is made of it.
-    return Prompt(json.dumps(list(map(dict, messages)), default=str), (), dialogue=dialogue)
+    return Prompt(json.dumps(list(map(dict, messages)), default=str), (), metadata, dialogue)
 
 
 def _sample(prompt: Prompt, completion: str = "") -> Rollout:
@@ -230,62 +255,6 @@ def line_of(index: int, result: RewardResult) -> dict[str, Any]:
     return line | ({"detail": result.detail} if result.detail else {})
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="conch score",
-        description=ScoreOptions.__doc__,
-        epilog="Underscores will do for dashes. "
-        "Exit codes: 0 all rows have scores, 1 nothing could be asked, 2 some rows have none.",
-    )
-    add_options(parser, ScoreOptions)
-    arguments = vars(parser.parse_args(written_with("-", sys.argv[1:] if argv is None else argv)))
-    setup_logging()
-    counts = {True: 0, False: 0}
-    first = ""
-    try:
-        options = parse_options(ScoreOptions, arguments)
-        with _opened(options.path) as lines:
-            rows = _rows(lines, is_text=options.path.endswith(".txt"))
-            for index, result in enumerate(score_each(rows, options.reward())):
-                print(json.dumps(line_of(index, result), ensure_ascii=False), flush=True)
-                counts[result.ok] += 1
-                first = first or ("" if result.ok else f"row {index}: {result.detail}")
-    except ConchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if counts[False]:
-        print(
-            f"{counts[False]} of {sum(counts.values())} rows have no score; first: {first}", file=sys.stderr
-        )
-    return 2 if counts[False] else 0
-
-
-@contextlib.contextmanager
-def _opened(path: str) -> Iterator[Iterable[str]]:
-    try:
-        # Bytes that are no UTF-8 make one row that cannot be sent, not the end of all.
-        descriptor = sys.stdin.fileno() if path == "-" else path
-        file = open(descriptor, encoding="utf-8", errors="surrogateescape", closefd=path != "-")  # noqa: SIM115
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}): give a file of JSON lines") from error
-    with file:
-        yield file
-
-
-def _rows(lines: Iterable[str], *, is_text: bool) -> Iterator[Any]:
-    """Yield the rows of lines that are not empty; a line that is no JSON is a row that cannot be scored."""
-    for line in progress(lines, desc="scoring"):
-        if not line.strip():
-            continue
-        if is_text:
-            yield line.rstrip("\n")
-            continue
-        try:
-            yield json.loads(line)
-        except ValueError:
-            yield _NOT_JSON
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    # The command stands above this part, which may not import it.
+    runpy.run_module("conch.scoring.run", run_name="__main__", alter_sys=True)

@@ -63,6 +63,11 @@ class ServedReward(RewardSource):
         info = self._client.info()
         return "tokens" if info.takes_tokens else info.reads
 
+    @property
+    def content(self) -> str:
+        """Hash of the model's weights, tokenizer and template, once `check` has asked; "" if not known."""
+        return self._client.info().content
+
     def check_prompts(self, prompts: Sequence[Prompt], special_tokens: Iterable[str] = ()) -> None:
         if self._client.has_info:  # of a server that may be away for now, nothing can be said
             check_readable(self._who, self._client.info(), prompts, special_tokens)

@@ -25,7 +25,7 @@ COLUMNS = (
     {"distributed", "data", "models", "triton"},
     {"rollouts", "reference", "rewards", "store", "runs", "sizing"},
     {"evaluation", "serving", "plots", "reward_server", "interop"},
-    {"training"},
+    {"training", "scoring"},
     {"trainers"},
     {"api"},
 )
@@ -37,6 +37,7 @@ ALLOWED = {
 } | {
     "serving": {*BASE, *COLUMNS[1], "triton", "store"},
     "converters": {*BASE, *COLUMNS[1], "data", "models", "triton", "store"},
+    "scoring": {*(part for parts in COLUMNS[:6] for part in parts), "converters"},
     "__init__": {"api", "rewards"},
     "__main__": {"converters", *(part for parts in COLUMNS for part in parts)},
 }

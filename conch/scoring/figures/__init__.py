@@ -1,0 +1,1 @@
+"""What scores amount to: of samples, of pairs, and of two rewards."""

@@ -1,0 +1,169 @@
+"""The file that scores go to: whole lines, which a later call goes on from, and a note of whose they are.
+
+A killed call leaves `scores.jsonl` with some whole lines (of a table: `scores.csv.partial`, JSON lines too)
+and `scores.jsonl.about.json`, which names input, reward and settings. The same command cuts off a line that
+is not whole, and a part of which lines are missing, and asks for what is left. Another input, reward or
+setting is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from conch.atomic_files import replace_text, sync
+from conch.errors import ConfigError, DataError
+
+_FORMAT = 1
+_TABLES = (".csv", ".parquet")
+OUTPUTS = (".jsonl", *_TABLES)
+
+
+class Journal:
+    """Lines of scores on a disk.
+
+    output: the file that they are for: `.jsonl`, and then they stand in it; `.csv` or `.parquet`.
+    about: what they are of, as it is kept beside them: group -> name -> value.
+    rows_at_once: only whole parts of so many lines are gone on from, since what is asked together may matter.
+
+    Raises:
+        ConfigError: the output holds something else, or is of another ending.
+    """
+
+    def __init__(
+        self, output: Path, about: Mapping[str, Any], *, rows_at_once: int, overwrite: bool = False
+    ) -> None:
+        if output.suffix not in OUTPUTS:
+            raise ConfigError(
+                f"--output {output}: scores are written as {', '.join(OUTPUTS)}; give one of these endings"
+            )
+        if not output.parent.is_dir():
+            raise ConfigError(f"--output {output}: there is no folder {output.parent}: make it first")
+        self.output = output
+        self.is_table = output.suffix in _TABLES
+        self.path = output.with_name(f"{output.name}.partial") if self.is_table else output
+        self.note = output.with_name(f"{output.name}.about.json")
+        self.report: dict[str, Any] | None = None
+        """What all rows amount to; None while some have no line."""
+        self._about = json.loads(json.dumps({"conch_score": _FORMAT, **about}, default=str))
+        if overwrite:
+            for path in (self.path, self.output, self.note):
+                path.unlink(missing_ok=True)
+        before = self._note()
+        self.rows = self._whole_rows(rows_at_once) if before is not None else 0
+        """Rows that have their lines already."""
+
+    def _note(self) -> dict[str, Any] | None:
+        """What the files beside the output say; None where there are none."""
+        if not self.note.is_file():
+            there = next((path for path in (self.output, self.path) if path.exists()), None)
+            if there is not None:
+                raise ConfigError(
+                    f"{there} is there, and nothing beside it says what of: give another --output, or "
+                    "--overwrite"
+                )
+            return None
+        try:
+            before = json.loads(self.note.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(
+                f"{self.note} is damaged ({error}): give another --output, or --overwrite"
+            ) from None
+        self.report = before.pop("report", None)
+        if before != self._about:
+            raise ConfigError(
+                f"{self.output} holds scores of {_difference(before, self._about)}: give another --output, "
+                "or --overwrite"
+            )
+        return before
+
+    def _whole_rows(self, rows_at_once: int) -> int:
+        """Count the lines, and cut what goes beyond whole parts; of a finished output count all."""
+        if self.report is not None or not self.path.exists():
+            return 0
+        with self.path.open("rb+") as file:
+            end, rows, keep = 0, 0, 0
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                end, rows = end + len(line), rows + 1
+                if rows % rows_at_once == 0:
+                    keep = end
+            file.truncate(keep)
+        return rows - rows % rows_at_once
+
+    def begin(self) -> None:
+        """Note what the lines are of, before the first of them."""
+        replace_text(self.note, json.dumps(self._about, indent=1) + "\n")
+
+    def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Write a part's lines in one go.
+
+        Raises:
+            DataError: the disk failed.
+        """
+        data = b"".join(map(as_bytes, lines))
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                written = 0
+                while written < len(data):
+                    written += file.write(data[written:]) or 0
+        except OSError as error:
+            raise DataError(
+                f"{self.path} cannot be written ({error.strerror}): make room, and give the same command "
+                "again"
+            ) from error
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Read the lines back, one at a time."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise DataError(
+                        f"{self.path} line {number} is damaged ({error}): score anew with --overwrite"
+                    ) from None
+
+    def finish(self, report: Mapping[str, Any]) -> None:
+        """Note that all rows have their lines, and what they amount to."""
+        if self.path.exists():
+            sync(self.path)
+        self.report = dict(report)
+        replace_text(self.note, json.dumps({**self._about, "report": self.report}, indent=1) + "\n")
+        if self.is_table:
+            self.path.unlink(missing_ok=True)
+
+
+def as_bytes(line: Mapping[str, Any]) -> bytes:
+    """A line of JSON. Bytes of an input that were no UTF-8 stand in it as escapes."""
+    text = json.dumps(line, ensure_ascii=False, default=str) + "\n"
+    return text.encode("utf-8", "backslashreplace")
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs, as `reward "a" and not "b"`."""
+    pairs = [
+        (f"{group} {name}" if name else group, one, other)
+        for group in dict.fromkeys((*before, *now))
+        for name, one, other in _values(before.get(group), now.get(group))
+        if one != other
+    ]
+    return "; ".join(f"{name} {_shown(one)} and not {_shown(other)}" for name, one, other in pairs)
+
+
+def _values(before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        yield "", before, now
+        return
+    for name in dict.fromkeys((*before, *now)):
+        yield name, before.get(name), now.get(name)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
