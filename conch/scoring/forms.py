@@ -24,6 +24,7 @@ from conch.types import Rollout
 
 _SAMPLES = (("messages",), ("prompt", "completion"), ("text",))
 _PAIRS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
+_PARTS = {"prompt", "completion", "chosen", "rejected"}
 _SUBSETS = ("subset", "domain")
 
 
@@ -88,6 +89,12 @@ class RowForm:
         if not isinstance(row, Mapping):
             return row
         row = renamed(row, DataConfig(columns=dict(self.columns)))
+        # A column that is named is meant, whatever else says the same.
+        if self.columns.keys() & _PARTS:
+            others = {"text", "messages"} - self.columns.keys()
+            row = {key: value for key, value in row.items() if key not in others}
+        elif "text" in self.columns:
+            row = {key: value for key, value in row.items() if key != "messages"}
         if self.from_text:
             row = {key: _from_json(value) for key, value in row.items()}
         completion = row.get("completion")

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from conch.errors import DataError, missing_path
 
@@ -67,7 +67,7 @@ class RowReader:
         self.format = format or _format_of(ending[0] if ending else "")
         if self.path is None:
             self.format = self.format or "jsonl"
-        self._raw: IO[bytes] | None = None
+        self._raw: io.BufferedReader | None = None
         self._size = 0
         self._rows_done = self._rows_in_all = 0
         self._check()
@@ -121,7 +121,7 @@ class RowReader:
                 yield from _table(file, "\t" if self.format == "tsv" else ",")
 
     @contextmanager
-    def _opened(self) -> Iterator[IO[str]]:
+    def _opened(self) -> Iterator[io.TextIOWrapper]:
         where = "standard input" if self.path is None else str(self.path)
         try:
             # Standard input is left open for whoever started this process.
@@ -139,7 +139,7 @@ class RowReader:
         finally:
             self._raw = None
 
-    def _unpacked(self, raw: IO[bytes]) -> Any:
+    def _unpacked(self, raw: io.BufferedReader) -> Any:
         if self._packing == ".gz":
             return gzip.GzipFile(fileobj=raw)
         if self._packing == ".zst":
@@ -204,7 +204,7 @@ def _lines(file: Iterable[str]) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def _text_lines(file: IO[str]) -> Iterator[InputRow]:
+def _text_lines(file: io.TextIOWrapper) -> Iterator[InputRow]:
     return (InputRow(f"line {number}", line.rstrip("\r\n")) for number, line in _lines(file))
 
 
@@ -216,7 +216,7 @@ def _json_lines(file: Iterable[str]) -> Iterator[InputRow]:
             yield InputRow(f"line {number}", broken=f"is no JSON ({error}): give one value a line")
 
 
-def _json_rows(file: IO[str]) -> Iterator[InputRow]:
+def _json_rows(file: io.TextIOWrapper) -> Iterator[InputRow]:
     """Items of an array, which is never held as a whole; of a file that begins with anything else, lines."""
     head = ""
     while not head.strip():
@@ -230,7 +230,7 @@ def _json_rows(file: IO[str]) -> Iterator[InputRow]:
     yield from _items(file, head.lstrip()[1:])
 
 
-def _items(file: IO[str], text: str) -> Iterator[InputRow]:
+def _items(file: io.TextIOWrapper, text: str) -> Iterator[InputRow]:
     """Items of an array whose opening bracket was read. text: what was read behind it."""
     decoder, numbers, size = json.JSONDecoder(), itertools.count(1), _CHARS
     while True:
@@ -249,11 +249,13 @@ def _items(file: IO[str], text: str) -> Iterator[InputRow]:
             continue
         more = file.read(size)
         if not more:
+            if end:
+                yield InputRow(f"row {next(numbers)}", value)
             raise DataError(f"row {next(numbers)} is no JSON ({problem}): give a whole array")
         text, size = text + more, 2 * size  # a long row is not tried again for each of its parts
 
 
-def _table(file: IO[str], delimiter: str) -> Iterator[InputRow]:
+def _table(file: io.TextIOWrapper, delimiter: str) -> Iterator[InputRow]:
     """Rows of a table with a header; cells stay texts as they stand, and an empty one is none."""
     csv.field_size_limit(_LONGEST_CELL)
     cells = csv.reader(file, delimiter=delimiter, strict=True)

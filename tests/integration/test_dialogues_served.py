@@ -24,8 +24,9 @@ from conch.evaluation.records import (
     write_record,
 )
 from conch.rewards.factory import from_user
-from conch.rewards.score import main, score
+from conch.rewards.score import score
 from conch.rewards.served import TritonReward
+from conch.scoring.run import main
 from conch.serving.server.server import TritonServer
 from conch.store.store import read_model
 from conch.types import Completion, Dialogue, Prompt, RewardResult, RewardStatus, Rollout

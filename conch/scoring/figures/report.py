@@ -85,7 +85,7 @@ class Report:
         )
 
 
-def _moments(column: np.ndarray) -> dict[str, float]:
+def _moments(column: np.ndarray) -> dict[str, Any]:
     return {
         "count": len(column),
         "mean": float(column.mean()),

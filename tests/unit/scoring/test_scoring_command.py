@@ -1,0 +1,291 @@
+"""`conch score` on files, with functions and verifiers for rewards, and an endpoint on a real socket."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+import conch
+from conch.scoring.run import main
+from tests.fakes.json_rewards import endpoint, goals
+
+ROWS = [{"prompt": "p", "completion": "x" * number, "tag": f"00{number}"} for number in range(10)]
+PAIRS = [
+    {"prompt": "p", "chosen": "x" * (n % 4), "rejected": "yy", "subset": "ab"[n % 2], "margin": "big"}
+    for n in range(8)
+]
+LENGTHS = """
+def lengths(samples, prompts, outputs):
+    return [float(len(output)) for output in outputs]
+
+def picky(samples, prompts, outputs):
+    return [None if output == "xxx" else float(len(output)) for output in outputs]
+
+def near(samples, prompts, outputs):
+    return [len(output) + (0.25 if output == "xx" else 0.0) for output in outputs]
+
+def calls(samples, prompts, outputs):
+    with open(__file__ + ".calls", "a") as file:
+        file.write(f"{len(samples)} ")
+    return [float(len(output)) for output in outputs]
+"""
+
+Write = Callable[..., str]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    (tmp_path / "own.py").write_text(LENGTHS)
+
+    def to(name: str, rows: list[Any]) -> str:
+        path = tmp_path / name
+        if name.endswith(".parquet"):
+            parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        elif name.endswith(".csv"):
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return to
+
+
+def score(path: str, function: str = "lengths", *words: str) -> int:
+    return main([path, "--reward", f"{Path(path).parent / 'own.py'}:{function}", *words])
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_scores_go_to_standard_output_and_the_report_does_not(
+    write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert score(write("rows.jsonl", ROWS), "lengths", "--rows-at-once", "3") == 0
+    out, err = capsys.readouterr()
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["index"] for line in lines] == list(range(10))
+    assert lines[4] == {
+        "index": 4, "status": "ok", "scores": {"reward": 4.0}, "model": "lengths", "version": ""
+    }  # fmt: skip
+    assert "4.5000" in err
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet"])
+def test_columns_of_the_input_are_kept_in_every_kind_of_output(
+    name: str, write: Write, tmp_path: Path
+) -> None:
+    path = write(name, ROWS[1:])
+    for output in ("out.jsonl", "out.csv", "out.parquet"):
+        assert score(path, "lengths", "--keep", "-o", str(tmp_path / output)) == 0
+    (first, *_) = lines_of(tmp_path / "out.jsonl")
+    assert {**ROWS[1], "index": 0, "status": "ok", "scores": {"reward": 1.0}}.items() <= first.items()
+    with (tmp_path / "out.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [*ROWS[0], "index", "status", "reward", "model", "version", "detail"]
+    assert (rows[0]["tag"], float(rows[8]["reward"]), rows[0]["detail"]) == ("001", 9.0, "")
+    table = parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [row["reward"] for row in table] == [float(number) for number in range(1, 10)]
+    assert table[2]["tag"] == "003" and table[2]["status"] == "ok"
+
+
+def test_pairs_get_margins_and_a_report_by_subset(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, output = write("pairs.parquet", PAIRS), tmp_path / "scores.jsonl"
+    assert score(path, "lengths", "-o", str(output), "--keep", "--report", str(tmp_path / "r.json")) == 0
+    line = lines_of(output)[3]
+    # What the input calls margin stays its own.
+    assert (line["margin"], line["conch_margin"], line["chosen"]) == ("big", 1.0, "xxx")
+    assert (line["chosen_score"], line["rejected_score"], line["correct"]) == (3.0, 2.0, 1.0)
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["pairs"]["accuracy"] == 0.375 and report["pairs"]["ties"] == 2
+    assert report["subsets"]["b"]["accuracy"] == 0.5 and report["subsets"]["a"]["accuracy"] == 0.25
+    assert "accuracy 0.3750" in capsys.readouterr().out
+
+
+def test_names_of_columns_that_were_taken_are_told(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"question": "q", "response": "xx"}]
+    assert score(write("rows.jsonl", rows)) == 0
+    assert "prompt from `question`, completion from `response`" in capsys.readouterr().err
+    assert (
+        score(write("odd.jsonl", [{"a": "q", "b": "xx"}]), "lengths", "--prompt", "a", "--completion", "b")
+        == 0
+    )
+
+
+def test_a_bad_row_in_the_midst_is_its_own_status(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(write("rows.jsonl", ROWS[:5]))
+    path.write_text(path.read_text() + '{"prompt":\n{"odd": 1}\n')
+    output = tmp_path / "out.jsonl"
+    assert score(str(path), "picky", "-o", str(output)) == 2
+    lines = lines_of(output)
+    assert [line["status"] for line in lines] == ["ok"] * 3 + ["invalid", "ok", "invalid", "invalid"]
+    assert "is no JSON" in lines[5]["detail"] and "has the keys odd" in lines[6]["detail"]
+    assert not any("scores" in lines[place] for place in (3, 5, 6))
+    assert "3 of 7 rows have no score; first: row 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--prompt", "p", "--completion", "completion"], "--prompt p: line 1 has no such column"),
+        (["--url", "host:1/m"], "give one of them"),
+        (["--tolerance", "1"], "give the other one by --against"),
+        (["-o", "scores.txt"], "give one of these endings"),
+        (["-o", "nowhere/scores.jsonl"], "there is no folder nowhere"),
+        (["-o", "rows.jsonl"], "is the input"),
+        (["--rows-are", "pairs"], 'line 1 has no "chosen" and "rejected"'),
+        (["--objective", "style"], "--objective style: lengths gives reward"),
+    ],
+)
+def test_mistakes_are_one_sentence_before_anything_is_asked(
+    words: list[str],
+    sentence: str,
+    write: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write("rows.jsonl", ROWS if "--objective" not in words else PAIRS)
+    assert main(["rows.jsonl", "--reward", "own.py:lengths", *words]) == 1
+    assert sentence in capsys.readouterr().err
+
+
+def test_an_input_without_rows_or_without_a_good_one_is_an_error(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert score(write("rows.jsonl", [])) == 1
+    assert "is empty: give at least one row" in capsys.readouterr().err
+    assert score(write("odd.jsonl", [{"odd": 1}, {"odd": 2}])) == 1
+    assert "the first 2 rows cannot be scored: line 1 has the keys odd" in capsys.readouterr().err
+
+
+def test_an_output_is_gone_on_with_and_then_whole(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, output, calls = write("rows.jsonl", ROWS), tmp_path / "out.jsonl", tmp_path / "own.py.calls"
+    words = ("calls", "-o", str(output), "--rows-at-once", "4")
+    assert score(path, *words) == 0
+    whole = output.read_bytes()
+    assert calls.read_text() == "4 4 2 "
+    # Cut in the midst of line 6, as a kill does; the note of a run that has not ended has no report.
+    note = tmp_path / "out.jsonl.about.json"
+    about = json.loads(note.read_text())
+    report = about.pop("report")
+    note.write_text(json.dumps(about))
+    output.write_bytes(b"".join(whole.splitlines(keepends=True)[:5]) + b'{"index": 5, "sta')
+    assert score(path, *words) == 0
+    assert output.read_bytes() == whole
+    assert calls.read_text() == "4 4 2 4 2 "  # whole parts are asked for again, as they were
+    assert "going on behind 4 rows" in capsys.readouterr().err
+    assert json.loads(note.read_text())["report"] == report
+    assert score(path, *words) == 0
+    assert calls.read_text() == "4 4 2 4 2 "
+    assert "holds all scores already" in capsys.readouterr().err
+
+
+def test_an_output_of_something_else_is_refused(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, output = write("rows.jsonl", ROWS), str(tmp_path / "out.csv")
+    assert score(path, "lengths", "-o", output) == 0
+    before = Path(output).read_bytes()
+    assert score(write("other.jsonl", ROWS[:3]), "lengths", "-o", output) == 1
+    assert 'input name "rows.jsonl" and not "other.jsonl"' in capsys.readouterr().err
+    assert score(path, "near", "-o", output) == 1
+    assert "holds scores of reward name" in capsys.readouterr().err
+    assert score(path, "lengths", "-o", output, "--keep") == 1
+    assert "options keep false and not true" in capsys.readouterr().err
+    (tmp_path / "mine.jsonl").write_text("mine\n")
+    assert score(path, "lengths", "-o", str(tmp_path / "mine.jsonl")) == 1
+    assert "nothing beside it says what of" in capsys.readouterr().err
+    assert Path(output).read_bytes() == before and (tmp_path / "mine.jsonl").read_text() == "mine\n"
+    assert score(path, "near", "-o", output, "--overwrite") == 0
+    assert Path(output).read_bytes() != before
+
+
+def test_two_rewards_are_compared(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, output = write("rows.jsonl", ROWS), tmp_path / "out.jsonl"
+    near = ("--against", f"{tmp_path / 'own.py'}:near", "--report", str(tmp_path / "r.json"))
+    assert score(path, "lengths", "-o", str(output), *near, "--tolerance", "0.3") == 0
+    line = lines_of(output)[2]
+    assert (line["difference"], line["against"]["scores"]) == (-0.25, {"reward": 2.25})
+    figures = json.loads((tmp_path / "r.json").read_text())["against"]
+    assert (figures["max_difference"], figures["furthest"][0]["index"]) == (0.25, 2)
+    assert figures["spearman"] == pytest.approx(1.0) and figures["kendall"] == pytest.approx(1.0)
+    assert score(path, "lengths", *near, "--tolerance", "0.2") == 3
+    assert "differ by up to 0.25, more than --tolerance 0.2" in capsys.readouterr().err
+
+
+def test_a_verifier_reads_the_answer_of_the_row(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"question": "6 x 7?", "answer": "It is 42.\n#### 42", "mine": "#### 42"},
+        {"question": "6 x 7?", "answer": "It is 42.\n#### 42", "mine": "#### 41"},
+    ]
+    path = write("rows.jsonl", rows)
+    assert main([path, "--reward", "verifier:gsm8k", "--completion", "mine"]) == 0
+    out = capsys.readouterr().out
+    assert [json.loads(line)["scores"]["answer"] for line in out.splitlines()] == [1.0, 0.0]
+    no_answer = write("no.jsonl", [{"prompt": "a", "completion": "b"}])
+    assert main([no_answer, "--reward", "verifier:gsm8k"]) == 1
+    assert "no.jsonl: the row cannot be scored: line 1" in capsys.readouterr().err
+
+
+def test_goals_of_an_endpoint_become_columns_and_objectives(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.csv"
+    with endpoint(goals) as server:
+        words = ["--url", server.url, "--dialect", "goals", "-o", str(output)]
+        assert main([write("rows.jsonl", ROWS), *words]) == 0
+        pairs = write("pairs.jsonl", PAIRS)
+        assert main([pairs, *words[:-1], str(tmp_path / "p.jsonl"), "--objective", "one"]) == 0
+    assert output.read_text().splitlines()[0] == "index,status,long,one,model,version,detail"
+    assert "8 ties" in capsys.readouterr().out
+
+
+def test_a_server_that_goes_away_leaves_what_was_scored(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, output = write("rows.jsonl", ROWS), tmp_path / "out.jsonl"
+    with endpoint() as server:
+        answer, asked = server.answer, []
+
+        def fail_later(samples: list[str]) -> tuple[int, bytes]:
+            asked.extend(samples)
+            return answer(samples) if len(asked) < 7 else (503, b"")
+
+        server.answer = fail_later
+        words = [path, "--url", server.url, "-o", str(output), "--rows-at-once", "2", "--deadline-s", "2"]
+        assert main([*words, "--batch-rows", "2"]) == 2
+        assert "went away" in capsys.readouterr().err
+        kept = lines_of(output)
+        assert 2 <= len(kept) < 10 and all(line["status"] == "ok" for line in kept)
+        server.answer = answer
+        assert main(words) == 0
+    assert [line["index"] for line in lines_of(output)] == list(range(10))
+    assert all(line["status"] == "ok" for line in lines_of(output))
+
+
+def test_rows_are_scored_from_python_by_any_reward() -> None:
+    rows = [{"prompt": "6 x 7?", "completion": "#### 42", "answer": "It is 42.\n#### 42"}, "no answer"]
+    right, wrong = conch.score(rows, "verifier:gsm8k")
+    assert right.scores == {"answer": 1.0} and not wrong.ok
+    (named,) = conch.score(["abc"], lambda samples, prompts, outputs: [float(len(samples[0]))])
+    assert named.scores == {"reward": 3.0}
