@@ -6,6 +6,7 @@ those that options give, or else by names that public datasets use for the same,
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -66,6 +67,10 @@ class RowForm:
     subset: str | None = None
     taken: Mapping[str, str] = field(default_factory=dict)
 
+    @functools.cached_property
+    def _config(self) -> DataConfig:
+        return DataConfig(columns=dict(self.columns))
+
     def request(self, row: InputRow, sources: Sequence[RewardSource]) -> Request:
         """What to ask of these sources, which were checked."""
         if row.broken:
@@ -88,7 +93,7 @@ class RowForm:
         """
         if not isinstance(row, Mapping):
             return row
-        row = renamed(row, DataConfig(columns=dict(self.columns)))
+        row = renamed(row, self._config) if self.columns else row
         # A column that is named is meant, whatever else says the same.
         if self.columns.keys() & _PARTS:
             others = {"text", "messages"} - self.columns.keys()

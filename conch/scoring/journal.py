@@ -8,6 +8,8 @@ setting is refused.
 
 from __future__ import annotations
 
+import fcntl
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -51,9 +53,13 @@ class Journal:
         if overwrite:
             for path in (self.path, self.output, self.note):
                 path.unlink(missing_ok=True)
-        before = self._note()
-        self.rows = self._whole_rows(rows_at_once) if before is not None else 0
+        self._file: io.FileIO | None = None
+        self.rows = 0
         """Rows that have their lines already."""
+        is_new = self._note() is None
+        if self.report is None:
+            self._open(is_new)
+            self.rows = self._whole_rows(rows_at_once)
 
     def _note(self) -> dict[str, Any] | None:
         """What the files beside the output say; None where there are none."""
@@ -71,7 +77,8 @@ class Journal:
             raise ConfigError(
                 f"{self.note} is damaged ({error}): give another --output, or --overwrite"
             ) from None
-        self.report = before.pop("report", None)
+        report = before.pop("report", None)
+        self.report = report if self.output.exists() else None
         if before != self._about:
             raise ConfigError(
                 f"{self.output} holds scores of {_difference(before, self._about)}: give another --output, "
@@ -79,10 +86,31 @@ class Journal:
             )
         return before
 
+    def _open(self, is_new: bool) -> None:
+        """Note what the lines are of, and keep other processes out.
+
+        Raises:
+            ConfigError: another process writes to this output, or nobody may.
+        """
+        try:
+            if is_new:
+                replace_text(self.note, json.dumps(self._about, indent=1) + "\n")
+            self._file = io.FileIO(self.path, "a")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another process scores to {self.output}: wait for it, or give another --output"
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"--output {self.output} cannot be written ({error.strerror})") from error
+
+    def close(self) -> None:
+        """Let other processes at the output."""
+        if self._file is not None:
+            self._file.close()
+
     def _whole_rows(self, rows_at_once: int) -> int:
-        """Count the lines, and cut what goes beyond whole parts; of a finished output count all."""
-        if self.report is not None or not self.path.exists():
-            return 0
+        """Count the lines, and cut what goes beyond whole parts."""
         with self.path.open("rb+") as file:
             end, rows, keep = 0, 0, 0
             for line in file:
@@ -94,22 +122,17 @@ class Journal:
             file.truncate(keep)
         return rows - rows % rows_at_once
 
-    def begin(self) -> None:
-        """Note what the lines are of, before the first of them."""
-        replace_text(self.note, json.dumps(self._about, indent=1) + "\n")
-
     def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Write a part's lines in one go.
 
         Raises:
             DataError: the disk failed.
         """
-        data = b"".join(map(as_bytes, lines))
+        data, written = b"".join(map(as_bytes, lines)), 0
+        assert self._file is not None, "nothing is added to what is whole"
         try:
-            with self.path.open("ab", buffering=0) as file:
-                written = 0
-                while written < len(data):
-                    written += file.write(data[written:]) or 0
+            while written < len(data):
+                written += self._file.write(data[written:]) or 0
         except OSError as error:
             raise DataError(
                 f"{self.path} cannot be written ({error.strerror}): make room, and give the same command "

@@ -62,6 +62,8 @@ class Scoring:
         self._form = self._form_of(first)
         self._parts_ahead = 2 + max(each.count(",") + 1 for each in words)
         self._journal = self._open_journal(words)
+        if self._journal is not None:
+            stack.callback(self._journal.close)
 
     def _check_paths(self) -> None:
         options, reader = self.options, self._reader
@@ -152,7 +154,6 @@ class Scoring:
             return
         done = 0
         if journal is not None:
-            journal.begin()
             self.report.add_all(journal.lines())
             done = journal.rows
         if done:

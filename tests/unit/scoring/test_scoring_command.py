@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -198,6 +199,20 @@ def test_an_output_is_gone_on_with_and_then_whole(
     assert score(path, *words) == 0
     assert calls.read_text() == "4 4 2 4 2 "
     assert "holds all scores already" in capsys.readouterr().err
+
+
+def test_an_output_that_another_process_writes_is_left_alone(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, output = write("rows.jsonl", ROWS), tmp_path / "out.jsonl"
+    assert score(path, "lengths", "-o", str(output)) == 0
+    note = tmp_path / "out.jsonl.about.json"
+    note.write_text(json.dumps({**json.loads(note.read_text()), "report": None}))
+    before = output.read_bytes()
+    with output.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert score(path, "lengths", "-o", str(output)) == 1
+    assert "another process scores to" in capsys.readouterr().err and output.read_bytes() == before
 
 
 def test_an_output_of_something_else_is_refused(
