@@ -298,6 +298,18 @@ def test_a_server_that_goes_away_leaves_what_was_scored(
     assert all(line["status"] == "ok" for line in lines_of(output))
 
 
+def test_several_servers_share_the_rows(write: Write, tmp_path: Path) -> None:
+    rows = [{"text": f"{number} {'x' * (number % 50)}"} for number in range(600)]
+    output = tmp_path / "out.jsonl"
+    with endpoint() as one, endpoint() as other:
+        words = ["--url", f"{one.url},{other.url}", "--batch-rows", "8", "-o", str(output)]
+        assert main([write("rows.jsonl", rows), *words]) == 0
+        assert len(one.asked) > 5 and len(other.asked) > 5
+    assert [line["scores"]["reward"] for line in lines_of(output)] == [
+        float(len(row["text"])) for row in rows
+    ]
+
+
 def test_rows_are_scored_from_python_by_any_reward() -> None:
     rows = [{"prompt": "6 x 7?", "completion": "#### 42", "answer": "It is 42.\n#### 42"}, "no answer"]
     right, wrong = conch.score(rows, "verifier:gsm8k")
