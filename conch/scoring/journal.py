@@ -98,6 +98,7 @@ class Journal:
             self._file = io.FileIO(self.path, "a")
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self.close()
             raise ConfigError(
                 f"another process scores to {self.output}: wait for it, or give another --output"
             ) from None

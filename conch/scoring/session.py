@@ -136,6 +136,7 @@ class Scoring:
             options.output, about, rows_at_once=options.rows_at_once, overwrite=options.overwrite
         )
         if path is None and (journal.rows or journal.report is not None):
+            journal.close()
             raise ConfigError(
                 f"{options.output} holds scores already, and nothing tells whether they are of this standard "
                 "input: give another --output, or --overwrite"
