@@ -16,6 +16,7 @@ from conch.config import RewardConfig, load
 from conch.errors import ConfigError, DataError, RewardUnavailableError
 from conch.log import get_logger
 from conch.rewards.base import RewardSource, UserReward
+from conch.rewards.combined import refuse_groups
 from conch.rewards.factory import from_user, is_function_name, named_function
 from conch.rewards.function import needed_columns
 from conch.types import Prompt, RewardResult, RewardStatus, Rollout
@@ -154,6 +155,8 @@ class LocalReward:
 
     def _new_source(self, columns: Sequence[str]) -> RewardSource:
         source = from_user(self.reward, self.config, metadata_keys=columns)
+        # A group may lie on several processes of another trainer.
+        refuse_groups(source, "a reward function of another trainer")
         if any(map(_speaks_grpc, _parts(source))):
             if _grpc.is_dead:
                 source.close()

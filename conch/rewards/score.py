@@ -22,6 +22,7 @@ from typing import Any
 from conch.config import HttpDialect, RewardConfig, Section, load
 from conch.errors import ConfigError, DataError
 from conch.rewards.base import RewardSource, UserReward
+from conch.rewards.combined import refuse_groups
 from conch.rewards.factory import from_user
 from conch.rewards.function import FunctionReward
 from conch.triton.contract import MESSAGES, TEMPLATE_KWARGS, TOOLS
@@ -99,6 +100,7 @@ def score_each(
         ConfigError, RewardError: as `score`, before the first result.
     """
     source = from_user(reward, config)
+    refuse_groups(source, "conch score")
     with contextlib.nullcontext() if source is reward else contextlib.closing(source):
         source.check()
         refuse_token_ids(source)

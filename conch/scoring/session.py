@@ -15,6 +15,7 @@ from conch.addresses import SCHEMES, Endpoint
 from conch.atomic_files import replace_text
 from conch.errors import ConfigError, DataError
 from conch.rewards.base import RewardSource
+from conch.rewards.combined import refuse_groups
 from conch.rewards.factory import from_user, is_function_name, named_function
 from conch.rewards.score import refuse_token_ids
 from conch.scoring.asking import Lines, ScoredRow, scored_rows, stop_if_away, with_columns
@@ -83,7 +84,9 @@ class Scoring:
         if word == self.options.against and is_original(word):
             return OriginalReward(word, self.options.original)
         reward = named_function(word, "--reward") if is_function_name(word) else word
-        return from_user(reward, self.options.section(None, self.options.batch_rows))
+        source = from_user(reward, self.options.section(None, self.options.batch_rows))
+        refuse_groups(source, "conch score")
+        return source
 
     def _form_of(self, first: Sequence[InputRow]) -> RowForm:
         options = self.options

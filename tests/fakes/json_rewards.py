@@ -67,7 +67,10 @@ class _Handler(BaseHTTPRequestHandler):
         running.asked.append(body)
         running.paths.append(self.path)
         running.headers.append({name.lower(): value for name, value in self.headers.items()})
-        status, reply = running.answer(body["query"] if isinstance(body, dict) else body)
+        if isinstance(body, dict) and "query" not in body:
+            status, reply = 422, b""
+        else:
+            status, reply = running.answer(body["query"] if isinstance(body, dict) else body)
         if status == 0:  # break the connection off
             self.close_connection = True
             return

@@ -19,6 +19,8 @@ WAYS = [
     ("sequential, batches of 24, padding told by a mask", 1),
     ("one sample a POST", 1),
     ("one sample a POST", 2),
+    ("one sample a POST, to Conch's reward server", 1),
+    ("one sample a POST, to Conch's reward server", 2),
 ]
 
 

@@ -21,6 +21,7 @@ import pytest
 from conch.errors import ConfigError, DataError, RewardInvalidError, RewardUnavailableError
 from conch.interop import local as local_module
 from conch.interop.trl import AsyncRewardFunction, SyncRewardFunction, reward_function, reward_functions
+from conch.rewards import groupwise
 from conch.rewards.base import RewardSource
 from tests.trl_calls import Logged, of_async_grpo, of_grpo
 
@@ -30,6 +31,10 @@ LETTERS = (["a", "b", "c"], ["a", "bb", "ccc"])
 
 
 def lengths(samples: Sequence[str], prompts: Sequence[str], outputs: Sequence[str]) -> list[float]:
+    return [float(len(output)) for output in outputs]
+
+
+def lengths_of_any(samples: Any, prompts: Any, outputs: Sequence[str], **_: Any) -> list[float]:
     return [float(len(output)) for output in outputs]
 
 
@@ -379,3 +384,8 @@ def test_partial_application_keeps_it_async() -> None:
     partial = functools.partial(reward_function(with_answer), answer=["a", "b", "c"])
     assert inspect.iscoroutinefunction(partial)
     assert run(partial, of_grpo(Logged(), *LETTERS)) == [1.0, 0.0, 0.0]
+
+
+def test_reward_that_compares_a_group_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a reward function of another trainer has each scored by itself"):
+        reward_function(groupwise(lengths_of_any))

@@ -151,8 +151,8 @@ def test_other_types_are_refused() -> None:
     code = f"{imports}; from_user(3, RewardConfig())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (
-        "ConfigError: a reward must be a function, `host:port/model`, `http://host:port/path`, `judge:FILE.yaml`, a Verifier or "
-        "a RewardSource, not int" in done.stderr
+        "ConfigError: a reward must be a function, `host:port/model`, `http://host:port/path`, "
+        "`judge:FILE.yaml`, a Verifier or a RewardSource, not int" in done.stderr
     )
 
 

@@ -14,7 +14,9 @@ import pytest
 from pyarrow import parquet
 
 import conch
+from conch.errors import ConfigError
 from conch.scoring.run import main
+from tests.fakes import group_rewards
 from tests.fakes.json_rewards import endpoint, goals
 
 ROWS = [{"prompt": "p", "completion": "x" * number, "tag": f"00{number}"} for number in range(10)]
@@ -316,3 +318,10 @@ def test_rows_are_scored_from_python_by_any_reward() -> None:
     assert right.scores == {"answer": 1.0} and not wrong.ok
     (named,) = conch.score(["abc"], lambda samples, prompts, outputs: [float(len(samples[0]))])
     assert named.scores == {"reward": 3.0}
+
+
+def test_reward_that_compares_a_group_is_refused(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="conch score has each scored by itself"):
+        conch.score(["a"], group_rewards.ranked)
+    assert main([write("rows.jsonl", ROWS), "--reward", f"{group_rewards.__file__}:ranked"]) == 1
+    assert "conch score has each scored by itself" in capsys.readouterr().err
