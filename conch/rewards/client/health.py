@@ -81,7 +81,7 @@ class HealthChecker:
     async def statistics_gain(self, replica: ReplicaState, timeout_s: float) -> ServerTimes:
         """Gain of the server's statistics since the last call; zeros if it does not tell."""
         try:
-            now = await replica.transport.server_statistics(timeout_s)
+            now: ServerTimes | None = await replica.transport.server_statistics(timeout_s)
         except ReplicaError:
             return ServerTimes()
         if now is None:

@@ -20,7 +20,7 @@ from conch.config import RewardClientConfig
 from conch.log import get_logger
 from conch.rewards.client.cache import ModelIdentity, ScoreCache
 from conch.rewards.client.pool import Pool, ReplicaState, backoff_s
-from conch.rewards.client.transport import Failure, ReplicaError, Reply, ScoringRow
+from conch.rewards.client.transport import Failure, ModelInfo, ReplicaError, Reply, ScoringRow
 from conch.rewards.results import ReplyParser, name_row
 from conch.types import RewardResult, RewardStatus
 
@@ -295,7 +295,8 @@ class RetryingScorer:
         assert replica.info is not None
         if replica.contents:
             self.counts.requests += 1
-            replica.info = await replica.transport.describe(timeout_s)
+            info: ModelInfo = await replica.transport.describe(timeout_s)
+            replica.info = info
         self.record_reply(replica, version, replica.info.content)
 
     def record_failure(self, replica: ReplicaState, failure: Failure) -> None:
