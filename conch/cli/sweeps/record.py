@@ -42,6 +42,10 @@ _FREE_KEYS = (
     ),
     *("train.collective_timeout_s", "asynchronous.deadline_s", "evaluation.keep", "evaluation.alarms."),
     *("evaluation.gold_client.", "evaluation.gold_auth."),
+    *("reward.judge.url", "reward.judge.key_env", "reward.judge.headers_env", "reward.judge.tls."),
+    *("reward.judge.max_in_flight", "reward.judge.requests_per_minute", "reward.judge.tokens_per_minute"),
+    *("reward.judge.connect_timeout_s", "reward.judge.request_timeout_s", "reward.judge.deadline_s"),
+    *("reward.judge.cache_", "reward.judge.price_"),
 )
 """Settings (or beginnings of their names) that may change between two starts of a sweep: those that a resumed
 run may change, less those that its results depend on (its length, its evaluations)."""
