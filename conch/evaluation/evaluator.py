@@ -233,14 +233,14 @@ class Evaluator:
         """
         repeats = repeats or self._config.eval_repeats
         self._check_groups(repeats)
-        own_places = self._own_places(repeats)
-        own_prompts = [self._prompts[place // repeats] for place in own_places]
-        places = self._collectives.all_gather([*own_places])
-        order = sorted(range(len(places)), key=places.__getitem__)
         metrics: Metrics = {}
         results: Metrics = {}
         evaluations: list[Evaluation] = []
         with own_generators(_EVALUATION, self._config.seed, step, self._collectives.rank):
+            own_places = self._own_places(repeats)
+            own_prompts = [self._prompts[place // repeats] for place in own_places]
+            places = self._collectives.all_gather([*own_places])
+            order = sorted(range(len(places)), key=places.__getitem__)
             for variant, sampler in self._samplers:
                 rollouts = self._sample(sampler, own_prompts, greedy=variant.greedy, repeats=repeats)
                 for source in self._watching:
