@@ -143,7 +143,8 @@ def _sources(config: RewardServerConfig) -> Iterator[tuple[str, RewardSource]]:
         for name, word in config.rewards.items():
             yield name, _source(word, config)
         return
-    named = any((config.source.url, config.source.function, config.source.verifier, config.source.members))
+    own = config.source
+    named = any((own.url, own.function, own.verifier, own.members, own.judge.is_set))
     word = config.reward or (None if named else os.environ.get("TRITON_HOST"))
     if word is None and not named:
         raise ConfigError(
@@ -175,8 +176,8 @@ def name_of(word: str) -> str:
 def open_reward(name: str, source: RewardSource, config: RewardServerConfig) -> Reward:
     """A source as requests ask for it."""
     asked = source
-    # A reward that compares a prompt's completions gets each request by itself: that is the group.
-    if source.batched and not getattr(source, "needs_groups", False):
+    # What compares a prompt's completions is refused by the service, and is not to hide behind a gatherer.
+    if source.batched and not source.needs_groups:
         asked = GatheredReward(source, samples=config.gather_samples, wait_s=config.gather_s)
     reward = Reward(
         name,
@@ -206,7 +207,7 @@ def reader_of(source: RewardSource, config: RewardServerConfig) -> Reader:
         label_key=config.label_key or only,
         always_labels=config.label_key is not None,
         strip=config.strip,
-        needs_completions=not all(isinstance(part, ServedReward) for part in parts),
+        needs_completions="outputs" in reads or not all(isinstance(part, ServedReward) for part in parts),
         reads="texts" if "texts" in reads else "any",
     )
 
