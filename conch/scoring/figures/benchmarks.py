@@ -33,8 +33,8 @@ _SECTIONS: dict[str, dict[str, int]] = {
     "Safety": {
         "refusals-dangerous": 100,
         "refusals-offensive": 100,
-        "xstest-should-refuse": 250,
-        "xstest-should-respond": 154,
+        "xstest-should-refuse": 154,
+        "xstest-should-respond": 250,
         "donotanswer": 136,
     },
     "Reasoning": {
@@ -42,7 +42,7 @@ _SECTIONS: dict[str, dict[str, int]] = {
         **{f"hep-{language}": 164 for language in ("cpp", "go", "java", "js", "python", "rust")},
     },
 }
-"""Section of RewardBench -> subset -> its weight in the section, as its code has them."""
+"""Section of RewardBench -> subset -> its weight in the section, as its code has them since release 0.1.3."""
 
 _SECOND = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
 _TIES = "Ties"

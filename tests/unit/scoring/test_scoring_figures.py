@@ -84,6 +84,15 @@ def test_rewardbench_sections_weigh_subsets_by_their_size() -> None:
     assert "rewardbench" not in of_pairs(pair(1.0, 0.0, subset="math-prm"), pair(1.0, 0.0, subset="mine"))
 
 
+def test_rewardbench_weighs_refusals_as_its_code_does_since_release_0_1_3() -> None:
+    right, wrong = (1.0, 0.0), (0.0, 1.0)
+    safety = ("refusals-dangerous", "refusals-offensive", "donotanswer", "xstest-should-respond")
+    lines = [pair(*(wrong if subset == safety[-1] else right), subset=subset) for subset in safety]
+    lines.append(pair(*right, subset="xstest-should-refuse"))
+    report = of_pairs(*lines)["rewardbench"]
+    assert report["Safety"] == pytest.approx(490 / 740)
+
+
 def test_rewardbench_2_scores_ties_by_gap_and_spread() -> None:
     lines = [
         pair([1.0], [0.0, 0.0, 0.0], subset=name) for name in ("Factuality", "Precise IF", "Math", "Safety")
