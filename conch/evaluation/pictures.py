@@ -245,7 +245,7 @@ def _draw_group(group: Group, panels: Any, x: str, color: str) -> None:
             continue
         band = group.band_over_distance(series) if x == "distance" else group.band(series)
         there = np.isfinite(band.mean) & np.isfinite(band.at)
-        measured = len(band.at) == len(group.seeds[0].step)
+        measured = x != "distance" or len(group.seeds) == 1
         if not measured and series == "gold":  # the mean ends where the first run does
             for seed in group.seeds:
                 axes.plot(*_by_distance(seed.distance, seed.gold), color=color, linewidth=0.6, alpha=0.6)

@@ -25,7 +25,7 @@ from conch.config import Section, load
 from conch.errors import ConchError, ConfigError, RewardUnavailableError
 from conch.log import get_logger
 from conch.reward_server.goalspace import add_goalspace
-from conch.reward_server.service import OverloadedError
+from conch.reward_server.service import Admission
 from conch.rewards.goals import DEFAULT_GOALS, GoalSpace
 from conch.rewards.goals.cache import SharedValues
 from conch.rewards.verifiers.base import Verdict, Verifier
@@ -161,7 +161,7 @@ class _Measuring:
     def __init__(self, settings: GoalspaceSettings) -> None:
         self.names: list[str] = []
         self._settings = settings
-        self._waiting = 0
+        self._admission = Admission(settings.max_waiting, "texts")
         self._pool: CheckPool[Any] | None = None
         self._folder: SharedFolder | None = None
 
@@ -190,19 +190,12 @@ class _Measuring:
         """
         if not texts:
             return {name: [] for name in self.names}
-        most = self._settings.max_waiting
-        if self._waiting and self._waiting + len(texts) > most:
-            raise OverloadedError(
-                f"{self._waiting} texts wait, {len(texts)} more would be above this server's "
-                f"`max_waiting` = {most}",
-                retry_after_s=1.0,
-            )
-        self._waiting += len(texts)
+        self._admission.take(len(texts))
         parts = [_Job(list(texts[at : at + _AT_ONCE]), normalize) for at in range(0, len(texts), _AT_ONCE)]
         try:
             columns = await asyncio.gather(*map(self._run, parts))
         finally:
-            self._waiting -= len(texts)
+            self._admission.end(len(texts))
         return {name: [value for part in columns for value in part[name]] for name in self.names}
 
     async def _run(self, job: _Job | None) -> Mapping[str, Any]:

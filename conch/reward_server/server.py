@@ -21,7 +21,7 @@ from conch.reward_server.goalspace import add_goalspace
 from conch.reward_server.metrics import Meter
 from conch.reward_server.readiness import Readiness
 from conch.reward_server.server_config import RewardServerConfig
-from conch.reward_server.service import OverloadedError, ScoringService
+from conch.reward_server.service import Admission, ScoringService
 from conch.reward_server.workers import is_worker, run_workers, shared_socket
 from conch.rewards.base import RewardSource
 from conch.rewards.combined import CompositeReward
@@ -80,18 +80,14 @@ def add_goals(front: RewardFront, sources: Iterable[RewardSource], config: Rewar
     spaces = [source.space for source in sources if isinstance(source, GoalsReward)]
     if not spaces:
         return
-    waiting = 0
+    admission = Admission(config.max_waiting, "texts")
 
     async def measure(texts: Sequence[str], normalize: bool) -> Mapping[str, Sequence[float]]:
-        nonlocal waiting
-        if waiting and waiting + len(texts) > config.max_waiting:
-            problem = f"{waiting} texts wait, `max_waiting` = {config.max_waiting}"
-            raise OverloadedError(problem, retry_after_s=1.0)
-        waiting += len(texts)
+        admission.take(len(texts))
         try:
             return await asyncio.to_thread(spaces[0].measure, texts, normalize=normalize)
         finally:
-            waiting -= len(texts)
+            admission.end(len(texts))
 
     add_goalspace(front.app, measure, spaces[0].names)
 

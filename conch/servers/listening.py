@@ -155,10 +155,37 @@ async def _refuse(send: Any, status: int, reason: str) -> None:
     await send({"type": "http.response.body", "body": content})
 
 
-class HeaderDeadline(H11Protocol):
-    """uvicorn's connection, closed where headers do not come in time: uvicorn itself waits for ever."""
+class HeaderTimer:
+    """Before a protocol of uvicorn's: a connection is closed where headers do not come in time.
 
+    uvicorn itself waits for ever. The protocol says when headers begin and end.
+    """
+
+    transport: Any
+    loop: asyncio.AbstractEventLoop
     _deadline: asyncio.TimerHandle | None = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)  # pyright: ignore[reportAttributeAccessIssue]  the protocol's
+        self._stop_watching()
+
+    def shutdown(self) -> None:
+        super().shutdown()  # pyright: ignore[reportAttributeAccessIssue]  the protocol's
+        if self.transport.is_closing():  # an idle trainer does not say goodbye, which TLS waits for
+            self.loop.call_later(_GOODBYE_S, self.transport.abort)
+
+    def _start_watching(self) -> None:
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(_HEADERS_S, self.transport.abort)
+
+    def _stop_watching(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+
+class HeaderDeadline(HeaderTimer, H11Protocol):
+    """uvicorn's connection with a parser in Python, closed where headers do not come in time."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -168,25 +195,11 @@ class HeaderDeadline(H11Protocol):
         super().data_received(data)
         self._watch()
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._stop_watching()
-
-    def shutdown(self) -> None:
-        super().shutdown()
-        if self.transport.is_closing():  # an idle trainer does not say goodbye, which TLS waits for
-            self.loop.call_later(_GOODBYE_S, self.transport.abort)
-
     def _watch(self) -> None:
         if self.conn.their_state is not h11.IDLE:
             self._stop_watching()
-        elif self._deadline is None:
-            self._deadline = self.loop.call_later(_HEADERS_S, self.transport.abort)
-
-    def _stop_watching(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+        else:
+            self._start_watching()
 
 
 def new_app(title: str) -> FastAPI:

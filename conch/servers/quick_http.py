@@ -5,23 +5,19 @@ It asks the same of a peer as `HeaderDeadline`: headers in time, and not more of
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-HEADERS_S = 10.0
-"""Longest time from a connection, or from the first byte of a further request, to the end of its headers."""
+from conch.servers.listening import HeaderTimer
 
-_GOODBYE_S = 1.0
 _MAX_HEADER_BYTES = 65_536
 """Most bytes that may come before headers end: as much as one read of a socket brings."""
 
 
-class QuickHeaderDeadline(HttpToolsProtocol):
+class QuickHeaderDeadline(HeaderTimer, HttpToolsProtocol):
     """uvicorn's connection, closed where headers do not come in time, or do not end."""
 
-    _deadline: asyncio.TimerHandle | None = None
     _header_bytes = 0
 
     def connection_made(self, transport: Any) -> None:
@@ -44,21 +40,7 @@ class QuickHeaderDeadline(HttpToolsProtocol):
         self._stop_watching()
         super().on_headers_complete()
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._stop_watching()
-
-    def shutdown(self) -> None:
-        super().shutdown()
-        if self.transport.is_closing():  # an idle trainer does not say goodbye, which TLS waits for
-            self.loop.call_later(_GOODBYE_S, self.transport.abort)
-
     def _watch(self) -> None:
         if self._deadline is None:
             self._header_bytes = 0
-            self._deadline = self.loop.call_later(HEADERS_S, self.transport.abort)
-
-    def _stop_watching(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+            self._start_watching()

@@ -18,10 +18,12 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 import ssl
+import time
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import timezone
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Any, Literal, NoReturn, TypeVar
@@ -414,20 +416,17 @@ def _beside(url: str, name: str) -> str:
     return urlunsplit((split.scheme, split.netloc, f"{folder}/{name}", "", ""))
 
 
-def _retry_after_s(headers: Mapping[str, str]) -> float:
-    """Seconds or a date; 0 for neither."""
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """How long a server wants to be left alone, in seconds: a number or a date (RFC 9110, section 10.2.3; one
+    without a zone is UTC). None where it does not say; below 0 where that is over."""
     text = headers.get("retry-after", "").strip()
-    if text.isdigit():
-        seconds = float(text)
-    else:
-        try:
-            date = parsedate_to_datetime(text)
-        except ValueError:
-            return 0.0
-        if date.tzinfo is None:
-            date = date.replace(tzinfo=timezone.utc)
-        seconds = (date - datetime.now(timezone.utc)).total_seconds()
-    return min(max(seconds, 0.0), _LONGEST_RETRY_AFTER_S)
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
+        return float(text)
+    try:
+        date = parsedate_to_datetime(text)
+        return (date if date.tzinfo else date.replace(tzinfo=timezone.utc)).timestamp() - time.time()
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def _no_form(code: int, forms: Sequence[_Form]) -> Failure:
@@ -450,7 +449,7 @@ def _status_failure(status: int, headers: Mapping[str, str], url: str) -> Failur
         detail += ": it wants a token; name its variable in `reward.auth.headers_env.authorization`"
         return Failure(RewardStatus.UNAVAILABLE, detail, is_down=True)
     if status in TRANSIENT:
-        after_s = _retry_after_s(headers)
+        after_s = min(max(retry_after_s(headers) or 0.0, 0.0), _LONGEST_RETRY_AFTER_S)
         return Failure(RewardStatus.UNAVAILABLE, detail, retryable=True, retry_after_s=after_s)
     if status in _MAYBE_ONE_ROW:
         return Failure(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import re
 import time
 from collections.abc import Mapping
+
+from conch.rewards.client.http import retry_after_s
 
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
@@ -72,13 +73,9 @@ def asked_pause_s(headers: Mapping[str, str]) -> float:
     milliseconds = _number(headers.get("retry-after-ms"))
     if milliseconds is not None:
         return _bounded(milliseconds / 1000)
-    after = headers.get("retry-after")
-    if after is not None:
-        seconds = _number(after)
-        if seconds is None:
-            seconds = _seconds_until(after)
-        if seconds is not None:
-            return _bounded(seconds)
+    seconds = retry_after_s(headers)
+    if seconds is not None:
+        return _bounded(seconds)
     return exhausted_pause_s(headers) or _DEFAULT_PAUSE_S
 
 
@@ -106,14 +103,6 @@ def duration_s(text: str | None) -> float | None:
 
 def _number(text: str | None) -> float | None:
     return float(text) if text is not None and re.fullmatch(r"\s*\d+(\.\d+)?\s*", text) else None
-
-
-def _seconds_until(date: str) -> float | None:
-    try:
-        moment = email.utils.parsedate_to_datetime(date)
-        return moment.timestamp() - time.time()
-    except (TypeError, ValueError, OverflowError):
-        return None
 
 
 def _bounded(seconds: float) -> float:

@@ -233,7 +233,7 @@ def raw(server: Served) -> socket.socket:
 
 
 def test_headers_that_do_not_end_are_hung_up_on(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("conch.servers.quick_http.HEADERS_S", 600.0)
+    monkeypatch.setattr("conch.servers.listening._HEADERS_S", 600.0)
     with raw(server) as connection:
         connection.sendall(b"POST / HTTP/1.1\r\nx: ")
         with pytest.raises(ConnectionError):
@@ -254,7 +254,7 @@ def read_until(connection: socket.socket, what: bytes, times: int = 1) -> bytes:
 
 
 def test_headers_that_do_not_come_in_time_are_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("conch.servers.quick_http.HEADERS_S", 1.0)
+    monkeypatch.setattr("conch.servers.listening._HEADERS_S", 1.0)
     content = json.dumps({"texts": ["abc"]}).encode()
     request = b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(content) + content
     with served(Lengths()) as server, raw(server) as idle, raw(server) as good:
