@@ -95,4 +95,5 @@ def test_samplers_of_ray_and_a_function_of_groups(tmp_path: Path) -> None:
     with closing(async_grpo_trainer(tmp_path / "run", reward_fn=ranked, **settings)) as trainer:
         metrics = [trainer.step() for _ in range(2)]
     assert all(each["reward/mean"] == pytest.approx(0.5) for each in metrics)
-    assert all(each["reward/requests"] >= 2 for each in metrics)
+    # One for each group of both steps; a step may ask ahead for the next one's.
+    assert sum(each["reward/requests"] for each in metrics) == 2 * 2
