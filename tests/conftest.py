@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import logging
 import os
 import shutil
 import signal
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +37,7 @@ install_import_hook("conch", "beartype.beartype")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TESTS = Path(__file__).parent
+_LOOPS = ("reward-", "judge-")  # how the threads of open reward sources are named
 FOLDER_MARKERS = {"unit": "unit", "integration": "integration", "invariance": "integration", "vllm": "vllm"}
 
 
@@ -58,6 +62,32 @@ def _logging_as_it_was() -> Iterator[None]:
     before = logger.handlers[:], logger.level, logger.propagate
     yield
     logger.handlers[:], logger.level, logger.propagate = before
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_open() -> Iterator[None]:
+    """Close the test's trainers; a reward source that it left open is its failure.
+
+    The connections of such a source are collected in the middle of some later test, which then fails by their
+    ResourceWarning. Sources of fixtures of a module are there before this begins.
+    """
+    before = set(threading.enumerate())
+    trainers = getattr(sys.modules.get("tests.runs"), "OPEN", [])
+    known = len(trainers)
+    yield
+    trainers = getattr(sys.modules.get("tests.runs"), "OPEN", [])
+    for trainer in trainers[known:]:
+        trainer.close()
+    del trainers[known:]
+    left = _open_since(before)
+    if left:  # what closes itself once nobody holds it may be held by a traceback
+        gc.collect()
+        left = _open_since(before)
+    assert not left, f"close what the test opened: {', '.join(left)}"
+
+
+def _open_since(before: set[threading.Thread]) -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith(_LOOPS) and t not in before]
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import GPT2LMHeadModel, PreTrainedModel
@@ -19,13 +19,18 @@ from conch.trainers.ppo import PPORunConfig, PPOTrainer
 from conch.trainers.reward_model import RewardModelRunConfig, RewardModelTrainer
 from conch.trainers.rft import RFTRunConfig, RFTTrainer
 from conch.trainers.sft import SFTRunConfig, SFTTrainer
+from conch.training.checkpointing import Trainer
 from conch.types import Completion, FinishReason, Prompt, RewardResult, RewardStatus, Rollout
 from tests.tiny import char_tokenizer, tiny_gpt2_config
+
+TrainerT = TypeVar("TrainerT", bound=Trainer)
 
 LETTERS = "abcdefgh"
 TOKENIZER = char_tokenizer(LETTERS)
 PAD, EOS = len(LETTERS), len(LETTERS) + 1
 PROMPTS = ["a", "bc", "def", "g", "ha", "b", "cd", "e"]
+OPEN: list[Trainer] = []
+"""Trainers that the functions below made; `tests/conftest.py` closes those of a test at its end."""
 # Linear in the gradient's size instead of its sign alone: parameters after one update then tell gradients
 # apart.
 LINEAR_ADAM = {"learning_rate": 0.1, "eps": 1.0}
@@ -96,9 +101,17 @@ def ppo_trainer(run_dir: Path, *, lm: PreTrainedModel | None = None, **settings:
         },
         settings,
     )
-    return PPOTrainer(
-        load(PPORunConfig, values),
-        **{"reward": reward, "prompts": PROMPTS, "tokenizer": TOKENIZER, "model": lm or policy(), **given},
+    return _opened(
+        PPOTrainer(
+            load(PPORunConfig, values),
+            **{
+                "reward": reward,
+                "prompts": PROMPTS,
+                "tokenizer": TOKENIZER,
+                "model": lm or policy(),
+                **given,
+            },
+        )
     )
 
 
@@ -109,7 +122,7 @@ def grpo_trainer(run_dir: Path, *, lm: PreTrainedModel | None = None, **settings
         `gold`.
     """
     given = _grpo_inputs(settings, lm)
-    return GRPOTrainer(load(GRPORunConfig, _grpo_values(run_dir, settings)), **given)
+    return _opened(GRPOTrainer(load(GRPORunConfig, _grpo_values(run_dir, settings)), **given))
 
 
 def async_grpo_trainer(
@@ -117,7 +130,7 @@ def async_grpo_trainer(
 ) -> AsyncGRPOTrainer:
     """The same, asynchronous; `rollout` says where it samples."""
     given = _grpo_inputs(settings, lm)
-    return AsyncGRPOTrainer(load(AsyncGRPORunConfig, _grpo_values(run_dir, settings)), **given)
+    return _opened(AsyncGRPOTrainer(load(AsyncGRPORunConfig, _grpo_values(run_dir, settings)), **given))
 
 
 def _grpo_inputs(settings: dict[str, Any], lm: PreTrainedModel | None) -> dict[str, Any]:
@@ -161,11 +174,13 @@ def sft_trainer(
         },
         settings,
     )
-    return SFTTrainer(
-        load(SFTRunConfig, values),
-        samples=samples,
-        reward=reward,
-        **{"model": lm or policy(), "tokenizer": TOKENIZER, **given},
+    return _opened(
+        SFTTrainer(
+            load(SFTRunConfig, values),
+            samples=samples,
+            reward=reward,
+            **{"model": lm or policy(), "tokenizer": TOKENIZER, **given},
+        )
     )
 
 
@@ -204,7 +219,7 @@ def ilql_trainer(
     )
     if not trainer.run.continued:
         shake_heads(trainer.policy)
-    return trainer
+    return _opened(trainer)
 
 
 def shake_heads(module: ILQLPolicy) -> None:
@@ -237,7 +252,7 @@ def reward_trainer(run_dir: Path, samples: Sequence[Any], **settings: Any) -> Re
         load(RewardModelRunConfig, values), samples=samples, **{"tokenizer": TOKENIZER, **given}
     )
     shake(trainer.model, noise)
-    return trainer
+    return _opened(trainer)
 
 
 def rft_trainer(run_dir: Path, *, lm: PreTrainedModel | None = None, **settings: Any) -> RFTTrainer:
@@ -259,9 +274,17 @@ def rft_trainer(run_dir: Path, *, lm: PreTrainedModel | None = None, **settings:
         },
         settings,
     )
-    return RFTTrainer(
-        load(RFTRunConfig, values),
-        **{"reward": reward, "prompts": PROMPTS, "tokenizer": TOKENIZER, "model": lm or policy(), **given},
+    return _opened(
+        RFTTrainer(
+            load(RFTRunConfig, values),
+            **{
+                "reward": reward,
+                "prompts": PROMPTS,
+                "tokenizer": TOKENIZER,
+                "model": lm or policy(),
+                **given,
+            },
+        )
     )
 
 
@@ -296,6 +319,11 @@ def scored(*scores: float | None) -> list[RewardResult]:
         failure if score is None else RewardResult(RewardStatus.OK, scores={"reward": score})
         for score in scores
     ]
+
+
+def _opened(trainer: TrainerT) -> TrainerT:
+    OPEN.append(trainer)
+    return trainer
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

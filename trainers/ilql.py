@@ -64,6 +64,7 @@ from conch.models.ilql import DECODING_FILE, ILQLOutput, ILQLPolicy
 from conch.models.loading import context_window
 from conch.ops import logprobs_of_labels, masked_sum
 from conch.rewards.base import UserReward
+from conch.rewards.opened import sources_closed_on_failure
 from conch.rewards.scorer import RewardScorer
 from conch.rollouts.hf.engine import HFEngine
 from conch.rollouts.prompts import tokenize_prompts
@@ -268,6 +269,7 @@ class ILQLTrainer:
         ConchError: from the constructor, for everything that can be known to be wrong before training.
     """
 
+    @sources_closed_on_failure()
     def __init__(
         self,
         config: ILQLRunConfig,

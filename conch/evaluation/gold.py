@@ -55,6 +55,7 @@ from conch.rewards.base import RewardSource
 from conch.rewards.combined import refuse_groups
 from conch.rewards.factory import from_user, is_function_name, named_function
 from conch.rewards.function import FunctionReward
+from conch.rewards.opened import sources_closed_on_failure
 from conch.rewards.score import AskOptions
 from conch.rewards.scorer import total_reward
 from conch.triton.contract import TEMPLATE_KWARGS, TOOLS
@@ -129,6 +130,7 @@ class GoldRow:
 # ------------------------------------------------------------------------------------- what a reward reads
 
 
+@sources_closed_on_failure()
 def gold_source(gold: str, config: RewardConfig, metadata_keys: Sequence[str] = ()) -> RewardSource:
     """Make the source that a word of the command line names.
 

@@ -19,6 +19,7 @@ from conch.rewards.base import RewardSource, UserReward
 from conch.rewards.combined import refuse_groups
 from conch.rewards.factory import from_user, is_function_name, named_function
 from conch.rewards.function import needed_columns
+from conch.rewards.opened import sources_closed_on_failure
 from conch.types import Prompt, RewardResult, RewardStatus, Rollout
 
 _log = get_logger(__name__)
@@ -153,13 +154,13 @@ class LocalReward:
         if closer is not None:
             closer()
 
+    @sources_closed_on_failure()
     def _new_source(self, columns: Sequence[str]) -> RewardSource:
         source = from_user(self.reward, self.config, metadata_keys=columns)
         # A group may lie on several processes of another trainer.
         refuse_groups(source, "a reward function of another trainer")
         if any(map(_speaks_grpc, _parts(source))):
             if _grpc.is_dead:
-                source.close()
                 raise ConfigError(
                     f"{source.name} cannot be asked here: this process was forked from one that had asked a "
                     "Triton server, and gRPC does not start again in it. Start processes with the method "

@@ -20,6 +20,7 @@ from conch.rewards.base import RewardSource, UserReward
 from conch.rewards.combined import EnsembleReward, SumReward
 from conch.rewards.function import FunctionReward
 from conch.rewards.judge.names import JUDGE
+from conch.rewards.opened import note_opened
 from conch.rewards.replay import ReplayReward
 from conch.rewards.steering import SteeringReward
 from conch.rewards.token_rewards import Decode
@@ -244,14 +245,20 @@ def _module(name: str, setting: str) -> ModuleType:
 def _single_source(
     reward: object, config: RewardConfig, metadata_keys: Iterable[str], decode: Decode | None
 ) -> RewardSource:
+    if isinstance(reward, RewardSource):
+        return reward
+    return note_opened(_new_source(reward, config, metadata_keys, decode))
+
+
+def _new_source(
+    reward: object, config: RewardConfig, metadata_keys: Iterable[str], decode: Decode | None
+) -> RewardSource:
     if isinstance(reward, str):
         return _source_of_name(reward, config, metadata_keys, decode)
     if isinstance(reward, Verifier):
         return _verifier_reward(reward, config)
     if isinstance(reward, JudgeConfig):
         return _judge(reward, config, metadata_keys)
-    if isinstance(reward, RewardSource):
-        return reward
     kind = type(reward).__name__
     if isinstance(reward, type) and issubclass(reward, Verifier | RewardSource):
         raise ConfigError(f"the reward is the class {reward.__name__}: give one of it, {reward.__name__}()")

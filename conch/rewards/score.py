@@ -25,6 +25,7 @@ from conch.rewards.base import RewardSource, UserReward
 from conch.rewards.combined import refuse_groups
 from conch.rewards.factory import from_user
 from conch.rewards.function import FunctionReward
+from conch.rewards.opened import sources_closed_on_failure
 from conch.triton.contract import MESSAGES, TEMPLATE_KWARGS, TOOLS
 from conch.types import ASSISTANT, Completion, Dialogue, Prompt, RewardResult, RewardStatus, Rollout
 
@@ -99,8 +100,9 @@ def score_each(
     Raises:
         ConfigError, RewardError: as `score`, before the first result.
     """
-    source = from_user(reward, config)
-    refuse_groups(source, "conch score")
+    with sources_closed_on_failure():
+        source = from_user(reward, config)
+        refuse_groups(source, "conch score")
     with contextlib.nullcontext() if source is reward else contextlib.closing(source):
         source.check()
         refuse_token_ids(source)

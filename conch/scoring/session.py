@@ -17,6 +17,7 @@ from conch.errors import ConfigError, DataError
 from conch.rewards.base import RewardSource
 from conch.rewards.combined import refuse_groups
 from conch.rewards.factory import from_user, is_function_name, named_function
+from conch.rewards.opened import sources_closed_on_failure
 from conch.rewards.score import refuse_token_ids
 from conch.scoring.asking import Lines, ScoredRow, scored_rows, stop_if_away, with_columns
 from conch.scoring.figures.report import Report, as_text
@@ -80,6 +81,7 @@ class Scoring:
                 "time, and standard input is read once; write .jsonl, or give a file"
             )
 
+    @sources_closed_on_failure()
     def _open(self, word: str) -> RewardSource:
         if word == self.options.against and is_original(word):
             return OriginalReward(word, self.options.original)

@@ -40,6 +40,7 @@ from conch.models.freezing import freeze_layers
 from conch.models.reference import Reference, build_reference
 from conch.reference.remote import RemoteReference
 from conch.rewards.base import RewardSource, UserReward
+from conch.rewards.opened import sources_closed_on_failure
 from conch.rewards.scorer import RewardScorer
 from conch.rollouts.factory import RolloutEngineFactory, check_sampling
 from conch.rollouts.prompts import tokenize_prompts
@@ -126,6 +127,7 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
     packer: BatchPacker
     """Makes the rows that policy and reference read; set by `setup` where there are any."""
 
+    @sources_closed_on_failure()
     def __init__(
         self,
         config: ConfigT,

@@ -45,6 +45,7 @@ def test_arguments_pick_the_algorithm(
     assert len(trainer.generate(["ab", "c"])) == 2
     trainer.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved/tokenizer.json").is_file()
+    trainer.close()
 
 
 def test_gold_watches_what_is_trained_in_one_call(tmp_path: Path) -> None:
@@ -80,6 +81,7 @@ def test_an_algorithm_is_picked_by_name_or_by_the_section_of_its_settings(
     trainer = conch.train(
         policy(), tokenizer=TOKENIZER, config=config, prompts=PROMPTS, reward=vowels, **given
     )
+    trainer.close()
     assert type(trainer) is kind
 
 
@@ -87,6 +89,7 @@ def test_a_config_of_a_type_picks_its_own(tmp_path: Path) -> None:
     values = settings(tmp_path / "run", model=MODEL, rft={"n_generations_per_prompt": 4, "batch_size": 4})
     config = load(RFTRunConfig, values)
     trainer = conch.train(policy(), tokenizer=TOKENIZER, config=config, prompts=PROMPTS, reward=vowels)
+    trainer.close()
     assert type(trainer) is RFTTrainer
 
 
@@ -136,7 +139,7 @@ def test_columns_of_rows_are_named_in_the_config(tmp_path: Path) -> None:
     rows = [{"question": prompt, "truth": prompt.upper(), "label": None} for prompt in PROMPTS]
     columns = {"columns": {"prompt": "question"}}
     config = settings(tmp_path / "ppo", ppo={"rollouts_per_step": 8}, data=columns)
-    conch.train(policy(), tokenizer=TOKENIZER, config=config, prompts=rows, reward=reward)
+    conch.train(policy(), tokenizer=TOKENIZER, config=config, prompts=rows, reward=reward).close()
     assert seen and all(prompt in PROMPTS and truth == prompt.upper() for prompt, truth in seen)
 
     samples = [{"question": "ab", "answer": "cd"}] * 4

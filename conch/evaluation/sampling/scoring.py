@@ -19,6 +19,7 @@ from conch.evaluation.records import PROXY, EvaluatedSample, EvaluationRecord
 from conch.rewards.base import RewardSource
 from conch.rewards.combined import refuse_groups
 from conch.rewards.factory import from_user
+from conch.rewards.opened import sources_closed_on_failure
 from conch.rewards.outage import AllReduceInt
 from conch.rewards.scorer import RewardScorer, total_reward
 from conch.rewards.verifiers.named import PREFIX
@@ -41,6 +42,7 @@ class Asked:
     member: str = ""
 
 
+@sources_closed_on_failure()
 def sources_of(config: RewardConfig, default_name: str, metadata_keys: Sequence[str]) -> list[Asked]:
     """The sources that a section names: one, or each member.
 
