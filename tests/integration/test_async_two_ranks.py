@@ -45,7 +45,8 @@ def test_staleness_0_is_the_synchronous_run(tmp_path: Path, servers: str) -> Non
     assert steps == [comparable(row) for row in logged(tmp_path / "sync")]
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_rank_that_is_killed_loses_and_doubles_nothing(tmp_path: Path, servers: str, victim: int) -> None:
     folder, settings = tmp_path / "run", ("asynchronous.max_staleness=2", "train.total_steps=8")
     process = run(folder, servers, *settings)

@@ -56,6 +56,7 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_benchmark_compares_served_with_in_process_round_by_round(data: Path, tmp_path: Path) -> None:
     size = [
         "--samples",

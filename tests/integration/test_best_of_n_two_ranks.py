@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from conch.evaluation.sampling.run import main
 from tests.best_of_n_runs import Bench
 from tests.launches import finish, start, torchrun
@@ -28,6 +30,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in [*folder.glob("samples/*"), folder / "results.json"]}
 
 
+@pytest.mark.slow
 def test_two_processes_sample_and_score_what_one_does_and_go_on_together(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     program = ["-m", "conch", "best-of-n"]

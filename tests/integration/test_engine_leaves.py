@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 LONGEST_S = 120
 
 
+@pytest.mark.slow
 def test_runs_that_end_right_after_their_last_collective_leave_with_0() -> None:
     """Where nothing was waited for, one in three such runs aborted."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]

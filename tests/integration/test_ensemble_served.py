@@ -205,6 +205,7 @@ def test_a_bad_sample_is_the_callers_fault_and_fails_alone(served: Served) -> No
         assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
 
 
+@pytest.mark.slow
 def test_token_form_serves_rows_of_other_lengths_together(served: Served, tmp_path: Path) -> None:
     for seed in (0, 1):
         checkpoint = reward_checkpoint(tmp_path / str(seed), seed=seed, reward_model={"max_length": 12})

@@ -11,6 +11,7 @@ from conch.serving.server.server import TritonServer
 from tests.faults import MODEL
 
 
+@pytest.mark.slow
 def test_ppo_ends_the_same_however_often_its_server_is_killed(tmp_path: Path) -> None:
     tally = chaos.chaos(tmp_path, runs=2, seed=0, steps=3, longest_up_s=0.3)
     assert tally.differences == ("", "")

@@ -98,6 +98,7 @@ def test_with_raise_both_ranks_leave_with_the_reason(server: TritonServer, tmp_p
     assert output.count("error: ") >= 2 and output.count("8 of 8 samples got no reward") >= 2, output
 
 
+@pytest.mark.slow
 def test_with_wait_both_ranks_go_on_to_the_same_end(
     server: TritonServer, store: Path, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,10 +19,36 @@ from tests.integration.reward_models.replica import Replica
 REPLICAS = (*CHATS, *HEADS, *PROCESSES)
 TOLERANCE = 1e-4
 
-
-@pytest.mark.parametrize(
-    "replica", [each for each in REPLICAS if not each.refused], ids=lambda each: each.name
+USUAL = (
+    "Skywork-Reward Llama-3.1",  # a classifier of its own template
+    "InternLM2-reward",  # a class of the checkpoint's own
+    "OpenRLHF value_head",
+    "TRL value head",
+    "a pickled head beside a trunk",
+    "UltraRM-13b",  # text of its own form
+    "Eurus-RM-7b",
+    "Starling-RM-7B-alpha",
+    "AlpacaFarm reward-model-human",
+    "beaver cost",
+    "cross-encoder (BERT)",
+    "QRM-Llama3",  # several objectives of quantiles
+    "Nemotron-70B-Reward-HF",  # the logit of a token
+    "Skywork-o1-Open-PRM",  # steps
 )
+"""One of each mechanism beside those of test_replicas_served.py; all others are slow."""
+
+
+def _cases() -> list[Any]:
+    names = [replica.name for replica in REPLICAS if not replica.refused]
+    assert set(USUAL) <= set(names), set(USUAL) - set(names)
+    return [
+        pytest.param(replica, marks=[] if replica.name in USUAL else [pytest.mark.slow])
+        for replica in REPLICAS
+        if not replica.refused
+    ]
+
+
+@pytest.mark.parametrize("replica", _cases(), ids=lambda each: each.name)
 def test_a_public_reward_model_scores_as_its_card_says(tmp_path: Path, replica: Replica) -> None:
     folder = tmp_path / "checkpoint"
     folder.mkdir()
