@@ -63,8 +63,7 @@ from conch.models.freezing import freeze_layers
 from conch.models.ilql import DECODING_FILE, ILQLOutput, ILQLPolicy
 from conch.models.loading import context_window
 from conch.ops import logprobs_of_labels, masked_sum
-from conch.rewards.base import UserReward
-from conch.rewards.opened import sources_closed_on_failure
+from conch.rewards.base import UserReward, sources_closed_on_failure
 from conch.rewards.scorer import RewardScorer
 from conch.rollouts.hf.engine import HFEngine
 from conch.rollouts.prompts import tokenize_prompts

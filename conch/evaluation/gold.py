@@ -51,11 +51,10 @@ from conch.evaluation.seed_files import (
     write_seed_files,
 )
 from conch.log import get_logger, progress, setup_logging
-from conch.rewards.base import RewardSource
+from conch.rewards.base import RewardSource, sources_closed_on_failure
 from conch.rewards.combined import refuse_groups
 from conch.rewards.factory import from_user, is_function_name, named_function
 from conch.rewards.function import FunctionReward
-from conch.rewards.opened import sources_closed_on_failure
 from conch.rewards.score import AskOptions
 from conch.rewards.scorer import total_reward
 from conch.triton.contract import TEMPLATE_KWARGS, TOOLS

@@ -15,11 +15,10 @@ from conch.addresses import SCHEMES
 from conch.config import RewardConfig, load
 from conch.errors import ConfigError, DataError, RewardUnavailableError
 from conch.log import get_logger
-from conch.rewards.base import RewardSource, UserReward
+from conch.rewards.base import RewardSource, UserReward, sources_closed_on_failure
 from conch.rewards.combined import refuse_groups
 from conch.rewards.factory import from_user, is_function_name, named_function
 from conch.rewards.function import needed_columns
-from conch.rewards.opened import sources_closed_on_failure
 from conch.types import Prompt, RewardResult, RewardStatus, Rollout
 
 _log = get_logger(__name__)

@@ -17,8 +17,10 @@ A source of your own is a class with two methods:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeVar
@@ -28,6 +30,8 @@ from conch.rewards.verifiers.base import Verifier
 from conch.types import Metrics, Prompt, RewardResult, Rollout
 
 SourceT = TypeVar("SourceT", bound="RewardSource")
+
+_undone: ContextVar[ExitStack | None] = ContextVar("undone", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,3 +175,26 @@ class RewardSource(ABC):
 
 UserReward = Callable[..., Any] | str | RewardSource | Verifier[Any] | JudgeConfig
 """Anything that a user may pass as a reward."""
+
+
+@contextmanager
+def sources_closed_on_failure() -> Iterator[None]:
+    """Where the block (or the function it decorates) raises, sources that `from_user` made in it are closed.
+
+    Sources that were passed in stay as they are: they are the caller's, who may try again with them.
+    """
+    with ExitStack() as undone:
+        token = _undone.set(undone)
+        try:
+            yield
+        finally:
+            _undone.reset(token)
+        undone.pop_all()
+
+
+def note_opened(source: SourceT) -> SourceT:
+    """Say that `source` was made here, so that what fails afterwards closes it."""
+    undone = _undone.get()
+    if undone is not None:
+        undone.callback(source.close)
+    return source

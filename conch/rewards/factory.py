@@ -16,11 +16,10 @@ from urllib.parse import urlsplit
 from conch.addresses import SCHEMES, Endpoint, is_loopback, parse_urls
 from conch.config import JudgeConfig, RewardConfig
 from conch.errors import ConfigError, missing_path
-from conch.rewards.base import RewardSource, UserReward
+from conch.rewards.base import RewardSource, UserReward, note_opened
 from conch.rewards.combined import EnsembleReward, SumReward
 from conch.rewards.function import FunctionReward
 from conch.rewards.judge.names import JUDGE
-from conch.rewards.opened import note_opened
 from conch.rewards.replay import ReplayReward
 from conch.rewards.steering import SteeringReward
 from conch.rewards.token_rewards import Decode

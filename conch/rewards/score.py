@@ -21,11 +21,10 @@ from typing import Any
 
 from conch.config import HttpDialect, RewardConfig, Section, load
 from conch.errors import ConfigError, DataError
-from conch.rewards.base import RewardSource, UserReward
+from conch.rewards.base import RewardSource, UserReward, sources_closed_on_failure
 from conch.rewards.combined import refuse_groups
 from conch.rewards.factory import from_user
 from conch.rewards.function import FunctionReward
-from conch.rewards.opened import sources_closed_on_failure
 from conch.triton.contract import MESSAGES, TEMPLATE_KWARGS, TOOLS
 from conch.types import ASSISTANT, Completion, Dialogue, Prompt, RewardResult, RewardStatus, Rollout
 

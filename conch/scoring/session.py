@@ -14,10 +14,9 @@ from typing import Any
 from conch.addresses import SCHEMES, Endpoint
 from conch.atomic_files import replace_text
 from conch.errors import ConfigError, DataError
-from conch.rewards.base import RewardSource
+from conch.rewards.base import RewardSource, sources_closed_on_failure
 from conch.rewards.combined import refuse_groups
 from conch.rewards.factory import from_user, is_function_name, named_function
-from conch.rewards.opened import sources_closed_on_failure
 from conch.rewards.score import refuse_token_ids
 from conch.scoring.asking import Lines, ScoredRow, scored_rows, stop_if_away, with_columns
 from conch.scoring.figures.report import Report, as_text

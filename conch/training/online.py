@@ -39,8 +39,7 @@ from conch.models.forward import BatchPacker
 from conch.models.freezing import freeze_layers
 from conch.models.reference import Reference, build_reference
 from conch.reference.remote import RemoteReference
-from conch.rewards.base import RewardSource, UserReward
-from conch.rewards.opened import sources_closed_on_failure
+from conch.rewards.base import RewardSource, UserReward, sources_closed_on_failure
 from conch.rewards.scorer import RewardScorer
 from conch.rollouts.factory import RolloutEngineFactory, check_sampling
 from conch.rollouts.prompts import tokenize_prompts

@@ -16,10 +16,9 @@ from typing import Any, NoReturn
 from conch.config import RewardConfig
 from conch.errors import ConchError, ConfigError, RewardError
 from conch.evaluation.records import PROXY, EvaluatedSample, EvaluationRecord
-from conch.rewards.base import RewardSource
+from conch.rewards.base import RewardSource, sources_closed_on_failure
 from conch.rewards.combined import refuse_groups
 from conch.rewards.factory import from_user
-from conch.rewards.opened import sources_closed_on_failure
 from conch.rewards.outage import AllReduceInt
 from conch.rewards.scorer import RewardScorer, total_reward
 from conch.rewards.verifiers.named import PREFIX
