@@ -67,7 +67,9 @@ def test_keys_with_dots_stand_in_sections() -> None:
         ({"reward": "h:1/a", "rewards": {"b": "h:1/b"}}, "both name what gives the rewards"),
         ({"reward": "h:1/a", "source": {"url": "h:1/b"}}, "both name what gives the rewards"),
         ({"rewards": {"a/b": "h:1/b"}}, "without /"),
+        ({"reward": "h:1/a", "source": {"judge": {"file": "judge.yaml"}}}, "`source.judge` both name"),
         ({"reward": "h:1/a", "source": {"dense": True}}, "is for a trainer"),
+        ({"reward": "h:1/a", "source": {"failure": {"policy": "drop"}}}, "`source.failure.policy` is for a"),
         ({"reward": "h:1/a", "host": "0.0.0.0"}, "has texts scored: name a variable"),
     ],
 )

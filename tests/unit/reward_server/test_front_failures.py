@@ -81,6 +81,12 @@ def test_wrong_weights_are_told() -> None:
         assert status == 500 and "names `helpful`" in answer["detail"]
 
 
+def test_scores_of_tokens_are_no_reward_of_a_sample() -> None:
+    with served(Lengths(lambda text: RewardResult(RewardStatus.OK, token_scores=()))) as server:
+        status, answer = server.post("/get_reward", BODIES["/get_reward"]("a"))
+        assert status == 422 and "gives a score for each token" in answer["detail"]
+
+
 @pytest.mark.parametrize(("path", "status"), [("/get_reward", 429), ("/slime", 429), ("/classify", 503)])
 def test_too_much_waiting_is_a_status_that_the_client_asks_again_after(path: str, status: int) -> None:
     source = Lengths()
