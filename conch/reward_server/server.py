@@ -22,7 +22,7 @@ from conch.reward_server.metrics import Meter
 from conch.reward_server.readiness import Readiness
 from conch.reward_server.server_config import RewardServerConfig
 from conch.reward_server.service import Admission, ScoringService
-from conch.reward_server.workers import is_worker, run_workers, shared_socket
+from conch.reward_server.workers import is_worker, refuse_used_port, run_workers, shared_socket
 from conch.rewards.base import RewardSource
 from conch.rewards.combined import CompositeReward
 from conch.rewards.factory import GOALS, from_user, is_function_name
@@ -54,6 +54,7 @@ def serve(config: RewardServerConfig, command: Sequence[str]) -> None:
     check_access(config)
     leave_with_parent()
     if config.workers > 1 and not is_worker():
+        refuse_used_port(config)
         raise SystemExit(run_workers(config.workers, command))
     with ExitStack() as sources:
         front = open_front(config, sources)
