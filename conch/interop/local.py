@@ -81,6 +81,8 @@ class LocalReward:
     def _forget(self) -> None:
         _rewards.add(self)
         self._lock = threading.Lock()
+        self.batch_lock = threading.Lock()
+        """For functions that share the scores of a batch; a fork makes another one."""
         self._source: RewardSource | None = None
         self._closer: weakref.finalize[[int, RewardSource], LocalReward] | None = None
         self._ready = False

@@ -51,10 +51,16 @@ def reward_of(result: RewardResult, weights: Mapping[str, float], objective: str
     """Return a sample's reward: one objective, or their weighted sum; None where there is none.
 
     Raises:
-        ConfigError: there is no such objective, or `weights` names one that there is not.
+        ConfigError: there is no such objective, or `weights` names one that there is not; or the reward gives
+            scores for tokens.
     """
     if not result.ok:
         return None
+    if result.token_scores is not None:
+        raise ConfigError(
+            f"{result.model} gives a score for each token, and other trainers take one reward for a "
+            "completion"
+        )
     if objective is None:
         return combine(result, weights)
     if objective not in result.scores and objective not in result.absent:

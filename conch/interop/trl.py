@@ -219,15 +219,16 @@ class RewardFunction(ABC):
     def _submit(
         self, prompts: Sequence[Any], completions: Sequence[Any], ids: Any, columns: Mapping[str, Any]
     ) -> Future[list[RewardResult]]:
-        if self._latest is not None:
+        own = {key: value for key, value in columns.items() if _is_column(key, value, len(prompts))}
+        if self._latest is None:
+            return self._local.submit(make_rollouts(prompts, completions, ids, own, self._tools))
+        # Of functions that are called at once, before the reward is open, each is in a thread.
+        with self._local.batch_lock:
             future = self._latest.take(prompts, completions, self._name)
             if future is not None:
                 return future
-        own = {key: value for key, value in columns.items() if _is_column(key, value, len(prompts))}
-        future = self._local.submit(make_rollouts(prompts, completions, ids, own, self._tools))
-        if self._latest is not None:
-            self._latest.put(prompts, completions, self._name, future)
-        return future
+            future = self._local.submit(make_rollouts(prompts, completions, ids, own, self._tools))
+            return self._latest.put(prompts, completions, self._name, future)
 
     def _rewards(self, results: Sequence[RewardResult], columns: Mapping[str, Any]) -> Rewards:
         self._tally.count(results)

@@ -159,7 +159,7 @@ class RewardFront:
         question = form.read(body, reward.reader)
         results = await reward.service.score(question.rollouts)
         totals = [total_reward(result, reward.weights) for result in results]
-        results = [_finite(*pair) for pair in zip(totals, results, strict=True)]
+        results = [_as_number(*pair) for pair in zip(totals, results, strict=True)]
         self._meter.count_samples(reward.name, results)
         if not question.partial or not any(each.ok for each in results):
             self._refuse_failures(question, results)
@@ -196,8 +196,12 @@ class _FailedError(RefusedError):
         self.statuses = statuses
 
 
-def _finite(total: float, result: RewardResult) -> RewardResult:
-    """A result; INVALID where it is OK, and its objectives add up to no number."""
+def _as_number(total: float, result: RewardResult) -> RewardResult:
+    """A result; INVALID where it is OK, and is no number. Of scores for tokens, which nobody here has, the
+    sum would be 0."""
+    if result.ok and result.token_scores is not None:
+        reason = "the reward gives a score for each token, and a server one for each sample"
+        return RewardResult(RewardStatus.INVALID, detail=reason)
     if not result.ok or math.isfinite(total):
         return result
     return RewardResult(RewardStatus.INVALID, detail=f"its objectives add up to {total}")

@@ -21,7 +21,7 @@ from fastapi.responses import JSONResponse, Response
 
 from conch.errors import ConfigError, RewardUnavailableError, first_line
 from conch.log import get_logger
-from conch.reward_server.service import OverloadedError
+from conch.reward_server.service import LateError, OverloadedError
 
 _log = get_logger(__name__)
 
@@ -29,7 +29,7 @@ Measure: TypeAlias = Callable[[Sequence[str], bool], Awaitable[Mapping[str, Sequ
 """Texts and whether to normalise -> goal -> one value per text, NaN where there is none."""
 
 _KEYS = ("texts", "normalize", "goals", "return_pandas")
-_BAD_REQUEST, _UNPROCESSABLE, _BUSY, _INTERNAL, _UNAVAILABLE = 400, 422, 429, 500, 503
+_BAD_REQUEST, _UNPROCESSABLE, _BUSY, _INTERNAL, _UNAVAILABLE, _LATE = 400, 422, 429, 500, 503, 504
 _AGAIN_S = 1.0
 _FORMS = 'send a list of strings, or {"texts": [string, ...], "normalize": true}'
 
@@ -51,7 +51,8 @@ class _RefusedError(Exception):
 def add_goalspace(app: FastAPI, measure: Measure, goals: Sequence[str] | Callable[[], Sequence[str]]) -> None:
     """Add the addresses above to an application.
 
-    measure: may raise OverloadedError (429), RewardUnavailableError (503) and ConfigError (400).
+    measure: may raise OverloadedError (429), RewardUnavailableError (503), LateError (504) and ConfigError
+        (400).
     goals: their names, or what tells them once a request asks.
     """
 
@@ -67,6 +68,8 @@ def add_goalspace(app: FastAPI, measure: Measure, goals: Sequence[str] | Callabl
             return _error(error.status, str(error))
         except OverloadedError as error:
             return _error(_BUSY, str(error), error.retry_after_s)
+        except LateError as error:
+            return _error(_LATE, str(error), _AGAIN_S)
         except RewardUnavailableError as error:
             return _error(_UNAVAILABLE, first_line(error), _AGAIN_S)
         except ConfigError as error:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
+from functools import partial
+from typing import Any, TypeVar
 
 import uvicorn
 import uvloop
@@ -21,8 +25,8 @@ from conch.reward_server.goalspace import add_goalspace
 from conch.reward_server.metrics import Meter
 from conch.reward_server.readiness import Readiness
 from conch.reward_server.server_config import RewardServerConfig
-from conch.reward_server.service import Admission, ScoringService
-from conch.reward_server.workers import is_worker, run_workers, shared_socket
+from conch.reward_server.service import Admission, LateError, ScoringService
+from conch.reward_server.workers import is_worker, refuse_used_port, run_workers, shared_socket
 from conch.rewards.base import RewardSource
 from conch.rewards.combined import CompositeReward
 from conch.rewards.factory import GOALS, from_user, is_function_name
@@ -35,8 +39,13 @@ from conch.servers.restart import leave_with_parent
 
 _log = get_logger(__name__)
 
+ResultT = TypeVar("ResultT")
+
 _KEEP_ALIVE_S = 75.0
 """Idle time after which a connection is closed: longer than a step of most trainers' sampling."""
+
+_GOALS_AT_ONCE = 8
+"""Requests that are measured at the same time, by goals that wait for a served model."""
 
 _GRACE_S = 5.0
 """A server that stops answers what is under way for its deadline and this."""
@@ -54,6 +63,7 @@ def serve(config: RewardServerConfig, command: Sequence[str]) -> None:
     check_access(config)
     leave_with_parent()
     if config.workers > 1 and not is_worker():
+        refuse_used_port(config)
         raise SystemExit(run_workers(config.workers, command))
     with ExitStack() as sources:
         front = open_front(config, sources)
@@ -80,16 +90,41 @@ def add_goals(front: RewardFront, sources: Iterable[RewardSource], config: Rewar
     spaces = [source.space for source in sources if isinstance(source, GoalsReward)]
     if not spaces:
         return
-    admission = Admission(config.max_waiting, "texts")
+    admission, places = Admission(config.max_waiting, "texts"), asyncio.Semaphore(_GOALS_AT_ONCE)
 
     async def measure(texts: Sequence[str], normalize: bool) -> Mapping[str, Sequence[float]]:
-        admission.take(len(texts))
-        try:
-            return await asyncio.to_thread(spaces[0].measure, texts, normalize=normalize)
-        finally:
-            admission.end(len(texts))
+        async with places:
+            return await asyncio.shield(in_thread(partial(spaces[0].measure, texts, normalize=normalize)))
 
-    add_goalspace(front.app, measure, spaces[0].names)
+    def ended(number: int, measuring: asyncio.Future[Any]) -> None:
+        """Counts texts until they are measured, however long their caller waits."""
+        admission.end(number)
+        _ = measuring.cancelled() or measuring.exception()  # which may have come too late for anybody
+
+    async def in_time(texts: Sequence[str], normalize: bool) -> Mapping[str, Sequence[float]]:
+        admission.take(len(texts))
+        measuring = asyncio.ensure_future(measure(texts, normalize))
+        measuring.add_done_callback(partial(ended, len(texts)))
+        try:
+            return await asyncio.wait_for(asyncio.shield(measuring), config.deadline_s)
+        except asyncio.TimeoutError:
+            raise LateError(f"no values within {config.deadline_s:g} s") from None
+
+    add_goalspace(front.app, in_time, spaces[0].names)
+
+
+def in_thread(call: Callable[[], ResultT]) -> asyncio.Future[ResultT]:
+    """Start a call in a thread of its own, which does not keep the process where it never returns."""
+    future: Future[ResultT] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # of a user's goal: who waits must hear of it
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="goals").start()
+    return asyncio.wrap_future(future)
 
 
 def listener_of(front: RewardFront, config: RewardServerConfig) -> uvicorn.Server:

@@ -63,6 +63,7 @@ class RewardServerConfig(ListenSettings):
     @model_validator(mode="after")
     def _one_way_to_name_rewards(self) -> RewardServerConfig:
         named = [name for name in _NAMING if getattr(self.source, name)]
+        named += ["judge"] if self.source.judge.is_set else []
         ways = [name for name in ("reward", "rewards") if getattr(self, name)]
         ways += [f"source.{name}" for name in named]
         if len(ways) > 1:
@@ -78,6 +79,11 @@ class RewardServerConfig(ListenSettings):
         for name in ("dense", "delta", "record", "replay"):
             if getattr(self.source, name):
                 raise ValueError(f"`source.{name}` is for a trainer, a server gives one number a sample")
+        failure = self.source.failure.model_fields_set - {"on_model_change"}
+        if failure:
+            raise ValueError(
+                f"`source.failure.{min(failure)}` is for a trainer: a server tells clients of each failure"
+            )
         return self
 
     def harm(self) -> str:

@@ -26,6 +26,10 @@ class OverloadedError(RewardError):
         self.retry_after_s = retry_after_s
 
 
+class LateError(RewardError):
+    """No result within the server's deadline; HTTP says 504."""
+
+
 class Admission:
     """How many samples of all callers may wait at once; belongs to one event loop.
 

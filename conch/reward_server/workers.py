@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 
+from conch.errors import ServerStartError
 from conch.log import get_logger
 from conch.reward_server.metrics import PROCESSES_FOLDER
 from conch.servers.restart import PARENT_PID_VARIABLE
@@ -20,6 +22,7 @@ _log = get_logger(__name__)
 WORKER_VARIABLE = "CONCH_REWARD_WORKER"
 """Environment variable with the number of a process that shares its port."""
 
+_LEAVE_S = 5.0
 _PAUSE_S = 2.0
 _POLL_S = 0.1
 
@@ -31,12 +34,42 @@ def is_worker() -> bool:
 
 def shared_socket(settings: ListenSettings) -> list[socket.socket]:
     """A socket on the port that other processes listen on as well: the kernel shares connections out."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    listener.bind((settings.host, settings.port))
-    return [listener]
+    return [_bound(settings, socket.SO_REUSEADDR, socket.SO_REUSEPORT)]
+
+
+def refuse_used_port(settings: ListenSettings) -> None:
+    """Find out whether anybody listens on the port: a second server that shares it would get a part of the
+    first one's requests.
+
+    Processes of a server that was killed have some seconds to leave.
+
+    Raises:
+        ServerStartError: somebody does.
+    """
+    deadline = time.monotonic() + _LEAVE_S
+    while True:
+        try:
+            _bound(settings, socket.SO_REUSEADDR).close()
+            return
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                raise ServerStartError(
+                    f"{settings.host}:{settings.port} cannot be listened on ({error.strerror}): stop what "
+                    "listens there, or give another `port`"
+                ) from error
+        time.sleep(_POLL_S)
+
+
+def _bound(settings: ListenSettings, *options: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
+    try:
+        for option in options:
+            listener.setsockopt(socket.SOL_SOCKET, option, 1)
+        listener.bind((settings.host, settings.port))
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def run_workers(number: int, command: Sequence[str]) -> int:

@@ -189,7 +189,7 @@ def rollout_of(row: Any, metadata: Mapping[str, Any] | None = None) -> Rollout:
     """
     more = dict(metadata or {})
     if isinstance(row, str):
-        return _sample(Prompt(row, (), more))
+        return _whole(row, more)
     if isinstance(row, list):
         return rollout_of({MESSAGES: row}, more)
     if not isinstance(row, Mapping):
@@ -198,7 +198,7 @@ def rollout_of(row: Any, metadata: Mapping[str, Any] | None = None) -> Rollout:
         *before, last = _messages(row[MESSAGES])
         return _answered(tuple(before), (last,), row, more)
     if isinstance(row.get("text"), str):
-        return _sample(Prompt(row["text"], (), more))
+        return _whole(row["text"], more)
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
         return _sample(Prompt(prompt, (), more), completion)
@@ -215,12 +215,16 @@ def _answered(
     row: Mapping[str, Any],
     metadata: dict[str, Any],
 ) -> Rollout:
-    """A dialogue and what answers it; an answer in one message of plain text is the completion."""
+    """A dialogue and what answers it; the text of the last message is the completion."""
     last, content = answer[-1], answer[-1].get("content")
     is_plain = last["role"] == ASSISTANT and set(last) == {"role", "content"} and isinstance(content, str)
     is_next = len(answer) == 1 and prompt and prompt[-1]["role"] != ASSISTANT
     if is_plain and is_next and content:
         return _sample(_dialogue_prompt(prompt, row, metadata), content)
+    if last["role"] == ASSISTANT and isinstance(content, str) and content:
+        # What else the message has (thoughts, annotations) is no part of the completion, and stays.
+        begun = (*prompt, *answer[:-1], {**last, "content": ""})
+        return _sample(_dialogue_prompt(begun, row, metadata), content)
     return _sample(_dialogue_prompt((*prompt, *answer), row, metadata))
 
 
@@ -239,6 +243,11 @@ def _dialogue_prompt(
     dialogue = Dialogue(messages, None if not tools else tuple(tools), dict(variables or {}))
     # By this text messages name the row, and nothing else is made of it.
     return Prompt(json.dumps(list(map(dict, messages)), default=str), (), metadata, dialogue)
+
+
+def _whole(text: str, metadata: dict[str, Any]) -> Rollout:
+    """A text as the completion of an empty prompt: what looks at completions alone looks at all of it."""
+    return _sample(Prompt("", (), metadata), text)
 
 
 def _sample(prompt: Prompt, completion: str = "") -> Rollout:

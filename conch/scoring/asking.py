@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from conch.errors import RewardInvalidError, RewardUnavailableError
@@ -85,7 +85,15 @@ class _Part:
 def _results_of(request: Request, column: Iterator[RewardResult]) -> tuple[RewardResult, ...]:
     if request.problem:
         return (refused_row(request.problem),)
-    return tuple(itertools.islice(column, len(request.samples)))
+    return tuple(map(_of_the_sample, itertools.islice(column, len(request.samples))))
+
+
+def _of_the_sample(result: RewardResult) -> RewardResult:
+    """A result; INVALID where it has scores for tokens, of which rows have none: their sum would be 0."""
+    if result.token_scores is None:
+        return result
+    reason = f"{result.model} gives a score for each token, and a row is scored as a whole"
+    return replace(result, status=RewardStatus.INVALID, token_scores=None, detail=reason)
 
 
 def _submit(part: Sequence[InputRow], form: RowForm, sources: Sequence[RewardSource]) -> _Part:
@@ -119,7 +127,8 @@ class Lines:
         other = self._line(index, scored.request, others[0])
         line["against"] = {name: other[name] for name in other if name not in ("index", *FROM_INPUT)}
         if line["status"] == "ok" == other["status"]:
-            line["difference"] = self._difference(own, others[0])
+            if not any(self.objective in result.absent for result in (*own, *others[0])):
+                line["difference"] = self._difference(own, others[0])
         elif line["status"] == "ok":
             line |= {"status": other["status"], "detail": f"the other reward: {other.get('detail', '')}"}
         return line
@@ -189,11 +198,22 @@ def own_columns(row: InputRow) -> dict[str, Any]:
     return {"messages" if isinstance(row.value, list) else "text": row.value}
 
 
-def output_name(name: str, own: Container[str]) -> str | None:
-    """What a column of ours is called behind those of the input; None where it says nothing new."""
-    if name not in own:
-        return name
-    return None if name in FROM_INPUT else OURS + name
+def output_name(name: str, own: Iterable[str]) -> str | None:
+    """What a column of ours is called behind those of the input; None where it says nothing new.
+
+    An input that is an output of this command already has `conch_` columns, which stay its own.
+    """
+    taken = [each for each in own if each.endswith(name) and _plain_name(each) == _plain_name(name)]
+    if name in FROM_INPUT and name in taken:
+        return None
+    return OURS + max(taken, key=len) if taken else name
+
+
+def _plain_name(name: str) -> str:
+    """A name without any `conch_` in front."""
+    while name.startswith(OURS):
+        name = name.removeprefix(OURS)
+    return name
 
 
 def with_columns(line: Mapping[str, Any], row: InputRow) -> dict[str, Any]:
@@ -204,8 +224,11 @@ def with_columns(line: Mapping[str, Any], row: InputRow) -> dict[str, Any]:
 
 
 def ours_of(line: Mapping[str, Any]) -> dict[str, Any]:
-    """What is ours of a line that has the columns of its row as well, by our names."""
-    return {**line, **{name.removeprefix(OURS): line[name] for name in line if name.startswith(OURS)}}
+    """What is ours of a line that has the columns of its row as well, by our names.
+
+    Of several columns of a name, ours has the most `conch_` in front.
+    """
+    return {_plain_name(name): line[name] for name in sorted(line, key=len)}
 
 
 def stop_if_away(part: Sequence[ScoredRow], who: str) -> None:

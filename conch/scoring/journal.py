@@ -8,6 +8,7 @@ setting is refused.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import io
 import json
@@ -51,8 +52,7 @@ class Journal:
         """What all rows amount to; None while some have no line."""
         self._about = json.loads(json.dumps({"conch_score": _FORMAT, **about}, default=str))
         if overwrite:
-            for path in (self.path, self.output, self.note):
-                path.unlink(missing_ok=True)
+            self._remove()
         self._file: io.FileIO | None = None
         self.rows = 0
         """Rows that have their lines already."""
@@ -60,6 +60,20 @@ class Journal:
         if self.report is None:
             self._open(is_new)
             self.rows = self._whole_rows(rows_at_once)
+
+    def _remove(self) -> None:
+        """Remove what an earlier call has written.
+
+        Raises:
+            ConfigError: another process still writes it, or nobody may remove it.
+        """
+        try:
+            with contextlib.suppress(FileNotFoundError), io.FileIO(self.path) as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for path in (self.path, self.output, self.note):
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._refusal(error) from error
 
     def _note(self) -> dict[str, Any] | None:
         """What the files beside the output say; None where there are none."""
@@ -97,13 +111,16 @@ class Journal:
                 replace_text(self.note, json.dumps(self._about, indent=1) + "\n")
             self._file = io.FileIO(self.path, "a")
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise ConfigError(
-                f"another process scores to {self.output}: wait for it, or give another --output"
-            ) from None
         except OSError as error:
-            raise ConfigError(f"--output {self.output} cannot be written ({error.strerror})") from error
+            self.close()
+            raise self._refusal(error) from error
+
+    def _refusal(self, error: OSError) -> ConfigError:
+        if isinstance(error, BlockingIOError):
+            return ConfigError(
+                f"another process scores to {self.output}: wait for it, or give another --output"
+            )
+        return ConfigError(f"--output {self.output} cannot be written ({error.strerror})")
 
     def close(self) -> None:
         """Let other processes at the output."""

@@ -224,8 +224,10 @@ def _json_rows(file: io.TextIOWrapper) -> Iterator[InputRow]:
         if not head:
             return
     if not head.lstrip().startswith("["):
-        # What was read may end in the midst of a line.
-        yield from _json_lines(itertools.chain((head + file.readline()).splitlines(keepends=True), file))
+        # What was read may end in the midst of a line. A text may hold U+2028 and the like, which end a line
+        # for `splitlines` and for no file.
+        begun = io.StringIO(head + file.readline(), newline="")
+        yield from _json_lines(itertools.chain(begun, file))
         return
     yield from _items(file, head.lstrip()[1:])
 
@@ -236,6 +238,7 @@ def _items(file: io.TextIOWrapper, text: str) -> Iterator[InputRow]:
     while True:
         text = text.lstrip().removeprefix(",").lstrip()
         if text.startswith("]"):
+            _check_end(file, text[1:], next(numbers) - 1)
             return
         problem = "it ends before its array does"
         try:
@@ -253,6 +256,17 @@ def _items(file: io.TextIOWrapper, text: str) -> Iterator[InputRow]:
                 yield InputRow(f"row {next(numbers)}", value)
             raise DataError(f"row {next(numbers)} is no JSON ({problem}): give a whole array")
         text, size = text + more, 2 * size  # a long row is not tried again for each of its parts
+
+
+def _check_end(file: io.TextIOWrapper, text: str, rows: int) -> None:
+    """Raise DataError where something stands behind an array: rows of a second one would be lost."""
+    while not text.strip():
+        text = file.read(_CHARS)
+        if not text:
+            return
+    raise DataError(
+        f"behind the array of {rows} rows stands {text.strip()[:20]!r}: give one array, or one value a line"
+    )
 
 
 def _table(file: io.TextIOWrapper, delimiter: str) -> Iterator[InputRow]:

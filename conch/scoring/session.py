@@ -70,6 +70,8 @@ class Scoring:
         options, reader = self.options, self._reader
         if options.report is not None and not options.report.parent.is_dir():
             raise ConfigError(f"--report {options.report}: there is no folder {options.report.parent}")
+        if options.report is not None and options.report.is_dir():
+            raise ConfigError(f"--report {options.report} is a folder: give a file")
         if options.output is None:
             return
         if reader.path is not None and options.output.resolve() == reader.path.resolve():
@@ -191,8 +193,7 @@ class Scoring:
         if journal is not None:
             journal.append(lines)
         else:
-            sys.stdout.write(b"".join(map(as_bytes, lines)).decode("utf-8"))
-            sys.stdout.flush()
+            _print_bytes(b"".join(map(as_bytes, lines)))
 
     def _finish(self, journal: Journal) -> None:
         if journal.is_table:
@@ -205,7 +206,10 @@ class Scoring:
         known = journal.report if journal is not None else None
         result = self.report.result() if known is None else known
         # Standard output is for the scores, unless they have a file.
-        print(as_text(result), file=sys.stderr if journal is None else sys.stdout)
+        if journal is None:
+            print(as_text(result), file=sys.stderr)
+        else:
+            _print_bytes(f"{as_text(result)}\n".encode(sys.stdout.encoding or "utf-8", "backslashreplace"))
         if options.report is not None:
             replace_text(options.report, json.dumps(result, indent=1) + "\n")
         if result["failed"]:
@@ -220,6 +224,13 @@ class Scoring:
             )
             return 3
         return 0
+
+
+def _print_bytes(data: bytes) -> None:
+    """Write to standard output as it is: JSON is UTF-8 whatever the locale says."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
 
 
 def _behind_first(rows: Iterator[InputRow]) -> Iterator[Any]:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conch.atomic_files import sync
 from conch.scoring.asking import output_name, own_columns
 from conch.scoring.journal import Journal
-from conch.scoring.reading import RowReader
+from conch.scoring.reading import RowReader, readable_text
 
 _ROWS = 1024
 _FIRST = ("index", "status")
@@ -79,6 +80,7 @@ def write_table(journal: Journal, reader: RowReader | None) -> None:
         _write_beside(aside, table, reader)
     else:
         _write_parquet(aside, table)
+    sync(aside)
     os.replace(aside, journal.output)
 
 
@@ -148,7 +150,7 @@ def _write_beside(aside: Path, table: _Table, reader: RowReader) -> None:
 
 
 def _types(parts: Iterator[list[dict[str, Any]]]) -> dict[str, Any]:
-    """Column -> a type that all its values have; text where they have none in common."""
+    """Column -> a type that all its values have; text where they have none in common that can be written."""
     import pyarrow
 
     types: dict[str, Any] = {}
@@ -158,9 +160,28 @@ def _types(parts: Iterator[list[dict[str, Any]]]) -> dict[str, Any]:
                 new = pyarrow.array([row.get(name) for row in part]).type
                 both = [pyarrow.schema([("x", each)]) for each in (types.get(name, new), new)]
                 types[name] = pyarrow.unify_schemas(both, promote_options="permissive").field("x").type
-            except pyarrow.ArrowException:
+            except _unfit():
                 types[name] = pyarrow.string()
-    return {name: pyarrow.string() if pyarrow.types.is_null(each) else each for name, each in types.items()}
+    return {
+        name: each if _is_writable(each) and not pyarrow.types.is_null(each) else pyarrow.string()
+        for name, each in types.items()
+    }
+
+
+def _unfit() -> tuple[type[Exception], ...]:
+    """What is raised for values that have no type in common, for whole numbers of more than 64 bits, and for
+    texts that were no UTF-8."""
+    import pyarrow
+
+    return pyarrow.ArrowException, OverflowError, UnicodeEncodeError
+
+
+def _is_writable(kind: Any) -> bool:
+    """Whether Parquet has the type: not that of an empty object."""
+    import pyarrow
+
+    inner = [kind.field(place).type for place in range(kind.num_fields)]
+    return not (pyarrow.types.is_struct(kind) and not inner) and all(map(_is_writable, inner))
 
 
 def _array(values: Sequence[Any], kind: Any) -> Any:
@@ -168,6 +189,9 @@ def _array(values: Sequence[Any], kind: Any) -> Any:
 
     try:
         return pyarrow.array(values, type=kind)
-    except pyarrow.ArrowException:
-        texts = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
-        return pyarrow.array(texts, type=pyarrow.string())
+    except _unfit():
+        return pyarrow.array([None if value is None else _text(value) for value in values], pyarrow.string())
+
+
+def _text(value: Any) -> str:
+    return readable_text(value) if isinstance(value, str) else json.dumps(value, default=str)

@@ -71,6 +71,15 @@ class GoalServerConfig(Section):
             raise ValueError(f"names a goal twice: {', '.join(names)}")
         return names
 
+    @model_validator(mode="after")
+    def _list_is_normalised(self) -> GoalServerConfig:
+        if self.form == "list" and not self.normalize:
+            raise ValueError(
+                "`normalize` = false cannot be said in `form` = list, whose values are by the server's "
+                "ranges: leave one of them out"
+            )
+        return self
+
 
 class SteeringConfig(Section):
     """Rewards for moving a text from where it is to targets of its row; on where `rewards` names any.

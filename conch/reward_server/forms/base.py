@@ -150,9 +150,11 @@ class Reader:
                 f"the last message is the {last['role']}'s: what is scored is a message of the {ASSISTANT}",
             )
         content = last.get("content")
-        if not isinstance(content, str) or set(last) != {"role", "content"}:
+        if not isinstance(content, str):
             return _rollout(Prompt(_contents(dialogue.messages), (), row or {}, dialogue), "")
-        prompt = Dialogue(tuple(before), dialogue.tools, dialogue.template_kwargs)
+        # What else the message has (thoughts, annotations) is no part of the completion, and stays.
+        begun = [{**last, "content": ""}] if set(last) != {"role", "content"} else []
+        prompt = Dialogue((*before, *begun), dialogue.tools, dialogue.template_kwargs)
         return _rollout(Prompt(_contents(before), (), row or {}, prompt), content)
 
     def row(self, label: Any) -> dict[str, Any]:

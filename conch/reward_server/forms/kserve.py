@@ -44,6 +44,8 @@ def _read(body: Body, reader: Reader) -> Question:
         raise RefusedError(
             BAD_REQUEST, f"the inputs are `{TEXT_INPUT}`, or `prompt` and `completion`, not {sorted(columns)}"
         )
+    if not isinstance(body.get("id"), str | None):
+        raise RefusedError(BAD_REQUEST, "`id` is a text")
     wanted = body.get("outputs") or []
     if not isinstance(wanted, list) or any(
         not isinstance(each, Mapping) or each.get("name") != OUTPUT for each in wanted

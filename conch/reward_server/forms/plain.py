@@ -61,7 +61,7 @@ def _tell_one(scores: Scores, partial: bool) -> dict[str, Any]:
 
 def _read_texts(body: Body, reader: Reader) -> Question:
     samples = texts(body, "texts")
-    labels = column(body, "labels", len(samples))
+    labels = _labels(body, len(samples), single=isinstance(body["texts"], str))
     rollouts = [reader.text(text, reader.row(label)) for text, label in zip(samples, labels, strict=True)]
     return _question(rollouts, body, single=isinstance(body["texts"], str))
 
@@ -72,8 +72,7 @@ def _read_pairs(body: Body, reader: Reader) -> Question:
     given = body.get("prompts" if plural else "prompt", "")
     single = isinstance(body["completions" if plural else "completion"], str)
     prompts = [given] if single else column({"prompts": given or None}, "prompts", len(completions))
-    label = body.get("label")
-    labels = [label] if single and label is not None else column(body, "labels", len(completions))
+    labels = _labels(body, len(completions), single=single)
     if not all(isinstance(prompt, str | list | None) for prompt in prompts):
         raise RefusedError(BAD_REQUEST, "a prompt is a text or a list of messages")
     rollouts = [
@@ -86,6 +85,16 @@ def _read_pairs(body: Body, reader: Reader) -> Question:
 def _read_dialogue(body: Body, reader: Reader) -> Question:
     rollout = reader.messages(body["messages"], reader.row(body.get("label")), body)
     return _question([rollout], body, single=True)
+
+
+def _labels(body: Body, number: int, *, single: bool) -> list[Any]:
+    """One label per sample. `label` beside several samples would say nothing of which."""
+    label = body.get("label")
+    if label is None or label == "":
+        return column(body, "labels", number)
+    if not single:
+        raise RefusedError(BAD_REQUEST, "`label` is of one sample: give several a list, `labels`")
+    return [label]
 
 
 class _PairsForm(Form):

@@ -213,10 +213,18 @@ class GoalsTransport(HttpTransport):
         if listed is not None:
             self._check_names(listed)
         columns = await self._find_form()
+        without_ranges = not self._goals.normalize or any(not each.normalize for each in self._golden)
+        if self._form == "list" and without_ranges:
+            raise ReplicaError(
+                Failure(
+                    RewardStatus.INVALID,
+                    "it takes a list of texts alone, which cannot ask for values without ranges: set "
+                    "`reward.goal_server.form=list`, and leave `normalize=false` out",
+                )
+            )
         for golden in self._golden:
             body = self._body([golden.text], self._form, normalize=golden.normalize)
-            if self._form == "texts" or golden.normalize:
-                self._check_golden(golden, _read_columns(await self._post(body)))
+            self._check_golden(golden, _read_columns(await self._post(body)))
         return ModelInfo(
             max_rows=self._config.batch_rows,
             reads="outputs" if self._goals.send == "output" else "texts",

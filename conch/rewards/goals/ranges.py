@@ -102,6 +102,7 @@ def ranges_for(names: Sequence[str], ranges: Mapping[str, Range], where: str) ->
             hint = f"; did you mean the `{near[0]}` there?" if near else ""
             raise ConfigError(
                 f"goal `{name}` has no range in {where}: give it min and max in a file of ranges "
-                f"(NORMALIZATION_PATH), or `{name}: null` to take its values as they are{hint}"
+                f"(`goals.normalization`, of a goal-space server NORMALIZATION_PATH), or `{name}: null` to "
+                f"take its values as they are{hint}"
             )
     return {name: ranges[name] for name in names}

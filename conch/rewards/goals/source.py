@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 from conch.rewards.base import ClientStats, RewardSource
+from conch.rewards.client.event_loop import LoopThread
 from conch.rewards.goals.base import Failure, Value
 from conch.rewards.goals.space import GoalSpace
 from conch.types import RewardResult, RewardStatus, Rollout
@@ -27,7 +28,7 @@ class GoalsReward(RewardSource):
         self._normalize = normalize
         self._partial = partial
         self._calls = 0
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="goals")
+        self._thread = LoopThread("goals")
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -43,16 +44,17 @@ class GoalsReward(RewardSource):
 
     def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:
         self._calls += 1
-        return self._thread.submit(self._score, [rollout.completion.text for rollout in rollouts])
+        return self._thread.submit(self._score([rollout.completion.text for rollout in rollouts]))
 
     def stats(self) -> ClientStats:
         return ClientStats(requests=self._calls)
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Join the thread, and close connections; a goal that does not return is left behind."""
+        self._thread.close()
         self._space.close()
 
-    def _score(self, texts: Sequence[str]) -> list[RewardResult]:
+    async def _score(self, texts: Sequence[str]) -> list[RewardResult]:
         started = time.monotonic()
         columns = self._space.outcomes(texts, normalize=self._normalize)
         latency_s = time.monotonic() - started

@@ -36,6 +36,8 @@ class AgreementReport:
         """Take in a line with the scores of both."""
         other = line["against"]
         own, others = (_numbers(each, self._objective) for each in (line, other))
+        if not own or not others:
+            return
         self._own.extend(own)
         self._others.extend(others)
         furthest = max(abs(one - two) for one, two in zip(own, others, strict=True))
@@ -74,11 +76,14 @@ class AgreementReport:
 
 
 def _numbers(line: Mapping[str, Any], objective: str | None) -> list[float]:
-    """The score of a sample, or those of all answers of a pair."""
+    """The score of a sample, none where the objective does not apply to it; or those of all answers of a
+    pair."""
     if "margin" in line:
         return [*as_list(line["chosen_score"]), *as_list(line["rejected_score"])]
     scores = line["scores"]
-    return [math.fsum(scores.values()) if objective is None else scores[objective]]
+    if objective is None:
+        return [math.fsum(scores.values())]
+    return [scores[objective]] if objective in scores else []
 
 
 def kendall(left: np.ndarray, right: np.ndarray) -> float:

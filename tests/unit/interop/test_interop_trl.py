@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from conch.interop import local as local_module
 from conch.interop.trl import AsyncRewardFunction, SyncRewardFunction, reward_function, reward_functions
 from conch.rewards import groupwise
 from conch.rewards.base import RewardSource
+from conch.types import RewardResult, RewardStatus, Rollout
 from tests.trl_calls import Logged, of_async_grpo, of_grpo
 
 USER = {"role": "user", "content": "1 + 1?"}
@@ -168,6 +170,39 @@ def test_functions_of_objectives_ask_once_for_a_batch_and_again_for_the_next() -
     assert CALLS == [3]
     assert asyncio.run(step(batch)) == [[1.0, 2.0, 3.0], [-1.0] * 3]  # the same batch is scored again
     assert CALLS == [3, 3]
+
+
+def test_functions_of_objectives_ask_once_also_where_they_open_the_reward() -> None:
+    asked: list[int] = []
+
+    class Slow(RewardSource):
+        name = "slow"
+
+        def check(self) -> None:
+            time.sleep(0.5)  # both functions are called before the reward is open
+
+        def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:
+            asked.append(len(rollouts))
+            future: Future[list[RewardResult]] = Future()
+            future.set_result([RewardResult(RewardStatus.OK, {"a": 1.0, "b": 2.0})] * len(rollouts))
+            return future
+
+    functions = reward_functions(["a", "b"], Slow(), check=False)
+    batch = of_grpo(Logged(), *LETTERS)
+
+    async def step() -> list[Any]:
+        return await asyncio.gather(*(function(**batch) for function in functions))
+
+    assert asyncio.run(step()) == [[1.0] * 3, [2.0] * 3]
+    assert asked == [3]
+
+
+def test_scores_of_tokens_are_no_reward_of_a_completion() -> None:
+    def dense(samples: Any, prompts: Any, outputs: Any, output_ids: Any) -> list[list[float]]:
+        return [[1.0] * len(ids) for ids in output_ids]
+
+    with pytest.raises(ConfigError, match="dense gives a score for each token, and other trainers take one"):
+        run(reward_function(dense), of_grpo(Logged(), *LETTERS))
 
 
 def test_several_rewards_by_name_are_one_sum() -> None:

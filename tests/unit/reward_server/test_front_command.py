@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -66,7 +67,9 @@ def test_keys_with_dots_stand_in_sections() -> None:
     [
         ({"reward": "h:1/a", "rewards": {"b": "h:1/b"}}, "both name what gives the rewards"),
         ({"reward": "h:1/a", "source": {"url": "h:1/b"}}, "both name what gives the rewards"),
+        ({"reward": "h:1/a", "source": {"judge": {"file": "judge.yaml"}}}, "`source.judge` both name"),
         ({"rewards": {"a/b": "h:1/b"}}, "without /"),
+        ({"reward": "h:1/a", "source": {"failure": {"policy": "drop"}}}, "`source.failure.policy` is for a"),
         ({"reward": "h:1/a", "source": {"dense": True}}, "is for a trainer"),
         ({"reward": "h:1/a", "host": "0.0.0.0"}, "has texts scored: name a variable"),
     ],
@@ -164,6 +167,20 @@ def test_mistake_in_a_worker_ends_all_of_them(tmp_path: Path) -> None:
         [*command, f"port={free_port()}"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 1 and "there is no verifier `nothing`" in done.stderr
+
+
+def test_port_that_another_server_shares_out_is_refused() -> None:
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        command = [sys.executable, "-m", "conch.reward_server", "reward=verifier:gsm8k", "workers=2"]
+        done = subprocess.run(
+            [*command, f"port={port}"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"127.0.0.1:{port} cannot be listened on (Address already in use): stop" in done.stderr
 
 
 def test_missing_package_is_named() -> None:

@@ -9,14 +9,20 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
+from conch.config import load
 from conch.errors import RewardInvalidError, RewardUnavailableError
+from conch.reward_server.server import add_goals
+from conch.reward_server.server_config import RewardServerConfig
+from conch.rewards.goals import GoalSpace
+from conch.rewards.goals.base import MeasuredGoal
+from conch.rewards.goals.source import GoalsReward
 from conch.types import RewardResult, RewardStatus
 from tests.certificates import make_certificates
 from tests.footprint import wait_until
@@ -73,6 +79,12 @@ def test_numbers_that_json_has_not_cannot_be_told() -> None:
     with served(infinite) as server:
         status, answer = server.post("/", {"texts": ["a"]})
         assert status == 422 and "add up to inf" in answer["detail"]
+
+
+def test_scores_of_tokens_are_no_reward_of_a_sample() -> None:
+    with served(Lengths(lambda text: RewardResult(RewardStatus.OK, token_scores=()))) as server:
+        status, answer = server.post("/get_reward", BODIES["/get_reward"]("a"))
+        assert status == 422 and "gives a score for each token" in answer["detail"]
 
 
 def test_wrong_weights_are_told() -> None:
@@ -336,3 +348,36 @@ def test_goal_space_behind_it_has_its_own_addresses_too() -> None:
         status, answer = server.post("/goalspace", {"texts": ["one two three"], "normalize": False})
         assert (status, answer) == (200, {"text_length": [3.0]})
         assert server.post("/get_reward", {"query": ["a b"], "prompts": [""], "labels": [""]})[0] == 200
+
+
+def test_goal_that_hangs_is_late_and_holds_up_nothing_else() -> None:
+    held = threading.Event()
+
+    def slow(texts: Sequence[str]) -> list[float]:
+        if "[hang]" in texts:
+            held.wait(30)
+        return [float(len(text)) for text in texts]
+
+    source = GoalsReward(GoalSpace([MeasuredGoal("slow", slow)], {"slow": None}))
+    source.name = "goals"
+    with served(source, deadline_s=0.5) as server:
+        add_goals(server.front, [source], load(RewardServerConfig, {"deadline_s": 0.5}))
+        try:
+            assert server.post("/goalspace", ["abc"]) == (200, {"slow": [3.0]})
+            asking = [
+                threading.Thread(target=server.post, args=("/goalspace", ["[hang]"])) for _ in range(40)
+            ]
+            for thread in asking:
+                thread.start()
+            reply = server.ask("POST", "/goalspace", json=["[hang]"])
+            assert reply.status_code == 504 and reply.headers["retry-after"] == "1"
+            assert reply.json() == {"detail": "no values within 0.5 s"}
+            assert server.post("/", {"texts": ["[hang]"]})[0] == 504
+            assert not held.is_set() and server.ask("GET", "/metrics").status_code == 200
+            # A process ends without waiting for these.
+            measuring = [thread for thread in threading.enumerate() if thread.name.startswith("goals")]
+            assert measuring and all(thread.daemon for thread in measuring)
+        finally:
+            held.set()
+        for thread in asking:
+            thread.join()

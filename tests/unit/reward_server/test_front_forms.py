@@ -87,6 +87,13 @@ def test_slime_may_send_messages(server: Served, source: Lengths) -> None:
     assert dialogue is not None and list(dialogue.messages) == PARIS
 
 
+def test_answer_with_more_than_a_text_is_read_by_its_text(server: Served, source: Lengths) -> None:
+    answer = {"role": "assistant", "content": "Paris", "reasoning_content": "easy", "annotations": []}
+    assert ok(server, "/", {"messages": [PARIS[0], answer]})["reward"] == 5.0
+    dialogue = source.asked[-1][0].dialogue
+    assert dialogue is not None and list(dialogue.messages) == [PARIS[0], answer]
+
+
 def test_special_tokens_are_taken_off_the_end() -> None:
     source = Lengths()
     with served(source, strip=["<|im_end|>", "\n"]) as server:
@@ -285,3 +292,21 @@ def test_activation_and_token_ids_are_refused(server: Served) -> None:
     ):
         status, answer = server.post(path, body)
         assert status == 400 and reason in answer["error"]["message"] and reason in answer["detail"]
+
+
+@pytest.mark.parametrize("body", [{"texts": ["a", "b"]}, {"prompts": ["p"], "completions": ["a"]}])
+def test_one_label_beside_a_list_of_samples_is_refused(server: Served, body: dict[str, Any]) -> None:
+    status, answer = server.post("/", {**body, "label": "4"})
+    assert status == 400 and "`labels`" in answer["detail"]
+
+
+def test_one_text_may_have_one_label(server: Served, source: Lengths) -> None:
+    assert ok(server, "/", {"texts": "abc", "label": "4"})["reward"] == 3.0
+    assert source.asked[-1][0].prompt.metadata == {"label": "4"}
+
+
+def test_kserve_wants_a_text_for_an_id(server: Served) -> None:
+    tensor = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a"]}
+    content = json.dumps({"id": float("nan"), "inputs": [tensor]})
+    reply = server.ask("POST", "/v2/models/lengths/infer", content=content)
+    assert reply.status_code == 400 and reply.json() == {"error": "`id` is a text"}

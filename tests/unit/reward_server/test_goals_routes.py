@@ -12,7 +12,7 @@ import pytest
 
 from conch.errors import ConfigError, RewardUnavailableError
 from conch.reward_server.goalspace import add_goalspace
-from conch.reward_server.service import OverloadedError
+from conch.reward_server.service import LateError, OverloadedError
 from conch.servers.listening import new_app
 
 
@@ -40,6 +40,7 @@ def ask(measure: Any, body: Any, path: str = "/goalspace") -> tuple[int, dict[st
     [
         (OverloadedError("9 texts wait", 2.5), 429, "3", "9 texts wait"),
         (RewardUnavailableError("goal `a`: no connection\nmore"), 503, "1", "goal `a`: no connection"),
+        (LateError("no values within 2 s"), 504, "1", "no values within 2 s"),
         (ConfigError("goal `a` has no range"), 400, None, "goal `a` has no range"),
         (ValueError("my secret text"), 500, None, "the texts could not be measured: ValueError"),
         (TimeoutError("took longer"), 500, None, "the texts could not be measured: took longer"),

@@ -53,6 +53,20 @@ def test_a_form_that_is_set_is_the_only_one() -> None:
         assert all(isinstance(body, dict) for body in served.asked)
 
 
+@pytest.mark.parametrize("settings", [{"normalize": False}, {"golden_of_conch": True}])
+def test_a_server_that_takes_a_list_alone_is_not_asked_for_values_without_ranges(
+    settings: dict[str, Any],
+) -> None:
+    with (
+        goal_server(forms=("list",)) as served,
+        source(served.url, goal_server=settings) as reward,
+        pytest.raises(RewardInvalidError, match="cannot ask for values without ranges"),
+    ):
+        reward.check()
+    with pytest.raises(ConfigError, match="`normalize` = false cannot be said"):
+        load(RewardConfig, {"goal_server": {"form": "list", "normalize": False}})
+
+
 def test_a_server_of_neither_form_is_told_from_a_bad_text() -> None:
     with (
         goal_server(forms=()) as served,

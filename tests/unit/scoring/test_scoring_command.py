@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,12 @@ def picky(samples, prompts, outputs):
 
 def near(samples, prompts, outputs):
     return [len(output) + (0.25 if output == "xx" else 0.0) for output in outputs]
+
+def dense(samples, prompts, outputs, output_ids):
+    return [[1.0] * len(ids) for ids in output_ids]
+
+def goals(samples, prompts, outputs):
+    return {"a": [None if output == "xx" else 1.0 for output in outputs], "b": [2.0] * len(outputs)}
 
 def calls(samples, prompts, outputs):
     with open(__file__ + ".calls", "a") as file:
@@ -102,6 +110,82 @@ def test_columns_of_the_input_are_kept_in_every_kind_of_output(
     assert table[2]["tag"] == "003" and table[2]["status"] == "ok"
 
 
+def kept_scores(path: Path, column: str) -> list[float]:
+    """A column of scores, of an output of any kind."""
+    if path.suffix == ".jsonl":
+        return [line[column.replace("reward", "scores")]["reward"] for line in lines_of(path)]
+    if path.suffix == ".parquet":
+        return parquet.read_table(path)[column].to_pylist()
+    with path.open(newline="") as file:
+        return [float(row[column]) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_scores_of_earlier_calls_are_kept_as_well(ending: str, write: Write, tmp_path: Path) -> None:
+    path = output = Path(write("rows.jsonl", ROWS[1:4]))
+    for number, function in enumerate(("lengths", "near", "lengths")):
+        output = tmp_path / f"{number}.{ending}"
+        assert score(str(path), function, "--keep", "-o", str(output)) == 0
+        path = output
+    assert kept_scores(output, "reward") == [1.0, 2.0, 3.0]
+    assert kept_scores(output, "conch_reward") == [1.0, 2.25, 3.0]
+    assert kept_scores(output, "conch_conch_reward") == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_table_holds_columns_that_it_has_no_type_for_as_text(
+    ending: str, write: Write, tmp_path: Path
+) -> None:
+    odd = {"number": [1 << 70, 1], "note": ["\ud800x", "é"], "empty": [{}, {}], "inner": [[{"a": {}}], []]}
+    rows = [
+        {"prompt": "p", "completion": "xx", **{name: values[place] for name, values in odd.items()}}
+        for place in (0, 1)
+    ]
+    output = tmp_path / f"out.{ending}"
+    assert score(write("rows.jsonl", rows), "lengths", "--keep", "-o", str(output)) == 0
+    if ending == "csv":
+        with output.open(newline="") as file:
+            table = list(csv.DictReader(file))
+    else:
+        table = parquet.read_table(output).to_pylist()
+    assert [row["number"] for row in table] == [str(1 << 70), "1"]
+    assert [row["note"] for row in table] == ["\\ud800x", "é"]
+    assert [row["empty"] for row in table] == ["{}", "{}"]
+    assert [row["inner"] for row in table] == ['[{"a": {}}]', "[]"]
+    assert [float(row["reward"]) for row in table] == [2.0, 2.0]
+
+
+def test_standard_output_is_utf8_whatever_the_locale_says(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write("rows.jsonl", [{"prompt": "p", "completion": "\u6f22"}])
+    for words in ((), ("-o", str(tmp_path / "out.jsonl"), "--subset", "kind")):
+        if words:
+            path = write("pairs.jsonl", [{"prompt": "p", "chosen": "xx", "rejected": "x", "kind": "\u6f22"}])
+        out = io.BytesIO()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
+            assert score(path, "lengths", *(words or ("--keep",))) == 0
+            found = out.getvalue()
+        assert ("\u6f22".encode() if not words else b"\\u6f22") in found
+
+
+def test_scores_of_tokens_are_no_scores_of_rows(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (write("rows.jsonl", ROWS[:2]), write("pairs.jsonl", PAIRS[:2])):
+        assert score(path, "dense") == 2
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [line["status"] for line in lines] == ["invalid"] * 2
+        assert "gives a score for each token" in lines[0]["detail"]
+
+
+def test_goals_look_at_the_whole_of_a_text(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([write("rows.jsonl", [{"text": "word " * 200}]), "--reward", "goals:text_length"]) == 0
+    (line,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert line["scores"]["text_length"] == pytest.approx((200 - 78) / (1509 - 78))
+
+
 def test_pairs_get_margins_and_a_report_by_subset(
     write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,6 +236,7 @@ def test_a_bad_row_in_the_midst_is_its_own_status(
         (["-o", "scores.txt"], "give one of these endings"),
         (["-o", "nowhere/scores.jsonl"], "there is no folder nowhere"),
         (["-o", "rows.jsonl"], "is the input"),
+        (["--report", "."], "is a folder"),
         (["--rows-are", "pairs"], 'line 1 has no "chosen" and "rejected"'),
         (["--objective", "style"], "--objective style: lengths gives reward"),
     ],
@@ -213,8 +298,10 @@ def test_an_output_that_another_process_writes_is_left_alone(
     before = output.read_bytes()
     with output.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert score(path, "lengths", "-o", str(output)) == 1
-    assert "another process scores to" in capsys.readouterr().err and output.read_bytes() == before
+        for words in ((), ("--overwrite",)):
+            assert score(path, "lengths", "-o", str(output), *words) == 1
+            assert "another process scores to" in capsys.readouterr().err
+            assert output.read_bytes() == before
 
 
 def test_an_output_of_something_else_is_refused(
@@ -248,6 +335,16 @@ def test_two_rewards_are_compared(write: Write, tmp_path: Path, capsys: pytest.C
     assert figures["spearman"] == pytest.approx(1.0) and figures["kendall"] == pytest.approx(1.0)
     assert score(path, "lengths", *near, "--tolerance", "0.2") == 3
     assert "differ by up to 0.25, more than --tolerance 0.2" in capsys.readouterr().err
+
+
+def test_what_does_not_apply_to_a_row_is_no_difference(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--against", f"{tmp_path / 'own.py'}:goals", "--objective", "a")
+    assert score(write("rows.jsonl", ROWS[1:4]), "goals", *words) == 0
+    out, err = capsys.readouterr()
+    assert [line.get("difference") for line in map(json.loads, out.splitlines())] == [0.0, None, 0.0]
+    assert "2 scores of both: largest difference 0" in err
 
 
 def test_a_verifier_reads_the_answer_of_the_row(write: Write, capsys: pytest.CaptureFixture[str]) -> None:

@@ -184,3 +184,10 @@ def test_columns_of_the_input_do_not_hide_ours() -> None:
     line = {"margin": 7, "status": "draft", "conch_margin": 1.0, "conch_status": "ok", "index": 0}
     report.add({**pair(1.0, 0.0), **line})
     assert report.result()["pairs"]["margin_mean"] == 1.0
+
+
+def test_columns_of_an_input_that_is_an_output_do_not_hide_ours() -> None:
+    report = Report()
+    line = {"conch_status": "late", "status": "draft", "conch_conch_status": "ok", "index": 0}
+    report.add({**pair(1.0, 0.0), **line})
+    assert report.result()["statuses"] == {"ok": 1}

@@ -71,6 +71,22 @@ def test_a_sample_is_found_under_usual_names_and_those_that_are_given(
     assert texts(request) == [text] and request.num_chosen is None
 
 
+@pytest.mark.parametrize("row", ["a b", {"text": "a b"}])
+def test_a_whole_text_is_what_a_reward_of_completions_looks_at(row: Any) -> None:
+    (sample,) = asked(row)[0].samples
+    assert (sample.prompt.text, sample.completion.text) == ("", "a b")
+
+
+def test_an_answer_with_more_than_a_text_is_looked_at_by_its_text() -> None:
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a", "reasoning_content": "easy"},
+    ]
+    (sample,) = asked({"messages": messages}, source=Reader("dialogues"))[0].samples
+    assert sample.completion.text == "a"
+    assert sample.dialogue is not None and list(sample.dialogue.messages) == messages
+
+
 def test_names_that_were_taken_are_kept_to_be_told() -> None:
     rows = [InputRow("line 1", {"question": "a", "response": "b"})]
     assert form_of(rows, Reader(), columns={}).taken == {"prompt": "question", "completion": "response"}

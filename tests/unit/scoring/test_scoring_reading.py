@@ -86,6 +86,14 @@ def test_a_json_file_of_lines_is_read_as_lines(tmp_path: Path) -> None:
     assert [row.value for row in rows] == ROWS
 
 
+def test_lines_of_a_json_file_end_where_those_of_other_files_do(tmp_path: Path) -> None:
+    texts = ["one\u2028two", "three\x85four", "five\u2029"]
+    (tmp_path / "rows.json").write_text(
+        "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8"
+    )
+    assert [row["text"] for row in values(RowReader(str(tmp_path / "rows.json")))] == texts
+
+
 def test_bad_rows_are_rows_with_a_reason(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(b'{"text": "a"}\n{"text":\n"\xff"\n')
     good, broken, odd = RowReader(str(tmp_path / "rows.jsonl")).rows()
@@ -104,6 +112,7 @@ def test_bad_rows_are_rows_with_a_reason(tmp_path: Path) -> None:
         ("cut.jsonl.gz", gzip.compress(LINES.encode())[:-20], "cannot be read .*give a whole file"),
         ("cut.json", b'[{"a": 1}, {"b": ', "row 2 is no JSON"),
         ("short.json", b'[{"a": 1}', "row 2 is no JSON"),
+        ("two.json", b'[{"a": 1}, {"a": 2}]\n[{"a": 3}]', "behind the array of 2 rows stands"),
         ("twice.csv", b"a,a\n1,2\n", "the header names a twice"),
         ("no.parquet", b"PAR1 nothing", "cannot be read as Parquet"),
     ],
