@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections import Counter
@@ -93,9 +94,17 @@ def part_of(file: Path) -> str:
     return Path(file.parts[1]).stem if file.parts[0] == "conch" else file.parts[0]
 
 
+@functools.cache
+def nodes_of(file: Path) -> tuple[ast.AST, ...]:
+    """The nodes that the rules speak of: imports and functions, at any depth. Each file is parsed once."""
+    kinds = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.AsyncFunctionDef
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    return tuple(node for node in ast.walk(tree) if isinstance(node, kinds))
+
+
 def imported_modules(file: Path) -> Iterator[tuple[int, str]]:
     """Line and full name of everything a file imports at any depth; `from a import b` gives `a.b`."""
-    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+    for node in nodes_of(file):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -204,11 +213,7 @@ def test_import_stays_light(module: str, kept_out: tuple[str, ...]) -> None:
 def test_files_and_functions_stay_short(file: Path) -> None:
     source = (ROOT / file).read_text(encoding="utf-8")
     assert source.count("\n") <= LONGEST_FILE
-    functions = [
-        node
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
+    functions = [node for node in nodes_of(file) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     lengths = {node.name: (node.end_lineno or node.lineno) - node.lineno + 1 for node in functions}
     assert {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION} == {}
 

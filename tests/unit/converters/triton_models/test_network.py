@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,13 @@ from conch.converters.options import ConversionOptions
 from conch.converters.parity.compare import compare
 from conch.converters.parity.reference import expected_scores, reference_of
 from conch.converters.parity.samples import build_cases, requests_of
-from conch.converters.parity.subprocess_model import SubprocessModel
 from conch.converters.parts import plan_parts, write_part
 from conch.converters.triton_models.reward_model import Row, Scorer
 from conch.errors import ConversionError
 from conch.store.manifest import Manifest, ScoringRules
 from tests.chats import CHATS, chat_tokenizer
 from tests.checkpoints import EOS, PAD, config_of, random_model, tokenizer_for
+from tests.forks import Forks
 from tests.numerics import assert_scores_close
 
 ACTIVATIONS: dict[str, nn.Module] = {
@@ -39,6 +38,16 @@ ACTIVATIONS: dict[str, nn.Module] = {
     "selu": nn.SELU(),
 }
 ROWS = [[1, 2, 3, 4], [5, EOS, 6, EOS, 7], [8]]
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    """Fresh processes with what a `model.py` imports, and nothing of ours."""
+    trunk = "transformers.models.llama.modeling_llama"
+    with Forks(
+        "torch", "transformers:AutoModelForSequenceClassification", "safetensors.torch", trunk
+    ) as made:
+        yield made
 
 
 def rules_of(tokenizer: Any, **settings: Any) -> ScoringRules:
@@ -177,7 +186,9 @@ def test_mean_and_std_are_not_folded_below_a_function(tmp_path: Path) -> None:
     ],
     ids=lambda settings: settings["pooling"],
 )
-def test_the_reference_scores_as_the_server_does(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_the_reference_scores_as_the_server_does(
+    forks: Forks, tmp_path: Path, settings: dict[str, Any]
+) -> None:
     """By code of its own, for texts and for token ids, in a fresh process."""
     outputs = 2 if settings.get("columns") else 1
     head = Head(layers([32, 8, outputs]), settings["head_activation"])
@@ -188,8 +199,7 @@ def test_the_reference_scores_as_the_server_does(tmp_path: Path, settings: dict[
         cases = build_cases(checkpoint, form, max_batch_size=8)
         expected = expected_scores(checkpoint, cases)
         written(folder, checkpoint, form=form)
-        with SubprocessModel(folder) as model:
-            replies = model.score(requests_of(cases, form, PAD), "cpu")
+        replies = forks.score(folder, requests_of(cases, form, PAD))
         report = compare(cases, replies, expected, "float32")
         assert report.ok, report.table()
 
@@ -298,7 +308,9 @@ def own_class(folder: Path, output: str) -> RewardCheckpoint:
 
 
 @pytest.mark.parametrize("output", RETURNS)
-def test_a_class_of_the_checkpoints_own_is_served_from_the_version_alone(tmp_path: Path, output: str) -> None:
+def test_a_class_of_the_checkpoints_own_is_served_from_the_version_alone(
+    forks: Forks, tmp_path: Path, output: str
+) -> None:
     checkpoint = own_class(tmp_path / f"own{output or '-'}", output)
     version = tmp_path / "1"
     version.mkdir()
@@ -309,8 +321,7 @@ def test_a_class_of_the_checkpoints_own_is_served_from_the_version_alone(tmp_pat
     for file in (tmp_path / f"own{output or '-'}").iterdir():
         file.unlink()
 
-    with SubprocessModel(version) as model:
-        replies = model.score(reference.requests, "cpu")
+    replies = forks.score(version, reference.requests)
     report = compare(reference.cases, replies, reference.expected, "float32")
     assert report.ok, report.table()
 
@@ -373,7 +384,7 @@ AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
 
 
 @pytest.mark.parametrize("how", ["allowed", "plain"])
-def test_code_for_an_older_transformers_loads(tmp_path: Path, how: str) -> None:
+def test_code_for_an_older_transformers_loads(forks: Forks, tmp_path: Path, how: str) -> None:
     (tmp_path / "modeling_old.py").write_text(OLDER_CODE)
     config = config_of("llama")
     config.auto_map = {"AutoModel": "modeling_old.OldReward"}
@@ -383,7 +394,7 @@ def test_code_for_an_older_transformers_loads(tmp_path: Path, how: str) -> None:
     save_file(
         {**tensors, "v_head.weight": torch.ones(1, 32)}, tmp_path / "model.safetensors", {"format": "pt"}
     )
-    command = [sys.executable, "-c", LOAD, str(tmp_path), how]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode == 0) is (how == "allowed"), done.stderr
-    assert how == "allowed" or "LLAMA_INPUTS_DOCSTRING" in done.stderr
+    (tmp_path / "load.py").write_text(LOAD)
+    done = forks.run(tmp_path / "load.py", str(tmp_path), how)
+    assert (done.code == 0) is (how == "allowed"), done.err
+    assert how == "allowed" or "LLAMA_INPUTS_DOCSTRING" in done.err

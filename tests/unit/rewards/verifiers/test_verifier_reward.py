@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -12,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from conch.config import GSM8KConfig, IFEvalConfig, RewardConfig, load
@@ -24,6 +22,7 @@ from conch.rewards.verifiers.gsm8k import GSM8K
 from conch.rewards.verifiers.source import VerifierReward
 from conch.types import RewardStatus, Rollout
 from tests.fakes.rollouts import rollouts
+from tests.fakes.verifiers import ODD, Letter, Slow
 from tests.runs import grpo_trainer, ilql_trainer, ppo_trainer, rft_trainer, sft_trainer, vowels
 
 Trainer = Callable[..., Any]
@@ -40,64 +39,6 @@ class WithFact(Verifier[str]):
 
     def verify(self, completion: str, key: str) -> Verdict:
         return Verdict({"answer": 1.0}, {"reward": 2.0})
-
-
-def unchecked(scores: dict[str, Any], facts: dict[str, Any]) -> Verdict:
-    """A verdict of any values: the types are checked in tests alone."""
-    verdict = Verdict({})
-    object.__setattr__(verdict, "scores", scores)
-    object.__setattr__(verdict, "facts", facts)
-    return verdict
-
-
-ODD: dict[str, Any] = {
-    "none": None,
-    "number": 1.0,
-    "null": unchecked({"answer": None, "format": 0.0}, {}),
-    "text": unchecked({"answer": "yes", "format": 0.0}, {}),
-    "empty": Verdict({}),
-    "no fact": unchecked({"answer": 1.0, "format": 0.0}, {"correct": None}),
-    "numpy": unchecked({"answer": np.float32(1), "format": np.int64(0)}, {"correct": np.bool_(True)}),
-}
-"""What a verifier of a user's may give, by the completion that it gives it for."""
-
-
-class Letter(Verifier[str]):
-    """Right where the completion begins with the row's letter; 0.5 more for an even number of letters."""
-
-    name = "letter"
-    columns = ("letter",)
-
-    def read_key(self, row: Mapping[str, Any]) -> str:
-        if row.get("letter") == 0:
-            raise ZeroDivisionError("by design")
-        if not isinstance(row.get("letter"), str):
-            raise DataError("has no `letter`")
-        return row["letter"]
-
-    def verify(self, completion: str, key: str) -> Verdict:
-        if completion == "broken":
-            raise ZeroDivisionError("by design")
-        if completion in ODD:
-            return ODD[completion]
-        if completion == "nan":
-            return Verdict({"answer": math.nan, "format": 0.0}, {"correct": math.nan})
-        right = float(completion.startswith(key))
-        return Verdict({"answer": right, "format": 0.5 * (len(completion) % 2 == 0)}, {"correct": right})
-
-
-class Slow(Letter):
-    """The same in processes: sleeps for "late", dies for "dead"."""
-
-    timeout_s = 1.0
-    processes = 1
-
-    def verify(self, completion: str, key: str) -> Verdict:
-        if completion == "late":
-            time.sleep(60)
-        if completion == "dead":
-            os._exit(3)
-        return super().verify(completion, key)
 
 
 class OnePart(Letter):
