@@ -21,6 +21,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.pop("TRITON_HOST", None)
 
+# Nor do they speak to public servers, and every client would read all authorities of the system: 30 ms.
+os.environ["SSL_CERT_FILE"] = os.devnull
+os.environ["SSL_CERT_DIR"] = os.devnull
+
 # Nor do they read or fill the user's caches, which may not be writable. Workers share one.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _caches = tempfile.mkdtemp(prefix="conch-tests-")
@@ -28,10 +32,12 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["HF_HOME"] = _caches
 
 import pytest
-from jaxtyping import install_import_hook
 
-# Every annotated shape and type of the library is checked while the tests run.
-install_import_hook("conch", "beartype.beartype")
+from tests import type_checks
+
+# Every annotated shape and type of the library is checked while the tests run, unless they only run again.
+if os.environ.get("CONCH_TESTS_CHECK_TYPES") != "0":
+    type_checks.install("conch")
 
 # A shell's background jobs ignore Ctrl-C, and so would every process that a test starts and then interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -88,6 +94,14 @@ def _nothing_stays_open() -> Iterator[None]:
 
 def _open_since(before: set[threading.Thread]) -> list[str]:
     return [t.name for t in threading.enumerate() if t.name.startswith(_LOOPS) and t not in before]
+
+
+@pytest.fixture
+def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """matplotlib writes empty files: drawing takes most of the time of what also writes a picture."""
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr(Figure, "savefig", lambda _, path, **__: Path(path).touch())
 
 
 @pytest.fixture
