@@ -28,7 +28,7 @@ def letters_a(samples: list[str]) -> Reply:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
+def bench(tmp_path: Path, blank_pictures: None) -> Bench:
     return Bench(tmp_path)
 
 
@@ -40,7 +40,8 @@ def texts(bench: Bench) -> list[tuple[str, int, str]]:
     ]
 
 
-def test_results_are_those_of_the_kept_samples(bench: Bench) -> None:
+def test_results_are_those_of_the_kept_samples(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
     results = bench.run(**{"best_of_n.ns": "[1,4,20]"})
 
     samples = [sample for record in bench.records().values() for sample in record.samples]
@@ -61,7 +62,8 @@ def test_results_are_those_of_the_kept_samples(bench: Bench) -> None:
     assert results["results"][0]["kl"] == 0.0
     low, high = results["results"][1]["proxy_interval"]
     assert low <= results["results"][1]["proxy_score"] <= high
-    assert {"best_of_n.png", "best_of_n.csv"} <= {path.name for path in (bench.folder / "out").iterdir()}
+    assert (bench.folder / "out/best_of_n.png").read_bytes().startswith(b"\x89PNG")
+    assert (bench.folder / "out/best_of_n.csv").is_file()
 
 
 def test_the_same_call_gives_the_same_and_asks_nobody(bench: Bench) -> None:

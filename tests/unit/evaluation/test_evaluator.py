@@ -94,7 +94,13 @@ def run_dir(tmp_path: Path) -> Path:
 
 def far_from_start(run_dir: Path, **settings: Any) -> tuple[PPOTrainer, Any]:
     """A trainer that samples one token, and its policy as it was at the start."""
-    trainer = ppo_trainer(run_dir, lm=policy(), generation={"max_new_tokens": 1}, **settings)
+    trainer = ppo_trainer(
+        run_dir,
+        lm=policy(),
+        generation={"max_new_tokens": 1, "chunk_size": 800},
+        ppo={"forward_batch_size": 800},
+        **settings,
+    )
     start = copy.deepcopy(trainer.lm)
     shake(trainer.lm, 0.1)
     return trainer, start

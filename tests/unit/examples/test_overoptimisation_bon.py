@@ -84,7 +84,7 @@ class Study:
 
 
 @pytest.fixture
-def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blank_pictures: None) -> Study:
     monkeypatch.chdir(tmp_path)
     return Study(tmp_path)
 
@@ -105,7 +105,11 @@ def expected(study: Study, objective: Any) -> list[float]:
     return np.mean(curves, axis=0).tolist()
 
 
-def test_gold_of_every_seed_and_every_ensemble_is_that_of_the_answer_it_chose(study: Study) -> None:
+def test_gold_of_every_seed_and_every_ensemble_is_that_of_the_answer_it_chose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = Study(tmp_path)
     folder = study.run("--uwo-weights", "0.5,2")
 
     objectives: dict[str, Any] = {
@@ -126,7 +130,7 @@ def test_gold_of_every_seed_and_every_ensemble_is_that_of_the_answer_it_chose(st
             assert entry["proxy_scores"] == sorted(entry["proxy_scores"])
             golds = sorted(zip(row["answers"], row["gold_scores"], strict=True))
             assert sorted(zip(entry["answers"], entry["gold_scores"], strict=True)) == golds
-    assert (folder / "overoptimisation.png").is_file()
+    assert (folder / "overoptimisation.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_order_of_the_answers_in_the_file_changes_no_result(study: Study) -> None:

@@ -76,7 +76,9 @@ def test_rows_in_few_slots_are_what_they_are_alone(
     lm = tiny_decoder(family)
     settings: dict[str, Any] = {"max_new_tokens": 9, "stop": ("c", "ab", "q")}
     found = sample(lm, TEXTS, greedy=True, chunk_size=3, **settings)
-    alone = [sample(lm, [text], greedy=True, chunk_size=1, **settings)[0] for text in TEXTS]
+    # One engine for all: each tries the model out before its first pass.
+    engine = engine_of(lm, chunk_size=1, **settings)
+    alone = [next(engine.generate(prompts([text]), greedy=True))[0] for text in TEXTS]
 
     assert [r.prompt.text for r in found] == list(TEXTS)
     assert [r.completion.token_ids for r in found] == [r.completion.token_ids for r in alone]

@@ -138,9 +138,10 @@ def test_address_of_something_else_is_refused(monkeypatch: pytest.MonkeyPatch, g
 
         def answer() -> None:
             connection, _ = server.accept()
-            connection.sendall(greeting)
-            time.sleep(2)
-            connection.close()
+            with connection:
+                connection.sendall(greeting)
+                while connection.recv(1024):
+                    pass  # until whoever asks hangs up
 
         thread = threading.Thread(target=answer)
         thread.start()

@@ -442,7 +442,13 @@ def test_log_probs_are_computed_while_rewards_are_under_way(
 def test_letters_are_learned(run_dir: Path) -> None:
     trainer = grpo_trainer(
         run_dir,
-        grpo={"prompts_per_step": 8, "group_size": 8, "minibatches": 2, "kl": {"coef": 0.0}},
+        grpo={
+            "prompts_per_step": 8,
+            "group_size": 8,
+            "minibatches": 2,
+            "kl": {"coef": 0.0},
+            "forward_batch_size": 32,
+        },
         optimizer={"learning_rate": 0.01},
         train={"total_steps": 25, "eval_every": 25, "eval_repeats": 8},
     )

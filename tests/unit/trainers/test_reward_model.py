@@ -131,9 +131,9 @@ def test_template_wraps_every_text(run_dir: Path) -> None:
 
 def test_new_head_starts_as_published(run_dir: Path) -> None:
     # Before the noise that the helper adds: N(0, 1 / (d + 1)), no bias.
-    wide = {
-        "architecture": {"model_type": "gpt2", "n_layer": 1, "n_head": 1, "n_embd": 2048, "vocab_size": 11}
-    }
+    narrow_inside = {"num_attention_heads": 1, "head_dim": 8, "intermediate_size": 8}
+    shape = {"num_hidden_layers": 1, "hidden_size": 2048, "vocab_size": 11, "max_position_embeddings": 16}
+    wide = {"architecture": {"model_type": "llama", **shape, **narrow_inside}}
     config = load(RewardModelRunConfig, {"model": wide, "train": {"run_dir": run_dir}})
     trainer = RewardModelTrainer(config, samples=SCORED, tokenizer=TOKENIZER)
     weight = trainer.model.score.weight.detach()

@@ -30,13 +30,18 @@ SCORED = [{"text": text, "score": float(len(text))} for text in SAMPLES]
 TRAIN = {"total_steps": 6, "eval_every": 2, "save_every": 2, "max_grad_norm": 1.0}
 
 
-def ppo(run_dir: Path, **train: Any) -> Any:
+def ppo(run_dir: Path, forward_batch_size: int = 3, **train: Any) -> Any:
     return ppo_trainer(
         run_dir,
         train={**TRAIN, **train},
         optimizer={"learning_rate": 5e-3},
         scheduler={"name": "cosine", "warmup_updates": 3},
-        ppo={"epochs": 2, "minibatches": 2, "kl": {"target": 0.1, "horizon": 100}},
+        ppo={
+            "epochs": 2,
+            "minibatches": 2,
+            "kl": {"target": 0.1, "horizon": 100},
+            "forward_batch_size": forward_batch_size,
+        },
         shaping={"scaling": "running"},
         # More than one pass over the data does not divide into steps: the position matters.
         prompts=PROMPTS[:7],
@@ -104,10 +109,10 @@ def test_a_resumed_trainer_is_not_a_new_one(tmp_path: Path, make: Callable[..., 
 
 
 def test_the_reference_of_a_resumed_run_is_the_start_of_the_first(tmp_path: Path) -> None:
-    trained = ppo(tmp_path / "run")
+    trained = ppo(tmp_path / "run", forward_batch_size=350)
     trained.fit()
     expected = trained.evaluate(repeats=50)["eval/kl"]
-    resumed = ppo(tmp_path / "run", resume="auto").evaluate(repeats=50)["eval/kl"]
+    resumed = ppo(tmp_path / "run", forward_batch_size=350, resume="auto").evaluate(repeats=50)["eval/kl"]
     assert expected > 0.05
     assert resumed == pytest.approx(expected, rel=0.3)
 
