@@ -35,12 +35,12 @@ def _checked(*, typechecker: Any) -> Callable[[Any], Any]:
 
     def decorate(target: Any) -> Any:
         if isinstance(target, FunctionType) and not _knows_arrays(target.__module__):
-            return _light(target)
+            return checked(target)
         if inspect.isclass(target) and not _knows_arrays(target.__module__):
             init = target.__dict__.get("__init__")
             if dataclasses.is_dataclass(target) and isinstance(init, FunctionType):
                 if not hasattr(init, "__wrapped__"):
-                    target.__init__ = _light(init)
+                    target.__init__ = checked(init)
                 return target
         return _jaxtyped(target, typechecker=typechecker)
 
@@ -58,23 +58,23 @@ def _knows_arrays(module: str) -> bool:
     )
 
 
-def _light(function: FunctionType) -> Any:
+def checked(function: FunctionType) -> Any:
     """beartype's check of a function. That of a closure is made once, for all that are made of its code."""
     pattern = _of_code.get(function.__code__)
     if pattern is None:
         copy = _copied(function)
         copy.__annotations__ = {name: _resolved(function, name) for name in function.__annotations__}
-        checked = beartype(conf=_CONF)(copy)
-        if checked is copy:
+        wrapper = beartype(conf=_CONF)(copy)
+        if wrapper is copy:
             return function
-        if "<locals>" in function.__qualname__ and _FUNC in (checked.__kwdefaults__ or {}):
-            pattern = _copied(checked)
-            pattern.__kwdefaults__ = {**checked.__kwdefaults__, _FUNC: None}  # keep nothing alive
+        if "<locals>" in function.__qualname__ and _FUNC in (wrapper.__kwdefaults__ or {}):
+            pattern = _copied(wrapper)
+            pattern.__kwdefaults__ = {**wrapper.__kwdefaults__, _FUNC: None}  # keep nothing alive
             _of_code[function.__code__] = pattern
     else:
-        checked = _copied(pattern)
-        checked.__kwdefaults__ = {**pattern.__kwdefaults__, _FUNC: function}
-    return functools.update_wrapper(checked, function)
+        wrapper = _copied(pattern)
+        wrapper.__kwdefaults__ = {**pattern.__kwdefaults__, _FUNC: function}
+    return functools.update_wrapper(wrapper, function)
 
 
 def _copied(function: FunctionType) -> Any:
