@@ -55,6 +55,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(FOLDER_MARKERS[folder])
 
 
+def pytest_collection_finish() -> None:
+    """Keep what the imports made out of every later search for garbage, which takes a second over it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _deployments_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tests note down the servers that they deploy where the user's are not."""

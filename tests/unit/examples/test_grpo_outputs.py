@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,20 @@ def run_with_checkpoints(folder: Path, **settings: Any) -> Path:
     return trainer.run_dir
 
 
-def test_files_that_a_killed_run_has_not_come_to_write_are_written_when_it_goes_on(tmp_path: Path) -> None:
-    folder = run_with_checkpoints(tmp_path / "run") / "checkpoints"
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Such a run, which nobody changes."""
+    return run_with_checkpoints(tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(finished, tmp_path / "run", symlinks=True)
+
+
+def test_files_that_a_killed_run_has_not_come_to_write_are_written_when_it_goes_on(run: Path) -> None:
+    folder = run / "checkpoints"
     content = torch.load(folder / "checkpoint_3.pt", weights_only=True)
     kept = (folder / "checkpoint_4.pt").stat().st_mtime_ns
     (folder / "checkpoint_3.pt").unlink()
@@ -52,8 +65,7 @@ def test_files_that_a_killed_run_has_not_come_to_write_are_written_when_it_goes_
     assert not (folder / ".checkpoint_3.pt.partial").exists()
 
 
-def test_a_checkpoint_holds_all_and_loads_as_weights_alone(tmp_path: Path) -> None:
-    run = run_with_checkpoints(tmp_path / "run")
+def test_a_checkpoint_holds_all_and_loads_as_weights_alone(run: Path) -> None:
     content = torch.load(run / "checkpoints/checkpoint_4.pt", weights_only=True)
     assert content["step"] == 4
     assert content["config"]["train"]["save_every"] == 1
@@ -81,8 +93,7 @@ def test_old_files_go_with_their_checkpoints(tmp_path: Path) -> None:
     assert not leftover.exists()
 
 
-def test_a_file_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
-    run = run_with_checkpoints(tmp_path / "run")
+def test_a_file_that_cannot_be_written_is_an_error_and_leaves_nothing(run: Path) -> None:
     step = run / "checkpoints/step_4"
     (run / "checkpoints/checkpoint_4.pt").unlink()
     (run / "checkpoints/checkpoint_4.pt").mkdir()
