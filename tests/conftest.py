@@ -39,6 +39,9 @@ from tests import type_checks
 if os.environ.get("CONCH_TESTS_CHECK_TYPES") != "0":
     type_checks.install("conch")
 
+# What a test writes need not outlive the machine's power; whoever reads it, also after a kill, reads it.
+os.fsync = lambda fd: None  # pyright: ignore[reportAttributeAccessIssue]
+
 # A shell's background jobs ignore Ctrl-C, and so would every process that a test starts and then interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -2,7 +2,7 @@
 
 `jaxtyping`'s import hook decorates every function with `jaxtyped`, which binds the arguments, checks them
 twice and opens a scope for the names of axes, and does so anew for each closure that is made. Only what names
-axes needs that: where a module knows no array type, beartype alone checks the same annotations.
+axes needs that: where no annotation of a function does, beartype alone checks the same annotations.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import CodeType, FunctionType
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import jaxtyping
 from beartype import BeartypeConf, beartype
@@ -21,7 +20,9 @@ from beartype import BeartypeConf, beartype
 _CONF = BeartypeConf(violation_type=jaxtyping.TypeCheckError)
 _FUNC = "__beartype_func"
 _jaxtyped: Callable[..., Any] = jaxtyping.jaxtyped
-_of_code: dict[CodeType, Any] = {}
+_Code = tuple[str, str, CodeType]
+_of_closure: dict[_Code, Any] = {}
+_with_axes: set[_Code] = set()
 
 
 def install(package: str) -> None:
@@ -34,47 +35,52 @@ def _checked(*, typechecker: Any) -> Callable[[Any], Any]:
     """What the hook decorates functions and classes with."""
 
     def decorate(target: Any) -> Any:
-        if isinstance(target, FunctionType) and not _knows_arrays(target.__module__):
+        if isinstance(target, FunctionType):
             return checked(target)
-        if inspect.isclass(target) and not _knows_arrays(target.__module__):
+        if inspect.isclass(target) and dataclasses.is_dataclass(target):
             init = target.__dict__.get("__init__")
-            if dataclasses.is_dataclass(target) and isinstance(init, FunctionType):
-                if not hasattr(init, "__wrapped__"):
-                    target.__init__ = checked(init)
-                return target
+            if isinstance(init, FunctionType) and not hasattr(init, "__wrapped__"):
+                target.__init__ = checked(init)
+            return target
         return _jaxtyped(target, typechecker=typechecker)
 
     return decorate
 
 
-@functools.cache
-def _knows_arrays(module: str) -> bool:
-    """Whether a module has imported an array type before its first function or class."""
-    values = [value for value in vars(sys.modules[module]).values() if inspect.isclass(value)]
-    return any(
-        value.__module__.startswith("jaxtyping")
-        or issubclass(value, jaxtyping.AbstractArray | jaxtyping.AbstractDtype)
-        for value in values
-    )
-
-
 def checked(function: FunctionType) -> Any:
-    """beartype's check of a function. That of a closure is made once, for all that are made of its code."""
-    pattern = _of_code.get(function.__code__)
-    if pattern is None:
-        copy = _copied(function)
-        copy.__annotations__ = {name: _resolved(function, name) for name in function.__annotations__}
-        wrapper = beartype(conf=_CONF)(copy)
-        if wrapper is copy:
-            return function
-        if "<locals>" in function.__qualname__ and _FUNC in (wrapper.__kwdefaults__ or {}):
-            pattern = _copied(wrapper)
-            pattern.__kwdefaults__ = {**wrapper.__kwdefaults__, _FUNC: None}  # keep nothing alive
-            _of_code[function.__code__] = pattern
-    else:
-        wrapper = _copied(pattern)
-        wrapper.__kwdefaults__ = {**pattern.__kwdefaults__, _FUNC: function}
+    """A function whose annotations are checked. The check of a closure is made once for all of its code."""
+    code = function.__module__, function.__qualname__, function.__code__
+    if code in _with_axes:
+        return _jaxtyped(function, typechecker=beartype)
+    if code in _of_closure:
+        wrapper = _copied(_of_closure[code])
+        wrapper.__kwdefaults__ = {**wrapper.__kwdefaults__, _FUNC: function}
+        return functools.update_wrapper(wrapper, function)
+    hints = {name: _resolved(function, name) for name in function.__annotations__}
+    if any(map(_names_axes, hints.values())):
+        _with_axes.add(code)
+        return _jaxtyped(function, typechecker=beartype)
+    copy = _copied(function)
+    copy.__annotations__ = hints
+    wrapper = beartype(conf=_CONF)(copy)
+    if wrapper is copy:
+        return function
+    if "<locals>" in function.__qualname__ and _FUNC in (wrapper.__kwdefaults__ or {}):
+        _of_closure[code] = _copied(wrapper)
+        _of_closure[code].__kwdefaults__ = {**wrapper.__kwdefaults__, _FUNC: None}  # keep nothing alive
     return functools.update_wrapper(wrapper, function)
+
+
+def _names_axes(hint: Any) -> bool:
+    """Whether an annotation holds an array type."""
+    if inspect.isclass(hint) and issubclass(hint, jaxtyping.AbstractArray):
+        return True
+    return any(_names_axes(part) for part in _parts(hint))
+
+
+def _parts(hint: Any) -> Sequence[Any]:
+    """What stands in the brackets of an annotation, some in brackets again: Callable[[int], int]."""
+    return hint if isinstance(hint, list | tuple) else get_args(hint)
 
 
 def _copied(function: FunctionType) -> Any:

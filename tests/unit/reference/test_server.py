@@ -49,7 +49,7 @@ def server() -> Iterator[ServedReference]:
 
 
 def post(server: ServedReference, content: bytes) -> tuple[int, bytes]:
-    with httpx2.Client(trust_env=False, timeout=60) as client:
+    with httpx2.Client(trust_env=False, verify=False, timeout=60) as client:
         reply = client.post(f"http://{server.address}/logprobs", content=content)
     return reply.status_code, reply.content
 
@@ -161,7 +161,7 @@ def test_messages_that_are_none_are_told_apart() -> None:
 def test_strangers_get_nothing_from_any_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REFERENCE_SECRET", SECRET)
     with served(policy(), secret_env="REFERENCE_SECRET") as server:
-        with httpx2.Client(trust_env=False, timeout=60) as client:
+        with httpx2.Client(trust_env=False, verify=False, timeout=60) as client:
             for method, path in ADDRESSES:
                 for headers in ({}, {"authorization": "Bearer guess"}):
                     reply = client.request(method, f"http://{server.address}{path}", headers=headers)
@@ -234,7 +234,7 @@ def test_server_whose_gpu_has_failed_makes_way_for_another(tmp_path: Path) -> No
     process = subprocess.Popen([sys.executable, "-c", FAULTY, str(tmp_path), str(port)], cwd=ROOT)
     try:
         content = encode(REQUEST, rows())
-        with httpx2.Client(trust_env=False, timeout=60) as client:
+        with httpx2.Client(trust_env=False, verify=False, timeout=60) as client:
             replies: list[httpx2.Response] = []
 
             def has_answered() -> bool:
