@@ -14,6 +14,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import certifi
+
 # Tests reach no model hub, and small tensors on few cores are fastest with one thread per process.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,15 +23,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.pop("TRITON_HOST", None)
 
-# Nor do they speak to public servers, and every client would read all authorities of the system: 30 ms.
-os.environ["SSL_CERT_FILE"] = os.devnull
-os.environ["SSL_CERT_DIR"] = os.devnull
-
 # Nor do they read or fill the user's caches, which may not be writable. Workers share one.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _caches = tempfile.mkdtemp(prefix="conch-tests-")
     atexit.register(shutil.rmtree, _caches, ignore_errors=True)
     os.environ["HF_HOME"] = _caches
+    # Nor do they speak to public servers: every client would read all authorities of the system, for 30 ms.
+    _end = "-----END CERTIFICATE-----\n"
+    _authority = Path(_caches, "authority.pem")
+    _authority.write_text(Path(certifi.where()).read_text(encoding="utf-8").partition(_end)[0] + _end)
+    os.environ |= {"SSL_CERT_FILE": str(_authority), "SSL_CERT_DIR": _caches}
 
 import pytest
 
