@@ -22,7 +22,7 @@ from tests.reference_servers import served
 from tests.runs import grpo_trainer, parameters, policy, ppo_trainer
 from tests.tiny import tiny_decoder
 
-STEPS = 3
+STEPS = 2
 RATE = {"learning_rate": 0.01}
 LEARNING = {"optimizer": RATE}
 IN_REWARD = {"kl": {"coef": 0.1, "placement": "reward"}}
