@@ -28,6 +28,7 @@ from conch.store.manifest import Manifest, ScoringRules
 from tests.chats import CHATS, chat_tokenizer
 from tests.checkpoints import EOS, PAD, config_of, random_model, tokenizer_for
 from tests.forks import Forks
+from tests.launches import ROOT
 from tests.numerics import assert_scores_close
 
 ACTIVATIONS: dict[str, nn.Module] = {
@@ -375,6 +376,7 @@ LOAD = """
 import sys
 from pathlib import Path
 from transformers import AutoModel
+sys.path.insert(0, sys.argv[3])
 from conch.converters.triton_models.network import allow_older_code
 
 if sys.argv[2] == "allowed":
@@ -395,6 +397,6 @@ def test_code_for_an_older_transformers_loads(forks: Forks, tmp_path: Path, how:
         {**tensors, "v_head.weight": torch.ones(1, 32)}, tmp_path / "model.safetensors", {"format": "pt"}
     )
     (tmp_path / "load.py").write_text(LOAD)
-    done = forks.run(tmp_path / "load.py", str(tmp_path), how)
+    done = forks.run(tmp_path / "load.py", str(tmp_path), how, str(ROOT))
     assert (done.code == 0) is (how == "allowed"), done.err
     assert how == "allowed" or "LLAMA_INPUTS_DOCSTRING" in done.err
