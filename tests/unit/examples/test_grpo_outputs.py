@@ -37,6 +37,7 @@ def run_with_checkpoints(folder: Path, **settings: Any) -> Path:
     trainer = grpo_trainer(folder, train={"save_every": 1, **settings})
     trainer.run.on_saved = write_torch_checkpoint
     trainer.fit()
+    trainer.close()
     return trainer.run_dir
 
 
