@@ -14,8 +14,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import certifi
-
 # Tests reach no model hub, and small tensors on few cores are fastest with one thread per process.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,19 +26,13 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _caches = tempfile.mkdtemp(prefix="conch-tests-")
     atexit.register(shutil.rmtree, _caches, ignore_errors=True)
     os.environ["HF_HOME"] = _caches
-    # Nor do they speak to public servers: every client would read all authorities of the system, for 30 ms.
-    _end = "-----END CERTIFICATE-----\n"
-    _authority = Path(_caches, "authority.pem")
-    _authority.write_text(Path(certifi.where()).read_text(encoding="utf-8").partition(_end)[0] + _end)
-    os.environ |= {"SSL_CERT_FILE": str(_authority), "SSL_CERT_DIR": _caches}
 
 import pytest
-
-from tests import type_checks
+from jaxtyping import install_import_hook
 
 # Every annotated shape and type of the library is checked while the tests run, unless they only run again.
 if os.environ.get("CONCH_TESTS_CHECK_TYPES") != "0":
-    type_checks.install("conch")
+    install_import_hook("conch", "beartype.beartype")
 
 # What a test writes need not outlive the machine's power; whoever reads it, also after a kill, reads it.
 os.fsync = lambda fd: None  # pyright: ignore[reportAttributeAccessIssue]
