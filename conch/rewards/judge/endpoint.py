@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -232,13 +233,21 @@ def _tokens(logprobs: Any) -> tuple[TokenChoice, ...] | None:
             # The sampled token stands in the list or not, as it was among the likeliest or not.
             tuple(
                 dict.fromkeys(
-                    (str(each["token"]), float(each["logprob"]))
+                    (str(each["token"]), _logprob(each["logprob"]))
                     for each in (*row.get("top_logprobs", ()), row)
                 )
             ),
         )
         for row in rows
     )
+
+
+def _logprob(value: Any) -> float:
+    """A log-probability; NaN is none, and would count as certainty."""
+    number = float(value)
+    if math.isnan(number):
+        raise ValueError
+    return number
 
 
 def check_model(models: list[str], config: JudgeConfig, url: str) -> None:

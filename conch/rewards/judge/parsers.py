@@ -5,6 +5,7 @@ A message about an answer holds nothing of it: it may repeat the sample.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -16,10 +17,13 @@ from conch.config import JudgeConfig, RubricItem
 from conch.rewards.judge.endpoint import Answer
 from conch.types import DEFAULT_OBJECTIVE
 
-# Of "8/10" and "8 out of 10" the 8 counts; the denominator is held against the range.
+# Of "8/10", "**8**/10" and "8 points out of 10" the 8 counts; the denominator is held against the range.
 _NUMBER = re.compile(
-    r"(?<![\d.])(?P<number>[-+]?\d+(?:\.\d+)?)(?:\s*(?:/|out\s+of)\s*(?P<of>\d+(?:\.\d+)?))?(?![\d])", re.I
+    r"(?<![\d.])(?P<number>[-+]?\d+(?:[.,\u2013\u2014-]\d+)*(?:e[-+]?\d+)?)"
+    r"(?:[^\d\n.!?;:]{0,20}?(?:/|\u2044|\b(?:out\s+)?of\b)[^\w\n]{0,8}(?P<of>\d+(?:\.\d+)?))?",
+    re.I,
 )
+_PLAIN = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?", re.I)
 _AROUND = " \t\r\n*_`\"'.,:;!()[]{}<>"
 _BLANKS = " \t\r\n\u2581\u0120\u010a"
 """Blanks, and the signs that some tokenizers write for them."""
@@ -78,23 +82,35 @@ def _end_of_thinking(text: str, thinking: tuple[str, str] | None) -> int:
 def read_number(text: str, pattern: str | None, bounds: tuple[float, float]) -> float:
     """Return the last number of a text, or the one at the last match of `pattern`.
 
-    bounds: lowest and highest that is an answer; "8/10" must have the highest for its denominator.
+    bounds: lowest and highest that is an answer; "8/10" must have the highest for its denominator, and words
+        that repeat the scale ("from 1 to 10", "a 10-point scale") are no answer.
 
     Raises:
-        UnreadableError: there is none, or it is out of bounds.
+        UnreadableError: there is none, it can be read in two ways ("7,5", "7-8"), or it is out of bounds.
     """
     if pattern is not None:
         text = _last_match(text, pattern)
-    matches = [*_NUMBER.finditer(text)]
+    text = text.replace("\u2212", "-")  # the minus sign of typeset texts
+    matches = [*_NUMBER.finditer(_scale_of(bounds).sub(" ", text))]
     if not matches:
         raise UnreadableError("holds no number")
     match = matches[-1]
+    if _PLAIN.fullmatch(match["number"]) is None:
+        raise UnreadableError("ends with what may be one number or several")
     value = float(match["number"])
     if match["of"] is not None and float(match["of"]) != bounds[1]:
         raise UnreadableError(f"is a number out of another than {bounds[1]:g}")
     if not bounds[0] <= value <= bounds[1]:
         raise UnreadableError(f"is a number outside `judge.number_range` {bounds[0]:g} to {bounds[1]:g}")
     return value
+
+
+@functools.lru_cache
+def _scale_of(bounds: tuple[float, float]) -> re.Pattern[str]:
+    """What names a scale as a whole, as an answer does that repeats its question."""
+    low, high = (rf"{re.escape(f'{bound:g}')}(?:\.0+)?" for bound in bounds)
+    ends = rf"(?<![\d.,]){low}(?:\s*\([^()\n]{{0,60}}\))?\s*(?:to|and|[-\u2013\u2014])\s*{high}(?![.,]?\d)"
+    return re.compile(rf"{ends}|(?<![\d.,]){high}[- ]points?\s+scale\b", re.I)
 
 
 def _last_match(text: str, pattern: str) -> str:
@@ -106,7 +122,10 @@ def _span(text: str, pattern: str) -> tuple[int, int]:
     matches = [*re.finditer(pattern, text)]
     if not matches:
         raise UnreadableError("has nothing that `judge.pattern` matches")
-    return matches[-1].span(1 if matches[-1].re.groups else 0)
+    start, end = matches[-1].span(1 if matches[-1].re.groups else 0)
+    if start < 0:
+        raise UnreadableError("has nothing that the first group of `judge.pattern` matches")
+    return start, end
 
 
 def scaled(value: float, bounds: tuple[float, float], to: tuple[float, float] | None) -> float:

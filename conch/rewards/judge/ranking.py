@@ -16,6 +16,7 @@ from conch.config import JudgeConfig
 from conch.rewards.judge.parsers import UnreadableError, json_objects
 
 _RANKED = re.compile(r"\d+(?:\s*[>=,]\s*\d+)+")
+_MOST_DIGITS = 9
 
 
 def shuffled(answers: Sequence[str], prompt: str, seed: int) -> list[int]:
@@ -63,7 +64,7 @@ def _tiers(text: str) -> list[list[int]]:
     if not matches:
         raise UnreadableError("holds no ranking such as 2 > 3 > 1")
     tiers = re.split(r"[>,]", matches[-1])
-    return [[int(number) for number in tier.split("=")] for tier in tiers]
+    return [[_number(number) for number in tier.split("=")] for tier in tiers]
 
 
 def _best_worst(text: str, count: int) -> list[float]:
@@ -77,7 +78,7 @@ def _best_worst(text: str, count: int) -> list[float]:
         ]
         if not all(found):
             raise UnreadableError('holds no {"best": ..., "worst": ...}')
-        best, worst = int(found[0][-1]), int(found[1][-1])
+        best, worst = _number(found[0][-1]), _number(found[1][-1])
     if best == worst or not {best, worst} <= set(range(1, count + 1)):
         raise UnreadableError(f"names the same answer as best and worst, or one that is not among {count}")
     scores = [0.5] * count
@@ -86,6 +87,8 @@ def _best_worst(text: str, count: int) -> list[float]:
 
 
 def _number(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, str)) or not str(value).strip().isdecimal():
+    is_word = isinstance(value, (int, str)) and not isinstance(value, bool)
+    text = str(value).strip() if is_word else ""
+    if not text.isdecimal() or len(text) > _MOST_DIGITS:  # Python reads no number of thousands of digits
         raise UnreadableError("has something else than numbers of answers in its ranking")
-    return int(value)
+    return int(text)

@@ -43,13 +43,41 @@ def config(**settings: Any) -> JudgeConfig:
         ("8 out of 10", 8.0),
         ("[[9]]", 9.0),
         ("On a scale of 1-10, I say 4", 4.0),
+        ("Rating: **8**/10", 8.0),
+        ("Score: **8** / **10**", 8.0),
+        (r"\boxed{3}/10", 3.0),
+        ("[[3]]/10", 3.0),
+        ("3 (out of 10)", 3.0),
+        ("3 points out of 10", 3.0),
+        ("3 of 10", 3.0),
+        ("I rate it 3 on a scale from 1 to 10.", 3.0),
+        ("4, on the scale from 1.0 (useless) to 10 (could not be better)", 4.0),
+        ("3, on a 10-point scale", 3.0),
+        ("1e1", 10.0),
     ],
 )
 def test_last_number_counts_and_its_denominator_does_not(text: str, number: float) -> None:
     assert read_number(text, None, (1.0, 10.0)) == number
 
 
-@pytest.mark.parametrize("text", ["no number here", "11", "0", "-3", "4/5", "3 out of 5"])
+def test_minus_sign_of_typeset_texts_is_one() -> None:
+    assert read_number("\u22125", None, (-10.0, 10.0)) == -5.0
+
+
+@pytest.mark.parametrize("text", ["7,5", "1,000", "7-8", "7\u20138", "2024-05-03", "1.2.3"])
+def test_number_that_can_be_read_in_two_ways_is_none(text: str) -> None:
+    with pytest.raises(UnreadableError, match="one number or several"):
+        read_number(text, None, (0.0, 3000.0))
+
+
+def test_group_of_a_pattern_that_matches_nothing_is_no_answer() -> None:
+    with pytest.raises(UnreadableError, match="first group of"):
+        read_number("Score: 7", r"Score:\s*(x)?\d", (1.0, 10.0))
+
+
+@pytest.mark.parametrize(
+    "text", ["no number here", "11", "0", "-3", "4/5", "3 out of 5", "on a scale from 1 to 10"]
+)
 def test_number_out_of_range_or_of_another_scale_is_none(text: str) -> None:
     with pytest.raises(UnreadableError):
         read_number(text, None, (1.0, 10.0))
@@ -258,7 +286,12 @@ def test_ranks_become_scores(text: str, scores: list[float]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["2 > 1", "1 > 2 > 2", "1 > 2 > 4", "4 > 3 > 2 > 1", "none", '{"ranking": ["a", 1, 2]}']
+    "text",
+    [
+        *("2 > 1", "1 > 2 > 2", "1 > 2 > 4", "4 > 3 > 2 > 1", "none", '{"ranking": ["a", 1, 2]}'),
+        "2 > 1 > " + "3" * 5000,
+    ],
+    ids=lambda text: text[:20],
 )
 def test_ranking_that_is_not_of_all_answers_is_none(text: str) -> None:
     with pytest.raises(UnreadableError):
@@ -273,7 +306,12 @@ def test_best_and_worst_become_scores(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ['{"best": 1, "worst": 1}', '{"best": 4, "worst": 1}', '{"best": 1}', "best: 2"]
+    "text",
+    [
+        *('{"best": 1, "worst": 1}', '{"best": 4, "worst": 1}', '{"best": 1}', "best: 2"),
+        f"best: {'1' * 5000}, worst: 1",
+    ],
+    ids=lambda text: text[:20],
 )
 def test_best_and_worst_must_be_two_that_are_there(text: str) -> None:
     with pytest.raises(UnreadableError):

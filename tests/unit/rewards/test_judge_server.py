@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 
 from conch.config import JudgeConfig, RewardConfig, load
 from conch.errors import ConfigError, DataError, RewardUnavailableError
@@ -195,6 +195,17 @@ def test_expected_value_over_choices_by_log_probabilities() -> None:
     with judge_server(rule) as server:
         results = scored(judge(server, **settings), rollouts("x", "z"))
         assert scores(results) == [pytest.approx(0.8 / 0.9), pytest.approx(0.4 / 0.9)]
+
+
+def test_log_probability_that_is_no_number_is_no_certainty() -> None:
+    def rule(_: Mapping[str, Any]) -> Any:
+        choice = with_logprobs("A", {"A": math.nan, "B": math.log(0.9)})
+        return Response(json.dumps({"model": "judge", "choices": [choice]}), media_type="application/json")
+
+    settings = {"parser": "logprobs", "choices": {"A": 1, "B": 0}, "max_tokens": 1}
+    with judge_server(rule) as server:
+        (result,) = scored(judge(server, **settings), rollouts("a"))
+    assert result.status is RewardStatus.INVALID and "no chat completion" in result.detail
 
 
 def test_comparison_is_asked_both_ways_so_that_a_liking_for_a_place_cancels() -> None:
