@@ -221,6 +221,14 @@ class RewardConfig(Section):
                 "`judge` stands beside `url`, `members`, `function` or `verifier`: give one of them, or name "
                 "all in `members`, as in `members={model: host:8001/name, judge: judge:FILE.yaml}`"
             )
+        alone = (
+            None if self.judge.is_set else next(filter(self.judge.differs, JudgeConfig.model_fields), None)
+        )
+        if alone is not None:
+            raise ValueError(
+                f"`judge.{alone}` is of a judge that this section names, by `judge.file`, or by `judge.url` "
+                "and `judge.model`, and it names none: write it into the file of a `judge:FILE.yaml`"
+            )
         return self
 
     @model_validator(mode="after")

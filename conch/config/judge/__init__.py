@@ -5,11 +5,13 @@ A folder of its own, since the one above lists as many files as a reader can tak
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from conch.config.auth import TlsConfig
 from conch.config.base import Section
@@ -28,7 +30,13 @@ _SETS = {
     "rubric": ("rubric",),
     "ask": ("rubric",),
     "items": ("rubric",),
+    "scaled_to": ("number", "choice", "logprobs", *GROUP_PARSERS),
 }
+
+
+def _is_range(bounds: tuple[float, float]) -> bool:
+    """Whether these are the lowest and the highest of some numbers; what is endless scales nothing."""
+    return math.isfinite(bounds[1] - bounds[0]) and bounds[0] < bounds[1]
 
 
 class RubricItem(Section):
@@ -40,7 +48,7 @@ class RubricItem(Section):
     question: str
     """What the judge is asked about the answer."""
 
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Share of the reward, against the other items' weights."""
 
     scores: tuple[float, float] | None = None
@@ -51,7 +59,7 @@ class RubricItem(Section):
     def _is_sound(self) -> RubricItem:
         if re.fullmatch(r"\w+", self.name) is None:
             raise ValueError(f"`name` = {self.name!r} is to be of letters, digits and underscores")
-        if self.scores is not None and not self.scores[0] < self.scores[1]:
+        if self.scores is not None and not _is_range(self.scores):
             raise ValueError(f"`scores` of `{self.name}` is (lowest, highest), not {self.scores}")
         return self
 
@@ -196,6 +204,18 @@ class JudgeConfig(Section):
     """Most that the requests of all processes may cost, since the start or the last resume; then nothing is
     asked any more, and samples are `skipped`. None sets no bound."""
 
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _choices_are_words(cls, choices: Any) -> Any:
+        if isinstance(choices, Mapping):
+            for name in choices:
+                if not isinstance(name, str):
+                    raise ValueError(
+                        f"a choice is {name!r}, no word: YAML wants it in quotes, as in "
+                        '`{"yes": 1, "no": 0}` or `{"1": 1, "2": 2}`'
+                    )
+        return choices
+
     @model_validator(mode="after")
     def _parser_has_its_keys(self) -> JudgeConfig:
         if self.file is not None:
@@ -217,7 +237,7 @@ class JudgeConfig(Section):
     def _numbers_fit(self) -> JudgeConfig:
         for name in ("number_range", "scaled_to"):
             value = getattr(self, name)
-            if value is not None and not value[0] < value[1]:
+            if value is not None and not _is_range(value):
                 raise ValueError(f"`{name}` is (lowest, highest), not {value}")
         if self.min_votes is not None and self.min_votes > self.votes:
             raise ValueError(f"`min_votes` = {self.min_votes} is more than `votes` = {self.votes}")
@@ -236,6 +256,8 @@ class JudgeConfig(Section):
     def _choices_can_be_told_apart(self) -> JudgeConfig:
         if any(not choice.strip() for choice in self.choices):
             raise ValueError("`choices` holds an empty choice")
+        if wrong := next((name for name, value in self.choices.items() if not math.isfinite(value)), None):
+            raise ValueError(f"`choices` gives `{wrong}` the value {self.choices[wrong]}, which is no score")
         if self.choices and len(set(self.choices.values())) < 2:
             raise ValueError("`choices` all have the same value, so every answer would score alike")
         if self.pattern is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from conch.config import JudgeConfig, load
+from conch.config import JudgeConfig, RewardConfig, load
 from conch.errors import ConfigError
 from conch.rewards.judge.endpoint import Answer, TokenChoice
 from conch.rewards.judge.parsers import (
@@ -339,6 +339,19 @@ def test_order_is_drawn_from_seed_prompt_and_answers() -> None:
         ({"votes": 2, "temperature": 1, "min_votes": 3}, "more than `votes`"),
         ({"budget": 5.0}, "price_in"),
         ({"number_range": [10, 1]}, "lowest, highest"),
+        ({"number_range": [0, math.inf]}, "lowest, highest"),
+        ({"number_range": [-math.inf, 10]}, "lowest, highest"),
+        ({"scaled_to": [0, math.inf]}, "lowest, highest"),
+        ({"parser": "choice", "choices": {"A": math.nan, "B": 0}}, "`A` the value nan, which is no score"),
+        ({"parser": "choice", "choices": {"A": 1, "B": math.inf}}, "`B` the value inf, which is no score"),
+        ({"parser": "choice", "choices": {True: 1, False: 0}}, "in quotes"),
+        ({"parser": "choice", "choices": {1: 1, 2: 0}}, "in quotes"),
+        ({"parser": "rubric", "rubric": [{"name": "a", "question": "q", "weight": math.inf}]}, "finite"),
+        ({"parser": "rubric", "rubric": [{"name": "a", "question": "q", "scores": [0, math.inf]}]}, "lowest"),
+        (
+            {"parser": "rubric", "rubric": [{"name": "a", "question": "q"}], "scaled_to": [-1, 1]},
+            "`scaled_to` acts",
+        ),
         ({"pattern": "("}, "no regular expression"),
         ({"rubrik": []}, "did you mean `rubric`"),
         ({"template": "a", "template_file": "b"}, "not both"),
@@ -347,6 +360,13 @@ def test_order_is_drawn_from_seed_prompt_and_answers() -> None:
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         config(**settings)
+
+
+@pytest.mark.parametrize("more", [{"url": "h:1/m"}, {"members": {"a": "judge:a.yaml", "b": "h:1/m"}}])
+def test_settings_of_a_judge_that_nobody_names_are_refused(more: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"`judge.max_tokens` .* names none"):
+        load(RewardConfig, {**more, "judge": {"max_tokens": 8}})
+    assert load(RewardConfig, load(RewardConfig, more).model_dump()).judge == JudgeConfig()
 
 
 def test_saved_section_that_holds_every_key_can_be_read_again() -> None:
