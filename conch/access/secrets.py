@@ -26,3 +26,22 @@ def secret_from(variable: str | None) -> str:
             "cannot carry; take letters, digits, dash and underscore (for example `openssl rand -hex 32`)"
         )
     return secret
+
+
+def key_from(variable: str, setting: str) -> str:
+    """Return the key of a provider in an environment variable, whatever signs it is made of.
+
+    setting: full name of the key that names the variable, for messages.
+
+    Raises:
+        ConfigError: the variable is not set, or holds what no header can carry.
+    """
+    key = os.environ.get(variable, "")
+    if not key:
+        raise ConfigError(f"`{setting}` = {variable}: this environment variable is not set or empty")
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise ConfigError(
+            f"`{setting}` = {variable}: what this environment variable holds is no key, which is "
+            "printable ASCII without blanks"
+        )
+    return key

@@ -112,7 +112,7 @@ class LocalReward:
         """
         prompts = [_prompt_of(index, row) for index, row in enumerate(() if rows is None else rows)]
         columns = {name for prompt in prompts for name in prompt.metadata}
-        source = self._new_source(self._needed_columns() if rows is None else sorted(columns))
+        source = self._new_source((self._needed_columns() or None) if rows is None else sorted(columns))
         try:
             source.check()
             _refuse_tokens(source)
@@ -156,7 +156,7 @@ class LocalReward:
             closer()
 
     @sources_closed_on_failure()
-    def _new_source(self, columns: Sequence[str]) -> RewardSource:
+    def _new_source(self, columns: Sequence[str] | None) -> RewardSource:
         source = from_user(self.reward, self.config, metadata_keys=columns)
         # A group may lie on several processes of another trainer.
         refuse_groups(source, "a reward function of another trainer")

@@ -41,7 +41,7 @@ def from_user(
     reward: UserReward | Mapping[str, UserReward] | None,
     config: RewardConfig,
     *,
-    metadata_keys: Iterable[str] = (),
+    metadata_keys: Iterable[str] | None = None,
     rank: int = 0,
     decode: Decode | None = None,
 ) -> RewardSource:
@@ -52,7 +52,8 @@ def from_user(
     reward: a Python function, `"host:port/model"`, `"http://host:port/path"`, `"verifier:gsm8k"`,
         `"goals:text_length"`, `"judge:FILE.yaml"`, a judge's section, a verifier, or a source, which is
         returned as it is; or several of these by name, which `config.combine` makes one of.
-    metadata_keys: the extra keys of the prompts in use; `check` sees whether a function takes them.
+    metadata_keys: the extra keys of the prompts in use; `check` sees whether a function takes them, and
+        whether a judge finds those that its template names. None where they are not known yet.
     rank: this process's number, whose recorded rewards are replayed.
     decode: the policy's ids -> text, which `config.dense` needs.
 
@@ -68,7 +69,7 @@ def from_user(
 def _source(
     reward: UserReward | Mapping[str, UserReward] | None,
     config: RewardConfig,
-    metadata_keys: Iterable[str],
+    metadata_keys: Iterable[str] | None,
     decode: Decode | None,
 ) -> RewardSource:
     """What gives the scores; of several, what makes one of them."""
@@ -242,7 +243,7 @@ def _module(name: str, setting: str) -> ModuleType:
 
 
 def _single_source(
-    reward: object, config: RewardConfig, metadata_keys: Iterable[str], decode: Decode | None
+    reward: object, config: RewardConfig, metadata_keys: Iterable[str] | None, decode: Decode | None
 ) -> RewardSource:
     if isinstance(reward, RewardSource):
         return reward
@@ -250,7 +251,7 @@ def _single_source(
 
 
 def _new_source(
-    reward: object, config: RewardConfig, metadata_keys: Iterable[str], decode: Decode | None
+    reward: object, config: RewardConfig, metadata_keys: Iterable[str] | None, decode: Decode | None
 ) -> RewardSource:
     if isinstance(reward, str):
         return _source_of_name(reward, config, metadata_keys, decode)
@@ -267,7 +268,7 @@ def _new_source(
             "`conch.rewards.RewardSource`, which needs `check` and `submit` and has the other methods"
         )
     if callable(reward):
-        return FunctionReward(reward, metadata_keys=metadata_keys)
+        return FunctionReward(reward, metadata_keys=metadata_keys or ())
     raise ConfigError(
         "a reward must be a function, `host:port/model`, `http://host:port/path`, `judge:FILE.yaml`, a "
         f"Verifier or a RewardSource, not {kind}"
@@ -275,7 +276,7 @@ def _new_source(
 
 
 def _source_of_name(
-    name: str, config: RewardConfig, metadata_keys: Iterable[str], decode: Decode | None
+    name: str, config: RewardConfig, metadata_keys: Iterable[str] | None, decode: Decode | None
 ) -> RewardSource:
     """What a string stands for. Only a run that asks for it needs its libraries installed and loaded."""
     if name.startswith(PREFIX):
@@ -313,7 +314,7 @@ def _goals_reward(name: str, config: RewardConfig) -> RewardSource:
     return GoalsReward(space, normalize=own.normalize, partial=config.steering.is_on)
 
 
-def _judge(judge: JudgeConfig, config: RewardConfig, metadata_keys: Iterable[str]) -> RewardSource:
+def _judge(judge: JudgeConfig, config: RewardConfig, metadata_keys: Iterable[str] | None) -> RewardSource:
     _refuse_dense(config, "a judge")
     from conch.rewards.judge.source import JudgeReward, read_judge
 

@@ -76,7 +76,7 @@ class AnswerCache:
             return
         self._execute("INSERT OR REPLACE INTO answers (key, answer) VALUES (?, ?)", key, _written(answer))
         self._additions += 1
-        if self._additions % _ADDITIONS_PER_CLEARING == 1:
+        if self._file is not None and self._additions % _ADDITIONS_PER_CLEARING == 1:
             self._execute(
                 "DELETE FROM answers WHERE number <= (SELECT max(number) FROM answers) - ?", self._size
             )

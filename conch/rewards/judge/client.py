@@ -243,6 +243,8 @@ class JudgeClient:
                 return self._given_up(failure, attempts, time.monotonic() - since)
             try:
                 await self._limits[id(replica)].wait(estimate)
+                if not replica.is_usable:  # it has asked to be left alone meanwhile
+                    continue
                 started = started or time.monotonic()
                 left_s = started + self._config.deadline_s - time.monotonic()
                 if left_s <= 0:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from conch.access.secrets import secret_from
+from conch.access.secrets import key_from
 from conch.access.tls import client_context
 from conch.addresses import parse_urls, secret_headers
 from conch.config import JudgeConfig, OnModelChange, load
@@ -81,7 +81,7 @@ class JudgeReward(RewardSource):
         urls = parse_urls(config.url)
         headers = secret_headers(config.headers_env)
         if config.key_env is not None:
-            headers["authorization"] = f"Bearer {secret_from(config.key_env)}"
+            headers["authorization"] = f"Bearer {key_from(config.key_env, 'judge.key_env')}"
         context = client_context(config.tls, "judge.tls")
         self.name = f"judge {config.model} at {', '.join(urls)}"
         self.measures_facts = config.parser == "rubric" and config.items == "facts"
@@ -234,8 +234,9 @@ class JudgeReward(RewardSource):
         texts = [rollout.completion.text for rollout in rollouts]
         distinct = list(dict.fromkeys(texts))
         where = f"the group of {name_row(0, rollouts[0].sample)}"
+        low, high = self._config.scaled_to or (0.0, 1.0)
         if len(distinct) == 1:
-            return [self._scored({DEFAULT_OBJECTIVE: 0.5}, {}, "", started)] * len(rollouts)
+            return [self._scored({DEFAULT_OBJECTIVE: (low + high) / 2}, {}, "", started)] * len(rollouts)
         votes = await asyncio.gather(
             *(self._group_vote(rollouts[0], distinct, vote) for vote in range(self._config.votes))
         )
@@ -243,7 +244,6 @@ class JudgeReward(RewardSource):
         if isinstance(counted, Failure):
             return [self._failed(counted, where, started)] * len(rollouts)
         reading, note = counted
-        low, high = self._config.scaled_to or (0.0, 1.0)
         scores = {text: low + (high - low) * reading[str(place)] for place, text in enumerate(distinct)}
         return [self._scored({DEFAULT_OBJECTIVE: scores[text]}, {}, note, started) for text in texts]
 

@@ -140,6 +140,7 @@ class JudgeTemplate:
         self._templates: dict[str, Any] = {}
         self.columns: tuple[str, ...] = () if config.against is None else (config.against,)
         """Of the row, that the templates read."""
+        shown: set[str] = set()
         for name, text in texts.items():
             if text is None:
                 continue
@@ -149,12 +150,15 @@ class JudgeTemplate:
                 self._templates[name] = environment.from_string(text)
             except TemplateError as error:
                 raise ConfigError(f"`judge.{name}` is no template: {error}") from None
+            shown |= names
             columns = sorted(names - set(self._own)) + sorted(_columns_of_row(tree))
             self.columns = tuple(dict.fromkeys((*self.columns, *columns)))
-        self._check_shows(config, texts["template"] or "")
+        self._check_shows(config, shown)
 
-    def _check_shows(self, config: JudgeConfig, text: str) -> None:
+    def _check_shows(self, config: JudgeConfig, names: set[str]) -> None:
         """See that what is to be judged is shown at all.
+
+        names: that the templates read.
 
         Raises:
             ConfigError: it is not.
@@ -162,11 +166,16 @@ class JudgeTemplate:
         wanted = ("answers",) if config.is_group else ("output", "messages")
         if config.against is not None:
             wanted = ("first", "second")
-        shown = [name for name in wanted if name in text]
+        shown = names.intersection(wanted)
         if not shown or (config.against is not None and len(shown) < 2):
-            names = " and ".join(wanted) if config.against is not None else " or ".join(wanted)
+            either = " and ".join(wanted) if config.against is not None else " or ".join(wanted)
             raise ConfigError(
-                f"`judge.template` shows no answer: write {{{{ {wanted[0]} }}}} in it ({names})"
+                f"`judge.template` shows no answer: write {{{{ {wanted[0]} }}}} in it ({either})"
+            )
+        if config.parser == "rubric" and config.ask == "each" and "item" not in names:
+            raise ConfigError(
+                "`judge.template` asks the same for each item of the rubric: write {{ item.question }} in "
+                "it, or take `judge.ask` = together"
             )
 
     def check_columns(self, columns: Iterable[str]) -> None:

@@ -20,8 +20,11 @@ from fastapi.responses import JSONResponse, Response
 from conch.config import JudgeConfig, RewardConfig, load
 from conch.errors import ConfigError, DataError, RewardUnavailableError
 from conch.rewards.factory import from_user, shared_reward
+from conch.rewards.judge.cache import AnswerCache
+from conch.rewards.judge.endpoint import Answer
 from conch.rewards.judge.limits import RateLimit, asked_pause_s, duration_s, exhausted_pause_s
 from conch.rewards.judge.source import JudgeReward, read_judge
+from conch.rewards.score import score
 from conch.types import Completion, Dialogue, Prompt, RewardResult, RewardStatus, Rollout
 from tests.fakes.judge_server import Judge, judge_server, refuses, says, with_logprobs
 from tests.fakes.rollouts import rollout, rollouts
@@ -104,6 +107,16 @@ def test_template_names_only_what_is_there() -> None:
     [
         ({"template": "{{ output"}, "no template"),
         ({"template": "{{ prompt }}"}, "shows no answer"),
+        ({"template": "Rate the output to: {{ prompt }}"}, "shows no answer"),
+        (
+            {
+                "template": "{{ output }}",
+                "parser": "rubric",
+                "ask": "each",
+                "rubric": [{"name": "a", "question": "Is it?"}],
+            },
+            "asks the same for each item",
+        ),
         ({"parser": "ranking", "template": "{{ output }}"}, "shows no answer"),
         ({"key_env": "NOT_SET_ANYWHERE"}, "NOT_SET_ANYWHERE"),
         ({"url": "ftp://h/v1"}, "http"),
@@ -137,6 +150,16 @@ def test_file_gives_keys_and_what_stands_beside_it_goes_before(tmp_path: Path) -
         with from_user(None, config) as source:
             source.submit(rollouts("b")).result(60)
         assert server.bodies[-1]["max_tokens"] == 9
+
+
+def test_rows_to_score_give_the_columns_that_a_template_names(tmp_path: Path) -> None:
+    with judge_server() as server:
+        file = tmp_path / "judge.yaml"
+        file.write_text(f"url: {server.url}\nmodel: judge\ntemplate: '{{{{ output }}}} for {{{{ key }}}}'\n")
+        rows = [{"prompt": "p", "completion": "a", "key": "b"}, {"prompt": "p", "completion": "c"}]
+        first, lacking = score(rows, reward=f"judge:{file}")
+        assert first.ok and server.shown[-1] == "a for b"
+        assert lacking.status is RewardStatus.INVALID and "UndefinedError" in lacking.detail
 
 
 def test_file_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -303,6 +326,26 @@ def test_another_server_gets_what_a_busy_one_does_not_take() -> None:
         assert len(scores(results)) == 8
         assert time.monotonic() - started < 20
         assert len(busy.bodies) <= 2 and len(free.bodies) == 8
+
+
+def test_busy_server_is_left_alone_by_requests_that_wait_for_their_turn() -> None:
+    answers = iter([refuses(429, retry_after="1")])
+    with judge_server(lambda _: next(answers, "7")) as server:
+        results = scored(judge(server, requests_per_minute=600), rollouts(*"abcd"))
+        assert len(scores(results)) == 4
+        assert server.times[1] - server.times[0] >= 0.95
+
+
+@pytest.mark.parametrize("key", ["ya29.a0-b_c", "a/b+c==", "name:secret"])
+def test_keys_of_any_provider_are_sent_as_they_are(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", key)
+    with judge_server() as server:
+        scored(judge(server, key_env="JUDGE_KEY"), rollouts("a"))
+        assert server.headers[0]["authorization"] == f"Bearer {key}"
+    monkeypatch.setenv("JUDGE_KEY", "two words")
+    with pytest.raises(ConfigError, match="JUDGE_KEY: what this") as refused:
+        judge("http://h:1/v1", key_env="JUDGE_KEY")
+    assert "two" not in str(refused.value)
 
 
 def test_headers_that_say_that_nothing_is_left_hold_the_next_request_back() -> None:
@@ -522,6 +565,32 @@ def test_file_that_is_no_cache_is_refused(tmp_path: Path) -> None:
         judge("http://h:1/v1", cache_file=tmp_path / "text")
 
 
+def test_file_that_can_be_written_no_more_costs_the_file_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with judge_server(by_length) as server, closing(judge(server, cache_file=tmp_path / "answers")) as source:
+        with closing(sqlite3.connect(tmp_path / "answers")) as file:
+            file.execute("CREATE TRIGGER full BEFORE INSERT ON answers BEGIN SELECT RAISE(FAIL, 'full'); END")
+            file.commit()
+        with caplog.at_level(logging.WARNING, "conch"):
+            assert scores(source.submit(rollouts("a", "bb")).result(60)) == [0.0, pytest.approx(1 / 9)]
+            source.submit(rollouts("a", "bb")).result(60)
+        assert len(server.bodies) == 2 and "kept in memory from now on" in caplog.text
+
+
+def test_cache_forgets_the_oldest_in_memory_and_in_its_file(tmp_path: Path) -> None:
+    def known(cache: AnswerCache) -> list[int]:
+        return [number for number in range(101) if cache.get(f"{number}") is not None]
+
+    for path in (None, tmp_path / "answers"):
+        with closing(AnswerCache(3, path)) as cache:
+            for number in range(101):
+                cache.add(f"{number}", Answer("7", "stop"))
+            assert known(cache) == [98, 99, 100]
+    with closing(AnswerCache(3, tmp_path / "answers")) as cache:
+        assert known(cache) == [98, 99, 100], "of the file alone"
+
+
 def test_unreadable_answers_are_not_kept() -> None:
     answers = iter(["nothing", "7"])
     with judge_server(lambda _: next(answers)) as server, closing(judge(server)) as source:
@@ -592,4 +661,6 @@ def test_samples_of_several_prompts_are_no_group() -> None:
 def test_group_of_equal_answers_needs_no_judge() -> None:
     with judge_server() as server:
         assert scores(scored(judge(server, parser="ranking"), rollouts("a", "a"))) == [0.5, 0.5]
+        around_zero = judge(server, parser="ranking", scaled_to=[-1, 1])
+        assert scores(scored(around_zero, rollouts("a", "a"))) == [0.0, 0.0]
         assert server.bodies == []
