@@ -11,6 +11,7 @@ from conch.config import DataConfig, RewardConfig
 from conch.data.files import like_rows, rows_at, training_rows
 from conch.errors import ConfigError, DataError, RewardError
 from conch.rewards.factory import from_user
+from conch.rewards.steering.rows import steering_goals
 from conch.types import Completion, Prompt, Rollout
 from examples.steerability import texts
 from examples.steerability.settings import SteerabilityConfig
@@ -38,7 +39,8 @@ def instruction(row: Mapping[str, Any], goals: Sequence[str]) -> str:
     """Say in words which way and how far a row's text shall go."""
     wishes = []
     for goal in goals:
-        target, source = _number(row.get(TARGET + goal)), _number(row.get(SOURCE + goal))
+        source = _number(row.get(SOURCE + goal))
+        target = None if source is None else _target(row.get(TARGET + goal), source)
         if target is None or source is None or target == source:
             continue
         more, less = _PHRASES.get(goal, (f"higher in {goal}", f"lower in {goal}"))
@@ -56,8 +58,18 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
+def _target(value: Any, source: float) -> float | None:
+    """A target; of a range the point that is nearest to where the text is."""
+    if isinstance(value, (list, tuple)) and len(value) == 2:
+        low, high = (_number(each) for each in value)
+        return None if low is None or high is None else min(max(source, low), high)
+    return _number(value)
+
+
 def read_probe(config: SteerabilityConfig, goals: Sequence[str]) -> tuple[list[Row], list[Row]]:
     """Rows to learn from and rows to evaluate on: texts of one half of a probe each.
+
+    goals: that rows are steered in which name none themselves.
 
     Raises:
         DataError: a column is missing, or there are fewer texts than are asked for.
@@ -102,7 +114,11 @@ def _row_with_text(row: Any) -> Row:
 
 
 def _with_prompt(row: Row, goals: Sequence[str]) -> Row:
-    content = f"{instruction(row, goals)}\n\n{row[TEXT]}"
+    try:
+        own = steering_goals(row, tuple(goals))
+    except DataError:  # the reward says so, with the row's line, when it checks the row
+        own = ()
+    content = f"{instruction(row, own)}\n\n{row[TEXT]}"
     kept = {key: value for key, value in row.items() if key.startswith((SOURCE, TARGET)) or key == GOALS}
     return {**kept, "prompt": [{"role": "user", "content": content}]}
 

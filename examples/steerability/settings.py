@@ -148,9 +148,11 @@ def load_settings(config: str, overrides: list[str]) -> SteerabilityRunConfig:
     _check_names(path)
     values = compose(path.stem, overrides, path.resolve().parent)
     # The presets name their ranges as seen from this folder, where their commands are run.
-    goals = values.get("reward", {}).get("goals", {})
-    if (ranges := goals.get("normalization")) and not Path(ranges).is_file():
-        goals["normalization"] = str(CONFIGS.parent / ranges)
+    reward = values.get("reward")
+    goals = reward.get("goals") if isinstance(reward, Mapping) else None
+    ranges = goals.get("normalization") if isinstance(goals, Mapping) else None
+    if isinstance(ranges, str) and not Path(ranges).is_file() and (CONFIGS.parent / ranges).is_file():
+        values["reward"] = {**reward, "goals": {**goals, "normalization": str(CONFIGS.parent / ranges)}}
     return load(SteerabilityRunConfig, values)
 
 
@@ -159,6 +161,10 @@ def _check_names(path: Path) -> None:
         content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
+    if content is not None and not isinstance(content, Mapping):
+        raise ConfigError(
+            f"{path} is to hold settings, as in `model: {{path: ...}}`, not a {type(content).__name__}"
+        )
     flat = [str(key) for key, value in (content or {}).items() if not isinstance(value, Mapping)]
     lines = [f"`{key}` has no counterpart here: {NOT_HERE[key]}" for key in flat if key in NOT_HERE]
     lines += [f"`{key}` is `{RENAMED[key]}` here" for key in flat if key in RENAMED]

@@ -147,9 +147,12 @@ class SteeringConfig(Section):
                     f"`{name}` is no reward of steering: they are {', '.join(STEERING_REWARDS)} and "
                     f"<goal>{ERRORS}"
                 )
-        if not self.rewards and (self.eval_rewards or self.goals):
+        alone = [
+            name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default
+        ]
+        if not self.rewards and alone:
             raise ValueError(
-                "`eval_rewards` or `goals` without `rewards`: name what is learned from, for example "
+                f"`{alone[0]}` without `rewards`: name what is learned from, for example "
                 f"rewards=[{STEERABILITY}]"
             )
         if both := set(self.rewards) & set(self.eval_rewards):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,13 +52,16 @@ class Targets:
     steering: tuple[str, ...]
 
 
-def read_targets(row: Mapping[str, Any], config: SteeringConfig) -> Targets:
+def read_targets(row: Mapping[str, Any], config: SteeringConfig, measured: Sequence[str] = ()) -> Targets:
     """Read a row's goals.
+
+    measured: all goals that are: of others, as in a column `target_language`, nothing is read. Empty where
+        they are not known.
 
     Raises:
         DataError: a phrase about the row: "has no `target_formality`".
     """
-    steering = _steering_goals(row, config)
+    steering = steering_goals(row, config.goals)
     needs_source = any(name in config.all_rewards for name in _NEED_SOURCES)
     for goal in steering:
         if TARGET + goal not in row:
@@ -67,6 +70,7 @@ def read_targets(row: Mapping[str, Any], config: SteeringConfig) -> Targets:
             wanted = " and ".join(name for name in _NEED_SOURCES if name in config.all_rewards)
             raise DataError(f"has no `{SOURCE}{goal}`, which {wanted} start from")
     named = [key.removeprefix(TARGET).removeprefix(SOURCE) for key in row if key.startswith((TARGET, SOURCE))]
+    named = [goal for goal in named if not measured or goal in measured]
     goals: dict[str, Target] = {}
     for goal in dict.fromkeys([*steering, *named]):
         target = _target(row, goal)
@@ -77,12 +81,19 @@ def read_targets(row: Mapping[str, Any], config: SteeringConfig) -> Targets:
     return Targets(goals, steering)
 
 
-def _steering_goals(row: Mapping[str, Any], config: SteeringConfig) -> tuple[str, ...]:
+def steering_goals(row: Mapping[str, Any], default: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the goals that a row is steered in.
+
+    default: of rows that do not say, `reward.steering.goals`.
+
+    Raises:
+        DataError: a phrase about the row.
+    """
     names = row.get(GOALS)
     if _is_empty(names):
-        if not config.goals:
+        if not default:
             raise DataError(f"has no `{GOALS}`, and `reward.steering.goals` names none for such rows")
-        return config.goals
+        return default
     if isinstance(names, str):
         names = _listed(names)
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
@@ -128,6 +139,11 @@ def _number(row: Mapping[str, Any], key: str) -> float:
 
 def _as_number(value: Any, key: str) -> float:
     # A bool is an int to Python, and a text that looks like a number has come from the wrong column.
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    try:
+        number = float(value) if is_number else math.nan
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
         raise DataError(f"has `{key}` = {value!r:.80}, which is no number")
-    return float(value)
+    return number

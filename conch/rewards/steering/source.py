@@ -84,8 +84,8 @@ class SteeringReward(CompositeReward):
 
     def check_row(self, row: Mapping[str, Any]) -> None:
         super().check_row(row)
-        targets = read_targets(row, self._config)
         measured = self._source.objectives
+        targets = read_targets(row, self._config, measured)
         unknown = [goal for goal in targets.steering if measured and goal not in measured]
         if unknown and any(name not in _OF_TEXTS for name in self._config.rewards):
             raise DataError(
@@ -130,7 +130,7 @@ class SteeringReward(CompositeReward):
             wrong = f"{self._source.name} scores each token: steering needs one value per goal"
             return self._invalid(measured, wrong)
         try:
-            targets = read_targets(rollout.prompt.metadata, self._config)
+            targets = read_targets(rollout.prompt.metadata, self._config, self._source.objectives)
         except DataError as error:
             return self._invalid(measured, f"the prompt's row {error}")
         text, values = rollout.completion.text, measured.scores

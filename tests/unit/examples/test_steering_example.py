@@ -58,7 +58,7 @@ def test_settings_of_the_papers_code_are_told_by_their_names_here(tmp_path: Path
     [
         (
             ["reward.steering.rewards=[]", "reward.steering.eval_rewards=[]", "reward.steering.goals=[]"],
-            "names",
+            "name what is learned from",
         ),
         (["rollout.engine=ray"], "starts its own sampler"),
         (["rollout.urls=127.0.0.1:1"], "own_sampler=false"),
@@ -67,6 +67,14 @@ def test_settings_of_the_papers_code_are_told_by_their_names_here(tmp_path: Path
 def test_settings_that_make_no_run_are_refused(overrides: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         load_settings("tiny", overrides)
+
+
+@pytest.mark.parametrize("text", ["- a\n", "words\n", "reward:\n", "reward:\n  goals:\n"])
+def test_a_file_without_settings_is_told_in_a_sentence(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError):
+        load_settings(str(file), [])
 
 
 def test_a_preset_that_is_not_there_is_told_from_those_that_are() -> None:
@@ -108,6 +116,19 @@ def test_a_probe_is_halved_by_texts_and_keeps_its_lines(tmp_path: Path) -> None:
     assert "target_formality" in train[0] and "text" not in train[0]
     assert "probe.csv row" in train.places[0]  # pyright: ignore[reportAttributeAccessIssue]
     assert read_probe(config, ["formality"])[0] == read_probe(config, ["formality"])[0]
+
+
+def test_instructions_of_a_probe_are_about_the_goals_of_each_row(tmp_path: Path) -> None:
+    probe = tmp_path / "probe.jsonl"
+    row = {"source_formality": 0.2, "target_formality": 0.9, "source_joy": 0.4, "target_joy": [0.7, 0.8]}
+    rows = [{"text": f"Text {text}.", **row, "steering_goals": ["joy"]} for text in range(4)]
+    probe.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    config = SteerabilityConfig(
+        probe=probe, source_texts=1, instructions_per_text=1, held_out_texts=1, held_out_instructions=1
+    )
+    for default in ([], ["formality"]):
+        (train,), _ = read_probe(config, default)
+        assert "so that it is higher in joy. Leave" in train["prompt"][0]["content"]
 
 
 def test_a_probe_with_too_few_texts_is_refused(tmp_path: Path) -> None:

@@ -233,6 +233,7 @@ def test_a_missing_goal_of_a_reward_that_only_watches_leaves_the_reward() -> Non
         ({**ROW, "target_y": "high"}, "`target_y` = 'high', which is no number"),
         ({**ROW, "target_y": True}, "no number"),
         ({**ROW, "target_y": math.inf}, "no number"),
+        ({**ROW, "target_y": 10**400}, "no number"),
         ({**ROW, "target_y": [0.8, 0.2]}, r"`target_y` = [0.8, 0.2], which is upside down"),
         ({**ROW, "target_y": [0.8]}, "a range is [lowest, highest]"),
         ({"target_x": 0.1, "target_y": None, "source_x": 0.1}, "neither `target_y` nor a `source_y`"),
@@ -254,6 +255,16 @@ def test_rows_that_are_good_pass() -> None:
     for goals in (None, "", "x,y", '["x", "y"]', ["x"], ("y", "x"), math.nan):
         row = {**ROW, "target_y": 0.6}
         source.check_row(row if goals is None else {**row, "steering_goals": goals})
+
+
+def test_columns_that_are_no_goals_may_be_called_as_if_they_were() -> None:
+    row = {**ROW, "target_language": "de", "source_url": "https://h/text"}
+    source = SteeringReward(Measures({"a": {"x": 0.8, "y": 0.5}}, knows=["x", "y"]), config())
+    source.check_row(row)
+    (result,) = source.submit([rollout("p", "a", **row)]).result(WAIT_S)
+    assert result.scores == {"steerability_error": 0.0}
+    with pytest.raises(DataError, match="`target_language` = 'de', which is no number"):
+        SteeringReward(Measures({}), config()).check_row(row)
 
 
 def test_a_row_without_steering_goals_needs_them_in_the_settings() -> None:
@@ -287,7 +298,9 @@ def test_a_goal_in_the_settings_that_nobody_measures_is_refused() -> None:
     [
         ({"rewards": ["steerability"]}, "no reward of steering"),
         ({"rewards": ["_error"]}, "names no goal"),
-        ({"rewards": [], "eval_rewards": ["miscalibration"]}, "without `rewards`"),
+        ({"rewards": [], "eval_rewards": ["miscalibration"]}, "`eval_rewards` without `rewards`"),
+        ({"rewards": [], "goals": [], "square_rewards": True}, "`square_rewards` without `rewards`"),
+        ({"rewards": [], "goals": [], "space": "measured"}, "`space` without `rewards`"),
         ({"eval_rewards": ["steerability_error"]}, "take it out of one"),
         ({"good_enough_threshold": 0.5, "too_bad_threshold": 0.2}, "is not below `too_bad_threshold`"),
         ({"goals": ["x", "x"]}, "stands twice"),
