@@ -51,7 +51,7 @@ class FunctionReward(RewardSource):
     def __init__(self, function: Callable[..., Any], *, metadata_keys: Iterable[str] = ()) -> None:
         self.name = _name_of(function)
         self.batched = not _is_async(function)
-        self.needs_groups = bool(getattr(getattr(function, "func", function), "needs_groups", False))
+        self.needs_groups = _wants_groups(function)
         self._who = f"reward function `{self.name}`"
         self._function = function
         self._metadata_keys = tuple(metadata_keys)
@@ -202,6 +202,12 @@ def metadata_of(rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
 
 def _is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def _wants_groups(function: Callable[..., Any]) -> bool:
+    """Whether the function, what it is a part of, or its class's `__call__` is `groupwise`."""
+    named = getattr(function, "func", function)
+    return any(getattr(each, "needs_groups", False) for each in (named, type(named).__call__))
 
 
 def _name_of(function: Callable[..., Any]) -> str:

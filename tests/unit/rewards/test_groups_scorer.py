@@ -117,7 +117,12 @@ def test_partial_method_and_object_may_ask() -> None:
         def __call__(self, outputs: list[str], **_: Any) -> list[float]:
             return places(outputs)
 
-    for function in (Ranks().method, Called(), functools.partial(ranked)):
+    class Decorated:
+        @conch.rewards.groupwise
+        def __call__(self, outputs: list[str], **_: Any) -> list[float]:
+            return places(outputs)
+
+    for function in (Ranks().method, Called(), Decorated(), functools.partial(ranked)):
         with FunctionReward(function) as source:
             assert source.needs_groups
 
