@@ -64,6 +64,17 @@ class RubricItem(Section):
         return self
 
 
+_OWN_KEYS = {
+    **{name: f"`{name}`" for name in ("model", "temperature", "seed", "top_logprobs")},
+    **dict.fromkeys(("max_tokens", "max_completion_tokens"), "`max_tokens` and `max_tokens_key`"),
+    "messages": "`template` and `system`",
+    "logprobs": "`parser` = logprobs",
+    "n": "`votes`",
+    "stream": "nothing: answers are read as a whole",
+}
+"""Keys of a request -> the settings that they come from."""
+
+
 class JudgeConfig(Section):
     """A judge: who is asked, what it is shown, how its answers become scores, and what that may cost."""
 
@@ -248,6 +259,15 @@ class JudgeConfig(Section):
             )
         if self.budget is not None and self.price_in == 0 and self.price_out == 0:
             raise ValueError("`budget` is never spent without `price_in` and `price_out`: give the prices")
+        dearest = self.max_tokens * self.price_out / 1e6
+        if self.file is None and self.budget is not None and dearest > self.budget:
+            raise ValueError(
+                f"`budget` = {self.budget:g} is less than one answer of `max_tokens` = {self.max_tokens} may "
+                f"cost, {dearest:g}: nothing would be asked"
+            )
+        for name in self.body:
+            if name in _OWN_KEYS:
+                raise ValueError(f"`body` holds `{name}`, which comes from {_OWN_KEYS[name]}: take it out")
         if self.template is not None and self.template_file is not None:
             raise ValueError("give `template` or `template_file`, not both")
         return self

@@ -11,7 +11,7 @@ import json
 import math
 import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import Any
 
@@ -114,7 +114,9 @@ class JudgeEndpoint:
         except asyncio.TimeoutError:
             raise ReplicaError(Failure(RewardStatus.TIMEOUT, "no answer in time", retryable=True)) from None
         except httpx2.TransportError as error:
-            raise ReplicaError(connection_failure(error)) from error
+            failure = connection_failure(error)
+            detail = failure.detail.replace("`reward.auth.tls`", "`judge.tls`")
+            raise ReplicaError(replace(failure, detail=detail)) from error
         except httpx2.HTTPError as error:
             raise ReplicaError(_invalid(f"the reply cannot be read ({type(error).__name__})")) from error
         if status != HTTPStatus.OK:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,9 @@ class JudgeReward(RewardSource):
     ) -> None:
         if not config.url or not config.model:
             raise ConfigError("a judge needs `judge.url` = http://host:port/v1 and `judge.model`")
-        urls = parse_urls(config.url)
-        headers = secret_headers(config.headers_env)
+        with _by_its_names():
+            urls = parse_urls(config.url)
+            headers = secret_headers(config.headers_env)
         if config.key_env is not None:
             headers["authorization"] = f"Bearer {key_from(config.key_env, 'judge.key_env')}"
         context = client_context(config.tls, "judge.tls")
@@ -301,6 +303,16 @@ class JudgeReward(RewardSource):
             latency_s=time.monotonic() - started,
             detail=f"{prefix}{detail} (for {where})",
         )
+
+
+@contextmanager
+def _by_its_names() -> Iterator[None]:
+    """What says how an address is wrong speaks of the settings of a served reward."""
+    try:
+        yield
+    except ConfigError as error:
+        told = str(error).removeprefix("reward ").replace("reward.auth.headers_env", "judge.headers_env")
+        raise ConfigError(told if told.startswith("judge.") else f"`judge.url`: {told}") from None
 
 
 def _digest_of(config: JudgeConfig) -> str:

@@ -338,6 +338,12 @@ def test_order_is_drawn_from_seed_prompt_and_answers() -> None:
         ({"votes": 3}, "temperature"),
         ({"votes": 2, "temperature": 1, "min_votes": 3}, "more than `votes`"),
         ({"budget": 5.0}, "price_in"),
+        (
+            {"budget": 0.01, "price_out": 10.0, "max_tokens": 2000},
+            "one answer of `max_tokens` = 2000 may cost",
+        ),
+        ({"body": {"seed": 7}}, "`body` holds `seed`, which comes from `seed`"),
+        ({"body": {"stream": True}}, "answers are read as a whole"),
         ({"number_range": [10, 1]}, "lowest, highest"),
         ({"number_range": [0, math.inf]}, "lowest, highest"),
         ({"number_range": [-math.inf, 10]}, "lowest, highest"),

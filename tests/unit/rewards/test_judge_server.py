@@ -19,6 +19,7 @@ from fastapi.responses import JSONResponse, Response
 
 from conch.config import JudgeConfig, RewardConfig, load
 from conch.errors import ConfigError, DataError, RewardUnavailableError
+from conch.interop.local import LocalReward
 from conch.rewards.factory import from_user, shared_reward
 from conch.rewards.judge.cache import AnswerCache
 from conch.rewards.judge.endpoint import Answer
@@ -119,7 +120,9 @@ def test_template_names_only_what_is_there() -> None:
         ),
         ({"parser": "ranking", "template": "{{ output }}"}, "shows no answer"),
         ({"key_env": "NOT_SET_ANYWHERE"}, "NOT_SET_ANYWHERE"),
-        ({"url": "ftp://h/v1"}, "http"),
+        ({"url": "ftp://h/v1"}, r"`judge.url`: `ftp://h/v1` is not of the form `http"),
+        ({"url": "http://me:secret@h/v1"}, r"`judge.url`: .*`judge.headers_env.authorization=VARIABLE`"),
+        ({"headers_env": {"x-key": "NOT_SET_ANYWHERE"}}, r"^judge.headers_env: environment variable NOT_SET"),
         ({"template_file": "/nowhere/t.j2"}, "cannot be read"),
         ({"model": None}, r"`judge.model`"),
     ],
@@ -160,6 +163,17 @@ def test_rows_to_score_give_the_columns_that_a_template_names(tmp_path: Path) ->
         first, lacking = score(rows, reward=f"judge:{file}")
         assert first.ok and server.shown[-1] == "a for b"
         assert lacking.status is RewardStatus.INVALID and "UndefinedError" in lacking.detail
+
+
+def test_reward_of_another_trainer_takes_columns_as_its_rows_have_them(tmp_path: Path) -> None:
+    with judge_server() as server:
+        file = tmp_path / "judge.yaml"
+        file.write_text(f"url: {server.url}\nmodel: judge\ntemplate: '{{{{ output }}}} for {{{{ key }}}}'\n")
+        reward = LocalReward(f"judge:{file}", None)
+        reward.check()
+        reward.check([{"prompt": "p", "key": "b"}])
+        with pytest.raises(ConfigError, match="`key`, which is neither"):
+            reward.check([{"prompt": "p", "kei": "b"}])
 
 
 def test_file_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -422,6 +436,16 @@ def test_check_wants_log_probabilities_where_they_are_read() -> None:
     with judge_server(lambda _: "A") as server:
         settings = {"parser": "logprobs", "choices": {"A": 1, "B": 0}}
         with closing(judge(server, **settings)) as source, pytest.raises(ConfigError, match="logprobs"):
+            source.check()
+
+
+def test_check_of_a_server_without_tls_names_the_settings_of_the_judge() -> None:
+    with judge_server() as server:
+        url = server.url.replace("http://", "https://")
+        with (
+            closing(judge(url)) as source,
+            pytest.raises(RewardUnavailableError, match=r"check `judge\.tls`"),
+        ):
             source.check()
 
 
