@@ -250,9 +250,20 @@ class JudgeConfig(Section):
             value = getattr(self, name)
             if value is not None and not _is_range(value):
                 raise ValueError(f"`{name}` is (lowest, highest), not {value}")
+        for name in self.body:
+            if name in _OWN_KEYS:
+                raise ValueError(f"`body` holds `{name}`, which comes from {_OWN_KEYS[name]}: take it out")
+        if self.template is not None and self.template_file is not None:
+            raise ValueError("give `template` or `template_file`, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _numbers_fit_each_other(self) -> JudgeConfig:
+        if self.file is not None:
+            return self  # it may have the others
         if self.min_votes is not None and self.min_votes > self.votes:
             raise ValueError(f"`min_votes` = {self.min_votes} is more than `votes` = {self.votes}")
-        if self.file is None and self.votes > 1 and self.temperature == 0 and not self.is_group:
+        if self.votes > 1 and self.temperature == 0 and not self.is_group:
             raise ValueError(
                 f"`votes` = {self.votes} with `temperature` = 0 are one answer {self.votes} times: give a "
                 "temperature, as in `temperature: 0.7`"
@@ -260,16 +271,11 @@ class JudgeConfig(Section):
         if self.budget is not None and self.price_in == 0 and self.price_out == 0:
             raise ValueError("`budget` is never spent without `price_in` and `price_out`: give the prices")
         dearest = self.max_tokens * self.price_out / 1e6
-        if self.file is None and self.budget is not None and dearest > self.budget:
+        if self.budget is not None and dearest > self.budget:
             raise ValueError(
                 f"`budget` = {self.budget:g} is less than one answer of `max_tokens` = {self.max_tokens} may "
                 f"cost, {dearest:g}: nothing would be asked"
             )
-        for name in self.body:
-            if name in _OWN_KEYS:
-                raise ValueError(f"`body` holds `{name}`, which comes from {_OWN_KEYS[name]}: take it out")
-        if self.template is not None and self.template_file is not None:
-            raise ValueError("give `template` or `template_file`, not both")
         return self
 
     @model_validator(mode="after")

@@ -155,6 +155,16 @@ def test_file_gives_keys_and_what_stands_beside_it_goes_before(tmp_path: Path) -
         assert server.bodies[-1]["max_tokens"] == 9
 
 
+def test_settings_beside_a_file_are_held_against_those_in_it(tmp_path: Path) -> None:
+    file = tmp_path / "judge.yaml"
+    file.write_text("url: http://h:1/v1\nmodel: judge\nprice_in: 1.0\nvotes: 3\ntemperature: 1.0\n")
+    beside = load(RewardConfig, {"judge": {"file": str(file), "budget": 5.0, "min_votes": 3}}).judge
+    read = read_judge(beside)
+    assert (read.budget, read.price_in, read.min_votes, read.votes) == (5.0, 1.0, 3, 3)
+    with pytest.raises(ConfigError, match=r"judge.yaml: (?s:.*)`min_votes` = 4 is more than `votes` = 3"):
+        read_judge(load(JudgeConfig, {"file": str(file), "min_votes": 4}))
+
+
 def test_rows_to_score_give_the_columns_that_a_template_names(tmp_path: Path) -> None:
     with judge_server() as server:
         file = tmp_path / "judge.yaml"
