@@ -148,11 +148,12 @@ def load_settings(config: str, overrides: list[str]) -> SteerabilityRunConfig:
     _check_names(path)
     values = compose(path.stem, overrides, path.resolve().parent)
     # The presets name their ranges as seen from this folder, where their commands are run.
-    reward = values.get("reward")
-    goals = reward.get("goals") if isinstance(reward, Mapping) else None
+    reward: Any = values.get("reward")
+    goals: Any = reward.get("goals") if isinstance(reward, Mapping) else None
     ranges = goals.get("normalization") if isinstance(goals, Mapping) else None
     if isinstance(ranges, str) and not Path(ranges).is_file() and (CONFIGS.parent / ranges).is_file():
-        values["reward"] = {**reward, "goals": {**goals, "normalization": str(CONFIGS.parent / ranges)}}
+        own = {**goals, "normalization": str(CONFIGS.parent / ranges)}
+        values["reward"] = {**reward, "goals": own}
     return load(SteerabilityRunConfig, values)
 
 
