@@ -154,6 +154,14 @@ class RewardSource(ABC):
         each is explained in docs/metrics.md."""
         return {}
 
+    def costs(self) -> tuple[float, ...]:
+        """What this process has spent on each budget of the source; empty where it has none to keep to."""
+        return ()
+
+    def take_up_costs(self, costs: Sequence[float]) -> None:
+        """Count what this process's share of an earlier part of the run has spent, one number a budget."""
+        return
+
     def server_statistics(self) -> Future[ServerTimes]:
         """Ask for the gain of the servers' own statistics since the last call, summed over the replicas.
 

@@ -97,6 +97,16 @@ class CompositeReward(RewardSource):
         names = dict.fromkeys(name for column in columns for name in column)
         return {name: sum(column.get(name, 0.0) for column in columns) for name in names}
 
+    def costs(self) -> tuple[float, ...]:
+        return tuple(cost for source in self.sources for cost in source.costs())
+
+    def take_up_costs(self, costs: Sequence[float]) -> None:
+        left = list(costs)
+        for source in self.sources:
+            number = len(source.costs())
+            source.take_up_costs(left[:number])
+            del left[:number]
+
     def server_statistics(self) -> Future[ServerTimes]:
         futures = [source.server_statistics() for source in self.sources]
 

@@ -438,7 +438,10 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         """What a resumed run needs beside weights, optimizer and random states; see `Trainer`."""
         parts = {name: part.state_dict() for name, part in self.stateful.items()}
         digest = self.reference.digest if isinstance(self.reference, RemoteReference) else None
-        return {**parts, "policy_version": self.policy_version, "reference": digest}
+        costs = list(self.source.costs())
+        if costs:
+            costs = self.collectives.all_reduce(torch.tensor(costs, dtype=torch.float64)).tolist()
+        return {**parts, "policy_version": self.policy_version, "reference": digest, "reward_costs": costs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` gave.
@@ -450,6 +453,9 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         for name, part in self.stateful.items():
             part.load_state_dict(state[name])
         self.policy_version = state["policy_version"]
+        costs = state.get("reward_costs", [])  # older checkpoints do not know them
+        if len(costs) == len(self.source.costs()):
+            self.source.take_up_costs([cost / self.collectives.num_ranks for cost in costs])
 
     def _check_start(self, digest: str | None) -> None:
         """digest: of the policy that the run started from; None where it did not ask servers."""

@@ -212,8 +212,8 @@ class JudgeConfig(Section):
     """Price of a million tokens that it writes."""
 
     budget: float | None = Field(default=None, gt=0)
-    """Most that the requests of all processes may cost, since the start or the last resume; then nothing is
-    asked any more, and samples are `skipped`. None sets no bound."""
+    """Most that the requests of all processes may cost; then nothing is asked any more, and samples are
+    `skipped`. None sets no bound."""
 
     @field_validator("choices", mode="before")
     @classmethod

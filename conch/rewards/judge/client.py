@@ -40,6 +40,7 @@ class Spending:
 
     tokens_in, tokens_out: read and written.
     cost: in the currency of the prices.
+    earlier: cost of the run that this process goes on with, its share.
     reserved: that requests under way may cost at most.
     known: answers that cost nothing.
     unread: answers that were no score.
@@ -49,6 +50,7 @@ class Spending:
     tokens_in: int = 0
     tokens_out: int = 0
     cost: float = 0.0
+    earlier: float = 0.0
     reserved: float = 0.0
     known: int = 0
     unread: int = 0
@@ -123,7 +125,7 @@ class JudgeClient:
             "judge/tokens_in": float(now.tokens_in - last.tokens_in),
             "judge/tokens_out": float(now.tokens_out - last.tokens_out),
             "judge/cost": now.cost - last.cost,
-            "judge/cost_total": now.cost,
+            "judge/cost_total": now.earlier + now.cost,
             "judge/known_answers": float(now.known - last.known),
             "judge/unread_answers": float(now.unread - last.unread),
         }
@@ -215,8 +217,8 @@ class JudgeClient:
 
     async def _ask_until_deadline(self, body: Mapping[str, Any]) -> Answer | Failure:
         estimate = estimated_tokens(body)
-        cost = self._price(estimate, self._config.max_tokens)
-        if self._budget is not None and self.spending.cost + self.spending.reserved + cost > self._budget:
+        cost, spent = self._price(estimate, self._config.max_tokens), self.spending
+        if self._budget is not None and spent.earlier + spent.cost + spent.reserved + cost > self._budget:
             return Failure(
                 RewardStatus.SKIPPED, f"the budget of {self._config.budget:g} is spent (`judge.budget`)"
             )

@@ -132,6 +132,13 @@ class JudgeReward(RewardSource):
         """Tokens, costs and known answers of this process since the last call; docs/metrics.md."""
         return self._client.metrics()
 
+    def costs(self) -> tuple[float, ...]:
+        spent = self._client.spending
+        return (spent.earlier + spent.cost,)
+
+    def take_up_costs(self, costs: Sequence[float]) -> None:
+        (self._client.spending.earlier,) = costs
+
     def close(self) -> None:
         """Cancel what is under way, close connections and tell what was spent. A second call does nothing."""
         self._thread.close(self._client.close)

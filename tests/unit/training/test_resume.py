@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from conch.errors import CheckpointError, ConfigError
+from conch.errors import CheckpointError, ConfigError, RewardInvalidError
 from conch.training.checkpointing import save_checkpoint
+from tests.fakes.judge_server import judge_server
 from tests.launches import free_port
 from tests.runs import async_grpo_trainer, grpo_trainer
 
@@ -41,3 +42,22 @@ def test_folder_of_another_run_is_told_before_samplers_are_asked(tmp_path: Path)
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ConfigError, match=r"holds another run: go on with it by `train.resume=auto`"):
         grpo_trainer(tmp_path, rollout=nobody())
+
+
+def test_resumed_run_goes_on_from_what_its_judge_has_cost(tmp_path: Path) -> None:
+    with judge_server(usage=(1_000_000, 1)) as server:
+        judge = {"url": server.url, "model": "judge", "price_in": 1.0, "cache_size": 0}
+        of_judge = {"reward_fn": None, "reward": {"judge": judge}}
+        with closing(grpo_trainer(tmp_path / "run", **of_judge)) as trainer:
+            trainer.step()
+            trainer.run.step = 1
+            save_checkpoint(trainer)
+            spent = len(server.bodies)
+            assert trainer.source.costs() == (spent,) and spent > 1
+        judge["budget"] = spent + 0.5
+        with closing(grpo_trainer(tmp_path / "run", **of_judge, train={"resume": "auto"})) as trainer:
+            assert trainer.source.costs() == (spent + 1,), "and the trial"
+            with pytest.raises(RewardInvalidError, match="the budget of"):
+                trainer.step()
+            assert len(server.bodies) == spent + 1
+            assert trainer.scorer.metrics()["judge/cost_total"] == spent + 1
