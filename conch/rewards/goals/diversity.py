@@ -30,7 +30,8 @@ def mtld(words: Sequence[str]) -> float:
 
     Words over factors, where a factor is such a stretch, and the rest at the end the part of one by which its
     share has come down towards 72 %; the mean of reading forwards and backwards. Words that are all
-    different make one stretch. 0.0 for no words.
+    different make one stretch, and have less than those of which one comes twice: the nearer the share of a
+    rest is to 1, the smaller is its factor. 0.0 for no words.
     """
     if not words:
         return 0.0

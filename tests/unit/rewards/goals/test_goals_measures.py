@@ -63,6 +63,14 @@ def test_words_that_are_all_different_make_one_stretch() -> None:
     assert mtld(["a", "b", "c"]) == 3.0
 
 
+def test_a_word_that_comes_twice_raises_the_diversity_as_in_lexicalrichness() -> None:
+    # lexicalrichness 0.5.1, see findings/mtld_jumps_where_a_word_comes_twice.sh.
+    words = list("abcdefghijklmnop")
+    assert mtld(words) == 16.0
+    assert mtld([*words, "a"]) == pytest.approx(80.92)
+    assert mtld([*words, "a", "b"]) == pytest.approx(45.36)
+
+
 def test_a_text_without_words_has_conventional_values() -> None:
     for text in ("", " \n", "... !?"):
         assert reading_difficulty(text) == 0.0
