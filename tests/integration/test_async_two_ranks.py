@@ -36,6 +36,7 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+@pytest.mark.slow
 def test_staleness_0_is_the_synchronous_run(tmp_path: Path, servers: str) -> None:
     short = ("train.total_steps=4", "train.eval_every=2", "optimizer.learning_rate=0.01")
     finish(run(tmp_path / "async", servers, *short, "asynchronous.max_staleness=0"))

@@ -274,6 +274,7 @@ def test_command_refuses_the_name_of_a_reward_model_and_a_negative_weight(
     assert "uwo_weight is -1.0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_member_that_was_converted_again_must_be_made_part_again(served: Served, tmp_path: Path) -> None:
     store = tmp_path / "store"
     for name, seed in (("a", 0), ("b", 1)):

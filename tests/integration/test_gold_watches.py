@@ -36,6 +36,7 @@ def server(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
         process.wait()
 
 
+@pytest.mark.slow
 def test_two_ranks_go_on_without_gold_and_keep_their_samples_together(
     tmp_path: Path, server: tuple[subprocess.Popen[bytes], str]
 ) -> None:

@@ -36,7 +36,9 @@ def counted(ranks: list[list[tuple[str, int]]], size: int) -> Counter[str]:
     return Counter(prompt for rows in ranks for prompt, number in rows if number == size)
 
 
-@pytest.mark.parametrize(("name", "groups"), [("grpo", 4 * STEPS), ("rft", 5 * STEPS)])
+@pytest.mark.parametrize(
+    ("name", "groups"), [("grpo", 4 * STEPS), pytest.param("rft", 5 * STEPS, marks=pytest.mark.slow)]
+)
 def test_ranks_hand_over_whole_groups(tmp_path: Path, name: str, groups: int) -> None:
     finish(start([*torchrun(2), "-m", RUN, str(tmp_path), name]))
     ranks = submitted(tmp_path)
@@ -48,6 +50,7 @@ def test_ranks_hand_over_whole_groups(tmp_path: Path, name: str, groups: int) ->
     assert last["reward/mean"] == last["eval/reward"] == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 def test_asynchronous_ranks_hand_over_whole_groups(tmp_path: Path) -> None:
     with served(policy(), TOKENIZER) as first, served(policy(), TOKENIZER) as second:
         addresses = f"{first.address},{second.address}"

@@ -68,11 +68,12 @@ def typed(there: Path, scratch: Path, *words: str, code: int = 0, program: Seque
     return shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "plan"),
     [
         (EACH, ("devices 0, 1", "devices 2, 3", "devices 4, 5")),
-        pytest.param(HANDS, ("devices 0, 1", "devices 4, 5", "devices 2, 3"), marks=pytest.mark.slow),
+        (HANDS, ("devices 0, 1", "devices 4, 5", "devices 2, 3")),
     ],
     ids=["two_each", "by_hand"],
 )
@@ -95,6 +96,7 @@ def test_the_command_of_the_document(
     assert (settings["rollout"]["engine"], settings["rollout"]["ray"]["samplers"]) == ("ray", 2)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(there: Path, scratch: Path) -> None:
     """And a run of the other program does not."""
     often = ("train.checkpoint_frequency=1", "train.run_dir=run", "policy.kl_coef=0")

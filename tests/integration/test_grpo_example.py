@@ -287,14 +287,14 @@ def test_a_server_that_cannot_start_is_told_with_its_log(there: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- sweeps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "jobs"),
     [
         (["optimizer.lr=1e-4,1e-5,1e-6"], [(1e-4, 0.01), (1e-5, 0.01), (1e-6, 0.01)]),
-        pytest.param(
+        (
             ["optimizer.lr=1e-4,1e-5", "policy.kl_coef=0.01,0.1"],
             [(1e-4, 0.01), (1e-4, 0.1), (1e-5, 0.01), (1e-5, 0.1)],
-            marks=pytest.mark.slow,
         ),
     ],
     ids=["one_key", "two_keys"],

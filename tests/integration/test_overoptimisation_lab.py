@@ -19,6 +19,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 def test_a_chain_has_all_its_parts_and_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     config = LaboratoryConfig(seed=(3,), output=tmp_path, **SMALL)
     summary = run(config)

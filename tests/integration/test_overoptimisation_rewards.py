@@ -37,6 +37,7 @@ def weights(folder: str) -> bytes:
     return max(Path(folder).glob("checkpoints/step_*/model.safetensors")).read_bytes()
 
 
+@pytest.mark.slow
 def test_members_differ_by_their_seed_and_what_is_done_stays(words: list[str], capsys: Any) -> None:
     main([*words, "ensemble=UWO", "uwo_weight=0.5"])
     assert sorted(path.name for path in Path("models").iterdir()) == ["rm_seed3", "rm_seed5"]

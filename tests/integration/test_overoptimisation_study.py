@@ -80,6 +80,7 @@ def of_gold(running: Endpoint) -> list[str]:
     return [text for body in running.asked for text in body["query"] if "fruits" in text]
 
 
+@pytest.mark.slow
 def test_a_policy_is_trained_and_measured_by_both_of_the_papers_commands(folder: Path) -> None:
     with endpoint() as running:
         gold = [f"gold_config.model_name={running.url}", "gold_config.is_alpacafarm_rm=true"]

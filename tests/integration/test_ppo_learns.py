@@ -16,6 +16,7 @@ def ppo(walks_output: Path, run_dir: Path, *overrides: str) -> dict[str, float]:
     )
 
 
+@pytest.mark.slow
 def test_walks_become_short(walks_output: Path, tmp_path: Path) -> None:
     quick = ("train.total_steps=8", "train.eval_every=8", "train.eval_repeats=20", "train.seed=0")
     found = ppo(walks_output, tmp_path / "run", *quick)

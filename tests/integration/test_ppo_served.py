@@ -124,6 +124,7 @@ def test_server_killed_makes_every_rank_leave_with_the_reason(
     assert "Traceback" not in output.split("error: ")[0]
 
 
+@pytest.mark.slow
 def test_server_away_with_wait_goes_on_with_the_same_numbers(
     policy: Path, exact_store: Path, tmp_path: Path
 ) -> None:
@@ -152,7 +153,8 @@ def test_server_away_with_wait_goes_on_with_the_same_numbers(
     assert [same_numbers(row) for row in storm] == [same_numbers(row) for row in calm]
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_that_leaves_while_the_server_is_away_goes_on_with_the_same_numbers(
     policy: Path, exact_store: Path, tmp_path: Path, ranks: int
 ) -> None:
@@ -189,6 +191,7 @@ def test_a_run_that_leaves_while_the_server_is_away_goes_on_with_the_same_number
     assert (storm / weights).read_bytes() == (tmp_path / "calm" / weights).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_ranks_learn_like_one(tmp_path: Path) -> None:
     alone = start([sys.executable, *LETTERS_RUN, str(tmp_path / "one")])
     output, _ = alone.communicate(timeout=LONGEST_S)

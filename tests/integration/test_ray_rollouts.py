@@ -157,6 +157,7 @@ def test_policy_and_samplers_agree_on_log_probs_after_each_update(
     assert sent == ["base", "adapter", "adapter", "adapter"]
 
 
+@pytest.mark.slow
 def test_two_ranks_share_an_actor(tmp_path: Path) -> None:
     program = ["tests/integration/ray_run.py", str(tmp_path), "2", "close"]
     output = finish(start([*accelerate("cpu", 2), *program], PYTHONPATH=str(ROOT)))

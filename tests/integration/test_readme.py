@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import string
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,5 +39,7 @@ def test_first_python_block_of_the_readme_trains(
     exec(compile(block[1], str(README), "exec"), names)
     printed = capsys.readouterr().out.splitlines()
     run_dir = Path(printed[-1])
+    trainer: Any = names["trainer"]
+    trainer.close()
     assert (run_dir / "checkpoints" / "step_2" / "config.json").is_file()
     assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 3  # the start's evaluation among them

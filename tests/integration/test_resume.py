@@ -100,9 +100,9 @@ def assert_same_run(found: Path, expected: Path) -> None:
 
 
 # Those whose state is the most run on two processes in `make test`, the others in `make test-slow`.
-ON_TWO = ("ppo", "ilql")
+USUAL = (("ppo", 1), ("ilql", 2))
 CASES = [
-    pytest.param(kind, ranks, marks=[] if ranks == 1 or kind in ON_TWO else [pytest.mark.slow])
+    pytest.param(kind, ranks, marks=[] if (kind, ranks) in USUAL else [pytest.mark.slow])
     for kind in KINDS
     for ranks in (1, 2)
 ]
