@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Tests reach no model hub, and small tensors on few cores are fastest with one thread per process.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -74,6 +75,13 @@ def _logging_as_it_was() -> Iterator[None]:
     logger.handlers[:], logger.level, logger.propagate = before
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _trainers_of_a_module_are_closed() -> Iterator[None]:
+    """Close the trainers that fixtures of a module made."""
+    yield
+    _close_trainers(0)
+
+
 @pytest.fixture(autouse=True)
 def _nothing_stays_open() -> Iterator[None]:
     """Close the test's trainers; a reward source that it left open is its failure.
@@ -82,18 +90,26 @@ def _nothing_stays_open() -> Iterator[None]:
     ResourceWarning. Sources of fixtures of a module are there before this begins.
     """
     before = set(threading.enumerate())
-    trainers = getattr(sys.modules.get("tests.runs"), "OPEN", [])
-    known = len(trainers)
+    known = len(_open_trainers())
     yield
-    trainers = getattr(sys.modules.get("tests.runs"), "OPEN", [])
-    for trainer in trainers[known:]:
-        trainer.close()
-    del trainers[known:]
+    _close_trainers(known)
     left = _open_since(before)
     if left:  # what closes itself once nobody holds it may be held by a traceback
         gc.collect()
         left = _open_since(before)
     assert not left, f"close what the test opened: {', '.join(left)}"
+
+
+def _open_trainers() -> list[Any]:
+    return getattr(sys.modules.get("tests.runs"), "OPEN", [])
+
+
+def _close_trainers(known: int) -> None:
+    """Close all but the first `known` of them."""
+    trainers = _open_trainers()
+    for trainer in trainers[known:]:
+        trainer.close()
+    del trainers[known:]
 
 
 def _open_since(before: set[threading.Thread]) -> list[str]:

@@ -48,7 +48,8 @@ def source(lengths: Lengths) -> DeltaReward:
 
 def test_it_is_a_reward_source(source: DeltaReward) -> None:
     assert isinstance(source, RewardSource)
-    source.check()
+    with source:
+        source.check()
 
 
 def test_scores_are_differences(source: DeltaReward) -> None:

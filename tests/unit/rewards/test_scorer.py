@@ -576,14 +576,15 @@ def test_combine_never_sums_a_failure_to_zero() -> None:
 
 def test_rewards_requested_ahead_are_those_of_the_gather_that_adopts_them() -> None:
     """Whatever was asked for meanwhile, and in whichever order it ended."""
-    scorer = RewardScorer(FunctionReward(length), RewardConfig())
-    ahead = [scorer.request(rollouts("aaa")), scorer.request(rollouts("a", "aa"))]
-    scorer.submit(rollouts("aaaa"))
-    assert [result.scores["reward"] for result in scorer.gather()] == [4.0]
-    scorer.submit(rollouts("aaaaa"))
-    scorer.adopt([([1], ahead[0]), ([2, 0], ahead[1])])
-    assert [result.scores["reward"] for result in scorer.gather()] == [5.0, 2.0, 3.0, 1.0]
-    assert scorer.gather() == []
+    with FunctionReward(length) as source:
+        scorer = RewardScorer(source, RewardConfig())
+        ahead = [scorer.request(rollouts("aaa")), scorer.request(rollouts("a", "aa"))]
+        scorer.submit(rollouts("aaaa"))
+        assert [result.scores["reward"] for result in scorer.gather()] == [4.0]
+        scorer.submit(rollouts("aaaaa"))
+        scorer.adopt([([1], ahead[0]), ([2, 0], ahead[1])])
+        assert [result.scores["reward"] for result in scorer.gather()] == [5.0, 2.0, 3.0, 1.0]
+        assert scorer.gather() == []
 
 
 def test_outage_of_rewards_requested_ahead_is_waited_out(quick_waits: None) -> None:
