@@ -100,7 +100,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
 
 
 # Those whose state is the most run on two processes in `make test`, the others in `make test-slow`.
-USUAL = (("ppo", 1), ("ilql", 2))
+USUAL = (("ppo", 1),)
 CASES = [
     pytest.param(kind, ranks, marks=[] if (kind, ranks) in USUAL else [pytest.mark.slow])
     for kind in KINDS

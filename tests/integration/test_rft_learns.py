@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from examples.randomwalks.sft_start import sft_folder
 from tests.integration.example_runs import run_example
 
 QUICK = ("train.total_steps=4", "train.eval_every=4", "rft.n_generations_per_prompt=50", "train.seed=0")
 
 
+@pytest.mark.slow
 def test_walks_become_short(walks_output: Path, tmp_path: Path) -> None:
     places = (f"train.output_dir={walks_output}", f"train.run_dir={tmp_path / 'run'}")
     found = run_example("rft_randomwalks", *places, *QUICK)

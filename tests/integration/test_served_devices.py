@@ -52,6 +52,7 @@ def outcome(folder: Path) -> list[dict[str, Any]]:
     return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(RANKS)]
 
 
+@pytest.mark.slow
 def test_two_ranks_on_two_servers_are_two_ranks_with_copies(
     tmp_path: Path, references: list[ReferenceProcess]
 ) -> None:
@@ -62,6 +63,7 @@ def test_two_ranks_on_two_servers_are_two_ranks_with_copies(
     assert served[0]["kl"][0] == 0.0 != served[0]["kl"][-1]
 
 
+@pytest.mark.slow
 def test_run_goes_on_where_its_only_server_is_killed_and_comes_back(
     tmp_path: Path, references: list[ReferenceProcess]
 ) -> None:

@@ -146,6 +146,7 @@ def test_a_bad_sample_is_the_callers_fault_and_fails_alone(server: TritonServer)
         assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
 
 
+@pytest.mark.slow
 def test_heads_that_stand_apart_are_each_members_own(store: Path, tmp_path: Path) -> None:
     (tmp_path / "one").symlink_to(store / "one")
     for seed, name in enumerate(("a", "b")):
@@ -173,6 +174,7 @@ def break_member(version: Path, number: int, token: int) -> None:
         config.write_text(config.read_text().replace(before, sha256_of(version / MANIFEST)))
 
 
+@pytest.mark.slow
 def test_one_member_that_gives_one_text_no_number(store: Path, tmp_path: Path) -> None:
     golden = {letter for sample in read_model(store, "held-sample").golden.samples for letter in sample.text}
     letter = next(letter for letter in LETTERS if letter not in golden)
@@ -238,6 +240,7 @@ def deberta_checkpoint(folder: Path, seed: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_family_that_does_not_stack_is_held_too_and_the_manifest_says_how_it_runs(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

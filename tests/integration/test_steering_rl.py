@@ -51,6 +51,7 @@ def accelerate(*words: str) -> list[str]:
     return ["-m", "accelerate.commands.launch", "--num-processes", "2", "rl.py", *words]
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_a_third_samples(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     output = run(accelerate("--config", "tiny", f"train.run_dir={folder}", *SMALL))
