@@ -16,6 +16,7 @@ from conch.config import RewardConfig, Section
 from conch.converters.to_triton import to_triton
 from conch.errors import ServerStartError
 from conch.log import get_logger
+from conch.rewards.base import sources_closed_on_failure
 from conch.serving.server.server import ServerOptions, TritonServer
 from conch.store.manifest import ServedDtype
 from conch.triton.contract import Form, Granularity
@@ -60,11 +61,18 @@ def served_reward(config: RewardConfig, hosted: HostedConfig) -> Iterator[str]:
     """`host:port/model` of the reward model, for as long as the context lasts.
 
     The first process of a machine hosts it on the last GPU, or on the CPU where there is none; the others
-    wait until it is ready. Processes on several machines need a server that is named.
+    wait until it is ready. Processes on several machines need a server that is named. Sources that are opened
+    within the context are closed where it fails.
 
     Raises:
         ConchError: it cannot be hosted. The launcher then ends the processes that wait.
     """
+    with _named_or_hosted(config, hosted) as endpoint, sources_closed_on_failure():
+        yield endpoint
+
+
+@contextmanager
+def _named_or_hosted(config: RewardConfig, hosted: HostedConfig) -> Iterator[str]:
     told = config.url or os.environ.get("TRITON_HOST")
     if told:
         yield told

@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is no
 from pydantic import Field
 
 from conch.cli import load_run_config, run_main
-from conch.rewards.base import sources_closed_on_failure
 from conch.trainers.ilql import ILQLRunConfig, ILQLTrainer
 from examples.hosting import served_reward
 from examples.sentiments.positive import HostedDistilBERT, positive_reward
@@ -35,7 +34,6 @@ class ILQLSentimentsConfig(ILQLRunConfig):
     """Learn from so many first words of a review; None learns from all of it."""
 
 
-@sources_closed_on_failure()
 def train(config: ILQLSentimentsConfig) -> Path:
     """Train; returns the run's folder."""
     rows, _ = reviews(config.data, config.reviews)

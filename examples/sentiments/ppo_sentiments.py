@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is no
 
 from conch.cli import load_run_config, run_main
 from conch.evaluation.metrics import MetricFn
-from conch.rewards.base import sources_closed_on_failure
 from conch.trainers.ppo import PPORunConfig, PPOTrainer
 from examples.hosting import served_reward
 from examples.sentiments.positive import HostedDistilBERT, positive_reward
@@ -31,7 +30,6 @@ class PPOSentimentsConfig(PPORunConfig):
     hosted: HostedDistilBERT = HostedDistilBERT()
 
 
-@sources_closed_on_failure()
 def train(config: PPOSentimentsConfig, metric_fn: MetricFn | None = None) -> Path:
     """Train; returns the run's folder. metric_fn: measures evaluations besides."""
     rows, _ = reviews(config.data, config.reviews)

@@ -16,7 +16,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is not installed
 
 from conch.cli import load_run_config, run_main
-from conch.rewards.base import sources_closed_on_failure
 from conch.trainers.rft import RFTRunConfig, RFTTrainer
 from examples.hosting import served_reward
 from examples.sentiments.positive import HostedDistilBERT, positive_reward
@@ -30,7 +29,6 @@ class RFTSentimentsConfig(RFTRunConfig):
     hosted: HostedDistilBERT = HostedDistilBERT()
 
 
-@sources_closed_on_failure()
 def train(config: RFTSentimentsConfig) -> Path:
     """Train; returns the run's folder."""
     rows, _ = reviews(config.data, config.reviews)

@@ -19,7 +19,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is not installed
 
 from conch.cli import load_run_config, run_main
-from conch.rewards.base import UserReward, sources_closed_on_failure
+from conch.rewards.base import UserReward
 from conch.trainers.sft import SFTRunConfig, SFTTrainer
 from examples.byte_pairs import tokenizer_for
 from examples.hosting import served_reward
@@ -40,7 +40,6 @@ class SFTSentimentsConfig(SFTRunConfig):
     """Whether evaluations write on from the evaluation prompts and have that scored."""
 
 
-@sources_closed_on_failure()
 def train(config: SFTSentimentsConfig) -> Path:
     """Train; returns the run's folder."""
     if not config.measure_reward:

@@ -60,10 +60,10 @@ def _tell_one(scores: Scores, partial: bool) -> dict[str, Any]:
 
 
 def _read_texts(body: Body, reader: Reader) -> Question:
-    samples = texts(body, "texts")
-    labels = _labels(body, len(samples), single=isinstance(body["texts"], str))
+    samples, single = texts(body, "texts"), isinstance(body["texts"], str)
+    labels = _labels(body, len(samples), single=single)
     rollouts = [reader.text(text, reader.row(label)) for text, label in zip(samples, labels, strict=True)]
-    return _question(rollouts, body, single=isinstance(body["texts"], str))
+    return _question(rollouts, body, single=single)
 
 
 def _read_pairs(body: Body, reader: Reader) -> Question:
