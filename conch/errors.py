@@ -16,6 +16,8 @@
     │   └── RolloutUnavailableError  a server that samples is away, or does not answer in time
     ├── ReferenceServerError    log-probs of the starting policy could not be had from its servers
     │   └── ReferenceUnavailableError  a server that holds it is away, or does not answer in time
+    ├── ServiceError            a training service refuses a request, or gives no answer that can be read
+    │   └── ServiceUnavailableError  the service is away, busy, or does not answer in time
     ├── CheckpointError         a checkpoint cannot be written or read
     ├── DistributedError        the ranks that run are not the ranks that were asked for, or one hangs
     └── StuckError              nothing of a run has moved within its deadline
@@ -93,6 +95,14 @@ class ReferenceServerError(ConchError):
 
 class ReferenceUnavailableError(ReferenceServerError):
     """A server of the starting policy is away or its deadline passed. Another one, or a later try, helps."""
+
+
+class ServiceError(ConchError):
+    """A training service refuses a request, or gives no answer that can be read."""
+
+
+class ServiceUnavailableError(ServiceError):
+    """A training service is away, busy, or does not answer in time. Asking again may help."""
 
 
 class CheckpointError(ConchError):

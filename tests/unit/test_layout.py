@@ -28,7 +28,7 @@ COLUMNS = (
     {"evaluation", "serving", "plots", "reward_server", "interop"},
     {"training", "scoring"},
     {"trainers"},
-    {"api"},
+    {"api", "service"},
 )
 BASE = COLUMNS[0]
 ALLOWED = {

@@ -1,0 +1,1 @@
+"""Samples that are out: who has them, what they got, and that on disk."""
