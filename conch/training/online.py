@@ -69,7 +69,6 @@ from conch.types import Metrics, Prompt, RewardResult, Rollout
 
 if TYPE_CHECKING:
     from conch.rollouts.remote.stream import GroupStream
-    from conch.training.overlap.sampling import Overlap
 
 _log = get_logger(__name__)
 
@@ -88,6 +87,30 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: Any, /) -> None:
         """Go on where `state_dict` was taken."""
+        ...
+
+
+class SampleBuffer(Protocol):
+    """What a step takes completions and their rewards from, where it does not sample them itself."""
+
+    def sample(self, count: int) -> list[Rollout]:
+        """The completions of the next `count` groups of this rank, those of a group together."""
+        ...
+
+    def score(self) -> list[RewardResult]:
+        """The rewards of what `sample` returned last, in its order."""
+        ...
+
+    def present_weights(self) -> None:
+        """Have what samples beside training hold the present weights."""
+        ...
+
+    def take_up_run(self) -> None:
+        """Go on where a resumed run stood; from now on what waits here is saved with the run."""
+        ...
+
+    def close(self) -> None:
+        """Stop what samples beside training."""
         ...
 
 
@@ -257,8 +280,8 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         """Completions of a prompt in one step that a reward of groups gets together."""
         return self.samples_per_prompt
 
-    def make_overlap(self) -> Overlap | None:
-        """What samples while this trains, made once prompts and data position are there; None samples and
+    def make_overlap(self) -> SampleBuffer | None:
+        """What steps take their samples from, made once prompts and data position are there; None samples and
         trains in turn."""
         return None
 
@@ -280,7 +303,7 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
     def sample(self, number: int) -> list[Rollout]:
         """Completions of the next `number` prompts, those of a prompt together; their rewards are under way.
 
-        Of the present policy, or with `overlap` the oldest that were sampled ahead.
+        Of the present policy, or with `overlap` the oldest in that buffer.
         """
         if self.overlap is not None:
             return self.overlap.sample(number)
