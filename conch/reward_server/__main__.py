@@ -16,10 +16,9 @@ from collections.abc import Sequence
 from conch.cli import run_main
 from conch.errors import ConfigError
 from conch.reward_server.server_config import RewardServerConfig
-from conch.servers.command import run_server
+from conch.servers.command import pairs_of, run_server
 
 _PACKAGES = ("fastapi", "httptools", "prometheus_client", "uvicorn", "uvloop")
-_HELP = ("-h", "--help")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,27 +32,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         about=__doc__,
         argv=words,
     )
-
-
-def pairs_of(argv: Sequence[str]) -> list[str]:
-    """A command line as `key=value`, which options are written as: `--label-key answer`, `--port=8300`.
-
-    Raises:
-        ConfigError: an option without a value.
-    """
-    words, pairs = list(argv), []
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--") or word in _HELP:
-            pairs.append(word)
-            continue
-        key, equals, value = word.removeprefix("--").partition("=")
-        if not equals:
-            if not words or words[0].startswith("--"):
-                raise ConfigError(f"`{word}` has no value: write `{word} VALUE`; --help lists the keys")
-            value = words.pop(0)
-        pairs.append(f"{key.replace('-', '_')}={value}")
-    return pairs
 
 
 def _serve(config: RewardServerConfig, command: Sequence[str]) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from conch.cli import describe
+from conch.errors import ConfigError
 from conch.servers.restart import start
 from conch.servers.settings import SettingsT, load_settings
+
+_HELP = ("-h", "--help")
 
 
 def run_server(
@@ -24,8 +27,29 @@ def run_server(
     module: what `python -m` starts this server as.
     about: first part of the help.
     """
-    if {"-h", "--help"} & set(argv):
+    if {*_HELP} & set(argv):
         print(f"{about}\nkeys:\n{describe(settings)}")
         return
     config = load_settings(settings, argv)
     start(lambda: serve(config), module, argv, restart=config.restart)
+
+
+def pairs_of(argv: Sequence[str]) -> list[str]:
+    """A command line as `key=value`, which options are written as: `--label-key answer`, `--port=8300`.
+
+    Raises:
+        ConfigError: an option without a value.
+    """
+    words, pairs = list(argv), []
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word in _HELP:
+            pairs.append(word)
+            continue
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise ConfigError(f"`{word}` has no value: write `{word} VALUE`; --help lists the keys")
+            value = words.pop(0)
+        pairs.append(f"{key.replace('-', '_')}={value}")
+    return pairs

@@ -50,6 +50,7 @@ class Guard:
     secret: "" lets everybody in.
     takes_password: also lets in who sends it as a password (`http://any:SECRET@host`), as clients can that
         have no setting for a header.
+    key_header: name of a header that may hold the secret instead, by itself; "" for none.
     max_body_bytes: largest body.
     body_s: longest time for a body to come in, in seconds.
     """
@@ -62,9 +63,11 @@ class Guard:
         body_s: float = _BODY_S,
         *,
         takes_password: bool = False,
+        key_header: str = "",
     ) -> None:
         self._app = app
         self._takes_password = takes_password
+        self._key_header = key_header.lower().encode()
         self._expected = f"Bearer {secret}".encode() if secret else b""
         self._max_body_bytes = max_body_bytes
         self._body_s = body_s
@@ -104,6 +107,8 @@ class Guard:
         if not self._expected:
             return None
         tokens = [value for name, value in scope["headers"] if name == b"authorization"]
+        keys = [value for name, value in scope["headers"] if name == self._key_header]
+        tokens += [b"Bearer " + key for key in keys]
         if not tokens:
             return "the server asks for a secret: name the environment variable that holds it (secret_env)"
         token = _as_bearer(tokens[0]) if self._takes_password else tokens[0]
@@ -202,9 +207,13 @@ class HeaderDeadline(HeaderTimer, H11Protocol):
             self._start_watching()
 
 
-def new_app(title: str) -> FastAPI:
-    """An application without addresses, schema or documentation; what it cannot read it refuses in words."""
-    app = FastAPI(title=title, docs_url=None, redoc_url=None, openapi_url=None)
+def new_app(title: str, **documented: Any) -> FastAPI:
+    """An application without addresses; what it cannot read it refuses in words.
+
+    documented: of FastAPI, for one that has a schema and a page about itself; without, it has none.
+    """
+    hidden = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    app = FastAPI(title=title, **{**hidden, **documented})
 
     @app.exception_handler(RequestValidationError)
     async def unreadable(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -246,6 +255,7 @@ def make_listener(
     *,
     http: type[asyncio.Protocol] = HeaderDeadline,
     takes_password: bool = False,
+    key_header: str = "",
     keep_alive_s: float = _KEEP_ALIVE_S,
     grace_s: float | None = None,
 ) -> uvicorn.Server:
@@ -253,7 +263,7 @@ def make_listener(
 
     app: an ASGI application.
     http: of a connection, which must close those whose headers do not come.
-    takes_password: see `Guard`.
+    takes_password, key_header: see `Guard`.
     keep_alive_s: idle time after which a connection is closed, in seconds.
     grace_s: longest time that a server which stops waits for what is under way; None for ever.
 
@@ -266,6 +276,7 @@ def make_listener(
         secret_from(settings.secret_env),
         int(settings.max_request_mb * 1e6),
         takes_password=takes_password,
+        key_header=key_header,
     )
     mutual = tls is not None and tls.require_client_cert
     return uvicorn.Server(

@@ -17,9 +17,10 @@ import pytest
 
 from conch.config import load
 from conch.errors import ConfigError
-from conch.reward_server.__main__ import main, pairs_of
+from conch.reward_server.__main__ import main
 from conch.reward_server.server import name_of
 from conch.reward_server.server_config import RewardServerConfig
+from conch.servers.command import pairs_of
 from conch.servers.settings import load_settings
 from tests.footprint import wait_until
 from tests.launches import ROOT, free_port
