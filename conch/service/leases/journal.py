@@ -29,6 +29,7 @@ class Journal:
         self._folder = folder
         self._file: BinaryIO | None = None
         self._length = 0
+        self._is_synced = True
 
     def read(self) -> list[Event]:
         """All events in order, each once. One that a kill cut short is dropped: nobody was told of it.
@@ -51,10 +52,10 @@ class Journal:
         return [events[number] for number in sorted(events)]
 
     def append(self, event: Event) -> None:
-        """Have the disk take an event.
+        """Write an event; `sync` has the disk take it.
 
         Raises:
-            CheckpointError: it does not; the event is not in the journal.
+            CheckpointError: it cannot be written; the event is not in the journal.
         """
         line = (json.dumps(event, allow_nan=False, separators=(",", ":")) + "\n").encode()
         try:
@@ -63,14 +64,33 @@ class Journal:
             assert self._file is not None
             if self._file.write(line) < len(line):
                 raise OSError("the disk took a part of a line")
-            os.fsync(self._file.fileno())
         except OSError as error:
             self._undo()
             raise CheckpointError(f"the journal in {self._folder} cannot be written: {error}") from error
         self._length += len(line)
+        self._is_synced = False
+
+    def sync(self) -> None:
+        """Have the disk take what was written: to be called before anybody is told of it.
+
+        Raises:
+            CheckpointError: it does not.
+        """
+        if self._is_synced or self._file is None:
+            return
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise CheckpointError(f"the journal in {self._folder} cannot be written: {error}") from error
+        self._is_synced = True
 
     def begin_segment(self) -> None:
-        """Have the next event begin a new segment."""
+        """Have the next event begin a new segment.
+
+        Raises:
+            CheckpointError: the disk does not take the one that ends.
+        """
+        self.sync()
         self.close()
 
     def forget(self, first_needed: int) -> None:

@@ -182,35 +182,20 @@ class Ledger:
             RefusedError: says which sample cannot be rewarded, and why.
         """
         self.expire(now)
-        if len(post.rewards) != len(post.hashes):
-            raise RefusedError(
-                UNPROCESSABLE,
-                f"there are {len(post.rewards)} rewards for {len(post.hashes)} completions: give each one",
-            )
-        if not post.rewards:
-            raise RefusedError(UNPROCESSABLE, "there are no rewards")
-        for index, reward in enumerate(post.rewards):
-            if reward is not None and not math.isfinite(reward):
-                raise RefusedError(
-                    UNPROCESSABLE,
-                    f"reward {index} is {reward}, which is no number: give null where there is none",
-                )
-        number, places = self._named(post)
-        new = [
-            (place, reward)
-            for place, reward, hash_ in zip(places, post.rewards, post.hashes, strict=True)
-            if self._is_new(number, place, reward, hash_, post.client)
-        ]
+        number, places, new = self._examined(post)
         if new:
-            event = {
-                "do": "reward",
-                "number": number,
-                "step": self.step,
-                "rewards": [[*pair] for pair in new],
-            }
-            self._emit(event, now)
-        answers = [sample.answer for sample in (self._sample(number, place) for place in places)]
-        return max((each for each in answers if each is not None), key=_weight_of_answer)
+            pairs = [[place, reward] for place, reward in new]
+            self._emit({"do": "reward", "number": number, "step": self.step, "rewards": pairs}, now)
+        return self._answer(number, places)
+
+    def answered(self, post: Post) -> Answer | None:
+        """What a post was answered that is repeated; None for one that has something new.
+
+        Raises:
+            RefusedError: as `reward` does.
+        """
+        number, places, new = self._examined(post)
+        return None if new else self._answer(number, places)
 
     def expire(self, now: float) -> int:
         """Give back samples whose lease has ended; returns how many."""
@@ -398,6 +383,38 @@ class Ledger:
             _, forgotten = self._ended.popitem(last=False)
             for key in forgotten.requests:
                 self._requests.pop(key, None)
+
+    def _examined(self, post: Post) -> tuple[int, tuple[int, ...], list[tuple[int, float | None]]]:
+        """Group and places of a post, and the rewards that are new, each behind its place.
+
+        Raises:
+            RefusedError: the post cannot be taken.
+        """
+        if len(post.rewards) != len(post.hashes):
+            raise RefusedError(
+                UNPROCESSABLE,
+                f"there are {len(post.rewards)} rewards for {len(post.hashes)} completions: give each one",
+            )
+        if not post.rewards:
+            raise RefusedError(UNPROCESSABLE, "there are no rewards")
+        for index, reward in enumerate(post.rewards):
+            if reward is not None and not math.isfinite(reward):
+                raise RefusedError(
+                    UNPROCESSABLE,
+                    f"reward {index} is {reward}, which is no number: give null where there is none",
+                )
+        number, places = self._named(post)
+        new = [
+            (place, reward)
+            for place, reward, hash_ in zip(places, post.rewards, post.hashes, strict=True)
+            if self._is_new(number, place, reward, hash_, post.client)
+        ]
+        return number, places, new
+
+    def _answer(self, number: int, places: Sequence[int]) -> Answer:
+        """The answer to the post that settled these samples; of several posts to the last."""
+        answers = [self._sample(number, place).answer for place in places]
+        return max((each for each in answers if each is not None), key=_weight_of_answer)
 
     def _sample(self, number: int, place: int) -> Sample:
         group = self._groups.get(number)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from contextlib import closing
 from pathlib import Path
 
@@ -64,6 +65,17 @@ def test_event_that_the_disk_refuses_leaves_no_part_of_itself(tmp_path: Path) ->
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
         write_in(tmp_path / "file" / "journal", 1)
+
+
+def test_disk_that_does_not_take_what_was_written_is_told(tmp_path: Path) -> None:
+    read_end, write_end = os.pipe()
+    with closing(Journal(tmp_path)) as journal:
+        write(journal, 1)
+        journal.close()
+        journal._file = os.fdopen(write_end, "wb", buffering=0)  # a pipe cannot be synced
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            journal.sync()
+    os.close(read_end)
 
 
 def test_number_that_json_has_no_word_for_is_refused(tmp_path: Path) -> None:
