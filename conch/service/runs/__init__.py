@@ -1,0 +1,1 @@
+"""Runs of a service: the trainer in its thread, and where clients and trainer meet."""

@@ -1,0 +1,188 @@
+"""All runs of a service: one at a time is under way."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from pathlib import Path
+
+from conch.errors import CheckpointError
+from conch.log import get_logger
+from conch.service.protocol import StatusResponse, TrainingSettings
+from conch.service.refusals import CONFLICT, NOT_FOUND, UNAVAILABLE, RefusedError
+from conch.service.runs.exports import Exports
+from conch.service.runs.run import TrainingRun, read_run
+
+_log = get_logger(__name__)
+
+
+class Runs:
+    """The runs below a folder. Any thread may call.
+
+    output_dir: of the service; runs are below `runs/`.
+    models: that a run may start from; empty for any.
+    idle_s: time without a request after which a run is stopped.
+    stop_s: longest wait for a run to save and end.
+    """
+
+    def __init__(
+        self, output_dir: Path, *, models: tuple[str, ...] = (), idle_s: float, stop_s: float
+    ) -> None:
+        self._folder = output_dir / "runs"
+        self._models = models
+        self._idle_s = idle_s
+        self._stop_s = stop_s
+        self._lock = threading.Lock()
+        self._current: TrainingRun | None = None
+
+    @property
+    def current(self) -> TrainingRun | None:
+        """The run that is under way, or that was the last to be."""
+        return self._current
+
+    def take_up(self) -> None:
+        """Go on with the run that was under way when the service ended.
+
+        Raises:
+            CheckpointError: what a run's folder says of it cannot be read.
+        """
+        under_way = [
+            (float(said["time"]), folder)
+            for folder in self._folders()
+            if (said := read_run(folder)) is not None and said["state"] == "running"
+        ]
+        if under_way:
+            self.resume(max(under_way)[1].name)
+
+    def start(self, settings: TrainingSettings) -> TrainingRun:
+        """Begin a run.
+
+        Raises:
+            RefusedError: another is under way, or the model is none of those that may be trained.
+        """
+        if self._models and settings.model_id not in self._models:
+            names = ", ".join(self._models)
+            raise RefusedError(CONFLICT, f"`model_id` is none of those that this service trains: {names}")
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        return self._begin(self._folder / f"{stamp}-{uuid.uuid4().hex[:12]}", settings)
+
+    def resume(self, run_id: str) -> TrainingRun:
+        """Go on with a run.
+
+        Raises:
+            RefusedError: there is none of this id, it has made its last update, or another is under way.
+        """
+        folder = self._existing(run_id)
+        said = read_run(folder)
+        assert said is not None
+        if said["state"] == "finished":
+            raise RefusedError(CONFLICT, f"run {run_id} has made all of its updates")
+        return self._begin(folder, TrainingSettings.model_validate(said["settings"]))
+
+    def find(self, run_id: str | None) -> TrainingRun:
+        """The run that a request is for.
+
+        Raises:
+            RefusedError: it is not the one that is under way, or none is.
+        """
+        current = self._current
+        if current is None:
+            raise RefusedError(CONFLICT, "no run was started: POST /start first")
+        if run_id not in (None, current.run_id):
+            self._existing(str(run_id))
+            raise RefusedError(
+                CONFLICT, f"run {run_id} is not under way; {current.run_id} was the last to be"
+            )
+        return current
+
+    def stop(self) -> TrainingRun:
+        """Stop the run that is under way.
+
+        Raises:
+            RefusedError: none is.
+        """
+        run = self.find(None)
+        if not run.is_alive:
+            raise RefusedError(CONFLICT, f"run {run.run_id} is {run.exchange.state} already")
+        run.stop("a client stopped it", self._stop_s)
+        if run.is_alive:
+            raise RefusedError(
+                UNAVAILABLE, f"run {run.run_id} is still being saved: see /status", retry_after_s=5.0
+            )
+        return run
+
+    def model(self, version: int | None, run_id: str | None, timeout_s: float) -> tuple[str, Path]:
+        """Id of a run, and a zip file of its model; see `TrainingRun.model`. None takes the latest run.
+
+        Raises:
+            RefusedError: there is none of this id or version.
+        """
+        current = self._current
+        if current is not None and run_id in (None, current.run_id):
+            return current.run_id, current.model(version, timeout_s)
+        begun = [each for each in self._folders() if read_run(each) is not None]
+        if run_id is None and not begun:
+            raise RefusedError(CONFLICT, "no run was started: POST /start first")
+        folder = max(begun) if run_id is None else self._existing(run_id)
+        return folder.name, Exports(folder).saved(version)
+
+    def list(self) -> list[StatusResponse]:
+        """All runs, the newest first."""
+        current = self._current
+        listed: list[StatusResponse] = []
+        for folder in sorted(self._folders(), reverse=True):
+            if current is not None and folder.name == current.run_id:
+                listed.append(current.status().model_copy(update={"metrics": {}}))
+                continue
+            try:
+                said = read_run(folder)
+            except CheckpointError as error:
+                _log.warning("%s", error)
+                continue
+            if said is not None:
+                listed.append(
+                    StatusResponse(
+                        training_settings=TrainingSettings.model_validate(said["settings"]),
+                        run_id=folder.name,
+                        state="stopped" if said["state"] == "running" else said["state"],
+                        error=said["reason"] if said["state"] == "failed" else "",
+                        model_version=(folder.name, said["version"]),
+                    )
+                )
+        return listed
+
+    def close(self) -> None:
+        """Save and end what is under way; the next service goes on with it."""
+        if self._current is not None:
+            self._current.stop("the service stops", self._stop_s, resumes=True)
+
+    def end_waits(self) -> None:
+        """Tell everybody who waits that the service stops, without a wait for that."""
+        if self._current is not None:
+            self._current.exchange.stop("the service stops", "running")
+
+    def _begin(self, folder: Path, settings: TrainingSettings) -> TrainingRun:
+        with self._lock:
+            current = self._current
+            if current is not None and current.has_ended:
+                current.join(self._stop_s)
+            if current is not None and current.is_alive:
+                raise RefusedError(
+                    CONFLICT,
+                    f"run {current.run_id} is {current.exchange.state}: POST /stop first, one run at a time",
+                )
+            run = TrainingRun(folder, settings, idle_s=self._idle_s)
+            run.start()
+            self._current = run
+            return run
+
+    def _folders(self) -> list[Path]:
+        return [path for path in self._folder.iterdir()] if self._folder.is_dir() else []
+
+    def _existing(self, run_id: str) -> Path:
+        """Folder of a run. The id is compared with names that are there: it never becomes a path."""
+        for folder in self._folders():
+            if folder.name == run_id and read_run(folder) is not None:
+                return folder
+        raise RefusedError(NOT_FOUND, f"there is no run {run_id[:80]!r}; GET /runs lists them")

@@ -1,0 +1,250 @@
+"""GRPO whose prompts and rewards come from clients: the step of `trainers/grpo.py`, its first line replaced
+by "take groups that clients have rewarded", and what is to be sampled meanwhile is sampled there.
+
+A group is as old as its clients are slow; the loss weighs by the policy at the beginning of the step over the
+one that sampled (`conch/training/overlap/correction.py`), and what is older than `max_staleness` is dropped.
+
+Completions are drawn by seeds of their own, of the run's seed, the group's number and the place in it, so
+that they do not depend on which prompts were sampled together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from conch.data.prompts import make_prompts
+from conch.errors import ConchError, DataError, first_line
+from conch.rewards.base import RewardSource
+from conch.rewards.scorer import RewardRequest
+from conch.rollouts.hf.engine import HFEngine
+from conch.rollouts.prompts import longest_prompt
+from conch.runs.checkpoint import CHECKPOINTS, read_rank_state, steps_of
+from conch.service.leases.journal import Journal
+from conch.service.leases.records import Group, Sample
+from conch.service.refusals import UNPROCESSABLE, RefusedError
+from conch.service.runs.exchange import (
+    Exchange,
+    LearnOrder,
+    SampledGroup,
+    SampleOrder,
+    SaveOrder,
+    StopOrder,
+    WaitingAsk,
+)
+from conch.service.runs.exports import EXPORTS
+from conch.service.runs.settings import RemoteRunConfig
+from conch.trainers.grpo import GRPOTrainer
+from conch.training.overlap.metrics import staleness_metrics
+from conch.training.setup import with_gathered_weights
+from conch.types import Metrics, Prompt, RewardResult, RewardStatus, Rollout
+
+_SEEDS = 2**31
+_STAND_IN = "a"
+"""Prompt that a trainer is built with, as its data; clients bring those that are sampled."""
+
+
+class StoppedError(Exception):
+    """The run was told to stop between two steps."""
+
+    def __init__(self, order: StopOrder) -> None:
+        super().__init__(order.reason)
+        self.order = order
+
+
+class ClientRewards(RewardSource):
+    """Stands where a trainer has its reward source; results come with the groups."""
+
+    name = "the clients' rewards"
+
+    def check(self) -> None:
+        return
+
+    def submit(self, rollouts: Sequence[Rollout]) -> Future[list[RewardResult]]:
+        future: Future[list[RewardResult]] = Future()
+        nobody = RewardResult(RewardStatus.INVALID, detail="clients reward what was handed out to them only")
+        future.set_result([nobody] * len(rollouts))
+        return future
+
+
+class RemoteGRPOTrainer(GRPOTrainer):
+    """GRPO on what clients ask for and reward.
+
+    exchange: with the clients.
+    journal: what the exchange writes its events to.
+    """
+
+    name = "remote_grpo"
+    config: RemoteRunConfig
+    overlap: ClientGroups
+
+    def __init__(self, config: RemoteRunConfig, exchange: Exchange, journal: Journal, **given: Any) -> None:
+        self._exchange = exchange
+        self._journal = journal
+        super().__init__(config, reward=ClientRewards(), prompts=[_STAND_IN], **given)
+
+    def make_overlap(self) -> ClientGroups:
+        return ClientGroups(self, self._exchange, self._journal)
+
+    def step(self) -> Metrics:
+        """One step of GRPO on the oldest groups that are whole."""
+        metrics = super().step()
+        return self.overlap.finish_step(metrics)
+
+    def prompt_of(self, prompt: str | list[dict[str, Any]]) -> Prompt:
+        """A client's prompt as token ids.
+
+        Raises:
+            RefusedError: it cannot be read, or leaves no room for a completion.
+        """
+        config, rows = self.config, [{"prompt": prompt}]
+        try:
+            longest = longest_prompt(self.lm, config.generation)
+            cut = longest if config.tokenizer.truncate_prompts else None
+            [made] = make_prompts(rows, self.codec, config.tokenizer, max_tokens=cut)
+        except DataError as error:
+            raise RefusedError(UNPROCESSABLE, f"the prompt cannot be sampled: {first_line(error)}") from None
+        if longest is not None and len(made.token_ids) > longest:
+            raise RefusedError(
+                UNPROCESSABLE,
+                f"the prompt has {len(made.token_ids)} tokens, and the model's window leaves {longest} "
+                f"beside `max_completion_length` = {config.generation.max_new_tokens}",
+            )
+        return made
+
+    @with_gathered_weights
+    def sample_groups(self, prompts: Sequence[Prompt], first_number: int) -> list[list[Rollout]]:
+        """A group of completions for each prompt. first_number: of the first group."""
+        size = self.samples_per_prompt
+        repeated = [prompt for prompt in prompts for _ in range(size)]
+        if isinstance(self.sampler, HFEngine):
+            seed = self.config.train.seed
+            numbers = range(first_number, first_number + len(prompts))
+            seeds = [sample_seed(seed, number, place) for number in numbers for place in range(size)]
+            chunks = self.sampler.generate(repeated, seeds=seeds)
+        else:
+            chunks = self.sampler.generate(repeated)
+        rollouts = [rollout for chunk in chunks for rollout in chunk]
+        return [rollouts[first : first + size] for first in range(0, len(rollouts), size)]
+
+
+class ClientGroups:
+    """The buffer that steps take from; see `conch.training.online.SampleBuffer`. One process."""
+
+    def __init__(self, trainer: RemoteGRPOTrainer, exchange: Exchange, journal: Journal) -> None:
+        self._trainer = trainer
+        self._exchange = exchange
+        self._journal = journal
+        self._taken: list[Rollout] = []
+
+    def sample(self, count: int) -> list[Rollout]:
+        """Do what clients ask for until an update's groups are whole; returns these groups' completions.
+
+        Raises:
+            StoppedError: the run is to end here.
+        """
+        while True:
+            order = self._exchange.next_order()
+            if isinstance(order, LearnOrder):
+                assert len(order.groups) == count
+                return self._adopt(order.groups)
+            if isinstance(order, StopOrder):
+                raise StoppedError(order)
+            if isinstance(order, SaveOrder):
+                self._save(order)
+            else:
+                self._sample(order)
+
+    def score(self) -> list[RewardResult]:
+        return self._trainer.scorer.gather()
+
+    def present_weights(self) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+    def finish_step(self, metrics: Metrics) -> Metrics:
+        """Tell clients of the new version; returns the metrics with the ages of what was learned from."""
+        trainer, ranks = self._trainer, self._trainer.collectives
+        version = trainer.policy_version - 1  # the step's update is in it
+        ages = staleness_metrics(self._taken, version, ranks.all_reduce, ranks.all_reduce_max)
+        metrics = metrics | ages
+        self._taken = []
+        self._exchange.learned(metrics)
+        return metrics
+
+    def take_up_run(self) -> None:
+        run = self._trainer.run
+        run.own, run.on_saved = self, self._forget
+        snapshot = None
+        if run.continued:
+            snapshot = read_rank_state(run.folder / CHECKPOINTS / f"step_{run.step}", 0)
+        self._exchange.open(snapshot)
+
+    def capture(self) -> Callable[[], dict[str, Any]]:
+        """The ledger as it stands; its journal goes on behind it."""
+        state = self._exchange.capture()
+        return lambda: state
+
+    def _forget(self, folder: Path) -> None:
+        """Delete of the journal what no checkpoint needs. folder: of the newest checkpoint."""
+        oldest = min(steps_of(folder.parent.parent).items())[1]
+        self._journal.forget(read_rank_state(oldest, 0)["sequence"] + 1)
+
+    def _adopt(self, groups: Sequence[Group]) -> list[Rollout]:
+        rollouts: list[Rollout] = []
+        results: list[RewardResult] = []
+        for group in groups:
+            rollouts += group.rollouts
+            results += map(_result_of, group.samples)
+        future: Future[list[RewardResult]] = Future()
+        future.set_result(results)
+        self._trainer.scorer.adopt([(range(len(rollouts)), RewardRequest(rollouts, future))])
+        self._taken = rollouts
+        return rollouts
+
+    def _sample(self, order: SampleOrder) -> None:
+        asks: list[WaitingAsk] = []
+        prompts: list[Prompt] = []
+        refused: list[tuple[WaitingAsk, RefusedError]] = []
+        for waiting in order.asks:
+            try:
+                prompts.append(self._trainer.prompt_of(waiting.ask.prompt))
+                asks.append(waiting)
+            except RefusedError as refusal:
+                refused.append((waiting, refusal))
+        groups = self._trainer.sample_groups(prompts, self._exchange.next_number) if prompts else []
+        sampled = [
+            SampledGroup(prompt, [rollout.completion for rollout in rollouts], rollouts[0].policy_version)
+            for prompt, rollouts in zip(prompts, groups, strict=True)
+        ]
+        self._exchange.deliver([*refused, *zip(asks, sampled, strict=True)])
+
+    def _save(self, order: SaveOrder) -> None:
+        """Write the model for who downloads it, unless this version was written before."""
+        folder = self._trainer.run.folder.parent / EXPORTS / f"version_{self._exchange.version}"
+        try:
+            if not folder.is_dir():
+                self._trainer.save_pretrained(folder)
+        except ConchError as error:  # a full disk, say, which is no reason to end the run
+            order.future.set_exception(error)
+        else:
+            order.future.set_result(folder)
+
+
+def sample_seed(seed: int, number: int, place: int) -> int:
+    """What a completion is drawn by. number: of its group."""
+    digest = hashlib.sha256(f"{seed}/{number}/{place}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") % _SEEDS
+
+
+def _result_of(sample: Sample) -> RewardResult:
+    if sample.reward is not None:
+        return RewardResult(RewardStatus.OK, scores={"reward": sample.reward}, model="client")
+    if sample.status == "failed":
+        return RewardResult(RewardStatus.INVALID, detail="the client has no reward for it")
+    return RewardResult(RewardStatus.TIMEOUT, detail="no reward came within its lease")
