@@ -33,6 +33,7 @@ COMMANDS = [
     "conch.evaluation.gold",
     "conch.rollouts.serve",
     "conch.reference.serve",
+    "conch.service.__main__",
     "conch.sizing",
     "conch.plots",
     "conch.evaluation.sampling.run",
@@ -68,6 +69,7 @@ VERBS = {
 NAMES = {
     "conch": ["train", "score", "__version__"],
     "conch.rewards": ["RewardSource"],
+    "conch.service.client": ["TrainingClient", "AsyncTrainingClient", "TrainingSettings"],
     "conch.converters.to_triton": ["to_triton"],
     "conch.trainers.ppo": ["PPOTrainer", "PPORunConfig"],
     "conch.trainers.grpo": ["GRPOTrainer", "GRPORunConfig"],

@@ -52,7 +52,10 @@ OWNERS = {
         "conch/serving/*/*.py",
     ),
     "pytriton": (),
-    "httpx2": ("conch/rewards/client/http.py", "conch/rewards/judge/endpoint.py", "conch/servers/client.py"),
+    "httpx2": (
+        *("conch/rewards/client/http.py", "conch/rewards/judge/endpoint.py", "conch/servers/client.py"),
+        "conch/service/client*.py",
+    ),
     "vllm": ("conch/rollouts/vllm/*.py",),
     "flash_attn": (),
     "liger_kernel": ("conch/models/kernels.py",),
@@ -198,6 +201,10 @@ def test_torch_free_parts_import_no_torch() -> None:
         ("conch.converters.to_triton", ("torch", "transformers")),
         ("conch.reward_server.server", ("torch", "transformers")),
         ("conch.reward_server.__main__", ("torch", "fastapi", "uvicorn", "tritonclient")),
+        ("conch.service.client", ("torch", "numpy", "yaml", "fastapi", "hydra", "transformers")),
+        ("conch.service.leases.ledger", ("torch", "transformers", "fastapi", "httpx2")),
+        ("conch.service.server", ("torch", "transformers", "tritonclient")),
+        ("conch.service.__main__", ("torch", "fastapi", "uvicorn", "tritonclient")),
     ],
 )
 def test_import_stays_light(module: str, kept_out: tuple[str, ...]) -> None:
