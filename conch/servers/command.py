@@ -9,7 +9,7 @@ from conch.errors import ConfigError
 from conch.servers.restart import start
 from conch.servers.settings import SettingsT, load_settings
 
-_HELP = ("-h", "--help")
+HELP = ("-h", "--help")
 
 
 def run_server(
@@ -27,7 +27,7 @@ def run_server(
     module: what `python -m` starts this server as.
     about: first part of the help.
     """
-    if {*_HELP} & set(argv):
+    if {*HELP} & set(argv):
         print(f"{about}\nkeys:\n{describe(settings)}")
         return
     config = load_settings(settings, argv)
@@ -43,7 +43,7 @@ def pairs_of(argv: Sequence[str]) -> list[str]:
     words, pairs = list(argv), []
     while words:
         word = words.pop(0)
-        if not word.startswith("--") or word in _HELP:
+        if not word.startswith("--") or word in HELP:
             pairs.append(word)
             continue
         key, equals, value = word.removeprefix("--").partition("=")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,3 +103,32 @@ def load_settings(section: type[SettingsT], argv: Sequence[str]) -> SettingsT:
                 raise ConfigError(f"`{key}` and `{each}` cannot both be given")
         inner[name] = yaml.safe_load(value)
     return load(section, values)
+
+
+def pairs_from_environment(
+    section: type[ListenSettings],
+    prefix: str,
+    environment: Mapping[str, str],
+    *,
+    others: Collection[str] = (),
+) -> list[str]:
+    """Settings that environment variables name, as `key=value`: `PREFIX_MAX_WAITING=8` is `max_waiting=8`.
+
+    An empty variable is none, for what starts containers may pass on one that nobody has set.
+
+    prefix: of the variables, with the sign that ends it.
+    others: variables with this prefix that are no settings; the one that `secret_env` names is none either.
+
+    Raises:
+        ConfigError: a variable with this prefix is no setting.
+    """
+    known = {f"{prefix}{name}".upper(): name for name in section.model_fields}
+    given = {name: value for name, value in environment.items() if name.startswith(prefix) and value}
+    secret = given.get(f"{prefix}SECRET_ENV")
+    unknown = sorted(name for name in given if name not in known and name not in (*others, secret))
+    if unknown:
+        raise ConfigError(
+            f"environment variable {unknown[0]} is no setting: there are {', '.join((*others, *known))}. "
+            "Kubernetes sets such variables for a service of that name, unless `enableServiceLinks` is false"
+        )
+    return [f"{known[name]}={value}" for name, value in sorted(given.items()) if name in known]

@@ -5,7 +5,8 @@
 
     python -m conch.service --api_key KEY --output_dir /data/runs      the key stands in the process table
 
-`key=value` may be written `--key value`. docs/remote_training.md shows the other side.
+`key=value` may be written `--key value`, or stand in the environment, as containers have it:
+`CONCH_SERVICE_PORT=9000` is `port=9000`. The command line wins. docs/remote_service.md has more.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from collections.abc import Sequence
 
 from conch.cli import run_main
 from conch.errors import ConfigError
-from conch.servers.command import pairs_of, run_server
+from conch.servers.command import HELP, pairs_of, run_server
+from conch.servers.settings import pairs_from_environment
 from conch.service.protocol import KEY_VARIABLE
-from conch.service.service_config import ServiceConfig
+from conch.service.service_config import SETTINGS_PREFIX, ServiceConfig
 
 _PACKAGES = ("fastapi", "uvicorn")
 _KEY = "api_key"
@@ -26,8 +28,22 @@ _KEY = "api_key"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: `key=value ...` or `--key value ...`, or `--help` for the keys."""
-    words = taking_key(pairs_of(sys.argv[1:] if argv is None else argv))
+    words = with_environment(taking_key(pairs_of(sys.argv[1:] if argv is None else argv)))
     run_server(ServiceConfig, _serve, module="conch.service", about=__doc__, argv=words)
+
+
+def with_environment(pairs: Sequence[str]) -> list[str]:
+    """Settings of the environment, and behind them those of the command line, which win.
+
+    Raises:
+        ConfigError: a variable `CONCH_SERVICE_...` is no setting.
+    """
+    if {*HELP} & {*pairs}:  # the keys are shown whatever the environment says
+        return [*pairs]
+    return [
+        *pairs_from_environment(ServiceConfig, SETTINGS_PREFIX, os.environ, others=(KEY_VARIABLE,)),
+        *pairs,
+    ]
 
 
 def taking_key(pairs: Sequence[str]) -> list[str]:

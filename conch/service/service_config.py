@@ -9,6 +9,9 @@ from pydantic import Field
 from conch.servers.settings import ListenSettings
 from conch.service.protocol import KEY_VARIABLE
 
+SETTINGS_PREFIX = "CONCH_SERVICE_"
+"""Of environment variables that are settings: `CONCH_SERVICE_PORT=9000`."""
+
 
 class ServiceConfig(ListenSettings):
     """Settings of a service that trains on what clients ask for and reward."""
