@@ -22,6 +22,7 @@ from conch.errors import CheckpointError, ConchError
 from conch.log import get_logger
 from conch.servers.listening import new_app
 from conch.service.leases.records import Answer, Asker, Handout, Post
+from conch.service.openapi import describe_refusals
 from conch.service.posts import handout_reply, post_of
 from conch.service.protocol import (
     MODEL_VERSION_HEADER,
@@ -79,6 +80,7 @@ def make_app(runs: Runs, config: ServiceConfig, is_ending: Callable[[], bool] = 
     _add_runs(app, service)
     _add_samples(app, service)
     _add_downloads(app, service)
+    describe_refusals(app)
 
     @app.exception_handler(RefusedError)
     async def refused(request: Request, error: RefusedError) -> JSONResponse:
