@@ -9,6 +9,7 @@ usage: build.sh IMAGE [OUTPUT] [--force] [--sandbox] [--pip FOLDER] [--set NAME=
 IMAGE      tritonserver       Triton on GPUs, from NVIDIA's image        -> tritonserver-pyt.sif
            tritonserver-cpu   Triton on the CPU, from Debian and PyPI     -> tritonserver-cpu.sif
            train              Conch with DeepSpeed, from NVIDIA's CUDA    -> train.sif
+           service            Conch's training service, from Debian       -> service.sif
 OUTPUT     another file or, with --sandbox, folder
 --force    replace OUTPUT
 --sandbox  a folder instead of a file: starts where FUSE is not allowed, and can be changed
@@ -45,15 +46,15 @@ done
 
 case $image in
     tritonserver) output=${output:-tritonserver-pyt.sif} ;;
-    tritonserver-cpu | train) output=${output:-$image.sif} ;;
+    tritonserver-cpu | train | service) output=${output:-$image.sif} ;;
     "") usage >&2 && exit 1 ;;
-    *) fail "there is no image '$image'; choose tritonserver, tritonserver-cpu or train" ;;
+    *) fail "there is no image '$image'; choose tritonserver, tritonserver-cpu, train or service" ;;
 esac
 tool=$(command -v apptainer || command -v singularity) ||
     fail "neither apptainer nor singularity is installed (Debian sid, Fedora, EPEL: package apptainer)"
-if [ "$image" = tritonserver-cpu ] && ! command -v debootstrap >/dev/null; then
+if [[ $image =~ ^(tritonserver-cpu|service)$ ]] && ! command -v debootstrap >/dev/null; then
     PATH=$PATH:/usr/sbin command -v debootstrap >/dev/null ||
-        fail "debootstrap is not installed; tritonserver-cpu starts from Debian packages (package debootstrap)"
+        fail "debootstrap is not installed; $image starts from Debian packages (package debootstrap)"
 fi
 output=$(realpath --canonicalize-missing "$output")
 [[ ! -e $output || " ${options[*]} " == *" --force "* ]] || fail "$output exists; give --force to replace it"

@@ -6,10 +6,15 @@ A stand-in for Apptainer, a program of its own on PATH, prints how it was called
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from conch.servers.settings import load_settings, pairs_from_environment
+from conch.service.protocol import KEY_VARIABLE
+from conch.service.service_config import SETTINGS_PREFIX, ServiceConfig
 
 FOLDER = Path(__file__).resolve().parents[3] / "singularity"
 # Where the scripts' own tools (bash, realpath, od, ...) are; no container tool may be found there.
@@ -65,7 +70,7 @@ def call(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nope"], "there is no image 'nope'; choose tritonserver, tritonserver-cpu or train"),
+        (["nope"], "there is no image 'nope'; choose tritonserver, tritonserver-cpu, train or service"),
         (["train", "a.sif", "b.sif"], "too many names: b.sif"),
         (["train", "--pip", "."], "--pip needs a folder that holds pip.conf; '.' does not"),
         (["train", "--set", "IMAGE"], "--set needs NAME=VALUE, not 'IMAGE'"),
@@ -170,3 +175,28 @@ def test_definition_takes_files_that_exist(definition: Path) -> None:
 
     assert sources
     assert [source for source in sources if not list(FOLDER.parent.glob(source))] == []
+
+
+def test_dockerfile_takes_files_that_exist_and_installs_with_scripts_that_do() -> None:
+    lines = (FOLDER / "Dockerfile").read_text().splitlines()
+    sources = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+    scripts = re.findall(r"/opt/conch/install/([\w-]+\.sh)", "\n".join(lines))
+
+    assert {"conch", "constraints.txt"} <= {*sources} and "service.sh" in scripts
+    assert [source for source in sources if not (FOLDER.parent / source).exists()] == []
+    assert [script for script in scripts if not (FOLDER / "install" / script).exists()] == []
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "service.def"])
+def test_image_of_the_service_sets_variables_that_are_settings(name: str) -> None:
+    text = (FOLDER / name).read_text()
+    variables = {key: value for key, value in re.findall(r"\b(CONCH_SERVICE_\w+)=([^\s$]+)", text)}
+    if name == "service.def":  # one that the user sets is kept
+        variables |= {"CONCH_SERVICE_OUTPUT_DIR": text.partition(":-")[2].partition("}")[0]}
+        del variables["CONCH_SERVICE_PORT"]  # of the help
+    pairs = pairs_from_environment(ServiceConfig, SETTINGS_PREFIX, variables)
+    config = load_settings(ServiceConfig, pairs)
+
+    assert config.output_dir == Path("/data")
+    assert config.host == ("0.0.0.0" if name == "Dockerfile" else "127.0.0.1")
+    assert config.secret_env == KEY_VARIABLE
