@@ -1,4 +1,4 @@
-"""The benchmarks of rollouts and PPO steps run small, in all their processes, to their tables."""
+"""The benchmarks of rollouts and steps run small, in all their processes, to their tables."""
 
 from __future__ import annotations
 
@@ -42,3 +42,12 @@ def test_ppo_steps_and_references_are_measured(tmp_path: Path) -> None:
     assert 0 < report["shared_over_full"]["weight_bytes"] < 1
     assert report["step_over_trlx"] == pytest.approx(report["walks-20"]["seconds"]["step"]["median"] / 1.6)
     assert "| trlX, randomwalks, batches of 20 | 1.6 | 0.35 |  | 0.34 |  | 0.92 | 745 |" in table
+
+
+@pytest.mark.slow
+def test_steps_by_a_service_and_in_one_process_are_compared(tmp_path: Path) -> None:
+    report, table = run_small("benchmarks.remote_step", tmp_path, "--rounds", "2", "--warm-up", "1")
+    [case] = report["results"]
+    assert list(case["seconds"]) == ["service", "one process"] and case["tokens"] == 2 * 2 * 4
+    assert 0 < case["ratio"]["low"] <= case["ratio"]["median"]
+    assert f"| {case['case']} | 4, 16 | " in table
