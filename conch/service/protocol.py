@@ -25,6 +25,9 @@ KEY_VARIABLE = "CONCH_SERVICE_KEY"
 MODEL_VERSION_HEADER = "model-version"
 """Header of a downloaded model: the number of updates that it has seen."""
 
+LATEST_VERSION = 10**12
+"""Updates that nobody makes: a number with more digits is none of a file."""
+
 Text = Annotated[str, Field(max_length=4_000_000)]
 Name = Annotated[str, Field(max_length=200)]
 ModelVersion = tuple[str, int]
@@ -285,7 +288,7 @@ class ResumeRequest(Message):
 class ModelRequest(Message):
     """Ask for the model."""
 
-    version: int | None = Field(default=None, ge=0)
+    version: int | None = Field(default=None, ge=0, le=LATEST_VERSION)
     """Number of updates that it has seen: one that was downloaded before. None takes the present one."""
 
     run_id: Name | None = None
