@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
@@ -90,6 +90,7 @@ class Stateful(Protocol):
         ...
 
 
+@runtime_checkable
 class SampleBuffer(Protocol):
     """What a step takes completions and their rewards from, where it does not sample them itself."""
 
