@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import torch
+from safetensors.torch import load as load_tensors
 
 from conch.service.protocol import KEY_HEADER, KEY_VARIABLE, TrainingSettings
 from tests.footprint import wait_until
@@ -121,3 +125,9 @@ def service(output_dir: Path, **settings: Any) -> Iterator[Service]:
 def vowel_rewards(outputs: list[str]) -> list[float]:
     """How many of `a` and `e` each output has."""
     return [float(sum(letter in "ae" for letter in output)) for output in outputs]
+
+
+def weights_in(archive: bytes) -> dict[str, torch.Tensor]:
+    """The weights of a downloaded model."""
+    with zipfile.ZipFile(io.BytesIO(archive)) as files:
+        return load_tensors(files.read("model.safetensors"))

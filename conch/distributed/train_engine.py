@@ -368,6 +368,14 @@ class TrainEngine:
             time.sleep(_SETTLE_S)
 
 
+def forget_precision(train: TrainConfig) -> None:
+    """Let a trainer with another precision than the process's earlier ones be made. Those must all be closed:
+    what is left of them computes no more."""
+    precision = wanted_precision(train)
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()
+
+
 def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay on matrices only: on biases and norms it would move the function itself."""
     trainable = [p for p in module.parameters() if p.requires_grad]

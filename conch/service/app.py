@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -44,7 +44,7 @@ from conch.service.protocol import (
     TrainingSettings,
 )
 from conch.service.refusals import BUSY, INTERNAL, UNAVAILABLE, UNPROCESSABLE, RefusedError
-from conch.service.runs.exchange import Ask
+from conch.service.runs.exchange import Ask, Exchange
 from conch.service.runs.run import TrainingRun, finite
 from conch.service.runs.runs import Runs
 from conch.service.service_config import ServiceConfig
@@ -135,17 +135,43 @@ class _Service:
     async def complete(self, request: CompletionsRequest) -> CompletionsResponse:
         """Completions of one prompt."""
         run = self.runs.find(request.run_id)
-        ask = _ask_of(request, run.settings.num_completions_per_prompt)
-        future = await asyncio.to_thread(run.exchange.ask, ask)
+        [future] = await asyncio.to_thread(self._ask_all, run, [request])
         return await self._completions(run, future, request.wait_s)
 
     async def complete_all(self, requests: list[CompletionsRequest]) -> list[CompletionsResponse | Refusal]:
-        """Completions of several prompts, which are sampled together."""
-        return [*await asyncio.gather(*(_or_refusal(self.complete(each)) for each in requests))]
+        """Completions of several prompts, which are sampled together, in their order.
+
+        Raises:
+            RefusedError: there is no run.
+        """
+        run = self.runs.find(None)
+        futures = await asyncio.to_thread(self._ask_all, run, requests)
+        waits = [
+            _or_refusal(self._completions(run, future, request.wait_s))
+            for future, request in zip(futures, requests, strict=True)
+        ]
+        return [*await asyncio.gather(*waits)]
+
+    def _ask_all(
+        self, run: TrainingRun, requests: Sequence[CompletionsRequest]
+    ) -> list[Future[Handout] | RefusedError]:
+        """What each request waits for; a refusal in place of what cannot be asked for."""
+        asks: dict[int, Ask] = {}
+        outcomes: dict[int, Future[Handout] | RefusedError] = {}
+        for index, request in enumerate(requests):
+            try:
+                self.runs.check_current(run, request.run_id)
+                asks[index] = _ask_of(request, run.settings.num_completions_per_prompt)
+            except RefusedError as refusal:
+                outcomes[index] = refusal
+        outcomes |= zip(asks, run.exchange.ask_all([*asks.values()]), strict=True)
+        return [outcomes[index] for index in range(len(requests))]
 
     async def _completions(
-        self, run: TrainingRun, future: Future[Handout], wait_s: float | None
+        self, run: TrainingRun, future: Future[Handout] | RefusedError, wait_s: float | None
     ) -> CompletionsResponse:
+        if isinstance(future, RefusedError):
+            raise future
         try:
             handout = await self.wait(future, wait_s)
         except (RefusedError, asyncio.CancelledError):
@@ -161,31 +187,40 @@ class _Service:
         return reply
 
     async def reward_all(self, requests: list[RewardsRequest]) -> list[RewardsResponse | RefusedError]:
-        """Take rewards of several groups, which become whole in this order.
+        """Take rewards of several groups, which become whole in this order."""
+        outcomes = await asyncio.to_thread(self._take_all, requests)
+        waits = [
+            self._wait_for_version(*outcome, request.wait_s)
+            for outcome, request in zip(outcomes, requests, strict=True)
+            if not isinstance(outcome, RefusedError)
+        ]
+        await asyncio.gather(*waits)
+        return [each if isinstance(each, RefusedError) else _rewards_reply(*each) for each in outcomes]
 
-        Raises:
-            RefusedError: there is no run.
-        """
-        run = self.runs.find(None)
-        replies: dict[int, RewardsResponse | RefusedError] = {}
-        posts: dict[int, Post] = {}
+    def _take_all(self, requests: Sequence[RewardsRequest]) -> list[tuple[Exchange, Answer] | RefusedError]:
+        """Have each request's run take its rewards; the answer behind the run, or why they are refused."""
+        posts: dict[Exchange, dict[int, Post]] = {}
+        outcomes: dict[int, tuple[Exchange, Answer] | RefusedError] = {}
         for index, request in enumerate(requests):
             try:
-                posts[index] = post_of(request, self.runs.find(request.run_id).run_id)
+                exchange = self.runs.rewarded(request.run_id)
+                posts.setdefault(exchange, {})[index] = post_of(request, exchange.run_id)
             except RefusedError as refusal:
-                replies[index] = refusal
-        answers = await asyncio.to_thread(run.exchange.reward_all, [*posts.values()])
-        for index, answer in zip(posts, answers, strict=True):
-            replies[index] = answer if isinstance(answer, RefusedError) else _rewards_reply(run, answer)
-            if not isinstance(answer, RefusedError) and answer.outcome == "whole":
-                await self._wait_for_version(run, answer.version, requests[index].wait_s)
-        return [replies[index] for index in range(len(requests))]
+                outcomes[index] = refusal
+        for exchange, own in posts.items():
+            for index, answer in zip(own, exchange.reward_all([*own.values()]), strict=True):
+                outcomes[index] = answer if isinstance(answer, RefusedError) else (exchange, answer)
+        return [outcomes[index] for index in range(len(requests))]
 
-    async def _wait_for_version(self, run: TrainingRun, version: int, wait_s: float) -> None:
-        """Wait for an update, `wait_s` at most; what was taken is taken however that ends."""
-        if wait_s:
-            with contextlib.suppress(RefusedError):
-                await self.wait(run.exchange.when_version(version), wait_s)
+    async def _wait_for_version(self, exchange: Exchange, answer: Answer, wait_s: float) -> None:
+        """Wait for the update that learns from what was taken, `wait_s` at most; it is taken however that
+        ends."""
+        if not wait_s or answer.outcome != "whole":
+            return
+        future = exchange.when_version(answer.version)
+        with contextlib.suppress(RefusedError):
+            await self.wait(future, wait_s)
+        future.cancel()
 
     async def loaded(self, run: TrainingRun) -> RunReply:
         """A run once its model is loaded, or what it says if that takes long."""
@@ -212,7 +247,8 @@ def _add_runs(app: FastAPI, service: _Service) -> None:
 
     @app.post("/resume", summary="Go on with a run that was stopped, or that failed")
     async def resume(request: ResumeRequest) -> RunReply:
-        return await service.loaded(await asyncio.to_thread(service.runs.resume, request.run_id))
+        run = await asyncio.to_thread(service.runs.resume, request.run_id, request.settings)
+        return await service.loaded(run)
 
     @app.post("/stop", summary="Save the run and end it")
     async def stop() -> RunReply:
@@ -220,8 +256,7 @@ def _add_runs(app: FastAPI, service: _Service) -> None:
 
     @app.get("/status", summary="Settings, state and counts of the run")
     async def status() -> StatusResponse:
-        run = service.runs.current
-        return StatusResponse() if run is None else run.status()
+        return await asyncio.to_thread(service.runs.status)
 
     @app.get("/training_settings", summary="Settings of the run")
     async def training_settings() -> TrainingSettings:
@@ -326,16 +361,19 @@ def _ask_of(request: CompletionsRequest, group_size: int) -> Ask:
         )
     if count > group_size:
         raise RefusedError(UNPROCESSABLE, f"a group has {group_size} completions, not {count}")
-    key = request.group or ""
-    content = json.dumps([request.prompt, key, count], sort_keys=True)
-    digest = hashlib.sha256(content.encode()).hexdigest()[:32]
-    asker = Asker(request.client_id, request.request_id or "", digest, count)
-    return Ask(request.prompt, asker, key)
+    # Of one name and two prompts there are two groups: nobody gets completions of what he did not ask for.
+    key = f"{request.group} {_digest(request.prompt)}" if request.group else ""
+    digest = _digest([request.prompt, key, count])
+    return Ask(request.prompt, Asker(request.client_id, request.request_id or "", digest, count), key)
 
 
-def _rewards_reply(run: TrainingRun, answer: Answer) -> RewardsResponse:
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _rewards_reply(exchange: Exchange, answer: Answer) -> RewardsResponse:
     return RewardsResponse(
-        model_version=(run.run_id, answer.version), outcome=answer.outcome, detail=answer.detail
+        model_version=(exchange.run_id, answer.version), outcome=answer.outcome, detail=answer.detail
     )
 
 

@@ -31,6 +31,7 @@ import httpx2
 from conch.errors import ServiceError, ServiceUnavailableError
 from conch.service.client_calls import (
     Access,
+    Asked,
     Attempts,
     Call,
     PromptRow,
@@ -39,14 +40,18 @@ from conch.service.client_calls import (
     endless,
     goes_on,
     is_end,
+    is_started,
+    new_asked,
     new_requests,
     parsed,
+    raise_first,
     reward_arguments,
     rewards_call,
     rewards_of,
     split_refusals,
 )
 from conch.service.protocol import (
+    KEY_HEADER,
     MODEL_VERSION_HEADER,
     CompletionsBatchResponse,
     CompletionsRequest,
@@ -61,7 +66,7 @@ from conch.service.protocol import (
     StatusResponse,
 )
 from conch.service.protocol import TrainingSettings as TrainingSettings
-from conch.service.refusals import CONFLICT, GONE, RefusedError
+from conch.service.refusals import CONFLICT, GONE, NOT_FOUND, RefusedError
 
 Reward = Callable[..., Any]
 """`reward(samples, prompts, outputs, **metadata)`: lists with one entry per completion; returns one number
@@ -69,7 +74,6 @@ for each, or None where there is none. For asyncio it may be a coroutine functio
 
 _START_S = 600.0
 _PARTIAL_CONTENT = 206
-_BLOCK = 1 << 20
 
 
 class TrainingClient:
@@ -95,7 +99,7 @@ class TrainingClient:
         *,
         client_id: str | None = None,
         wait_s: float = 60.0,
-        retry_s: float = 600.0,
+        retry_s: float = 1800.0,
         verify: ssl.SSLContext | bool = True,
     ) -> None:
         self._access = Access.of(url, api_key, client_id, wait_s, retry_s)
@@ -117,9 +121,12 @@ class TrainingClient:
         """Start a run."""
         return parsed(RunReply, self._ask(Call("POST", "/start", settings, _START_S, repeats=False)))
 
-    def resume(self, run_id: str) -> RunReply:
-        """Go on with a run that was stopped, or that failed."""
-        request = ResumeRequest(run_id=run_id)
+    def resume(self, run_id: str, settings: TrainingSettings | None = None) -> RunReply:
+        """Go on with a run that was stopped, that failed, or that is to make more updates than it has.
+
+        settings: from now on, see `ResumeRequest`; None takes those that it had.
+        """
+        request = ResumeRequest(run_id=run_id, settings=settings)
         return parsed(RunReply, self._ask(Call("POST", "/resume", request, _START_S, repeats=False)))
 
     def stop(self) -> RunReply:
@@ -155,7 +162,20 @@ class TrainingClient:
 
     def submit_rewards_batch(self, requests: Sequence[RewardsRequest]) -> list[RewardsResponse | Refusal]:
         """Reward several groups; what comes too late is among the answers as a refusal."""
-        return _taken(parsed(RewardsBatchResponse, self._ask(rewards_call(requests))).replies)
+        replies: dict[int, RewardsResponse | Refusal] = {}
+        missing = [*range(len(requests))]
+        call = rewards_call(requests)
+        attempts = Attempts(self._access, call)
+        while True:
+            answer = parsed(RewardsBatchResponse, self._ask(call))
+            given, again, refused = split_refusals(answer.replies)
+            raise_first([each for each in refused if each[1].status != GONE], "a group's rewards")
+            replies |= {missing[index]: reply for index, reply in (*given.items(), *refused)}
+            missing = [missing[index] for index in again]
+            if not missing:
+                return [replies[index] for index in range(len(requests))]
+            time.sleep(attempts.postponed())
+            call = rewards_call([requests[index] for index in missing])
 
     def get_model(self, path: Path | str) -> int:
         """Download the model as a zip file, and go on where the connection breaks.
@@ -195,16 +215,13 @@ class TrainingClient:
         Raises:
             ServiceError: further, where the run failed or was stopped, or `reward` gave no list of numbers.
         """
-        status = self.get_status()
-        if not goes_on(status, settings):
-            assert settings is not None
-            self.start(settings)
-            status = self.get_status()
-        assert status.training_settings is not None
+        at_once = self._join(settings).prompts_per_step
         rows = endless(prompts)
+        pending: list[Asked] = []
         while True:
+            pending += new_asked([next(rows) for _ in range(at_once - len(pending))], self._access)
             try:
-                self._train_once(_some(rows, status.training_settings.prompts_per_step), reward)
+                pending = self._train_once(pending, reward)
             except RefusedError as error:
                 if error.status != CONFLICT:
                     raise
@@ -213,10 +230,44 @@ class TrainingClient:
                     return status
                 raise
 
-    def _train_once(self, rows: Sequence[PromptRow], reward: Reward) -> None:
-        completions = self._complete(new_requests(rows, self._access))
-        rewards = reward(**reward_arguments(rows, completions))
-        self.submit_rewards_batch(rewards_of(rewards, completions, self._access))
+    def _join(self, settings: TrainingSettings | None) -> TrainingSettings:
+        """Start a run unless it is under way; returns its settings."""
+        before = self.get_status()
+        if goes_on(before, settings):
+            assert before.training_settings is not None
+            return before.training_settings
+        assert settings is not None
+        attempts = Attempts(self._access, Call("POST", "/start", settings))
+        while True:
+            try:
+                self.start(settings)
+                return settings
+            except ServiceError as error:
+                if is_started(before, self.get_status(), settings):
+                    return settings
+                time.sleep(attempts.lost(error))
+
+    def _train_once(self, asked: Sequence[Asked], reward: Reward) -> list[Asked]:
+        """Reward what the service has for these prompts; returns those that it has nothing for yet.
+
+        To wait for all of them before any is rewarded would have clients wait for each other, once all groups
+        that may be under way are out.
+        """
+        attempts = Attempts(self._access, completions_call([each.request for each in asked], self._access))
+        while True:
+            call = completions_call([each.request for each in asked], self._access)
+            answer = parsed(CompletionsBatchResponse, self._ask(call))
+            given, again, refused = split_refusals(answer.replies)
+            # What has lapsed before its answer came through is gone; its prompt comes again some day.
+            raise_first([each for each in refused if each[1].status != GONE], "a prompt")
+            if given or not again:
+                break
+            time.sleep(attempts.postponed())
+        if given:
+            completions = [*given.values()]
+            rewards = reward(**reward_arguments([asked[index].row for index in given], completions))
+            self.submit_rewards_batch(rewards_of(rewards, completions, self._access))
+        return [asked[index] for index in again]
 
     def _complete(self, requests: Sequence[CompletionsRequest]) -> list[CompletionsResponse]:
         replies: dict[int, CompletionsResponse] = {}
@@ -226,7 +277,7 @@ class TrainingClient:
             call = completions_call([requests[index] for index in missing], self._access)
             answer = parsed(CompletionsBatchResponse, self._ask(call))
             given, again, refused = split_refusals(answer.replies)
-            _raise_first(refused)
+            raise_first(refused, "a prompt")
             replies |= {missing[index]: reply for index, reply in given.items()}
             missing = [missing[index] for index in again]
             if not missing:
@@ -240,10 +291,13 @@ class TrainingClient:
         with self._http.stream("GET", url, timeout=timeout, **download.request) as reply:
             if reply.is_error:
                 reply.read()
+                if reply.status_code == NOT_FOUND and download.version is not None:
+                    download.begin_anew()  # newer versions took its place meanwhile
+                    return attempts.postponed()
                 return attempts.refused(reply)
             download.version = int(reply.headers[MODEL_VERSION_HEADER])
             with download.path.open("ab" if reply.status_code == _PARTIAL_CONTENT else "wb") as file:
-                for block in reply.iter_bytes(_BLOCK):
+                for block in reply.iter_bytes():  # as they come in: what is there when it breaks stays
                     file.write(block)
         download.is_whole = True
         return 0.0
@@ -275,10 +329,11 @@ class AsyncTrainingClient:
         *,
         client_id: str | None = None,
         wait_s: float = 60.0,
-        retry_s: float = 600.0,
+        retry_s: float = 1800.0,
         verify: ssl.SSLContext | bool = True,
     ) -> None:
         self._access = Access.of(url, api_key, client_id, wait_s, retry_s)
+        self._verify = verify
         self._http = httpx2.AsyncClient(headers=dict(self._access.headers), verify=verify, trust_env=False)
 
     async def __aenter__(self) -> AsyncTrainingClient:
@@ -297,9 +352,9 @@ class AsyncTrainingClient:
         """Start a run."""
         return parsed(RunReply, await self._ask(Call("POST", "/start", settings, _START_S, repeats=False)))
 
-    async def resume(self, run_id: str) -> RunReply:
-        """Go on with a run that was stopped, or that failed."""
-        request = ResumeRequest(run_id=run_id)
+    async def resume(self, run_id: str, settings: TrainingSettings | None = None) -> RunReply:
+        """Go on with a run; see `TrainingClient.resume`."""
+        request = ResumeRequest(run_id=run_id, settings=settings)
         return parsed(RunReply, await self._ask(Call("POST", "/resume", request, _START_S, repeats=False)))
 
     async def stop(self) -> RunReply:
@@ -325,6 +380,17 @@ class AsyncTrainingClient:
         request = request.model_copy(update={"wait_s": wait_s})
         return parsed(RewardsResponse, await self._ask(Call("POST", "/rewards", request, wait_s)))
 
+    async def get_model(self, path: Path | str) -> int:
+        """Download the model as a zip file, in a thread; see `TrainingClient.get_model`."""
+        access = self._access
+
+        def download() -> int:
+            settings = {"wait_s": access.wait_s, "retry_s": access.retry_s, "verify": self._verify}
+            with TrainingClient(access.url, access.headers[KEY_HEADER], **settings) as client:
+                return client.get_model(path)
+
+        return await asyncio.to_thread(download)
+
     async def train(
         self,
         *,
@@ -337,10 +403,7 @@ class AsyncTrainingClient:
 
         at_once: prompts that are under way at the same time.
         """
-        status = await self.get_status()
-        if not goes_on(status, settings):
-            assert settings is not None
-            await self.start(settings)
+        await self._join(settings)
         rows = endless(prompts)
         workers = [asyncio.ensure_future(self._train_on(rows, reward)) for _ in range(at_once)]
         try:
@@ -357,20 +420,39 @@ class AsyncTrainingClient:
             raise ServiceError(f"run {status.run_id} refuses though it is {status.state}")
         return status
 
+    async def _join(self, settings: TrainingSettings | None) -> None:
+        """Start a run unless it is under way."""
+        before = await self.get_status()
+        if goes_on(before, settings):
+            return
+        assert settings is not None
+        attempts = Attempts(self._access, Call("POST", "/start", settings))
+        while True:
+            try:
+                await self.start(settings)
+                return
+            except ServiceError as error:
+                if is_started(before, await self.get_status(), settings):
+                    return
+                await asyncio.sleep(attempts.lost(error))
+
     async def _train_on(self, rows: Iterator[PromptRow], reward: Reward) -> None:
         """Take one prompt after the other, until the run refuses."""
         for row in rows:
-            [request] = new_requests([row], self._access)
-            call = Call("POST", "/completions", request, self._access.wait_s)
-            completions = [parsed(CompletionsResponse, await self._ask(call))]
-            values = reward(**reward_arguments([row], completions))
-            values = await values if inspect.isawaitable(values) else values
-            [post] = rewards_of(values, completions, self._access)
             try:
-                await self._ask(Call("POST", "/rewards", post))
+                await self._train_once(row, reward)
             except RefusedError as error:
                 if error.status != GONE:  # too late: the samples were given back
                     raise
+
+    async def _train_once(self, row: PromptRow, reward: Reward) -> None:
+        [request] = new_requests([row], self._access)
+        call = Call("POST", "/completions", request, self._access.wait_s)
+        completions = [parsed(CompletionsResponse, await self._ask(call))]
+        values = reward(**reward_arguments([row], completions))
+        values = await values if inspect.isawaitable(values) else values
+        [post] = rewards_of(values, completions, self._access)
+        await self._ask(Call("POST", "/rewards", post))
 
     async def _ask(self, call: Call) -> httpx2.Response:
         """A whole answer of success."""
@@ -389,23 +471,6 @@ class AsyncTrainingClient:
             await asyncio.sleep(pause_s)
 
 
-def _some(rows: Iterator[PromptRow], count: int) -> list[PromptRow]:
-    return [next(rows) for _ in range(count)]
-
-
-def _raise_first(refused: Sequence[tuple[int, Refusal]]) -> None:
-    for index, refusal in refused:
-        raise RefusedError(refusal.status, f"the service refuses prompt {index} of a batch: {refusal.detail}")
-
-
-def _taken(replies: Sequence[RewardsResponse | Refusal]) -> list[RewardsResponse | Refusal]:
-    """Answers to rewards, where none is refused but for being too late."""
-    for reply in replies:
-        if isinstance(reply, Refusal) and reply.status != GONE:
-            raise RefusedError(reply.status, f"the service refuses rewards: {reply.detail}")
-    return [*replies]
-
-
 @dataclass
 class _Download:
     """A model that is being downloaded. version: None before the first answer."""
@@ -413,6 +478,11 @@ class _Download:
     path: Path
     version: int | None = None
     is_whole: bool = False
+
+    def begin_anew(self) -> None:
+        """Forget what is there, to download another version."""
+        self.path.unlink(missing_ok=True)
+        self.version = None
 
     @property
     def request(self) -> dict[str, Any]:
@@ -428,7 +498,7 @@ def _check_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
         raise ServiceUnavailableError(f"the downloaded model is no zip file: {error}") from error
     if damaged is not None:
         raise ServiceUnavailableError(f"the downloaded model is damaged: {damaged}")

@@ -143,6 +143,17 @@ class Attempts:
         error = ServiceUnavailableError(f"{self.access.url}{self.call.path}: {detail}")
         return self._next_pause(error, retry_after_s(reply))
 
+    def lost(self, error: ServiceError) -> float:
+        """The same, after a request that may not be sent twice, once it is known not to have come through.
+
+        Raises:
+            ServiceError: that error, where asking again would not help, or there was none but such for too
+                long.
+        """
+        if not isinstance(error, ServiceUnavailableError):
+            raise error
+        return self._next_pause(error, None)
+
     def postponed(self) -> float:
         """The same, after an answer that told a part of a batch to come again."""
         return self._next_pause(ServiceUnavailableError(f"{self.access.url} is busy"), None)
@@ -237,6 +248,19 @@ def new_requests(rows: Sequence[PromptRow], access: Access) -> list[CompletionsR
     ]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A prompt with the request for its completions."""
+
+    row: PromptRow
+    request: CompletionsRequest
+
+
+def new_asked(rows: Sequence[PromptRow], access: Access) -> list[Asked]:
+    """Prompts with requests for their completions."""
+    return [Asked(*pair) for pair in zip(rows, new_requests(rows, access), strict=True)]
+
+
 def reward_arguments(
     rows: Sequence[PromptRow], completions: Sequence[CompletionsResponse]
 ) -> dict[str, list[Any]]:
@@ -300,12 +324,32 @@ def goes_on(status: StatusResponse, settings: TrainingSettings | None) -> bool:
         ServiceError: there is none, and no settings to start one with; or it is another run.
     """
     if status.state in ("starting", "running"):
-        if settings is not None and status.training_settings != settings:
+        if settings is not None and not _is_same(status.training_settings, settings):
             raise ServiceError(f"run {status.run_id} is under way with other settings: stop it first")
         return True
     if settings is None:
         raise ServiceError("no run is under way: give `settings` to start one with")
     return False
+
+
+def _is_same(there: TrainingSettings | None, ours: TrainingSettings) -> bool:
+    """Whether settings that came over the network are these: a tuple among them has become a list."""
+    return there is not None and there.model_dump(mode="json") == ours.model_dump(mode="json")
+
+
+def is_started(before: StatusResponse, now: StatusResponse, settings: TrainingSettings) -> bool:
+    """Whether there is a run with these settings behind a start that was refused, since another client was
+    quicker, or whose answer was lost.
+
+    before, now: of the service before and after it.
+    """
+    return now.run_id not in ("", before.run_id) and _is_same(now.training_settings, settings)
+
+
+def raise_first(refused: Sequence[tuple[int, Refusal]], what: str) -> None:
+    """Raise the first refusal of a batch, if there is one."""
+    for _, refusal in refused:
+        raise RefusedError(refusal.status, f"the service refuses {what}: {refusal.detail}")
 
 
 def split_refusals(

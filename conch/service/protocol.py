@@ -3,9 +3,9 @@
 A group is the completions of one prompt, which are compared with each other. Each completion is a sample with
 an id; it is leased to the client that asked, which rewards it within `lease_s` seconds or has it given back.
 
-Names and defaults of `TrainingSettings` and of the fields `prompt`, `completions`, `completion_tokens`,
-`rewards` and `model_version` are those of the first service of this kind, whose clients work unchanged; all
-other fields may be left out.
+Names and defaults of `TrainingSettings` (but that of the learning rate) and of the fields `prompt`,
+`completions`, `completion_tokens`, `rewards` and `model_version` are those of the first service of this kind,
+whose clients work unchanged; all other fields may be left out.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ class CompletionsRequest(Message):
     """Who asks: a sample is rewarded by the client that it was leased to."""
 
     group: Name | None = None
-    """Name of a group that several clients share: the first request with it has the group sampled, each gets
-    `num_completions` of it."""
+    """Name of a group that several clients share, with one prompt: the first request has the group sampled,
+    each gets `num_completions` of it."""
 
     num_completions: int | None = Field(default=None, ge=1)
     """Completions that this request gets of its `group`; None takes the whole group."""
@@ -279,10 +279,14 @@ class RewardsBatchResponse(Reply):
 
 
 class ResumeRequest(Message):
-    """Go on with a run that was stopped, or that failed."""
+    """Go on with a run that was stopped, that failed, or that is to make more updates than it has."""
 
     run_id: Name
     """Its id."""
+
+    settings: TrainingSettings | None = None
+    """From now on; None takes those that it had. Only `max_steps` (more), `lease_s`, `max_staleness`,
+    `max_groups`, `save_every` and `logging_steps` may differ from these."""
 
 
 class ModelRequest(Message):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from conch.distributed.launcher import launched_processes
 from conch.errors import ConfigError
@@ -23,6 +26,7 @@ _GRACE_S = 10.0
 """Time for answers that are under way when the service stops: whoever waits is told at once."""
 
 _LOOK_S = 0.1
+_LOCK = ".lock"
 _THREADS = 64
 
 
@@ -37,12 +41,40 @@ def serve(config: ServiceConfig) -> None:
     if launched_processes() > 1:
         raise ConfigError("the service trains in one process: start it without torchrun or accelerate")
     leave_with_parent()
-    runs = Runs(config.output_dir, models=config.models, idle_s=config.idle_s, stop_s=config.stop_s)
-    runs.take_up()
-    try:
-        asyncio.run(_listen(runs, config))
-    finally:
-        runs.close()
+    with _alone_in(config.output_dir):
+        runs = Runs(
+            config.output_dir,
+            models=config.models,
+            idle_s=config.idle_s,
+            stop_s=config.stop_s,
+            rollout=config.rollout,
+        )
+        runs.take_up()
+        try:
+            asyncio.run(_listen(runs, config))
+        finally:
+            runs.close()
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other services out of a folder while this one trains in it.
+
+    Raises:
+        ConfigError: there is one, or the folder cannot be written.
+    """
+    with contextlib.ExitStack() as opened:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = opened.enter_context((folder / _LOCK).open("ab"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another training service runs in `output_dir` = {folder}: give this one a folder of its own"
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"`output_dir` = {folder} cannot be written ({error.strerror})") from error
+        yield
 
 
 async def _listen(runs: Runs, config: ServiceConfig) -> None:

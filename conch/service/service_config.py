@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from conch.config import RolloutConfig
 from conch.servers.settings import ListenSettings
 from conch.service.protocol import KEY_VARIABLE
 
@@ -28,6 +29,10 @@ class ServiceConfig(ListenSettings):
     models: tuple[str, ...] = ()
     """Models that clients may train, as they name them in `model_id`. Empty allows any folder of this machine
     and any hub id."""
+
+    rollout: RolloutConfig = RolloutConfig()
+    """What samples the completions of all runs: the trainer's process with transformers or vLLM, actors of
+    Ray, or servers (`rollout.urls`). Of a client's settings none chooses that."""
 
     deadline_s: float = Field(default=120.0, gt=0)
     """Longest wait of one request, in seconds, where it names no `wait_s`: for completions, a model to load

@@ -16,14 +16,15 @@ from typing import Any
 import httpx2
 import pytest
 import torch
-from safetensors.torch import load as load_tensors
 from transformers import AutoModelForCausalLM
 
 from conch.service.client import AsyncTrainingClient, TrainingClient
-from conch.service.protocol import KEY_HEADER, CompletionsResponse
+from conch.service.protocol import KEY_HEADER, KEY_VARIABLE, CompletionsResponse
 from tests.footprint import wait_until
 from tests.launches import ROOT
-from tests.services import KEY, Service, service, tiny_model, tiny_settings, vowel_rewards
+from tests.runs import TOKENIZER, policy
+from tests.services import KEY, Service, service, tiny_model, tiny_settings, vowel_rewards, weights_in
+from tests.transformers_servers import served
 
 PROMPTS = ["ab", "cd", "ef", "gh"]
 
@@ -39,11 +40,6 @@ def reward(outputs: list[str], **_: Any) -> list[float]:
 
 def client_of(running: Service, **settings: Any) -> TrainingClient:
     return TrainingClient(running.url, KEY, retry_s=120, **settings)
-
-
-def weights_in(archive: bytes) -> dict[str, torch.Tensor]:
-    with zipfile.ZipFile(io.BytesIO(archive)) as files:
-        return load_tensors(files.read("model.safetensors"))
 
 
 def metrics_of(running: Service, run_id: str) -> list[dict[str, Any]]:
@@ -115,7 +111,8 @@ def test_client_of_the_first_services_shape_runs_unchanged(model: Path, tmp_path
             assert got["model_version"][1] == number
             # One client after the other, so that the next group is of the next model.
             wanted = {**posted, "rewards": vowel_rewards(got["completions"]), "wait_s": 30}
-            assert running.post("/rewards", wanted)[1]["model_version"][1] == number + 1
+            answer = running.post("/rewards", wanted)
+            assert answer[1]["model_version"][1] == number + 1
         status = running.wait_for("finished")
         assert first.items() <= status["training_settings"].items()
         assert (status["completion_requests_served"], status["reward_requests_served"]) == (3, 3)
@@ -124,6 +121,14 @@ def test_client_of_the_first_services_shape_runs_unchanged(model: Path, tmp_path
             "model.safetensors"
             in zipfile.ZipFile(io.BytesIO(running.ask("POST", "/model", json={}).content)).namelist()
         )
+        running.kill()
+        running.start()
+        assert running.post("/rewards", wanted) == answer
+        again = running.status()
+        counted = ("state", "training_settings", "model_version", "reward_requests_served")
+        assert [again[name] for name in counted] == [status[name] for name in counted]
+        code, refusal = running.post("/completions", {"prompt": "ab"})
+        assert (code, "is finished: all 3 updates are made" in refusal["detail"]) == (409, True)
 
 
 def test_requests_that_fit_nothing_are_refused_in_words(model: Path, tmp_path: Path) -> None:
@@ -218,17 +223,40 @@ def test_service_that_is_killed_ends_with_the_weights_of_one_that_is_not(model: 
     assert (counts["groups_learned"], counts["posts_accepted"], counts["samples_lapsed"]) == (8, 8, 0)
 
 
+def test_servers_sample_what_the_trainer_itself_would(model: Path, tmp_path: Path) -> None:
+    def completions(running: Service) -> list[list[str]]:
+        texts: list[list[str]] = []
+        with client_of(running) as client:
+            client.start(tiny_settings(model))
+            for version in range(2):
+                groups = client.get_completions_batch(PROMPTS[:2])
+                assert [group.model_version[1] for group in groups] == [version] * 2
+                for group in groups:
+                    answer = client.submit_rewards(group, vowel_rewards(group.completions), wait_s=60)
+                    texts.append(group.completions)
+                assert answer.model_version[1] == version + 1
+        return texts
+
+    with service(tmp_path / "alone") as running:
+        expected = completions(running)
+    with (
+        served(policy(), TOKENIZER) as server,
+        service(tmp_path / "served", **{"rollout.urls": server.address}) as running,
+    ):
+        assert completions(running) == expected
+
+
 def test_run_goes_on_after_a_client_was_killed(model: Path, tmp_path: Path) -> None:
     with service(tmp_path / "runs") as running, client_of(running) as client:
         client.start(tiny_settings(model, lease_s=2.0))
         doomed = subprocess.Popen(
-            [sys.executable, "-m", "tests.integration.remote_client", running.url, KEY],
+            [sys.executable, "-m", "tests.integration.remote_client", running.url, "asks"],
             cwd=ROOT,
-            env=os.environ,
+            env={**os.environ, KEY_VARIABLE: KEY},
             stdout=subprocess.PIPE,
             text=True,
         )
-        assert doomed.stdout is not None and doomed.stdout.readline() == "asked\n"
+        assert doomed.stdout is not None and doomed.stdout.readline() == "ready\n"
         doomed.kill()
         doomed.communicate(timeout=30)
         status = client.train(reward=reward, prompts=PROMPTS)

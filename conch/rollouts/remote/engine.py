@@ -80,9 +80,16 @@ class RemoteEngine:
         self._deadline_s = deadline_s
 
     def generate(
-        self, prompts: Sequence[Prompt], *, greedy: bool = False, on_finished: OnFinished | None = None
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        greedy: bool = False,
+        on_finished: OnFinished | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> Iterator[list[Rollout]]:
         """See `RolloutEngine.generate`. All prompts are requested at once, whatever the chunks they come in.
+
+        seeds: of each prompt's completion; None draws them.
 
         Raises:
             ConfigError: a prompt is longer than the servers' `max_model_len` leaves room for.
@@ -91,7 +98,7 @@ class RemoteEngine:
         with self._pool.lease(self._version()) as lease:
             servers = self._pool.push_weights(lease)
             check_lengths(prompts, self._config, self._pool.max_model_len)
-            seeds = draw_seeds(len(prompts))
+            seeds = draw_seeds(len(prompts)) if seeds is None else seeds
             places = range(len(prompts))
             if self._pool.requests_per_server == 1:
                 batches = even_blocks(prompts, places, seeds, len(servers))

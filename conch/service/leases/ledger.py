@@ -17,12 +17,12 @@ The clock is that of the ledger, in seconds, and stands still while there is non
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
+from conch.service.leases.checks import check_rewards, dealt
 from conch.service.leases.records import (
     Answer,
     Asker,
@@ -36,6 +36,7 @@ from conch.service.leases.records import (
     completion_state,
     group_of,
     group_state,
+    lease_state,
     sample_of,
     sample_state,
 )
@@ -80,6 +81,11 @@ class Ledger:
         self._keys: dict[str, int] = {}
         self._places: dict[int, int] = {}
 
+    def go_by(self, settings: LedgerSettings, now: float) -> None:
+        """Go by these settings from now on; what was settled before stays as it is."""
+        if settings != self.settings or not self.sequence:
+            self._emit({"do": "settings", "values": asdict(settings)}, now)
+
     # ------------------------------------------------------------------------------------------- completions
 
     @property
@@ -115,7 +121,7 @@ class Ledger:
         Raises:
             RefusedError: it asked for something else then, or its group has ended.
         """
-        known = self._requests.get(_request_key(asker)) if asker.request else None
+        known = self._requests.get(_request_key(asker.client, asker.request)) if asker.request else None
         if known is None:
             return None
         digest, number, places = known
@@ -134,9 +140,31 @@ class Ledger:
         return key in self._keys
 
     def issue(
-        self, prompt: Prompt, completions: Sequence[Completion], version: int, key: str, now: float
-    ) -> int:
-        """Take in a group that was sampled; its samples are nobody's yet. Returns its number."""
+        self,
+        prompt: Prompt,
+        completions: Sequence[Completion],
+        version: int,
+        key: str,
+        askers: Sequence[Asker],
+        now: float,
+    ) -> list[Handout | RefusedError]:
+        """Take in a group that was sampled, and lease its samples to those who wait for it, one behind the
+        other. Returns what each gets; a refusal for one that asks for more than are left.
+
+        All of it is one event: there is no group on disk that nobody comes for, since his lease is not.
+        """
+        free = [*range(len(completions))]
+        parts: list[tuple[int, ...] | RefusedError] = []
+        leases: list[Event] = []
+        for asker in askers:
+            try:
+                places = dealt(free, asker, len(completions))
+            except RefusedError as refusal:
+                parts.append(refusal)
+                continue
+            parts.append(places)
+            leases.append(lease_state(asker, places))
+            del free[: len(places)]
         number = self._next_number
         event = {
             "do": "issue",
@@ -146,32 +174,23 @@ class Ledger:
             "completions": [completion_state(completion) for completion in completions],
             "version": version,
             "key": key,
+            "leases": leases,
         }
         self._emit(event, now)
-        return number
+        group = self._groups[number]
+        return [each if isinstance(each, RefusedError) else Handout(group, each) for each in parts]
 
-    def hand_out(self, number: int, asker: Asker, now: float) -> Handout:
-        """Lease the next samples of a group to who asks.
+    def hand_out_shared(self, key: str, asker: Asker, now: float) -> Handout:
+        """Lease the next samples of the group of this name to who asks.
 
         Raises:
             RefusedError: there are not so many that nobody has.
         """
-        group = self._groups[number]
-        free = [place for place, each in enumerate(group.samples) if each.client is None]
-        if asker.count > len(free):
-            raise RefusedError(
-                CONFLICT,
-                f"group {group.key!r} has {len(free)} of {len(group.samples)} completions that nobody has, "
-                f"not {asker.count}",
-            )
-        places = tuple(free[: asker.count])
-        who = {"client": asker.client, "request": asker.request, "digest": asker.digest}
-        self._emit({"do": "lease", "number": number, "places": [*places], **who}, now)
+        group = self._groups[self._keys[key]]
+        free = [place for place, each in enumerate(group.samples) if each.client is None and _is_open(each)]
+        places = dealt(free, asker, len(group.samples))
+        self._emit({"do": "lease", "number": group.number, **lease_state(asker, places)}, now)
         return Handout(group, places)
-
-    def hand_out_shared(self, key: str, asker: Asker, now: float) -> Handout:
-        """Lease the next samples of the group of this name; see `hand_out`."""
-        return self.hand_out(self._keys[key], asker, now)
 
     # ----------------------------------------------------------------------------------------------- rewards
 
@@ -242,6 +261,7 @@ class Ledger:
             "step": self.step,
             "clock": self.clock,
             "sequence": self.sequence,
+            "settings": asdict(self.settings),
             "counts": dict(self.counts),
             "next_number": self._next_number,
             "next_place": self._next_place,
@@ -257,6 +277,7 @@ class Ledger:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what `state_dict` gave."""
+        self.settings = LedgerSettings(**state["settings"])
         self.step, self.clock, self.sequence = state["step"], state["clock"], state["sequence"]
         self.counts = dict.fromkeys(_COUNTS, 0) | dict(state["counts"])
         self._next_number, self._next_place = state["next_number"], state["next_place"]
@@ -290,6 +311,9 @@ class Ledger:
         self.sequence, self.clock = event["n"], event["t"]
         _APPLIERS[event["do"]](self, event)
 
+    def _apply_settings(self, event: Event) -> None:
+        self.settings = LedgerSettings(**event["values"])
+
     def _apply_issue(self, event: Event) -> None:
         prompt = Prompt(event["text"], tuple(event["prompt_ids"]))
         until = event["t"] + self.settings.lease_s
@@ -303,16 +327,20 @@ class Ledger:
         if event["key"]:
             self._keys[event["key"]] = number
         self.counts["groups_sampled"] += 1
+        for lease in event["leases"]:
+            self._note_lease(self._groups[number], lease, event["t"])
 
     def _apply_lease(self, event: Event) -> None:
-        group = self._groups[event["number"]]
-        for place in event["places"]:
+        self._note_lease(self._groups[event["number"]], event, event["t"])
+
+    def _note_lease(self, group: Group, lease: Event, now: float) -> None:
+        for place in lease["places"]:
             sample = group.samples[place]
-            sample.client, sample.lease_until = event["client"], event["t"] + self.settings.lease_s
-        if event["request"]:
-            key = f"{event['client']}/{event['request']}"
+            sample.client, sample.lease_until = lease["client"], now + self.settings.lease_s
+        if lease["request"]:
+            key = _request_key(lease["client"], lease["request"])
             group.requests.append(key)
-            self._requests[key] = (event["digest"], group.number, tuple(event["places"]))
+            self._requests[key] = (lease["digest"], group.number, tuple(lease["places"]))
         self.counts["requests_served"] += 1
 
     def _apply_reward(self, event: Event) -> None:
@@ -390,19 +418,7 @@ class Ledger:
         Raises:
             RefusedError: the post cannot be taken.
         """
-        if len(post.rewards) != len(post.hashes):
-            raise RefusedError(
-                UNPROCESSABLE,
-                f"there are {len(post.rewards)} rewards for {len(post.hashes)} completions: give each one",
-            )
-        if not post.rewards:
-            raise RefusedError(UNPROCESSABLE, "there are no rewards")
-        for index, reward in enumerate(post.rewards):
-            if reward is not None and not math.isfinite(reward):
-                raise RefusedError(
-                    UNPROCESSABLE,
-                    f"reward {index} is {reward}, which is no number: give null where there is none",
-                )
+        check_rewards(post)
         number, places = self._named(post)
         new = [
             (place, reward)
@@ -451,30 +467,35 @@ class Ledger:
         return number, places
 
     def _found_by_hashes(self, post: Post) -> tuple[int, tuple[int, ...]]:
-        """The group whose whole completions have these hashes: the oldest that waits for rewards, else the
-        latest that has the same ones."""
-        same: list[int] = []
-        for number, samples in self._all_samples():
-            if tuple(sample.hash for sample in samples) == post.hashes:
-                if number in self._groups and all(map(_is_open, samples)):
-                    return number, tuple(range(len(samples)))
-                same.append(number)
+        """The group whose whole completions have these hashes, of equal ones the client's own: the oldest
+        that waits for rewards, else one with these very rewards, else the latest."""
+        same = {
+            number: samples
+            for number, samples in self._all_samples()
+            if tuple(sample.hash for sample in samples) == post.hashes
+        }
         if not same:
             raise RefusedError(
                 NOT_FOUND,
                 "no group of this run has just these tokens, in this order: send all `completion_tokens` as "
                 "they came, or `sample_ids`",
             )
-        matching = [
+        own = {
+            number: samples
+            for number, samples in same.items()
+            if all(sample.client == post.client for sample in samples)
+        }
+        candidates = own or same
+        waiting = [number for number, samples in candidates.items() if all(map(_is_open, samples))]
+        repeated = [
             number
-            for number in same
+            for number, samples in candidates.items()
             if all(
-                self._sample(number, place).reward == reward
-                and self._sample(number, place).answer is not None
-                for place, reward in enumerate(post.rewards)
+                each.answer is not None and each.reward == reward
+                for each, reward in zip(samples, post.rewards, strict=True)
             )
         ]
-        number = (matching or same)[-1]
+        number = waiting[0] if waiting else (repeated or [*candidates])[-1]
         return number, tuple(range(len(post.hashes)))
 
     def _all_samples(self) -> Iterator[tuple[int, Sequence[Sample]]]:
@@ -520,6 +541,7 @@ _COUNTS = (
     *("samples_rewarded", "samples_failed", "samples_lapsed", "requests_served", "posts_accepted"),
 )
 _APPLIERS: dict[str, Callable[[Ledger, Event], None]] = {
+    "settings": Ledger._apply_settings,
     "issue": Ledger._apply_issue,
     "lease": Ledger._apply_lease,
     "reward": Ledger._apply_reward,
@@ -536,8 +558,8 @@ def _has_lapsed(sample: Sample, now: float) -> bool:
     return _is_open(sample) and sample.lease_until <= now
 
 
-def _request_key(asker: Asker) -> str:
-    return f"{asker.client}/{asker.request}"
+def _request_key(client: str, request: str) -> str:
+    return f"{len(client)}:{client}/{request}"
 
 
 def _weight_of_answer(answer: Answer) -> tuple[bool, int]:

@@ -140,6 +140,12 @@ class Post:
     rewards: tuple[float | None, ...]
 
 
+def lease_state(asker: Asker, places: Sequence[int]) -> dict[str, Any]:
+    """What a ledger notes of samples that it hands out, as JSON values."""
+    who = {"client": asker.client, "request": asker.request, "digest": asker.digest}
+    return {"places": [*places], **who}
+
+
 def completion_state(completion: Completion) -> list[Any]:
     """A completion as JSON values."""
     return [

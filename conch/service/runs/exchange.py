@@ -134,17 +134,7 @@ class Exchange:
         self.events = EventLog()
         self.metrics: Metrics = {}
         self._journal = journal
-        self._ledger = Ledger(
-            LedgerSettings(
-                group_size=settings.num_completions_per_prompt,
-                groups_per_step=settings.prompts_per_step,
-                total_steps=settings.max_steps,
-                lease_s=settings.lease_s,
-                max_staleness=settings.max_staleness,
-                max_groups=settings.most_groups,
-            ),
-            journal.append,
-        )
+        self._ledger = Ledger(_ledger_settings(settings), journal.append)
         self._idle_s = idle_s
         self._clock = clock
         self._offset = -clock()
@@ -192,28 +182,43 @@ class Exchange:
         Raises:
             RefusedError: the run does not take prompts, there are too many, or the request was another one.
         """
+        [future] = self.ask_all([ask])
+        if isinstance(future, RefusedError):
+            raise future
+        return future
+
+    def ask_all(self, asks: Sequence[Ask]) -> list[Future[Handout] | RefusedError]:
+        """Have several prompts sampled together, in their order; what is refused stands in its place."""
+        futures: list[Future[Handout] | RefusedError] = []
         with self._changed:
-            self._hear()
-            ready: Future[Handout] = Future()
-            handout = self._ledger.repeated(ask.asker)
-            if handout is not None:
-                ready.set_result(handout)
-                return ready
-            if (known := self._waiting_for(ask.asker)) is not None:
-                return known
-            if ask.key and self._ledger.shared(ask.key):
-                handout = self._ledger.hand_out_shared(ask.key, ask.asker, self._now())
-                self._sync()
-                ready.set_result(handout)
-                return ready
-            sharing = next((each for each in self._asks if ask.key and each.ask.key == ask.key), None)
-            if sharing is not None:
-                sharing.others.append((ask.asker, ready))
-                return ready
-            self._ledger.admit(1, waiting=len(self._asks))
-            self._asks.append(WaitingAsk(ask, ready))
+            for ask in asks:
+                try:
+                    futures.append(self._ask(ask))
+                except RefusedError as refusal:
+                    futures.append(refusal)
+            self._sync()
             self._changed.notify_all()
+        return futures
+
+    def _ask(self, ask: Ask) -> Future[Handout]:
+        self._hear()
+        ready: Future[Handout] = Future()
+        handout = self._ledger.repeated(ask.asker)
+        if handout is not None:
+            ready.set_result(handout)
             return ready
+        if (known := self._waiting_for(ask.asker)) is not None:
+            return known
+        if ask.key and self._ledger.shared(ask.key):
+            ready.set_result(self._ledger.hand_out_shared(ask.key, ask.asker, self._now()))
+            return ready
+        sharing = next((each for each in self._asks if ask.key and each.ask.key == ask.key), None)
+        if sharing is not None:
+            sharing.others.append((ask.asker, ready))
+            return ready
+        self._ledger.admit(1, waiting=len(self._asks))
+        self._asks.append(WaitingAsk(ask, ready))
+        return ready
 
     def abandon(self, future: Future[Handout]) -> None:
         """Note that nobody waits for a prompt any more; one that can be asked for again is sampled still."""
@@ -274,17 +279,21 @@ class Exchange:
             elif self._state not in ("starting", "running"):
                 future.set_exception(self._refusal())
             else:
+                self._versions = [each for each in self._versions if not each[1].cancelled()]
                 self._versions.append((version, future))
         return future
 
     def save_model(self) -> Future[Path]:
-        """Have the trainer write the model as it is between two updates; the future ends with its folder.
+        """Have the trainer write the model as it is between two updates; the future ends with its folder. Who
+        asks meanwhile gets the same one.
 
         Raises:
             RefusedError: the run does not run.
         """
         with self._changed:
             self._hear()
+            if self._saves:
+                return self._saves[0].future
             order = SaveOrder(Future())
             self._saves.append(order)
             self._changed.notify_all()
@@ -307,17 +316,32 @@ class Exchange:
         """Take up a checkpoint's ledger, or begin a new one, with what happened since; then clients may come.
 
         Raises:
-            CheckpointError: the journal is damaged.
+            CheckpointError: the journal is damaged, or cannot be written.
         """
-        events = self._journal.read()
         with self._changed:
-            if snapshot is not None:
-                self._ledger.load_state_dict(snapshot)
-            self._ledger.replay(events)
-            self._offset = self._ledger.clock - self._clock()
-            self._heard_at = self._clock()
+            self._take_up(snapshot)
+            # What was settled before stays as it was, whatever is gone by from now on.
+            self._ledger.go_by(_ledger_settings(self.settings), self._now())
+            self._sync()
             if self._state == "starting":
                 self._set_state("running", "")
+
+    def open_ended(self, snapshot: Mapping[str, Any] | None, state: RunState, reason: str) -> None:
+        """Take up the ledger of a run that has ended, for what it still answers: posts that are repeated.
+
+        Raises:
+            CheckpointError: the journal is damaged.
+        """
+        with self._changed:
+            self._take_up(snapshot)
+            self._set_state(state, reason)
+
+    def _take_up(self, snapshot: Mapping[str, Any] | None) -> None:
+        if snapshot is not None:
+            self._ledger.load_state_dict(snapshot)
+        self._ledger.replay(self._journal.read())
+        self._offset = self._ledger.clock - self._clock()
+        self._heard_at = self._clock()
 
     def next_order(self) -> Order:
         """Wait for something to do. To learn comes before to sample: what is sampled is then younger."""
@@ -438,17 +462,17 @@ class Exchange:
         """What each of those gets who wait for a prompt."""
         if isinstance(outcome, RefusedError):
             return [(future, outcome) for future in waiting.futures]
-        key, now = waiting.ask.key, self._now()
-        number = self._ledger.issue(outcome.prompt, outcome.completions, outcome.version, key, now)
-        handouts: list[tuple[Future[Handout], Handout | RefusedError]] = []
-        for asker, future in waiting.everybody:
-            if future.cancelled():
-                continue  # nobody can come for it: it lapses
-            try:
-                handouts.append((future, self._ledger.hand_out(number, asker, now)))
-            except RefusedError as refusal:
-                handouts.append((future, refusal))
-        return handouts
+        # Of who has gone and cannot come again the samples lapse.
+        there = [(asker, future) for asker, future in waiting.everybody if not future.cancelled()]
+        handouts = self._ledger.issue(
+            outcome.prompt,
+            outcome.completions,
+            outcome.version,
+            waiting.ask.key,
+            [asker for asker, _ in there],
+            self._now(),
+        )
+        return [*zip([future for _, future in there], handouts, strict=True)]
 
     def _sync(self) -> None:
         """Have the disk take all that has happened, before anybody is told.
@@ -476,6 +500,17 @@ class Exchange:
         _fail_all([order.future for order in self._saves], refusal)
         self._asks, self._versions, self._saves = [], [], []
         self._changed.notify_all()
+
+
+def _ledger_settings(settings: TrainingSettings) -> LedgerSettings:
+    return LedgerSettings(
+        group_size=settings.num_completions_per_prompt,
+        groups_per_step=settings.prompts_per_step,
+        total_steps=settings.max_steps,
+        lease_s=settings.lease_s,
+        max_staleness=settings.max_staleness,
+        max_groups=settings.most_groups,
+    )
 
 
 def _is_given_up(waiting: WaitingAsk) -> bool:

@@ -73,6 +73,7 @@ class Exports:
             if self.known(version) is not None:
                 shutil.rmtree(self._folder / f"version_{version}", ignore_errors=True)
         for version in versions[_KEPT:]:
+            shutil.rmtree(self._folder / f"version_{version}", ignore_errors=True)
             (self._folder / f"version_{version}.zip").unlink(missing_ok=True)
 
 

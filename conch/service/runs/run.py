@@ -8,27 +8,36 @@ runs/<id>/run.json     settings and state
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 import time
 from concurrent import futures
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel
 
 from conch.atomic_files import replace_text
+from conch.config import RolloutConfig
 from conch.errors import CheckpointError, ConchError, first_line
 from conch.log import get_logger
 from conch.service.leases.journal import Journal
 from conch.service.protocol import RunState, StatusResponse, TrainingSettings
-from conch.service.refusals import INTERNAL, NOT_FOUND, UNAVAILABLE, UNPROCESSABLE, RefusedError
+from conch.service.refusals import (
+    CONFLICT,
+    INTERNAL,
+    NOT_FOUND,
+    UNAVAILABLE,
+    UNPROCESSABLE,
+    RefusedError,
+)
 from conch.service.runs.exchange import Exchange
 from conch.service.runs.exports import Exports
 
 _log = get_logger(__name__)
 
 RUN_FILE = "run.json"
+TRAIN = "train"
 
 
 class TrainingRun:
@@ -36,12 +45,21 @@ class TrainingRun:
 
     folder: of the run, `runs/<id>`.
     idle_s: time without a request after which it is stopped.
+    rollout: what samples; None takes the trainer's process.
     """
 
-    def __init__(self, folder: Path, settings: TrainingSettings, *, idle_s: float) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: TrainingSettings,
+        *,
+        idle_s: float,
+        rollout: RolloutConfig | None = None,
+    ) -> None:
         self.folder = folder
         self.run_id = folder.name
         self.settings = settings
+        self._rollout = rollout
         self._journal = Journal(folder / "journal")
         self.exchange = Exchange(self.run_id, settings, self._journal, idle_s=idle_s)
         self.loaded: Future[None] = Future()
@@ -148,11 +166,13 @@ class TrainingRun:
     def _fit(self) -> tuple[RunState, str]:
         """Train to the end, or until it is told to stop; returns the state behind that, and why."""
         # What takes seconds to load, in the thread that may take them.
+        from conch.distributed.train_engine import forget_precision
         from conch.service.runs.settings import run_config
         from conch.service.runs.trainer import RemoteGRPOTrainer, StoppedError
         from conch.training.checkpointing import save_checkpoint
 
-        config = run_config(self.settings, self.folder / "train")
+        config = run_config(self.settings, self.folder / TRAIN, self._rollout)
+        forget_precision(config.train)
         trainer = RemoteGRPOTrainer(config, self.exchange, self._journal)
         try:
             self.loaded.set_result(None)
@@ -168,17 +188,38 @@ class TrainingRun:
 
     def _note(self, state: RunState, reason: str) -> None:
         """Write settings and state down, for the next start of the service."""
-        values = {
-            "settings": self.settings.model_dump(mode="json"),
-            "state": state,
-            "reason": reason,
-            "version": self.exchange.version,
-            "time": time.time(),
-        }
-        replace_text(self.folder / RUN_FILE, json.dumps(values, indent=2) + "\n")
+        said = SaidOfRun(
+            settings=self.settings,
+            state=state,
+            reason=reason,
+            version=self.exchange.version,
+            time=time.time(),
+        )
+        replace_text(self.folder / RUN_FILE, said.model_dump_json(indent=2) + "\n")
 
 
-def read_run(folder: Path) -> dict[str, Any] | None:
+class SaidOfRun(BaseModel):
+    """What `run.json` says of a run.
+
+    state: `running` while it is under way, and of one whose service ended meanwhile.
+    reason: why it failed, or was stopped.
+    version: updates that the model has seen.
+    time: of writing, in seconds since 1970.
+    """
+
+    settings: TrainingSettings
+    state: RunState
+    reason: str
+    version: int
+    time: float
+
+    @property
+    def ended(self) -> RunState:
+        """State of a run that is not under way."""
+        return "stopped" if self.state == "running" else self.state
+
+
+def read_run(folder: Path) -> SaidOfRun | None:
     """What a run's folder says of it; None where it is none.
 
     Raises:
@@ -188,9 +229,59 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return SaidOfRun.model_validate_json(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
+        raise CheckpointError(f"{file} cannot be read: {first_line(error)}") from error
+
+
+def said_of(folder: Path) -> SaidOfRun:
+    """The same, of a folder that is a run's."""
+    said = read_run(folder)
+    assert said is not None, f"{folder} holds no run"
+    return said
+
+
+_MAY_CHANGE = ("max_steps", "lease_s", "max_staleness", "max_groups", "save_every", "logging_steps")
+
+
+def check_change(before: TrainingSettings, now: TrainingSettings) -> None:
+    """See that a run may go on with other settings than it had.
+
+    Raises:
+        RefusedError: it would learn otherwise, or break what it has answered.
+    """
+    old, new = before.model_dump(), now.model_dump()
+    changed = [name for name in old if old[name] != new[name] and name not in _MAY_CHANGE]
+    if changed:
+        named = "; ".join(f"`{name}` was {old[name]!r}, is {new[name]!r}" for name in changed)
+        raise RefusedError(
+            CONFLICT,
+            f"a run goes on with the settings that it learned with: {named}. These may change: "
+            f"{', '.join(_MAY_CHANGE)}",
+        )
+    if now.max_steps < before.max_steps:
+        raise RefusedError(
+            CONFLICT,
+            f"`max_steps` was {before.max_steps}: groups were promised updates up to that, so it may not be "
+            f"less, as {now.max_steps} is",
+        )
+
+
+def ended_exchange(folder: Path) -> Exchange:
+    """The exchange of a run that has ended, with its ledger as it was then.
+
+    Raises:
+        CheckpointError: checkpoint or journal cannot be read.
+    """
+    # What reads checkpoints loads torch.
+    from conch.runs.checkpoint import read_rank_state, steps_of
+
+    said = said_of(folder)
+    exchange = Exchange(folder.name, said.settings, Journal(folder / "journal"), idle_s=math.inf)
+    newest = next(iter(steps_of(folder / TRAIN).values()), None)
+    snapshot = None if newest is None else read_rank_state(newest, 0)
+    exchange.open_ended(snapshot, said.ended, said.reason)
+    return exchange
 
 
 def finite(metrics: dict[str, float]) -> dict[str, float | None]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conch.config import RewardConfig, RewardFailureConfig, load
+from conch.config import RewardConfig, RewardFailureConfig, RolloutConfig, load
 from conch.errors import ConfigError
 from conch.service.protocol import TrainingSettings
 from conch.trainers.grpo import GRPOConfig, GRPORunConfig
@@ -44,8 +44,12 @@ class RemoteRunConfig(GRPORunConfig):
     reward: RewardConfig = RewardConfig(failure=RewardFailureConfig(policy="drop", max_fraction=1.0))
 
 
-def run_config(settings: TrainingSettings, run_dir: Path) -> RemoteRunConfig:
+def run_config(
+    settings: TrainingSettings, run_dir: Path, rollout: RolloutConfig | None = None
+) -> RemoteRunConfig:
     """The configuration of a run in `run_dir`, where it goes on with what stands there.
+
+    rollout: what samples; None takes the trainer's process.
 
     Raises:
         ConfigError: settings do not fit each other, or are none that a client may set.
@@ -74,6 +78,8 @@ def run_config(settings: TrainingSettings, run_dir: Path) -> RemoteRunConfig:
             f"`max_groups` = {settings.most_groups} is less than the {settings.prompts_per_step} groups that "
             "an update learns from: none could ever be made"
         )
+    if rollout is not None:
+        values["rollout"] = rollout.model_dump(exclude_unset=True)
     for section, keys in settings.overrides.items():
         values[section] = values.get(section, {}) | _open_keys(section, keys)
     return load(RemoteRunConfig, values)

@@ -13,15 +13,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedTokenizerBase
+
 from conch.data.prompts import make_prompts
-from conch.errors import ConchError, DataError, first_line
+from conch.data.text import decode, special_tokens
+from conch.errors import ConchError, ConfigError, DataError, ModelError, first_line
 from conch.rewards.base import RewardSource
 from conch.rewards.scorer import RewardRequest
 from conch.rollouts.hf.engine import HFEngine
 from conch.rollouts.prompts import longest_prompt
+from conch.rollouts.remote.engine import RemoteEngine
 from conch.runs.checkpoint import CHECKPOINTS, read_rank_state, steps_of
 from conch.service.leases.journal import Journal
 from conch.service.leases.records import Group, Sample
@@ -39,12 +46,10 @@ from conch.service.runs.exports import EXPORTS
 from conch.service.runs.settings import RemoteRunConfig
 from conch.trainers.grpo import GRPOTrainer
 from conch.training.overlap.metrics import staleness_metrics
-from conch.training.setup import with_gathered_weights
+from conch.training.setup import load_policy_tokenizer, with_gathered_weights
 from conch.types import Metrics, Prompt, RewardResult, RewardStatus, Rollout
 
 _SEEDS = 2**31
-_STAND_IN = "a"
-"""Prompt that a trainer is built with, as its data; clients bring those that are sampled."""
 
 
 class StoppedError(Exception):
@@ -84,7 +89,9 @@ class RemoteGRPOTrainer(GRPOTrainer):
     def __init__(self, config: RemoteRunConfig, exchange: Exchange, journal: Journal, **given: Any) -> None:
         self._exchange = exchange
         self._journal = journal
-        super().__init__(config, reward=ClientRewards(), prompts=[_STAND_IN], **given)
+        tokenizer = load_policy_tokenizer(given.get("tokenizer"), config.tokenizer, config.model.path)
+        prompts = [readable_text(tokenizer)]
+        super().__init__(config, reward=ClientRewards(), prompts=prompts, **given)
 
     def make_overlap(self) -> ClientGroups:
         return ClientGroups(self, self._exchange, self._journal)
@@ -102,7 +109,8 @@ class RemoteGRPOTrainer(GRPOTrainer):
         """
         config, rows = self.config, [{"prompt": prompt}]
         try:
-            longest = longest_prompt(self.lm, config.generation)
+            window = config.rollout.max_model_len if config.rollout.engine != "hf" else None
+            longest = longest_prompt(self.lm, config.generation, window)
             cut = longest if config.tokenizer.truncate_prompts else None
             [made] = make_prompts(rows, self.codec, config.tokenizer, max_tokens=cut)
         except DataError as error:
@@ -120,13 +128,16 @@ class RemoteGRPOTrainer(GRPOTrainer):
         """A group of completions for each prompt. first_number: of the first group."""
         size = self.samples_per_prompt
         repeated = [prompt for prompt in prompts for _ in range(size)]
-        if isinstance(self.sampler, HFEngine):
-            seed = self.config.train.seed
-            numbers = range(first_number, first_number + len(prompts))
-            seeds = [sample_seed(seed, number, place) for number in numbers for place in range(size)]
-            chunks = self.sampler.generate(repeated, seeds=seeds)
-        else:
-            chunks = self.sampler.generate(repeated)
+        numbers = range(first_number, first_number + len(prompts))
+        seeds = [
+            sample_seed(self.config.train.seed, number, place) for number in numbers for place in range(size)
+        ]
+        if isinstance(self.sampler, HFEngine | RemoteEngine):
+            chunks = [*self.sampler.generate(repeated, seeds=seeds)]
+        else:  # which draws seeds by itself
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seeds[0])
+                chunks = [*self.sampler.generate(repeated)]
         rollouts = [rollout for chunk in chunks for rollout in chunk]
         return [rollouts[first : first + size] for first in range(0, len(rollouts), size)]
 
@@ -217,7 +228,12 @@ class ClientGroups:
                 asks.append(waiting)
             except RefusedError as refusal:
                 refused.append((waiting, refusal))
-        groups = self._trainer.sample_groups(prompts, self._exchange.next_number) if prompts else []
+        try:
+            groups = self._trainer.sample_groups(prompts, self._exchange.next_number) if prompts else []
+        except ConfigError as error:  # a prompt that servers have less room for than the model has
+            refusal = RefusedError(UNPROCESSABLE, f"the samplers refuse a prompt: {first_line(error)}")
+            self._exchange.deliver([*refused, *((waiting, refusal) for waiting in asks)])
+            return
         sampled = [
             SampledGroup(prompt, [rollout.completion for rollout in rollouts], rollouts[0].policy_version)
             for prompt, rollouts in zip(prompts, groups, strict=True)
@@ -234,6 +250,23 @@ class ClientGroups:
             order.future.set_exception(error)
         else:
             order.future.set_result(folder)
+
+
+def readable_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A text of one token or more: what a trainer is built with as its data. Clients bring the prompts that
+    are sampled.
+
+    Raises:
+        ModelError: the tokenizer reads nothing.
+    """
+    special = {*special_tokens(tokenizer).values()}
+    ordinary = (number for number in range(len(tokenizer)) if number not in special)
+    for text in chain(["a"], (decode(tokenizer, [number]) for number in ordinary)):
+        # Some tokenizers refuse letters that they do not know, with an error type of their library.
+        with suppress(Exception):
+            if text and tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]:
+                return text
+    raise ModelError("the tokenizer reads no text: it has special tokens alone")
 
 
 def sample_seed(seed: int, number: int, place: int) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 from examples.remote.alphabetical import (
     LONGEST,
     SHORTEST,
@@ -39,3 +42,15 @@ def test_settings_fill_an_update_with_whole_groups() -> None:
     settings = settings_of(ROOT, steps=3, seed=1)
     assert (settings.prompts_per_step, settings.max_steps, settings.seed) == (16, 3, 1)
     assert settings.most_groups >= 2 * settings.prompts_per_step
+
+
+def test_second_terminal_of_the_first_service_s_example_starts_the_client() -> None:
+    result = subprocess.run(
+        [sys.executable, "examples/alphabetical.py", "--help"],
+        cwd=ROOT / "examples" / "remote",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "Learn to sort letters" in result.stdout

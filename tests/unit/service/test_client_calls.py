@@ -165,6 +165,12 @@ def test_client_joins_the_run_with_its_settings_and_no_other() -> None:
     under_way = StatusResponse(state="running", run_id="r", training_settings=SETTINGS)
     assert goes_on(under_way, SETTINGS) and goes_on(under_way, None)
     assert not goes_on(StatusResponse(state="finished"), SETTINGS)
+    modules = {"model": {"peft_config": {"target_modules": ("a", "b")}}}
+    ours = TrainingSettings(model_id="m", overrides=modules)
+    there = StatusResponse(
+        state="running", training_settings=TrainingSettings.model_validate_json(ours.model_dump_json())
+    )
+    assert goes_on(there, ours)
     other = TrainingSettings(model_id="other")
     with pytest.raises(ServiceError, match="run r is under way with other settings"):
         goes_on(under_way, other)

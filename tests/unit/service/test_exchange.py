@@ -196,6 +196,22 @@ def test_run_that_has_ended_answers_what_it_has_taken_and_takes_nothing(tmp_path
         exchange.reward(post(first, 1.0, 3.0))
 
 
+def test_run_that_ended_in_an_earlier_process_answers_what_it_has_taken(tmp_path: Path) -> None:
+    first = exchange_in(tmp_path)
+    future = first.ask(ask("a"))
+    sample(first)
+    handout = handed(future)
+    answer = first.reward(post(handout, 1.0, 2.0))
+    first.close("finished", "done")
+    later = exchange_in(tmp_path, is_open=False)
+    later.open_ended(None, "finished", "done")
+    assert (later.state, later.reward(post(handout, 1.0, 2.0))) == ("finished", answer)
+    with pytest.raises(RefusedError, match="was rewarded with"):
+        later.reward(post(handout, 1.0, 3.0))
+    with pytest.raises(RefusedError, match="run run is finished: done"):
+        later.ask(ask("b"))
+
+
 def test_service_that_stops_tells_to_come_again(tmp_path: Path) -> None:
     exchange = exchange_in(tmp_path)
     future = exchange.ask(ask())
@@ -248,6 +264,30 @@ def test_run_that_nobody_asks_anything_of_is_stopped(tmp_path: Path) -> None:
     clock.now += 501.0
     order = exchange.next_order()
     assert isinstance(order, StopOrder) and "no client has asked for anything in 500 s" in order.reason
+
+
+def test_prompts_of_a_batch_are_sampled_in_its_order_and_refused_one_by_one(tmp_path: Path) -> None:
+    exchange = exchange_in(tmp_path, max_groups=2)
+    futures = exchange.ask_all([ask("b", "r"), ask("x", "r"), ask("a"), ask("c")])
+    refused = [str(each) for each in futures if isinstance(each, RefusedError)]
+    assert ["waits already, for something else" in refused[0], "2 groups are under way" in refused[1]] == [
+        True,
+        True,
+    ]
+    assert sample(exchange) == ["b", "a"]
+
+
+def test_who_asks_for_the_model_while_it_is_asked_for_gets_the_same(tmp_path: Path) -> None:
+    exchange = exchange_in(tmp_path)
+    assert exchange.save_model() is exchange.save_model()
+
+
+def test_wait_for_an_update_that_was_given_up_is_forgotten(tmp_path: Path) -> None:
+    exchange = exchange_in(tmp_path)
+    for _ in range(3):
+        exchange.when_version(5).cancel()
+    exchange.when_version(5)
+    assert len(exchange._versions) == 1
 
 
 def test_model_is_saved_between_two_updates(tmp_path: Path) -> None:

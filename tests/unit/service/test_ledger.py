@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,8 +50,10 @@ def issue(
 ) -> Handout:
     """A group that was handed out to client `a`; its tokens are its own unless `first` says which."""
     first = 100 + 10 * ledger.next_number if first is None else first
-    number = ledger.issue(PROMPT, completions(first), ledger.step if version is None else version, key, now)
-    return ledger.hand_out(number, asker(**who), now)
+    version = ledger.step if version is None else version
+    [handout] = ledger.issue(PROMPT, completions(first), version, key, [asker(**who)], now)
+    assert isinstance(handout, Handout)
+    return handout
 
 
 def post(
@@ -127,6 +130,7 @@ def test_post_with_another_number_for_a_rewarded_sample_is_refused() -> None:
         ((), "there are 0 rewards for 3 completions"),
         ((1.0, float("nan"), 3.0), "reward 1 is nan, which is no number"),
         ((1.0, 2.0, float("-inf")), "reward 2 is -inf"),
+        ((1.0, 2.0, -1.1e9), "reward 2 is -1.1e\\+09, whose square is too large"),
     ],
 )
 def test_rewards_that_fit_no_samples_are_refused_in_words(rewards: tuple[float, ...], reason: str) -> None:
@@ -259,6 +263,50 @@ def test_sample_that_nobody_has_cannot_be_rewarded_and_lapses() -> None:
     assert ledger.next_groups() is not None
 
 
+def test_sample_that_has_lapsed_is_handed_out_to_nobody() -> None:
+    ledger = new_ledger()
+    issue(ledger, key="shared", count=1)
+    ledger.hand_out_shared("shared", asker(client="b", count=1), 50.0)
+    assert ledger.expire(100.0) == 2  # that of the first, and the one that nobody came for
+    with pytest.raises(RefusedError, match="has 0 of 3 completions that nobody has"):
+        ledger.hand_out_shared("shared", asker(client="c", count=1), 120.0)
+
+
+def test_group_and_its_leases_are_one_event() -> None:
+    events: list[Event] = []
+    ledger = new_ledger(events)
+    parts = ledger.issue(PROMPT, completions(10), 0, "k", [asker(count=2), asker("b", count=2)], 1.0)
+    assert isinstance(parts[0], Handout) and parts[0].places == (0, 1)
+    assert isinstance(parts[1], RefusedError) and "has 1 of 3 completions" in str(parts[1])
+    assert [event["do"] for event in events] == ["issue"]
+
+
+def test_settings_are_gone_by_from_where_they_changed() -> None:
+    events: list[Event] = []
+    ledger = new_ledger(events, groups_per_step=1, total_steps=1)
+    ledger.go_by(ledger.settings, 0.0)
+    first, second = issue(ledger), issue(ledger)
+    answers = [ledger.reward(post(each, 1.0, 2.0, 3.0), 1.0) for each in (first, second)]
+    assert [answer.outcome for answer in answers] == ["whole", "dropped"]
+    longer = replace(ledger.settings, total_steps=5)
+    ledger.go_by(longer, 2.0)
+    ledger.go_by(longer, 3.0)
+    assert [event["do"] for event in events].count("settings") == 2
+    third = issue(ledger, now=4.0)
+    assert ledger.reward(post(third, 1.0, 2.0, 3.0), 5.0) == Answer("whole", 2)
+    # Told again, with the last settings from the start: what was settled by the first ones stays.
+    again = new_ledger(groups_per_step=1, total_steps=5)
+    again.replay(as_json(events))
+    assert again.state_dict() == ledger.state_dict()
+    assert [again.reward(post(each, 1.0, 2.0, 3.0), 6.0) for each in (first, second)] == answers
+
+
+def test_names_of_clients_and_requests_are_kept_apart() -> None:
+    ledger = new_ledger()
+    issue(ledger, client="a/b", request="c")
+    assert ledger.repeated(asker(client="a", request="b/c")) is None
+
+
 def test_request_that_is_repeated_gets_the_same_samples() -> None:
     ledger = new_ledger()
     handout = issue(ledger, request="r1")
@@ -303,6 +351,18 @@ def test_post_without_ids_is_found_by_its_tokens() -> None:
         ledger.reward(Post("", None, hashes_of(second), (1.0, 2.0, 4.0)), 2.0)
 
 
+def test_post_without_ids_that_is_repeated_takes_no_more_than_equal_groups_have() -> None:
+    ledger = new_ledger(groups_per_step=1)
+    first, second = (issue(ledger, client="", first=10) for _ in range(2))
+    same = Post("", None, hashes_of(first), (1.0, 2.0, 3.0))
+    answers = [ledger.reward(same, 0.0) for _ in range(4)]
+    # Which of two equal groups a post is for nobody can tell, nor does it matter where rewards are equal.
+    assert answers == [Answer("whole", 1), Answer("whole", 2), Answer("whole", 2), Answer("whole", 2)]
+    assert ledger.counts["posts_accepted"] == 2
+    with pytest.raises(RefusedError, match="was rewarded with"):
+        ledger.reward(Post("", None, hashes_of(second), (4.0, 5.0, 6.0)), 0.0)
+
+
 def test_equal_groups_without_ids_are_rewarded_one_after_the_other() -> None:
     ledger = new_ledger(groups_per_step=1)
     first, second = (issue(ledger, client="", first=10) for _ in range(2))
@@ -310,6 +370,13 @@ def test_equal_groups_without_ids_are_rewarded_one_after_the_other() -> None:
         ledger.reward(Post("", None, hashes_of(first), rewards), 0.0)
     assert [sample.reward for sample in first.group.samples] == [1.0, 2.0, 3.0]
     assert [sample.reward for sample in second.group.samples] == [4.0, 5.0, 6.0]
+
+
+def test_post_without_ids_is_for_the_clients_own_group() -> None:
+    ledger = new_ledger(groups_per_step=1)
+    theirs, ours = (issue(ledger, client=client, first=10) for client in ("b", "a"))
+    assert ledger.reward(Post("a", None, hashes_of(theirs), (1.0, 2.0, 3.0)), 0.0) == Answer("whole", 1)
+    assert [sample.reward for sample in ours.group.samples] == [1.0, 2.0, 3.0]
 
 
 @pytest.mark.parametrize("change", ["fewer", "other order", "other tokens"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from conch.config import RolloutConfig
 from conch.errors import ConfigError
 from conch.service.protocol import TrainingSettings
 from conch.service.runs.settings import run_config
@@ -42,6 +43,14 @@ def test_further_settings_are_laid_over_these() -> None:
     )
     assert (config.grpo.clip_low, config.grpo.group_size) == (0.1, 3)
     assert (config.model.path, config.model.peft_config) == ("m", {"r": 4})
+
+
+def test_what_samples_is_the_services_to_say() -> None:
+    said = RolloutConfig(urls="host:8100", weights="files")
+    config = run_config(TrainingSettings(model_id="m"), Path("run"), said)
+    assert (config.rollout.urls, config.rollout.weights) == ("host:8100", "files")
+    with pytest.raises(ConfigError, match=r"`overrides\.rollout` cannot be set by a client"):
+        config_of(overrides={"rollout": {"urls": "evil:1"}})
 
 
 @pytest.mark.parametrize(
