@@ -27,15 +27,15 @@ _OF_PATHS = {
     "/start": (400, 409, 422, 429, 503),
     "/resume": (400, 404, 409, 422, 429, 503),
     "/stop": (409, 503),
-    "/status": (),
+    "/status": (503,),
     "/runs": (),
-    "/training_settings": (409,),
+    "/training_settings": (409, 503),
     "/completions": (400, 404, 409, 410, 422, 429, 503),
-    "/completions/batch": (400, 503),
+    "/completions/batch": (400, 409, 503),
     "/rewards": (400, 404, 409, 410, 422, 503),
-    "/rewards/batch": (400, 409, 503),
+    "/rewards/batch": (400, 503),
     "/model": (400, 404, 409, 503),
-    "/events": (400, 409),
+    "/events": (400, 409, 503),
 }
 _RETRIED = (429, 503)
 _REASON = "Reason"

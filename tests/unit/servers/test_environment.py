@@ -19,6 +19,7 @@ def test_variables_are_settings_with_their_types() -> None:
         "CONCH_SERVICE_OUTPUT_DIR": "/data",
         "CONCH_SERVICE_MODELS": '["models/start", "org/name"]',
         "CONCH_SERVICE_RESTART": "false",
+        "CONCH_SERVICE_ROLLOUT": "{engine: vllm}",
         "CONCH_SERVICE_IDLE_S": "",
         "CONCH_SERVER_PARENT": "17",
         KEY_VARIABLE: "the-key",
@@ -27,6 +28,7 @@ def test_variables_are_settings_with_their_types() -> None:
     config = load_settings(ServiceConfig, pairs)
     assert (config.port, config.output_dir, config.restart) == (9001, Path("/data"), False)
     assert config.models == ("models/start", "org/name")
+    assert config.rollout.engine == "vllm"
     assert config.idle_s == ServiceConfig().idle_s
     assert not any("the-key" in pair for pair in pairs)
 
