@@ -107,7 +107,8 @@ def write_spec(folder: Path, case: Case, shape: Shape, threads: int, warm_up: in
             "training_batch_size": shape.prompts,
             # The policy stays what it is, so that it goes on never to end.
             "learning_rate": 1e-12,
-            "max_steps": (warm_up + shape.rounds) * shape.block,
+            # One turn more than is taken: a run that ends saves, while the other side takes its turn.
+            "max_steps": (warm_up + shape.rounds + 1) * shape.block,
             "save_every": 10**6,
             "overrides": {
                 "scheduler": {"name": "constant"},

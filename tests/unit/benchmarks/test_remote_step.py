@@ -50,7 +50,7 @@ def test_settings_are_such_as_a_client_may_send(case: Case, tmp_path: Path) -> N
     spec: dict[str, Any] = json.loads(write_spec(tmp_path, case, shape, 1, 2).read_text())
     settings = TrainingSettings(**spec["settings"])
     assert (settings.prompts_per_step, settings.num_completions_per_prompt) == (2, 3)
-    assert settings.max_steps == (6 + 2) * 5
+    assert settings.max_steps == (6 + 2 + 1) * 5
     assert (spec["tokens"], len(spec["prompts"])) == (2 * 3 * 4, 2)
     assert (tmp_path / "model" / "config.json").exists()
 
