@@ -26,7 +26,7 @@ set_hypothesis_home_dir(os.path.join(os.environ.get("HF_HOME", tempfile.gettempd
 _EXAMPLES = 40
 """Of each address in each state."""
 
-_LEASE_S = 0.5
+_LEASE_S = 30.0
 _RETRIED = (429, 503)
 # How long a request may take; a model that is there would make a start with drawn settings a run of its own.
 ONLY = {"wait_s": [0, 0.3], "model_id": ["nowhere", "elsewhere"]}
@@ -106,6 +106,25 @@ def check(reply: httpx2.Response, operation: Operation, page: Mapping[str, Any])
         assert int(reply.headers["retry-after"]) >= 1, operation.path
 
 
+def check_right_requests(running: Service) -> None:
+    """Ask and reward as the page says, alone and in a batch."""
+    page = running.ask("GET", "/openapi.json").json()
+    operations = {each.path: each for each in operations_of(page)}
+
+    def ask(path: str, body: dict[str, Any]) -> dict[str, Any]:
+        reply = running.ask("POST", path, json=body)
+        assert reply.status_code == 200, reply.text
+        check(reply, operations[path], page)
+        return reply.json()
+
+    [got] = ask("/completions/batch", {"requests": [{"prompt": "ab"}]})["replies"]
+    post = {name: got[name] for name in ("sample_ids", "token_hashes")}
+    post["rewards"] = [1.0, 2.0, None, 3.0]
+    ask("/rewards", post)
+    ask("/rewards/batch", {"requests": [post]})
+    ask("/completions", {"prompt": "cd"})
+
+
 def test_every_answer_is_one_that_the_page_has(model: Path, tmp_path: Path) -> None:
     allowed = f"[nowhere, {model}]"
     with service(tmp_path / "runs", models=allowed) as running:
@@ -128,8 +147,9 @@ def test_every_answer_is_one_that_the_page_has(model: Path, tmp_path: Path) -> N
                 "prompt": ["ab", "cd", "abcdefgh" * 2],
                 "version": [0, 1, 10**300],
             }
+            check_right_requests(running)
             seen = explore(running, ("/stop",), known)
-            assert {("/completions", 200), ("/completions", 422), ("/completions/batch", 200)} <= seen
+            assert {("/completions", 422), ("/completions/batch", 200)} <= seen
             assert {("/rewards/batch", 200), ("/rewards", 404), ("/rewards", 422), ("/model", 206)} <= seen
             assert {("/start", 409), ("/events", 200)} <= seen
             assert running.status()["state"] == "running"
