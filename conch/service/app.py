@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from fastapi import FastAPI, Header, Request
+from fastapi import FastAPI, Header, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 
 from conch.errors import CheckpointError, ConchError
@@ -25,6 +25,7 @@ from conch.service.leases.records import Answer, Asker, Handout, Post
 from conch.service.posts import handout_reply, post_of
 from conch.service.protocol import (
     MODEL_VERSION_HEADER,
+    MOST_VERSIONS,
     CompletionsBatch,
     CompletionsBatchResponse,
     CompletionsRequest,
@@ -307,7 +308,9 @@ def _add_downloads(app: FastAPI, service: _Service) -> None:
         return await zipped(request.version, request.run_id)
 
     @app.get("/model", summary="The same, with `range` for the rest of one", response_class=FileResponse)
-    async def get_model(version: int | None = None, run_id: str | None = None) -> FileResponse:
+    async def get_model(
+        version: int | None = Query(default=None, ge=0, le=MOST_VERSIONS), run_id: str | None = None
+    ) -> FileResponse:
         return await zipped(version, run_id)
 
     @app.get("/events", summary="Metrics and changes of state, as server-sent events")
