@@ -25,8 +25,8 @@ from conch.service.leases.records import Answer, Asker, Handout, Post
 from conch.service.openapi import describe_refusals
 from conch.service.posts import handout_reply, post_of
 from conch.service.protocol import (
-    LATEST_VERSION,
     MODEL_VERSION_HEADER,
+    MOST_VERSIONS,
     CompletionsBatch,
     CompletionsBatchResponse,
     CompletionsRequest,
@@ -311,7 +311,7 @@ def _add_downloads(app: FastAPI, service: _Service) -> None:
 
     @app.get("/model", summary="The same, with `range` for the rest of one", response_class=FileResponse)
     async def get_model(
-        version: int | None = Query(default=None, ge=0, le=LATEST_VERSION), run_id: str | None = None
+        version: int | None = Query(default=None, ge=0, le=MOST_VERSIONS), run_id: str | None = None
     ) -> FileResponse:
         return await zipped(version, run_id)
 

@@ -25,8 +25,8 @@ KEY_VARIABLE = "CONCH_SERVICE_KEY"
 MODEL_VERSION_HEADER = "model-version"
 """Header of a downloaded model: the number of updates that it has seen."""
 
-LATEST_VERSION = 10**12
-"""Updates that nobody makes: a number with more digits is none of a file."""
+MOST_VERSIONS = 10**12
+"""Largest number of a version that can be asked for."""
 
 Text = Annotated[str, Field(max_length=4_000_000)]
 Name = Annotated[str, Field(max_length=200)]
@@ -65,22 +65,22 @@ class TrainingSettings(Message):
     max_completion_length: int = Field(default=6, ge=1)
     """Longest completion, in tokens."""
 
-    num_completions_per_prompt: int = Field(default=3, ge=2)
+    num_completions_per_prompt: int = Field(default=3, ge=2, le=4096)
     """Completions of a prompt, which are compared with each other."""
 
-    training_batch_size: int = Field(default=1, ge=1)
+    training_batch_size: int = Field(default=1, ge=1, le=65536)
     """Prompts in one micro-batch."""
 
-    learning_rate: float = Field(default=1e-5, gt=0)
+    learning_rate: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
     """Peak learning rate."""
 
-    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1, le=65536)
     """Micro-batches of an update: it learns from `training_batch_size` times as many prompts."""
 
     logging_steps: int = Field(default=1, ge=1)
     """Updates from one event with metrics to the next, at `/events`."""
 
-    max_steps: int = Field(default=201, ge=1)
+    max_steps: int = Field(default=201, ge=1, le=MOST_VERSIONS)
     """Updates of the run, which ends with the last."""
 
     lease_s: float = Field(default=600.0, gt=0, le=7 * 86400)
@@ -98,7 +98,7 @@ class TrainingSettings(Message):
     save_every: int = Field(default=50, ge=1)
     """Updates from one checkpoint to the next. What happens between two is in a journal: nothing is lost."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=2**31)
     """Seeds sampling: a group's completions depend on it, on the group's number and on the weights."""
 
     overrides: dict[str, Any] = Field(default_factory=dict)
@@ -292,7 +292,7 @@ class ResumeRequest(Message):
 class ModelRequest(Message):
     """Ask for the model."""
 
-    version: int | None = Field(default=None, ge=0, le=LATEST_VERSION)
+    version: int | None = Field(default=None, ge=0, le=MOST_VERSIONS)
     """Number of updates that it has seen: one that was downloaded before. None takes the present one."""
 
     run_id: Name | None = None

@@ -95,7 +95,7 @@ def test_prompts_that_wait_are_sampled_together_and_learned_from_when_rewarded(t
     assert isinstance(order, LearnOrder) and [group.prompt.text for group in order.groups] == ["b"]
     assert not later.done()
     exchange.learned({"policy/entropy": 0.5})
-    assert (later.result(0), exchange.version) == (1, 1)
+    assert (later.result(0), exchange.version, exchange._versions) == (1, 1, [])
     assert exchange.events.after(0)[-1].data["metrics"] == {"policy/entropy": 0.5}
 
 
@@ -130,6 +130,17 @@ def test_clients_that_share_a_group_get_their_parts_whenever_they_ask(tmp_path: 
         handed(third)
     assert exchange.reward(post(handed(first), 1.0, client="one")).outcome == "waiting"
     assert exchange.reward(post(handed(second), 1.0, client="two")).outcome == "whole"
+
+
+def test_samples_of_a_shared_group_go_to_those_who_still_wait(tmp_path: Path) -> None:
+    exchange = exchange_in(tmp_path)
+    gone = exchange.ask(ask("a", key="k", count=1, client="one"))
+    there = exchange.ask(ask("a", key="k", count=2, client="two"))
+    order = exchange.next_order()
+    assert isinstance(order, SampleOrder)
+    exchange.abandon(gone)
+    exchange.deliver([(order.asks[0], sampled("a"))])
+    assert handed(there).places == (0, 1)
 
 
 @pytest.mark.parametrize(("request_id", "is_sampled"), [("", False), ("r", True)])
@@ -194,6 +205,19 @@ def test_run_that_has_ended_answers_what_it_has_taken_and_takes_nothing(tmp_path
     assert refused.value.status == 409
     with pytest.raises(RefusedError, match=r"was rewarded with 2\.0 before"):
         exchange.reward(post(first, 1.0, 3.0))
+
+
+def test_answers_hold_though_a_run_goes_on_with_other_settings(tmp_path: Path) -> None:
+    first = exchange_in(tmp_path, max_steps=1)
+    futures = [first.ask(ask(prompt)) for prompt in "abc"]
+    sample(first)
+    a, b, c = map(handed, futures)
+    answers = [first.reward(post(each, 1.0, 2.0)) for each in (a, b)]
+    assert [answer.outcome for answer in answers] == ["whole", "dropped"]
+    for max_steps in (3, 5):  # killed and started anew, without a checkpoint
+        longer = exchange_in(tmp_path, max_steps=max_steps)
+        assert [longer.reward(post(each, 1.0, 2.0)) for each in (a, b)] == answers
+    assert longer.reward(post(c, 1.0, 2.0)) == Answer("whole", 2)
 
 
 def test_run_that_ended_in_an_earlier_process_answers_what_it_has_taken(tmp_path: Path) -> None:

@@ -57,6 +57,8 @@ def test_segments_that_no_checkpoint_needs_are_deleted(tmp_path: Path) -> None:
         write(journal, 5)
     journal.forget(first_needed=4)
     assert numbers(tmp_path) == [3, 4, 5]
+    journal.forget(first_needed=5)
+    assert numbers(tmp_path) == [5]
     journal.forget(first_needed=100)
     assert numbers(tmp_path) == [5]
 

@@ -222,9 +222,9 @@ def test_group_with_too_few_rewards_is_dropped_and_says_so_again(rewards: tuple[
 
 def test_group_that_is_too_old_for_its_update_is_dropped() -> None:
     ledger = new_ledger(groups_per_step=1, max_staleness=1)
-    old, older = issue(ledger), issue(ledger)
-    for _ in range(2):
-        assert ledger.reward(post(issue(ledger, version=2), 1.0, 2.0, 3.0), 0.0).outcome == "whole"
+    old, older, just_young_enough = (issue(ledger) for _ in range(3))
+    assert ledger.reward(post(issue(ledger, version=2), 1.0, 2.0, 3.0), 0.0).outcome == "whole"
+    assert ledger.reward(post(just_young_enough, 1.0, 2.0, 3.0), 0.0) == Answer("whole", 2)
     answer = ledger.reward(post(old, 1.0, 2.0, 3.0), 0.0)
     assert answer.outcome == "dropped" and "version 0 sampled it, and version 2 would learn" in answer.detail
     assert ledger.reward(post(older, 1.0, None, None), 0.0).outcome == "dropped"
