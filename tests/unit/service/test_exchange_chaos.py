@@ -68,6 +68,7 @@ class World:
             num_completions_per_prompt=self._size,
             training_batch_size=PER_STEP,
             max_steps=self.steps,
+            logging_steps=100,  # of events a thousand are kept, which would fill up meanwhile
             lease_s=LEASE_S,
             max_staleness=self.steps,
             max_groups=12,
