@@ -146,8 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     since = found[len(found) // 2]
     whole, growth = (found[-1].uss / each.uss - 1 for each in (found[0], since))
     print(
-        f"\nmemory grew by {whole:.2%} since the warm-up, and by {growth:.2%} since request {since.requests}, "
-        f"of which at most {_MOST_GROWTH:.0%} is let pass"
+        f"\nmemory grew by {whole:.2%} since the warm-up, by {growth:.2%} since request {since.requests}; "
+        f"of that at most {_MOST_GROWTH:.0%} is let pass"
     )
     return int(growth > _MOST_GROWTH)
 
