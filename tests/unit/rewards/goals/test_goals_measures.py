@@ -180,7 +180,7 @@ def test_long_words_are_measured_and_not_kept() -> None:
 
 
 def test_hyphenation_keeps_no_words_of_its_own() -> None:
-    from pyphen import hdcache
+    from pyphen import hdcache  # pyright: ignore[reportAttributeAccessIssue]
 
     reading_difficulty("Many words like zzyzxing, frobnicate and quuxification are in no dictionary.")
     assert sum(len(each.cache) for each in hdcache.values()) == 0
