@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from conch.errors import ConfigError
+from conch.rewards.goals.words import kept
 
 _EDGE = "STAART"
 """Word and tag of the three places before and behind a sentence."""
@@ -136,7 +137,8 @@ class Tagger:
         behind = words[place + 1] if place + 1 < len(words) else ""
         # What no rule asks for is left out, so that most calls for a word are the same call.
         before = before if before in self._asked_before else ""
-        return self._unknown(words[place], before, behind if behind in self._asked_behind else "")
+        tag_unknown = kept(self._unknown, words[place])
+        return tag_unknown(words[place], before, behind if behind in self._asked_behind else "")
 
     def _tag_unknown(self, word: str, before: str, behind: str) -> str:
         if word.istitle():
