@@ -167,7 +167,8 @@ def run(name: str, arguments: list[str], files: Sequence[str] = ()) -> Outcome:
         started = time.monotonic()
         ended = subprocess.run(command, env=environment, cwd=ROOT)
         seconds = time.monotonic() - started
-        counts = counted(report) if report.exists() else dict.fromkeys(("passed", "failed", "skipped"), 0)
+        none: dict[str, int] = {"passed": 0, "failed": 0, "skipped": 0}
+        counts = counted(report) if report.exists() else none
     # With `-k` and the like there may be nothing to run.
     is_bad = ended.returncode not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
     return Outcome(name, seen.stdout.strip(), counts, seconds, is_bad)
