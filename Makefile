@@ -56,7 +56,7 @@ format: $(STAMP)  ## rewrite the sources as `make check` wants them
 
 test: check  ## check, all tests but slow ones, the numeric ones once more as on another processor: what .ci/run calls
 	$(BIN)/python -m pytest $(PARALLEL) -m "$(USUAL)" $(ARGS)
-	$(BIN)/python -m tests.processors foreign -- --quiet $(ARGS)
+	$(BIN)/python -m tests.processors --numeric foreign -- --quiet $(ARGS)
 
 unit: $(STAMP)  ## unit tests alone
 	$(BIN)/python -m pytest $(PARALLEL) tests/unit $(ARGS)

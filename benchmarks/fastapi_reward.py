@@ -44,7 +44,9 @@ def main() -> None:
     """Serve until killed."""
     torch.set_num_threads(1)
     checkpoint, port = sys.argv[1:]
-    uvicorn.run(make_app(Path(checkpoint)), host="127.0.0.1", port=int(port), log_level="warning")
+    app = make_app(Path(checkpoint))
+    # Under uvloop an endpoint that computes in the loop would starve most of its callers.
+    uvicorn.run(app, host="127.0.0.1", port=int(port), log_level="warning", loop="asyncio")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 The server is a process of its own, with a Python function behind it that takes no time; `--callers`
 connections that stay open send OpenRLHF's body, one sample a POST, all of them different, and every tenth
 request is one that the server refuses. USS is what its process alone holds in memory. `--warm-up` requests go
-before, until the allocator's pools have settled.
+before. The second half of the requests is held against the first: Python takes memory a MiB at a time, which
+is more than the growth that is looked for, but happens once; what leaks goes on.
 """
 
 from __future__ import annotations
@@ -142,8 +143,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines = [_line(look, before) for before, look in itertools.pairwise(found)]
     head = ["| requests | USS, MiB | files | processor time of a request, us |", "|---|---|---|---|"]
     print("\n".join([*head, *lines]))
-    growth = found[-1].uss / found[0].uss - 1
-    print(f"\nmemory grew by {growth:.2%} since the warm-up; at most {_MOST_GROWTH:.0%} is let pass")
+    since = found[len(found) // 2]
+    whole, growth = (found[-1].uss / each.uss - 1 for each in (found[0], since))
+    print(
+        f"\nmemory grew by {whole:.2%} since the warm-up, by {growth:.2%} since request {since.requests}; "
+        f"of that at most {_MOST_GROWTH:.0%} is let pass"
+    )
     return int(growth > _MOST_GROWTH)
 
 

@@ -113,31 +113,37 @@ class Endpoint:
 SCHEMES = ("http://", "https://")
 
 
-def parse_urls(text: str) -> tuple[str, ...]:
+def parse_urls(
+    text: str, setting: str = "reward", headers_setting: str = "reward.auth.headers_env"
+) -> tuple[str, ...]:
     """Read `http://host:port/path`, or several with a comma between; those without a path have the last's.
+
+    setting: what `text` is, for messages.
+    headers_setting: full name of the key that has a token's header, likewise.
 
     Raises:
         ConfigError: `text` is something else, names a server twice, or holds a password.
     """
     parts = [part.strip() for part in text.split(",")]
     path = urlsplit(parts[-1]).path or "/"
-    urls = tuple(_complete(part, path, text) for part in parts)
+    named = f"{setting} `{_shown(text)}`"
+    urls = tuple(_complete(part, path, named, headers_setting) for part in parts)
     if len(set(urls)) < len(urls):
-        raise ConfigError(f"reward `{text}` names a server twice")
+        raise ConfigError(f"{named} names a server twice")
     return urls
 
 
-def _complete(part: str, path: str, text: str) -> str:
+def _complete(part: str, path: str, named: str, headers_setting: str) -> str:
     split = _split(part)
     if split is None or split.scheme not in ("http", "https") or not split.hostname:
         raise ConfigError(
-            f"reward `{_shown(text)}` is not of the form `http://host:port/path`; several servers have a "
+            f"{named} is not of the form `http://host:port/path`; several servers have a "
             "comma between them: http://host1:8000,http://host2:8000/path"
         )
     if split.username is not None or split.query or split.fragment:
         raise ConfigError(
-            f"reward `{_shown(text)}`: give no password, `?` or `#` in the address; a token goes into a "
-            "header, `reward.auth.headers_env.authorization=VARIABLE`"
+            f"{named}: give no password, `?` or `#` in the address; a token goes into a header, "
+            f"`{headers_setting}.authorization=VARIABLE`"
         )
     return f"{split.scheme}://{split.netloc}{split.path or path}"
 
@@ -159,35 +165,41 @@ def _shown(text: str) -> str:
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 
 
-def secret_headers(headers_env: Mapping[str, str]) -> dict[str, str]:
+def secret_headers(
+    headers_env: Mapping[str, str], setting: str = "reward.auth.headers_env"
+) -> dict[str, str]:
     """Lower-case header -> value, from header -> environment variable.
+
+    setting: full name of the key, for messages.
 
     Raises:
         ConfigError: a header has no proper name, or a variable is not set or holds what no header can carry.
     """
-    return {_name(header): _value(header, variable) for header, variable in headers_env.items()}
+    return {
+        _name(header, setting): _value(header, variable, setting) for header, variable in headers_env.items()
+    }
 
 
-def _name(header: str) -> str:
+def _name(header: str, setting: str) -> str:
     name = header.lower()
     if not _NAME.fullmatch(name) or name.startswith("grpc-") or name.endswith("-bin"):
         raise ConfigError(
-            f"reward.auth.headers_env: `{header}` cannot be a header of ours; take letters, digits and "
+            f"{setting}: `{header}` cannot be a header of ours; take letters, digits and "
             "dashes, without `grpc-` before or `-bin` behind"
         )
     return name
 
 
-def _value(header: str, variable: str) -> str:
+def _value(header: str, variable: str, setting: str) -> str:
     value = os.environ.get(variable, "")
     if not value:
         raise ConfigError(
-            f"reward.auth.headers_env: environment variable {variable}, which is to hold header `{header}`, "
+            f"{setting}: environment variable {variable}, which is to hold header `{header}`, "
             "is not set or empty"
         )
     if not (value.isascii() and value.isprintable()):
         raise ConfigError(
-            f"reward.auth.headers_env: what environment variable {variable} holds cannot stand in a header: "
+            f"{setting}: what environment variable {variable} holds cannot stand in a header: "
             "only printable ASCII can"
         )
     return value

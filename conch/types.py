@@ -50,6 +50,58 @@ class Dialogue:
         whole = [*begun, {"type": "text", "text": text}] if isinstance(begun, list) else (begun or "") + text
         return replace(self, messages=(*self.messages[:-1], {**last, "content": whole}))
 
+    def begun(self, opening: Any = "") -> tuple[Dialogue, str]:
+        """This dialogue up to the text of its last message, the assistant's, and that text: `answered` puts
+        them together again.
+
+        What else the message has (thoughts, annotations) is no part of the text, and stays. Without a text of
+        the assistant's, the dialogue stays as it is, and the text is "".
+
+        opening: of the content, what is not part of the text either.
+
+        Raises:
+            ValueError: the content is no text, in words that follow the message's name.
+        """
+        *before, last = self.messages
+        content = last.get("content")
+        text = content_text(content) if last.get("role") == ASSISTANT else ""
+        text = text[len(content_text(opening)) :]
+        if not text:
+            return self, ""
+        is_plain = not opening and isinstance(content, str) and set(last) == {"role", "content"}
+        if is_plain and before and before[-1].get("role") != ASSISTANT:
+            return replace(self, messages=tuple(before)), text
+        opened = opening or ([] if isinstance(content, list) else "")
+        return replace(self, messages=(*before, {**last, "content": opened})), text
+
+
+def text_parts(content: Any) -> list[str]:
+    """Return the texts of a message's content, of which there is one, none, or one in each of some parts."""
+    if isinstance(content, list):
+        return [part["text"] for part in content if _is_text(part)]
+    return [content] if isinstance(content, str) else []
+
+
+def content_text(content: Any) -> str:
+    """Return a message's content as one text: itself, or parts {"type": "text", "text": ...} one behind the
+    other; "" for None.
+
+    Raises:
+        ValueError: it is something else, or a part is no text; in words that follow a message's name.
+    """
+    if isinstance(content, list):
+        other = next((part for part in content if not _is_text(part)), None)
+        if other is not None:
+            kind = other.get("type") if isinstance(other, Mapping) else type(other).__name__
+            raise ValueError(f"has a part of type {kind}, and only texts can be scored")
+    elif not isinstance(content, str | None):
+        raise ValueError(f'has a "content" of type {type(content).__name__}: give a text, or parts of text')
+    return "".join(text_parts(content))
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:

@@ -42,7 +42,7 @@ os.fsync = lambda fd: None  # pyright: ignore[reportAttributeAccessIssue]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TESTS = Path(__file__).parent
-_LOOPS = ("reward-", "judge-")  # how the threads of open reward sources are named
+_LOOPS = ("reward-", "judge-", "goals-")  # how the threads of open reward sources are named
 FOLDER_MARKERS = {"unit": "unit", "integration": "integration", "invariance": "integration", "vllm": "vllm"}
 
 

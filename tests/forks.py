@@ -1,44 +1,52 @@
-"""Fresh processes that do not each import torch and transformers: one process imports them, and forks."""
+"""A Python that starts at once: one process has imported torch and the like, and forks for each program.
+
+    subprocess.run([quick_python(), "-m", "conch.trainers.sft", ...])
+
+A program gets arguments, environment, folder and streams of its own, and its exit code comes back, as with
+`python`. Libraries alone are there when it starts: nothing of ours, and nothing that another program did.
+A program's parent is not who started it, and its hash seed is that of the others: a test of who outlives
+whom, of memory, of threads or of the interpreter itself takes `sys.executable`.
+"""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import functools
 import json
+import os
+import shlex
+import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_PROGRAM = """
-import importlib, json, os, runpy, signal, sys, traceback
+import psutil
+import pytest
 
-DEADLINE_S = 300
-signal.alarm(DEADLINE_S)
-for library in json.loads(sys.argv[1]):
-    module, _, name = library.partition(":")
-    getattr(importlib.import_module(module), name or "__name__")
-signal.alarm(0)
-for line in sys.stdin:
-    job = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        signal.alarm(DEADLINE_S)
-        for number, name in enumerate(("in", "out", "err")):
-            os.dup2(os.open(job["prefix"] + name, os.O_RDWR | os.O_CREAT), number)
-        sys.stdin = open(0, encoding="utf-8", closefd=False)
-        sys.argv = job["command"]
-        code = 0
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush()
-        os._exit(code)
-    _, status = os.waitpid(child, 0)
-    print(os.waitstatus_to_exitcode(status), flush=True)
-"""
+LIBRARIES = (
+    "torch",
+    "torch.distributed.run",
+    "transformers:AutoModelForCausalLM",
+    "transformers:AutoModelForSequenceClassification",
+    "transformers:AutoTokenizer",
+    "transformers:PreTrainedModel",
+    "transformers.models.gpt2.modeling_gpt2",
+    "safetensors.torch",
+    "accelerate",
+    "peft",
+    "pydantic",
+)
+"""What most programs of ours import, and what takes its time."""
+_SOCKET = "/forks.socket"
+_HERE = Path(__file__).parent
+_ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+"""As it was before any test changed it."""
 
 
 @dataclass(frozen=True)
@@ -51,42 +59,54 @@ class Done:
 
 
 class Forks:
-    """Runs programs one after another, each in a process of its own. The context manager ends all.
+    """Runs programs, each in a process of its own. The context manager ends the one that forks.
 
-    libraries: that are imported before, `module` or `module:name`. Nothing else of a program's is there when
-        it starts, and nothing that it does is seen by the next.
+    python: a program that is started as `python` is.
     """
 
     def __init__(self, *libraries: str) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="forks-"))  # short: a socket's path has 107 bytes
+        path = Path(f"{self._folder}{_SOCKET}")
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(path))
+        listener.listen(64)
+        Path(f"{path}.json").write_text(json.dumps(_ENVIRONMENT), encoding="utf-8")
+        alive, self._alive = os.pipe()
+        handed = listener.fileno(), alive
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-c", _PROGRAM, json.dumps(libraries)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+            [sys.executable, str(_HERE / "forking_server.py"), *map(str, handed), json.dumps(libraries)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=handed,
+            env=_ENVIRONMENT,
+            cwd="/",
+            start_new_session=True,
         )
+        listener.close()
+        os.close(alive)
+        self.python = self._folder / "python"
+        client = shlex.join([sys.executable, "-I", "-S", str(_HERE / "forking_client.py"), str(path)])
+        self.python.write_text(f'#!/bin/sh\nexec {client} "$@"\n', encoding="utf-8")
+        self.python.chmod(0o700)
 
     def __enter__(self) -> Forks:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process that forks; programs that still run go on."""
+        os.close(self._alive)
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def run(self, program: Path, *arguments: str, given: str = "") -> Done:
-        """Run a Python file, as `python -I program arguments` would. given: what it reads from stdin.
-
-        Three files with its input and output are left beside it.
-        """
-        assert self._process.stdin is not None and self._process.stdout is not None
-        files = [program.with_name(f"{program.name}.{name}") for name in ("in", "out", "err")]
-        for file, content in zip(files, (given, "", ""), strict=True):
-            file.write_text(content, encoding="utf-8")
-        job = {"prefix": f"{program}.", "command": [str(program), *arguments]}
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        code = self._process.stdout.readline()
-        assert code, "the process that forks has ended"
-        return Done(int(code), *(file.read_text(encoding="utf-8") for file in files[1:]))
+        """Run a Python file, as `python -I program arguments` would. given: what it reads from stdin."""
+        command = [self.python, "-I", program, *arguments]
+        done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=300, check=False)
+        return Done(done.returncode, done.stdout, done.stderr)
 
     def score(self, folder: Path, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Replies of the `model.py` of a version folder, as `SubprocessModel.score` gives them on a CPU."""
@@ -94,3 +114,37 @@ class Forks:
         done = self.run(folder / "model.py", given=given)
         assert done.code == 0, done.err
         return json.loads(done.out)
+
+
+def started_by(pid: int) -> list[psutil.Process]:
+    """Processes that a process has started and that run, with those that they started; a program in a fork is
+    found where the one is found that stands in for it."""
+    found: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        notes = [Path(f"{word}.{pid}") for word in process.cmdline() if word.endswith(_SOCKET)]
+        programs = [psutil.Process(int(note.read_text())) for note in notes if note.exists()]
+        for each in (*programs, *process.children()):
+            found += [each, *started_by(each.pid)]
+    return found
+
+
+@contextlib.contextmanager
+def conversions_fork() -> Iterator[None]:
+    """Inside, the processes in which conversions are proved are forks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("conch.converters.parity.subprocess_model.PYTHON", quick_python())
+        yield
+
+
+@functools.cache
+def quick_python(*libraries: str) -> str:
+    """A Python that all tests of this process share; it imports its libraries with the first program.
+
+    libraries: other ones than `LIBRARIES`.
+    """
+    if Path("/dev/nvidiactl").exists():
+        return sys.executable  # CUDA does not live through a fork, and libraries ask for it when imported
+    forks = Forks(*libraries or LIBRARIES)
+    atexit.register(forks.close)
+    return str(forks.python)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.forks import quick_python, started_by
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "accelerate"
 LONGEST_S = 300
@@ -35,8 +37,15 @@ def torchrun(num_processes: int, *options: str) -> list[str]:
     return [*_module("torch.distributed.run"), "--nproc_per_node", str(num_processes), *(options or alone)]
 
 
-def start(command: Sequence[str], **environment: str) -> subprocess.Popen[str]:
-    """Start a command with the environment of CPU ranks; output and errors come on `stdout`."""
+def start(command: Sequence[str], *, fresh: bool = False, **environment: str) -> subprocess.Popen[str]:
+    """Start a command with the environment of CPU ranks; output and errors come on `stdout`.
+
+    fresh: each Python imports its libraries itself and is a child of who started it, as tests of who outlives
+        whom need it; otherwise forks of `tests.forks` stand in for it, torchrun's ranks included.
+    """
+    if not fresh:
+        environment = {"PYTHON_EXEC": quick_python(), **environment}
+        command = [quick_python() if word == sys.executable else word for word in command]
     # Only torchrun asks for the CPU this way; with DeepSpeed it would turn DeepSpeed off.
     cpu = {"ACCELERATE_USE_CPU": "true"} if "torch.distributed.run" in command else {}
     cpu["TORCH_EXTENSIONS_DIR"] = str(_built_operators())
@@ -76,13 +85,11 @@ def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
 
 def kill_all(launcher: subprocess.Popen[str]) -> None:
     """SIGKILL to whatever still runs. Launchers give ranks sessions of their own."""
-    everyone: list[psutil.Process] = []
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(launcher.pid)
-        everyone = [*process.children(recursive=True), process]
-    for one in everyone:
+    for one in started_by(launcher.pid):
         with contextlib.suppress(psutil.NoSuchProcess):
             one.send_signal(signal.SIGKILL)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(launcher.pid).send_signal(signal.SIGKILL)
 
 
 def free_port(among: Iterable[int] = (0,)) -> int:

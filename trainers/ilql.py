@@ -290,7 +290,7 @@ class ILQLTrainer:
         if model is None:
             engine.check_weights(config.model)
         eval_prompts = listed(eval_prompts or [], "evaluation prompts", config.data)
-        self.source = eval_source(self.collectives, reward, config.reward, eval_prompts)
+        self.source = eval_source(self.collectives, reward, config.reward, eval_prompts, config.train)
         self.watching = watching_sources(self.collectives, config, eval_prompts, gold)
         self.tokenizer = load_policy_tokenizer(tokenizer, config.tokenizer, config.model.path)
         lm = load_policy(model, config.model, engine.precision)

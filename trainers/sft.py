@@ -168,7 +168,7 @@ class SFTTrainer:
         if model is None:
             engine.check_weights(config.model)
         eval_prompts = listed(eval_prompts or [], "evaluation prompts", config.data)
-        self.source = eval_source(self.collectives, reward, config.reward, eval_prompts)
+        self.source = eval_source(self.collectives, reward, config.reward, eval_prompts, config.train)
         self.watching = watching_sources(self.collectives, config, eval_prompts, gold)
         self.tokenizer = load_policy_tokenizer(tokenizer, config.tokenizer, config.model.path)
         if config.sft.chat_template is not None:

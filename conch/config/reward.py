@@ -232,6 +232,21 @@ class RewardConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _goal_server_is_asked(self) -> RewardConfig:
+        if self.dialect == "goals":
+            return self
+        default = GoalServerConfig()
+        names = GoalServerConfig.model_fields
+        idle = next(
+            (name for name in names if getattr(self.goal_server, name) != getattr(default, name)), None
+        )
+        if idle is not None:
+            raise ValueError(
+                f"`goal_server.{idle}` acts with `dialect` = goals only, not with {self.dialect}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _steering_fits(self) -> RewardConfig:
         if not self.steering.is_on:
             return self

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from conch.errors import ConfigError, RewardError, RewardInvalidError, RewardUnavailableError
 from conch.log import get_logger
+from conch.rewards.results import token_scores_fault
 from conch.rewards.scorer import combine
 from conch.types import RewardResult
 
@@ -56,11 +57,8 @@ def reward_of(result: RewardResult, weights: Mapping[str, float], objective: str
     """
     if not result.ok:
         return None
-    if result.token_scores is not None:
-        raise ConfigError(
-            f"{result.model} gives a score for each token, and other trainers take one reward for a "
-            "completion"
-        )
+    if fault := token_scores_fault(result):
+        raise ConfigError(fault)
     if objective is None:
         return combine(result, weights)
     if objective not in result.scores and objective not in result.absent:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from conch.errors import DataError
@@ -101,22 +102,21 @@ def _answer(
         # The policy went on with what the assistant had begun.
         both = _joined(begun.get("content"), completion[0].get("content"))
         completion = ({**begun, **completion[0], "content": both}, *completion[1:])
-        dialogue = Dialogue(dialogue.messages[:-1], dialogue.tools, dialogue.template_kwargs)
-        opening = begun.get("content") if len(completion) == 1 else None
-        return _split(prompt, dialogue, completion, opening if isinstance(opening, str) else "")
-    return _split(prompt, dialogue, completion, "")
+        dialogue = replace(dialogue, messages=dialogue.messages[:-1])
+        return _split(prompt, dialogue, completion, begun.get("content") if len(completion) == 1 else None)
+    return _split(prompt, dialogue, completion)
 
 
 def _split(
-    prompt: Prompt, dialogue: Dialogue, completion: tuple[Mapping[str, Any], ...], opening: str
+    prompt: Prompt, dialogue: Dialogue, completion: tuple[Mapping[str, Any], ...], opening: Any = None
 ) -> tuple[Prompt, str]:
     """Take the text out of the last message, but for what the prompt opened it with."""
-    messages, text = (*dialogue.messages, *completion), ""
-    last = messages[-1]
-    if completion and last["role"] == ASSISTANT and isinstance(last.get("content"), str):
-        text = last["content"][len(opening) :]
-        messages = (*messages[:-1], {**last, "content": opening})
-    whole = Dialogue(messages, dialogue.tools, dialogue.template_kwargs)
+    whole, text = replace(dialogue, messages=(*dialogue.messages, *completion)), ""
+    if completion:
+        try:
+            whole, text = whole.begun(opening or "")
+        except ValueError as error:
+            raise DataError(f"has a completion whose last message {error}") from None
     return Prompt(prompt.text, (), prompt.metadata, whole), text
 
 

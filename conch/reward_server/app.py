@@ -38,6 +38,7 @@ from conch.reward_server.forms.kserve import RAW, metadata
 from conch.reward_server.metrics import CONTENT_TYPE, Meter
 from conch.reward_server.readiness import Readiness
 from conch.reward_server.service import OverloadedError, ScoringService
+from conch.rewards.results import refuse_token_scores
 from conch.rewards.scorer import total_reward
 from conch.servers.listening import new_app
 from conch.types import RewardResult, RewardStatus
@@ -78,11 +79,12 @@ class RewardFront:
     """An ASGI application: scores at the addresses of all forms, and passes other requests on.
 
     rewards: one, or several, of which a request's `model` chooses.
+    meter: counts what is answered.
     """
 
     def __init__(self, rewards: Sequence[Reward], meter: Meter) -> None:
         self.rewards = {reward.name: reward for reward in rewards}
-        self._meter = meter
+        self.meter = meter
         self._others = _other_addresses(self.rewards, meter)
         only = rewards[0] if len(rewards) == 1 else None
         self._routes: dict[str, _Route] = {path: (only, forms) for path, forms in ADDRESSES.items()}
@@ -127,7 +129,7 @@ class RewardFront:
             _log.exception("a request could not be dealt with")
             status = _INTERNAL
             answer = form.error(status, f"the server broke: {type(error).__name__}; its log says more")
-        self._meter.count(form.name, status, time.perf_counter() - started)
+        self.meter.count(form.name, status, time.perf_counter() - started)
         await _send(send, status, answer, retry_after_s)
 
     def _choose(self, route: _Route, path: str, body: Any) -> tuple[Reward, Form]:
@@ -160,7 +162,7 @@ class RewardFront:
         results = await reward.service.score(question.rollouts)
         totals = [total_reward(result, reward.weights) for result in results]
         results = [_as_number(*pair) for pair in zip(totals, results, strict=True)]
-        self._meter.count_samples(reward.name, results)
+        self.meter.count_samples(reward.name, results)
         if not question.partial or not any(each.ok for each in results):
             self._refuse_failures(question, results)
         return question.answer(Scores(reward.name, totals, results, reward.weights))
@@ -197,11 +199,8 @@ class _FailedError(RefusedError):
 
 
 def _as_number(total: float, result: RewardResult) -> RewardResult:
-    """A result; INVALID where it is OK, and is no number. Of scores for tokens, which nobody here has, the
-    sum would be 0."""
-    if result.ok and result.token_scores is not None:
-        reason = "the reward gives a score for each token, and a server one for each sample"
-        return RewardResult(RewardStatus.INVALID, detail=reason)
+    """A result; INVALID where it is OK, and is no number."""
+    result = refuse_token_scores(result)
     if not result.ok or math.isfinite(total):
         return result
     return RewardResult(RewardStatus.INVALID, detail=f"its objectives add up to {total}")

@@ -28,6 +28,9 @@ _log = get_logger(__name__)
 Measure: TypeAlias = Callable[[Sequence[str], bool], Awaitable[Mapping[str, Sequence[float]]]]
 """Texts and whether to normalise -> goal -> one value per text, NaN where there is none."""
 
+GOAL_DIMENSIONS, NORMALIZATION_PATH = "GOAL_DIMENSIONS", "NORMALIZATION_PATH"
+"""Environment variables with the goals of a server and with the file of their ranges."""
+
 _KEYS = ("texts", "normalize", "goals", "return_pandas")
 _BAD_REQUEST, _UNPROCESSABLE, _BUSY, _INTERNAL, _UNAVAILABLE, _LATE = 400, 422, 429, 500, 503, 504
 _AGAIN_S = 1.0

@@ -24,7 +24,7 @@ from conch.access.secrets import secret_from
 from conch.config import Section, load
 from conch.errors import ConchError, ConfigError, RewardUnavailableError
 from conch.log import get_logger
-from conch.reward_server.goalspace import add_goalspace
+from conch.reward_server.goalspace import GOAL_DIMENSIONS, NORMALIZATION_PATH, add_goalspace
 from conch.reward_server.service import Admission
 from conch.rewards.goals import DEFAULT_GOALS, GoalSpace
 from conch.rewards.goals.cache import SharedValues
@@ -74,8 +74,8 @@ class GoalspaceSettings(Section):
     """File that all workers append their log to. None writes to stderr. GOALSPACE_LOG."""
 
     variables: ClassVar[Mapping[str, str]] = {
-        "GOAL_DIMENSIONS": "goals",
-        "NORMALIZATION_PATH": "normalization",
+        GOAL_DIMENSIONS: "goals",
+        NORMALIZATION_PATH: "normalization",
         "GOALSPACE_CACHE_VALUES": "cache_values",
         "GOALSPACE_MAX_WAITING": "max_waiting",
         "GOALSPACE_MAX_REQUEST_MB": "max_request_mb",
@@ -234,9 +234,7 @@ class _MeasuringProcess(Verifier[Any]):
         settings = self._settings
         share_log("conch", path=settings.log)
         store = None if self._cache is None else SharedValues(self._cache, settings.cache_values)
-        self._space = GoalSpace(
-            settings.goals, settings.normalization, store=store, setting="GOAL_DIMENSIONS"
-        )
+        self._space = GoalSpace(settings.goals, settings.normalization, store=store, setting=GOAL_DIMENSIONS)
         self._space.ranges()
 
     def read_key(self, row: Mapping[str, Any]) -> Any:

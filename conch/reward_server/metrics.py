@@ -21,6 +21,9 @@ PROCESSES_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 """Variable with the folder in which several processes of a server keep their figures; it must be set before
 prometheus_client is imported."""
 
+REFUSED = "refused"
+"""In place of a form's name."""
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 # Seconds: from a function that is quick to the deadline.
@@ -81,6 +84,10 @@ class Meter:
         """Count an answer. code: of HTTP."""
         self._requests.labels(form, str(code)).inc()
         self._seconds.labels(form).observe(seconds)
+
+    def count_refused(self, code: int) -> None:
+        """Count a request that was not let in, so that nobody knows its form. code: of HTTP."""
+        self._requests.labels(REFUSED, str(code)).inc()
 
     def count_samples(self, reward: str, results: Sequence[RewardResult]) -> None:
         """Count what became of samples."""

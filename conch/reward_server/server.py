@@ -8,8 +8,9 @@ import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import uvicorn
@@ -21,12 +22,18 @@ from conch.log import get_logger
 from conch.reward_server.app import Reward, RewardFront
 from conch.reward_server.forms.base import Reader
 from conch.reward_server.gathering import GatheredReward
-from conch.reward_server.goalspace import add_goalspace
+from conch.reward_server.goalspace import GOAL_DIMENSIONS, NORMALIZATION_PATH, add_goalspace
 from conch.reward_server.metrics import Meter
 from conch.reward_server.readiness import Readiness
 from conch.reward_server.server_config import RewardServerConfig
 from conch.reward_server.service import Admission, LateError, ScoringService
-from conch.reward_server.workers import is_worker, refuse_used_port, run_workers, shared_socket
+from conch.reward_server.workers import (
+    is_worker,
+    refuse_used_port,
+    run_workers,
+    shared_figures,
+    shared_socket,
+)
 from conch.rewards.base import RewardSource
 from conch.rewards.combined import CompositeReward
 from conch.rewards.factory import GOALS, from_user, is_function_name
@@ -65,7 +72,7 @@ def serve(config: RewardServerConfig, command: Sequence[str]) -> None:
     if config.workers > 1 and not is_worker():
         refuse_used_port(config)
         raise SystemExit(run_workers(config.workers, command))
-    with ExitStack() as sources:
+    with shared_figures() if is_worker() else nullcontext(), ExitStack() as sources:
         front = open_front(config, sources)
         names = ", ".join(f"`{name}`" for name in front.rewards)
         _log.info("serving %s on %s:%d", names, config.host, config.port)
@@ -136,6 +143,7 @@ def listener_of(front: RewardFront, config: RewardServerConfig) -> uvicorn.Serve
         takes_password=True,
         keep_alive_s=_KEEP_ALIVE_S,
         grace_s=config.deadline_s + _GRACE_S,
+        on_refused=front.meter.count_refused,
     )
 
 
@@ -176,7 +184,7 @@ def _sources(config: RewardServerConfig) -> Iterator[tuple[str, RewardSource]]:
         return
     own = config.source
     named = any((own.url, own.function, own.verifier, own.members, own.judge.is_set))
-    word = config.reward or (None if named else os.environ.get("TRITON_HOST"))
+    word = config.reward or (None if named else _word_of_environment())
     if word is None and not named:
         raise ConfigError(
             "`reward` is missing: give `reward=host:8001/model`, `reward=verifier:gsm8k` or what else gives "
@@ -185,8 +193,23 @@ def _sources(config: RewardServerConfig) -> Iterator[tuple[str, RewardSource]]:
     yield name_of(word or _word_of(config.source)), _source(word, config)
 
 
+def _word_of_environment() -> str | None:
+    """What environment variables name, where no setting does."""
+    goals, served = os.environ.get(GOAL_DIMENSIONS), os.environ.get("TRITON_HOST")
+    if goals and served:
+        raise ConfigError(
+            f"the environment variables {GOAL_DIMENSIONS} and TRITON_HOST both name what gives the rewards: "
+            "unset one of them, or give `reward`"
+        )
+    return f"{GOALS}{goals}" if goals else served or None
+
+
 def _source(word: str | None, config: RewardServerConfig) -> RewardSource:
     source = config.source
+    ranges = os.environ.get(NORMALIZATION_PATH)
+    if ranges and source.goals.normalization is None:
+        goals = source.goals.model_copy(update={"normalization": Path(ranges)})
+        source = source.model_copy(update={"goals": goals})
     if word is not None and is_function_name(word):
         source = source.model_copy(update={"function": word})
     return from_user(word, source, metadata_keys=[config.label_key] if config.label_key else [])

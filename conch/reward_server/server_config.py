@@ -15,8 +15,8 @@ class RewardServerConfig(ListenSettings):
 
     reward: str | None = None
     """What gives the rewards: `host:8001/model` of a model served by Triton, `http://host/path`,
-    `verifier:gsm8k`, `file.py:function`, `goals:...` or `judge:FILE`. None takes what `source` or the
-    environment variable TRITON_HOST names."""
+    `verifier:gsm8k`, `file.py:function`, `goals:...` or `judge:FILE`. None takes what `source`
+    names, else one of the environment variables TRITON_HOST and GOAL_DIMENSIONS (`goals:...`)."""
 
     rewards: dict[str, str] = Field(default_factory=dict)
     """Several rewards instead of one: name -> what `reward` may be. `model` in a request chooses, or the

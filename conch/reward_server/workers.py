@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
 
@@ -16,12 +15,14 @@ from conch.log import get_logger
 from conch.reward_server.metrics import PROCESSES_FOLDER
 from conch.servers.restart import PARENT_PID_VARIABLE
 from conch.servers.settings import ListenSettings
+from conch.servers.shared_folder import SharedFolder
 
 _log = get_logger(__name__)
 
 WORKER_VARIABLE = "CONCH_REWARD_WORKER"
 """Environment variable with the number of a process that shares its port."""
 
+_PREFIX = "conch-reward-metrics"
 _LEAVE_S = 5.0
 _PAUSE_S = 2.0
 _POLL_S = 0.1
@@ -30,6 +31,12 @@ _POLL_S = 0.1
 def is_worker() -> bool:
     """Whether this process is one of several."""
     return WORKER_VARIABLE in os.environ
+
+
+def shared_figures() -> SharedFolder:
+    """In one of several processes: the folder in which all of them keep their figures. Who leaves last
+    removes it, since the process above may have been killed."""
+    return SharedFolder(_PREFIX, os.environ[PARENT_PID_VARIABLE])
 
 
 def shared_socket(settings: ListenSettings) -> list[socket.socket]:
@@ -83,7 +90,8 @@ def run_workers(number: int, command: Sequence[str]) -> int:
     """
     stopping: list[int] = []
     previous = signal.signal(signal.SIGTERM, lambda *_: stopping.append(0))
-    with tempfile.TemporaryDirectory(prefix="conch-reward-metrics-") as folder:
+    with SharedFolder(_PREFIX, str(os.getpid())) as shared:
+        folder = str(shared.path)
         environment = {**os.environ, PROCESSES_FOLDER: folder, PARENT_PID_VARIABLE: str(os.getpid())}
         workers = [_start(command, environment, index) for index in range(number)]
         try:

@@ -96,6 +96,12 @@ class RewardSource(ABC):
         """Names of its scores, once `check` has asked; empty where only the results tell."""
         return ()
 
+    @property
+    def digest(self) -> str:
+        """Hash of settings that change its scores, of files that settings only name; "" where there are none.
+        A run that is resumed must have the same."""
+        return ""
+
     @abstractmethod
     def check(self) -> None:
         """Find out before long work starts whether scoring can work at all.

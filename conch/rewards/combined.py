@@ -58,6 +58,10 @@ class CompositeReward(RewardSource):
             (source.deadline_s for source in sources if source.deadline_s is not None), default=None
         )
 
+    @property
+    def digest(self) -> str:
+        return " ".join(source.digest for source in self.sources if source.digest)
+
     def check(self) -> None:
         """Check each source in turn."""
         for source in self.sources:

@@ -140,6 +140,24 @@ class ReplyParser:
         )
 
 
+def token_scores_fault(result: RewardResult) -> str:
+    """Why a result is nothing for whoever takes one reward for a sample; "" if it is.
+
+    Of scores for tokens the sum over objectives would be 0.
+    """
+    if not result.ok or result.token_scores is None:
+        return ""
+    return f"{result.model or 'the reward'} gives a score for each token, and here one for a sample is taken"
+
+
+def refuse_token_scores(result: RewardResult) -> RewardResult:
+    """Return the result; INVALID where it has scores for tokens."""
+    fault = token_scores_fault(result)
+    if not fault:
+        return result
+    return replace(result, status=RewardStatus.INVALID, token_scores=None, detail=fault)
+
+
 def _counted(scores: int) -> str:
     return "1 score" if scores == 1 else f"{scores} scores"
 

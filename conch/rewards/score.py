@@ -216,16 +216,11 @@ def _answered(
     metadata: dict[str, Any],
 ) -> Rollout:
     """A dialogue and what answers it; the text of the last message is the completion."""
-    last, content = answer[-1], answer[-1].get("content")
-    is_plain = last["role"] == ASSISTANT and set(last) == {"role", "content"} and isinstance(content, str)
-    is_next = len(answer) == 1 and prompt and prompt[-1]["role"] != ASSISTANT
-    if is_plain and is_next and content:
-        return _sample(_dialogue_prompt(prompt, row, metadata), content)
-    if last["role"] == ASSISTANT and isinstance(content, str) and content:
-        # What else the message has (thoughts, annotations) is no part of the completion, and stays.
-        begun = (*prompt, *answer[:-1], {**last, "content": ""})
-        return _sample(_dialogue_prompt(begun, row, metadata), content)
-    return _sample(_dialogue_prompt((*prompt, *answer), row, metadata))
+    try:
+        begun, text = Dialogue((*prompt, *answer)).begun()
+    except ValueError as error:
+        raise DataError(f"is a dialogue whose last message {error}") from None
+    return _sample(_dialogue_prompt(begun.messages, row, metadata), text)
 
 
 def _messages(messages: Any) -> tuple[Mapping[str, Any], ...]:

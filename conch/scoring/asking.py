@@ -7,11 +7,12 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from conch.errors import RewardInvalidError, RewardUnavailableError
 from conch.rewards.base import RewardSource
+from conch.rewards.results import refuse_token_scores
 from conch.rewards.score import line_of, refused_row
 from conch.rewards.scorer import total_reward
 from conch.scoring.forms import Request, RowForm
@@ -85,15 +86,7 @@ class _Part:
 def _results_of(request: Request, column: Iterator[RewardResult]) -> tuple[RewardResult, ...]:
     if request.problem:
         return (refused_row(request.problem),)
-    return tuple(map(_of_the_sample, itertools.islice(column, len(request.samples))))
-
-
-def _of_the_sample(result: RewardResult) -> RewardResult:
-    """A result; INVALID where it has scores for tokens, of which rows have none: their sum would be 0."""
-    if result.token_scores is None:
-        return result
-    reason = f"{result.model} gives a score for each token, and a row is scored as a whole"
-    return replace(result, status=RewardStatus.INVALID, token_scores=None, detail=reason)
+    return tuple(map(refuse_token_scores, itertools.islice(column, len(request.samples))))
 
 
 def _submit(part: Sequence[InputRow], form: RowForm, sources: Sequence[RewardSource]) -> _Part:
@@ -141,6 +134,8 @@ class Lines:
 
     def _line(self, index: int, request: Request, results: Sequence[RewardResult]) -> dict[str, Any]:
         if request.num_chosen is None and len(results) == 1:
+            if results[0].ok:
+                self.number(results[0])  # says whether there is such an objective
             return line_of(index, results[0])
         return self._pair(index, request, results)
 

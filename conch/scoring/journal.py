@@ -3,7 +3,8 @@
 A killed call leaves `scores.jsonl` with some whole lines (of a table: `scores.csv.partial`, JSON lines too)
 and `scores.jsonl.about.json`, which names input, reward and settings. The same command cuts off a line that
 is not whole, and a part of which lines are missing, and asks for what is left. Another input, reward or
-setting is refused.
+setting is refused. Lines of rows without a score can be replaced, of a table too, whose lines are kept as
+long as there are such rows.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import contextlib
 import fcntl
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from conch.atomic_files import replace_text, sync
 from conch.errors import ConfigError, DataError
+from conch.scoring.asking import ours_of
 
 _FORMAT = 1
 _TABLES = (".csv", ".parquet")
@@ -30,13 +33,20 @@ class Journal:
     output: the file that they are for: `.jsonl`, and then they stand in it; `.csv` or `.parquet`.
     about: what they are of, as it is kept beside them: group -> name -> value.
     rows_at_once: only whole parts of so many lines are gone on from, since what is asked together may matter.
+    retry: take up lines that are all there too, where some are of rows without a score.
 
     Raises:
         ConfigError: the output holds something else, or is of another ending.
     """
 
     def __init__(
-        self, output: Path, about: Mapping[str, Any], *, rows_at_once: int, overwrite: bool = False
+        self,
+        output: Path,
+        about: Mapping[str, Any],
+        *,
+        rows_at_once: int,
+        overwrite: bool = False,
+        retry: bool = False,
     ) -> None:
         if output.suffix not in OUTPUTS:
             raise ConfigError(
@@ -57,9 +67,20 @@ class Journal:
         self.rows = 0
         """Rows that have their lines already."""
         is_new = self._note() is None
+        is_whole = self.report is not None
+        if retry and self.report is not None and self.report["failed"]:
+            self._check_lines()
+            self.report = None
         if self.report is None:
             self._open(is_new)
-            self.rows = self._whole_rows(rows_at_once)
+            self.rows = self._whole_rows(1 if is_whole else rows_at_once)
+
+    def _check_lines(self) -> None:
+        if not self.path.exists():
+            raise ConfigError(
+                f"--retry-failed: {self.output} is whole, and its lines, {self.path}, are gone: give another "
+                "--output, or --overwrite"
+            )
 
     def _remove(self) -> None:
         """Remove what an earlier call has written.
@@ -108,12 +129,19 @@ class Journal:
         """
         try:
             if is_new:
-                replace_text(self.note, json.dumps(self._about, indent=1) + "\n")
-            self._file = io.FileIO(self.path, "a")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._write_note()
+            self._lock()
         except OSError as error:
             self.close()
             raise self._refusal(error) from error
+
+    def _lock(self) -> None:
+        self.close()
+        self._file = io.FileIO(self.path, "a")
+        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _write_note(self, **more: Any) -> None:
+        replace_text(self.note, json.dumps({**self._about, **more}, indent=1) + "\n")
 
     def _refusal(self, error: OSError) -> ConfigError:
         if isinstance(error, BlockingIOError):
@@ -157,6 +185,43 @@ class Journal:
                 "again"
             ) from error
 
+    @contextlib.contextmanager
+    def retried(self) -> Iterator[Callable[[Sequence[Mapping[str, Any]]], object]]:
+        """Give what takes lines in place of those without a score, in order. When the block is left they
+        stand in the file; where it raises, as many as there are.
+
+        Raises:
+            DataError: the disk failed, or a line is damaged; the lines are as they were.
+        """
+        aside, whole = (
+            self.output.with_name(f".{self.output.name}.{what}") for what in ("retried", "merged")
+        )
+        try:
+            with aside.open("wb") as file:
+                try:
+                    yield lambda lines: file.write(b"".join(map(as_bytes, lines)))
+                finally:
+                    file.flush()
+                    self._merge(aside, whole)
+        except OSError as error:
+            raise DataError(
+                f"{self.path} cannot be written ({error.strerror}): make room, and give the same command "
+                "again"
+            ) from error
+        finally:
+            for path in (aside, whole):
+                path.unlink(missing_ok=True)
+
+    def _merge(self, retried: Path, whole: Path) -> None:
+        """Put lines in the places of those without a score, as far as there are any."""
+        with self.path.open("rb") as lines, retried.open("rb") as others, whole.open("wb") as merged:
+            for line, content in zip(lines, self.lines(), strict=True):
+                merged.write((others.readline() if is_failed(content) else line) or line)
+        sync(whole)
+        self._write_note()  # without a report, whose figures are those of the old lines
+        os.replace(whole, self.path)
+        self._lock()
+
     def lines(self) -> Iterator[dict[str, Any]]:
         """Read the lines back, one at a time."""
         if not self.path.exists():
@@ -175,9 +240,14 @@ class Journal:
         if self.path.exists():
             sync(self.path)
         self.report = dict(report)
-        replace_text(self.note, json.dumps({**self._about, "report": self.report}, indent=1) + "\n")
-        if self.is_table:
+        self._write_note(report=self.report)
+        if self.is_table and not report["failed"]:
             self.path.unlink(missing_ok=True)
+
+
+def is_failed(line: Mapping[str, Any]) -> bool:
+    """Whether a line is of a row without a score."""
+    return ours_of(line)["status"] != "ok"
 
 
 def as_bytes(line: Mapping[str, Any]) -> bytes:

@@ -83,6 +83,9 @@ class ScoreOptions(AskOptions):
     overwrite: bool = False
     """Score anew where the output holds scores already."""
 
+    retry_failed: bool = False
+    """Ask again for the rows of the output that have no score, before going on with it."""
+
     report: Path | None = None
     """File for the report as JSON."""
 
@@ -105,4 +108,8 @@ class ScoreOptions(AskOptions):
             raise ValueError(f"--url {self.url} and --reward {self.reward}: give one of them")
         if self.tolerance is not None and self.against is None:
             raise ValueError("--tolerance is about two rewards: give the other one by --against")
+        if self.retry_failed and self.output is None:
+            raise ValueError("--retry-failed is about rows of an output: name it by --output")
+        if self.retry_failed and self.overwrite:
+            raise ValueError("--retry-failed keeps the scores that --overwrite removes: give one of them")
         return self

@@ -7,7 +7,8 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from conch.rewards.score import refuse_token_ids
 from conch.scoring.asking import Lines, ScoredRow, scored_rows, stop_if_away, with_columns
 from conch.scoring.figures.report import Report, as_text
 from conch.scoring.forms import RowForm, form_of
-from conch.scoring.journal import Journal, as_bytes
+from conch.scoring.journal import Journal, as_bytes, is_failed
 from conch.scoring.options import ScoreOptions
 from conch.scoring.original import OriginalReward, is_original
 from conch.scoring.progress import Progress
@@ -30,7 +31,9 @@ from conch.scoring.tables import write_table
 
 _LOOKED_AT = 64
 """Rows from which it is told how all are read."""
-_NOT_OF_THE_OUTPUT = {"path", "output", "report", "overwrite", "url", "reward", "against", "tolerance"}
+_NOT_OF_THE_OUTPUT = {
+    *("path", "output", "report", "overwrite", "retry_failed", "url", "reward", "against", "tolerance")
+}
 _OF_THE_WAY = {"deadline_s", "secret_env", "tls_ca", "tls_cert", "tls_key", "batch_rows"}
 
 
@@ -60,11 +63,18 @@ class Scoring:
         for source in self._sources:
             source.check()
             refuse_token_ids(source)
+            self._check_objective(source)
         self._form = self._form_of(first)
         self._parts_ahead = 2 + max(each.count(",") + 1 for each in words)
         self._journal = self._open_journal(words)
         if self._journal is not None:
             stack.callback(self._journal.close)
+
+    def _check_objective(self, source: RewardSource) -> None:
+        """Of a source that does not tell its names, the first score shows whether it has this one."""
+        name = self.options.objective
+        if name is not None and source.objectives and name not in source.objectives:
+            raise ConfigError(f"--objective {name}: {source.name} gives {', '.join(source.objectives)}")
 
     def _check_paths(self) -> None:
         options, reader = self.options, self._reader
@@ -139,7 +149,11 @@ class Scoring:
             "options": kept,
         }
         journal = Journal(
-            options.output, about, rows_at_once=options.rows_at_once, overwrite=options.overwrite
+            options.output,
+            about,
+            rows_at_once=options.rows_at_once,
+            overwrite=options.overwrite,
+            retry=options.retry_failed,
         )
         if path is None and (journal.rows or journal.report is not None):
             journal.close()
@@ -161,39 +175,73 @@ class Scoring:
             return
         done = 0
         if journal is not None:
-            self.report.add_all(journal.lines())
             done = journal.rows
+            try:
+                self._pass_over(journal)
+            finally:  # what is left is reported also where a server went away
+                self.report.add_all(journal.lines())
         if done:
             print(f"going on behind {done:,} rows of {options.output}", file=sys.stderr)
         index = done
-        lines = Lines(options.objective)
         with Progress(self._reader, self.report) as progress:
-            for part in scored_rows(
-                itertools.islice(self._rows, done, None),
-                self._form,
-                self._sources,
-                rows_at_once=options.rows_at_once,
-                parts_ahead=self._parts_ahead,
-            ):
-                made = [lines.line(index + number, scored) for number, scored in enumerate(part)]
-                self._write(part, made)
+            for part in self._scored(self._rows):
+                lines = self._lines_of(part, range(index, index + len(part)))
+                self.report.add_all(lines)
+                if journal is not None:
+                    journal.append(self._kept(part, lines))
+                else:
+                    _print_bytes(b"".join(map(as_bytes, self._kept(part, lines))))
                 index += len(part)
                 progress.show()
         if journal is not None:
             self._finish(journal)
 
-    def _write(self, part: Sequence[ScoredRow], lines: Sequence[dict[str, Any]]) -> None:
-        journal, options = self._journal, self.options
-        if journal is not None:
+    def _pass_over(self, journal: Journal) -> None:
+        """Read the rows that have their lines, and with --retry-failed ask again for those that failed."""
+        rows = enumerate(itertools.islice(self._rows, journal.rows))
+        if not (self.options.retry_failed and journal.rows):
+            deque(rows, maxlen=0)
+            return
+        indexes: deque[int] = deque()
+
+        def failed_rows() -> Iterator[InputRow]:
+            failed = (index for index, line in enumerate(journal.lines()) if is_failed(line))
+            wanted = next(failed, None)
+            for index, row in rows:
+                if index == wanted:
+                    wanted = next(failed, None)
+                    indexes.append(index)
+                    yield row
+
+        number = 0
+        with journal.retried() as write:
+            for part in self._scored(failed_rows()):
+                write(self._kept(part, self._lines_of(part, [indexes.popleft() for _ in part])))
+                number += len(part)
+        print(f"asked again for {number:,} rows without a score", file=sys.stderr)
+
+    def _scored(self, rows: Iterator[InputRow]) -> Iterator[list[ScoredRow]]:
+        at_once, ahead = self.options.rows_at_once, self._parts_ahead
+        return scored_rows(rows, self._form, self._sources, rows_at_once=at_once, parts_ahead=ahead)
+
+    def _lines_of(self, part: Sequence[ScoredRow], indexes: Iterable[int]) -> list[dict[str, Any]]:
+        """What came of rows.
+
+        Raises:
+            RewardUnavailableError: a server went away while they were asked for, and there is an output to go
+                on from.
+        """
+        if self._journal is not None:
             stop_if_away(part, " and ".join(source.name for source in self._sources))
-        self.report.add_all(lines)
+        lines = Lines(self.options.objective)
+        return [lines.line(index, scored) for index, scored in zip(indexes, part, strict=True)]
+
+    def _kept(self, part: Sequence[ScoredRow], lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The lines as they are written: with --keep behind the columns of their rows."""
         # A table takes the input's columns from the input itself, with their types.
-        if options.keep and (journal is None or not journal.is_table):
-            lines = [with_columns(line, each.row) for line, each in zip(lines, part, strict=True)]
-        if journal is not None:
-            journal.append(lines)
-        else:
-            _print_bytes(b"".join(map(as_bytes, lines)))
+        if not self.options.keep or (self._journal is not None and self._journal.is_table):
+            return lines
+        return [with_columns(line, each.row) for line, each in zip(lines, part, strict=True)]
 
     def _finish(self, journal: Journal) -> None:
         if journal.is_table:
@@ -242,7 +290,7 @@ def _behind_first(rows: Iterator[InputRow]) -> Iterator[Any]:
 
 def _identity(word: str, source: RewardSource) -> Mapping[str, Any]:
     """What tells a reward from another one, wherever it is served."""
-    content = getattr(source, "content", "")
+    content = getattr(source, "content", "") or source.digest
     if is_function_name(word):
         return {"name": word, **fingerprint(Path(word.rpartition(":")[0]))}
     if isinstance(source, OriginalReward):

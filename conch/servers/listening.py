@@ -12,6 +12,7 @@ import base64
 import hmac
 import json
 import ssl
+from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -53,6 +54,7 @@ class Guard:
     key_header: name of a header that may hold the secret instead, by itself; "" for none.
     max_body_bytes: largest body.
     body_s: longest time for a body to come in, in seconds.
+    on_refused: told the status of each request that is not let in.
     """
 
     def __init__(
@@ -64,8 +66,10 @@ class Guard:
         *,
         takes_password: bool = False,
         key_header: str = "",
+        on_refused: Callable[[int], object] = lambda _: None,
     ) -> None:
         self._app = app
+        self._on_refused = on_refused
         self._takes_password = takes_password
         self._key_header = key_header.lower().encode()
         self._expected = f"Bearer {secret}".encode() if secret else b""
@@ -78,18 +82,18 @@ class Guard:
             return
         reason = self._why_stranger(scope)
         if reason is not None:
-            await _refuse(send, UNAUTHORIZED, reason)
+            await self._refuse(send, UNAUTHORIZED, reason)
             return
         try:
             body = await asyncio.wait_for(self._read(receive), self._body_s)
         except asyncio.TimeoutError:
-            await _refuse(send, TIMEOUT, f"the request did not come in within {self._body_s:g} s")
+            await self._refuse(send, TIMEOUT, f"the request did not come in within {self._body_s:g} s")
             return
         if body is _HUNG_UP:
             return
         if body is None:
             limit = self._max_body_bytes / 1e6
-            await _refuse(
+            await self._refuse(
                 send,
                 TOO_LARGE,
                 f"a request is larger than this server's `max_request_mb` = {limit:g}: raise it there",
@@ -101,6 +105,10 @@ class Guard:
             return unread.pop() if unread else await receive()
 
         await self._app(scope, replay, send)
+
+    async def _refuse(self, send: Any, status: int, reason: str) -> None:
+        self._on_refused(status)
+        await _refuse(send, status, reason)
 
     def _why_stranger(self, scope: Any) -> str | None:
         """Why the sender of these headers is not let in; None where it is."""
@@ -258,12 +266,13 @@ def make_listener(
     key_header: str = "",
     keep_alive_s: float = _KEEP_ALIVE_S,
     grace_s: float | None = None,
+    on_refused: Callable[[int], object] = lambda _: None,
 ) -> uvicorn.Server:
     """What serves `app`, behind a guard, on `settings.host` and `settings.port`, as soon as it is run.
 
     app: an ASGI application.
     http: of a connection, which must close those whose headers do not come.
-    takes_password, key_header: see `Guard`.
+    takes_password, key_header, on_refused: see `Guard`.
     keep_alive_s: idle time after which a connection is closed, in seconds.
     grace_s: longest time that a server which stops waits for what is under way; None for ever.
 
@@ -277,6 +286,7 @@ def make_listener(
         int(settings.max_request_mb * 1e6),
         takes_password=takes_password,
         key_header=key_header,
+        on_refused=on_refused,
     )
     mutual = tls is not None and tls.require_client_cert
     return uvicorn.Server(

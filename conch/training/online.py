@@ -465,15 +465,30 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         costs = list(self.source.costs())
         if costs:
             costs = self.collectives.all_reduce(torch.tensor(costs, dtype=torch.float64)).tolist()
-        return {**parts, "policy_version": self.policy_version, "reference": digest, "reward_costs": costs}
+        return {
+            **parts,
+            "policy_version": self.policy_version,
+            "reference": digest,
+            "reward_costs": costs,
+            "reward_digest": self.source.digest,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` gave.
 
         Raises:
-            CheckpointError: the reference servers hold another model than the run started from.
+            CheckpointError: the reference servers hold another model than the run started from, or files
+                that the reward's settings name have changed.
         """
         self._check_start(state.get("reference"))
+        before, now = state.get("reward_digest", ""), self.source.digest  # older checkpoints do not know it
+        if before and now and before != now:
+            raise CheckpointError(
+                f"{self.source.name} scores otherwise than when this run was saved, though its settings name "
+                "the same files: their content has changed (of `reward.judge.file`, `template_file` or "
+                "`reward.goals.normalization`). Put the old one back, or start a new run from the checkpoint "
+                "with `model.path`"
+            )
         for name, part in self.stateful.items():
             part.load_state_dict(state[name])
         self.policy_version = state["policy_version"]

@@ -95,6 +95,14 @@ def _check_wait(train: TrainConfig, num_ranks: int, name: str, seconds: float) -
         )
 
 
+def _check_judges_wait(
+    source: RewardSource, train: TrainConfig, num_ranks: int, name: str = "reward.judge.deadline_s"
+) -> None:
+    """Check that ranks wait for each other longer than a source with a deadline of its own may take."""
+    if source.deadline_s is not None:
+        _check_wait(train, num_ranks, name, source.deadline_s)
+
+
 def load_policy(model: PreTrainedModel | None, config: ModelConfig, precision: str) -> PreTrainedModel:
     """The model that a user passed, with dropout and kernels as the config says, or the one that it names.
 
@@ -266,12 +274,14 @@ def eval_source(
     reward: UserReward | Mapping[str, UserReward] | None,
     config: RewardConfig,
     prompts: Sequence[str | Mapping[str, Any]] | None,
+    train: TrainConfig,
 ) -> RewardSource | None:
     """Reward source for evaluation only (SFT, ILQL). None unless `reward` or `config` names one; the
     environment variable TRITON_HOST alone does not.
 
     Raises:
-        ConfigError: `reward.delta` or `reward.dense` is set, or the source will not do.
+        ConfigError: `reward.delta` or `reward.dense` is set, or the source will not do, or may take longer
+            than ranks wait.
         RewardError: it does not answer.
     """
     if config.delta or config.dense:
@@ -279,7 +289,10 @@ def eval_source(
         raise ConfigError(f"`reward.{name}` is for rewards that are learned from; here they only measure")
     if not _is_named(reward, config):
         return None
-    return checked_source(collectives, reward, config, prompts or [])
+    _check_wait(train, collectives.num_ranks, "reward.client.deadline_s", config.client.deadline_s)
+    source = checked_source(collectives, reward, config, prompts or [])
+    _check_judges_wait(source, train, collectives.num_ranks)
+    return source
 
 
 def _is_named(reward: UserReward | Mapping[str, UserReward] | None, config: RewardConfig) -> bool:
@@ -463,9 +476,12 @@ def _gold_source(
 
     collectives.run_on_all_ranks(load)
     try:
-        return checked_source(collectives, loaded[0], settings, prompts, may_be_away=resumed)
+        source = checked_source(collectives, loaded[0], settings, prompts, may_be_away=resumed)
     except (ConfigError, RewardError, DataError) as error:
         raise type(error)(f"gold: {error}") from error
+    name = "deadline_s` of the judge in `evaluation.gold"
+    _check_judges_wait(source, config.train, collectives.num_ranks, name)
+    return source
 
 
 def check_watching(
@@ -555,8 +571,7 @@ def open_reward(
     loaded: list[PreTrainedTokenizerBase] = []
     source = checked_source(collectives, reward, config.reward, prompts, lambda: loaded[0])
     check_groups(source, config, group_size)
-    if source.deadline_s is not None:
-        _check_wait(config.train, collectives.num_ranks, "reward.judge.deadline_s", source.deadline_s)
+    _check_judges_wait(source, config.train, collectives.num_ranks)
     loaded.append(load_policy_tokenizer(tokenizer, config.tokenizer, config.model.path))
     if config.reward.delta and config.reward.replay is None:  # what is recorded is the difference
         codec = TextCodec(loaded[0], add_special_tokens=config.tokenizer.add_special_tokens)

@@ -12,6 +12,8 @@ from typing import Any
 
 from conch.errors import ConversionError
 
+PYTHON = sys.executable
+"""The interpreter that a `model.py` is run with."""
 _DEADLINE_S = 3600.0
 _LAST_LINES = 8
 
@@ -29,7 +31,7 @@ class SubprocessModel:
 
     def __init__(self, folder: Path) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-I", str(folder / "model.py")],
+            [PYTHON, "-I", str(folder / "model.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

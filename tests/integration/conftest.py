@@ -14,6 +14,7 @@ from conch.serving.server.flags import LOOPBACK
 from conch.serving.server.server import TritonServer, free_port
 from tests.faults import MODEL as HASH
 from tests.faults import hash_store, kept_running
+from tests.forks import conversions_fork
 from tests.tiny import reward_checkpoint
 
 TEXT_MODEL = "walks"
@@ -32,6 +33,13 @@ class RewardModel:
     model_store: Path
     text: Conversion
     token: Conversion
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _conversions_fork() -> Iterator[None]:
+    """But in `test_reward_model_served.py`."""
+    with conversions_fork():
+        yield
 
 
 @pytest.fixture(scope="session")

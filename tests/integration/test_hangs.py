@@ -16,10 +16,12 @@ ALONE, RANKS = "tests.integration.watchdog_run", "tests.integration.hang_run"
 LOST = "event.wait()  # nobody sets it"
 
 
-def hang(kind: str, run: Path, seconds: float, launcher: list[str] | None = None) -> subprocess.Popen[str]:
+def hang(
+    kind: str, run: Path, seconds: float, launcher: list[str] | None = None, *, fresh: bool = False
+) -> subprocess.Popen[str]:
     """A process, or ranks of a launcher, that hang in that way; deadlines take so many seconds."""
     program = [sys.executable, "-m", ALONE] if launcher is None else [*launcher, "-m", RANKS]
-    return start([*program, kind, str(run), str(seconds)])
+    return start([*program, kind, str(run), str(seconds)], fresh=fresh)
 
 
 def output_of(process: subprocess.Popen[str]) -> str:
@@ -64,7 +66,7 @@ def test_notes_and_long_phases_keep_it_quiet(tmp_path: Path) -> None:
 
 
 def test_a_process_that_was_stopped_does_not_take_it_for_a_hang(tmp_path: Path) -> None:
-    process = hang("slow", tmp_path, 3.0)
+    process = hang("slow", tmp_path, 3.0, fresh=True)
     assert process.stdout is not None and process.stdout.readline() == "started\n"
     for _ in range(2):
         process.send_signal(signal.SIGSTOP)

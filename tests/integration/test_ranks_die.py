@@ -19,7 +19,7 @@ PROGRAM = "tests.integration.resume_run"
 def train_for_ever(launcher: list[str], run_dir: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
     """A run of two ranks in the midst of its steps."""
     settings = ["num_processes=2", "total_steps=1000000", "save_every=0", "eval_every=0"]
-    process = start([*launcher, "-m", PROGRAM, "sft", str(run_dir), *settings])
+    process = start([*launcher, "-m", PROGRAM, "sft", str(run_dir), *settings], fresh=True)
     metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + LONGEST_S
     while not metrics.exists() or metrics.read_text().count("\n") < 3:
         assert process.poll() is None, process.communicate()[0]

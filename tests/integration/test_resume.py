@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import signal
 import subprocess
@@ -17,35 +16,20 @@ from typing import Any
 import psutil
 import pytest
 
+from tests import launches
 from tests.clock import CLOCK
 from tests.integration.resume_run import KINDS, TRAIN
+from tests.launches import torchrun
 
-ROOT = Path(__file__).resolve().parents[2]
 LONGEST_S = 180
 
 
-def start(kind: str, run_dir: Path, ranks: int, *overrides: str) -> subprocess.Popen[str]:
-    command = [sys.executable]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-        command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
-    command += [
-        "-m",
-        "tests.integration.resume_run",
-        kind,
-        str(run_dir),
-        f"num_processes={ranks}",
-        *overrides,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+def start(
+    kind: str, run_dir: Path, ranks: int, *overrides: str, fresh: bool = False
+) -> subprocess.Popen[str]:
+    launcher = torchrun(ranks) if ranks > 1 else [sys.executable]
+    run = ["-m", "tests.integration.resume_run", kind, str(run_dir), f"num_processes={ranks}"]
+    return launches.start([*launcher, *run, *overrides], fresh=fresh, ACCELERATE_USE_CPU="true")
 
 
 def finish(process: subprocess.Popen[str]) -> str:
@@ -122,9 +106,10 @@ def test_a_killed_run_equals_an_undisturbed_one(tmp_path: Path, kind: str, ranks
             instant = min(instant, time.monotonic() + chance.uniform(0.0, 0.1))
         return time.monotonic() >= instant
 
-    assert kill_when(start(kind, storm, ranks), at_a_random_instant)
+    assert kill_when(start(kind, storm, ranks, fresh=True), at_a_random_instant)
     reached = steps_logged(storm)
-    assert kill_when(start(kind, storm, ranks), lambda: is_saving(storm) and steps_logged(storm) >= reached)
+    again = start(kind, storm, ranks, fresh=True)
+    assert kill_when(again, lambda: is_saving(storm) and steps_logged(storm) >= reached)
     output = finish(start(kind, storm, ranks))
     assert "going on with" in output
     assert_same_run(storm, calm)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from conch.converters.parity import subprocess_model
 from conch.converters.parity.subprocess_model import SubprocessModel
 from conch.converters.to_triton import to_triton
 from tests.runs import EOS, reward_trainer
@@ -21,7 +23,10 @@ ROWS = [
 ]
 
 
-def test_served_scores_are_the_trained_ones_normalised(tmp_path: Path) -> None:
+def test_served_scores_are_the_trained_ones_normalised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess_model, "PYTHON", sys.executable)  # a version needs nothing but itself
     trainer = reward_trainer(
         tmp_path / "run", ROWS, reference=REFERENCE, reward_model={"batch_size": 3, "normalise": True}
     )

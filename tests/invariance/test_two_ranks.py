@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +9,7 @@ import pytest
 import torch
 
 from tests.invariance import scenarios
-
-ROOT = Path(__file__).resolve().parents[2]
-DEADLINE_S = 300
+from tests.launches import ROOT, finish, start, torchrun
 
 Found = dict[str, Any]
 
@@ -30,30 +22,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Found]]:
     """What each of two processes found, by scenario."""
     folder = tmp_path_factory.mktemp("two_ranks")
     script = Path(scenarios.__file__)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", str(free_port()), str(script), str(folder)]
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    launched = subprocess.Popen(
-        command, env=environment, cwd=folder, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        _, errors = launched.communicate(timeout=DEADLINE_S)
-    finally:
-        with contextlib.suppress(ProcessLookupError):  # the ranks, where the launcher left any
-            os.killpg(launched.pid, signal.SIGKILL)
-    assert launched.returncode == 0, errors[-6000:]
+    finish(start([*torchrun(2), str(script), str(folder)], PYTHONPATH=str(ROOT)))
     return [torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def assert_same(found: Found, expected: Found, rtol: float, atol: float) -> None:

@@ -196,7 +196,8 @@ class JudgeConfig(Section):
     server asks for count."""
 
     cache_size: int = Field(default=100_000, ge=0)
-    """Answers that are kept, so that equal questions cost nothing; the oldest go."""
+    """Answers that are kept, so that equal questions cost nothing; the oldest go, and in memory those beyond
+    256 MB."""
 
     cache_file: Path | None = None
     """SQLite file on a local disk in which they are kept, shared by all processes and later runs. None keeps

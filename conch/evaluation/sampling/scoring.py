@@ -68,8 +68,8 @@ def _description(source: RewardSource, config: RewardConfig, member: str = "") -
         return f"{PREFIX}{checked} {settings}" if settings else f"{PREFIX}{checked}"
     # The name of a function says nothing of its file.
     name = config.function if config.function is not None and not member else source.name
-    if digest := getattr(source, "digest", ""):  # a judge's questions are no part of its name
-        name = f"{name} {digest}"
+    if source.digest:  # a judge's questions are no part of its name
+        name = f"{name} {source.digest}"
     return f"{name} {dict(config.weights)}" if config.weights and not member else name
 
 

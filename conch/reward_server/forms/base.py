@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from conch.types import ASSISTANT, Completion, Dialogue, Prompt, RewardResult, Rollout
+from conch.types import ASSISTANT, Completion, Dialogue, Prompt, RewardResult, Rollout, text_parts
 
 Body = Mapping[str, Any]
 
@@ -143,19 +143,17 @@ class Reader:
         body: may hold `tools` and `chat_template_kwargs`.
         """
         dialogue = self._dialogue(messages, body)
-        *before, last = dialogue.messages
+        last = dialogue.messages[-1]
         if last.get("role") != ASSISTANT:
             raise RefusedError(
                 BAD_REQUEST,
                 f"the last message is the {last['role']}'s: what is scored is a message of the {ASSISTANT}",
             )
-        content = last.get("content")
-        if not isinstance(content, str):
-            return _rollout(Prompt(_contents(dialogue.messages), (), row or {}, dialogue), "")
-        # What else the message has (thoughts, annotations) is no part of the completion, and stays.
-        begun = [{**last, "content": ""}] if set(last) != {"role", "content"} else []
-        prompt = Dialogue((*before, *begun), dialogue.tools, dialogue.template_kwargs)
-        return _rollout(Prompt(_contents(before), (), row or {}, prompt), content)
+        try:
+            begun, text = dialogue.begun()
+        except ValueError as error:
+            raise RefusedError(BAD_REQUEST, f"the last message {error}") from None
+        return _rollout(Prompt(_contents(begun.messages), (), row or {}, begun), text)
 
     def row(self, label: Any) -> dict[str, Any]:
         """The row that a label stands for; clients send None or "" where they have none."""
@@ -195,8 +193,8 @@ def _rollout(prompt: Prompt, completion: str) -> Rollout:
 
 def _contents(messages: Sequence[Mapping[str, Any]]) -> str:
     """What messages say, for rewards that read texts: nobody here knows a template."""
-    contents = (each.get("content") for each in messages)
-    return "\n\n".join(each for each in contents if isinstance(each, str))
+    contents = ("".join(text_parts(each.get("content"))) for each in messages)
+    return "\n\n".join(each for each in contents if each)
 
 
 def _check_messages(messages: Any) -> None:

@@ -12,15 +12,19 @@ from conch.rewards.client.transport import ModelInfo, ScoringRow
 from conch.types import RewardResult
 
 _log = get_logger(__name__)
+_MOST_NUMBERS = 4_000_000
+"""In scores for tokens that are kept, of 32 bytes each."""
 _SAME_MODEL = "replicas of one reward must serve the same model: load the same version on all of them"
 
 
 class ScoreCache:
-    """The latest `size` scores, by a hash of the row: small, whatever the texts are."""
+    """The latest `size` scores, by a hash of the row: small, whatever the texts are. Of results that have a
+    score for each token, as many as fit."""
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._results: OrderedDict[bytes, RewardResult] = OrderedDict()
+        self._numbers = 0
 
     def __len__(self) -> int:
         return len(self._results)
@@ -35,14 +39,22 @@ class ScoreCache:
         return replace(result, latency_s=0.0)
 
     def add(self, row: ScoringRow, result: RewardResult) -> None:
-        """Add a result; the least recently used one goes."""
-        self._results[_key(row)] = result
-        if len(self._results) > self._size:
-            self._results.popitem(last=False)
+        """Add a result; the least recently used ones go."""
+        key = _key(row)
+        before = self._results.pop(key, None)
+        self._results[key] = result
+        self._numbers += _numbers(result) - (0 if before is None else _numbers(before))
+        while len(self._results) > self._size or self._numbers > _MOST_NUMBERS:
+            self._numbers -= _numbers(self._results.popitem(last=False)[1])
 
     def clear(self) -> None:
         """Drop all results: the model is another."""
         self._results.clear()
+        self._numbers = 0
+
+
+def _numbers(result: RewardResult) -> int:
+    return len(result.token_scores or ())
 
 
 def _key(row: ScoringRow) -> bytes:

@@ -178,7 +178,7 @@ class RewardClient:
         for replica in self._pool.replicas:
             await replica.transport.close()
 
-    async def _problem(self, replica: ReplicaState) -> RewardError | None:
+    async def _problem(self, replica: ReplicaState[Transport]) -> RewardError | None:
         """Bring a replica into use; the reason if that fails, else None."""
         deadline = time.monotonic() + self._config.deadline_s
         # Four requests: server live, model ready, configuration, one score.
@@ -321,7 +321,7 @@ class RewardClient:
             )
             self._finish(queued, *parser.failures(failure.status, f"{self._pool.name}: {failure.detail}"))
 
-    async def _score_batch(self, batch: list[QueuedRow], replica: ReplicaState) -> None:
+    async def _score_batch(self, batch: list[QueuedRow], replica: ReplicaState[Transport]) -> None:
         rows, submitted = [queued.row for queued in batch], max(queued.submitted for queued in batch)
         try:
             results = await self._scorer.score_batch(rows, replica, submitted)

@@ -10,7 +10,7 @@ from conch.log import get_logger
 from conch.rewards.base import ServerTimes
 from conch.rewards.client.pool import ReplicaState
 from conch.rewards.client.retry import RetryingScorer, check_shape
-from conch.rewards.client.transport import Failure, ModelInfo, ReplicaError, ScoringRow
+from conch.rewards.client.transport import Failure, ModelInfo, ReplicaError, ScoringRow, Transport
 from conch.rewards.results import ReplyParser
 from conch.types import RewardStatus
 
@@ -28,9 +28,9 @@ class HealthChecker:
         self._pool = scorer.pool
         self._config = scorer.config
         self._make_probe = make_probe
-        self._last_statistics: dict[ReplicaState, ServerTimes] = {}
+        self._last_statistics: dict[ReplicaState[Transport], ServerTimes] = {}
 
-    async def watch(self, replica: ReplicaState) -> None:
+    async def watch(self, replica: ReplicaState[Transport]) -> None:
         """Bring a replica into use, and again whenever its breaker opens, until cancelled."""
         if not replica.is_usable and replica.breaker.cause is None:
             await self._try_to_connect(replica, is_probe=False)
@@ -41,7 +41,7 @@ class HealthChecker:
             replica.breaker_opened.clear()
             await replica.breaker_opened.wait()
 
-    async def connect(self, replica: ReplicaState, timeout_s: float, *, with_score: bool) -> None:
+    async def connect(self, replica: ReplicaState[Transport], timeout_s: float, *, with_score: bool) -> None:
         """Ask for the model's description and bring the replica into use.
 
         with_score: only if it scores a row.
@@ -68,7 +68,7 @@ class HealthChecker:
         self._pool.grant_waiting()
         await self.statistics_gain(replica, timeout_s)
 
-    async def answers(self, replica: ReplicaState) -> bool:
+    async def answers(self, replica: ReplicaState[Transport]) -> bool:
         """Whether a replica in use scores a row; counts as a failed request where it does not."""
         assert replica.info is not None, "in use"
         try:
@@ -78,10 +78,10 @@ class HealthChecker:
             return False
         return True
 
-    async def statistics_gain(self, replica: ReplicaState, timeout_s: float) -> ServerTimes:
+    async def statistics_gain(self, replica: ReplicaState[Transport], timeout_s: float) -> ServerTimes:
         """Gain of the server's statistics since the last call; zeros if it does not tell."""
         try:
-            now: ServerTimes | None = await replica.transport.server_statistics(timeout_s)
+            now = await replica.transport.server_statistics(timeout_s)
         except ReplicaError:
             return ServerTimes()
         if now is None:
@@ -94,7 +94,7 @@ class HealthChecker:
             now.requests - last.requests, now.queue_s - last.queue_s, now.compute_s - last.compute_s
         )
 
-    async def _try_to_connect(self, replica: ReplicaState, *, is_probe: bool) -> None:
+    async def _try_to_connect(self, replica: ReplicaState[Transport], *, is_probe: bool) -> None:
         if is_probe:
             self._scorer.counts.retries["probe"] += 1
         try:
@@ -108,7 +108,7 @@ class HealthChecker:
         if is_probe:
             _log.info("%s scores again", replica.name)
 
-    async def _score_probe(self, replica: ReplicaState, info: ModelInfo, timeout_s: float) -> None:
+    async def _score_probe(self, replica: ReplicaState[Transport], info: ModelInfo, timeout_s: float) -> None:
         row = self._scorer.probe_row or self._make_probe(info)
         self._scorer.counts.requests += 1
         reply = await replica.transport.infer([row], timeout_s)
@@ -122,7 +122,7 @@ class HealthChecker:
             raise ReplicaError(Failure(RewardStatus.INVALID, problem))
         self._scorer.record_reply(replica, reply.version, info.content)
 
-    async def _wait_for_probe(self, replica: ReplicaState) -> None:
+    async def _wait_for_probe(self, replica: ReplicaState[Transport]) -> None:
         """Wait until the next probe is due; much shorter where samples wait and no replica is usable."""
         pause_s = replica.breaker.pause_s(urgent=False)
         try:

@@ -314,7 +314,7 @@ async def _within(timeout_s: float, work: Coroutine[Any, Any, ValueT]) -> ValueT
     except asyncio.TimeoutError:
         raise ReplicaError(Failure(RewardStatus.TIMEOUT, "no reply in time", retryable=True)) from None
     except httpx2.TransportError as error:
-        raise ReplicaError(connection_failure(error)) from error
+        raise ReplicaError(connection_failure(error, "reward.auth.tls")) from error
     except httpx2.HTTPError as error:
         _raise_invalid(f"the reply cannot be read ({type(error).__name__})")
 
@@ -378,8 +378,11 @@ def _raise_invalid(problem: str) -> NoReturn:
     raise ReplicaError(Failure(RewardStatus.INVALID, problem, maybe_one_row=True))
 
 
-def connection_failure(error: httpx2.TransportError) -> Failure:
-    """Return what a connection that failed means for the samples."""
+def connection_failure(error: httpx2.TransportError, setting: str) -> Failure:
+    """Return what a connection that failed means for the samples.
+
+    setting: full name of the section with the certificates, for messages.
+    """
     reason = str(error) or type(error).__name__
     if isinstance(error, httpx2.TimeoutException):
         return Failure(RewardStatus.TIMEOUT, "no connection in time", retryable=True)
@@ -387,7 +390,7 @@ def connection_failure(error: httpx2.TransportError) -> Failure:
         return Failure(RewardStatus.UNAVAILABLE, f"the connection broke ({reason})", retryable=True)
     # A certificate that does not verify and a host that does not exist stay so; a refused connection may not.
     lasting = any(isinstance(cause, ssl.SSLError) for cause in _causes(error)) or "[SSL" in reason
-    detail = f"{reason}: check `reward.auth.tls`" if lasting else f"no connection ({reason})"
+    detail = f"{reason}: check `{setting}`" if lasting else f"no connection ({reason})"
     return Failure(RewardStatus.UNAVAILABLE, detail, retryable=not lasting, is_down=True)
 
 

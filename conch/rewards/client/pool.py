@@ -14,7 +14,7 @@ import random
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Generic, TypeVar
 
 from conch.log import rank
 from conch.rewards.client.transport import Failure, ModelInfo, NamedServer
@@ -99,11 +99,14 @@ def backoff_s(attempts: int) -> float:
     return random.uniform(0, longest)
 
 
+ServerT = TypeVar("ServerT", bound=NamedServer)
+
+
 @dataclass(eq=False, slots=True)
-class ReplicaState:
+class ReplicaState(Generic[ServerT]):
     """One replica as the client sees it.
 
-    transport: the connection to it, a `Transport` of a reward model.
+    transport: the connection to it, such as the `Transport` of a reward model.
     info: description of its model; None until it was reached for the first time: it gets no rows before.
     contents: version -> content hash, of every version that has replied.
     breaker_opened: set when its breaker opens.
@@ -113,7 +116,7 @@ class ReplicaState:
     busy_until: time of the loop before which it wants no request.
     """
 
-    transport: Any
+    transport: ServerT
     breaker: CircuitBreaker = field(default_factory=CircuitBreaker)
     info: ModelInfo | None = None
     contents: dict[str, str] = field(default_factory=dict)
@@ -141,12 +144,12 @@ class ReplicaState:
 
 
 @dataclass(eq=False, slots=True)
-class _Waiter:
-    avoid: Collection[ReplicaState]
-    replica: asyncio.Future[ReplicaState | None]
+class _Waiter(Generic[ServerT]):
+    avoid: Collection[ReplicaState[ServerT]]
+    replica: asyncio.Future[ReplicaState[ServerT] | None]
 
 
-class Pool:
+class Pool(Generic[ServerT]):
     """Grants places for requests: at most `max_in_flight` a replica, the least loaded first.
 
     name: all replicas together, in messages.
@@ -155,7 +158,7 @@ class Pool:
     most_in_flight: most requests under way at once; a reader may set it back.
     """
 
-    def __init__(self, name: str, transports: Sequence[NamedServer], max_in_flight: int) -> None:
+    def __init__(self, name: str, transports: Sequence[ServerT], max_in_flight: int) -> None:
         self.name = name
         self.model = transports[0].model
         # Each rank begins with another replica, or the first would get the first request of all of them.
@@ -164,8 +167,8 @@ class Pool:
         self.starved = asyncio.Event()
         self.most_in_flight = 0
         self._max_in_flight = max_in_flight
-        self._retries: deque[_Waiter] = deque()
-        self._first_attempts: deque[_Waiter] = deque()
+        self._retries: deque[_Waiter[ServerT]] = deque()
+        self._first_attempts: deque[_Waiter[ServerT]] = deque()
         self._turns = 0
 
     @property
@@ -173,7 +176,7 @@ class Pool:
         """Requests under way at all replicas."""
         return sum(replica.in_flight for replica in self.replicas)
 
-    def usable(self, *, but: Collection[ReplicaState] = ()) -> list[ReplicaState]:
+    def usable(self, *, but: Collection[ReplicaState[ServerT]] = ()) -> list[ReplicaState[ServerT]]:
         """Replicas that may get rows, except `but`."""
         return [replica for replica in self.replicas if replica.is_usable and replica not in but]
 
@@ -187,8 +190,8 @@ class Pool:
         return None if None in failures else failures[0]
 
     async def acquire(
-        self, timeout_s: float, *, avoid: Collection[ReplicaState] = (), is_retry: bool = False
-    ) -> ReplicaState | None:
+        self, timeout_s: float, *, avoid: Collection[ReplicaState[ServerT]] = (), is_retry: bool = False
+    ) -> ReplicaState[ServerT] | None:
         """Wait for a place; None after `timeout_s`, or at once where waiting is useless. Then `release` it.
 
         avoid: replicas to take only if there is no other usable one.
@@ -212,12 +215,12 @@ class Pool:
                 queue.remove(waiter)
             self._update_starved()
 
-    def release(self, replica: ReplicaState) -> None:
+    def release(self, replica: ReplicaState[ServerT]) -> None:
         """Give a place back."""
         replica.in_flight -= 1
         self.grant_waiting()
 
-    def defer(self, replica: ReplicaState, seconds: float) -> None:
+    def defer(self, replica: ReplicaState[ServerT], seconds: float) -> None:
         """Give a replica no request for so many seconds: it has too much to do."""
         loop = asyncio.get_running_loop()
         replica.busy_until = max(replica.busy_until, loop.time() + seconds)
@@ -237,11 +240,11 @@ class Pool:
                 _set_once(waiter.replica, replica)
         self._update_starved()
 
-    def _waiting(self) -> Iterator[_Waiter]:
+    def _waiting(self) -> Iterator[_Waiter[ServerT]]:
         for queue in (self._retries, self._first_attempts):
             yield from (waiter for waiter in queue if not waiter.replica.done())
 
-    def _least_loaded(self, avoid: Collection[ReplicaState]) -> ReplicaState | None:
+    def _least_loaded(self, avoid: Collection[ReplicaState[ServerT]]) -> ReplicaState[ServerT] | None:
         preferred = self.usable(but=avoid) or self.usable()
         now = asyncio.get_running_loop().time()
         free = [
@@ -259,6 +262,8 @@ class Pool:
             self.starved.clear()
 
 
-def _set_once(future: asyncio.Future[ReplicaState | None], replica: ReplicaState | None) -> None:
+def _set_once(
+    future: asyncio.Future[ReplicaState[ServerT] | None], replica: ReplicaState[ServerT] | None
+) -> None:
     if not future.done():
         future.set_result(replica)

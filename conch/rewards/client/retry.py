@@ -20,7 +20,7 @@ from conch.config import RewardClientConfig
 from conch.log import get_logger
 from conch.rewards.client.cache import ModelIdentity, ScoreCache
 from conch.rewards.client.pool import Pool, ReplicaState, backoff_s
-from conch.rewards.client.transport import Failure, ModelInfo, ReplicaError, Reply, ScoringRow
+from conch.rewards.client.transport import Failure, ReplicaError, Reply, ScoringRow, Transport
 from conch.rewards.results import ReplyParser, name_row
 from conch.types import RewardResult, RewardStatus
 
@@ -63,9 +63,9 @@ class _Attempt:
     started: float
     deadline: float
     reason: str = ""
-    refusals: frozenset[ReplicaState] = frozenset()
-    refuser: ReplicaState | None = None
-    avoid: frozenset[ReplicaState] = frozenset()
+    refusals: frozenset[ReplicaState[Transport]] = frozenset()
+    refuser: ReplicaState[Transport] | None = None
+    avoid: frozenset[ReplicaState[Transport]] = frozenset()
     is_last: bool = False
     requests: int = 0
     failure: Failure | None = None
@@ -83,7 +83,7 @@ class _RowResult:
     """
 
     result: RewardResult
-    replica: ReplicaState | None
+    replica: ReplicaState[Transport] | None
 
     @property
     def is_invalid(self) -> bool:
@@ -99,7 +99,7 @@ class RetryingScorer:
     probe_row: a row that was scored, for probes.
     """
 
-    pool: Pool
+    pool: Pool[Transport]
     config: RewardClientConfig
     score_range: tuple[float, float] | None
     identity: ModelIdentity
@@ -109,7 +109,7 @@ class RetryingScorer:
     probe_row: ScoringRow | None = None
 
     async def score_batch(
-        self, rows: Sequence[ScoringRow], replica: ReplicaState, submitted: float
+        self, rows: Sequence[ScoringRow], replica: ReplicaState[Transport], submitted: float
     ) -> list[RewardResult]:
         """Score one batch: one result per row, in order.
 
@@ -127,7 +127,7 @@ class RetryingScorer:
             self._cache_result(row, each)
         return results
 
-    def record_reply(self, replica: ReplicaState, version: str, content: str) -> None:
+    def record_reply(self, replica: ReplicaState[Transport], version: str, content: str) -> None:
         """Note that a replica has replied with this version of the model, which has this content."""
         self.last_reply_at = time.monotonic()
         replica.contents[version] = content
@@ -165,7 +165,9 @@ class RetryingScorer:
         """Seconds that a number of tokens adds to a deadline."""
         return self.config.timeout_per_1k_tokens_s * tokens / 1000
 
-    async def _score(self, attempt: _Attempt, replica: ReplicaState | None = None) -> list[_RowResult]:
+    async def _score(
+        self, attempt: _Attempt, replica: ReplicaState[Transport] | None = None
+    ) -> list[_RowResult]:
         outcome = await self._retry_until_deadline(attempt, replica)
         if isinstance(outcome, Failure):
             return await self._isolate_bad_row(attempt, outcome)
@@ -201,13 +203,17 @@ class RetryingScorer:
         self._count_replica_fault(attempt.refuser, scored, failure)
         return scored
 
-    def _may_retry(self, attempt: _Attempt, refusals: frozenset[ReplicaState]) -> bool:
+    def _may_retry(self, attempt: _Attempt, refusals: frozenset[ReplicaState[Transport]]) -> bool:
         """Whether a row without a valid score is sent again: not if all replicas had it alone."""
         was_alone = len(attempt.rows) == 1
         return not attempt.is_last and (not was_alone or bool(self.pool.usable(but=refusals)))
 
     async def _retry_elsewhere(
-        self, row: ScoringRow, attempt: _Attempt, refusals: frozenset[ReplicaState], refused: _RowResult
+        self,
+        row: ScoringRow,
+        attempt: _Attempt,
+        refusals: frozenset[ReplicaState[Transport]],
+        refused: _RowResult,
     ) -> _RowResult:
         """Send one row alone, for the last time, to another replica if there is one.
 
@@ -220,14 +226,14 @@ class RetryingScorer:
         return scored
 
     def _next_attempt(
-        self, attempt: _Attempt, rows: Sequence[ScoringRow], refusals: frozenset[ReplicaState]
+        self, attempt: _Attempt, rows: Sequence[ScoringRow], refusals: frozenset[ReplicaState[Transport]]
     ) -> _Attempt:
         """The same rows, or some of them, once more, with a deadline of their own."""
         again = self._new_attempt(rows, attempt.submitted)
         return replace(again, started=attempt.started, reason="data", refusals=refusals, avoid=refusals)
 
     def _count_replica_fault(
-        self, refuser: ReplicaState | None, scored: Sequence[_RowResult], failure: Failure
+        self, refuser: ReplicaState[Transport] | None, scored: Sequence[_RowResult], failure: Failure
     ) -> None:
         """Count a fault of a replica that refused rows which others then scored in full."""
         scorers = {each.replica for each in scored}
@@ -238,7 +244,7 @@ class RetryingScorer:
         self.record_failure(refuser, failure)
 
     async def _retry_until_deadline(
-        self, attempt: _Attempt, replica: ReplicaState | None
+        self, attempt: _Attempt, replica: ReplicaState[Transport] | None
     ) -> tuple[Reply, ReplicaState] | Failure:
         """Send until there is a reply, or a failure after which sending again is useless or too late."""
         while True:
@@ -264,7 +270,7 @@ class RetryingScorer:
             attempt.reason = reply.status.value
             replica = None
 
-    async def _send_once(self, attempt: _Attempt, replica: ReplicaState) -> Reply | Failure:
+    async def _send_once(self, attempt: _Attempt, replica: ReplicaState[Transport]) -> Reply | Failure:
         replica.tokens += attempt.tokens
         timeout_s = min(self.config.request_timeout_s + self._extra_s(replica.tokens), attempt.left_s)
         self.counts.requests += 1
@@ -288,18 +294,18 @@ class RetryingScorer:
         replica.breaker.record_success()
         return reply
 
-    async def _check_version(self, replica: ReplicaState, version: str, timeout_s: float) -> None:
+    async def _check_version(self, replica: ReplicaState[Transport], version: str, timeout_s: float) -> None:
         """Ask for the content of a version that has not replied before."""
         if version in replica.contents:
             return
         assert replica.info is not None
         if replica.contents:
             self.counts.requests += 1
-            info: ModelInfo = await replica.transport.describe(timeout_s)
+            info = await replica.transport.describe(timeout_s)
             replica.info = info
         self.record_reply(replica, version, replica.info.content)
 
-    def record_failure(self, replica: ReplicaState, failure: Failure) -> None:
+    def record_failure(self, replica: ReplicaState[Transport], failure: Failure) -> None:
         """Count a failed request; the replica may go out of use, or rest for as long as it asked for."""
         if failure.retry_after_s > 0:
             self.pool.defer(replica, failure.retry_after_s)
@@ -315,7 +321,7 @@ class RetryingScorer:
         causes = [replica.breaker.cause for replica in self.pool.replicas]
         return next((cause for cause in causes if cause is not None), None)
 
-    def _parse(self, attempt: _Attempt, reply: Reply, replica: ReplicaState) -> list[RewardResult]:
+    def _parse(self, attempt: _Attempt, reply: Reply, replica: ReplicaState[Transport]) -> list[RewardResult]:
         parser = self._parser(attempt, replica.name, reply.version)
         if self.identity.change:
             return parser.failures(RewardStatus.INVALID, self.identity.change)
@@ -364,7 +370,7 @@ class RetryingScorer:
             self.cache.add(row, scored.result)
 
 
-def check_shape(reply: Reply, rows: int, replica: ReplicaState) -> None:
+def check_shape(reply: Reply, rows: int, replica: ReplicaState[Transport]) -> None:
     """Refuse a reply that has not one number per row and objective: its scores belong to unknown rows.
 
     rows: number of rows in the request.

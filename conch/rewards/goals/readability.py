@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from conch.errors import ConfigError
+from conch.rewards.goals.words import sum_of
 
 _KEPT_WORDS = 200_000
 _INNER_APOSTROPHE = re.compile(r"'(?![tsdm]\b|ll\b|ve\b|re\b)")
@@ -34,7 +35,7 @@ def reading_difficulty(text: str) -> float:
     if not words:
         return 0.0
     count = syllable_counter()
-    syllables = sum(map(count, words))
+    syllables = sum_of(count, words)
     return 0.39 * len(words) / count_sentences(text) + 11.8 * syllables / len(words) - 15.59
 
 
@@ -71,7 +72,10 @@ def syllable_counter() -> Callable[[str], int]:
     @lru_cache(_KEPT_WORDS)
     def syllables(word: str) -> int:
         known = stressed.get(word)
-        return len(hyphens.positions(word)) + 1 if known is None else known
+        if known is None:
+            known = len(hyphens.positions(word)) + 1
+            hyphens.hd.cache.clear()  # where it keeps every word for ever
+        return known
 
     return syllables
 

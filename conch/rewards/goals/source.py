@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -28,11 +30,18 @@ class GoalsReward(RewardSource):
         self._normalize = normalize
         self._partial = partial
         self._calls = 0
-        self._thread = LoopThread("goals")
+        self._thread = LoopThread(f"goals-{','.join(space.names)}")
 
     @property
     def objectives(self) -> tuple[str, ...]:
         return self._space.names
+
+    @property
+    def digest(self) -> str:
+        if not self._normalize:
+            return ""
+        ranges = sorted(self._space.ranges().items())
+        return hashlib.sha256(json.dumps(ranges).encode()).hexdigest()[:12]
 
     @property
     def space(self) -> GoalSpace:

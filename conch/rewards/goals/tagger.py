@@ -13,10 +13,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import TypeAlias
 
 from conch.errors import ConfigError
+from conch.rewards.goals.words import kept
 
 _EDGE = "STAART"
 """Word and tag of the three places before and behind a sentence."""
@@ -24,8 +26,9 @@ _EDGE = "STAART"
 _NUMBER = re.compile(r"[0-9\-,.:/%$]+")
 _KEPT_WORDS = 100_000
 
-# What stands around a word, by its place in the window that `_window` makes.
-_WORD, _W_1, _W_2, _W1, _W2, _T_1, _T_2, _T_3, _T1, _T2, _T3 = range(11)
+# What stands around a word, by how far behind the word it is in a row of word, tag, word, tag, ...
+_WORD, _W_1, _W_2, _W1, _W2 = 0, -2, -4, 2, 4
+_T_1, _T_2, _T_3, _T1, _T2, _T3 = -1, -3, -5, 3, 5, 7
 
 _PLACES: Mapping[str, tuple[int, ...]] = {
     "prevtag": (_T_1,),
@@ -134,7 +137,8 @@ class Tagger:
         behind = words[place + 1] if place + 1 < len(words) else ""
         # What no rule asks for is left out, so that most calls for a word are the same call.
         before = before if before in self._asked_before else ""
-        return self._unknown(words[place], before, behind if behind in self._asked_behind else "")
+        tag_unknown = kept(self._unknown, words[place])
+        return tag_unknown(words[place], before, behind if behind in self._asked_behind else "")
 
     def _tag_unknown(self, word: str, before: str, behind: str) -> str:
         if word.istitle():
@@ -148,27 +152,23 @@ class Tagger:
         return tag
 
     def _in_context(self, words: Sequence[str], known: Sequence[str]) -> list[str]:
-        edge = [_EDGE] * 3
-        word, tag = [*edge, *words, *edge], [*edge, *known, *edge]
-        for i in range(3, len(words) + 3):
-            tables = self._tables.get(tag[i])
+        edge = [_EDGE] * 6
+        row = [*edge, *chain.from_iterable(zip(words, known, strict=True)), *edge]
+        for here in range(6, len(row) - 6, 2):
+            tables = self._tables.get(row[here + 1])
             if tables is None:
                 continue
-            around = (
-                *(word[i], word[i - 1], word[i - 2], word[i + 1], word[i + 2]),
-                *(tag[i - 1], tag[i - 2], tag[i - 3], tag[i + 1], tag[i + 2], tag[i + 3]),
-            )
             # Of all rules that fit the tag that the word came with, the last one counts.
             last = -1
             for place, table in tables[0]:
-                number = table.get(around[place], -1)
+                number = table.get(row[here + place], -1)
                 last = number if number > last else last
             for first, second, pairs in tables[1]:
-                number = pairs.get((around[first], around[second]), -1)
+                number = pairs.get((row[here + first], row[here + second]), -1)
                 last = number if number > last else last
             if last >= 0:
-                tag[i] = self._new_tags[last]
-        return tag[3 : len(words) + 3]
+                row[here + 1] = self._new_tags[last]
+        return row[7:-6:2]
 
 
 class _Spelling:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from typing import TypeVar
 
 _TOKEN = re.compile(
     r"[^\W\d_]\.(?:[^\W\d_]\.)+"  # U.S.
@@ -28,6 +29,30 @@ _TITLES = ("mr", "mrs", "ms", "dr", "st", "jr", "sr", "prof", "gen", "col", "lt"
 _OTHERS = ("inc", "corp", "co", "ltd", "vs", "jan", "feb", "mar", "apr", "aug", "sept", "oct", "nov", "dec")
 _ABBREVIATIONS = frozenset((*_TITLES, *_OTHERS))
 _KEPT_CHUNKS = 200_000
+_LONGEST_KEPT = 64
+"""Characters of the longest word whose figures are kept, so that what is kept is bounded in bytes as well as
+in number. What is longer is seldom a word, and seldom comes twice."""
+
+ValueT = TypeVar("ValueT")
+
+
+def kept(function: Callable[..., ValueT], *words: str) -> Callable[..., ValueT]:
+    """Return what is to be called for these words: a function with a cache, or where one is long, the
+    function within, which keeps nothing.
+
+    function: made by `lru_cache`.
+    """
+    return function if max(map(len, words)) <= _LONGEST_KEPT else getattr(function, "__wrapped__", function)
+
+
+def sum_of(function: Callable[[str], int], words: Sequence[str]) -> int:
+    """Return the sum of what a function gives for each word.
+
+    function: made by `lru_cache`.
+    """
+    if max(map(len, words), default=0) <= _LONGEST_KEPT:
+        return sum(map(function, words))  # without a call of ours for each
+    return sum(kept(function, word)(word) for word in words)
 
 
 def tagged_sentences(text: str) -> Iterator[list[str]]:
@@ -57,7 +82,7 @@ def text_length(text: str) -> float:
     if not chunks:
         return 0.0
     # Behind the last word, a full stop always ends a sentence.
-    return float(sum(map(_count, chunks[:-1])) + _count(chunks[-1], is_last=True))
+    return float(sum_of(_count, chunks[:-1]) + kept(_count, chunks[-1])(chunks[-1], is_last=True))
 
 
 @lru_cache(_KEPT_CHUNKS)

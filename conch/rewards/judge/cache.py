@@ -23,6 +23,8 @@ from conch.rewards.judge.endpoint import Answer, TokenChoice
 _log = get_logger(__name__)
 _BUSY_S = 10.0
 _ADDITIONS_PER_CLEARING = 100
+_MOST_BYTES = 256_000_000
+"""Of answers in memory: one with log-probabilities of many tokens has millions."""
 
 
 def key_of(judge: str, body: Mapping[str, Any]) -> str:
@@ -35,7 +37,8 @@ def key_of(judge: str, body: Mapping[str, Any]) -> str:
 
 
 class AnswerCache:
-    """The latest `size` answers by their keys; in memory, and with `path` in a SQLite file behind it.
+    """The latest `size` answers by their keys; in memory, as many as fit, and with `path` in a SQLite file
+    behind it.
 
     model: as the server names it now; answers of another one are not known. "" knows all.
 
@@ -46,7 +49,8 @@ class AnswerCache:
     def __init__(self, size: int, path: Path | None) -> None:
         self.model = ""
         self._size = size
-        self._answers: OrderedDict[str, Answer] = OrderedDict()
+        self._answers: OrderedDict[str, str] = OrderedDict()
+        self._bytes = 0
         self._path = path
         self._file: sqlite3.Connection | None = None
         self._additions = 0
@@ -55,12 +59,13 @@ class AnswerCache:
 
     def get(self, key: str) -> Answer | None:
         """Return a known answer, marked as such; None if there is none."""
-        answer = self._answers.get(key)
-        if answer is not None:
+        written = self._answers.get(key)
+        if written is not None:
             self._answers.move_to_end(key)
         elif self._file is not None:
             rows = self._execute("SELECT answer FROM answers WHERE key = ?", key)
-            answer = _read(rows[0][0]) if rows else None
+            written = rows[0][0] if rows else None
+        answer = None if written is None else _read(written)
         if answer is None or (self.model and answer.model != self.model):
             return None
         return replace(answer, is_known=True, pause_s=0.0)
@@ -69,12 +74,14 @@ class AnswerCache:
         """Keep an answer; the oldest go."""
         if self._size == 0:
             return
-        self._answers[key] = answer
-        if len(self._answers) > self._size:
-            self._answers.popitem(last=False)
+        written = _written(answer)
+        self._bytes += len(written) - len(self._answers.pop(key, ""))
+        self._answers[key] = written
+        while len(self._answers) > self._size or self._bytes > _MOST_BYTES:
+            self._bytes -= len(self._answers.popitem(last=False)[1])
         if self._file is None:
             return
-        self._execute("INSERT OR REPLACE INTO answers (key, answer) VALUES (?, ?)", key, _written(answer))
+        self._execute("INSERT OR REPLACE INTO answers (key, answer) VALUES (?, ?)", key, written)
         self._additions += 1
         if self._file is not None and self._additions % _ADDITIONS_PER_CLEARING == 1:
             self._execute(

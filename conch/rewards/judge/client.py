@@ -232,7 +232,7 @@ class JudgeClient:
         """Send until there is an answer, or a failure after which sending again is useless or too late."""
         submitted, started = time.monotonic(), None
         failure: Failure | None = None
-        avoid: frozenset[ReplicaState] = frozenset()
+        avoid: frozenset[ReplicaState[JudgeEndpoint]] = frozenset()
         attempts = 0
         while True:
             # From the last sign of life: when the servers are gone, what waits ends with what was sent.
@@ -267,14 +267,14 @@ class JudgeClient:
         self,
         body: Mapping[str, Any],
         estimate: int,
-        replica: ReplicaState,
+        replica: ReplicaState[JudgeEndpoint],
         left_s: float,
         before: Failure | None,
     ) -> Answer | Failure:
         self._counts.requests += 1
         if before is not None:
             self._counts.retries[before.status.value] += 1
-        endpoint: JudgeEndpoint = replica.transport
+        endpoint = replica.transport
         try:
             answer = await endpoint.ask(body, min(self._config.request_timeout_s, left_s))
         except PausedError as error:
@@ -307,7 +307,7 @@ class JudgeClient:
     def _price(self, tokens_in: int, tokens_out: int) -> float:
         return (tokens_in * self._config.price_in + tokens_out * self._config.price_out) / 1e6
 
-    def _record_failure(self, replica: ReplicaState, failure: Failure) -> None:
+    def _record_failure(self, replica: ReplicaState[JudgeEndpoint], failure: Failure) -> None:
         if not failure.status.is_infrastructure:  # it answered; the sample is at fault
             self._last_answer_at = time.monotonic()
             return
@@ -317,7 +317,7 @@ class JudgeClient:
             pause_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(self._pauses[id(replica)] - 1, 10))
             self._leave_alone(replica, pause_s, failure)
 
-    def _leave_alone(self, replica: ReplicaState, pause_s: float, failure: Failure) -> None:
+    def _leave_alone(self, replica: ReplicaState[JudgeEndpoint], pause_s: float, failure: Failure) -> None:
         """Send nothing to a replica for a while; what asks next then tries it."""
         replica.breaker.record_probe_failure(failure)
         self._pool.grant_waiting()
@@ -326,7 +326,7 @@ class JudgeClient:
             self._resume_at[id(replica)] = resume_at
             asyncio.get_running_loop().call_later(pause_s, self._take_up, replica)
 
-    def _take_up(self, replica: ReplicaState) -> None:
+    def _take_up(self, replica: ReplicaState[JudgeEndpoint]) -> None:
         left_s = self._resume_at[id(replica)] - time.monotonic()
         if left_s > 0.001:  # it was asked for a longer pause meanwhile, which has a timer of its own
             return

@@ -11,7 +11,7 @@ import json
 import math
 import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
@@ -21,7 +21,7 @@ from conch.config import JudgeConfig
 from conch.errors import ConfigError
 from conch.rewards.client.http import ACCESS_DENIED, TRANSIENT, connection_failure
 from conch.rewards.client.transport import Failure, ReplicaError
-from conch.rewards.judge.limits import asked_pause_s, exhausted_pause_s
+from conch.rewards.judge.limits import asked_pause_s, exhausted_pause_s, told_pause_s
 from conch.types import RewardStatus
 
 _REPLY_LIMIT = 16_000_000
@@ -30,6 +30,13 @@ _REPLY_LIMIT = 16_000_000
 _QUOTA_SPENT = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
 _NO_MODEL = {"model_not_found", "NotFoundError"}
 _TOO_LONG = {"context_length_exceeded", "string_above_max_length"}
+
+# What servers call the end of an answer, in small letters. OpenAI: stop, length, content_filter, tool_calls,
+# function_call. Others have words of their own for the same, from the engine or the API that is behind them.
+_WHOLE = {"", "stop", "eos", "eos_token", "stop_sequence", "end_turn", "complete", "completed"}
+_CUT = {"length", "max_tokens", "model_length"}
+_BROKEN_OFF = {"abort", "error", "insufficient_system_resource"}
+"""The server gave up in the midst of it; the judge may well answer another time."""
 
 
 class PausedError(ReplicaError):
@@ -60,7 +67,7 @@ class Answer:
     """An answer of a judge.
 
     text: the message's content; of a model whose server keeps its thinking apart, without it.
-    finish_reason: `stop`, `length`, `content_filter`, ... as the server says.
+    finish_reason: `stop` where it is whole, `length` where it was cut, else the server's word.
     refused: the server marks it as a refusal.
     tokens: of the text with their alternatives; None where no log-probabilities came.
     model: as the server names it.
@@ -114,9 +121,7 @@ class JudgeEndpoint:
         except asyncio.TimeoutError:
             raise ReplicaError(Failure(RewardStatus.TIMEOUT, "no answer in time", retryable=True)) from None
         except httpx2.TransportError as error:
-            failure = connection_failure(error)
-            detail = failure.detail.replace("`reward.auth.tls`", "`judge.tls`")
-            raise ReplicaError(replace(failure, detail=detail)) from error
+            raise ReplicaError(connection_failure(error, "judge.tls")) from error
         except httpx2.HTTPError as error:
             raise ReplicaError(_invalid(f"the reply cannot be read ({type(error).__name__})")) from error
         if status != HTTPStatus.OK:
@@ -188,7 +193,8 @@ def _status_error(status: int, headers: Mapping[str, str], code: str, url: str) 
         failure = Failure(RewardStatus.UNAVAILABLE, detail, retryable=True)
         return PausedError(failure, asked_pause_s(headers))
     if status in TRANSIENT or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        return ReplicaError(Failure(RewardStatus.UNAVAILABLE, detail, retryable=True))
+        failure, pause_s = Failure(RewardStatus.UNAVAILABLE, detail, retryable=True), told_pause_s(headers)
+        return ReplicaError(failure) if pause_s is None else PausedError(failure, pause_s)
     if status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED) or code in _NO_MODEL or status < 400:
         where = f"{detail}: check the model's name and `judge.url` = {url}, which ends with /v1"
         return ReplicaError(Failure(RewardStatus.UNAVAILABLE, where, is_down=True))
@@ -201,7 +207,7 @@ def _answer(reply: bytes, request: str, pause_s: float) -> Answer:
     """Read a reply.
 
     Raises:
-        ReplicaError: it is no chat completion.
+        ReplicaError: it is no chat completion, or one that the server has broken off.
     """
     try:
         content = json.loads(reply)
@@ -213,7 +219,7 @@ def _answer(reply: bytes, request: str, pause_s: float) -> Answer:
             raise TypeError
         return Answer(
             text=text,
-            finish_reason=str(choice.get("finish_reason") or "stop"),
+            finish_reason=_finish_reason(choice.get("finish_reason")),
             refused=bool(message.get("refusal")),
             tokens=_tokens(choice.get("logprobs")),
             model=str(content.get("model") or ""),
@@ -223,6 +229,19 @@ def _answer(reply: bytes, request: str, pause_s: float) -> Answer:
         )
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         raise ReplicaError(_invalid("the reply is no chat completion")) from None
+
+
+def _finish_reason(told: Any) -> str:
+    """How an answer ended; a server that does not say it gives whole ones.
+
+    Raises:
+        ReplicaError: the server has broken it off.
+    """
+    reason = str(told or "").lower()
+    if reason in _BROKEN_OFF:
+        broken = f"the server broke its answer off (`{reason}`)"
+        raise ReplicaError(Failure(RewardStatus.UNAVAILABLE, broken, retryable=True))
+    return "stop" if reason in _WHOLE else "length" if reason in _CUT else reason
 
 
 def _tokens(logprobs: Any) -> tuple[TokenChoice, ...] | None:

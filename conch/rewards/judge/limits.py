@@ -65,18 +65,18 @@ class Limits:
 
 
 def asked_pause_s(headers: Mapping[str, str]) -> float:
-    """Return how long a server that answered 429 wants to be left alone, in seconds.
+    """Return how long a server that answered 429 wants to be left alone, in seconds: what it says, else the
+    reset of whichever `x-ratelimit-remaining-*` is 0, else 1."""
+    seconds = told_pause_s(headers)
+    return seconds if seconds is not None else exhausted_pause_s(headers) or _DEFAULT_PAUSE_S
 
-    `retry-after` in seconds or as a date (RFC 9110, section 10.2.3), `retry-after-ms`, else the reset of
-    whichever `x-ratelimit-remaining-*` is 0, else 1.
-    """
+
+def told_pause_s(headers: Mapping[str, str]) -> float | None:
+    """Return how long a server says that it wants to be left alone, in seconds: `retry-after-ms`, or
+    `retry-after` in seconds or as a date (RFC 9110, section 10.2.3). None where it does not say."""
     milliseconds = _number(headers.get("retry-after-ms"))
-    if milliseconds is not None:
-        return _bounded(milliseconds / 1000)
-    seconds = retry_after_s(headers)
-    if seconds is not None:
-        return _bounded(seconds)
-    return exhausted_pause_s(headers) or _DEFAULT_PAUSE_S
+    seconds = retry_after_s(headers) if milliseconds is None else milliseconds / 1000
+    return None if seconds is None else _bounded(seconds)
 
 
 def exhausted_pause_s(headers: Mapping[str, str]) -> float:

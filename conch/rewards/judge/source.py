@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,9 +78,8 @@ class JudgeReward(RewardSource):
     ) -> None:
         if not config.url or not config.model:
             raise ConfigError("a judge needs `judge.url` = http://host:port/v1 and `judge.model`")
-        with _by_its_names():
-            urls = parse_urls(config.url)
-            headers = secret_headers(config.headers_env)
+        urls = parse_urls(config.url, "judge.url", "judge.headers_env")
+        headers = secret_headers(config.headers_env, "judge.headers_env")
         if config.key_env is not None:
             headers["authorization"] = f"Bearer {key_from(config.key_env, 'judge.key_env')}"
         context = client_context(config.tls, "judge.tls")
@@ -89,14 +87,16 @@ class JudgeReward(RewardSource):
         self.measures_facts = config.parser == "rubric" and config.items == "facts"
         self.needs_groups = config.is_group
         self.deadline_s = config.deadline_s
-        self.digest = _digest_of(config)
-        """Of all settings that change its scores."""
         self._config = config
         self._metadata_keys = None if metadata_keys is None else tuple(metadata_keys)
         self._template = JudgeTemplate(config)
         endpoints = [JudgeEndpoint(url, config, headers, context) for url in urls]
         self._client = JudgeClient(self.name, endpoints, config, on_model_change)
         self._thread = LoopThread(f"judge-{config.model}")
+
+    @property
+    def digest(self) -> str:
+        return _digest_of(self._config)
 
     def check(self) -> None:
         """See that the templates name nothing that is not there, and ask every server once.
@@ -310,16 +310,6 @@ class JudgeReward(RewardSource):
             latency_s=time.monotonic() - started,
             detail=f"{prefix}{detail} (for {where})",
         )
-
-
-@contextmanager
-def _by_its_names() -> Iterator[None]:
-    """What says how an address is wrong speaks of the settings of a served reward."""
-    try:
-        yield
-    except ConfigError as error:
-        told = str(error).removeprefix("reward ").replace("reward.auth.headers_env", "judge.headers_env")
-        raise ConfigError(told if told.startswith("judge.") else f"`judge.url`: {told}") from None
 
 
 def _digest_of(config: JudgeConfig) -> str:

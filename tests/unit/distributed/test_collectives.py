@@ -16,7 +16,9 @@ from conch.distributed.collective_watch import CollectiveWatch
 from conch.distributed.collectives import Collectives
 from conch.distributed.stuck import file_of, thread_stacks, within, write_report
 from conch.errors import ConfigError, DistributedError
-from conch.training.setup import check_deadlines
+from conch.rewards.base import sources_closed_on_failure
+from conch.training.setup import check_deadlines, eval_source, watching_sources
+from tests.fakes.judge_server import judge_server
 
 GLOO = "[/__w/pytorch/third_party/gloo/gloo/transport/tcp/{}] {}"
 # Words of torch 2.13: the first timeout of a group, every later one, and what the other side sees.
@@ -143,3 +145,33 @@ def test_a_rank_may_not_give_up_the_others_before_they_give_up_what_they_wait_fo
         "the 3 others wait for it"
     )
     check_deadlines(online(), 4)
+
+
+class TwoRanks(Collectives):
+    """What one of two processes sees, of which the other does the same."""
+
+    @property
+    def num_ranks(self) -> int:
+        return 2
+
+
+def test_ranks_wait_longer_for_each_other_than_for_a_judge_that_watches(tmp_path: Path) -> None:
+    ranks, file = TwoRanks(Accelerator(cpu=True), 3.0), tmp_path / "judge.yaml"
+    with judge_server() as server:
+        file.write_text(f"url: {server.url}\nmodel: judge\ndeadline_s: 1800\n")
+        with (
+            pytest.raises(
+                ConfigError, match=r"must exceed `deadline_s` of the judge in `evaluation.gold` = 1800"
+            ),
+            sources_closed_on_failure(),
+        ):
+            watching_sources(ranks, online(), [], f"judge:{file}")
+        config = online(reward={"judge": {"file": str(file)}})
+        with (
+            pytest.raises(ConfigError, match=r"must exceed `reward.judge.deadline_s` = 1800"),
+            sources_closed_on_failure(),
+        ):
+            eval_source(ranks, None, config.reward, [], config.train)
+        longer = online(train={"collective_timeout_s": 1801})
+        for source in watching_sources(ranks, longer, [], f"judge:{file}").values():
+            source.close()

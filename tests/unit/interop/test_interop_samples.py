@@ -74,6 +74,22 @@ def test_an_answer_that_the_prompt_has_begun_and_a_call_followed_is_whole() -> N
     assert rollout.dialogue.messages == (USER, begun, TOOL, said("4"))
 
 
+def test_an_answer_in_parts_is_their_text() -> None:
+    parts = [{"type": "text", "text": "It "}, {"type": "text", "text": "is 4"}]
+    (rollout,) = make_rollouts([[USER]], [[{"role": "assistant", "content": parts}]], None, {})
+    assert rollout.completion.text == "It is 4"
+    (rollout,) = make_rollouts(
+        [[USER, said("It ")]], [[{"role": "assistant", "content": parts[1:]}]], None, {}
+    )
+    assert rollout.completion.text == "is 4" and rollout.dialogue is not None
+    assert rollout.dialogue.messages == (USER, said("It is 4"))
+    (rollout,) = make_rollouts(
+        [[USER, {"role": "assistant", "content": parts[:1]}]], [[said("is 4")]], None, {}
+    )
+    assert rollout.completion.text == "is 4" and rollout.dialogue is not None
+    assert rollout.dialogue.messages == (USER, {"role": "assistant", "content": parts})
+
+
 def test_what_arrow_adds_to_messages_is_taken_away() -> None:
     (rollout,) = make_rollouts(
         [[{**USER, "tool_calls": None, "name": None}]], [[{**said("4"), "tool_calls": None}]], None, {}
@@ -109,6 +125,11 @@ def test_a_text_after_messages_is_the_assistants() -> None:
         ([USER], [{"content": "4"}], 'no object with a "role"'),
         ([], [said("4")], "a prompt without messages"),
         ([USER], None, "a completion of type NoneType"),
+        (
+            [USER],
+            [{"role": "assistant", "content": [{"type": "image"}]}],
+            "a completion whose last message has a part of type image",
+        ),
     ],
 )
 def test_samples_of_other_forms_are_refused_by_number(prompt: Any, completion: Any, words: str) -> None:

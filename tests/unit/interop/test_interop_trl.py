@@ -201,7 +201,7 @@ def test_scores_of_tokens_are_no_reward_of_a_completion() -> None:
     def dense(samples: Any, prompts: Any, outputs: Any, output_ids: Any) -> list[list[float]]:
         return [[1.0] * len(ids) for ids in output_ids]
 
-    with pytest.raises(ConfigError, match="dense gives a score for each token, and other trainers take one"):
+    with pytest.raises(ConfigError, match="dense gives a score for each token, and here one for a sample is"):
         run(reward_function(dense), of_grpo(Logged(), *LETTERS))
 
 

@@ -7,10 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -18,8 +20,9 @@ import pytest
 from conch.config import load
 from conch.errors import ConfigError
 from conch.reward_server.__main__ import main
-from conch.reward_server.server import name_of
+from conch.reward_server.server import _sources, name_of
 from conch.reward_server.server_config import RewardServerConfig
+from conch.rewards.goals.source import GoalsReward
 from conch.servers.command import pairs_of
 from conch.servers.settings import load_settings
 from tests.footprint import wait_until
@@ -86,9 +89,33 @@ def test_rewards_are_named_by_their_last_part() -> None:
 
 
 def test_server_without_a_reward_says_how_to_give_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_HOST", raising=False)
+    for name in ("TRITON_HOST", "GOAL_DIMENSIONS"):
+        monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match="`reward` is missing: give `reward=host:8001/model`"):
         main(["restart=false"])
+
+
+def test_environment_names_goals_and_their_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranges, others = tmp_path / "ranges.yaml", tmp_path / "others.yaml"
+    ranges.write_text("text_length: {min: 0, max: 10}\n")
+    others.write_text("text_length: {min: 0, max: 20}\n")
+
+    def lengths(**settings: Any) -> list[float]:
+        with ExitStack() as stack:
+            (source,) = [
+                stack.enter_context(each) for _, each in _sources(load(RewardServerConfig, settings))
+            ]
+            assert isinstance(source, GoalsReward)
+            return source.space.measure(["one two three four five"])["text_length"]
+
+    monkeypatch.setenv("GOAL_DIMENSIONS", "text_length")
+    monkeypatch.setenv("NORMALIZATION_PATH", str(ranges))
+    assert lengths() == lengths(reward="goals:text_length") == [0.5]
+    assert lengths(source={"goals": {"normalization": str(others)}}) == [0.25]
+    monkeypatch.setenv("TRITON_HOST", "host:8001/model")
+    with pytest.raises(ConfigError, match="GOAL_DIMENSIONS and TRITON_HOST both name"):
+        lengths()
+    assert lengths(reward="goals:text_length") == [0.5]
 
 
 @contextmanager
@@ -160,6 +187,15 @@ def _counted(url: str) -> dict[str, float]:
     text = httpx2.get(f"{url}/metrics", trust_env=False, verify=False).text
     lines = [line for line in text.splitlines() if line.startswith("conch_reward_requests_total")]
     return {line.partition('form="')[2].partition('"')[0]: float(line.rpartition(" ")[2]) for line in lines}
+
+
+def test_nothing_stays_of_workers_whose_parent_was_killed(tmp_path: Path) -> None:
+    reward = f"reward={tmp_path / 'mine.py'}:worker"
+    with started(tmp_path, reward, "workers=2", "restart=false") as (process, url):
+        figures = Path(tempfile.gettempdir(), f"conch-reward-metrics-{os.getuid()}-{process.pid}")
+        assert _counted(url) == {} and [*figures.glob("*.db")]
+        process.kill()
+        wait_until(lambda: not figures.exists(), lambda: f"{figures} is still there", 60)
 
 
 def test_mistake_in_a_worker_ends_all_of_them(tmp_path: Path) -> None:

@@ -317,6 +317,21 @@ def test_metrics_count_requests_samples_and_failures() -> None:
         assert line in lines, "\n".join(lines)
 
 
+def test_metrics_count_requests_that_are_not_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REWARD_SECRET", SECRET)
+    with served(Lengths(), is_ready=False, secret_env="REWARD_SECRET", max_request_mb=0.001) as server:
+        known = {"authorization": f"Bearer {SECRET}"}
+        assert server.post("/", {"texts": ["a"]})[0] == 401
+        for _ in range(2):
+            assert server.post("/", {"texts": ["a" * 2000]}, **known)[0] == 413
+        lines = server.ask("GET", "/metrics", headers=known).text.splitlines()
+    counted = [line for line in lines if line.startswith("conch_reward_requests_total")]
+    assert counted == [
+        'conch_reward_requests_total{code="401",form="refused"} 1.0',
+        'conch_reward_requests_total{code="413",form="refused"} 2.0',
+    ]
+
+
 def test_model_chooses_among_several_rewards() -> None:
     one, two = Lengths(), Lengths()
     one.name, two.name = "one", "two"

@@ -94,6 +94,28 @@ def test_answer_with_more_than_a_text_is_read_by_its_text(server: Served, source
     assert dialogue is not None and list(dialogue.messages) == [PARIS[0], answer]
 
 
+PARTS = [{"type": "text", "text": "Par"}, {"type": "text", "text": "is"}]
+
+
+@pytest.mark.parametrize(
+    ("path", "key"), [("/", None), ("/classify", None), ("/pooling", None), ("/get_reward", "dialogues")]
+)
+def test_answer_in_parts_is_their_text(server: Served, source: Lengths, path: str, key: str | None) -> None:
+    asked = {"role": "user", "content": [{"type": "text", "text": "Where?"}, {"type": "image", "url": "u"}]}
+
+    def body(content: Any) -> dict[str, Any]:
+        dialogue = {"messages": [asked, {"role": "assistant", "content": content}]}
+        return dialogue if key is None else {"query": [""], key: [dialogue]}
+
+    ok(server, path, body(PARTS))
+    (rollout,) = source.asked[-1]
+    assert rollout.completion.text == "Paris" and rollout.prompt.text == "Where?"
+    assert rollout.dialogue is not None
+    assert rollout.dialogue.messages[-1]["content"] == [{"type": "text", "text": "Paris"}]
+    status, answer = server.post(path, body([*PARTS, {"type": "image", "url": "u"}]))
+    assert status == 400 and "the last message has a part of type image" in answer["detail"]
+
+
 def test_special_tokens_are_taken_off_the_end() -> None:
     source = Lengths()
     with served(source, strip=["<|im_end|>", "\n"]) as server:

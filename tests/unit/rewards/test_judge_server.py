@@ -120,8 +120,13 @@ def test_template_names_only_what_is_there() -> None:
         ),
         ({"parser": "ranking", "template": "{{ output }}"}, "shows no answer"),
         ({"key_env": "NOT_SET_ANYWHERE"}, "NOT_SET_ANYWHERE"),
-        ({"url": "ftp://h/v1"}, r"`judge.url`: `ftp://h/v1` is not of the form `http"),
-        ({"url": "http://me:secret@h/v1"}, r"`judge.url`: .*`judge.headers_env.authorization=VARIABLE`"),
+        ({"url": "ftp://h/v1"}, r"^judge.url `ftp://h/v1` is not of the form `http"),
+        ({"url": "http://h/v1,http://h/v1"}, r"^judge.url `http://h/v1,http://h/v1` names a server twice"),
+        (
+            {"url": "http://me:secret@h/v1"},
+            r"^judge.url `h/v1`: .*`judge.headers_env.authorization=VARIABLE`",
+        ),
+        ({"headers_env": {"grpc-x": "HOME"}}, r"^judge.headers_env: `grpc-x` cannot be a header"),
         ({"headers_env": {"x-key": "NOT_SET_ANYWHERE"}}, r"^judge.headers_env: environment variable NOT_SET"),
         ({"template_file": "/nowhere/t.j2"}, "cannot be read"),
         ({"model": None}, r"`judge.model`"),
@@ -379,6 +384,53 @@ def test_headers_that_say_that_nothing_is_left_hold_the_next_request_back() -> N
         assert server.times[1] - server.times[0] >= 0.35
 
 
+@pytest.mark.parametrize("headers", [{"retry_after": "1"}, {"retry_after_ms": "1000"}])
+def test_failure_that_passes_holds_the_next_request_back_for_as_long_as_it_says(
+    headers: dict[str, str],
+) -> None:
+    answers = iter([refuses(503, **headers)])
+    with judge_server(lambda _: next(answers, "7")) as server:
+        results = scored(judge(server, max_in_flight=1), rollouts("a", "b"))
+        assert len(scores(results)) == 2
+        assert server.times[1] - server.times[0] >= 0.95
+
+
+@pytest.mark.parametrize("reason", ["stop", "eos", "EOS_TOKEN", "end_turn", "COMPLETE", "", None])
+def test_answers_are_whole_by_the_words_of_any_server(reason: Any) -> None:
+    with judge_server(lambda _: says("7", reason)) as server:
+        assert scores(scored(judge(server), rollouts("a"))) == [pytest.approx(6 / 9)]
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        ("length", "was cut at `judge.max_tokens`"),
+        ("MAX_TOKENS", "was cut at `judge.max_tokens`"),
+        ("content_filter", "ended by `content_filter`"),
+        ("tool_calls", "ended by `tool_calls`"),
+        ("some_new_word", "ended by `some_new_word`"),
+    ],
+)
+def test_answers_that_are_not_whole_are_no_scores(reason: str, words: str) -> None:
+    with judge_server(lambda _: says("7", reason)) as server:
+        (result,) = scored(judge(server), rollouts("a"))
+        assert result.status is RewardStatus.INVALID and words in result.detail
+        assert len(server.bodies) == 1
+
+
+@pytest.mark.parametrize("reason", ["abort", "error", "insufficient_system_resource"])
+def test_answer_that_the_server_broke_off_is_asked_for_again(reason: str) -> None:
+    answers = iter([says("7", reason), "8"])
+    with judge_server(lambda _: next(answers)) as server:
+        assert scores(scored(judge(server), rollouts("a"))) == [pytest.approx(7 / 9)]
+    with judge_server(lambda _: says("7", reason)) as server:
+        (result,) = scored(judge(server, deadline_s=0.5), rollouts("a"))
+        assert (
+            result.status is RewardStatus.UNAVAILABLE
+            and f"broke its answer off (`{reason}`)" in result.detail
+        )
+
+
 @pytest.mark.parametrize("status", [500, 502, 503, 408])
 def test_failures_that_pass_are_retried(status: int) -> None:
     answers = iter([refuses(status), "7"])
@@ -623,6 +675,18 @@ def test_cache_forgets_the_oldest_in_memory_and_in_its_file(tmp_path: Path) -> N
             assert known(cache) == [98, 99, 100]
     with closing(AnswerCache(3, tmp_path / "answers")) as cache:
         assert known(cache) == [98, 99, 100], "of the file alone"
+
+
+def test_cache_in_memory_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("conch.rewards.judge.cache._MOST_BYTES", 10_000)
+    with closing(AnswerCache(100, None)) as cache:
+        for number in range(20):
+            cache.add(f"{number % 10}", Answer("7" * 2000, "stop"))
+        assert [number for number in range(10) if cache.get(f"{number}")] == [6, 7, 8, 9]
+        cache.add("large", Answer("7" * 20_000, "stop"))
+        assert cache.get("large") is None and cache.get("9") is None
+        cache.add("small", Answer("7", "stop"))
+        assert cache.get("small") == Answer("7", "stop", is_known=True)
 
 
 def test_unreadable_answers_are_not_kept() -> None:

@@ -67,6 +67,15 @@ def test_a_server_that_takes_a_list_alone_is_not_asked_for_values_without_ranges
         load(RewardConfig, {"goal_server": {"form": "list", "normalize": False}})
 
 
+@pytest.mark.parametrize("dialect", ["query", "messages"])
+def test_settings_of_goal_servers_are_refused_with_other_dialects(dialect: str) -> None:
+    whole = load(RewardConfig, {"dialect": dialect}).model_dump()  # as it is saved, with every key
+    words = f"`goal_server.send` acts with `dialect` = goals only, not with {dialect}"
+    with pytest.raises(ConfigError, match=words):
+        load(RewardConfig, {**whole, "goal_server": {"send": "sample"}})
+    load(RewardConfig, whole)
+
+
 def test_a_server_of_neither_form_is_told_from_a_bad_text() -> None:
     with (
         goal_server(forms=()) as served,

@@ -87,7 +87,7 @@ def test_member_whom_a_stranger_leads_elsewhere_does_not_go() -> None:
     (joined,) = stranger.list_keys()  # pyright: ignore[reportAttributeAccessIssue]
 
     def group(side: SignedStore, rank: int) -> BroadcastGroup:
-        return BroadcastGroup(side, rank, 2, "gloo", address="127.0.0.1", timeout_s=3.0)
+        return BroadcastGroup(side, rank, 2, "gloo", address="127.0.0.1", timeout_s=1.0)
 
     with ThreadPoolExecutor(1) as thread:
         trainer = thread.submit(group, store, 0)

@@ -20,6 +20,7 @@ from conch.errors import ConfigError
 from conch.scoring.run import main
 from tests.fakes import group_rewards
 from tests.fakes.json_rewards import endpoint, goals
+from tests.fakes.judge_server import judge_server
 
 ROWS = [{"prompt": "p", "completion": "x" * number, "tag": f"00{number}"} for number in range(10)]
 PAIRS = [
@@ -41,6 +42,13 @@ def dense(samples, prompts, outputs, output_ids):
 
 def goals(samples, prompts, outputs):
     return {"a": [None if output == "xx" else 1.0 for output in outputs], "b": [2.0] * len(outputs)}
+
+def moody(samples, prompts, outputs):
+    with open(__file__ + ".moods") as file:
+        moods = file.read().split()
+    with open(__file__ + ".calls", "a") as file:
+        file.write(f"{len(samples)} ")
+    return [None if str(len(output)) in moods else float(len(output)) for output in outputs]
 
 def calls(samples, prompts, outputs):
     with open(__file__ + ".calls", "a") as file:
@@ -233,12 +241,15 @@ def test_a_bad_row_in_the_midst_is_its_own_status(
         (["--prompt", "p", "--completion", "completion"], "--prompt p: line 1 has no such column"),
         (["--url", "host:1/m"], "give one of them"),
         (["--tolerance", "1"], "give the other one by --against"),
+        (["--retry-failed"], "--retry-failed is about rows of an output: name it by --output"),
+        (["--retry-failed", "--overwrite", "-o", "s.jsonl"], "give one of them"),
         (["-o", "scores.txt"], "give one of these endings"),
         (["-o", "nowhere/scores.jsonl"], "there is no folder nowhere"),
         (["-o", "rows.jsonl"], "is the input"),
         (["--report", "."], "is a folder"),
         (["--rows-are", "pairs"], 'line 1 has no "chosen" and "rejected"'),
         (["--objective", "style"], "--objective style: lengths gives reward"),
+        (["--objective", "style", "--rows-are", "samples"], "--objective style: lengths gives reward"),
     ],
 )
 def test_mistakes_are_one_sentence_before_anything_is_asked(
@@ -250,7 +261,7 @@ def test_mistakes_are_one_sentence_before_anything_is_asked(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write("rows.jsonl", ROWS if "--objective" not in words else PAIRS)
+    write("rows.jsonl", PAIRS if words == ["--objective", "style"] else ROWS)
     assert main(["rows.jsonl", "--reward", "own.py:lengths", *words]) == 1
     assert sentence in capsys.readouterr().err
 
@@ -288,6 +299,112 @@ def test_an_output_is_gone_on_with_and_then_whole(
     assert "holds all scores already" in capsys.readouterr().err
 
 
+def test_an_unknown_objective_is_told_before_a_reward_is_asked_that_tells_its_own(
+    write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with endpoint(goals) as server:
+        words = ["--url", server.url, "--dialect", "goals", "--objective", "style"]
+        for path in (write("rows.jsonl", ROWS), write("pairs.jsonl", PAIRS)):
+            asked = len(server.asked)
+            assert main([path, *words]) == 1
+            told = capsys.readouterr()
+            assert "--objective style: " in told.err and "gives long, one" in told.err and not told.out
+            assert not any("xx" in str(body) for body in server.asked[asked:]), "more than what checks ask"
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_rows_without_a_score_are_asked_for_again_and_no_others(
+    ending: str, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, output, calls = write("rows.jsonl", ROWS), tmp_path / f"out.{ending}", tmp_path / "own.py.calls"
+    moods, words = tmp_path / "own.py.moods", ("--keep", "--rows-at-once", "4")
+    moods.write_text("")
+    assert score(path, "moody", "-o", str(tmp_path / f"good.{ending}"), *words) == 0
+    moods.write_text("3 5 9")
+    assert score(path, "moody", "-o", str(output), *words) == 2
+    moods.write_text("9")
+    calls.write_text("")
+    assert score(path, "moody", "-o", str(output), *words) == 2, "without the option nothing is asked"
+    assert calls.read_text() == ""
+    assert score(path, "moody", "-o", str(output), *words, "--retry-failed") == 2
+    assert calls.read_text() == "3 "
+    told = capsys.readouterr().err
+    assert "asked again for 3 rows" in told and "1 of 10 rows have no score; first: row 9" in told
+    moods.write_text("")
+    for _ in range(2):
+        assert score(path, "moody", "-o", str(output), *words, "--retry-failed") == 0
+    assert calls.read_text() == "3 1 " and "holds all scores already" in capsys.readouterr().err
+    assert output.read_bytes() == (tmp_path / f"good.{ending}").read_bytes()
+    notes = [json.loads((tmp_path / f"{name}.{ending}.about.json").read_text()) for name in ("out", "good")]
+    assert notes[0] == notes[1]
+    own = {"rows.jsonl", "own.py", moods.name, calls.name}
+    written = {f"{name}.{ending}{more}" for name in ("out", "good") for more in ("", ".about.json")}
+    assert {each.name for each in tmp_path.iterdir() if each.is_file()} == own | written
+
+
+def test_rows_without_a_score_come_before_those_without_a_line(write: Write, tmp_path: Path) -> None:
+    path, output, calls = write("rows.jsonl", ROWS), tmp_path / "out.jsonl", tmp_path / "own.py.calls"
+    (tmp_path / "own.py.moods").write_text("1")
+    words = ("-o", str(output), "--rows-at-once", "4")
+    assert score(path, "moody", *words) == 2
+    note = tmp_path / "out.jsonl.about.json"
+    note.write_text(json.dumps({**json.loads(note.read_text()), "report": None}))
+    output.write_bytes(b"".join(output.read_bytes().splitlines(keepends=True)[:5]))
+    (tmp_path / "own.py.moods").write_text("")
+    calls.write_text("")
+    assert score(path, "moody", *words, "--retry-failed") == 0
+    assert calls.read_text() == "1 4 2 "
+    assert [line["index"] for line in lines_of(output)] == list(range(10))
+
+
+def test_rows_that_are_asked_for_again_are_kept_where_the_server_goes_away(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, output = write("rows.jsonl", ROWS), tmp_path / "out.jsonl"
+    # Each row in a request of its own, or all would fail with the one that does.
+    words = [path, "-o", str(output), "--rows-at-once", "1", "--batch-rows", "1", "--deadline-s", "1"]
+    with endpoint() as server:
+        answer = server.answer
+
+        def refuse(samples: list[str], lengths: set[int], status: int) -> tuple[int, bytes]:
+            return (status, b"") if {len(each) for each in samples} & lengths else answer(samples)
+
+        words += ["--url", server.url]
+        server.answer = lambda samples: refuse(samples, {3, 6, 9}, 422)
+        assert main(words) == 2
+        server.answer = lambda samples: refuse(samples, {6}, 503)
+        assert main([*words, "--retry-failed"]) == 2
+        assert "went away" in capsys.readouterr().err
+        failed = [line["index"] for line in lines_of(output) if line["status"] != "ok"]
+        assert failed[0] == 5 and set(failed) <= {5, 8}
+        server.answer = answer
+        assert main([*words, "--retry-failed"]) == 0
+    assert [line["scores"]["reward"] for line in lines_of(output)] == [float(n + 1) for n in range(10)]
+
+
+def test_lines_of_a_table_that_are_gone_cannot_be_taken_up(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, output = write("rows.jsonl", ROWS), tmp_path / "out.csv"
+    assert score(path, "picky", "-o", str(output)) == 2
+    (tmp_path / "out.csv.partial").unlink()
+    assert score(path, "picky", "-o", str(output), "--retry-failed") == 1
+    assert "its lines, " in capsys.readouterr().err
+
+
+def test_an_input_that_has_changed_anywhere_is_another_one(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": "p", "completion": "x" * 100_000} for _ in range(31)]
+    path, output = Path(write("rows.jsonl", rows)), tmp_path / "out.jsonl"
+    assert score(str(path), "lengths", "-o", str(output)) == 0
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] = ord("y")
+    path.write_bytes(content)
+    assert score(str(path), "lengths", "-o", str(output)) == 1
+    assert "holds scores of input blake2b" in capsys.readouterr().err
+
+
 def test_an_output_that_another_process_writes_is_left_alone(
     write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -322,6 +439,19 @@ def test_an_output_of_something_else_is_refused(
     assert Path(output).read_bytes() == before and (tmp_path / "mine.jsonl").read_text() == "mine\n"
     assert score(path, "near", "-o", output, "--overwrite") == 0
     assert Path(output).read_bytes() != before
+
+
+def test_an_output_of_a_judge_that_asked_otherwise_is_refused(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, file = write("rows.jsonl", ROWS[:2]), tmp_path / "judge.yaml"
+    with judge_server() as server:
+        file.write_text(f"url: {server.url}\nmodel: judge\n")
+        words = [path, "--reward", f"judge:{file}", "-o", str(tmp_path / "out.jsonl")]
+        assert main(words) == 0 == main(words)
+        file.write_text(f"url: {server.url}\nmodel: judge\nsystem: Be strict.\n")
+        assert main(words) == 1
+    assert "holds scores of reward content" in capsys.readouterr().err
 
 
 def test_two_rewards_are_compared(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -379,11 +509,11 @@ def test_a_server_that_goes_away_leaves_what_was_scored(
 ) -> None:
     path, output = write("rows.jsonl", ROWS), tmp_path / "out.jsonl"
     with endpoint() as server:
-        answer, asked = server.answer, []
+        answer = server.answer
 
         def fail_later(samples: list[str]) -> tuple[int, bytes]:
-            asked.extend(samples)
-            return answer(samples) if len(asked) < 7 else (503, b"")
+            # By what they are, since nobody knows in which order requests come; what a check asks is longer.
+            return (503, b"") if any(6 < len(each) < 20 for each in samples) else answer(samples)
 
         server.answer = fail_later
         words = [path, "--url", server.url, "-o", str(output), "--rows-at-once", "2", "--deadline-s", "2"]

@@ -11,6 +11,7 @@ import pytest
 from conch.errors import ConfigError, DataError
 from conch.rewards import RewardSource
 from conch.rewards.function import FunctionReward
+from conch.rewards.score import rollout_of
 from conch.scoring.forms import Request, form_of
 from conch.scoring.reading import InputRow
 from conch.types import RewardResult, Rollout
@@ -69,6 +70,18 @@ def test_a_sample_is_found_under_usual_names_and_those_that_are_given(
 ) -> None:
     (request,) = asked(row, columns=columns)
     assert texts(request) == [text] and request.num_chosen is None
+
+
+def test_an_answer_in_parts_is_scored_by_its_text() -> None:
+    user, parts = {"role": "user", "content": "q"}, [{"type": "text", "text": part} for part in ("a", " b")]
+    answer = {"role": "assistant", "content": parts}
+    for row in ([user, answer], {"prompt": [user], "completion": [answer]}):
+        (request,) = asked(row, source=Reader("both"))
+        assert [sample.completion.text for sample in request.samples] == ["a b"]
+    pictured = {**answer, "content": [*parts, {"type": "image"}]}
+    for row in ([user, pictured], {"prompt": [user], "completion": [pictured]}):
+        with pytest.raises(DataError, match="is a dialogue whose last message has a part of type image"):
+            rollout_of(row)
 
 
 @pytest.mark.parametrize("row", ["a b", {"text": "a b"}])

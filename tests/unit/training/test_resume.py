@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,27 @@ def test_folder_of_another_run_is_told_before_samplers_are_asked(tmp_path: Path)
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ConfigError, match=r"holds another run: go on with it by `train.resume=auto`"):
         grpo_trainer(tmp_path, rollout=nobody())
+
+
+@pytest.mark.parametrize("in_members", [False, True])
+def test_file_of_a_judge_must_say_the_same_when_a_run_is_resumed(tmp_path: Path, in_members: bool) -> None:
+    file = tmp_path / "judge.yaml"
+    with judge_server() as server:
+
+        def write(**keys: Any) -> None:
+            file.write_text(json.dumps({"url": server.url, "model": "judge", **keys}))
+
+        write()
+        named = {"members": {"a": f"judge:{file}"}} if in_members else {"judge": {"file": str(file)}}
+        of_judge: dict[str, Any] = {"reward_fn": None, "reward": named}
+        with closing(grpo_trainer(tmp_path / "run", **of_judge)) as trainer:
+            trainer.run.step = 1
+            save_checkpoint(trainer)
+        write(number_range=[0, 100])
+        with pytest.raises(CheckpointError, match=r"content has changed \(of `reward.judge.file`"):
+            grpo_trainer(tmp_path / "run", **of_judge, train={"resume": "auto"})
+        write(request_timeout_s=50.0)
+        grpo_trainer(tmp_path / "run", **of_judge, train={"resume": "auto"}).close()
 
 
 def test_resumed_run_goes_on_from_what_its_judge_has_cost(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from conch.converters.triton_models import graph_model as graph
 from conch.errors import ConversionError
 from conch.store.manifest import ScoringRules
 from tests.checkpoints import EOS, LETTERS, PAD, config_of, random_model, tokenizer_for
+from tests.forks import conversions_fork
 
 
 class SumOfIds:
@@ -112,7 +113,7 @@ def test_a_graph_scores_by_two_layers_tokens_and_steps(tmp_path: Path, settings:
     (part,) = plan_parts("model", options)
     (tmp_path / "model.py").write_bytes(part.runner[0].read_bytes())
     write_part(tmp_path, part, checkpoint, options)
-    with SubprocessModel(tmp_path) as model:
+    with conversions_fork(), SubprocessModel(tmp_path) as model:
         replies = model.score(reference.requests, "cpu")
     report = compare(reference.cases, replies, reference.expected, "float32")
     assert report.ok, report.table()

@@ -115,6 +115,21 @@ def test_cache_of_size_0_holds_nothing() -> None:
     assert cache.get(ScoringRow("a")) is None
 
 
+def test_scores_of_tokens_are_kept_as_many_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("conch.rewards.client.cache._MOST_NUMBERS", 100)
+    cache = ScoreCache(50)
+    dense = RewardResult(RewardStatus.OK, token_scores=(0.5,) * 30)
+    for number in range(10):
+        cache.add(ScoringRow(f"{number % 5}"), dense)
+    cache.add(ScoringRow("a"), result(1.0))
+    kept = [name for name in "01234a" if cache.get(ScoringRow(name)) is not None]
+    assert kept == ["2", "3", "4", "a"]
+    cache.clear()
+    for name in "012":
+        cache.add(ScoringRow(name), dense)
+    assert len(cache) == 3
+
+
 def test_headers_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_TOKEN", "Bearer abc=")
     assert secret_headers({"Authorization": "MY_TOKEN"}) == {"authorization": "Bearer abc="}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from conch.rewards.goals import words
 from conch.rewards.goals.diversity import diversity_words, mtld, textual_diversity
 from conch.rewards.goals.formality import f_score, formality, formality_1999, word_classes
 from conch.rewards.goals.readability import count_sentences, plain_words, reading_difficulty, syllable_counter
@@ -153,3 +156,31 @@ def test_rules_do_not_make_verbs_of_prepositions() -> None:
     words = text.split()
     assert english_tagger().tag(words)[3] == "IN"
     assert english_tagger().tag(words).count("IN") > english_tagger(every_rule=True).tag(words).count("IN")
+
+
+def test_long_words_are_measured_and_not_kept() -> None:
+    caches: tuple[Any, ...] = (words._count, syllable_counter(), english_tagger()._unknown)
+
+    def kept() -> list[int]:
+        return [each.cache_info().currsize for each in caches]
+
+    def measured(word: str) -> list[float]:
+        text = f"They saw {word} and {word}."
+        return [measure(text) for measure in (text_length, reading_difficulty, formality)]
+
+    long, longer = "xyz" * 22, "xyz" * 100
+    measured("short")
+    before = kept()
+    first = measured(long), measured(longer)
+    assert kept() == before
+    assert (measured(long), measured(longer)) == first
+    assert first[0][0] == 6.0 and first[0][2] == first[1][2]
+    measured("xyzzy" * 12)
+    assert kept() == [before[0] + 2, before[1] + 1, before[2] + 1], "a chunk with its full stop is another"
+
+
+def test_hyphenation_keeps_no_words_of_its_own() -> None:
+    from pyphen import hdcache  # pyright: ignore[reportAttributeAccessIssue]
+
+    reading_difficulty("Many words like zzyzxing, frobnicate and quuxification are in no dictionary.")
+    assert sum(len(each.cache) for each in hdcache.values()) == 0

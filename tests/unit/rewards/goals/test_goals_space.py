@@ -12,6 +12,7 @@ import pytest
 from conch.config import GoalsConfig, RewardConfig
 from conch.errors import ConfigError, RewardError, RewardUnavailableError
 from conch.rewards import from_user
+from conch.rewards.combined import SumReward
 from conch.rewards.factory import source_in_short
 from conch.rewards.goals import DEFAULT_GOALS, Failure, Goal, GoalSpace
 from conch.rewards.goals import named as named_module
@@ -279,3 +280,17 @@ def test_a_goal_without_a_value_for_plain_texts_is_told_before_the_run() -> None
 
     with pytest.raises(RewardError, match="goal `broken` raised KeyError"):
         GoalSpace([MeasuredGoal("broken", broken)]).check(normalize=False)
+
+
+def test_digest_of_a_reward_is_that_of_its_ranges() -> None:
+    def digest(high: float, **settings: Any) -> str:
+        ranges = {"text_length": (0.0, high), "other": None}
+        with (
+            GoalsReward(GoalSpace("text_length", ranges), **settings) as source,
+            SumReward({"a": source}) as both,
+        ):
+            assert both.digest == source.digest
+            return source.digest
+
+    assert digest(10.0) == digest(10.0) != digest(20.0) and digest(10.0)
+    assert digest(10.0, normalize=False) == "", "ranges change nothing"
