@@ -117,9 +117,9 @@ class _Service:
         most = self.config.max_waiting
         if not future.done() and self._waiting >= most:
             raise RefusedError(BUSY, f"{most} requests wait already (`max_waiting`)", _RETRY_S)
+        limit_s = self.config.deadline_s if wait_s is None else wait_s
         self._waiting += 1
         try:
-            limit_s = self.config.deadline_s if wait_s is None else wait_s
             ending = asyncio.wrap_future(future)
             # Where the wait ends first nobody else reads why it ended, which asyncio would complain of.
             ending.add_done_callback(lambda each: each.cancelled() or each.exception())

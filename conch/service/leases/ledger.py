@@ -371,10 +371,10 @@ class Ledger:
         elif reason := self._why_dropped(group):
             answer = Answer("dropped", step, reason)
         else:
-            group.place = self._next_place
-            self._places[group.place] = group.number
+            place = group.place = self._next_place
+            self._places[place] = group.number
             self._next_place += 1
-            answer = Answer("whole", group.place // self.settings.groups_per_step + 1)
+            answer = Answer("whole", place // self.settings.groups_per_step + 1)
         for sample in rewarded:
             sample.answer = answer
         if reason:

@@ -174,8 +174,9 @@ def sample_state(sample: Sample) -> list[Any]:
 
 def sample_of(values: Sequence[Any]) -> Sample:
     """What `sample_state` gave."""
-    completion, *rest, answer = values
-    return Sample(completion_of(completion), *rest, None if answer is None else Answer(*answer))
+    completion, digest, client, until, status, reward, answer = values
+    answered = None if answer is None else Answer(*answer)
+    return Sample(completion_of(completion), digest, client, until, status, reward, answered)
 
 
 def group_state(group: Group) -> dict[str, Any]:
