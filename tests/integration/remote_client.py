@@ -21,7 +21,7 @@ def vowels(outputs: list[str], **_: object) -> list[float]:
 
 def main(url: str, what: str) -> None:
     """Say `ready` once there are completions; the key is taken from the environment."""
-    with TrainingClient(url, client_id=f"{what}-{time.time_ns()}", retry_s=240) as client:
+    with TrainingClient(url, client_id=f"{what}-{time.time_ns()}", retry_s=240.0) as client:
         if what == "asks":
             client.get_completions("abc")
             print("ready", flush=True)

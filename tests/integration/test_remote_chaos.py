@@ -57,7 +57,7 @@ def cut_off(wire: FaultyProxy, seconds: float) -> None:
 def trained(running: Service, model: Path, wire: FaultyProxy) -> Weights:
     """The weights of a run with one client, which asks over a wire; all is learned from in one order."""
     settings = tiny_settings(model, max_steps=STEPS, save_every=3, training_batch_size=PER_STEP)
-    with TrainingClient(address(wire), KEY, retry_s=240, wait_s=20) as client:
+    with TrainingClient(address(wire), KEY, retry_s=240.0, wait_s=20.0) as client:
         status = client.train(reward=vowels, prompts=PROMPTS, settings=settings)
         assert (status.state, status.model_version[1]) == ("finished", STEPS)
         check_ledger(running, status.run_id)

@@ -39,7 +39,7 @@ def reward(outputs: list[str], **_: Any) -> list[float]:
 
 
 def client_of(running: Service, **settings: Any) -> TrainingClient:
-    return TrainingClient(running.url, KEY, retry_s=120, **settings)
+    return TrainingClient(running.url, KEY, retry_s=120.0, **settings)
 
 
 def metrics_of(running: Service, run_id: str) -> list[dict[str, Any]]:
@@ -223,6 +223,7 @@ def test_service_that_is_killed_ends_with_the_weights_of_one_that_is_not(model: 
     assert (counts["groups_learned"], counts["posts_accepted"], counts["samples_lapsed"]) == (8, 8, 0)
 
 
+@pytest.mark.slow
 def test_servers_sample_what_the_trainer_itself_would(model: Path, tmp_path: Path) -> None:
     def completions(running: Service) -> list[list[str]]:
         texts: list[list[str]] = []
@@ -232,7 +233,7 @@ def test_servers_sample_what_the_trainer_itself_would(model: Path, tmp_path: Pat
                 groups = client.get_completions_batch(PROMPTS[:2])
                 assert [group.model_version[1] for group in groups] == [version] * 2
                 for group in groups:
-                    answer = client.submit_rewards(group, vowel_rewards(group.completions), wait_s=60)
+                    answer = client.submit_rewards(group, vowel_rewards(group.completions), wait_s=60.0)
                     texts.append(group.completions)
                 assert answer.model_version[1] == version + 1
         return texts
@@ -297,7 +298,7 @@ def test_run_that_fails_tells_everybody_why(model: Path, tmp_path: Path) -> None
         group = client.get_completions("ab")
         # The disk has no room for a checkpoint's folder, as far as the trainer can tell.
         (running.output_dir / "runs" / run_id / "train" / "checkpoints").write_text("")
-        assert client.submit_rewards(group, [1.0, 2.0, 3.0, 4.0], wait_s=30).model_version[1] == 1
+        assert client.submit_rewards(group, [1.0, 2.0, 3.0, 4.0], wait_s=30.0).model_version[1] == 1
         status = running.wait_for("failed")
         assert "checkpoint" in status["error"]
         code, answer = running.post("/completions", {"prompt": "ab"})

@@ -63,7 +63,7 @@ OWNERS = {
     "deepspeed": ("conch/distributed/zero3.py",),
     "fastapi": (
         *("conch/*/app.py", "conch/*/server.py", "conch/servers/listening.py"),
-        "conch/reward_server/goalspace.py",
+        *("conch/reward_server/goalspace.py", "conch/service/openapi.py"),
     ),
     "uvicorn": ("conch/servers/listening.py", "conch/servers/quick_http.py", "conch/reward_server/server.py"),
     "uvloop": ("conch/reward_server/server.py",),
