@@ -89,7 +89,8 @@ def test_a_process_that_was_stopped_does_not_take_it_for_a_hang(tmp_path: Path) 
 def test_a_rank_that_hangs_ends_the_run_at_the_deadline_of_a_collective(
     kind: str, words: str, tmp_path: Path
 ) -> None:
-    process = hang(kind, tmp_path, 10.0, torchrun(2))
+    # Of forked ranks, the watch's thread does not get to run while a backward pass waits.
+    process = hang(kind, tmp_path, 10.0, torchrun(2), fresh=True)
     output = output_of(process)
     assert process.returncode not in (0, None)
     assert f"error: rank 0 waited for the other processes of this run, {words}, until the deadline" in output
