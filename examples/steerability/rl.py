@@ -26,6 +26,7 @@ from conch.cli.run_config import to_yaml
 from conch.config import load
 from conch.errors import ConfigError
 from conch.log import get_logger, is_main_process
+from conch.rewards.factory import from_user
 from conch.rollouts.factory import check_sampling
 from conch.runs.plots import read_metric
 from conch.runs.tracking import make_run_dir
@@ -52,14 +53,17 @@ def run(config: SteerabilityRunConfig) -> Path:
     if is_main_process():
         print("\n".join(devices.lines()), flush=True)
     use_zero(config, devices)
+    # Before a policy is trained for minutes: rewards and rows that cannot be.
+    with from_user(None, config.reward) as source:
+        source.check()
+    probe = config.steerability
+    train, held_out = (
+        generated_rows(probe, config.reward)
+        if probe.probe is None
+        else read_probe(probe, config.reward.steering.goals)
+    )
     with prepared(config, devices) as ready:
         final = grpo_config(config, devices, ready)
-        probe = config.steerability
-        train, held_out = (
-            generated_rows(probe, config.reward)
-            if probe.probe is None
-            else read_probe(probe, config.reward.steering.goals)
-        )
         with _secret(ready), closing(GRPOTrainer(final, prompts=train, eval_prompts=held_out)) as trainer:
             return trainer.fit()
 
