@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
+import time
 from pathlib import Path
 
 
@@ -51,3 +53,23 @@ def sync_tree(folder: Path) -> None:
     """Call `sync` for everything in a folder, and for the folder itself."""
     for path in [*folder.rglob("*"), folder]:
         sync(path)
+
+
+def write_ahead(file: sqlite3.Connection, wait_s: float) -> None:
+    """Have an SQLite file write ahead, so that readers and a writer do not wait for each other.
+
+    SQLite changes a file's journal without its usual wait for others, so processes that open a new file at
+    once would fail ("database is locked").
+
+    Raises:
+        sqlite3.OperationalError: the file is held for longer than `wait_s` seconds, or cannot be used.
+    """
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            file.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)

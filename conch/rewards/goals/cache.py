@@ -8,6 +8,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from conch.atomic_files import write_ahead
 from conch.log import get_logger
 
 _log = get_logger(__name__)
@@ -35,7 +36,7 @@ class SharedValues:
         self._told = False
         self._file = sqlite3.connect(path, timeout=_WAIT_S, check_same_thread=False, isolation_level=None)
         # Nobody needs the file after a crash of the machine, so nothing waits for the disk.
-        self._file.execute("PRAGMA journal_mode = WAL")
+        write_ahead(self._file, _WAIT_S)
         self._file.execute("PRAGMA synchronous = OFF")
         self._file.execute(
             "CREATE TABLE IF NOT EXISTS kept (id INTEGER PRIMARY KEY, key BLOB UNIQUE, value REAL NOT NULL)"

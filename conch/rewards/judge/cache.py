@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from conch.atomic_files import write_ahead
 from conch.errors import ConfigError
 from conch.log import get_logger
 from conch.rewards.judge.endpoint import Answer, TokenChoice
@@ -114,7 +115,7 @@ def _open(path: Path) -> sqlite3.Connection:
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         # Used in one thread at a time: that of the judge's loop, and at the end the one that closes.
         file = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
-        file.execute("PRAGMA journal_mode = WAL")
+        write_ahead(file, _BUSY_S)
         file.execute("PRAGMA synchronous = NORMAL")
         file.execute(
             "CREATE TABLE IF NOT EXISTS answers "
