@@ -295,7 +295,7 @@ def rewards_of(
         ServiceError: it gave another number of rewards, or something else.
     """
     count = sum(len(reply.completions) for reply in completions)
-    rewards = [*values] if isinstance(values, Sequence) and not isinstance(values, str) else list(values)
+    rewards = list(values)
     if len(rewards) != count:
         raise ServiceError(f"the reward function gave {len(rewards)} rewards for {count} completions")
     posts: list[RewardsRequest] = []
