@@ -42,6 +42,7 @@ READ_AT_IMPORT = (
 )
 """How the names of variables begin that Python or a library reads once."""
 READ_LATER = (
+    "PYTHONBREAKPOINT",  # which ray.init sets in the process that calls it
     "PYTHONPATH",
     "PYTHONUNBUFFERED",
     "PYTHON_EXEC",

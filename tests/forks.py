@@ -45,7 +45,7 @@ LIBRARIES = (
 """What most programs of ours import, and what takes its time."""
 _SOCKET = "/forks.socket"
 _HERE = Path(__file__).parent
-_ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 """As it was before any test changed it."""
 
 
@@ -70,7 +70,7 @@ class Forks:
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(path))
         listener.listen(64)
-        Path(f"{path}.json").write_text(json.dumps(_ENVIRONMENT), encoding="utf-8")
+        Path(f"{path}.json").write_text(json.dumps(ENVIRONMENT), encoding="utf-8")
         alive, self._alive = os.pipe()
         handed = listener.fileno(), alive
         self._process = subprocess.Popen(
@@ -78,7 +78,7 @@ class Forks:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=handed,
-            env=_ENVIRONMENT,
+            env=ENVIRONMENT,
             cwd="/",
             start_new_session=True,
         )

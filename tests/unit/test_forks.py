@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import psutil
 import pytest
 
 from tests.footprint import wait_until
-from tests.forks import Forks, started_by
+from tests.forks import ENVIRONMENT, Forks, started_by
 
 SHOW = "import os, sys; print([*sys.argv, os.getcwd(), os.environ.get('SHOWN'), sys.path[0], input()])"
 SLEEP = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
@@ -27,6 +26,7 @@ def forks() -> Iterator[Forks]:
 
 
 def ran(python: object, *arguments: str, **settings: object) -> subprocess.CompletedProcess[str]:
+    settings = {"env": ENVIRONMENT, **settings}  # whatever earlier tests left in this process's
     command = [str(python), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **settings)  # type: ignore[call-overload]
 
@@ -48,7 +48,7 @@ def test_program_gets_what_python_would_give_it(
 ) -> None:
     (tmp_path / "shows.py").write_text(SHOW)
     words = [word.format(tmp_path) if word.startswith("{") else word for word in arguments]
-    settings = {"cwd": tmp_path, "env": {**os.environ, "SHOWN": "yes"}, "input": "given\n"}
+    settings = {"cwd": tmp_path, "env": {**ENVIRONMENT, "SHOWN": "yes"}, "input": "given\n"}
     words += ["a", "b c"]
     found, expected = (ran(python, *words, **settings) for python in (forks.python, sys.executable))
     assert found.stderr == expected.stderr == "" and found.returncode == expected.returncode == 0
@@ -76,22 +76,23 @@ def test_libraries_are_there_and_nothing_of_another_program(forks: Forks) -> Non
     assert "tests.forks" not in ran(forks.python, "-c", "import sys; print(sys.modules.keys())").stdout
 
 
-@pytest.mark.parametrize("name", ["TORCHINDUCTOR_CACHE_DIR", "XDG_STATE_HOME", "RANK"])
+@pytest.mark.parametrize("name", ["TORCHINDUCTOR_CACHE_DIR", "PYTHONBREAKPOINT", "XDG_STATE_HOME", "RANK"])
 def test_other_variables_are_the_programs(forks: Forks, name: str) -> None:
     code = f"import os, sys; print(os.environ['{name}'], 'fractions' in sys.modules)"
-    assert ran(forks.python, "-c", code, env={**os.environ, name: "3"}).stdout == "3 True\n"
+    assert ran(forks.python, "-c", code, env={**ENVIRONMENT, name: "3"}).stdout == "3 True\n"
 
 
 @pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "PYTHONHASHSEED", "HF_HOME"])
 def test_variables_that_libraries_read_at_import_have_a_new_process(forks: Forks, name: str) -> None:
     code = f"import os, sys; print(os.environ['{name}'], 'fractions' in sys.modules)"
-    assert ran(forks.python, "-c", code, env={**os.environ, name: "3"}).stdout == "3 False\n"
+    assert ran(forks.python, "-c", code, env={**ENVIRONMENT, name: "3"}).stdout == "3 False\n"
 
 
 @contextmanager
 def started(forks: Forks, code: str) -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
     """Who stands in for a program, and the program; neither is left behind."""
-    with subprocess.Popen([str(forks.python), "-c", code], stdout=subprocess.PIPE, text=True) as process:
+    command = [str(forks.python), "-c", code]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         program = psutil.Process(int(process.stdout.readline()))
         try:
