@@ -26,24 +26,22 @@ myst_heading_anchors = 4
 # Quotes stay as the code has them, so that they can be searched for and copied.
 smartquotes = False
 
-_PAGES = ["docs", "examples", "findings", "singularity", "model_store", "README.md", "CONTRIBUTING.md"]
-include_patterns = [*(f"{name}/**" if (ROOT / name).is_dir() else name for name in _PAGES)]
-# Everything else is left out by its name, so that no environment and no run is walked through.
+_FOLDERS = ("docs", "examples", "findings", "singularity", "model_store")
+include_patterns = [
+    *("docs/**", "README.md", "CONTRIBUTING.md"),
+    *(f"{folder}/{depth}README.md" for folder in _FOLDERS[1:] for depth in ("", "**/")),
+]
+# Everything else is left out by its name, so that no environment, no model and no run is walked through.
 exclude_patterns = [
-    *(path.name for path in ROOT.iterdir() if path.name not in _PAGES),
-    "model_store/*/**",
-    "**/outputs",
-    "**/__pycache__",
-    "docs/_ext",
-    "docs/_templates",
+    *(path.name for path in ROOT.iterdir() if path.is_dir() and path.name not in _FOLDERS),
+    *("model_store/*/**", "examples/*/model_store", "examples/*/models", "examples/*/runs"),
+    *("**/outputs", "**/__pycache__", "docs/_ext", "docs/_templates"),
 ]
 
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "exclude-members": "model_config"}
-# What only some installations have: their absence is no reason to leave the pages out.
-autodoc_mock_imports = ["vllm", "trl", "verl", "openrlhf"]
 
 html_theme = "furo"
 html_title = f"Conch {release}"
