@@ -384,7 +384,7 @@ def _best(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[float | None,
 def _seconds_of_last_step(rows: Sequence[Mapping[str, Any]]) -> float:
     last = rows[-1] if rows else {}
     phases = [name for name in last if re.fullmatch(r"time/\w+_s", name) and not name.endswith("per_s")]
-    return sum(last[name] or 0.0 for name in phases)
+    return math.fsum(last[name] or 0.0 for name in phases)
 
 
 def _frame(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> DataFrame:
