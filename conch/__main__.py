@@ -138,11 +138,18 @@ def overoptimisation(words: Sequence[str]) -> int:
     _run("conch overoptimisation", pictures.main, words)
 
 
+def report(words: Sequence[str]) -> int:
+    """Make one HTML page of runs, or follow them: `conch report RUN ... [--live]`."""
+    from conch.report import __main__ as program
+
+    _run("conch report", program.main, words)
+
+
 _VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     verb.__name__.replace("_", "-"): verb
     for verb in (
         *(train, convert, serve, score, rollout_server, reference_server, reward_server, size, plot),
-        *(gold_eval, best_of_n, overoptimisation),
+        *(gold_eval, best_of_n, overoptimisation, report),
     )
 }
 

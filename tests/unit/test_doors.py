@@ -38,6 +38,7 @@ COMMANDS = [
     "conch.plots",
     "conch.evaluation.sampling.run",
     "conch.evaluation.pictures",
+    "conch.report.__main__",
     "conch.__main__",
 ]
 # Verb of `conch` -> the module whose `main` it runs.
@@ -65,10 +66,12 @@ VERBS = {
     "best-of-n": "conch.evaluation.sampling.run",
     "best_of_n": "conch.evaluation.sampling.run",
     "overoptimisation": "conch.evaluation.pictures",
+    "report": "conch.report.__main__",
 }
 NAMES = {
     "conch": ["train", "score", "__version__"],
     "conch.rewards": ["RewardSource"],
+    "conch.runs": ["load", "Run"],
     "conch.service.client": ["TrainingClient", "AsyncTrainingClient", "TrainingSettings"],
     "conch.converters.to_triton": ["to_triton"],
     "conch.trainers.ppo": ["PPOTrainer", "PPORunConfig"],

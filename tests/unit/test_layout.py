@@ -28,7 +28,7 @@ COLUMNS = (
     {"evaluation", "serving", "plots", "reward_server", "interop"},
     {"training", "scoring"},
     {"trainers"},
-    {"api", "service"},
+    {"api", "service", "report"},
 )
 BASE = COLUMNS[0]
 ALLOWED = {
@@ -77,6 +77,7 @@ OWNERS = {
     "pyphen": ("conch/rewards/goals/readability.py",),
     "textblob": (),
     "punkt": ("conch/rewards/verifiers/ifeval/*.py",),
+    "plotly": ("conch/report/page.py",),
     "optuna": ("conch/cli/sweeps/search.py",),
 }
 TORCH_FREE = (
@@ -201,6 +202,8 @@ def test_torch_free_parts_import_no_torch() -> None:
         ("conch.converters.to_triton", ("torch", "transformers")),
         ("conch.reward_server.server", ("torch", "transformers")),
         ("conch.reward_server.__main__", ("torch", "fastapi", "uvicorn", "tritonclient")),
+        ("conch.runs", ("torch", "transformers", "pandas")),
+        ("conch.report.__main__", ("torch", "transformers", "plotly", "pandas")),
         ("conch.service.client", ("torch", "numpy", "yaml", "fastapi", "hydra", "transformers")),
         ("conch.service.leases.ledger", ("torch", "transformers", "fastapi", "httpx2")),
         ("conch.service.server", ("torch", "transformers", "tritonclient")),
