@@ -201,6 +201,7 @@ def test_torch_free_parts_import_no_torch() -> None:
         ("conch.converters.to_triton", ("torch", "transformers")),
         ("conch.reward_server.server", ("torch", "transformers")),
         ("conch.reward_server.__main__", ("torch", "fastapi", "uvicorn", "tritonclient")),
+        ("conch.config.algorithms.async_grpo", ("torch", "transformers", "numpy", "hydra")),
         ("conch.service.client", ("torch", "numpy", "yaml", "fastapi", "hydra", "transformers")),
         ("conch.service.leases.ledger", ("torch", "transformers", "fastapi", "httpx2")),
         ("conch.service.server", ("torch", "transformers", "tritonclient")),
