@@ -148,6 +148,13 @@ def plot(words: Sequence[str]) -> int:
     _run("conch plot", plots.main, words)
 
 
+def runs(words: Sequence[str]) -> int:
+    """List runs and how they stand, or what differs: `conch runs [FOLDER]`, `conch runs diff RUN RUN`."""
+    from conch.runs import command
+
+    _run("conch runs", command.main, words)
+
+
 def best_of_n(words: Sequence[str]) -> int:
     """Judge the proxy's best of n completions by gold, for all n: `conch best-of-n key=value ...`."""
     _run("conch best-of-n", _best_of_n, words)
@@ -174,7 +181,7 @@ _VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     verb.__name__.replace("_", "-"): verb
     for verb in (
         *(train, convert, serve, score, rollout_server, reference_server, reward_server, service, size),
-        *(plot, gold_eval, best_of_n, overoptimisation),
+        *(runs, plot, gold_eval, best_of_n, overoptimisation),
     )
 }
 _SHORT = {

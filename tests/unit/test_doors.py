@@ -38,6 +38,7 @@ COMMANDS = [
     "conch.service.__main__",
     "conch.sizing.__main__",
     "conch.plots",
+    "conch.runs.command",
     "conch.evaluation.sampling.run",
     "conch.evaluation.pictures",
     "conch.__main__",
@@ -57,6 +58,7 @@ VERBS = {
     "reward-server": "conch.reward_server.__main__",
     "service": "conch.service.__main__",
     "size": "conch.sizing.__main__",
+    "runs": "conch.runs.command",
     "plot": "conch.runs.plots",
     "overoptimisation": "conch.evaluation.pictures",
 }
@@ -241,7 +243,7 @@ HEAVY = ("torch", "transformers", "accelerate", "datasets", "tritonclient", "hyd
 FIRST_WORDS = [
     *(f"train {algorithm}" for algorithm in ALGORITHMS),
     *("convert", "convert ensemble", "serve up", "score", "gold-eval", "rollout-server", "reference-server"),
-    *("reward-server", "service", "size", "plot", "best-of-n", "overoptimisation", "ensemble", "gold"),
+    *("runs", "runs diff", "reward-server", "service", "size", "plot", "best-of-n", "overoptimisation", "ensemble", "gold"),
 ]
 # A key or an option that is none, and what is said of it.
 MISTAKES = {
