@@ -155,6 +155,13 @@ def runs(words: Sequence[str]) -> int:
     _run("conch runs", command.main, words)
 
 
+def doctor(words: Sequence[str]) -> int:
+    """Look whether this machine and environment can run Conch, and say what to do where not."""
+    from conch import doctor as looking
+
+    _run("conch doctor", looking.main, words)
+
+
 def best_of_n(words: Sequence[str]) -> int:
     """Judge the proxy's best of n completions by gold, for all n: `conch best-of-n key=value ...`."""
     _run("conch best-of-n", _best_of_n, words)
@@ -181,7 +188,7 @@ _VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     verb.__name__.replace("_", "-"): verb
     for verb in (
         *(train, convert, serve, score, rollout_server, reference_server, reward_server, service, size),
-        *(runs, plot, gold_eval, best_of_n, overoptimisation),
+        *(runs, plot, gold_eval, best_of_n, overoptimisation, doctor),
     )
 }
 _SHORT = {

@@ -39,6 +39,7 @@ COMMANDS = [
     "conch.sizing.__main__",
     "conch.plots",
     "conch.runs.command",
+    "conch.doctor",
     "conch.evaluation.sampling.run",
     "conch.evaluation.pictures",
     "conch.__main__",
@@ -59,6 +60,7 @@ VERBS = {
     "service": "conch.service.__main__",
     "size": "conch.sizing.__main__",
     "runs": "conch.runs.command",
+    "doctor": "conch.doctor",
     "plot": "conch.runs.plots",
     "overoptimisation": "conch.evaluation.pictures",
 }
@@ -243,7 +245,7 @@ HEAVY = ("torch", "transformers", "accelerate", "datasets", "tritonclient", "hyd
 FIRST_WORDS = [
     *(f"train {algorithm}" for algorithm in ALGORITHMS),
     *("convert", "convert ensemble", "serve up", "score", "gold-eval", "rollout-server", "reference-server"),
-    *("runs", "runs diff", "reward-server", "service", "size", "plot", "best-of-n", "overoptimisation", "ensemble", "gold"),
+    *("doctor", "runs", "runs diff", "reward-server", "service", "size", "plot", "best-of-n", "overoptimisation", "ensemble", "gold"),
 ]
 # A key or an option that is none, and what is said of it.
 MISTAKES = {
