@@ -162,6 +162,13 @@ def doctor(words: Sequence[str]) -> int:
     _run("conch doctor", looking.main, words)
 
 
+def completion(words: Sequence[str]) -> int:
+    """Complete verbs, algorithms and keys in a shell: `source <(conch completion bash)`; zsh, fish."""
+    from conch import completion as completing
+
+    return completing.main(words, {**{verb: (verb,) for verb in _VERBS}, **_SHORT}, main)
+
+
 def best_of_n(words: Sequence[str]) -> int:
     """Judge the proxy's best of n completions by gold, for all n: `conch best-of-n key=value ...`."""
     _run("conch best-of-n", _best_of_n, words)
@@ -188,7 +195,7 @@ _VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     verb.__name__.replace("_", "-"): verb
     for verb in (
         *(train, convert, serve, score, rollout_server, reference_server, reward_server, service, size),
-        *(runs, plot, gold_eval, best_of_n, overoptimisation, doctor),
+        *(runs, plot, gold_eval, best_of_n, overoptimisation, doctor, completion),
     )
 }
 _SHORT = {

@@ -222,7 +222,7 @@ def test_help_lists_every_verb_with_a_line_of_its_own(words: list[str], capsys: 
     listed = [
         line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")
     ]
-    verbs = {verb.split()[0] for verb in VERBS} - {"rollout_server"} | {"train", "best-of-n"}
+    verbs = {verb.split()[0] for verb in VERBS} - {"rollout_server"} | {"train", "best-of-n", "completion"}
     verbs |= {algorithm.replace("_", "-") for algorithm in ALGORITHMS}
     assert sorted(name for name, _ in listed) == sorted(ALGORITHMS if words[0] == "train" else verbs)
     assert all(summary for _, summary in listed)
