@@ -245,7 +245,19 @@ HEAVY = ("torch", "transformers", "accelerate", "datasets", "tritonclient", "hyd
 FIRST_WORDS = [
     *(f"train {algorithm}" for algorithm in ALGORITHMS),
     *("convert", "convert ensemble", "serve up", "score", "gold-eval", "rollout-server", "reference-server"),
-    *("doctor", "runs", "runs diff", "reward-server", "service", "size", "plot", "best-of-n", "overoptimisation", "ensemble", "gold"),
+    *(
+        "doctor",
+        "runs",
+        "runs diff",
+        "reward-server",
+        "service",
+        "size",
+        "plot",
+        "best-of-n",
+        "overoptimisation",
+        "ensemble",
+        "gold",
+    ),
 ]
 # A key or an option that is none, and what is said of it.
 MISTAKES = {
