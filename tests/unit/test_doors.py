@@ -38,6 +38,8 @@ COMMANDS = [
     "conch.service.__main__",
     "conch.sizing.__main__",
     "conch.plots",
+    "conch.runs.command",
+    "conch.doctor",
     "conch.evaluation.sampling.run",
     "conch.evaluation.pictures",
     "conch.report.__main__",
@@ -47,14 +49,19 @@ COMMANDS = [
 VERBS = {
     "convert": "conch.converters.to_triton",
     "convert ensemble": "conch.converters.ensemble",
+    "ensemble": "conch.converters.ensemble",
     "serve": "conch.serving.__main__",
     "score": "conch.scoring.run",
     "gold-eval": "conch.evaluation.gold",
+    "gold": "conch.evaluation.gold",
     "rollout-server": "conch.rollouts.serve",
     "rollout_server": "conch.rollouts.serve",
     "reference-server": "conch.reference.serve",
     "reward-server": "conch.reward_server.__main__",
+    "service": "conch.service.__main__",
     "size": "conch.sizing.__main__",
+    "runs": "conch.runs.command",
+    "doctor": "conch.doctor",
     "plot": "conch.runs.plots",
     "overoptimisation": "conch.evaluation.pictures",
     "report": "conch.report.__main__",
@@ -122,10 +129,11 @@ def test_train_runs_the_trainer_by_the_settings_of_the_words(
     words = ["model.path=m", "train.seed=5"]
     assert exit_code(["train", algorithm.replace("_", "-"), *words]) == 0
     assert exit_code(["train", algorithm, *words]) == 0
+    assert exit_code([algorithm.replace("_", "-"), *words]) == 0
     trainer.main(words)
 
-    assert configs == [configs[0]] * 3 and configs[0].train.seed == 5
-    assert [type(config) for config in configs] == [run_config_of(algorithm)] * 3
+    assert configs == [configs[0]] * 4 and configs[0].train.seed == 5
+    assert [type(config) for config in configs] == [run_config_of(algorithm)] * 4
 
 
 def test_best_of_n_runs_by_the_settings_of_the_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,10 +195,11 @@ def exit_code(words: list[str]) -> int:
     ("words", "sentence"),
     [
         (["trian"], "`conch trian` is no command; did you mean `conch train`?"),
+        (["pppo"], "`conch pppo` is no command; did you mean `conch ppo`?"),
         (["train", "pppo"], "`conch train pppo` is no command; did you mean `conch train ppo`?"),
         (
             ["zzz"],
-            "there are: best-of-n, convert, gold-eval, overoptimisation, plot, reference-server",
+            "there are: async-grpo, best-of-n, co",
         ),
         (["train", "zzz"], "there are: async_grpo, grpo, ilql, ppo, reward_model, rft, sft"),
         (["serve", "statu"], "`conch serve statu` is no command; did you mean `conch serve status`?"),
@@ -216,8 +225,9 @@ def test_help_lists_every_verb_with_a_line_of_its_own(words: list[str], capsys: 
     listed = [
         line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")
     ]
-    verbs = {verb.split()[0] for verb in VERBS} - {"rollout_server"} | {"train", "best-of-n"}
-    assert {name for name, _ in listed} == (set(ALGORITHMS) if words[0] == "train" else verbs)
+    verbs = {verb.split()[0] for verb in VERBS} - {"rollout_server"} | {"train", "best-of-n", "completion"}
+    verbs |= {algorithm.replace("_", "-") for algorithm in ALGORITHMS}
+    assert sorted(name for name, _ in listed) == sorted(ALGORITHMS if words[0] == "train" else verbs)
     assert all(summary for _, summary in listed)
 
 
@@ -238,12 +248,28 @@ HEAVY = ("torch", "transformers", "accelerate", "datasets", "tritonclient", "hyd
 FIRST_WORDS = [
     *(f"train {algorithm}" for algorithm in ALGORITHMS),
     *("convert", "convert ensemble", "serve up", "score", "gold-eval", "rollout-server", "reference-server"),
-    *("reward-server", "size", "plot", "best-of-n", "overoptimisation"),
+    *(
+        "doctor",
+        "runs",
+        "runs diff",
+        "reward-server",
+        "service",
+        "size",
+        "plot",
+        "best-of-n",
+        "overoptimisation",
+        "ensemble",
+        "gold",
+    ),
 ]
 # A key or an option that is none, and what is said of it.
 MISTAKES = {
     **{f"train {algorithm} model.path=m train.sed=1": "`train.seed`?" for algorithm in ALGORITHMS},
-    "train ppo pp0.gamma=1": "unknown key `pp0.gamma`",
+    "ppo pp0.gamma=1": "unknown key `pp0.gamma`",
+    "grpo model.path=m --reward nowhere.at.all:f": "there is no module nowhere",
+    "async-grpo model.path=m --reward json:dumbs": "has no function dumbs; did you mean dumps?",
+    "rft model.path=m --reward conch.errors:__doc__": "is of type str and no function",
+    "ppo model.path=m --reward nowhere.py:f": "there is no such file",
     "best-of-n best_of_n.sed=1": "unknown key `best_of_n.sed`",
     "rollout-server model=m prot=1": "did you mean `port`?",
     "reference-server model=m prot=1": "did you mean `port`?",

@@ -26,9 +26,10 @@ COLUMNS = (
     {"distributed", "data", "models", "triton"},
     {"rollouts", "reference", "rewards", "store", "runs", "sizing"},
     {"evaluation", "serving", "plots", "reward_server", "interop"},
-    {"training", "scoring"},
+    {"training", "scoring", "doctor"},
     {"trainers"},
     {"api", "service", "report"},
+    {"completion"},
 )
 BASE = COLUMNS[0]
 ALLOWED = {
