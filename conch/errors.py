@@ -125,6 +125,17 @@ def first_line(error: BaseException | str) -> str:
     return text.partition("\n")[0].rstrip()
 
 
+def yaml_problem(error: Exception) -> str:
+    """Return on one line what is wrong in a YAML text, and where; PyYAML takes five lines for it.
+
+    error: a `yaml.YAMLError`, or what reading the file raised.
+    """
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or not problem:
+        return " ".join(str(error).split()) or type(error).__name__
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
+
+
 def missing_path(path: Path) -> str:
     """Return what to say behind "there is no such file": a near name, or where the path ceases to exist."""
     missing, parent = path, path.parent
