@@ -29,6 +29,7 @@ traceback and leave with code 1 (see `conch.cli.run_main`).
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 
 
@@ -134,6 +135,29 @@ def yaml_problem(error: Exception) -> str:
     if mark is None or not problem:
         return " ".join(str(error).split()) or type(error).__name__
     return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
+
+
+def install_extra(extra: str) -> str:
+    """Return the command that installs what an extra of Conch needs, to be put behind "needs the package".
+
+    No index has a `conch` of ours: the command names the checkout, or the packages where there is none.
+
+    extra: as in pyproject.toml.
+    """
+    from importlib.metadata import PackageNotFoundError, requires
+
+    checkout = Path(__file__).resolve().parents[1]
+    if (checkout / "pyproject.toml").is_file():
+        return f"pip install -e '{checkout}[{extra}]'"
+    try:
+        listed = [each.partition(";") for each in requires("conch") or ()]
+    except PackageNotFoundError:
+        listed = []
+    of_extra = re.compile(rf"extra == ['\"]{re.escape(extra)}['\"]")
+    packages = [name.strip() for name, _, marker in listed if of_extra.search(marker)]
+    if not packages:
+        return f"pip install -e '.[{extra}]' in a checkout of Conch"
+    return "pip install " + " ".join(f"'{each}'" for each in packages)
 
 
 def missing_path(path: Path) -> str:
