@@ -169,6 +169,11 @@ def test_no_text_with_commas_is_shown_without_its_quotes(file: Path) -> None:
     assert several == [], "Hydra takes this for several values"
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_readme_leads_to_the_page(page: str) -> None:
+    assert f"(docs/{page}.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_each_judge_of_the_page_is_one() -> None:
     shown = blocks_of((DOCS / "judges.md").read_text(encoding="utf-8"), "yaml")
     assert len(shown) >= 6
