@@ -23,7 +23,13 @@ from examples.overoptimisation.laboratory.hidden_preference import (
     letters_by_liking,
     random_texts,
 )
-from examples.overoptimisation.laboratory.results import ensemble_reward, measure_best_of_n, outcome, table
+from examples.overoptimisation.laboratory.results import (
+    Seconds,
+    ensemble_reward,
+    measure_best_of_n,
+    outcome,
+    table,
+)
 
 RNG_SEED = 5
 
@@ -135,6 +141,22 @@ def test_each_run_loses_of_the_gain_at_its_own_peak(tmp_path: Path) -> None:
     assert (found.final, found.sqrt_kl) == (pytest.approx(3.5 / spread), 2.0)
     assert found.loss == pytest.approx(3 / 10)
     assert found.standard_error == pytest.approx(0.5 / np.sqrt(2))
+
+
+def test_seconds_of_a_call_are_added_to_those_of_the_calls_before(tmp_path: Path) -> None:
+    first = Seconds.read(tmp_path)
+    first.add(3, "start", 2.0)
+    first.keep(tmp_path, 5.0)
+    first.add(3, "ppo_mean", 4.0)
+    first.keep(tmp_path, 9.0)
+    second = Seconds.read(tmp_path)
+    assert (second.calls, second.parts) == (9.0, {3: {"start": 2.0, "ppo_mean": 4.0}})
+    second.add(3, "ppo_mean", 1.5)
+    second.add(4, "start", 3.0)
+    second.keep(tmp_path, 6.0)
+    assert second.total == 15.0
+    third = Seconds.read(tmp_path)
+    assert (third.total, third.parts) == (15.0, {3: {"start": 2.0, "ppo_mean": 5.5}, 4: {"start": 3.0}})
 
 
 def test_nothing_gained_is_nothing_lost(tmp_path: Path) -> None:
