@@ -200,7 +200,11 @@ def report(
     print(table({**ppo, ALL: together}, {**best, ALL: best_together}))
     for kind in ("ppo", "best_of_n"):
         curves = {
-            reward: [curve_of(folder / f"{kind}_{name}") for folder in folders.values() for name in names]
+            reward: [
+                curve_of(folder / f"{kind}_{name}", label=f"seed_{seed}/{kind}_{name}")
+                for seed, folder in folders.items()
+                for name in names
+            ]
             for reward, names in rewards.items()
         }
         print(*draw(curves, output, kind), sep="\n")
