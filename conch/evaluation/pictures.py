@@ -377,8 +377,7 @@ def _labels(folders: Sequence[Path]) -> list[str]:
     return [str(Path(*each[-length:])) for each in parts]
 
 
-def main(argv: Sequence[str]) -> None:
-    """Draw the folders that a command line names."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="conch overoptimisation",
         description=__doc__,
@@ -394,7 +393,12 @@ def main(argv: Sequence[str]) -> None:
         help="of runs that evaluate a sweep (`eval_generation`), as in the names of their files: "
         "@do_sample=true; default: the only one that measured KL",
     )
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    """Draw the folders that a command line names."""
+    arguments = _parser().parse_args(argv)
     groups = groups_of(arguments.folder)
     curves: dict[str, list[Curve]] = {}
     for name, folders in groups.items():

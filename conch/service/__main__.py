@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from conch.cli import run_main
 from conch.distributed.launcher import launched_processes
-from conch.errors import ConfigError
+from conch.errors import ConfigError, install_extra
 from conch.servers.command import HELP, pairs_of, run_server
 from conch.servers.settings import pairs_from_environment
 from conch.service.protocol import KEY_VARIABLE
@@ -70,7 +70,7 @@ def _serve(config: ServiceConfig) -> None:
         if error.name not in _PACKAGES:
             raise
         raise ConfigError(
-            f"the training service needs the package {error.name}: pip install 'conch[service]'"
+            f"the training service needs the package {error.name}: {install_extra('service')}"
         ) from None
     serve(config)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from conch.config import load
-from conch.errors import ConfigError
+from conch.errors import ConfigError, install_extra
 from conch.trainers.async_grpo import AsyncGRPORunConfig
 from conch.trainers.grpo import GRPORunConfig
 from examples.grpo.async_settings import AsyncExampleConfig, uses_ray
@@ -409,7 +409,7 @@ def sampler(config: ExampleConfig, plan: DevicePlan, *, has_vllm: bool) -> str:
     backend = inference.backend
     if backend == "vllm" and not has_vllm:
         raise ConfigError(
-            "`inference_model.backend` = vllm, and vLLM is not installed: pip install 'conch[vllm]'"
+            f"`inference_model.backend` = vllm, and vLLM is not installed: {install_extra('vllm')}"
         )
     if backend == "auto":
         backend = "vllm" if has_vllm and plan.on_gpus else "transformers"
