@@ -50,7 +50,16 @@ def train(words: Sequence[str]) -> int:
     algorithm = words[0].replace("-", "_")
     if algorithm not in summaries:
         return _refuse("conch train", words[0], summaries)
-    _run(f"conch train {algorithm}", import_module(f"conch.trainers.{algorithm}").main, words[1:])
+    _run(f"conch train {algorithm}", lambda argv: _train(algorithm, argv), words[1:])
+
+
+def _train(algorithm: str, argv: Sequence[str]) -> None:
+    from conch.cli import load_run_config
+    from conch.config.algorithms import run_config_of
+
+    config = load_run_config(run_config_of(algorithm), argv, default_name=algorithm)
+    # Trainers bring torch and transformers, which takes seconds: not before there is something to train.
+    import_module(f"conch.trainers.{algorithm}").run(config)
 
 
 def convert(words: Sequence[str]) -> int:
@@ -112,7 +121,7 @@ def reference_server(words: Sequence[str]) -> int:
 
 def size(words: Sequence[str]) -> int:
     """Tell how much GPU memory a run takes, and what fits."""
-    from conch import sizing
+    from conch.sizing import __main__ as sizing
 
     _run("conch size", sizing.main, words)
 
@@ -126,9 +135,17 @@ def plot(words: Sequence[str]) -> int:
 
 def best_of_n(words: Sequence[str]) -> int:
     """Judge the proxy's best of n completions by gold, for all n: `conch best-of-n key=value ...`."""
-    from conch.evaluation.sampling import run
+    _run("conch best-of-n", _best_of_n, words)
 
-    _run("conch best-of-n", run.main, words)
+
+def _best_of_n(argv: Sequence[str]) -> None:
+    from conch.cli import load_run_config
+    from conch.evaluation.sampling.config import CONFIG_NAME, BestOfNRunConfig
+
+    config = load_run_config(BestOfNRunConfig, argv, default_name=CONFIG_NAME)
+    from conch.evaluation.sampling.run import run_best_of_n  # torch, once there is something to sample
+
+    run_best_of_n(config)
 
 
 def overoptimisation(words: Sequence[str]) -> int:

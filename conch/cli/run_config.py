@@ -14,7 +14,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -24,7 +24,7 @@ from pydantic_core import to_jsonable_python
 import conch
 from conch.cli.options import describe, over_defaults
 from conch.config import Section, load
-from conch.config.base import nested_section
+from conch.config.base import nested_section, refuse_unknown_keys
 from conch.errors import ConchError, ConfigError
 from conch.log import setup_logging
 
@@ -117,6 +117,9 @@ def load_run_config(
         raise SystemExit(_sweep(section, argv, arguments, options, check))
     if _may_sweep(section) and any(text.lstrip("+").startswith("sweep.") for text in arguments.overrides):
         raise ConfigError("keys sweep.* say how a sweep runs: add --multirun, or leave them out")
+    roots = config_roots(arguments.config_name, arguments.config_dir)
+    # Before Hydra is loaded, which takes longer than all that is done before.
+    refuse_unknown_keys(section, _keys_set(arguments.overrides, roots))
     values = compose(arguments.config_name, arguments.overrides, arguments.config_dir)
     try:
         config = load(section, values)
@@ -286,6 +289,13 @@ def _find_config(name: str, config_dir: Path) -> Path:
         raise ConfigError(f"no configuration folder {config_dir.resolve()}; name one with --config-dir")
     names = sorted(str(path.relative_to(config_dir).with_suffix("")) for path in config_dir.rglob("*.yaml"))
     raise ConfigError(f"no configuration `{name}` in {config_dir}; there is: {', '.join(names) or 'none'}")
+
+
+def _keys_set(overrides: Iterable[str], roots: Sequence[Path]) -> list[str]:
+    """The keys that overrides plainly set; choices of files, and what else Hydra knows, are left out."""
+    matches = [re.match(r"\+{0,2}([\w.]+)=", text) for text in overrides]
+    keys = [match[1] for match in matches if match]
+    return [key for key in keys if not any((root / key).is_dir() for root in roots)]
 
 
 def _force(text: str, roots: Sequence[Path]) -> str:

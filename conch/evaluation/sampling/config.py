@@ -19,6 +19,9 @@ from conch.config import (
 from conch.rewards.factory import shared_reward, source_in_short
 from conch.rewards.verifiers.named import PREFIX
 
+CONFIG_NAME = "best_of_n"
+"""File below `configs/` that runs where none is named."""
+
 
 class BestOfNConfig(Section):
     """How many completions are sampled, what is told of them, and where they are kept."""
