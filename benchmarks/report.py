@@ -118,9 +118,7 @@ def main(argv: Sequence[str]) -> None:
         seconds, processor_s = time.perf_counter() - started, time.process_time() - processor
         size = report.stat().st_size
         print(f"samples {arguments.samples}, evaluations {kept / 1e6:.1f} MB, page {size / 1e6:.1f} MB")
-        print(
-            f"written in {seconds:.1f} s, {processor_s:.1f} s of them processor time, torch's import included"
-        )
+        print(f"written in {seconds:.1f} s, {processor_s:.1f} s of them processor time")
         for name, values in time_page(report, arguments.rounds).items():
             ordered = sorted(values)
             print(f"{name}: {ordered[len(ordered) // 2]:.0f} ({ordered[0]:.0f}-{ordered[-1]:.0f}) ms")

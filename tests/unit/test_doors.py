@@ -238,7 +238,7 @@ HEAVY = ("torch", "transformers", "accelerate", "datasets", "tritonclient", "hyd
 FIRST_WORDS = [
     *(f"train {algorithm}" for algorithm in ALGORITHMS),
     *("convert", "convert ensemble", "serve up", "score", "gold-eval", "rollout-server", "reference-server"),
-    *("reward-server", "size", "plot", "best-of-n", "overoptimisation"),
+    *("reward-server", "size", "plot", "best-of-n", "overoptimisation", "report"),
 ]
 # A key or an option that is none, and what is said of it.
 MISTAKES = {
