@@ -3,25 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from typing import Any
 
 from conch.cli.options import over_defaults
 from conch.config import Section
-from conch.log import get_logger
-
-_log = get_logger(__name__)
-
-_CLASSES = {
-    "ppo": "PPORunConfig",
-    "grpo": "GRPORunConfig",
-    "async_grpo": "AsyncGRPORunConfig",
-    "rft": "RFTRunConfig",
-    "ilql": "ILQLRunConfig",
-    "sft": "SFTRunConfig",
-    "reward_model": "RewardModelRunConfig",
-}
-"""Algorithm -> its run config, in `conch.trainers.<algorithm>`."""
+from conch.config.algorithms import run_config_of
 
 REQUIRED = "(required)"
 ABSENT = "(no such key)"
@@ -41,12 +27,8 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def defaults_of(algorithm: str) -> dict[str, Any]:
-    """Full name -> default of an algorithm's keys, without those that are required; {} for an unknown one."""
-    if algorithm not in _CLASSES:
-        return {}
-    # Imported once they are asked for: trainers bring torch.
-    section: type[Section] = getattr(import_module(f"conch.trainers.{algorithm}"), _CLASSES[algorithm])
-    return flat(_plain(over_defaults(section, {})))
+    """Full name -> default of an algorithm's keys, without those that are required; {} where it is ""."""
+    return flat(_plain(over_defaults(run_config_of(algorithm), {}))) if algorithm else {}
 
 
 def compare(settings: Sequence[Mapping[str, Any]], defaults: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

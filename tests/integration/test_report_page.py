@@ -235,7 +235,7 @@ def test_a_prompt_is_compared_step_against_step(opened: Watched) -> None:
     opened.show("samples")
     opened.find("needle60x4 ", "2 of 194 samples")
     opened.page.locator("#sample-list .row").first.click()
-    opened.page.click("#to-compare")
+    opened.page.click("#compare-this")
     opened.page.wait_for_selector("#tab-compare", state="visible")
 
     assert opened.page.text_content("#compared-prompt") == "Tell me of rivers 2."

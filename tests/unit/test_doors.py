@@ -248,6 +248,7 @@ HEAVY = ("torch", "transformers", "accelerate", "datasets", "tritonclient", "hyd
 FIRST_WORDS = [
     *(f"train {algorithm}" for algorithm in ALGORITHMS),
     *("convert", "convert ensemble", "serve up", "score", "gold-eval", "rollout-server", "reference-server"),
+<<<<<<< HEAD
     *(
         "doctor",
         "runs",
@@ -261,6 +262,9 @@ FIRST_WORDS = [
         "ensemble",
         "gold",
     ),
+=======
+    *("reward-server", "size", "plot", "best-of-n", "overoptimisation", "report"),
+>>>>>>> h/report
 ]
 # A key or an option that is none, and what is said of it.
 MISTAKES = {

@@ -161,7 +161,7 @@ const samplesTab = {
     const metadata = block.metadata && block.metadata[row] >= 0 ? store.strings[block.metadata[row]] : "";
     this.detail.replaceChildren(
       el("div", { class: "tools" }, dot(block.run), el("b", {}, blockName(block, true)),
-        el("button", { class: "plain", type: "button", id: "to-compare", onclick: () => comparePrompt(block.prompt[row], block) }, "Compare this prompt")),
+        el("button", { class: "plain", type: "button", id: "compare-this", onclick: () => comparePrompt(block.prompt[row], block) }, "Compare this prompt")),
       sampleFacts(block, row),
       el("h3", {}, "Prompt"), el("pre", { class: "text" }, ...marked(prompt, pattern)),
       el("h3", {}, "Output"), el("pre", { class: "text", id: "output" }, ...marked(block.output[row], pattern)),
