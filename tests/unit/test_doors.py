@@ -248,7 +248,6 @@ HEAVY = ("torch", "transformers", "accelerate", "datasets", "tritonclient", "hyd
 FIRST_WORDS = [
     *(f"train {algorithm}" for algorithm in ALGORITHMS),
     *("convert", "convert ensemble", "serve up", "score", "gold-eval", "rollout-server", "reference-server"),
-<<<<<<< HEAD
     *(
         "doctor",
         "runs",
@@ -259,12 +258,10 @@ FIRST_WORDS = [
         "plot",
         "best-of-n",
         "overoptimisation",
+        "report",
         "ensemble",
         "gold",
     ),
-=======
-    *("reward-server", "size", "plot", "best-of-n", "overoptimisation", "report"),
->>>>>>> h/report
 ]
 # A key or an option that is none, and what is said of it.
 MISTAKES = {
