@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conch.config import load
+from conch.config import Section, load
+from conch.config.base import nested_section
 from conch.errors import ConfigError
 from conch.trainers.async_grpo import AsyncGRPORunConfig
 from conch.trainers.grpo import GRPORunConfig
@@ -68,6 +69,7 @@ def translate(config: ExampleConfig, plan: DevicePlan, *, has_vllm: bool) -> lis
     Raises:
         ConfigError: settings contradict each other; one sentence.
     """
+    more = _below_conch(config)
     batches = plan_batches(config, len(plan.train))
     made = [
         *_model(config, plan),
@@ -79,7 +81,6 @@ def translate(config: ExampleConfig, plan: DevicePlan, *, has_vllm: bool) -> lis
         *_run(config),
     ]
     sources = {item.name: item.source.partition(":")[0] for item in made if item.name not in _CHOSEN}
-    more = [Became(f"conch.{name}", name, value) for name, value in _leaves(config.conch)]
     for item in more:
         if item.name in sources:
             raise ConfigError(f"`{item.source}` has a name here: set {sources[item.name]} instead")
@@ -367,13 +368,35 @@ def _ray(config: AsyncExampleConfig, plan: DevicePlan, engine: str) -> list[Beca
     return made
 
 
+def _below_conch(config: ExampleConfig) -> list[Became]:
+    """The settings below `conch`.
+
+    Raises:
+        ConfigError: a section among them has a value, which would replace what this program sets in it.
+    """
+    made: list[Became] = []
+    for name, value in _leaves(config.conch):
+        section: type[Section] | None = run_section(config)
+        annotation: Any = section
+        for part in name.split("."):
+            field = section.model_fields.get(part) if section is not None else None
+            annotation = None if field is None else field.annotation
+            section = None if field is None else nested_section(annotation)
+        if section is None or annotation is not section:
+            made.append(Became(f"conch.{name}", name, value))
+        elif value != {}:
+            keys = ", ".join(f"`conch.{name}.{key}`" for key in section.model_fields)
+            raise ConfigError(f"`conch.{name}` = {value!r} is a section, no value: its keys are {keys}")
+    return made
+
+
 def _lead(config: ExampleConfig, batches: Batches) -> list[Became]:
     """How far sampling runs ahead; nothing where it does not."""
     if not isinstance(config, AsyncExampleConfig):
         return []
     train, lead = config.train, plan_lead(config.train, batches)
-    correction = config.conch.get("grpo", {}).get("correction", {})
-    if config.inference_model.top_p < 1 and correction.get("kind") != "none":
+    weighs = dict(_leaves(config.conch)).get("grpo.correction.kind") != "none"
+    if config.inference_model.top_p < 1 and weighs:
         raise ConfigError(
             f"`inference_model.top_p` = {config.inference_model.top_p} cuts the distribution that older "
             "samples are weighed by: leave it at 1, or weigh none, `conch.grpo.correction.kind=none`"
