@@ -29,7 +29,7 @@ class AsyncConfig(Section):
 
     deadline_s: float = Field(default=900.0, gt=0)
     """Seconds without a completion, a reward, a hand-over or a step after which the run ends with an account
-    of who waits for whom."""
+    of who waits for whom. Longer than one call of a reward function takes."""
 
     @model_validator(mode="after")
     def _weights_come_in_time(self) -> AsyncConfig:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 from conch.errors import ConchError, DataError, first_line
 from conch.rewards.base import ClientStats, RewardSource
+from conch.rewards.client.event_loop import LoopThread
 from conch.rewards.combined import when_all_done
 from conch.rewards.replay import sha256_of_sample
 from conch.rewards.verifiers.base import Verdict, Verifier
@@ -31,7 +32,8 @@ class VerifierReward(RewardSource):
     def __init__(self, verifier: Verifier[Any]) -> None:
         self.name = f"verifier {verifier.name}"
         self._verifier = verifier
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"verify-{verifier.name}")
+        # A daemon: a check of a verifier of the user's that never returns keeps no program from ending.
+        self._thread = LoopThread(f"verify-{verifier.name}")
         self._pool: CheckPool | None = None
         self._num_checks = 0
         self._late: set[str] = set()
@@ -53,7 +55,7 @@ class VerifierReward(RewardSource):
         self._num_checks += len(rollouts)
         self.check()
         if self._pool is None:
-            return self._thread.submit(self._verify_here, list(rollouts))
+            return self._thread.submit(self._verify_here(list(rollouts)))
         checks = [self._in_process(self._pool, rollout) for rollout in rollouts]
         return when_all_done(checks, lambda: [check.result() for check in checks])
 
@@ -62,13 +64,13 @@ class VerifierReward(RewardSource):
         return ClientStats(requests=self._num_checks)
 
     def close(self) -> None:
-        """Cancel what is under way, and end the processes."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Cancel what is under way, and end the processes; a check that does not return is left behind."""
+        self._thread.close()
         if self._pool is not None:
             self._pool.close()
             self._pool = None
 
-    def _verify_here(self, rollouts: Sequence[Rollout]) -> list[RewardResult]:
+    async def _verify_here(self, rollouts: Sequence[Rollout]) -> list[RewardResult]:
         def verdict(rollout: Rollout) -> Any:
             return self._verifier.verify(rollout.completion.text, self._read_key(rollout.prompt.metadata))
 
