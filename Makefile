@@ -8,7 +8,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := serve,onnx,deepspeed,tensorboard,wandb,math,ifeval,goals,search,ray,reward-server,dev
+EXTRAS := serve,onnx,deepspeed,tensorboard,wandb,math,ifeval,goals,search,ray,reward-server,report,dev
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
 # One process a core, at most four; a file's tests stay together, since they share what is slow to set up.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
@@ -20,7 +20,7 @@ export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart check format test unit test-processors test-slow test-int8 test-elsewhere vllm-test
-.PHONY: wheel clean
+.PHONY: docs wheel clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(firstword $(MAKEFILE_LIST)) \
@@ -78,6 +78,10 @@ test-elsewhere: $(STAMP)  ## as root: the tests as on a machine of somebody else
 vllm-test:  ## the tests that need vLLM, in .venv-vllm, an environment with it that is made first
 	PYTHON=$(PYTHON) tests/vllm_env.sh
 	.venv-vllm/bin/python -m pytest -m vllm tests/vllm $(ARGS)
+
+docs: $(STAMP)  ## build the documentation site into build/docs; a warning, a dead link among them, is an error
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --conf-dir docs --doctree-dir build/doctrees . build/docs
+	@echo "build/docs/index.html"
 
 wheel: $(STAMP)  ## build the source distribution and the wheel into dist/
 	$(BIN)/python -m build --no-isolation

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conch.addresses import SCHEMES, Endpoint
+from conch.config.reward import VERIFIER
 from conch.converters.ensemble import to_ensemble
 from conch.converters.stacked import check_stackable
 from conch.converters.to_triton import to_triton
 from conch.errors import ConfigError, ConversionError, ServerStartError, missing_path
 from conch.log import get_logger
 from conch.models.folders import model_folder
-from conch.rewards.verifiers.named import PREFIX
 from conch.serving.server.server import ServerOptions, TritonServer
 from conch.store.manifest import ServedDtype
 from conch.store.store import is_valid_name, list_models, read_model
@@ -53,7 +53,7 @@ class Serving:
 
 def has_address(name: str) -> bool:
     """Whether a reward is asked where it is: a served model, an endpoint, a verifier or a function."""
-    if name.startswith((*SCHEMES, PREFIX)) or _FUNCTION.fullmatch(name):
+    if name.startswith((*SCHEMES, VERIFIER)) or _FUNCTION.fullmatch(name):
         return True
     try:
         return bool(Endpoint.parse_all(name))

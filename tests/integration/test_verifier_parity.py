@@ -22,9 +22,9 @@ GSM8K_ROWS = ROOT.parent / "shared" / "data" / "gsm8k" / "test.jsonl.gz"
 TABLE = ROOT / "tests" / "unit" / "rewards" / "verifiers" / "gsm8k_completions.jsonl"
 SCORER = Path(__file__).with_name("gsm8k_parity_run.py")
 EXTRACTORS = {
-    "strict": GSM8KConfig(extractor="strict"),
-    "flexible": GSM8KConfig(extractor="flexible"),
-    "verl": GSM8KConfig(extractor="verl", last_characters=300),
+    "strict": GSM8KConfig(extractor="strict", version="whole"),
+    "flexible": GSM8KConfig(extractor="flexible", version="whole"),
+    "verl": GSM8KConfig(extractor="verl", last_characters=300, version="whole"),
 }
 
 

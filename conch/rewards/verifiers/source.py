@@ -21,9 +21,9 @@ class VerifierReward(RewardSource):
     """Scores completions by a verifier: its scores are the objectives, its facts are measured.
 
     Checks run in one thread, those of a verifier with a `timeout_s` in processes of their own: one that is
-    late, or whose process died, has the status TIMEOUT, and INVALID where the same sample was late before,
-    since asking again does not help. Two facts are added: `length_right` and `length_wrong`, the tokens of
-    completions whose fact `verifier.success` is at least 1, and of the others.
+    late, or whose process died, has the status TIMEOUT, and INVALID where the sample had been late before it
+    was asked for again, since that does not help. Two facts are added: `length_right` and `length_wrong`, the
+    tokens of completions whose fact `verifier.success` is at least 1, and of the others.
     """
 
     measures_facts = True
@@ -72,18 +72,23 @@ class VerifierReward(RewardSource):
         def verdict(rollout: Rollout) -> Any:
             return self._verifier.verify(rollout.completion.text, self._read_key(rollout.prompt.metadata))
 
-        return [self._result(each, lambda each=each: verdict(each), time.monotonic()) for each in rollouts]
+        return [
+            self._result(each, lambda each=each: verdict(each), time.monotonic(), late_before=False)
+            for each in rollouts
+        ]
 
     def _in_process(self, pool: CheckPool[Any], rollout: Rollout) -> Future[RewardResult]:
         started = time.monotonic()
+        # Looked up now, not when the check ends: one that is the same and asked for together is no retry.
+        late_before = sha256_of_sample(rollout.sample) in self._late
         result: Future[RewardResult] = Future()
         try:
             check = pool.submit(rollout.completion.text, self._read_key(rollout.prompt.metadata))
         except DataError as error:
-            result.set_result(self._failure(rollout, error, started))
+            result.set_result(self._failure(rollout, error, started, late_before))
         else:
             check.add_done_callback(
-                lambda check: result.set_result(self._result(rollout, check.result, started))
+                lambda check: result.set_result(self._result(rollout, check.result, started, late_before))
             )
         return result
 
@@ -95,13 +100,15 @@ class VerifierReward(RewardSource):
         except Exception as error:  # of a verifier of the user's
             raise DataError(f"cannot be read: {type(error).__name__}: {first_line(error)}") from error
 
-    def _result(self, rollout: Rollout, verdict: Callable[[], Any], started: float) -> RewardResult:
+    def _result(
+        self, rollout: Rollout, verdict: Callable[[], Any], started: float, late_before: bool
+    ) -> RewardResult:
         """Say what came of one check. Nothing is raised, whatever a verifier of the user's does or gives:
         whoever waits for the result would wait for ever, and so would the other ranks."""
         try:
             return self._success(rollout, verdict(), started)
         except BaseException as error:
-            return self._failure(rollout, error, started)
+            return self._failure(rollout, error, started, late_before)
 
     def _success(self, rollout: Rollout, verdict: Any, started: float) -> RewardResult:
         if not isinstance(verdict, Verdict):
@@ -128,17 +135,18 @@ class VerifierReward(RewardSource):
             "length_wrong": length if success < 1 else math.nan,
         }
 
-    def _failure(self, rollout: Rollout, error: BaseException, started: float) -> RewardResult:
+    def _failure(
+        self, rollout: Rollout, error: BaseException, started: float, late_before: bool
+    ) -> RewardResult:
         if isinstance(error, DataError):
             return self._failed(RewardStatus.INVALID, f"{self.name}: the prompt's row {error}", started)
         if self._pool is None or not isinstance(error, (TimeoutError, CheckDiedError)):
             broke = f"{self.name} broke: {type(error).__name__}: {first_line(error)}"
             return self._failed(RewardStatus.INVALID, broke, started)
         sample = sha256_of_sample(rollout.sample)
-        was_late = sample in self._late
         self._late.add(sample)
-        status = RewardStatus.INVALID if was_late else RewardStatus.TIMEOUT
-        again = ", as before" if was_late else ""
+        status = RewardStatus.INVALID if late_before else RewardStatus.TIMEOUT
+        again = ", as before" if late_before else ""
         late = first_line(error).removeprefix(f"{self._verifier.name}: ")
         return self._failed(status, f"{self.name}: {late}{again} (sample {sample[:8]})", started)
 

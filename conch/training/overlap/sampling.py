@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from conch.config.algorithms.async_grpo import AsyncConfig
 from conch.log import get_logger
 from conch.rollouts.base import draw_seeds
 from conch.rollouts.remote.stream import GroupRequest, GroupStream
@@ -27,7 +28,6 @@ from conch.runs.checkpoint import CHECKPOINTS, read_rank_state
 from conch.training.overlap.buffer import Admission, BufferedGroup, GroupBuffer
 from conch.training.overlap.ledger import append_to_ledger, cut_ledger
 from conch.training.overlap.metrics import LengthAudit, split_advice, staleness_metrics
-from conch.training.overlap.settings import AsyncConfig
 from conch.training.overlap.watchdog import Progress, Watchdog
 from conch.types import Metrics, RewardResult, Rollout
 

@@ -133,6 +133,16 @@ def test_late_and_dead_checks_are_timeouts_and_invalid_the_second_time() -> None
     assert re.fullmatch(late, again[0][1])
 
 
+def test_late_checks_of_equal_samples_asked_for_together_are_no_retry_of_each_other() -> None:
+    with VerifierReward(Slow()) as reward:
+        reward.check()
+        futures = [reward.submit(sampled(*outputs)) for outputs in (("late", "late"), ("late",))]
+        first = [result.status for future in futures for result in future.result(300)]
+        again = statuses(reward, "late", "late")
+    assert first == [RewardStatus.TIMEOUT] * 3
+    assert [status for status, _ in again] == [RewardStatus.INVALID] * 2
+
+
 def test_waiting_for_rewards_ends_with_a_check_that_never_comes() -> None:
     config = load(RewardConfig, {"failure": {"policy": "wait", "wait_budget_s": 600}})
     with VerifierReward(Slow()) as reward:
