@@ -95,7 +95,7 @@ def as_json(data: Mapping[str, Any]) -> bytes:
 
 def asset(name: str) -> str:
     """A file of our own."""
-    return files("conch.report").joinpath("assets", name).read_text(encoding="utf-8")
+    return (files("conch.report") / "assets" / name).read_text(encoding="utf-8")
 
 
 def _sha256(script: str) -> str:

@@ -8,27 +8,15 @@ from typing import Any
 from conch.cli.options import over_defaults
 from conch.config import Section
 from conch.config.algorithms import run_config_of
+from conch.runs.listing import PLACES, flat
 
 REQUIRED = "(required)"
 ABSENT = "(no such key)"
-_PLACES = ("train.run_dir", "train.output_dir", "train.resume")
-"""Keys that say where a run lies, and nothing about what it does."""
-
-
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Full name -> value, of all sections; lists and empty mappings are values."""
-    values: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            values |= flat(value, f"{prefix}{name}.")
-        else:
-            values[f"{prefix}{name}"] = value
-    return values
 
 
 def defaults_of(algorithm: str) -> dict[str, Any]:
     """Full name -> default of an algorithm's keys, without those that are required; {} where it is ""."""
-    return flat(_plain(over_defaults(run_config_of(algorithm), {}))) if algorithm else {}
+    return dict(flat(_plain(over_defaults(run_config_of(algorithm), {})))) if algorithm else {}
 
 
 def compare(settings: Sequence[Mapping[str, Any]], defaults: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -54,7 +42,7 @@ def compare(settings: Sequence[Mapping[str, Any]], defaults: Sequence[Mapping[st
                 "defaults": usual,
                 "changed": any(value != default for value, default in pairs),
                 "differs": len(set(values)) > 1,
-                "place": key in _PLACES,
+                "place": key in PLACES,
             }
         )
     return {"rows": rows, "has_defaults": any(defaults)}
