@@ -40,7 +40,7 @@ ALLOWED = {
     "serving": {*BASE, *COLUMNS[1], "triton", "store"},
     "converters": {*BASE, *COLUMNS[1], "data", "models", "triton", "store"},
     "scoring": {*(part for parts in COLUMNS[:6] for part in parts), "converters"},
-    "__init__": {"api", "rewards"},
+    "__init__": {"api", "rewards", "runs"},
     "__main__": {"converters", *(part for parts in COLUMNS for part in parts)},
 }
 
