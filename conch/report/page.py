@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from conch.atomic_files import replace_text
-from conch.errors import ConfigError
+from conch.errors import ConfigError, install_extra
 
 _SCRIPTS = (
     *("store.js", "charts.js", "curves.js", "samples.js", "compare.js", "rewards.js", "tables.js"),
@@ -35,7 +35,7 @@ def plotly_script() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise ConfigError("a report needs plotly for its charts: pip install 'conch[report]'") from error
+        raise ConfigError(f"a report needs the package plotly: {install_extra('report')}") from error
     return get_plotlyjs()
 
 
