@@ -23,7 +23,7 @@ def rows_by_key(result: dict) -> dict[str, dict]:
 def test_every_algorithm_has_its_defaults(algorithm: str) -> None:
     defaults = defaults_of(algorithm)
 
-    assert defaults["train.seed"] == 0 and "model.path" not in defaults
+    assert defaults["train.seed"] == 0 and defaults["tokenizer.path"] is None
     assert len(defaults) > 50
 
 
@@ -41,7 +41,7 @@ def test_a_resolved_configuration_differs_where_it_was_set(tmp_path: Path) -> No
 
     changed = {row["key"]: (row["values"], row["defaults"]) for row in result["rows"] if row["changed"]}
     assert changed == {
-        "model.path": (["gpt2"], [REQUIRED]),
+        "model.path": (["gpt2"], ["null"]),
         "train.seed": (["3"], ["0"]),
         "generation.stop": (["['x']"], ["[]"]),
     }
@@ -66,3 +66,9 @@ def test_places_are_marked_for_they_change_nothing() -> None:
 
 def test_flat_keeps_lists_and_empty_mappings() -> None:
     assert dict(flat({"a": {"b": [1], "c": {}}, "d": None})) == {"a.b": [1], "a.c": {}, "d": None}
+
+
+def test_key_without_a_default_is_a_required_one() -> None:
+    [row] = compare([{"a": 1}], [{"b": 2}])["rows"][:1]
+
+    assert (row["key"], row["defaults"], row["changed"]) == ("a", [REQUIRED], True)
