@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from conch.cli.options import over_defaults
 from conch.config import Section
 from conch.config.algorithms import run_config_of
 from conch.runs.listing import PLACES, flat
@@ -16,7 +15,18 @@ ABSENT = "(no such key)"
 
 def defaults_of(algorithm: str) -> dict[str, Any]:
     """Full name -> default of an algorithm's keys, without those that are required; {} where it is ""."""
-    return dict(flat(_plain(over_defaults(run_config_of(algorithm), {})))) if algorithm else {}
+    return dict(flat(_defaults(run_config_of(algorithm)))) if algorithm else {}
+
+
+def _defaults(section: type[Section]) -> dict[str, Any]:
+    """Defaults of a section's keys; of a section in it that must be given, those of its own keys."""
+    values: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        if not field.is_required():
+            values[name] = _plain(field.get_default(call_default_factory=True, validated_data={}))
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            values[name] = _defaults(field.annotation)
+    return values
 
 
 def compare(settings: Sequence[Mapping[str, Any]], defaults: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
