@@ -19,26 +19,19 @@ from typing import Any
 
 from conch import __version__
 from conch.errors import ConchError, first_line
-from conch.report.settings import compare, defaults_of, flat
-from conch.runs.reading import (
-    ALARMS_FILE,
-    BEST_METRIC_FILE,
-    CONFIG_FILE,
-    METRICS_FILE,
-    Run,
-    SampleFile,
-    load,
-    read_samples,
-)
+from conch.report.settings import compare, defaults_of
+from conch.runs.listing import flat
+from conch.runs.reading import ALARMS_FILE, Run, SampleFile, load, read_samples
+from conch.runs.state import BEST_METRIC_FILE, CONFIG_FILE, METRICS_FILE, STATE_FILE
 
 MAX_POINTS = 5000
 """Points of a curve; of longer ones the lowest and the highest of each stretch are kept."""
 
 _TEXT_COLUMNS = ("status", "finish_reason", "policy_version")
 _NOT_NUMBERS = ("source", "step", "variant", "prompt", "output", "metadata", "messages", *_TEXT_COLUMNS)
-_FILES = (METRICS_FILE, CONFIG_FILE, BEST_METRIC_FILE, ALARMS_FILE)
-_PHASE_S = 30.0
-"""Seconds after which a run is looked at again that has written nothing: it may have stopped."""
+_FILES = (METRICS_FILE, STATE_FILE, CONFIG_FILE, BEST_METRIC_FILE, ALARMS_FILE)
+_STATE_S = 30.0
+"""Seconds after which a run is looked at again that has written nothing: it may have been killed."""
 
 _LONG_WAIT_S = 5.0
 _LONG_WAIT_FACTOR = 20.0
@@ -155,8 +148,8 @@ class Collector:
         """What `about` says of a run; what it said last, for a while, where its files are as they were."""
         stamps = [_stamp(run.folder / name) for name in _FILES if (run.folder / name).exists()]
         known = self._known.get(number)
-        if known is None or known[0] != stamps or time.monotonic() - known[1] > _PHASE_S:
-            self._flat[number] = flat(run.settings)
+        if known is None or known[0] != stamps or time.monotonic() - known[1] > _STATE_S:
+            self._flat[number] = dict(flat(run.settings))
             known = self._known[number] = (stamps, time.monotonic(), about(run))
         return known[2]
 
@@ -247,16 +240,17 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 def about(run: Run) -> dict[str, Any]:
     """State, curves, alarms and what became of the reward server."""
-    rows, state = run.metrics(), run.state
+    rows, summary = run.metrics(), run.summary
     return {
         "algorithm": run.algorithm,
-        "phase": state.phase,
-        "step": state.step,
-        "total_steps": state.total_steps,
-        "best_metric": state.best_metric,
-        "best": state.best,
-        "best_step": state.best_step,
-        "updated": state.updated,
+        "state": summary.state,
+        "reason": summary.reason,
+        "step": summary.step or 0,
+        "total_steps": summary.total_steps,
+        "best_metric": summary.metric,
+        "best": summary.best,
+        "best_step": summary.best_step,
+        "updated": summary.changed,
         "checkpoints": list(run.checkpoints),
         **curves(rows),
         "alarms": run.alarms(),

@@ -35,7 +35,7 @@ def plotly_script() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise ConfigError(f"a report needs plotly for its charts: {install_extra('report')}") from error
+        raise ConfigError(f"a report needs the package plotly: {install_extra('report')}") from error
     return get_plotlyjs()
 
 
@@ -95,7 +95,7 @@ def as_json(data: Mapping[str, Any]) -> bytes:
 
 def asset(name: str) -> str:
     """A file of our own."""
-    return files("conch.report").joinpath("assets", name).read_text(encoding="utf-8")
+    return (files("conch.report") / "assets" / name).read_text(encoding="utf-8")
 
 
 def _sha256(script: str) -> str:

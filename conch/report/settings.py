@@ -5,30 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from conch.cli.options import over_defaults
 from conch.config import Section
 from conch.config.algorithms import run_config_of
+from conch.runs.listing import PLACES, flat
 
 REQUIRED = "(required)"
 ABSENT = "(no such key)"
-_PLACES = ("train.run_dir", "train.output_dir", "train.resume")
-"""Keys that say where a run lies, and nothing about what it does."""
-
-
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Full name -> value, of all sections; lists and empty mappings are values."""
-    values: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            values |= flat(value, f"{prefix}{name}.")
-        else:
-            values[f"{prefix}{name}"] = value
-    return values
 
 
 def defaults_of(algorithm: str) -> dict[str, Any]:
     """Full name -> default of an algorithm's keys, without those that are required; {} where it is ""."""
-    return flat(_plain(over_defaults(run_config_of(algorithm), {}))) if algorithm else {}
+    return dict(flat(_defaults(run_config_of(algorithm)))) if algorithm else {}
+
+
+def _defaults(section: type[Section]) -> dict[str, Any]:
+    """Defaults of a section's keys; of a section in it that must be given, those of its own keys."""
+    values: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        if not field.is_required():
+            values[name] = _plain(field.get_default(call_default_factory=True, validated_data={}))
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            values[name] = _defaults(field.annotation)
+    return values
 
 
 def compare(settings: Sequence[Mapping[str, Any]], defaults: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -54,7 +52,7 @@ def compare(settings: Sequence[Mapping[str, Any]], defaults: Sequence[Mapping[st
                 "defaults": usual,
                 "changed": any(value != default for value, default in pairs),
                 "differs": len(set(values)) > 1,
-                "place": key in _PLACES,
+                "place": key in PLACES,
             }
         )
     return {"rows": rows, "has_defaults": any(defaults)}

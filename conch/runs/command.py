@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from conch.cli import run_main, written_with
-from conch.runs.listing import RunSummary, differences, find_runs, summarise
+from conch.runs.listing import PLACES, RunSummary, differences, find_runs, summarise
 
-_PLACES = ("train.run_dir", "train.output_dir", "train.resume")
-"""Settings that say where a run is, which differ wherever two runs do."""
 _LONGEST = 40
 
 
@@ -65,7 +63,7 @@ def _diff(words: Sequence[str]) -> None:
     if len(arguments.runs) < 2:
         parser.error("name at least two runs")
     found = differences(arguments.runs)
-    shown = {name: each for name, each in found.items() if arguments.all or name not in _PLACES}
+    shown = {name: each for name, each in found.items() if arguments.all or name not in PLACES}
     if arguments.json:
         print(json.dumps({name: [_plain(value) for value in each] for name, each in shown.items()}))
         return

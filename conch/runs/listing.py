@@ -13,11 +13,10 @@ from typing import Any
 import yaml
 
 from conch.errors import DataError, missing_path
-from conch.runs.state import STATE_FILE, read_state
-from conch.runs.tracking import METRICS_FILE
+from conch.runs.state import BEST_METRIC_FILE, CONFIG_FILE, METRICS_FILE, STATE_FILE, read_state
 
-CONFIG_FILE = "config.yaml"
-BEST_METRIC_FILE = "best_metric.txt"
+PLACES = ("train.run_dir", "train.output_dir", "train.resume")
+"""Settings that say where a run is, which differ wherever two runs do."""
 
 _ALGORITHMS = ("ppo", "grpo", "rft", "ilql", "sft", "reward_model")
 _NOT_BELOW = {"checkpoints", "samples", "evaluations", "rollouts", "tensorboard", "wandb", "servers"}
@@ -103,7 +102,7 @@ def settings_of(run: Path) -> dict[str, Any]:
         raise DataError(f"{run} is no run's folder: there is no {path}{missing_path(path)}") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-    return dict(_flat(values, "")) if isinstance(values, Mapping) else {}
+    return dict(flat(values, "")) if isinstance(values, Mapping) else {}
 
 
 def differences(runs: Sequence[Path]) -> dict[str, list[Any]]:
@@ -118,10 +117,11 @@ def differences(runs: Sequence[Path]) -> dict[str, list[Any]]:
     return {name: each for name, each in values.items() if any(value != each[0] for value in each)}
 
 
-def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Full name and value of each setting; lists and empty mappings are values."""
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 

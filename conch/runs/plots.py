@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from conch.errors import DataError
-from conch.runs.reading import METRICS_FILE, no_run
+from conch.runs.reading import no_run
+from conch.runs.state import METRICS_FILE
 
 LABELS = {
     "reward/mean": "served reward of rollouts (mean)",

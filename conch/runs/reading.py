@@ -1,7 +1,7 @@
 """A run's folder as plain Python: settings, state, metrics, samples and alarms, without torch.
 
     run = conch.runs.load("outputs/2026-11-30/06-30-00")
-    run.state.step, run.settings["train"]["seed"]
+    run.state, run.summary.best, run.settings["train"]["seed"]
     run.metrics()                     # one dict a step
     run.samples(source="evaluation")  # one dict a completion
     run.metrics_frame()               # the same as a pandas.DataFrame
@@ -16,7 +16,6 @@ import csv
 import json
 import math
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,17 +24,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from conch.errors import ConfigError, DataError, first_line, missing_path
+from conch.runs.listing import RunSummary, summarise
+from conch.runs.state import CONFIG_FILE, METRICS_FILE
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-METRICS_FILE = "metrics.jsonl"
-CONFIG_FILE = "config.yaml"
-BEST_METRIC_FILE = "best_metric.txt"
 ALARMS_FILE = "alarms.jsonl"
 
 Source = Literal["evaluation", "rollout", "table"]
-Phase = Literal["running", "finished", "stopped"]
 
 _ALGORITHMS = ("asynchronous", "ppo", "grpo", "rft", "ilql", "sft", "reward_model")
 """Sections that tell which algorithm a configuration is of, in the order in which they are looked for."""
@@ -46,32 +43,6 @@ _SAMPLE_FILES: dict[Source, tuple[str, re.Pattern[str]]] = {
     "table": ("samples", re.compile(r"eval(?P<variant>@.+)?_(?P<step>\d+)\.csv")),
 }
 """Source -> folder of a run, and names of its files."""
-
-_LEAST_SILENCE_S = 120.0
-_SILENT_STEPS = 10.0
-"""A run is taken for running until it has been silent for so many times its last step's seconds."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunState:
-    """How far a run is.
-
-    phase: `finished` at its last step; else `running`, or `stopped` where it has written nothing for two
-        minutes and ten of its steps: an early end, an interruption, or a wait for a server that is away.
-    step: last step with metrics; 0 before the first.
-    total_steps: that its settings ask for; None where they are not known.
-    best_metric: the evaluation metric that decides which checkpoint is best; "" where nothing is evaluated.
-    best, best_step: its best value, and the step; None before the first evaluation.
-    updated: when its metrics were last written, in seconds since the epoch.
-    """
-
-    phase: Phase
-    step: int
-    total_steps: int | None
-    best_metric: str
-    best: float | None
-    best_step: int | None
-    updated: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,21 +93,14 @@ class Run:
         return "async_grpo" if name == "asynchronous" else name
 
     @property
-    def state(self) -> RunState:
-        """How far the run is, from its metrics and settings."""
-        rows = self.metrics()
-        train = self.settings.get("train") or {}
-        total = train.get("total_steps")
-        step = rows[-1]["step"] if rows else 0
-        updated = (self.folder / METRICS_FILE).stat().st_mtime
-        metric = self._best_metric()
-        best, best_step = _best(rows, metric)
-        phase: Phase = "running"
-        if total is not None and step >= total:
-            phase = "finished"
-        elif time.time() - updated > max(_LEAST_SILENCE_S, _SILENT_STEPS * _seconds_of_last_step(rows)):
-            phase = "stopped"
-        return RunState(phase, step, total, metric, best, best_step, updated)
+    def summary(self) -> RunSummary:
+        """How the run stands: its state, steps, and best evaluation so far."""
+        return summarise(self.folder)
+
+    @property
+    def state(self) -> str:
+        """`running`, `finished`, `stopped`, `failed` or `killed`."""
+        return self.summary.state
 
     @property
     def checkpoints(self) -> dict[int, Path]:
@@ -228,10 +192,6 @@ class Run:
         return _frame(
             self.samples(source=source, step=step), ["source", "step", "prompt", "output", "reward"]
         )
-
-    def _best_metric(self) -> str:
-        path = self.folder / BEST_METRIC_FILE
-        return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 
 def load(folder: str | Path) -> Run:
@@ -370,21 +330,6 @@ def _number(cell: str) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
-
-
-def _best(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[float | None, int | None]:
-    """Best value of a metric and its step; lower is better for one that ends in `loss`."""
-    sign = -1.0 if metric.endswith("loss") else 1.0
-    points = [(float(row[metric]), row["step"]) for row in rows if row.get(metric) is not None]
-    if not points:
-        return None, None
-    return max(points, key=lambda point: sign * point[0])
-
-
-def _seconds_of_last_step(rows: Sequence[Mapping[str, Any]]) -> float:
-    last = rows[-1] if rows else {}
-    phases = [name for name in last if re.fullmatch(r"time/\w+_s", name) and not name.endswith("per_s")]
-    return math.fsum(last[name] or 0.0 for name in phases)
 
 
 def _frame(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> DataFrame:

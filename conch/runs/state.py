@@ -16,6 +16,10 @@ from conch.errors import first_line
 from conch.log import get_logger
 
 STATE_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "config.yaml"
+BEST_METRIC_FILE = "best_metric.txt"
+"""Files of a run's folder, whoever writes them."""
 
 _log = get_logger(__name__)
 

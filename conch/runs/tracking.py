@@ -17,7 +17,7 @@ from conch.atomic_files import replace_text
 from conch.config import Section, TrackingConfig, TrainConfig
 from conch.errors import ConfigError, first_line, install_extra
 from conch.log import get_logger, is_main_process, progress
-from conch.runs.reading import METRICS_FILE
+from conch.runs.state import METRICS_FILE
 from conch.types import Metrics
 
 _log = get_logger(__name__)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("plotly", reason="the page's charts come with plotly: pip install 'conch[report]'")
+pytest.importorskip("plotly", reason="the page's charts come with plotly: pip install plotly")
 
 
 def test_live_report_answers_until_ctrl_c(tmp_path: Path) -> None:

@@ -20,14 +20,14 @@ from conch.evaluation.records import EvaluatedSample, EvaluationRecord, record_p
 from conch.report.__main__ import main
 from conch.report.collect import Collector
 from conch.report.live import LiveReport
+from tests.peers import leave_out
 
-pytest.importorskip("plotly", reason="the page's charts come with plotly: pip install 'conch[report]'")
+pytest.importorskip("plotly", reason="the page's charts come with plotly: pip install plotly")
 api = pytest.importorskip(
     "playwright.sync_api", reason="the browser is driven by playwright: pip install playwright"
 )
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium")
 
 END = "</script><script>document.title = 'broken'</script><b>bold</b>"
 TABS = ("overview", "curves", "samples", "compare", "changes", "rewards", "server", "alarms", "settings")
@@ -117,6 +117,8 @@ def report(runs: list[Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        leave_out("no Chromium is installed: apt-get install chromium")
     with api.sync_playwright() as playwright:
         # A container's user is often root, for whom Chromium has no sandbox; the pages are ours.
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])

@@ -160,7 +160,7 @@ function runTable() {
   const rows = store.runs.map((run, place) => el("tr", {},
     el("td", {}, dot(place), " ", el("b", {}, run.label), el("div", { class: "soft mono" }, run.folder)),
     el("td", {}, run.algorithm || "–"),
-    el("td", {}, el("span", { class: `pill ${run.phase ?? ""}`, title: run.updated ? `last written ${new Date(run.updated * 1000).toLocaleString()}` : "" }, run.phase ?? "–")),
+    el("td", {}, el("span", { class: `pill ${run.state ?? ""}`, title: run.reason ? run.reason : run.updated ? `last written ${new Date(run.updated * 1000).toLocaleString()}` : "" }, run.state ?? "–")),
     el("td", { class: "num" }, `${run.step ?? 0}${run.total_steps ? ` / ${run.total_steps}` : ""}`),
     el("td", { class: "num" }, run.best === null || run.best === undefined ? "–" : [el("b", {}, shown(run.best)), el("div", { class: "soft" }, `${run.best_metric.replace("eval/", "")}, step ${run.best_step}`)]),
     columns.map(([name]) => journeyCell(place, name)),

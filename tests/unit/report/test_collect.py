@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from conch.errors import DataError
 from conch.evaluation.records import EvaluatedSample, EvaluationRecord, record_path, write_record
 from conch.report.collect import Collector, count_samples, curves, incidents, rows_of_each, thinned
+from conch.runs.listing import summarise
 from conch.runs.reading import SampleFile
 
 
@@ -57,7 +58,7 @@ def test_samples_stand_in_columns_and_prompts_once(tmp_path: Path) -> None:
     assert (second["step"], second["run"], second["output"]) == (10, 0, ["a", "bb", "ccc"])
     assert second["columns"] == {"reward": [3.3333, 4.3333, 5.3333], "num_tokens": [1, 2, 3]}, "no gold"
     [about] = update["runs"]
-    assert (about["samples"], about["samples_shown"], about["phase"]) == (6, 6, "running")
+    assert (about["samples"], about["samples_shown"], about["state"]) == (6, 6, "stopped")
     json.dumps(update, allow_nan=False)
 
 
@@ -205,13 +206,13 @@ def test_run_that_asked_for_no_rewards_has_no_incidents() -> None:
     assert incidents([{"step": 1, "train/loss": 1.0}]) == []
 
 
-def test_phase_is_looked_at_again_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_is_looked_at_again_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(tmp_path)
-    os.utime(run / "metrics.jsonl", (1, 1))
     collector = collected(a=run)
-    assert collector.update()["runs"][0]["phase"] == "stopped"
-    monkeypatch.setattr("conch.report.collect._PHASE_S", 0.0)
-    monkeypatch.setattr("conch.runs.reading._LEAST_SILENCE_S", 1e12)
+    assert collector.update()["runs"][0]["state"] == "stopped"
+    summary = replace(summarise(run), state="running")
+    monkeypatch.setattr("conch.runs.reading.summarise", lambda _: summary)
+    monkeypatch.setattr("conch.report.collect._STATE_S", 0.0)
     collector.refresh()
 
-    assert collector.update()["runs"][0]["phase"] == "running" and collector.version == 2
+    assert collector.update()["runs"][0]["state"] == "running" and collector.version == 2

@@ -16,7 +16,7 @@ from conch.errors import ConfigError
 from conch.report.collect import Collector
 from conch.report.live import LiveReport
 
-pytest.importorskip("plotly", reason="the page's charts come with plotly: pip install 'conch[report]'")
+pytest.importorskip("plotly", reason="the page's charts come with plotly: pip install plotly")
 
 
 def write_steps(run: Path, steps: int) -> None:

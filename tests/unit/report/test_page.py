@@ -17,7 +17,7 @@ from conch.errors import ConfigError
 from conch.report.__main__ import main, runs_of
 from conch.report.page import page, write_page
 
-pytest.importorskip("plotly", reason="the page's charts come with plotly: pip install 'conch[report]'")
+pytest.importorskip("plotly", reason="the page's charts come with plotly: pip install plotly")
 
 DATA = {"runs": [], "text": "</script><script>alert(1)</script>"}
 

@@ -9,9 +9,10 @@ import yaml
 
 from conch.cli.run_config import save_resolved
 from conch.config import load
-from conch.report.settings import ABSENT, REQUIRED, compare, defaults_of, flat
-from conch.trainers.grpo import GRPORunConfig
-from conch.trainers.ppo import PPORunConfig
+from conch.config.algorithms.grpo import GRPORunConfig
+from conch.config.algorithms.ppo import PPORunConfig
+from conch.report.settings import ABSENT, REQUIRED, compare, defaults_of
+from conch.runs.listing import flat
 
 
 def rows_by_key(result: dict) -> dict[str, dict]:
@@ -22,7 +23,7 @@ def rows_by_key(result: dict) -> dict[str, dict]:
 def test_every_algorithm_has_its_defaults(algorithm: str) -> None:
     defaults = defaults_of(algorithm)
 
-    assert defaults["train.seed"] == 0 and "model.path" not in defaults
+    assert defaults["train.seed"] == 0 and defaults["tokenizer.path"] is None
     assert len(defaults) > 50
 
 
@@ -35,12 +36,12 @@ def test_a_resolved_configuration_differs_where_it_was_set(tmp_path: Path) -> No
         PPORunConfig, {"model": {"path": "gpt2"}, "train": {"seed": 3}, "generation": {"stop": ["x"]}}
     )
     save_resolved(config, tmp_path / "config.yaml")
-    settings = flat(yaml.safe_load((tmp_path / "config.yaml").read_text()))
+    settings = dict(flat(yaml.safe_load((tmp_path / "config.yaml").read_text())))
     result = compare([settings], [defaults_of("ppo")])
 
     changed = {row["key"]: (row["values"], row["defaults"]) for row in result["rows"] if row["changed"]}
     assert changed == {
-        "model.path": (["gpt2"], [REQUIRED]),
+        "model.path": (["gpt2"], ["null"]),
         "train.seed": (["3"], ["0"]),
         "generation.stop": (["['x']"], ["[]"]),
     }
@@ -48,7 +49,7 @@ def test_a_resolved_configuration_differs_where_it_was_set(tmp_path: Path) -> No
 
 def test_runs_of_two_algorithms_lack_each_other_s_keys() -> None:
     settings = [
-        flat(load(kind, {"model": {"path": "m"}}).model_dump(mode="json"))
+        dict(flat(load(kind, {"model": {"path": "m"}}).model_dump(mode="json")))
         for kind in (PPORunConfig, GRPORunConfig)
     ]
     rows = rows_by_key(compare(settings, [defaults_of("ppo"), defaults_of("grpo")]))
@@ -64,4 +65,10 @@ def test_places_are_marked_for_they_change_nothing() -> None:
 
 
 def test_flat_keeps_lists_and_empty_mappings() -> None:
-    assert flat({"a": {"b": [1], "c": {}}, "d": None}) == {"a.b": [1], "a.c": {}, "d": None}
+    assert dict(flat({"a": {"b": [1], "c": {}}, "d": None})) == {"a.b": [1], "a.c": {}, "d": None}
+
+
+def test_key_without_a_default_is_a_required_one() -> None:
+    [row] = compare([{"a": 1}], [{"b": 2}])["rows"][:1]
+
+    assert (row["key"], row["defaults"], row["changed"]) == ("a", [REQUIRED], True)

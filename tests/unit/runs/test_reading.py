@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,8 @@ import conch
 import conch.runs
 from conch.errors import DataError
 from conch.evaluation.records import EvaluatedSample, EvaluationRecord, record_path, write_record
-from conch.runs.reading import METRICS_FILE, as_text
+from conch.runs.reading import as_text
+from conch.runs.state import METRICS_FILE
 from tests.runs import PROMPTS, ppo_trainer
 
 
@@ -48,11 +47,11 @@ def test_a_real_run_gives_settings_state_and_metrics(real_run: Path) -> None:
     rows = run.metrics()
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert rows[0].keys() >= {"eval/reward", "eval/gold/reward"} and "reward/mean" not in rows[0]
-    state = run.state
-    assert (state.phase, state.step, state.total_steps) == ("finished", 4, 4)
-    assert state.best_metric == "eval/gold/reward"
+    summary = run.summary
+    assert (run.state, summary.step, summary.total_steps) == ("finished", 4, 4)
+    assert summary.metric == "eval/gold/reward"
     golds = {row["step"]: row["eval/gold/reward"] for row in rows if "eval/gold/reward" in row}
-    assert state.best == max(golds.values()) and golds[state.best_step or 0] == state.best
+    assert summary.best == max(golds.values()) and golds[summary.best_step or 0] == summary.best
     assert 4 in run.checkpoints and run.checkpoints[4].name == "step_4"
 
 
@@ -163,28 +162,6 @@ def test_reward_of_a_rollout_is_weighed_as_the_run_weighs_it(tmp_path: Path) -> 
     rows = conch.runs.load(run).samples()
     assert [row["reward"] for row in rows] == [5.5, None, 1.5]
     assert rows[0]["objective/m/b"] == 1.0 and rows[1]["status"] == "timeout"
-
-
-def test_phase_tells_a_silent_run_from_one_that_goes_on(tmp_path: Path) -> None:
-    row = {"step": 3, "time/update_s": 40.0, "time/rollout_s": 60.0, "time/tokens_per_s": 1e9}
-    run = conch.runs.load(write_metrics(tmp_path, row))
-    (tmp_path / "config.yaml").write_text("train: {total_steps: 5}\n")
-    assert run.state.phase == "running"
-
-    now = time.time()
-    for age_s, phase in ((900, "running"), (1100, "stopped")):  # ten steps are 1,000 s
-        os.utime(tmp_path / METRICS_FILE, (now - age_s, now - age_s))
-        assert run.state.phase == phase
-    (tmp_path / "config.yaml").write_text("train: {total_steps: 3}\n")
-    assert run.state.phase == "finished"
-
-
-def test_lowest_loss_is_best(tmp_path: Path) -> None:
-    run = write_metrics(tmp_path, *({"step": k, "eval/loss": loss} for k, loss in ((0, 3), (5, 1), (9, 2))))
-    (run / "best_metric.txt").write_text("eval/loss\n")
-
-    state = conch.runs.load(run).state
-    assert (state.best, state.best_step) == (1, 5)
 
 
 def test_damaged_settings_are_named(tmp_path: Path) -> None:
