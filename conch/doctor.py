@@ -226,7 +226,7 @@ def available_memory() -> int | None:
 
 
 def _python_wanted() -> str:
-    return metadata("conch").get("Requires-Python") or ">=3.10"
+    return metadata("conch")["Requires-Python"]
 
 
 def _extra_of(requirement: Requirement) -> str:
