@@ -57,7 +57,5 @@ def test_every_message_of_a_heading_has_its_answer() -> None:
 
 
 def test_an_unknown_key_is_answered_as_the_page_says() -> None:
-    with pytest.raises(
-        ConfigError, match=r"unknown key `train\.lr`; did you mean `optimizer"
-    ):
+    with pytest.raises(ConfigError, match=r"unknown key `train\.lr`; did you mean `optimizer"):
         load(OnlineRunConfig, {"model": {"path": "m"}, "train": {"lr": 1e-5}})
