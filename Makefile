@@ -8,7 +8,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := serve,onnx,deepspeed,tensorboard,wandb,math,ifeval,goals,search,ray,reward-server,dev
+EXTRAS := serve,onnx,deepspeed,tensorboard,wandb,math,ifeval,goals,search,ray,reward-server,report,dev
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
 # One process a core, at most four; a file's tests stay together, since they share what is slow to set up.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from conch import runs as runs
     from conch.api import train as train
     from conch.rewards.score import score as score
 
 __version__ = "0.1.0"
-__all__ = ["score", "train"]
+__all__ = ["runs", "score", "train"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,6 +23,10 @@ def __getattr__(name: str) -> Any:
         from conch.rewards.score import score
 
         return score
+    if name == "runs":
+        from importlib import import_module
+
+        return import_module("conch.runs")
     raise AttributeError(f"module 'conch' has no attribute {name!r}")
 
 

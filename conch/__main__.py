@@ -1,6 +1,6 @@
 """`conch VERB ...`: the programs of Conch under one name; `python -m conch VERB ...` is the same.
 
-    conch train ppo model.path=gpt2 data.train=prompts.jsonl reward.url=127.0.0.1:8001/walks
+    conch ppo model.path=gpt2 data.train=prompts.jsonl --reward 127.0.0.1:8001/walks
     conch convert --checkpoint outputs/reward_model --name walks
     conch serve up --model walks
 
@@ -33,13 +33,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"conch {__version__}")
         return 0
     verb = words[0].replace("_", "-")
+    if verb in _SHORT:
+        verb, *others = _SHORT[verb]
+        return _VERBS[verb]([*others, *words[1:]])
     if verb not in _VERBS:
-        return _refuse("conch", words[0], _VERBS)
+        return _refuse("conch", words[0], [*_VERBS, *_SHORT])
     return _VERBS[verb](words[1:])
 
 
 def train(words: Sequence[str]) -> int:
-    """Train a model: `conch train ALGORITHM key=value ...`."""
+    """Train a model: `conch train ALGORITHM key=value ...`, in short `conch ppo key=value ...`."""
     summaries = _algorithms()
     if not words or words[0] in ("-h", "--help"):
         lines = [f"  {name:<16}{summary}" for name, summary in summaries.items()]
@@ -50,7 +53,21 @@ def train(words: Sequence[str]) -> int:
     algorithm = words[0].replace("-", "_")
     if algorithm not in summaries:
         return _refuse("conch train", words[0], summaries)
-    _run(f"conch train {algorithm}", import_module(f"conch.trainers.{algorithm}").main, words[1:])
+    _run(f"conch train {algorithm}", lambda argv: _train(algorithm, argv), words[1:])
+
+
+def _train(algorithm: str, argv: Sequence[str]) -> None:
+    from conch.cli import load_run_config
+    from conch.config.algorithms import run_config_of
+
+    config = load_run_config(run_config_of(algorithm), argv, default_name=algorithm)
+    reward = getattr(config, "reward", None)
+    if reward is not None and reward.function is not None and reward.replay is None:
+        from conch.rewards.factory import named_function
+
+        named_function(reward.function)  # a mistake in it is told before a model is loaded
+    # Trainers bring torch and transformers, which takes seconds: not before there is something to train.
+    import_module(f"conch.trainers.{algorithm}").run(config)
 
 
 def convert(words: Sequence[str]) -> int:
@@ -110,9 +127,16 @@ def reference_server(words: Sequence[str]) -> int:
     _run("conch reference-server", server.main, words)
 
 
+def service(words: Sequence[str]) -> int:
+    """Train on what clients ask for and reward, over HTTP: `conch service output_dir=DIR`."""
+    from conch.service import __main__ as server
+
+    _run("conch service", server.main, words)
+
+
 def size(words: Sequence[str]) -> int:
     """Tell how much GPU memory a run takes, and what fits."""
-    from conch import sizing
+    from conch.sizing import __main__ as sizing
 
     _run("conch size", sizing.main, words)
 
@@ -124,11 +148,40 @@ def plot(words: Sequence[str]) -> int:
     _run("conch plot", plots.main, words)
 
 
+def runs(words: Sequence[str]) -> int:
+    """List runs and how they stand, or what differs: `conch runs [FOLDER]`, `conch runs diff RUN RUN`."""
+    from conch.runs import command
+
+    _run("conch runs", command.main, words)
+
+
+def doctor(words: Sequence[str]) -> int:
+    """Look whether this machine and environment can run Conch, and say what to do where not."""
+    from conch import doctor as looking
+
+    _run("conch doctor", looking.main, words)
+
+
+def completion(words: Sequence[str]) -> int:
+    """Complete verbs, algorithms and keys in a shell: `source <(conch completion bash)`; zsh, fish."""
+    from conch import completion as completing
+
+    return completing.main(words, {**{verb: (verb,) for verb in _VERBS}, **_SHORT}, main)
+
+
 def best_of_n(words: Sequence[str]) -> int:
     """Judge the proxy's best of n completions by gold, for all n: `conch best-of-n key=value ...`."""
-    from conch.evaluation.sampling import run
+    _run("conch best-of-n", _best_of_n, words)
 
-    _run("conch best-of-n", run.main, words)
+
+def _best_of_n(argv: Sequence[str]) -> None:
+    from conch.cli import load_run_config
+    from conch.evaluation.sampling.config import CONFIG_NAME, BestOfNRunConfig
+
+    config = load_run_config(BestOfNRunConfig, argv, default_name=CONFIG_NAME)
+    from conch.evaluation.sampling.run import run_best_of_n  # torch, once there is something to sample
+
+    run_best_of_n(config)
 
 
 def overoptimisation(words: Sequence[str]) -> int:
@@ -138,13 +191,26 @@ def overoptimisation(words: Sequence[str]) -> int:
     _run("conch overoptimisation", pictures.main, words)
 
 
+def report(words: Sequence[str]) -> int:
+    """Make one HTML page of runs, or follow them: `conch report RUN ... [--live]`."""
+    from conch.report import __main__ as program
+
+    _run("conch report", program.main, words)
+
+
 _VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     verb.__name__.replace("_", "-"): verb
     for verb in (
-        *(train, convert, serve, score, rollout_server, reference_server, reward_server, size, plot),
-        *(gold_eval, best_of_n, overoptimisation),
+        *(train, convert, serve, score, rollout_server, reference_server, reward_server, service, size),
+        *(runs, report, plot, gold_eval, best_of_n, overoptimisation, doctor, completion),
     )
 }
+_SHORT = {
+    **{name: ("train", name) for name in ("ppo", "grpo", "async-grpo", "rft", "ilql", "sft", "reward-model")},
+    "ensemble": ("convert", "ensemble"),
+    "gold": ("gold-eval",),
+}
+"""Short form -> the words that it stands for."""
 
 
 def _run(program: str, main: Callable[[list[str]], None], words: Sequence[str]) -> NoReturn:
@@ -168,6 +234,8 @@ def _help() -> str:
     head = ["usage: conch [--help] [--version] VERB ...", ""]
     about = ["Train language models with RL from served reward models.", "", "verbs:"]
     verbs = [f"  {name:<18}{(verb.__doc__ or '').strip()}" for name, verb in _VERBS.items()]
+    verbs += ["", "in short:"]
+    verbs += [f"  {name:<18}conch {' '.join(words)}" for name, words in _SHORT.items()]
     return "\n".join([*head, *about, *verbs, "", "conch VERB --help says more about a verb.", ""])
 
 

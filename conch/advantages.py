@@ -6,11 +6,12 @@ Legend: B rollouts (of GRPO those of a prompt together), G rollouts a prompt, R 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from conch.config.algorithms.grpo import Advantage
 
 
 def gae(
@@ -35,9 +36,6 @@ def gae(
         )
         following_value = torch.where(mask[:, t], values[:, t], torch.zeros_like(advantage))
     return advantages, torch.where(mask, advantages + values, torch.zeros_like(values))
-
-
-Advantage = Literal["group_std", "group_mean", "leave_one_out"]
 
 
 SMALLEST_SPREAD = 1e-6

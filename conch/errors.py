@@ -29,6 +29,7 @@ traceback and leave with code 1 (see `conch.cli.run_main`).
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 
 
@@ -123,6 +124,40 @@ def first_line(error: BaseException | str) -> str:
     if not text and isinstance(error, BaseException):
         return type(error).__name__
     return text.partition("\n")[0].rstrip()
+
+
+def yaml_problem(error: Exception) -> str:
+    """Return on one line what is wrong in a YAML text, and where; PyYAML takes five lines for it.
+
+    error: a `yaml.YAMLError`, or what reading the file raised.
+    """
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or not problem:
+        return " ".join(str(error).split()) or type(error).__name__
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
+
+
+def install_extra(extra: str) -> str:
+    """Return the command that installs what an extra of Conch needs, to be put behind "needs the package".
+
+    No index has a `conch` of ours: the command names the checkout, or the packages where there is none.
+
+    extra: as in pyproject.toml.
+    """
+    from importlib.metadata import PackageNotFoundError, requires
+
+    checkout = Path(__file__).resolve().parents[1]
+    if (checkout / "pyproject.toml").is_file():
+        return f"pip install -e '{checkout}[{extra}]'"
+    try:
+        listed = [each.partition(";") for each in requires("conch") or ()]
+    except PackageNotFoundError:
+        listed = []
+    of_extra = re.compile(rf"extra == ['\"]{re.escape(extra)}['\"]")
+    packages = [name.strip() for name, _, marker in listed if of_extra.search(marker)]
+    if not packages:
+        return f"pip install -e '.[{extra}]' in a checkout of Conch"
+    return "pip install " + " ".join(f"'{each}'" for each in packages)
 
 
 def missing_path(path: Path) -> str:

@@ -5,12 +5,12 @@ Legend: B rollouts (of GRPO those of a prompt together), R response tokens.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from conch.config.algorithms.correction import CorrectionLevel
+from conch.config.algorithms.grpo import LossForm
 from conch.ops import (
     Reduce,
     clipped_log_ratio,
@@ -48,9 +48,6 @@ def value_loss_terms(
     return 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2)
 
 
-LossForm = Literal["grpo", "dr_grpo", "dapo", "gspo"]
-
-
 def token_weights(
     mask: Bool[Tensor, "B R"], form: LossForm, max_new_tokens: int, reduce: Reduce = only_this_rank
 ) -> Float[Tensor, "B R"]:
@@ -85,11 +82,6 @@ def clipped_loss_terms(
     negative = -advantages.unsqueeze(1)
     plain, clipped = negative * ratio, negative * ratio.clamp(1 - clip_low, 1 + clip_high)
     return torch.maximum(plain, clipped), clipped > plain
-
-
-CorrectionLevel = Literal["token", "sequence", "geometric"]
-"""What an importance weight is of: one token, the whole response (the product over its tokens), or the
-response's token on average (the geometric mean)."""
 
 
 def importance_weights(

@@ -7,16 +7,16 @@ is True where a position counts. Everything here computes in float32 at least, w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from conch.config.algorithms.kl import KLEstimator
+
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over all ranks (see `conch.distributed.collectives.Collectives.all_reduce`)."""
-
-KLEstimator = Literal["k1", "k2", "k3"]
 
 
 def only_this_rank(values: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from safetensors.torch import load as load_tensors
 
 from conch.service.protocol import KEY_HEADER, KEY_VARIABLE, TrainingSettings
 from tests.footprint import wait_until
+from tests.forks import quick_python
 from tests.launches import ROOT, free_port, kill_all
 from tests.runs import TOKENIZER, policy
 
 KEY = "key-of-a-test"
 START_S = 120.0
+_CPU = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"}
 
 
 def tiny_model(folder: Path) -> Path:
@@ -48,13 +50,21 @@ def tiny_settings(model: Path, **changes: Any) -> TrainingSettings:
 
 
 class Service:
-    """A running service. url: without a slash at the end."""
+    """A running service. url: without a slash at the end.
 
-    def __init__(self, output_dir: Path, **settings: Any) -> None:
+    launcher: command line of what starts several processes, up to the program; none for a service of one.
+    forks: whether forks of `tests.forks` stand in for the launcher and what it starts.
+    """
+
+    def __init__(
+        self, output_dir: Path, *, launcher: Sequence[str] = (), forks: bool = True, **settings: Any
+    ) -> None:
+        self.launcher = [quick_python() if forks and word == sys.executable else word for word in launcher]
+        self.environment = {"PYTHON_EXEC": quick_python()} if launcher and forks else {}
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.output_dir = output_dir
-        self.settings = {"restart": "false", **settings}
+        self.settings = settings if launcher else {"restart": "false", **settings}
         self.log = output_dir.with_name(f"{output_dir.name}.log")
         self.start()
 
@@ -64,9 +74,9 @@ class Service:
         words = [f"--{key}={value}" for key, value in given.items()]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "conch.service", *words],
+                [*(self.launcher or [sys.executable]), "-m", "conch.service", *words],
                 cwd=ROOT,
-                env={**os.environ, KEY_VARIABLE: KEY, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, KEY_VARIABLE: KEY, **_CPU, **self.environment},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -113,7 +123,7 @@ class Service:
 
 @contextmanager
 def service(output_dir: Path, **settings: Any) -> Iterator[Service]:
-    """A service that is gone afterwards."""
+    """A service that is gone afterwards, with all of its processes."""
     running = Service(output_dir, **settings)
     try:
         yield running

@@ -14,38 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pydantic import model_validator
-
-from conch.cli import run_main
-from conch.config import RolloutConfig
-from conch.trainers.grpo import GRPOConfig, GRPORunConfig, GRPOTrainer
+from conch.cli import load_run_config, run_main
+from conch.config.algorithms.async_grpo import AsyncGRPORunConfig as AsyncGRPORunConfig
+from conch.trainers.grpo import GRPOTrainer
 from conch.training.online import run_online
-from conch.training.overlap.correction import CorrectionConfig
 from conch.training.overlap.sampling import Overlap
-from conch.training.overlap.settings import AsyncConfig
 from conch.types import Metrics
-
-
-class AsyncGRPORunConfig(GRPORunConfig):
-    """Everything an asynchronous GRPO run is made from."""
-
-    asynchronous: AsyncConfig = AsyncConfig()
-    rollout: RolloutConfig = RolloutConfig(engine="ray")
-    grpo: GRPOConfig = GRPOConfig(correction=CorrectionConfig(kind="truncate"))
-
-    @model_validator(mode="after")
-    def _sampling_goes_on_elsewhere(self) -> AsyncGRPORunConfig:
-        if self.rollout.urls is None and self.rollout.engine != "ray":
-            raise ValueError(
-                f"`rollout.engine` = {self.rollout.engine} samples in the processes of the trainer, "
-                "which then do not train: take `rollout.engine=ray`, or name servers in `rollout.urls`"
-            )
-        if self.grpo.max_resamples:
-            raise ValueError(
-                "`grpo.max_resamples` samples again within a step, where asynchronous training throws "
-                "nothing away: leave it out, or train with `conch.trainers.grpo`"
-            )
-        return self
 
 
 class AsyncGRPOTrainer(GRPOTrainer):
@@ -65,9 +39,14 @@ class AsyncGRPOTrainer(GRPOTrainer):
             return metrics | self.overlap.finish_step()
 
 
+def run(config: AsyncGRPORunConfig) -> None:
+    """Train with prompts from `data.train`."""
+    run_online(AsyncGRPOTrainer, config)
+
+
 def main(argv: Sequence[str]) -> None:
-    """Command line: `python -m conch.trainers.async_grpo key=value ...` with prompts from `data.train`."""
-    run_online(AsyncGRPOTrainer, AsyncGRPORunConfig, argv)
+    """Command line: `python -m conch.trainers.async_grpo key=value ...`."""
+    run(load_run_config(AsyncGRPORunConfig, argv, default_name="async_grpo"))
 
 
 if __name__ == "__main__":

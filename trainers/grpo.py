@@ -37,16 +37,15 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from conch.advantages import Advantage, group_advantages
-from conch.cli import run_main
-from conch.config import OnlineRunConfig, Section
+from conch.advantages import group_advantages
+from conch.cli import load_run_config, run_main
+from conch.config.algorithms.grpo import GRPOConfig as GRPOConfig
+from conch.config.algorithms.grpo import GRPORunConfig as GRPORunConfig
 from conch.data.rollout_batch import Sequences, take_rows
 from conch.distributed.train_engine import UpdateReport
 from conch.losses import (
-    LossForm,
     clipped_loss_terms,
     effective_sample_size,
     policy_ratio,
@@ -56,11 +55,11 @@ from conch.models.forward import BatchPacker
 from conch.models.policy import Policy
 from conch.ops import entropy, kl_estimate, kl_loss_terms, masked_mean
 from conch.training.dynamic_sampling import SampledGroups, sample_groups_with_spread
-from conch.training.kl import GRPOKLConfig, KLController, kl_before_update, kl_of_each, kl_penalties
+from conch.training.kl import KLController, kl_before_update, kl_of_each, kl_penalties
 from conch.training.logprobs import LogprobOutputs, pack
 from conch.training.online import AnyReference, OnlineTrainer, run_online
-from conch.training.overlap.correction import CorrectionConfig, importance_metrics
-from conch.training.reward_shaping import RewardShaper, ShapingConfig, overlong_penalties
+from conch.training.overlap.correction import correction_weights, importance_metrics
+from conch.training.reward_shaping import RewardShaper, overlong_penalties
 from conch.training.setup import rows_of_rank, rows_per_process
 from conch.training.statistics import (
     NewestRollouts,
@@ -73,105 +72,6 @@ from conch.training.statistics import (
     warn_of_logprob_diff,
 )
 from conch.types import Metrics, RewardResult, Rollout, RolloutGroup
-
-
-class GRPOConfig(Section):
-    """The algorithm's own settings."""
-
-    prompts_per_step: int = Field(default=16, ge=1)
-    """Prompts per step, over all processes."""
-
-    group_size: int = 8
-    """G, completions per prompt."""
-
-    epochs: int = Field(default=1, ge=1)
-    """Passes over a step's samples."""
-
-    minibatches: int = Field(default=2, ge=1)
-    """Optimizer updates per pass."""
-
-    forward_batch_size: int = Field(default=64, ge=1)
-    """Samples per process in one forward pass without gradient; changes memory, not the result."""
-
-    loss: LossForm = "grpo"
-    """How tokens are weighed, and what the ratio is of; see the head of `trainers/grpo.py`."""
-
-    advantage: Advantage | None = None
-    """What a reward is compared with: its group's mean, in standard deviations (`group_std`) or not
-    (`group_mean`), or the mean of the others (`leave_one_out`). None takes `group_mean` with dr_grpo, else
-    `group_std`."""
-
-    clip_low: float = Field(default=0.2, gt=0, lt=1)
-    """eps_low: how far a token's probability may fall in one step before its gradient ends."""
-
-    clip_high: float = Field(default=0.2, gt=0)
-    """eps_high: how far it may rise; more than `clip_low` leaves room for rare tokens (DAPO takes 0.28).
-    gspo's ratios are means over a response, and want 3e-4 and 4e-4 or so."""
-
-    correction: CorrectionConfig = CorrectionConfig()
-    """Weights that make up for a sampler with older weights or other kernels than the trainer's."""
-
-    max_resamples: int = Field(default=0, ge=0)
-    """Further rollouts per step, at most, that replace groups whose rewards are all alike by groups of other
-    prompts (dynamic sampling, DAPO section 3.2). 0 replaces none."""
-
-    overlong_buffer: int = Field(default=0, ge=0)
-    """Tokens before `max_new_tokens` over which a penalty for length grows from 0 (DAPO, equation 13)."""
-
-    overlong_penalty: float = Field(default=1.0, ge=0)
-    """That penalty at `max_new_tokens`."""
-
-    kl: GRPOKLConfig = GRPOKLConfig()
-    """Distance to the reference."""
-
-    @model_validator(mode="after")
-    def _a_group_has_others(self) -> GRPOConfig:
-        if self.group_size < 2:
-            raise ValueError(
-                f"`group_size` = {self.group_size} leaves nothing to compare with: take at least 2"
-            )
-        if self.advantage == "group_std" and self.loss == "dr_grpo":
-            raise ValueError("`loss: dr_grpo` divides by no standard deviation: leave `advantage` out")
-        if self.loss == "gspo" and self.correction.is_on and self.correction.level == "token":
-            raise ValueError(
-                "`correction.level: token` weighs each token, `loss: gspo` knows whole responses only: take "
-                "`correction.level: geometric`, the ratio of gspo itself, or `sequence`"
-            )
-        self.kl.check_horizon(self.samples_per_step, "`prompts_per_step` * `group_size`")
-        return self
-
-    @property
-    def samples_per_step(self) -> int:
-        """Completions per step, over all processes."""
-        return self.prompts_per_step * self.group_size
-
-    @property
-    def advantage_kind(self) -> Advantage:
-        """`advantage`, or what goes with the loss."""
-        return self.advantage or ("group_mean" if self.loss == "dr_grpo" else "group_std")
-
-
-class GRPORunConfig(OnlineRunConfig):
-    """Everything a GRPO run is made from."""
-
-    shaping: ShapingConfig = ShapingConfig()
-    grpo: GRPOConfig = GRPOConfig()
-
-    @model_validator(mode="after")
-    def _settings_fit_each_other(self) -> GRPORunConfig:
-        generation, grpo = self.generation, self.grpo
-        grpo.kl.check_target(generation, "grpo")
-        if grpo.correction.is_on and generation.cuts:
-            raise ValueError(
-                "`grpo.correction` compares whole distributions, but `generation.top_k` or "
-                "`top_p` cuts the sampler's: leave one of them out"
-            )
-        if grpo.overlong_buffer > generation.max_new_tokens:
-            raise ValueError(
-                f"`grpo.overlong_buffer` = {grpo.overlong_buffer} is longer than "
-                f"`generation.max_new_tokens` = {generation.max_new_tokens}"
-            )
-        return self
 
 
 @dataclass(frozen=True)
@@ -320,7 +220,7 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
         totals, sizes = self._totals(rollouts, rewards, outputs, mask, kl_coef)
         advantages = group_advantages(totals, valid, config.group_size, config.advantage_kind, sizes)
         old, greatest = outputs.logprobs, self.collectives.all_reduce_max
-        correction = None if old is None else config.correction.weights(old, sequences)
+        correction = None if old is None else correction_weights(config.correction, old, sequences)
         newest = newest_rollouts(rollouts, self.policy_version, greatest, self.engine.device)
         policies = (old, outputs.ref_logprobs)
         batch = GRPOBatch(
@@ -452,9 +352,14 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
         }
 
 
+def run(config: GRPORunConfig) -> None:
+    """Train with prompts from `data.train`."""
+    run_online(GRPOTrainer, config)
+
+
 def main(argv: Sequence[str]) -> None:
-    """Command line: `python -m conch.trainers.grpo key=value ...` with prompts from `data.train`."""
-    run_online(GRPOTrainer, GRPORunConfig, argv)
+    """Command line: `python -m conch.trainers.grpo key=value ...`."""
+    run(load_run_config(GRPORunConfig, argv, default_name="grpo"))
 
 
 if __name__ == "__main__":

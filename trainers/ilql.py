@@ -34,20 +34,17 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conch.cli import load_run_config, run_main
 from conch.config import (
-    EvalGenerationConfig,
-    EvaluationConfig,
-    GenerationConfig,
-    RewardConfig,
-    RunConfig,
-    Section,
     load,
 )
+from conch.config.algorithms.ilql import ILQLConfig as ILQLConfig
+from conch.config.algorithms.ilql import ILQLEvalGenerationConfig as ILQLEvalGenerationConfig
+from conch.config.algorithms.ilql import ILQLGenerationConfig as ILQLGenerationConfig
+from conch.config.algorithms.ilql import ILQLRunConfig as ILQLRunConfig
 from conch.data.files import Rows, evaluation_rows, like_rows, rows_at, training_rows
 from conch.data.formats import fitting, listed, prompt_form, rewarded_form
 from conch.data.index_sampler import IndexStream, digest_of
@@ -93,76 +90,6 @@ Sample = str | Sequence[str]
 
 _LARGEST_WEIGHT = 100.0
 """Bound of exp(eta * u_t)."""
-
-
-class ILQLConfig(Section):
-    """The algorithm's own settings."""
-
-    batch_size: int = Field(default=32, ge=1)
-    """Samples per optimizer update, over all processes."""
-
-    num_q_heads: int = Field(default=2, ge=1)
-    """Q functions, the least of which counts."""
-
-    gamma: float = Field(default=0.99, ge=0, le=1)
-    """Discount per action."""
-
-    tau: float = Field(default=0.7, gt=0, lt=1)
-    """Expectile of Qhat that V is regressed on: 0.5 is the mean, towards 1 the best action."""
-
-    alpha: float = Field(default=0.005, gt=0, le=1)
-    """Part of the way that target heads go towards their Q heads at once."""
-
-    steps_for_target_q_sync: int = Field(default=1, ge=1)
-    """k, updates from one such move to the next."""
-
-    q_coef: float = Field(default=1.0, ge=0)
-    """c_Q."""
-
-    v_coef: float = Field(default=1.0, ge=0)
-    """c_V."""
-
-    cql_scale: float = Field(default=0.1, ge=0)
-    """c_CQL, which holds down the values of tokens that no sample has."""
-
-    awac_scale: float = Field(default=1.0, ge=0)
-    """c_AWAC."""
-
-    awac_beta: float = Field(default=0.0, ge=0)
-    """eta: how much more the language model learns of better actions."""
-
-    normalise_rewards: bool = True
-    """Shift and scale the rewards of all samples to mean 0 and standard deviation 1."""
-
-
-class ILQLGenerationConfig(GenerationConfig):
-    """How completions are sampled, with the heads' say in it."""
-
-    top_k: int = Field(default=20, ge=0)
-    """Sample among the k likeliest tokens; 0 turns it off."""
-
-    beta: float = Field(default=1.0, ge=0)
-    """Weight of the advantages in decoding; 0 is the language model alone."""
-
-
-class ILQLEvalGenerationConfig(EvalGenerationConfig):
-    """How completions for evaluation are sampled, where it differs from `generation`.
-
-    One of these may be a list: each value is then evaluated, and its metrics are named `...@key=value`.
-    """
-
-    beta: float | list[float] | None = None
-    """As in `generation`; None takes what stands there."""
-
-
-class ILQLRunConfig(RunConfig):
-    """Everything an ILQL run is made from."""
-
-    generation: ILQLGenerationConfig = ILQLGenerationConfig()
-    eval_generation: ILQLEvalGenerationConfig = ILQLEvalGenerationConfig()
-    reward: RewardConfig = RewardConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    ilql: ILQLConfig = ILQLConfig()
 
 
 @dataclass(frozen=True)
@@ -504,10 +431,8 @@ _DECODING = ("max_new_tokens", "temperature", "top_k", "top_p")
 """Settings of `generation` that are saved with the model, beside `beta`."""
 
 
-def main(argv: Sequence[str]) -> None:
-    """Command line: `python -m conch.trainers.ilql key=value ...` with rewarded samples or preferences
-    in `data.train` and prompts in `data.eval`."""
-    config = load_run_config(ILQLRunConfig, argv, default_name="ilql")
+def run(config: ILQLRunConfig) -> None:
+    """Train with rewarded samples or preferences from `data.train`, and prompts from `data.eval`."""
     rows = training_rows(config.data, "samples", form=rewarded_form)
     pairs = [pair for row in rows for pair in row]
     places = [place for row, place in zip(rows, rows.places, strict=True) for _ in row]
@@ -520,6 +445,11 @@ def main(argv: Sequence[str]) -> None:
         )
     ) as trainer:
         trainer.fit()
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line: `python -m conch.trainers.ilql key=value ...`."""
+    run(load_run_config(ILQLRunConfig, argv, default_name="ilql"))
 
 
 if __name__ == "__main__":

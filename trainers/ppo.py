@@ -26,22 +26,22 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from conch.advantages import gae
-from conch.cli import run_main
-from conch.config import OnlineRunConfig, Section
+from conch.cli import load_run_config, run_main
+from conch.config.algorithms.ppo import PPOConfig as PPOConfig
+from conch.config.algorithms.ppo import PPORunConfig as PPORunConfig
 from conch.data.rollout_batch import Sequences, take_rows
 from conch.distributed.train_engine import UpdateReport
 from conch.losses import policy_loss_terms, value_loss_terms
 from conch.models.forward import BatchPacker
 from conch.models.policy import PolicyWithValue
 from conch.ops import kl_estimate, kl_loss_terms, masked_mean, masked_sum, whiten
-from conch.training.kl import KLConfig, KLController, kl_of_each
+from conch.training.kl import KLController, kl_of_each
 from conch.training.logprobs import LogprobOutputs, pack
 from conch.training.online import AnyReference, OnlineTrainer, run_online
-from conch.training.reward_shaping import RewardShaper, ShapingConfig
+from conch.training.reward_shaping import RewardShaper
 from conch.training.setup import rows_per_process, save_on_main, with_gathered_weights
 from conch.training.statistics import (
     explained_variance,
@@ -53,67 +53,6 @@ from conch.training.statistics import (
     updates_over,
 )
 from conch.types import Metrics, RewardResult, Rollout
-
-
-class PPOConfig(Section):
-    """The algorithm's own settings."""
-
-    rollouts_per_step: int = Field(default=128, ge=1)
-    """Samples per step, over all processes."""
-
-    epochs: int = Field(default=4, ge=1)
-    """Passes over a step's samples."""
-
-    minibatches: int = Field(default=2, ge=1)
-    """Optimizer updates per pass."""
-
-    forward_batch_size: int = Field(default=64, ge=1)
-    """Samples per process in one forward pass without gradient; changes memory, not the result."""
-
-    gamma: float = Field(default=1.0, ge=0, le=1)
-    """Discount per token."""
-
-    lam: float = Field(default=0.95, ge=0, le=1)
-    """Lambda of generalised advantage estimation."""
-
-    clip_ratio: float = Field(default=0.2, gt=0)
-    """eps of the policy loss."""
-
-    clip_value: float | None = Field(default=0.2, gt=0)
-    """eps_V of the value loss; None does not clip."""
-
-    dual_clip: float | None = Field(default=None, gt=1)
-    """Bounds the loss of a token with negative advantage whose probability has grown (Ye et al. 2020,
-    arXiv:1912.09729, equation 5; they take 3); None does not."""
-
-    value_coef: float = Field(default=1.0, ge=0)
-    """Weight of the value loss."""
-
-    num_value_layers_unfrozen: int = Field(default=0, ge=0)
-    """Top blocks that the value function has for itself, copied from the policy's; 0 shares them all."""
-
-    whiten_rewards: bool = False
-    """Scale per-token rewards, KL included, to standard deviation 1 without moving their mean."""
-
-    kl: KLConfig = KLConfig()
-    """Distance to the reference."""
-
-    @model_validator(mode="after")
-    def _kl_weight_stays_positive(self) -> PPOConfig:
-        self.kl.check_horizon(self.rollouts_per_step, "`rollouts_per_step`")
-        return self
-
-
-class PPORunConfig(OnlineRunConfig):
-    """Everything a PPO run is made from."""
-
-    shaping: ShapingConfig = ShapingConfig()
-    ppo: PPOConfig = PPOConfig()
-
-    @model_validator(mode="after")
-    def _kl_is_measured(self) -> PPORunConfig:
-        self.ppo.kl.check_target(self.generation, "ppo")
-        return self
 
 
 @dataclass(frozen=True)
@@ -293,9 +232,14 @@ class PPOTrainer(OnlineTrainer[PPORunConfig]):
         return save_on_main(self.collectives, folder, self.lm, self.tokenizer, self.config.model, heads=heads)
 
 
+def run(config: PPORunConfig) -> None:
+    """Train with prompts from `data.train`."""
+    run_online(PPOTrainer, config)
+
+
 def main(argv: Sequence[str]) -> None:
-    """Command line: `python -m conch.trainers.ppo key=value ...` with prompts from `data.train`."""
-    run_online(PPOTrainer, PPORunConfig, argv)
+    """Command line: `python -m conch.trainers.ppo key=value ...`."""
+    run(load_run_config(PPORunConfig, argv, default_name="ppo"))
 
 
 if __name__ == "__main__":

@@ -30,20 +30,16 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conch.cli import load_run_config, run_main
-from conch.config import (
-    RunConfig,
-    Section,
-)
+from conch.config.algorithms.reward_model import RewardModelConfig as RewardModelConfig
+from conch.config.algorithms.reward_model import RewardModelRunConfig as RewardModelRunConfig
 from conch.data.files import evaluation_rows, read_rows, training_rows
 from conch.data.index_sampler import IndexStream, digest_of
 from conch.data.preferences import (
-    CHAT,
     Judgement,
     Pairs,
     PreferencePair,
@@ -59,7 +55,6 @@ from conch.data.preferences import (
     judgement,
     judgements,
     template_for,
-    template_mistake,
 )
 from conch.data.rollout_batch import take_rows
 from conch.distributed.train_engine import TrainEngine
@@ -93,53 +88,6 @@ _NUM_REFERENCES = 1000
 _FORWARD_ROWS = 64
 _NO_LIMIT = 10**9
 """Tokenizers without a limit of their own say 10^30 or so."""
-
-
-class RewardModelConfig(Section):
-    """The algorithm's own settings."""
-
-    batch_size: int = Field(default=64, ge=1)
-    """Texts or pairs per optimizer update, over all processes."""
-
-    template: str | None = None
-    """How a text is presented to the model; {text} is prompt and output, {eos} the eos token. `chat` takes
-    dialogues, which the tokenizer's chat template renders, in training and in what is served. None is `chat`
-    for rows of dialogues, for others `{text}{eos}`, or `{text}` where the tokenizer closes a text itself."""
-
-    max_length: int | None = Field(default=None, ge=2)
-    """Longest formatted text in tokens, longer ones are cut; None takes the model's window."""
-
-    center_coef: float = Field(default=0.0, ge=0)
-    """Weight of the squared sum of a pair's scores in the loss, which keeps scores around 0; try 0.01."""
-
-    eval_fraction: float = Field(default=0.05, ge=0, lt=1)
-    """Share of the rows to hold out for evaluation where no evaluation rows are given. `train.seed` alone
-    draws them: they are the same for all members of an ensemble."""
-
-    normalise: bool = False
-    """For pairs: divide the head by the standard deviation of scores on the reference texts before training,
-    and have the served model return scores of mean 0 and standard deviation 1 on them."""
-
-    reference: Path | None = None
-    """File of the reference texts for the command line: `.txt`, or `.jsonl` of strings. None takes texts of
-    the evaluation rows (the training rows without these), of pairs the chosen ones, 1,000 at most."""
-
-    rng_seed: int | None = Field(default=None, ge=0)
-    """Names a member of an ensemble: seeds new weights (the head, or all of a model without `model.path`) and
-    the order of the data. None takes `train.seed`."""
-
-    @field_validator("template")
-    @classmethod
-    def _has_text(cls, template: str | None) -> str | None:
-        if template not in (None, CHAT) and (mistake := template_mistake(template)):
-            raise ValueError(mistake)
-        return template
-
-
-class RewardModelRunConfig(RunConfig):
-    """Everything a reward-model run is made from."""
-
-    reward_model: RewardModelConfig = RewardModelConfig()
 
 
 # --------------------------------------------------------------------------------------------- pure functions
@@ -474,9 +422,8 @@ def _chunks(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
-def main(argv: Sequence[str]) -> None:
-    """Command line: `python -m conch.trainers.reward_model key=value ...` with rows from `data.train`."""
-    config = load_run_config(RewardModelRunConfig, argv, default_name="reward_model")
+def run(config: RewardModelRunConfig) -> None:
+    """Train with rows from `data.train`."""
     reference = read_rows(config.reward_model.reference) if config.reward_model.reference else None
     with closing(
         RewardModelTrainer(
@@ -487,6 +434,11 @@ def main(argv: Sequence[str]) -> None:
         )
     ) as trainer:
         trainer.fit()
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line: `python -m conch.trainers.reward_model key=value ...`."""
+    run(load_run_config(RewardModelRunConfig, argv, default_name="reward_model"))
 
 
 if __name__ == "__main__":

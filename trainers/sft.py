@@ -18,20 +18,16 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conch.cli import load_run_config, run_main
 from conch.config import (
     DataConfig,
-    EvalGenerationConfig,
-    EvaluationConfig,
     GenerationConfig,
-    RewardConfig,
-    RunConfig,
-    Section,
 )
+from conch.config.algorithms.sft import SFTConfig as SFTConfig
+from conch.config.algorithms.sft import SFTRunConfig as SFTRunConfig
 from conch.data.files import evaluation_rows, training_rows
 from conch.data.formats import listed, sample_form
 from conch.data.index_sampler import IndexStream, digest_of
@@ -75,33 +71,6 @@ from conch.training.statistics import update_metrics
 from conch.types import Metrics
 
 Sample = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
-
-
-class SFTConfig(Section):
-    """The algorithm's own settings."""
-
-    batch_size: int = Field(default=32, ge=1)
-    """Samples per optimizer update, over all processes; packing only changes how they are laid out."""
-
-    max_length: int | None = Field(default=None, ge=2)
-    """Longest sample in tokens, and with `packing` longest row; None takes the model's window. What is longer
-    is cut on `tokenizer.truncation_side`."""
-
-    packing: bool = False
-    """Lay several samples in one row, none of which sees another: the same result with less padding."""
-
-    chat_template: Path | None = None
-    """File with a Jinja chat template for dialogues, instead of the tokenizer's own; saved with the model."""
-
-
-class SFTRunConfig(RunConfig):
-    """Everything an SFT run is made from."""
-
-    generation: GenerationConfig = GenerationConfig()
-    eval_generation: EvalGenerationConfig = EvalGenerationConfig()
-    reward: RewardConfig = RewardConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    sft: SFTConfig = SFTConfig()
 
 
 # --------------------------------------------------------------------------------------------------- the loss
@@ -387,9 +356,8 @@ def read_chat_template(path: Path) -> str:
         raise ConfigError(f"`sft.chat_template` = {path} cannot be read: {error}") from error
 
 
-def main(argv: Sequence[str]) -> None:
-    """Command line: `python -m conch.trainers.sft key=value ...` with samples from `data.train`."""
-    config = load_run_config(SFTRunConfig, argv, default_name="sft")
+def run(config: SFTRunConfig) -> None:
+    """Train with samples from `data.train`."""
     with closing(
         SFTTrainer(
             config,
@@ -398,6 +366,11 @@ def main(argv: Sequence[str]) -> None:
         )
     ) as trainer:
         trainer.fit()
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line: `python -m conch.trainers.sft key=value ...`."""
+    run(load_run_config(SFTRunConfig, argv, default_name="sft"))
 
 
 if __name__ == "__main__":

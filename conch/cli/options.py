@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, ValidationError
 from pydantic.fields import FieldInfo
 
 from conch.config import Section
-from conch.config.base import nested_section
+from conch.config.base import describe_field, nested_section
 from conch.errors import ConfigError
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -76,11 +76,11 @@ def add_options(
             continue
         nested = nested_section(field.annotation)
         if nested is not None:
-            title = " ".join((field.description or name).split()).rstrip(".")
+            title = (describe_field(section, name) or name).rstrip(".")
             add_options(parser.add_argument_group(title), nested, f"{prefix}{name}.")
             continue
         option = _option(field)
-        settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _option_help(name, field)}
+        settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _option_help(section, name)}
         kind, is_list = _value_type(field.annotation)
         if option.positional:
             parser.add_argument(f"{prefix}{name}", nargs="?", metavar=name, **settings)
@@ -132,9 +132,9 @@ def option_names(section: type[Section], field_name: str) -> tuple[str, ...]:
     return _option(section.model_fields[field_name]).names or ("--" + field_name.replace("_", "-"),)
 
 
-def _option_help(name: str, field: FieldInfo) -> str:
-    text = " ".join((field.description or "").split())
-    default = _default(name, field, None)
+def _option_help(section: type[Section], name: str) -> str:
+    text = describe_field(section, name)
+    default = _default(name, section.model_fields[name], None)
     has_default = default not in (..., None, "", ()) and default is not False
     return (f"{text} Default: {default}." if has_default else text).replace("%", "%%")
 
@@ -212,8 +212,7 @@ def _describe_fields(section: type[Section], prefix: str, defaults: Section | No
             continue
         shown = "required" if default is ... else f"default {_shown(default)}"
         yield f"  {prefix}{name}: {_type_name(field.annotation)}, {shown}"
-        if field.description:
-            text = " ".join(field.description.split())
+        if text := describe_field(section, name):
             yield textwrap.fill(text, width=108, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 

@@ -14,7 +14,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -23,8 +23,9 @@ from pydantic_core import to_jsonable_python
 
 import conch
 from conch.cli.options import describe, over_defaults
-from conch.config import Section, load
-from conch.config.base import nested_section
+from conch.config import RewardConfig, Section, load
+from conch.config.base import nested_section, refuse_unknown_keys
+from conch.config.reward import source_in_short
 from conch.errors import ConchError, ConfigError
 from conch.log import setup_logging
 
@@ -82,11 +83,11 @@ def load_run_config(
 ) -> SectionT:
     """Turn command-line arguments into a validated `section`.
 
-    Understands `[--config-name NAME] [--config-dir DIR] [--print-config] [--multirun] [--help]
-    [key=value ...]`. `--help` prints every key with its type, default and meaning, where a file is named with
-    the file's values for defaults; `--print-config` prints the composed configuration, and without any
-    `key=value` also one that lacks something, with a comment that says what; both exit 0. With `--multirun`
-    this process becomes the parent of a sweep, which starts the program anew for each job.
+    Understands `[--config-name NAME] [--config-dir DIR] [--print-config] [--multirun] [--reward SOURCE]
+    [--help] [key=value ...]`. `--help` prints every key with its type, default and meaning, where a file is
+    named with the file's values for defaults; `--print-config` prints the composed configuration, and
+    without any `key=value` also one that lacks something, with a comment that says what; both exit 0. With
+    `--multirun` this process becomes the parent of a sweep, which starts the program anew for each job.
 
     default_name: the configuration that runs when none is named.
     config_dir: folder of the configurations; None takes `default_config_dir()`.
@@ -100,6 +101,7 @@ def load_run_config(
     """
     parser = _parser(section, default_name, config_dir or default_config_dir())
     arguments = parser.parse_intermixed_args(list(argv))
+    arguments.overrides += _reward_overrides(getattr(arguments, "reward", None))
     if arguments.help:
         shown = None
         if (arguments.config_name, arguments.config_dir) != (default_name, parser.get_default("config_dir")):
@@ -117,6 +119,9 @@ def load_run_config(
         raise SystemExit(_sweep(section, argv, arguments, options, check))
     if _may_sweep(section) and any(text.lstrip("+").startswith("sweep.") for text in arguments.overrides):
         raise ConfigError("keys sweep.* say how a sweep runs: add --multirun, or leave them out")
+    roots = config_roots(arguments.config_name, arguments.config_dir)
+    # Before Hydra is loaded, which takes longer than all that is done before.
+    refuse_unknown_keys(section, _keys_set(arguments.overrides, roots))
     values = compose(arguments.config_name, arguments.overrides, arguments.config_dir)
     try:
         config = load(section, values)
@@ -274,6 +279,14 @@ def _parser(section: type[Section], default_name: str, config_dir: Path) -> argp
             action="store_true",
             help="run once for each combination of values: key=a,b other=range(1,4); keys sweep.* say how",
         )
+    reward = section.model_fields.get("reward")
+    if reward is not None and nested_section(reward.annotation) is RewardConfig:
+        parser.add_argument(
+            "--reward",
+            metavar="SOURCE",
+            help="what gives rewards, in short: module:function, file.py:function, host:port/model, "
+            "http://host:port/path, verifier:gsm8k or judge:FILE.yaml",
+        )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the file")
     return parser
 
@@ -286,6 +299,25 @@ def _find_config(name: str, config_dir: Path) -> Path:
         raise ConfigError(f"no configuration folder {config_dir.resolve()}; name one with --config-dir")
     names = sorted(str(path.relative_to(config_dir).with_suffix("")) for path in config_dir.rglob("*.yaml"))
     raise ConfigError(f"no configuration `{name}` in {config_dir}; there is: {', '.join(names) or 'none'}")
+
+
+def _reward_overrides(source: str | None) -> list[str]:
+    """What `--reward SOURCE` stands for: `reward.function='rewards.py:f'`."""
+    if source is None:
+        return []
+    ((key, value),) = source_in_short(source).items()
+    if isinstance(value, Mapping):  # the file of a judge
+        ((inner, value),) = value.items()
+        key = f"{key}.{inner}"
+    literal = value.replace("'", "\\'")
+    return [f"reward.{key}='{literal}'"]
+
+
+def _keys_set(overrides: Iterable[str], roots: Sequence[Path]) -> list[str]:
+    """The keys that overrides plainly set; choices of files, and what else Hydra knows, are left out."""
+    matches = [re.match(r"\+{0,2}([\w.]+)=", text) for text in overrides]
+    keys = [match[1] for match in matches if match]
+    return [key for key in keys if not any((root / key).is_dir() for root in roots)]
 
 
 def _force(text: str, roots: Sequence[Path]) -> str:

@@ -1,6 +1,6 @@
 """The sections of a run's configuration, validated and frozen.
 
-Each trainer composes the sections it needs into its own run config (see `trainers/ppo.py`). A constructor
+Each algorithm composes the sections it needs into its own run config (see `algorithms/ppo.py`). A constructor
 takes its own section, never the whole. Unknown keys are refused with the nearest valid name. `load` turns a
 plain mapping into a section and pydantic's report into one readable ConfigError.
 """

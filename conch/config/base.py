@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
-from collections.abc import Iterator, Mapping
+import functools
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -13,13 +17,13 @@ from conch.errors import ConfigError
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys refused, frozen after load, docstrings kept as descriptions.
+    """Base of all sections: unknown keys refused, frozen after load, a docstring under each field.
 
     A section given in part takes what is left from the default of the field that holds it, so that a run
     config may set defaults of its own: `train: TrainConfig = TrainConfig(total_steps=200)`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -70,6 +74,25 @@ def load(section: type[SectionT], values: Mapping[str, Any]) -> SectionT:
         raise ConfigError("configuration not valid:\n  " + "\n  ".join(lines)) from None
 
 
+def refuse_unknown_keys(section: type[Section], keys: Iterable[str]) -> None:
+    """Say of full names, `train.seed`, what `load` would say of those that `section` has no key of.
+
+    Raises:
+        ConfigError: one line per unknown key, with the nearest valid one.
+    """
+    unknown = [key for key in dict.fromkeys(keys) if not _may_stand(section, key.split("."))]
+    if unknown:
+        lines = [f"unknown key `{key}`; {_nearest(section, key.split('.'))}" for key in unknown]
+        raise ConfigError("configuration not valid:\n  " + "\n  ".join(lines))
+
+
+def _may_stand(section: type[Section], location: list[str]) -> bool:
+    """Whether a key stands at `location`, or a value that has keys of its own above it."""
+    field = section.model_fields.get(location[0])
+    inner = nested_section(field.annotation) if field is not None else None
+    return field is not None and (inner is None or not location[1:] or _may_stand(inner, location[1:]))
+
+
 def _explain(section: type[Section], problem: dict[str, Any]) -> str:
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location) or section.__name__
@@ -99,6 +122,41 @@ def _key_for(section: type[Section], prefix: str, value: Any) -> str:
         if value is not None and value in get_args(field.annotation):
             return f"did you mean `{prefix}.{name}={value}`?"
     return "its keys are " + ", ".join(f"`{prefix}.{name}`" for name in section.model_fields)
+
+
+def describe_field(section: type[Section], name: str) -> str:
+    """Return the docstring below a field, of the class that declares it, on one line; "" where it has none.
+
+    Read when it is asked for: pydantic would look for all of them in every program that loads a section,
+    which takes as long as all else that it does then.
+    """
+    for owner in section.__mro__:
+        if name in vars(owner).get("__annotations__", {}):
+            return _docstrings(owner.__module__).get(f"{owner.__qualname__}.{name}", "")
+    return ""
+
+
+@functools.cache
+def _docstrings(module: str) -> dict[str, str]:
+    """Qualified name of each field in a module's file -> the docstring below it, on one line."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file is None:
+        return {}
+    return dict(_docstrings_in(ast.parse(Path(file).read_text(encoding="utf-8")), ""))
+
+
+def _docstrings_in(scope: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:
+    body: list[ast.AST] = getattr(scope, "body", [])
+    for node, below in zip(body, [*body[1:], None], strict=True):
+        match node, below:
+            case ast.ClassDef(name=name), _:
+                yield from _docstrings_in(node, f"{prefix}{name}.")
+            case ((ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name)), _):
+                yield from _docstrings_in(node, f"{prefix}{name}.<locals>.")
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                yield f"{prefix}{name}", " ".join(text.split())
+            case _:
+                pass
 
 
 def nested_section(annotation: Any) -> type[Section] | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -98,6 +99,32 @@ class GoalsConfig(Section):
     normalization: Path | None = None
     """File with each goal's range, `goal: {min: ..., max: ...}`. None takes the steerability benchmark's,
     which has the four goals of `conch.rewards.goals`."""
+
+
+JUDGE = "judge:"
+"""Before the name of a judge's YAML file, where an address could stand too."""
+VERIFIER = "verifier:"
+"""Before a verifier's name."""
+GOALS = "goals:"
+"""Before the names of goals."""
+
+
+def is_function_name(text: str) -> bool:
+    """Whether it is `file.py:name` or `module:name`, where it may be an address as well."""
+    if text.startswith((GOALS, JUDGE, VERIFIER)):
+        return False
+    # What stands behind the colon of an address is a port, with a model's name behind that.
+    return text.rpartition(":")[0].endswith(".py") or bool(re.fullmatch(r"[\w.]+:[A-Za-z_]\w*", text))
+
+
+def source_in_short(word: str) -> dict[str, Any]:
+    """The keys of a section `reward` that `host:port/model`, `http://host:port/path`, `verifier:gsm8k`,
+    `judge:FILE.yaml`, `file.py:name` or `module:name` stands for."""
+    if word.startswith(JUDGE):
+        return {"judge": {"file": word.removeprefix(JUDGE)}}
+    if word.startswith(VERIFIER):
+        return {"verifier": word.removeprefix(VERIFIER)}
+    return {"function" if is_function_name(word) else "url": word}
 
 
 HttpDialect = Literal["query", "messages", "goals"]

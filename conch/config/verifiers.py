@@ -10,7 +10,7 @@ from conch.config.base import Section
 
 VerifierName = Literal["gsm8k", "ifeval"]
 GSM8KExtractor = Literal["strict", "flexible", "verl", "math"]
-GSM8KVersion = Literal["plain", "torchrl", "seed"]
+GSM8KVersion = Literal["plain", "whole", "torchrl", "seed"]
 IFEvalVersion = Literal["share", "torchrl"]
 
 
@@ -26,9 +26,10 @@ class GSM8KConfig(Section):
     """With `extractor=verl`: look at so many characters at the end only; verl takes 300. None takes all."""
 
     version: GSM8KVersion = "plain"
-    """The reward: `plain` 1 or 0; `torchrl` 1.0, 0.1 for an answer in <answer> tags that is wrong, or 0;
-    `seed` 100 for a right answer in <answer> tags, or the sum of 20 (a later one is right), 10 (one contains
-    the right number), 5 (one <answer>) and 5 (one <think>)."""
+    """The reward: `plain` 1 or 0, by the first <answer>, or without one by the text outside of <think>;
+    `whole` 1 or 0, by the whole text, as lm-eval, verl and math-verify read it; `torchrl` 1.0, 0.1 for an
+    answer in <answer> tags that is wrong, or 0; `seed` 100 for a right answer in <answer> tags, or the sum of
+    20 (a later one is right), 10 (one contains the right number), 5 (one <answer>) and 5 (one <think>)."""
 
     processes: int = Field(default=2, ge=1)
     """With `extractor=math`: processes that check, for each process of the trainer."""

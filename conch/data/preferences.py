@@ -10,7 +10,6 @@ Legend: B rows, K objectives, T tokens (padded right).
 
 from __future__ import annotations
 
-import string
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from conch.config import DataConfig
+from conch.config.algorithms.reward_model import CHAT
 from conch.data.chat import dialogue_of_row, render_dialogue
 from conch.data.files import like_rows, place_of, rows_at, usable
 from conch.data.formats import JUDGEMENT_FORMS, about, fitting, judgement_form, listed, text_of
@@ -279,28 +279,6 @@ def hold_out(
 
 
 # ----------------------------------------------------------------------------------------------------- tokens
-
-
-def template_mistake(template: str) -> str | None:
-    """Why this is not a format string with {text} once, at most {eos} beside it; None where it is."""
-    try:
-        fields = [
-            (name, spec, how) for _, name, spec, how in string.Formatter().parse(template) if name is not None
-        ]
-    except ValueError as error:
-        return f"template {template!r} is not a format string: {error}"
-    names = [name for name, _, _ in fields]
-    if (
-        names.count("text") != 1
-        or set(names) - {"text", "eos"}
-        or any(spec or how for _, spec, how in fields)
-    ):
-        return f"template {template!r} must hold {{text}} once, may hold {{eos}}, and nothing else in {{}}"
-    return None
-
-
-CHAT = "chat"
-"""Template of models that read dialogues: the tokenizer's own chat template."""
 
 
 def default_template(tokenizer: Any) -> str:

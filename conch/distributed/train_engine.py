@@ -83,6 +83,9 @@ class TrainEngine:
 
     module: nn.Module
 
+    keeps_group = False
+    """Whether `close` leaves the process group to a later engine of this process."""
+
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
         has_gpu = torch.cuda.is_available()
@@ -356,8 +359,10 @@ class TrainEngine:
         self._scheduler.load_state_dict(state["scheduler"])
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group, unless it is kept."""
         self.collectives.close()
+        if self.keeps_group:
+            return
         if torch.distributed.is_initialized():
             _LEFT_GROUPS.append(torch.distributed.group.WORLD)
         self.accelerator.end_training()

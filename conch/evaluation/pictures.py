@@ -1,6 +1,7 @@
-"""One figure of overoptimisation: proxy and gold against sqrt(KL) and step, or n; `conch overoptimisation`.
+"""One figure of overoptimisation: proxy and gold against sqrt(KL) or KL, and step or n.
 
     conch overoptimisation runs/ppo --output pictures
+    conch overoptimisation runs/ppo --axis kl
     conch overoptimisation single=runs/a,runs/b,runs/c uwo=runs/d,runs/e,runs/f --output pictures
 
 A folder is that of a run that kept its evaluations, or one that `conch best-of-n` wrote. Scores are gains
@@ -19,7 +20,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -35,7 +36,12 @@ _log = get_logger(__name__)
 
 NAME = "overoptimisation"
 GAIN = "gain over the starting policy\n(standard deviations of its scores)"
-DISTANCE = "sqrt(KL) from the starting policy (sqrt(nats per sample))"
+Axis = Literal["sqrt_kl", "kl"]
+AXES: Mapping[Axis, str] = {
+    "sqrt_kl": "sqrt(KL) from the starting policy (sqrt(nats per sample))",
+    "kl": "KL from the starting policy (nats per sample)",
+}
+"""What the first panel has on its horizontal axis -> its label."""
 _VARIANCE = "members' variance\n(variances of the starting proxy)"
 _X_LABELS = {"rl": "step", "best_of_n": "n, samples to choose from"}
 _PANEL_WIDTH, _SCORE_HEIGHT, _VARIANCE_HEIGHT = 5.4, 4.0, 2.0
@@ -139,10 +145,13 @@ def _at(curve: Curve, steps: Sequence[float]) -> Curve:
     return Curve(label=curve.label, form=curve.form, intervals=intervals, **columns)
 
 
-def draw(curves: Mapping[str, Sequence[Curve]], folder: Path, name: str = NAME) -> list[Path]:
+def draw(
+    curves: Mapping[str, Sequence[Curve]], folder: Path, name: str = NAME, *, axis: Axis = "sqrt_kl"
+) -> list[Path]:
     """Write the figure of all groups, its points and its fits.
 
     curves: name of a group -> its seeds, not normalised.
+    axis: of the first panel. Means and fits are those over sqrt(KL), whatever they are drawn against.
 
     Returns:
         paths of `<name>.png`, `<name>.csv` and `<name>_fits.csv`.
@@ -155,7 +164,7 @@ def draw(curves: Mapping[str, Sequence[Curve]], folder: Path, name: str = NAME) 
     paths = [folder / f"{name}{ending}" for ending in (".png", ".csv", "_fits.csv")]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _draw_figure(groups, paths[0])
+        _draw_figure(groups, paths[0], axis)
         replace_text(paths[1], _table(_points(curves)))
         replace_text(paths[2], _table(_fit_rows(groups)))
     except OSError as error:
@@ -175,7 +184,7 @@ def draw_folder(folder: Path) -> list[Path]:
         return []
 
 
-def _draw_figure(groups: Sequence[Group], path: Path) -> None:
+def _draw_figure(groups: Sequence[Group], path: Path, axis: Axis) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -189,10 +198,10 @@ def _draw_figure(groups: Sequence[Group], path: Path) -> None:
     panels = figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights)
     for number, group in enumerate(groups):
         color = f"C{number % 10}"
-        _draw_group(group, panels[:, 0], "distance", color)
-        _draw_fit(group, panels[0, 0], color)
+        _draw_group(group, panels[:, 0], axis, color)
+        _draw_fit(group, panels[0, 0], axis, color)
         _draw_group(group, panels[:, 1 + forms.index(group.form)], "step", color)
-    for column, label in enumerate([DISTANCE, *(_X_LABELS[form] for form in forms)]):
+    for column, label in enumerate([AXES[axis], *(_X_LABELS[form] for form in forms)]):
         # The lowest panel that has something.
         filled = [axes for axes in panels[:, column] if axes.lines] or [panels[0, column]]
         filled[-1].set_xlabel(label)
@@ -235,7 +244,12 @@ def _draw_legend(figure: Any, axes: Any) -> None:
     )
 
 
-def _draw_group(group: Group, panels: Any, x: str, color: str) -> None:
+def _on(axis: Axis, distance: np.ndarray) -> np.ndarray:
+    """Where distances, sqrt(KL), stand on the axis."""
+    return distance**2 if axis == "kl" else distance
+
+
+def _draw_group(group: Group, panels: Any, x: Axis | Literal["step"], color: str) -> None:
     """Proxy dashed, gold solid, the members' variance below."""
     styles = {"proxy": ("--", 1.2, panels[0]), "gold": ("-", 2.0, panels[0])}
     if len(panels) > 1:
@@ -243,12 +257,16 @@ def _draw_group(group: Group, panels: Any, x: str, color: str) -> None:
     for series, (style, width, axes) in styles.items():
         if not group.has(series):
             continue
-        band = group.band_over_distance(series) if x == "distance" else group.band(series)
+        band = group.band(series)
+        if x != "step":
+            band = group.band_over_distance(series)
+            band = replace(band, at=_on(x, band.at))
         there = np.isfinite(band.mean) & np.isfinite(band.at)
-        measured = x != "distance" or len(group.seeds) == 1
-        if not measured and series == "gold":  # the mean ends where the first run does
+        measured = x == "step" or len(group.seeds) == 1
+        if x != "step" and not measured and series == "gold":  # the mean ends where the first run does
             for seed in group.seeds:
-                axes.plot(*_by_distance(seed.distance, seed.gold), color=color, linewidth=0.6, alpha=0.6)
+                distance, gold = _by_distance(seed.distance, seed.gold)
+                axes.plot(_on(x, distance), gold, color=color, linewidth=0.6, alpha=0.6)
         axes.plot(
             band.at[there],
             band.mean[there],
@@ -264,12 +282,12 @@ def _draw_group(group: Group, panels: Any, x: str, color: str) -> None:
             axes.fill_between(band.at[there], *edges, color=color, alpha=0.18, linewidth=0)
 
 
-def _draw_fit(group: Group, axes: Any, color: str) -> None:
+def _draw_fit(group: Group, axes: Any, axis: Axis, color: str) -> None:
     fit = group.fits.get("gold")
     if fit is None:
         return
     d = np.linspace(0.0, float(np.nanmax(group.band("distance").mean)), 200)
-    axes.plot(d, fit.gain(d**2), ":", color=color, linewidth=1.6)
+    axes.plot(_on(axis, d), fit.gain(d**2), ":", color=color, linewidth=1.6)
 
 
 def _label(group: Group, series: str) -> str:
@@ -377,8 +395,7 @@ def _labels(folders: Sequence[Path]) -> list[str]:
     return [str(Path(*each[-length:])) for each in parts]
 
 
-def main(argv: Sequence[str]) -> None:
-    """Draw the folders that a command line names."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="conch overoptimisation",
         description=__doc__,
@@ -388,13 +405,21 @@ def main(argv: Sequence[str]) -> None:
         "folder", nargs="+", help="a run, a folder of best-of-n, or seeds of one: name=folder,folder"
     )
     parser.add_argument("--output", type=Path, default=Path("pictures"), help="default: %(default)s")
+    parser.add_argument(
+        "--axis", choices=get_args(Axis), default="sqrt_kl", help="of the first panel (default: %(default)s)"
+    )
     parser.add_argument("--gold", default=GOLD, help="score that watched the runs (default: %(default)s)")
     parser.add_argument(
         "--variant",
         help="of runs that evaluate a sweep (`eval_generation`), as in the names of their files: "
         "@do_sample=true; default: the only one that measured KL",
     )
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    """Draw the folders that a command line names."""
+    arguments = _parser().parse_args(argv)
     groups = groups_of(arguments.folder)
     curves: dict[str, list[Curve]] = {}
     for name, folders in groups.items():
@@ -408,7 +433,7 @@ def main(argv: Sequence[str]) -> None:
             if not np.isfinite(curve.gold).any():
                 told = "%s has no gold scores, so %s is drawn without: `conch gold-eval` adds them to a run"
                 _log.warning(told, folder, name)
-    for path in draw(curves, arguments.output):
+    for path in draw(curves, arguments.output, axis=arguments.axis):
         print(path)
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from conch.config import ModelConfig
-from conch.errors import ConfigError
+from conch.errors import ConfigError, install_extra
 
 _PACKAGES = {
     "flash_attention_2": ("flash_attn", "flash-attn (`pip install flash-attn --no-build-isolation`)"),
@@ -75,7 +75,7 @@ def _check_half(setting: str, config: ModelConfig, model: PreTrainedModel | None
 def _check_liger() -> None:
     if find_spec("liger_kernel") is None:
         raise ConfigError(
-            "`model.liger` needs the package liger-kernel: `pip install 'conch[liger]'`, or turn it off"
+            f"`model.liger` needs the package liger-kernel: `{install_extra('liger')}`, or turn it off"
         )
     _check_gpu("`model.liger`", "turn it off")
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from conch.cli import run_main
-from conch.errors import ConfigError
+from conch.errors import ConfigError, install_extra
 from conch.reward_server.server_config import RewardServerConfig
 from conch.servers.command import pairs_of, run_server
 
@@ -41,7 +41,7 @@ def _serve(config: RewardServerConfig, command: Sequence[str]) -> None:
         if error.name not in _PACKAGES:
             raise
         raise ConfigError(
-            f"the reward server needs the package {error.name}: pip install 'conch[reward-server]'"
+            f"the reward server needs the package {error.name}: {install_extra('reward-server')}"
         ) from None
     serve(config, command)
 

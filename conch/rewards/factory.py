@@ -15,16 +15,18 @@ from urllib.parse import urlsplit
 
 from conch.addresses import SCHEMES, Endpoint, is_loopback, parse_urls
 from conch.config import JudgeConfig, RewardConfig
+from conch.config.reward import GOALS as GOALS
+from conch.config.reward import JUDGE, VERIFIER
+from conch.config.reward import is_function_name as is_function_name
 from conch.errors import ConfigError, missing_path
 from conch.rewards.base import RewardSource, UserReward, note_opened
 from conch.rewards.combined import EnsembleReward, SumReward
 from conch.rewards.function import FunctionReward
-from conch.rewards.judge.names import JUDGE
 from conch.rewards.replay import ReplayReward
 from conch.rewards.steering import SteeringReward
 from conch.rewards.token_rewards import Decode
 from conch.rewards.verifiers.base import Verifier
-from conch.rewards.verifiers.named import PREFIX, named_verifier
+from conch.rewards.verifiers.named import named_verifier
 from conch.rewards.verifiers.source import VerifierReward
 
 _THREE_WAYS = (
@@ -32,9 +34,6 @@ _THREE_WAYS = (
     "line `reward.function=file.py:name`), set `reward.url=host:port/model`, `reward.verifier=gsm8k` or "
     "`reward.judge.file=FILE.yaml`, or set the environment variable TRITON_HOST=host:port/model"
 )
-
-GOALS = "goals:"
-"""Before the names of goals, where an address could stand too."""
 
 
 def from_user(
@@ -102,25 +101,10 @@ def _named(
     if config.function is not None:
         return config.function
     if config.verifier is not None:
-        return PREFIX + config.verifier
+        return VERIFIER + config.verifier
     if config.judge.is_set:
         return config.judge
     return config.members or config.url or os.environ.get("TRITON_HOST")
-
-
-def is_function_name(text: str) -> bool:
-    """Whether it is `file.py:name`, where it may be an address as well."""
-    return text.rpartition(":")[0].endswith(".py") and not text.startswith(GOALS)
-
-
-def source_in_short(word: str) -> dict[str, Any]:
-    """The keys of a section `reward` that `host:port/model`, `http://host:port/path`, `verifier:gsm8k`,
-    `judge:FILE.yaml` or `file.py:name` stands for."""
-    if word.startswith(JUDGE):
-        return {"judge": {"file": word.removeprefix(JUDGE)}}
-    if word.startswith(PREFIX):
-        return {"verifier": word.removeprefix(PREFIX)}
-    return {"function" if is_function_name(word) else "url": word}
 
 
 def shared_reward(
@@ -161,8 +145,8 @@ def _identities(reward: object, config: RewardConfig) -> set[object]:
 def _identities_of_name(name: str, config: RewardConfig) -> set[object]:
     if name.startswith(GOALS):
         return {name}
-    if name.startswith(PREFIX):
-        kind = name.removeprefix(PREFIX)
+    if name.startswith(VERIFIER):
+        kind = name.removeprefix(VERIFIER)
         return {(name, getattr(config, kind, None) and getattr(config, kind).model_dump_json())}
     if name.startswith(JUDGE):
         return _identities_of_judge(JudgeConfig(file=Path(name.removeprefix(JUDGE))))
@@ -208,7 +192,10 @@ def named_function(name: str, setting: str = "reward.function") -> Callable[...,
         raise ConfigError(f"`{setting}` = {name}: write file.py:name or module:name")
     module = _module_of_file(Path(place), setting) if place.endswith(".py") else _module(place, setting)
     function = getattr(module, attribute, None)
-    if not callable(function):
+    if function is not None and not callable(function):
+        kind = type(function).__name__
+        raise ConfigError(f"`{setting}` = {name}: {attribute} of {place} is of type {kind} and no function")
+    if function is None:
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         near = difflib.get_close_matches(attribute, names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(names)) or 'none'}"
@@ -216,9 +203,18 @@ def named_function(name: str, setting: str = "reward.function") -> Callable[...,
     return function
 
 
+_FILES_RUN: dict[tuple[Path, int, int], ModuleType] = {}
+"""Path, time of change in nanoseconds and size in bytes of files that were run -> what they define."""
+
+
 def _module_of_file(path: Path, setting: str) -> ModuleType:
     if not path.is_file():
         raise ConfigError(f"`{setting}`: {path} cannot be read: there is no such file{missing_path(path)}")
+    # A command looks before it loads a model, and loads the function again for the run: the file runs once.
+    stat = path.stat()
+    key = (path.resolve(), stat.st_mtime_ns, stat.st_size)
+    if key in _FILES_RUN:
+        return _FILES_RUN[key]
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -226,6 +222,7 @@ def _module_of_file(path: Path, setting: str) -> ModuleType:
     sys.path.insert(0, str(path.resolve().parent))
     sys.modules.setdefault(path.stem, module)
     spec.loader.exec_module(module)
+    _FILES_RUN[key] = module
     return module
 
 
@@ -238,7 +235,8 @@ def _module(name: str, setting: str) -> ModuleType:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # something that the module itself imports
         raise ConfigError(
-            f"`{setting}`: there is no module {error.name}; give a file as file.py:name"
+            f"`{setting}`: there is no module {error.name} in {Path.cwd()} or installed; a file is given "
+            "as file.py:name, a served model as host:port/model"
         ) from None
 
 
@@ -279,8 +277,8 @@ def _source_of_name(
     name: str, config: RewardConfig, metadata_keys: Iterable[str] | None, decode: Decode | None
 ) -> RewardSource:
     """What a string stands for. Only a run that asks for it needs its libraries installed and loaded."""
-    if name.startswith(PREFIX):
-        verifier = named_verifier(name.removeprefix(PREFIX), config.gsm8k, config.ifeval)
+    if name.startswith(VERIFIER):
+        verifier = named_verifier(name.removeprefix(VERIFIER), config.gsm8k, config.ifeval)
         return _verifier_reward(verifier, config)
     if name.startswith(GOALS):
         return _goals_reward(name, config)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from concurrent.futures import wait as wait_for_futures
 from dataclasses import dataclass
 
 from conch.config import RewardConfig
@@ -183,6 +184,16 @@ class RewardScorer:
             self._submitted += len(positions)
             placed = [first + position for position in positions]
             self._pending.append(_Submission(placed, request.rollouts, request.future))
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait so many seconds for the first results of all that was submitted since the last gather.
+
+        Returns whether they are there, on this rank: `gather` then waits for nothing but an outage.
+        """
+        started = time.monotonic()
+        _, missing = wait_for_futures([submission.future for submission in self._pending], timeout_s)
+        self._meter.overlap.block(time.monotonic() - started)
+        return not missing
 
     def gather(self) -> list[RewardResult]:
         """Wait for the results of all that was submitted since the last gather, in its order.

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conch.errors import DataError, missing_path
-from conch.runs.tracking import METRICS_FILE
+from conch.errors import DataError
+from conch.runs.reading import no_run
+from conch.runs.state import METRICS_FILE
 
 LABELS = {
     "reward/mean": "served reward of rollouts (mean)",
@@ -30,7 +31,7 @@ def read_metric(run_dir: Path, name: str) -> tuple[list[int], list[float]]:
     """
     path = run_dir / METRICS_FILE
     if not path.is_file():
-        raise DataError(_no_run(run_dir))
+        raise DataError(no_run(run_dir))
     steps, values = [], []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         row = _parse(path, number, line)
@@ -38,15 +39,6 @@ def read_metric(run_dir: Path, name: str) -> tuple[list[int], list[float]]:
             steps.append(row["step"])
             values.append(row[name])
     return steps, values
-
-
-def _no_run(folder: Path) -> str:
-    """What to say of a folder without metrics."""
-    if not folder.exists():
-        return f"there is no folder {folder}{missing_path(folder)}"
-    runs = sorted(folder.glob(f"**/{METRICS_FILE}"), key=lambda path: path.stat().st_mtime)
-    below = f"; the newest run below it is {runs[-1].parent}" if runs else ""
-    return f"{folder} is not a run folder: it has no {METRICS_FILE}{below}"
 
 
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:

@@ -15,13 +15,12 @@ from typing import Any, Protocol, runtime_checkable
 
 from conch.atomic_files import replace_text
 from conch.config import Section, TrackingConfig, TrainConfig
-from conch.errors import ConfigError, first_line
+from conch.errors import ConfigError, first_line, install_extra
 from conch.log import get_logger, is_main_process, progress
+from conch.runs.state import METRICS_FILE
 from conch.types import Metrics
 
 _log = get_logger(__name__)
-
-METRICS_FILE = "metrics.jsonl"
 
 
 def make_run_dir(config: TrainConfig) -> Path:
@@ -214,7 +213,7 @@ class _TensorBoardSink:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError as error:
             raise ConfigError(
-                "`tracking.tensorboard` needs the package: pip install 'conch[tensorboard]'"
+                f"`tracking.tensorboard` needs the package: {install_extra('tensorboard')}"
             ) from error
         purge = None if done_steps is None else done_steps + 1
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
@@ -232,7 +231,7 @@ class _WandbSink:
         try:
             import wandb
         except ImportError as error:
-            raise ConfigError("`tracking.wandb` needs the package: pip install 'conch[wandb]'") from error
+            raise ConfigError(f"`tracking.wandb` needs the package: {install_extra('wandb')}") from error
         has_login = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if has_login else "offline")
         id_file = run_dir / "wandb_id.txt"

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from conch.access.tls import ServerTls
 from conch.addresses import is_loopback
 from conch.config import Section, load
-from conch.errors import ConfigError
+from conch.errors import ConfigError, yaml_problem
 
 
 class ListenSettings(Section):
@@ -101,7 +101,10 @@ def load_settings(section: type[SettingsT], argv: Sequence[str]) -> SettingsT:
             inner = inner.setdefault(each, {})
             if not isinstance(inner, dict):
                 raise ConfigError(f"`{key}` and `{each}` cannot both be given")
-        inner[name] = yaml.safe_load(value)
+        try:
+            inner[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"`{key}={value}` is no YAML: {yaml_problem(error)}") from None
     return load(section, values)
 
 

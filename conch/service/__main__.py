@@ -4,6 +4,8 @@
     python -m conch.service --output_dir /data/runs
 
     python -m conch.service --api_key KEY --output_dir /data/runs      the key stands in the process table
+    accelerate launch --config_file configs/accelerate/zero2-bf16.yaml --num_processes 8 \\
+        -m conch.service --output_dir /data/runs                       trains on eight GPUs
 
 `key=value` may be written `--key value`, or stand in the environment, as containers have it:
 `CONCH_SERVICE_PORT=9000` is `port=9000`. The command line wins. docs/remote_service.md has more.
@@ -16,7 +18,8 @@ import sys
 from collections.abc import Sequence
 
 from conch.cli import run_main
-from conch.errors import ConfigError
+from conch.distributed.launcher import launched_processes
+from conch.errors import ConfigError, install_extra
 from conch.servers.command import HELP, pairs_of, run_server
 from conch.servers.settings import pairs_from_environment
 from conch.service.protocol import KEY_VARIABLE
@@ -29,6 +32,8 @@ _KEY = "api_key"
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: `key=value ...` or `--key value ...`, or `--help` for the keys."""
     words = with_environment(taking_key(pairs_of(sys.argv[1:] if argv is None else argv)))
+    if launched_processes() > 1 and not {*HELP} & {*words}:
+        words.append("restart=false")  # a launcher starts all ranks again, or none
     run_server(ServiceConfig, _serve, module="conch.service", about=__doc__, argv=words)
 
 
@@ -65,7 +70,7 @@ def _serve(config: ServiceConfig) -> None:
         if error.name not in _PACKAGES:
             raise
         raise ConfigError(
-            f"the training service needs the package {error.name}: pip install 'conch[service]'"
+            f"the training service needs the package {error.name}: {install_extra('service')}"
         ) from None
     serve(config)
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from conch.distributed.launcher import launched_processes
 from conch.errors import ConfigError
@@ -18,6 +21,9 @@ from conch.service.app import make_app
 from conch.service.protocol import KEY_HEADER
 from conch.service.runs.runs import Runs
 from conch.service.service_config import ServiceConfig
+
+if TYPE_CHECKING:
+    from conch.service.runs.ranks import Leader
 
 _log = get_logger(__name__)
 
@@ -33,27 +39,52 @@ _THREADS = 64
 def serve(config: ServiceConfig) -> None:
     """Serve until SIGTERM, or until the parent process is gone; the run under way is saved.
 
+    Of several processes that a launcher has started, rank 0 serves and all train.
+
     Raises:
-        ConchError: settings will not do.
+        ConchError: settings will not do; other ranks are lost, and the next service goes on with the run.
         SystemExit: 0 after SIGTERM.
     """
     check_access(config)
-    if launched_processes() > 1:
-        raise ConfigError("the service trains in one process: start it without torchrun or accelerate")
+    if launched_processes() <= 1:
+        leave_with_parent()
+        with _alone_in(config.output_dir):
+            _serve(config)
+        return
+    # Loads torch, which a service of one process leaves to its runs.
+    from conch.service.runs.ranks import Leader, follow
+
+    if int(os.environ.get("RANK", "0")) != 0:
+        follow(config.rollout)
+        return
     leave_with_parent()
     with _alone_in(config.output_dir):
-        runs = Runs(
-            config.output_dir,
-            models=config.models,
-            idle_s=config.idle_s,
-            stop_s=config.stop_s,
-            rollout=config.rollout,
-        )
-        runs.take_up()
+        lost = threading.Event()
+        leader = Leader(lost.set)
+        leader.wait_for_ranks()
         try:
-            asyncio.run(_listen(runs, config))
+            _serve(config, leader, lost)
         finally:
-            runs.close()
+            leader.close(config.stop_s)
+        if leader.lost is not None:
+            raise leader.lost
+
+
+def _serve(config: ServiceConfig, leader: Leader | None = None, lost: threading.Event | None = None) -> None:
+    """lost: set where other ranks are gone, and the service has to end."""
+    runs = Runs(
+        config.output_dir,
+        models=config.models,
+        idle_s=config.idle_s,
+        stop_s=config.stop_s,
+        rollout=config.rollout,
+        leader=leader,
+    )
+    runs.take_up()
+    try:
+        asyncio.run(_listen(runs, config, lost))
+    finally:
+        runs.close()
 
 
 @contextlib.contextmanager
@@ -77,7 +108,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-async def _listen(runs: Runs, config: ServiceConfig) -> None:
+async def _listen(runs: Runs, config: ServiceConfig, lost: threading.Event | None) -> None:
     app = make_app(runs, config, lambda: listener.should_exit)
     listener = make_listener(
         app,
@@ -90,6 +121,8 @@ async def _listen(runs: Runs, config: ServiceConfig) -> None:
 
     async def end_waits() -> None:
         while not listener.should_exit:
+            if lost is not None and lost.is_set():
+                listener.should_exit = True
             await asyncio.sleep(_LOOK_S)
         runs.end_waits()
 

@@ -7,6 +7,7 @@ up what the checkpoint holds.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
@@ -25,6 +26,7 @@ from conch.errors import ConfigError
 from conch.evaluation.watch import comparable, cut_evaluations, report
 from conch.log import get_logger, is_main_process
 from conch.rewards.replay import cut_lines
+from conch.runs.state import noted_state
 from conch.runs.tracking import Tracker
 from conch.training.checkpointing import (
     Run,
@@ -62,7 +64,9 @@ def fit(trainer: Trainer, name: str) -> Path:
         run_config=trainer.config,
         done_steps=_logged_steps(run) if run.continued else None,
     )
-    with tracker, _noted_signals() as received:
+    is_main = trainer.engine.collectives.is_main
+    on_record = noted_state(run.folder, name, train.total_steps) if is_main else contextlib.nullcontext()
+    with tracker, on_record, _noted_signals() as received:
         host = RunOutageHooks(trainer, received)
         if trainer.engine.collectives.is_main:
             last_step = run.step if run.continued else -1

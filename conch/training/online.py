@@ -23,7 +23,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from conch.cli import load_run_config
 from conch.config import OnlineRunConfig
 from conch.data.files import evaluation_rows, joined, training_rows
 from conch.data.formats import listed, prompt_form
@@ -511,16 +510,13 @@ class OnlineTrainer(ABC, Generic[ConfigT]):
         return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
 
 
-def run_online(
-    trainer_type: type[OnlineTrainer[ConfigT]], config_type: type[ConfigT], argv: Sequence[str]
-) -> None:
-    """Train from a command line: `key=value ...`, with prompts from `data.train`.
+def run_online(trainer_type: type[OnlineTrainer[ConfigT]], config: ConfigT) -> None:
+    """Train with the prompts of `data.train`.
 
     Raises:
         ConchError: bad settings or data, before anything is loaded where that can be known.
-        SystemExit: see `conch.cli.load_run_config` and `fit`.
+        SystemExit: see `fit`.
     """
-    config = load_run_config(config_type, argv, default_name=trainer_type.name)
     prompts = training_rows(config.data, "prompts", form=prompt_form)
     evaluated = evaluation_rows(config.data, form=prompt_form)
     with closing(trainer_type(config, prompts=prompts, eval_prompts=evaluated)) as trainer:

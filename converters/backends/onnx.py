@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from conch.converters.backends.padded_graph import Graph, example_rows
-from conch.errors import ConversionError, first_line
+from conch.errors import ConversionError, first_line, install_extra
 
 ONNX_FILE = "model.onnx"
 
@@ -27,7 +27,7 @@ def check_onnx_installed() -> None:
     absent = [name for name in _LIBRARIES if find_spec(name) is None]
     if absent:
         raise ConversionError(
-            f"--backend onnx needs {', '.join(absent)}; install the extra: pip install 'conch[onnx]'"
+            f"--backend onnx needs {', '.join(absent)}; install the extra: {install_extra('onnx')}"
         )
 
 

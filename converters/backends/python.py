@@ -19,7 +19,7 @@ from conch.converters import triton_models
 from conch.converters.checkpoints.architectures import final_layer
 from conch.converters.checkpoints.heads import Head, LinearLayer
 from conch.converters.checkpoints.reader import RewardCheckpoint
-from conch.errors import ConversionError
+from conch.errors import ConversionError, install_extra
 from conch.log import progress
 from conch.store.manifest import Manifest, ScoringRules
 
@@ -143,7 +143,7 @@ def check_torchao() -> None:
     """Raise ConversionError unless torchao is installed."""
     if importlib.util.find_spec("torchao") is None:
         raise ConversionError(
-            "dtype int8 needs torchao, here and in the server's Python: pip install 'conch[int8]'"
+            f"dtype int8 needs torchao, here and in the server's Python: {install_extra('int8')}"
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from conch.config.algorithms.reward_model import CHAT, template_mistake
 from conch.converters.checkpoints.files import (
     REWARD_MODEL_FILE,
     RewardModelFile,
@@ -17,7 +18,7 @@ from conch.converters.checkpoints.files import (
     find_source,
 )
 from conch.converters.options import DIALOGUE_TEMPLATES, ReadOptions
-from conch.data.preferences import CHAT, default_template, template_mistake
+from conch.data.preferences import default_template
 from conch.data.text import special_tokens
 from conch.errors import ConversionError, first_line
 from conch.log import get_logger

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from conch.config import DataConfig, RewardConfig
-from conch.data.files import training_rows
+from conch.data.files import rows_at, training_rows
 from conch.errors import DataError
 from examples.grpo.settings import EnvSettings
 
@@ -74,7 +74,8 @@ def read_prompts(
             f"{len(rows)} prompts are too few to keep a tenth of them for evaluations: give `env.eval_data`, "
             "or set `train.eval_frequency=0`"
         )
-    return rows[:-number], rows[-number:]
+    kept = len(rows) - number
+    return rows_at(rows, range(kept), "prompt"), rows_at(rows, range(kept, len(rows)), "prompt")
 
 
 def _form(dataset: str, prompt_of: Callable[[str], Any]) -> Callable[[Any], dict[str, Any]]:

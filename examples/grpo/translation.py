@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conch.config import load
-from conch.errors import ConfigError
+from conch.config import Section, load
+from conch.config.base import nested_section
+from conch.errors import ConfigError, install_extra
 from conch.trainers.async_grpo import AsyncGRPORunConfig
 from conch.trainers.grpo import GRPORunConfig
 from examples.grpo.async_settings import AsyncExampleConfig, uses_ray
@@ -40,6 +41,9 @@ _NAMES_OF_LEAD: dict[str, Any] = {"max_staleness": 1}
 
 _PROGRAMS = {False: "`grpo.py`", True: "`grpo-async.py`"}
 """Whether sampling goes on while the model is trained -> program."""
+
+_CHECKS = ("reward.gsm8k.", "reward.ifeval.")
+"""Beginnings of the names of a verifier's settings."""
 
 _CHOSEN = {"scheduler.name", "generation.chunk_size", "grpo.forward_batch_size", "model.disable_dropout"}
 """Settings of Conch's without a name here, which are chosen for what others say."""
@@ -68,6 +72,7 @@ def translate(config: ExampleConfig, plan: DevicePlan, *, has_vllm: bool) -> lis
     Raises:
         ConfigError: settings contradict each other; one sentence.
     """
+    more = _below_conch(config)
     batches = plan_batches(config, len(plan.train))
     made = [
         *_model(config, plan),
@@ -78,8 +83,12 @@ def translate(config: ExampleConfig, plan: DevicePlan, *, has_vllm: bool) -> lis
         *_reward(config),
         *_run(config),
     ]
-    sources = {item.name: item.source.partition(":")[0] for item in made if item.name not in _CHOSEN}
-    more = [Became(f"conch.{name}", name, value) for name, value in _leaves(config.conch)]
+    sources = {
+        item.name: item.source.partition(":")[0]
+        for item in made
+        # What watches may check in another way than the reward.
+        if item.name not in _CHOSEN and not item.name.startswith(("evaluation.gsm8k.", "evaluation.ifeval."))
+    }
     for item in more:
         if item.name in sources:
             raise ConfigError(f"`{item.source}` has a name here: set {sources[item.name]} instead")
@@ -97,6 +106,7 @@ def without_effect(config: ExampleConfig, plan: DevicePlan, *, has_vllm: bool) -
     reasons: dict[str, str] = {
         "train_model.accelerate_config": one_process or on_cpu,
         "train.mixed_precision": precision,
+        **_unused_anywhere(config),
     }
     if not uses_vllm:
         for key in ("gpu_memory_utilization", "enforce_eager"):
@@ -367,13 +377,35 @@ def _ray(config: AsyncExampleConfig, plan: DevicePlan, engine: str) -> list[Beca
     return made
 
 
+def _below_conch(config: ExampleConfig) -> list[Became]:
+    """The settings below `conch`.
+
+    Raises:
+        ConfigError: a section among them has a value, which would replace what this program sets in it.
+    """
+    made: list[Became] = []
+    for name, value in _leaves(config.conch):
+        section: type[Section] | None = run_section(config)
+        annotation: Any = section
+        for part in name.split("."):
+            field = section.model_fields.get(part) if section is not None else None
+            annotation = None if field is None else field.annotation
+            section = None if field is None else nested_section(annotation)
+        if section is None or annotation is not section:
+            made.append(Became(f"conch.{name}", name, value))
+        elif value != {}:
+            keys = ", ".join(f"`conch.{name}.{key}`" for key in section.model_fields)
+            raise ConfigError(f"`conch.{name}` = {value!r} is a section, no value: its keys are {keys}")
+    return made
+
+
 def _lead(config: ExampleConfig, batches: Batches) -> list[Became]:
     """How far sampling runs ahead; nothing where it does not."""
     if not isinstance(config, AsyncExampleConfig):
         return []
     train, lead = config.train, plan_lead(config.train, batches)
-    correction = config.conch.get("grpo", {}).get("correction", {})
-    if config.inference_model.top_p < 1 and correction.get("kind") != "none":
+    weighs = dict(_leaves(config.conch)).get("grpo.correction.kind") != "none"
+    if config.inference_model.top_p < 1 and weighs:
         raise ConfigError(
             f"`inference_model.top_p` = {config.inference_model.top_p} cuts the distribution that older "
             "samples are weighed by: leave it at 1, or weigh none, `conch.grpo.correction.kind=none`"
@@ -384,6 +416,18 @@ def _lead(config: ExampleConfig, batches: Batches) -> list[Became]:
         Became(updates, "asynchronous.sync_every", lead.sync_every),
         Became("train.partial_rollouts", "asynchronous.partial_rollouts", train.partial_rollouts),
     ]
+
+
+def _unused_anywhere(config: ExampleConfig) -> dict[str, str]:
+    """Settings that change nothing on any devices, for what others say, with the reason."""
+    reasons = _unused_checks(config)
+    if not config.train_model.lora.enabled:
+        full = "all weights are trained, `train_model.lora.enabled` = false"
+        reasons |= {f"train_model.lora.{key}": full for key in ("r", "alpha", "dropout", "target_modules")}
+    if not config.train.eval_frequency:
+        never = "nothing is evaluated, `train.eval_frequency` = 0"
+        reasons |= {"env.eval_data": never, "env.max_eval_rows": never}
+    return reasons
 
 
 def _unused_of_ray(config: AsyncExampleConfig) -> dict[str, str]:
@@ -409,7 +453,7 @@ def sampler(config: ExampleConfig, plan: DevicePlan, *, has_vllm: bool) -> str:
     backend = inference.backend
     if backend == "vllm" and not has_vllm:
         raise ConfigError(
-            "`inference_model.backend` = vllm, and vLLM is not installed: pip install 'conch[vllm]'"
+            f"`inference_model.backend` = vllm, and vLLM is not installed: {install_extra('vllm')}"
         )
     if backend == "auto":
         backend = "vllm" if has_vllm and plan.on_gpus else "transformers"
@@ -445,11 +489,39 @@ def at_once_of_each(config: ExampleConfig, copies: int) -> int:
 def _reward(config: ExampleConfig) -> list[Became]:
     reward = config.reward
     made = [Became(f"reward.{name}", f"reward.{name}", value) for name, value in _leaves(_dumped(reward))]
-    if reward.url or reward.function or reward.members or reward.replay:
+    if _watches(config):
+        checks = [item for item in made if item.name.startswith(_CHECKS)]
+        made += [
+            Became(item.source, f"evaluation.{item.name.partition('.')[2]}", item.value) for item in checks
+        ]
         return [*made, Became("env.dataset", "evaluation.verifier", config.env.dataset)]
     if reward.verifier is None:
         made.append(Became("env.dataset", "reward.verifier", config.env.dataset))
     return made
+
+
+def _watches(config: ExampleConfig) -> bool:
+    """Whether the dataset's verifier is not the reward, and watches in evaluations."""
+    reward = config.reward
+    return bool(reward.url or reward.function or reward.members or reward.replay)
+
+
+def _unused_checks(config: ExampleConfig) -> dict[str, str]:
+    """Settings of the verifiers that check nothing here, with the reason."""
+    reward = config.reward
+    learns = {word.removeprefix("verifier:") for word in reward.members.values()}
+    learns |= set() if _watches(config) else {reward.verifier or config.env.dataset}
+    reasons: dict[str, str] = {}
+    given = {"gsm8k": _dumped(reward.gsm8k), "ifeval": _dumped(reward.ifeval)}
+    for name in (f"{verifier}.{key}" for verifier, keys in given.items() for key in keys):
+        verifier = name.partition(".")[0]
+        if verifier in learns:
+            continue
+        if not _watches(config) or verifier != config.env.dataset:
+            reasons[f"reward.{name}"] = f"nothing is checked by the verifier {verifier}"
+        elif not config.train.eval_frequency:
+            reasons[f"reward.{name}"] = f"{verifier} watches in evaluations, and `train.eval_frequency` = 0"
+    return reasons
 
 
 def _dumped(section: Any) -> dict[str, Any]:

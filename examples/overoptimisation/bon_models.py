@@ -13,8 +13,9 @@ import numpy as np
 
 from conch.atomic_files import replace_text
 from conch.config import RewardConfig, load
+from conch.config.reward import source_in_short
 from conch.log import get_logger, progress
-from conch.rewards.factory import from_user, source_in_short
+from conch.rewards.factory import from_user
 from conch.rewards.scorer import RewardScorer, total_reward
 from conch.types import Completion, Dialogue, Prompt, Rollout
 from examples.overoptimisation.bon_files import Entry

@@ -17,7 +17,7 @@ import yaml
 
 from conch.cli import written_with
 from conch.config import load
-from conch.errors import ConfigError, missing_path
+from conch.errors import ConfigError, missing_path, yaml_problem
 from examples.overoptimisation.settings import NO_EFFECT, NOT_HERE, StudyConfig
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -150,7 +150,7 @@ def _yaml(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror}{missing_path(file)}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{file} is no YAML: {yaml_problem(error)}") from error
     if content is not None and not isinstance(content, Mapping):
         raise ConfigError(f"{file} holds no settings by name")
     return dict(content or {})

@@ -161,15 +161,19 @@ def add_ensemble_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(argv: Sequence[str]) -> None:
-    """Run the command."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="run_bon_ensembles.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("output_dir", help="folder below runs/ with the seeds' results")
     parser.add_argument("--seeds", type=numbers, help="members (default: all that were scored)")
     add_ensemble_options(parser)
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command."""
+    arguments = _parser().parse_args(argv)
     folder = study_folder(arguments.output_dir)
     seeds = arguments.seeds or scored_seeds(folder)
     run_ensembles(folder, seeds, arguments.sample_ns, arguments.uwo_weights, variance=arguments.variance)

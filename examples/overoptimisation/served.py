@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conch.addresses import SCHEMES, Endpoint
+from conch.config.reward import VERIFIER
 from conch.converters.ensemble import to_ensemble
+from conch.converters.stacked import check_stackable
 from conch.converters.to_triton import to_triton
-from conch.errors import ConfigError, ServerStartError, missing_path
+from conch.errors import ConfigError, ConversionError, ServerStartError, missing_path
 from conch.log import get_logger
 from conch.models.folders import model_folder
-from conch.rewards.verifiers.named import PREFIX
 from conch.serving.server.server import ServerOptions, TritonServer
 from conch.store.manifest import ServedDtype
 from conch.store.store import is_valid_name, list_models, read_model
@@ -52,7 +53,7 @@ class Serving:
 
 def has_address(name: str) -> bool:
     """Whether a reward is asked where it is: a served model, an endpoint, a verifier or a function."""
-    if name.startswith((*SCHEMES, PREFIX)) or _FUNCTION.fullmatch(name):
+    if name.startswith((*SCHEMES, VERIFIER)) or _FUNCTION.fullmatch(name):
         return True
     try:
         return bool(Endpoint.parse_all(name))
@@ -80,8 +81,8 @@ def served(
     hosted = [name for name in names if name not in addresses]
     if ensemble is not None and addresses:
         raise ConfigError(
-            f"`rank_config.serve_as` = ensemble joins models of the store, and {next(iter(addresses))} is "
-            "served already: leave it at members"
+            f"`rank_config.serve_as` = {ensemble.serve_as} joins models of the store, and "
+            f"{next(iter(addresses))} is served already: leave it at members"
         )
     if not hosted:
         yield addresses
@@ -128,20 +129,35 @@ def hosting(
 
 
 def joined(models: Sequence[str], rank: RankSettings, store: Path) -> str:
-    """Name of the ensemble of these models in the store, which is made where it is missing."""
-    objective = OBJECTIVES[rank.objective_name]
+    """Name of the ensemble of these models in the store, which is made where it is missing.
+
+    Raises:
+        ConversionError: they do not fit together, or cannot be stacked.
+    """
+    objective, is_stacked = OBJECTIVES[rank.objective_name], rank.serve_as == "stacked"
     told = json.dumps([*models, objective, rank.uwo_weight, *_named_variance(rank)])
-    name = f"ensemble-{objective}-{hashlib.sha256(told.encode()).hexdigest()[:_DIGEST_LETTERS]}"
+    prefix = "stacked" if is_stacked else "ensemble"
+    name = f"{prefix}-{objective}-{hashlib.sha256(told.encode()).hexdigest()[:_DIGEST_LETTERS]}"
     if name not in _models(store):
+        if is_stacked:
+            _check_stackable(models, store)
         to_ensemble(
             models,
             name=name,
             objective=objective,
             uwo_weight=rank.uwo_weight,
             variance=rank.variance,
+            stacked=is_stacked,
             model_store=store,
         )
     return name
+
+
+def _check_stackable(models: Sequence[str], store: Path) -> None:
+    try:
+        check_stackable([read_model(store, model) for model in models])
+    except ConversionError as error:
+        raise ConversionError(f"{error} (here: `rank_config.serve_as=ensemble`)") from None
 
 
 def _named_variance(rank: RankSettings) -> list[str]:
@@ -225,7 +241,7 @@ def served_rewards(names: Mapping[str, str], rank: RankSettings, store: Path) ->
 
     names: short names of the models -> the models.
     """
-    joins = len(names) > 1 and rank.serve_as == "ensemble"
+    joins = len(names) > 1 and rank.serve_as != "members"
     client = {"client": {"batch_rows": rank.batch_size}}
     serving = Serving(store, rank.template, rank.dtype)
     with served([*names.values()], serving, rank if joins else None) as endpoints:

@@ -109,8 +109,10 @@ class RankSettings(Section):
     """What UWO's variance of k members divides by: `population` k, `sample` k - 1, as the paper's PPO does. A
     weight found with the one is worth that of the other times k / (k - 1)."""
 
-    serve_as: Literal["members", "ensemble"] = "members"
-    """Whether checkpoints of an ensemble are served each by itself, and combined here, or as one model."""
+    serve_as: Literal["members", "ensemble", "stacked"] = "members"
+    """How checkpoints of an ensemble are served: each by itself, and combined here; joined by one model that
+    asks each (`ensemble`); or as one that holds them all and reads a text once (`stacked`), for which they
+    must be of one architecture and tokenizer, as seeds of one training are."""
 
     batch_size: int = Field(default=128, ge=1)
     """Most samples in a request."""

@@ -84,7 +84,7 @@ def _as_people_do(answer: str, draw: random.Random) -> str:
     return answer + "".join(draw.choices(LETTERS, k=draw.randint(1, 3)))
 
 
-def make_start(folder: Path, seed: int = 0, *, steps: int = 1500, batch: int = 128) -> Path:
+def make_start(folder: Path, seed: int = 0, *, steps: int = 800, batch: int = 64) -> Path:
     """Train the model that everything starts from, unless it is there."""
     if (folder / "config.json").exists():
         return folder

@@ -14,6 +14,7 @@ from examples.grpo.devices import DevicePlan
 from examples.steerability.settings import SteerabilityRunConfig
 
 _RELAUNCHED = "CONCH_STEERABILITY_RELAUNCHED"
+_LAUNCHERS_CHOICE = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,10 @@ def asked_of_launcher(words: Sequence[str]) -> int:
 
 
 def use_zero(config: SteerabilityRunConfig, devices: Devices) -> None:
-    """Have accelerate train by DeepSpeed's ZeRO, as the settings say, where its launcher was told nothing."""
+    """Have accelerate train by DeepSpeed's ZeRO, as the settings say, where its launcher was told nothing: no
+    DeepSpeed and no FSDP."""
     stage = config.steerability.zero_stage
-    told = os.environ.get("ACCELERATE_USE_DEEPSPEED") is not None
+    told = any(os.environ.get(name) is not None for name in _LAUNCHERS_CHOICE)
     if not stage or not devices.on_gpus or devices.num_processes < 2 or told:
         return
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"

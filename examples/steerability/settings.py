@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from conch.cli import compose
 from conch.config import Section, load
-from conch.errors import ConfigError, missing_path
+from conch.errors import ConfigError, missing_path, yaml_problem
 from conch.trainers.grpo import GRPORunConfig
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -161,7 +161,7 @@ def _check_names(path: Path) -> None:
     try:
         content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+        raise ConfigError(f"{path} cannot be read: {yaml_problem(error)}") from error
     if content is not None and not isinstance(content, Mapping):
         raise ConfigError(
             f"{path} is to hold settings, as in `model: {{path: ...}}`, not a {type(content).__name__}"

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from conch.errors import CheckpointError, ConfigError, RolloutError
+from conch.errors import CheckpointError, ConfigError, RolloutError, StuckError
 from conch.rewards.function import FunctionReward
+from conch.rewards.verifiers.base import Verdict, Verifier
 from conch.rollouts.remote.client import ServerClient
 from conch.training.overlap.ledger import ledger_faults, read_ledger
 from conch.types import Metrics
@@ -199,6 +200,56 @@ def test_prompt_too_long_for_the_servers_is_told_at_the_first_step(tmp_path: Pat
         )
         with closing(trainer), pytest.raises(ConfigError, match="a prompt of 8 tokens"):
             trainer.step()
+
+
+class NeverEnds(Verifier[str]):
+    """A check that waits for what the test does at its end."""
+
+    name = "never_ends"
+    columns = ()
+
+    def __init__(self, released: threading.Event) -> None:
+        self._released = released
+
+    def read_key(self, row: Mapping[str, Any]) -> str:
+        return ""
+
+    def verify(self, completion: str, key: str) -> Verdict:
+        self._released.wait()
+        return Verdict({"answer": 0.0})
+
+
+def never_returns(released: threading.Event) -> Callable[..., list[float]]:
+    def reward(outputs: Sequence[str], **_: Any) -> list[float]:
+        released.wait()
+        return vowels(outputs)
+
+    return reward
+
+
+@pytest.mark.parametrize(
+    ("reward_of", "line"),
+    [(never_returns, "in reward"), (NeverEnds, "in verify")],
+    ids=["function", "verifier"],
+)
+def test_a_reward_that_does_not_return_ends_the_run_with_its_stack(
+    tmp_path: Path, reward_of: Callable[[threading.Event], Any], line: str
+) -> None:
+    released = threading.Event()
+    with served(policy(), TOKENIZER) as server:
+        trainer = async_grpo_trainer(
+            tmp_path / "run",
+            rollout={"urls": server.address},
+            asynchronous={"deadline_s": 5.0},
+            reward_fn=reward_of(released),
+        )
+        with closing(trainer):
+            with pytest.raises(
+                StuckError, match=r"nothing has moved on rank 0 .* waits for the rewards of 8"
+            ):
+                trainer.step()
+            released.set()
+    assert line in (tmp_path / "run" / "stuck" / "rank_0.txt").read_text()
 
 
 def test_nothing_has_to_move_between_steps(tmp_path: Path) -> None:

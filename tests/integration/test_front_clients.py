@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.peers import install
 from tests.reward_servers import Lengths, served
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,12 +23,7 @@ pytestmark = pytest.mark.slow
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with both packages, without what they depend on."""
     folder = tmp_path_factory.mktemp("clients")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    done = subprocess.run(
-        [*pip, "--target", folder, *PACKAGES], capture_output=True, text=True, timeout=600, check=False
-    )
-    if done.returncode:
-        pytest.skip(f"needs {' '.join(PACKAGES)}: {done.stderr.strip()[-500:]}")
+    install(PACKAGES, "--no-deps", "--target", folder)
     return folder
 
 

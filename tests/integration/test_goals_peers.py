@@ -20,6 +20,7 @@ from conch.rewards.goals.readability import reading_difficulty
 from conch.rewards.goals.tagger import english_tagger
 from conch.rewards.goals.words import tagged_sentences, text_length
 from tests.goal_texts import RECORDED, TEXTS
+from tests.peers import install
 
 ROOT = Path(__file__).resolve().parents[2]
 ANSWERS = ROOT.parent / "shared/data/hh/harmless-base.jsonl.gz"
@@ -38,10 +39,7 @@ def peers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("peers")
     subprocess.run([sys.executable, "-m", "venv", folder], check=True, timeout=120)
     python = folder / "bin/python"
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PEERS]
-    installed = subprocess.run(pip, capture_output=True, text=True, timeout=900)
-    if installed.returncode:
-        pytest.skip(f"needs {' '.join(PEERS)}: {installed.stderr.strip()[-500:]}")
+    install(PEERS, python=python)
     return python
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.peers import install
+
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = ("verl==0.9.1", "openrlhf==0.11.2")
 
@@ -18,12 +20,7 @@ pytestmark = pytest.mark.slow
 
 def test_their_own_code_loads_and_calls_the_functions(tmp_path: Path) -> None:
     packages, out = tmp_path / "packages", tmp_path / "out.json"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    installed = subprocess.run(
-        [*pip, "--target", packages, *PEERS], capture_output=True, text=True, timeout=900, check=False
-    )
-    if installed.returncode:
-        pytest.skip(f"needs {' '.join(PEERS)}: {installed.stderr.strip()[-500:]}")
+    install(PEERS, "--no-deps", "--target", packages)
     done = subprocess.run(
         [sys.executable, ROOT / "tests/integration/interop_clients.py", packages, out],
         env={**os.environ, "PYTHONPATH": str(ROOT)},

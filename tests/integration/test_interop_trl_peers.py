@@ -20,6 +20,7 @@ from conch.rewards.score import score
 from conch.serving.server.server import TritonServer
 from tests.chats import chat_reward_model, chat_tokenizer
 from tests.checkpoints import config_of, random_model
+from tests.peers import install
 from tests.tiny import char_tokenizer, reward_checkpoint, tiny_gpt2_config
 from tests.trl_calls import Logged, of_grpo
 
@@ -85,12 +86,7 @@ def peers(tmp_path_factory: pytest.TempPathFactory) -> Peers:
     root = tmp_path_factory.mktemp("trl")
     packages = {name: root / name for name in (NEWEST, BEFORE_ASYNC_OBJECTS)}
     for name, folder in packages.items():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        installed = subprocess.run(
-            [*pip, "--target", folder, name], capture_output=True, text=True, timeout=900, check=False
-        )
-        if installed.returncode:
-            pytest.skip(f"needs {name}: {installed.stderr.strip()[-500:]}")
+        install([name], "--no-deps", "--target", folder)
     tokenizer = char_tokenizer(LETTERS)
     torch.manual_seed(0)
     GPT2LMHeadModel(tiny_gpt2_config(tokenizer, n_positions=32)).save_pretrained(root / "policy")

@@ -38,6 +38,10 @@ def test_a_chain_has_all_its_parts_and_goes_on_where_it_was_interrupted(tmp_path
     shutil.rmtree(at.policy("uwo") / "checkpoints")
     at.best_of_n.unlink()
     again = run(config)
+    assert again["seconds"] > summary["seconds"]
+    took, before = again["part_seconds"][3], summary["part_seconds"][3]
+    assert took.keys() == before.keys() and all(took[name] >= before[name] for name in took)
+    assert took["ppo_uwo"] > before["ppo_uwo"], "what was lost was done again"
     assert again["ppo"] == summary["ppo"] and again["best_of_n"] == summary["best_of_n"]
     assert (at.policy("mean") / "metrics.jsonl").stat().st_mtime_ns == kept
 

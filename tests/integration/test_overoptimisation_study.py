@@ -146,7 +146,7 @@ ENSEMBLE = ["rank_config.model_names=[models/rm_seed1, models/rm_seed2]", "rank_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("serve_as", "processes"), [("members", 2), ("ensemble", 1)])
+@pytest.mark.parametrize(("serve_as", "processes"), [("members", 2), ("ensemble", 1), ("stacked", 1)])
 def test_an_ensemble_is_served_once_for_all_processes(serve_as: str, processes: int, folder: Path) -> None:
     words = [*ENSEMBLE, "rank_config.objective_name=UWO", f"rank_config.serve_as={serve_as}"]
     with endpoint() as running:
@@ -163,5 +163,7 @@ def test_an_ensemble_is_served_once_for_all_processes(serve_as: str, processes: 
         assert sample.scores["reward"] == pytest.approx(mean - 0.5 * variance, abs=1e-4)
         if serve_as == "members":
             assert sample.variance == pytest.approx(variance, abs=1e-4)
+    if serve_as == "stacked":
+        assert len([*folder.glob("model_store/stacked-uwo-*/1/members/[01]")]) == 2
     again = trained(folder, *words, gold, f"output_dir=runs/{serve_as}", processes=processes)
     assert "KL (nats)" in again, "the same command finds all done"

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from conch.sizing import Setup, sizes
+from conch.sizing.estimate import sizes
+from conch.sizing.options import Setup
 from tests.launches import LONGEST_S, ROOT
 
 VOCABULARY = {"vocab_size": 6000, "pad_token_id": 8, "eos_token_id": 9, "bos_token_id": None}

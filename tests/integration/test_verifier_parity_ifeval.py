@@ -19,6 +19,7 @@ from conch.rewards.verifiers.ifeval.rows import TYPES, Instruction
 from conch.rewards.verifiers.ifeval.scores import readings, score
 from conch.rewards.verifiers.ifeval.verifier import IFEval
 from tests.ifeval_cases import responses, responses_to, rows
+from tests.peers import install
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ROOT.parent / "shared/data/ifeval/prompts.jsonl.gz"
@@ -34,10 +35,7 @@ def peers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("peers")
     subprocess.run([sys.executable, "-m", "venv", folder], check=True, timeout=120)
     python = folder / "bin/python"
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PEERS]
-    installed = subprocess.run(pip, capture_output=True, text=True, timeout=900)
-    if installed.returncode:
-        pytest.skip(f"needs {' '.join(PEERS)}: {installed.stderr.strip()[-500:]}")
+    install(PEERS, python=python)
     return python
 
 

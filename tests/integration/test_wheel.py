@@ -83,6 +83,8 @@ def test_wheel_holds_every_module_and_the_type_marker(distributions: Path) -> No
     names = set(zipfile.ZipFile(next(distributions.glob("*.whl"))).namelist())
     assert source_modules() | {"conch/py.typed"} <= names
     assert "conch/converters/triton_models/reward_model.py" in names
+    assets = {str(file.relative_to(ROOT)) for file in (ROOT / "conch/report/assets").iterdir()}
+    assert len(assets) > 5 and assets <= names
 
 
 def test_source_distribution_holds_files_where_the_checkout_has_links(distributions: Path) -> None:

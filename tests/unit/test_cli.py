@@ -26,7 +26,7 @@ from conch.cli import (
     save_resolved,
     to_yaml,
 )
-from conch.config import GenerationConfig, Section, TrainConfig
+from conch.config import GenerationConfig, RewardConfig, Section, TrainConfig
 from conch.errors import ConfigError, DataError
 
 
@@ -52,10 +52,18 @@ class ToyConfig(Section):
     """How long."""
 
 
+class RewardedConfig(Section):
+    """A toy run with a reward."""
+
+    seed: int = 0
+    reward: RewardConfig = RewardConfig()
+
+
 @pytest.fixture
 def configs(tmp_path: Path) -> Path:
     folder = tmp_path / "configs"
     files = {
+        "empty": "{}\n",
         "plain": "name: toy\ntrain:\n  seed: 3\n",
         "walks/small": "defaults:\n  - /generation: greedyish\n  - _self_\nname: walks\ntrain:\n  seed: 5\n",
         "generation/greedyish": "temperature: 0.1\n",
@@ -199,6 +207,61 @@ def test_load_run_config_gives_a_validated_section(configs: Path) -> None:
 def test_load_run_config_unknown_key_names_the_nearest(configs: Path) -> None:
     with pytest.raises(ConfigError, match=r"unknown key `train.sed`; did you mean `train.seed`"):
         load_run_config(ToyConfig, ["train.sed=8"], default_name="plain", config_dir=configs)
+
+
+@pytest.mark.parametrize(
+    ("word", "key", "value"),
+    [
+        ("rewards.py:f", "function", "rewards.py:f"),
+        ("it's here.py:f", "function", "it's here.py:f"),
+        ("a.b:f", "function", "a.b:f"),
+        ("one:8001,two:8001/m", "url", "one:8001,two:8001/m"),
+        ("localhost:8001/m", "url", "localhost:8001/m"),
+        ("http://host:5000/score", "url", "http://host:5000/score"),
+        ("goals:text_length", "url", "goals:text_length"),
+        ("verifier:gsm8k", "verifier", "gsm8k"),
+    ],
+)
+def test_reward_option_is_the_key_that_it_stands_for(configs: Path, word: str, key: str, value: str) -> None:
+    for words in (["--reward", word], [f"--reward={word}"]):
+        config = load_run_config(RewardedConfig, [*words, "seed=3"], default_name="empty", config_dir=configs)
+        assert (getattr(config.reward, key), config.seed) == (value, 3)
+        assert config.reward.model_fields_set == {key}
+
+
+def test_reward_option_names_a_judges_file(configs: Path) -> None:
+    words = ["--reward", "judge:strict.yaml"]
+    config = load_run_config(RewardedConfig, words, default_name="empty", config_dir=configs)
+    assert config.reward.judge.file == Path("strict.yaml")
+
+
+def test_reward_option_is_of_runs_with_a_reward(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load_run_config(ToyConfig, ["--reward", "a:f"], default_name="plain", config_dir=configs)
+    assert "--reward" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("train.sed=1", "unknown key `train.sed`; did you mean `train.seed`?"),
+        ("+train.sed=1", "unknown key `train.sed`"),
+        ("extra=1", "unknown key `extra`"),
+        ("limit.most=1", None),
+        ("generation=wild", None),
+        ("~train.seed", None),
+    ],
+)
+def test_unknown_keys_are_told_before_anything_is_composed(
+    configs: Path, word: str, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compose_nothing(*_: object) -> dict[str, Any]:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("conch.cli.run_config.compose", compose_nothing)
+    with pytest.raises(ZeroDivisionError if said is None else ConfigError) as caught:
+        load_run_config(ToyConfig, [word, "name=a"], default_name="walks/small", config_dir=configs)
+    assert said is None or said in str(caught.value)
 
 
 def test_load_run_config_config_dir_option_wins(configs: Path, tmp_path: Path) -> None:

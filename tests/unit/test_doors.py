@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from conch.__main__ import main
+from conch.config.algorithms import run_config_of
 from conch.errors import DataError, ParityError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,41 +36,41 @@ COMMANDS = [
     "conch.rollouts.serve",
     "conch.reference.serve",
     "conch.service.__main__",
-    "conch.sizing",
+    "conch.sizing.__main__",
     "conch.plots",
+    "conch.runs.command",
+    "conch.doctor",
     "conch.evaluation.sampling.run",
     "conch.evaluation.pictures",
+    "conch.report.__main__",
     "conch.__main__",
 ]
 # Verb of `conch` -> the module whose `main` it runs.
 VERBS = {
-    "train ppo": "conch.trainers.ppo",
-    "train grpo": "conch.trainers.grpo",
-    "train async_grpo": "conch.trainers.async_grpo",
-    "train async-grpo": "conch.trainers.async_grpo",
-    "train rft": "conch.trainers.rft",
-    "train ilql": "conch.trainers.ilql",
-    "train sft": "conch.trainers.sft",
-    "train reward_model": "conch.trainers.reward_model",
-    "train reward-model": "conch.trainers.reward_model",
     "convert": "conch.converters.to_triton",
     "convert ensemble": "conch.converters.ensemble",
+    "ensemble": "conch.converters.ensemble",
     "serve": "conch.serving.__main__",
     "score": "conch.scoring.run",
     "gold-eval": "conch.evaluation.gold",
+    "gold": "conch.evaluation.gold",
     "rollout-server": "conch.rollouts.serve",
     "rollout_server": "conch.rollouts.serve",
     "reference-server": "conch.reference.serve",
     "reward-server": "conch.reward_server.__main__",
-    "size": "conch.sizing",
+    "service": "conch.service.__main__",
+    "size": "conch.sizing.__main__",
+    "runs": "conch.runs.command",
+    "doctor": "conch.doctor",
     "plot": "conch.runs.plots",
-    "best-of-n": "conch.evaluation.sampling.run",
-    "best_of_n": "conch.evaluation.sampling.run",
     "overoptimisation": "conch.evaluation.pictures",
+    "report": "conch.report.__main__",
 }
+ALGORITHMS = ["async_grpo", "grpo", "ilql", "ppo", "reward_model", "rft", "sft"]
 NAMES = {
     "conch": ["train", "score", "__version__"],
     "conch.rewards": ["RewardSource"],
+    "conch.runs": ["load", "Run"],
     "conch.service.client": ["TrainingClient", "AsyncTrainingClient", "TrainingSettings"],
     "conch.converters.to_triton": ["to_triton"],
     "conch.trainers.ppo": ["PPOTrainer", "PPORunConfig"],
@@ -115,8 +117,38 @@ def test_verb_runs_the_module_with_the_words_behind_it(
     assert calls == [["--help", "train.seed=1"]]
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_train_runs_the_trainer_by_the_settings_of_the_words(
+    algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer: Any = importlib.import_module(f"conch.trainers.{algorithm}")
+    configs: list[Any] = []
+    monkeypatch.setattr(trainer, "run", configs.append)
+    monkeypatch.setattr(sys, "argv", ["conch"])
+
+    words = ["model.path=m", "train.seed=5"]
+    assert exit_code(["train", algorithm.replace("_", "-"), *words]) == 0
+    assert exit_code(["train", algorithm, *words]) == 0
+    assert exit_code([algorithm.replace("_", "-"), *words]) == 0
+    trainer.main(words)
+
+    assert configs == [configs[0]] * 4 and configs[0].train.seed == 5
+    assert [type(config) for config in configs] == [run_config_of(algorithm)] * 4
+
+
+def test_best_of_n_runs_by_the_settings_of_the_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs: list[Any] = []
+    module = importlib.import_module("conch.evaluation.sampling.run")
+    monkeypatch.setattr(module, "run_best_of_n", configs.append)
+    monkeypatch.setattr(sys, "argv", ["conch"])
+
+    for verb in ("best-of-n", "best_of_n"):
+        assert exit_code([verb, "model.path=m", "best_of_n.seed=3"]) == 0
+    assert [config.best_of_n.seed for config in configs] == [3, 3]
+
+
 @pytest.mark.parametrize(
-    ("verb", "module"), [("plot", "conch.runs.plots"), ("train sft", "conch.trainers.sft")]
+    ("verb", "module"), [("plot", "conch.runs.plots"), ("size", "conch.sizing.__main__")]
 )
 @pytest.mark.parametrize(("error", "code"), [(DataError("no rows"), 1), (KeyboardInterrupt(), 130)])
 def test_verb_leaves_with_the_exit_code_of_the_door(
@@ -163,10 +195,11 @@ def exit_code(words: list[str]) -> int:
     ("words", "sentence"),
     [
         (["trian"], "`conch trian` is no command; did you mean `conch train`?"),
+        (["pppo"], "`conch pppo` is no command; did you mean `conch ppo`?"),
         (["train", "pppo"], "`conch train pppo` is no command; did you mean `conch train ppo`?"),
         (
             ["zzz"],
-            "there are: best-of-n, convert, gold-eval, overoptimisation, plot, reference-server",
+            "there are: async-grpo, best-of-n, co",
         ),
         (["train", "zzz"], "there are: async_grpo, grpo, ilql, ppo, reward_model, rft, sft"),
         (["serve", "statu"], "`conch serve statu` is no command; did you mean `conch serve status`?"),
@@ -192,9 +225,9 @@ def test_help_lists_every_verb_with_a_line_of_its_own(words: list[str], capsys: 
     listed = [
         line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")
     ]
-    verbs = {verb.split()[-1] for verb in VERBS if (words[0] == "train") == verb.startswith("train ")}
-    expected = verbs - {"async-grpo", "reward-model", "rollout_server", "best_of_n", "ensemble"}
-    assert {name for name, _ in listed} == (expected if words[0] == "train" else {"train", *expected})
+    verbs = {verb.split()[0] for verb in VERBS} - {"rollout_server"} | {"train", "best-of-n", "completion"}
+    verbs |= {algorithm.replace("_", "-") for algorithm in ALGORITHMS}
+    assert sorted(name for name, _ in listed) == sorted(ALGORITHMS if words[0] == "train" else verbs)
     assert all(summary for _, summary in listed)
 
 
@@ -211,31 +244,103 @@ def test_version_is_the_package_s() -> None:
     assert done.stdout == f"conch {importlib.import_module('conch').__version__}\n"
 
 
-@pytest.mark.parametrize(
-    ("words", "kept_out"),
-    [
-        ("--help", ("torch", "transformers", "tritonclient", "hydra", "pydantic", "numpy")),
-        ("train --help", ("torch", "transformers", "tritonclient", "hydra", "pydantic", "numpy")),
-        ("convert --help", ("torch", "transformers", "tritonclient", "hydra")),
-        ("convert ensemble --help", ("torch", "transformers", "tritonclient", "hydra")),
-        ("serve up --help", ("torch", "transformers", "tritonclient", "hydra", "numpy")),
-        ("rollout-server --help", ("torch", "transformers", "tritonclient", "hydra")),
-        ("reference-server --help", ("torch", "transformers", "tritonclient", "hydra")),
-        ("reward-server --help", ("torch", "transformers", "tritonclient", "hydra", "fastapi")),
-        ("plot --help", ("torch", "transformers", "tritonclient", "hydra", "matplotlib")),
-    ],
-)
-def test_help_loads_no_heavy_library(words: str, kept_out: tuple[str, ...]) -> None:
+HEAVY = ("torch", "transformers", "accelerate", "datasets", "tritonclient", "hydra", "matplotlib", "fastapi")
+FIRST_WORDS = [
+    *(f"train {algorithm}" for algorithm in ALGORITHMS),
+    *("convert", "convert ensemble", "serve up", "score", "gold-eval", "rollout-server", "reference-server"),
+    *(
+        "doctor",
+        "runs",
+        "runs diff",
+        "reward-server",
+        "service",
+        "size",
+        "plot",
+        "best-of-n",
+        "overoptimisation",
+        "report",
+        "ensemble",
+        "gold",
+    ),
+]
+# A key or an option that is none, and what is said of it.
+MISTAKES = {
+    **{f"train {algorithm} model.path=m train.sed=1": "`train.seed`?" for algorithm in ALGORITHMS},
+    "ppo pp0.gamma=1": "unknown key `pp0.gamma`",
+    "grpo model.path=m --reward nowhere.at.all:f": "there is no module nowhere",
+    "async-grpo model.path=m --reward json:dumbs": "has no function dumbs; did you mean dumps?",
+    "rft model.path=m --reward conch.errors:__doc__": "is of type str and no function",
+    "ppo model.path=m --reward nowhere.py:f": "there is no such file",
+    "best-of-n best_of_n.sed=1": "unknown key `best_of_n.sed`",
+    "rollout-server model=m prot=1": "did you mean `port`?",
+    "reference-server model=m prot=1": "did you mean `port`?",
+    "reward-server prot=1": "did you mean `port`?",
+    "size --model m --gpus 0": "is not positive",
+    "convert --checkpiont m": "--checkpiont",
+    "score --ulr m": "--ulr",
+}
+# Starts commands in children of a process that knows nothing heavy; a line of JSON for each.
+STARTER = """
+import contextlib, io, json, os, sys
+import conch.cli
+from conch.__main__ import main
+
+def start(words):
+    written = io.StringIO()
+    with contextlib.redirect_stdout(written), contextlib.redirect_stderr(written):
+        try:
+            code = main(words)
+        except SystemExit as leaving:
+            code = leaving.code
+    heavy = [name for name in sys.argv[1].split() if name in sys.modules]
+    return json.dumps({"code": code, "heavy": heavy, "text": written.getvalue()})
+
+for command in sys.argv[2:]:
+    if (child := os.fork()) == 0:
+        print(start(command.split()), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.fixture(scope="module")
+def quick_commands() -> dict[str, dict[str, Any]]:
+    """Command -> exit code, which of `HEAVY` it loaded, and what it wrote."""
+    commands = [*(f"{words} --help" for words in FIRST_WORDS), *MISTAKES]
+    program = [sys.executable, "-c", STARTER, " ".join(HEAVY), *commands]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(commands, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("words", FIRST_WORDS)
+def test_help_loads_no_heavy_library(words: str, quick_commands: dict[str, dict[str, Any]]) -> None:
+    result = quick_commands[f"{words} --help"]
+    assert (result["code"], result["heavy"]) == (0, [])
+    assert "train.seed: int" in result["text"] if words.startswith("train") else result["text"]
+
+
+@pytest.mark.parametrize(("command", "sentence"), MISTAKES.items())
+def test_mistake_is_refused_before_anything_heavy_is_loaded(
+    command: str, sentence: str, quick_commands: dict[str, dict[str, Any]]
+) -> None:
+    result = quick_commands[command]
+    assert result["code"] in (1, 2) and sentence in result["text"]
+    assert result["heavy"] == []
+
+
+@pytest.mark.parametrize("words", ["--help", "train --help", "trian"])
+def test_list_of_verbs_loads_no_library_at_all(words: str) -> None:
     program = (
         "import sys\nfrom conch.__main__ import main\n"
-        f"try:\n    code = main({words.split()!r})\nexcept SystemExit as leaving:\n    code = leaving.code\n"
-        f"print(code, [name for name in {kept_out!r} if name in sys.modules])"
+        f"main({words.split()!r})\n"
+        "print([name for name in ('pydantic', 'numpy', 'yaml') if name in sys.modules])"
     )
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == "0 []"
+    assert result.stdout.splitlines()[-1] == "[]"
 
 
 def test_console_script_is_the_module() -> None:

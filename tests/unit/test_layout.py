@@ -26,9 +26,10 @@ COLUMNS = (
     {"distributed", "data", "models", "triton"},
     {"rollouts", "reference", "rewards", "store", "runs", "sizing"},
     {"evaluation", "serving", "plots", "reward_server", "interop"},
-    {"training", "scoring"},
+    {"training", "scoring", "doctor"},
     {"trainers"},
-    {"api", "service"},
+    {"api", "service", "report"},
+    {"completion"},
 )
 BASE = COLUMNS[0]
 ALLOWED = {
@@ -39,7 +40,7 @@ ALLOWED = {
     "serving": {*BASE, *COLUMNS[1], "triton", "store"},
     "converters": {*BASE, *COLUMNS[1], "data", "models", "triton", "store"},
     "scoring": {*(part for parts in COLUMNS[:6] for part in parts), "converters"},
-    "__init__": {"api", "rewards"},
+    "__init__": {"api", "rewards", "runs"},
     "__main__": {"converters", *(part for parts in COLUMNS for part in parts)},
 }
 
@@ -77,6 +78,7 @@ OWNERS = {
     "pyphen": ("conch/rewards/goals/readability.py",),
     "textblob": (),
     "punkt": ("conch/rewards/verifiers/ifeval/*.py",),
+    "plotly": ("conch/report/page.py",),
     "optuna": ("conch/cli/sweeps/search.py",),
 }
 TORCH_FREE = (
@@ -201,6 +203,9 @@ def test_torch_free_parts_import_no_torch() -> None:
         ("conch.converters.to_triton", ("torch", "transformers")),
         ("conch.reward_server.server", ("torch", "transformers")),
         ("conch.reward_server.__main__", ("torch", "fastapi", "uvicorn", "tritonclient")),
+        ("conch.config.algorithms.async_grpo", ("torch", "transformers", "numpy", "hydra")),
+        ("conch.runs", ("torch", "transformers", "pandas")),
+        ("conch.report.__main__", ("torch", "transformers", "plotly", "pandas")),
         ("conch.service.client", ("torch", "numpy", "yaml", "fastapi", "hydra", "transformers")),
         ("conch.service.leases.ledger", ("torch", "transformers", "fastapi", "httpx2")),
         ("conch.service.server", ("torch", "transformers", "tritonclient")),

@@ -68,14 +68,15 @@ def test_limits_of_the_service_are_its_defaults() -> None:
 
 def test_settings_that_the_service_page_names_exist() -> None:
     named = {
-        *re.findall(r"--(\w+)", SERVICE.replace("--rm", "").replace("--gpus", "").replace("--target", "")),
+        *re.findall(r"--(\w+)", SERVICE),
         *(
             name.lower()
             for name in re.findall(r"CONCH_SERVICE_([A-Z_]+)", SERVICE)
             if name not in ("KEY", "")
         ),
     }
-    fields = {*ServiceConfig.model_fields, "api_key", "help"}
+    of_others = {"rm", "gpus", "target", "config_file", "num_processes", "max_restarts"}
+    fields = {*ServiceConfig.model_fields, "api_key", "help", *of_others}
     assert {"models", "host", "tls_cert"} <= named
     assert named - fields == set()
 

@@ -9,7 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from conch.errors import ConfigError, ModelError
 from conch.models.policy import PolicyWithValue
-from conch.sizing import GIB, Setup, advice, fits, kv_cache_bytes, main, read_config, sizes
+from conch.sizing.__main__ import main
+from conch.sizing.estimate import GIB, advice, fits, kv_cache_bytes, read_config, sizes
+from conch.sizing.options import Setup
 from tests.tiny import DECODERS, decoder_shape
 
 SMALL: dict[str, Any] = {"rows": 2, "prompt_length": 8, "response_length": 4, "generation_rows": 3}

@@ -16,7 +16,7 @@ from typing import Any
 from conch.cli.sweeps.grammar import Axis
 from conch.cli.sweeps.results import Direction
 from conch.cli.sweeps.settings import SweepConfig
-from conch.errors import ConfigError
+from conch.errors import ConfigError, install_extra
 
 _REDRAWS = 200
 
@@ -45,7 +45,7 @@ def check_installed() -> None:
     try:
         import optuna  # noqa: F401
     except ImportError as error:
-        raise ConfigError("a search (sweep.trials) needs Optuna: pip install 'conch[search]'") from error
+        raise ConfigError(f"a search (sweep.trials) needs Optuna: {install_extra('search')}") from error
 
 
 def number_of_trials(axes: Sequence[Axis], settings: SweepConfig) -> int:

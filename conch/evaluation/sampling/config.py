@@ -16,8 +16,11 @@ from conch.config import (
     Section,
     TokenizerConfig,
 )
-from conch.rewards.factory import shared_reward, source_in_short
-from conch.rewards.verifiers.named import PREFIX
+from conch.config.reward import VERIFIER, source_in_short
+from conch.rewards.factory import shared_reward
+
+CONFIG_NAME = "best_of_n"
+"""File below `configs/` that runs where none is named."""
 
 
 class BestOfNConfig(Section):
@@ -108,5 +111,5 @@ def _names(config: RewardConfig | None) -> list[str]:
     """What a section asks, by its names."""
     if config is None:
         return []
-    verifier = None if config.verifier is None else PREFIX + config.verifier
+    verifier = None if config.verifier is None else VERIFIER + config.verifier
     return [name for name in (config.url, config.function, verifier, *config.members.values()) if name]

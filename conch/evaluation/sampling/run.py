@@ -36,7 +36,7 @@ from conch.evaluation.best_of_n import BestOfN, best_of_n
 from conch.evaluation.curves import RESULTS, Start, results_json
 from conch.evaluation.pictures import draw_folder
 from conch.evaluation.records import GOLD, PROXY, EvaluationRecord, read_record, write_record
-from conch.evaluation.sampling.config import BestOfNConfig, BestOfNRunConfig
+from conch.evaluation.sampling.config import CONFIG_NAME, BestOfNConfig, BestOfNRunConfig
 from conch.evaluation.sampling.samples import Part, SampleFolder, about_samples, record_of, rollouts_of
 from conch.evaluation.sampling.scoring import (
     Asked,
@@ -350,8 +350,7 @@ def _tell(result: BestOfN, folder: Path) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Command line: `key=value ...`, with prompts from `data.eval`; `--help` lists the keys."""
-    config = load_run_config(BestOfNRunConfig, argv, default_name="best_of_n")
-    run_best_of_n(config)
+    run_best_of_n(load_run_config(BestOfNRunConfig, argv, default_name=CONFIG_NAME))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from conch.config import RewardConfig
+from conch.config.reward import VERIFIER
 from conch.errors import ConchError, ConfigError, RewardError
 from conch.evaluation.records import PROXY, EvaluatedSample, EvaluationRecord
 from conch.rewards.base import RewardSource, sources_closed_on_failure
@@ -21,7 +22,6 @@ from conch.rewards.combined import refuse_groups
 from conch.rewards.factory import from_user
 from conch.rewards.outage import AllReduceInt
 from conch.rewards.scorer import RewardScorer, total_reward
-from conch.rewards.verifiers.named import PREFIX
 from conch.types import RewardResult, RewardStatus, Rollout
 
 
@@ -62,10 +62,10 @@ def sources_of(config: RewardConfig, default_name: str, metadata_keys: Sequence[
 
 def _description(source: RewardSource, config: RewardConfig, member: str = "") -> str:
     """The source with all settings that change its scores. member: what names it in an ensemble."""
-    checked = member.removeprefix(PREFIX) if member.startswith(PREFIX) else config.verifier
-    if checked is not None and (member.startswith(PREFIX) or not member):
+    checked = member.removeprefix(VERIFIER) if member.startswith(VERIFIER) else config.verifier
+    if checked is not None and (member.startswith(VERIFIER) or not member):
         settings = (config.gsm8k if checked == "gsm8k" else config.ifeval).model_dump(exclude_defaults=True)
-        return f"{PREFIX}{checked} {settings}" if settings else f"{PREFIX}{checked}"
+        return f"{VERIFIER}{checked} {settings}" if settings else f"{VERIFIER}{checked}"
     # The name of a function says nothing of its file.
     name = config.function if config.function is not None and not member else source.name
     if source.digest:  # a judge's questions are no part of its name

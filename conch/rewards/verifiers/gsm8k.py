@@ -6,25 +6,29 @@
 
 Extractors find the answer in a completion. `strict` and `flexible` are the two filters of lm-eval's task
 gsm8k version 3 with the normalisation of its exact match (lm-eval 0.4.13), `verl` is verl's strict method
-(0.9.1), `math` is math-verify (0.9.0). All of them read the whole text, thinking included. They compare text
-with text, except `math`, so that 18.00 is not 18. docs/verifiable_rewards.md tells what each gets wrong.
+(0.9.1), `math` is math-verify (0.9.0). They compare text with text, except `math`, so that 18.00 is not 18.
+docs/verifiable_rewards.md tells what each gets wrong.
 
-Versions say what a right answer, a wrong one and the form are worth:
+Versions say what is read, and what a right answer, a wrong one and the form are worth:
 
-    plain     1 for a right answer, else 0. The whole completion is read.
+    plain     1 for a right answer, else 0. The first <answer> is read, and where there is none the text
+              outside of the thinking.
+    whole     the same, but the extractor reads the whole completion, thinking and tags included, as the
+              program does that it is named after.
     torchrl   1.0 for a right answer in <answer> tags, 0.1 for a wrong one there, 0 without one.
     seed      100 for a right answer in <answer> tags, else the sum of 20 (a later <answer> is right), 10 (an
               <answer> contains the right number), 5 (exactly one <answer>) and 5 (exactly one <think>).
 
-`torchrl` and `seed` judge the first <answer>, as TorchRL's GSM8K reward and its first version do. An <answer>
-that is nothing but a number, with or without $, % and commas, is compared as a number (18.00 is 18); other
-text in it is read by the extractor, where TorchRL compares the whole text and finds "36 snakes" wrong.
+`torchrl` and `seed` judge the first <answer>, as TorchRL's GSM8K reward and its first version do, and so does
+`plain`. An <answer> that is nothing but a number, with or without $, % and commas, is compared as a number
+(18.00 is 18); other text in it is read by the extractor, where TorchRL compares the whole text and finds
+"36 snakes" wrong.
 
-Mended in both: tags are found as text, so that "<" and "&" in the reasoning lose nothing (an XML parser read
-them once); an <answer> inside the thinking is no answer; an empty or missing <answer> earns nothing (each
-counted as one, since the text was wrapped in a list); "contains" asks for a whole number, so that 3 is not in
-1337. Kept: reasoning that the prompt opened needs no <think> of its own, and `seed` pays for guesses: ten of
-them in one <answer> earn the 10 if one is right.
+Mended in `torchrl` and `seed`: tags are found as text, so that "<" and "&" in the reasoning lose nothing (an
+XML parser read them once); an <answer> inside the thinking is no answer; an empty or missing <answer> earns
+nothing (each counted as one, since the text was wrapped in a list); "contains" asks for a whole number, so
+that 3 is not in 1337. Kept: reasoning that the prompt opened needs no <think> of its own, and `seed` pays for
+guesses: ten of them in one <answer> earn the 10 if one is right.
 """
 
 from __future__ import annotations
@@ -53,8 +57,8 @@ class GSM8K(Verifier[str]):
 
     Scores: `answer`, and with `version=torchrl` or `seed` also `format`, what the form alone is worth.
     Facts: `correct`; `extracted`, whether an answer to compare was found at all; `format`, whether the form
-    is there: a number after `####` (plain), an <answer> with content (torchrl), one <answer> and one <think>
-    (seed).
+    is there: an <answer> with content, or without any <answer> a number after `####` (plain), a number after
+    `####` (whole), an <answer> with content (torchrl), one <answer> and one <think> (seed).
     """
 
     name = "gsm8k"
@@ -93,14 +97,15 @@ class GSM8K(Verifier[str]):
 
     def verify(self, completion: str, key: str) -> Verdict:
         version = self.config.version
-        if version == "plain":
-            correct, extracted = self._compare(completion, key)
-            return Verdict(
-                {"answer": float(correct)}, _facts(correct, extracted, _MARKED.search(completion) is not None)
-            )
+        if version == "whole":
+            return self._verify_text(completion, key)
         tags = read_tags(completion)
+        if version == "plain" and not tags.answers:
+            return self._verify_text(tags.outside, key)
         first = tags.answers[0] if tags.answers else ""
         correct, extracted = self._compare_answer(first, key) if first else (False, False)
+        if version == "plain":
+            return Verdict({"answer": float(correct)}, _facts(correct, extracted, bool(first)))
         if version == "torchrl":
             in_form = bool(first)
             form, other, right = 0.1 * in_form, 0.0, 1.0
@@ -112,6 +117,12 @@ class GSM8K(Verifier[str]):
             other = 20.0 * later_is_right + 10.0 * any(key in numbers_in(answer) for answer in tags.answers)
         scores = {"answer": right - form if correct else other, "format": form}
         return Verdict(scores, _facts(correct, extracted, in_form))
+
+    def _verify_text(self, text: str, key: str) -> Verdict:
+        """1 where the extractor finds `key` in a text without tags that matter, else 0."""
+        correct, extracted = self._compare(text, key)
+        marked = _MARKED.search(text) is not None
+        return Verdict({"answer": float(correct)}, _facts(correct, extracted, marked))
 
     def _compare(self, text: str, key: str) -> tuple[bool, bool]:
         """Whether the extractor finds `key` in a text, and whether it finds anything."""

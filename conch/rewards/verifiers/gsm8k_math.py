@@ -1,4 +1,4 @@
-"""Compares by mathematical value with math-verify, `pip install "conch[math]"`.
+"""Compares by mathematical value with math-verify, which the extra `math` brings.
 
 math-verify's time limits are off here: they are alarm signals, which work in the main thread only and whose
 expiry counts as a wrong answer. The caller sets the deadline (`conch/rewards/verifiers/pool.py`).
@@ -11,7 +11,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
-from conch.errors import ConfigError
+from conch.errors import ConfigError, install_extra
 
 _NEEDED = ("math_verify", "latex2sympy2_extended", "antlr4")
 
@@ -25,7 +25,7 @@ def check_installed() -> None:
     missing = [module for module in _NEEDED if find_spec(module) is None]
     if missing:
         raise ConfigError(
-            f'extractor=math needs {" and ".join(missing)}; install it with pip install "conch[math]", or '
+            f"extractor=math needs {' and '.join(missing)}; install it with {install_extra('math')}, or "
             "choose extractor=flexible"
         )
 

@@ -8,9 +8,6 @@ from conch.config import GSM8KConfig, IFEvalConfig, VerifierName
 from conch.errors import ConfigError
 from conch.rewards.verifiers.base import Verifier
 
-PREFIX = "verifier:"
-"""Before a verifier's name, where an address could stand too."""
-
 
 def named_verifier(name: str, gsm8k: GSM8KConfig, ifeval: IFEvalConfig) -> Verifier[Any]:
     """Make the verifier of this name with its settings.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 from conch.errors import ConchError, DataError, first_line
 from conch.rewards.base import ClientStats, RewardSource
+from conch.rewards.client.event_loop import LoopThread
 from conch.rewards.combined import when_all_done
 from conch.rewards.replay import sha256_of_sample
 from conch.rewards.verifiers.base import Verdict, Verifier
@@ -21,9 +22,9 @@ class VerifierReward(RewardSource):
     """Scores completions by a verifier: its scores are the objectives, its facts are measured.
 
     Checks run in one thread, those of a verifier with a `timeout_s` in processes of their own: one that is
-    late, or whose process died, has the status TIMEOUT, and INVALID where the same sample was late before,
-    since asking again does not help. Two facts are added: `length_right` and `length_wrong`, the tokens of
-    completions whose fact `verifier.success` is at least 1, and of the others.
+    late, or whose process died, has the status TIMEOUT, and INVALID where the sample had been late before it
+    was asked for again, since that does not help. Two facts are added: `length_right` and `length_wrong`, the
+    tokens of completions whose fact `verifier.success` is at least 1, and of the others.
     """
 
     measures_facts = True
@@ -31,7 +32,8 @@ class VerifierReward(RewardSource):
     def __init__(self, verifier: Verifier[Any]) -> None:
         self.name = f"verifier {verifier.name}"
         self._verifier = verifier
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"verify-{verifier.name}")
+        # A daemon: a check of a verifier of the user's that never returns keeps no program from ending.
+        self._thread = LoopThread(f"verify-{verifier.name}")
         self._pool: CheckPool | None = None
         self._num_checks = 0
         self._late: set[str] = set()
@@ -53,7 +55,7 @@ class VerifierReward(RewardSource):
         self._num_checks += len(rollouts)
         self.check()
         if self._pool is None:
-            return self._thread.submit(self._verify_here, list(rollouts))
+            return self._thread.submit(self._verify_here(list(rollouts)))
         checks = [self._in_process(self._pool, rollout) for rollout in rollouts]
         return when_all_done(checks, lambda: [check.result() for check in checks])
 
@@ -62,28 +64,33 @@ class VerifierReward(RewardSource):
         return ClientStats(requests=self._num_checks)
 
     def close(self) -> None:
-        """Cancel what is under way, and end the processes."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Cancel what is under way, and end the processes; a check that does not return is left behind."""
+        self._thread.close()
         if self._pool is not None:
             self._pool.close()
             self._pool = None
 
-    def _verify_here(self, rollouts: Sequence[Rollout]) -> list[RewardResult]:
+    async def _verify_here(self, rollouts: Sequence[Rollout]) -> list[RewardResult]:
         def verdict(rollout: Rollout) -> Any:
             return self._verifier.verify(rollout.completion.text, self._read_key(rollout.prompt.metadata))
 
-        return [self._result(each, lambda each=each: verdict(each), time.monotonic()) for each in rollouts]
+        return [
+            self._result(each, lambda each=each: verdict(each), time.monotonic(), late_before=False)
+            for each in rollouts
+        ]
 
     def _in_process(self, pool: CheckPool[Any], rollout: Rollout) -> Future[RewardResult]:
         started = time.monotonic()
+        # Looked up now, not when the check ends: one that is the same and asked for together is no retry.
+        late_before = sha256_of_sample(rollout.sample) in self._late
         result: Future[RewardResult] = Future()
         try:
             check = pool.submit(rollout.completion.text, self._read_key(rollout.prompt.metadata))
         except DataError as error:
-            result.set_result(self._failure(rollout, error, started))
+            result.set_result(self._failure(rollout, error, started, late_before))
         else:
             check.add_done_callback(
-                lambda check: result.set_result(self._result(rollout, check.result, started))
+                lambda check: result.set_result(self._result(rollout, check.result, started, late_before))
             )
         return result
 
@@ -95,13 +102,15 @@ class VerifierReward(RewardSource):
         except Exception as error:  # of a verifier of the user's
             raise DataError(f"cannot be read: {type(error).__name__}: {first_line(error)}") from error
 
-    def _result(self, rollout: Rollout, verdict: Callable[[], Any], started: float) -> RewardResult:
+    def _result(
+        self, rollout: Rollout, verdict: Callable[[], Any], started: float, late_before: bool
+    ) -> RewardResult:
         """Say what came of one check. Nothing is raised, whatever a verifier of the user's does or gives:
         whoever waits for the result would wait for ever, and so would the other ranks."""
         try:
             return self._success(rollout, verdict(), started)
         except BaseException as error:
-            return self._failure(rollout, error, started)
+            return self._failure(rollout, error, started, late_before)
 
     def _success(self, rollout: Rollout, verdict: Any, started: float) -> RewardResult:
         if not isinstance(verdict, Verdict):
@@ -128,17 +137,18 @@ class VerifierReward(RewardSource):
             "length_wrong": length if success < 1 else math.nan,
         }
 
-    def _failure(self, rollout: Rollout, error: BaseException, started: float) -> RewardResult:
+    def _failure(
+        self, rollout: Rollout, error: BaseException, started: float, late_before: bool
+    ) -> RewardResult:
         if isinstance(error, DataError):
             return self._failed(RewardStatus.INVALID, f"{self.name}: the prompt's row {error}", started)
         if self._pool is None or not isinstance(error, (TimeoutError, CheckDiedError)):
             broke = f"{self.name} broke: {type(error).__name__}: {first_line(error)}"
             return self._failed(RewardStatus.INVALID, broke, started)
         sample = sha256_of_sample(rollout.sample)
-        was_late = sample in self._late
         self._late.add(sample)
-        status = RewardStatus.INVALID if was_late else RewardStatus.TIMEOUT
-        again = ", as before" if was_late else ""
+        status = RewardStatus.INVALID if late_before else RewardStatus.TIMEOUT
+        again = ", as before" if late_before else ""
         late = first_line(error).removeprefix(f"{self._verifier.name}: ")
         return self._failed(status, f"{self.name}: {late}{again} (sample {sample[:8]})", started)
 

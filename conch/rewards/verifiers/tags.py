@@ -13,10 +13,12 @@ class Tags(NamedTuple):
 
     thoughts: each <think>; text before a lone </think> is one, since the prompt may have opened it.
     answers: each <answer> outside of the thoughts, stripped.
+    outside: the text without its thoughts, up to an open <think>.
     """
 
     thoughts: list[str]
     answers: list[str]
+    outside: str
 
 
 def read_tags(completion: str) -> Tags:
@@ -28,8 +30,9 @@ def read_tags(completion: str) -> Tags:
     if end >= 0 and not 0 <= start < end:
         completion = f"<think>{completion}"
     thoughts, rest = _split_tags(completion, "think")
-    answers, _ = _split_tags(rest.partition("<think>")[0], "answer")
-    return Tags(thoughts, [answer.strip() for answer in answers])
+    outside = rest.partition("<think>")[0]
+    answers, _ = _split_tags(outside, "answer")
+    return Tags(thoughts, [answer.strip() for answer in answers], outside)
 
 
 def _split_tags(text: str, tag: str) -> tuple[list[str], str]:

@@ -16,7 +16,7 @@ import torch
 from conch.addresses import host_and_port
 from conch.config import RolloutConfig
 from conch.config.rollout import RayConfig
-from conch.errors import ConfigError
+from conch.errors import ConfigError, install_extra
 from conch.rollouts.vllm.build import check_installed as check_vllm
 
 LEAST_RELEASE = (2, 60)
@@ -94,7 +94,7 @@ def check_release() -> None:
         release = importlib.metadata.version("ray")
     except importlib.metadata.PackageNotFoundError:
         raise ConfigError(
-            '`rollout.engine=ray` needs Ray, which is not installed here: `pip install "conch[ray]"`, or set '
+            f"`rollout.engine=ray` needs Ray, which is not installed here: `{install_extra('ray')}`, or set "
             "`rollout.engine=hf`"
         ) from None
     numbers = tuple(int(number) for number in re.findall(r"\d+", release)[:2])

@@ -8,6 +8,7 @@ Whatever ends the trainer ends every wait, and every later request is told why.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -343,8 +344,12 @@ class Exchange:
         self._offset = self._ledger.clock - self._clock()
         self._heard_at = self._clock()
 
-    def next_order(self) -> Order:
-        """Wait for something to do. To learn comes before to sample: what is sampled is then younger."""
+    def next_order(self, timeout_s: float | None = None) -> Order | None:
+        """Wait for something to do. To learn comes before to sample: what is sampled is then younger.
+
+        timeout_s: None is returned after so long without anything; None waits as long as it takes.
+        """
+        until = math.inf if timeout_s is None else self._clock() + timeout_s
         with self._changed:
             while True:
                 if self._stop is not None:
@@ -361,7 +366,10 @@ class Exchange:
                 if self._clock() - self._heard_at > self._idle_s:
                     self.stop(f"no client has asked for anything in {self._idle_s:g} s")
                     continue
-                self._changed.wait(self._wait_s())
+                left_s = until - self._clock()
+                if left_s <= 0:
+                    return None
+                self._changed.wait(min(self._wait_s(), left_s))
 
     @property
     def next_number(self) -> int:

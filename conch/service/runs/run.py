@@ -14,12 +14,13 @@ import time
 from concurrent import futures
 from concurrent.futures import Future
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
 from conch.atomic_files import replace_text
 from conch.config import RolloutConfig
-from conch.errors import CheckpointError, ConchError, first_line
+from conch.errors import CheckpointError, ConchError, DistributedError, first_line
 from conch.log import get_logger
 from conch.service.leases.journal import Journal
 from conch.service.protocol import RunState, StatusResponse, TrainingSettings
@@ -34,6 +35,9 @@ from conch.service.refusals import (
 from conch.service.runs.exchange import Exchange
 from conch.service.runs.exports import Exports
 
+if TYPE_CHECKING:
+    from conch.service.runs.ranks import Leader
+
 _log = get_logger(__name__)
 
 RUN_FILE = "run.json"
@@ -46,6 +50,7 @@ class TrainingRun:
     folder: of the run, `runs/<id>`.
     idle_s: time without a request after which it is stopped.
     rollout: what samples; None takes the trainer's process.
+    leader: of the other ranks that train it; None where this process trains alone.
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class TrainingRun:
         *,
         idle_s: float,
         rollout: RolloutConfig | None = None,
+        leader: Leader | None = None,
     ) -> None:
         self.folder = folder
         self.run_id = folder.name
@@ -64,19 +70,28 @@ class TrainingRun:
         self.exchange = Exchange(self.run_id, settings, self._journal, idle_s=idle_s)
         self.loaded: Future[None] = Future()
         """Ends once clients may come, or with why they never will."""
-        self._thread = threading.Thread(target=self._train, name=f"train-{self.run_id}", daemon=True)
+        self._leader = leader
+        self._is_begun = False
+        self._ended = threading.Event()
         self._exports = Exports(folder)
 
     def start(self) -> None:
         """Begin to load the model, or to go on where a checkpoint stands."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._note("running", "")
-        self._thread.start()
+        self._is_begun = True
+        if self._leader is not None:
+            # Loads torch, which a run of this process alone does in its thread.
+            from conch.service.runs.ranks import RunStart
+
+            self._leader.start(RunStart(self.settings, self.folder / TRAIN), self._train)
+        else:
+            threading.Thread(target=self._train, name=f"train-{self.run_id}", daemon=True).start()
 
     @property
     def is_alive(self) -> bool:
-        """Whether the trainer's thread runs."""
-        return self._thread.is_alive()
+        """Whether the trainer is at work."""
+        return self._is_begun and not self._ended.is_set()
 
     def stop(self, reason: str, timeout_s: float, *, resumes: bool = False) -> None:
         """Save a checkpoint and end, between two updates.
@@ -85,7 +100,7 @@ class TrainingRun:
         timeout_s: longest wait for the end.
         """
         self.exchange.stop(reason, "running" if resumes else "stopped")
-        self._thread.join(timeout_s)
+        self.join(timeout_s)
 
     def status(self) -> StatusResponse:
         """State, counts and the latest metrics."""
@@ -139,22 +154,45 @@ class TrainingRun:
         return self.exchange.state in ("stopped", "finished", "failed")
 
     def join(self, timeout_s: float) -> None:
-        """Wait for the end of the thread."""
-        self._thread.join(timeout_s)
+        """Wait until the trainer has ended."""
+        if self._is_begun:
+            self._ended.wait(timeout_s)
 
     # --------------------------------------------------------------------------------------------- the thread
 
     def _train(self) -> None:
+        """Train to the end, and write down what came of it.
+
+        Raises:
+            DistributedError: other ranks are lost. The next start of the service goes on with the run.
+        """
         state: RunState = "failed"
         reason, status = "", INTERNAL
+        lost: DistributedError | None = None
         try:
-            state, reason = self._fit()
-        except ConchError as error:
-            reason, status = str(error), UNPROCESSABLE
-            _log.error("run %s failed: %s", self.run_id, reason)
+            failure: ConchError | None = None
+            try:
+                state, reason = self._fit()
+            except ConchError as error:
+                failure = error
+            if self._leader is not None:
+                failed = self._leader.agree(failure)
+                failure = ConchError(failed) if failed and failure is None else failure
+                reason = failed or reason
+            elif failure is not None:
+                reason = str(failure)
+            if failure is not None:
+                state, status = "failed", UNPROCESSABLE
+                _log.error("run %s failed: %s", self.run_id, reason)
+        except DistributedError as error:
+            lost, state, reason, status = error, "running", str(error), UNAVAILABLE
+            _log.error("run %s has lost its ranks: %s", self.run_id, reason)
+            self.exchange.stop("the service has lost processes", "running")
         except BaseException as error:  # a bug, or no memory: whoever waits has to be told
             reason = f"{type(error).__name__}: {first_line(error)}"
             _log.exception("run %s failed", self.run_id)
+            if self._leader is not None:  # the other ranks may be anywhere
+                lost = DistributedError(f"rank 0 failed: {reason}")
         try:
             self._note(state, reason)
         except OSError as error:
@@ -162,29 +200,26 @@ class TrainingRun:
         self.exchange.close("stopped" if state == "running" else state, reason)
         if not self.loaded.done():
             self.loaded.set_exception(RefusedError(status, f"run {self.run_id} could not start: {reason}"))
+        self._ended.set()
+        if lost is not None:
+            raise lost
 
     def _fit(self) -> tuple[RunState, str]:
         """Train to the end, or until it is told to stop; returns the state behind that, and why."""
         # What takes seconds to load, in the thread that may take them.
-        from conch.distributed.train_engine import forget_precision
-        from conch.service.runs.settings import run_config
-        from conch.service.runs.trainer import RemoteGRPOTrainer, StoppedError
-        from conch.training.checkpointing import save_checkpoint
+        from conch.service.runs.trainer import train_run
 
-        config = run_config(self.settings, self.folder / TRAIN, self._rollout)
-        forget_precision(config.train)
-        trainer = RemoteGRPOTrainer(config, self.exchange, self._journal)
-        try:
-            self.loaded.set_result(None)
-            try:
-                trainer.fit()
-            except StoppedError as stopped:
-                if trainer.run.saved != trainer.run.step:
-                    save_checkpoint(trainer)
-                return stopped.order.state, stopped.order.reason
-            return "finished", f"all {self.settings.max_steps} updates are made"
-        finally:
-            trainer.close()
+        stopped = train_run(
+            self.settings,
+            self.folder / TRAIN,
+            self._rollout,
+            exchange=self.exchange,
+            journal=self._journal,
+            on_loaded=lambda: self.loaded.set_result(None),
+        )
+        if stopped is not None:
+            return stopped.state, stopped.reason
+        return "finished", f"all {self.settings.max_steps} updates are made"
 
     def _note(self, state: RunState, reason: str) -> None:
         """Write settings and state down, for the next start of the service."""

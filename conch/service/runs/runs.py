@@ -6,6 +6,7 @@ import threading
 import time
 import uuid
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from conch.config import RolloutConfig
 from conch.errors import CheckpointError
@@ -15,6 +16,9 @@ from conch.service.refusals import CONFLICT, NOT_FOUND, UNAVAILABLE, RefusedErro
 from conch.service.runs.exchange import Exchange
 from conch.service.runs.exports import Exports
 from conch.service.runs.run import SaidOfRun, TrainingRun, check_change, ended_exchange, read_run, said_of
+
+if TYPE_CHECKING:
+    from conch.service.runs.ranks import Leader
 
 _log = get_logger(__name__)
 
@@ -27,6 +31,7 @@ class Runs:
     idle_s: time without a request after which a run is stopped.
     stop_s: longest wait for a run to save and end.
     rollout: what samples; None takes the trainer's process.
+    leader: of the other ranks that train runs; None where this process trains alone.
     """
 
     def __init__(
@@ -37,8 +42,10 @@ class Runs:
         idle_s: float,
         stop_s: float,
         rollout: RolloutConfig | None = None,
+        leader: Leader | None = None,
     ) -> None:
         self._rollout = rollout
+        self._leader = leader
         self._folder = output_dir / "runs"
         self._models = models
         self._idle_s = idle_s
@@ -216,7 +223,9 @@ class Runs:
                     CONFLICT,
                     f"run {current.run_id} is {current.exchange.state}: POST /stop first, one run at a time",
                 )
-            run = TrainingRun(folder, settings, idle_s=self._idle_s, rollout=self._rollout)
+            run = TrainingRun(
+                folder, settings, idle_s=self._idle_s, rollout=self._rollout, leader=self._leader
+            )
             run.start()
             self._current = run
             self._ended.pop(folder.name, None)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from conch.config import RewardConfig, RewardFailureConfig, RolloutConfig, load
+from conch.config.algorithms.correction import CorrectionConfig
+from conch.config.algorithms.grpo import GRPOConfig, GRPORunConfig
 from conch.errors import ConfigError
 from conch.service.protocol import TrainingSettings
-from conch.trainers.grpo import GRPOConfig, GRPORunConfig
-from conch.training.overlap.correction import CorrectionConfig
 
 _ADAPTED = ("peft_config", "merge_adapter", "num_layers_unfrozen")
 _COMPUTED = ("dtype", "attention", "liger", "gradient_checkpointing", "disable_dropout", "trial")

@@ -5,7 +5,10 @@ A group is as old as its clients are slow; the loss weighs by the policy at the 
 one that sampled (`conch/training/overlap/correction.py`), and what is older than `max_staleness` is dropped.
 
 Completions are drawn by seeds of their own, of the run's seed, the group's number and the place in it, so
-that they do not depend on which prompts were sampled together.
+that they do not depend on which prompts were sampled together, or on how many ranks.
+
+With several ranks, rank 0 alone knows of clients: it tells the others what to do next, each samples its share
+of the prompts and learns from its share of the groups.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,9 +25,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from conch.config import RolloutConfig
 from conch.data.prompts import make_prompts
 from conch.data.text import decode, special_tokens
-from conch.errors import ConchError, ConfigError, DataError, ModelError, first_line
+from conch.distributed.train_engine import forget_precision
+from conch.errors import ConchError, ConfigError, DataError, DistributedError, ModelError, first_line
 from conch.rewards.base import RewardSource
 from conch.rewards.scorer import RewardRequest
 from conch.rollouts.hf.engine import HFEngine
@@ -32,10 +38,12 @@ from conch.rollouts.remote.engine import RemoteEngine
 from conch.runs.checkpoint import CHECKPOINTS, read_rank_state, steps_of
 from conch.service.leases.journal import Journal
 from conch.service.leases.records import Group, Sample
+from conch.service.protocol import TrainingSettings
 from conch.service.refusals import UNPROCESSABLE, RefusedError
 from conch.service.runs.exchange import (
     Exchange,
     LearnOrder,
+    Order,
     SampledGroup,
     SampleOrder,
     SaveOrder,
@@ -43,8 +51,10 @@ from conch.service.runs.exchange import (
     WaitingAsk,
 )
 from conch.service.runs.exports import EXPORTS
-from conch.service.runs.settings import RemoteRunConfig
+from conch.service.runs.ranks import HEARTBEAT_S
+from conch.service.runs.settings import RemoteRunConfig, run_config
 from conch.trainers.grpo import GRPOTrainer
+from conch.training.checkpointing import save_checkpoint
 from conch.training.overlap.metrics import staleness_metrics
 from conch.training.setup import load_policy_tokenizer, with_gathered_weights
 from conch.types import Metrics, Prompt, RewardResult, RewardStatus, Rollout
@@ -58,6 +68,74 @@ class StoppedError(Exception):
     def __init__(self, order: StopOrder) -> None:
         super().__init__(order.reason)
         self.order = order
+
+
+@dataclass(frozen=True, slots=True)
+class LearnTask:
+    """Learn from these groups, each rank from its share."""
+
+    groups: list[Group]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleTask:
+    """Sample these prompts, each rank its share. first_number: of the first one's group."""
+
+    prompts: list[Prompt]
+    first_number: int
+
+
+@dataclass(frozen=True, slots=True)
+class SaveTask:
+    """Write the model for who downloads it."""
+
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Rank 0 cannot go on. reason: why."""
+
+    reason: str
+
+
+Task = LearnTask | SampleTask | SaveTask | StopOrder | Failure | None
+"""What all ranks do next; None where there is nothing to do yet."""
+
+
+def train_run(
+    settings: TrainingSettings,
+    train_dir: Path,
+    rollout: RolloutConfig | None,
+    *,
+    exchange: Exchange | None = None,
+    journal: Journal | None = None,
+    on_loaded: Callable[[], object] = lambda: None,
+) -> StopOrder | None:
+    """Train a run until its last update, or until it is told to stop and is saved: returns by whom.
+
+    train_dir: of the run's checkpoints and metrics, which it goes on with.
+    exchange, journal: with the clients, of rank 0; other ranks have none.
+    on_loaded: called once clients may come.
+
+    Raises:
+        ConchError: the model cannot be loaded, or training fails.
+    """
+    config = run_config(settings, train_dir, rollout)
+    forget_precision(config.train)
+    trainer = RemoteGRPOTrainer(config, exchange, journal)
+    trainer.engine.keeps_group = trainer.collectives.num_ranks > 1  # for what rank 0 says next
+    try:
+        on_loaded()
+        try:
+            trainer.fit()
+        except StoppedError as stopped:
+            if trainer.run.saved != trainer.run.step:
+                save_checkpoint(trainer)
+            return stopped.order
+        return None
+    finally:
+        trainer.close()
 
 
 class ClientRewards(RewardSource):
@@ -78,7 +156,7 @@ class ClientRewards(RewardSource):
 class RemoteGRPOTrainer(GRPOTrainer):
     """GRPO on what clients ask for and reward.
 
-    exchange: with the clients.
+    exchange: with the clients; None on other ranks than 0.
     journal: what the exchange writes its events to.
     """
 
@@ -86,7 +164,9 @@ class RemoteGRPOTrainer(GRPOTrainer):
     config: RemoteRunConfig
     overlap: ClientGroups
 
-    def __init__(self, config: RemoteRunConfig, exchange: Exchange, journal: Journal, **given: Any) -> None:
+    def __init__(
+        self, config: RemoteRunConfig, exchange: Exchange | None, journal: Journal | None, **given: Any
+    ) -> None:
         self._exchange = exchange
         self._journal = journal
         tokenizer = load_policy_tokenizer(given.get("tokenizer"), config.tokenizer, config.model.path)
@@ -124,11 +204,12 @@ class RemoteGRPOTrainer(GRPOTrainer):
         return made
 
     @with_gathered_weights
-    def sample_groups(self, prompts: Sequence[Prompt], first_number: int) -> list[list[Rollout]]:
-        """A group of completions for each prompt. first_number: of the first group."""
+    def sample_groups(self, prompts: Sequence[Prompt], numbers: Sequence[int]) -> list[list[Rollout]]:
+        """A group of completions for each prompt. numbers: of the groups."""
+        if not prompts:
+            return []
         size = self.samples_per_prompt
         repeated = [prompt for prompt in prompts for _ in range(size)]
-        numbers = range(first_number, first_number + len(prompts))
         seeds = [
             sample_seed(self.config.train.seed, number, place) for number in numbers for place in range(size)
         ]
@@ -143,31 +224,81 @@ class RemoteGRPOTrainer(GRPOTrainer):
 
 
 class ClientGroups:
-    """The buffer that steps take from; see `conch.training.online.SampleBuffer`. One process."""
+    """The buffer that steps take from; see `conch.training.online.SampleBuffer`.
 
-    def __init__(self, trainer: RemoteGRPOTrainer, exchange: Exchange, journal: Journal) -> None:
+    exchange, journal: of rank 0; None on the others, which do what it says.
+    """
+
+    def __init__(
+        self, trainer: RemoteGRPOTrainer, exchange: Exchange | None, journal: Journal | None
+    ) -> None:
         self._trainer = trainer
         self._exchange = exchange
         self._journal = journal
         self._taken: list[Rollout] = []
 
     def sample(self, count: int) -> list[Rollout]:
-        """Do what clients ask for until an update's groups are whole; returns these groups' completions.
+        """Do what clients ask for until an update's groups are whole; returns the completions of this rank's
+        `count` groups.
 
         Raises:
             StoppedError: the run is to end here.
+            ConchError: rank 0 cannot go on, or another rank is gone.
         """
+        ranks = self._trainer.collectives
+        failure: ConchError | None = None
         while True:
-            order = self._exchange.next_order()
-            if isinstance(order, LearnOrder):
-                assert len(order.groups) == count
-                return self._adopt(order.groups)
-            if isinstance(order, StopOrder):
-                raise StoppedError(order)
-            if isinstance(order, SaveOrder):
-                self._save(order)
-            else:
-                self._sample(order)
+            order, asks = None, []
+            task: Task = None
+            if self._exchange is not None and failure is None:
+                try:
+                    order = self._exchange.next_order(HEARTBEAT_S if ranks.num_ranks > 1 else None)
+                    task, asks = self._task_of(self._exchange, order)
+                except ConchError as error:
+                    failure = error
+            task = ranks.broadcast(task if failure is None else Failure(first_line(failure)))
+            if failure is not None:
+                raise failure
+            if isinstance(task, Failure):
+                raise DistributedError(f"rank 0 cannot go on: {task.reason}")
+            if isinstance(task, StopOrder):
+                raise StoppedError(task)
+            if isinstance(task, LearnTask):
+                assert len(task.groups) == count * ranks.num_ranks
+                return self._adopt(task.groups[ranks.rank * count :][:count])
+            if isinstance(task, SaveTask):
+                self._save(task, order)
+            elif isinstance(task, SampleTask):
+                sampled = self._sample(task)
+                if self._exchange is not None:
+                    try:
+                        self._exchange.deliver([*zip(asks, sampled, strict=True)])
+                    except ConchError as error:
+                        failure = error
+
+    def _task_of(self, exchange: Exchange, order: Order | None) -> tuple[Task, list[WaitingAsk]]:
+        """What all ranks do for an order, and those who wait for the prompts of it, in the prompts' order."""
+        if isinstance(order, LearnOrder):
+            return LearnTask(order.groups), []
+        if isinstance(order, SaveOrder):
+            folder = self._trainer.run.folder.parent / EXPORTS / f"version_{exchange.version}"
+            if not folder.is_dir():
+                return SaveTask(folder), []
+            order.future.set_result(folder)  # this version was written before
+            return None, []
+        if not isinstance(order, SampleOrder):
+            return order, []
+        asks: list[WaitingAsk] = []
+        prompts: list[Prompt] = []
+        refused: list[tuple[WaitingAsk, RefusedError]] = []
+        for waiting in order.asks:
+            try:
+                prompts.append(self._trainer.prompt_of(waiting.ask.prompt))
+                asks.append(waiting)
+            except RefusedError as refusal:
+                refused.append((waiting, refusal))
+        exchange.deliver(refused)
+        return (SampleTask(prompts, exchange.next_number) if prompts else None), asks
 
     def score(self) -> list[RewardResult]:
         return self._trainer.scorer.gather()
@@ -185,24 +316,30 @@ class ClientGroups:
         ages = staleness_metrics(self._taken, version, ranks.all_reduce, ranks.all_reduce_max)
         metrics = metrics | ages
         self._taken = []
-        self._exchange.learned(metrics)
+        exchange = self._exchange
+        ranks.run_on_all_ranks(lambda: exchange.learned(metrics) if exchange is not None else None)
         return metrics
 
     def take_up_run(self) -> None:
         run = self._trainer.run
         run.own, run.on_saved = self, self._forget
+        if self._exchange is None:
+            return
         snapshot = None
         if run.continued:
             snapshot = read_rank_state(run.folder / CHECKPOINTS / f"step_{run.step}", 0)
         self._exchange.open(snapshot)
 
     def capture(self) -> Callable[[], dict[str, Any]]:
-        """The ledger as it stands; its journal goes on behind it."""
-        state = self._exchange.capture()
+        """The ledger as it stands, which rank 0 has; its journal goes on behind it."""
+        state: dict[str, Any] = {}
+        if self._exchange is not None:
+            state = self._exchange.capture()
         return lambda: state
 
     def _forget(self, folder: Path) -> None:
         """Delete of the journal what no checkpoint needs. folder: of the newest checkpoint."""
+        assert self._journal is not None, "rank 0 alone is told of checkpoints"
         oldest = min(steps_of(folder.parent.parent).items())[1]
         self._journal.forget(read_rank_state(oldest, 0)["sequence"] + 1)
 
@@ -218,38 +355,49 @@ class ClientGroups:
         self._taken = rollouts
         return rollouts
 
-    def _sample(self, order: SampleOrder) -> None:
-        asks: list[WaitingAsk] = []
-        prompts: list[Prompt] = []
-        refused: list[tuple[WaitingAsk, RefusedError]] = []
-        for waiting in order.asks:
-            try:
-                prompts.append(self._trainer.prompt_of(waiting.ask.prompt))
-                asks.append(waiting)
-            except RefusedError as refusal:
-                refused.append((waiting, refusal))
-        try:
-            groups = self._trainer.sample_groups(prompts, self._exchange.next_number) if prompts else []
-        except ConfigError as error:  # a prompt that servers have less room for than the model has
-            refusal = RefusedError(UNPROCESSABLE, f"the samplers refuse a prompt: {first_line(error)}")
-            self._exchange.deliver([*refused, *((waiting, refusal) for waiting in asks)])
-            return
-        sampled = [
-            SampledGroup(prompt, [rollout.completion for rollout in rollouts], rollouts[0].policy_version)
-            for prompt, rollouts in zip(prompts, groups, strict=True)
-        ]
-        self._exchange.deliver([*refused, *zip(asks, sampled, strict=True)])
+    def _sample(self, task: SampleTask) -> list[SampledGroup | RefusedError]:
+        """Sample this rank's share of the prompts; returns what became of each, on all ranks.
 
-    def _save(self, order: SaveOrder) -> None:
-        """Write the model for who downloads it, unless this version was written before."""
-        folder = self._trainer.run.folder.parent / EXPORTS / f"version_{self._exchange.version}"
+        Raises:
+            ConchError: on all ranks: samplers are gone, here or on another rank.
+        """
+        ranks = self._trainer.collectives
+        places = ranks.shard(range(len(task.prompts)))
+        numbers = [task.first_number + place for place in places]
+        groups: list[SampledGroup | RefusedError] = []
+        failure: ConchError | None = None
         try:
-            if not folder.is_dir():
-                self._trainer.save_pretrained(folder)
+            prompts = [task.prompts[place] for place in places]
+            groups = [_sampled_group(each) for each in self._trainer.sample_groups(prompts, numbers)]
+        except ConfigError as error:  # a prompt that servers have less room for than the model has
+            reason = f"the samplers refuse a prompt: {first_line(error)}"
+            groups = [RefusedError(UNPROCESSABLE, reason) for _ in places]
+        except ConchError as error:
+            failure = error
+        failed = ranks.all_gather([] if failure is None else [first_line(failure)])
+        if failure is not None:
+            raise failure
+        if failed:
+            raise DistributedError(f"another rank cannot sample: {failed[0]}")
+        of_place = dict(ranks.all_gather([*zip(places, groups, strict=True)]))
+        return [of_place[place] for place in range(len(task.prompts))]
+
+    def _save(self, task: SaveTask, order: Order | None) -> None:
+        """Write the model for who downloads it. order: of those who wait for it, on rank 0."""
+        future = order.future if isinstance(order, SaveOrder) else None
+        try:
+            self._trainer.save_pretrained(task.folder)
         except ConchError as error:  # a full disk, say, which is no reason to end the run
-            order.future.set_exception(error)
+            if future is not None:
+                future.set_exception(error)
         else:
-            order.future.set_result(folder)
+            if future is not None:
+                future.set_result(task.folder)
+
+
+def _sampled_group(rollouts: Sequence[Rollout]) -> SampledGroup:
+    completions = [rollout.completion for rollout in rollouts]
+    return SampledGroup(rollouts[0].prompt, completions, rollouts[0].policy_version)
 
 
 def readable_text(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -26,7 +26,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from conch.errors import ServerStartError
+from conch.errors import ServerStartError, install_extra
 from conch.serving.server.flags import ServerPaths, ServerSettings
 
 _HELP_TIMEOUT_S = 120.0
@@ -42,7 +42,6 @@ HEAP = {
     "MALLOC_TOP_PAD_": str(8 * 2**20),
 }
 
-_INSTALL = "install the serving extra: pip install 'conch[serve]'"
 _PROBE_TIMEOUT_S = 60.0
 _PROBE = """
 import json, sys
@@ -355,7 +354,8 @@ def find_bundle() -> Bundle:
     spec = importlib.util.find_spec("pytriton")
     if spec is None or spec.origin is None:
         raise ServerStartError(
-            f"the package nvidia-pytriton, which carries tritonserver, is not installed; {_INSTALL}"
+            "the package nvidia-pytriton, which carries tritonserver, is not installed: "
+            + install_extra("serve")
         )
     package = Path(spec.origin).parent
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -368,7 +368,7 @@ def find_bundle() -> Bundle:
     )
     for path in (bundle.server, bundle.backend, bundle.stub, bundle.library_path[1]):
         if not path.exists():
-            raise ServerStartError(f"nvidia-pytriton is installed without {path}; {_INSTALL}")
+            raise ServerStartError(f"nvidia-pytriton is installed without {path}: {install_extra('serve')}")
     check_programs(bundle.server, bundle.stub)
     check_model_python(_probe_python(bundle.python_bin / "python3"))
     return bundle

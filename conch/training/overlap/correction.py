@@ -1,4 +1,4 @@
-"""Weights for samples of another distribution than the trainer's: settings, application and statistics.
+"""Weights for samples of another distribution than the trainer's: application and statistics.
 
 A step trains on tokens that a sampler drew, whose weights may be some updates older than the policy's, and
 whose kernels may round otherwise. With pi_old recomputed by the trainer before its update, the loss takes two
@@ -14,17 +14,13 @@ the cut itself.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from jaxtyping import Bool, Float
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from conch.config import Section
+from conch.config.algorithms.correction import CorrectionConfig
 from conch.data.rollout_batch import Sequences
 from conch.losses import (
-    CorrectionLevel,
     effective_sample_size,
     importance_weights,
     mask_weights,
@@ -34,67 +30,21 @@ from conch.ops import Reduce, masked_mean
 from conch.types import Metrics
 
 
-class CorrectionConfig(Section):
-    """Importance weights of the policy before the update against the sampler."""
+def correction_weights(
+    correction: CorrectionConfig, logprobs: Float[Tensor, "B R"], sequences: Sequences
+) -> Float[Tensor, "B R"] | None:
+    """What the policy's loss of each token is multiplied by; None where nothing is weighed.
 
-    kind: Literal["none", "truncate", "mask"] = "none"
-    """`none` weighs nothing; `truncate` weighs by at most `cap` (truncated importance sampling); `mask`
-    weighs within [`low`, `high`] and drops what stands outside (IcePop)."""
-
-    level: CorrectionLevel = "token"
-    """What is weighed: each `token` by its own ratio; a whole response by the product of its tokens' ratios
-    (`sequence`: unbiased, and the longer the response the wilder), or by their geometric mean (`geometric`,
-    the ratio of GSPO). TRL's `vllm_importance_sampling_mode` calls the first two `token_` and `sequence_`."""
-
-    cap: float | None = Field(default=None, gt=0)
-    """Greatest weight, with `truncate`; None takes 2."""
-
-    low: float | None = Field(default=None, ge=0)
-    """Lowest weight that counts, with `mask`; None takes 0.5."""
-
-    high: float | None = Field(default=None, gt=0)
-    """Greatest weight that counts, with `mask`; None takes 5."""
-
-    @model_validator(mode="after")
-    def _bounds_belong_to_the_kind(self) -> CorrectionConfig:
-        for name, kind in (("cap", "truncate"), ("low", "mask"), ("high", "mask")):
-            if getattr(self, name) is not None and self.kind != kind:
-                raise ValueError(
-                    f"`{name}` is a bound of `kind: {kind}`, but `kind` is {self.kind}: set `kind: {kind}`, "
-                    f"or leave `{name}` out"
-                )
-        least, most = self.bounds
-        if least >= most:
-            raise ValueError(f"no weight lies between `low` = {least:g} and `high` = {most:g}")
-        return self
-
-    @property
-    def is_on(self) -> bool:
-        """Whether anything is weighed."""
-        return self.kind != "none"
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """Least and greatest weight that is left as it is."""
-        if self.kind == "truncate":
-            return 0.0, 2.0 if self.cap is None else self.cap
-        if self.kind == "mask":
-            return 0.5 if self.low is None else self.low, 5.0 if self.high is None else self.high
-        return 0.0, float("inf")
-
-    def weights(self, logprobs: Float[Tensor, "B R"], sequences: Sequences) -> Float[Tensor, "B R"] | None:
-        """What the policy's loss of each token is multiplied by; None where nothing is weighed.
-
-        logprobs: of the policy before its update.
-        """
-        if not self.is_on:
-            return None
-        of = (logprobs, sequences.sampling_logprobs, sequences.response_mask)
-        weights = importance_weights(*of, self.level)
-        low, high = self.bounds
-        return (
-            truncate_weights(weights, high) if self.kind == "truncate" else mask_weights(weights, low, high)
-        )
+    logprobs: of the policy before its update.
+    """
+    if not correction.is_on:
+        return None
+    of = (logprobs, sequences.sampling_logprobs, sequences.response_mask)
+    weights = importance_weights(*of, correction.level)
+    low, high = correction.bounds
+    if correction.kind == "truncate":
+        return truncate_weights(weights, high)
+    return mask_weights(weights, low, high)
 
 
 def importance_metrics(

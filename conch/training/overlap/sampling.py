@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from conch.config.algorithms.async_grpo import AsyncConfig
+from conch.errors import StuckError
 from conch.log import get_logger
 from conch.rollouts.base import draw_seeds
 from conch.rollouts.remote.stream import GroupRequest, GroupStream
@@ -27,7 +29,6 @@ from conch.runs.checkpoint import CHECKPOINTS, read_rank_state
 from conch.training.overlap.buffer import Admission, BufferedGroup, GroupBuffer
 from conch.training.overlap.ledger import append_to_ledger, cut_ledger
 from conch.training.overlap.metrics import LengthAudit, split_advice, staleness_metrics
-from conch.training.overlap.settings import AsyncConfig
 from conch.training.overlap.watchdog import Progress, Watchdog
 from conch.types import Metrics, RewardResult, Rollout
 
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from conch.training.online import OnlineTrainer
 
 _log = get_logger(__name__)
+
+_SLICE_S = 0.5
+"""Longest wait for rewards before the ranks agree whether to wait on."""
 
 
 class Overlap:
@@ -58,6 +62,7 @@ class Overlap:
         self._request_lock = threading.Lock()
         self._taken: list[BufferedGroup] = []
         self._rewards: list[RewardResult] = []
+        self._stuck: StuckError | None = None
         self._waited_s = 0.0
         self._step_began = time.perf_counter()
         self._totals = torch.zeros(4, dtype=torch.float64)
@@ -79,8 +84,8 @@ class Overlap:
             deadline_s=self._settings.deadline_s,
             run=self._trainer.run.folder,
             rank=self._trainer.collectives.rank,
-            on_stuck=self.buffer.fail,
-            describe=[self._stream.describe, self._describe],
+            on_stuck=self._fail_stuck,
+            describe=[self._describe, self._stream.describe],
             stacks=[self._stream.stacks],
         ):
             yield
@@ -111,9 +116,15 @@ class Overlap:
         return rollouts
 
     def score(self) -> list[RewardResult]:
-        """Wait for the rewards of what `sample` returned last; raises as `RewardScorer.gather` does."""
+        """Wait for the rewards of what `sample` returned last; raises as `RewardScorer.gather` does.
+
+        Raises:
+            StuckError: nothing has moved for `asynchronous.deadline_s`: a reward does not return. On other
+                ranks a DistributedError.
+        """
         began = time.perf_counter()
-        with self.progress.paused("scoring"):  # its client has deadlines of its own, an outage a budget
+        self._wait_for_rewards()
+        with self.progress.paused("scoring"):  # all that is left to wait for is an outage, which has a budget
             self._rewards = self._trainer.scorer.gather()
         self._waited_s += time.perf_counter() - began
         return self._rewards
@@ -272,6 +283,27 @@ class Overlap:
         request.future.add_done_callback(lambda _future: self.progress.note("reward"))
         self.buffer.requested(group, places, request)
 
+    def _wait_for_rewards(self) -> None:
+        """Wait for the rewards of all ranks. One that comes on any of them has moved on all, for the others
+        wait for it."""
+        scorer, ranks = self._trainer.scorer, self._trainer.collectives
+        before: int | None = None
+        while ranks.all_reduce_int(int(not scorer.wait(_SLICE_S))):
+            ranks.run_on_all_ranks(self._raise_stuck)
+            number = ranks.all_reduce_int(self.progress.counts().get("reward", 0))
+            if before not in (None, number):
+                self.progress.note("reward on some rank")
+            before = number
+
+    def _fail_stuck(self, error: StuckError) -> None:
+        """In the watchdog's thread: wake the trainer's, which waits for completions or for rewards."""
+        self._stuck = error
+        self.buffer.fail(error)
+
+    def _raise_stuck(self) -> None:
+        if self._stuck is not None:
+            raise self._stuck
+
     def _describe(self) -> list[str]:
         """What the trainer has of groups, in words, for the watchdog."""
         ended, under_way = self.buffer.counts()
@@ -280,7 +312,17 @@ class Overlap:
         if oldest is not None:
             number, size = oldest.admission.number, len(oldest.admission.seeds)
             where = f"; the oldest, group {number}, lacks {len(oldest.missing)} of {size} completions"
-        return [f"the trainer has {ended} groups whose completions have ended and {under_way} others{where}"]
+        lines = [f"the trainer has {ended} groups whose completions have ended and {under_way} others{where}"]
+        unscored = sum(
+            len(places)
+            for group in self._taken
+            for places, request in group.requests
+            if not request.future.done()
+        )
+        if unscored:
+            source = self._trainer.scorer.source_name
+            lines.insert(0, f"the step waits for the rewards of {unscored} completions by {source}")
+        return lines
 
     @property
     def _asks_by_group(self) -> bool:

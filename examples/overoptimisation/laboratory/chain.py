@@ -26,7 +26,7 @@ from examples.overoptimisation.laboratory.parts import (
     train_start,
     trainer_values,
 )
-from examples.overoptimisation.laboratory.results import report
+from examples.overoptimisation.laboratory.results import Seconds, report
 
 _log = get_logger("conch.laboratory")
 
@@ -61,24 +61,42 @@ def run(config: LaboratoryConfig) -> dict[str, Any]:
     Raises:
         ConchError, OSError: of the part that failed first; those under way end, no other begins.
     """
-    started = time.perf_counter()
+    clock = _Clock(config.output)
     context = get_context("spawn")
     with ProcessPoolExecutor(config.workers, mp_context=context, initializer=_begin_worker) as pool:
         try:
-            _perform_all(pool, config)
+            _perform_all(pool, config, clock)
         except BaseException:
+            clock.keep()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    clock.keep()
     return report(
         {seed: places(config, seed).folder for seed in config.seed},
         rewards_of(config),
         trainer_values("ppo", config.output, 0)["reward"]["uwo_weight"],
         config.output,
-        seconds=round(time.perf_counter() - started, 1),
+        clock.seconds,
     )
 
 
-def _perform_all(pool: ProcessPoolExecutor, config: LaboratoryConfig) -> None:
+class _Clock:
+    """Counts this call's seconds, and writes them down beside those of the calls before."""
+
+    def __init__(self, output: Path) -> None:
+        self._output, self._started = output, time.perf_counter()
+        self.seconds = Seconds.read(output)
+
+    def done(self, part: Part, seconds: float) -> None:
+        self.seconds.add(part.seed, part.name, seconds)
+        self.keep()
+
+    def keep(self) -> None:
+        self._output.mkdir(parents=True, exist_ok=True)
+        self.seconds.keep(self._output, round(time.perf_counter() - self._started, 1))
+
+
+def _perform_all(pool: ProcessPoolExecutor, config: LaboratoryConfig, clock: _Clock) -> None:
     """Do every part as soon as the one that it builds on is done."""
     chains = [chain_of(config, seed) for seed in config.seed]
     total, done = sum(chain.number for chain in chains), 0
@@ -87,6 +105,7 @@ def _perform_all(pool: ProcessPoolExecutor, config: LaboratoryConfig) -> None:
         for future in wait(under_way, return_when=FIRST_COMPLETED).done:
             part = under_way.pop(future)
             seconds, done = future.result(), done + 1
+            clock.done(part, seconds)
             _log.info("[%d/%d] seed %d: %s in %.0f s", done, total, part.seed, part.name, seconds)
             under_way |= {pool.submit(_perform, config, each): each for each in part.then}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,46 @@ from conch.evaluation.records import GOLD, PROXY, read_record, records_of
 ALL = "all"
 """All seeds together, in the place of a seed."""
 _VARIANCE = "members_variance"
+_SECONDS = "seconds.json"
+
+
+@dataclass
+class Seconds:
+    """What the calls on one output took, kept in `seconds.json`: an interrupted call counts.
+
+    calls: of all calls before this one. call: of this one so far.
+    parts: seed -> name of a part -> of all calls that worked on it.
+    """
+
+    calls: float = 0.0
+    parts: dict[int, dict[str, float]] = field(default_factory=dict)
+    call: float = 0.0
+
+    @classmethod
+    def read(cls, output: Path) -> Seconds:
+        """Of the calls so far; none where no file is."""
+        try:
+            content = json.loads((output / _SECONDS).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return cls()
+        return cls(content["calls"], {int(seed): parts for seed, parts in content["parts"].items()})
+
+    def add(self, seed: int, part: str, seconds: float) -> None:
+        """Count what a part took in this call."""
+        parts = self.parts.setdefault(seed, {})
+        parts[part] = round(parts.get(part, 0.0) + seconds, 1)
+
+    def keep(self, output: Path, call: float) -> None:
+        """Write the file. call: seconds of this call so far."""
+        self.call = call
+        replace_text(
+            output / _SECONDS, json.dumps({"calls": self.total, "parts": self.parts}, indent=2) + "\n"
+        )
+
+    @property
+    def total(self) -> float:
+        """Of all calls, one after another."""
+        return self.calls + self.call
 
 
 @dataclass(frozen=True)
@@ -113,13 +153,13 @@ def report(
     rewards: Mapping[str, Sequence[str]],
     uwo_weight: float,
     output: Path,
-    seconds: float,
+    seconds: Seconds,
 ) -> dict[str, Any]:
     """Write `summary.json` and the figures `ppo` and `best_of_n` with their CSV files, and print a table.
 
     folders: of the seeds, each with `ppo_<name>` and `best_of_n.npz`; get `best_of_n_<name>`.
     rewards: that are compared -> names of what PPO was run on.
-    seconds: that the command took.
+    seconds: that all calls took so far.
 
     Returns:
         what `summary.json` holds.
@@ -146,7 +186,8 @@ def report(
     }
     best_together = {reward: _mean_of([best[seed][reward] for seed in folders]) for reward in rewards}
     summary = {
-        "seconds": seconds,
+        "seconds": round(seconds.total, 1),
+        "part_seconds": {seed: seconds.parts.get(seed, {}) for seed in folders},
         "uwo_weight": uwo_weight,
         "ppo": {seed: {reward: asdict(found) for reward, found in of.items()} for seed, of in ppo.items()},
         "best_of_n": best,
@@ -159,7 +200,11 @@ def report(
     print(table({**ppo, ALL: together}, {**best, ALL: best_together}))
     for kind in ("ppo", "best_of_n"):
         curves = {
-            reward: [curve_of(folder / f"{kind}_{name}") for folder in folders.values() for name in names]
+            reward: [
+                curve_of(folder / f"{kind}_{name}", label=f"seed_{seed}/{kind}_{name}")
+                for seed, folder in folders.items()
+                for name in names
+            ]
             for reward, names in rewards.items()
         }
         print(*draw(curves, output, kind), sep="\n")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from conch.config.base import describe_field
 from conch.converters import ensemble, to_triton
 from conch.converters.backends import graph
 from conch.converters.options import ConversionOptions, EnsembleOptions, ReadOptions
@@ -22,10 +23,10 @@ def test_every_setting_has_an_option_with_its_docstring(command, section, capsys
         command(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
 
-    for name, field in section.model_fields.items():
+    for name in section.model_fields:
         option = "--reward" if name == "rewards" else "--" + name.replace("_", "-")
         assert f"{option} " in shown or f"{option}]" in shown, name
-        assert field.description and " ".join(field.description.split()) in shown, name
+        assert describe_field(section, name) and describe_field(section, name) in shown, name
 
 
 def test_functions_take_every_setting_as_a_keyword() -> None:

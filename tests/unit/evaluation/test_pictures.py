@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from conch.errors import ConfigError, DataError
 from conch.evaluation.best_of_n import best_of_n
 from conch.evaluation.curves import RESULTS, Curve, Start, curve_of, results_json
 from conch.evaluation.fits import Form
-from conch.evaluation.pictures import draw, draw_folder, group_of, groups_of, main
+from conch.evaluation.pictures import AXES, Axis, draw, draw_folder, group_of, groups_of, main
 from conch.evaluation.records import EvaluatedSample, EvaluationRecord, record_path, write_record
 
 
@@ -143,6 +144,21 @@ def test_too_few_evaluations_draw_without_a_fit_and_say_so(tmp_path: Path) -> No
     assert rows_of(fits) == []
 
 
+@pytest.mark.parametrize(("axis", "furthest"), [("sqrt_kl", math.sqrt(10)), ("kl", 10.0)])
+def test_first_panel_has_the_axis_that_is_asked_for(
+    axis: Axis, furthest: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    draw({"several": [curve("a"), curve("b")], "one": [curve("c")]}, tmp_path, axis=axis)
+    first, steps, *_ = figures[0].axes
+    assert first.get_xlabel() == AXES[axis]
+    reached = [float(np.max(line.get_xdata())) for line in first.lines[:-1]]  # the last is the zero line
+    # Of both groups proxy, gold and the fit; of several also each run's gold.
+    assert reached == pytest.approx([furthest] * 8)
+    assert float(np.max(steps.lines[0].get_xdata())) == 400
+
+
 def test_all_kinds_of_panels_are_drawn(tmp_path: Path) -> None:
     n = [1.0, 4, 16, 64, 256]
     nothing = np.full(5, math.nan)
@@ -170,7 +186,16 @@ def test_command_draws_groups_of_runs_beside_best_of_n(
     starts = {"reward": Start(0.0, 1.0), "gold": Start(0.0, 1.0)}
     (tmp_path / "bon" / RESULTS).write_text(json.dumps(results_json(result, starts, {})))
 
-    main([f"ppo={tmp_path}/a,{tmp_path}/b", str(tmp_path / "bon"), "--output", str(tmp_path / "out")])
+    main(
+        [
+            f"ppo={tmp_path}/a,{tmp_path}/b",
+            str(tmp_path / "bon"),
+            "--axis",
+            "kl",
+            "--output",
+            str(tmp_path / "out"),
+        ]
+    )
 
     written = [Path(line) for line in capsys.readouterr().out.split()]
     assert [path.name for path in written] == [

@@ -265,6 +265,31 @@ def test_a_cut_distribution_weighs_no_samples() -> None:
     assert became("inference_model.top_p=0.9", "conch.grpo.correction.kind=none").generation.top_p == 0.9
 
 
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+@pytest.mark.parametrize(
+    ("word", "keys"),
+    [
+        ("conch.grpo=3", "`conch.grpo.loss`"),
+        ("conch.grpo=null", "`conch.grpo.loss`"),
+        ("conch.grpo=[]", "`conch.grpo.loss`"),
+        ("conch.grpo.correction=3", "`conch.grpo.correction.kind`"),
+        ("conch.asynchronous=fast", "`conch.asynchronous.deadline_s`"),
+        ("conch.rollout.ray=4", "`conch.rollout.ray.samplers`"),
+        ("conch.train=1", "`conch.train.total_steps`"),
+    ],
+)
+def test_a_section_that_is_given_a_value_is_told_with_its_keys(word: str, keys: str, top_p: float) -> None:
+    name = word.partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"^`{name}` = .* is a section, no value: its keys are .*{keys}"):
+        became(word, f"inference_model.top_p={top_p}")
+
+
+def test_an_empty_section_sets_nothing() -> None:
+    words = ("conch.grpo={}", "conch.grpo.correction={}", "conch.train={}")
+    for word in words:
+        assert became(word) == became()
+
+
 def test_an_actor_takes_one_device() -> None:
     with pytest.raises(ConfigError, match=r"set `inference_model.served_by=servers`"):
         became("inference_model.tensor_parallel_size=2", where=plan(8, inference=4), has_vllm=True)

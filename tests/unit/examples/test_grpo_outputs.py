@@ -14,6 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conch.config import RewardConfig, load
+from conch.data.files import place_of
 from conch.errors import CheckpointError, DataError
 from conch.runs.checkpoint import steps_of
 from examples.grpo.outputs import complete_torch_checkpoints, write_hydra_files, write_torch_checkpoint
@@ -173,6 +174,8 @@ def test_the_last_tenth_is_held_out_where_nothing_else_is_named(tmp_path: Path) 
     trained, held_out = read_prompts(env, ASKED, has_template=False, evaluates=True)
     assert held_out is not None and (len(trained), len(held_out)) == (27, 3)
     assert not {row["prompt"] for row in trained} & {row["prompt"] for row in held_out}
+    assert place_of(trained, 2, "prompt").endswith("rows.jsonl line 3"), "messages name the file's line"
+    assert place_of(held_out, 0, "prompt").endswith("rows.jsonl line 28")
     other = env.model_copy(update={"eval_data": rows_in(tmp_path / "other.jsonl", PROBLEM)})
     trained, held_out = read_prompts(other, ASKED, has_template=False, evaluates=True)
     assert held_out is not None and (len(trained), len(held_out)) == (30, 1)

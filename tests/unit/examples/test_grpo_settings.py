@@ -15,6 +15,7 @@ from conch.cli import describe, load_run_config
 from conch.config import Section, load
 from conch.config.base import nested_section
 from conch.errors import ConfigError
+from conch.rewards.verifiers.named import named_verifier
 from conch.trainers.grpo import GRPORunConfig
 from examples.grpo.async_settings import AsyncExampleConfig
 from examples.grpo.batches import Batches, plan_batches
@@ -22,6 +23,7 @@ from examples.grpo.devices import ROLES, DevicePlan, Wish, plan_devices
 from examples.grpo.grpo import CONFIGS, DEFAULT, config_name
 from examples.grpo.launch import servers_of, training_command
 from examples.grpo.outputs import overrides_in
+from examples.grpo.prompts import form_asked_for
 from examples.grpo.settings import NOT_HERE, RENAMED, ExampleConfig
 from examples.grpo.translation import (
     run_config,
@@ -96,6 +98,8 @@ PLANS: dict[str, tuple[type[ExampleConfig], list[str], int, bool]] = {
     "ray": (AsyncExampleConfig, APART, 0, False),
     "ray with vLLM": (AsyncExampleConfig, APART, 8, True),
     "servers while training": (AsyncExampleConfig, [*APART, "inference_model.served_by=servers"], 8, True),
+    "without an adapter": (ExampleConfig, ["train_model.lora.enabled=false"], 0, False),
+    "with evaluations": (ExampleConfig, ["train.eval_frequency=10"], 0, False),
 }
 
 
@@ -140,7 +144,10 @@ def test_every_setting_changes_something_or_the_program_says_that_it_does_not(ca
         command = command[: command.index("task") - 3]  # without a port
         told = [server.settings for server in servers]
         unused = without_effect(config, plan, has_vllm=has_vllm)
-        return (run, plan, command, told, config.env), unused
+        env = config.env
+        if not config.train.eval_frequency:
+            env = env.model_copy(update={"eval_data": None, "max_eval_rows": 0})
+        return (run, plan, command, told, env), unused
 
     plain, unused = effect()
     assert not unused
@@ -155,6 +162,8 @@ def test_every_setting_changes_something_or_the_program_says_that_it_does_not(ca
             continue  # refused
         if name == "inference_model.served_by" and case == "servers while training":
             continue  # the other value is the default
+        if name == "train_model.lora.enabled" and case == "without an adapter":
+            continue  # so is the other value
         if name == "inference_model.backend" and not has_vllm:
             continue  # it is transformers then, asked for or not
         changed, unused = effect(f"{name}={json.dumps(another(name, field))}")
@@ -292,6 +301,7 @@ def test_what_a_message_offers_holds() -> None:
         ("reward.gsm8k.version=torchrl", "reward.verifier", "gsm8k"),
         ("reward.url=host:8001/rm", "reward.verifier", None),
         ("reward.url=host:8001/rm", "evaluation.verifier", "gsm8k"),
+        ("reward.gsm8k.extractor=strict", "evaluation.verifier", None),
         ("inference_model.temperature=0.8", "generation.temperature", 0.8),
         ("inference_model.top_p=0.9", "generation.top_p", 0.9),
         ("inference_model.max_tokens=99", "generation.max_new_tokens", 99),
@@ -313,6 +323,80 @@ def test_settings_become_those_of_conch(word: str, name: str, value: object) -> 
     for part in name.split("."):
         found = getattr(found, part)
     assert found == value
+
+
+@pytest.mark.parametrize(
+    "reward",
+    ["reward.url=h:1/m", "reward.members={rm: h:1/m, right: 'verifier:gsm8k'}", "reward.function=f.py:score"],
+)
+def test_the_verifier_that_watches_checks_as_the_reward_was_told_to(reward: str) -> None:
+    how = ("reward.gsm8k.extractor=verl", "reward.gsm8k.last_characters=300")
+    run = became(reward, *how)
+    assert run.evaluation.gsm8k == run.reward.gsm8k
+    assert (run.evaluation.gsm8k.extractor, run.evaluation.gsm8k.last_characters) == ("verl", 300)
+    run = became(reward, "reward.gsm8k.extractor=flexible", "conch.evaluation.gsm8k.extractor=strict")
+    assert (run.reward.gsm8k.extractor, run.evaluation.gsm8k.extractor) == ("flexible", "strict")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("reward.gsm8k.extractor=strict",), ""),
+        (("reward.gsm8k.extractor=strict", "reward.url=h:1/m", "train.eval_frequency=5"), ""),
+        (
+            ("reward.gsm8k.extractor=strict", "reward.url=h:1/m"),
+            "`reward.gsm8k.extractor` = strict: gsm8k watches in evaluations, and `train.eval_frequency` = 0",
+        ),
+        (("reward.gsm8k.extractor=strict", "reward.members={a: h:1/m, b: 'verifier:gsm8k'}"), ""),
+        (
+            ("env.dataset=ifeval", "reward.gsm8k.extractor=strict"),
+            "`reward.gsm8k.extractor` = strict: nothing is checked by the verifier gsm8k",
+        ),
+        (("env.dataset=ifeval", "reward.ifeval.loose=true"), ""),
+        (("env.dataset=ifeval", "reward.verifier=gsm8k", "reward.gsm8k.extractor=strict"), ""),
+    ],
+)
+def test_settings_of_a_verifier_that_checks_nothing_are_told(words: tuple[str, ...], told: str) -> None:
+    lines = without_effect(settings(*words), ONE, has_vllm=False)
+    assert lines == ([f"  without effect: {told}"] if told else [])
+
+
+CHECKED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "gsm8k": ({"answer": "9 * 2 = 18\n#### 18"}, "18", "17"),
+    "ifeval": (
+        {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+        "A river runs",
+        "Yes, it runs",
+    ),
+}
+"""Dataset -> a row, a right answer and a wrong one."""
+
+
+@pytest.mark.parametrize("words", [(), ("reward.url=host:8001/rm",)], ids=["learns", "watches"])
+@pytest.mark.parametrize("section", [ExampleConfig, AsyncExampleConfig])
+@pytest.mark.parametrize(
+    ("dataset", "version"),
+    [(name, version) for name in CHECKED for version in ("", "torchrl")] + [("gsm8k", "seed")],
+)
+def test_the_form_that_a_prompt_asks_for_is_what_the_reward_reads(
+    dataset: str, version: str, section: type[ExampleConfig], words: tuple[str, ...]
+) -> None:
+    """The thinking holds the other answer, so that a reward which reads it is wrong."""
+    row, right, wrong = CHECKED[dataset]
+    given = [f"reward.{dataset}.version={version}"] if version else []
+    config = settings(f"env.dataset={dataset}", *words, *given, section=section)
+    plan = plan_devices({}, has_reference=True, num_gpus=0, overlaps=section is AsyncExampleConfig)
+    run = run_config(translate(config, plan, has_vllm=False), None, run_section(config))
+    judge = run.evaluation if words else run.reward
+    assert judge.verifier == dataset
+    verifier = named_verifier(dataset, judge.gsm8k, judge.ifeval)
+    asked = form_asked_for(dataset, run.reward)
+    assert "between <think> and </think>" in asked
+    tags = ("<answer>", "</answer>") if "between <answer> and </answer>" in asked else ("", "")
+    for answer, other, correct in ((right, wrong, 1.0), (wrong, right, 0.0)):
+        completion = f"<think>So it is {other}</think>{answer.join(tags)}"
+        verdict = verifier.verify(completion, verifier.read_key(row))
+        assert verdict.facts[verifier.success] == correct, completion
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import pytest
 
 from conch.errors import ConfigError
 from examples.grpo import grpo
+from examples.grpo.async_settings import AsyncExampleConfig
+from examples.grpo.settings import ExampleConfig
 
 
 @pytest.fixture
@@ -17,18 +19,30 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "sweep"
 
 
-def typed(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> None:
-    """A command, as if it had started this process."""
+def typed(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    *words: str,
+    section: type[ExampleConfig] = ExampleConfig,
+) -> None:
+    """A command, as if it had started this process.
+
+    section: of the program, `grpo.py` or `grpo-async.py`.
+    """
     words = (*words, f"sweep.dir={folder}")
     monkeypatch.setattr(sys, "orig_argv", ["python", "missing/grpo.py", *words])
-    grpo.main(words)
+    grpo.main(words, section)
 
 
+@pytest.mark.parametrize("section", [ExampleConfig, AsyncExampleConfig])
 def test_plan_is_printed_and_nothing_done(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    section: type[ExampleConfig],
 ) -> None:
     with pytest.raises(SystemExit) as left:
-        typed(monkeypatch, folder, "--multirun", "optimizer.lr=1e-4,1e-5", "--print-config")
+        typed(monkeypatch, folder, "-m", "optimizer.lr=1e-4,1e-5", "--print-config", section=section)
     assert left.value.code == 0
     assert capsys.readouterr().out == "0: optimizer.lr=0.0001\n1: optimizer.lr=1e-05\n"
     assert not folder.exists()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from conch.errors import ConfigError, DataError, ServerStartError
+from conch.errors import ConfigError, ConversionError, DataError, ServerStartError
 from conch.evaluation.records import EvaluatedSample, EvaluationRecord, record_path, write_record
 from conch.evaluation.seed_files import read_seed_file
 from examples.hosting import launchers_note, tell
@@ -26,11 +26,12 @@ from examples.overoptimisation.served import (
     check_together,
     has_address,
     in_store,
+    joined,
     served,
     served_rewards,
     stored_name,
 )
-from examples.overoptimisation.settings import GoldSettings, StudyConfig
+from examples.overoptimisation.settings import GoldSettings, RankSettings, StudyConfig
 from examples.overoptimisation.translation import batches_of, run_config
 from tests.fakes.json_rewards import endpoint
 from tests.integration.overoptimisation_models import reward_model
@@ -342,12 +343,21 @@ def test_members_that_are_served_already_are_asked_where_they_are(tmp_path: Path
     with served_rewards(names_of(other.reward_models), other.rank_config, tmp_path) as reward:
         assert reward["variance"] == "sample"
     assert run_folder(other).name == f"{run_folder(config).name}_sample" == "ensemble_UWO-0.1_sample"
-    joined = study(tmp_path, "mine", *words, "rank_config.serve_as=ensemble")
-    with (
-        pytest.raises(ConfigError, match="is served already"),
-        served_rewards(names_of(joined.reward_models), joined.rank_config, tmp_path),
-    ):
-        pass
+    for serve_as in ("ensemble", "stacked"):
+        together = study(tmp_path, "mine", *words, f"rank_config.serve_as={serve_as}")
+        with (
+            pytest.raises(ConfigError, match=f"serve_as` = {serve_as} joins .* is served already"),
+            served_rewards(names_of(together.reward_models), together.rank_config, tmp_path),
+        ):
+            pass
+
+
+def test_members_that_cannot_be_stacked_are_told_what_to_set(tmp_path: Path) -> None:
+    for name, family in (("a", "gpt2"), ("b", "gpt_neox")):
+        (store_model(tmp_path, name) / "config.json").write_text(json.dumps({"model_type": family}))
+    with pytest.raises(ConversionError, match=r"differ in architecture, .*serve_as=ensemble`\)$") as refused:
+        joined(["a", "b"], RankSettings(model_names=("a", "b"), serve_as="stacked"), tmp_path)
+    assert "\n" not in str(refused.value)
 
 
 def test_processes_of_a_launcher_share_a_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from conch.evaluation.records import EvaluatedSample, EvaluationRecord, record_p
 from conch.rewards.combined import EnsembleReward
 from conch.rewards.function import FunctionReward
 from conch.types import Completion, Prompt, Rollout
+from examples.overoptimisation import laboratory
 from examples.overoptimisation.laboratory.hidden_preference import (
     LETTERS,
     ZIPF,
@@ -23,9 +25,17 @@ from examples.overoptimisation.laboratory.hidden_preference import (
     letters_by_liking,
     random_texts,
 )
-from examples.overoptimisation.laboratory.results import ensemble_reward, measure_best_of_n, outcome, table
+from examples.overoptimisation.laboratory.results import (
+    Seconds,
+    ensemble_reward,
+    measure_best_of_n,
+    outcome,
+    report,
+    table,
+)
 
 RNG_SEED = 5
+CURVES = Path(laboratory.__file__).parent / "curves"
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +145,66 @@ def test_each_run_loses_of_the_gain_at_its_own_peak(tmp_path: Path) -> None:
     assert (found.final, found.sqrt_kl) == (pytest.approx(3.5 / spread), 2.0)
     assert found.loss == pytest.approx(3 / 10)
     assert found.standard_error == pytest.approx(0.5 / np.sqrt(2))
+
+
+def test_csv_files_tell_seeds_and_members_apart(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    folders = {seed: tmp_path / f"seed_{seed}" for seed in (4, 7)}
+    rewards = {"single": ["single_0", "single_1"], "mean": ["mean"]}
+    names = [name for names in rewards.values() for name in names]
+    for folder in folders.values():
+        for name in names:
+            keep_evaluations(folder / f"ppo_{name}", {0: 10.0, 10: 14.0, 20: 13.0})
+        np.savez(folder / "best_of_n.npz", members=rng.normal(size=(2, 2, 8)), gold=rng.normal(size=(2, 8)))
+    report(folders, rewards, 2.0, tmp_path, Seconds())
+    for kind in ("ppo", "best_of_n"):
+        with (tmp_path / f"{kind}.csv").open(encoding="utf-8") as file:
+            labels = [*dict.fromkeys(row["seed"] for row in csv.DictReader(file))]
+        assert sorted(labels) == sorted(f"seed_{seed}/{kind}_{name}" for seed in folders for name in names)
+
+
+@pytest.mark.parametrize("kind", ["ppo", "best_of_n"])
+def test_csv_files_of_the_shown_figures_have_five_seeds_of_each_reward(kind: str) -> None:
+    with (CURVES / f"{kind}.csv").open(encoding="utf-8") as file:
+        labels = {row["seed"] for row in csv.DictReader(file)}
+    names = [*(f"single_{number}" for number in range(5)), "mean", "wco", "uwo"]
+    assert labels == {f"seed_{seed}/{kind}_{name}" for seed in range(5) for name in names}
+
+
+def test_losses_that_the_page_tells_are_those_of_the_shown_curves() -> None:
+    gains: dict[str, dict[str, list[float]]] = {}
+    with (CURVES / "ppo.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            gains.setdefault(row["group"], {}).setdefault(row["seed"], []).append(float(row["gold_gain"]))
+
+    def lost(group: str, seeds: str) -> float:
+        runs = [curve for label, curve in gains[group].items() if label[len("seed_")] in seeds]
+        return 1 - sum(curve[-1] for curve in runs) / sum(max(curve) for curve in runs)
+
+    page = " ".join((CURVES.parents[3] / "docs/overoptimisation.md").read_text(encoding="utf-8").split())
+    first, third = lost("uwo", "012"), lost("single", "012") / 3
+    told = f"on seeds 0 to 2 alone UWO loses {first:.1%}, and a third of what single members lose "
+    assert f"{told}({3 * third:.1%}) is {third:.1%}".replace("%", " %") in page
+    for group, share in (("single", "**32 %**"), ("mean", "15 %"), ("wco", "**2 %**"), ("uwo", "**7 %**")):
+        assert f"{lost(group, '01234'):.0%}".replace("%", " %") == share.strip("*") and share in page
+    middle = [sum(column) / 25 for column in zip(*gains["single"].values(), strict=True)]
+    assert max(middle) - middle[-1] < 0.02, "the mean curve is flat, as the page says"
+
+
+def test_seconds_of_a_call_are_added_to_those_of_the_calls_before(tmp_path: Path) -> None:
+    first = Seconds.read(tmp_path)
+    first.add(3, "start", 2.0)
+    first.keep(tmp_path, 5.0)
+    first.add(3, "ppo_mean", 4.0)
+    first.keep(tmp_path, 9.0)
+    second = Seconds.read(tmp_path)
+    assert (second.calls, second.parts) == (9.0, {3: {"start": 2.0, "ppo_mean": 4.0}})
+    second.add(3, "ppo_mean", 1.5)
+    second.add(4, "start", 3.0)
+    second.keep(tmp_path, 6.0)
+    assert second.total == 15.0
+    third = Seconds.read(tmp_path)
+    assert (third.total, third.parts) == (15.0, {3: {"start": 2.0, "ppo_mean": 5.5}, 4: {"start": 3.0}})
 
 
 def test_nothing_gained_is_nothing_lost(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 import statistics
 from pathlib import Path
@@ -13,12 +14,15 @@ import pytest
 
 from conch.errors import ConfigError, DataError
 from conch.rewards.goals import GoalSpace
+from conch.rollouts.server_config import ServerConfig
+from conch.servers.settings import load_settings as load_settings_of_server
+from examples.grpo.launch import SECRET_VARIABLE
 from examples.steerability import texts
-from examples.steerability.devices import Devices, asked_of_launcher
-from examples.steerability.prepare import Prepared
+from examples.steerability.devices import Devices, asked_of_launcher, use_zero
+from examples.steerability.prepare import Prepared, _server
 from examples.steerability.rl import grpo_config
 from examples.steerability.rows import instruction, read_probe
-from examples.steerability.settings import CONFIGS, SteerabilityConfig, load_settings
+from examples.steerability.settings import CONFIGS, SteerabilityConfig, SteerabilityRunConfig, load_settings
 
 
 @pytest.mark.parametrize("name", ["tiny", "paper"])
@@ -187,6 +191,81 @@ def test_devices_are_told_before_anything_is_loaded() -> None:
         "  training      GPU 0",
         "  sampling      where the policy is trained",
     ]
+
+
+ZERO = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE", "ACCELERATE_MIXED_PRECISION")
+
+
+@pytest.fixture
+def accelerate_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*ZERO, "ACCELERATE_USE_FSDP"):
+        monkeypatch.setenv(name, "")  # so that what the test's code sets is taken back
+        monkeypatch.delenv(name)
+
+
+def zero_environment() -> list[str | None]:
+    return [os.environ.get(name) for name in ZERO]
+
+
+@pytest.mark.usefixtures("accelerate_told_nothing")
+def test_processes_on_gpus_train_by_zero_with_the_stage_and_precision_of_the_settings() -> None:
+    use_zero(load_settings("paper", []), Devices(2, 2, True))
+    assert zero_environment() == ["true", "2", "bf16"]
+
+
+@pytest.mark.usefixtures("accelerate_told_nothing")
+def test_zero_leaves_the_precision_to_the_launcher_where_the_run_names_none() -> None:
+    config = load_settings("paper", ["steerability.zero_stage=1", "train.mixed_precision=null"])
+    use_zero(config, Devices(3, None, True))
+    assert zero_environment() == ["true", "1", None]
+
+
+@pytest.mark.usefixtures("accelerate_told_nothing")
+@pytest.mark.parametrize(
+    ("words", "devices", "told"),
+    [
+        ([], Devices(2, 2, False), {}),
+        ([], Devices(1, 1, True), {}),
+        (["steerability.zero_stage=0"], Devices(2, 2, True), {}),
+        ([], Devices(2, 2, True), {"ACCELERATE_USE_DEEPSPEED": "false"}),
+        ([], Devices(2, 2, True), {"ACCELERATE_USE_FSDP": "true"}),
+    ],
+    ids=["processors", "one process", "stage 0", "DeepSpeed", "FSDP"],
+)
+def test_zero_is_left_alone_where_it_cannot_be_or_the_launcher_was_told(
+    words: list[str], devices: Devices, told: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    use_zero(load_settings("paper", words), devices)
+    assert zero_environment() == [told.get(name) for name in ZERO]
+
+
+def sampler_of(config: SteerabilityRunConfig, policy: str | None) -> ServerConfig:
+    """The sampler's settings, as it reads them from its command line."""
+    server = _server(config, 2, policy)
+    assert server.verb == "rollout-server" and server.devices == (2,)
+    words = server.command()
+    return load_settings_of_server(ServerConfig, words[words.index(server.verb) + 1 :])
+
+
+def test_paper_s_sampler_is_vllm_with_room_for_the_adapter() -> None:
+    settings = sampler_of(load_settings("paper", ["model.revision=abc", "rollout.enforce_eager=true"]), None)
+    assert (settings.engine, settings.model) == ("vllm", "meta-llama/Llama-3.1-8B-Instruct")
+    assert (settings.revision, settings.dtype, settings.max_lora_rank) == ("abc", "bfloat16", 256)
+    assert settings.gpu_memory_utilization == 0.9, "the device is the sampler's alone"
+    assert settings.enforce_eager and settings.secret_env == SECRET_VARIABLE
+    words = ["rollout.dtype=float16", "rollout.max_model_len=3072", "rollout.max_num_seqs=17"]
+    own = sampler_of(load_settings("paper", words), "outputs/x-sft/step_4")
+    assert (own.model, own.dtype) == ("outputs/x-sft/step_4", "float16")
+    assert (own.max_model_len, own.max_num_seqs) == (3072, 17)
+
+
+def test_tiny_sampler_is_of_transformers_and_gets_no_setting_of_vllm() -> None:
+    server = _server(load_settings("tiny", []), 2, "outputs/x-sft/step_4")
+    assert server.settings["engine"] == "transformers"
+    assert not {"gpu_memory_utilization", "enforce_eager", "max_lora_rank"} & server.settings.keys()
+    assert sampler_of(load_settings("tiny", []), "outputs/x-sft/step_4").model == "outputs/x-sft/step_4"
 
 
 def test_a_sampler_of_its_own_takes_the_place_of_the_engine() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -137,6 +138,26 @@ def test_verl_reads_the_last_probability(server: Served, sent: str) -> None:
 def test_verl_with_sglang_reads_an_embedding(server: Served) -> None:
     answer = ok(server, "/v1/embeddings", {"model": "m", "input": "abcd"})
     assert answer["data"][-1]["embedding"][-1] == 4.0
+
+
+@pytest.mark.parametrize(("path", "key"), [("/v1/embeddings", "embedding"), ("/pooling", "data")])
+def test_base64_is_float32_little_endian_as_openai_s_client_reads_it(
+    server: Served, path: str, key: str
+) -> None:
+    body = {"model": "m", "input": ["abc", "a"], "encoding_format": "base64"}
+    entries = ok(server, path, body)["data"]
+    assert [each["index"] for each in entries] == [0, 1]
+    # 3.0 and 1.0 are 0x40400000 and 0x3f800000; the least byte comes first.
+    assert [base64.b64decode(each[key]) for each in entries] == [b"\0\0\x40\x40", b"\0\0\x80\x3f"]
+    for plain in ("float", None):
+        assert ok(server, path, {**body, "encoding_format": plain})["data"][0][key] == [3.0]
+
+
+def test_base64_of_a_reward_beyond_float32_is_refused() -> None:
+    with served(Lengths(lambda text: RewardResult(RewardStatus.OK, {"reward": 1e39}))) as server:
+        status, answer = server.post("/v1/embeddings", {"input": "a", "encoding_format": "base64"})
+        assert status == 422 and "beyond float32" in answer["detail"]
+        assert ok(server, "/v1/embeddings", {"input": "a"})["data"][0]["embedding"] == [1e39]
 
 
 def test_vllm_pooling_takes_texts_and_messages(server: Served, source: Lengths) -> None:
@@ -308,7 +329,11 @@ def test_activation_and_token_ids_are_refused(server: Served) -> None:
     for path, body, reason in (
         ("/classify", {"input": "a", "activation": True}, "without a sigmoid"),
         ("/pooling", {"input": [1, 2]}, "no tokenizer"),
-        ("/pooling", {"input": "a", "encoding_format": "base64"}, "`encoding_format`"),
+        ("/pooling", {"input": "a", "encoding_format": "bytes"}, "`encoding_format` is float or base64 here"),
+        ("/pooling", {"input": "a", "encoding_format": ["float"]}, "`encoding_format`"),
+        ("/pooling", {"input": "a", "encoding_format": "base64", "embed_dtype": "float16"}, "float32"),
+        ("/v1/embeddings", {"input": "a", "encoding_format": "base64", "endianness": "big"}, "little-endian"),
+        ("/classify", {"input": "a", "encoding_format": "base64"}, "`encoding_format` is float here"),
         ("/score", {"text_1": ["a", "b"], "text_2": ["c"]}, "one, or as many as"),
         ("/pooling", {"messages": PARIS[:1]}, "the last message is the user's"),
     ):

@@ -147,6 +147,26 @@ class Letters:
 PROMPTS = [Prompt("p", (1,))] * 4
 
 
+def test_wait_says_whether_all_rewards_are_there() -> None:
+    released = threading.Event()
+
+    def slow(samples: list[str], prompts: list[str], outputs: list[str]) -> list[float]:
+        released.wait(WAIT_S)
+        return length(samples, prompts, outputs)
+
+    with FunctionReward(slow) as source:
+        scorer = RewardScorer(source, RewardConfig())
+        assert scorer.wait(0.01), "nothing was asked for"
+        scorer.submit(rollouts("a"))
+        assert not scorer.wait(0.01)
+        released.set()
+        scorer.submit(rollouts("bc"))
+        assert scorer.wait(WAIT_S)
+        assert [result.scores["reward"] for result in scorer.gather()] == [1.0, 2.0]
+        assert scorer.metrics()["reward/wait_s"] > 0
+        assert scorer.wait(0.01), "gather has taken all"
+
+
 def test_completions_are_requested_as_they_end_and_come_back_in_order() -> None:
     source = Outage(rounds=0)
     scorer = RewardScorer(source, RewardConfig())

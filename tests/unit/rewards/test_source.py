@@ -86,8 +86,9 @@ def test_function_of_a_file_or_module_is_found(place: str, rewards_file: Path) -
         ("halves", "write file.py:name or module:name"),
         ("users_reward.py:halves", r"there is no such file; did you mean users_rewards\.py\?"),
         ("users_rewards.py:halve", "has no function halve; did you mean halves"),
-        ("users_rewards:HALF", "has no function HALF; it has halves"),
-        ("nowhere.at.all:f", "there is no module nowhere; give a file"),
+        ("users_rewards:HALF", "HALF of users_rewards is of type float and no function"),
+        ("users_rewards:hlf", "has no function hlf; it has halves"),
+        ("nowhere.at.all:f", "there is no module nowhere in .* a file is given as file.py:name"),
     ],
 )
 def test_function_that_is_not_there_is_refused(function: str, message: str, rewards_file: Path) -> None:

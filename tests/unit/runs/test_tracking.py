@@ -161,7 +161,7 @@ def test_missing_package_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
 
-    with pytest.raises(ConfigError, match=rf"`tracking.{name}` needs .* pip install 'conch\[{name}\]'"):
+    with pytest.raises(ConfigError, match=rf"`tracking.{name}` needs .* pip install -e '.*\[{name}\]'"):
         tracker(tmp_path, **{name: True})
     assert not (tmp_path / METRICS_FILE).exists(), "the folder must not look like that of a run"
 

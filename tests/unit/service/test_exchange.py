@@ -108,6 +108,13 @@ def test_to_learn_comes_before_to_sample(tmp_path: Path) -> None:
     assert isinstance(exchange.next_order(), LearnOrder)
 
 
+def test_nothing_is_told_where_nothing_comes_in_time(tmp_path: Path) -> None:
+    exchange = exchange_in(tmp_path)
+    assert exchange.next_order(0.0) is None
+    exchange.ask(ask("a"))
+    assert isinstance(exchange.next_order(0.0), SampleOrder)
+
+
 def test_request_that_is_repeated_is_sampled_once(tmp_path: Path) -> None:
     exchange = exchange_in(tmp_path)
     first, second = exchange.ask(ask("a", "r")), exchange.ask(ask("a", "r"))

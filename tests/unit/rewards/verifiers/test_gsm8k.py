@@ -110,6 +110,33 @@ def test_versions_pay_for_answer_and_form(
 
 
 @pytest.mark.parametrize("extractor", ["strict", "flexible", "verl", "math"])
+@pytest.mark.parametrize(
+    ("completion", "plain", "found", "whole"),
+    [
+        ("<think>9 eggs at 2 dollars make eighteen.</think><answer>18</answer>", 1, 1, {"flexible"}),
+        (RIGHT, 1, 1, {"flexible", "math"}),
+        ("<think>#### 18</think><answer>17</answer>", 0, 1, {"strict", "verl", "math"}),
+        ("<think>So $18 it is: #### 18</think>", 0, 0, {"strict", "flexible", "verl", "math"}),
+        ("<think>#### 18", 0, 0, {"strict", "flexible", "verl", "math"}),
+        ("#### 18</think>no more", 0, 0, {"strict", "flexible", "verl", "math"}),
+        ("<think>#### 17</think>\n#### 18", 1, 1, {"flexible", "verl", "math"}),
+        ("<answer> </answer> #### 18", 0, 0, {"strict", "flexible", "verl", "math"}),
+        ("<answer>17</answer> #### 18", 0, 1, {"strict", "flexible", "verl", "math"}),
+        ("#### 17 <answer>18.00%</answer>", 1, 1, set()),
+    ],
+)
+def test_plain_reads_the_answer_and_never_the_thinking(
+    extractor: Any, completion: str, plain: int, found: int, whole: set[str]
+) -> None:
+    verdict = GSM8K(GSM8KConfig(extractor=extractor)).verify(completion, "18")
+    assert verdict.scores == {"answer": plain}
+    assert (verdict.facts["correct"], verdict.facts["extracted"]) == (plain, found)
+    assert verdict.facts["format"] == found
+    verdict = GSM8K(GSM8KConfig(extractor=extractor, version="whole")).verify(completion, "18")
+    assert (verdict.scores, verdict.facts["correct"]) == ({"answer": extractor in whole}, extractor in whole)
+
+
+@pytest.mark.parametrize("extractor", ["strict", "flexible", "verl", "math"])
 def test_marked_answer_in_tags_is_read_by_every_extractor(extractor: Any) -> None:
     verifier = GSM8K(GSM8KConfig(version="torchrl", extractor=extractor))
     assert verifier.verify("<answer>So:\n#### 18</answer>", "18").facts["correct"] == 1
@@ -172,6 +199,6 @@ def test_numbers_in_are_whole_numbers() -> None:
 @pytest.mark.parametrize("module", ["math_verify", "latex2sympy2_extended", "antlr4"])
 def test_missing_extra_is_told_before_the_run(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)  # as importlib sees a module that is not installed
-    with pytest.raises(ConfigError, match=rf'needs {module}; install it with pip install "conch\[math\]"'):
+    with pytest.raises(ConfigError, match=rf"needs {module}; install it with pip install -e .*\[math\]'"):
         GSM8K(GSM8KConfig(extractor="math"))
     GSM8K(GSM8KConfig(extractor="flexible"))

@@ -41,7 +41,8 @@ ROWS = [Row(**json.loads(line)) for line in TABLE.read_text(encoding="utf-8").sp
 
 
 def accepted(extractor: GSM8KExtractor, completion: str, gold: str) -> bool:
-    verifier = GSM8K(GSM8KConfig(extractor=extractor))
+    """Whether the extractor calls it right by itself, in the whole completion."""
+    verifier = GSM8K(GSM8KConfig(extractor=extractor, version="whole"))
     return bool(verifier.verify(completion, verifier.read_key({"answer": gold})).facts["correct"])
 
 
@@ -100,6 +101,22 @@ def test_docs_tell_who_is_wrong_where() -> None:
 def test_default_extractor_is_the_one_that_is_wrong_least_often() -> None:
     errors = {extractor: sum(wrong(extractor, ROWS)) for extractor in EXTRACTORS}
     assert GSM8KConfig().extractor == min(EXTRACTORS, key=errors.__getitem__)
+
+
+def test_default_reads_tags_and_judges_other_completions_as_its_extractor_by_itself() -> None:
+    verifier = GSM8K()
+    tagged = [row for row in ROWS if "<think>" in row.completion or "<answer>" in row.completion]
+    mistaken: list[str] = []
+    for row in ROWS:
+        correct = bool(verifier.verify(row.completion, row.gold).facts["correct"])
+        if row not in tagged:
+            assert correct == ("math" in row.accepted_by), row
+        elif correct != row.is_right:
+            mistaken.append(row.completion)
+    assert mistaken == ["<think>9 * 2 = 18</think><answer>She earns $18 in 1 day</answer>"]
+    by_itself = sum(wrong("math", tagged))
+    told = f"wrong about {len(mistaken)} of the {len(tagged)} completions with tags instead of {by_itself}"
+    assert told in " ".join(DOCS.read_text(encoding="utf-8").split())
 
 
 def test_math_judges_as_math_verify_does_by_itself() -> None:

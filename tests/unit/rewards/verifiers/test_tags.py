@@ -10,24 +10,36 @@ from conch.rewards.verifiers.tags import read_tags
 
 
 @pytest.mark.parametrize(
-    ("completion", "thoughts", "answers"),
+    ("completion", "thoughts", "answers", "outside"),
     [
-        ("", [], []),
-        ("<think>a</think> b <answer> 1\n</answer> c", ["a"], ["1"]),
-        ("<answer>1</answer> <answer>2<answer>3</answer></answer><answer>4", [], ["1", "2<answer>3"]),
-        ("<think>a<think>b</think><answer>1</answer>", ["a<think>b"], ["1"]),
-        ("<think>a <answer>0</answer></think><answer>1</answer>", ["a <answer>0</answer>"], ["1"]),
-        ("began before</think><answer>1</answer>", ["began before"], ["1"]),
-        ("<answer>1</answer><think>never ends <answer>2</answer>", [], ["1"]),
-        ("<answer>1 <think>a</think>8</answer>", ["a"], ["1 8"]),
-        ("<THINK>a</THINK><answer >1</answer>", [], []),
-        ("a < b & c > d <answer>&lt;</answer>", [], ["&lt;"]),
+        ("", [], [], ""),
+        ("<think>a</think> b <answer> 1\n</answer> c", ["a"], ["1"], " b <answer> 1\n</answer> c"),
+        (
+            "<answer>1</answer> <answer>2<answer>3</answer></answer><answer>4",
+            [],
+            ["1", "2<answer>3"],
+            "<answer>1</answer> <answer>2<answer>3</answer></answer><answer>4",
+        ),
+        ("<think>a<think>b</think><answer>1</answer>", ["a<think>b"], ["1"], "<answer>1</answer>"),
+        (
+            "<think>a <answer>0</answer></think><answer>1</answer>",
+            ["a <answer>0</answer>"],
+            ["1"],
+            "<answer>1</answer>",
+        ),
+        ("began before</think><answer>1</answer>", ["began before"], ["1"], "<answer>1</answer>"),
+        ("<answer>1</answer><think>never ends <answer>2</answer>", [], ["1"], "<answer>1</answer>"),
+        ("<answer>1 <think>a</think>8</answer>", ["a"], ["1 8"], "<answer>1 8</answer>"),
+        ("<THINK>a</THINK><answer >1</answer>", [], [], "<THINK>a</THINK><answer >1</answer>"),
+        ("a < b & c > d <answer>&lt;</answer>", [], ["&lt;"], "a < b & c > d <answer>&lt;</answer>"),
+        ("a <think>b</think> c <think>d</think> e", ["b", "d"], [], "a  c  e"),
+        ("#### 18", [], [], "#### 18"),
     ],
 )
 def test_answers_stand_outside_of_the_thoughts(
-    completion: str, thoughts: list[str], answers: list[str]
+    completion: str, thoughts: list[str], answers: list[str], outside: str
 ) -> None:
-    assert read_tags(completion) == (thoughts, answers)
+    assert read_tags(completion) == (thoughts, answers, outside)
 
 
 @pytest.mark.parametrize(

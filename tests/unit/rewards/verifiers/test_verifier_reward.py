@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 
-from conch.config import GSM8KConfig, IFEvalConfig, RewardConfig, load
+from conch.config import DataConfig, GSM8KConfig, IFEvalConfig, RewardConfig, load
+from conch.data.files import training_rows
 from conch.errors import ConfigError, DataError
 from conch.evaluation.evaluator import Evaluator, watched_row
 from conch.rewards import RewardSource, Verdict, Verifier, from_user
 from conch.rewards.scorer import RewardScorer, total_reward, weight_of
 from conch.rewards.verifiers.gsm8k import GSM8K
+from conch.rewards.verifiers.ifeval.verifier import IFEval
 from conch.rewards.verifiers.source import VerifierReward
 from conch.types import RewardStatus, Rollout
 from tests.fakes.rollouts import rollouts
@@ -133,6 +135,16 @@ def test_late_and_dead_checks_are_timeouts_and_invalid_the_second_time() -> None
     assert re.fullmatch(late, again[0][1])
 
 
+def test_late_checks_of_equal_samples_asked_for_together_are_no_retry_of_each_other() -> None:
+    with VerifierReward(Slow()) as reward:
+        reward.check()
+        futures = [reward.submit(sampled(*outputs)) for outputs in (("late", "late"), ("late",))]
+        first = [result.status for future in futures for result in future.result(300)]
+        again = statuses(reward, "late", "late")
+    assert first == [RewardStatus.TIMEOUT] * 3
+    assert [status for status, _ in again] == [RewardStatus.INVALID] * 2
+
+
 def test_waiting_for_rewards_ends_with_a_check_that_never_comes() -> None:
     config = load(RewardConfig, {"failure": {"policy": "wait", "wait_budget_s": 600}})
     with VerifierReward(Slow()) as reward:
@@ -211,6 +223,17 @@ def test_rows_that_cannot_be_read_end_the_run_before_it_starts(tmp_path: Path, m
         make(tmp_path / "run", reward_fn=Letter(), prompts=rows)
     with pytest.raises(DataError, match="evaluation prompt 1 has no `letter`"):
         make(tmp_path / "run", reward_fn=Letter(), prompts=ROWS, eval_prompts=[ROWS[0], "b"])
+
+
+def test_an_unknown_instruction_of_a_file_is_told_with_its_line(tmp_path: Path) -> None:
+    names = ("punctuation:no_comma", "punctuation:no_comma", "punctuation:no_commas", "punctuation:no_comma")
+    rows = [{"prompt": "ab", "instruction_id_list": [name], "kwargs": [{}]} for name in names]
+    file = tmp_path / "tasks.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = training_rows(DataConfig(train=str(file)), "prompts", form=lambda row: row)
+    told = r"tasks.jsonl line 3 has the unknown instruction `punctuation:no_commas`; [^;]*no_comma\b"
+    with pytest.raises(DataError, match=told):
+        grpo_trainer(tmp_path / "run", reward_fn=IFEval(), prompts=prompts)
 
 
 @pytest.mark.parametrize("make", [ppo_trainer, grpo_trainer, rft_trainer])

@@ -1,35 +1,26 @@
-"""How much memory of each GPU a run takes, and what to change when it does not fit.
-
-    conch size --model EleutherAI/gpt-j-6b --zero-stage 2 --gpus 7 --gpu-memory 80
-
-Weights are counted on the meta device, so the model's config.json is all that is read, and activations by
-running one forward pass there and noting what autograd would keep. Not counted: the CUDA context and the
-allocator's gaps, for which a tenth of `--gpu-memory` is left free.
-"""
+"""How much memory of each GPU a run takes, counted without its weights."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from conch.cli import run_main, written_with
 from conch.config import ModelConfig
-from conch.errors import ConfigError, ModelError, first_line
+from conch.errors import ModelError, first_line
 from conch.models.freezing import freeze_layers
 from conch.models.loading import decoder_layers, disable_dropout, fuse_activations
 from conch.models.policy import ValueHead, captured_head_input
 from conch.ops import logprobs_of_labels
+from conch.sizing.options import Setup
 
 GIB = 2**30
 LEFT_FREE = 0.1
@@ -38,49 +29,6 @@ BUCKET = 500_000_000
 """Elements of DeepSpeed's buffer for gradients under way: its default `reduce_bucket_size`."""
 LIVE = 1_000_000_000
 """Parameters that ZeRO-3 keeps whole at once, at most: its default `stage3_max_live_parameters`."""
-
-Precision = Literal["float32", "bf16", "fp16"]
-ReferenceKind = Literal["none", "full", "trunk", "adapter"]
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What memory depends on, beside the model.
-
-    zero_stage: 0 is DDP.
-    rows: of one forward and backward pass on one GPU.
-    generation_rows: sampled at once on one GPU. Lengths in tokens.
-    gpu_memory: GiB, None where it is not to be compared.
-    reference: None takes that of PPO.
-    """
-
-    precision: Precision = "bf16"
-    zero_stage: Literal[0, 2, 3] = 2
-    gpus: int = 1
-    rows: int = 8
-    prompt_length: int = 512
-    response_length: int = 128
-    generation_rows: int = 32
-    reference: ReferenceKind | None = None
-    num_layers_unfrozen: int = -1
-    lora_rank: int | None = None
-    gradient_checkpointing: bool = False
-    offload: bool = False
-    gpu_memory: float | None = None
-
-    @property
-    def bytes_per_weight(self) -> int:
-        """DDP keeps float32 weights and casts as it computes; DeepSpeed casts the module itself."""
-        return 4 if self.precision == "float32" or self.zero_stage == 0 else 2
-
-    @property
-    def reference_kind(self) -> ReferenceKind:
-        """The cheapest that is exact, as `conch.models.reference.build_reference` chooses."""
-        if self.reference is not None:
-            return self.reference
-        if self.lora_rank is not None:
-            return "adapter"
-        return "full" if self.num_layers_unfrozen == -1 else "trunk"
 
 
 @dataclass(frozen=True)
@@ -405,13 +353,9 @@ def verdict(config: PretrainedConfig, setup: Setup, estimate: Sizes) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str]) -> None:
-    """Command line: see the head of this file."""
-    options = vars(_parser().parse_args(written_with("-", argv)))
-    path, as_json = options.pop("model"), options.pop("json")
-    setup = Setup(**options)
-    _check(setup)
-    config = read_config(path)
+def report(model: str, setup: Setup, *, as_json: bool) -> None:
+    """Print the estimate for a model, as a table with advice or as JSON in bytes."""
+    config = read_config(model)
     estimate = sizes(config, setup)
     if as_json:
         peaks = {"update_peak": estimate.update, "rollout_peak": estimate.rollout, "peak": estimate.peak}
@@ -425,71 +369,3 @@ def main(argv: Sequence[str]) -> None:
     print(table(estimate, setup))
     if setup.gpu_memory is not None:
         print(verdict(config, setup, estimate))
-
-
-def _check(setup: Setup) -> None:
-    if setup.offload and setup.zero_stage == 0:
-        raise ConfigError("`--offload` is DeepSpeed's: take `--zero-stage` 2 or 3")
-    if setup.reference == "trunk" and setup.num_layers_unfrozen == -1:
-        raise ConfigError("`--reference trunk` shares frozen layers: give `--num-layers-unfrozen`")
-    if setup.reference == "adapter" and setup.lora_rank is None:
-        raise ConfigError("`--reference adapter` is the model without its adapter: give `--lora-rank`")
-    if setup.lora_rank is not None and setup.num_layers_unfrozen != -1:
-        raise ConfigError("give one of `--lora-rank` and `--num-layers-unfrozen`")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="conch size",
-        description="Memory of a run, for each GPU.",
-        epilog="Underscores will do for dashes.",
-    )
-    default = Setup()
-    parser.add_argument("--model", required=True, help="folder, config.json, or name on the hub")
-    parser.add_argument("--precision", choices=("float32", "bf16", "fp16"), default=default.precision)
-    parser.add_argument("--zero-stage", type=int, choices=(0, 2, 3), default=2, help="0 is DDP (default: 2)")
-    parser.add_argument(
-        "--offload", action="store_true", help="optimizer, and with ZeRO-3 shards, on the host"
-    )
-    _add_counts(parser, default)
-    parser.add_argument(
-        "--reference",
-        choices=("none", "full", "trunk", "adapter"),
-        help="default: the one that PPO would take",
-    )
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument(
-        "--gpu-memory", type=float, help="GiB of one GPU: says whether it fits, else what to change"
-    )
-    parser.add_argument("--json", action="store_true", help="bytes, as JSON")
-    return parser
-
-
-def _add_counts(parser: argparse.ArgumentParser, default: Setup) -> None:
-    counts = {
-        "gpus": "GPUs that train",
-        "rows": "rows of one forward and backward pass on one GPU",
-        "prompt_length": "tokens",
-        "response_length": "tokens",
-        "generation_rows": "completions sampled at once on one GPU (generation.chunk_size)",
-    }
-    for name, text in counts.items():
-        value = getattr(default, name)
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=_positive, default=value, help=f"{text} (default: {value})"
-        )
-    parser.add_argument("--lora-rank", type=_positive, help="train an adapter of this rank")
-    parser.add_argument(
-        "--num-layers-unfrozen", type=_positive, default=-1, help="top blocks to train (default: all)"
-    )
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not positive")
-    return number
-
-
-if __name__ == "__main__":
-    run_main(main) if len(sys.argv) > 1 else main(["--help"])

@@ -1,10 +1,13 @@
-"""Section `asynchronous`: how far sampling may run ahead of training."""
+"""Settings of asynchronous GRPO: how far sampling may run ahead of training."""
 
 from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from conch.config import Section
+from conch.config.algorithms.correction import CorrectionConfig
+from conch.config.algorithms.grpo import GRPOConfig, GRPORunConfig
+from conch.config.base import Section
+from conch.config.rollout import RolloutConfig
 
 
 class AsyncConfig(Section):
@@ -26,7 +29,7 @@ class AsyncConfig(Section):
 
     deadline_s: float = Field(default=900.0, gt=0)
     """Seconds without a completion, a reward, a hand-over or a step after which the run ends with an account
-    of who waits for whom."""
+    of who waits for whom. Longer than one call of a reward function takes."""
 
     @model_validator(mode="after")
     def _weights_come_in_time(self) -> AsyncConfig:
@@ -37,3 +40,28 @@ class AsyncConfig(Section):
                 f"`max_staleness={self.sync_every - 1}`"
             )
         return self
+
+
+class AsyncGRPORunConfig(GRPORunConfig):
+    """Everything an asynchronous GRPO run is made from."""
+
+    asynchronous: AsyncConfig = AsyncConfig()
+    rollout: RolloutConfig = RolloutConfig(engine="ray")
+    grpo: GRPOConfig = GRPOConfig(correction=CorrectionConfig(kind="truncate"))
+
+    @model_validator(mode="after")
+    def _sampling_goes_on_elsewhere(self) -> AsyncGRPORunConfig:
+        if self.rollout.urls is None and self.rollout.engine != "ray":
+            raise ValueError(
+                f"`rollout.engine` = {self.rollout.engine} samples in the processes of the trainer, "
+                "which then do not train: take `rollout.engine=ray`, or name servers in `rollout.urls`"
+            )
+        if self.grpo.max_resamples:
+            raise ValueError(
+                "`grpo.max_resamples` samples again within a step, where asynchronous training throws "
+                "nothing away: leave it out, or train with `conch.trainers.grpo`"
+            )
+        return self
+
+
+RUN_CONFIG = AsyncGRPORunConfig

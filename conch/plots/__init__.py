@@ -1,0 +1,1 @@
+"""`python -m conch.plots`, which is `conch plot`."""

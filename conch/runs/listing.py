@@ -1,0 +1,165 @@
+"""Runs on a disk, read from their folders: how they stand, and what differs in their settings. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from conch.errors import DataError, missing_path
+from conch.runs.state import BEST_METRIC_FILE, CONFIG_FILE, METRICS_FILE, STATE_FILE, read_state
+
+PLACES = ("train.run_dir", "train.output_dir", "train.resume")
+"""Settings that say where a run is, which differ wherever two runs do."""
+
+_ALGORITHMS = ("ppo", "grpo", "rft", "ilql", "sft", "reward_model")
+_NOT_BELOW = {"checkpoints", "samples", "evaluations", "rollouts", "tensorboard", "wandb", "servers"}
+"""Folders of a run that hold no further runs, and many files."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """How a run stands.
+
+    algorithm: "" where nothing tells.
+    state: `running`, `finished`, `stopped`, `failed`, `killed`.
+    step, total_steps: done and asked for; None where nothing tells.
+    metric: by which it chooses its best checkpoint; "" before the first evaluation.
+    best, best_step: value of the best evaluation so far, and its step.
+    changed: when it last wrote a step, in seconds since the epoch.
+    reason: what made it fail.
+    """
+
+    folder: Path
+    algorithm: str
+    state: str
+    step: int | None
+    total_steps: int | None
+    metric: str
+    best: float | None
+    best_step: int | None
+    changed: float
+    reason: str = ""
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """Return the folders of all runs in and below `folder`, those that were written to last first.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}{missing_path(folder)}")
+    found = list(_runs_below(folder))
+    return sorted(found, key=_changed, reverse=True)
+
+
+def _runs_below(folder: Path) -> Iterator[Path]:
+    for place, folders, files in os.walk(folder):
+        if METRICS_FILE in files or STATE_FILE in files:
+            yield Path(place)
+            folders[:] = [name for name in folders if name not in _NOT_BELOW]
+
+
+def _changed(run: Path) -> float:
+    times = [file.stat().st_mtime for file in (run / METRICS_FILE, run / STATE_FILE) if file.is_file()]
+    return max(times, default=0.0)
+
+
+def summarise(run: Path) -> RunSummary:
+    """Read how the run in this folder stands, also one that runs just now or wrote no `run.json`."""
+    state, settings, rows = read_state(run), _settings_or_none(run), _rows(run)
+    step = max((row["step"] for row in rows), default=None)
+    total = state.total_steps if state else (settings.get("train") or {}).get("total_steps")
+    metric, best = _best(run, rows)
+    if state is None:
+        algorithm = next((name for name in _ALGORITHMS if name in settings), "")
+        algorithm = "async_grpo" if "asynchronous" in settings else algorithm
+        stands = "finished" if step is not None and total is not None and step >= total else "stopped"
+    else:
+        algorithm, stands = state.algorithm, state.state
+    at, value = best or (None, None)
+    reason = state.reason if state else ""
+    return RunSummary(run, algorithm, stands, step, total, metric, value, at, _changed(run), reason)
+
+
+def settings_of(run: Path) -> dict[str, Any]:
+    """Return a run's settings: full name -> value.
+
+    Raises:
+        DataError: the folder holds no readable `config.yaml`.
+    """
+    path = run / CONFIG_FILE
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{run} is no run's folder: there is no {path}{missing_path(path)}") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    return dict(flat(values, "")) if isinstance(values, Mapping) else {}
+
+
+def differences(runs: Sequence[Path]) -> dict[str, list[Any]]:
+    """Return what differs between the settings of runs: full name -> value in each, `...` where one has none.
+
+    Raises:
+        DataError: see `settings_of`.
+    """
+    settings = [settings_of(run) for run in runs]
+    names = dict.fromkeys(name for each in settings for name in each)
+    values = {name: [each.get(name, ...) for each in settings] for name in names}
+    return {name: each for name, each in values.items() if any(value != each[0] for value in each)}
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Full name and value of each setting; lists and empty mappings are values."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _settings_or_none(run: Path) -> dict[str, Any]:
+    """The sections of a run; {} where they cannot be read, which a list of runs passes over."""
+    try:
+        values = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _rows(run: Path) -> list[dict[str, Any]]:
+    """Rows of `metrics.jsonl` that are whole: the last may be under way."""
+    try:
+        lines = (run / METRICS_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def _best(run: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[str, tuple[int, float] | None]:
+    """The metric by which a run chooses its best checkpoint, and the best evaluation with its step."""
+    try:
+        metric = (run / BEST_METRIC_FILE).read_text(encoding="utf-8").strip()
+    except OSError:
+        return "", None
+    sign = -1 if metric.endswith("loss") else 1
+    points = [(row["step"], row[metric]) for row in rows if isinstance(row.get(metric), int | float)]
+    finite = [(step, float(value)) for step, value in points if math.isfinite(value)]
+    # Of equal values the first, as the run itself chooses.
+    return metric, max(finite, key=lambda point: (sign * point[1], -point[0]), default=None)

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conch import doctor
+from conch.doctor import (
+    Finding,
+    check_devices,
+    check_libraries,
+    check_memory,
+    check_ports,
+    check_python,
+    check_space,
+    main,
+)
+
+NEEDED = ["numpy>=1.26", "torch>=2.8", 'ray>=2.60; extra == "ray"', 'tomli>=2; python_version < "3"']
+INSTALLED = {"numpy": "1.26.4", "torch": "2.13.0+cpu"}
+
+
+@pytest.mark.parametrize(("found", "level"), [("3.9.1", "fail"), ("3.11.7", "ok"), ("3.13.0", "fail")])
+def test_python_outside_of_what_the_package_asks_for_fails(found: str, level: str) -> None:
+    finding = check_python(found, ">=3.10,<3.13")
+    assert finding.level == level and found in finding.text
+    assert bool(finding.remedy) == (level == "fail")
+
+
+def test_libraries_that_fit_are_one_line() -> None:
+    (finding,) = check_libraries(NEEDED, INSTALLED)
+    assert finding == Finding("ok", "libraries", "numpy 1.26.4, torch 2.13.0+cpu")
+
+
+@pytest.mark.parametrize(
+    ("versions", "level", "subject", "words"),
+    [
+        ({"numpy": "1.21"}, "fail", "numpy", ("1.21", ">=1.26", "pip install 'numpy>=1.26'")),
+        ({"torch": None}, "fail", "torch", ("not installed", "pip install 'torch>=2.8'")),
+        ({"ray": "2.1"}, "warn", "ray", ("2.1", "conch[ray]")),
+    ],
+)
+def test_library_of_another_version_is_named_with_its_remedy(
+    versions: dict[str, str | None], level: str, subject: str, words: tuple[str, ...]
+) -> None:
+    installed = {name: text for name, text in (INSTALLED | versions).items() if text is not None}
+    found = [finding for finding in check_libraries(NEEDED, installed) if finding.level != "ok"]
+    assert [(finding.level, finding.subject) for finding in found] == [(level, subject)]
+    assert all(word in found[0].text + found[0].remedy for word in words)
+
+
+def test_port_that_somebody_listens_on_is_named_with_its_setting() -> None:
+    with socket.socket() as taken, socket.socket() as other:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        other.bind(("127.0.0.1", 0))
+        port, free = taken.getsockname()[1], other.getsockname()[1]
+        other.close()
+        found = list(check_ports({port: "conch serve up (`--grpc-port`)", free: "the rest"}))
+    assert [finding.level for finding in found] == ["warn", "ok"]
+    assert found[0].subject == f"port {port}" and "--grpc-port" in found[0].text
+    assert str(free) in found[1].text
+
+
+LISTING = "GPU 0: NVIDIA H200 (UUID: GPU-1)\nGPU 1: NVIDIA H200 (UUID: GPU-2)\n"
+
+
+@pytest.mark.parametrize(
+    ("listing", "torch", "level", "words"),
+    [
+        (None, "2.13.0+cpu 0\n", "ok", ("no GPU", "2.13.0+cpu")),
+        (LISTING, "2.13.0+cu130 2\n", "ok", ("uses 2 GPUs", "GPU 1: NVIDIA H200")),
+        (LISTING, "2.13.0+cpu 0\n", "warn", ("sees none of GPU 0: NVIDIA H200",)),
+        (LISTING, None, "fail", ("cannot be imported",)),
+    ],
+)
+def test_gpus_of_the_driver_are_held_against_those_of_torch(
+    listing: str | None, torch: str | None, level: str, words: tuple[str, ...]
+) -> None:
+    (finding,) = check_devices(listing, torch)
+    assert finding.level == level and all(word in finding.text for word in words)
+    assert bool(finding.remedy) == (level != "ok")
+
+
+def test_little_memory_or_disk_is_a_warning_with_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert check_memory(2**40).level == check_memory(None).level == "ok"
+    assert check_memory(2**20).level == "warn" and check_memory(2**20).remedy
+    monkeypatch.setattr(doctor, "_LEAST_DISK", 2**80)
+    disk, *others = check_space(tmp_path, tmp_path / "nowhere")
+    assert (disk.level, disk.subject, others) == ("warn", "disk", []) and disk.remedy
+
+
+@pytest.mark.parametrize(("level", "code"), [("ok", None), ("warn", None), ("fail", 1)])
+def test_only_a_failure_is_an_exit_code(
+    level: doctor.Level, code: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def look(*, start_server: bool) -> Iterator[Finding]:
+        yield Finding("ok", "python", "3.11")
+        yield Finding(level, "torch", "is away", "" if level == "ok" else "install it")
+
+    monkeypatch.setattr(doctor, "look", look)
+    if code is None:
+        main([])
+    else:
+        with pytest.raises(SystemExit) as leaving:
+            main([])
+        assert leaving.value.code == code
+    shown = capsys.readouterr().out
+    assert f"{level:<5} torch: is away" in shown and ("-> install it" in shown) == (level != "ok")
+
+
+def test_versions_of_this_environment_are_found() -> None:
+    assert doctor.installed_versions(["pytest>=1", "no-such-package-at-all"]) == {
+        "pytest": pytest.__version__
+    }
+    assert sys.executable in check_python("3.11.0", ">=3.10").text
