@@ -37,7 +37,7 @@ COMMANDS = [
     "conch.reference.serve",
     "conch.service.__main__",
     "conch.sizing.__main__",
-    "conch.plots",
+    "conch.plots.__main__",
     "conch.runs.command",
     "conch.doctor",
     "conch.evaluation.sampling.run",

@@ -72,7 +72,7 @@ def test_frames_have_the_same_numbers(real_run: Path) -> None:
     run = conch.runs.load(real_run)
     metrics, samples = run.metrics_frame(), run.samples_frame(source="evaluation")
 
-    assert list(metrics.index) == [0, 1, 2, 3, 4]
+    assert list(metrics.index) == [0, 1, 2, 3, 4] and metrics.index.name == "step"
     assert metrics.loc[4, "reward/mean"] == run.metrics()[4]["reward/mean"]
     assert len(samples) == 48 and samples["gold"].mean() == samples["output"].str.len().mean()
 
