@@ -62,7 +62,8 @@ def find_runs(folder: Path) -> list[Path]:
 
 def _runs_below(folder: Path) -> Iterator[Path]:
     for place, folders, files in os.walk(folder):
-        if METRICS_FILE in files or STATE_FILE in files:
+        # A training service has a `run.json` of another kind around the folder of a run.
+        if METRICS_FILE in files or (STATE_FILE in files and read_state(Path(place)) is not None):
             yield Path(place)
             folders[:] = [name for name in folders if name not in _NOT_BELOW]
 

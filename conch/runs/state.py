@@ -23,7 +23,12 @@ BEST_METRIC_FILE = "best_metric.txt"
 
 _log = get_logger(__name__)
 
+
 State = Literal["running", "finished", "stopped", "failed", "killed"]
+
+
+class RunStoppedError(Exception):
+    """A run was told to end between two steps, and can go on from its checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,7 @@ def noted_state(folder: Path, algorithm: str, total_steps: int) -> Iterator[None
     _write(folder, state)
     try:
         yield
-    except (SystemExit, KeyboardInterrupt):  # SIGTERM and Ctrl-C: saved, and can go on
+    except (SystemExit, KeyboardInterrupt, RunStoppedError):  # SIGTERM and Ctrl-C: saved, and can go on
         _write(folder, replace(state, state="stopped"))
         raise
     except BaseException as error:

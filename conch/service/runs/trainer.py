@@ -36,6 +36,7 @@ from conch.rollouts.hf.engine import HFEngine
 from conch.rollouts.prompts import longest_prompt
 from conch.rollouts.remote.engine import RemoteEngine
 from conch.runs.checkpoint import CHECKPOINTS, read_rank_state, steps_of
+from conch.runs.state import RunStoppedError
 from conch.service.leases.journal import Journal
 from conch.service.leases.records import Group, Sample
 from conch.service.protocol import TrainingSettings
@@ -62,7 +63,7 @@ from conch.types import Metrics, Prompt, RewardResult, RewardStatus, Rollout
 _SEEDS = 2**31
 
 
-class StoppedError(Exception):
+class StoppedError(RunStoppedError):
     """The run was told to stop between two steps."""
 
     def __init__(self, order: StopOrder) -> None:

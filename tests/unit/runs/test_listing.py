@@ -42,6 +42,13 @@ def test_runs_are_found_below_a_folder_newest_first(tmp_path: Path) -> None:
         find_runs(tmp_path / "nowhere")
 
 
+def test_run_of_a_training_service_is_listed_once(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs" / "id" / "train", [{"step": 1}], {"grpo": {}})
+    said = {"settings": {}, "state": "running", "reason": "", "version": 1, "time": 0.0}
+    (tmp_path / "runs" / "id" / "run.json").write_text(json.dumps(said))
+    assert find_runs(tmp_path) == [run]
+
+
 def test_summary_of_a_run_without_a_record_is_read_from_its_files(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ROWS, CONFIG, changed=10)
     (run / "best_metric.txt").write_text("eval/reward\n")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from conch.runs.state import STATE_FILE, noted_state, read_state
+from conch.runs.state import STATE_FILE, RunStoppedError, noted_state, read_state
 
 RUNS_FOREVER = """
 import sys, time
@@ -41,6 +41,7 @@ def test_run_is_on_record_while_it_runs_and_when_it_is_done(tmp_path: Path) -> N
     [
         (SystemExit(143), ("stopped", "")),
         (KeyboardInterrupt(), ("stopped", "")),
+        (RunStoppedError("a client stopped it"), ("stopped", "")),
         (ValueError("no luck\nat all"), ("failed", "no luck")),
     ],
 )
