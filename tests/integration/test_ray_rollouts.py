@@ -55,6 +55,10 @@ def samplers(cluster: Cluster) -> Iterator[RaySamplers]:
     actors.close()
 
 
+def test_cluster_leaves_breakpoints_of_this_process_as_they_were(cluster: Cluster) -> None:
+    assert os.environ.get("PYTHONBREAKPOINT") is None
+
+
 def test_cluster_asks_for_a_token_and_keeps_its_files_to_itself(cluster: Cluster) -> None:
     assert cluster._folder is not None and cluster._folder.stat().st_mode & 0o077 == 0
     assert len(cluster.address.token) >= 32

@@ -27,6 +27,7 @@ from conch.rollouts.ray.janitor import FOLDER_VARIABLE, clean_up
 _log = get_logger(__name__)
 
 _MODE, _TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
+_BREAKPOINT = "PYTHONBREAKPOINT"
 
 _LONGEST_FOLDER = 36
 """Characters of the folder: Ray puts sockets 70 characters deeper, and a socket's path has 107 at most."""
@@ -206,7 +207,8 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _reported(what: str) -> Iterator[None]:
-    """Turn what `ray.init` raises into words; keep what it does to this process's signals and output away.
+    """Turn what `ray.init` raises into words; keep what it does to this process's signals, output and
+    breakpoints away (ray 2.60 leaves PYTHONBREAKPOINT behind, for every program that is started later).
 
     what: the sentence to begin with.
 
@@ -220,6 +222,7 @@ def _reported(what: str) -> Iterator[None]:
     worker.print_to_stdstream = _note  # pyright: ignore[reportPrivateImportUsage]
     is_main = threading.current_thread() is threading.main_thread()
     handler: Any = signal.getsignal(signal.SIGTERM)
+    breakpoint_before = os.environ.get(_BREAKPOINT)
     try:
         yield
     except (RuntimeError, ValueError, OSError, RayError) as error:
@@ -229,6 +232,9 @@ def _reported(what: str) -> Iterator[None]:
     finally:
         if is_main:
             signal.signal(signal.SIGTERM, handler)
+        os.environ.pop(_BREAKPOINT, None)
+        if breakpoint_before is not None:
+            os.environ[_BREAKPOINT] = breakpoint_before
 
 
 def _note(data: Mapping[str, Any], *_: Any, **__: Any) -> None:
