@@ -87,10 +87,20 @@ def refuse_unknown_keys(section: type[Section], keys: Iterable[str]) -> None:
 
 
 def _may_stand(section: type[Section], location: list[str]) -> bool:
-    """Whether a key stands at `location`, or a value that has keys of its own above it."""
+    """Whether a key stands at `location`, or a value that has keys of its own above it, or a section that
+    takes other names by itself."""
+    if _reads_keys_itself(section):
+        return True
     field = section.model_fields.get(location[0])
     inner = nested_section(field.annotation) if field is not None else None
     return field is not None and (inner is None or not location[1:] or _may_stand(inner, location[1:]))
+
+
+def _reads_keys_itself(section: type[Section]) -> bool:
+    """Whether a section turns what it is given into its keys: nobody else knows which ones it takes."""
+    validators = section.__pydantic_decorators__.model_validators
+    own = validators.keys() - Section.__pydantic_decorators__.model_validators.keys()
+    return any(validators[name].info.mode == "before" for name in own)
 
 
 def _explain(section: type[Section], problem: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from conch.cli import add_options, default_config_dir, describe, load_run_config
 from conch.config import (
@@ -28,7 +28,7 @@ from conch.config import (
     TrainConfig,
     load,
 )
-from conch.config.base import describe_field
+from conch.config.base import describe_field, refuse_unknown_keys
 from conch.converters.options import ConversionOptions
 from conch.errors import ConfigError
 from conch.trainers.ppo import PPORunConfig
@@ -383,3 +383,28 @@ def test_a_rule_to_stop_by_goes_through_a_command_line() -> None:
     words = ["model.path=m", "train.stop_when='gold falls for 3 evaluations by more than 2 standard errors'"]
     config = load_run_config(PPORunConfig, words, default_name="ppo")
     assert config.train.stop_rule == StopRule("eval/gold/reward", 3, 2.0)
+
+
+class _Renaming(Section):
+    """A section that takes another name of its key."""
+
+    size: int = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _other_name(cls, values: Any) -> Any:
+        return {"size" if name == "length" else name: value for name, value in values.items()}
+
+
+class _Run(Section):
+    """A run with it."""
+
+    text: _Renaming = _Renaming()
+    seed: int = 0
+
+
+def test_keys_of_a_section_that_reads_other_names_are_left_to_it() -> None:
+    refuse_unknown_keys(_Run, ["text.length", "text.size", "seed"])
+    assert load(_Run, {"text": {"length": 3}}).text.size == 3
+    with pytest.raises(ConfigError, match="unknown key `sed`; did you mean `seed`"):
+        refuse_unknown_keys(_Run, ["text.length", "sed"])
