@@ -59,7 +59,9 @@ def measure_rates(samples: Sequence[Sample], rounds: int) -> dict[str, list[tupl
     Raises:
         ConchError: `math` and math-verify do not judge alike.
     """
-    verifiers = {name: GSM8K(GSM8KConfig(extractor=name, processes=1)) for name in get_args(GSM8KExtractor)}
+    # math-verify, which is measured beside, reads the whole completion.
+    settings: dict[str, Any] = {"version": "whole", "processes": 1}
+    verifiers = {name: GSM8K(GSM8KConfig(extractor=name, **settings)) for name in get_args(GSM8KExtractor)}
     keys = [verifiers["math"].read_key({"answer": sample.answer}) for sample in samples]
     checks = [(sample.completion, key) for sample, key in zip(samples, keys, strict=True)]
     rates: dict[str, list[tuple[float, float]]] = {way: [] for way in _WAYS}

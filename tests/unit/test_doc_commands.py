@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import yaml
 from conch.cli import add_options, load_run_config, parse_options, written_with
 from conch.cli.run_config import parse_override
 from conch.config import JudgeConfig, load
+from conch.config.algorithms import run_config_of
 from conch.converters import ensemble, to_triton
 from conch.evaluation import pictures
 from conch.evaluation.sampling.config import BestOfNRunConfig
@@ -81,14 +81,8 @@ def settings_of(words: list[str]) -> list[str]:
 
 
 def read_train(words: list[str]) -> None:
-    module = importlib.import_module(f"conch.trainers.{words[0]}")
-    sections = [
-        value
-        for name, value in vars(module).items()
-        if name.endswith("RunConfig") and value.__module__ == module.__name__
-    ]
-    (section,) = sections
-    load_run_config(section, words[1:], default_name=words[0])
+    algorithm = words[0].replace("-", "_")
+    load_run_config(run_config_of(algorithm), words[1:], default_name=algorithm)
 
 
 def read_serve(words: list[str]) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ import pytest
 from conch.cli.sweeps.grammar import read_axes
 from conch.cli.sweeps.search import Trial, check_installed, draw, number_of_trials
 from conch.cli.sweeps.settings import SweepConfig
-from conch.errors import ConfigError
+from conch.errors import ConfigError, install_extra
 
 WORDS = [
     "lr=tag(log,interval(1e-5,1e-1))",
@@ -93,5 +94,5 @@ def test_choices_are_not_tried_twice_and_end() -> None:
 def test_search_without_optuna_says_how_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     check_installed()
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(ConfigError, match=r"conch\[search\]"):
+    with pytest.raises(ConfigError, match=re.escape(install_extra("search"))):
         check_installed()

@@ -21,7 +21,7 @@ from conch.rewards.scorer import RewardScorer, combine
 from conch.types import OnFinished, Prompt, RewardResult, RewardStatus, Rollout
 from tests.fakes.rollouts import rollout, rollouts
 
-WAIT_S = 120
+WAIT_S = 120.0
 WAIT = RewardConfig(failure=RewardFailureConfig(policy="wait"))
 
 
