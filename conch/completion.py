@@ -146,10 +146,10 @@ def _section_of(words: Sequence[str]) -> type[Section] | None:
 
 def _keys(section: type[Section], text: str) -> list[str]:
     """Keys of the section that the dots in `text` lead to: `generation.` is one, `train.seed=` is a value."""
-    from conch.config.base import nested_section
+    from conch.config.base import nested_section, section_at
 
     *parents, _ = text.split(".")
-    owner = _below(section, parents)
+    owner = section_at(section, parents)
     prefix = "".join(f"{name}." for name in parents)
     fields = owner.model_fields.items() if owner is not None else ()
     return [f"{prefix}{name}" + ("." if nested_section(field.annotation) else "=") for name, field in fields]
@@ -157,19 +157,11 @@ def _keys(section: type[Section], text: str) -> list[str]:
 
 def _choices(section: type[Section], location: Sequence[str]) -> list[str]:
     """The values of a key that has few: of a switch, or of words that its type names."""
-    owner = _below(section, location[:-1])
+    from conch.config.base import section_at
+
+    owner = section_at(section, location[:-1])
     field = owner.model_fields.get(location[-1]) if owner is not None else None
     return [] if field is None else list(_words_of(field.annotation))
-
-
-def _below(section: type[Section], names: Sequence[str]) -> type[Section] | None:
-    from conch.config.base import nested_section
-
-    owner: type[Section] | None = section
-    for name in names:
-        field = owner.model_fields.get(name) if owner is not None else None
-        owner = nested_section(field.annotation) if field is not None else None
-    return owner
 
 
 def _words_of(annotation: object) -> Iterable[str]:

@@ -6,7 +6,7 @@ import ast
 import difflib
 import functools
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -110,14 +110,14 @@ def _explain(section: type[Section], problem: dict[str, Any]) -> str:
         return f"unknown key `{key}`; {_nearest(section, location)}"
     if problem["type"] == "missing":
         return f"`{key}` is missing"
-    if problem["type"] == "model_type" and (owner := _section_at(section, location)) is not None:
+    if problem["type"] == "model_type" and (owner := section_at(section, location)) is not None:
         return f"`{key}` is a section, no value: {_key_for(owner, key, problem['input'])}"
     message = problem["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
     return f"`{key}`: {message}{shown}"
 
 
-def _section_at(section: type[Section], location: list[str]) -> type[Section] | None:
+def section_at(section: type[Section], location: Sequence[str]) -> type[Section] | None:
     """The section that stands at `location` below `section`; None where there is none."""
     owner: type[Section] | None = section
     for part in location:
@@ -179,7 +179,7 @@ def nested_section(annotation: Any) -> type[Section] | None:
 
 def _nearest(section: type[Section], location: list[str]) -> str:
     """What an unknown key may have meant: by another name of it, or by its letters."""
-    owner, key = _section_at(section, location[:-1]), location[-1]
+    owner, key = section_at(section, location[:-1]), location[-1]
     names = (RENAMED.get(".".join(location), ""), *OTHER_NAMES.get(key, ()))
     known = [name for name in names if _has(section, name.split("."))]
     # Of several, the one in the section where the key stands.
@@ -205,7 +205,7 @@ def _likeness(name: str, key: str) -> float:
 
 
 def _has(section: type[Section], location: list[str]) -> bool:
-    owner = _section_at(section, location[:-1])
+    owner = section_at(section, location[:-1])
     return owner is not None and location[-1] in owner.model_fields
 
 

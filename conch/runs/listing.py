@@ -80,14 +80,20 @@ def summarise(run: Path) -> RunSummary:
     total = state.total_steps if state else (settings.get("train") or {}).get("total_steps")
     metric, best = _best(run, rows)
     if state is None:
-        algorithm = next((name for name in _ALGORITHMS if name in settings), "")
-        algorithm = "async_grpo" if "asynchronous" in settings else algorithm
+        algorithm = algorithm_of(settings)
         stands = "finished" if step is not None and total is not None and step >= total else "stopped"
     else:
         algorithm, stands = state.algorithm, state.state
     at, value = best or (None, None)
     reason = state.reason if state else ""
     return RunSummary(run, algorithm, stands, step, total, metric, value, at, _changed(run), reason)
+
+
+def algorithm_of(settings: Mapping[str, Any]) -> str:
+    """Return the algorithm that these sections are of, as `conch train` names it; "" where none tells."""
+    if "asynchronous" in settings:
+        return "async_grpo"
+    return next((name for name in _ALGORITHMS if name in settings), "")
 
 
 def settings_of(run: Path) -> dict[str, Any]:

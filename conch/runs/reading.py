@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from conch.errors import ConfigError, DataError, first_line, missing_path
-from conch.runs.listing import RunSummary, summarise
+from conch.runs.listing import RunSummary, algorithm_of, summarise
 from conch.runs.state import CONFIG_FILE, METRICS_FILE
 
 if TYPE_CHECKING:
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 ALARMS_FILE = "alarms.jsonl"
 
 Source = Literal["evaluation", "rollout", "table"]
-
-_ALGORITHMS = ("asynchronous", "ppo", "grpo", "rft", "ilql", "sft", "reward_model")
-"""Sections that tell which algorithm a configuration is of, in the order in which they are looked for."""
 
 _SAMPLE_FILES: dict[Source, tuple[str, re.Pattern[str]]] = {
     "evaluation": ("evaluations", re.compile(r"step_(?P<step>\d+)(?P<variant>@.+)?\.jsonl")),
@@ -88,9 +85,7 @@ class Run:
     @property
     def algorithm(self) -> str:
         """`ppo`, `grpo`, `async_grpo`, `rft`, `ilql`, `sft` or `reward_model`; "" where it is not known."""
-        settings = self.settings
-        name = next((name for name in _ALGORITHMS if name in settings), "")
-        return "async_grpo" if name == "asynchronous" else name
+        return algorithm_of(self.settings)
 
     @property
     def summary(self) -> RunSummary:

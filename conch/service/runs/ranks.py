@@ -21,10 +21,7 @@ from pathlib import Path
 from conch.config import RolloutConfig, TrainConfig
 from conch.distributed.train_engine import TrainEngine
 from conch.errors import ConchError, DistributedError, first_line
-from conch.log import get_logger
 from conch.service.protocol import TrainingSettings
-
-_log = get_logger(__name__)
 
 HEARTBEAT_S = 1.0
 """Longest silence of rank 0."""

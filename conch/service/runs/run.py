@@ -175,14 +175,11 @@ class TrainingRun:
                 state, reason = self._fit()
             except ConchError as error:
                 failure = error
+            failed = "" if failure is None else str(failure)
             if self._leader is not None:
                 failed = self._leader.agree(failure)
-                failure = ConchError(failed) if failed and failure is None else failure
-                reason = failed or reason
-            elif failure is not None:
-                reason = str(failure)
-            if failure is not None:
-                state, status = "failed", UNPROCESSABLE
+            if failed:
+                state, reason, status = "failed", failed, UNPROCESSABLE
                 _log.error("run %s failed: %s", self.run_id, reason)
         except DistributedError as error:
             lost, state, reason, status = error, "running", str(error), UNAVAILABLE

@@ -298,7 +298,8 @@ class ClientGroups:
                 asks.append(waiting)
             except RefusedError as refusal:
                 refused.append((waiting, refusal))
-        exchange.deliver(refused)
+        if refused:
+            exchange.deliver(refused)
         return (SampleTask(prompts, exchange.next_number) if prompts else None), asks
 
     def score(self) -> list[RewardResult]:
