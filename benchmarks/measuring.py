@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from conch.distributed.malloc import set_thresholds
 from conch.errors import ConchError
+from conch.machine.malloc import set_thresholds
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 1e-4

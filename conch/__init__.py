@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from conch.machine.processors import let_others_work
+
 if TYPE_CHECKING:
     from conch import runs as runs
     from conch.api import train as train
@@ -11,6 +13,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["runs", "score", "train"]
+
+let_others_work()  # before torch, which loads OpenMP
 
 
 def __getattr__(name: str) -> Any:

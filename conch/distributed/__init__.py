@@ -1,1 +1,1 @@
-"""The processes of one run: accelerate, ZeRO-3, launchers, memory settings."""
+"""The processes of one run: accelerate, ZeRO-3, launchers."""

@@ -43,8 +43,9 @@ from conch.distributed.launch_settings import (
     wanted_precision,
 )
 from conch.distributed.launcher import launched_processes, leave_with_launcher
-from conch.distributed.malloc import keep_heap
 from conch.errors import CheckpointError, ConfigError, DistributedError, first_line
+from conch.machine.malloc import keep_heap
+from conch.machine.processors import fit_threads
 from conch.ops import at_least_float32
 
 # Tied weights are saved once, and loaded as what they are; nobody has to check anything.
@@ -91,6 +92,7 @@ class TrainEngine:
         has_gpu = torch.cuda.is_available()
         if not has_gpu:
             keep_heap()
+            fit_threads(torch)
             # Else DeepSpeed, where installed, looks for a GPU first and warns.
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # Naming a backend makes accelerate expect a process group: not for a single process.

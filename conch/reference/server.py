@@ -16,9 +16,10 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from conch.distributed.malloc import keep_heap
 from conch.errors import DataError, first_line
 from conch.log import get_logger
+from conch.machine.malloc import keep_heap
+from conch.machine.processors import fit_threads
 from conch.models.forward import BatchPacker
 from conch.models.freezing import freeze_trunk, freeze_unreached
 from conch.models.kernels import check_kernels
@@ -154,6 +155,7 @@ def serve(config: ReferenceServerConfig) -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where installed, warns
         keep_heap()
+        fit_threads(torch)
     lm = load_lm(model_config)
     lm.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType]
     server = ReferenceServer(lm)

@@ -20,6 +20,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is not installed
 
+import conch as conch  # before torch: how OpenMP's threads wait is set as it is imported
+
+# isort: split
 import torch
 
 from conch.cli import run_main

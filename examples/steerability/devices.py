@@ -10,6 +10,7 @@ from pathlib import Path
 
 from conch.distributed.launcher import launched_processes
 from conch.errors import ConfigError
+from conch.machine.processors import granted_processors
 from examples.grpo.devices import DevicePlan
 from examples.steerability.settings import SteerabilityRunConfig
 
@@ -90,7 +91,7 @@ def relaunch_on_cpu(argv: Sequence[str]) -> None:
     if wanted < 2 or launched_processes() or torch.cuda.is_available() or os.environ.get(_RELAUNCHED):
         return
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", _RELAUNCHED: "1"}
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // wanted)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, granted_processors() // wanted)))
     alone = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
     program = [str(Path(__file__).with_name("rl.py")), *argv]
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(wanted), *alone, *program]

@@ -20,7 +20,7 @@ LONGEST_FUNCTION = 70
 # A part is a module or a package directly below `conch`. Columns from left to right: a part may import the
 # columns before its own, and the parts of its column do not know each other.
 COLUMNS = (
-    {"types", "config", "errors", "log", "atomic_files"},
+    {"types", "config", "errors", "log", "atomic_files", "machine"},
     {"ops", "addresses", "access", "cli"},
     {"losses", "advantages", "servers"},
     {"distributed", "data", "models", "triton"},
@@ -40,7 +40,7 @@ ALLOWED = {
     "serving": {*BASE, *COLUMNS[1], "triton", "store"},
     "converters": {*BASE, *COLUMNS[1], "data", "models", "triton", "store"},
     "scoring": {*(part for parts in COLUMNS[:6] for part in parts), "converters"},
-    "__init__": {"api", "rewards", "runs"},
+    "__init__": {"api", "machine", "rewards", "runs"},
     "__main__": {"converters", *(part for parts in COLUMNS for part in parts)},
 }
 

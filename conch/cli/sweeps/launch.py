@@ -20,6 +20,7 @@ from pathlib import Path
 
 from conch.cli.sweeps.settings import SweepConfig
 from conch.errors import ConfigError
+from conch.machine.processors import granted_processors
 
 _QUERY_TIMEOUT_S = 30.0
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID")
@@ -178,7 +179,7 @@ def thread_environment(settings: SweepConfig, environment: Mapping[str, str]) ->
         return {"OMP_NUM_THREADS": str(settings.threads)}
     if settings.jobs == 1 or "OMP_NUM_THREADS" in environment:
         return {}
-    return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // settings.jobs))}
+    return {"OMP_NUM_THREADS": str(max(1, granted_processors() // settings.jobs))}
 
 
 def _launcher_words(launcher: str) -> list[str]:

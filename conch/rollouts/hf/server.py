@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from conch.config import GenerationConfig, ModelConfig, TokenizerConfig
-from conch.distributed.malloc import keep_heap
 from conch.errors import ConfigError, RolloutError, first_line
 from conch.log import get_logger
+from conch.machine.malloc import keep_heap
+from conch.machine.processors import fit_threads
 from conch.models.loading import context_window, load_lm, load_tokenizer, vocabulary_size
 from conch.rollouts.hf.engine import HFEngine
 from conch.rollouts.hf.jobs import JobQueue, LoadJob, Row, SampleJob
@@ -278,6 +279,7 @@ def serve(config: ServerConfig) -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where installed, warns
         keep_heap()
+        fit_threads(torch)
     tokenizer = load_tokenizer(TokenizerConfig(), config.model)
     lm = load_lm(model_config_of(config))
     lm.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType]

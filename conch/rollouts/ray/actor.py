@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from conch.distributed.malloc import keep_heap
 from conch.distributed.stuck import thread_stacks
 from conch.errors import ConchError, first_line
+from conch.machine.malloc import keep_heap
 from conch.rollouts.protocol import GenerateRequest, WeightUpdate
 from conch.rollouts.ray.blueprint import Blueprint, build_server
 from conch.rollouts.ray.handed import HandedTensors

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from conch.errors import ServerStartError, install_extra
+from conch.machine.processors import waiting_variables
 from conch.serving.server.flags import ServerPaths, ServerSettings
 
 _HELP_TIMEOUT_S = 120.0
@@ -470,6 +471,7 @@ def model_variables(cpu_threads: int) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": str(cpu_threads),
         "MKL_NUM_THREADS": str(cpu_threads),
+        **waiting_variables(),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
     }

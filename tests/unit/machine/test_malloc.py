@@ -10,7 +10,7 @@ import pytest
 
 _FAULTS = """
 import resource, sys
-from conch.distributed.malloc import keep_heap
+from conch.machine.malloc import keep_heap
 if sys.argv[1] == "keep":
     keep_heap()
 def write():

@@ -1,0 +1,1 @@
+"""What the machine gives a process: processors, threads that wait, memory."""
