@@ -223,7 +223,11 @@ class Apart:
             [sys.executable, "-m", "conch.service", *words], cwd=ROOT, env=_environment(spec)
         )
         self._client = TrainingClient(f"http://127.0.0.1:{port}", _KEY, client_id=_CLIENT, retry_s=_START_S)
-        self._client.start(TrainingSettings(**spec["settings"]))
+        try:
+            self._client.start(TrainingSettings(**spec["settings"]))
+        except BaseException:
+            self.close()  # else the service outlives the benchmark, and holds its streams open
+            raise
 
     def take_block(self) -> tuple[float, int]:
         """Seconds of a step, and tokens of the last.

@@ -51,3 +51,14 @@ def test_steps_by_a_service_and_in_one_process_are_compared(tmp_path: Path) -> N
     assert list(case["seconds"]) == ["service", "one process"] and case["tokens"] == 2 * 2 * 4
     assert 0 < case["ratio"]["low"] <= case["ratio"]["median"]
     assert f"| {case['case']} | 4, 16 | " in table
+
+
+@pytest.mark.slow
+def test_steps_beside_other_programs_are_measured(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    words = ["--ways", "conch", "libgomp", "--others", "1", "--steps", "1", "--rounds", "1", "--json"]
+    command = [sys.executable, "-m", "benchmarks.busy", *words, str(report)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=500, check=True)
+    seconds = json.loads(report.read_text())["seconds"]
+    assert all(seconds[way][when][0] > 0 for way in ("conch", "libgomp") for when in ("alone", "busy"))
+    assert b"| libgomp | " in done.stdout
