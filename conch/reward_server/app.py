@@ -41,6 +41,7 @@ from conch.reward_server.service import OverloadedError, ScoringService
 from conch.rewards.results import refuse_token_scores
 from conch.rewards.scorer import total_reward
 from conch.servers.listening import new_app
+from conch.servers.refusals import retry_after
 from conch.types import RewardResult, RewardStatus
 
 _log = get_logger(__name__)
@@ -242,7 +243,7 @@ async def _send(send: Any, status: int, answer: Any, retry_after_s: float | None
     content = _write_json(answer).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
     if retry_after_s is not None:
-        headers.append((b"retry-after", str(max(1, math.ceil(retry_after_s))).encode()))
+        headers.append((b"retry-after", retry_after(retry_after_s).encode()))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": content})
 
@@ -323,7 +324,7 @@ def _not_ready(rewards: Mapping[str, Reward]) -> JSONResponse:
     reasons = {name: each.readiness.reason for name, each in rewards.items() if each.readiness.reason}
     soonest_s = min(each.readiness.every_s for each in rewards.values())
     content = {"ready": False, "rewards": reasons}
-    return JSONResponse(content, UNAVAILABLE, {"retry-after": str(math.ceil(soonest_s))})
+    return JSONResponse(content, UNAVAILABLE, {"retry-after": retry_after(soonest_s)})
 
 
 def _no_model(name: str) -> JSONResponse:

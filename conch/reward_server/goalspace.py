@@ -22,6 +22,7 @@ from fastapi.responses import JSONResponse, Response
 from conch.errors import ConfigError, RewardUnavailableError, first_line
 from conch.log import get_logger
 from conch.reward_server.service import LateError, OverloadedError
+from conch.servers.refusals import retry_after
 
 _log = get_logger(__name__)
 
@@ -99,7 +100,7 @@ def _written(values: Mapping[str, Sequence[float]]) -> str:
 
 
 def _error(status: int, reason: str, retry_after_s: float | None = None) -> JSONResponse:
-    headers = {} if retry_after_s is None else {"retry-after": str(math.ceil(retry_after_s))}
+    headers = {} if retry_after_s is None else {"retry-after": retry_after(retry_after_s)}
     return JSONResponse({"detail": reason}, status, headers)
 
 

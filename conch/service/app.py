@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from conch.errors import CheckpointError, ConchError
 from conch.log import get_logger
 from conch.servers.listening import new_app
+from conch.servers.refusals import retry_after
 from conch.service.leases.records import Answer, Asker, Handout, Post
 from conch.service.openapi import describe_refusals
 from conch.service.posts import handout_reply, post_of
@@ -385,5 +385,5 @@ def _run_reply(run: TrainingRun, status: str) -> RunReply:
 def _refusal(error: RefusedError) -> JSONResponse:
     headers = {}
     if error.retry_after_s is not None:
-        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+        headers["retry-after"] = retry_after(error.retry_after_s)
     return JSONResponse({"detail": str(error)}, error.status, headers)
