@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from conch.machine.imports import uncollected
 from conch.machine.processors import let_others_work
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ let_others_work()  # before torch, which loads OpenMP
 def __getattr__(name: str) -> Any:
     # `import conch` must stay fast and free of torch: the trainers are loaded at first use.
     if name == "train":
-        from conch.api import train
+        with uncollected():
+            from conch.api import train
 
         return train
     if name == "score":

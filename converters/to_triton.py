@@ -33,6 +33,7 @@ from conch.converters.options import (
 from conch.converters.recipes import recipe_list, with_recipe
 from conch.errors import ConchError, ConversionError, ParityError
 from conch.log import quieten_libraries, setup_logging
+from conch.machine.imports import uncollected
 
 
 @keywords_of(ConversionOptions)
@@ -54,7 +55,8 @@ def to_triton(checkpoint: str | Path, **settings: Any) -> Conversion:
     check_name(name)
     check_exists("checkpoint", str(checkpoint))
     # torch and transformers are imported here, so that --help and mistakes in the arguments answer at once.
-    from conch.converters.pipeline import convert
+    with uncollected():
+        from conch.converters.pipeline import convert
 
     return convert(str(checkpoint), name, options)
 

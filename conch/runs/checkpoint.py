@@ -32,6 +32,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from conch.atomic_files import replace_folder, sync, sync_tree
 from conch.errors import CheckpointError
 from conch.log import get_logger
+from conch.machine.imports import left_out
 from conch.models.adapter import has_adapter, merged_copy, save_adapter
 from conch.models.loading import original_dropout
 from conch.models.policy import HEADS_FILE
@@ -77,7 +78,8 @@ def save_model(
             save_adapter(model, partial)
         else:
             whole = merged_copy(model) if has_adapter(model) else model
-            with original_dropout(whole), _no_progress_bar():
+            # transformers 5 would load DeepSpeed, which takes seconds, to see whether the model is one of its.
+            with original_dropout(whole), _no_progress_bar(), left_out("deepspeed"):
                 whole.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         if heads:

@@ -21,6 +21,7 @@ from conch.converters.checkpoints.heads import Head, LinearLayer
 from conch.converters.checkpoints.reader import RewardCheckpoint
 from conch.errors import ConversionError, install_extra
 from conch.log import progress
+from conch.machine.imports import left_out
 from conch.store.manifest import Manifest, ScoringRules
 
 _MODELS = Path(triton_models.__file__).parent
@@ -68,7 +69,8 @@ def write_weights(folder: Path, checkpoint: RewardCheckpoint, manifest: Manifest
         layer.weight.data, layer.bias.data = _layer_tensors(
             LinearLayer(layer.weight, layer.bias), checkpoint.rules, is_last=True
         )
-    model.save_pretrained(folder, max_shard_size=_SHARD_SIZE)
+    with left_out("deepspeed"):  # transformers 5 would load it, seconds long, to see whether the model is its
+        model.save_pretrained(folder, max_shard_size=_SHARD_SIZE)
     if manifest.layout == "custom":
         _check_code(folder, type(model).__name__)
     _cast_files(folder, torch.float32 if manifest.dtype == "int8" else getattr(torch, manifest.dtype))
@@ -173,4 +175,5 @@ def quantise(folder: Path, model_class: Any, *, trust_remote_code: bool) -> None
     )
     for path in folder.glob("model*.safetensors*"):
         path.unlink()
-    model.save_pretrained(folder)
+    with left_out("deepspeed"):
+        model.save_pretrained(folder)
