@@ -78,7 +78,7 @@ def save_model(
             save_adapter(model, partial)
         else:
             whole = merged_copy(model) if has_adapter(model) else model
-            # transformers 5 would load DeepSpeed, which takes seconds, to see whether the model is one of its.
+            # transformers 5 would load DeepSpeed, seconds long, to see whether the model is one of its.
             with original_dropout(whole), _no_progress_bar(), left_out("deepspeed"):
                 whole.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
