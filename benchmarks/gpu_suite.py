@@ -2,16 +2,16 @@
 
     python -m benchmarks.gpu_suite --out gpu-suite
 
-Nothing is fetched: models are random weights of known shapes, with tokenizers made for them. First come checks:
-slots against `transformers.generate`, packed rows against padded ones, flash-attention, Liger, bfloat16, float16
-with skipped updates, weights handed to vLLM. Then tokens/s, MFU, peak memory and idle gaps of SFT, GRPO and PPO
-steps in the shapes of GPT-2 small (125M) and Llama 3.2 1B, of Conch, of plain transformers and, where it is
-installed, of TRL; each with a profile by phase.
+Nothing is fetched: models are random weights of known shapes, with tokenizers made for them. First come
+checks: slots against `transformers.generate`, packed rows against padded ones, flash-attention, Liger,
+bfloat16, float16 with skipped updates, weights handed to vLLM. Then tokens/s, MFU, peak memory and idle gaps
+of SFT, GRPO and PPO steps in the shapes of GPT-2 small (125M) and Llama 3.2 1B, of Conch, of plain
+transformers and, where it is installed, of TRL; each with a profile by phase.
 
 Each part has a process of its own: one that fails, or that CUDA fails under, stops no other. After each part
-`gpu_suite.md` and `gpu_suite.json` are written anew. A part that would not fit into what is left of the budget is
-left out and listed. `--small --device cpu` tries the program itself, in tiny shapes; its figures say nothing.
-The card is the first that CUDA_VISIBLE_DEVICES names.
+`gpu_suite.md` and `gpu_suite.json` are written anew. A part that would not fit into what is left of the
+budget is left out and listed. `--small --device cpu` tries the program itself, in tiny shapes; its figures
+say nothing. The card is the first that CUDA_VISIBLE_DEVICES names.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ import torch
 
 from benchmarks.gpu import cards
 from benchmarks.gpu.cases import ALGORITHMS, SHAPES
-from benchmarks.gpu.checks import CHECKS, NOT_INSTALLED
+from benchmarks.gpu.checks import CHECKS, NOT_INSTALLED, lacks_packages
 from benchmarks.gpu.report import markdown
 from benchmarks.gpu.speed import measure
 from benchmarks.gpu.trl_side import TRAINERS
@@ -71,7 +71,7 @@ class Part:
     @property
     def words(self) -> set[str]:
         """What `--only` may name it by."""
-        return {self.name, self.kind, *self.name.split("-")}
+        return {self.kind, *self.name.split("-")}
 
 
 def plan(device: str, *, small: bool) -> list[Part]:
@@ -88,21 +88,21 @@ def plan(device: str, *, small: bool) -> list[Part]:
 
 
 def chosen(parts: Sequence[Part], only: Sequence[str] | None) -> list[Part]:
-    """The parts that `--only` names.
+    """The parts that have all words of one of those of `--only`: `grpo-1b` is GRPO's at 1B, of all sides.
 
     Raises:
-        ConchError: a word names none.
+        ConchError: one of `--only` fits no part.
     """
     if not only:
         return list(parts)
-    known = set[str]().union(*(part.words for part in parts))
-    unknown = sorted(set(only) - known)
-    if unknown:
-        raise ConchError(f"--only {' '.join(unknown)}: no such part; there are {', '.join(sorted(known))}")
-    return [part for part in parts if part.words & set(only)]
+    for each in only:
+        if not any(part.words.issuperset(each.split("-")) for part in parts):
+            known = sorted(set[str]().union(*(part.words for part in parts)))
+            raise ConchError(f"--only {each}: no such part; parts are named by {', '.join(known)}")
+    return [part for part in parts if any(part.words.issuperset(each.split("-")) for each in only)]
 
 
-# ------------------------------------------------------------------------------------------ a part's own process
+# --------------------------------------------------------------------------------------- a part's own process
 
 
 def run_part(name: str, device: str, small: bool, file: Path) -> None:
@@ -144,6 +144,7 @@ def _child(part: str, arguments: argparse.Namespace, file: Path, log: Path, *, f
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
+        sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
         if fresh:
             os.chdir(ROOT)
             told = ["--device", arguments.device, *(["--small"] if arguments.small else [])]
@@ -160,8 +161,8 @@ def _child(part: str, arguments: argparse.Namespace, file: Path, log: Path, *, f
 
 
 class Runner:
-    """Runs parts one after the other, each in a fork of this process, which has imported everything and computes
-    nothing. Where forks find no GPU, parts are started afresh instead.
+    """Runs parts one after the other, each in a fork of this process, which has imported everything and
+    computes nothing. Where forks find no GPU, parts are started afresh instead.
 
     folder: gets a part's results and its log.
     until: `time.monotonic()` at which a part is killed.
@@ -194,7 +195,8 @@ class Runner:
         return {**found, "processes": "fresh" if self._fresh else "forked"}
 
     def run(self, name: str) -> dict[str, Any]:
-        """What a part found, with its `seconds`; `error` where it failed, `cut_off` where its time was over."""
+        """What a part found, with its `seconds`; `error` where it failed, `cut_off` where its time was
+        over."""
         file, log = self._folder / f"{name}.json", self._folder / f"{name}.log"
         file.unlink(missing_ok=True)
         started = time.monotonic()
@@ -296,6 +298,9 @@ def run_suite(arguments: argparse.Namespace, parts: Sequence[Part], out: Path) -
             why = missing(part)
             if why is not None:
                 report["not_run"][part.name] = why
+            elif lacks_packages(part.name):
+                found = CHECKS[part.name](arguments.device, arguments.small, out)
+                report["checks"][part.name] = {"lines": [asdict(line) for line in found], "seconds": 0.0}
             elif runner.left_s < part.needs_s:
                 report["left_out"][part.name] = {"needs_s": part.needs_s, "left_s": max(0.0, runner.left_s)}
             else:
@@ -327,14 +332,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
     add("--small", action="store_true", help="tiny shapes, to try the program itself")
     add("--out", type=Path, default=Path("outputs/gpu-suite"), help="folder; default: %(default)s")
-    add("--only", nargs="+", metavar="PART", help="`checks`, `speed`, or parts: slots, conch, grpo, 1b, ...")
+    add("--only", nargs="+", metavar="PART", help="`checks`, `speed`, `slots`, `conch`, `grpo-1b`, ...")
     add("--budget_s", type=float, default=480.0, help="seconds for all of it; default: %(default)g")
     add("--alone", nargs=2, metavar=("PART", "FILE"), help="only one part, in this process")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 with the report on stdout; 1 where a check or a part failed, or the device cannot be used."""
+    """Exit code 0 with the report on stdout; 1 where a check or a part failed, or the device cannot be
+    used."""
     arguments = _parser().parse_args(argv)
     arguments.argv = list(sys.argv[1:] if argv is None else argv)
     # One card: with several in sight, transformers' own trainer would spread a batch over all of them.

@@ -21,8 +21,8 @@ _PEAKS = (
     (r"H100.*HBM3", 989.5, "datasheet of the H100 SXM: 1,979 TFLOPS with sparsity"),
     (r"A100", 312.0, "datasheet of the A100: 312 TFLOPS, 624 with sparsity"),
 )
-"""Name of a card (the first that fits), its peak in bfloat16 on dense matrices in TFLOP/s, and NVIDIA's page that
-says so; where that gives the figure with sparsity, it is twice the dense one."""
+"""Name of a card (the first that fits), its peak in bfloat16 on dense matrices in TFLOP/s, and NVIDIA's page
+that says so; where that gives the figure with sparsity, it is twice the dense one."""
 
 _PACKAGES = ("transformers", "accelerate", "trl", "vllm", "flash-attn", "liger-kernel", "triton")
 

@@ -1,15 +1,16 @@
-"""What the GPU suite computes with: shapes of known models with random weights, a tokenizer made for them, and
-the prompts and lengths of one step.
+"""What the GPU suite computes with: shapes of known models with random weights, a tokenizer made for them,
+and the prompts and lengths of one step.
 
-Random weights do not end by themselves. So that a forced end costs no side anything, what is left of a response
-is written in its tokens: a token's id, modulo one more than the longest response, is how many tokens are still
-to come, the end included (see `CountDown`). Samplers read the last token alone.
+Random weights do not end by themselves. So that a forced end costs no side anything, what is left of a
+response is written in its tokens: a token's id, modulo one more than the longest response, is how many tokens
+are still to come, the end included (see `CountDown`). Samplers read the last token alone.
 
 Legend: B rows, V vocabulary.
 """
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,7 +52,8 @@ def speed_shape(name: str, *, small: bool) -> PretrainedConfig:
 def check_shape(family: str, *, small: bool, spread: float = 0.05) -> PretrainedConfig:
     """A shape for checks: 2 or 4 blocks. family: `gpt2` or `llama`.
 
-    spread: standard deviation of the weights; more than models start with, so that what a model has read moves
+    spread: standard deviation of the weights; more than models start with, so that what a model has read
+    moves
         its distributions.
     """
     layers, width, vocab_size = (2, 64, 256) if small else (4, 512, 8192)
@@ -89,7 +91,8 @@ def build(
     """
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, **settings)
+        # A copy: transformers writes dtype and attention into the config that it gets.
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **settings)
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -262,7 +265,7 @@ class Arithmetic:
 def arithmetic_of(config: PretrainedConfig) -> Arithmetic:
     """Of a decoder with this config, from its parameters' shapes."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     head = model.get_output_embeddings()
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     tables.add(id(head.weight))

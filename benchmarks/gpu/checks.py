@@ -1,7 +1,7 @@
 """Correctness on this device: fast paths against plain ones, with random weights.
 
-A bound is what rounding explains in a precision; a fault makes 0.01 nats and more. In float64, where nothing but
-a fault and such norms are left, it is tight. `conch/models/attention.py` has those of half precision.
+A bound is what rounding explains in a precision; a fault makes 0.01 nats and more. In float64, where nothing
+but a fault and such norms are left, it is tight. `conch/models/attention.py` has those of half precision.
 
 Legend: B samples, R response tokens, V vocabulary.
 """
@@ -54,11 +54,12 @@ NOT_INSTALLED, NOT_HERE = "not installed", "not on this device"
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 _LOGPROB = {torch.float64: 1e-5, torch.float32: 1e-3}
-"""Nats between two ways to the same log-prob of a token. Samplers report float32, of float64 models as well."""
+"""Nats between two ways to the same log-prob of a token. Samplers report float32, of float64 models as
+well."""
 _LOSS = {torch.float64: 1e-7, torch.float32: 1e-5, torch.bfloat16: 0.01, torch.float16: 0.01}
 _GRADIENT = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
-"""Relative: of the loss, and of the gradient's distance by the gradient's size. Llama takes its norms and angles
-in float32 whatever its weights are in."""
+"""Relative: of the loss, and of the gradient's distance by the gradient's size. Llama takes its norms and
+angles in float32 whatever its weights are in."""
 
 
 def _logprob_bound(dtype: torch.dtype) -> float:
@@ -156,8 +157,8 @@ def compare_greedy(ours: Sequence[Rollout], plain: Sequence[Greedy], bound: floa
 
 
 def check_prompts(vocab_size: int, count: int, longest: int) -> list[Prompt]:
-    """Prompts of all lengths up to `longest` and more, whose responses have all lengths up to it; the last two
-    are equal."""
+    """Prompts of all lengths up to `longest` and more, whose responses have all lengths up to it; the last
+    two are equal."""
     draw = random.Random(1)
     ids = [
         counted_prompt(draw, draw.randint(2, 2 * longest), draw.randint(1, longest), longest, vocab_size)
@@ -173,13 +174,14 @@ def engine_rollouts(
     longest: int,
     slots: int,
     processors: Sequence[LogitsProcessor],
-) -> list[Rollout]:
-    """Conch's own engine, greedy."""
+) -> tuple[list[Rollout], bool]:
+    """Greedy completions of Conch's own engine, and whether it sampled them in slots."""
     config = GenerationConfig(max_new_tokens=longest, chunk_size=slots)
     engine = HFEngine(
         lambda: model, tokenizer, config, version=lambda: 0, processors=lambda: nullcontext(processors)
     )
-    return [rollout for chunk in engine.generate(prompts, greedy=True) for rollout in chunk]
+    rollouts = [rollout for chunk in engine.generate(prompts, greedy=True) for rollout in chunk]
+    return rollouts, engine.takes_joining(prompts)
 
 
 def slots(device: str, small: bool, _folder: Path) -> list[Line]:
@@ -193,12 +195,17 @@ def slots(device: str, small: bool, _folder: Path) -> list[Line]:
         for dtype in _DTYPES:
             model, bound = build(config, device, dtype), _logprob_bound(dtype)
             processors = [CountDown(longest)]
-            ours = engine_rollouts(model, tokenizer, prompts, longest, len(prompts) // 3, processors)
+            ours, in_slots = engine_rollouts(
+                model, tokenizer, prompts, longest, len(prompts) // 3, processors
+            )
             figures = compare_greedy(ours, plain_greedy(model, prompts, longest, processors), bound)
             bounds = {"rows that differ": 0, "largest log-prob distance": bound}
             if dtype == torch.float64:
                 bounds["ties"] = 0
-            lines.append(judged(f"slots, {family}, {_name(dtype)}", figures, bounds))
+            line = judged(f"slots, {family}, {_name(dtype)}", figures, bounds)
+            if not in_slots:
+                line = Line(line.name, FAILED, {**line.figures, "sampled": "chunk by chunk, without slots"})
+            lines.append(line)
     return lines
 
 
@@ -312,8 +319,8 @@ def check_samples(vocab_size: int, small: bool) -> list[TokenizedSample]:
 
 
 def packing(device: str, small: bool, _folder: Path) -> list[Line]:
-    """Packed rows against padded ones: losses, log-probs and gradients of SFT and of RL, where responses share
-    their prompt."""
+    """Packed rows against padded ones: losses, log-probs and gradients of SFT and of RL, where responses
+    share their prompt."""
     lines = []
     for family in ("gpt2", "llama"):
         config = check_shape(family, small=small)
@@ -478,10 +485,10 @@ def _half_trainer(algorithm: Any, precision: str, device: str, small: bool, fold
 
 def handover(device: str, small: bool, _folder: Path) -> list[Line]:
     """Weights handed to vLLM in this process: it samples as the policy does, before and after a change."""
-    from conch.rollouts.vllm.build import check_installed
-
     if find_spec("vllm") is None:
         return [Line("hand-over to vLLM", NOT_INSTALLED, {"package": "vllm"})]
+    from conch.rollouts.vllm.build import check_installed
+
     try:
         check_installed()
     except ConfigError as error:
@@ -532,3 +539,10 @@ CHECKS: dict[str, Callable[[str, bool, Path], list[Line]]] = {
     "handover": handover,
 }
 """Name -> check(device, small, folder)."""
+
+_PACKAGES = {"flash": tuple(_FLASH.values()), "liger": ("liger_kernel",), "handover": ("vllm",)}
+
+
+def lacks_packages(name: str) -> bool:
+    """True for a check that can say nothing but `not installed`."""
+    return name in _PACKAGES and all(find_spec(package) is None for package in _PACKAGES[name])

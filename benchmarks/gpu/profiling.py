@@ -1,7 +1,7 @@
 """Where a phase's time goes: seconds, the share of it in which nothing ran, and what ran longest.
 
-On a GPU what runs are kernels, copies and fills, as CUPTI saw them; nothing of the host is recorded, so that the
-profiler slows the host little. On a CPU they are torch's operators, those that no other one has called.
+On a GPU what runs are kernels, copies and fills, as CUPTI saw them; nothing of the host is recorded, so that
+the profiler slows the host little. On a CPU they are torch's operators, those that no other one has called.
 """
 
 from __future__ import annotations

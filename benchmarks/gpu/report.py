@@ -7,11 +7,13 @@ from typing import Any
 
 from benchmarks.measuring import cell
 
-_HOW = """\
-Tokens are sampled ones (SFT: all that are read). MFU is the arithmetic that a step needs, without padding and with a
-group's prompt read once, over time and the card's peak: the same numerator on every side. Peak is that of tensors on
-the GPU, weights and optimizer included. Idle is the share of the profiled step in which no kernel, copy or fill ran;
-on a CPU that in which no operator of torch's did, and peak is that of the process."""
+_HOW = (
+    "Tokens are sampled ones (SFT: all that are read). MFU is the arithmetic that a step needs, without "
+    "padding and with a group's prompt read once, over time and the card's peak: the same numerator on "
+    "every side. Peak is that of tensors on the GPU, weights and optimizer included. Idle is the share of "
+    "the profiled step in which no kernel, copy or fill ran; on a CPU that in which no operator of torch's "
+    "did, and peak is that of the process."
+)
 
 
 def markdown(report: Mapping[str, Any]) -> str:

@@ -1,9 +1,10 @@
-"""Steps of Conch and of plain transformers, whole and phase by phase. TRL's are in `benchmarks/gpu/trl_side.py`.
+"""Steps of Conch and of plain transformers, whole and phase by phase. TRL's are in
+`benchmarks/gpu/trl_side.py`.
 
 All sides compute in bfloat16 by autocast from float32 weights on a GPU, in float32 on a CPU, with the same
-weights, rows, lengths, losses and fused AdamW. The plain side is what a user would write: rows padded, `generate`
-for all of them at once, one response a row, log-probs of the response's columns alone; the advantages' few sums
-are Conch's own functions.
+weights, rows, lengths, losses and fused AdamW. The plain side is what a user would write: rows padded,
+`generate` for all of them at once, one response a row, log-probs of the response's columns alone; the
+advantages' few sums are Conch's own functions.
 
 Legend: B rows, T columns (prompt padded left, R response padded right).
 """
@@ -167,7 +168,7 @@ def check_tokens(work: Work, sampled: int) -> None:
         )
 
 
-# --------------------------------------------------------------------------------------------------- the plain
+# -------------------------------------------------------------------------------------------------- the plain
 
 
 def plain_side(work: Work, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, device: str) -> Side:
