@@ -144,7 +144,9 @@ def _child(part: str, arguments: argparse.Namespace, file: Path, log: Path, *, f
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
+        sys.stdout, sys.stderr = (
+            os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2)
+        )
         if fresh:
             os.chdir(ROOT)
             told = ["--device", arguments.device, *(["--small"] if arguments.small else [])]
