@@ -392,8 +392,10 @@ def liger(device: str, small: bool, _folder: Path) -> list[Line]:
     plain = [rl_outputs(model, batch, dtype, device) for dtype in dtypes]
     apply_liger(model)
     fast = [rl_outputs(model, batch, dtype, device) for dtype in dtypes]
-    rows = zip(dtypes, fast, plain, strict=True)
-    return [judged_pair(f"liger, llama, {_name(dtype)}", *pair, dtype) for dtype, *pair in rows]
+    return [
+        judged_pair(f"liger, llama, {_name(dtype)}", found, expected, dtype)
+        for dtype, found, expected in zip(dtypes, fast, plain, strict=True)
+    ]
 
 
 # -------------------------------------------------------------------------------------------- half precision

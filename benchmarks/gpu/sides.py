@@ -184,7 +184,12 @@ def plain_side(work: Work, model: PreTrainedModel, tokenizer: PreTrainedTokenize
         "rewards and batch": online.rewards,
         "update": online.update,
     }
-    return Side(lambda: [run() for run in phases.values()] and None, phases)
+
+    def step() -> None:
+        for run in phases.values():
+            run()
+
+    return Side(step, phases)
 
 
 def _autocast(device: str) -> AbstractContextManager[Any]:
@@ -321,13 +326,14 @@ class _PlainRL:
         self, model: PreTrainedModel, now: _Rows, rows: Int[Tensor, " b"]
     ) -> tuple[Float[Tensor, "b R"], Float[Tensor, "b R"]]:
         """Log-probs and values of the response tokens of some rows."""
-        num_response = now.response_mask.shape[1]
+        num_response, head = now.response_mask.shape[1], model.get_output_embeddings()
+        assert head is not None
         ids, mask = now.ids[rows], now.mask[rows]
         with _autocast(self._device):
             states = model.base_model(
                 input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
             ).last_hidden_state[:, -num_response - 1 : -1]
-            logits = model.get_output_embeddings()(states)
+            logits = head(states)
             values = self._value_head(states).squeeze(-1).float()
         logprobs = logits.float().log_softmax(dim=-1)
         return logprobs.gather(2, ids[:, -num_response:].unsqueeze(2)).squeeze(2), values

@@ -47,7 +47,7 @@ class Timer(TrainerCallback):
         synchronize(self._device)
         self._started = time.perf_counter()
 
-    def on_step_end(self, _args: Any, _state: Any, control: Any, **__: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note a step's seconds; after the recorded one nothing follows."""
         synchronize(self._device)
         seconds = time.perf_counter() - self._started
