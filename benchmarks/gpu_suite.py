@@ -35,10 +35,10 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault(
-    "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
-)  # asking for GPUs must not start CUDA before forks
+# So that libraries that look for a GPU when they are imported do not start CUDA, which no fork survives.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
+import psutil
 import torch
 
 from benchmarks.gpu import cards
@@ -51,9 +51,10 @@ from benchmarks.measuring import ROOT
 from conch.atomic_files import replace_text
 from conch.errors import ConchError
 
-SIDES = ("conch", "plain", "trl")
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.05
+_CARD_S = 60.0
+"""Longest time to try the device out; CUDA that does not live through a fork may hang instead of failing."""
 
 
 @dataclass(frozen=True)
@@ -188,15 +189,16 @@ class Runner:
         Raises:
             ConchError: nothing can be computed there.
         """
-        found = self.run("card")
-        if not found.get("complete") and not self._fresh:
-            self._fresh = True
-            found = self.run("card")
+        found = self.run("card", _CARD_S)
         if not found.get("complete"):
-            raise ConchError(f"nothing can be computed on {self._arguments.device}: {found.get('error')}")
+            self._fresh = True
+            found = self.run("card", _CARD_S)
+        if not found.get("complete"):
+            why = found.get("error", f"no answer within {_CARD_S:.0f} s")
+            raise ConchError(f"nothing can be computed on {self._arguments.device}: {why}")
         return {**found, "processes": "fresh" if self._fresh else "forked"}
 
-    def run(self, name: str) -> dict[str, Any]:
+    def run(self, name: str, limit_s: float = float("inf")) -> dict[str, Any]:
         """What a part found, with its `seconds`; `error` where it failed, `cut_off` where its time was
         over."""
         file, log = self._folder / f"{name}.json", self._folder / f"{name}.log"
@@ -206,7 +208,7 @@ class Runner:
         if child == 0:
             _child(name, self._arguments, file, log, fresh=self._fresh)
         self._group = child
-        code = self._wait(child)
+        code = self._wait(child, min(self._until, started + limit_s))
         found: dict[str, Any] = {}
         if file.exists():
             found = json.loads(file.read_text(encoding="utf-8"))
@@ -217,14 +219,14 @@ class Runner:
             found["error"] = _last_line(log) or f"ended with code {code}"
         return found
 
-    def _wait(self, child: int) -> int | None:
+    def _wait(self, child: int, until: float) -> int | None:
         """Exit code of a child; None where it was killed because the time was over."""
         while True:
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 self._end_group(child)  # what it started itself
                 return os.waitstatus_to_exitcode(status)
-            if self.left_s <= 0:
+            if time.monotonic() >= until:
                 self.kill()
                 return None
             time.sleep(_POLL_S)
@@ -266,13 +268,17 @@ def missing(part: Part) -> str | None:
     return None if rest[0] in TRAINERS else "TRL has no such trainer"
 
 
-def run_suite(arguments: argparse.Namespace, parts: Sequence[Part], out: Path) -> dict[str, Any]:
+def run_suite(
+    arguments: argparse.Namespace, parts: Sequence[Part], out: Path, began: float | None = None
+) -> dict[str, Any]:
     """Run the parts, and write the report after each.
+
+    began: `time.monotonic()` that the budget counts from; None for now.
 
     Raises:
         ConchError: the device cannot be used.
     """
-    started = time.monotonic()
+    started = time.monotonic() if began is None else began
     (out / "parts").mkdir(parents=True, exist_ok=True)
     runner = Runner(arguments, out / "parts", started + arguments.budget_s)
     report: dict[str, Any] = {
@@ -341,12 +347,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 with the report on stdout; 1 where a check or a part failed, or the device cannot be
-    used."""
+    """Exit code 0 with the report on stdout; 1 where a check or a part failed, or nothing can be computed."""
     arguments = _parser().parse_args(argv)
     arguments.argv = list(sys.argv[1:] if argv is None else argv)
     # One card: with several in sight, transformers' own trainer would spread a batch over all of them.
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     os.environ["CUDA_VISIBLE_DEVICES"] = "" if arguments.device == "cpu" else visible.split(",")[0]
     if arguments.alone is not None:
         run_part(arguments.alone[0], arguments.device, arguments.small, Path(arguments.alone[1]))
@@ -354,7 +359,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _leave)
     try:
         parts = chosen(plan(arguments.device, small=arguments.small), arguments.only)
-        report = run_suite(arguments, parts, arguments.out.absolute())
+        imports_s = time.time() - psutil.Process().create_time()  # they count as well
+        report = run_suite(arguments, parts, arguments.out.absolute(), time.monotonic() - imports_s)
     except (ConchError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
