@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessor, PreTrainedTokenizerFast
 
 from benchmarks.checkpoint import byte_pairs
 from benchmarks.forced_lengths import EndAt
@@ -127,7 +127,7 @@ def case_of(name: str, data: Path | None, *, small: bool = False) -> Case:
     return dialogue_case(data)
 
 
-def forced_engine(trainer: PPOTrainer | GRPOTrainer, end_at: EndAt) -> HFEngine:
+def forced_engine(trainer: PPOTrainer | GRPOTrainer, end_at: LogitsProcessor) -> HFEngine:
     """The trainer's own engine, but for rows that end where `end_at` lets them."""
     return HFEngine(
         lambda: trainer.policy.lm,
