@@ -502,8 +502,7 @@ def _reward(config: ExampleConfig) -> list[Became]:
 
 def _watches(config: ExampleConfig) -> bool:
     """Whether the dataset's verifier is not the reward, and watches in evaluations."""
-    reward = config.reward
-    return bool(reward.url or reward.function or reward.members or reward.replay)
+    return config.reward.replay is not None or bool(set(config.reward.named_by) - {"verifier"})
 
 
 def _unused_checks(config: ExampleConfig) -> dict[str, str]:
