@@ -17,6 +17,7 @@ from conch.addresses import host_and_port
 from conch.config import RolloutConfig
 from conch.config.rollout import RayConfig
 from conch.errors import ConfigError, install_extra
+from conch.rollouts.ray.access import check_token
 from conch.rollouts.vllm.build import check_installed as check_vllm
 
 LEAST_RELEASE = (2, 60)
@@ -54,7 +55,7 @@ class Share:
 
 
 def check_ray(config: RolloutConfig) -> None:
-    """Check Ray's release, and the machine or the cluster's address.
+    """Check Ray's release, and the machine or the cluster's address and token.
 
     Raises:
         ConfigError: names what is missing, and the remedy.
@@ -64,6 +65,7 @@ def check_ray(config: RolloutConfig) -> None:
         check_vllm("rollout.ray.engine=vllm", "rollout.ray.engine=transformers")
     if config.ray.address is not None:
         check_address(config.ray.address)
+        check_token(config.ray.address)
         return
     share_of_machine(config.ray)
     if config.ray.object_store_memory is not None:
