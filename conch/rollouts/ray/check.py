@@ -183,15 +183,34 @@ def store_bytes(config: RayConfig, weight_bytes: int) -> int:
     weight_bytes: of the policy's weights.
 
     Raises:
-        ConfigError: shared memory has not so much room.
+        ConfigError: shared memory has not so much room, or what was set holds less than the weights.
     """
     if config.object_store_memory is not None:
         size, why = int(config.object_store_memory), "`rollout.ray.object_store_memory`"
+        check_room(size, weight_bytes, why, "raise it, or leave it out for room for four copies")
     else:
         size, why = 4 * weight_bytes, "room for four copies of the policy"
     size = max(size, LEAST_STORE_BYTES)
     check_shared_memory(size, why)
     return size
+
+
+def check_room(size: int, weight_bytes: int, what: str, remedy: str) -> None:
+    """Refuse an object store that does not hold the policy once: Ray would write each version of the weights
+    to the disk instead, and say nothing.
+
+    size: of the object store, in bytes.
+    what: names it.
+    remedy: how to make it larger.
+
+    Raises:
+        ConfigError: it is too small.
+    """
+    if size < weight_bytes:
+        raise ConfigError(
+            f"{what} = {size / 2**20:.0f} MiB does not hold the policy's weights, "
+            f"{weight_bytes / 2**20:.0f} MiB, which go to the samplers through it: {remedy}"
+        )
 
 
 def check_shared_memory(size: int, why: str) -> None:

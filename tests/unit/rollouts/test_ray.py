@@ -127,6 +127,25 @@ def test_shared_memory_that_is_too_small_is_refused() -> None:
     assert check.store_bytes(ray_config().ray, 2**26) == 2**28
 
 
+def test_store_that_does_not_hold_the_weights_once_is_refused() -> None:
+    """Ray would take them, and write each version to the disk."""
+    small = ray_config(object_store_memory="100MiB").ray
+    told = (
+        r"^`rollout\.ray\.object_store_memory` = 100 MiB does not hold the policy's weights, 128 MiB, which "
+        r"go to the samplers through it: raise it, or leave it out for room for four copies$"
+    )
+    with pytest.raises(ConfigError, match=told):
+        check.store_bytes(small, 2**27)
+    assert check.store_bytes(small, 100 * 2**20) == 100 * 2**20
+
+
+def test_store_of_a_cluster_that_runs_is_not_set_here() -> None:
+    with pytest.raises(
+        ConfigError, match=r"`object_store_memory` .* `ray start --object-store-memory=BYTES`"
+    ):
+        ray_config(address="head:6379", object_store_memory="1GiB")
+
+
 def test_address_that_does_not_answer_is_refused_within_seconds() -> None:
     begin = time.monotonic()
     message = refusal(address=f"127.0.0.1:{free_port()}")
