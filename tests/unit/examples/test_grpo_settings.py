@@ -305,6 +305,8 @@ def test_what_a_message_offers_holds() -> None:
         ("reward.judge={url: 'http://h:8001/v1', model: m}", "evaluation.verifier", "gsm8k"),
         ("reward.judge={file: judge.yaml}", "reward.verifier", None),
         ("reward.judge={file: judge.yaml}", "evaluation.verifier", "gsm8k"),
+        ("reward.members={a: 'h:1/m', gsm8k: 'verifier:gsm8k'}", "evaluation.verifier", None),
+        ("reward.members={gsm8k: 'h:1/m', a: 'verifier:gsm8k'}", "evaluation.verifier", "gsm8k"),
         ("reward.gsm8k.extractor=strict", "evaluation.verifier", None),
         ("inference_model.temperature=0.8", "generation.temperature", 0.8),
         ("inference_model.top_p=0.9", "generation.top_p", 0.9),
