@@ -14,7 +14,7 @@ import torch
 from conch.atomic_files import replace_text
 from conch.config import RewardConfig, Section
 from conch.converters.to_triton import to_triton
-from conch.errors import ServerStartError
+from conch.errors import ConfigError, ServerStartError
 from conch.log import get_logger
 from conch.rewards.base import sources_closed_on_failure
 from conch.serving.server.server import ServerOptions, TritonServer
@@ -73,6 +73,11 @@ def served_reward(config: RewardConfig, hosted: HostedConfig) -> Iterator[str]:
 
 @contextmanager
 def _named_or_hosted(config: RewardConfig, hosted: HostedConfig) -> Iterator[str]:
+    if others := [key for key in config.named_by if key != "url"]:
+        raise ConfigError(
+            f"`reward.{others[0]}` is no server, and this example learns from a served reward model: give "
+            "`reward.url=host:port/model`, or leave it out and have one hosted"
+        )
     told = config.url or os.environ.get("TRITON_HOST")
     if told:
         yield told

@@ -223,6 +223,21 @@ class RewardConfig(Section):
     """A language model that is asked for its opinion, instead of a served reward model; docs/judges.md. As
     one of several `members`, write `judge:FILE.yaml`."""
 
+    @property
+    def named_by(self) -> tuple[str, ...]:
+        """Keys of this section that name what gives the rewards: one at most, and none where TRITON_HOST may.
+
+        `replay` is none of them: it stands in for whatever is named.
+        """
+        sources = {
+            "url": self.url,
+            "function": self.function,
+            "verifier": self.verifier,
+            "members": self.members,
+            "judge": self.judge.is_set,
+        }
+        return tuple(key for key, source in sources.items() if source)
+
     @model_validator(mode="after")
     def _dense_fits(self) -> RewardConfig:
         if self.dense and self.delta:

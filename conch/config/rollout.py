@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ByteSize, Field
+from pydantic import BeforeValidator, ByteSize, Field, model_validator
 
 from conch.config.auth import AuthConfig
 from conch.config.base import Section
@@ -62,10 +62,19 @@ class RayConfig(Section):
 
     object_store_memory: ByteSize | None = Field(default=None, gt=0)
     """Shared memory that a cluster of this run's own takes, in bytes or as `2GiB`. None takes room for four
-    copies of the policy."""
+    copies of the policy. Of a cluster at `address`, `ray start --object-store-memory` says it."""
 
     start_timeout_s: float = Field(default=300.0, gt=0)
     """Longest time until the cluster answers and all actors are placed and have loaded the model."""
+
+    @model_validator(mode="after")
+    def _store_is_its_own(self) -> RayConfig:
+        if self.address is not None and self.object_store_memory is not None:
+            raise ValueError(
+                "`object_store_memory` is of a cluster that the run starts, and `address` names one that "
+                "runs: leave one of them out; `ray start --object-store-memory=BYTES` sets it there"
+            )
+        return self
 
 
 class RolloutConfig(VLLMSettings):

@@ -93,7 +93,8 @@ class LocalReward:
         """What metrics call the reward: its model, verifier or function; "reward" where it has no name."""
         reward, config = self.reward, self.config
         if reward is None:
-            word = config.function or config.verifier or config.url or os.environ.get("TRITON_HOST") or ""
+            named = config.function or config.verifier or config.url or ""
+            word = named if config.named_by else os.environ.get("TRITON_HOST", "")
         else:
             word = reward if isinstance(reward, str) else getattr(reward, "__name__", None)
             word = word or getattr(reward, "name", None) or "reward"

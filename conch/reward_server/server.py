@@ -183,9 +183,8 @@ def _sources(config: RewardServerConfig) -> Iterator[tuple[str, RewardSource]]:
             yield name, _source(word, config)
         return
     own = config.source
-    named = any((own.url, own.function, own.verifier, own.members, own.judge.is_set))
-    word = config.reward or (None if named else _word_of_environment())
-    if word is None and not named:
+    word = config.reward or (None if own.named_by else _word_of_environment())
+    if word is None and not own.named_by:
         raise ConfigError(
             "`reward` is missing: give `reward=host:8001/model`, `reward=verifier:gsm8k` or what else gives "
             "rewards; --help lists the ways"

@@ -7,8 +7,6 @@ from pydantic import Field, model_validator
 from conch.config import RewardClientConfig, RewardConfig, RewardFailureConfig
 from conch.servers.settings import ListenSettings
 
-_NAMING = ("url", "function", "verifier", "members")
-
 
 class RewardServerConfig(ListenSettings):
     """Settings of a server that gives rewards to other trainers over HTTP."""
@@ -62,10 +60,8 @@ class RewardServerConfig(ListenSettings):
 
     @model_validator(mode="after")
     def _one_way_to_name_rewards(self) -> RewardServerConfig:
-        named = [name for name in _NAMING if getattr(self.source, name)]
-        named += ["judge"] if self.source.judge.is_set else []
         ways = [name for name in ("reward", "rewards") if getattr(self, name)]
-        ways += [f"source.{name}" for name in named]
+        ways += [f"source.{name}" for name in self.source.named_by]
         if len(ways) > 1:
             raise ValueError(
                 f"`{ways[0]}` and `{ways[1]}` both name what gives the rewards: give one of them"

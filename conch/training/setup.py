@@ -297,8 +297,7 @@ def eval_source(
 
 def _is_named(reward: UserReward | Mapping[str, UserReward] | None, config: RewardConfig) -> bool:
     """Whether the user gives a reward, other than by TRITON_HOST."""
-    named = (reward, config.url, config.function, config.verifier, config.replay)
-    return bool(config.members) or config.judge.is_set or any(name is not None for name in named)
+    return reward is not None or config.replay is not None or bool(config.named_by)
 
 
 def checked_source(

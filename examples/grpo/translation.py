@@ -15,6 +15,7 @@ from typing import Any
 
 from conch.config import Section, load
 from conch.config.base import nested_section
+from conch.config.reward import VERIFIER
 from conch.errors import ConfigError, install_extra
 from conch.trainers.async_grpo import AsyncGRPORunConfig
 from conch.trainers.grpo import GRPORunConfig
@@ -489,6 +490,8 @@ def at_once_of_each(config: ExampleConfig, copies: int) -> int:
 def _reward(config: ExampleConfig) -> list[Became]:
     reward = config.reward
     made = [Became(f"reward.{name}", f"reward.{name}", value) for name, value in _leaves(_dumped(reward))]
+    if reward.members.get(config.env.dataset) == VERIFIER + config.env.dataset:
+        return made  # a member's figures have the names that those of what watches would have
     if _watches(config):
         checks = [item for item in made if item.name.startswith(_CHECKS)]
         made += [
@@ -502,14 +505,13 @@ def _reward(config: ExampleConfig) -> list[Became]:
 
 def _watches(config: ExampleConfig) -> bool:
     """Whether the dataset's verifier is not the reward, and watches in evaluations."""
-    reward = config.reward
-    return bool(reward.url or reward.function or reward.members or reward.replay)
+    return config.reward.replay is not None or bool(set(config.reward.named_by) - {"verifier"})
 
 
 def _unused_checks(config: ExampleConfig) -> dict[str, str]:
     """Settings of the verifiers that check nothing here, with the reason."""
     reward = config.reward
-    learns = {word.removeprefix("verifier:") for word in reward.members.values()}
+    learns = {word.removeprefix(VERIFIER) for word in reward.members.values()}
     learns |= set() if _watches(config) else {reward.verifier or config.env.dataset}
     reasons: dict[str, str] = {}
     given = {"gsm8k": _dumped(reward.gsm8k), "ifeval": _dumped(reward.ifeval)}

@@ -15,13 +15,16 @@ import torch
 import yaml
 
 from conch.cli import run_main
-from tests.runs import async_grpo_trainer, grpo_trainer
+from tests.runs import async_grpo_trainer, grpo_trainer, policy
 
 TRAIN = {"total_steps": 12, "resume": "auto"}
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train, or go on with what stands in RUN_DIR; `synchronous=true` waits for each step's samples."""
+    """Train, or go on with what stands in RUN_DIR.
+
+    `synchronous=true` waits for each step's samples; `dtype=float32` is of the policy's weights.
+    """
     run_dir, addresses, *overrides = argv
     torch.set_num_threads(1)
     settings: dict[str, Any] = {"train": {**TRAIN}, "rollout": {"urls": addresses}}
@@ -31,7 +34,8 @@ def main(argv: Sequence[str]) -> None:
         values = settings.setdefault(section, {}) if section else settings
         values[key] = yaml.safe_load(value)
     make = grpo_trainer if settings.pop("synchronous", False) else async_grpo_trainer
-    with closing(make(Path(run_dir), **settings)) as trainer:
+    lm = policy(dtype=getattr(torch, settings.pop("dtype", "float64")))
+    with closing(make(Path(run_dir), lm=lm, **settings)) as trainer:
         trainer.fit()
 
 

@@ -1,6 +1,8 @@
 """A run that samples in an actor of Ray: prints Ray's folder and the steps' rewards.
 
-RUN_DIR STEPS [close|stay]    `stay` trains asynchronously until it is ended from outside
+RUN_DIR STEPS [close|stay|train] [ADDRESS]
+
+`train` trains asynchronously, `stay` does until it is ended from outside. ADDRESS: of a cluster to join.
 """
 
 from __future__ import annotations
@@ -24,6 +26,10 @@ def main() -> None:
     rollout = {"engine": "ray", "ray": settings}
     if end == "stay":
         stay(async_grpo_trainer(run_dir, rollout=rollout, train={"total_steps": 10**6}))
+    if end == "train":
+        with closing(async_grpo_trainer(run_dir, rollout=rollout, train={"total_steps": steps})) as run:
+            run.fit()
+        return
     trainer = grpo_trainer(run_dir, rollout=rollout)
     tell_folder(trainer)
     for step in range(steps):

@@ -1,4 +1,7 @@
-"""A run of GRPO on letters that a sweep starts: `python -m tests.integration.sweep_run -m key=a,b`."""
+"""A run of GRPO on letters that a sweep starts: `python -m tests.integration.sweep_run -m key=a,b`.
+
+The reward is the share of the letter a, or what `reward.url` serves.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,8 @@ def main(argv: Sequence[str]) -> None:
     """Command line: `key=value` overrides of `letters.yaml`."""
     config = load_run_config(GRPORunConfig, argv, default_name="letters", config_dir=CONFIGS)
     torch.set_num_threads(1)
-    trainer = GRPOTrainer(config, reward=share_of_a, prompts=list(LETTERS), tokenizer=char_tokenizer(LETTERS))
+    reward = share_of_a if config.reward.url is None else None
+    trainer = GRPOTrainer(config, reward=reward, prompts=list(LETTERS), tokenizer=char_tokenizer(LETTERS))
     trainer.fit()
     trainer.close()
 

@@ -68,6 +68,27 @@ def typed(there: Path, scratch: Path, *words: str, code: int = 0, program: Seque
     return shown
 
 
+def test_it_trains_on_what_an_actor_of_ray_samples_meanwhile(there: Path, scratch: Path) -> None:
+    """A reward that tells random completions apart, so that both steps change the weights."""
+    (there / "rewards.py").write_text(
+        "def letters(outputs, **_):\n    return [float(sum(map(ord, output))) for output in outputs]\n"
+    )
+    often = "train.checkpoint_frequency=1"
+    shown = typed(there, scratch, "reward.function=rewards.py:letters", PROBLEMS, *SHORT, often)
+    assert "sampling      simulated device 1" in shown and "tokens are at most 1 step old" in shown
+    run = only_run(there)
+    check_outputs(run, (1, 2), overlaps=True)
+    lines = metrics_of(run)
+    assert all(line["train/grad_norm"] > 0 for line in lines)
+    assert lines[0]["staleness/max"] == 0 and lines[1]["staleness/max"] <= 1
+    one, two = (
+        torch.load(run / f"checkpoints/checkpoint_{step}.pt", weights_only=True)["model"] for step in (1, 2)
+    )
+    assert any(not torch.equal(one[name], two[name]) for name in two)
+    settings = yaml.safe_load((run / "config.yaml").read_text())["rollout"]
+    assert (settings["engine"], settings["ray"]["engine"]) == ("ray", "transformers")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "plan"),

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2LMHeadModel
 
 from conch.config import GenerationConfig, RolloutConfig, load
-from conch.errors import ConfigError, RolloutUnavailableError
-from conch.rollouts.protocol import Health, WeightUpdate
+from conch.errors import ConfigError, RolloutError, RolloutUnavailableError
+from conch.rollouts.protocol import Health, WeightUpdate, WeightVersion
 from conch.rollouts.ray.check import LEAST_STORE_BYTES, Share, check_address
-from conch.rollouts.ray.client import RayClient
+from conch.rollouts.ray.client import RayClient, SharedWeights
 from conch.rollouts.ray.cluster import Cluster
 from conch.rollouts.ray.janitor import processes_of
 from conch.rollouts.ray.samplers import RaySamplers
@@ -29,7 +30,7 @@ from conch.types import Prompt
 from tests.footprint import wait_until
 from tests.launches import ROOT, accelerate, finish, kill_all, start
 from tests.runs import TOKENIZER, async_grpo_trainer, grpo_trainer, parameters, policy
-from tests.tiny import tiny_decoder
+from tests.tiny import tiny_decoder, tiny_gpt2_config
 
 PROMPTS = [Prompt("ab", (0, 1)), Prompt("c", (2,))] * 600
 CLOCKED = ("time/", "reward/latency", "reward/wait", "reward/hidden")
@@ -106,6 +107,36 @@ def test_actor_that_does_not_answer_is_a_sentence(samplers: RaySamplers) -> None
     client: RayClient = samplers.clients[0]
     with pytest.raises(RolloutUnavailableError, match=r"^sampler-0 does not answer: no answer for 0\.001 s$"):
         client._call("more", 10**6, timeout_s=0.001)
+
+
+@pytest.mark.parametrize("name", ["ObjectStoreFullError", "OutOfDiskError"])
+def test_weights_that_find_no_room_are_a_sentence(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Ray falls back to the disk where its store is full, so that it is the disk which is full in the end."""
+    import ray
+    from ray import exceptions
+
+    def full(_value: object) -> None:
+        raise getattr(exceptions, name)("Failed to put object")
+
+    monkeypatch.setattr(ray, "put", full)
+    update = WeightUpdate(weights=WeightVersion(source="run", version=3), handed=True)
+    told = (
+        r"^the weights, 2 MiB, fit neither .* raise `rollout\.ray\.object_store_memory` \(of a cluster .*\)$"
+    )
+    with pytest.raises(RolloutError, match=told) as caught:
+        SharedWeights().ref(update, {"w": torch.zeros(2**19)})
+    assert "\n" not in str(caught.value) and name in str(caught.value)
+
+
+def test_weights_that_the_store_does_not_hold_are_refused_before_an_actor_starts(cluster: Cluster) -> None:
+    ray = {"num_cpus": 0.25, "num_gpus": 0, "address": cluster.address.address}
+    config = load(RolloutConfig, {"engine": "ray", "ray": ray})
+    large = GPT2LMHeadModel(tiny_gpt2_config(TOKENIZER, vocab_size=2**20))
+    told = r"^Ray's object store at \S+ = 80 MiB does not hold the policy's weights, \d+ MiB, .*`ray start"
+    with pytest.raises(ConfigError, match=told):
+        RaySamplers.start(config, large, TOKENIZER, large.dtype, None)
 
 
 def test_more_than_the_cluster_has_is_refused_with_the_sum(

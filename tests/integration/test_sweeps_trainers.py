@@ -1,4 +1,5 @@
-"""Sweeps of trainers: `conch train`, launchers inside a sweep, one reward function for all jobs."""
+"""Sweeps of trainers: `conch train`, launchers inside a sweep, one reward function or served model for all
+jobs."""
 
 from __future__ import annotations
 
@@ -8,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from conch.rewards.replay import REWARDS_FILE, sha256_of_sample
+from conch.triton.contract import RewardModelSpec
+from tests.fakes.triton_server import FakeTriton
 from tests.integration.sweeps import (
     LETTERS,
     assert_equal,
@@ -50,6 +54,30 @@ def test_conch_train_is_swept_and_each_job_is_a_run_of_its_own(tmp_path: Path) -
         ]
         assert float(row["value"]) == min(losses)
         assert (tmp_path / "s" / row["job"] / "checkpoints" / "step_3").is_dir()
+
+
+def test_jobs_share_a_served_reward_model_which_outlives_those_that_end(tmp_path: Path) -> None:
+    """A job of one step and one of three, at once: each has the scores of its own samples."""
+    lengths, completions = (1, 3), 4 * 4
+    words = ["train.total_steps=1,3", "sweep.jobs=2", "train.eval_every=0", "reward.record=true"]
+    with FakeTriton(RewardModelSpec("rm"), lambda text: [float(text.count("a"))]) as served:
+        run(LETTERS, tmp_path / "s", *words, f"reward.url={served.url}")
+    assert states(tmp_path / "s") == ["done", "done"]
+    # Each job asks for a probe before it begins, and for equal samples once.
+    sent = [text for rows in served.requests for text in rows]
+    assert max(lengths) * completions / 2 < len(sent) <= sum(lengths) * completions + len(lengths)
+    expected = {sha256_of_sample(text): float(text.count("a")) for text in sent}
+    for job, steps_of_job in enumerate(lengths):
+        file = tmp_path / "s" / str(job) / REWARDS_FILE
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        assert [line["status"] for line in lines] == ["ok"] * completions * steps_of_job
+        assert [line["scores"]["reward"] for line in lines] == [
+            expected[line["sample_sha256"]] for line in lines
+        ]
+        for step, logged in enumerate(metrics(tmp_path / "s" / str(job)), start=1):
+            scores = [line["scores"]["reward"] for line in lines if line["step"] == step]
+            assert logged["reward/failed_fraction"] == 0
+            assert logged["reward/mean"] == pytest.approx(sum(scores) / completions)
 
 
 @pytest.mark.slow

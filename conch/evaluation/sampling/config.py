@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from conch.config import (
     DataConfig,
     GenerationConfig,
+    JudgeConfig,
     ModelConfig,
     RewardConfig,
     RolloutConfig,
@@ -78,8 +79,8 @@ class BestOfNRunConfig(Section):
     """The proxy, which chooses: one source, or several `members` as `combine` says."""
 
     gold: RewardConfig | None = None
-    """What the choice is judged by; also in short, as `gold=host:port/model`, `verifier:gsm8k` or
-    `file.py:function`. None looks at the proxy alone."""
+    """What the choice is judged by; also in short, as `gold=host:port/model`, `verifier:gsm8k`,
+    `judge:FILE.yaml` or `file.py:function`. None looks at the proxy alone."""
 
     best_of_n: BestOfNConfig = BestOfNConfig()
 
@@ -94,22 +95,24 @@ class BestOfNRunConfig(Section):
             for key in ("dense", "delta", "record", "replay"):
                 if config is not None and getattr(config, key):
                     raise ValueError(f"`{name}.{key}` is for rewards that are learned from: leave it out")
-        if self.gold is not None and not _names(self.gold):
+        if self.gold is None:
+            return self
+        if not self.gold.named_by:
             raise ValueError(
                 "`gold` names no source: give `gold=host:port/model`, `gold.url`, `gold.function`, "
-                "`gold.verifier` or `gold.members`, or leave all of `gold` out"
+                "`gold.verifier`, `gold.judge` or `gold.members`, or leave all of `gold` out"
             )
-        for name in _names(self.gold):
-            if self.gold and shared_reward(name, self.gold, None, self.reward) is not None:
+        for name, source in _sources(self.gold).items():
+            if shared_reward(source, self.gold, None, self.reward) is not None:
                 raise ValueError(
                     f"the gold model is the proxy, {name}: what the proxy chooses must be judged by another"
                 )
         return self
 
 
-def _names(config: RewardConfig | None) -> list[str]:
+def _sources(config: RewardConfig) -> dict[str, str | JudgeConfig]:
     """What a section asks, by its names."""
-    if config is None:
-        return []
     verifier = None if config.verifier is None else VERIFIER + config.verifier
-    return [name for name in (config.url, config.function, verifier, *config.members.values()) if name]
+    words = [name for name in (config.url, config.function, verifier, *config.members.values()) if name]
+    judge = {f"the judge {config.judge.file or config.judge.model}": config.judge}
+    return {word: word for word in words} | (judge if config.judge.is_set else {})

@@ -17,6 +17,7 @@ from conch.addresses import host_and_port
 from conch.config import RolloutConfig
 from conch.config.rollout import RayConfig
 from conch.errors import ConfigError, install_extra
+from conch.rollouts.ray.access import check_token
 from conch.rollouts.vllm.build import check_installed as check_vllm
 
 LEAST_RELEASE = (2, 60)
@@ -54,7 +55,7 @@ class Share:
 
 
 def check_ray(config: RolloutConfig) -> None:
-    """Check Ray's release, and the machine or the cluster's address.
+    """Check Ray's release, and the machine or the cluster's address and token.
 
     Raises:
         ConfigError: names what is missing, and the remedy.
@@ -64,6 +65,7 @@ def check_ray(config: RolloutConfig) -> None:
         check_vllm("rollout.ray.engine=vllm", "rollout.ray.engine=transformers")
     if config.ray.address is not None:
         check_address(config.ray.address)
+        check_token(config.ray.address)
         return
     share_of_machine(config.ray)
     if config.ray.object_store_memory is not None:
@@ -181,15 +183,34 @@ def store_bytes(config: RayConfig, weight_bytes: int) -> int:
     weight_bytes: of the policy's weights.
 
     Raises:
-        ConfigError: shared memory has not so much room.
+        ConfigError: shared memory has not so much room, or what was set holds less than the weights.
     """
     if config.object_store_memory is not None:
         size, why = int(config.object_store_memory), "`rollout.ray.object_store_memory`"
+        check_room(size, weight_bytes, why, "raise it, or leave it out for room for four copies")
     else:
         size, why = 4 * weight_bytes, "room for four copies of the policy"
     size = max(size, LEAST_STORE_BYTES)
     check_shared_memory(size, why)
     return size
+
+
+def check_room(size: int, weight_bytes: int, what: str, remedy: str) -> None:
+    """Refuse an object store that does not hold the policy once: Ray would write each version of the weights
+    to the disk instead, and say nothing.
+
+    size: of the object store, in bytes.
+    what: names it.
+    remedy: how to make it larger.
+
+    Raises:
+        ConfigError: it is too small.
+    """
+    if size < weight_bytes:
+        raise ConfigError(
+            f"{what} = {size / 2**20:.0f} MiB does not hold the policy's weights, "
+            f"{weight_bytes / 2**20:.0f} MiB, which go to the samplers through it: {remedy}"
+        )
 
 
 def check_shared_memory(size: int, why: str) -> None:

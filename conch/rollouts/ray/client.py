@@ -43,10 +43,11 @@ class SharedWeights:
         """Ray's reference to these weights. Those of the version or part before are given up.
 
         Raises:
-            RolloutError: the object store has no room for them, or `close` was called.
+            RolloutError: neither the object store nor the disk that it falls back to has room for them.
+            RolloutUnavailableError: `close` was called.
         """
         import ray
-        from ray.exceptions import ObjectStoreFullError
+        from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 
         key = (update.weights.source, update.weights.version, update.part)
         with self._lock:
@@ -56,10 +57,13 @@ class SharedWeights:
                 self._key = self._ref = None
                 try:
                     self._ref = ray.put(HandedTensors.of(tensors))
-                except ObjectStoreFullError as error:
+                except (ObjectStoreFullError, OutOfDiskError) as error:
+                    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
                     raise RolloutError(
-                        "the weights do not fit into Ray's object store: raise "
-                        f"`rollout.ray.object_store_memory` ({first_line(error)[:_MAX_DETAIL]})"
+                        f"the weights, {size / 2**20:.0f} MiB, fit neither into Ray's object store nor on "
+                        "the disk behind it: raise `rollout.ray.object_store_memory` (of a cluster that is "
+                        "joined, `ray start --object-store-memory`), or free space in the folder for "
+                        f"temporary files ({type(error).__name__}: {first_line(error)[:_MAX_DETAIL]})"
                     ) from error
                 self._key = key
             return self._ref

@@ -21,12 +21,12 @@ from typing import Any
 
 from conch.errors import ConfigError, RolloutUnavailableError, first_line
 from conch.log import get_logger
+from conch.rollouts.ray.access import MODE, TOKEN, TOKEN_PATH, asks_for_token, own_token
 from conch.rollouts.ray.check import Share, spare_gpus
 from conch.rollouts.ray.janitor import FOLDER_VARIABLE, clean_up
 
 _log = get_logger(__name__)
 
-_MODE, _TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
 _BREAKPOINT = "PYTHONBREAKPOINT"
 
 _LONGEST_FOLDER = 36
@@ -111,13 +111,16 @@ class Cluster:
         if _is_connected():
             return cls(address, connected_here=False)
         if address.token:
-            os.environ[_MODE], os.environ[_TOKEN] = "token", address.token
+            os.environ[MODE], os.environ[TOKEN] = "token", address.token
+        elif not os.environ.get(MODE) and own_token()[0] and asks_for_token(address.address):
+            # `ray start` takes up a token that it finds, `ray.init` with an address does not.
+            _turn_tokens_on()
         import ray
 
         with _reported(
             f"the Ray cluster at {address.address} does not let this process in; a cluster with a token "
-            "wants `RAY_AUTH_MODE=token` and the same token here (`~/.ray/auth_token`, or `RAY_AUTH_TOKEN`), "
-            "and each machine of a run `ray start`"
+            "wants the same token here (`~/.ray/auth_token`, or `RAY_AUTH_TOKEN`), and each machine of a run "
+            "`ray start`"
         ):
             ray.init(address=address.address, **_SETTINGS)
         return cls(address, connected_here=True)
@@ -149,7 +152,7 @@ def _gcs_address() -> str:
 
 
 def _own_token() -> str:
-    return os.environ.get(_TOKEN, "") if os.environ.get(_MODE) == "token" else ""
+    return os.environ.get(TOKEN, "") if os.environ.get(MODE) == "token" else ""
 
 
 def _ask_for_token() -> None:
@@ -160,15 +163,24 @@ def _ask_for_token() -> None:
     Raises:
         ConfigError: Ray is imported, and has read them.
     """
-    if os.environ.get(_MODE) != "token":
-        if "ray" in sys.modules:
-            raise ConfigError(
-                "this process imported ray before it asked for a token: set `RAY_AUTH_MODE=token` in its "
-                "environment, or call `ray.init` yourself"
-            )
-        os.environ[_MODE] = "token"
-    if not os.environ.get(_TOKEN) and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        os.environ[_TOKEN] = secrets.token_hex(32)
+    if os.environ.get(MODE) != "token":
+        _turn_tokens_on()
+    if not os.environ.get(TOKEN) and not os.environ.get(TOKEN_PATH):
+        os.environ[TOKEN] = secrets.token_hex(32)
+
+
+def _turn_tokens_on() -> None:
+    """Have Ray show a token, and ask for it.
+
+    Raises:
+        ConfigError: Ray is imported, and has read its mode.
+    """
+    if "ray" in sys.modules:
+        raise ConfigError(
+            "this process imported ray before it asked for a token: set `RAY_AUTH_MODE=token` in its "
+            "environment, or call `ray.init` yourself"
+        )
+    os.environ[MODE] = "token"
 
 
 def _new_folder() -> Path:

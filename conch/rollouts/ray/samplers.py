@@ -19,7 +19,7 @@ from conch.errors import ConfigError, RolloutUnavailableError, first_line
 from conch.rollouts.protocol import LoraCapacity
 from conch.rollouts.ray.actor import SamplerActor
 from conch.rollouts.ray.blueprint import Blueprint, blueprint_of
-from conch.rollouts.ray.check import Share, check_release, share_of_machine, store_bytes
+from conch.rollouts.ray.check import Share, check_release, check_room, share_of_machine, store_bytes
 from conch.rollouts.ray.client import RayClient, SharedWeights
 from conch.rollouts.ray.cluster import Address, Cluster
 
@@ -89,7 +89,7 @@ class RaySamplers:
         cluster, share = _connect(config.ray, weight_bytes)
         end_s = time.monotonic() + config.ray.start_timeout_s
         try:
-            samplers = _make_actors(cluster, config, share, blueprint, end_s)
+            samplers = _make_actors(cluster, config, share, blueprint, end_s, weight_bytes)
         except BaseException:
             cluster.leave()
             raise
@@ -201,10 +201,41 @@ def share_of_cluster(config: RayConfig) -> Share:
     return share
 
 
+def _check_stores(group: Any, weight_bytes: int) -> None:
+    """Refuse a placement on machines of a cluster whose object stores do not hold the policy's weights; this
+    one, from which they are sent, included.
+
+    Raises:
+        ConfigError: names a machine.
+    """
+    import ray
+    from ray.util import placement_group_table
+
+    sender = ray.get_runtime_context().get_node_id()
+    used = {sender, *placement_group_table(group)["bundles_to_node_id"].values()}
+    for node in ray.nodes():
+        if node["NodeID"] in used:
+            check_room(
+                int(node["Resources"].get("object_store_memory", 0)),
+                weight_bytes,
+                f"Ray's object store at {node['NodeManagerAddress']}",
+                "start Ray there with `ray start --object-store-memory=BYTES`, about four times as much",
+            )
+
+
 def _make_actors(
-    cluster: Cluster, config: RolloutConfig, share: Share, blueprint: Blueprint, end_s: float
+    cluster: Cluster,
+    config: RolloutConfig,
+    share: Share,
+    blueprint: Blueprint,
+    end_s: float,
+    weight_bytes: int,
 ) -> RaySamplers:
-    """Place the actors and start them; returns while they build their models."""
+    """Place the actors and start them; returns while they build their models.
+
+    end_s: deadline on the monotonic clock.
+    weight_bytes: of the policy's weights.
+    """
     import ray
     from ray.util import placement_group, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -219,6 +250,11 @@ def _make_actors(
             f"{share.gpus:g} GPUs within `rollout.ray.start_timeout_s` = {config.ray.start_timeout_s:g}: "
             f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs of the cluster are free"
         )
+    try:
+        _check_stores(group, weight_bytes)
+    except ConfigError:
+        remove_placement_group(group)
+        raise
     run = uuid4().hex[:12]
     names = tuple(f"sampler-{number}" for number in range(share.samplers))
     invitation = Invitation(cluster.address, f"conch-{run}", names)

@@ -206,6 +206,9 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_sampled(bench: B
     assert not (bench.folder / "out").exists()
 
 
+JUDGE = {"url": "http://h:8001/v1", "model": "m"}
+
+
 @pytest.mark.parametrize(
     ("reward", "gold", "refused"),
     [
@@ -218,6 +221,8 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_sampled(bench: B
         ),
         ({"verifier": "gsm8k"}, {"verifier": "gsm8k", "gsm8k": {"extractor": "strict"}}, False),
         ({"url": "127.0.0.1:8001/rm"}, {"url": "127.0.0.1:8001/other"}, False),
+        ({"judge": JUDGE}, {"judge": {**JUDGE, "url": "http://other:8001/v1"}}, True),
+        ({"url": "127.0.0.1:8001/rm"}, {"judge": JUDGE}, False),
     ],
 )
 def test_gold_that_is_the_proxy_by_another_name_is_refused(

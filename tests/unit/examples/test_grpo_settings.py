@@ -301,6 +301,12 @@ def test_what_a_message_offers_holds() -> None:
         ("reward.gsm8k.version=torchrl", "reward.verifier", "gsm8k"),
         ("reward.url=host:8001/rm", "reward.verifier", None),
         ("reward.url=host:8001/rm", "evaluation.verifier", "gsm8k"),
+        ("reward.judge={url: 'http://h:8001/v1', model: m}", "reward.verifier", None),
+        ("reward.judge={url: 'http://h:8001/v1', model: m}", "evaluation.verifier", "gsm8k"),
+        ("reward.judge={file: judge.yaml}", "reward.verifier", None),
+        ("reward.judge={file: judge.yaml}", "evaluation.verifier", "gsm8k"),
+        ("reward.members={a: 'h:1/m', gsm8k: 'verifier:gsm8k'}", "evaluation.verifier", None),
+        ("reward.members={gsm8k: 'h:1/m', a: 'verifier:gsm8k'}", "evaluation.verifier", "gsm8k"),
         ("reward.gsm8k.extractor=strict", "evaluation.verifier", None),
         ("inference_model.temperature=0.8", "generation.temperature", 0.8),
         ("inference_model.top_p=0.9", "generation.top_p", 0.9),
@@ -327,7 +333,13 @@ def test_settings_become_those_of_conch(word: str, name: str, value: object) -> 
 
 @pytest.mark.parametrize(
     "reward",
-    ["reward.url=h:1/m", "reward.members={rm: h:1/m, right: 'verifier:gsm8k'}", "reward.function=f.py:score"],
+    [
+        "reward.url=h:1/m",
+        "reward.members={rm: h:1/m, right: 'verifier:gsm8k'}",
+        "reward.function=f.py:score",
+        "reward.judge.file=judge.yaml",
+        "reward.replay=run",
+    ],
 )
 def test_the_verifier_that_watches_checks_as_the_reward_was_told_to(reward: str) -> None:
     how = ("reward.gsm8k.extractor=verl", "reward.gsm8k.last_characters=300")

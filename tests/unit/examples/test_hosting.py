@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from conch.config import ModelConfig, RewardConfig, TokenizerConfig
-from conch.errors import ConversionError, ServerStartError
+from conch.config import ModelConfig, RewardConfig, TokenizerConfig, load
+from conch.errors import ConfigError, ConversionError, ServerStartError
 from examples.byte_pairs import tokenizer_for
 from examples.hosting import HostedConfig, last_gpu, launchers_note, served_reward, tell
 
@@ -20,6 +21,20 @@ def test_a_server_that_is_named_is_taken(monkeypatch: pytest.MonkeyPatch) -> Non
         assert endpoint == "one:8001/a"
     with served_reward(RewardConfig(url="two:8001/b"), HOSTED) as endpoint:
         assert endpoint == "two:8001/b"
+
+
+@pytest.mark.parametrize("key", ["function", "verifier", "members", "judge"])
+def test_another_reward_is_refused_and_not_left_aside(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_HOST", "one:8001/a")
+    values: dict[str, Any] = {
+        "function": "rewards.py:score",
+        "verifier": "gsm8k",
+        "members": {"a": "one:8001/a"},
+        "judge": {"file": "judge.yaml"},
+    }
+    config = load(RewardConfig, {key: values[key]})
+    with pytest.raises(ConfigError, match=rf"`reward\.{key}` is no server"), served_reward(config, HOSTED):
+        pass
 
 
 @pytest.fixture

@@ -33,11 +33,13 @@ from conch.rollouts.protocol import (
 )
 from conch.rollouts.ray import actor as actor_module
 from conch.rollouts.ray import check, janitor
+from conch.rollouts.ray.access import MODE, TOKEN, TOKEN_PATH, asks_for_token, own_token
 from conch.rollouts.ray.actor import NOT_BUILT, UNKNOWN_REQUEST, Answer, SamplerActor, leave_launcher
 from conch.rollouts.ray.blueprint import Blueprint, blueprint_of
 from conch.rollouts.ray.handed import HandedTensors
 from conch.rollouts.weight_sync import checkpoint_tensors
 from conch.types import Prompt
+from tests.fakes.ray_head import ray_head
 from tests.footprint import wait_until
 from tests.launches import free_port
 from tests.runs import TOKENIZER, policy
@@ -125,6 +127,25 @@ def test_shared_memory_that_is_too_small_is_refused() -> None:
     assert check.store_bytes(ray_config().ray, 2**26) == 2**28
 
 
+def test_store_that_does_not_hold_the_weights_once_is_refused() -> None:
+    """Ray would take them, and write each version to the disk."""
+    small = ray_config(object_store_memory="100MiB").ray
+    told = (
+        r"^`rollout\.ray\.object_store_memory` = 100 MiB does not hold the policy's weights, 128 MiB, which "
+        r"go to the samplers through it: raise it, or leave it out for room for four copies$"
+    )
+    with pytest.raises(ConfigError, match=told):
+        check.store_bytes(small, 2**27)
+    assert check.store_bytes(small, 100 * 2**20) == 100 * 2**20
+
+
+def test_store_of_a_cluster_that_runs_is_not_set_here() -> None:
+    with pytest.raises(
+        ConfigError, match=r"`object_store_memory` .* `ray start --object-store-memory=BYTES`"
+    ):
+        ray_config(address="head:6379", object_store_memory="1GiB")
+
+
 def test_address_that_does_not_answer_is_refused_within_seconds() -> None:
     begin = time.monotonic()
     message = refusal(address=f"127.0.0.1:{free_port()}")
@@ -150,6 +171,50 @@ def test_address_of_something_else_is_refused(monkeypatch: pytest.MonkeyPatch, g
         message = refusal(address=f"127.0.0.1:{server.getsockname()[1]}")
         thread.join()
     assert ("what listens there is not Ray" if greeting else "timed out") in message
+
+
+@pytest.fixture
+def no_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """The environment of a user who has none."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in (MODE, TOKEN, TOKEN_PATH):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_token_is_found_where_ray_finds_it(no_token: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert own_token() == ("", "")
+    usual, named = tmp_path / ".ray" / "auth_token", tmp_path / "named"
+    usual.parent.mkdir()
+    usual.write_text("usual\n")
+    assert own_token() == ("usual", str(usual))
+    named.write_text("named")
+    no_token.setenv(TOKEN_PATH, str(named))
+    assert own_token() == ("named", str(named))
+    no_token.setenv(TOKEN, "given")
+    assert own_token() == ("given", f"`{TOKEN}`")
+
+
+def test_cluster_that_asks_for_another_token_is_refused_before_anything_is_loaded(
+    no_token: pytest.MonkeyPatch,
+) -> None:
+    with ray_head("right") as address:
+        assert asks_for_token(address)
+        assert re.search(
+            r"asks for a token, and there is none here: .*~/\.ray/auth_token", refusal(address=address)
+        )
+        no_token.setenv(TOKEN, "wrong")
+        assert f"and refuses the one in `{TOKEN}`" in refusal(address=address)
+        no_token.setenv(TOKEN, "right")
+        check_sampling(ray_config(address=address))
+        no_token.setenv(MODE, "disabled")
+        assert f"`{MODE}=disabled` shows none" in refusal(address=address)
+
+
+def test_cluster_that_asks_for_no_token_is_taken(no_token: pytest.MonkeyPatch) -> None:
+    with ray_head("") as address:
+        assert not asks_for_token(address)
+        check_sampling(ray_config(address=address))
 
 
 def test_servers_that_are_named_come_before_actors() -> None:
