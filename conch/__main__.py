@@ -14,7 +14,6 @@ import ast
 import difflib
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
@@ -53,21 +52,9 @@ def train(words: Sequence[str]) -> int:
     algorithm = words[0].replace("-", "_")
     if algorithm not in summaries:
         return _refuse("conch train", words[0], summaries)
-    _run(f"conch train {algorithm}", lambda argv: _train(algorithm, argv), words[1:])
+    from conch import training
 
-
-def _train(algorithm: str, argv: Sequence[str]) -> None:
-    from conch.cli import load_run_config
-    from conch.config.algorithms import run_config_of
-
-    config = load_run_config(run_config_of(algorithm), argv, default_name=algorithm)
-    reward = getattr(config, "reward", None)
-    if reward is not None and reward.function is not None and reward.replay is None:
-        from conch.rewards.factory import named_function
-
-        named_function(reward.function)  # a mistake in it is told before a model is loaded
-    # Trainers bring torch and transformers, which takes seconds: not before there is something to train.
-    import_module(f"conch.trainers.{algorithm}").run(config)
+    _run(f"conch train {algorithm}", lambda argv: training.train(algorithm, argv), words[1:])
 
 
 def convert(words: Sequence[str]) -> int:

@@ -18,19 +18,25 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from importlib.metadata import Distribution, PackageNotFoundError, distributions, metadata, requires, version
 from pathlib import Path
 from typing import Literal
 
-from packaging.requirements import Requirement
+from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 
 from conch.cli import run_main, written_with
+from conch.config import Section
 from conch.errors import ServerStartError
+from conch.reference.server_config import ReferenceServerConfig
+from conch.report.__main__ import ReportOptions
+from conch.reward_server.server_config import RewardServerConfig
+from conch.rollouts.server_config import ServerConfig as RolloutServerConfig
+from conch.service.service_config import ServiceConfig
+from conch.serving.deployment.options import NetworkOptions
 from conch.serving.server.runtime import find_bundle
-from conch.serving.server.server import TritonServer
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -41,14 +47,18 @@ _LEAST_DISK, _LEAST_MEMORY, _LEAST_SHARED = 10 * _GIB, 4 * _GIB, _GIB
 _TORCH = (
     "import torch; print(torch.__version__, torch.cuda.device_count() if torch.cuda.is_available() else 0)"
 )
-DEFAULT_PORTS = {
-    8000: "the training service (`port=...`)",
-    8001: "conch serve up (`--grpc-port`)",
-    8100: "conch rollout-server (`port=...`)",
-    8200: "conch reference-server (`port=...`)",
-    8300: "conch reward-server (`port=...`)",
-}
-"""Port on loopback -> what listens there unless a setting, named in parentheses, says otherwise."""
+_SERVERS: tuple[tuple[type[Section], str, str], ...] = (
+    (ServiceConfig, "port", "conch service (`port=...`)"),
+    (NetworkOptions, "grpc_port", "conch serve up (`--grpc-port`)"),
+    (RolloutServerConfig, "port", "conch rollout-server (`port=...`)"),
+    (ReferenceServerConfig, "port", "conch reference-server (`port=...`)"),
+    (RewardServerConfig, "port", "conch reward-server (`port=...`)"),
+    (ReportOptions, "port", "conch report --live (`--port`)"),
+)
+"""Settings of what listens, the key of its port, and what it is, with how to give it another port."""
+
+_BUNDLE, _BUNDLE_EXTRA = "nvidia-pytriton", "serve"
+"""Package that carries the bundled server, and the extra that says which numpy fits to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +96,12 @@ def look(*, start_server: bool = True) -> Iterator[Finding]:
     """All there is to see, each as it is found; the quickest first."""
     needed = requires("conch") or []
     yield check_python(platform.python_version(), _python_wanted())
-    yield from check_libraries(needed, installed_versions(needed))
+    installed = installed_versions(needed)
+    yield from check_libraries(needed, installed)
+    yield check_numpy(installed.get("numpy"), numpy_wanted(list(distributions()), needed))
     yield from check_space(Path.cwd(), Path("/dev/shm"))
     yield check_memory(available_memory())
-    yield from check_ports(DEFAULT_PORTS)
+    yield from check_ports(default_ports())
     yield from check_devices(_output(["nvidia-smi", "-L"]), _output([sys.executable, "-c", _TORCH]))
     if start_server:
         yield check_server()
@@ -108,12 +120,14 @@ def check_libraries(needed: Iterable[str], installed: Mapping[str, str]) -> Iter
     """Installed versions against requirements: `numpy>=1.26`, `ray>=2.60; extra == "ray"`.
 
     Of an extra that is not installed nothing is said; a version that it cannot work with is a warning, since
-    extras may contradict each other (`serve` wants numpy 1, `vllm` numpy 2).
+    extras may contradict each other. Of numpy, which is always there, `check_numpy` says what extras want.
     """
     well = []
     for requirement in map(Requirement, needed):
         extra = _extra_of(requirement)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        if extra and requirement.name == "numpy":
             continue
         found, wanted = installed.get(requirement.name), str(requirement.specifier) or "any version"
         if found is None:
@@ -129,6 +143,28 @@ def check_libraries(needed: Iterable[str], installed: Mapping[str, str]) -> Iter
             well.append(f"{requirement.name} {found}")
     if well:
         yield Finding("ok", "libraries", ", ".join(well))
+
+
+def check_numpy(found: str | None, wanted: Mapping[str, str]) -> Finding:
+    """numpy's version against all that is installed and names one; None where there is no numpy.
+
+    wanted: package -> specifier, as of `numpy_wanted`.
+    """
+    if found is None:
+        return Finding("fail", "numpy", "not installed", "pip install numpy")
+    unhappy = {who: text for who, text in wanted.items() if not SpecifierSet(text).contains(found)}
+    if not unhappy:
+        return Finding("ok", "numpy", f"{found} suits all {len(wanted)} packages that ask for a version")
+    told = ", ".join(f"{who} wants numpy{text}" for who, text in unhappy.items())
+    if _BUNDLE in unhappy:
+        remedy = f"pip install 'numpy{wanted[_BUNDLE]}', and keep what wants another in its own environment"
+    elif _BUNDLE in wanted:
+        remedy = f"keep them in another environment: the bundled server needs numpy{wanted[_BUNDLE]} here"
+    else:
+        remedy = f"pip install 'numpy{SpecifierSet(','.join(wanted.values()))}'"
+    if _BUNDLE in unhappy:
+        told += ", and with numpy 2 its Python models turn tensors into zeros, silently"
+    return Finding("fail" if _BUNDLE in unhappy else "warn", "numpy", f"{found}, but {told}", remedy)
 
 
 def check_space(folder: Path, shared: Path) -> Iterator[Finding]:
@@ -187,6 +223,8 @@ def check_devices(listing: str | None, torch: str | None) -> Iterator[Finding]:
 
 def check_server() -> Finding:
     """Whether the bundled Triton server starts here and answers; it needs numpy 1 beside it."""
+    from conch.serving.server.server import TritonServer  # brings tritonclient, which no help needs
+
     subject = "bundled server"
     try:
         find_bundle()
@@ -197,13 +235,18 @@ def check_server() -> Finding:
             return Finding("ok", subject, f"started and answered at {server.url}")
     except ServerStartError as error:
         return Finding(
-            "warn" if not _has("nvidia-pytriton") else "fail",
+            "warn" if not _has(_BUNDLE) else "fail",
             subject,
             str(error),
             ""
-            if _has("nvidia-pytriton")
+            if _has(_BUNDLE)
             else "or serve from a container, or from another environment: docs/serving.md",
         )
+
+
+def default_ports() -> dict[int, str]:
+    """Port on loopback -> what listens there unless a setting, named in parentheses, says otherwise."""
+    return {section.model_fields[key].default: what for section, key, what in _SERVERS}
 
 
 def installed_versions(needed: Iterable[str]) -> dict[str, str]:
@@ -213,6 +256,33 @@ def installed_versions(needed: Iterable[str]) -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
     return versions
+
+
+def numpy_wanted(installed: Collection[Distribution], needed: Iterable[str]) -> dict[str, str]:
+    """Package -> the versions of numpy that it takes, for those of `installed` that name any.
+
+    needed: requirements of Conch itself, which know better what suits the bundled server than its package.
+    """
+    wanted: dict[str, str] = {}
+    for package in installed:
+        for requirement in _requirements(package):
+            if requirement.name == "numpy" and requirement.specifier and _applies(requirement):
+                wanted[package.name] = str(requirement.specifier)
+    if any(package.name == _BUNDLE for package in installed):
+        of_server = [text for text in map(Requirement, needed) if _extra_of(text) == _BUNDLE_EXTRA]
+        wanted[_BUNDLE] = next(str(text.specifier) for text in of_server if text.name == "numpy")
+    return wanted
+
+
+def _requirements(package: Distribution) -> Iterator[Requirement]:
+    for text in package.requires or ():
+        with contextlib.suppress(InvalidRequirement):  # an old package's; it is not ours to mend
+            yield Requirement(text)
+
+
+def _applies(requirement: Requirement) -> bool:
+    """Whether it is asked for here, without any extra."""
+    return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
 
 
 def available_memory() -> int | None:

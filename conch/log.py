@@ -32,7 +32,7 @@ def get_logger(name: str) -> logging.Logger:
 def setup_logging(level: int = logging.INFO) -> None:
     """Send the `conch` loggers to stderr; call it once, in a program's `main`."""
     prefix = "" if is_main_process() else f"[rank {rank()}] "
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StderrHandler()
     handler.setFormatter(logging.Formatter(prefix + _FORMAT, datefmt="%H:%M:%S"))
     root = logging.getLogger("conch")
     root.handlers[:] = [handler]
@@ -42,6 +42,14 @@ def setup_logging(level: int = logging.INFO) -> None:
     # Libraries below us repeat these at every step; none is about anything a user of Conch can change.
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*is deprecated", category=FutureWarning)
+
+
+class _StderrHandler(logging.StreamHandler[Any]):
+    """Writes to what `sys.stderr` is at the time: the display of a run stands there while it is open."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 class _Quiet(logging.Filter):

@@ -12,11 +12,16 @@ With `max_staleness=0` this is synchronous GRPO on the same samplers, bit for bi
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch is loaded, which help and mistyped keys do without
+    from conch.training import run_program
+
+    run_program("async_grpo")
+
 from collections.abc import Sequence
 
-from conch.cli import load_run_config, run_main
 from conch.config.algorithms.async_grpo import AsyncGRPORunConfig as AsyncGRPORunConfig
 from conch.trainers.grpo import GRPOTrainer
+from conch.training import train
 from conch.training.online import run_online
 from conch.training.overlap.sampling import Overlap
 from conch.types import Metrics
@@ -46,8 +51,4 @@ def run(config: AsyncGRPORunConfig) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Command line: `python -m conch.trainers.async_grpo key=value ...`."""
-    run(load_run_config(AsyncGRPORunConfig, argv, default_name="async_grpo"))
-
-
-if __name__ == "__main__":
-    run_main(main)
+    train("async_grpo", argv)

@@ -31,6 +31,11 @@ Legend: B rollouts (those of a prompt together), G rollouts a prompt, R response
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch is loaded, which help and mistyped keys do without
+    from conch.training import run_program
+
+    run_program("grpo")
+
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,7 +45,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from conch.advantages import group_advantages
-from conch.cli import load_run_config, run_main
 from conch.config.algorithms.grpo import GRPOConfig as GRPOConfig
 from conch.config.algorithms.grpo import GRPORunConfig as GRPORunConfig
 from conch.data.rollout_batch import Sequences, take_rows
@@ -54,6 +58,7 @@ from conch.losses import (
 from conch.models.forward import BatchPacker
 from conch.models.policy import Policy
 from conch.ops import entropy, kl_estimate, kl_loss_terms, masked_mean
+from conch.training import train
 from conch.training.dynamic_sampling import SampledGroups, sample_groups_with_spread
 from conch.training.kl import KLController, kl_before_update, kl_of_each, kl_penalties
 from conch.training.logprobs import LogprobOutputs, pack
@@ -359,8 +364,4 @@ def run(config: GRPORunConfig) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Command line: `python -m conch.trainers.grpo key=value ...`."""
-    run(load_run_config(GRPORunConfig, argv, default_name="grpo"))
-
-
-if __name__ == "__main__":
-    run_main(main)
+    train("grpo", argv)

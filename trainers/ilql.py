@@ -24,6 +24,11 @@ Legend: B samples, R response tokens, V vocabulary.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch is loaded, which help and mistyped keys do without
+    from conch.training import run_program
+
+    run_program("ilql")
+
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -37,7 +42,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from conch.cli import load_run_config, run_main
 from conch.config import (
     load,
 )
@@ -66,6 +70,7 @@ from conch.rollouts.hf.engine import HFEngine
 from conch.rollouts.prompts import tokenize_prompts
 from conch.rollouts.stopping import StopCondition, with_end_ids
 from conch.runs.tracking import Tracker
+from conch.training import train
 from conch.training.loop import fit
 from conch.training.resume import start_run
 from conch.training.setup import (
@@ -449,8 +454,4 @@ def run(config: ILQLRunConfig) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Command line: `python -m conch.trainers.ilql key=value ...`."""
-    run(load_run_config(ILQLRunConfig, argv, default_name="ilql"))
-
-
-if __name__ == "__main__":
-    run_main(main)
+    train("ilql", argv)

@@ -20,6 +20,11 @@ Legend: B rollouts, R response tokens, T prompt and response tokens.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch is loaded, which help and mistyped keys do without
+    from conch.training import run_program
+
+    run_program("ppo")
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +34,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from conch.advantages import gae
-from conch.cli import load_run_config, run_main
 from conch.config.algorithms.ppo import PPOConfig as PPOConfig
 from conch.config.algorithms.ppo import PPORunConfig as PPORunConfig
 from conch.data.rollout_batch import Sequences, take_rows
@@ -38,6 +42,7 @@ from conch.losses import policy_loss_terms, value_loss_terms
 from conch.models.forward import BatchPacker
 from conch.models.policy import PolicyWithValue
 from conch.ops import kl_estimate, kl_loss_terms, masked_mean, masked_sum, whiten
+from conch.training import train
 from conch.training.kl import KLController, kl_of_each
 from conch.training.logprobs import LogprobOutputs, pack
 from conch.training.online import AnyReference, OnlineTrainer, run_online
@@ -239,8 +244,4 @@ def run(config: PPORunConfig) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Command line: `python -m conch.trainers.ppo key=value ...`."""
-    run(load_run_config(PPORunConfig, argv, default_name="ppo"))
-
-
-if __name__ == "__main__":
-    run_main(main)
+    train("ppo", argv)

@@ -22,6 +22,11 @@ Legend: B texts or pairs, K objectives, T tokens (padded right).
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch is loaded, which help and mistyped keys do without
+    from conch.training import run_program
+
+    run_program("reward_model")
+
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -34,7 +39,6 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from conch.cli import load_run_config, run_main
 from conch.config.algorithms.reward_model import RewardModelConfig as RewardModelConfig
 from conch.config.algorithms.reward_model import RewardModelRunConfig as RewardModelRunConfig
 from conch.data.files import evaluation_rows, read_rows, training_rows
@@ -66,6 +70,7 @@ from conch.models.kernels import check_kernels
 from conch.models.loading import context_window, load_sequence_classifier
 from conch.ops import at_least_float32
 from conch.runs.tracking import Tracker
+from conch.training import train
 from conch.training.loop import fit
 from conch.training.resume import start_run
 from conch.training.setup import (
@@ -438,8 +443,4 @@ def run(config: RewardModelRunConfig) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Command line: `python -m conch.trainers.reward_model key=value ...`."""
-    run(load_run_config(RewardModelRunConfig, argv, default_name="reward_model"))
-
-
-if __name__ == "__main__":
-    run_main(main)
+    train("reward_model", argv)

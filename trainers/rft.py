@@ -18,6 +18,11 @@ rank holds all completions of the round and learns its part of each batch.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch is loaded, which help and mistyped keys do without
+    from conch.training import run_program
+
+    run_program("rft")
+
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +31,6 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from conch.cli import load_run_config, run_main
 from conch.config.algorithms.rft import RFTConfig as RFTConfig
 from conch.config.algorithms.rft import RFTRunConfig as RFTRunConfig
 from conch.data.index_sampler import IndexStream, digest_of
@@ -36,6 +40,7 @@ from conch.errors import ConfigError
 from conch.log import get_logger
 from conch.rewards.scorer import total_reward
 from conch.trainers.sft import TokenLoss
+from conch.training import train
 from conch.training.online import OnlineTrainer, run_online
 from conch.training.reward_shaping import agreed_objectives
 from conch.training.setup import (
@@ -325,8 +330,4 @@ def run(config: RFTRunConfig) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Command line: `python -m conch.trainers.rft key=value ...`."""
-    run(load_run_config(RFTRunConfig, argv, default_name="rft"))
-
-
-if __name__ == "__main__":
-    run_main(main)
+    train("rft", argv)

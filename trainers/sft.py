@@ -11,6 +11,11 @@ Legend: B rows of a micro-batch, T columns, R those that may be learned (the las
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch is loaded, which help and mistyped keys do without
+    from conch.training import run_program
+
+    run_program("sft")
+
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -21,7 +26,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from conch.cli import load_run_config, run_main
 from conch.config import (
     DataConfig,
     GenerationConfig,
@@ -49,6 +53,7 @@ from conch.rewards.scorer import RewardScorer
 from conch.rollouts.hf.engine import HFEngine
 from conch.rollouts.prompts import tokenize_prompts
 from conch.runs.tracking import Tracker
+from conch.training import train
 from conch.training.loop import fit
 from conch.training.resume import start_run
 from conch.training.setup import (
@@ -370,8 +375,4 @@ def run(config: SFTRunConfig) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Command line: `python -m conch.trainers.sft key=value ...`."""
-    run(load_run_config(SFTRunConfig, argv, default_name="sft"))
-
-
-if __name__ == "__main__":
-    run_main(main)
+    train("sft", argv)

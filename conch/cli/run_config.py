@@ -327,7 +327,9 @@ def _force(text: str, roots: Sequence[Path]) -> str:
     override = parse_override(text)
     if override.is_sweep_override():
         key, _, value = text.partition("=")
-        remedy = f"write {key}=[{value}] for a list, {_quoted(text)} for text; --multirun tries each of them"
+        remedy = (
+            f"write {key}=[{value}] for a list, {shell_word(text)} for text; --multirun tries each of them"
+        )
         raise ConfigError(f"override `{text}` holds several values; {remedy}")
     picks_file = any((root / override.key_or_group).is_dir() for root in roots)
     return f"++{text}" if override.type is OverrideType.CHANGE and not picks_file else text
@@ -346,13 +348,13 @@ def parse_override(text: str) -> Override:
         return OverridesParser.create().parse_override(text)
     except HydraException as error:
         remedy = (
-            f"in a shell, {_quoted(text)} with both kinds of quotes" if "=" in text else "write key=value"
+            f"in a shell, {shell_word(text)} with both kinds of quotes" if "=" in text else "write key=value"
         )
         raise ConfigError(f"cannot read the override `{text}`: {_readable(error)}; {remedy}") from None
 
 
-def _quoted(override: str) -> str:
-    """How a shell is told to hand on, and Hydra to read, a value with special characters."""
+def shell_word(override: str) -> str:
+    """Return an override with the quotes that a shell and Hydra want around a value of special characters."""
     key, _, value = override.partition("=")
     bare = value.strip("\"'").replace("'", "\\'")
     return f"\"{key}='{bare}'\""

@@ -20,7 +20,7 @@ from typing import Any
 from conch import __version__
 from conch.errors import ConchError, first_line
 from conch.report.settings import compare, defaults_of
-from conch.runs.listing import flat
+from conch.runs.listing import algorithm_of, flat, summary_of
 from conch.runs.reading import ALARMS_FILE, Run, SampleFile, load, read_samples
 from conch.runs.state import BEST_METRIC_FILE, CONFIG_FILE, METRICS_FILE, STATE_FILE
 
@@ -89,6 +89,7 @@ class Collector:
         self._shown: list[dict[str, Any]] = []
         self._settings: dict[str, Any] = {}
         self._flat: dict[int, dict[str, Any]] = {}
+        self._weights: dict[int, Mapping[str, float]] = {}
         self._known: dict[int, tuple[Any, float, dict[str, Any]]] = {}
         self._next = 0
         self.version = 0
@@ -149,8 +150,10 @@ class Collector:
         stamps = [_stamp(run.folder / name) for name in _FILES if (run.folder / name).exists()]
         known = self._known.get(number)
         if known is None or known[0] != stamps or time.monotonic() - known[1] > _STATE_S:
-            self._flat[number] = dict(flat(run.settings))
-            known = self._known[number] = (stamps, time.monotonic(), about(run))
+            settings = run.settings
+            self._flat[number] = dict(flat(settings))
+            self._weights[number] = (settings.get("reward") or {}).get("weights") or {}
+            known = self._known[number] = (stamps, time.monotonic(), about(run, settings))
         return known[2]
 
     def _defaults_of(self, algorithm: str) -> dict[str, Any]:
@@ -163,7 +166,6 @@ class Collector:
 
         valid: names of blocks that are to stay, which grows.
         """
-        weights = (run.settings.get("reward") or {}).get("weights") or {}
         files = {f"{number}/{file.path.relative_to(run.folder)}": file for file in run.sample_files()}
         stamps = {name: _stamp(file.path) for name, file in files.items()}
         known = self._blocks
@@ -176,7 +178,7 @@ class Collector:
         for name, file in files.items():
             wanted = min(cap, totals[name])
             if name not in unchanged or wanted != self._blocks[name].cap:
-                rows = list(islice(read_samples(file, weights), wanted))
+                rows = list(islice(read_samples(file, self._weights[number]), wanted))
                 content = self._block(name, number, file, rows)
                 self._blocks[name] = _Block(stamps[name], self._next, totals[name], wanted, content)
         valid.update(files)
@@ -238,11 +240,15 @@ def _stamp(path: Path) -> tuple[int, int]:
     return status.st_mtime_ns, status.st_size
 
 
-def about(run: Run) -> dict[str, Any]:
-    """State, curves, alarms and what became of the reward server."""
-    rows, summary = run.metrics(), run.summary
+def about(run: Run, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """State, curves, alarms and what became of the reward server.
+
+    settings: of the run, section by section.
+    """
+    rows = run.metrics()
+    summary = summary_of(run.folder, settings, rows)
     return {
-        "algorithm": run.algorithm,
+        "algorithm": algorithm_of(settings),
         "state": summary.state,
         "reason": summary.reason,
         "step": summary.step or 0,

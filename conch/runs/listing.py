@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from conch.errors import DataError, missing_path
+from conch.errors import DataError, first_line, missing_path
 from conch.runs.state import BEST_METRIC_FILE, CONFIG_FILE, METRICS_FILE, STATE_FILE, read_state
 
 PLACES = ("train.run_dir", "train.output_dir", "train.resume")
@@ -56,11 +56,10 @@ def find_runs(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}{missing_path(folder)}")
-    found = list(_runs_below(folder))
-    return sorted(found, key=_changed, reverse=True)
+    return sorted(_run_folders(folder), key=_changed, reverse=True)
 
 
-def _runs_below(folder: Path) -> Iterator[Path]:
+def _run_folders(folder: Path) -> Iterator[Path]:
     for place, folders, files in os.walk(folder):
         # A training service has a `run.json` of another kind around the folder of a run.
         if METRICS_FILE in files or (STATE_FILE in files and read_state(Path(place)) is not None):
@@ -75,7 +74,20 @@ def _changed(run: Path) -> float:
 
 def summarise(run: Path) -> RunSummary:
     """Read how the run in this folder stands, also one that runs just now or wrote no `run.json`."""
-    state, settings, rows = read_state(run), _settings_or_none(run), _rows(run)
+    try:
+        settings = read_settings(run)
+    except DataError:  # a list of runs passes over what one of them has damaged
+        settings = {}
+    return summary_of(run, settings, _rows(run))
+
+
+def summary_of(run: Path, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> RunSummary:
+    """Tell how the run in this folder stands.
+
+    settings: section by section, as of `read_settings`.
+    rows: metrics of its steps.
+    """
+    state = read_state(run)
     step = max((row["step"] for row in rows), default=None)
     total = state.total_steps if state else (settings.get("train") or {}).get("total_steps")
     metric, best = _best(run, rows)
@@ -96,29 +108,33 @@ def algorithm_of(settings: Mapping[str, Any]) -> str:
     return next((name for name in _ALGORITHMS if name in settings), "")
 
 
-def settings_of(run: Path) -> dict[str, Any]:
-    """Return a run's settings: full name -> value.
+def read_settings(run: Path) -> dict[str, Any]:
+    """Return the resolved configuration of the run in a folder, section by section; {} where it wrote none.
 
     Raises:
-        DataError: the folder holds no readable `config.yaml`.
+        DataError: `config.yaml` is damaged, or cannot be read.
     """
     path = run / CONFIG_FILE
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.safe_load(path.read_bytes())
     except FileNotFoundError:
-        raise DataError(f"{run} is no run's folder: there is no {path}{missing_path(path)}") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    return dict(flat(values, "")) if isinstance(values, Mapping) else {}
+        return {}
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is damaged: {first_line(error)}") from error
+    if not isinstance(settings, dict):
+        raise DataError(f"{path} is damaged: no mapping of sections")
+    return settings
 
 
 def differences(runs: Sequence[Path]) -> dict[str, list[Any]]:
     """Return what differs between the settings of runs: full name -> value in each, `...` where one has none.
 
     Raises:
-        DataError: see `settings_of`.
+        DataError: a folder is no run's, or its `config.yaml` is damaged.
     """
-    settings = [settings_of(run) for run in runs]
+    settings = [dict(flat(_settings_of_run(run))) for run in runs]
     names = dict.fromkeys(name for each in settings for name in each)
     values = {name: [each.get(name, ...) for each in settings] for name in names}
     return {name: each for name, each in values.items() if any(value != each[0] for value in each)}
@@ -133,13 +149,11 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{name}", value
 
 
-def _settings_or_none(run: Path) -> dict[str, Any]:
-    """The sections of a run; {} where they cannot be read, which a list of runs passes over."""
-    try:
-        values = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return values if isinstance(values, dict) else {}
+def _settings_of_run(run: Path) -> dict[str, Any]:
+    path = run / CONFIG_FILE
+    if not path.is_file():
+        raise DataError(f"{run} is no run's folder: there is no {path}{missing_path(path)}")
+    return read_settings(run)
 
 
 def _rows(run: Path) -> list[dict[str, Any]]:

@@ -21,11 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-
-from conch.errors import ConfigError, DataError, first_line, missing_path
-from conch.runs.listing import RunSummary, algorithm_of, summarise
-from conch.runs.state import CONFIG_FILE, METRICS_FILE
+from conch.errors import ConfigError, DataError, missing_path
+from conch.runs.listing import RunSummary, algorithm_of, read_settings, summarise
+from conch.runs.state import METRICS_FILE
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -71,16 +69,7 @@ class Run:
         Raises:
             DataError: `config.yaml` is damaged.
         """
-        path = self.folder / CONFIG_FILE
-        if not path.is_file():
-            return {}
-        try:
-            settings = yaml.safe_load(path.read_bytes())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} is damaged: {first_line(error)}") from error
-        if not isinstance(settings, dict):
-            raise DataError(f"{path} is damaged: no mapping of sections")
-        return settings
+        return read_settings(self.folder)
 
     @property
     def algorithm(self) -> str:

@@ -6,9 +6,9 @@ import csv
 import json
 import math
 import os
-import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
@@ -16,11 +16,10 @@ from typing import Any, Protocol, runtime_checkable
 from conch.atomic_files import replace_text
 from conch.config import Section, TrackingConfig, TrainConfig
 from conch.errors import ConfigError, first_line, install_extra
-from conch.log import get_logger, is_main_process, progress
+from conch.log import is_main_process
+from conch.runs.console import RunConsole, open_console, write_notice
 from conch.runs.state import METRICS_FILE
 from conch.types import Metrics
-
-_log = get_logger(__name__)
 
 
 def make_run_dir(config: TrainConfig) -> Path:
@@ -94,23 +93,40 @@ class Tracker:
         self.run_dir = run_dir
         self._config = config
         self._active = is_main_process()
-        self._desc = desc
-        self._total = total_steps
-        self._start, self._first = time.monotonic(), max(0, done_steps or 0)
-        self._bar = progress(total=total_steps, desc=desc)
-        self._bar.update(self._first)
         self._sinks: list[_Sink] = []
+        self._console: RunConsole | None = None
+        self._open_console = partial(open_console, desc, total_steps, max(0, done_steps or 0))
         if self._active:
             resolved = run_config.model_dump(mode="json") if run_config else {}
             self._sinks = _open_sinks(run_dir, config, resolved, done_steps)
 
-    def log(self, step: int, metrics: Metrics) -> None:
-        """Record one step's metrics (`stage/quantity` -> value); not-a-number values are written as null."""
+    def log(self, step: int, metrics: Metrics, *, is_best: bool = False) -> None:
+        """Record one step's metrics (`stage/quantity` -> value); not-a-number values are written as null.
+
+        is_best: the evaluation among them is the best so far.
+        """
         if not self._active:
             return
         for sink in self._sinks:
             sink.log(step, metrics)
-        self._show(step, metrics)
+        if self._console is None:
+            return
+        if any(not name.startswith(("eval/", "alarm/")) for name in metrics):
+            self._console.training(step, metrics)
+        if any(name.startswith("eval/") for name in metrics):
+            self._console.evaluation(step, metrics, is_best=is_best)
+
+    def notice(self, text: str) -> None:
+        """Show a sentence at once, from a signal's handler too."""
+        if self._console is not None:
+            self._console.notice(text)
+        elif self._active:
+            write_notice(text)
+
+    def say(self, text: str) -> None:
+        """Print some lines where the run is watched, also after `close`."""
+        if self._console is not None:
+            self._console.say(text)
 
     def table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Write `samples/<name>_<step>.csv` with the first `sample_rows` rows."""
@@ -125,46 +141,21 @@ class Tracker:
 
     def close(self) -> None:
         """Flush and close all sinks."""
-        self._bar.close()
+        if self._console is not None:
+            self._console.close()
         for sink in self._sinks:
             sink.close()
 
     def __enter__(self) -> Tracker:
+        """Show the run, from here on."""
+        if self._active:
+            self._console = self._open_console()
         return self
 
     def __exit__(
         self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _show(self, step: int, metrics: Metrics) -> None:
-        self._bar.update(step - self._bar.n)
-        shown = {short: metrics[name] for name, short in _HEADLINE.items() if name in metrics}
-        text = "  ".join(f"{short} {value:.4g}" for short, value in shown.items())
-        self._bar.set_postfix_str(text)
-        if self._bar.disable:
-            self._print(step, text)
-
-    def _print(self, step: int, text: str) -> None:
-        """Log about twenty lines in a run, where there is no terminal to draw a bar on."""
-        if step % max(1, self._total // 20) and step != self._total:
-            return
-        rate = (step - self._first) / max(1e-9, time.monotonic() - self._start)
-        pace = f"({rate:.2f} steps/s, {(self._total - step) / rate:.0f} s left)" if rate else ""
-        _log.info("%s %d/%d  %s  %s", self._desc, step, self._total, text, pace)
-
-
-_HEADLINE = {
-    "reward/mean": "mean",
-    "eval/reward": "reward",
-    "eval/gold/reward": "gold",
-    "eval/optimality": "optimality",
-    "policy/kl": "kl",
-    "train/loss": "loss",
-    "eval/accuracy": "accuracy",
-    "eval/spearman": "spearman",
-}
-"""Metrics that the console shows, as far as a step has them -> their names there."""
 
 
 @runtime_checkable

@@ -1,1 +1,37 @@
-"""What all trainers share: the loop, checkpoints, reward shaping, evaluation set-up."""
+"""What all trainers share: the loop, checkpoints, reward shaping, evaluation set-up; trainers as programs.
+
+A program's settings are read, and refused, before torch is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from conch.cli import load_run_config, run_main
+from conch.config.algorithms import run_config_of
+
+
+def train(algorithm: str, argv: Sequence[str]) -> None:
+    """Train by a command line: `key=value ...`.
+
+    algorithm: name of a file in `trainers/`.
+
+    Raises:
+        ConchError: bad settings or data.
+        SystemExit: see `conch.cli.load_run_config` and `conch.training.loop.fit`.
+    """
+    config = load_run_config(run_config_of(algorithm), argv, default_name=algorithm)
+    reward = getattr(config, "reward", None)
+    if reward is not None and reward.function is not None and reward.replay is None:
+        from conch.rewards.factory import named_function
+
+        named_function(reward.function)  # a mistake in it is told before a model is loaded
+    # Trainers bring torch and transformers, which takes seconds: not before there is something to train.
+    import_module(f"conch.trainers.{algorithm}").run(config)
+
+
+def run_program(algorithm: str) -> NoReturn:
+    """Run `python -m conch.trainers.<algorithm>`, and leave with its exit code."""
+    run_main(lambda argv: train(algorithm, argv))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -23,9 +22,12 @@ from conch.cli.sweeps.results import BEST_METRIC_FILE
 from conch.config import GOLD_METRIC, TrainConfig
 from conch.distributed.launcher import launched_processes
 from conch.errors import ConfigError
+from conch.evaluation.records import EVALUATIONS
 from conch.evaluation.watch import comparable, cut_evaluations, report
 from conch.log import get_logger, is_main_process
 from conch.rewards.replay import cut_lines
+from conch.runs.checkpoint import BEST_LINK, CHECKPOINTS, steps_of
+from conch.runs.ending import Ending, ending_text
 from conch.runs.state import noted_state
 from conch.runs.tracking import Tracker
 from conch.training.checkpointing import (
@@ -39,7 +41,7 @@ from conch.types import Metrics
 
 _log = get_logger(__name__)
 
-_CTRL_C = b"\nCtrl-C: finishing the step, to save it and leave; Ctrl-C again leaves at once, without saving\n"
+_CTRL_C = "Ctrl-C: finishing the step, to save it and leave; Ctrl-C again leaves at once, without saving"
 
 
 def fit(trainer: Trainer, name: str) -> Path:
@@ -66,28 +68,60 @@ def fit(trainer: Trainer, name: str) -> Path:
     )
     is_main = trainer.engine.collectives.is_main
     on_record = noted_state(run.folder, name, train.total_steps) if is_main else contextlib.nullcontext()
-    with tracker, on_record, _noted_signals() as received:
-        host = RunOutageHooks(trainer, received)
-        if trainer.engine.collectives.is_main:
-            last_step = run.step if run.continued else -1
-            cut_lines(run.folder, last_step, evaluated=run.measured is None)
-            cut_evaluations(run.folder, last_step, evaluated=run.measured is None)
-        if trainer.scorer is not None:
-            trainer.scorer.attach(host)
-        _begin(trainer, tracker, host)
-        while run.step < train.total_steps and not _is_hopeless(run, train):
-            _advance(trainer, tracker, host)
+    try:
+        # Signals first: what Ctrl-C interrupts must not be the opening of a display.
+        with _noted_signals(tracker) as received, tracker, on_record:
+            host = RunOutageHooks(trainer, received)
+            if is_main:
+                last_step = run.step if run.continued else -1
+                cut_lines(run.folder, last_step, evaluated=run.measured is None)
+                cut_evaluations(run.folder, last_step, evaluated=run.measured is None)
+            if trainer.scorer is not None:
+                trainer.scorer.attach(host)
+            _begin(trainer, tracker, host)
+            while run.step < train.total_steps and not _is_hopeless(run, train):
+                _advance(trainer, tracker, host)
+    except (SystemExit, KeyboardInterrupt):
+        _tell_ending(trainer, name, tracker)
+        raise
+    _tell_early_end(run, train)
+    _tell_ending(trainer, name, tracker)
+    return run.folder
+
+
+def _tell_early_end(run: Run, train: TrainConfig) -> None:
     if run.best is not None and run.best_step == 0:
         _log.warning(
             "no evaluation was better than that of the start: there is no checkpoints/best, the last one is "
             "checkpoints/step_%d",
             run.step,
         )
-    if _has_fallen(run, train):
+    if train.stop_rule is not None and _has_fallen(run, train):
         _log.info("stopped early (train.stop_when): %s", run.watch.reason(train.stop_rule))
     elif _is_hopeless(run, train):
         _log.info("stopped early: no better than at step %d for %d evaluations", run.best_step, run.worse)
-    return run.folder
+
+
+def _tell_ending(trainer: Trainer, name: str, tracker: Tracker) -> None:
+    """Tell how the run stands at its end, and what comes next. Rank 0 alone does."""
+    run, config, ranks = trainer.run, trainer.config, trainer.engine.collectives
+    if not ranks.is_main:
+        return
+    best_link = run.folder / CHECKPOINTS / BEST_LINK
+    newest = next(iter(steps_of(run.folder).values()), None)
+    ending = Ending(
+        folder=run.folder,
+        algorithm=name,
+        step=run.step,
+        total_steps=config.train.total_steps,
+        best=None if run.best is None else (run.best_metric, run.best, run.best_step),
+        checkpoint=best_link if best_link.exists() else newest,
+        from_files=config.data.train is not None,
+        has_evaluations=(run.folder / EVALUATIONS).is_dir(),
+        stopped_early=_is_hopeless(run, config.train),
+        num_processes=ranks.num_ranks,
+    )
+    tracker.say(ending_text(ending))
 
 
 def _logged_steps(run: Run) -> int:
@@ -127,7 +161,7 @@ def _conclude(trainer: Trainer, tracker: Tracker, host: RunOutageHooks, metrics:
     if train.eval_every and (last or run.step % train.eval_every == 0):
         scores, better = _evaluate(trainer, tracker, host, metrics)
         metrics = metrics | scores
-    tracker.log(run.step, metrics)
+    tracker.log(run.step, metrics, is_best=better)
     # One rank may have got the signal before another finished this very step: all leave together.
     leaving = trainer.engine.collectives.all_reduce_int(int(host.leaving())) > 0
     if last or leaving or better or is_due(run.step, train) or _is_hopeless(run, train):
@@ -200,7 +234,7 @@ def _is_hopeless(run: Run, train: TrainConfig) -> bool:
 
 
 @contextmanager
-def _noted_signals() -> Iterator[Callable[[], int]]:
+def _noted_signals(tracker: Tracker) -> Iterator[Callable[[], int]]:
     """Inside, SIGTERM and the first Ctrl-C do no more than being noted; a second Ctrl-C interrupts.
 
     Gives the number of the signal that came first, 0 before one has. Python allows that in the main thread
@@ -215,8 +249,7 @@ def _noted_signals() -> Iterator[Callable[[], int]]:
         if number == signal.SIGINT and signal.SIGINT in noted and launched_processes() <= 1:
             raise KeyboardInterrupt
         if number == signal.SIGINT and is_main_process():
-            # Not through logging or print: one of them may be at work in what the signal interrupted.
-            os.write(2, _CTRL_C)
+            tracker.notice(_CTRL_C)
         noted.append(number)
 
     # What was started to ignore Ctrl-C, as a shell's scripts start programs with `&`, goes on ignoring it.

@@ -98,7 +98,7 @@ def is_resumed(train: TrainConfig) -> bool:
     """Whether `train.resume` names something to go on with; `auto` may find nothing."""
     if train.resume != "auto":
         return train.resume is not None
-    runs = [train.run_dir] if train.run_dir is not None else _runs_below(train.output_dir)
+    runs = [train.run_dir] if train.run_dir is not None else _saved_runs(train.output_dir)
     return any(steps_of(run) for run in runs)
 
 
@@ -146,7 +146,7 @@ def _checkpoint_to_resume(train: TrainConfig) -> Checkpoint | None:
     if train.resume is None:
         return None
     if train.resume == "auto":
-        runs = [train.run_dir] if train.run_dir is not None else _runs_below(train.output_dir)
+        runs = [train.run_dir] if train.run_dir is not None else _saved_runs(train.output_dir)
         return next((found for run in runs if (found := newest_checkpoint(run)) is not None), None)
     folder = _named_folder(train.resume)
     if steps_of(folder):
@@ -164,7 +164,7 @@ def _named_folder(resume: str) -> Path:
     return folder
 
 
-def _runs_below(output_dir: Path) -> list[Path]:
+def _saved_runs(output_dir: Path) -> list[Path]:
     """Folders of runs that saved something, newest first."""
     runs = {path.parent.parent for path in output_dir.glob(f"*/*/{CHECKPOINTS}/step_*")}
     return sorted(runs, reverse=True)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import importlib
 import socket
 import sys
 from collections.abc import Iterator
+from importlib.metadata import Distribution
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,17 @@ from conch.doctor import (
     check_devices,
     check_libraries,
     check_memory,
+    check_numpy,
     check_ports,
     check_python,
     check_space,
+    default_ports,
     main,
+    numpy_wanted,
 )
+from conch.report.__main__ import ReportOptions
+from conch.servers.settings import ListenSettings
+from conch.serving.deployment.options import NetworkOptions
 
 NEEDED = ["numpy>=1.26", "torch>=2.8", 'ray>=2.60; extra == "ray"', 'tomli>=2; python_version < "3"']
 INSTALLED = {"numpy": "1.26.4", "torch": "2.13.0+cpu"}
@@ -63,6 +71,73 @@ def test_port_that_somebody_listens_on_is_named_with_its_setting() -> None:
     assert [finding.level for finding in found] == ["warn", "ok"]
     assert found[0].subject == f"port {port}" and "--grpc-port" in found[0].text
     assert str(free) in found[1].text
+
+
+def subclasses(section: type[ListenSettings]) -> Iterator[type[ListenSettings]]:
+    for below in section.__subclasses__():
+        yield below
+        yield from subclasses(below)
+
+
+def test_ports_that_are_looked_at_are_the_defaults_of_all_that_listens() -> None:
+    root = Path(doctor.__file__).parents[1]
+    for file in (root / "conch").rglob("*.py"):
+        if "ListenSettings):" in file.read_text(encoding="utf-8"):
+            importlib.import_module(".".join(file.relative_to(root).with_suffix("").parts))
+    sections = {each for each in subclasses(ListenSettings) if each.__module__.startswith("conch.")}
+    of_settings = {each.model_fields["port"].default for each in sections if each.__name__.endswith("Config")}
+    assert len(of_settings) == 4
+    others = {NetworkOptions().grpc_port, ReportOptions().port}
+    assert set(default_ports()) == of_settings | others
+
+
+BUNDLE = "nvidia-pytriton"
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "level", "words"),
+    [
+        ("1.26.4", {"conch": ">=1.26", BUNDLE: "<2"}, "ok", ("1.26.4 suits all 2 packages",)),
+        ("2.2.0", {"conch": ">=1.26", "vllm": ">=2"}, "ok", ("2.2.0",)),
+        (
+            "2.2.0",
+            {BUNDLE: "<2", "vllm": ">=2"},
+            "fail",
+            (BUNDLE, "zeros", "pip install 'numpy<2'"),
+        ),
+        ("1.26.4", {BUNDLE: "<2", "vllm": ">=2"}, "warn", ("vllm wants numpy>=2", "another environment")),
+        ("1.26.4", {"conch": ">=1.26", "numba": ">=2,<3"}, "warn", ("numba", "'numpy<3,>=1.26,>=2'")),
+        (None, {}, "fail", ("not installed",)),
+    ],
+)
+def test_numpy_is_held_against_all_that_is_installed(
+    found: str | None, wanted: dict[str, str], level: str, words: tuple[str, ...]
+) -> None:
+    finding = check_numpy(found, wanted)
+    assert (finding.level, finding.subject) == (level, "numpy")
+    assert all(word in finding.text + finding.remedy for word in words), finding
+    assert bool(finding.remedy) == (level != "ok")
+
+
+def installed(folder: Path, name: str, *needed: str) -> Distribution:
+    """A package as pip leaves it."""
+    info = folder / f"{name}.dist-info"
+    info.mkdir()
+    lines = [f"Name: {name}", "Version: 1.0", *(f"Requires-Dist: {text}" for text in needed)]
+    (info / "METADATA").write_text("\n".join(["Metadata-Version: 2.1", *lines, ""]))
+    return Distribution.at(info)
+
+
+def test_who_wants_which_numpy_is_read_from_what_is_installed(tmp_path: Path) -> None:
+    packages = [
+        installed(tmp_path, "vllm", "numpy>=2", "torch>=2"),
+        installed(tmp_path, "anything", "numpy", 'numpy<1; extra == "old"', "numpy (broken"),
+        installed(tmp_path, "elsewhere", 'numpy<1; python_version < "3"'),
+        installed(tmp_path, BUNDLE, "numpy>=1.21"),
+    ]
+    needed = ["numpy>=1.26", 'numpy<2; extra == "serve"', 'ray>=2; extra == "ray"']
+    assert numpy_wanted(packages, needed) == {"vllm": ">=2", BUNDLE: "<2"}
+    assert numpy_wanted(packages[:1], needed) == {"vllm": ">=2"}
 
 
 LISTING = "GPU 0: NVIDIA H200 (UUID: GPU-1)\nGPU 1: NVIDIA H200 (UUID: GPU-2)\n"

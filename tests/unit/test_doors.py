@@ -21,12 +21,6 @@ from conch.errors import DataError, ParityError
 ROOT = Path(__file__).resolve().parents[2]
 
 COMMANDS = [
-    "conch.trainers.ppo",
-    "conch.trainers.grpo",
-    "conch.trainers.rft",
-    "conch.trainers.ilql",
-    "conch.trainers.sft",
-    "conch.trainers.reward_model",
     "conch.converters.to_triton",
     "conch.converters.ensemble",
     "conch.serving.__main__",
@@ -91,6 +85,16 @@ def test_module_can_be_started_with_python_m(module: str) -> None:
 
     assert isinstance(last, ast.If) and "__name__" in ast.unparse(last.test), "nothing stands behind the call"
     assert "main" in ast.unparse(last.body[-1])
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_trainer_can_be_started_with_python_m_and_reads_its_settings_before_it_loads(algorithm: str) -> None:
+    spec = importlib.util.find_spec(f"conch.trainers.{algorithm}")
+    assert spec is not None and spec.origin is not None
+    _docstring, _future, first, *_ = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body
+
+    assert isinstance(first, ast.If) and "__name__" in ast.unparse(first.test)
+    assert ast.unparse(first.body[-1]) == f"run_program('{algorithm}')"
 
 
 @pytest.mark.parametrize(("module", "names"), NAMES.items())
@@ -247,6 +251,7 @@ def test_version_is_the_package_s() -> None:
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "tritonclient", "hydra", "matplotlib", "fastapi")
 FIRST_WORDS = [
     *(f"train {algorithm}" for algorithm in ALGORITHMS),
+    *(f"-m conch.trainers.{algorithm}" for algorithm in ALGORITHMS),
     *("convert", "convert ensemble", "serve up", "score", "gold-eval", "rollout-server", "reference-server"),
     *(
         "doctor",
@@ -266,6 +271,9 @@ FIRST_WORDS = [
 # A key or an option that is none, and what is said of it.
 MISTAKES = {
     **{f"train {algorithm} model.path=m train.sed=1": "`train.seed`?" for algorithm in ALGORITHMS},
+    **{
+        f"-m conch.trainers.{algorithm} model.path=m train.sed=1": "`train.seed`?" for algorithm in ALGORITHMS
+    },
     "ppo pp0.gamma=1": "unknown key `pp0.gamma`",
     "grpo model.path=m --reward nowhere.at.all:f": "there is no module nowhere",
     "async-grpo model.path=m --reward json:dumbs": "has no function dumbs; did you mean dumps?",
@@ -281,15 +289,19 @@ MISTAKES = {
 }
 # Starts commands in children of a process that knows nothing heavy; a line of JSON for each.
 STARTER = """
-import contextlib, io, json, os, sys
+import contextlib, io, json, os, runpy, sys
 import conch.cli
 from conch.__main__ import main
+
+def run_module(name, *words):
+    sys.argv = [name, *words]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 def start(words):
     written = io.StringIO()
     with contextlib.redirect_stdout(written), contextlib.redirect_stderr(written):
         try:
-            code = main(words)
+            code = run_module(*words[1:]) if words[0] == "-m" else main(words)
         except SystemExit as leaving:
             code = leaving.code
     heavy = [name for name in sys.argv[1].split() if name in sys.modules]
@@ -317,7 +329,7 @@ def quick_commands() -> dict[str, dict[str, Any]]:
 def test_help_loads_no_heavy_library(words: str, quick_commands: dict[str, dict[str, Any]]) -> None:
     result = quick_commands[f"{words} --help"]
     assert (result["code"], result["heavy"]) == (0, [])
-    assert "train.seed: int" in result["text"] if words.startswith("train") else result["text"]
+    assert "train.seed: int" in result["text"] if "train" in words else result["text"]
 
 
 @pytest.mark.parametrize(("command", "sentence"), MISTAKES.items())

@@ -26,10 +26,10 @@ COLUMNS = (
     {"distributed", "data", "models", "triton"},
     {"rollouts", "reference", "rewards", "store", "runs", "sizing"},
     {"evaluation", "serving", "plots", "reward_server", "interop"},
-    {"training", "scoring", "doctor"},
+    {"training", "scoring"},
     {"trainers"},
     {"api", "service", "report"},
-    {"completion"},
+    {"completion", "doctor"},
 )
 BASE = COLUMNS[0]
 ALLOWED = {

@@ -114,6 +114,29 @@ def test_metrics_that_grow_make_a_new_version(tmp_path: Path) -> None:
     assert collector.update()["runs"][0]["series"]["a"] == [0, [1, 3]]
 
 
+def test_metrics_and_settings_are_read_once_where_they_changed_and_not_where_they_did_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = "ppo: {gamma: 1.0}\n"
+    run = write_run(tmp_path, {"step": 1, "a": 1.0}, settings=settings)
+    collector = collected(a=run)
+    read: list[str] = []
+
+    def read_bytes(path: Path) -> bytes:
+        read.append(path.name)
+        with path.open("rb") as file:
+            return file.read()
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: read_bytes(path).decode())
+    collector.refresh()
+    assert not {"metrics.jsonl", "config.yaml"} & set(read)
+    write_run(run, {"step": 1, "a": 1.0}, {"step": 2, "a": 3.0}, settings=settings)
+    collector.refresh()
+    assert (read.count("metrics.jsonl"), read.count("config.yaml")) == (1, 1)
+    assert collector.update()["runs"][0]["algorithm"] == "ppo"
+
+
 def test_patient_refresh_keeps_what_it_knew_of_a_damaged_run(tmp_path: Path) -> None:
     run = write_run(tmp_path, {"step": 1, "a": 1.0})
     write_evaluation(run, 0, ["a"])
@@ -211,7 +234,7 @@ def test_state_is_looked_at_again_after_a_while(tmp_path: Path, monkeypatch: pyt
     collector = collected(a=run)
     assert collector.update()["runs"][0]["state"] == "stopped"
     summary = replace(summarise(run), state="running")
-    monkeypatch.setattr("conch.runs.reading.summarise", lambda _: summary)
+    monkeypatch.setattr("conch.report.collect.summary_of", lambda *_: summary)
     monkeypatch.setattr("conch.report.collect._STATE_S", 0.0)
     collector.refresh()
 

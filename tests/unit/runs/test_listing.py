@@ -10,7 +10,8 @@ import yaml
 
 from conch.errors import DataError
 from conch.runs.command import age, main
-from conch.runs.listing import find_runs, summarise
+from conch.runs.listing import differences, find_runs, summarise
+from conch.runs.reading import load
 from conch.runs.state import noted_state
 
 
@@ -140,6 +141,19 @@ def test_diff_of_what_is_no_run_says_so(tmp_path: Path) -> None:
         main(["diff", str(run), str(tmp_path)])
     with pytest.raises(SystemExit):
         main(["diff", str(run)])
+
+
+@pytest.mark.parametrize("content", [b"train: [", b"- a\n", b"a: \xff\n"], ids=["YAML", "a list", "no text"])
+def test_damaged_settings_are_told_alike_by_all_and_passed_over_by_a_list(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run", ROWS, CONFIG)
+    (run / "config.yaml").write_bytes(content)
+    for told in (lambda: load(run).settings, lambda: load(run).algorithm, lambda: differences([run, run])):
+        with pytest.raises(DataError, match=rf"^{run}/config\.yaml is damaged: "):
+            told()
+    main([str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[1].split()[:4] == ["run", "-", "stopped", "4/-"]
 
 
 @pytest.mark.parametrize(

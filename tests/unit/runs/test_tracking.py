@@ -133,8 +133,8 @@ def test_without_a_terminal_a_line_tells_step_headline_and_pace(
         track.log(1, {"reward/mean": 0.123456, "train/other": 9.0})
 
     first, second = (record.getMessage() for record in caplog.records)
-    assert first.split() == ["test", "0/4", "reward", "0.1", "gold", "-2"]
-    assert second.startswith("test 1/4  mean 0.1235  (") and second.endswith(" s left)")
+    assert first.split() == ["test", "0/4", "evaluation", "reward", "0.1", "gold", "-2"]
+    assert second.startswith("test 1/4 training  reward 0.1235  (") and second.endswith(" s left)")
     assert "other" not in second
 
 
