@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from conch.cli import load_run_config, run_main
 from conch.config.algorithms import run_config_of
+from conch.machine.imports import uncollected
 
 
 def train(algorithm: str, argv: Sequence[str]) -> None:
@@ -29,7 +30,9 @@ def train(algorithm: str, argv: Sequence[str]) -> None:
 
         named_function(reward.function)  # a mistake in it is told before a model is loaded
     # Trainers bring torch and transformers, which takes seconds: not before there is something to train.
-    import_module(f"conch.trainers.{algorithm}").run(config)
+    with uncollected():
+        trainer = import_module(f"conch.trainers.{algorithm}")
+    trainer.run(config)
 
 
 def run_program(algorithm: str) -> NoReturn:
