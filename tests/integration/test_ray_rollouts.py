@@ -28,7 +28,7 @@ from conch.rollouts.remote.engine import RemoteEngine
 from conch.rollouts.remote.pool import ServerPool
 from conch.types import Prompt
 from tests.footprint import wait_until
-from tests.launches import ROOT, accelerate, finish, kill_all, start
+from tests.launches import ROOT, finish, kill_all, start, torchrun
 from tests.runs import TOKENIZER, async_grpo_trainer, grpo_trainer, parameters, policy
 from tests.tiny import tiny_decoder, tiny_gpt2_config
 
@@ -195,8 +195,8 @@ def test_policy_and_samplers_agree_on_log_probs_after_each_update(
 @pytest.mark.slow
 def test_two_ranks_share_an_actor(tmp_path: Path) -> None:
     program = ["tests/integration/ray_run.py", str(tmp_path), "2", "close"]
-    output = finish(start([*accelerate("cpu", 2), *program], PYTHONPATH=str(ROOT)))
-    assert "closed" in output and len(re.findall(r"^step", output, re.M)) == 2, output
+    output = finish(start([*torchrun(2), *program], PYTHONPATH=str(ROOT)))
+    assert output.count("closed") == 2 and len(re.findall(r"^step", output, re.M)) == 2, output
     assert_nothing_is_left(output)
 
 

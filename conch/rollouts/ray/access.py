@@ -1,6 +1,6 @@
 """The token of a cluster that somebody else started: does it ask for one, and has this process got it?
 
-Ray's own answer comes to a process that has loaded its model by then, a quarter of a minute later, and does
+Ray's own answer comes a quarter of a minute later, to a process that has loaded its model by then, and does
 not say why. Imports no Ray, which reads the environment once, when it is imported.
 """
 
