@@ -121,7 +121,7 @@ def read_settings(run: Path) -> dict[str, Any]:
         return {}
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:  # also where the bytes are no text
         raise DataError(f"{path} is damaged: {first_line(error)}") from error
     if not isinstance(settings, dict):
         raise DataError(f"{path} is damaged: no mapping of sections")

@@ -18,5 +18,6 @@ def test_doctor_sees_torch_and_starts_the_bundled_server() -> None:
         "ok",
         "ok",
     )
+    assert levels["numpy"] == "ok" and "8900" in done.stdout, done.stdout
     assert levels["bundled server"] == "ok", done.stdout
     assert "started and answered at 127.0.0.1:" in done.stdout
