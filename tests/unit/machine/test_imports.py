@@ -55,12 +55,17 @@ def test_served_models_import_their_libraries_uncollected(name: str) -> None:
     assert "('transformers', False)" in done.stdout
 
 
-def test_package_is_not_there_meanwhile_unless_it_was_loaded() -> None:
-    with left_out("colorsys"), pytest.raises(ModuleNotFoundError):
-        importlib.import_module("colorsys")
-    assert importlib.import_module("colorsys").rgb_to_hsv(0, 0, 0) == (0, 0, 0)
-    with left_out("colorsys"):
-        assert importlib.import_module("colorsys")
+def test_package_is_not_there_meanwhile_unless_it_was_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "package_of_a_test_of_imports"
+    (tmp_path / f"{name}.py").write_text("VALUE = 3\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with left_out(name), pytest.raises(ModuleNotFoundError):
+        importlib.import_module(name)
+    monkeypatch.setitem(sys.modules, name, importlib.import_module(name))
+    with left_out(name):
+        assert importlib.import_module(name).VALUE == 3
 
 
 _SAVES = """
