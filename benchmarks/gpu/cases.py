@@ -53,8 +53,7 @@ def check_shape(family: str, *, small: bool, spread: float = 0.05) -> Pretrained
     """A shape for checks: 2 or 4 blocks. family: `gpt2` or `llama`.
 
     spread: standard deviation of the weights; more than models start with, so that what a model has read
-    moves
-        its distributions.
+        moves its distributions.
     """
     layers, width, vocab_size = (2, 64, 256) if small else (4, 512, 8192)
     if family == "gpt2":
