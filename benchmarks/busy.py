@@ -38,7 +38,12 @@ def main(argv: Sequence[str]) -> int:
     )
     add = parser.add_argument
     add("--ways", nargs="+", default=list(WAYS), metavar="WAY", help=f"default: {', '.join(WAYS)}")
-    add("--others", type=int, default=2, help="torch processes beside it; default: %(default)s")
+    add(
+        "--others",
+        type=int,
+        default=2,
+        help="torch processes beside it; 0 measures alone; default: %(default)s",
+    )
     add("--threads", type=int, default=2, help="of each process; default: %(default)s")
     add("--steps", type=int, default=6, help="timed, after one that is not; default: %(default)s")
     add("--rounds", type=int, default=3, help="default: %(default)s")
@@ -53,9 +58,13 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for _ in range(arguments.rounds):
         for way, found in seconds.items():
             found["alone"].append(_steps(way, arguments))
+            print(f"{way}, alone: {found['alone'][-1]:.2f} s", file=sys.stderr, flush=True)
+        if not arguments.others:
+            continue
         with _others(arguments.others, arguments.threads):
             for way, found in seconds.items():
                 found["busy"].append(_steps(way, arguments))
+                print(f"{way}, busy: {found['busy'][-1]:.2f} s", file=sys.stderr, flush=True)
     return {**head(arguments), "seconds": seconds}
 
 
@@ -118,11 +127,10 @@ def table(report: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for way, found in seconds.items():
-        alone, busy = statistics.median(found["alone"]), statistics.median(found["busy"])
-        lines.append(
-            f"| {way} | {cell(spread(found['alone']), 2)} | {alone / base:.2f} "
-            f"| {cell(spread(found['busy']), 2)} | {busy / base:.2f} |"
-        )
+        alone, busy = statistics.median(found["alone"]), "- | -"
+        if found["busy"]:
+            busy = f"{cell(spread(found['busy']), 2)} | {statistics.median(found['busy']) / base:.2f}"
+        lines.append(f"| {way} | {cell(spread(found['alone']), 2)} | {alone / base:.2f} | {busy} |")
     return "\n".join(lines)
 
 

@@ -45,3 +45,5 @@ def test_ratios_are_to_libgomp_alone() -> None:
         ["conch", "4.20 (4.20-4.20)", "1.05", "12.00 (12.00-12.00)", "3.00"],
         ["libgomp", "4.00 (3.00-5.00)", "1.00", "40.00 (20.00-60.00)", "10.00"],
     ]
+    report["seconds"]["conch"]["busy"] = []  # with `--others 0`
+    assert "| conch | 4.20 (4.20-4.20) | 1.05 | - | - |" in table(report)
