@@ -116,9 +116,7 @@ def _others(count: int, threads: int) -> Iterator[None]:
 def table(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     seconds, machine, told = report["seconds"], report["machine"], report["arguments"]
-    base = statistics.median(seconds[next(iter(seconds))]["alone"])
-    if "libgomp" in seconds:
-        base = statistics.median(seconds["libgomp"]["alone"])
+    base = statistics.median(seconds.get("libgomp", next(iter(seconds.values())))["alone"])
     lines = [
         f"{machine['cpu']}, {machine['cores']} cores, torch {report['versions']['torch']}, {report['date']}; "
         f"{told['steps']} steps, beside {told['others']} others",

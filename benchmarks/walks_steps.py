@@ -12,32 +12,23 @@ import sys
 import tempfile
 import time
 
-from conch.config import load  # before torch: how its threads wait is set as this package is imported
+from benchmarks.policies import walk_case
+from conch.config import load
 from conch.trainers.ppo import PPORunConfig, PPOTrainer
-from examples.randomwalks.task import RandomWalks, letter_tokenizer
-
-_POLICY = {
-    "model_type": "gpt2",
-    "n_layer": 6,
-    "n_embd": 144,
-    "n_head": 12,
-    "n_positions": 32,
-    "vocab_size": 24,
-}
-_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
-"""As `configs/model/randomwalks_policy.yaml` has them."""
+from examples.randomwalks.task import RandomWalks
 
 
 def _trainer(folder: str) -> PPOTrainer:
-    tokenizer, task = letter_tokenizer(), RandomWalks(1000)
+    case, task = walk_case(), RandomWalks()
     settings = {
-        "model": {"architecture": {**_POLICY, **_SPECIAL}},
-        "generation": {"max_new_tokens": 9, "chunk_size": 64},
+        "model": {"architecture": {"model_type": case.model_config.model_type}},
+        "generation": {"max_new_tokens": case.max_new_tokens, "chunk_size": case.chunk_size},
         "ppo": {"rollouts_per_step": 128, "epochs": 4, "minibatches": 2, "forward_batch_size": 128},
         "train": {"total_steps": 10**6, "eval_every": 0, "save_every": 0, "run_dir": folder, "seed": 0},
     }
     config = load(PPORunConfig, settings)
-    return PPOTrainer(config, reward=task.reward, prompts=task.start_nodes, tokenizer=tokenizer)
+    given = {"model": case.model(), "tokenizer": case.tokenizer}
+    return PPOTrainer(config, reward=task.reward, prompts=task.start_nodes, **given)
 
 
 def main(steps: int) -> None:
