@@ -111,7 +111,8 @@ def test_update_is_that_of_grpo_on_the_same_samples(model: Path, tmp_path: Path)
         expected = parameters(trainer.lm)
         [checkpoint] = (run.folder / "train" / "checkpoints").glob("step_*")
         trained = type(trainer.lm).from_pretrained(checkpoint, dtype=torch.float64)
-    assert torch.equal(parameters(trained), expected)
+    # The run's thread may compute with another number of threads than this one: rounding of float64 differs.
+    assert torch.allclose(parameters(trained), expected, rtol=0.0, atol=1e-9)
 
 
 def test_old_samples_are_weighed_and_counted(model: Path, tmp_path: Path) -> None:
