@@ -29,7 +29,7 @@ NAMES: dict[Part, tuple[str, ...]] = {
 }
 THINGS = ("apples", "beads", "books", "buttons", "cards", "cups", "eggs", "marbles", "pencils", "shells")
 HELD_OUT_SHARE = 0.1
-RIGHT_SHARE = 1 / 3
+RIGHT_SHARE = 0.3
 MISTAKES = {"forgotten": 16, "operation": 3, "count": 1}
 """Mistakes of half-right solutions -> how often each is made, of 20."""
 
@@ -187,7 +187,7 @@ def rows(part: Part, number: int, seed: int) -> list[Row]:
 
 
 def half_right_rows(number: int, seed: int) -> list[Row]:
-    """Problems to learn from. One of three solutions is right, the others in their first step only."""
+    """Problems to learn from. Three in ten solutions are right, the others in their first step only."""
     rng = random.Random(f"half right, {seed}")
     return [
         {
