@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from conch.machine.imports import uncollected
@@ -21,6 +22,8 @@ let_others_work()  # before torch, which loads OpenMP
 def __getattr__(name: str) -> Any:
     # `import conch` must stay fast and free of torch: the trainers are loaded at first use.
     if name == "train":
+        # In a notebook, of tqdm, where it lacks a package for bars that Conch does not show.
+        warnings.filterwarnings("ignore", message="IProgress not found")
         with uncollected():
             from conch.api import train
 

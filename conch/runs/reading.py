@@ -158,6 +158,12 @@ class Run:
             for row in read_samples(file, weights)
         ]
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows of a run that is the last value of a cell."""
+        from conch.runs.notebook import run_html
+
+        return run_html(self)
+
     def metrics_frame(self) -> DataFrame:
         """`metrics` as a pandas.DataFrame with the steps as its index.
 

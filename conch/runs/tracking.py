@@ -17,6 +17,7 @@ from conch.atomic_files import replace_text
 from conch.config import Section, TrackingConfig, TrainConfig
 from conch.errors import ConfigError, first_line, install_extra
 from conch.log import is_main_process
+from conch.runs.board import has_evaluation, has_training
 from conch.runs.console import RunConsole, open_console, write_notice
 from conch.runs.state import METRICS_FILE
 from conch.types import Metrics
@@ -95,7 +96,7 @@ class Tracker:
         self._active = is_main_process()
         self._sinks: list[_Sink] = []
         self._console: RunConsole | None = None
-        self._open_console = partial(open_console, desc, total_steps, max(0, done_steps or 0))
+        self._open_console = partial(open_console, desc, total_steps, max(0, done_steps or 0), run_dir)
         if self._active:
             resolved = run_config.model_dump(mode="json") if run_config else {}
             self._sinks = _open_sinks(run_dir, config, resolved, done_steps)
@@ -111,9 +112,9 @@ class Tracker:
             sink.log(step, metrics)
         if self._console is None:
             return
-        if any(not name.startswith(("eval/", "alarm/")) for name in metrics):
+        if has_training(metrics):
             self._console.training(step, metrics)
-        if any(name.startswith("eval/") for name in metrics):
+        if has_evaluation(metrics):
             self._console.evaluation(step, metrics, is_best=is_best)
 
     def notice(self, text: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from conch.runs.console import evaluation_figures
+from conch.runs.board import evaluation_figures
 from tests.terminal import ROOT, AtTerminal
 
 HEAD = """
@@ -91,7 +91,16 @@ def test_pipe_gets_lines_with_every_evaluation(tmp_path: Path) -> None:
     assert done.stdout.startswith("from a reward [bold]function[/bold]")
 
 
-@pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"RANK": "1"}], ids=["dumb", "rank 1"])
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"TERM": "dumb"},
+        {"RANK": "1"},
+        {"JPY_PARENT_PID": "1"},
+        {"MPLBACKEND": "module://matplotlib_inline.backend_inline"},
+    ],
+    ids=["dumb", "rank 1", "below a kernel", "below a kernel that VS Code started"],
+)
 def test_no_display_is_drawn_where_none_can_be_or_by_another_rank(
     environment: dict[str, str], tmp_path: Path
 ) -> None:

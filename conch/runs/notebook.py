@@ -1,0 +1,234 @@
+"""The display of a run in a notebook: a progress bar, the table, and curves that grow below the cell."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+import multiprocessing
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conch.errors import DataError
+from conch.runs.board import Board, evaluation_figures, has_evaluation, has_training, training_figures
+from conch.runs.console import write_notice
+from conch.types import Metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from conch.runs.reading import Run
+
+UNITS = {
+    "kl": "nats per sample",
+    "length": "tokens",
+    "entropy": "nats per token",
+}
+
+_LEAST_S = 0.5
+"""Seconds between two drawings, at least."""
+
+_SHARE = 0.03
+"""At most this part of a run's time is spent drawing."""
+
+_MOST_POINTS = 1000
+_COLUMNS = 3
+_INCHES = 3.4  # width of a curve
+_PIXELS_PER_INCH = 160  # shown at half of it, so that it is sharp on every screen
+
+
+def is_in_notebook() -> bool:
+    """Whether a kernel of Jupyter runs this process, and it is not a child that the notebook launched."""
+    from IPython.core.getipython import get_ipython
+
+    # A terminal of IPython has no kernel. A child's output would miss the cell or end in its parent's socket.
+    return getattr(get_ipython(), "kernel", None) is not None and multiprocessing.parent_process() is None
+
+
+class NotebookConsole:
+    """Shows a run below the cell that trains; nothing runs beside training, which draws between two steps.
+
+    board: of the run.
+    run_dir: whose earlier metrics the curves begin with, where the run goes on.
+    """
+
+    def __init__(self, board: Board, run_dir: Path) -> None:
+        from IPython.display import DisplayHandle
+
+        self._board = board
+        self._curves = Curves()
+        if board.step > 0:
+            from conch.runs.reading import load
+
+            self._curves.extend(load(run_dir).metrics())
+        self._evaluations: list[str] = []
+        self._handles = DisplayHandle(), DisplayHandle()
+        self._was_drawn = [False, False]
+        self._due = 0.0
+        self._is_open = True
+        self._draw()
+
+    def training(self, step: int, metrics: Metrics) -> None:
+        self._board.train(step, metrics)
+        self._curves.add(step, metrics)
+        self._draw_if_due()
+
+    def evaluation(self, step: int, metrics: Metrics, *, is_best: bool) -> None:
+        self._evaluations.append(self._board.evaluate(step, metrics, is_best=is_best))
+        self._curves.add(step, metrics)
+        self._draw_if_due()
+
+    def notice(self, text: str) -> None:
+        write_notice(text)
+
+    def say(self, text: str) -> None:
+        print(text)
+
+    def close(self) -> None:
+        if self._is_open:
+            self._is_open = False
+            self._draw()
+
+    def _draw_if_due(self) -> None:
+        if time.monotonic() >= self._due:
+            self._draw()
+
+    def _draw(self) -> None:
+        start = time.monotonic()
+        page = board_html(self._board, self._evaluations)
+        self._show(0, {"text/html": page, "text/plain": f"{self._board.head()}  {self._board.times()}"})
+        if png := self._curves.png():
+            self._show(1, {"image/png": png, "text/plain": "curves"})
+        took_s = time.monotonic() - start
+        self._due = start + took_s + max(_LEAST_S, took_s / _SHARE)
+
+    def _show(self, place: int, data: Mapping[str, Any]) -> None:
+        show = self._handles[place].update if self._was_drawn[place] else self._handles[place].display
+        metadata = {"image/png": {"width": self._curves.width}} if "image/png" in data else {}
+        show(data, raw=True, metadata=metadata)
+        self._was_drawn[place] = True
+
+
+def board_html(board: Board, evaluations: Iterable[str] = ()) -> str:
+    """The bar, the table, and a list of all evaluations that opens by a click."""
+    total = max(1, board.pace.total_steps)
+    bar = f'<progress value="{board.step}" max="{total}" style="width:16em"></progress>'
+    parts = [f"<div>{html.escape(board.head())} {bar} {html.escape(board.times())}</div>"]
+    if rows := board.rows():
+        lines = [("", "training", "evaluation"), *rows]
+        cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in lines]
+        parts.append(f"<table>{''.join(f'<tr>{line}</tr>' for line in cells)}</table>")
+    told = html.escape("\n".join(evaluations))
+    if told:
+        parts.append(f"<details><summary>evaluations</summary><pre>{told}</pre></details>")
+    return "".join(parts)
+
+
+class Curves:
+    """The main figures of a run over its steps, training beside evaluation, in one picture."""
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+        self._training: dict[str, Points] = {}
+        self._evaluation: dict[str, Points] = {}
+        self.extend(rows)
+
+    @property
+    def width(self) -> int:
+        """Of the picture as it is to be shown, in pixels."""
+        return round(_INCHES * min(_COLUMNS, max(1, len(self._names()))) * _PIXELS_PER_INCH / 2)
+
+    def extend(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add steps as `Run.metrics` gives them."""
+        for row in rows:
+            metrics = {name: math.nan if value is None else value for name, value in row.items()}
+            self.add(int(metrics.pop("step")), metrics)
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Add what was measured at a step."""
+        if has_training(metrics):
+            for name, value in training_figures(metrics).items():
+                self._training.setdefault(name, Points()).add(step, value)
+        if has_evaluation(metrics):
+            for name, value in evaluation_figures(metrics).items():
+                self._evaluation.setdefault(name, Points()).add(step, value)
+
+    def points(self, name: str) -> Points:
+        """Of a figure's training: `reward`, say.
+
+        Raises:
+            KeyError: nothing was added of it.
+        """
+        return self._training[name]
+
+    def png(self) -> bytes | None:
+        """The picture; None before there is a second point anywhere."""
+        names = self._names()
+        curves = [*self._training.values(), *self._evaluation.values()]
+        if all(len(points.steps) < 2 for points in curves):
+            return None
+        # Not through pyplot, whose back end and open figures are the user's.
+        from matplotlib.figure import Figure
+
+        columns = min(_COLUMNS, len(names))
+        lines = math.ceil(len(names) / columns)
+        figure = Figure((_INCHES * columns, 2.3 * lines), layout="constrained", dpi=_PIXELS_PER_INCH)
+        for place, name in enumerate(names, start=1):
+            self._draw(figure.add_subplot(lines, columns, place), name)
+        target = io.BytesIO()
+        figure.savefig(target, format="png")
+        return target.getvalue()
+
+    def _names(self) -> list[str]:
+        return list(dict.fromkeys([*self._training, *self._evaluation]))
+
+    def _draw(self, axes: Axes, name: str) -> None:
+        unit = UNITS.get(name, "")
+        axes.set_title(f"{name} ({unit})" if unit else name, fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.set_xlabel("step", fontsize=7)
+        if points := self._training.get(name):
+            axes.plot(points.steps, points.values, color="tab:blue", linewidth=1, label="training")
+        if points := self._evaluation.get(name):
+            axes.plot(points.steps, points.values, "o-", color="tab:orange", markersize=3, label="evaluation")
+        axes.legend(fontsize=6, frameon=False)
+
+
+class Points:
+    """A curve of at most `_MOST_POINTS` points, evenly spread over all that were added."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.values: list[float] = []
+        self._seen = 0
+        self._stride = 1
+
+    def add(self, step: int, value: float) -> None:
+        if self._seen % self._stride == 0:
+            self.steps.append(step)
+            self.values.append(value)
+        self._seen += 1
+        if len(self.steps) >= _MOST_POINTS:
+            self.steps, self.values, self._stride = self.steps[::2], self.values[::2], 2 * self._stride
+
+
+def run_html(run: Run) -> str:
+    """A run of the disk as a notebook shows it: a line that says how it stands, and its curves."""
+    summary = run.summary
+    steps = f"{'?' if summary.step is None else summary.step}/{summary.total_steps or '?'}"
+    parts = [f"{summary.algorithm or 'run'} {steps} {summary.state}"]
+    if summary.best is not None:
+        parts.append(f"best {summary.metric} {summary.best:.4g} at step {summary.best_step}")
+    parts.append(str(run.folder))
+    head = f"<div>{html.escape(', '.join(parts))}</div>"
+    try:
+        curves = Curves(run.metrics())
+    except DataError as error:
+        return f"{head}<div>{html.escape(str(error))}</div>"
+    png = curves.png()
+    if png is None:
+        return head
+    source = base64.b64encode(png).decode()
+    return f'{head}<img alt="curves" width="{curves.width}" src="data:image/png;base64,{source}">'
