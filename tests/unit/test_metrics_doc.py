@@ -12,7 +12,10 @@ import pytest
 
 from tests.runs import PROMPTS, grpo_trainer, ilql_trainer, ppo_trainer, reward_trainer, sft_trainer, vowels
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs/metrics.md"
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENT = ROOT / "docs/metrics.md"
+PAGES = [*ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md"), ROOT / "README.md"]
+STAGES = "async|eval|grpo|judge|kl|policy|reward|rft|rollout|staleness|steering|time|train|value|verifier"
 SAMPLES = ["abcd", "bc", "hgf", "aab", "cde", "fgh", "ab", "ed"]
 PAIRS = [{"chosen": text, "rejected": "h" * len(text)} for text in SAMPLES]
 SCORED = [{"text": text, "score": float(len(text))} for text in SAMPLES]
@@ -57,3 +60,16 @@ def test_every_metric_is_explained(tmp_path: Path, name: str) -> None:
     logged = trainer.step().keys() | trainer.evaluate().keys()
     assert len(logged) > 3
     assert logged - explained() == set()
+
+
+def test_pages_name_no_metric_that_there_is_not() -> None:
+    # `<name>` stands for any word, in the table as on the pages.
+    patterns = [re.sub(r"<\w+>", "[^`]+", re.escape(name)) for name in explained()]
+    known = re.compile("|".join(patterns))
+    named: dict[str, str] = {}
+    for page in PAGES:
+        if page.name not in ("renamed.md", "metrics.md"):
+            names = re.findall(rf"`((?:{STAGES})/[\w@<>/]+)`", page.read_text(encoding="utf-8"))
+            named |= {name: page.name for name in names}
+    assert len(named) > 40
+    assert {name: page for name, page in named.items() if not known.fullmatch(name)} == {}
