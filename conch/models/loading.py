@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -49,6 +49,9 @@ _POSITIONS_BEHIND_PAD = frozenset(
 )
 """Model types that count positions from `pad_token_id + 1` on, as RoBERTa does."""
 
+
+_ALIGNMENT = 64
+"""Bytes; what torch allocates on the CPU begins at a multiple."""
 
 _ORIGINALS = "_conch_dropout_of_configs"
 """Attribute of a model: configs, names and values that `disable_dropout` has set to 0."""
@@ -284,6 +287,24 @@ def fuse_activations(model: nn.Module) -> None:
             model.set_submodule(name, nn.GELU(approximate="tanh"))
 
 
+def align_weights(model: nn.Module) -> None:
+    """Have each weight on the CPU begin where torch would put a new tensor; what shares memory still does.
+
+    transformers maps a file of safetensors into memory, where weights lie behind a head of any length, and
+    MKL rounds products with one row, those of sampling, by where a matrix begins. So the same weights from
+    two files, a model of the hub and a checkpoint of its run, would sample from other last bits.
+    """
+    moved: dict[tuple[Any, ...], Tensor] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        # Quantised ones are classes of their own, which have no address.
+        is_plain = tensor.is_cpu and type(tensor) in (Tensor, nn.Parameter)
+        if is_plain and tensor.data_ptr() % _ALIGNMENT:
+            place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            if place not in moved:
+                moved[place] = tensor.detach().clone()
+            tensor.data = moved[place]
+
+
 def _load(
     class_of: Callable[[PretrainedConfig], Any],
     config: ModelConfig,
@@ -318,6 +339,7 @@ def _load(
     if config.disable_dropout:
         disable_dropout(model)
     fuse_activations(model)
+    align_weights(model)
     return model
 
 

@@ -35,6 +35,7 @@ from conch.log import get_logger
 from conch.models.freezing import freeze_unreached
 from conch.models.kernels import apply_kernels, check_kernels
 from conch.models.loading import (
+    align_weights,
     check_start_token,
     check_tokenizer,
     disable_dropout,
@@ -119,6 +120,7 @@ def load_policy(model: PreTrainedModel | None, config: ModelConfig, precision: s
     if config.disable_dropout:
         disable_dropout(model)
     fuse_activations(model)
+    align_weights(model)
     return model
 
 

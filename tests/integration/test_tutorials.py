@@ -92,6 +92,15 @@ def test_first_reward_model_and_ppo(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
+def test_runs_on_a_laptop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    byte_level_gpt2(tmp_path / "distilgpt2")
+    run_page("laptop", tmp_path, monkeypatch)
+    steps = [row["step"] for row in rows(tmp_path / "runs/a/metrics.jsonl")]
+    assert steps == [*range(13)], "the second command went on"
+    assert (tmp_path / "rates.html").stat().st_size > 100_000
+
+
+@pytest.mark.slow
 def test_qwen_policy_with_llama_reward_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     judge = tmp_path / "Skywork/Skywork-Reward-V2-Llama-3.2-1B"
     policy = tmp_path / "Qwen/Qwen2.5-0.5B-Instruct"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,6 +27,7 @@ from conch.config import ModelConfig, TokenizerConfig
 from conch.errors import ConfigError, ModelError
 from conch.models.freezing import freeze_trunk
 from conch.models.loading import (
+    align_weights,
     context_window,
     decoder_layers,
     disable_dropout,
@@ -471,3 +473,31 @@ def test_a_llama_tokenizer_is_saved_with_its_legacy(tmp_path: Path, legacy: bool
     assert again.legacy is legacy  # pyright: ignore[reportAttributeAccessIssue]
     text = "<s>the film is bad</s>good"
     assert again(text).input_ids == first(text).input_ids
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+def test_weights_do_not_lie_where_the_head_of_their_file_puts_them(family: str, tmp_path: Path) -> None:
+    model = tiny_decoder(family, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    places = set()
+    for note in ("", "x" * 8, "x" * 16):  # other heads, same weights
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt", "note": note})
+        places |= {weight.data_ptr() % 64 for weight in load_file(tmp_path / "model.safetensors").values()}
+        loaded = load_lm(ModelConfig(path=str(tmp_path)))
+        tensors = [*loaded.parameters(), *loaded.buffers()]
+        assert {tensor.data_ptr() % 64 for tensor in tensors} == {0}
+        assert loaded.state_dict().keys() == model.state_dict().keys()
+        assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in weights.items())
+    assert len(places) > 1, "the files put them at other places"
+
+
+def test_weights_that_share_memory_still_do_where_they_are_moved() -> None:
+    memory = torch.zeros(33)
+    first, second, third = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+    first.weight = nn.Parameter(memory[1:17].view(4, 4))
+    second.weight = nn.Parameter(memory[1:17].view(4, 4))
+    third.weight = nn.Parameter(memory[17:33].view(4, 4))
+    align_weights(nn.ModuleList([first, second, third]))
+    assert first.weight.data_ptr() == second.weight.data_ptr() != third.weight.data_ptr()
+    assert third.weight.data_ptr() % 64 == first.weight.data_ptr() % 64 == 0
