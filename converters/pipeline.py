@@ -18,6 +18,7 @@ from conch.converters.checkpoints.reader import RewardCheckpoint, checkpoint_sha
 from conch.converters.checkpoints.rules import check_dense
 from conch.converters.options import Conversion, ConversionOptions
 from conch.converters.parity.compare import compare
+from conch.converters.parity.forked_python import ForkedPython
 from conch.converters.parity.readings import refuse_lost_separators, refuse_two_readings
 from conch.converters.parity.reference import ParityReference, golden_of, reference_of
 from conch.converters.parity.report import ParityReport
@@ -45,11 +46,14 @@ class PartVersion:
     reference: ParityReference | None
 
 
-def convert(checkpoint: str, name: str, options: ConversionOptions) -> Conversion:
+def convert(
+    checkpoint: str, name: str, options: ConversionOptions, fork: ForkedPython | None = None
+) -> Conversion:
     """Read a checkpoint, write its parts aside, compare their scores, and publish the parts if they agree.
 
     checkpoint: folder, file of tensors, or hub id.
     name: model in the store.
+    fork: runs the model of a conversion that writes a single one; None starts a process for each model.
 
     Raises:
         ConversionError: the checkpoint cannot be served faithfully, or the name is another checkpoint's.
@@ -67,7 +71,7 @@ def convert(checkpoint: str, name: str, options: ConversionOptions) -> Conversio
                 shutil.copyfile(file, folders[part.name] / (file.name if number else "model.py"))
         # The processes import their libraries while this one reads and writes.
         routes = {
-            part.name: [stack.enter_context(SubprocessModel(folders[step])) for step in part.route]
+            part.name: [stack.enter_context(SubprocessModel(folders[step], fork)) for step in part.route]
             for part in parts
         }
         versions = _read_and_write(checkpoint, parts, folders, options)

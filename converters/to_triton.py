@@ -30,6 +30,7 @@ from conch.converters.options import (
     check_name,
     default_name,
 )
+from conch.converters.parity.forked_python import forked_python
 from conch.converters.recipes import recipe_list, with_recipe
 from conch.errors import ConchError, ConversionError, ParityError
 from conch.log import quieten_libraries, setup_logging
@@ -54,11 +55,15 @@ def to_triton(checkpoint: str | Path, **settings: Any) -> Conversion:
     name = options.name or default_name(str(checkpoint))
     check_name(name)
     check_exists("checkpoint", str(checkpoint))
-    # torch and transformers are imported here, so that --help and mistakes in the arguments answer at once.
-    with uncollected():
-        from conch.converters.pipeline import convert
+    with contextlib.ExitStack() as stack:
+        # torch and transformers are imported here: --help and mistakes in the arguments answer at once.
+        with uncollected():
+            # Graphs take no fork: they are served without torch, and so they are run without.
+            is_forked = options.backend == "python" and options.device == "cpu"
+            fork = stack.enter_context(forked_python()) if is_forked else None
+            from conch.converters.pipeline import convert
 
-    return convert(str(checkpoint), name, options)
+        return convert(str(checkpoint), name, options, fork)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from conch.converters.parity.forked_python import ENVIRONMENT, ForkedPython
 from conch.errors import ConversionError
 
 PYTHON = sys.executable
@@ -25,19 +26,24 @@ the reply is {"ids": [[...]]}, what the model reads."""
 class SubprocessModel:
     """A process that runs the `model.py` of a version folder.
 
-    The process imports its libraries at once and reads the folder's other files when `score` is called, so it
-    can start as soon as `model.py` is there. Leaving the context manager ends the process.
+    The process reads the folder's other files when `score` is called, so it can be made as soon as
+    `model.py` is there. Leaving the context manager ends the process.
+
+    fork: the process, for this model alone; None starts one, which imports its libraries at once.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._process = subprocess.Popen(
-            [PYTHON, "-I", str(folder / "model.py")],
+    def __init__(self, folder: Path, fork: ForkedPython | None = None) -> None:
+        program = folder / "model.py"
+        if fork is not None:
+            fork.program = program
+        self._process = fork or subprocess.Popen(
+            [PYTHON, "-I", str(program)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             encoding="utf-8",
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+            env={**os.environ, **ENVIRONMENT},
         )
 
     def __enter__(self) -> SubprocessModel:

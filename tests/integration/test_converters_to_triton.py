@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertForSequenceClassification, GPT2ForSequenceClassification
 
 from conch.converters.backends import python as python_backend
+from conch.converters.parity.forked_python import GPUS
 from conch.converters.parity.subprocess_model import SubprocessModel
 from conch.converters.to_triton import main, to_triton
 from conch.errors import ConversionError, ParityError
@@ -152,6 +154,49 @@ def test_the_original_is_out_of_memory_before_the_served_form_loads(
     monkeypatch.setattr(SubprocessModel, "score", look_and_score)
     to_triton(checkpoint, model_store=tmp_path / "store", dry_run=True)
     assert alive == []
+
+
+@pytest.mark.skipif(any(map(os.path.exists, GPUS)), reason="no forks where there is CUDA")
+def test_the_served_form_runs_in_a_fork_that_has_seen_nothing_of_the_conversion(tmp_path: Path) -> None:
+    """Of a program that used no torch before; elsewhere it is a new process, as in the other tests."""
+    model = python_backend.RUNNER[0].read_text()
+    begins = 'if __name__ == "__main__":\n'
+    assert model.count(begins) == 1
+    looks = (
+        "    import transformers\n"
+        "    gc.unfreeze()\n"
+        "    models = [type(each) for each in gc.get_objects()]\n"
+        "    models = [each.__name__ for each in models if issubclass(each, transformers.PreTrainedModel)]\n"
+        "    conch = [name for name in sys.modules if name.partition('.')[0] in ('conch', 'converters')]\n"
+        "    state = {'fork': not sys.flags.isolated, 'models': models, 'conch': conch}\n"
+        "    state['cuda'] = torch.cuda.is_initialized()\n"
+        "    Path(__file__).with_name('state.json').write_text(json.dumps(state))\n"
+    )
+    (tmp_path / "model.py").write_text(model.replace(begins, begins + looks))
+    # The changed runner takes the place of the other as soon as that can be imported.
+    program = (
+        "import contextlib, sys\n"
+        "from pathlib import Path\n"
+        "from conch.converters import to_triton\n"
+        "fork = to_triton.forked_python\n"
+        "@contextlib.contextmanager\n"
+        "def forked_python():\n"
+        "    with fork() as process:\n"
+        "        from conch.converters.backends import python\n"
+        "        python.RUNNER = (Path(sys.argv[1]), *python.RUNNER[1:])\n"
+        "        yield process\n"
+        "to_triton.forked_python = forked_python\n"
+        "sys.exit(to_triton.main(sys.argv[2:]))\n"
+    )
+    arguments = ["--checkpoint", str(reward_checkpoint(tmp_path / "walks")), "--quiet"]
+    command = [sys.executable, "-c", program, str(tmp_path / "model.py"), *arguments]
+    command += ["--model-store", str(tmp_path / "store")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+    assert done.returncode == 0, done.stderr
+    verify_files(read_model(tmp_path / "store", "walks"))
+    state = json.loads((tmp_path / "store" / "walks" / "1" / "state.json").read_text())
+    assert state == {"fork": True, "models": [], "conch": [], "cuda": False}
 
 
 def test_a_dry_run_makes_no_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
