@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
-import math
 import multiprocessing
 import time
 from collections.abc import Iterable, Mapping
@@ -13,31 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conch.errors import DataError
-from conch.runs.board import Board, evaluation_figures, has_evaluation, has_training, training_figures
+from conch.runs.board import Board
 from conch.runs.console import write_notice
+from conch.runs.plots import Curves
 from conch.types import Metrics
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
     from conch.runs.reading import Run
-
-UNITS = {
-    "kl": "nats per sample",
-    "length": "tokens",
-    "entropy": "nats per token",
-}
 
 _LEAST_S = 0.5
 """Seconds between two drawings, at least."""
 
 _SHARE = 0.03
 """At most this part of a run's time is spent drawing."""
-
-_MOST_POINTS = 1000
-_COLUMNS = 3
-_INCHES = 3.4  # width of a curve
-_PIXELS_PER_INCH = 160  # shown at half of it, so that it is sharp on every screen
 
 
 def is_in_notebook() -> bool:
@@ -125,93 +111,6 @@ def board_html(board: Board, evaluations: Iterable[str] = ()) -> str:
     if told:
         parts.append(f"<details><summary>evaluations</summary><pre>{told}</pre></details>")
     return "".join(parts)
-
-
-class Curves:
-    """The main figures of a run over its steps, training beside evaluation, in one picture."""
-
-    def __init__(self, rows: Iterable[Mapping[str, Any]] = ()) -> None:
-        self._training: dict[str, Points] = {}
-        self._evaluation: dict[str, Points] = {}
-        self.extend(rows)
-
-    @property
-    def width(self) -> int:
-        """Of the picture as it is to be shown, in pixels."""
-        return round(_INCHES * min(_COLUMNS, max(1, len(self._names()))) * _PIXELS_PER_INCH / 2)
-
-    def extend(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Add steps as `Run.metrics` gives them."""
-        for row in rows:
-            metrics = {name: math.nan if value is None else value for name, value in row.items()}
-            self.add(int(metrics.pop("step")), metrics)
-
-    def add(self, step: int, metrics: Metrics) -> None:
-        """Add what was measured at a step."""
-        if has_training(metrics):
-            for name, value in training_figures(metrics).items():
-                self._training.setdefault(name, Points()).add(step, value)
-        if has_evaluation(metrics):
-            for name, value in evaluation_figures(metrics).items():
-                self._evaluation.setdefault(name, Points()).add(step, value)
-
-    def points(self, name: str) -> Points:
-        """Of a figure's training: `reward`, say.
-
-        Raises:
-            KeyError: nothing was added of it.
-        """
-        return self._training[name]
-
-    def png(self) -> bytes | None:
-        """The picture; None before there is a second point anywhere."""
-        names = self._names()
-        curves = [*self._training.values(), *self._evaluation.values()]
-        if all(len(points.steps) < 2 for points in curves):
-            return None
-        # Not through pyplot, whose back end and open figures are the user's.
-        from matplotlib.figure import Figure
-
-        columns = min(_COLUMNS, len(names))
-        lines = math.ceil(len(names) / columns)
-        figure = Figure((_INCHES * columns, 2.3 * lines), layout="constrained", dpi=_PIXELS_PER_INCH)
-        for place, name in enumerate(names, start=1):
-            self._draw(figure.add_subplot(lines, columns, place), name)
-        target = io.BytesIO()
-        figure.savefig(target, format="png")
-        return target.getvalue()
-
-    def _names(self) -> list[str]:
-        return list(dict.fromkeys([*self._training, *self._evaluation]))
-
-    def _draw(self, axes: Axes, name: str) -> None:
-        unit = UNITS.get(name, "")
-        axes.set_title(f"{name} ({unit})" if unit else name, fontsize=9)
-        axes.tick_params(labelsize=7)
-        axes.set_xlabel("step", fontsize=7)
-        if points := self._training.get(name):
-            axes.plot(points.steps, points.values, color="tab:blue", linewidth=1, label="training")
-        if points := self._evaluation.get(name):
-            axes.plot(points.steps, points.values, "o-", color="tab:orange", markersize=3, label="evaluation")
-        axes.legend(fontsize=6, frameon=False)
-
-
-class Points:
-    """A curve of at most `_MOST_POINTS` points, evenly spread over all that were added."""
-
-    def __init__(self) -> None:
-        self.steps: list[int] = []
-        self.values: list[float] = []
-        self._seen = 0
-        self._stride = 1
-
-    def add(self, step: int, value: float) -> None:
-        if self._seen % self._stride == 0:
-            self.steps.append(step)
-            self.values.append(value)
-        self._seen += 1
-        if len(self.steps) >= _MOST_POINTS:
-            self.steps, self.values, self._stride = self.steps[::2], self.values[::2], 2 * self._stride
 
 
 def run_html(run: Run) -> str:

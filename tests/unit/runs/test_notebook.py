@@ -12,7 +12,8 @@ import pytest
 from conch.runs import load
 from conch.runs.board import Board, Pace
 from conch.runs.console import LogConsole, open_console
-from conch.runs.notebook import Curves, board_html
+from conch.runs.notebook import board_html
+from conch.runs.plots import Curves
 
 
 def test_board_is_escaped_and_its_evaluations_are_listed() -> None:
