@@ -8,7 +8,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
@@ -17,11 +19,11 @@ from conch.converters.backends.version_files import write_beside
 from conch.converters.checkpoints.reader import RewardCheckpoint, checkpoint_sha256, read_checkpoint
 from conch.converters.checkpoints.rules import check_dense
 from conch.converters.options import Conversion, ConversionOptions
-from conch.converters.parity.compare import compare
+from conch.converters.parity.compare import Key, compare, samples_above_tolerance
 from conch.converters.parity.forked_python import ForkedPython
 from conch.converters.parity.readings import refuse_lost_separators, refuse_two_readings
-from conch.converters.parity.reference import ParityReference, golden_of, reference_of
-from conch.converters.parity.report import ParityReport
+from conch.converters.parity.reference import ParityReference, golden_of, reference_of, rounding_of
+from conch.converters.parity.report import TOLERANCES, ParityReport
 from conch.converters.parity.subprocess_model import SubprocessModel, score_in_sequence
 from conch.converters.parts import Part, plan_parts, spec_of, write_part
 from conch.errors import ConversionError, ParityError
@@ -31,6 +33,9 @@ from conch.store.store import owner_of, publish, staged_version
 from conch.triton.contract import RewardModelSpec, TokenizerSpec
 
 _log = get_logger(__name__)
+
+_FEW = 0.25
+"""Part of the samples above the tolerance, at most, that rounding may excuse: what is wrong shows in most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,15 +146,39 @@ def _prove(
         return None
     _log.info("scoring %d requests with %s as it was written", len(reference.requests), version.part.name)
     replies = score_in_sequence(route, reference.requests, options.device)
-    report = compare(
-        reference.cases, replies, reference.expected, options.dtype, batch_invariant=options.batch_invariant
+    compared = partial(
+        compare,
+        *(reference.cases, replies, reference.expected, options.dtype),
+        batch_invariant=options.batch_invariant,
     )
+    report = compared()
+    if not report.ok:
+        reference.rounding.update(_rounding(reference, replies, checkpoint, options))
+        report = compared(rounding=reference.rounding)
     if not report.ok:
         raise ParityError(
             f"{checkpoint}: the converted model does not score like the original, nothing was published "
             f"(worst: {report.worst.name})\n{report.table()}"
         )
     return report
+
+
+def _rounding(
+    reference: ParityReference, replies: Sequence[dict[str, Any]], name: str, options: ConversionOptions
+) -> dict[Key, float]:
+    """Of the few samples above the tolerance, ask the original how far rounding alone moves its scores."""
+    samples = samples_above_tolerance(reference.cases, replies, reference.expected, options.dtype)
+    if not 0 < len(samples) <= _FEW * len(reference.expected.scores):
+        return {}
+    _log.info("scoring %d samples with the original in float64: does it round them as badly?", len(samples))
+    rounding = rounding_of(read_checkpoint(name, options), samples.values(), options.dtype)
+    moved = {key: value for key, value in rounding.items() if value > TOLERANCES[options.dtype]}
+    for key, value in moved.items():
+        _log.warning(
+            "a sample of %d tokens is compared to %.1e only: the original rounds its score as badly",
+            *(len(samples[key].ids), value),
+        )
+    return moved
 
 
 def _finish(
@@ -159,7 +188,9 @@ def _finish(
     part, manifest, reference = version.part, version.manifest, version.reference
     if report is None or reference is None:
         return TokenizerSpec(part.name, options.max_batch_size, manifest.max_length)
-    golden = golden_of(reference.cases, part.form, reference.expected, options.dtype)
+    golden = golden_of(
+        reference.cases, part.form, reference.expected, options.dtype, left_out=reference.rounding
+    )
     return spec_of(part, manifest, options, write_beside(version.folder, manifest, golden, report))
 
 

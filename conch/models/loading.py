@@ -288,16 +288,19 @@ def fuse_activations(model: nn.Module) -> None:
 
 
 def align_weights(model: nn.Module) -> None:
-    """Have each weight on the CPU begin where torch would put a new tensor; what shares memory still does.
+    """Have each weight on the CPU begin where torch would put a new tensor; equal views of memory stay that.
 
     transformers maps a file of safetensors into memory, where weights lie behind a head of any length, and
     MKL rounds products with one row, those of sampling, by where a matrix begins. So the same weights from
     two files, a model of the hub and a checkpoint of its run, would sample from other last bits.
     """
+    if torch.cuda.is_available():  # weights go on to a GPU, and the mapped file takes no memory of a process
+        return
     moved: dict[tuple[Any, ...], Tensor] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
-        # Quantised ones are classes of their own, which have no address.
-        is_plain = tensor.is_cpu and type(tensor) in (Tensor, nn.Parameter)
+        # Quantised ones are classes of their own, which have no address; sparse ones neither.
+        is_dense = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+        is_plain = is_dense and tensor.is_cpu
         if is_plain and tensor.data_ptr() % _ALIGNMENT:
             place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
             if place not in moved:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conch.errors import DataError
-from conch.runs.board import Board
+from conch.runs.board import Board, has_evaluation
 from conch.runs.console import write_notice
 from conch.runs.plots import Curves
+from conch.runs.state import METRICS_FILE
 from conch.types import Metrics
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _LEAST_S = 0.5
 """Seconds between two drawings, at least."""
 
 _SHARE = 0.03
-"""At most this part of a run's time is spent drawing."""
+"""Part of the time between two pictures that drawing one may take."""
 
 
 def is_in_notebook() -> bool:
@@ -39,32 +40,34 @@ class NotebookConsole:
 
     board: of the run.
     run_dir: whose earlier metrics the curves begin with, where the run goes on.
+    curves: what is drawn.
     """
 
     def __init__(self, board: Board, run_dir: Path) -> None:
         from IPython.display import DisplayHandle
 
         self._board = board
-        self._curves = Curves()
-        if board.step > 0:
+        self.curves = Curves()
+        if (run_dir / METRICS_FILE).is_file():
             from conch.runs.reading import load
 
-            self._curves.extend(load(run_dir).metrics())
+            self.curves.extend(load(run_dir).metrics())
         self._evaluations: list[str] = []
         self._handles = DisplayHandle(), DisplayHandle()
         self._was_drawn = [False, False]
-        self._due = 0.0
+        self._board_due = self._curves_due = 0.0
         self._is_open = True
-        self._draw()
+        self._draw_board()
 
     def training(self, step: int, metrics: Metrics) -> None:
         self._board.train(step, metrics)
-        self._curves.add(step, metrics)
-        self._draw_if_due()
+        if not has_evaluation(metrics):  # else `evaluation` follows, with the same metrics
+            self.curves.add(step, metrics)
+            self._draw_if_due()
 
     def evaluation(self, step: int, metrics: Metrics, *, is_best: bool) -> None:
         self._evaluations.append(self._board.evaluate(step, metrics, is_best=is_best))
-        self._curves.add(step, metrics)
+        self.curves.add(step, metrics)
         self._draw_if_due()
 
     def notice(self, text: str) -> None:
@@ -76,24 +79,31 @@ class NotebookConsole:
     def close(self) -> None:
         if self._is_open:
             self._is_open = False
-            self._draw()
+            self._draw_board()
+            self._draw_curves()
 
     def _draw_if_due(self) -> None:
-        if time.monotonic() >= self._due:
-            self._draw()
-
-    def _draw(self) -> None:
         start = time.monotonic()
+        if start >= self._board_due:
+            self._draw_board()
+            self._board_due = time.monotonic() + _LEAST_S
+        if start >= self._curves_due:
+            start = time.monotonic()
+            self._draw_curves()
+            end = time.monotonic()
+            self._curves_due = end + max(_LEAST_S, (end - start) / _SHARE)
+
+    def _draw_board(self) -> None:
         page = board_html(self._board, self._evaluations)
         self._show(0, {"text/html": page, "text/plain": f"{self._board.head()}  {self._board.times()}"})
-        if png := self._curves.png():
+
+    def _draw_curves(self) -> None:
+        if png := self.curves.png():
             self._show(1, {"image/png": png, "text/plain": "curves"})
-        took_s = time.monotonic() - start
-        self._due = start + took_s + max(_LEAST_S, took_s / _SHARE)
 
     def _show(self, place: int, data: Mapping[str, Any]) -> None:
         show = self._handles[place].update if self._was_drawn[place] else self._handles[place].display
-        metadata = {"image/png": {"width": self._curves.width}} if "image/png" in data else {}
+        metadata = {"image/png": {"width": self.curves.width}} if "image/png" in data else {}
         show(data, raw=True, metadata=metadata)
         self._was_drawn[place] = True
 

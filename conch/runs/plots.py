@@ -176,15 +176,17 @@ class Curves:
         if all(len(points.steps) < 2 for points in curves):
             return None
         # Not through pyplot, whose back end and open figures are the user's.
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
 
         columns = min(_COLUMNS, len(names))
         lines = math.ceil(len(names) / columns)
-        figure = Figure((_INCHES * columns, 2.3 * lines), layout="constrained", dpi=_PIXELS_PER_INCH)
-        for place, name in enumerate(names, start=1):
-            self._draw(figure.add_subplot(lines, columns, place), name)
         target = io.BytesIO()
-        figure.savefig(target, format="png")
+        with rc_context({"text.usetex": False}):  # a user's setting; names of metrics are no LaTeX
+            figure = Figure((_INCHES * columns, 2.3 * lines), layout="constrained", dpi=_PIXELS_PER_INCH)
+            for place, name in enumerate(names, start=1):
+                self._draw(figure.add_subplot(lines, columns, place), name)
+            figure.savefig(target, format="png")
         return target.getvalue()
 
     def _names(self) -> list[str]:

@@ -142,10 +142,12 @@ class Tracker:
 
     def close(self) -> None:
         """Flush and close all sinks."""
-        if self._console is not None:
-            self._console.close()
-        for sink in self._sinks:
-            sink.close()
+        try:
+            if self._console is not None:
+                self._console.close()
+        finally:
+            for sink in self._sinks:
+                sink.close()
 
     def __enter__(self) -> Tracker:
         """Show the run, from here on."""

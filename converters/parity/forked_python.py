@@ -10,6 +10,7 @@ import contextlib
 import gc
 import importlib
 import json
+import locale
 import logging
 import os
 import signal
@@ -64,14 +65,15 @@ def forked_python() -> Iterator[ForkedPython | None]:
 
 def _isolated_path() -> list[str] | None:
     """Return the `sys.path` of `python -I`; None where that would be another Python or find other modules."""
-    decided = "[sys.warnoptions, sys.flags.optimize, sys.flags.utf8_mode]"
-    question = f"import json, sys; print(json.dumps([sys.path, {decided}]))"
+    # Not `utf8_mode`: in the C locale Python sets LC_CTYPE for its children, which then need none.
+    decided = "[sys.warnoptions, sys.flags.optimize, locale.getpreferredencoding(False).lower()]"
+    question = f"import json, locale, sys; print(json.dumps([sys.path, {decided}]))"
     command = [sys.executable, "-I", "-c", question]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode != 0:
         return None
     path, settings = json.loads(answer.stdout)
-    if settings != [sys.warnoptions, sys.flags.optimize, sys.flags.utf8_mode]:
+    if settings != [sys.warnoptions, sys.flags.optimize, locale.getpreferredencoding(False).lower()]:
         return None
     for name, module in [*sys.modules.items()]:  # a search may import more
         spec = getattr(module, "__spec__", None)
@@ -131,7 +133,8 @@ class ForkedPython:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
-        self._tell.close()
+        with contextlib.suppress(BrokenPipeError):  # what a fork that is gone was told
+            self._tell.close()
         self._wait(None)
         for stream in self._streams:
             stream.close()
@@ -165,7 +168,12 @@ class ForkedPython:
 
     def _poll(self) -> int | None:
         if self.returncode is None:
-            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            try:
+                pid, status = os.waitpid(self._pid, os.WNOHANG)
+            except (
+                ChildProcessError
+            ):  # whoever started this program has SIGCHLD ignored, as Popen expects too
+                pid, status = self._pid, 0
             self.returncode = os.waitstatus_to_exitcode(status) if pid else None
         return self.returncode
 
@@ -187,6 +195,7 @@ def _run_when_told(told: int, streams: Sequence[IO[bytes]], path: Sequence[str])
         if callable(signal.getsignal(number)):
             is_interrupt = number == signal.SIGINT
             signal.signal(number, signal.default_int_handler if is_interrupt else signal.SIG_DFL)
+    _replaced = sys.stdin, sys.stdout, sys.stderr  # kept: an end of theirs might close what is opened here
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         os.dup2(streams[number].fileno(), number)
         text = {"buffering": 1, "encoding": "utf-8", "errors": "backslashreplace", "closefd": False}

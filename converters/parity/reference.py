@@ -10,8 +10,8 @@ import contextlib
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from conch.converters.checkpoints.reader import RewardCheckpoint
-from conch.converters.parity.compare import ExpectedScores
+from conch.converters.parity.compare import ExpectedScores, Key
 from conch.converters.parity.inputs import Sample, places_of
 from conch.converters.parity.report import GOLDEN_TOLERANCES
 from conch.converters.parity.samples import (
@@ -38,6 +38,10 @@ from conch.store.manifest import Golden, GoldenSample, ScoringRules
 from conch.triton.contract import Form
 
 _GOLDEN_SAMPLES = 8
+_COPIES = (1, 2, 7, 32)
+_ROUNDINGS = 4
+"""A served model may round worse than the original did in any of a few tries."""
+
 _log = get_logger(__name__)
 
 
@@ -48,11 +52,13 @@ class ParityReference:
     cases: the samples, one case a request.
     requests: what a client sends for each case.
     expected: the checkpoint's own scores.
+    rounding: see `rounding_of`; of the samples that tell nothing, once a served model was compared.
     """
 
     cases: list[ParityCase]
     requests: list[Request]
     expected: ExpectedScores
+    rounding: dict[Key, float] = field(default_factory=dict)
 
 
 def reference_of(checkpoint: RewardCheckpoint, form: Form, *, max_batch_size: int) -> ParityReference:
@@ -77,7 +83,7 @@ def expected_scores(checkpoint: RewardCheckpoint, cases: Iterable[ParityCase]) -
     scored = [case for case in cases if not case.only_ids]
     samples = {sample.key: sample for case in scored for sample in case.samples if sample.ids}
     rules, expected = checkpoint.rules, ExpectedScores({})
-    with in_float32(checkpoint.model):
+    with in_precision(checkpoint.model, torch.float32):
         for key, sample in progress(list(samples.items()), desc="scoring with the original"):
             places = _places(checkpoint, sample)
             outputs, at_places = _outputs(checkpoint, sample, places)
@@ -90,6 +96,34 @@ def expected_scores(checkpoint: RewardCheckpoint, cases: Iterable[ParityCase]) -
     return expected
 
 
+def rounding_of(checkpoint: RewardCheckpoint, samples: Iterable[Sample], dtype: str) -> dict[Key, float]:
+    """Return, by the key of a sample, a difference of scores that tells nothing about a served model.
+
+    It is a multiple of how far the original's scores in float32 are from its scores in float64, alone and
+    several times in one batch, without padding, for which kernels add in other orders. Most are 1e-7 away;
+    behind a token that was never trained it may be 1e-4.
+
+    dtype: precision of the served weights; what float32's rounding moves, that of others moves by more.
+    """
+    precision = {"int8": "bfloat16"}.get(dtype, dtype)
+    coarser = torch.finfo(getattr(torch, precision)).eps / torch.finfo(torch.float32).eps
+    found: dict[Key, float] = {}
+    for sample in samples:
+        with in_precision(checkpoint.model, torch.float64):
+            exact = _all_scores(checkpoint, sample, copies=1)
+        with in_precision(checkpoint.model, torch.float32):
+            rounded = [_all_scores(checkpoint, sample, copies) for copies in _COPIES]
+        away = max(abs(one - other) for row in rounded for one, other in zip(row, exact, strict=True))
+        found[sample.key] = _ROUNDINGS * coarser * away
+    return found
+
+
+def _all_scores(checkpoint: RewardCheckpoint, sample: Sample, copies: int) -> list[float]:
+    """The sample's scores, followed by those of its steps or tokens."""
+    outputs, at_places = _outputs(checkpoint, sample, _places(checkpoint, sample), copies)
+    return [score for row in (outputs, *at_places) for score in _normalised(checkpoint.rules, row)]
+
+
 def _fit_for_own_class(checkpoint: RewardCheckpoint, cases: list[ParityCase]) -> list[ParityCase]:
     """Turn cases whose samples were cut to the limit, and then refused by the checkpoint's own class, into
     comparisons of what is read.
@@ -99,7 +133,7 @@ def _fit_for_own_class(checkpoint: RewardCheckpoint, cases: list[ParityCase]) ->
     if checkpoint.output is None:
         return cases
     limit, fit, refused = checkpoint.rules.max_length, list[ParityCase](), False
-    with in_float32(checkpoint.model):
+    with in_precision(checkpoint.model, torch.float32):
         for case in cases:
             cut = () if case.only_ids else (each for each in case.samples if len(each.ids) == limit)
             if all(_is_taken(checkpoint, sample) for sample in cut):
@@ -140,10 +174,20 @@ def _refuse_deaf(checkpoint: RewardCheckpoint, cases: Sequence[ParityCase], expe
     )
 
 
-def golden_of(cases: Sequence[ParityCase], form: Form, expected: ExpectedScores, dtype: str) -> Golden:
-    """Choose eight samples of the cases, with the original's scores."""
+def golden_of(
+    cases: Sequence[ParityCase],
+    form: Form,
+    expected: ExpectedScores,
+    dtype: str,
+    left_out: Container[Key] = (),
+) -> Golden:
+    """Choose eight samples of the cases, with the original's scores.
+
+    left_out: keys of samples that another machine may score otherwise.
+    """
     scored = [case for case in cases if not case.only_ids]
-    samples = list(dict.fromkeys(sample for case in scored for sample in case.samples if sample.ids))
+    samples = dict.fromkeys(sample for case in scored for sample in case.samples if sample.ids)
+    samples = [sample for sample in samples if sample.key not in left_out] or [*samples]
     step = max(1, len(samples) // _GOLDEN_SAMPLES)
     chosen = samples[::step][:_GOLDEN_SAMPLES]
     return Golden(
@@ -170,12 +214,17 @@ def _normalised(rules: ScoringRules, raw: list[float]) -> tuple[float, ...]:
 
 @torch.inference_mode()
 def _outputs(
-    checkpoint: RewardCheckpoint, sample: Sample, places: Sequence[int]
+    checkpoint: RewardCheckpoint, sample: Sample, places: Sequence[int], copies: int = 1
 ) -> tuple[list[float], list[list[float]]]:
-    """Return all outputs of the head: for the sample, and at each of the places."""
-    rules, row = checkpoint.rules, torch.tensor([sample.ids], device=checkpoint.model.device)
+    """Return all outputs of the head: for the sample, and at each of the places.
+
+    copies: of the sample in the batch; the first one's outputs are returned.
+    """
+    rules, row = checkpoint.rules, torch.tensor([sample.ids] * copies, device=checkpoint.model.device)
     inputs = {"input_ids": row, "attention_mask": torch.ones_like(row)}
-    types = {"token_type_ids": torch.tensor([sample.types], device=row.device)} if sample.types else {}
+    types = (
+        {"token_type_ids": torch.tensor([sample.types] * copies, device=row.device)} if sample.types else {}
+    )
     try:
         at_places, states = [], None
         if places or rules.pooling != "hf":
@@ -230,7 +279,7 @@ def _of_own_class(checkpoint: RewardCheckpoint, inputs: dict[str, Tensor]) -> li
         reply = reply[int(where)]
     elif where:
         reply = reply[where] if isinstance(reply, dict) else getattr(reply, where)
-    return reply.double().flatten().tolist()
+    return reply.double().flatten()[: reply.numel() // len(ids)].tolist()
 
 
 def _head(checkpoint: RewardCheckpoint, states: Tensor) -> Tensor:
@@ -329,24 +378,24 @@ def _mean(values: Sequence[float]) -> float:
 
 
 @contextlib.contextmanager
-def in_float32(model: PreTrainedModel) -> Iterator[None]:
-    """Let the model compute, inside the block, what it would if loaded in float32, to the last bit.
+def in_precision(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """Let the model compute, inside the block, what it would if loaded in this precision, to the last bit.
 
     Layers are cast one at a time, while each runs; parameters outside of layers for the whole block.
     Afterwards the model is as before.
     """
-    if all(parameter.dtype == torch.float32 for parameter in model.parameters()):
+    if all(parameter.dtype == dtype for parameter in model.parameters()):
         yield
         return
     layers = _layers(model)
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    outside = _Cast([parameter for parameter in model.parameters() if id(parameter) not in inside])
+    outside = _Cast([parameter for parameter in model.parameters() if id(parameter) not in inside], dtype)
     handles = []
     for layer in layers:
-        cast = _Cast(list(layer.parameters()))
+        cast = _Cast(list(layer.parameters()), dtype)
         handles.append(layer.register_forward_pre_hook(cast.up))
         handles.append(layer.register_forward_hook(cast.down, always_call=True))
-    buffers = _replace_buffers(model)
+    buffers = _replace_buffers(model, dtype)
     outside.up()
     try:
         yield
@@ -359,17 +408,18 @@ def in_float32(model: PreTrainedModel) -> Iterator[None]:
 
 
 class _Cast:
-    """Casts parameters to float32 and back."""
+    """Casts parameters to a precision and back."""
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
+    def __init__(self, parameters: list[nn.Parameter], dtype: torch.dtype) -> None:
         self._parameters = parameters
+        self._dtype = dtype
         self._stored: list[Tensor] = []
 
     def up(self, *_: Any) -> None:
-        """Cast to float32."""
+        """Cast to the precision."""
         self._stored = [parameter.data for parameter in self._parameters]
         for parameter in self._parameters:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(self._dtype)
 
     def down(self, *_: Any) -> None:
         """Put the stored parameters back."""
@@ -385,14 +435,14 @@ def _layers(model: PreTrainedModel) -> list[nn.Module]:
         return []
 
 
-def _replace_buffers(model: PreTrainedModel) -> list[tuple[nn.Module, str, Tensor]]:
-    """Exchange the buffers for those of a float32 model, and return the old ones.
+def _replace_buffers(model: PreTrainedModel, dtype: torch.dtype) -> list[tuple[nn.Module, str, Tensor]]:
+    """Exchange the buffers for those of a model of this precision, and return the old ones.
 
     A half-precision model may have computed its tables of positions in half precision; what it stores, such
     as the statistics of a batch norm, is cast.
     """
     config = copy.deepcopy(model.config)
-    config.dtype = torch.float32  # classes made by transformers' own generic ones build their trunk in it
+    config.dtype = dtype  # classes made by transformers' own generic ones build their trunk in it
     with init_empty_weights(include_buffers=False):
         fresh = dict(type(model)(config).named_buffers())
     old = []
@@ -402,7 +452,7 @@ def _replace_buffers(model: PreTrainedModel) -> list[tuple[nn.Module, str, Tenso
         is_stored = name not in module._non_persistent_buffers_set
         if is_stored and buffer.is_floating_point():
             old.append((module, name, buffer))
-            module._buffers[name] = buffer.float()
+            module._buffers[name] = buffer.to(dtype)
         elif not is_stored and path in fresh:
             old.append((module, name, buffer))
             module._buffers[name] = fresh[path].to(buffer.device)

@@ -64,7 +64,7 @@ def test_every_metric_is_explained(tmp_path: Path, name: str) -> None:
 
 def test_pages_name_no_metric_that_there_is_not() -> None:
     # `<name>` stands for any word, in the table as on the pages.
-    patterns = [re.sub(r"<\w+>", "[^`]+", re.escape(name)) for name in explained()]
+    patterns = [re.sub(r"<\w+>", "[^`/]+", re.escape(name)) for name in explained()]
     known = re.compile("|".join(patterns))
     named: dict[str, str] = {}
     for page in PAGES:

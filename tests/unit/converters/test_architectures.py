@@ -17,7 +17,7 @@ from conch.converters.backends.python import check_layers
 from conch.converters.checkpoints.reader import read_checkpoint
 from conch.converters.options import ConversionOptions, ReadOptions
 from conch.converters.parity.inputs import Sample
-from conch.converters.parity.reference import expected_scores, in_float32
+from conch.converters.parity.reference import expected_scores, in_precision
 from conch.converters.parity.samples import ParityCase
 from conch.converters.parts import plan_parts, write_part
 from conch.converters.triton_models.reward_model import Scorer
@@ -94,7 +94,7 @@ def test_half_precision_is_run_in_float32_to_the_last_bit(tmp_path: Path, family
     stored = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=getattr(torch, dtype)).eval()
     before = stored(ids).logits
 
-    with torch.inference_mode(), in_float32(stored):
+    with torch.inference_mode(), in_precision(stored, torch.float32):
         assert torch.equal(stored(ids).logits, whole(ids).logits)
     assert {parameter.dtype for parameter in stored.parameters()} == {getattr(torch, dtype)}
     assert torch.equal(stored(ids).logits, before)

@@ -146,7 +146,7 @@ def test_output_comes_whole_and_once(tmp_path: Path, program: str) -> None:
         ("import antigravity_", (), {"PYTHONPATH": "{}"}),
         ("", ("-O",), {}),
         ("", ("-W", "error"), {}),
-        ("", (), {"PYTHONUTF8": "1", "LC_ALL": "C.UTF-8"}),
+        ("", (), {"PYTHONUTF8": "0", "LC_ALL": "C"}),
     ],
     ids=["used", "thread", "unknown thread", "gpu", "other path", "optimised", "warnings", "variable"],
 )
@@ -202,3 +202,24 @@ def test_fork_ends_with_the_process(tmp_path: Path, number: signal.Signals, plac
             process.kill()
             with contextlib.suppress(psutil.NoSuchProcess):
                 fork.kill()
+
+
+def test_fork_without_a_locale_as_in_a_plain_container(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text("print('[1]')")
+    assert run(tmp_path, BOTH, LC_ALL="", LC_CTYPE="", LANG="") == [True, [1], [1]]
+
+
+def test_fork_that_was_killed_before_it_was_told_is_a_conversion_that_failed(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text("print('[1]')")
+    kill = (
+        "import time\n"
+        "real = forks.ForkedPython.__init__\n"
+        "def killed(self, path):\n"
+        "    real(self, path)\n"
+        "    os.kill(self._pid, signal.SIGKILL)\n"
+        "    time.sleep(0.5)\n"
+        "forks.ForkedPython.__init__ = killed\n"
+    )
+    code = BOTH.replace("reply(fork), reply(None)", "reply(fork)")
+    is_fork, failure = run(tmp_path, kill + code)
+    assert is_fork and failure.startswith("the converted model does not run outside this process:")

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
 import math
 import string
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -14,12 +17,13 @@ from transformers import PreTrainedTokenizerFast
 from conch.converters.checkpoints.reader import RewardCheckpoint, read_checkpoint
 from conch.converters.options import ReadOptions
 from conch.converters.parity.budget import longest_compared
-from conch.converters.parity.compare import ExpectedScores, compare
+from conch.converters.parity.compare import ExpectedScores, compare, samples_above_tolerance
 from conch.converters.parity.inputs import Sample
-from conch.converters.parity.reference import expected_scores, golden_of
-from conch.converters.parity.report import BATCH_CONSISTENCY, CaseResult, ParityReport
+from conch.converters.parity.reference import expected_scores, golden_of, rounding_of
+from conch.converters.parity.report import BATCH_CONSISTENCY, TOLERANCES, CaseResult, ParityReport
 from conch.converters.parity.samples import ParityCase, build_cases, requests_of
 from conch.converters.parity.subprocess_model import SubprocessModel, score_in_sequence
+from conch.converters.to_triton import to_triton
 from conch.errors import ConversionError
 from tests.checkpoints import LETTERS, classifier, process_reward, tokenizer_for
 from tests.tiny import reward_checkpoint
@@ -265,3 +269,62 @@ def test_score_in_sequence_hands_token_ids_that_were_asked_for_to_no_other_model
         replies = score_in_sequence([first, second], [{"only_ids": True}, {}], "cpu")
 
     assert replies == [{"ids": [[1]]}, {"n": 1}]
+
+
+def with_a_token_that_rounds_badly(folder: Path) -> tuple[RewardCheckpoint, Sample]:
+    """A checkpoint in which the last token of a sample has an embedding far from 0, most digits of which the
+    norms take off again; and the sample."""
+    letters = string.ascii_letters + string.digits  # so many that a letter is in few samples
+    checkpoint = read_checkpoint(str(reward_checkpoint(folder, letters=letters)))
+    cases = build_cases(checkpoint, "token", max_batch_size=64)
+    distinct = {sample.key: sample for sample in samples(cases)}
+    holders = Counter(token for sample in distinct.values() for token in {*sample.ids})
+    with_letters = [sample for sample in distinct.values() if sample.ids and sample.ids[-1] < len(letters)]
+    sample = min(with_letters, key=lambda sample: (holders[sample.ids[-1]], sample.key))
+    assert holders[sample.ids[-1]] <= len(distinct) / 8
+    weights = load_file(folder / "model.safetensors")
+    weights["transformer.wte.weight"][sample.ids[-1]] += 3000.0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return read_checkpoint(str(folder)), sample
+
+
+def test_sample_that_the_original_rounds_as_badly_refuses_no_conversion(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint, bad = with_a_token_that_rounds_badly(tmp_path / "checkpoint")
+    options = {"dtype": "float16", "model_store": str(tmp_path / "store"), "form": "token"}
+    with caplog.at_level("WARNING", logger="conch"):
+        conversion = to_triton(checkpoint.source, name="rm", **options)
+    assert conversion.path is not None
+    warnings = [record.message for record in caplog.records if "rounds its score as badly" in record.message]
+    start = f"a sample of {len(bad.ids)} tokens is compared to "
+    assert any(warning.startswith(start) for warning in warnings)
+    golden = json.loads((conversion.path / "golden.json").read_text())
+    assert list(bad.ids) not in [each["input_ids"] for each in golden["samples"]]
+
+
+def test_rounding_of_a_usual_sample_is_far_below_the_tolerance(tmp_path: Path) -> None:
+    checkpoint, bad = with_a_token_that_rounds_badly(tmp_path)
+    cases = build_cases(checkpoint, "token", max_batch_size=64)
+    usual = [sample for sample in samples(cases) if bad.ids[-1] not in sample.ids]
+    rounding = rounding_of(checkpoint, [bad, *usual], "float32")
+    assert all(0 < rounding[sample.key] < TOLERANCES["float32"] for sample in usual)
+    assert rounding[bad.key] > 10 * max(rounding[sample.key] for sample in usual)
+    coarser = rounding_of(checkpoint, [bad], "bfloat16")[bad.key] / rounding[bad.key]
+    assert coarser == pytest.approx(2**16)
+
+
+def test_difference_that_rounding_explains_is_no_error_and_one_above_it_is(
+    checkpoint: RewardCheckpoint,
+) -> None:
+    one, other = samples(build_cases(checkpoint, "token", max_batch_size=64))[:2]
+    cases = [ParityCase("alone", (one,)), ParityCase("both", (one, other))]
+    expected = ExpectedScores({one.key: (0.5,), other.key: (1.0,)})
+    replies = [{"scores": [[0.5]]}, {"scores": [[0.5 + 1e-3], [1.0]]}]
+    assert samples_above_tolerance(cases, replies, expected, "float32") == {one.key: one}
+    assert compare(cases, replies, expected, "float32", rounding={one.key: 2e-3}).ok
+    for rounding in ({}, {one.key: 1e-4}, {other.key: 1.0}):
+        assert not compare(cases, replies, expected, "float32", rounding=rounding).ok
+    lost = [{"scores": [[0.5]]}, {"scores": [[math.nan], [1.0]]}]
+    assert samples_above_tolerance(cases, lost, expected, "float32") == {}
+    assert not compare(cases, lost, expected, "float32", rounding={one.key: 2e-3}).ok

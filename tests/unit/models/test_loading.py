@@ -480,7 +480,7 @@ def test_weights_do_not_lie_where_the_head_of_their_file_puts_them(family: str, 
     model = tiny_decoder(family, dtype=torch.float32)
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    places = set()
+    places, logits = set(), []
     for note in ("", "x" * 8, "x" * 16):  # other heads, same weights
         save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt", "note": note})
         places |= {weight.data_ptr() % 64 for weight in load_file(tmp_path / "model.safetensors").values()}
@@ -489,7 +489,13 @@ def test_weights_do_not_lie_where_the_head_of_their_file_puts_them(family: str, 
         assert {tensor.data_ptr() % 64 for tensor in tensors} == {0}
         assert loaded.state_dict().keys() == model.state_dict().keys()
         assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in weights.items())
+        one_row = {"input_ids": torch.tensor([[5]])}
+        if loaded.config.is_encoder_decoder:
+            one_row["decoder_input_ids"] = torch.tensor([[7]])
+        with torch.no_grad():
+            logits.append(loaded.eval()(**one_row).logits)
     assert len(places) > 1, "the files put them at other places"
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
 
 
 def test_weights_that_share_memory_still_do_where_they_are_moved() -> None:

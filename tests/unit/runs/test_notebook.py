@@ -12,7 +12,7 @@ import pytest
 from conch.runs import load
 from conch.runs.board import Board, Pace
 from conch.runs.console import LogConsole, open_console
-from conch.runs.notebook import board_html
+from conch.runs.notebook import NotebookConsole, board_html
 from conch.runs.plots import Curves
 
 
@@ -69,3 +69,26 @@ def test_shell_without_a_kernel_gets_lines(tmp_path: Path, monkeypatch: pytest.M
     importlib.import_module("IPython")
     monkeypatch.setenv("TERM", "dumb")
     assert isinstance(open_console("ppo", 3, 0, tmp_path), LogConsole)
+
+
+def test_step_with_an_evaluation_is_one_point_and_shows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages: list[str] = []
+    monkeypatch.setattr("conch.runs.notebook._LEAST_S", 0.0)
+    monkeypatch.setattr("conch.runs.notebook.board_html", lambda *args: pages.append(board_html(*args)) or "")
+    console = NotebookConsole(Board("ppo", Pace(10, 0), 0), tmp_path)
+    for step in (1, 2):
+        metrics = {"reward/mean": 0.5, "eval/reward": step / 4}
+        console.training(step, metrics)
+        console.evaluation(step, metrics, is_best=True)
+    assert console.curves.points("reward").steps == [1, 2]
+    assert "ppo 2/10 evaluation  reward 0.5  (best so far)" in pages[-1]
+
+
+def test_resumed_run_draws_what_it_did_before(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "reward/mean": 0.5}\n{"step": 2, "reward/mean": 1.5}\n'
+    )
+    console = NotebookConsole(Board("ppo", Pace(10, 2), 2), tmp_path)
+    assert console.curves.points("reward").values == [0.5, 1.5]
