@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
@@ -19,11 +18,11 @@ from conch.converters.backends.version_files import write_beside
 from conch.converters.checkpoints.reader import RewardCheckpoint, checkpoint_sha256, read_checkpoint
 from conch.converters.checkpoints.rules import check_dense
 from conch.converters.options import Conversion, ConversionOptions
-from conch.converters.parity.compare import Key, compare, samples_above_tolerance
+from conch.converters.parity.compare import compare
 from conch.converters.parity.forked_python import ForkedPython
 from conch.converters.parity.readings import refuse_lost_separators, refuse_two_readings
-from conch.converters.parity.reference import ParityReference, golden_of, reference_of, rounding_of
-from conch.converters.parity.report import TOLERANCES, ParityReport
+from conch.converters.parity.reference import ParityReference, golden_of, reference_of, rounding_of_failures
+from conch.converters.parity.report import ParityReport
 from conch.converters.parity.subprocess_model import SubprocessModel, score_in_sequence
 from conch.converters.parts import Part, plan_parts, spec_of, write_part
 from conch.errors import ConversionError, ParityError
@@ -33,9 +32,6 @@ from conch.store.store import owner_of, publish, staged_version
 from conch.triton.contract import RewardModelSpec, TokenizerSpec
 
 _log = get_logger(__name__)
-
-_FEW = 0.25
-"""Part of the samples above the tolerance, at most, that rounding may excuse: what is wrong shows in most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,32 +149,18 @@ def _prove(
     )
     report = compared()
     if not report.ok:
-        reference.rounding.update(_rounding(reference, replies, checkpoint, options))
-        report = compared(rounding=reference.rounding)
+        rounding = rounding_of_failures(
+            *(reference.cases, replies, reference.expected, options.dtype),
+            lambda: read_checkpoint(checkpoint, options),
+        )
+        reference.rounding.update(rounding)
+        report = compared(rounding=rounding)
     if not report.ok:
         raise ParityError(
             f"{checkpoint}: the converted model does not score like the original, nothing was published "
             f"(worst: {report.worst.name})\n{report.table()}"
         )
     return report
-
-
-def _rounding(
-    reference: ParityReference, replies: Sequence[dict[str, Any]], name: str, options: ConversionOptions
-) -> dict[Key, float]:
-    """Of the few samples above the tolerance, ask the original how far rounding alone moves its scores."""
-    samples = samples_above_tolerance(reference.cases, replies, reference.expected, options.dtype)
-    if not 0 < len(samples) <= _FEW * len(reference.expected.scores):
-        return {}
-    _log.info("scoring %d samples with the original in float64: does it round them as badly?", len(samples))
-    rounding = rounding_of(read_checkpoint(name, options), samples.values(), options.dtype)
-    moved = {key: value for key, value in rounding.items() if value > TOLERANCES[options.dtype]}
-    for key, value in moved.items():
-        _log.warning(
-            "a sample of %d tokens is compared to %.1e only: the original rounds its score as badly",
-            *(len(samples[key].ids), value),
-        )
-    return moved
 
 
 def _finish(

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from conch.converters.checkpoints.reader import RewardCheckpoint
-from conch.converters.parity.compare import ExpectedScores, Key
+from conch.converters.parity.compare import ExpectedScores, Key, samples_above_tolerance
 from conch.converters.parity.inputs import Sample, places_of
-from conch.converters.parity.report import GOLDEN_TOLERANCES
+from conch.converters.parity.report import GOLDEN_TOLERANCES, TOLERANCES
 from conch.converters.parity.samples import (
     ONLY_IDS,
     ParityCase,
@@ -39,6 +39,8 @@ from conch.triton.contract import Form
 
 _GOLDEN_SAMPLES = 8
 _COPIES = (1, 2, 7, 32)
+_FEW = 0.25
+"""Part of the samples, at most, that rounding may explain: what is wrong shows in most."""
 _ROUNDINGS = 4
 """A served model may round worse than the original did in any of a few tries."""
 
@@ -94,6 +96,35 @@ def expected_scores(checkpoint: RewardCheckpoint, cases: Iterable[ParityCase]) -
                     for place, row in zip(places, at_places, strict=True)
                 )
     return expected
+
+
+def rounding_of_failures(
+    cases: Sequence[ParityCase],
+    replies: Sequence[dict[str, Any]],
+    expected: ExpectedScores,
+    dtype: str,
+    read: Callable[[], RewardCheckpoint],
+) -> dict[Key, float]:
+    """Return `rounding_of` the samples above the tolerance that it explains; {} where too many are above it.
+
+    read: gives the checkpoint; called where it is needed.
+    """
+    samples = samples_above_tolerance(cases, replies, expected, dtype)
+    if not 0 < len(samples) <= _FEW * len(expected.scores):
+        return {}
+    _log.info("scoring %d samples with the original in float64: does it round them as badly?", len(samples))
+    try:
+        rounding = rounding_of(read(), samples.values(), dtype)
+    except ConversionError as error:  # some architectures know no float64
+        _log.info("float64 does not tell: %s", error)
+        return {}
+    rounding = {key: value for key, value in rounding.items() if value > TOLERANCES[dtype]}
+    for key, value in rounding.items():
+        _log.warning(
+            "a sample of %d tokens is compared to %.1e only: the original rounds its score as badly",
+            *(len(samples[key].ids), value),
+        )
+    return rounding
 
 
 def rounding_of(checkpoint: RewardCheckpoint, samples: Iterable[Sample], dtype: str) -> dict[Key, float]:

@@ -19,7 +19,7 @@ from conch.converters.options import ReadOptions
 from conch.converters.parity.budget import longest_compared
 from conch.converters.parity.compare import ExpectedScores, compare, samples_above_tolerance
 from conch.converters.parity.inputs import Sample
-from conch.converters.parity.reference import expected_scores, golden_of, rounding_of
+from conch.converters.parity.reference import expected_scores, golden_of, rounding_of, rounding_of_failures
 from conch.converters.parity.report import BATCH_CONSISTENCY, TOLERANCES, CaseResult, ParityReport
 from conch.converters.parity.samples import ParityCase, build_cases, requests_of
 from conch.converters.parity.subprocess_model import SubprocessModel, score_in_sequence
@@ -328,3 +328,24 @@ def test_difference_that_rounding_explains_is_no_error_and_one_above_it_is(
     lost = [{"scores": [[0.5]]}, {"scores": [[math.nan], [1.0]]}]
     assert samples_above_tolerance(cases, lost, expected, "float32") == {}
     assert not compare(cases, lost, expected, "float32", rounding={one.key: 2e-3}).ok
+
+
+def test_rounding_explains_neither_a_wrong_score_nor_many(checkpoint: RewardCheckpoint) -> None:
+    cases = [case for case in build_cases(checkpoint, "token", max_batch_size=64) if not case.only_ids]
+    expected = expected_scores(checkpoint, cases)
+    wrong = samples(cases)[5]
+
+    def replies(keys: set[tuple[int, ...]]) -> list[dict[str, Any]]:
+        moved = {key: [score + 1e-3 * (key in keys) for score in row] for key, row in expected.scores.items()}
+        return [{"scores": [moved[sample.key] for sample in case.samples]} for case in cases]
+
+    def read() -> RewardCheckpoint:
+        asked.append("read")
+        return checkpoint
+
+    asked: list[str] = []
+    assert rounding_of_failures(cases, replies({wrong.key}), expected, "float32", read) == {}
+    assert asked == ["read"]
+    assert rounding_of_failures(cases, replies({*expected.scores}), expected, "float32", read) == {}
+    assert rounding_of_failures(cases, replies(set()), expected, "float32", read) == {}
+    assert asked == ["read"]
