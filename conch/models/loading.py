@@ -287,6 +287,14 @@ def fuse_activations(model: nn.Module) -> None:
             model.set_submodule(name, nn.GELU(approximate="tanh"))
 
 
+def make_ready(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Set a model, loaded here or by the user, as it is trained and sampled: dropout, activations, memory."""
+    if config.disable_dropout:
+        disable_dropout(model)
+    fuse_activations(model)
+    align_weights(model)
+
+
 def align_weights(model: nn.Module) -> None:
     """Have each weight on the CPU begin where torch would put a new tensor; equal views of memory stay that.
 
@@ -339,10 +347,7 @@ def _load(
         _init_reward_head(model)
         if config.path is not None:
             _log.info("%s has no head of its own: starting with a new one", config.path)
-    if config.disable_dropout:
-        disable_dropout(model)
-    fuse_activations(model)
-    align_weights(model)
+    make_ready(model, config)
     return model
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from conch.log import get_logger
-from conch.runs.board import Board, Pace, as_text
+from conch.runs.board import Board, Pace, as_text, training_figures
 from conch.types import Metrics
 
 _log = get_logger(__name__)
@@ -96,11 +96,11 @@ class LogConsole:
         board, pace = self._board, self._board.pace
         board.train(step, metrics)
         total = pace.total_steps
-        if board.training is None or (step % max(1, total // _TRAINING_LINES) and step != total):
+        if step % max(1, total // _TRAINING_LINES) and step != total:
             return
         left_s = pace.left_s(step)
         told = "" if left_s is None else f"  ({pace.rate(step):.2f} steps/s, {left_s:.0f} s left)"
-        _log.info("%s training  %s%s", board.head(), as_text(board.training[1]), told)
+        _log.info("%s training  %s%s", board.head(), as_text(training_figures(metrics)), told)
 
     def evaluation(self, step: int, metrics: Metrics, *, is_best: bool) -> None:
         _log.info("%s", self._board.evaluate(step, metrics, is_best=is_best))

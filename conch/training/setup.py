@@ -35,13 +35,11 @@ from conch.log import get_logger
 from conch.models.freezing import freeze_unreached
 from conch.models.kernels import apply_kernels, check_kernels
 from conch.models.loading import (
-    align_weights,
     check_start_token,
     check_tokenizer,
-    disable_dropout,
-    fuse_activations,
     load_lm,
     load_tokenizer,
+    make_ready,
     set_truncation_side,
     vocabulary_size,
 )
@@ -117,10 +115,7 @@ def load_policy(model: PreTrainedModel | None, config: ModelConfig, precision: s
         return load_lm(config)
     check_start_token(model.config)
     apply_kernels(model, config)
-    if config.disable_dropout:
-        disable_dropout(model)
-    fuse_activations(model)
-    align_weights(model)
+    make_ready(model, config)
     return model
 
 
