@@ -29,7 +29,6 @@ LABELS = {
 }
 """Axis titles with units, for the curves that `plot_run` draws by default."""
 
-
 UNITS = {
     "kl": "nats per sample",
     "length": "tokens",
@@ -205,21 +204,30 @@ class Curves:
 
 
 class Points:
-    """A curve of at most `_MOST_POINTS` points, evenly spread over all that were added."""
+    """A curve of at most `_MOST_POINTS` points, evenly spread over all that were added, and the last one."""
 
     def __init__(self) -> None:
-        self.steps: list[int] = []
-        self.values: list[float] = []
+        self._kept: list[tuple[int, float]] = []
+        self._last: list[tuple[int, float]] = []  # empty where the last one is among those kept
         self._seen = 0
         self._stride = 1
 
+    @property
+    def steps(self) -> list[int]:
+        return [step for step, _ in (*self._kept, *self._last)]
+
+    @property
+    def values(self) -> list[float]:
+        return [value for _, value in (*self._kept, *self._last)]
+
     def add(self, step: int, value: float) -> None:
-        if self._seen % self._stride == 0:
-            self.steps.append(step)
-            self.values.append(value)
+        is_kept = self._seen % self._stride == 0
+        self._last = [] if is_kept else [(step, value)]
+        if is_kept:
+            self._kept.append((step, value))
         self._seen += 1
-        if len(self.steps) >= _MOST_POINTS:
-            self.steps, self.values, self._stride = self.steps[::2], self.values[::2], 2 * self._stride
+        if len(self._kept) > _MOST_POINTS:  # an odd number: halving it keeps the last one too
+            self._kept, self._stride = self._kept[::2], 2 * self._stride
 
 
 def main(argv: Sequence[str]) -> None:

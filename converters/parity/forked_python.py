@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -123,6 +124,11 @@ class ForkedPython:
             if self._pid == 0:
                 self._tell.close()
                 _run_when_told(told, self._streams, path)
+        except BaseException:
+            if os.getpid() != own:  # an error before the program began: what the fork is asked for ends with it
+                traceback.print_exc()
+                sys.stderr.flush()
+            raise
         finally:
             if os.getpid() != own:  # whatever happens, the fork must not go on with the conversion
                 os._exit(1)
@@ -170,9 +176,8 @@ class ForkedPython:
         if self.returncode is None:
             try:
                 pid, status = os.waitpid(self._pid, os.WNOHANG)
-            except (
-                ChildProcessError
-            ):  # whoever started this program has SIGCHLD ignored, as Popen expects too
+            except ChildProcessError:
+                # Whoever started this program has SIGCHLD ignored, as Popen expects too.
                 pid, status = self._pid, 0
             self.returncode = os.waitstatus_to_exitcode(status) if pid else None
         return self.returncode

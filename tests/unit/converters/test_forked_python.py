@@ -223,3 +223,21 @@ def test_fork_that_was_killed_before_it_was_told_is_a_conversion_that_failed(tmp
     code = BOTH.replace("reply(fork), reply(None)", "reply(fork)")
     is_fork, failure = run(tmp_path, kill + code)
     assert is_fork and failure.startswith("the converted model does not run outside this process:")
+
+
+def test_fork_that_cannot_become_a_new_python_says_why(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text("print('[1]')")
+    # What the fork imports anew, after its own path is set: a file that stands in for the hub's library.
+    (tmp_path / "huggingface_hub.py").write_text("raise RuntimeError('no hub here')")
+    hide = (
+        "real = forks._run_when_told\n"
+        "def broken(*words):\n"
+        "    for name in [name for name in sys.modules if name.startswith('huggingface_hub')]:\n"
+        "        del sys.modules[name]\n"
+        "    sys.path.insert(0, sys.argv[1])\n"
+        "    real(*words)\n"
+        "forks._run_when_told = broken\n"
+    )
+    is_fork, failure = run(tmp_path, hide + BOTH.replace("reply(fork), reply(None)", "reply(fork)"))
+    assert is_fork and failure.startswith("the converted model does not run outside this process:")
+    assert "RuntimeError: no hub here" in failure
