@@ -46,11 +46,11 @@ SIGNALS = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
 """That end a command, and the code that it leaves with."""
 
 
-def write_model(folder: Path) -> None:
-    """A random model of one layer over letters, with its tokenizer."""
+def write_model(folder: Path, width: int = 16) -> None:
+    """A random model of one layer with two heads over letters, with its tokenizer."""
     tokenizer = char_tokenizer(string.printable)
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    shape = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = AutoConfig.for_model(
         "qwen2", vocab_size=len(tokenizer), num_key_value_heads=1, bos_token_id=None, **shape, **special
