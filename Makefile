@@ -2,6 +2,8 @@
 
 # The interpreter that .venv is made from: Python 3.10, 3.11 or 3.12.
 PYTHON ?= python3
+# The index that torch is installed from, such as the one of CPU builds that pytorch.org names; empty: pip's own.
+TORCH_INDEX ?=
 SEED ?= 0
 ARGS ?=
 
@@ -26,7 +28,7 @@ help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(firstword $(MAKEFILE_LIST)) \
 		| awk 'BEGIN {FS = ":.*## "} {printf "  make %-16s %s\n", $$1, $$2}'
 	@echo
-	@echo "  Variables: PYTHON=python3.12 (for install), SEED=1 and ARGS=\"key=value ...\" (for quickstart; ARGS for tests too)"
+	@echo "  Variables: PYTHON=python3.12 and TORCH_INDEX=... (for install), SEED=1 and ARGS=\"key=value ...\" (for quickstart; ARGS for tests too)"
 
 install: $(STAMP)  ## create .venv with everything that tests and examples need; instant once done
 
@@ -38,7 +40,7 @@ $(STAMP): pyproject.toml constraints.txt
 		|| { echo "error: cannot make $(VENV) with '$(PYTHON)': it must be Python 3.10, 3.11 or 3.12 (the bundled Triton" \
 			"server needs one of them) with its venv module; name one that is: make install PYTHON=python3.11" >&2; \
 			exit 1; }
-	$(PIP) install --constraint constraints.txt torch
+	$(PIP) install --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(PIP) install --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	@touch $@
 

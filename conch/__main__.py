@@ -71,7 +71,7 @@ def convert(words: Sequence[str]) -> int:
 
 
 def serve(words: Sequence[str]) -> int:
-    """Serve converted models: `conch serve up|down|status|logs|swap`."""
+    """Serve converted models: `conch serve install|up|down|status|logs|swap`."""
     from conch.serving import __main__ as serving
 
     if words and not words[0].startswith("-") and words[0] not in serving.COMMANDS:

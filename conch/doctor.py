@@ -36,6 +36,7 @@ from conch.reward_server.server_config import RewardServerConfig
 from conch.rollouts.server_config import ServerConfig as RolloutServerConfig
 from conch.service.service_config import ServiceConfig
 from conch.serving.deployment.options import NetworkOptions
+from conch.serving.server.environment import is_environment_beside_made
 from conch.serving.server.runtime import find_bundle
 
 Level = Literal["ok", "warn", "fail"]
@@ -98,7 +99,10 @@ def look(*, start_server: bool = True) -> Iterator[Finding]:
     yield check_python(platform.python_version(), _python_wanted())
     installed = installed_versions(needed)
     yield from check_libraries(needed, installed)
-    yield check_numpy(installed.get("numpy"), numpy_wanted(list(distributions()), needed))
+    wanted = numpy_wanted(list(distributions()), needed)
+    if is_environment_beside_made():
+        wanted.pop(_BUNDLE, None)  # the server has its own numpy
+    yield check_numpy(installed.get("numpy"), wanted)
     yield from check_space(Path.cwd(), Path("/dev/shm"))
     yield check_memory(available_memory())
     yield from check_ports(default_ports())
@@ -157,9 +161,9 @@ def check_numpy(found: str | None, wanted: Mapping[str, str]) -> Finding:
         return Finding("ok", "numpy", f"{found} suits all {len(wanted)} packages that ask for a version")
     told = ", ".join(f"{who} wants numpy{text}" for who, text in unhappy.items())
     if _BUNDLE in unhappy:
-        remedy = f"pip install 'numpy{wanted[_BUNDLE]}', and keep what wants another in its own environment"
+        remedy = f"pip install 'numpy{wanted[_BUNDLE]}', or give the server its own: conch serve install"
     elif _BUNDLE in wanted:
-        remedy = f"keep them in another environment: the bundled server needs numpy{wanted[_BUNDLE]} here"
+        remedy = "give the bundled server its own numpy, conch serve install, and this environment theirs"
     else:
         remedy = f"pip install 'numpy{SpecifierSet(','.join(wanted.values()))}'"
     if _BUNDLE in unhappy:

@@ -1,4 +1,7 @@
-"""`conch serve up|down|status|logs|swap`: run servers of reward models; also `python -m conch.serving`."""
+"""`conch serve install|up|down|status|logs|swap`: run servers of reward models.
+
+Also `python -m conch.serving`.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,17 @@ from collections.abc import Sequence
 
 from conch.cli import add_options, parse_options, written_with
 from conch.errors import ConchError
-from conch.serving.deployment.options import DownOptions, LogsOptions, StatusOptions, SwapOptions, UpOptions
+from conch.serving.deployment.options import (
+    DownOptions,
+    InstallOptions,
+    LogsOptions,
+    StatusOptions,
+    SwapOptions,
+    UpOptions,
+)
 
 COMMANDS = {
+    "install": InstallOptions,
     "up": UpOptions,
     "down": DownOptions,
     "status": StatusOptions,
@@ -47,11 +58,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: UpOptions | DownOptions | StatusOptions | LogsOptions | SwapOptions) -> int:
+def _run(
+    options: InstallOptions | UpOptions | DownOptions | StatusOptions | LogsOptions | SwapOptions,
+) -> int:
     """Run the command that takes these options; its modules bring gRPC, so they are imported only now."""
     from conch.serving.deployment import commands, up
 
     match options:
+        case InstallOptions():
+            return commands.install(options)
         case UpOptions():
             return up.run(options)
         case DownOptions():

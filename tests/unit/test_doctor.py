@@ -105,7 +105,7 @@ BUNDLE = "nvidia-pytriton"
             "fail",
             (BUNDLE, "zeros", "pip install 'numpy<2'"),
         ),
-        ("1.26.4", {BUNDLE: "<2", "vllm": ">=2"}, "warn", ("vllm wants numpy>=2", "another environment")),
+        ("1.26.4", {BUNDLE: "<2", "vllm": ">=2"}, "warn", ("vllm wants numpy>=2", "conch serve install")),
         ("1.26.4", {"conch": ">=1.26", "numba": ">=2,<3"}, "warn", ("numba", "'numpy<3,>=1.26,>=2'")),
         (None, {}, "fail", ("not installed",)),
     ],

@@ -1,4 +1,4 @@
-"""What `conch serve down`, `status`, `logs` and `swap` do; `up` stands in `up.py`."""
+"""What `conch serve install`, `down`, `status`, `logs` and `swap` do; `up` stands in `up.py`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,42 @@ from typing import BinaryIO
 
 from conch.errors import ServingError
 from conch.serving.deployment import state
-from conch.serving.deployment.options import DownOptions, LogsOptions, StatusOptions, SwapOptions
+from conch.serving.deployment.options import (
+    DownOptions,
+    InstallOptions,
+    LogsOptions,
+    StatusOptions,
+    SwapOptions,
+)
 from conch.serving.deployment.state import Deployment
 from conch.serving.deployment.status import ServerStatus, StatusReader, status_reader, status_table
 from conch.serving.deployment.up import client_access
+from conch.serving.server.environment import (
+    environment_beside,
+    is_own_python_fit,
+    make_environment_beside,
+    requirements,
+)
+from conch.serving.server.runtime import find_bundle
 from conch.store.store import latest_version
 
 _POLL_S = 0.2
+
+
+def install(options: InstallOptions) -> int:
+    """Make the environment for the bundled server's models, unless they can run in this one.
+
+    Raises:
+        ServerStartError: it cannot be made.
+    """
+    if not options.anew and is_own_python_fit():
+        print(f"nothing to do: the bundled server's models can run in this environment, {sys.prefix}")
+        return 0
+    print(f"installing {' and '.join(requirements())} into {environment_beside()} ...", flush=True)
+    made = make_environment_beside(anew=options.anew)
+    find_bundle()
+    print(f"the bundled server's models run in {made.prefix}, with the other libraries of {sys.prefix}")
+    return 0
 
 
 def down(options: DownOptions) -> int:

@@ -1,4 +1,4 @@
-"""The options of `conch serve up|down|status|logs|swap`, one section a command.
+"""The options of `conch serve install|up|down|status|logs|swap`, one section a command.
 
 `conch/serving/__main__.py` makes the command line from these fields and their docstrings.
 """
@@ -135,6 +135,13 @@ class SupervisionOptions(Section):
 
     log_keep: int = Field(default=3, ge=0)
     """Old logs that are kept."""
+
+
+class InstallOptions(Section):
+    """Make, once, the environment that the bundled server's models run in where this one has numpy 2."""
+
+    anew: bool = False
+    """Make it in any case: again, or though the models could run in this environment."""
 
 
 class UpOptions(Section):

@@ -4,14 +4,13 @@ A runtime reads the server's flags and gives the command that starts it; `server
 functions make the commands.
 
 The bundled binary is the tritonserver of the PyPI package nvidia-pytriton. Only the package's files are used,
-never its Python layer. Its python back end starts a stub, which runs the first `python3` on PATH: the one of
-this environment, so models see its torch and transformers.
+never its Python layer. Its python back end starts a stub, which runs the first `python3` on PATH: the one
+that `environment.py` finds, so models see the torch and transformers of this environment.
 """
 
 from __future__ import annotations
 
 import ctypes.util
-import importlib.util
 import json
 import os
 import platform
@@ -28,6 +27,7 @@ from typing import Protocol, runtime_checkable
 
 from conch.errors import ServerStartError, install_extra
 from conch.machine.processors import waiting_variables
+from conch.serving.server.environment import model_python
 from conch.serving.server.flags import ServerPaths, ServerSettings
 
 _HELP_TIMEOUT_S = 120.0
@@ -346,32 +346,27 @@ class Bundle:
 
 
 def find_bundle() -> Bundle:
-    """Find the server and check that its models will run right in this Python.
+    """Find the server and check that its models will run right in the Python that they are given.
 
     Raises:
         ServerStartError: something is missing or of a wrong version; says what to install.
     """
     check_platform(platform.system(), platform.machine(), sys.version_info[:2])
-    spec = importlib.util.find_spec("pytriton")
-    if spec is None or spec.origin is None:
-        raise ServerStartError(
-            "the package nvidia-pytriton, which carries tritonserver, is not installed: "
-            + install_extra("serve")
-        )
-    package = Path(spec.origin).parent
+    where = model_python()
+    package = where.packages / "pytriton"
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     bundle = Bundle(
         server=package / "tritonserver" / "bin" / "tritonserver",
         backend=package / "tritonserver" / "backends" / "python",
         stub=package / "tritonserver" / "python_backend_stubs" / version / "triton_python_backend_stub",
-        library_path=(_libpython_folder(), package.parent / "nvidia_pytriton.libs"),
-        python_bin=Path(sys.prefix) / "bin",
+        library_path=(_libpython_folder(), where.packages / "nvidia_pytriton.libs"),
+        python_bin=where.program.parent,
     )
     for path in (bundle.server, bundle.backend, bundle.stub, bundle.library_path[1]):
         if not path.exists():
             raise ServerStartError(f"nvidia-pytriton is installed without {path}: {install_extra('serve')}")
     check_programs(bundle.server, bundle.stub)
-    check_model_python(_probe_python(bundle.python_bin / "python3"))
+    check_model_python(_probe_python(where.program), where.prefix)
     return bundle
 
 
@@ -407,10 +402,11 @@ def check_programs(*programs: Path) -> None:
             )
 
 
-def check_model_python(versions: dict[str, str]) -> None:
+def check_model_python(versions: dict[str, str], prefix: Path) -> None:
     """Check that models will not fail or, worse, score wrong in an environment.
 
     versions: of `python`, and of `numpy`, `torch` and `transformers` where installed.
+    prefix: of the environment.
 
     Raises:
         ServerStartError: names the package and what to install.
@@ -418,18 +414,18 @@ def check_model_python(versions: dict[str, str]) -> None:
     running = f"{sys.version_info.major}.{sys.version_info.minor}"
     if versions["python"] != running:
         raise ServerStartError(
-            f"`python3` beside {sys.executable} is Python {versions['python']}, not {running}: "
+            f"`python3` in {prefix} is Python {versions['python']}, not {running}: "
             "use a virtual environment (python -m venv)"
         )
     missing = [name for name in ("numpy", "torch", "transformers") if name not in versions]
     if missing:
         raise ServerStartError(
-            f"models need {', '.join(missing)} in {sys.prefix}; pip install {' '.join(missing)}"
+            f"models need {', '.join(missing)} in {prefix}; pip install {' '.join(missing)}"
         )
     if int(versions["numpy"].split(".")[0]) >= 2:
         raise ServerStartError(
-            f"numpy {versions['numpy']} is installed in {sys.prefix}; with numpy 2 the bundled tritonserver "
-            "silently turns tensors into zeros: pip install 'numpy<2'"
+            f"models would run with numpy {versions['numpy']} in {prefix}; with numpy 2 the bundled "
+            "tritonserver silently turns tensors into zeros: conch serve install --anew"
         )
 
 

@@ -14,28 +14,29 @@ from conch.serving.server.server import TritonServer, free_port, scratch_folder,
 from tests.stores import store_model
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+PREFIX = Path(sys.prefix)
 GOOD = {"python": PYTHON, "numpy": "1.26.4", "torch": "2.13.0", "transformers": "5.23.0"}
 
 
 def test_check_model_python_accepts_what_was_tested() -> None:
-    check_model_python(GOOD)
+    check_model_python(GOOD, PREFIX)
 
 
 def test_check_model_python_refuses_numpy_2_and_says_why() -> None:
-    with pytest.raises(ServerStartError, match=r"numpy 2\.3\.5 .* zeros: pip install 'numpy<2'"):
-        check_model_python({**GOOD, "numpy": "2.3.5"})
+    with pytest.raises(ServerStartError, match=r"numpy 2\.3\.5 .* zeros: conch serve install"):
+        check_model_python({**GOOD, "numpy": "2.3.5"}, PREFIX)
 
 
 def test_check_model_python_names_missing_packages() -> None:
     with pytest.raises(
         ServerStartError, match=r"models need torch, transformers .*pip install torch transformers"
     ):
-        check_model_python({"python": PYTHON, "numpy": "1.26.4"})
+        check_model_python({"python": PYTHON, "numpy": "1.26.4"}, PREFIX)
 
 
 def test_check_model_python_refuses_another_python_in_the_bin_folder() -> None:
     with pytest.raises(ServerStartError, match=r"is Python 3\.9, not"):
-        check_model_python({**GOOD, "python": "3.9"})
+        check_model_python({**GOOD, "python": "3.9"}, PREFIX)
 
 
 @pytest.mark.parametrize("python", [(3, 10), (3, 11), (3, 12)])
