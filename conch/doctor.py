@@ -161,7 +161,9 @@ def check_numpy(found: str | None, wanted: Mapping[str, str]) -> Finding:
         return Finding("ok", "numpy", f"{found} suits all {len(wanted)} packages that ask for a version")
     told = ", ".join(f"{who} wants numpy{text}" for who, text in unhappy.items())
     if _BUNDLE in unhappy:
-        remedy = f"pip install 'numpy{wanted[_BUNDLE]}', or give the server its own: conch serve install"
+        remedy = (
+            f"conch serve install gives the server its own; or else: pip install 'numpy{wanted[_BUNDLE]}'"
+        )
     elif _BUNDLE in wanted:
         remedy = "give the bundled server its own numpy, conch serve install, and this environment theirs"
     else:

@@ -207,7 +207,7 @@ def exit_code(words: list[str]) -> int:
         ),
         (["train", "zzz"], "there are: async_grpo, grpo, ilql, ppo, reward_model, rft, sft"),
         (["serve", "statu"], "`conch serve statu` is no command; did you mean `conch serve status`?"),
-        (["serve", "zzz"], "there are: down, logs, status, swap, up"),
+        (["serve", "zzz"], "there are: down, install, logs, status, swap, up"),
         (
             ["convert", "ensmble"],
             "no command; did you mean `conch convert ensemble`?",

@@ -233,7 +233,7 @@ async def _build(blueprint: Blueprint) -> RolloutServer:
     # In the cluster's own folder, where there is one: it is deleted whatever becomes of this process.
     parent = os.environ.get(FOLDER_VARIABLE)
     if parent is not None:
-        # And so are the sockets and files that vLLM leaves where temporary files go when its process is ended.
+        # And so are the sockets and files that vLLM leaves among temporary files when its process is ended.
         tempfile.tempdir = os.environ["TMPDIR"] = parent
     with tempfile.TemporaryDirectory(prefix="sampler-", dir=parent) as folder:
         return await build_server(blueprint, Path(folder))

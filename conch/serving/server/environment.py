@@ -137,19 +137,21 @@ def _make(folder: Path) -> None:
             "which packages a server needs stands in Conch's own metadata: pip install -e ."
         )
     shutil.rmtree(folder, ignore_errors=True)
+    has_pip = importlib.util.find_spec("pip") is not None  # which uv leaves out
     try:
-        venv.create(folder, with_pip=True)
+        venv.create(folder, with_pip=not has_pip)
     except subprocess.CalledProcessError as error:  # Debian keeps ensurepip in a package of its own
         raise ServerStartError(
             f"{sys.executable} cannot make an environment with pip ({error}); "
             "Debian: apt install python3-venv"
         ) from error
     made = _described(folder)
+    pip = [sys.executable, "-m", "pip", "--python", str(made.program)]
+    command = [*(pip if has_pip else [str(made.program), "-m", "pip"]), "--disable-pip-version-check"]
     # Without dependencies: pytriton's own are for its Python layer, which nobody uses here.
-    command = [str(made.program), "-m", "pip", "--disable-pip-version-check", "install", "--no-deps"]
     try:
         done = subprocess.run(
-            [*command, *requirements()],
+            [*command, "install", "--no-deps", *requirements()],
             capture_output=True,
             text=True,
             timeout=_INSTALL_TIMEOUT_S,
