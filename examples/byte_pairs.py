@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from conch.config import ModelConfig, TokenizerConfig
-from conch.models.loading import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PAD, EOS = "<|padding|>", "<|endoftext|>"
 
@@ -18,6 +20,11 @@ def tokenizer_for(
 ) -> PreTrainedTokenizerBase:
     """The model's tokenizer; for a model of random weights without one, byte pairs learned from `texts`, as
     many as its vocabulary has room for. The same texts give the same tokenizer."""
+    # They load torch, which help and mistyped keys do without.
+    from transformers import PreTrainedTokenizerFast
+
+    from conch.models.loading import load_tokenizer
+
     if model.architecture is None or config.path is not None:
         return load_tokenizer(config, model.path)
     tokenizer = Tokenizer(models.BPE())

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from conch.atomic_files import replace_text
 from conch.config import RewardConfig, Section
 from conch.converters.to_triton import to_triton
@@ -128,6 +126,8 @@ def _convert(hosted: HostedConfig, gpu: str) -> None:
 
 def last_gpu() -> str:
     """The last GPU that this process may use, as CUDA_VISIBLE_DEVICES names it; "" where there is none."""
+    import torch  # not for help and mistyped keys, which do without
+
     if not torch.cuda.is_available():
         return ""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

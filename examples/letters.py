@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def tokenizer_of(letters: str, max_length: int) -> PreTrainedTokenizerFast:
@@ -11,6 +15,8 @@ def tokenizer_of(letters: str, max_length: int) -> PreTrainedTokenizerFast:
 
     max_length: of a text, in tokens.
     """
+    from transformers import PreTrainedTokenizerFast  # loads torch, which help and mistyped keys do without
+
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", "<unk>", *letters])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")

@@ -13,17 +13,18 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from conch.data.text import special_tokens
 from conch.errors import DataError
 from conch.log import get_logger
 from conch.types import ASSISTANT, Dialogue
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _log = get_logger(__name__)
 
@@ -32,10 +33,6 @@ Span = tuple[int, int]
 
 TEMPLATE_KEYS = ("tools", "chat_template_kwargs")
 """Keys of a row of messages that are for the chat template, not for rewards."""
-
-OPTIONS = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"} - {"self"}
-"""Names that `apply_chat_template` has for other things than variables of the template; a reward model's
-server refuses the same."""
 
 _ROLES = ("system", "developer", "user", ASSISTANT, "tool")
 
@@ -156,10 +153,20 @@ def _template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
     values = _read("chat_template_kwargs", row)
     if values is not None and not isinstance(values, Mapping):
         raise DataError('has "chat_template_kwargs" that are no dict')
-    taken = sorted(OPTIONS & set(values or ()))
+    taken = sorted(reserved_names() & set(values)) if values else []
     if taken:
         raise DataError(f'has "chat_template_kwargs" that are not for the template: {", ".join(taken)}')
     return dict(values or {})
+
+
+@cache
+def reserved_names() -> frozenset[str]:
+    """Names that `apply_chat_template` has for other things than variables of the template; a reward model's
+    server refuses the same."""
+    from transformers import PreTrainedTokenizerBase  # which a list of rows without such variables needs not
+
+    parameters = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    return frozenset({*parameters, "messages"} - {"self"})
 
 
 def _read(key: str, row: Mapping[str, Any]) -> Any:
@@ -315,6 +322,8 @@ def _marked_spans(
     dialogue: Dialogue, template: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, list[Span]]:
     """The dialogue as text, and the `{% generation %}` blocks in it."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     # Not `apply_chat_template`, which maps the ends of spans to tokens by itself: where a span ends in a
     # space that tokenizers trim from their offsets, it takes all the rest for the assistant's.
     variables: dict[str, Any] = {**tokenizer.special_tokens_map, **dialogue.template_kwargs}
@@ -500,6 +509,7 @@ def _what_is_read(
 
     shape: of each message its role, whether it has a content, and whether it calls tools.
     """
+    from transformers.utils.chat_template_utils import render_jinja_template
 
     def shown(*, parts: bool, arguments: Any) -> str | None:
         messages = [_probe(number, *each, parts, arguments) for number, each in enumerate(shape)]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
@@ -36,6 +35,8 @@ from conch.machine.imports import left_out
 from conch.models.adapter import has_adapter, merged_copy, save_adapter
 from conch.models.loading import original_dropout
 from conch.models.policy import HEADS_FILE
+from conch.runs.reading import CHECKPOINTS as CHECKPOINTS
+from conch.runs.reading import steps_of as steps_of
 
 _log = get_logger(__name__)
 
@@ -44,7 +45,6 @@ STATE_FILE = "trainer_state.json"
 _RANK_FILE = "rank_{}.json"
 FILES_FILE = "files.json"
 BEST_LINK = "best"
-CHECKPOINTS = "checkpoints"
 FORMAT = 1
 """Of `trainer_state.json`; raised when a field changes its meaning."""
 
@@ -240,16 +240,6 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"the checkpoint {folder} has format {state.get('format')}, this version of Conch reads {FORMAT}"
         )
     return Checkpoint(folder, state)
-
-
-def steps_of(run_dir: Path) -> dict[int, Path]:
-    """Return step -> checkpoint folder of a run, whole or not, newest first."""
-    folders = {
-        int(match[1]): folder
-        for folder in (run_dir / CHECKPOINTS).glob("step_*")
-        if (match := re.fullmatch(r"step_(\d+)", folder.name))
-    }
-    return dict(sorted(folders.items(), reverse=True))
 
 
 def newest_checkpoint(run_dir: Path) -> Checkpoint | None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 ALARMS_FILE = "alarms.jsonl"
+CHECKPOINTS = "checkpoints"
 
 Source = Literal["evaluation", "rollout", "table"]
 
@@ -89,12 +90,7 @@ class Run:
     @property
     def checkpoints(self) -> dict[int, Path]:
         """Step -> folder of a checkpoint, oldest first; whole ones, as a checkpoint is renamed once it is."""
-        found = {
-            int(match[1]): folder
-            for folder in (self.folder / "checkpoints").glob("step_*")
-            if (match := re.fullmatch(r"step_(\d+)", folder.name))
-        }
-        return dict(sorted(found.items()))
+        return dict(reversed(steps_of(self.folder).items()))
 
     def metrics(self) -> list[dict[str, Any]]:
         """One dict a step, in their order: `step`, and metric -> value, None for what was no number.
@@ -194,6 +190,16 @@ def load(folder: str | Path) -> Run:
     if not (path / METRICS_FILE).is_file():
         raise DataError(no_run(path))
     return Run(path)
+
+
+def steps_of(run_dir: Path) -> dict[int, Path]:
+    """Return step -> checkpoint folder of a run, whole or not, newest first."""
+    folders = {
+        int(match[1]): folder
+        for folder in (run_dir / CHECKPOINTS).glob("step_*")
+        if (match := re.fullmatch(r"step_(\d+)", folder.name))
+    }
+    return dict(sorted(folders.items(), reverse=True))
 
 
 def no_run(folder: Path) -> str:

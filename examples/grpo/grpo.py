@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is no
 from conch.cli import load_run_config, run_main
 from conch.config import TrainConfig
 from conch.log import get_logger
-from conch.rollouts.factory import check_sampling
 from conch.runs.tracking import make_run_dir
 from examples.grpo.async_settings import AsyncExampleConfig
 from examples.grpo.devices import DevicePlan, Wish, plan_devices
@@ -139,6 +138,8 @@ def check(config: ExampleConfig) -> None:
     Raises:
         ConfigError: they do not; nothing has been loaded or started.
     """
+    from conch.rollouts.factory import check_sampling  # loads torch, which help and mistyped keys do without
+
     became = translate(config, planned(config), has_vllm=_has_vllm())
     check_sampling(run_config(became, None, run_section(config)).rollout)
 

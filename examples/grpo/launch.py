@@ -26,10 +26,10 @@ from pathlib import Path
 from types import FrameType
 
 from conch.cli.run_config import default_config_dir
+from conch.config.algorithms.grpo import GRPORunConfig
 from conch.errors import ConfigError, ServerStartError
 from conch.log import get_logger
 from conch.serving.server import process_guard
-from conch.trainers.grpo import GRPORunConfig
 from examples.grpo.async_settings import uses_ray
 from examples.grpo.devices import DevicePlan
 from examples.grpo.settings import ExampleConfig

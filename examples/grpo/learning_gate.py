@@ -20,22 +20,24 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from conch.cli import compose, load_run_config, run_main
 from conch.config import TrainConfig, load
+from conch.config.algorithms.async_grpo import AsyncGRPORunConfig
+from conch.config.algorithms.grpo import GRPORunConfig
+from conch.config.algorithms.sft import SFTRunConfig
 from conch.errors import ConfigError
-from conch.runs.checkpoint import steps_of
 from conch.runs.plots import read_metric
+from conch.runs.reading import steps_of
 from conch.runs.tracking import make_run_dir
-from conch.trainers.async_grpo import AsyncGRPORunConfig, AsyncGRPOTrainer
-from conch.trainers.grpo import GRPORunConfig, GRPOTrainer
-from conch.trainers.sft import SFTRunConfig, SFTTrainer
 from examples.byte_pairs import EOS, PAD
 from examples.grpo import instructions, word_problems
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 _ASYNC = "--async"
@@ -117,6 +119,8 @@ GATES = {
 
 def make_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte pairs of the texts' words and numbers, at most `vocab_size` of them."""
+    from transformers import PreTrainedTokenizerFast  # loads torch, which help and mistyped keys do without
+
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(_WORDS), "isolated")
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -163,6 +167,8 @@ def run(name: str, config: GRPORunConfig) -> dict[str, Any]:
 def train_start(name: str, data: Data, train: TrainConfig, run_dir: Path) -> Path:
     """Train the policy that GRPO starts from, with `configs/grpo_gates/<name>/sft.yaml`; returns its
     checkpoint."""
+    from conch.trainers.sft import SFTTrainer
+
     values = compose(f"grpo_gates/{name}/sft", [], CONFIGS)
     values["train"] |= {"seed": train.seed, "run_dir": str(run_dir)}
     config = load(SFTRunConfig, values)
@@ -178,6 +184,9 @@ def train_start(name: str, data: Data, train: TrainConfig, run_dir: Path) -> Pat
 
 def train_policy(config: GRPORunConfig, data: Data, start: Path, run_dir: Path) -> None:
     """GRPO with the verifier that `config.reward` names, from the policy in `start`."""
+    from conch.trainers.async_grpo import AsyncGRPOTrainer
+    from conch.trainers.grpo import GRPOTrainer
+
     values = config.model_dump()
     values["model"]["path"] = str(start)
     values["train"]["run_dir"] = str(run_dir)

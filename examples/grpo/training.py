@@ -9,22 +9,23 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is not installed
 
 from conch.atomic_files import replace_text
 from conch.cli import run_main
 from conch.config import load
+from conch.config.algorithms.async_grpo import AsyncGRPORunConfig
+from conch.config.algorithms.grpo import GRPORunConfig
 from conch.errors import ConchError
-from conch.models.loading import load_tokenizer
-from conch.trainers.async_grpo import AsyncGRPORunConfig, AsyncGRPOTrainer
-from conch.trainers.grpo import GRPORunConfig, GRPOTrainer
 from examples.grpo.async_settings import AsyncExampleConfig
-from examples.grpo.outputs import complete_torch_checkpoints, write_hydra_files, write_torch_checkpoint
 from examples.grpo.prompts import TAGS, form_asked_for, read_prompts
 from examples.grpo.settings import ExampleConfig
 from examples.grpo.translation import run_section, with_names_of_here
+
+if TYPE_CHECKING:
+    from conch.trainers.grpo import GRPOTrainer
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,10 @@ def train(task: Task) -> Path:
 
 
 def _train(task: Task) -> Path:
+    # They load torch, which help and mistyped keys of the programs do without.
+    from conch.models.loading import load_tokenizer
+    from examples.grpo.outputs import complete_torch_checkpoints, write_hydra_files, write_torch_checkpoint
+
     config, run = task.config, task.run
     tokenizer = load_tokenizer(run.tokenizer, run.model.path)
     if set(TAGS) & set(tokenizer.all_special_tokens):  # else the reward would not see them
@@ -96,9 +101,13 @@ def _train(task: Task) -> Path:
 
 def _trainer(run: GRPORunConfig, **data: Any) -> GRPOTrainer:
     if isinstance(run, AsyncGRPORunConfig):
+        from conch.trainers.async_grpo import AsyncGRPOTrainer
+
         trainer = AsyncGRPOTrainer(run, **data)
         trainer.overlap.device_settings = ("train_model.num_devices", "inference_model.num_devices")
         return trainer
+    from conch.trainers.grpo import GRPOTrainer
+
     return GRPOTrainer(run, **data)
 
 

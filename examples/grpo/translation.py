@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from conch.config import Section, load
+from conch.config.algorithms.async_grpo import AsyncGRPORunConfig
+from conch.config.algorithms.grpo import GRPORunConfig
 from conch.config.base import nested_section
 from conch.config.reward import VERIFIER
 from conch.errors import ConfigError, install_extra
-from conch.trainers.async_grpo import AsyncGRPORunConfig
-from conch.trainers.grpo import GRPORunConfig
 from examples.grpo.async_settings import AsyncExampleConfig, uses_ray
 from examples.grpo.batches import Batches, plan_batches, plan_lead
 from examples.grpo.devices import DevicePlan, plan_devices

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from conch.config import RewardConfig
 from conch.rewards.base import RewardSource
 from conch.rewards.factory import from_user
-from conch.training.setup import less_originals
 from examples.hosting import HostedConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class HostedGPTJ(HostedConfig):
@@ -37,4 +37,6 @@ def delta_source(
     tokenizer: PreTrainedTokenizerBase,
 ) -> RewardSource:
     """The reward less that of each prompt's chosen answer, for programs that only measure it."""
+    from conch.training.setup import less_originals  # loads torch, which help and mistyped keys do without
+
     return less_originals(from_user(endpoint, config), prompts, tokenizer)

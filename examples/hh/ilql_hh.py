@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is not installed
 
 from conch.cli import load_run_config, run_main
-from conch.trainers.ilql import ILQLRunConfig, ILQLTrainer
+from conch.config.algorithms.ilql import ILQLRunConfig
 from examples.byte_pairs import tokenizer_for
 from examples.hh.hh_data import comparisons, preset, with_originals
 from examples.hh.hh_reward import HostedGPTJ, delta_source
@@ -30,6 +30,8 @@ class ILQLHHConfig(ILQLRunConfig):
 
 def train(config: ILQLHHConfig) -> Path:
     """Train; returns the run's folder."""
+    from conch.trainers.ilql import ILQLTrainer  # loads torch, which help and mistyped keys do without
+
     rows, held_out = comparisons(config.data)
     answers = [(row.prompt, answer) for row in rows for answer in (row.chosen, row.rejected)]
     tokenizer = tokenizer_for(config.model, config.tokenizer, [prompt + answer for prompt, answer in answers])

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is not installed
 
 from conch.cli import load_run_config, run_main
-from conch.trainers.ppo import PPORunConfig, PPOTrainer
+from conch.config.algorithms.ppo import PPORunConfig
 from examples.hh.hh_data import comparisons, preset, with_originals
 from examples.hh.hh_reward import HostedGPTJ
 from examples.hosting import served_reward
@@ -30,6 +30,8 @@ class PPOHHConfig(PPORunConfig):
 
 def train(config: PPOHHConfig) -> Path:
     """Train; returns the run's folder."""
+    from conch.trainers.ppo import PPOTrainer  # loads torch, which help and mistyped keys do without
+
     rows, held_out = comparisons(config.data)
     with served_reward(config.reward, config.hosted) as endpoint:
         trainer = PPOTrainer(

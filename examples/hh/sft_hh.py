@@ -11,18 +11,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is not installed
 
-from transformers import PreTrainedTokenizerBase
-
 from conch.cli import load_run_config, run_main
+from conch.config.algorithms.sft import SFTRunConfig
 from conch.rewards.base import RewardSource
-from conch.trainers.sft import SFTRunConfig, SFTTrainer
 from examples.byte_pairs import tokenizer_for
 from examples.hh.hh_data import Comparison, comparisons, preset, with_originals
 from examples.hh.hh_reward import HostedGPTJ, delta_source
 from examples.hosting import served_reward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class SFTHHConfig(SFTRunConfig):
@@ -53,6 +55,8 @@ def _fit(
     tokenizer: PreTrainedTokenizerBase,
     reward: RewardSource | None,
 ) -> Path:
+    from conch.trainers.sft import SFTTrainer  # loads torch, which help and mistyped keys do without
+
     trainer = SFTTrainer(
         config,
         samples=texts,

@@ -5,6 +5,7 @@ Leaves with code 1, and a sentence for each, where figures fall short of what `s
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import math
@@ -87,9 +88,12 @@ def logged(run: Path, metric: str) -> list[float]:
 
 def main(argv: Sequence[str]) -> int:
     """Print the table. Returns the exit code."""
-    data, folder = argv
-    _, held_out = comparisons(DataConfig(train=data))
-    lines = figures(Path(folder), len(held_out))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("data", help="comparisons that the runs learned from")
+    parser.add_argument("folder", type=Path, help="folder of the runs")
+    arguments = parser.parse_args(list(argv))
+    _, held_out = comparisons(DataConfig(train=arguments.data))
+    lines = figures(arguments.folder, len(held_out))
     print(f"{'':38}{'before':>9}{'after':>9}")
     for line in lines:
         verdict = f"  {'ok' if line.ok else 'NOT'}: {line.wanted}" if line.wanted else ""

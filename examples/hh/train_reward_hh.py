@@ -14,13 +14,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is not installed
 
 from conch.cli import load_run_config, run_main
-from conch.trainers.reward_model import RewardModelRunConfig, RewardModelTrainer
+from conch.config.algorithms.reward_model import RewardModelRunConfig
 from examples.byte_pairs import tokenizer_for
 from examples.hh.hh_data import Comparison, comparisons, preset
 
 
 def train(config: RewardModelRunConfig) -> Path:
     """Train; returns the run's folder."""
+    from conch.trainers.reward_model import (
+        RewardModelTrainer,  # loads torch, which help and mistyped keys do without
+    )
+
     rows, held_out = comparisons(config.data)
     trainer = RewardModelTrainer(
         config,

@@ -24,11 +24,10 @@ from pydantic import Field, model_validator
 
 from conch.cli import load_run_config, run_main, save_resolved
 from conch.config import EnsembleVariance, load
+from conch.config.algorithms.reward_model import RewardModelRunConfig
 from conch.data.files import evaluation_rows, training_rows
-from conch.data.preferences import judgement
 from conch.log import get_logger
-from conch.runs.checkpoint import steps_of
-from conch.trainers.reward_model import RewardModelRunConfig, RewardModelTrainer
+from conch.runs.reading import steps_of
 from examples.hosting import last_gpu
 from examples.overoptimisation.entries import CONFIGS
 from examples.overoptimisation.served import Serving, in_store, joined
@@ -104,6 +103,10 @@ def train(config: RewardsConfig) -> list[Path]:
     Raises:
         ConchError: as the trainer and the converter do.
     """
+    # They load torch, which help and mistyped keys do without.
+    from conch.data.preferences import judgement
+    from conch.trainers.reward_model import RewardModelTrainer
+
     rows = training_rows(config.data, "rows", form=judgement)
     held = evaluation_rows(config.data, form=judgement)
     runs = [run_of(config, seed, len(rows), has_eval=held is not None) for seed in config.seeds]

@@ -20,20 +20,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is not installed
 
-import conch as conch  # before torch: how OpenMP's threads wait is set as it is imported
-
-# isort: split
-import torch
-
 from conch.cli import run_main
+from conch.config.algorithms.ppo import PPORunConfig
 from conch.distributed.launcher import launched_processes
 from conch.evaluation.gold import summary
 from conch.log import get_logger, is_main_process
-from conch.models.loading import load_tokenizer
-from conch.runs.checkpoint import steps_of
-from conch.runs.tracking import Tracker
-from conch.trainers.ppo import PPORunConfig, PPOTrainer
-from conch.types import Metrics
+from conch.runs.reading import steps_of
 from examples.overoptimisation.entries import read_settings
 from examples.overoptimisation.gold import gold_scores, write_eval_files
 from examples.overoptimisation.layout import EVAL, MODEL, run_folder, write_names
@@ -43,19 +35,6 @@ from examples.overoptimisation.settings import StudyConfig
 from examples.overoptimisation.translation import run_config
 
 _log = get_logger("conch.overoptimisation")
-
-
-class StudyTrainer(PPOTrainer):
-    """PPO that writes each evaluation to `eval/eval-<k>.json` as well."""
-
-    def evaluate(
-        self, tracker: Tracker | None = None, step: int = 0, *, repeats: int | None = None
-    ) -> Metrics:
-        """Evaluate; see `OnlineTrainer`."""
-        metrics = super().evaluate(tracker, step, repeats=repeats)
-        if tracker is not None and self.collectives.is_main:
-            write_eval_files(self.run_dir, self.run_dir / EVAL)
-        return metrics
 
 
 def run(config: StudyConfig) -> Path:
@@ -84,6 +63,8 @@ def run(config: StudyConfig) -> Path:
 
 
 def _run_config(config: StudyConfig, folder: Path, reward: dict[str, object]) -> PPORunConfig:
+    import torch  # not for help and mistyped settings, which do without
+
     on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true"
     return run_config(config, folder, reward, num_processes=max(1, launched_processes()), on_gpu=on_gpu)
 
@@ -93,6 +74,9 @@ def _is_trained(folder: Path, planned: PPORunConfig) -> bool:
 
 
 def _train(config: StudyConfig, made: PPORunConfig, folder: Path) -> None:
+    from conch.models.loading import load_tokenizer
+    from examples.overoptimisation.study_trainer import StudyTrainer
+
     tokenizer = load_tokenizer(made.tokenizer, made.model.path)
     prompts, held = read_prompts(config, str(tokenizer.eos_token or ""))
     if is_main_process():

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from conch.config import load
+from conch.config.algorithms.ppo import PPORunConfig
 from conch.errors import ConfigError
-from conch.trainers.ppo import PPORunConfig
 from examples.overoptimisation.entries import laid_over
 from examples.overoptimisation.settings import PPOScheduler, StudyConfig
 

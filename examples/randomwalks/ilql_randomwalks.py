@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conch.cli import load_run_config, run_main
-from conch.trainers.ilql import ILQLRunConfig, ILQLTrainer
+from conch.config.algorithms.ilql import ILQLRunConfig
 from examples.randomwalks.measured import fit_and_measure
 from examples.randomwalks.task import RandomWalks, letter_tokenizer
 
@@ -24,6 +24,8 @@ GRAPH_SEED = 1000
 
 def train(config: ILQLRunConfig) -> dict[str, float]:
     """Train, and return the final measurement on about 4,000 walks for each beta."""
+    from conch.trainers.ilql import ILQLTrainer  # loads torch, which help and mistyped keys do without
+
     task = RandomWalks(GRAPH_SEED)
     trainer = ILQLTrainer(
         config,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from conch.distributed.train_engine import TrainEngine
 from conch.runs.tracking import Tracker
 from conch.types import Metrics
 from examples.randomwalks.task import RandomWalks
+
+if TYPE_CHECKING:
+    from conch.distributed.train_engine import TrainEngine
 
 NUM_MEASURED = 4000
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conch.cli import load_run_config, run_main
-from conch.trainers.ppo import PPORunConfig, PPOTrainer
+from conch.config.algorithms.ppo import PPORunConfig
 from examples.randomwalks.measured import fit_and_measure
 from examples.randomwalks.sft_start import GRAPH_SEED, ensure_sft_start
 from examples.randomwalks.task import RandomWalks
@@ -23,6 +23,8 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 def train(config: PPORunConfig) -> dict[str, float]:
     """Train, and return the final measurements on about 4,000 walks, sampled and greedy."""
+    from conch.trainers.ppo import PPOTrainer  # loads torch, which help and mistyped keys do without
+
     ensure_sft_start(config)
     task = RandomWalks(GRAPH_SEED)
     trainer = PPOTrainer(config, reward=task.reward, prompts=task.start_nodes, metric_fn=task.metric)

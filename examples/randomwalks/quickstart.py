@@ -16,24 +16,27 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from conch.cli import compose, load_run_config, run_main
 from conch.config import Section, TrainConfig, load
+from conch.config.algorithms.ppo import PPORunConfig
+from conch.config.algorithms.reward_model import RewardModelRunConfig
+from conch.config.algorithms.sft import SFTRunConfig
 from conch.converters.to_triton import to_triton
 from conch.log import get_logger
-from conch.runs.checkpoint import steps_of
 from conch.runs.plots import plot_run
+from conch.runs.reading import steps_of
 from conch.runs.tracking import make_run_dir
 from conch.serving.server.runtime import find_bundle
 from conch.serving.server.server import TritonServer
-from conch.trainers.ppo import PPORunConfig, PPOTrainer
-from conch.trainers.reward_model import RewardModelRunConfig, RewardModelTrainer
-from conch.trainers.sft import SFTRunConfig, SFTTrainer
 from conch.types import Metrics
 from examples.randomwalks.task import RandomWalks, letter_tokenizer
+
+if TYPE_CHECKING:
+    from conch.trainers.ppo import PPOTrainer
 
 _log = get_logger("conch.quickstart")
 
@@ -118,6 +121,8 @@ def train_policy(config: QuickstartConfig, task: RandomWalks, run_dir: Path) -> 
 
     It is saved to `<output_dir>/randomwalks/sft` as well, where `configs/randomwalks/ppo.yaml` looks for it.
     """
+    from conch.trainers.sft import SFTTrainer  # loads torch, which help and mistyped keys do without
+
     trainer = SFTTrainer(
         load(SFTRunConfig, composed("sft", config, run_dir / "sft")),
         samples=task.walks,
@@ -133,6 +138,8 @@ def train_policy(config: QuickstartConfig, task: RandomWalks, run_dir: Path) -> 
 
 def train_reward_model(config: QuickstartConfig, task: RandomWalks, run_dir: Path) -> Path:
     """Regress optimality; prints the rank correlation on held-out walks and returns the checkpoint."""
+    from conch.trainers.reward_model import RewardModelTrainer
+
     walks = task.scored_walks(config.num_scored_walks * 11 // 10, seed=config.seed)
     known = {walk["text"] for walk in walks[: config.num_scored_walks]}
     held_out = [walk for walk in walks[config.num_scored_walks :] if walk["text"] not in known]
@@ -153,6 +160,8 @@ def train_ppo(
     config: QuickstartConfig, task: RandomWalks, run_dir: Path, policy: Path, endpoint: str
 ) -> tuple[Metrics, Metrics, dict[str, list[str]]]:
     """PPO with the served reward; returns the measurements before and after, and some walks of both."""
+    from conch.trainers.ppo import PPOTrainer
+
     values = composed("ppo", config, run_dir)
     values["model"]["path"] = str(policy)
     values["reward"] = {**values.get("reward", {}), "url": endpoint}

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conch.cli import load_run_config, run_main
-from conch.trainers.rft import RFTRunConfig, RFTTrainer
+from conch.config.algorithms.rft import RFTRunConfig
 from examples.randomwalks.measured import fit_and_measure
 from examples.randomwalks.sft_start import GRAPH_SEED, ensure_sft_start
 from examples.randomwalks.task import RandomWalks
@@ -22,6 +22,8 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 def train(config: RFTRunConfig) -> dict[str, float]:
     """Train, and return the final measurement on about 4,000 walks."""
+    from conch.trainers.rft import RFTTrainer  # loads torch, which help and mistyped keys do without
+
     ensure_sft_start(config)
     task = RandomWalks(GRAPH_SEED)
     trainer = RFTTrainer(config, reward=task.reward, prompts=task.start_nodes, metric_fn=task.metric)

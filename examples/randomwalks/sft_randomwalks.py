@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic import Field
 
 from conch.cli import load_run_config, run_main
-from conch.trainers.sft import SFTRunConfig, SFTTrainer
+from conch.config.algorithms.sft import SFTRunConfig
 from examples.randomwalks.measured import fit_and_measure
 from examples.randomwalks.task import RandomWalks, letter_tokenizer
 
@@ -35,6 +35,8 @@ class SFTRandomWalksConfig(SFTRunConfig):
 def train(config: SFTRandomWalksConfig) -> dict[str, float]:
     """Train, and return the final measurement: the loss on held-out walks, and the optimality of about 4,000
     sampled ones."""
+    from conch.trainers.sft import SFTTrainer  # loads torch, which help and mistyped keys do without
+
     task = RandomWalks(GRAPH_SEED)
     walks = task.walks[NUM_HELD_OUT:]
     best = sorted(walks, key=task.optimality, reverse=True)

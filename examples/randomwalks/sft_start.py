@@ -5,6 +5,7 @@ python -m examples.randomwalks.sft_start [OUTPUT_DIR]
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import os
 import subprocess
@@ -16,9 +17,9 @@ from pathlib import Path
 
 from conch.cli import load_run_config, run_main
 from conch.config import RunConfig
+from conch.config.algorithms.sft import SFTRunConfig
 from conch.errors import ConchError
 from conch.log import get_logger
-from conch.trainers.sft import SFTRunConfig, SFTTrainer
 from examples.randomwalks.task import RandomWalks, letter_tokenizer
 
 _log = get_logger("conch.sft_start")
@@ -77,7 +78,11 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def main(argv: Sequence[str]) -> None:
     """Command line: the output folder, by default `outputs`."""
-    output_dir = Path(argv[0]) if argv else ROOT / "outputs"
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("output_dir", nargs="?", type=Path, default=ROOT / "outputs")
+    output_dir = parser.parse_args(list(argv)).output_dir
+    from conch.trainers.sft import SFTTrainer  # loads torch, which help and mistyped keys do without
+
     with tempfile.TemporaryDirectory() as scratch:
         config = load_run_config(
             SFTRunConfig,

@@ -18,13 +18,15 @@ import string
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from examples.letters import tokenizer_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 NUM_NODES = 21
 MAX_LENGTH = 10

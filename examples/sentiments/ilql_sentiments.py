@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is no
 from pydantic import Field
 
 from conch.cli import load_run_config, run_main
-from conch.trainers.ilql import ILQLRunConfig, ILQLTrainer
+from conch.config.algorithms.ilql import ILQLRunConfig
 from examples.hosting import served_reward
 from examples.sentiments.positive import HostedDistilBERT, positive_reward
 from examples.sentiments.reviews import ReviewsConfig, preset, reviews
@@ -36,6 +36,8 @@ class ILQLSentimentsConfig(ILQLRunConfig):
 
 def train(config: ILQLSentimentsConfig) -> Path:
     """Train; returns the run's folder."""
+    from conch.trainers.ilql import ILQLTrainer  # loads torch, which help and mistyped keys do without
+
     rows, _ = reviews(config.data, config.reviews)
     with served_reward(config.reward, config.hosted) as endpoint:
         trainer = ILQLTrainer(

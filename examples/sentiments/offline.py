@@ -28,8 +28,8 @@ from conch.converters.to_triton import to_triton
 from conch.errors import ConfigError
 from conch.log import get_logger
 from conch.rewards.factory import from_user
-from conch.runs.checkpoint import steps_of
 from conch.runs.plots import plot_against, read_metric
+from conch.runs.reading import steps_of
 from conch.serving.server.runtime import find_bundle
 from conch.serving.server.server import TritonServer
 from examples.sentiments import ppo_sentiments, sft_sentiments, train_reward_sentiments

@@ -16,8 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is not installed
 
 from conch.cli import load_run_config, run_main
+from conch.config.algorithms.ppo import PPORunConfig
 from conch.evaluation.metrics import MetricFn
-from conch.trainers.ppo import PPORunConfig, PPOTrainer
 from examples.hosting import served_reward
 from examples.sentiments.positive import HostedDistilBERT, positive_reward
 from examples.sentiments.reviews import ReviewsConfig, preset, prompts, reviews
@@ -32,6 +32,8 @@ class PPOSentimentsConfig(PPORunConfig):
 
 def train(config: PPOSentimentsConfig, metric_fn: MetricFn | None = None) -> Path:
     """Train; returns the run's folder. metric_fn: measures evaluations besides."""
+    from conch.trainers.ppo import PPOTrainer  # loads torch, which help and mistyped keys do without
+
     rows, _ = reviews(config.data, config.reviews)
     with served_reward(config.reward, config.hosted) as endpoint:
         trainer = PPOTrainer(

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is not installed
 
 from conch.cli import load_run_config, run_main
-from conch.trainers.rft import RFTRunConfig, RFTTrainer
+from conch.config.algorithms.rft import RFTRunConfig
 from examples.hosting import served_reward
 from examples.sentiments.positive import HostedDistilBERT, positive_reward
 from examples.sentiments.reviews import ReviewsConfig, preset, prompts, reviews
@@ -31,6 +31,8 @@ class RFTSentimentsConfig(RFTRunConfig):
 
 def train(config: RFTSentimentsConfig) -> Path:
     """Train; returns the run's folder."""
+    from conch.trainers.rft import RFTTrainer  # loads torch, which help and mistyped keys do without
+
     rows, _ = reviews(config.data, config.reviews)
     with served_reward(config.reward, config.hosted) as endpoint:
         trainer = RFTTrainer(

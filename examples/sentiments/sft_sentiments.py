@@ -19,8 +19,8 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is not installed
 
 from conch.cli import load_run_config, run_main
+from conch.config.algorithms.sft import SFTRunConfig
 from conch.rewards.base import UserReward
-from conch.trainers.sft import SFTRunConfig, SFTTrainer
 from examples.byte_pairs import tokenizer_for
 from examples.hosting import served_reward
 from examples.sentiments.positive import HostedDistilBERT, positive_reward
@@ -49,6 +49,8 @@ def train(config: SFTSentimentsConfig) -> Path:
 
 
 def _fit(config: SFTSentimentsConfig, reward: UserReward | None) -> Path:
+    from conch.trainers.sft import SFTTrainer  # loads torch, which help and mistyped keys do without
+
     rows, held_out = reviews(config.data, config.reviews)
     learned, measured = (
         [row.text for row in part if config.learn == "all" or row.label] for part in (rows, held_out)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is no
 from pydantic import Field
 
 from conch.cli import load_run_config, run_main
-from conch.trainers.reward_model import RewardModelRunConfig, RewardModelTrainer
+from conch.config.algorithms.reward_model import RewardModelRunConfig
 from examples.byte_pairs import tokenizer_for
 from examples.sentiments.reviews import ReviewsConfig, pairs, preset, reviews
 
@@ -32,6 +32,10 @@ class RewardSentimentsConfig(RewardModelRunConfig):
 
 def train(config: RewardSentimentsConfig) -> Path:
     """Train; returns the run's folder."""
+    from conch.trainers.reward_model import (
+        RewardModelTrainer,  # loads torch, which help and mistyped keys do without
+    )
+
     rows, held_out = reviews(config.data, config.reviews)
     tokenizer = tokenizer_for(config.model, config.tokenizer, [row.text for row in rows])
     eos, seed = str(tokenizer.eos_token), config.train.seed

@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is no
 
 from conch.cli import compose, run_main
 from conch.config import load
+from conch.config.algorithms.sft import SFTRunConfig
 from conch.errors import ConfigError, ServerStartError
 from conch.log import get_logger
-from conch.runs.checkpoint import CHECKPOINTS, steps_of
-from conch.trainers.sft import SFTRunConfig, SFTTrainer
+from conch.runs.reading import CHECKPOINTS, steps_of
 from examples.byte_pairs import tokenizer_for
 from examples.grpo.launch import SECRET_VARIABLE, Server, free_ports, running
 from examples.hosting import launchers_note
@@ -176,6 +176,8 @@ def train_policy(config: SFTRunConfig, rows: int) -> None:
     Raises:
         ConchError: see `SFTTrainer`.
     """
+    from conch.trainers.sft import SFTTrainer  # loads torch, which help of `rl.py` does without
+
     samples = corpus(rows, seed=0)
     tokenizer = tokenizer_for(
         config.model, config.tokenizer, [row["prompt"] + row["completion"] for row in samples]

@@ -24,13 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `examples` is no
 from conch.cli import run_main
 from conch.cli.run_config import to_yaml
 from conch.config import load
+from conch.config.algorithms.grpo import GRPORunConfig
 from conch.errors import ConfigError
 from conch.log import get_logger, is_main_process
 from conch.rewards.factory import from_user
-from conch.rollouts.factory import check_sampling
 from conch.runs.plots import read_metric
 from conch.runs.tracking import make_run_dir
-from conch.trainers.grpo import GRPORunConfig, GRPOTrainer
 from examples.grpo.launch import SECRET_VARIABLE
 from examples.steerability.devices import Devices, devices_of, relaunch_on_cpu, use_zero
 from examples.steerability.prepare import Prepared, prepared
@@ -49,6 +48,8 @@ def run(config: SteerabilityRunConfig) -> Path:
         ConchError: before long work starts, for what can be known by then.
         SystemExit, KeyboardInterrupt: see `conch.training.loop.fit`.
     """
+    from conch.trainers.grpo import GRPOTrainer  # loads torch, which help and mistyped keys do without
+
     devices = devices_of(config)
     if is_main_process():
         print("\n".join(devices.lines()), flush=True)
@@ -125,6 +126,8 @@ def main(argv: Sequence[str]) -> None:
         print(to_yaml(config))
         return
     if not config.steerability.own_sampler:
+        from conch.rollouts.factory import check_sampling
+
         check_sampling(config.rollout)
     relaunch_on_cpu(argv)
     if config.train.run_dir is None and config.train.resume is None and is_main_process():

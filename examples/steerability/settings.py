@@ -11,8 +11,8 @@ from pydantic import Field, model_validator
 
 from conch.cli import compose
 from conch.config import Section, load
+from conch.config.algorithms.grpo import GRPORunConfig
 from conch.errors import ConfigError, missing_path, yaml_problem
-from conch.trainers.grpo import GRPORunConfig
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 

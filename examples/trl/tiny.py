@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import gzip
-import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _VOCABULARY = 2000
 _WINDOW = 128
@@ -25,6 +26,8 @@ def reviews(path: Path) -> list[dict[str, Any]]:
 
 def tokenizer_of(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     """Learn byte pairs from texts."""
+    from transformers import PreTrainedTokenizerFast  # loads torch, which help does without
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -44,11 +47,13 @@ def model_of(kind: str, tokenizer: PreTrainedTokenizerFast, **more: Any) -> Any:
 
     kind: its class, "GPT2LMHeadModel".
     """
+    import transformers
+
     shape = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": _WINDOW}
     ids = {
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": None,
     }
-    config = GPT2Config(vocab_size=len(tokenizer), **shape, **ids, **more)
-    return getattr(importlib.import_module("transformers"), kind)(config)
+    config = transformers.GPT2Config(vocab_size=len(tokenizer), **shape, **ids, **more)
+    return getattr(transformers, kind)(config)

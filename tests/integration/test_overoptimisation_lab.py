@@ -11,7 +11,8 @@ import pytest
 
 from conch.evaluation.records import GOLD, read_record, records_of
 from examples.overoptimisation.laboratory.chain import run
-from examples.overoptimisation.laboratory.parts import LaboratoryConfig, places
+from examples.overoptimisation.laboratory.parts import places
+from examples.overoptimisation.laboratory.settings import LaboratoryConfig
 
 SMALL = {
     **{"num_demonstrations": 128, "num_pairs": 64, "num_members": 2, "best_of": 16},

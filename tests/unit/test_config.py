@@ -72,7 +72,7 @@ RUN_CONFIG_CLASSES = {
         )
         for size in reviews.SIZES
     },
-    "laboratory/laboratory": ("examples.overoptimisation.laboratory.parts", "LaboratoryConfig"),
+    "laboratory/laboratory": ("examples.overoptimisation.laboratory.settings", "LaboratoryConfig"),
 }
 
 

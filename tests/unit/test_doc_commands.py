@@ -25,7 +25,7 @@ from conch.servers.command import pairs_of
 from conch.servers.settings import load_settings
 from conch.serving import __main__ as serving
 from examples.overoptimisation import run_bon_ensembles, run_bon_pipeline
-from examples.overoptimisation.laboratory.parts import LaboratoryConfig
+from examples.overoptimisation.laboratory.settings import LaboratoryConfig
 from examples.steerability.settings import load_settings as load_steerability
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import pytest
 from conch.__main__ import main
 from conch.config.algorithms import run_config_of
 from conch.errors import DataError, ParityError
+from tests.starts import started
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -287,44 +287,13 @@ MISTAKES = {
     "convert --checkpiont m": "--checkpiont",
     "score --ulr m": "--ulr",
 }
-# Starts commands in children of a process that knows nothing heavy; a line of JSON for each.
-STARTER = """
-import contextlib, io, json, os, runpy, sys
-import conch.cli
-from conch.__main__ import main
-
-watched = sys.argv[1].split()
-
-def run_module(name, *words):
-    sys.argv = [name, *words]
-    runpy.run_module(name, run_name="__main__", alter_sys=True)
-
-def start(words):
-    written = io.StringIO()
-    with contextlib.redirect_stdout(written), contextlib.redirect_stderr(written):
-        try:
-            code = run_module(*words[1:]) if words[0] == "-m" else main(words)
-        except SystemExit as leaving:
-            code = leaving.code
-    heavy = [name for name in watched if name in sys.modules]
-    return json.dumps({"code": code, "heavy": heavy, "text": written.getvalue()})
-
-for command in sys.argv[2:]:
-    if (child := os.fork()) == 0:
-        print(start(command.split()), flush=True)
-        os._exit(0)
-    os.waitpid(child, 0)
-"""
 
 
 @pytest.fixture(scope="module")
 def quick_commands() -> dict[str, dict[str, Any]]:
     """Command -> exit code, which of `HEAVY` it loaded, and what it wrote."""
     commands = [*(f"{words} --help" for words in FIRST_WORDS), *MISTAKES]
-    program = [sys.executable, "-c", STARTER, " ".join(HEAVY), *commands]
-    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return dict(zip(commands, map(json.loads, done.stdout.splitlines()), strict=True))
+    return started(commands, HEAVY)
 
 
 @pytest.mark.parametrize("words", FIRST_WORDS)

@@ -205,6 +205,7 @@ def test_torch_free_parts_import_no_torch() -> None:
         ("conch.reward_server.server", ("torch", "transformers")),
         ("conch.reward_server.__main__", ("torch", "fastapi", "uvicorn", "tritonclient")),
         ("conch.config.algorithms.async_grpo", ("torch", "transformers", "numpy", "hydra")),
+        ("conch.data.files", ("torch", "transformers")),
         ("conch.runs", ("torch", "transformers", "pandas")),
         ("conch.report.__main__", ("torch", "transformers", "plotly", "pandas")),
         ("conch.service.client", ("torch", "numpy", "yaml", "fastapi", "hydra", "transformers")),

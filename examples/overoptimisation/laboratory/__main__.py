@@ -18,13 +18,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from conch.cli import load_run_config, run_main
-from examples.overoptimisation.laboratory.chain import run
-from examples.overoptimisation.laboratory.parts import LaboratoryConfig
+from examples.overoptimisation.laboratory.settings import LaboratoryConfig
 
 
 def main(argv: Sequence[str]) -> None:
     """Command line: `key=value` overrides of the settings above."""
-    run(load_run_config(LaboratoryConfig, argv, default_name="laboratory/laboratory"))
+    config = load_run_config(LaboratoryConfig, argv, default_name="laboratory/laboratory")
+    # It loads torch, which help and mistyped keys do without.
+    from examples.overoptimisation.laboratory.chain import run
+
+    run(config)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import torch
 
 from conch.log import get_logger, setup_logging
 from examples.overoptimisation.laboratory.parts import (
-    LaboratoryConfig,
     places,
     rewards_of,
     score_best_of_n,
@@ -27,6 +26,7 @@ from examples.overoptimisation.laboratory.parts import (
     trainer_values,
 )
 from examples.overoptimisation.laboratory.results import Seconds, report
+from examples.overoptimisation.laboratory.settings import LaboratoryConfig
 
 _log = get_logger("conch.laboratory")
 

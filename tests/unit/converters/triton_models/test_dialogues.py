@@ -18,7 +18,7 @@ from conch.converters.parts import plan_parts, write_part
 from conch.converters.triton_models.reward_model import RejectedError, Scorer
 from conch.converters.triton_models.tokenizer_model import TextEncoder
 from conch.data import preferences
-from conch.data.chat import OPTIONS, dialogue_of_row
+from conch.data.chat import dialogue_of_row, reserved_names
 from conch.errors import DataError
 from tests.chats import CHATS, WINDOW, chat_reward_model, chat_tokenizer
 
@@ -328,7 +328,8 @@ def test_a_manifest_of_an_earlier_conversion_leaves_messages_as_they_are(folder:
 
 def test_training_and_server_refuse_the_same_template_variables(folder: Path) -> None:
     scorer = served(folder, "chatml", "chat")
-    assert {"documents", "messages", "conversation", "tokenize"} <= OPTIONS == scorer.encoder.reserved
+    assert reserved_names() == scorer.encoder.reserved
+    assert {"documents", "messages", "conversation", "tokenize"} <= reserved_names()
     for name in ("documents", "messages"):
         sample = {"messages": ASKED, "chat_template_kwargs": {name: []}}
         with pytest.raises(RejectedError, match=f"may not set '{name}'"):
