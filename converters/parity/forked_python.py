@@ -125,7 +125,9 @@ class ForkedPython:
                 self._tell.close()
                 _run_when_told(told, self._streams, path)
         except BaseException:
-            if os.getpid() != own:  # an error before the program began: what the fork is asked for ends with it
+            if (
+                os.getpid() != own
+            ):  # an error before the program began: what the fork is asked for ends with it
                 traceback.print_exc()
                 sys.stderr.flush()
             raise

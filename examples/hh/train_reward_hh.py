@@ -21,9 +21,8 @@ from examples.hh.hh_data import Comparison, comparisons, preset
 
 def train(config: RewardModelRunConfig) -> Path:
     """Train; returns the run's folder."""
-    from conch.trainers.reward_model import (
-        RewardModelTrainer,  # loads torch, which help and mistyped keys do without
-    )
+    # It loads torch, which help and mistyped keys do without.
+    from conch.trainers.reward_model import RewardModelTrainer
 
     rows, held_out = comparisons(config.data)
     trainer = RewardModelTrainer(

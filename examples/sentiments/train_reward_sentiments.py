@@ -32,9 +32,8 @@ class RewardSentimentsConfig(RewardModelRunConfig):
 
 def train(config: RewardSentimentsConfig) -> Path:
     """Train; returns the run's folder."""
-    from conch.trainers.reward_model import (
-        RewardModelTrainer,  # loads torch, which help and mistyped keys do without
-    )
+    # It loads torch, which help and mistyped keys do without.
+    from conch.trainers.reward_model import RewardModelTrainer
 
     rows, held_out = reviews(config.data, config.reviews)
     tokenizer = tokenizer_for(config.model, config.tokenizer, [row.text for row in rows])
