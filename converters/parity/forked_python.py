@@ -125,9 +125,7 @@ class ForkedPython:
                 self._tell.close()
                 _run_when_told(told, self._streams, path)
         except BaseException:
-            if (
-                os.getpid() != own
-            ):  # an error before the program began: what the fork is asked for ends with it
+            if os.getpid() != own:  # the program has not begun, and the conversion quotes what it wrote
                 traceback.print_exc()
                 sys.stderr.flush()
             raise
