@@ -33,6 +33,7 @@ _EXTRA = "serve"
 _PACKAGES = ("nvidia-pytriton", "numpy")
 """What an environment beside has of its own; the others of the extra are for training."""
 
+_PACKAGE_FOLDERS = ("site-packages", "dist-packages")
 _STAMP = "made_for.json"
 _PARENTS = "made_for.pth"
 _INSTALL_TIMEOUT_S = 1800.0
@@ -164,7 +165,7 @@ def _make(folder: Path) -> None:
         raise ServerStartError(f"pip could not install {' '.join(requirements())} into {folder}: {told}")
     # Only now: pip would take the other numpy for one that it has to replace. Folders of a .pth file are
     # searched after the environment's own.
-    parents = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    parents = [each for each in sys.path if Path(each).name in _PACKAGE_FOLDERS]
     (made.packages / _PARENTS).write_text("".join(f"{each}\n" for each in parents), encoding="utf-8")
     (folder / _STAMP).write_text(json.dumps(_made_for(), indent=2) + "\n", encoding="utf-8")
 
