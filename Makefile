@@ -2,7 +2,7 @@
 
 # The interpreter that .venv is made from: Python 3.10, 3.11 or 3.12.
 PYTHON ?= python3
-# The index that torch is installed from, such as the one of CPU builds that pytorch.org names; empty: pip's own.
+# A further index for torch, such as the one of CPU builds that pytorch.org names: 2.13.0+cpu goes before 2.13.0.
 TORCH_INDEX ?=
 SEED ?= 0
 ARGS ?=
@@ -40,7 +40,7 @@ $(STAMP): pyproject.toml constraints.txt
 		|| { echo "error: cannot make $(VENV) with '$(PYTHON)': it must be Python 3.10, 3.11 or 3.12 (the bundled Triton" \
 			"server needs one of them) with its venv module; name one that is: make install PYTHON=python3.11" >&2; \
 			exit 1; }
-	$(PIP) install --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) install --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	$(PIP) install --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	@touch $@
 

@@ -165,7 +165,7 @@ def check_numpy(found: str | None, wanted: Mapping[str, str]) -> Finding:
             f"conch serve install gives the server its own; or else: pip install 'numpy{wanted[_BUNDLE]}'"
         )
     elif _BUNDLE in wanted:
-        remedy = "give the bundled server its own numpy, conch serve install, and this environment theirs"
+        remedy = "pip install 'numpy>=2', and then give the bundled server its own: conch serve install"
     else:
         remedy = f"pip install 'numpy{SpecifierSet(','.join(wanted.values()))}'"
     if _BUNDLE in unhappy:
@@ -228,7 +228,7 @@ def check_devices(listing: str | None, torch: str | None) -> Iterator[Finding]:
 
 
 def check_server() -> Finding:
-    """Whether the bundled Triton server starts here and answers; it needs numpy 1 beside it."""
+    """Whether the bundled Triton server starts here and answers."""
     from conch.serving.server.server import TritonServer  # brings tritonclient, which no help needs
 
     subject = "bundled server"

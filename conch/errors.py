@@ -144,20 +144,25 @@ def install_extra(extra: str) -> str:
 
     extra: as in pyproject.toml.
     """
-    from importlib.metadata import PackageNotFoundError, requires
-
     checkout = Path(__file__).resolve().parents[1]
     if (checkout / "pyproject.toml").is_file():
         return f"pip install -e '{checkout}[{extra}]'"
-    try:
-        listed = [each.partition(";") for each in requires("conch") or ()]
-    except PackageNotFoundError:
-        listed = []
-    of_extra = re.compile(rf"extra == ['\"]{re.escape(extra)}['\"]")
-    packages = [name.strip() for name, _, marker in listed if of_extra.search(marker)]
+    packages = requirements_of(extra)
     if not packages:
         return f"pip install -e '.[{extra}]' in a checkout of Conch"
     return "pip install " + " ".join(f"'{each}'" for each in packages)
+
+
+def requirements_of(extra: str) -> list[str]:
+    """Return what an extra of Conch requires by its metadata: `numpy<2`; [] where Conch is not installed."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    try:
+        listed = [each.partition(";") for each in requires("conch") or ()]
+    except PackageNotFoundError:
+        return []
+    of_extra = re.compile(rf"extra == ['\"]{re.escape(extra)}['\"]")
+    return [name.strip() for name, _, marker in listed if of_extra.search(marker)]
 
 
 def missing_path(path: Path) -> str:

@@ -62,8 +62,10 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _deployments_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tests note down the servers that they deploy where the user's are not."""
+    """Tests note down the servers that they deploy, and look for an environment of theirs, where the user's
+    are not."""
     os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+    os.environ["XDG_DATA_HOME"] = str(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(autouse=True)

@@ -163,7 +163,7 @@ def _template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
 def reserved_names() -> frozenset[str]:
     """Names that `apply_chat_template` has for other things than variables of the template; a reward model's
     server refuses the same."""
-    from transformers import PreTrainedTokenizerBase  # which a list of rows without such variables needs not
+    from transformers import PreTrainedTokenizerBase  # not needed for rows without such variables
 
     parameters = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
     return frozenset({*parameters, "messages"} - {"self"})

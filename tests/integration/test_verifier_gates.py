@@ -60,8 +60,8 @@ def test_large_steps_on_old_samples_learn_with_the_correction_alone(
 ) -> None:
     words = (f"grpo.correction.kind={kind}", "optimizer.learning_rate=1.5e-3", "train.total_steps=60")
     _, summary = run_gate(tmp_path, "gsm8k", "--async", "asynchronous.max_staleness=4", *words)
-    *_, end = summary["sampled"].values()
-    assert low <= end <= high
+    start, *_, end = summary["sampled"].values()
+    assert low <= end <= high and (end > start) == (kind == "truncate")
 
 
 @pytest.mark.slow

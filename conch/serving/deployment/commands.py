@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import sys
 import time
@@ -29,7 +30,7 @@ from conch.serving.server.environment import (
     make_environment_beside,
     requirements,
 )
-from conch.serving.server.runtime import find_bundle
+from conch.serving.server.runtime import check_platform, find_bundle
 from conch.store.store import latest_version
 
 _POLL_S = 0.2
@@ -39,10 +40,12 @@ def install(options: InstallOptions) -> int:
     """Make the environment for the bundled server's models, unless they can run in this one.
 
     Raises:
-        ServerStartError: it cannot be made.
+        ServerStartError: it cannot be made, or no bundled server runs on this machine.
     """
-    if not options.anew and is_own_python_fit():
-        print(f"nothing to do: the bundled server's models can run in this environment, {sys.prefix}")
+    check_platform(platform.system(), platform.machine(), sys.version_info[:2])
+    if is_own_python_fit():
+        find_bundle()
+        print(f"nothing to do: the bundled server's models run in this environment, {sys.prefix}")
         return 0
     print(f"installing {' and '.join(requirements())} into {environment_beside()} ...", flush=True)
     made = make_environment_beside(anew=options.anew)

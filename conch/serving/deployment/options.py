@@ -141,7 +141,7 @@ class InstallOptions(Section):
     """Make, once, the environment that the bundled server's models run in where this one has numpy 2."""
 
     anew: bool = False
-    """Make it in any case: again, or though the models could run in this environment."""
+    """Make it again though it is there; stop the servers that run in it first."""
 
 
 class UpOptions(Section):

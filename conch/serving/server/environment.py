@@ -20,22 +20,27 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import venv
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from conch.errors import ServerStartError, install_extra
+from conch.errors import ServerStartError, install_extra, requirements_of
 
 _EXTRA = "serve"
-_PACKAGES = ("nvidia-pytriton", "numpy")
-"""What an environment beside has of its own; the others of the extra are for training."""
+_OWN = {"nvidia-pytriton": "pytriton", "numpy": "numpy"}
+"""What an environment beside has of its own: package -> its folder. The rest of the extra is for training."""
 
 _PACKAGE_FOLDERS = ("site-packages", "dist-packages")
 _STAMP = "made_for.json"
 _PARENTS = "made_for.pth"
+_PIP_WITH_PYTHON = (22, 3)
+"""The first pip that installs into another environment (`--python`)."""
+
+_ELSEWHERE = ("PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_USER")
+"""Variables that have pip see packages of, or install into, another place than the environment."""
+
 _INSTALL_TIMEOUT_S = 1800.0
 _ERROR_LINES = 4
 
@@ -46,15 +51,22 @@ class ModelPython:
 
     prefix: its folder.
     packages: its folder of Python packages, which nvidia-pytriton lies in.
+    is_beside: whether it was made beside this one.
     """
 
     prefix: Path
     packages: Path
+    is_beside: bool
 
     @property
     def program(self) -> Path:
         """Its Python."""
         return self.prefix / "bin" / "python3"
+
+    @property
+    def remedy(self) -> str:
+        """What to do where it is damaged."""
+        return "conch serve install --anew" if self.is_beside else install_extra(_EXTRA)
 
 
 def model_python() -> ModelPython:
@@ -68,8 +80,11 @@ def model_python() -> ModelPython:
     problem = _problem_of_this()
     if problem is None:
         spec = importlib.util.find_spec("pytriton")
-        assert spec is not None and spec.origin is not None  # the package is installed
-        return ModelPython(Path(sys.prefix), Path(spec.origin).parents[1])
+        if spec is None or spec.origin is None:
+            raise ServerStartError(
+                f"nvidia-pytriton is installed without its files in {sys.prefix}: {install_extra(_EXTRA)}"
+            )
+        return ModelPython(Path(sys.prefix), Path(spec.origin).parents[1], is_beside=False)
     if not is_environment_beside_made():
         raise ServerStartError(problem)
     return _described(environment_beside())
@@ -86,7 +101,9 @@ def environment_beside() -> Path:
     Below $XDG_DATA_HOME, by default ~/.local/share; another Python, another environment or another Conch that
     wants other packages has another one.
     """
-    home = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    home = os.environ.get("XDG_DATA_HOME", "")
+    if not os.path.isabs(home):  # which the XDG specification has ignored
+        home = os.path.expanduser("~/.local/share")
     made_for = hashlib.sha256(json.dumps(_made_for(), sort_keys=True).encode()).hexdigest()
     name = f"cp{sys.version_info.major}{sys.version_info.minor}-{made_for[:8]}"
     return Path(home) / "conch" / "server-environments" / name
@@ -102,76 +119,95 @@ def make_environment_beside(*, anew: bool = False) -> ModelPython:
 
     What was interrupted is made anew by the next call; of two at once the second waits for the first.
 
-    anew: make it in any case.
+    anew: make it again though it is there.
 
     Raises:
-        ServerStartError: the folder cannot be written, or pip fails; says with which words.
+        ServerStartError: the folder cannot be written, or pip fails, in pip's own words.
     """
     folder = environment_beside()
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_suffix(".lock")):
+    if anew or not is_environment_beside_made():
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = os.open(folder.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise ServerStartError(
+                f"the environment {folder} cannot be made ({error.strerror}); "
+                "set XDG_DATA_HOME to a folder that can be written"
+            ) from error
+        with _locked(lock):
             if anew or not is_environment_beside_made():
-                _make(folder)
-    except OSError as error:
-        raise ServerStartError(
-            f"the environment {folder} cannot be made ({error.strerror or error}); "
-            "set XDG_DATA_HOME to a folder that can be written"
-        ) from error
+                _make(folder, lock)
     return _described(folder)
 
 
 def requirements() -> list[str]:
     """Return what pip is asked for: those of the extra `serve` that models need."""
-    try:
-        listed = [each.partition(";") for each in requires("conch") or ()]
-    except PackageNotFoundError:
-        listed = []
-    of_extra = re.compile(rf"extra == ['\"]{_EXTRA}['\"]")
-    wanted = [name.strip() for name, _, marker in listed if of_extra.search(marker)]
-    return [each for each in wanted if re.split(r"[^\w-]", each, maxsplit=1)[0] in _PACKAGES]
+    return [each for each in requirements_of(_EXTRA) if re.split(r"[^\w-]", each, maxsplit=1)[0] in _OWN]
 
 
-def _make(folder: Path) -> None:
+def _make(folder: Path, lock: int) -> None:
+    """lock: the descriptor of the lock, which pip holds as well, should it outlive this process."""
     if not requirements():
         raise ServerStartError(
-            "which packages a server needs stands in Conch's own metadata: pip install -e ."
+            "what to install for the server is read from the metadata of Conch, which is not installed: "
+            "pip install -e ."
         )
+    (folder / _STAMP).unlink(missing_ok=True)  # first: what is there from now on is not whole
     shutil.rmtree(folder, ignore_errors=True)
-    has_pip = importlib.util.find_spec("pip") is not None  # which uv leaves out
+    has_pip = _pip_version() >= _PIP_WITH_PYTHON
     try:
-        venv.create(folder, with_pip=not has_pip)
-    except subprocess.CalledProcessError as error:  # Debian keeps ensurepip in a package of its own
+        # Links, as `python -m venv` makes them: a copied Python may not find its own library.
+        venv.EnvBuilder(symlinks=True, with_pip=not has_pip).create(folder)
+    except (OSError, subprocess.CalledProcessError) as error:
         raise ServerStartError(
-            f"{sys.executable} cannot make an environment with pip ({error}); "
-            "Debian: apt install python3-venv"
+            f"{sys.executable} cannot make an environment in {folder} ({error}): it needs pip "
+            f"{'.'.join(map(str, _PIP_WITH_PYTHON))}, or ensurepip (Debian: apt install python3-venv)"
         ) from error
     made = _described(folder)
     pip = [sys.executable, "-m", "pip", "--python", str(made.program)]
-    command = [*(pip if has_pip else [str(made.program), "-m", "pip"]), "--disable-pip-version-check"]
-    # Without dependencies: pytriton's own are for its Python layer, which nobody uses here.
-    try:
-        done = subprocess.run(
-            [*command, "install", "--no-deps", *requirements()],
-            capture_output=True,
-            text=True,
-            timeout=_INSTALL_TIMEOUT_S,
-            check=False,
+    _install([*pip] if has_pip else [str(made.program), "-m", "pip"], folder, lock)
+    if missing := [name for name, place in _OWN.items() if not (made.packages / place).is_dir()]:
+        raise ServerStartError(
+            f"pip installed {' and '.join(missing)} elsewhere than into {folder}: see `pip config list`"
         )
-    except subprocess.TimeoutExpired as error:
-        raise ServerStartError(f"pip did not end within {_INSTALL_TIMEOUT_S:.0f} s") from error
-    if done.returncode != 0:
-        told = " ".join((done.stderr or done.stdout).strip().splitlines()[-_ERROR_LINES:])
-        raise ServerStartError(f"pip could not install {' '.join(requirements())} into {folder}: {told}")
-    # Only now: pip would take the other numpy for one that it has to replace. Folders of a .pth file are
-    # searched after the environment's own.
+    # Only now: pip would take the other numpy for one that it has to replace. Such folders are searched after
+    # the environment's own, with what is installed editable in them.
     parents = [each for each in sys.path if Path(each).name in _PACKAGE_FOLDERS]
-    (made.packages / _PARENTS).write_text("".join(f"{each}\n" for each in parents), encoding="utf-8")
+    lines = "".join(f"import site; site.addsitedir({each!r})\n" for each in parents)
+    (made.packages / _PARENTS).write_text(lines, encoding="utf-8")
     (folder / _STAMP).write_text(json.dumps(_made_for(), indent=2) + "\n", encoding="utf-8")
 
 
+def _install(pip: list[str], folder: Path, lock: int) -> None:
+    # Without dependencies: pytriton's own are for its Python layer, which nobody uses here.
+    command = [*pip, "--disable-pip-version-check", "install", "--no-deps", *requirements()]
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_INSTALL_TIMEOUT_S,
+            env={name: value for name, value in os.environ.items() if name not in _ELSEWHERE},
+            pass_fds=(lock,),
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ServerStartError(f"`{' '.join(command)}` does not come to its end: {error}") from error
+    if done.returncode != 0:
+        told = " ".join((done.stderr or done.stdout).strip().splitlines()[-_ERROR_LINES:])
+        raise ServerStartError(f"pip could not install {' '.join(requirements())} into {folder}: {told}")
+
+
+def _pip_version() -> tuple[int, ...]:
+    """(22, 3); (0,) where there is no pip, as in an environment of uv."""
+    with contextlib.suppress(PackageNotFoundError, ValueError):
+        return tuple(int(part) for part in version("pip").split(".")[:2])
+    return (0,)
+
+
 def _described(folder: Path) -> ModelPython:
-    return ModelPython(folder, Path(sysconfig.get_path("purelib", "venv", {"base": str(folder)})))
+    python = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    return ModelPython(folder, folder / "lib" / python / "site-packages", is_beside=True)
 
 
 def _made_for() -> dict[str, object]:
@@ -180,26 +216,27 @@ def _made_for() -> dict[str, object]:
 
 def _problem_of_this() -> str | None:
     """Return why models cannot run in this environment, and the remedy; None where they can."""
-    beside = "`conch serve install` makes an environment with it beside this one, once"
+    beside = "`conch serve install` makes an environment with numpy 1 beside this one, once"
+    try:
+        numpy = version("numpy")
+    except PackageNotFoundError:
+        numpy = "0"  # told of the Python that models run in
+    has_numpy_2 = int(numpy.split(".")[0]) >= 2
     try:
         version("nvidia-pytriton")
     except PackageNotFoundError:
+        remedy = f"it needs numpy 1, and {numpy} is here: {beside}" if has_numpy_2 else install_extra(_EXTRA)
+        return f"the package nvidia-pytriton, which carries tritonserver, is not installed: {remedy}"
+    if has_numpy_2:
         return (
-            "the package nvidia-pytriton, which carries tritonserver, is not installed: "
-            f"{install_extra(_EXTRA)}; where numpy 2 is needed too (vLLM), {beside}"
+            f"numpy {numpy} is installed in {sys.prefix}; with numpy 2 the bundled tritonserver "
+            f"silently turns tensors into zeros: {beside}; or pip install 'numpy<2'"
         )
-    with contextlib.suppress(PackageNotFoundError):  # no numpy at all is told of the Python that is asked
-        if int(version("numpy").split(".")[0]) >= 2:
-            return (
-                f"numpy {version('numpy')} is installed in {sys.prefix}; with numpy 2 the bundled "
-                f"tritonserver silently turns tensors into zeros: pip install 'numpy<2', or keep it: {beside}"
-            )
     return None
 
 
 @contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+def _locked(descriptor: int) -> Iterator[None]:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

@@ -25,9 +25,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from conch.errors import ServerStartError, install_extra
+from conch.errors import ServerStartError
 from conch.machine.processors import waiting_variables
-from conch.serving.server.environment import model_python
+from conch.serving.server.environment import ModelPython, model_python
 from conch.serving.server.flags import ServerPaths, ServerSettings
 
 _HELP_TIMEOUT_S = 120.0
@@ -364,9 +364,9 @@ def find_bundle() -> Bundle:
     )
     for path in (bundle.server, bundle.backend, bundle.stub, bundle.library_path[1]):
         if not path.exists():
-            raise ServerStartError(f"nvidia-pytriton is installed without {path}: {install_extra('serve')}")
+            raise ServerStartError(f"nvidia-pytriton is installed without {path}: {where.remedy}")
     check_programs(bundle.server, bundle.stub)
-    check_model_python(_probe_python(where.program), where.prefix)
+    check_model_python(_probe_python(where.program), where)
     return bundle
 
 
@@ -402,11 +402,10 @@ def check_programs(*programs: Path) -> None:
             )
 
 
-def check_model_python(versions: dict[str, str], prefix: Path) -> None:
+def check_model_python(versions: dict[str, str], where: ModelPython) -> None:
     """Check that models will not fail or, worse, score wrong in an environment.
 
     versions: of `python`, and of `numpy`, `torch` and `transformers` where installed.
-    prefix: of the environment.
 
     Raises:
         ServerStartError: names the package and what to install.
@@ -414,18 +413,19 @@ def check_model_python(versions: dict[str, str], prefix: Path) -> None:
     running = f"{sys.version_info.major}.{sys.version_info.minor}"
     if versions["python"] != running:
         raise ServerStartError(
-            f"`python3` in {prefix} is Python {versions['python']}, not {running}: "
+            f"`python3` in {where.prefix} is Python {versions['python']}, not {running}: "
             "use a virtual environment (python -m venv)"
         )
+    # An environment beside has these from this one.
     missing = [name for name in ("numpy", "torch", "transformers") if name not in versions]
     if missing:
         raise ServerStartError(
-            f"models need {', '.join(missing)} in {prefix}; pip install {' '.join(missing)}"
+            f"models need {', '.join(missing)} in {sys.prefix}; pip install {' '.join(missing)}"
         )
     if int(versions["numpy"].split(".")[0]) >= 2:
         raise ServerStartError(
-            f"models would run with numpy {versions['numpy']} in {prefix}; with numpy 2 the bundled "
-            "tritonserver silently turns tensors into zeros: conch serve install --anew"
+            f"models would run with numpy {versions['numpy']} in {where.prefix}; with numpy 2 the bundled "
+            f"tritonserver silently turns tensors into zeros: {where.remedy}"
         )
 
 

@@ -9,34 +9,38 @@ import pytest
 
 from conch.errors import ModelStoreError, ServerStartError
 from conch.serving.server import server as launcher
+from conch.serving.server.environment import ModelPython
 from conch.serving.server.runtime import check_model_python, check_platform, check_programs, find_bundle
 from conch.serving.server.server import TritonServer, free_port, scratch_folder, wait_until_open
 from tests.stores import store_model
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
-PREFIX = Path(sys.prefix)
+OWN = ModelPython(Path(sys.prefix), Path(sys.prefix, "lib"), is_beside=False)
+BESIDE = ModelPython(Path("/beside"), Path("/beside/lib"), is_beside=True)
 GOOD = {"python": PYTHON, "numpy": "1.26.4", "torch": "2.13.0", "transformers": "5.23.0"}
 
 
 def test_check_model_python_accepts_what_was_tested() -> None:
-    check_model_python(GOOD, PREFIX)
+    check_model_python(GOOD, OWN)
 
 
 def test_check_model_python_refuses_numpy_2_and_says_why() -> None:
-    with pytest.raises(ServerStartError, match=r"numpy 2\.3\.5 .* zeros: conch serve install"):
-        check_model_python({**GOOD, "numpy": "2.3.5"}, PREFIX)
+    with pytest.raises(ServerStartError, match=r"numpy 2\.3\.5 .* zeros: pip install"):
+        check_model_python({**GOOD, "numpy": "2.3.5"}, OWN)
+    with pytest.raises(ServerStartError, match=r"in /beside; .* zeros: conch serve install --anew"):
+        check_model_python({**GOOD, "numpy": "2.3.5"}, BESIDE)
 
 
 def test_check_model_python_names_missing_packages() -> None:
     with pytest.raises(
         ServerStartError, match=r"models need torch, transformers .*pip install torch transformers"
     ):
-        check_model_python({"python": PYTHON, "numpy": "1.26.4"}, PREFIX)
+        check_model_python({"python": PYTHON, "numpy": "1.26.4"}, OWN)
 
 
 def test_check_model_python_refuses_another_python_in_the_bin_folder() -> None:
     with pytest.raises(ServerStartError, match=r"is Python 3\.9, not"):
-        check_model_python({**GOOD, "python": "3.9"}, PREFIX)
+        check_model_python({**GOOD, "python": "3.9"}, OWN)
 
 
 @pytest.mark.parametrize("python", [(3, 10), (3, 11), (3, 12)])
