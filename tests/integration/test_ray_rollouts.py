@@ -65,17 +65,23 @@ def test_cluster_asks_for_a_token_and_keeps_its_files_to_itself(cluster: Cluster
     assert len(cluster.address.token) >= 32
     check_address(cluster.address.address)
     program = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); print('in')"
-    for token in ("", "0" * 64):
-        environment = {
-            **os.environ,
-            "RAY_AUTH_MODE": "token" if token else "disabled",
-            "RAY_AUTH_TOKEN": token,
-        }
-        command = [sys.executable, "-c", program, cluster.address.address]
-        stranger = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    strangers = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, cluster.address.address],
+            env={
+                **os.environ,
+                "RAY_AUTH_MODE": "token" if token else "disabled",
+                "RAY_AUTH_TOKEN": token,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
-        assert stranger.returncode != 0 and "in" not in stranger.stdout.split()
+        for token in ("", "0" * 64)
+    ]
+    for stranger in strangers:
+        written, _ = stranger.communicate(timeout=120)
+        assert stranger.returncode != 0 and "in" not in written.splitlines(), written
     for process in processes_of(str(cluster._folder)):
         assert cluster.address.token.encode() not in Path(f"/proc/{process}/cmdline").read_bytes()
 
@@ -105,8 +111,15 @@ def test_killed_actor_loses_no_prompt_and_doubles_none(samplers: RaySamplers) ->
 
 def test_actor_that_does_not_answer_is_a_sentence(samplers: RaySamplers) -> None:
     client: RayClient = samplers.clients[0]
-    with pytest.raises(RolloutUnavailableError, match=r"^sampler-0 does not answer: no answer for 0\.001 s$"):
-        client._call("more", 10**6, timeout_s=0.001)
+    process = client.pid()
+    os.kill(process, signal.SIGSTOP)  # else it may answer in less than any deadline
+    try:
+        with pytest.raises(
+            RolloutUnavailableError, match=r"^sampler-0 does not answer: no answer for 0\.2 s$"
+        ):
+            client._call("more", 10**6, timeout_s=0.2)
+    finally:
+        os.kill(process, signal.SIGCONT)
 
 
 @pytest.mark.parametrize("name", ["ObjectStoreFullError", "OutOfDiskError"])
