@@ -165,7 +165,7 @@ def check_numpy(found: str | None, wanted: Mapping[str, str]) -> Finding:
             f"conch serve install gives the server its own; or else: pip install 'numpy{wanted[_BUNDLE]}'"
         )
     elif _BUNDLE in wanted:
-        remedy = "pip install 'numpy>=2', and then give the bundled server its own: conch serve install"
+        remedy = "take numpy 2 here, and give the bundled server one of its own: conch serve install"
     else:
         remedy = f"pip install 'numpy{SpecifierSet(','.join(wanted.values()))}'"
     if _BUNDLE in unhappy:

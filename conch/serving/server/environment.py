@@ -66,7 +66,7 @@ class ModelPython:
     @property
     def remedy(self) -> str:
         """What to do where it is damaged."""
-        return "conch serve install --anew" if self.is_beside else install_extra(_EXTRA)
+        return "conch serve install --anew" if self.is_beside else install_extra("serve")
 
 
 def model_python() -> ModelPython:
@@ -82,7 +82,7 @@ def model_python() -> ModelPython:
         spec = importlib.util.find_spec("pytriton")
         if spec is None or spec.origin is None:
             raise ServerStartError(
-                f"nvidia-pytriton is installed without its files in {sys.prefix}: {install_extra(_EXTRA)}"
+                f"nvidia-pytriton is installed without its files in {sys.prefix}: {install_extra('serve')}"
             )
         return ModelPython(Path(sys.prefix), Path(spec.origin).parents[1], is_beside=False)
     if not is_environment_beside_made():
@@ -225,7 +225,7 @@ def _problem_of_this() -> str | None:
     try:
         version("nvidia-pytriton")
     except PackageNotFoundError:
-        remedy = f"it needs numpy 1, and {numpy} is here: {beside}" if has_numpy_2 else install_extra(_EXTRA)
+        remedy = f"it needs numpy 1, and {numpy} is here: {beside}" if has_numpy_2 else install_extra("serve")
         return f"the package nvidia-pytriton, which carries tritonserver, is not installed: {remedy}"
     if has_numpy_2:
         return (
