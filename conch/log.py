@@ -7,9 +7,14 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[Any]
+else:
+    _StreamHandler = logging.StreamHandler  # which Python 3.10 does not know to be generic
 
 _FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
 
@@ -44,7 +49,7 @@ def setup_logging(level: int = logging.INFO) -> None:
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*is deprecated", category=FutureWarning)
 
 
-class _StderrHandler(logging.StreamHandler[Any]):
+class _StderrHandler(_StreamHandler):
     """Writes to what `sys.stderr` is at the time: the display of a run stands there while it is open."""
 
     def emit(self, record: logging.LogRecord) -> None:
