@@ -165,7 +165,7 @@ def _make(folder: Path, lock: int) -> None:
         ) from error
     made = _described(folder)
     pip = [sys.executable, "-m", "pip", "--python", str(made.program)]
-    _install([*pip] if has_pip else [str(made.program), "-m", "pip"], folder, lock)
+    _install(pip if has_pip else [str(made.program), "-m", "pip"], folder, lock)
     if missing := [name for name, place in _OWN.items() if not (made.packages / place).is_dir()]:
         raise ServerStartError(
             f"pip installed {' and '.join(missing)} elsewhere than into {folder}: see `pip config list`"
