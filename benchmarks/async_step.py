@@ -5,11 +5,12 @@
 A GPT-2 shape of 30 million weights on the beginnings of dialogues. Its weights are random, but for one
 channel of its last layer that makes it end a response with the same probability at each token: lengths
 are geometric, with the mean of the answers in the data and much the same tail. Both trainers take the
-same settings and sample in one actor of Ray; the asynchronous one with `max_staleness=1`.
+same settings and sample in one actor of Ray; the asynchronous one with `max_staleness=1`, or what
+`--max-staleness` says: a longer lead evens out steps whose lengths differ.
 
 Each trainer has a process and an actor of its own, the trainer's process bound to one core, all that
 Ray started to the other. They take turns in blocks of steps, in an order that changes. An asynchronous
-block begins with full buffers and an idle sampler, so its first two steps do not count; it ends when
+block begins with full buffers and an idle sampler, so its first steps do not count; it ends when
 its sampler has nothing more to do. The two halves are those of the synchronous steps: sampling, with
 the weights sent before it, and the rest.
 
@@ -57,9 +58,6 @@ from conch.trainers.async_grpo import AsyncGRPORunConfig, AsyncGRPOTrainer
 from conch.trainers.grpo import GRPORunConfig, GRPOTrainer
 
 SYNC, ASYNC = "synchronous", "asynchronous"
-WARM_UP = 2
-"""Steps at the beginning of an asynchronous block that do not count: they find their samples there."""
-
 MAX_NEW_TOKENS = 128
 _ELSEWHERE_S = 2.5
 _MANY_STEPS = 100_000
@@ -104,6 +102,7 @@ def write_spec(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "group_size": arguments.group,
         "micro_batches": arguments.micro_batches,
         "slots": arguments.slots,
+        "max_staleness": arguments.max_staleness,
         "cores": [arguments.server_core, arguments.client_core],
     }
 
@@ -144,7 +143,7 @@ def trainer_of(spec: dict[str, Any], kind: str, url: str | None) -> GRPOTrainer:
     facts: dict[str, Any] = {"reward": reward, "prompts": spec["prompts"]}
     if kind == SYNC:
         return GRPOTrainer(load(GRPORunConfig, settings), **facts)
-    settings["asynchronous"] = {"max_staleness": 1}
+    settings["asynchronous"] = {"max_staleness": spec["max_staleness"]}
     return AsyncGRPOTrainer(load(AsyncGRPORunConfig, settings), **facts)
 
 
@@ -281,7 +280,9 @@ def waiting_server(spec: dict[str, Any]) -> Iterator[str]:
 def compare(spec_file: Path, arguments: argparse.Namespace, urls: Sequence[str | None]) -> dict[str, Any]:
     """Figures of one case: both sides' blocks in turns. urls: of the sampler of each side."""
     sides = [Side(spec_file, kind, url) for kind, url in zip((SYNC, ASYNC), urls, strict=True)]
-    counts = {SYNC: arguments.sync_steps, ASYNC: arguments.async_steps + WARM_UP}
+    # The first steps of an asynchronous block find their samples there, and do not count.
+    warm_up = arguments.max_staleness + 1
+    counts = {SYNC: arguments.sync_steps, ASYNC: arguments.async_steps + warm_up}
     rounds: list[dict[str, dict[str, float]]] = []
     try:
         for side in sides:
@@ -290,7 +291,7 @@ def compare(spec_file: Path, arguments: argparse.Namespace, urls: Sequence[str |
             blocks = {}
             for side in sides[:: 1 if number % 2 == 0 else -1]:
                 blocks[side.kind] = side.block(counts[side.kind])
-            rounds.append({SYNC: _sync_figures(blocks[SYNC]), ASYNC: _async_figures(blocks[ASYNC])})
+            rounds.append({SYNC: _sync_figures(blocks[SYNC]), ASYNC: _async_figures(blocks[ASYNC], warm_up)})
             print(f"round {number}: {rounds[-1]}", file=sys.stderr)
         ends = {side.kind: side.end() for side in sides}
     finally:
@@ -307,8 +308,8 @@ def _sync_figures(block: dict[str, Any]) -> dict[str, float]:
     return {"seconds": seconds, "sampling": sampling, "training": seconds - sampling, "length": tokens}
 
 
-def _async_figures(block: dict[str, Any]) -> dict[str, float]:
-    steps = block["steps"][WARM_UP:]
+def _async_figures(block: dict[str, Any], warm_up: int) -> dict[str, float]:
+    steps = block["steps"][warm_up:]
     return {
         "seconds": statistics.mean(step["seconds"] for step in steps),
         "length": statistics.mean(step["rollout/length_mean"] for step in steps),
@@ -377,6 +378,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--async-steps", type=int, default=6, help="of an asynchronous block that count; default: %(default)s"
     )
+    add("--max-staleness", type=int, default=1, help="of the asynchronous side; default: %(default)s")
     add("--prompts", type=int, default=8, help="a step; default: %(default)s")
     add("--group", type=int, default=4, help="completions a prompt; default: %(default)s")
     add("--micro-batches", type=int, default=2, help="of an update; default: %(default)s")

@@ -188,6 +188,8 @@ def _nearest(section: type[Section], location: list[str]) -> str:
         return f"did you mean `{known[0]}`?"
     if len(location) == 1 and key in ALGORITHMS:
         return f"it is a section of `conch train {key}`, in Python of `conch.train(..., algorithm={key!r})`"
+    if owner is None:
+        return _nearest_in_unknown_section(section, location)
     best, best_ratio = "", 0.0
     for place in _places(owner, location[:-1]):
         # `kl_coef` is `kl.coef`, one section further down.
@@ -197,7 +199,22 @@ def _nearest(section: type[Section], location: list[str]) -> str:
             best, best_ratio = ".".join(place), ratio
     if best:
         return f"did you mean `{best}`?"
-    return f"valid here: {', '.join(getattr(owner, 'model_fields', {}))}"
+    return f"valid here: {', '.join(owner.model_fields)}"
+
+
+def _nearest_in_unknown_section(section: type[Section], location: list[str]) -> str:
+    """What `trian.seed` may have meant: the section first, then the key in it."""
+    known = next(end for end in range(len(location)) if section_at(section, location[: end + 1]) is None)
+    owner = section_at(section, location[:known])
+    assert owner is not None
+    sections = [name for name, field in owner.model_fields.items() if nested_section(field.annotation)]
+    like = difflib.get_close_matches(location[known], sections, n=1)
+    if not like:
+        return f"valid here: {', '.join('.'.join([*location[:known], name]) for name in owner.model_fields)}"
+    corrected = [*location[:known], like[0], *location[known + 1 :]]
+    if _has(section, corrected):
+        return f"did you mean `{'.'.join(corrected)}`?"
+    return _nearest(section, corrected)
 
 
 def _likeness(name: str, key: str) -> float:

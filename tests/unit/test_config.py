@@ -408,3 +408,18 @@ def test_keys_of_a_section_that_reads_other_names_are_left_to_it() -> None:
     assert load(_Run, {"text": {"length": 3}}).text.size == 3
     with pytest.raises(ConfigError, match="unknown key `sed`; did you mean `seed`"):
         refuse_unknown_keys(_Run, ["text.length", "sed"])
+
+
+@pytest.mark.parametrize(
+    ("key", "remedy"),
+    [
+        ("trian.seed", r"did you mean `train\.seed`\?"),
+        ("trian.sed", r"did you mean `train\.seed`\?"),
+        ("reward.clent.max_inflight", r"did you mean `reward\.client\.max_in_flight`\?"),
+        ("xyz.seed", "valid here: train, reward"),
+        ("reward.xyz.seed", r"valid here: reward\.url, "),
+    ],
+)
+def test_key_in_a_section_that_is_not_there_names_the_nearest_that_is(key: str, remedy: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown key `{key}`; {remedy}"):
+        refuse_unknown_keys(Outer, [key])
