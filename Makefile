@@ -15,6 +15,8 @@ SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12)
 # One process a core, at most four; a file's tests stay together, since they share what is slow to set up.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+SCRIPTS := .ci/run $(wildcard examples/*/*.sh examples/slurm/*.sbatch findings/*.sh singularity/*.sh tests/*.sh) \
+	$(wildcard singularity/install/*.sh) singularity/install/tritonserver-cpu
 USUAL := not slow and not gpu and not int8 and not vllm
 
 # DeepSpeed would compile its CUDA kernels at installation; it builds the few it uses at run time.
@@ -47,9 +49,11 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)  ## SFT, reward model, Triton server and PPO on random walks: a few minutes on a laptop CPU
 	$(BIN)/python -m examples.randomwalks.quickstart seed=$(SEED) $(ARGS)
 
-check: $(STAMP)  ## lint, formatting and types
+check: $(STAMP)  ## lint (scripts and Dockerfile too), formatting and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/shellcheck --external-sources --source-path=SCRIPTDIR $(SCRIPTS)
+	$(BIN)/hadolint singularity/Dockerfile
 	$(BIN)/python -m pyright
 
 format: $(STAMP)  ## rewrite the sources as `make check` wants them

@@ -67,6 +67,7 @@ PY
 # outside. pivot_root, because in a chroot the kernel lets nobody make the user namespace that Apptainer needs.
 # Becomes the command, so call it in a subshell: in the background $! is then the command's own process.
 in_sid() {
+    # shellcheck disable=SC2016 # the inner shell expands them
     exec unshare --mount --propagation private bash -c '
         set -e
         sid=$1 root=$2 work=$3 user=$4 && shift 4
@@ -161,6 +162,7 @@ supervise() {
     say "down"
     serving down proof
     trap - EXIT
+    # shellcheck disable=SC2009 # pgrep shows no arguments
     left=$(ps -o args= -u "$user" | grep -F tritonserver || true
         find /dev/shm "$sid/tmp" -maxdepth 1 -user "$user" -name "conch*")
     [ -z "$left" ] || fail "this was left behind: $left"

