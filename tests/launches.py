@@ -84,12 +84,15 @@ def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def kill_all(launcher: subprocess.Popen[str]) -> None:
-    """SIGKILL to whatever still runs. Launchers give ranks sessions of their own."""
+    """SIGKILL to whatever still runs, until it is gone. Launchers give ranks sessions of their own."""
     for one in started_by(launcher.pid):
         with contextlib.suppress(psutil.NoSuchProcess):
             one.send_signal(signal.SIGKILL)
     with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(launcher.pid).send_signal(signal.SIGKILL)
+    launcher.wait(LONGEST_S)
+    if launcher.stdout is not None:
+        launcher.stdout.close()
 
 
 def free_port(among: Iterable[int] = (0,)) -> int:

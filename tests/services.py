@@ -129,7 +129,6 @@ def service(output_dir: Path, **settings: Any) -> Iterator[Service]:
         yield running
     finally:
         kill_all(running.process)  # pyright: ignore[reportArgumentType]
-        running.process.wait(30)
 
 
 def vowel_rewards(outputs: list[str]) -> list[float]:

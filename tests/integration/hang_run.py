@@ -35,7 +35,7 @@ def ranks(kind: str, run: Path, timeout_s: float) -> None:
         collectives.all_gather([1])
     elif kind == "broadcast":
         collectives.broadcast(1)
-        collectives.barrier()  # who sends does not wait
+        collectives.barrier()  # who sends need not wait
     elif kind == "backward":
         rows = torch.ones(2, 4, dtype=next(engine.module.parameters()).dtype)
         engine.update([rows], lambda batch: engine.module(batch).sum())

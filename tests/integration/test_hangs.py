@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -83,7 +84,8 @@ def test_a_process_that_was_stopped_does_not_take_it_for_a_hang(tmp_path: Path) 
         ("all_reduce", "in all_reduce"),
         ("backward", "in a backward pass"),
         pytest.param("all_gather", "in all_gather", marks=pytest.mark.slow),
-        pytest.param("broadcast", "in barrier", marks=pytest.mark.slow),
+        # Whether who sends waits is for gloo to say; the barrier behind it is waited for.
+        pytest.param("broadcast", "in (broadcast|barrier)", marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_hangs_ends_the_run_at_the_deadline_of_a_collective(
@@ -93,7 +95,9 @@ def test_a_rank_that_hangs_ends_the_run_at_the_deadline_of_a_collective(
     process = hang(kind, tmp_path, 10.0, torchrun(2), fresh=True)
     output = output_of(process)
     assert process.returncode not in (0, None)
-    assert f"error: rank 0 waited for the other processes of this run, {words}, until the deadline" in output
+    assert re.search(
+        f"error: rank 0 waited for the other processes of this run, {words}, until the deadline", output
+    ), output
     assert (
         f"its stacks are in {tmp_path}/stuck/rank_0.txt, those of the others beside it (Timed out" in output
     )
