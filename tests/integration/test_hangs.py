@@ -84,7 +84,7 @@ def test_a_process_that_was_stopped_does_not_take_it_for_a_hang(tmp_path: Path) 
         ("all_reduce", "in all_reduce"),
         ("backward", "in a backward pass"),
         pytest.param("all_gather", "in all_gather", marks=pytest.mark.slow),
-        # Whether who sends waits is for gloo to say; the barrier behind it is waited for.
+        # gloo has who sends wait, too, today; the barrier behind it waits in any case.
         pytest.param("broadcast", "in (broadcast|barrier)", marks=pytest.mark.slow),
     ],
 )
