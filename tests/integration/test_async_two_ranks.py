@@ -31,8 +31,8 @@ def servers() -> Iterator[str]:
         yield f"{first.address},{second.address}"
 
 
-def run(folder: Path, servers: str, *settings: str) -> Any:
-    return start([*torchrun(2), "-m", RUN, str(folder), servers, *SETTINGS, *settings])
+def run(folder: Path, servers: str, *settings: str, fresh: bool = False) -> Any:
+    return start([*torchrun(2), "-m", RUN, str(folder), servers, *SETTINGS, *settings], fresh=fresh)
 
 
 def under_zero2(folder: Path, servers: str, *settings: str) -> Any:
@@ -84,7 +84,7 @@ def test_zero_2_finds_what_ranks_with_all_of_the_optimizer_find(tmp_path: Path) 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_rank_that_is_killed_loses_and_doubles_nothing(tmp_path: Path, servers: str, victim: int) -> None:
     folder, settings = tmp_path / "run", ("asynchronous.max_staleness=2", "train.total_steps=8")
-    process = run(folder, servers, *settings)
+    process = run(folder, servers, *settings, fresh=True)  # a fork shows the environment that it came from
     try:
         deadline = time.monotonic() + LONGEST_S
         while len(logged(folder)) < 4:  # within step 5, or step 6; step 3 was saved
