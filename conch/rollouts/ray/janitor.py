@@ -3,7 +3,8 @@
 Runs as a program of its own, `python -I janitor.py FOLDER`, in a session of its own; its standard input is a
 pipe that the run holds open. A run that ends well says `done` there, and has cleaned up itself.
 
-    FOLDER: Ray's files; processes of the cluster have it in the environment variable `CONCH_RAY_FOLDER`.
+    FOLDER: Ray's files; processes of the cluster have it in the environment variable `CONCH_RAY_FOLDER`, or
+    hold files of it open.
 """
 
 from __future__ import annotations
@@ -31,19 +32,31 @@ environment for a moment."""
 
 
 def processes_of(folder: str) -> list[int]:
-    """Processes of the cluster, by their environment; without this one."""
+    """Processes of the cluster, without this one and without those that only talk to it."""
     mark = f"{FOLDER_VARIABLE}={folder}".encode()
     ids = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         try:
-            variables = (entry / "environ").read_bytes().split(b"\0")
+            ours = mark in (entry / "environ").read_bytes().split(b"\0") or _logs_into(entry, folder)
         except OSError:  # somebody else's, or gone
             continue
-        if mark in variables:
+        if ours:
             ids.append(int(entry.name))
     return ids
+
+
+def _logs_into(process: Path, folder: str) -> bool:
+    """Whether it is one of Ray's, which writes its logs there: actors and agents write `ray::NAME` over their
+    arguments and their environment, so that no variable is left to be seen."""
+    if not (process / "cmdline").read_bytes().startswith(b"ray::"):
+        return False
+    for descriptor in (process / "fd").iterdir():
+        with contextlib.suppress(OSError):  # closed just now
+            if os.readlink(descriptor).startswith(f"{folder}/"):
+                return True
+    return False
 
 
 def clean_up(folder: str, grace_s: float = _GRACE_S) -> None:

@@ -399,6 +399,28 @@ def test_janitor_ends_what_a_killed_run_leaves(tmp_path: Path, goodbye: bytes) -
             left.wait()
 
 
+def test_an_actor_whose_title_hides_its_environment_is_ended_too(tmp_path: Path) -> None:
+    # Ray's title takes the place of the variables; its log files tell where it belongs.
+    folder, other = tmp_path / "conch-ray-z", tmp_path / "conch-ray-zz"
+    names = ("ray::SamplerActor", "ray::SamplerActor", "driver")
+    processes = []
+    try:
+        for place, name in zip((folder, other, folder), names, strict=True):
+            place.mkdir(exist_ok=True)
+            with (place / "worker.out").open("w") as log:
+                command = [name, "-c", "import time; time.sleep(600)"]
+                processes.append(subprocess.Popen(command, executable=sys.executable, stdout=log, env={}))
+        actor, of_another, driver = processes
+        wait_until(lambda: actor.pid in janitor.processes_of(str(folder)), lambda: "not seen")
+        janitor.clean_up(str(folder), grace_s=0.0)
+        assert actor.wait(10) == -9
+        assert of_another.poll() is None and driver.poll() is None
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
 def test_a_process_that_shows_its_environment_late_is_ended_too(tmp_path: Path) -> None:
     # As one that the raylet was just starting when it was killed.
     folder = tmp_path / "conch-ray-y"
