@@ -16,7 +16,7 @@ import pytest
 from tests.footprint import wait_until
 from tests.launches import ROOT
 
-START_S = 300.0
+START_S = 600.0
 END_S = 60.0
 SERVICE, TRAINER = "conch.service", "--alone"
 """A word of each side's command line."""
