@@ -32,7 +32,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from transformers import GPT2LMHeadModel
 
 from benchmarks.measuring import (
     ROOT,
+    LineProcess,
     add_policy_options,
     cell,
     head,
@@ -52,7 +53,6 @@ from benchmarks.measuring import (
 )
 from benchmarks.policies import Case, dialogue_case
 from conch.config import load
-from conch.errors import ConchError
 from conch.serving.server.server import free_port
 from conch.trainers.async_grpo import AsyncGRPORunConfig, AsyncGRPOTrainer
 from conch.trainers.grpo import GRPORunConfig, GRPOTrainer
@@ -215,50 +215,28 @@ class Side:
         command = [sys.executable, "-m", "benchmarks.async_step", "--alone", str(spec_file), "--kind", kind]
         if url is not None:
             command += ["--url", url]
-        self._process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self._process = LineProcess(f"the {kind} trainer", command, {**os.environ, **quiet})
 
     def block(self, steps: int) -> dict[str, Any]:
         """What the steps took.
 
         Raises:
-            ConchError: the process is gone.
+            ConchError: the process is gone or stuck.
         """
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # `_told` says so
-            self._process.stdin.write(f"{steps}\n")
-            self._process.stdin.flush()
-        return self._told("BLOCK ")
+        self._process.tell(str(steps))
+        return json.loads(self._process.answer("BLOCK "))
 
     def end(self) -> dict[str, Any]:
         """Have it close; what it says then."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        told = self._told("END ")
-        self._process.wait(60)
+        self._process.end_input()
+        told = json.loads(self._process.answer("END "))
+        self._process.wait()
         return told
 
     def kill(self) -> None:
         """At the end, whatever has happened."""
-        if self._process.poll() is None:
-            self._process.terminate()  # its cluster ends with it
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(30)
-        with suppress(BrokenPipeError), self._process:
-            self._process.kill()
-
-    def _told(self, begins: str) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith(begins):
-                return json.loads(line[len(begins) :])
-        raise ConchError(f"the process of the {self.kind} trainer has ended; its own words stand above")
+        self._process.kill(grace_s=30.0)  # its cluster ends with it
 
 
 @contextmanager
@@ -279,12 +257,15 @@ def waiting_server(spec: dict[str, Any]) -> Iterator[str]:
 
 def compare(spec_file: Path, arguments: argparse.Namespace, urls: Sequence[str | None]) -> dict[str, Any]:
     """Figures of one case: both sides' blocks in turns. urls: of the sampler of each side."""
-    sides = [Side(spec_file, kind, url) for kind, url in zip((SYNC, ASYNC), urls, strict=True)]
     # The first steps of an asynchronous block find their samples there, and do not count.
     warm_up = arguments.max_staleness + 1
     counts = {SYNC: arguments.sync_steps, ASYNC: arguments.async_steps + warm_up}
     rounds: list[dict[str, dict[str, float]]] = []
-    try:
+    with ExitStack() as opened:
+        sides: list[Side] = []
+        for kind, url in zip((SYNC, ASYNC), urls, strict=True):
+            sides.append(Side(spec_file, kind, url))
+            opened.callback(sides[-1].kill)
         for side in sides:
             side.block(1)  # warms up
         for number in range(arguments.rounds):
@@ -294,9 +275,6 @@ def compare(spec_file: Path, arguments: argparse.Namespace, urls: Sequence[str |
             rounds.append({SYNC: _sync_figures(blocks[SYNC]), ASYNC: _async_figures(blocks[ASYNC], warm_up)})
             print(f"round {number}: {rounds[-1]}", file=sys.stderr)
         ends = {side.kind: side.end() for side in sides}
-    finally:
-        for side in sides:
-            side.kill()
     return {**_figures(rounds), "peak_bytes": {kind: end["peak_bytes"] for kind, end in ends.items()}}
 
 

@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring import ROOT, cell, head, run_unbound, spread
+from benchmarks.measuring import ROOT, LineProcess, cell, head, run_unbound, spread
 
 LIBGOMP = "300000"
 """Turns that libgomp's threads spin before they sleep where nothing is set (its env.c)."""
@@ -98,17 +98,10 @@ def _others(count: int, threads: int) -> Iterator[None]:
     """Other torch programs, which train the same without end."""
     with ExitStack() as stack:
         for _ in range(count):
-            process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.walks_steps", "0"],
-                cwd=ROOT,
-                env=environment_of("libgomp", threads),
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            stack.callback(process.wait)
+            command = [sys.executable, "-m", "benchmarks.walks_steps", "0"]
+            process = LineProcess("another program", command, environment_of("libgomp", threads))
             stack.callback(process.kill)
-            assert process.stdout is not None
-            process.stdout.readline()  # its first step is done
+            process.answer("ready")  # its first step is done
         time.sleep(1.0)
         yield
 

@@ -19,10 +19,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ import torch
 
 from benchmarks.forced_lengths import EndAt
 from benchmarks.measuring import (
-    ROOT,
+    LineProcess,
     add_policy_options,
     cell,
     head,
@@ -42,6 +41,7 @@ from benchmarks.measuring import (
 from benchmarks.policies import Case, case_of, forced_engine
 from conch.config import load
 from conch.errors import ConchError
+from conch.servers.restart import exit_with_parent
 from conch.trainers.grpo import GRPORunConfig, GRPOTrainer
 
 OURS, THEIRS = "Conch", "TRL"
@@ -144,70 +144,53 @@ class Worker:
     def __init__(self, name: str, command: Sequence[str]) -> None:
         self.name = name
         quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self._process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **quiet},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self._process = LineProcess(name, command, {**os.environ, **quiet})
 
     def step(self, tokens: int) -> float:
         """Seconds of one step.
 
         Raises:
-            ConchError: the process is gone, or its responses have other than so many tokens in all.
+            ConchError: the process is gone or stuck, or its responses have other than so many tokens in all.
         """
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # `_told` says so
-            self._process.stdin.write("go\n")
-            self._process.stdin.flush()
-        told = self._told("STEP ")
+        self._process.tell("go")
+        told = json.loads(self._process.answer("STEP "))
         if told["tokens"] != tokens:
             raise ConchError(f"{self.name} sampled {told['tokens']} tokens in a step instead of {tokens}")
         return told["seconds"]
 
     def end(self) -> dict[str, Any]:
         """What it says after its last step."""
-        return self._told("END ")
+        return json.loads(self._process.answer("END "))
 
     def kill(self) -> None:
         """At the end, whatever has happened."""
-        with suppress(BrokenPipeError), self._process:
-            self._process.kill()
-
-    def _told(self, begins: str) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith(begins):
-                return json.loads(line[len(begins) :])
-        raise ConchError(f"the process of {self.name} has ended; its own words stand above")
+        self._process.kill()
 
 
 def compare(spec_file: Path, trl_python: Path, warm_up: int) -> dict[str, Any]:
     """Start both sides and let them take turns."""
     spec = json.loads(spec_file.read_text(encoding="utf-8"))
-    workers = [
-        Worker(OURS, [sys.executable, "-m", "benchmarks.grpo_step", "--alone", str(spec_file)]),
-        Worker(THEIRS, [str(trl_python.absolute()), "-m", "benchmarks.trl_step", str(spec_file)]),
-    ]
-    return in_turns(spec, workers, warm_up)
+    commands = {
+        OURS: [sys.executable, "-m", "benchmarks.grpo_step", "--alone", str(spec_file)],
+        THEIRS: [str(trl_python.absolute()), "-m", "benchmarks.trl_step", str(spec_file)],
+    }
+    with ExitStack() as opened:
+        workers: list[Worker] = []
+        for name, command in commands.items():
+            workers.append(Worker(name, command))
+            opened.callback(workers[-1].kill)
+        return in_turns(spec, workers, warm_up)
 
 
 def in_turns(spec: dict[str, Any], workers: Sequence[Worker], warm_up: int) -> dict[str, Any]:
     """Figures of one case: our worker first, then the one it is compared with."""
     seconds: dict[str, list[float]] = {worker.name: [] for worker in workers}
-    try:
-        for number in range(spec["steps"]):
-            for worker in workers[:: 1 if number % 2 == 0 else -1]:
-                taken = worker.step(tokens_of(spec))
-                if number >= warm_up:
-                    seconds[worker.name].append(taken)
-        ends = {worker.name: worker.end() for worker in workers}
-    finally:
-        for worker in workers:
-            worker.kill()
+    for number in range(spec["steps"]):
+        for worker in workers[:: 1 if number % 2 == 0 else -1]:
+            taken = worker.step(tokens_of(spec))
+            if number >= warm_up:
+                seconds[worker.name].append(taken)
+    ends = {worker.name: worker.end() for worker in workers}
     mine, theirs = seconds.values()
     return {
         "completions": spec["prompts_per_step"] * spec["group_size"],
@@ -282,6 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 with the table on stdout, 1 after an error, told in a sentence on stderr."""
     arguments = _parser().parse_args(argv)
     if arguments.alone is not None:
+        exit_with_parent(lambda: os._exit(1))
         take_our_steps(json.loads(arguments.alone.read_text(encoding="utf-8")))
         return 0
     return run_unbound(arguments, measure, table)

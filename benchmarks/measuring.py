@@ -7,24 +7,33 @@ import ctypes
 import json
 import os
 import platform
+import queue
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from conch.errors import ConchError
 from conch.machine.malloc import set_thresholds
+from conch.servers.restart import PARENT_PID_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 1e-4
+SILENCE_S = 1800.0
+"""Longest wait for a process of a benchmark: one that has hung would hold the benchmark for ever."""
+
+END_S = 60.0
+"""Longest wait for the end of a process that was killed."""
 
 
 def check_scores(scores: Mapping[str, list[float]]) -> None:
@@ -94,6 +103,109 @@ def alone(module: str, *arguments: str) -> dict[str, Any]:
     if done.returncode or not lines:
         raise ConchError(f"`{module} {' '.join(arguments)}` ended with code {done.returncode}")
     return json.loads(lines[-1])
+
+
+class LineProcess:
+    """A process that does something for each line that it is told, and answers with lines.
+
+    It inherits stderr, and `exit_with_parent` in it notices when the benchmark is gone.
+
+    name: of it in messages.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> None:
+        self.name = name
+        self._process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**(os.environ if environment is None else environment), **parent_variable()},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._input = self._process.stdin
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        # Reading a pipe has no deadline: a thread does it, and the queue has one.
+        reader = threading.Thread(target=_put_lines, args=(self._process.stdout, self._lines), daemon=True)
+        reader.start()
+
+    def tell(self, line: str) -> None:
+        """Send a line; `answer` says so where the process is gone."""
+        with suppress(BrokenPipeError):
+            self._input.write(line + "\n")
+            self._input.flush()
+
+    def end_input(self) -> None:
+        """Tell it that no more lines will come."""
+        with suppress(BrokenPipeError):
+            self._input.close()
+
+    def answer(self, prefix: str, timeout_s: float = SILENCE_S) -> str:
+        """The rest of the next line that begins with `prefix`; others are what libraries say in between.
+
+        Raises:
+            ConchError: the process ends before it, or there is none within `timeout_s`.
+        """
+        until = time.monotonic() + timeout_s
+        while True:
+            try:
+                line = self._lines.get(timeout=max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                raise ConchError(
+                    f"the process of {self.name} lives, and has not answered within {timeout_s:g} s"
+                ) from None
+            if line is None:
+                self._lines.put(None)  # for whoever asks again
+                raise ConchError(
+                    f"the process of {self.name} has ended{self._code()}; its own words stand above"
+                )
+            if line.startswith(prefix):
+                return line.removeprefix(prefix).rstrip("\n")
+
+    def wait(self, timeout_s: float = END_S) -> None:
+        """Until it has ended by itself.
+
+        Raises:
+            ConchError: it has not, within `timeout_s`.
+        """
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise ConchError(f"the process of {self.name} does not end") from None
+
+    def kill(self, grace_s: float = 0.0) -> None:
+        """End it, whatever has happened. grace_s: time that it gets behind SIGTERM, in seconds."""
+        try:
+            if grace_s:
+                self._process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    self._process.wait(grace_s)
+        finally:
+            self._process.kill()
+            self.end_input()
+            self._process.wait(END_S)
+
+    def _code(self) -> str:
+        with suppress(subprocess.TimeoutExpired):  # it has closed its output, and ends next
+            return f" with code {self._process.wait(1.0)}"
+        return ""
+
+
+def _put_lines(stream: IO[str], lines: queue.SimpleQueue[str | None]) -> None:
+    """Put all lines of a stream into a queue, and None behind the last; closes the stream."""
+    with stream:
+        for line in stream:
+            lines.put(line)
+    lines.put(None)
+
+
+def parent_variable() -> dict[str, str]:
+    """What a process below this one has in its environment, so that `exit_with_parent` in it ends it."""
+    return {PARENT_PID_VARIABLE: str(os.getpid())}
 
 
 @contextmanager
@@ -166,9 +278,13 @@ def run_unbound(
     measure: Callable[[argparse.Namespace, Path], dict[str, Any]],
     table: Callable[[dict[str, Any]], str],
 ) -> int:
-    """Measure on any core in a folder of its own, and print; returns the exit code."""
+    """Measure on any core in a folder of its own, and print; returns the exit code.
+
+    Raises:
+        SystemExit: with code 143, after SIGTERM.
+    """
     try:
-        with tempfile.TemporaryDirectory(prefix="conch-benchmark-") as folder:
+        with leaving_on_sigterm(), tempfile.TemporaryDirectory(prefix="conch-benchmark-") as folder:
             report = measure(arguments, Path(folder))
         if arguments.json is not None:
             arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -177,6 +293,20 @@ def run_unbound(
         return 1
     print(table(report))
     return 0
+
+
+@contextmanager
+def leaving_on_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM raises SystemExit, so that processes and folders of a benchmark end with it."""
+
+    def leave(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def head(arguments: argparse.Namespace) -> dict[str, Any]:

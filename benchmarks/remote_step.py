@@ -25,8 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,24 @@ from typing import Any
 import torch
 from transformers import GPT2LMHeadModel
 
-from benchmarks.measuring import ROOT, add_policy_options, cell, head, run_unbound, spread, timed
+from benchmarks.measuring import (
+    END_S,
+    ROOT,
+    LineProcess,
+    add_policy_options,
+    cell,
+    head,
+    parent_variable,
+    run_unbound,
+    spread,
+    timed,
+)
 from benchmarks.policies import Case, dialogue_case, walk_case
 from conch.config import load
-from conch.errors import ConchError, ServiceError
+from conch.errors import ConchError, ServiceError, ServiceUnavailableError
+from conch.servers.restart import exit_with_parent
 from conch.service.client import TrainingClient, TrainingSettings
-from conch.service.protocol import KEY_VARIABLE, RewardsRequest, RewardsResponse
+from conch.service.protocol import KEY_VARIABLE, RewardsRequest, RewardsResponse, StatusResponse
 from conch.service.runs.settings import RemoteRunConfig, run_config
 from conch.serving.server.server import free_port
 from conch.trainers.grpo import GRPORunConfig, GRPOTrainer
@@ -73,7 +85,19 @@ class Shape:
 
 
 _START_S = 120.0
+_TURN_S = 300.0
+"""Longest wait within a turn: for completions, for an update, and for a block of the other side."""
+
+_IDLE_S = 2 * _TURN_S
+"""A run whose client is gone ends; it is not asked for anything while the other side takes its turn."""
+
+_RETRY_S = 2.0
+"""A service that does not answer any more is looked at, instead of asked again for long."""
+
+_LOG_LINES = 5
 _KEY, _CLIENT = "key-of-a-benchmark", "benchmark"
+_TRAINER = (sys.executable, "-m", "benchmarks.remote_step", "--alone")
+_SERVICE = (sys.executable, "-m", "conch.service")
 
 
 def never_end(model: GPT2LMHeadModel, eos_id: int) -> None:
@@ -158,6 +182,7 @@ class TurnTaker(GRPOTrainer):
 
 def run_together(spec: dict[str, Any]) -> None:
     """The whole run, with the settings that the service makes of a client's."""
+    exit_with_parent(lambda: os._exit(1))
     torch.set_num_threads(spec["threads"])
     folder = Path(spec["scratch"]) / "together"
     remote: RemoteRunConfig = run_config(TrainingSettings(**spec["settings"]), folder)
@@ -171,91 +196,130 @@ def run_together(spec: dict[str, Any]) -> None:
 
 
 class Together:
-    """The side of one process."""
+    """The side of one process. command: starts it; the file of the spec comes behind."""
 
     name = TOGETHER
 
-    def __init__(self, spec_file: Path) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.remote_step", "--alone", str(spec_file)],
-            cwd=ROOT,
-            env=_environment(json.loads(spec_file.read_text(encoding="utf-8"))),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    def __init__(self, spec_file: Path, command: Sequence[str] = _TRAINER) -> None:
+        environment = _environment(json.loads(spec_file.read_text(encoding="utf-8")))
+        self._process = LineProcess("the trainer", [*command, str(spec_file)], environment)
 
     def take_block(self) -> tuple[float, int]:
         """Seconds of a step, and tokens of the last.
 
         Raises:
-            ConchError: the process is gone.
+            ConchError: the process is gone or stuck.
         """
-        assert self._process.stdin is not None and self._process.stdout is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.write("go\n")
-            self._process.stdin.flush()
-        for line in self._process.stdout:
-            if line.startswith("BLOCK "):
-                said = json.loads(line.removeprefix("BLOCK "))
-                return said["seconds"], said["tokens"]
-        raise ConchError("the process of the trainer has ended; its own words stand above")
+        self._process.tell("go")
+        said = json.loads(self._process.answer("BLOCK ", _TURN_S))
+        return said["seconds"], said["tokens"]
 
     def close(self) -> None:
         """At the end, whatever has happened."""
-        with suppress(BrokenPipeError), self._process:
-            self._process.kill()
+        self._process.kill()
 
 
 # ------------------------------------------------------------------------------------- a service's client
 
 
 class Apart:
-    """The side of the service. This process is its client."""
+    """The side of the service. This process is its client.
+
+    command: starts the service; its settings come behind.
+    """
 
     name = APART
 
-    def __init__(self, spec_file: Path) -> None:
+    def __init__(self, spec_file: Path, command: Sequence[str] = _SERVICE) -> None:
         self._spec = spec = json.loads(spec_file.read_text(encoding="utf-8"))
-        port = free_port("127.0.0.1")
-        words = ["--restart=false", f"--port={port}", f"--output_dir={Path(spec['scratch']) / 'apart'}"]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "conch.service", *words], cwd=ROOT, env=_environment(spec)
-        )
-        self._client = TrainingClient(f"http://127.0.0.1:{port}", _KEY, client_id=_CLIENT, retry_s=_START_S)
-        try:
-            self._client.start(TrainingSettings(**spec["settings"]))
-        except BaseException:
-            self.close()  # else the service outlives the benchmark, and holds its streams open
-            raise
+        self._version = 0
+        scratch, port = Path(spec["scratch"]), free_port("127.0.0.1")
+        self._log = scratch / "service.log"
+        settings = {"restart": "false", "port": port, "output_dir": scratch / "apart", "idle_s": _IDLE_S}
+        with ExitStack() as opened:
+            client = TrainingClient(
+                f"http://127.0.0.1:{port}", _KEY, client_id=_CLIENT, wait_s=_TURN_S, retry_s=_RETRY_S
+            )
+            self._client = opened.enter_context(client)
+            # A service that outlives the benchmark would hold its streams open.
+            with self._log.open("wb") as log:
+                self._process = subprocess.Popen(
+                    [*command, *(f"--{name}={value}" for name, value in settings.items())],
+                    cwd=ROOT,
+                    env={**_environment(spec), **parent_variable()},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            opened.callback(self._process.wait, END_S)
+            opened.callback(self._process.kill)
+            with self._explained():
+                self._wait_until_it_answers()
+                self._client.start(TrainingSettings(**spec["settings"]))
+            self._opened = opened.pop_all()
 
     def take_block(self) -> tuple[float, int]:
         """Seconds of a step, and tokens of the last.
 
         Raises:
-            ConchError: the service is gone, or refuses.
+            ConchError: the service is gone or stuck, refuses, or does not learn.
         """
-        _, seconds = timed(lambda: [self._step() for _ in range(self._spec["block"])])
-        length = self._client.get_status().metrics["rollout/length_mean"] or 0.0
+        with self._explained():
+            _, seconds = timed(lambda: [self._step() for _ in range(self._spec["block"])])
+            status = self._client.get_status()
+        self._check_updates(status)
+        length = status.metrics["rollout/length_mean"] or 0.0
         settings = self._spec["settings"]
         count = settings["training_batch_size"] * settings["num_completions_per_prompt"]
         return seconds / self._spec["block"], round(length * count)
+
+    def close(self) -> None:
+        """At the end, whatever has happened."""
+        self._opened.close()
 
     def _step(self) -> None:
         groups = self._client.get_completions_batch(self._spec["prompts"])
         posts = [
             RewardsRequest.from_completions(each, reward_of(each.completions), _CLIENT) for each in groups
         ]
-        posts[-1] = posts[-1].model_copy(update={"wait_s": _START_S})
-        last = self._client.submit_rewards_batch(posts)[-1]
-        if not isinstance(last, RewardsResponse) or last.outcome != "whole":
-            raise ServiceError(f"the service did not learn from a step's groups: {last}")
+        posts[-1] = posts[-1].model_copy(update={"wait_s": _TURN_S})
+        for reply in self._client.submit_rewards_batch(posts):
+            if not isinstance(reply, RewardsResponse) or reply.outcome != "whole":
+                raise ServiceError(f"the service does not learn from a step's group: {reply}")
 
-    def close(self) -> None:
-        """At the end, whatever has happened."""
-        self._client.close()
-        self._process.kill()
-        self._process.wait(60)
+    def _check_updates(self, status: StatusResponse) -> None:
+        """See that each step of a block has been an update: rewards are answered though it fails."""
+        self._version += self._spec["block"]
+        run_id, version = status.model_version
+        if status.state not in ("running", "finished") or version != self._version:
+            raise ServiceError(
+                f"run {run_id} is {status.state} with a model of version {version} instead of "
+                f"{self._version}: {status.error or self._last_words()}"
+            )
+
+    def _wait_until_it_answers(self) -> None:
+        until = time.monotonic() + _START_S
+        while True:
+            try:
+                self._client.get_status()
+                return
+            except ServiceUnavailableError:
+                if self._process.poll() is not None or time.monotonic() >= until:
+                    raise
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Tell, of a service that does not answer, whether it still runs, and what it said last."""
+        try:
+            yield
+        except ServiceUnavailableError as error:
+            code = self._process.poll()
+            state = "still runs" if code is None else f"has ended with code {code}"
+            raise ServiceUnavailableError(f"{error}; the service {state}: {self._last_words()}") from error
+
+    def _last_words(self) -> str:
+        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n".join(["its log ends with", *lines[-_LOG_LINES:]]) if lines else "its log is empty"
 
 
 def _environment(spec: dict[str, Any]) -> dict[str, str]:
@@ -307,14 +371,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         print(f"{case.name} ...", file=sys.stderr)
         place = Path(tempfile.mkdtemp(dir=folder))
         spec_file = write_spec(place, case, shape, arguments.threads, arguments.warm_up)
-        sides: list[Any] = []
-        try:
-            for kind in (Apart, Together):
-                sides.append(kind(spec_file))
+        with ExitStack() as opened:
+            sides = [opened.enter_context(closing(kind(spec_file))) for kind in (Apart, Together)]
             found = in_turns(sides, shape.rounds, arguments.warm_up, shape.completions * shape.tokens)
-        finally:
-            for side in sides:
-                side.close()
         results.append({"case": case.name, "completions": shape.completions, **found})
     return {**head(arguments), "results": results}
 

@@ -3,17 +3,19 @@
 python -m benchmarks.walks_steps STEPS
 
 Prints the seconds of STEPS steps, the first not among them; with 0 it says that the first is done and goes on
-until it is killed.
+until it is killed, or whoever started it is gone.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import time
 
 from benchmarks.policies import walk_case
 from conch.config import load
+from conch.servers.restart import exit_with_parent
 from conch.trainers.ppo import PPORunConfig, PPOTrainer
 from examples.randomwalks.task import RandomWalks
 
@@ -33,6 +35,7 @@ def _trainer(folder: str) -> PPOTrainer:
 
 def main(steps: int) -> None:
     """Run the steps, and print their seconds."""
+    exit_with_parent(lambda: os._exit(1))
     with tempfile.TemporaryDirectory(prefix="conch-walks-") as folder:
         trainer = _trainer(folder)
         trainer.step()

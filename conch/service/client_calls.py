@@ -375,5 +375,6 @@ def completions_call(requests: Sequence[CompletionsRequest], access: Access) -> 
 
 
 def rewards_call(requests: Sequence[RewardsRequest]) -> Call:
-    """Reward several groups."""
-    return Call("POST", "/rewards/batch", RewardsBatch(requests=[*requests]))
+    """Reward several groups; the answer comes once the longest wait of one of them is over."""
+    wait_s = max((request.wait_s for request in requests), default=0.0)
+    return Call("POST", "/rewards/batch", RewardsBatch(requests=[*requests]), wait_s)

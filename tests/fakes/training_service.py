@@ -20,10 +20,11 @@ class FakeTrainingService:
 
     answers: by path, in order: status with a JSON value, or with bytes and a header of them; a function makes
         one of the request's JSON value. The last of a path stays.
+    port: to listen on; 0 takes a free one.
     asked: paths and JSON values of the requests so far.
     """
 
-    def __init__(self, answers: dict[str, list[Answer | Callable[[Any], Answer]]]) -> None:
+    def __init__(self, answers: dict[str, list[Answer | Callable[[Any], Answer]]], port: int = 0) -> None:
         self.asked: list[tuple[str, Any]] = []
         self._answers = {path: [*each] for path, each in answers.items()}
         fake = self
@@ -40,7 +41,7 @@ class FakeTrainingService:
             def log_message(self, format: str, *args: Any) -> None:
                 del format, args
 
-        self._server = _QuietServer(("127.0.0.1", 0), Handler)
+        self._server = _QuietServer(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 

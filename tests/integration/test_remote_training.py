@@ -16,14 +16,17 @@ from typing import Any
 import httpx2
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from conch.service.client import AsyncTrainingClient, TrainingClient
 from conch.service.protocol import KEY_HEADER, KEY_VARIABLE, CompletionsResponse
+from conch.service.refusals import RefusedError
+from tests.chats import WINDOW, chat_tokenizer
 from tests.footprint import wait_until
 from tests.launches import ROOT
 from tests.runs import TOKENIZER, policy
 from tests.services import KEY, Service, service, tiny_model, tiny_settings, vowel_rewards, weights_in
+from tests.tiny import tiny_gpt2_config
 from tests.transformers_servers import served
 
 PROMPTS = ["ab", "cd", "ef", "gh"]
@@ -164,6 +167,40 @@ def test_requests_that_fit_nothing_are_refused_in_words(model: Path, tmp_path: P
         assert running.post("/rewards", right)[0] == 200
         assert running.status()["reward_requests_served"] == 1
         assert running.ask("GET", "/openapi.json").json()["paths"].keys() >= {"/start", "/rewards", "/events"}
+
+
+def test_messages_are_rendered_by_the_chat_template_and_trained_on(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer("gemma")
+    shape: dict[str, Any] = {"n_positions": WINDOW, "bos_token_id": tokenizer.bos_token_id}
+    GPT2LMHeadModel(tiny_gpt2_config(tokenizer, **shape)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    question = {"role": "user", "content": "What is 17 + 25?"}
+    begun = [question, {"role": "assistant", "content": "It is"}]
+    open_turn = "<bos><start_of_turn>user\nWhat is 17 + 25?<end_of_turn>\n<start_of_turn>model\n"
+    rendered = [open_turn, f"{open_turn}It is"]
+    seen: list[str] = []
+
+    def right_ones(prompts: list[str], outputs: list[str], answer: list[str], **_: Any) -> list[float]:
+        assert answer == ["42"] * len(outputs)
+        seen.extend(prompts)
+        return vowel_rewards(outputs)
+
+    with service(tmp_path / "runs") as running, client_of(running) as client:
+        client.start(tiny_settings(tmp_path / "model", max_steps=2))
+        groups = client.get_completions_batch([[question], begun])
+        assert [group.prompt for group in groups] == rendered
+        for text, group in zip(rendered, groups, strict=True):
+            ids: Any = tokenizer.encode(text, add_special_tokens=False)
+            assert ids.count(tokenizer.bos_token_id) == 1
+            assert all(tokens[: len(ids)] == ids for tokens in group.completion_tokens)
+        refused = [{"role": "system", "content": "Be brief."}, question]
+        with pytest.raises(RefusedError, match="this model has no system turn") as refusal:
+            client.get_completions(refused)
+        assert refusal.value.status == 422
+        rows = [{"prompt": each, "answer": "42"} for each in ([question], begun)]
+        status = client.train(reward=right_ones, prompts=rows)
+        assert (status.state, status.model_version[1]) == ("finished", 2)
+    assert {*seen} == {*rendered}
 
 
 def test_setting_that_is_wrong_ends_the_start_in_words(model: Path, tmp_path: Path) -> None:

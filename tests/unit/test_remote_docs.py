@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,13 @@ def test_verbs_of_the_client_exist() -> None:
     assert {"train", "get_model", "submit_rewards", "get_completions_batch"} <= verbs
     assert [verb for verb in verbs if not hasattr(TrainingClient, verb)] == []
     assert hasattr(AsyncTrainingClient, "train")
+
+
+@pytest.mark.parametrize("client", [TrainingClient, AsyncTrainingClient])
+def test_times_of_the_client_are_its_defaults(client: type[Any]) -> None:
+    told = {name: float(seconds) for name, seconds in re.findall(r"`(\w+_s)` \((\d+) s\)", CLIENT)}
+    parameters = inspect.signature(client).parameters
+    assert told == {name: parameters[name].default for name in ("wait_s", "retry_s")}
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -70,7 +70,11 @@ def test_both_sides_are_set_alike(spec: dict[str, Any]) -> None:
 def test_a_ratio_is_of_two_steps_of_one_turn_after_the_warm_up() -> None:
     spec = {"steps": 3, "prompts_per_step": 2, "group_size": 2, "lengths": [1, 2], "beta": 0.0}
     workers = [worker(OURS, 6, 9.0, 1.0, 3.0), worker(THEIRS, 6, 1.0, 2.0, 2.0)]
-    found = in_turns(spec, workers, warm_up=1)
+    try:
+        found = in_turns(spec, workers, warm_up=1)
+    finally:
+        for each in workers:
+            each.kill()
     assert found["seconds"][OURS] == {"median": 2.0, "low": 1.0, "high": 3.0}
     assert found["ratio"] == {"median": 1.0, "low": 0.5, "high": 1.5}
     lines = table({"results": [{"case": "walks", **found}]}).splitlines()

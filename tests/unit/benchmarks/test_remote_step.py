@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
 from benchmarks.policies import Case, dialogue_case
-from benchmarks.remote_step import APART, TOGETHER, Shape, in_turns, never_end, reward_of, table, write_spec
-from conch.errors import ConchError
+from benchmarks.remote_step import (
+    APART,
+    TOGETHER,
+    Apart,
+    Shape,
+    Together,
+    in_turns,
+    never_end,
+    reward_of,
+    table,
+    write_spec,
+)
+from conch.errors import ConchError, ServiceError, ServiceUnavailableError
 from conch.service.protocol import TrainingSettings
 
 
@@ -74,3 +90,73 @@ def test_side_that_samples_other_tokens_ends_the_comparison() -> None:
 
 def test_reward_counts() -> None:
     assert reward_of(["abca", ""]) == [2.0, 0.0]
+
+
+@pytest.fixture
+def spec_file(tmp_path: Path) -> Path:
+    """A spec for fakes, which need no model: two prompts of two completions, two steps a block."""
+    settings = {"model_id": "none", "training_batch_size": 2, "num_completions_per_prompt": 2}
+    spec = {"scratch": str(tmp_path), "prompts": ["x", "y"], "block": 2, "threads": 1, "settings": settings}
+    file = tmp_path / "spec.json"
+    file.write_text(json.dumps(spec))
+    return file
+
+
+@contextmanager
+def ends_soon_and_leaves_no_process() -> Iterator[None]:
+    before, started = {*psutil.Process().children()}, time.monotonic()
+    yield
+    assert time.monotonic() - started < 60
+    assert {*psutil.Process().children()} - before == set()
+
+
+def fake_service(what: str) -> list[str]:
+    return [sys.executable, "-m", "tests.fakes.benchmark_service", what]
+
+
+def test_service_takes_blocks(spec_file: Path) -> None:
+    with ends_soon_and_leaves_no_process(), closing(Apart(spec_file, fake_service("learns"))) as side:
+        assert [side.take_block()[1] for _ in range(2)] == [12, 12]
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "words"),
+    [
+        (
+            "fails",
+            ServiceError,
+            "run run-1 is failed with a model of version 0 instead of 2: the loss is NaN",
+        ),
+        ("drops", ServiceError, "the service does not learn from a step's group: .*too old"),
+        (
+            "leaves",
+            ServiceUnavailableError,
+            "the service has ended with code -9: its log ends with\nno memory is left",
+        ),
+    ],
+)
+def test_service_that_does_not_learn_is_told(
+    spec_file: Path, what: str, kind: type[ServiceError], words: str
+) -> None:
+    with (
+        ends_soon_and_leaves_no_process(),
+        closing(Apart(spec_file, fake_service(what))) as side,
+        pytest.raises(kind, match=words),
+    ):
+        side.take_block()
+
+
+def test_service_that_does_not_start_is_told(spec_file: Path) -> None:
+    words = "the service has ended with code 3: its log ends with\nerror: there is no such folder"
+    with ends_soon_and_leaves_no_process(), pytest.raises(ServiceUnavailableError, match=words):
+        Apart(spec_file, fake_service("refuses"))
+
+
+def test_trainer_that_is_killed_in_its_turn_is_told(spec_file: Path) -> None:
+    dies = [sys.executable, "-c", "import os, sys; sys.stdin.readline(); os.kill(os.getpid(), 9)"]
+    with (
+        ends_soon_and_leaves_no_process(),
+        closing(Together(spec_file, dies)) as side,
+        pytest.raises(ConchError, match="the process of the trainer has ended with code -9"),
+    ):
+        side.take_block()

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import io
+import subprocess
+import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 from conch.errors import ServiceError
 from conch.service.client import AsyncTrainingClient, TrainingClient, TrainingSettings
 from conch.service.protocol import MODEL_VERSION_HEADER, RewardsRequest, token_hash
 from conch.service.refusals import RefusedError
 from tests.fakes.training_service import LOST, Answer, fake_service
+from tests.launches import ROOT
 
 SETTINGS = TrainingSettings(model_id="m", training_batch_size=2)
 NONE: Answer = (200, {"state": "none"})
@@ -189,3 +194,47 @@ def test_download_goes_on_where_the_connection_broke_and_begins_anew_where_the_m
         assert fake.sent_to("/model?version=4")[0]["range"] == "bytes=1000-"
     assert (tmp_path / "model.zip").read_bytes() == new
     assert [path.name for path in tmp_path.iterdir()] == ["model.zip"]
+
+
+ALONE = """
+import sys
+from importlib.abc import MetaPathFinder
+
+roots = {*sys.argv[1:], *sys.stdlib_module_names}
+
+class Others(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        root = name.partition(".")[0]
+        if root not in roots and not root.startswith("_sysconfigdata"):
+            raise ModuleNotFoundError(f"{name} is not installed", name=name)
+
+sys.meta_path.insert(0, Others())
+from conch.errors import ServiceUnavailableError
+from conch.service.client import TrainingClient
+
+with TrainingClient("http://127.0.0.1:9", "key", retry_s=0) as client:
+    try:
+        client.get_status()
+    except ServiceUnavailableError as error:
+        print(error)
+"""
+
+
+def needed(*distributions: str) -> set[str]:
+    """What is imported of these distributions and of all that they need, without extras."""
+    wanted = [*distributions]
+    for name in wanted:
+        for line in metadata.requires(name) or ():
+            requirement = Requirement(line)
+            own = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+            if own and requirement.name not in wanted:
+                wanted.append(requirement.name)
+    files = [file for name in wanted for file in metadata.files(name) or ()]
+    return {file.parts[0].partition(".")[0] for file in files}
+
+
+def test_client_needs_httpx_and_pydantic_alone() -> None:
+    command = [sys.executable, "-c", ALONE, "conch", *needed("httpx2", "pydantic")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "http://127.0.0.1:9 does not answer (ConnectError" in done.stdout

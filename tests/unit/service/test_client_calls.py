@@ -155,6 +155,14 @@ def test_post_of_a_service_of_the_first_kind_names_tokens() -> None:
     }
 
 
+def test_rewards_are_given_the_time_that_the_longest_of_their_posts_waits() -> None:
+    posts = [RewardsRequest(rewards=[1.0], wait_s=wait_s) for wait_s in (0.0, 120.0, 7.0)]
+    call = rewards_call(posts)
+    assert call.wait_s == 120.0
+    assert access().timeout(call.wait_s).read == 150.0
+    assert rewards_call(posts[:1]).wait_s == 0.0
+
+
 def test_batch_is_split_into_answers_what_to_repeat_and_what_is_refused() -> None:
     busy, wrong = Refusal(status=429, detail="busy"), Refusal(status=422, detail="wrong")
     given = completions("a", "x")
