@@ -4,6 +4,8 @@ In a packed row samples stand one after the other, none of which sees another. R
 share it: the prompt is read once, and each response sees it and itself (as in the prefix trees of serving
 engines, Zheng et al. 2023, arXiv:2312.07104). Outputs are equal but for rounding.
 
+How far responses share, and how wide rows are, depends on lengths and the model alone: see `best_layout`.
+
 Attention that takes lengths instead of masks (flash-attention) cannot share a prompt: all samples stand in
 one row then, each with its own prompt, and nothing is padded.
 
