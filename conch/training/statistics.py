@@ -284,8 +284,8 @@ def updates_over(
     minibatches: int,
     update: Callable[[torch.Tensor], tuple[Metrics, UpdateReport]],
 ) -> Metrics:
-    """All epochs over one step's samples, dealt anew each time; means over the updates, and what the first one
-    found.
+    """All epochs over one step's samples, dealt anew each time; means over the updates, and what the first
+    one found.
 
     Within an update samples keep their order, on which its gradient does not depend: a micro-batch has the
     completions of a prompt together and reads it once, and one that has the samples of a forward pass has its
