@@ -182,13 +182,18 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """
     rows: list[list[int]] = []
     room: list[int] = []
+    shortest = min(lengths, default=0)
+    unfilled: list[int] = []  # rows that have room for the shortest sample
     for sample in sorted(range(len(lengths)), key=lambda sample: -lengths[sample]):
         length = lengths[sample]
         assert length <= capacity, f"a sample of {length} tokens does not fit a row of {capacity}"
-        row = next((row for row, left in enumerate(room) if left >= length), len(rows))
+        row = next((row for row in unfilled if room[row] >= length), len(rows))
         if row == len(rows):
             rows.append([])
             room.append(capacity)
+            unfilled.append(row)
         rows[row].append(sample)
         room[row] -= length
+        if room[row] < shortest:
+            unfilled.remove(row)
     return rows

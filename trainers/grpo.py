@@ -353,7 +353,7 @@ class GRPOTrainer(OnlineTrainer[GRPORunConfig]):
             "train/ratio": weighted_sum(ratio, shares),
             "train/ratio_squared": weighted_sum(ratio**2, shares),
             "train/approx_kl": weighted_sum(approx_kl, shares),
-            "train/clip_fraction": weighted_sum(is_clipped.float(), shares),
+            "train/clip_fraction": weighted_sum(is_clipped.to(ratio.dtype), shares),
         }
 
 

@@ -40,18 +40,19 @@ class Sequences:
 
 def collate(rollouts: Sequence[Rollout], pad_token_id: int, device: torch.device | str = "cpu") -> Sequences:
     """Pad rollouts into one batch; R is at least 1, so that a batch of empty responses still has a shape."""
-    longest_prompt = max(len(rollout.prompt.token_ids) for rollout in rollouts)
-    longest_response = max(1, *(len(rollout.completion.token_ids) for rollout in rollouts))
-    shape = (len(rollouts), longest_prompt + longest_response)
-    ids = torch.full(shape, pad_token_id, dtype=torch.long)
-    real = torch.zeros(shape, dtype=torch.bool)
+    prompts = torch.tensor([len(rollout.prompt.token_ids) for rollout in rollouts])
+    responses = torch.tensor([len(rollout.completion.token_ids) for rollout in rollouts])
+    longest_prompt, longest_response = int(prompts.max()), max(1, int(responses.max()))
+    columns = torch.arange(longest_prompt + longest_response) - longest_prompt
+    real = (columns >= -prompts.unsqueeze(1)) & (columns < responses.unsqueeze(1))
+    ids = torch.full(real.shape, pad_token_id, dtype=torch.long)
+    tokens = [token for each in rollouts for token in (*each.prompt.token_ids, *each.completion.token_ids)]
+    ids[real] = torch.tensor(tokens, dtype=torch.long)
     logprobs = torch.zeros(len(rollouts), longest_response)
-    for row, rollout in enumerate(rollouts):
-        tokens = (*rollout.prompt.token_ids, *rollout.completion.token_ids)
-        start = longest_prompt - len(rollout.prompt.token_ids)
-        ids[row, start : start + len(tokens)] = torch.tensor(tokens)
-        real[row, start : start + len(tokens)] = True
-        logprobs[row, : len(rollout.completion.logprobs)] = torch.tensor(rollout.completion.logprobs)
+    known = torch.tensor([len(rollout.completion.logprobs) for rollout in rollouts])
+    logprobs[torch.arange(longest_response) < known.unsqueeze(1)] = torch.tensor(
+        [logprob for each in rollouts for logprob in each.completion.logprobs], dtype=torch.float32
+    )
     return Sequences(
         input_ids=ids.to(device),
         attention_mask=real.to(device),

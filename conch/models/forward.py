@@ -4,6 +4,8 @@ In a packed row samples stand one after the other, none of which sees another. R
 share it: the prompt is read once, and each response sees it and itself (as in the prefix trees of serving
 engines, Zheng et al. 2023, arXiv:2312.07104). Outputs are equal but for rounding.
 
+How far responses share, and how wide rows are, depends on lengths and the model alone: see `best_layout`.
+
 Attention that takes lengths instead of masks (flash-attention) cannot share a prompt: all samples stand in
 one row then, each with its own prompt, and nothing is padded.
 
@@ -13,7 +15,9 @@ response tokens of all samples, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -110,7 +114,8 @@ class BatchPacker:
     def __init__(self, lm: PreTrainedModel) -> None:
         self._shares_prompts = takes_packed_rows(lm)
         self.packs = self._shares_prompts or takes_one_row(lm)
-        self._window = sliding_window(lm.config)
+        self._cost = row_cost(lm)
+        self._widest = widest_row(lm)
         if not self.packs:
             _log.info("%s reads padded rows: it does not take packed ones", type(lm).__name__)
 
@@ -129,16 +134,14 @@ class BatchPacker:
         """
         if not self.packs:
             return padded_rows(input_ids, attention_mask, num_response)
-        pieces = _pieces(input_ids, attention_mask, num_response, self._shares_prompts)
+        families = _families(input_ids, attention_mask, num_response, self._shares_prompts)
         # Kernels that take lengths apply a local attention's window themselves.
         if not self._shares_prompts:
-            return _packed_rows(input_ids, attention_mask, num_response, [pieces], masked=False)
-        capacity = max(piece.length for piece in pieces)
-        if self._window is not None and capacity > self._window:
+            return _packed_rows(input_ids, attention_mask, num_response, [families], masked=False)
+        layout = best_layout(families, self._cost, self._widest)
+        if layout is None:
             return padded_rows(input_ids, attention_mask, num_response)
-        contents = first_fit([piece.length for piece in pieces], capacity)
-        rows = [[pieces[index] for index in row] for row in contents]
-        return _packed_rows(input_ids, attention_mask, num_response, rows, masked=True)
+        return _packed_rows(input_ids, attention_mask, num_response, layout.rows(families), masked=True)
 
 
 def takes_packed_rows(lm: PreTrainedModel) -> bool:
@@ -175,7 +178,7 @@ def padded_rows(
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """A prompt and responses to it, which stand together in a packed row.
 
     sample: a sample that has this prompt.
@@ -186,98 +189,243 @@ class _Piece:
 
     sample: int
     prompt_length: int
-    responses: list[tuple[int, int]] = field(default_factory=list)
+    responses: list[tuple[int, int]]
 
     @property
     def length(self) -> int:
-        return self.prompt_length + self.response_length
+        return self.prompt_length + sum(length for _, length in self.responses)
 
     @property
-    def response_length(self) -> int:
-        return sum(length for _, length in self.responses)
+    def longest_response(self) -> int:
+        return max((length for _, length in self.responses), default=0)
 
 
-def _pieces(
+def _families(
     input_ids: Tensor, attention_mask: Tensor, num_response: int, shares_prompts: bool
-) -> list[_Piece]:
-    """Pieces with all responses.
-
-    The responses to a prompt stand in one piece while they are together no longer than the prompt, or than
-    the longest response. Beyond that, attention over the piece costs more than reading the prompt again.
+) -> list[Piece]:
+    """Each prompt with all its responses, in the order of the samples; a piece at least.
 
     shares_prompts: False gives each response a piece of its own.
     """
     ids, mask = input_ids.cpu().numpy(), attention_mask.cpu().numpy()
-    prompts, responses = mask[:, :-num_response].sum(axis=1), mask[:, -num_response:].sum(axis=1)
-    families: dict[bytes | int, list[int]] = {}
-    for sample in np.flatnonzero(responses).tolist():
-        end = ids.shape[1] - num_response
-        prompt = ids[sample, end - prompts[sample] : end].tobytes()
-        families.setdefault(prompt if shares_prompts else sample, []).append(sample)
-    pieces = []
-    for samples in families.values():
-        prompt_length = int(prompts[samples[0]])
-        longest = max(prompt_length, *(int(responses[sample]) - 1 for sample in samples))
-        pieces.append(_Piece(samples[0], prompt_length))
-        for sample in samples:
-            length = int(responses[sample]) - 1
-            if pieces[-1].responses and pieces[-1].response_length + length > longest:
-                pieces.append(_Piece(sample, prompt_length))
-            pieces[-1].responses.append((sample, length))
-    return pieces or [_Piece(0, max(1, int(prompts[0])))]
+    prompts = mask[:, :-num_response].sum(axis=1).tolist()
+    responses = mask[:, -num_response:].sum(axis=1).tolist()
+    end = ids.shape[1] - num_response
+    families: dict[bytes | int, Piece] = {}
+    for sample, (prompt_length, length) in enumerate(zip(prompts, responses, strict=True)):
+        if length:
+            key = ids[sample, end - prompt_length : end].tobytes() if shares_prompts else sample
+            family = families.setdefault(key, Piece(sample, prompt_length, []))
+            family.responses.append((sample, length - 1))
+    return list(families.values()) or [Piece(0, max(1, prompts[0]), [])]
+
+
+# -------------------------------------------------------------------------------------------------- layouts
+
+_ATTENTION_COST = 2
+"""Time of a multiplication of attention under a mask, in that of one by a weight.
+
+Measured on a CPU by forward and backward passes over as many tokens in rows of several widths: 0.8 to 1.8 for
+D of 64 to 1024."""
+
+_WIDEST_ROW = 4096
+"""Columns of a row of several samples, at most: its mask has the square of them."""
+
+_CAPACITIES = 16
+"""Capacities that are tried grow by a part in so many."""
+
+
+@dataclass(frozen=True)
+class RowCost:
+    """Work of a layer for packed rows, forward or backward, up to a factor.
+
+    A token is multiplied by 12 D^2 weights; its query and its probabilities by D numbers for each column of
+    its row.
+
+    hidden_size: D.
+    attention: weight of the products of attention.
+    """
+
+    hidden_size: int
+    attention: int = _ATTENTION_COST
+
+    def of_token(self, width: int) -> int:
+        """For a token in a row of so many columns."""
+        return 6 * self.hidden_size + self.attention * width
+
+    def of_rows(self, num_rows: int, width: int) -> int:
+        """For so many rows, padding included."""
+        return num_rows * width * self.of_token(width)
+
+
+def row_cost(lm: PreTrainedModel) -> RowCost | None:
+    """Cost of this model's rows; None where it was not measured, as on a GPU, or the config names no width.
+
+    What costs less takes no more memory either. A token keeps at least 8 D numbers of a layer while it is
+    computed, and 16 D for its backward pass; a cell of sdpa's mask 5 bytes; a cell of eager attention a few
+    numbers in each head, which therefore is its weight.
+    """
+    config = lm.config.get_text_config()
+    hidden_size = getattr(config, "hidden_size", None)
+    if lm.device.type != "cpu" or not isinstance(hidden_size, int):
+        return None
+    is_eager = lm.config._attn_implementation == "eager"
+    num_heads = int(getattr(config, "num_attention_heads", hidden_size)) if is_eager else 0
+    return RowCost(hidden_size, max(_ATTENTION_COST, num_heads))
+
+
+def widest_row(lm: PreTrainedModel) -> int | None:
+    """Columns of a packed row that this model's own masks allow; None for any number."""
+    config = lm.config.get_text_config()
+    # GPT-Neo cuts its causal mask out of one for all positions.
+    causal = int(config.max_position_embeddings) if config.model_type == "gpt_neo" else None
+    return min((each for each in (sliding_window(lm.config), causal) if each is not None), default=None)
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Pieces in packed rows.
+
+    pieces: of each piece the number of its family, and of the responses that it takes from there.
+    contents: numbers of the pieces in each row.
+    width: columns of the widest row.
+    """
+
+    pieces: list[tuple[int, int]]
+    contents: list[list[int]]
+    width: int
+
+    def rows(self, families: Sequence[Piece]) -> list[list[Piece]]:
+        """Pieces of each row."""
+        firsts, pieces = [0] * len(families), []
+        for number, count in self.pieces:
+            family, first = families[number], firsts[number]
+            responses = family.responses[first : first + count]
+            pieces.append(Piece(family.sample, family.prompt_length, responses))
+            firsts[number] += count
+        return [[pieces[index] for index in row] for row in self.contents]
+
+
+def best_layout(families: Sequence[Piece], cost: RowCost | None, widest: int | None) -> RowLayout | None:
+    """The layout of the least cost, by nothing but lengths; None where no row may be as wide as a sample.
+
+    The first one shares a prompt among responses that are together no longer than the prompt, or than the
+    longest response. The others share as far as a row has room, in rows that become wider until no layout of
+    that width can be cheaper than the best one so far.
+
+    cost: None takes the first one.
+    widest: columns of a row, at most; None for any number.
+    """
+    limit = widest or sys.maxsize
+    pieces, lengths = _cut(families, [max(each.prompt_length, each.longest_response) for each in families])
+    best = _fitted(pieces, lengths, max(lengths)) if max(lengths) <= limit else None
+    if cost is None:
+        return best
+    least = sys.maxsize if best is None else cost.of_rows(len(best.contents), best.width)
+    total = sum(family.length for family in families)
+    narrowest = max(family.prompt_length + family.longest_response for family in families)
+    last = min(limit, max(narrowest, min(total, _WIDEST_ROW)))
+    for capacity in _capacities(narrowest, last):
+        if total * cost.of_token(capacity) >= least:
+            break
+        pieces, lengths = _cut(families, [capacity - family.prompt_length for family in families])
+        if sum(lengths) * cost.of_token(max(lengths)) >= least:
+            continue
+        layout = _fitted(pieces, lengths, capacity)
+        layout_cost = cost.of_rows(len(layout.contents), layout.width)
+        if layout_cost < least:
+            best, least = layout, layout_cost
+    return best
+
+
+def _capacities(first: int, last: int) -> Iterator[int]:
+    """Widths of rows to try, ascending, the last one included; none where the first one is beyond it."""
+    capacity = first
+    while capacity < last:
+        yield capacity
+        capacity += max(1, capacity // _CAPACITIES)
+    if first <= last:
+        yield last
+
+
+def _cut(families: Sequence[Piece], rooms: Sequence[int]) -> tuple[list[tuple[int, int]], list[int]]:
+    """Pieces, see `RowLayout`, as large as the rooms allow; and their lengths.
+
+    rooms: response tokens of a piece, at most, for each family; one response has room always.
+    """
+    pieces, lengths = [], []
+    for number, (family, room) in enumerate(zip(families, rooms, strict=True)):
+        count = columns = 0
+        for _, length in family.responses:
+            if count and columns + length > room:
+                pieces.append((number, count))
+                lengths.append(family.prompt_length + columns)
+                count = columns = 0
+            count += 1
+            columns += length
+        pieces.append((number, count))
+        lengths.append(family.prompt_length + columns)
+    return pieces, lengths
+
+
+def _fitted(pieces: list[tuple[int, int]], lengths: Sequence[int], capacity: int) -> RowLayout:
+    """The pieces, of these lengths, in rows of at most `capacity` columns."""
+    contents = first_fit(lengths, capacity)
+    return RowLayout(pieces, contents, max(sum(lengths[index] for index in row) for row in contents))
 
 
 def _packed_rows(
-    input_ids: Tensor, attention_mask: Tensor, num_response: int, rows: list[list[_Piece]], *, masked: bool
+    input_ids: Tensor, attention_mask: Tensor, num_response: int, rows: list[list[Piece]], *, masked: bool
 ) -> ForwardBatch:
     """A packed batch. rows: the pieces of each. masked: False for attention that takes lengths."""
     ids, device = input_ids.cpu().numpy(), input_ids.device
-    width = max(sum(piece.length for piece in row) for row in rows)
-    # Padding is a family of its own in each column, so that it sees itself: what sees nothing becomes NaN.
-    family = np.tile(-np.arange(1, width + 1), (len(rows), 1))
-    columns = np.zeros((3, *family.shape), dtype=np.int64)
-    indices: dict[int, Any] = {}
+    width, end = max(sum(piece.length for piece in row) for row in rows), ids.shape[1] - num_response
+    # Runs of tokens: source, number, target, position of the first one, family, member.
+    runs: list[tuple[int, ...]] = []
+    # Of each sample: its prompt's last token, its first own one, and the number of those that are read.
+    chosen: dict[int, tuple[int, int, int]] = {}
     for row, pieces in enumerate(rows):
-        start = 0
+        column = row * width
         for number, piece in enumerate(pieces):
-            family[row, start : start + piece.length] = number
-            columns[:, row, start : start + piece.length] = _columns(piece, ids, num_response)
-            for sample, offsets in _offsets(piece).items():
-                indices[sample] = row * width + start + offsets
-            start += piece.length
-    positions = np.concatenate(
-        [np.zeros(0, dtype=np.int64), *(indices[sample] for sample in sorted(indices))]
-    )
-    packed_ids, position_ids, member, family, positions = (
-        torch.from_numpy(each).to(device) for each in (*columns, family, positions)
-    )
+            length = piece.prompt_length
+            source = piece.sample * ids.shape[1] + end
+            runs.append((source - length, length, column, 0, number, 0))
+            column += length
+            last = column - 1
+            for member, (sample, num_read) in enumerate(piece.responses, start=1):
+                source = sample * ids.shape[1] + end
+                runs.append((source, num_read, column, length, number, member))
+                chosen[sample] = (last, column, num_read)
+                column += num_read
+    columns = np.zeros((4, len(rows), width), dtype=np.int64)
+    # Padding is a family of its own in each column, so that it sees itself: what sees nothing becomes NaN.
+    columns[2] = -np.arange(1, width + 1)
+    sources, lengths, targets, positions, families, members = np.array(runs, dtype=np.int64).T
+    offsets = _offsets(lengths)
+    values = (ids.ravel()[np.repeat(sources, lengths) + offsets], np.repeat(positions, lengths) + offsets)
+    values = np.stack([*values, np.repeat(families, lengths), np.repeat(members, lengths)])
+    columns.reshape(4, -1)[:, np.repeat(targets, lengths) + offsets] = values
+    packed_ids, position_ids, family, member = torch.from_numpy(columns).to(device)
     response_mask = attention_mask[:, -num_response:]
     mask = sharing_mask(family, member) if masked else None
     return ForwardBatch(
-        ForwardInputs(packed_ids, mask, positions, position_ids),
+        ForwardInputs(packed_ids, mask, torch.from_numpy(_chosen_at(chosen)).to(device), position_ids),
         input_ids[:, -num_response:][response_mask].unsqueeze(0),
         response_mask,
     )
 
 
-def _columns(piece: _Piece, ids: Any, num_response: int) -> Any:
-    """[3, length] of a piece: token id, position id, and member, which is 0 for the prompt."""
-    end, prompt_length = ids.shape[1] - num_response, piece.prompt_length
-    prompt = np.arange(prompt_length)
-    blocks = [(ids[piece.sample, end - prompt_length : end], prompt, np.zeros_like(prompt))]
-    for member, (sample, length) in enumerate(piece.responses, start=1):
-        offsets = np.arange(length)
-        blocks.append(
-            (ids[sample, end : end + length], prompt_length + offsets, np.full_like(offsets, member))
-        )
-    return np.concatenate([np.stack(block) for block in blocks], axis=1)
+def _chosen_at(chosen: dict[int, tuple[int, int, int]]) -> Any:
+    """[K] positions at which response tokens were chosen, in the order of the samples: that of the prompt's
+    last token, and those of a sample's own tokens that are read."""
+    starts = np.array([chosen[sample] for sample in sorted(chosen)], dtype=np.int64).reshape(-1, 3)
+    lasts, firsts, lengths = starts.T
+    offsets = _offsets(lengths + 1)
+    positions = np.repeat(firsts, lengths + 1) + offsets - 1
+    positions[offsets == 0] = lasts
+    return positions
 
 
-def _offsets(piece: _Piece) -> dict[int, Any]:
-    """Sample -> offsets in the piece at which its response tokens were chosen: that of the prompt's last
-    token, and those of its own tokens that are read."""
-    offsets, start = {}, piece.prompt_length
-    for sample, length in piece.responses:
-        offsets[sample] = np.concatenate([[piece.prompt_length - 1], np.arange(start, start + length)])
-        start += length
-    return offsets
+def _offsets(lengths: Any) -> Any:
+    """0, 1, ... below each of these lengths, one behind the other."""
+    return np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)

@@ -103,6 +103,8 @@ def cut_at_end(
     first_end = next((place for place, token in enumerate(ids) if token in ends), None)
     if first_end is not None:
         ids, reason = ids[: first_end + 1], "eos"
+    if not stop:
+        return ids, reason
     ended, ids = ids, ids[:-1] if reason == "eos" else ids  # an end id is no part of the text
     text = decode(ids)
     if not contains_any(text, stop):

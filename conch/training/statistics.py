@@ -284,8 +284,12 @@ def updates_over(
     minibatches: int,
     update: Callable[[torch.Tensor], tuple[Metrics, UpdateReport]],
 ) -> Metrics:
-    """All epochs over one step's samples, shuffled anew each time; means over the updates, and what the first
+    """All epochs over one step's samples, dealt anew each time; means over the updates, and what the first
     one found.
+
+    Within an update samples keep their order, on which its gradient does not depend: a micro-batch has the
+    completions of a prompt together and reads it once, and one that has the samples of a forward pass has its
+    rows, too.
 
     update: one optimizer update on these rows.
     """
@@ -293,7 +297,7 @@ def updates_over(
     reports: list[UpdateReport] = []
     for _ in range(epochs):
         for rows in torch.randperm(num_rows).chunk(minibatches):
-            stats, report = update(rows)
+            stats, report = update(rows.sort().values)
             columns.append(stats)
             reports.append(report)
     means = {name: sum(stats[name] for stats in columns) / len(columns) for name in columns[0]}

@@ -354,6 +354,14 @@ def test_cut_at_end(ids: list[int], stop: tuple[str, ...], kept: list[int], reas
     assert cut_at_end(ids, [9], stop, decode) == (kept, reason)
 
 
+def test_cut_decodes_nothing_without_stop_strings() -> None:
+    def refused(_ids: Sequence[int]) -> str:
+        raise AssertionError("decoded for nothing")
+
+    assert cut_at_end([0, 9, 1], [9], (), refused) == ([0, 9], "eos")
+    assert cut_at_end([0, 1], [9], (), refused) == ([0, 1], "length")
+
+
 def test_cut_decodes_a_long_response_few_times() -> None:
     calls = []
 

@@ -345,16 +345,18 @@ def test_groups_without_spread_are_replaced(run_dir: Path) -> None:
     )
 
 
-def test_groups_without_spread_fill_up_where_resamples_run_out(run_dir: Path) -> None:
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_groups_without_spread_fill_up_where_resamples_run_out(run_dir: Path, micro_batches: int) -> None:
     trainer = grpo_trainer(
         run_dir,
         reward_fn=lambda outputs, **_: [1.0] * len(outputs),
-        grpo={"max_resamples": 1, "forward_batch_size": 8},
+        grpo={"max_resamples": 1, "forward_batch_size": 8 // micro_batches},
+        train={"gradient_accumulation_steps": micro_batches},
     )
     before = parameters(trainer.policy.lm)
     metrics = trainer.step()
     assert metrics["grpo/resamples"] == 1 and metrics["grpo/frac_reward_zero_std"] == 1.0
-    # Nothing to learn, and the KL is exactly 0: policy and reference read the same rows in one batch of 8.
+    # Nothing to learn, and the KL is exactly 0: policy and reference read the same rows in the same batches.
     assert torch.equal(parameters(trainer.policy.lm), before)
 
 
