@@ -6,7 +6,7 @@ for which keys, values and first distribution are kept (vLLM's prefix caching do
 stand in buffers that are written in place. A slot's own lie between its first column and its next one, under
 its own mask.
 
-Legend: B distinct prompts that are prefilled together, S slots, N sequences that are sampled (B or S), W
+Legend: B distinct prompts that are prefilled in one pass, S slots, N sequences that are sampled (B or S), W
 columns, H heads, D their width, V vocabulary.
 """
 
@@ -27,6 +27,7 @@ from transformers.cache_utils import DynamicLayer
 
 from conch.models.attention import as_attention_takes_it, model_positions
 from conch.ops import position_ids
+from conch.rollouts.hf.prefill import pad_left, pass_cost, prefill_passes
 
 
 class Sampling:
@@ -188,15 +189,15 @@ class _SlotCache(DynamicLayer):
         """Columns before the one that is written."""
         return self.width - 1
 
-    def copy_prompts(self, slots: Tensor, states: Sequence[Tensor], prompt_of_slot: Tensor) -> None:
-        """Copy prefilled keys and values [B, H, W, D] into slots.
+    def copy_prompts(self, slots: Tensor, end: int, states: Sequence[Tensor], prompt_of_slot: Tensor) -> None:
+        """Copy prefilled keys and values [B, H, W, D] into the W columns of slots before column `end`.
 
         prompt_of_slot: for each of `slots`, the row of its prompt.
         """
-        for number, prefilled in enumerate(states):
-            self.grow(prefilled.shape[2])
-            buffer = self._buffers[number]
-            buffer[slots, :, : prefilled.shape[2]] = prefilled[prompt_of_slot].to(buffer.dtype)
+        self.grow(end)
+        for buffer, prefilled in zip(self._buffers, states, strict=True):
+            start = end - prefilled.shape[2]
+            buffer[slots, :, start:end] = prefilled[prompt_of_slot].to(buffer.dtype)
 
     def grow(self, width: int) -> None:
         """Widen the buffers to at least `width` columns."""
@@ -206,6 +207,12 @@ class _SlotCache(DynamicLayer):
                 wider = buffer.new_zeros(slots, heads, width + _SPARE_COLUMNS, size)
                 wider[:, :, :columns] = buffer
                 self._buffers[number] = wider
+
+    def narrow(self, width: int) -> None:
+        """Free the columns from `width` on where that frees half of the buffers: a long sequence has left."""
+        for number, buffer in enumerate(self._buffers):
+            if buffer.shape[2] > 2 * (width + _SPARE_COLUMNS):
+                self._buffers[number] = buffer[:, :, : width + _SPARE_COLUMNS].clone()
 
     def select(self, slots: Tensor) -> None:
         """Keep these slots only."""
@@ -346,14 +353,18 @@ class ContinuousBatcher:
         logprobs = {prompt: read.logprobs for prompt, read in known.items()}
         for prompt, read in known.items():
             slots = places[prompt]
-            self._fill(slots, read.states, [0] * len(slots), [len(prompt)] * len(slots))
-        if unread := [prompt for prompt in places if prompt not in known]:
-            logprobs |= self._read(unread, places, sampling, version)
+            self._fill(slots, len(prompt), read.states, [0] * len(slots), [len(prompt)] * len(slots))
+        unread = [prompt for prompt in places if prompt not in known]
+        # All end in one column, whichever pass they were in: a step then writes one column, a plain copy.
+        longest = max(map(len, unread), default=0)
+        for rows in prefill_passes([*map(len, unread)], pass_cost(self._lm.device)):
+            logprobs |= self._read([unread[row] for row in rows], places, longest, sampling, version)
         for slot, index, prompt in zip(free, indices, prompts, strict=True):
-            columns = len(prompt) if prompt in known else max(map(len, unread))
+            columns = len(prompt) if prompt in known else longest
             self._slots[slot] = SampledSequence(index, prompt, columns, generator=self._generator(index))
-        rows = torch.cat([logprobs[prompt] for prompt in prompts])
-        tokens, token_logprobs = sampling.draw(rows, self._generators(free))
+        # In the order of the slots: what is drawn does not tell which prompts shared a pass.
+        first_logprobs = torch.cat([logprobs[prompt] for prompt in prompts])
+        tokens, token_logprobs = sampling.draw(first_logprobs, self._generators(free))
         self._last[torch.tensor(free, device=self._lm.device)] = tokens
         return self._read_tokens(free, [_Step(tokens, token_logprobs, version)])
 
@@ -361,20 +372,23 @@ class ContinuousBatcher:
         self,
         prompts: Sequence[tuple[int, ...]],
         places: Mapping[tuple[int, ...], Sequence[int]],
+        end: int,
         sampling: Sampling,
         version: int,
     ) -> dict[tuple[int, ...], Float[Tensor, "1 V"]]:
         """Log-probs of the token after each prompt, whose keys and values go into slots, and are kept for
         those that wait with the same prompt.
 
+        prompts: of one pass.
         places: of each prompt, its slots.
+        end: column of the slots behind the prompts.
         """
         ids, mask = pad_left(prompts, self._pad_id, self._lm.device)
         logits, states = self._prefill_forward(ids, mask)
         logprobs = sampling.logprobs(ids if sampling.reads_history else ids[:, -1:], logits)
         rows = [row for row, prompt in enumerate(prompts) for _ in places[prompt]]
         slots = [slot for prompt in prompts for slot in places[prompt]]
-        self._fill(slots, states, rows, [len(prompts[row]) for row in rows])
+        self._fill(slots, end, states, rows, [len(prompts[row]) for row in rows])
         logprobs_of = {prompt: logprobs[row : row + 1] for row, prompt in enumerate(prompts)}
         waiting = self._next_prompts()
         for row, prompt in enumerate(prompts):
@@ -400,23 +414,23 @@ class ContinuousBatcher:
     def _fill(
         self,
         slots: Sequence[int],
+        end: int,
         states: Sequence[tuple[Tensor, Tensor]],
         rows: Sequence[int],
         lengths: Sequence[int],
     ) -> None:
-        """Copy prefilled keys and values, padded on the left, into slots.
+        """Copy prefilled keys and values, padded on the left, into slots, up to column `end`.
 
         rows, lengths: for each of `slots`, the row of its prompt and the prompt's tokens.
         """
         into = torch.tensor(slots, device=self._lm.device)
         from_rows = torch.tensor(rows, device=self._lm.device)
-        width = states[0][0].shape[2]
         for number, pair in enumerate(states):
             if number == len(self._caches):
-                self._caches.append(_SlotCache(*(self._new_buffer(each) for each in pair)))
-            self._caches[number].copy_prompts(into, pair, from_rows)
-        self._start[into] = width - torch.tensor(lengths, device=self._lm.device)
-        self._end[into], self._is_active[into] = width, True
+                self._caches.append(_SlotCache(*(self._new_buffer(each, end) for each in pair)))
+            self._caches[number].copy_prompts(into, end, pair, from_rows)
+        self._start[into] = end - torch.tensor(lengths, device=self._lm.device)
+        self._end[into], self._is_active[into] = end, True
 
     def _prefill_forward(
         self, ids: Int[Tensor, "B W"], mask: Bool[Tensor, "B W"]
@@ -435,8 +449,8 @@ class ContinuousBatcher:
         layers: list[Any] = cache.layers
         return output.logits[:, -1], [(layer.keys, layer.values) for layer in layers]
 
-    def _new_buffer(self, states: Tensor) -> Tensor:
-        _, heads, width, size = states.shape
+    def _new_buffer(self, states: Tensor, width: int) -> Tensor:
+        _, heads, _, size = states.shape
         columns = width + min(self._max_new_tokens, _SPARE_COLUMNS)
         return states.new_zeros(len(self._slots), heads, columns, size)
 
@@ -447,6 +461,7 @@ class ContinuousBatcher:
         for cache in self._caches:
             cache.write_at, cache.width = write_at, width
             cache.grow(width)
+            cache.narrow(width)
         columns = torch.arange(width, device=self._lm.device)
         visible = (columns >= self._start.unsqueeze(1)) & (columns <= self._end.unsqueeze(1))
         output = self._lm(
@@ -566,13 +581,3 @@ def _one(states: Tensor, row: int, start: int) -> Tensor:
 def _reading_waits(device: torch.device) -> bool:
     """True where reading a tensor waits for work that is under way."""
     return device.type == "cuda"
-
-
-def pad_left(
-    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device
-) -> tuple[Int[Tensor, "B W"], Bool[Tensor, "B W"]]:
-    """Token ids padded on the left, and a mask that is True at real tokens."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([[pad_id] * (longest - len(row)) + list(row) for row in rows])
-    lengths = torch.tensor([[len(row)] for row in rows])
-    return ids.to(device), (torch.arange(longest) >= longest - lengths).to(device)

@@ -37,10 +37,10 @@ from conch.rollouts.hf.continuous_batching import (
     ContinuousBatcher,
     Sampling,
     draw_seeded,
-    pad_left,
     seeded_generator,
 )
 from conch.rollouts.hf.decoding import Decoding, decoding_of
+from conch.rollouts.hf.prefill import pad_left
 from conch.rollouts.hf.under_way import ChunkQueue, UnderWay
 from conch.rollouts.protocol import version_runs
 from conch.rollouts.stopping import StopCondition, with_end_ids
