@@ -36,9 +36,8 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 
 def default_config_dir() -> Path:
-    """`configs/` of the checkout this package runs from, or `./configs` where it was installed alone."""
-    beside_package = Path(conch.__file__).resolve().parents[1] / "configs"
-    return beside_package if beside_package.is_dir() else Path("configs")
+    """The configurations that come with the package: in a checkout, where they are a link, its `configs/`."""
+    return (Path(conch.__file__).parent / "configs").resolve()
 
 
 def compose(name: str, overrides: Sequence[str], config_dir: Path) -> dict[str, Any]:
