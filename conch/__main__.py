@@ -163,9 +163,9 @@ def best_of_n(words: Sequence[str]) -> int:
 
 def _best_of_n(argv: Sequence[str]) -> None:
     from conch.cli import load_run_config
-    from conch.evaluation.sampling.config import CONFIG_NAME, BestOfNRunConfig
+    from conch.evaluation.sampling.config import CONFIG_NAME, BestOfNRunConfig, check_sources_named
 
-    config = load_run_config(BestOfNRunConfig, argv, default_name=CONFIG_NAME)
+    config = load_run_config(BestOfNRunConfig, argv, default_name=CONFIG_NAME, check=check_sources_named)
     from conch.evaluation.sampling.run import run_best_of_n  # torch, once there is something to sample
 
     run_best_of_n(config)

@@ -181,7 +181,7 @@ def _sweep(
             config_name=arguments.config_name,
             config_dir=arguments.config_dir,
             print_only=arguments.print_config,
-            check=check,
+            check=None if arguments.print_config else check,  # printed, a run is not checked either
         )
     )
 

@@ -129,8 +129,9 @@ def test_train_runs_the_trainer_by_the_settings_of_the_words(
     configs: list[Any] = []
     monkeypatch.setattr(trainer, "run", configs.append)
     monkeypatch.setattr(sys, "argv", ["conch"])
+    monkeypatch.setenv("TRITON_HOST", "127.0.0.1:8001/walks")
 
-    words = ["model.path=m", "train.seed=5"]
+    words = ["model.path=m", "train.seed=5", "data.train=some/rows"]
     assert exit_code(["train", algorithm.replace("_", "-"), *words]) == 0
     assert exit_code(["train", algorithm, *words]) == 0
     assert exit_code([algorithm.replace("_", "-"), *words]) == 0
@@ -145,9 +146,10 @@ def test_best_of_n_runs_by_the_settings_of_the_words(monkeypatch: pytest.MonkeyP
     module = importlib.import_module("conch.evaluation.sampling.run")
     monkeypatch.setattr(module, "run_best_of_n", configs.append)
     monkeypatch.setattr(sys, "argv", ["conch"])
+    monkeypatch.setenv("TRITON_HOST", "127.0.0.1:8001/walks")
 
     for verb in ("best-of-n", "best_of_n"):
-        assert exit_code([verb, "model.path=m", "best_of_n.seed=3"]) == 0
+        assert exit_code([verb, "model.path=m", "data.eval=some/rows", "best_of_n.seed=3"]) == 0
     assert [config.best_of_n.seed for config in configs] == [3, 3]
 
 
@@ -275,10 +277,25 @@ MISTAKES = {
         f"-m conch.trainers.{algorithm} model.path=m train.sed=1": "`train.seed`?" for algorithm in ALGORITHMS
     },
     "ppo pp0.gamma=1": "unknown key `pp0.gamma`",
-    "grpo model.path=m --reward nowhere.at.all:f": "there is no module nowhere",
-    "async-grpo model.path=m --reward json:dumbs": "has no function dumbs; did you mean dumps?",
-    "rft model.path=m --reward conch.errors:__doc__": "is of type str and no function",
+    "grpo model.path=m data.train=a/b --reward nowhere.at.all:f": "there is no module nowhere",
+    "async-grpo model.path=m data.train=a/b --reward json:dumbs": "no function dumbs; did you mean dumps?",
+    "rft model.path=m data.train=a/b --reward conch.errors:__doc__": "is of type str and no function",
     "ppo model.path=m --reward nowhere.py:f": "there is no such file",
+    "ppo model.path=m": "no reward given",
+    "best-of-n model.path=m": "no reward given",
+    "sft model.path=m": "no samples: set `data.train`",
+    "reward-model model.path=m": "no samples: set `data.train`",
+    "ilql model.path=m": "no samples: set `data.train`",
+    "ppo model.path=m --reward verifier:gsm8k": "no prompts: set `data.train`",
+    "best-of-n model.path=m --reward verifier:gsm8k": "no prompts: set `data.eval`",
+    "grpo model.path=m --reward verifier:gsm8k data.train=prompt.jsonl": "there is no such file",
+    "sft model.path=m data.train=a/b data.eval=prompt.jsonl": "prompt.jsonl cannot be read",
+    "ppo model.path=m data.train=a/b --reward foo": "`foo` names nothing that gives rewards: `file.py:",
+    "ppo model.path=m data.train=a/b --reward rewards.py": "of this file write `rewards.py:NAME`",
+    "ppo model.path=m data.train=a/b --reward rewards.short": "of a module write `rewards:short`",
+    "ppo model.path=m data.train=a/b --reward 127.0.0.1:8001": "not of the form `host:port/model`",
+    "ppo model.path=m data.train=a/b --reward judge:none.yaml": "none.yaml cannot be read",
+    "sft model.path=m data.train=a/b evaluation.gold=gsm8k": "gold: reward `gsm8k` names nothing",
     "best-of-n best_of_n.sed=1": "unknown key `best_of_n.sed`",
     "rollout-server model=m prot=1": "did you mean `port`?",
     "reference-server model=m prot=1": "did you mean `port`?",
@@ -309,8 +326,10 @@ def test_mistake_is_refused_before_anything_heavy_is_loaded(
 ) -> None:
     result = quick_commands[command]
     assert result["code"] in (1, 2) and sentence in result["text"]
-    # A reward's function is looked for once the configuration is whole, which Hydra composes.
-    assert result["heavy"] == (["hydra"] if "--reward" in command else [])
+    # Rewards and data are looked for once the configuration is whole, which Hydra composes.
+    assert result["heavy"] == (
+        [] if "unknown" in result["text"] or "model.path" not in command else ["hydra"]
+    )
 
 
 @pytest.mark.parametrize("words", ["--help", "train --help", "trian"])
