@@ -18,13 +18,22 @@ from pathlib import Path
 from typing import NoReturn
 
 from conch import __version__
+from conch.machine.output import reader_may_leave
 
 _USAGE_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; returns its exit code, or leaves with it. 2 for a command line that names none."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    """Run a verb; returns its exit code, or leaves with it. 2 for a command line that names none.
+
+    A reader of stdout that leaves before the end, as `head` does, is no error.
+    """
+    with reader_may_leave():
+        return _run_verb(list(sys.argv[1:] if argv is None else argv))
+    return 0
+
+
+def _run_verb(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_help(), end="", file=sys.stdout if words else sys.stderr)
         return 0 if words else _USAGE_ERROR

@@ -11,7 +11,6 @@ the YAML leaves out: the section alone decides which keys exist.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,6 +27,7 @@ from conch.config.base import nested_section, refuse_unknown_keys
 from conch.config.reward import source_in_short
 from conch.errors import ConchError, ConfigError
 from conch.log import setup_logging
+from conch.machine.output import reader_may_leave
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -111,7 +111,7 @@ def load_run_config(
             from conch.cli.sweeps import SweepConfig
 
             text += f"\nkeys of --multirun:\n{describe(SweepConfig, prefix='sweep.')}\n"
-        _show(text)
+        print(text, end="")
         raise SystemExit(0)
     if getattr(arguments, "multirun", False):
         options = _file_options(arguments, default_name, parser.get_default("config_dir"))
@@ -127,23 +127,14 @@ def load_run_config(
     except ConfigError as error:
         if not arguments.print_config or arguments.overrides:
             raise
-        _show(_incomplete(section, values, error))
+        print(_incomplete(section, values, error), end="")
         raise SystemExit(0) from None
     if arguments.print_config:
-        _show(to_yaml(config))
+        print(to_yaml(config), end="")
         raise SystemExit(0)
     if check is not None:
         check(config)
     return config
-
-
-def _show(text: str) -> None:
-    """Print `text`; a reader that leaves before its end, as `head` does, is no error."""
-    try:
-        print(text, end="", flush=True)
-    except BrokenPipeError:
-        # What is left in the buffer goes nowhere, else Python's own flush at the exit would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _file_options(arguments: argparse.Namespace, default_name: str, default_dir: Path) -> list[str]:
@@ -241,11 +232,13 @@ def run_main(main: Callable[[list[str]], None]) -> NoReturn:
     """Run a program's `main` on the command line and leave with its exit code.
 
     0 for success, 1 for a `ConchError` (its message goes to stderr after `error:`, without a traceback), 130
-    for Ctrl-C. Any other exception is a bug of ours or of the user's code and keeps its traceback.
+    for Ctrl-C. Any other exception is a bug of ours or of the user's code and keeps its traceback. A reader
+    of stdout that leaves before the end, as `head` does, is no error.
     """
     setup_logging()
     try:
-        main(sys.argv[1:])
+        with reader_may_leave():
+            main(sys.argv[1:])
     except ConchError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

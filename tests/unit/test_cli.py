@@ -4,7 +4,8 @@ import argparse
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -334,17 +335,42 @@ def test_print_config_names_what_is_required(tmp_path: Path, capsys: pytest.Capt
     assert load_run_config(ToyConfig, ["name=a"], default_name="empty", config_dir=tmp_path).train.seed == 5
 
 
-@pytest.mark.parametrize("option", ["--help", "--print-config"])
-def test_reader_that_leaves_before_the_end_is_no_error(
-    option: str, configs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@contextmanager
+def reader_that_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Replace stdout by a pipe that nobody reads."""
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        with pytest.raises(SystemExit) as caught:
-            load_run_config(ToyConfig, [option], default_name="plain", config_dir=configs)
+        yield
+
+
+@pytest.mark.parametrize("size", [10, 100_000], ids=["a line", "more than a buffer"])
+def test_reader_that_leaves_before_the_end_is_no_error(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with reader_that_left(monkeypatch), pytest.raises(SystemExit) as caught:
+        run_main(lambda _: print("a" * size))
     assert caught.value.code == 0
+
+
+def test_exit_code_is_kept_where_the_reader_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def show_and_leave(_: list[str]) -> None:
+        print("shown")
+        raise SystemExit(3)
+
+    with reader_that_left(monkeypatch), pytest.raises(SystemExit) as caught:
+        run_main(show_and_leave)
+    assert caught.value.code == 3
+
+
+def test_pipe_that_broke_elsewhere_keeps_its_traceback() -> None:
+    def write_to_nobody(_: list[str]) -> None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "wb", buffering=0) as stream:
+            stream.write(b"a")
+
+    with pytest.raises(BrokenPipeError):
+        run_main(write_to_nobody)
 
 
 def test_unknown_option_leaves_with_2_and_usage(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -250,6 +250,17 @@ def test_version_is_the_package_s() -> None:
     assert done.stdout == f"conch {importlib.import_module('conch').__version__}\n"
 
 
+@pytest.mark.parametrize("words", ["--help", "train --help", "service --help", "ppo --help", "serve --help"])
+def test_reader_that_leaves_before_the_end_is_no_error(words: str) -> None:
+    command = [sys.executable, "-m", "conch", *words.split()]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as program:
+        assert program.stdout is not None and program.stderr is not None
+        program.stdout.close()
+        assert (program.stderr.read(), program.wait(timeout=120)) == ("", 0)
+
+
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "tritonclient", "hydra", "matplotlib", "fastapi")
 FIRST_WORDS = [
     *(f"train {algorithm}" for algorithm in ALGORITHMS),
