@@ -11,6 +11,7 @@ the YAML leaves out: the section alone decides which keys exist.
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,8 +23,9 @@ from pydantic_core import to_jsonable_python
 
 import conch
 from conch.cli.options import describe, over_defaults
+from conch.cli.parser import CommandParser
 from conch.config import RewardConfig, Section, load
-from conch.config.base import nested_section, refuse_unknown_keys
+from conch.config.base import has_key, nearest_key, nested_section, refuse_unknown_keys
 from conch.config.reward import source_in_short
 from conch.errors import ConchError, ConfigError
 from conch.log import setup_logging
@@ -101,6 +103,7 @@ def load_run_config(
     parser = _parser(section, default_name, config_dir or default_config_dir())
     arguments = parser.parse_intermixed_args(list(argv))
     arguments.overrides += _reward_overrides(getattr(arguments, "reward", None))
+    _find_config(arguments.config_name, arguments.config_dir, default_name)
     if arguments.help:
         shown = None
         if (arguments.config_name, arguments.config_dir) != (default_name, parser.get_default("config_dir")):
@@ -248,9 +251,28 @@ def run_main(main: Callable[[list[str]], None]) -> NoReturn:
     raise SystemExit(0)
 
 
+class _RunParser(CommandParser):
+    """The options of a program that takes settings beside them.
+
+    section: its settings.
+    """
+
+    def __init__(self, section: type[Section]) -> None:
+        super().__init__(description=(section.__doc__ or "").strip(), add_help=False)
+        self._section = section
+
+    def unknown_option(self, name: str, value: str) -> str:
+        key = name.removeprefix("--").replace("-", "_")
+        if has_key(self._section, key):
+            return f"settings are written without dashes: {key}={value or 'VALUE'}"
+        hint = super().unknown_option(name, value)
+        if hint.startswith("did you mean"):
+            return hint
+        return f"settings are written without dashes, key=value; {nearest_key(self._section, key)}"
+
+
 def _parser(section: type[Section], default_name: str, config_dir: Path) -> argparse.ArgumentParser:
-    summary = (section.__doc__ or "").strip()
-    parser = argparse.ArgumentParser(description=summary, add_help=False)
+    parser = _RunParser(section)
     parser.add_argument("-h", "--help", action="store_true", help="show this text and every key, and leave")
     parser.add_argument(
         "--config-name", default=default_name, metavar="NAME", help=f"file to run (default: {default_name})"
@@ -283,14 +305,25 @@ def _parser(section: type[Section], default_name: str, config_dir: Path) -> argp
     return parser
 
 
-def _find_config(name: str, config_dir: Path) -> Path:
+def _find_config(name: str, config_dir: Path, default_name: str = "") -> Path:
+    """The file of a configuration.
+
+    default_name: that which runs where none is named: a message lists those of this kind, if there are any.
+
+    Raises:
+        ConfigError: there is none; with the nearest name, else all.
+    """
     file = (config_dir / f"{name.removesuffix('.yaml')}.yaml").absolute()
     if file.is_file():
         return file
     if not config_dir.is_dir():
         raise ConfigError(f"no configuration folder {config_dir.resolve()}; name one with --config-dir")
     names = sorted(str(path.relative_to(config_dir).with_suffix("")) for path in config_dir.rglob("*.yaml"))
-    raise ConfigError(f"no configuration `{name}` in {config_dir}; there is: {', '.join(names) or 'none'}")
+    kind = default_name.rpartition("/")[2]
+    names = [each for each in names if kind and each.rpartition("/")[2].startswith(kind)] or names
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean `{close[0]}`?" if close else f"there is: {', '.join(names) or 'none'}"
+    raise ConfigError(f"no configuration `{name}` in {config_dir}; {hint}")
 
 
 def _reward_overrides(source: str | None) -> list[str]:

@@ -498,14 +498,14 @@ def _asked_once(name: str) -> Iterator[None]:
 
     `datasets` would ask five times more, for 23 seconds, before it does the same.
     """
-    import datasets
+    from datasets import config
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE or Path(name).is_dir() or _hub_answers(name):
         yield
         return
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
     try:
         yield
     except Exception as error:
@@ -514,7 +514,7 @@ def _asked_once(name: str) -> Iterator[None]:
             "has no dataset of this name"
         ) from error
     finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
 
 
 def _hub_answers(name: str) -> bool:

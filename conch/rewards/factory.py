@@ -129,7 +129,7 @@ def check_reward_named(config: RewardConfig, *, required: bool) -> None:
         if isinstance(each, JudgeConfig):
             _check_judge(each)
         elif each == config.function:
-            _place_of_function(config.function, "reward.function")
+            _place_of_function(str(each), "reward.function")
         else:
             _check_name(str(each))
 

@@ -113,7 +113,7 @@ def test_installed_wheel_has_its_commands(installed: Path) -> None:
     folder = installed.parent
     assert "--checkpoint" in run(folder / "conch-to-triton", "--help", cwd=folder)
     assert "rollout-server" in run(folder / "conch", "--help", cwd=folder)
-    assert "reward_model" in run(folder / "conch", "train", "--help", cwd=folder)
+    assert "reward-model" in run(folder / "conch", "train", "--help", cwd=folder)
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,10 @@ def exit_code(words: list[str]) -> int:
             ["zzz"],
             "there are: async-grpo, best-of-n, co",
         ),
-        (["train", "zzz"], "there are: async_grpo, grpo, ilql, ppo, reward_model, rft, sft"),
+        (["train", "zzz"], "there are: async-grpo, grpo, ilql, ppo, reward-model, rft, sft"),
+        (["PPPO"], "`conch PPPO` is no command; did you mean `conch ppo`?"),
+        (["resume", "runs/a"], "a run goes on by the command that began it, with `train.resume=RUN_DIR`"),
+        (["generate"], "`conch best-of-n` samples many completions"),
         (["serve", "statu"], "`conch serve statu` is no command; did you mean `conch serve status`?"),
         (["serve", "zzz"], "there are: down, install, logs, status, swap, up"),
         (
@@ -233,8 +236,37 @@ def test_help_lists_every_verb_with_a_line_of_its_own(words: list[str], capsys: 
     ]
     verbs = {verb.split()[0] for verb in VERBS} - {"rollout_server"} | {"train", "best-of-n", "completion"}
     verbs |= {algorithm.replace("_", "-") for algorithm in ALGORITHMS}
-    assert sorted(name for name, _ in listed) == sorted(ALGORITHMS if words[0] == "train" else verbs)
+    algorithms = {algorithm.replace("_", "-") for algorithm in ALGORITHMS}
+    assert sorted(name for name, _ in listed) == sorted(algorithms if words[0] == "train" else verbs)
     assert all(summary for _, summary in listed)
+
+
+def test_algorithms_are_told_by_whole_sentences(capsys: Any) -> None:
+    main(["train", "--help"])
+    shown = capsys.readouterr().out
+    for algorithm in ALGORITHMS:
+        spec = importlib.util.find_spec(f"conch.trainers.{algorithm}")
+        assert spec is not None and spec.origin is not None
+        text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+        (line,) = (line for line in shown.splitlines() if line.split()[:1] == [algorithm.replace("_", "-")])
+        said = line.split(maxsplit=1)[1]
+        assert " ".join(text.split()).startswith(f"{said}.") and len(said) < 110
+
+
+@pytest.mark.parametrize("word", ["version", "-V", "--version"])
+def test_version_is_a_word_too(word: str, capsys: Any) -> None:
+    assert main([word]) == 0
+    assert capsys.readouterr().out == f"conch {importlib.import_module('conch').__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "same"),
+    [(["help"], ["--help"]), (["help", "train"], ["train", "--help"]), (["TRAIN", "-h"], ["train", "-h"])],
+)
+def test_help_is_a_word_too_and_case_does_not_count(words: list[str], same: list[str], capsys: Any) -> None:
+    assert (main(words), shown := capsys.readouterr().out) == (0, shown)
+    assert main(same) == 0
+    assert shown == capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [[], ["train"]])
@@ -312,8 +344,17 @@ MISTAKES = {
     "reference-server model=m prot=1": "did you mean `port`?",
     "reward-server prot=1": "did you mean `port`?",
     "size --model m --gpus 0": "is not positive",
-    "convert --checkpiont m": "--checkpiont",
-    "score --ulr m": "--ulr",
+    "size --modle m": "error: unknown option --modle; did you mean --model?\n",
+    "size model=m": "error: `model=m` is no option; write --model m\n",
+    "convert --chekpoint m": "error: unknown option --chekpoint; did you mean --checkpoint?\n",
+    "serve up --modle m": "error: unknown option --modle; did you mean --model?\n",
+    "serve up model=m": "error: `model=m` is no option; write --model m\n",
+    "score --ulr m": "error: unknown option --ulr; did you mean --url?\n",
+    "ppo --confg-name m": "error: unknown option --confg-name; did you mean --config-name?\n",
+    "ppo --train.total_steps=3": "settings are written without dashes: train.total_steps=3\n",
+    "ppo --config-name ppp": "did you mean `ppo`?",
+    "best-of-n polic=1": "unknown key `polic`; valid here: model, tokenizer,",
+    "PPO train.sed=1": "did you mean `train.seed`?",
 }
 
 
