@@ -168,6 +168,13 @@ def completion(words: Sequence[str]) -> int:
     return completing.main(words, {**{verb: (verb,) for verb in _VERBS}, **_SHORT}, main)
 
 
+def trlx(words: Sequence[str]) -> int:
+    """Translate a configuration of trlX: `conch trlx FILE > conch.yaml`."""
+    from conch.interop import trlx as translating
+
+    _run("conch trlx", translating.main, words)
+
+
 def best_of_n(words: Sequence[str]) -> int:
     """Judge the proxy's best of n completions by gold, for all n: `conch best-of-n key=value ...`."""
     _run("conch best-of-n", _best_of_n, words)
@@ -201,7 +208,7 @@ _VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     verb.__name__.replace("_", "-"): verb
     for verb in (
         *(train, convert, serve, score, rollout_server, reference_server, reward_server, service, size),
-        *(runs, report, plot, gold_eval, best_of_n, overoptimisation, doctor, completion),
+        *(runs, report, plot, gold_eval, best_of_n, overoptimisation, trlx, doctor, completion),
     )
 }
 _SHORT = {

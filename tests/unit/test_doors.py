@@ -37,6 +37,7 @@ COMMANDS = [
     "conch.evaluation.sampling.run",
     "conch.evaluation.pictures",
     "conch.report.__main__",
+    "conch.interop.trlx",
     "conch.__main__",
 ]
 # Verb of `conch` -> the module whose `main` it runs.
@@ -59,6 +60,7 @@ VERBS = {
     "plot": "conch.runs.plots",
     "overoptimisation": "conch.evaluation.pictures",
     "report": "conch.report.__main__",
+    "trlx": "conch.interop.trlx",
 }
 ALGORITHMS = ["async_grpo", "grpo", "ilql", "ppo", "reward_model", "rft", "sft"]
 NAMES = {
@@ -311,6 +313,7 @@ FIRST_WORDS = [
         "report",
         "ensemble",
         "gold",
+        "trlx",
     ),
 ]
 # A key or an option that is none, and what is said of it.
