@@ -114,6 +114,7 @@ def test_a_config_of_a_type_picks_its_own(tmp_path: Path) -> None:
         ),
         ({"samples": ["a"], "algorithm": "reward_model"}, r"trained by `RewardModelTrainer\(config"),
         ({"samples": ["a"], "algorithm": "reward-model"}, r"trained by `RewardModelTrainer\(config"),
+        ({"samples": ["a"], "algorithm": "Async-GRPO"}, r"AsyncGRPORunConfig learns from `prompts`"),
         ({"prompts": ["a"], "algorithm": "sft"}, r"SFTRunConfig learns from `samples`"),
         ({"prompts": ["a"], "config": {"grpo": {}, "rft": {}}}, r"several algorithms: grpo, rft"),
         (
