@@ -18,8 +18,8 @@ BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", "conch", "trainers", "co
 
 
 def run(*command: str | Path, cwd: Path, code: int = 0) -> str:
-    """Run a command without this process's import paths, and give what it printed: its complaints, where it is
-    to leave with another code than 0."""
+    """Run a command without this process's import paths, and give what it printed: on stderr, where it is to
+    leave with another code than 0."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     result = subprocess.run(
         [str(part) for part in command],
