@@ -18,25 +18,37 @@ from pathlib import Path
 from typing import NoReturn
 
 from conch import __version__
+from conch.machine.output import reader_may_leave
 
 _USAGE_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; returns its exit code, or leaves with it. 2 for a command line that names none."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    """Run a verb; returns its exit code, or leaves with it. 2 for a command line that names none.
+
+    A reader of stdout that leaves before the end, as `head` does, is no error.
+    """
+    with reader_may_leave():
+        return _run_verb(list(sys.argv[1:] if argv is None else argv))
+    return 0
+
+
+def _run_verb(words: list[str]) -> int:
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
     if not words or words[0] in ("-h", "--help"):
         print(_help(), end="", file=sys.stdout if words else sys.stderr)
         return 0 if words else _USAGE_ERROR
-    if words[0] == "--version":
+    if words[0] in ("-V", "--version", "version"):
         print(f"conch {__version__}")
         return 0
-    verb = words[0].replace("_", "-")
+    verb = words[0].lower().replace("_", "-")
     if verb in _SHORT:
         verb, *others = _SHORT[verb]
         return _VERBS[verb]([*others, *words[1:]])
     if verb not in _VERBS:
-        return _refuse("conch", words[0], [*_VERBS, *_SHORT])
+        hint = _NO_VERBS.get(verb, "")
+        return _refuse("conch", words[0], () if hint else [*_VERBS, *_SHORT], hint)
     return _VERBS[verb](words[1:])
 
 
@@ -49,12 +61,12 @@ def train(words: Sequence[str]) -> int:
         more = "conch train ALGORITHM --help lists the keys of an algorithm."
         print(f"{text}\n\n{more}", file=sys.stdout if words else sys.stderr)
         return 0 if words else _USAGE_ERROR
-    algorithm = words[0].replace("-", "_")
-    if algorithm not in summaries:
+    name = words[0].lower().replace("_", "-")
+    if name not in summaries:
         return _refuse("conch train", words[0], summaries)
     from conch import training
 
-    _run(f"conch train {algorithm}", lambda argv: training.train(algorithm, argv), words[1:])
+    _run(f"conch train {name}", lambda argv: training.train(name.replace("-", "_"), argv), words[1:])
 
 
 def convert(words: Sequence[str]) -> int:
@@ -156,6 +168,13 @@ def completion(words: Sequence[str]) -> int:
     return completing.main(words, {**{verb: (verb,) for verb in _VERBS}, **_SHORT}, main)
 
 
+def trlx(words: Sequence[str]) -> int:
+    """Translate a configuration of trlX: `conch trlx FILE > conch.yaml`."""
+    from conch.interop import trlx as translating
+
+    _run("conch trlx", translating.main, words)
+
+
 def best_of_n(words: Sequence[str]) -> int:
     """Judge the proxy's best of n completions by gold, for all n: `conch best-of-n key=value ...`."""
     _run("conch best-of-n", _best_of_n, words)
@@ -163,9 +182,9 @@ def best_of_n(words: Sequence[str]) -> int:
 
 def _best_of_n(argv: Sequence[str]) -> None:
     from conch.cli import load_run_config
-    from conch.evaluation.sampling.config import CONFIG_NAME, BestOfNRunConfig
+    from conch.evaluation.sampling.config import CONFIG_NAME, BestOfNRunConfig, check_sources_named
 
-    config = load_run_config(BestOfNRunConfig, argv, default_name=CONFIG_NAME)
+    config = load_run_config(BestOfNRunConfig, argv, default_name=CONFIG_NAME, check=check_sources_named)
     from conch.evaluation.sampling.run import run_best_of_n  # torch, once there is something to sample
 
     run_best_of_n(config)
@@ -189,7 +208,7 @@ _VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     verb.__name__.replace("_", "-"): verb
     for verb in (
         *(train, convert, serve, score, rollout_server, reference_server, reward_server, service, size),
-        *(runs, report, plot, gold_eval, best_of_n, overoptimisation, doctor, completion),
+        *(runs, report, plot, gold_eval, best_of_n, overoptimisation, trlx, doctor, completion),
     )
 }
 _SHORT = {
@@ -198,6 +217,13 @@ _SHORT = {
     "gold": ("gold-eval",),
 }
 """Short form -> the words that it stands for."""
+
+_NO_VERBS = {
+    "resume": "a run goes on by the command that began it, with `train.resume=RUN_DIR` behind it",
+    "generate": "a checkpoint is a folder that transformers and vLLM load, and `conch best-of-n` samples "
+    "many completions of each prompt",
+}
+"""Word that other programs have a command for -> what does it here."""
 
 
 def _run(program: str, main: Callable[[list[str]], None], words: Sequence[str]) -> NoReturn:
@@ -209,12 +235,19 @@ def _run(program: str, main: Callable[[list[str]], None], words: Sequence[str]) 
 
 
 def _algorithms() -> dict[str, str]:
-    """Algorithm -> first line of its file's docstring, read without importing it, which would bring torch."""
+    """Algorithm, with hyphens -> first sentence of its file's docstring, read without importing it, which
+    would bring torch."""
     from conch import trainers
 
     files = sorted(Path(trainers.__path__[0]).glob("[!_]*.py"))
     trees = {file.stem: ast.parse(file.read_text(encoding="utf-8")) for file in files}
-    return {name: (ast.get_docstring(tree) or "").partition("\n")[0] for name, tree in trees.items()}
+    texts = {name: ast.get_docstring(tree) or "" for name, tree in trees.items()}
+    return {name.replace("_", "-"): _first_sentence(text) for name, text in texts.items()}
+
+
+def _first_sentence(text: str) -> str:
+    """The first sentence of a docstring, or its first paragraph, on one line and without the full stop."""
+    return " ".join(text.partition("\n\n")[0].split()).partition(". ")[0].removesuffix(".")
 
 
 def _help() -> str:
@@ -227,7 +260,7 @@ def _help() -> str:
 
 
 def _refuse(command: str, word: str, choices: Iterable[str], otherwise: str = "") -> int:
-    close = difflib.get_close_matches(word, list(choices), n=1)
+    close = difflib.get_close_matches(word.lower(), list(choices), n=1)
     hint = otherwise or f"there are: {', '.join(sorted(choices))}"
     if close:
         hint = f"did you mean `{command} {close[0]}`?"

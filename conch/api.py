@@ -42,6 +42,11 @@ _NEEDS: dict[type[Section], set[str]] = {
 }
 """What each algorithm learns from; of those that need the same, the first is taken unless the config says."""
 
+_REWARD_MODELS = (
+    "a reward model is trained by `RewardModelTrainer(config, samples=...).fit()` of "
+    "`conch.trainers.reward_model`, or by `conch reward-model`"
+)
+
 
 def train(
     model: str | PreTrainedModel,
@@ -80,8 +85,8 @@ def train(
     metric_fn: extra evaluation metrics, with the arguments of a reward function; returns name -> values.
     config: nested mapping of the keys of the algorithm's run config (`{"train": {"total_steps": 50}}`), or
         one of these itself; its `model.path` is `model` unless it says otherwise.
-    algorithm: what to train by, where that does not follow from the data: "ppo", "grpo", "async_grpo", "rft",
-        "ilql" or "sft".
+    algorithm: what to train by, where that does not follow from the data: "ppo", "grpo", "async-grpo", "rft",
+        "ilql" or "sft". A reward model is trained by `conch.trainers.reward_model.RewardModelTrainer`.
 
     Raises:
         ConchError: before any long work, for what can be known to be wrong; see `conch.errors`.
@@ -125,7 +130,8 @@ def _section_for(
             f" (SFT); here is {named}"
         )
     if section not in _NEEDS:
-        raise ConfigError(f"`config` is a {section.__name__}, which `conch.train` does not train with")
+        hint = f"; {_REWARD_MODELS}" if section.__name__ == "RewardModelRunConfig" else ""
+        raise ConfigError(f"`config` is a {section.__name__}, which `conch.train` does not train with{hint}")
     if _NEEDS[section] != inputs:
         needed_text = " and ".join(f"`{name}`" for name in sorted(_NEEDS[section]))
         raise ConfigError(
@@ -136,8 +142,8 @@ def _section_for(
 
 def _asked_for(config: Mapping[str, Any] | Section | None, algorithm: str | None) -> type[Section] | None:
     """The run config that `algorithm` or the config names; None where neither does."""
-    if algorithm is not None and algorithm not in _SECTIONS:
-        raise ConfigError(f"`algorithm` = {algorithm!r}: there are {', '.join(_SECTIONS)}")
+    if algorithm is not None:
+        algorithm = _known_algorithm(algorithm)
     if isinstance(config, Section):
         named = [type(config)]
     else:
@@ -152,6 +158,21 @@ def _asked_for(config: Mapping[str, Any] | Section | None, algorithm: str | None
         names = ", ".join(name for name, section in _SECTIONS.items() if section in named)
         raise ConfigError(f"`config` has sections of several algorithms: {names}; leave one of them")
     return _SECTIONS[algorithm] if algorithm is not None else next(iter(named), None)
+
+
+def _known_algorithm(name: str) -> str:
+    """The key of `_SECTIONS` that a name is, as `conch train` takes it: with hyphens, in capitals.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    key = name.lower().replace("-", "_")
+    if key == "reward_model":
+        raise ConfigError(f"`algorithm` = {name!r}: {_REWARD_MODELS}")
+    if key not in _SECTIONS:
+        there = ", ".join(each.replace("_", "-") for each in _SECTIONS)
+        raise ConfigError(f"`algorithm` = {name!r}: there are {there}; {_REWARD_MODELS}")
+    return key
 
 
 def _make(

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from conch.cli import add_options, keywords_of, written_with
+from conch.cli import CommandParser, add_options, keywords_of, written_with
 from conch.config import load
 from conch.converters.options import Conversion, EnsembleOptions
 from conch.converters.stacked import check_stackable
@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="conch convert ensemble",
         description="Join reward models of a store into one served model.",
     )

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conch.cli import add_options, keywords_of, written_with
+from conch.cli import CommandParser, add_options, keywords_of, written_with
 from conch.config import load
 from conch.converters.explain import explain
 from conch.converters.options import (
@@ -116,7 +116,7 @@ def _verify(endpoint: str, checkpoint: str, options: ConversionOptions) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="conch convert",
         description="Convert a reward model for Triton Inference Server, and prove that it scores the same.",
         epilog="Underscores will do for dashes. Exit codes: 0 done, 1 cannot be done, 2 scores differ.",

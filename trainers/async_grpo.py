@@ -1,11 +1,10 @@
-"""GRPO that samples and scores while it trains: the step of `trainers/grpo.py`, its first line replaced by
-"take groups from the buffer".
+"""GRPO that samples and scores while it trains.
 
-What a step learns from is at most `asynchronous.max_staleness` steps old
-(`conch/training/overlap/sampling.py` says how that is kept). The policy that sampled is another than the one
-that learns, so the loss is decoupled (Hilton et al. 2022, arXiv:2110.00641; Fu et al. 2025,
-arXiv:2505.24298): the ratio is to the policy at the beginning of the step, and `grpo.correction` weighs by
-that policy over the one that sampled.
+The step is that of `trainers/grpo.py`, its first line replaced by "take groups from the buffer". What a step
+learns from is at most `asynchronous.max_staleness` steps old (`conch/training/overlap/sampling.py` says how
+that is kept). The policy that sampled is another than the one that learns, so the loss is decoupled (Hilton
+et al. 2022, arXiv:2110.00641; Fu et al. 2025, arXiv:2505.24298): the ratio is to the policy at the beginning
+of the step, and `grpo.correction` weighs by that policy over the one that sampled.
 
 With `max_staleness=0` this is synchronous GRPO on the same samplers, bit for bit on a CPU.
 """

@@ -11,6 +11,7 @@ from conch.cli.options import (
     parse_options,
     written_with,
 )
+from conch.cli.parser import CommandParser
 from conch.cli.run_config import (
     compose,
     default_config_dir,
@@ -21,6 +22,7 @@ from conch.cli.run_config import (
 )
 
 __all__ = [
+    "CommandParser",
     "Option",
     "add_options",
     "compose",

@@ -11,7 +11,7 @@ the YAML leaves out: the section alone decides which keys exist.
 from __future__ import annotations
 
 import argparse
-import os
+import difflib
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,11 +23,13 @@ from pydantic_core import to_jsonable_python
 
 import conch
 from conch.cli.options import describe, over_defaults
+from conch.cli.parser import CommandParser
 from conch.config import RewardConfig, Section, load
-from conch.config.base import nested_section, refuse_unknown_keys
+from conch.config.base import has_key, nearest_key, nested_section, refuse_unknown_keys
 from conch.config.reward import source_in_short
 from conch.errors import ConchError, ConfigError
 from conch.log import setup_logging
+from conch.machine.output import reader_may_leave
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -36,9 +38,8 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 
 def default_config_dir() -> Path:
-    """`configs/` of the checkout this package runs from, or `./configs` where it was installed alone."""
-    beside_package = Path(conch.__file__).resolve().parents[1] / "configs"
-    return beside_package if beside_package.is_dir() else Path("configs")
+    """The configurations that come with the package: in a checkout, where they are a link, its `configs/`."""
+    return (Path(conch.__file__).parent / "configs").resolve()
 
 
 def compose(name: str, overrides: Sequence[str], config_dir: Path) -> dict[str, Any]:
@@ -102,6 +103,7 @@ def load_run_config(
     parser = _parser(section, default_name, config_dir or default_config_dir())
     arguments = parser.parse_intermixed_args(list(argv))
     arguments.overrides += _reward_overrides(getattr(arguments, "reward", None))
+    _find_config(arguments.config_name, arguments.config_dir, default_name)
     if arguments.help:
         shown = None
         if (arguments.config_name, arguments.config_dir) != (default_name, parser.get_default("config_dir")):
@@ -112,7 +114,7 @@ def load_run_config(
             from conch.cli.sweeps import SweepConfig
 
             text += f"\nkeys of --multirun:\n{describe(SweepConfig, prefix='sweep.')}\n"
-        _show(text)
+        print(text, end="")
         raise SystemExit(0)
     if getattr(arguments, "multirun", False):
         options = _file_options(arguments, default_name, parser.get_default("config_dir"))
@@ -128,23 +130,14 @@ def load_run_config(
     except ConfigError as error:
         if not arguments.print_config or arguments.overrides:
             raise
-        _show(_incomplete(section, values, error))
+        print(_incomplete(section, values, error), end="")
         raise SystemExit(0) from None
     if arguments.print_config:
-        _show(to_yaml(config))
+        print(to_yaml(config), end="")
         raise SystemExit(0)
     if check is not None:
         check(config)
     return config
-
-
-def _show(text: str) -> None:
-    """Print `text`; a reader that leaves before its end, as `head` does, is no error."""
-    try:
-        print(text, end="", flush=True)
-    except BrokenPipeError:
-        # What is left in the buffer goes nowhere, else Python's own flush at the exit would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _file_options(arguments: argparse.Namespace, default_name: str, default_dir: Path) -> list[str]:
@@ -182,7 +175,7 @@ def _sweep(
             config_name=arguments.config_name,
             config_dir=arguments.config_dir,
             print_only=arguments.print_config,
-            check=check,
+            check=None if arguments.print_config else check,  # printed, a run is not checked either
         )
     )
 
@@ -242,11 +235,13 @@ def run_main(main: Callable[[list[str]], None]) -> NoReturn:
     """Run a program's `main` on the command line and leave with its exit code.
 
     0 for success, 1 for a `ConchError` (its message goes to stderr after `error:`, without a traceback), 130
-    for Ctrl-C. Any other exception is a bug of ours or of the user's code and keeps its traceback.
+    for Ctrl-C. Any other exception is a bug of ours or of the user's code and keeps its traceback. A reader
+    of stdout that leaves before the end, as `head` does, is no error.
     """
     setup_logging()
     try:
-        main(sys.argv[1:])
+        with reader_may_leave():
+            main(sys.argv[1:])
     except ConchError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
@@ -256,9 +251,28 @@ def run_main(main: Callable[[list[str]], None]) -> NoReturn:
     raise SystemExit(0)
 
 
+class _RunParser(CommandParser):
+    """The options of a program that takes settings beside them.
+
+    section: its settings.
+    """
+
+    def __init__(self, section: type[Section]) -> None:
+        super().__init__(description=(section.__doc__ or "").strip(), add_help=False)
+        self._section = section
+
+    def unknown_option(self, name: str, value: str) -> str:
+        key = name.removeprefix("--").replace("-", "_")
+        if has_key(self._section, key):
+            return f"settings are written without dashes: {key}={value or 'VALUE'}"
+        hint = super().unknown_option(name, value)
+        if hint.startswith("did you mean"):
+            return hint
+        return f"settings are written without dashes, key=value; {nearest_key(self._section, key)}"
+
+
 def _parser(section: type[Section], default_name: str, config_dir: Path) -> argparse.ArgumentParser:
-    summary = (section.__doc__ or "").strip()
-    parser = argparse.ArgumentParser(description=summary, add_help=False)
+    parser = _RunParser(section)
     parser.add_argument("-h", "--help", action="store_true", help="show this text and every key, and leave")
     parser.add_argument(
         "--config-name", default=default_name, metavar="NAME", help=f"file to run (default: {default_name})"
@@ -291,14 +305,25 @@ def _parser(section: type[Section], default_name: str, config_dir: Path) -> argp
     return parser
 
 
-def _find_config(name: str, config_dir: Path) -> Path:
+def _find_config(name: str, config_dir: Path, default_name: str = "") -> Path:
+    """The file of a configuration.
+
+    default_name: that which runs where none is named: a message lists those of this kind, if there are any.
+
+    Raises:
+        ConfigError: there is none; with the nearest name, else all.
+    """
     file = (config_dir / f"{name.removesuffix('.yaml')}.yaml").absolute()
     if file.is_file():
         return file
     if not config_dir.is_dir():
         raise ConfigError(f"no configuration folder {config_dir.resolve()}; name one with --config-dir")
     names = sorted(str(path.relative_to(config_dir).with_suffix("")) for path in config_dir.rglob("*.yaml"))
-    raise ConfigError(f"no configuration `{name}` in {config_dir}; there is: {', '.join(names) or 'none'}")
+    kind = default_name.rpartition("/")[2]
+    names = [each for each in names if kind and each.rpartition("/")[2].startswith(kind)] or names
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean `{close[0]}`?" if close else f"there is: {', '.join(names) or 'none'}"
+    raise ConfigError(f"no configuration `{name}` in {config_dir}; {hint}")
 
 
 def _reward_overrides(source: str | None) -> list[str]:

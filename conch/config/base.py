@@ -86,6 +86,17 @@ def refuse_unknown_keys(section: type[Section], keys: Iterable[str]) -> None:
         raise ConfigError("configuration not valid:\n  " + "\n  ".join(lines))
 
 
+def nearest_key(section: type[Section], key: str) -> str:
+    """What a full name that is no key may have meant, as a message goes on after a semicolon."""
+    return _nearest(section, key.split("."))
+
+
+def has_key(section: type[Section], key: str) -> bool:
+    """Whether a full name is one of a value of `section`."""
+    location = key.split(".")
+    return _has(section, location) and section_at(section, location) is None
+
+
 def _may_stand(section: type[Section], location: list[str]) -> bool:
     """Whether a key stands at `location`, or a value that has keys of its own above it, or a section that
     takes other names by itself."""
@@ -187,13 +198,12 @@ def _nearest(section: type[Section], location: list[str]) -> str:
     if known:
         return f"did you mean `{known[0]}`?"
     if len(location) == 1 and key in ALGORITHMS:
-        return f"it is a section of `conch train {key}`, in Python of `conch.train(..., algorithm={key!r})`"
+        return _whose(key)
     if owner is None:
         return _nearest_in_unknown_section(section, location)
     best, best_ratio = "", 0.0
     for place in _places(owner, location[:-1]):
-        # `kl_coef` is `kl.coef`, one section further down.
-        ratio = max(_likeness(place[-1], key), _likeness("_".join(place[len(location) - 1 :]), key))
+        ratio = _ratio(place, location)
         # What stands in another section must be more alike: there are many keys, of other topics.
         if ratio > best_ratio and ratio >= (0.6 if len(place) == len(location) else 0.75):
             best, best_ratio = ".".join(place), ratio
@@ -204,6 +214,8 @@ def _nearest(section: type[Section], location: list[str]) -> str:
 
 def _nearest_in_unknown_section(section: type[Section], location: list[str]) -> str:
     """What `trian.seed` may have meant: the section first, then the key in it."""
+    if location[0] in ALGORITHMS and location[0] not in section.model_fields:
+        return _of_another_algorithm(section, location)
     known = next(end for end in range(len(location)) if section_at(section, location[: end + 1]) is None)
     owner = section_at(section, location[:known])
     assert owner is not None
@@ -215,6 +227,32 @@ def _nearest_in_unknown_section(section: type[Section], location: list[str]) -> 
     if _has(section, corrected):
         return f"did you mean `{'.'.join(corrected)}`?"
     return _nearest(section, corrected)
+
+
+def _of_another_algorithm(section: type[Section], location: list[str]) -> str:
+    """What a key of an algorithm's section is here, `grpo.kl.coef` for `ppo.kl.coef`, or where it is one."""
+    own = [[name, *location[1:]] for name in ALGORITHMS if _has(section, [name, *location[1:]])]
+    if own:
+        return f"did you mean `{'.'.join(own[0])}`?"
+    return _whose(location[0])
+
+
+def _whose(name: str) -> str:
+    python = f"conch.train(..., algorithm={name!r})"
+    if name == "reward_model":  # which learns from other rows than `conch.train` takes
+        python = "conch.trainers.reward_model.RewardModelTrainer"
+    return f"it is a section of `conch train {name.replace('_', '-')}`, in Python of `{python}`"
+
+
+def _ratio(place: list[str], location: list[str]) -> float:
+    """How much a key at `place` is like what was written at `location`, which is no deeper: from 0 to 1."""
+    key = location[-1]
+    alone = _likeness(place[-1], key)
+    # `kl_coef` is `kl.coef`, one section further down.
+    joined = ["_".join(place[first:]) for first in range(len(location) - 1, len(place) - 1)]
+    if len(joined) > 1 and alone < 1:  # two sections further down the name alone says too little
+        alone = 0.0
+    return max([alone, *(_likeness(name, key) for name in joined)])
 
 
 def _likeness(name: str, key: str) -> float:

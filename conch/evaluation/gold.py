@@ -33,7 +33,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from conch.cli import add_options, parse_options, written_with
+from conch.cli import CommandParser, add_options, parse_options, written_with
 from conch.config import RewardConfig
 from conch.errors import ConchError, ConfigError, DataError, RewardUnavailableError
 from conch.evaluation.metrics import mean_of_finite
@@ -459,7 +459,7 @@ def _run(where: Path, gold: str, options: GoldOptions) -> tuple[list[GoldRow], s
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="conch gold-eval",
         description=GoldOptions.__doc__,
         epilog="Underscores will do for dashes. Exit codes: 0 all samples have scores, 1 it could not begin "

@@ -25,7 +25,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from conch.atomic_files import replace_text
-from conch.cli import run_main
+from conch.cli import CommandParser, run_main
 from conch.errors import ConfigError, DataError
 from conch.evaluation.curves import Curve, curve_of
 from conch.evaluation.fits import Fit, fit_seeds, gamma
@@ -396,7 +396,7 @@ def _labels(folders: Sequence[Path]) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="conch overoptimisation",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

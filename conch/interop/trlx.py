@@ -1,6 +1,6 @@
 """A trlX configuration as one of Conch's, with a line that says what became of each key.
 
-    python -m conch.interop.trlx ppo_config.yml > conch.yaml
+    conch trlx ppo_config.yml > conch.yaml
     conch train ppo --config-dir . --config-name conch data.train=prompts.jsonl reward.url=host:8001/model
 
     translation = translate(TRLConfig.load_yaml("ppo_config.yml").to_dict())
@@ -19,8 +19,13 @@ from typing import Any
 
 import yaml
 
+from conch.config import load
+from conch.config.algorithms import run_config_of
 from conch.errors import ConfigError, missing_path
 from conch.interop.trlx_keys import Algorithm, Line, Work, take
+from conch.log import get_logger
+
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +35,20 @@ class Translation:
     algorithm: that it is for.
     values: section -> key -> value.
     lines: one for each key that trlX's configuration has.
+    refusal: what Conch says of `values` where it does not take them together, each of which it has; else "".
     """
 
     algorithm: Algorithm
     values: Mapping[str, Any]
     lines: tuple[Line, ...]
+    refusal: str = ""
 
     def to_yaml(self) -> str:
         """Return a file that `conch train <algorithm> --config-name` takes, with the lines as comments."""
-        notes = [f"# conch train {self.algorithm}", "#", *(f"# {line}" for line in self.lines)]
+        notes = [f"# conch train {self.algorithm}", "#"]
+        if self.refusal:
+            notes += [*(f"# {line}" for line in self.refusal.splitlines()), "#"]
+        notes += [f"# {line}" for line in self.lines]
         return (
             "\n".join(notes) + "\n" + yaml.safe_dump(dict(self.values), sort_keys=False, allow_unicode=True)
         )
@@ -62,7 +72,17 @@ def translate(config: Mapping[str, Any]) -> Translation:
     work = Work(_algorithm(sections), _flat(sections))
     for key in work.given:
         take(work, key)
-    return Translation(work.algorithm, work.values, tuple(work.lines))
+    return Translation(work.algorithm, work.values, tuple(work.lines), _refusal(work))
+
+
+def _refusal(work: Work) -> str:
+    """What the program says of the values as a whole; a model may be named elsewhere."""
+    model = {"path": "a model", **work.values.get("model", {})}
+    try:
+        load(run_config_of(work.algorithm), {**work.values, "model": model})
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 _SECTIONS = ("model", "tokenizer", "optimizer", "scheduler", "train", "method")
@@ -101,13 +121,14 @@ def _algorithm(sections: Mapping[str, Mapping[str, Any]]) -> Algorithm:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Command line: a YAML file of trlX's; our file goes to stdout.
+    """Command line: a YAML file of trlX's; our file goes to stdout, also where Conch does not take it before
+    it is edited. Why not stands in its comments, and on stderr.
 
     Raises:
         ConfigError: see `translate`; or the file cannot be read.
     """
     if len(argv) != 1 or argv[0] in ("-h", "--help"):
-        print("usage: python -m conch.interop.trlx TRLX_CONFIG.yml > conch.yaml")
+        print("usage: conch trlx TRLX_CONFIG.yml > conch.yaml")
         return
     path = Path(argv[0])
     if not path.is_file():
@@ -118,7 +139,10 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(config, Mapping):
         raise ConfigError(f"{path} is no configuration of trlX: it holds no sections")
-    print(translate(_numbers(config)).to_yaml(), end="")
+    translation = translate(_numbers(config))
+    print(translation.to_yaml(), end="")
+    if translation.refusal:
+        _log.warning("Conch does not take this yet, edit it first: %s", translation.refusal)
 
 
 def _numbers(value: Any) -> Any:

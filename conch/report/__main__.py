@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from conch.cli import add_options, parse_options, run_main, written_with
+from conch.cli import CommandParser, add_options, parse_options, run_main, written_with
 from conch.config import Section
 from conch.errors import ConfigError
 from conch.log import get_logger
@@ -74,7 +74,7 @@ def _endings(folders: Sequence[Path]) -> dict[Path, str]:
 
 def main(argv: Sequence[str]) -> None:
     """Write the report that a command line asks for, or serve it."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="conch report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or label=folder")

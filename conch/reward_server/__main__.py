@@ -2,7 +2,7 @@
 
     conch reward-server reward=host:8001/model
 
-    python -m conch.reward_server --reward verifier:gsm8k --port 8300
+    conch reward-server --reward verifier:gsm8k --port 8300
 
 OpenRLHF asks http://HOST:8300/get_reward, slime http://HOST:8300/slime, verl HOST:8300; docs/reward_server.md
 has a recipe for each. `key=value` may be written `--key value`.

@@ -10,11 +10,11 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import urlsplit
 
 from conch.addresses import SCHEMES, Endpoint, is_loopback, parse_urls
-from conch.config import JudgeConfig, RewardConfig
+from conch.config import JudgeConfig, RewardConfig, VerifierName
 from conch.config.reward import GOALS as GOALS
 from conch.config.reward import JUDGE, VERIFIER
 from conch.config.reward import is_function_name as is_function_name
@@ -33,6 +33,11 @@ _THREE_WAYS = (
     "no reward given: pass a Python function `reward(samples, prompts, outputs, **metadata)` (on a command "
     "line `reward.function=file.py:name`), set `reward.url=host:port/model`, `reward.verifier=gsm8k` or "
     "`reward.judge.file=FILE.yaml`, or set the environment variable TRITON_HOST=host:port/model"
+)
+_SHORT_FORMS = (
+    "`file.py:function` or `module:function` is a Python function, `host:port/model` a model served by "
+    "Triton, `http://host:port/path` an endpoint, `verifier:gsm8k` a check, `judge:FILE.yaml` a language "
+    "model that is asked, `goals:text_length` a measure of texts"
 )
 
 
@@ -105,6 +110,77 @@ def _named(
     if config.judge.is_set:
         return config.judge
     return config.members or config.url or os.environ.get("TRITON_HOST")
+
+
+def check_reward_named(config: RewardConfig, *, required: bool) -> None:
+    """See, without opening or running anything, that what the configuration names may be a reward.
+
+    required: it must name one, or TRITON_HOST must.
+
+    Raises:
+        ConfigError: nothing is named, or what is has no form of a reward, or its file is not there.
+    """
+    if config.replay is not None or not (required or config.named_by):
+        return
+    named = _named(None, config)
+    if not named:
+        raise ConfigError(_THREE_WAYS)
+    for each in named.values() if isinstance(named, Mapping) else [named]:
+        if isinstance(each, JudgeConfig):
+            _check_judge(each)
+        elif each == config.function:
+            _place_of_function(str(each), "reward.function")
+        else:
+            _check_name(str(each))
+
+
+def check_gold_named(gold: str) -> None:
+    """The same for `evaluation.gold`, which may be any name of a reward.
+
+    Raises:
+        ConfigError: see `check_reward_named`.
+    """
+    if is_function_name(gold):
+        _place_of_function(gold, "evaluation.gold")
+        return
+    try:
+        _check_name(gold)
+    except ConfigError as error:
+        raise ConfigError(f"gold: {error}") from None
+
+
+def _check_name(name: str) -> None:
+    if name.startswith(JUDGE):
+        _check_judge(JudgeConfig(file=Path(name.removeprefix(JUDGE))))
+    elif name.startswith(SCHEMES):
+        parse_urls(name)
+    elif not name.startswith((VERIFIER, GOALS)):
+        _parse_served(name)
+
+
+def _check_judge(judge: JudgeConfig) -> None:
+    from conch.rewards.judge.source import read_judge
+
+    read_judge(judge)
+
+
+def _parse_served(name: str) -> None:
+    """Read `host:port/model`; a word that is no address gets all the short forms."""
+    if any(sign in name for sign in ":/"):
+        Endpoint.parse_all(name)
+        return
+    module, dot, attribute = name.rpartition(".")
+    if name.endswith(".py"):
+        hint = f"for a function of this file write `{name}:NAME`"
+    elif name.endswith((".yaml", ".yml")):
+        hint = f"did you mean `{JUDGE}{name}`?"
+    elif name in get_args(VerifierName):
+        hint = f"did you mean `{VERIFIER}{name}`?"
+    elif dot:
+        hint = f"for a function of a module write `{module}:{attribute}`"
+    else:
+        hint = _SHORT_FORMS
+    raise ConfigError(f"reward `{name}` names nothing that gives rewards: {hint}")
 
 
 def shared_reward(
@@ -187,10 +263,8 @@ def named_function(name: str, setting: str = "reward.function") -> Callable[...,
     Raises:
         ConfigError: no such file, module or function.
     """
-    place, _, attribute = name.rpartition(":")
-    if not place or not attribute:
-        raise ConfigError(f"`{setting}` = {name}: write file.py:name or module:name")
-    module = _module_of_file(Path(place), setting) if place.endswith(".py") else _module(place, setting)
+    place, attribute = _place_of_function(name, setting)
+    module = _module_of_file(Path(place)) if place.endswith(".py") else _module(place, setting)
     function = getattr(module, attribute, None)
     if function is not None and not callable(function):
         kind = type(function).__name__
@@ -203,13 +277,26 @@ def named_function(name: str, setting: str = "reward.function") -> Callable[...,
     return function
 
 
+def _place_of_function(name: str, setting: str) -> tuple[str, str]:
+    """The file or module of `file.py:name` or `module:name`, and the name in it.
+
+    Raises:
+        ConfigError: it is neither, or there is no such file.
+    """
+    place, _, attribute = name.rpartition(":")
+    if not place or not attribute:
+        raise ConfigError(f"`{setting}` = {name}: write file.py:name or module:name")
+    path = Path(place)
+    if place.endswith(".py") and not path.is_file():
+        raise ConfigError(f"`{setting}`: {path} cannot be read: there is no such file{missing_path(path)}")
+    return place, attribute
+
+
 _FILES_RUN: dict[tuple[Path, int, int], ModuleType] = {}
 """Path, time of change in nanoseconds and size in bytes of files that were run -> what they define."""
 
 
-def _module_of_file(path: Path, setting: str) -> ModuleType:
-    if not path.is_file():
-        raise ConfigError(f"`{setting}`: {path} cannot be read: there is no such file{missing_path(path)}")
+def _module_of_file(path: Path) -> ModuleType:
     # A command looks before it loads a model, and loads the function again for the run: the file runs once.
     stat = path.stat()
     key = (path.resolve(), stat.st_mtime_ns, stat.st_size)
@@ -287,6 +374,7 @@ def _source_of_name(
     from conch.rewards.served import HttpReward, TritonReward
 
     if not name.startswith(SCHEMES):
+        _parse_served(name)
         return TritonReward(name, config, decode=decode)
     _refuse_dense(config, name)
     return HttpReward(name, config)

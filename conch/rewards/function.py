@@ -105,6 +105,11 @@ class FunctionReward(RewardSource):
             detail = f"{self._who} raised {type(error).__name__}: {error}{_user_line(error)}"
             return parser.failures(RewardStatus.INVALID, detail)
         parser = ReplyParser(self._who, samples, self.name, latency_s=time.monotonic() - started)
+        if reply is None:
+            lacks = (
+                f"{self._who} returned None, as one without `return` does: return a list of a score for each"
+            )
+            return parser.failures(RewardStatus.INVALID, f"{lacks} of the {len(samples)} samples")
         return parser.parse(reply, token_counts)
 
     def _signature_problem(self, metadata_keys: Iterable[str]) -> str:

@@ -348,8 +348,14 @@ class RewardScorer:
             return kind(f"{summary}; all of them on other ranks, whose messages say why")
         worst = next((result for result in own if not result.status.is_infrastructure), own[0])
         # Whoever gives None for a sample without a score means this; a function that fails is to be mended.
-        few = failure.policy == "raise" and counts.failed < counts.total
-        remedy = "; reward.failure.policy=drop goes on without such samples" if few else ""
+        remedy = ""
+        if counts.failed == counts.total and worst.absent:
+            remedy = (
+                "; None says that a sample has no score, and here none has one: return a number for each "
+                "sample that has"
+            )
+        elif failure.policy == "raise" and counts.failed < counts.total:
+            remedy = "; reward.failure.policy=drop goes on without such samples"
         reason = f"first: {worst.detail} ({worst.status.value}){remedy}"
         return kind(f"{summary}, {len(own)} of them on this rank; {reason}")
 

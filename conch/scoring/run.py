@@ -16,13 +16,12 @@ those of --against by more than --tolerance.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import sys
 from collections.abc import Sequence
 
-from conch.cli import add_options, parse_options, written_with
+from conch.cli import CommandParser, add_options, parse_options, written_with
 from conch.errors import ConchError
 from conch.log import setup_logging
 from conch.scoring.options import ScoreOptions
@@ -30,7 +29,7 @@ from conch.scoring.options import ScoreOptions
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="conch score",
         description=ScoreOptions.__doc__,
         epilog="Underscores will do for dashes. Exit codes: 0 all rows have scores, 1 nothing could be "

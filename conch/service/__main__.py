@@ -1,11 +1,11 @@
 """A service that trains a model for clients who ask for completions and send back rewards, over HTTP.
 
     export CONCH_SERVICE_KEY=$(openssl rand -hex 32)
-    python -m conch.service --output_dir /data/runs
+    conch service --output_dir /data/runs
 
-    python -m conch.service --api_key KEY --output_dir /data/runs      the key stands in the process table
+    conch service --api_key KEY --output_dir /data/runs                the key stands in the process table
     accelerate launch --config_file configs/accelerate/zero2-bf16.yaml --num_processes 8 \\
-        -m conch.service --output_dir /data/runs                       trains on eight GPUs
+        -m conch service --output_dir /data/runs                       trains on eight GPUs
 
 `key=value` may be written `--key value`, or stand in the environment, as containers have it:
 `CONCH_SERVICE_PORT=9000` is `port=9000`. The command line wins. docs/remote_service.md has more.

@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from conch.cli import add_options, parse_options, written_with
+from conch.cli import CommandParser, add_options, parse_options, written_with
 from conch.errors import ConchError
 from conch.serving.deployment.options import (
     DownOptions,
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="conch serve",
         description="Serve converted reward models.",
         epilog="Underscores will do for dashes.",

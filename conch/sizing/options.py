@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from conch.cli import written_with
+from conch.cli import CommandParser, written_with
 from conch.errors import ConfigError
 
 Precision = Literal["float32", "bf16", "fp16"]
@@ -79,7 +79,7 @@ def _check(setup: Setup) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="conch size",
         description="Memory of a run, for each GPU.",
         epilog="Underscores will do for dashes.",

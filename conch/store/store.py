@@ -207,11 +207,13 @@ def verify_files(model: StoredModel) -> None:
 
 @contextlib.contextmanager
 def staged_version(model_store: Path, name: str) -> Iterator[Path]:
-    """Yield an empty folder inside the store to write a version into; removed at the end unless published.
+    """Yield an empty folder inside the store to write a version into; removed at the end unless published,
+    and so is a store that was made for it.
 
     Raises:
         ModelStoreError: the store cannot be created or written.
     """
+    absent = [folder for folder in (model_store, *model_store.parents) if not folder.exists()]
     try:
         model_store.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".staging-{name}-", dir=model_store))
@@ -226,6 +228,9 @@ def staged_version(model_store: Path, name: str) -> Iterator[Path]:
         yield version
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        with contextlib.suppress(OSError):  # something stands in it
+            for folder in absent:
+                folder.rmdir()
 
 
 def publish(

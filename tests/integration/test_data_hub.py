@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,28 @@ for source, values in json.loads(sys.argv[1]):
     except DataError as error:
         print(json.dumps(str(error)))
 """
+
+
+@contextmanager
+def hung_up() -> Iterator[tuple[str, list[bytes]]]:
+    """A port that closes each connection without an answer: its address, and what it was asked."""
+    asked: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def close_each() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with connection:
+                        asked.append(connection.recv(4096).partition(b"\r\n")[0])
+
+        thread = threading.Thread(target=close_each)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}", asked
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +102,18 @@ def test_streamed_rows_leave_no_copy(hub: str, tmp_path: Path) -> None:
     (rows,) = read(hub, tmp_path / "home", ("some/rows", {"streaming": True}))
     assert sorted(row["a"] for row in rows) == [1, 2, 4]
     assert not list((tmp_path / "home").rglob("*.arrow"))
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path: Path) -> None:
+    with hung_up() as (address, asked):
+        (said,) = read(address, tmp_path, ("imdb", {}))
+    # Beside, the hub's library may ask for a list of its own.
+    assert [line for line in asked if b"imdb" in line] == [b"GET /api/datasets/imdb HTTP/1.1"]
+    assert said.startswith(f"imdb cannot be read: it is no file or folder here, the hub ({address})")
+
+
+def test_a_dataset_in_the_cache_needs_no_answer(hub: str, tmp_path: Path) -> None:
+    (first,) = read(hub, tmp_path, ("some/rows:test", {}))
+    with hung_up() as (address, _asked):
+        (second,) = read(address, tmp_path, ("some/rows:test", {}))
+    assert second == first

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", "conch", "trainers", "converters")
+BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", "conch", "trainers", "converters", "configs")
 
 
-def run(*command: str | Path, cwd: Path) -> str:
-    """Run a command without this process's import paths, and give what it printed."""
+def run(*command: str | Path, cwd: Path, code: int = 0) -> str:
+    """Run a command without this process's import paths, and give what it printed: on stderr, where it is to
+    leave with another code than 0."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     result = subprocess.run(
         [str(part) for part in command],
@@ -29,8 +30,8 @@ def run(*command: str | Path, cwd: Path) -> str:
         timeout=300,
         check=False,
     )
-    assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
-    return result.stdout
+    assert result.returncode == code, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+    return result.stderr if code else result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +86,15 @@ def test_wheel_holds_every_module_and_the_type_marker(distributions: Path) -> No
     assert "conch/converters/triton_models/reward_model.py" in names
     assets = {str(file.relative_to(ROOT)) for file in (ROOT / "conch/report/assets").iterdir()}
     assert len(assets) > 5 and assets <= names
+    presets = {f"conch/{file.relative_to(ROOT)}" for file in (ROOT / "configs").rglob("*.yaml")}
+    assert len(presets) > 40 and presets <= names
 
 
 def test_source_distribution_holds_files_where_the_checkout_has_links(distributions: Path) -> None:
     with tarfile.open(next(distributions.glob("*.tar.gz"))) as archive:
         members = {member.name.partition("/")[2]: member for member in archive.getmembers()}
     assert members["conch/trainers/ppo.py"].isfile()
+    assert members["conch/configs/scheduler/cosine.yaml"].isfile()
     assert not any(member.issym() or member.islnk() for member in members.values())
 
 
@@ -109,4 +113,16 @@ def test_installed_wheel_has_its_commands(installed: Path) -> None:
     folder = installed.parent
     assert "--checkpoint" in run(folder / "conch-to-triton", "--help", cwd=folder)
     assert "rollout-server" in run(folder / "conch", "--help", cwd=folder)
-    assert "reward_model" in run(folder / "conch", "train", "--help", cwd=folder)
+    assert "reward-model" in run(folder / "conch", "train", "--help", cwd=folder)
+
+
+@pytest.mark.parametrize(
+    ("program", "word", "line"),
+    [("ppo", "scheduler=cosine", "  name: cosine"), ("best-of-n", "best_of_n.seed=3", "  seed: 3")],
+)
+def test_installed_wheel_has_the_presets(installed: Path, program: str, word: str, line: str) -> None:
+    conch, folder = installed.parent / "conch", installed.parent
+    mistake = run(conch, program, "model.pth=m", cwd=folder, code=1)
+    assert "unknown key `model.pth`; did you mean `model.path`?" in mistake
+    shown = run(conch, program, "--print-config", "model.path=m", word, cwd=folder).splitlines()
+    assert line in shown and "  path: m" in shown

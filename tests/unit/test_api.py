@@ -110,8 +110,11 @@ def test_a_config_of_a_type_picks_its_own(tmp_path: Path) -> None:
         ({"samples": ["a"], "tokenizer": None}, r"pass `tokenizer=`"),
         (
             {"prompts": ["a"], "algorithm": "dpo"},
-            r"`algorithm` = 'dpo': there are ppo, grpo, async_grpo, rft, ilql, sft",
+            r"`algorithm` = 'dpo': there are ppo, grpo, async-grpo, rft, ilql, sft; .*RewardModelTrainer",
         ),
+        ({"samples": ["a"], "algorithm": "reward_model"}, r"trained by `RewardModelTrainer\(config"),
+        ({"samples": ["a"], "algorithm": "reward-model"}, r"trained by `RewardModelTrainer\(config"),
+        ({"samples": ["a"], "algorithm": "Async-GRPO"}, r"AsyncGRPORunConfig learns from `prompts`"),
         ({"prompts": ["a"], "algorithm": "sft"}, r"SFTRunConfig learns from `samples`"),
         ({"prompts": ["a"], "config": {"grpo": {}, "rft": {}}}, r"several algorithms: grpo, rft"),
         (

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
-import argparse
 import inspect
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +16,7 @@ from hydra import initialize_config_dir
 from pydantic import Field
 
 from conch.cli import (
+    CommandParser,
     Option,
     add_options,
     compose,
@@ -188,6 +190,15 @@ def test_compose_missing_file_lists_those_that_exist(configs: Path) -> None:
         compose("nope", [], configs)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("plian", "did you mean `plain`?"), ("nope", "there is: plain")],
+)
+def test_missing_file_is_told_with_those_of_the_program(configs: Path, name: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=rf"no configuration `{name}` in .*; {re.escape(said)}$"):
+        load_run_config(ToyConfig, ["--config-name", name], default_name="plain", config_dir=configs)
+
+
 def test_compose_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no configuration folder .*absent.*--config-dir"):
         compose("plain", [], tmp_path / "absent")
@@ -334,24 +345,70 @@ def test_print_config_names_what_is_required(tmp_path: Path, capsys: pytest.Capt
     assert load_run_config(ToyConfig, ["name=a"], default_name="empty", config_dir=tmp_path).train.seed == 5
 
 
-@pytest.mark.parametrize("option", ["--help", "--print-config"])
-def test_reader_that_leaves_before_the_end_is_no_error(
-    option: str, configs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@contextmanager
+def reader_that_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Replace stdout by a pipe that nobody reads."""
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        with pytest.raises(SystemExit) as caught:
-            load_run_config(ToyConfig, [option], default_name="plain", config_dir=configs)
+        yield
+
+
+@pytest.mark.parametrize("size", [10, 100_000], ids=["a line", "more than a buffer"])
+def test_reader_that_leaves_before_the_end_is_no_error(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with reader_that_left(monkeypatch), pytest.raises(SystemExit) as caught:
+        run_main(lambda _: print("a" * size))
     assert caught.value.code == 0
 
 
-def test_unknown_option_leaves_with_2_and_usage(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_code_is_kept_where_the_reader_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def show_and_leave(_: list[str]) -> None:
+        print("shown")
+        raise SystemExit(3)
+
+    with reader_that_left(monkeypatch), pytest.raises(SystemExit) as caught:
+        run_main(show_and_leave)
+    assert caught.value.code == 3
+
+
+def test_pipe_that_broke_elsewhere_keeps_its_traceback() -> None:
+    def write_to_nobody(_: list[str]) -> None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "wb", buffering=0) as stream:
+            stream.write(b"a")
+
+    with pytest.raises(BrokenPipeError):
+        run_main(write_to_nobody)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--confg-name", "--confg-name; did you mean --config-name?"),
+        ("--prnt-config", "--prnt-config; did you mean --print-config?"),
+        ("--train.seed=3", "--train.seed; settings are written without dashes: train.seed=3"),
+        (
+            "--train.sed=3",
+            "--train.sed; settings are written without dashes, key=value; did you mean `train.",
+        ),
+    ],
+)
+def test_unknown_option_names_what_was_meant(
+    option: str, said: str, configs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        load_run_config(ToyConfig, [option, "name=a"], default_name="plain", config_dir=configs)
+    assert capsys.readouterr().err.startswith(f"error: unknown option {said}")
+
+
+def test_unknown_option_leaves_with_2(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as leaving:
         load_run_config(ToyConfig, ["--seed=1"], default_name="plain", config_dir=configs)
     assert leaving.value.code == 2
-    assert "--seed=1" in capsys.readouterr().err
+    said = "settings are written without dashes, key=value; did you mean `train.seed`?"
+    assert capsys.readouterr().err == f"error: unknown option --seed; {said}\n"
 
 
 def test_save_resolved_can_be_composed_into_an_equal_config(tmp_path: Path) -> None:
@@ -463,8 +520,8 @@ class ToyOptions(Section):
     """Where it goes."""
 
 
-def toy_parser(**settings: Any) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser()
+def toy_parser(**settings: Any) -> CommandParser:
+    parser = CommandParser()
     add_options(parser, ToyOptions, **settings)
     return parser
 
@@ -485,6 +542,28 @@ def test_add_options_reads_values_by_the_fields_types() -> None:
         "dry": True,
         "folder": "there",
     }
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("--nmae a", "unknown option --nmae; did you mean --name?"),
+        ("--zzzzz", "unknown option --zzzzz; --help lists all"),
+        ("name=a", "`name=a` is no option; write --name a"),
+        ("--name name=b --dry mode=fast", "`mode=fast` is no option; write --mode fast"),
+    ],
+)
+def test_unknown_option_of_a_command_is_told_in_one_line(
+    line: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        toy_parser().parse_args(line.split())
+    assert (leaving.value.code, capsys.readouterr().err) == (2, f"error: {said}\n")
+
+
+def test_values_of_options_may_be_written_like_settings() -> None:
+    line = "--name mode=a --labels first=1 mode=2 --place name=b --nam c"
+    assert vars(toy_parser().parse_args(line.split()))["labels"] == ["first=1", "mode=2"]
 
 
 @pytest.mark.parametrize("line", ["", "--name a --mode slow", "--name a --first x"])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from conch.config import (
     TrainConfig,
     load,
 )
+from conch.config.algorithms import run_config_of
 from conch.config.base import describe_field, refuse_unknown_keys
 from conch.converters.options import ConversionOptions
 from conch.errors import ConfigError
@@ -277,6 +279,24 @@ def test_nested_reward_settings_are_read() -> None:
     reward = load(Outer, {"reward": values}).reward
     assert reward.client.cache_size == 0 and reward.client.deadline_s == 60
     assert reward.auth.tls.ca == Path("x") and reward.failure.policy == "wait"
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("ppo.kl.coef", "did you mean `grpo.kl.coef`?"),
+        ("ppo.clip_value", "it is a section of `conch train ppo`, in Python of"),
+        (
+            "reward_model.loss.kind",
+            "it is a section of `conch train reward-model`, in Python of `conch.trainers.rew",
+        ),
+        ("polic", "valid here: model, "),
+        ("kl_coeff", "did you mean `grpo.kl.coef`?"),
+    ],
+)
+def test_key_of_another_algorithm_is_told_as_this_one_s(key: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"unknown key `{key}`; {said}")):
+        refuse_unknown_keys(run_config_of("grpo"), [key])
 
 
 def test_section_is_frozen() -> None:

@@ -37,6 +37,7 @@ COMMANDS = [
     "conch.evaluation.sampling.run",
     "conch.evaluation.pictures",
     "conch.report.__main__",
+    "conch.interop.trlx",
     "conch.__main__",
 ]
 # Verb of `conch` -> the module whose `main` it runs.
@@ -59,6 +60,7 @@ VERBS = {
     "plot": "conch.runs.plots",
     "overoptimisation": "conch.evaluation.pictures",
     "report": "conch.report.__main__",
+    "trlx": "conch.interop.trlx",
 }
 ALGORITHMS = ["async_grpo", "grpo", "ilql", "ppo", "reward_model", "rft", "sft"]
 NAMES = {
@@ -129,8 +131,9 @@ def test_train_runs_the_trainer_by_the_settings_of_the_words(
     configs: list[Any] = []
     monkeypatch.setattr(trainer, "run", configs.append)
     monkeypatch.setattr(sys, "argv", ["conch"])
+    monkeypatch.setenv("TRITON_HOST", "127.0.0.1:8001/walks")
 
-    words = ["model.path=m", "train.seed=5"]
+    words = ["model.path=m", "train.seed=5", "data.train=some/rows"]
     assert exit_code(["train", algorithm.replace("_", "-"), *words]) == 0
     assert exit_code(["train", algorithm, *words]) == 0
     assert exit_code([algorithm.replace("_", "-"), *words]) == 0
@@ -145,9 +148,10 @@ def test_best_of_n_runs_by_the_settings_of_the_words(monkeypatch: pytest.MonkeyP
     module = importlib.import_module("conch.evaluation.sampling.run")
     monkeypatch.setattr(module, "run_best_of_n", configs.append)
     monkeypatch.setattr(sys, "argv", ["conch"])
+    monkeypatch.setenv("TRITON_HOST", "127.0.0.1:8001/walks")
 
     for verb in ("best-of-n", "best_of_n"):
-        assert exit_code([verb, "model.path=m", "best_of_n.seed=3"]) == 0
+        assert exit_code([verb, "model.path=m", "data.eval=some/rows", "best_of_n.seed=3"]) == 0
     assert [config.best_of_n.seed for config in configs] == [3, 3]
 
 
@@ -205,7 +209,10 @@ def exit_code(words: list[str]) -> int:
             ["zzz"],
             "there are: async-grpo, best-of-n, co",
         ),
-        (["train", "zzz"], "there are: async_grpo, grpo, ilql, ppo, reward_model, rft, sft"),
+        (["train", "zzz"], "there are: async-grpo, grpo, ilql, ppo, reward-model, rft, sft"),
+        (["PPPO"], "`conch PPPO` is no command; did you mean `conch ppo`?"),
+        (["resume", "runs/a"], "a run goes on by the command that began it, with `train.resume=RUN_DIR`"),
+        (["generate"], "`conch best-of-n` samples many completions"),
         (["serve", "statu"], "`conch serve statu` is no command; did you mean `conch serve status`?"),
         (["serve", "zzz"], "there are: down, install, logs, status, swap, up"),
         (
@@ -231,8 +238,37 @@ def test_help_lists_every_verb_with_a_line_of_its_own(words: list[str], capsys: 
     ]
     verbs = {verb.split()[0] for verb in VERBS} - {"rollout_server"} | {"train", "best-of-n", "completion"}
     verbs |= {algorithm.replace("_", "-") for algorithm in ALGORITHMS}
-    assert sorted(name for name, _ in listed) == sorted(ALGORITHMS if words[0] == "train" else verbs)
+    algorithms = {algorithm.replace("_", "-") for algorithm in ALGORITHMS}
+    assert sorted(name for name, _ in listed) == sorted(algorithms if words[0] == "train" else verbs)
     assert all(summary for _, summary in listed)
+
+
+def test_algorithms_are_told_by_whole_sentences(capsys: Any) -> None:
+    main(["train", "--help"])
+    shown = capsys.readouterr().out
+    for algorithm in ALGORITHMS:
+        spec = importlib.util.find_spec(f"conch.trainers.{algorithm}")
+        assert spec is not None and spec.origin is not None
+        text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+        (line,) = (line for line in shown.splitlines() if line.split()[:1] == [algorithm.replace("_", "-")])
+        said = line.split(maxsplit=1)[1]
+        assert " ".join(text.split()).startswith(f"{said}.") and len(said) < 110
+
+
+@pytest.mark.parametrize("word", ["version", "-V", "--version"])
+def test_version_is_a_word_too(word: str, capsys: Any) -> None:
+    assert main([word]) == 0
+    assert capsys.readouterr().out == f"conch {importlib.import_module('conch').__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "same"),
+    [(["help"], ["--help"]), (["help", "train"], ["train", "--help"]), (["TRAIN", "-h"], ["train", "-h"])],
+)
+def test_help_is_a_word_too_and_case_does_not_count(words: list[str], same: list[str], capsys: Any) -> None:
+    assert (main(words), shown := capsys.readouterr().out) == (0, shown)
+    assert main(same) == 0
+    assert shown == capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [[], ["train"]])
@@ -246,6 +282,17 @@ def test_version_is_the_package_s() -> None:
     done = subprocess.run(module, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
 
     assert done.stdout == f"conch {importlib.import_module('conch').__version__}\n"
+
+
+@pytest.mark.parametrize("words", ["--help", "train --help", "service --help", "ppo --help", "serve --help"])
+def test_reader_that_leaves_before_the_end_is_no_error(words: str) -> None:
+    command = [sys.executable, "-m", "conch", *words.split()]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as program:
+        assert program.stdout is not None and program.stderr is not None
+        program.stdout.close()
+        assert (program.stderr.read(), program.wait(timeout=120)) == ("", 0)
 
 
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "tritonclient", "hydra", "matplotlib", "fastapi")
@@ -266,6 +313,7 @@ FIRST_WORDS = [
         "report",
         "ensemble",
         "gold",
+        "trlx",
     ),
 ]
 # A key or an option that is none, and what is said of it.
@@ -275,17 +323,41 @@ MISTAKES = {
         f"-m conch.trainers.{algorithm} model.path=m train.sed=1": "`train.seed`?" for algorithm in ALGORITHMS
     },
     "ppo pp0.gamma=1": "unknown key `pp0.gamma`",
-    "grpo model.path=m --reward nowhere.at.all:f": "there is no module nowhere",
-    "async-grpo model.path=m --reward json:dumbs": "has no function dumbs; did you mean dumps?",
-    "rft model.path=m --reward conch.errors:__doc__": "is of type str and no function",
+    "grpo model.path=m data.train=a/b --reward nowhere.at.all:f": "there is no module nowhere",
+    "async-grpo model.path=m data.train=a/b --reward json:dumbs": "no function dumbs; did you mean dumps?",
+    "rft model.path=m data.train=a/b --reward conch.errors:__doc__": "is of type str and no function",
     "ppo model.path=m --reward nowhere.py:f": "there is no such file",
+    "ppo model.path=m": "no reward given",
+    "best-of-n model.path=m": "no reward given",
+    "sft model.path=m": "no samples: set `data.train`",
+    "reward-model model.path=m": "no samples: set `data.train`",
+    "ilql model.path=m": "no samples: set `data.train`",
+    "ppo model.path=m --reward verifier:gsm8k": "no prompts: set `data.train`",
+    "best-of-n model.path=m --reward verifier:gsm8k": "no prompts: set `data.eval`",
+    "grpo model.path=m --reward verifier:gsm8k data.train=prompt.jsonl": "there is no such file",
+    "sft model.path=m data.train=a/b data.eval=prompt.jsonl": "prompt.jsonl cannot be read",
+    "ppo model.path=m data.train=a/b --reward foo": "`foo` names nothing that gives rewards: `file.py:",
+    "ppo model.path=m data.train=a/b --reward rewards.py": "of this file write `rewards.py:NAME`",
+    "ppo model.path=m data.train=a/b --reward rewards.short": "of a module write `rewards:short`",
+    "ppo model.path=m data.train=a/b --reward 127.0.0.1:8001": "not of the form `host:port/model`",
+    "ppo model.path=m data.train=a/b --reward judge:none.yaml": "none.yaml cannot be read",
+    "sft model.path=m data.train=a/b evaluation.gold=gsm8k": "gold: reward `gsm8k` names nothing",
     "best-of-n best_of_n.sed=1": "unknown key `best_of_n.sed`",
     "rollout-server model=m prot=1": "did you mean `port`?",
     "reference-server model=m prot=1": "did you mean `port`?",
     "reward-server prot=1": "did you mean `port`?",
     "size --model m --gpus 0": "is not positive",
-    "convert --checkpiont m": "--checkpiont",
-    "score --ulr m": "--ulr",
+    "size --modle m": "error: unknown option --modle; did you mean --model?\n",
+    "size model=m": "error: `model=m` is no option; write --model m\n",
+    "convert --chekpoint m": "error: unknown option --chekpoint; did you mean --checkpoint?\n",
+    "serve up --modle m": "error: unknown option --modle; did you mean --model?\n",
+    "serve up model=m": "error: `model=m` is no option; write --model m\n",
+    "score --ulr m": "error: unknown option --ulr; did you mean --url?\n",
+    "ppo --confg-name m": "error: unknown option --confg-name; did you mean --config-name?\n",
+    "ppo --train.total_steps=3": "settings are written without dashes: train.total_steps=3\n",
+    "ppo --config-name ppp": "did you mean `ppo`?",
+    "best-of-n polic=1": "unknown key `polic`; valid here: model, tokenizer,",
+    "PPO train.sed=1": "did you mean `train.seed`?",
 }
 
 
@@ -309,8 +381,10 @@ def test_mistake_is_refused_before_anything_heavy_is_loaded(
 ) -> None:
     result = quick_commands[command]
     assert result["code"] in (1, 2) and sentence in result["text"]
-    # A reward's function is looked for once the configuration is whole, which Hydra composes.
-    assert result["heavy"] == (["hydra"] if "--reward" in command else [])
+    # Rewards and data are looked for once the configuration is whole, which Hydra composes.
+    assert result["heavy"] == (
+        [] if "unknown" in result["text"] or "model.path" not in command else ["hydra"]
+    )
 
 
 @pytest.mark.parametrize("words", ["--help", "train --help", "trian"])
@@ -333,5 +407,5 @@ def test_console_script_is_the_module() -> None:
 
 
 def test_dir_of_the_package_shows_what_is_loaded_at_first_use() -> None:
-    program = "import sys, conch; assert 'train' in dir(conch); assert 'torch' not in sys.modules"
+    program = "import sys, conch; assert dir(conch) == conch.__all__; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=120, check=True)

@@ -232,7 +232,7 @@ def test_files_and_functions_stay_short(file: Path) -> None:
     assert {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION} == {}
 
 
-@pytest.mark.parametrize("name", ["trainers", "converters"])
+@pytest.mark.parametrize("name", ["trainers", "converters", "configs"])
 def test_root_folders_are_linked_into_the_package(name: str) -> None:
     link = ROOT / "conch" / name
     assert link.is_symlink()

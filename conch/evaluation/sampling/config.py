@@ -18,7 +18,8 @@ from conch.config import (
     TokenizerConfig,
 )
 from conch.config.reward import VERIFIER, source_in_short
-from conch.rewards.factory import shared_reward
+from conch.data.files import check_rows_named
+from conch.rewards.factory import check_reward_named, shared_reward
 
 CONFIG_NAME = "best_of_n"
 """File below `configs/` that runs where none is named."""
@@ -108,6 +109,18 @@ class BestOfNRunConfig(Section):
                     f"the gold model is the proxy, {name}: what the proxy chooses must be judged by another"
                 )
         return self
+
+
+def check_sources_named(config: BestOfNRunConfig) -> None:
+    """See that proxy, gold and prompts are named, and that their files are there: all that takes no torch.
+
+    Raises:
+        ConfigError, DataError: they are not.
+    """
+    check_reward_named(config.reward, required=True)
+    if config.gold is not None:
+        check_reward_named(config.gold, required=True)
+    check_rows_named(config.data, "prompts", training=False)
 
 
 def _sources(config: RewardConfig) -> dict[str, str | JudgeConfig]:

@@ -36,7 +36,12 @@ from conch.evaluation.best_of_n import BestOfN, best_of_n
 from conch.evaluation.curves import RESULTS, Start, results_json
 from conch.evaluation.pictures import draw_folder
 from conch.evaluation.records import GOLD, PROXY, EvaluationRecord, read_record, write_record
-from conch.evaluation.sampling.config import CONFIG_NAME, BestOfNConfig, BestOfNRunConfig
+from conch.evaluation.sampling.config import (
+    CONFIG_NAME,
+    BestOfNConfig,
+    BestOfNRunConfig,
+    check_sources_named,
+)
 from conch.evaluation.sampling.samples import Part, SampleFolder, about_samples, record_of, rollouts_of
 from conch.evaluation.sampling.scoring import (
     Asked,
@@ -350,7 +355,8 @@ def _tell(result: BestOfN, folder: Path) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Command line: `key=value ...`, with prompts from `data.eval`; `--help` lists the keys."""
-    run_best_of_n(load_run_config(BestOfNRunConfig, argv, default_name=CONFIG_NAME))
+    config = load_run_config(BestOfNRunConfig, argv, default_name=CONFIG_NAME, check=check_sources_named)
+    run_best_of_n(config)
 
 
 if __name__ == "__main__":

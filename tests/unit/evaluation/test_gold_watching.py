@@ -442,7 +442,7 @@ def test_gold_that_is_the_reward_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("gold", "message"),
     [
-        ("nowhere", "gold: reward `nowhere` is not of the form `host:port/model`"),
+        ("nowhere", "gold: reward `nowhere` names nothing that gives rewards"),
         ("none.py:f", r"gold: `evaluation\.gold`: none\.py cannot be read|`evaluation\.gold`: none\.py"),
         (f"{__file__}:gold_lenght", r"`evaluation\.gold` = .*has no function gold_lenght; did you mean"),
         (lambda texts: [], "gold: reward function `<lambda>` has the wrong signature"),

@@ -319,6 +319,21 @@ def test_file_becomes_a_file_that_the_command_line_takes(
     assert (run.train.seed, run.ppo.kl.coef, run.optimizer.weight_decay) == (3, 0.001, 1e-6)
 
 
+def test_what_conch_does_not_take_together_is_told_beside_the_file(tmp_path: Path) -> None:
+    method = {**PPO_METHOD, "target": 6.0, "gen_kwargs": {"max_new_tokens": 40, "top_k": 50}}
+    (tmp_path / "trlx.yml").write_text(yaml.safe_dump(newer("AcceleratePPOTrainer", method)))
+    done = subprocess.run(
+        [quick_python(), "-m", "conch.interop.trlx", str(tmp_path / "trlx.yml")],
+        capture_output=True,
+        text=True,
+    )
+    said = "`generation.top_k` or `top_p` do not measure: leave one of them out"
+    comments = " ".join(line for line in done.stdout.splitlines() if line.startswith("#"))
+    assert done.returncode == 0
+    assert said in done.stderr and said in comments
+    assert yaml.safe_load(done.stdout)["ppo"]["kl"]["target"] == 6.0
+
+
 @pytest.mark.parametrize("text", ["[1, 2]", "a: [", "a text"])
 def test_a_file_that_holds_no_sections_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "trlx.yml").write_text(text)

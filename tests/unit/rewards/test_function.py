@@ -120,7 +120,7 @@ def test_dict_of_lists_arrives_as_objectives() -> None:
         ([[1.0]], "returned 1 lists, expected one score for each of 3 samples"),
         (1.0, "returned a float"),
         (torch.tensor(1.0), "returned a float"),
-        (None, "returned a NoneType"),
+        (None, "returned None, as one without `return` does: return a list of a score for each of the 3"),
         ("123", "returned a str"),
         ({}, "returned an empty dict"),
         ({"help": [1.0, 2.0, 3.0], "harm": [1.0]}, "returned 1 score for objective `harm`"),

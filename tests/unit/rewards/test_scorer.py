@@ -218,6 +218,21 @@ def test_raise_names_count_and_first_detail() -> None:
         assert scorer.gather()[0].ok
 
 
+@pytest.mark.parametrize(
+    ("scores", "remedy"),
+    [
+        ([None, None], r"here none has one: return a number for each sample that has$"),
+        ([1.0, None], r"reward\.failure\.policy=drop goes on without such samples$"),
+    ],
+)
+def test_none_for_a_sample_is_told_with_its_remedy(scores: list[float | None], remedy: str) -> None:
+    with FunctionReward(lambda samples, prompts, outputs: scores) as source:
+        scorer = RewardScorer(source, RewardConfig())
+        scorer.submit(rollouts("a", "b"))
+        with pytest.raises(RewardInvalidError, match=remedy):
+            scorer.gather()
+
+
 def test_raise_tolerates_no_failure_whatever_drop_would() -> None:
     with FunctionReward(length) as source:
         scorer = RewardScorer(

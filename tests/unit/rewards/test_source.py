@@ -123,6 +123,11 @@ def test_no_reward_names_the_three_ways(monkeypatch: pytest.MonkeyPatch) -> None
         ("host:0/walks", "not of the form `host:port/model`"),
         ("host:70000/walks", "not of the form `host:port/model`"),
         ("host:grpc/walks", "not of the form `host:port/model`"),
+        ("walks", "`walks` names nothing that gives rewards: `file.py:function` or"),
+        ("rewards.py", "for a function of this file write `rewards.py:NAME`"),
+        ("rewards.short", "for a function of a module write `rewards:short`"),
+        ("strict.yaml", "did you mean `judge:strict.yaml`?"),
+        ("gsm8k", "did you mean `verifier:gsm8k`?"),
     ],
 )
 def test_bad_address_is_refused_with_the_reason(url: str, words: str) -> None:

@@ -134,6 +134,17 @@ def test_publish_that_fails_changes_nothing(tmp_path: Path) -> None:
     assert versions(tmp_path, "lengths") == [1]
 
 
+def test_store_made_for_a_version_is_gone_after_an_error(tmp_path: Path) -> None:
+    store = tmp_path / "models" / "store"
+    with pytest.raises(RuntimeError), staged_version(store, "walks"):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    store.mkdir(parents=True)
+    with pytest.raises(RuntimeError), staged_version(store, "walks"):
+        raise RuntimeError
+    assert list(store.iterdir()) == []
+
+
 def test_staged_version_refuses_a_store_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "store").write_text("")
     with (
