@@ -129,7 +129,7 @@ def size(words: Sequence[str]) -> int:
 
 
 def plot(words: Sequence[str]) -> int:
-    """Draw the curves of a run: `conch plot RUN_DIR [METRIC ...]`."""
+    """Draw the curves of runs: `conch plot RUN [RUN ...] [METRIC ...]`."""
     from conch.runs import plots
 
     _run("conch plot", plots.main, words)

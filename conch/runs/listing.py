@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from conch.errors import DataError, first_line, missing_path
+from conch.errors import ConfigError, DataError, first_line, missing_path
 from conch.runs.state import BEST_METRIC_FILE, CONFIG_FILE, METRICS_FILE, STATE_FILE, read_state
 
 PLACES = ("train.run_dir", "train.output_dir", "train.resume")
@@ -126,6 +126,39 @@ def read_settings(run: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise DataError(f"{path} is damaged: no mapping of sections")
     return settings
+
+
+def labelled_runs(words: Sequence[str]) -> dict[str, Path]:
+    """Return label -> folder, for words of a command line: `folder`, or `label=folder`.
+
+    Without a label it is as much of a folder's end as tells the runs apart.
+
+    Raises:
+        ConfigError: a label stands twice.
+    """
+    named = [split_label(word) for word in words]
+    endings = _endings([path.resolve() for label, path in named if not label])
+    labels = [label or endings[path.resolve()] for label, path in named]
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise ConfigError(f"two runs are called {twice[0]}: give one of them a label, label=folder")
+    return dict(zip(labels, (path for _, path in named), strict=True))
+
+
+def split_label(word: str) -> tuple[str, Path]:
+    """Return label and folder of `label=folder`; of a folder alone, "" and the folder."""
+    label, equals, folder = word.partition("=")
+    is_named = bool(equals and label and folder) and not Path(word).exists()
+    return (label, Path(folder)) if is_named else ("", Path(word))
+
+
+def _endings(folders: Sequence[Path]) -> dict[Path, str]:
+    """Each folder's last parts, as many as it takes to tell all of them apart."""
+    length = 1
+    while True:
+        endings = {folder: "/".join(folder.parts[-length:]) for folder in folders}
+        if len(set(endings.values())) == len(endings):
+            return endings
+        length += 1
 
 
 def differences(runs: Sequence[Path]) -> dict[str, list[Any]]:
