@@ -139,6 +139,12 @@ def runs(words: Sequence[str]) -> int:
     """List runs and how they stand, or what differs: `conch runs [FOLDER]`, `conch runs diff RUN RUN`."""
     from conch.runs import command
 
+    first, *others = [word for word in words if not word.startswith("-")] or [""]
+    is_unknown = first != "diff" and not Path(first).exists()
+    if is_unknown and (others or difflib.get_close_matches(first, ["diff"])):
+        return _refuse(
+            "conch runs", first, ["diff"], "conch runs FOLDER lists runs, conch runs diff compares"
+        )
     _run("conch runs", command.main, words)
 
 

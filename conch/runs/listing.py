@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from conch.config import Section
+from conch.config.algorithms import run_config_of
 from conch.errors import ConfigError, DataError, first_line, missing_path
 from conch.runs.state import BEST_METRIC_FILE, CONFIG_FILE, METRICS_FILE, STATE_FILE, read_state
 
@@ -171,6 +173,63 @@ def differences(runs: Sequence[Path]) -> dict[str, list[Any]]:
     names = dict.fromkeys(name for each in settings for name in each)
     values = {name: [each.get(name, ...) for each in settings] for name in names}
     return {name: each for name, each in values.items() if any(value != each[0] for value in each)}
+
+
+def defaults_of(algorithm: str) -> dict[str, Any]:
+    """Full name -> default of an algorithm's keys, without those that are required; {} where it is ""."""
+    return dict(flat(_defaults(run_config_of(algorithm)))) if algorithm else {}
+
+
+def _defaults(section: type[Section]) -> dict[str, Any]:
+    """Defaults of a section's keys; of a section in it that must be given, those of its own keys."""
+    values: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        if not field.is_required():
+            values[name] = _plain(field.get_default(call_default_factory=True, validated_data={}))
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            values[name] = _defaults(field.annotation)
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """The value as a resolved configuration has it: sections as mappings, paths as texts."""
+    if isinstance(value, Section):
+        return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(inner) for inner in value]
+    return value if isinstance(value, str | int | float | None) else str(value)
+
+
+def told_differences(runs: Sequence[Path], *, everything: bool = False) -> dict[str, list[Any]]:
+    """Return the `differences` that a reader wants to know, below the `algorithm` where that differs.
+
+    Left out are settings that say where a run is, and, of keys that not every run has, those that stand at
+    the defaults of their algorithm.
+
+    everything: leave nothing out.
+
+    Raises:
+        DataError: see `differences`.
+    """
+    found = differences(runs)
+    algorithms = [algorithm_of(_settings_of_run(run)) for run in runs]
+    head = {"algorithm": list[Any](algorithms)} if len(set(algorithms)) > 1 else {}
+    if everything:
+        return head | found
+    defaults = [defaults_of(algorithm) for algorithm in algorithms]
+    return head | {
+        name: values
+        for name, values in found.items()
+        if name not in PLACES and not _stands_at_defaults(name, values, defaults)
+    }
+
+
+def _stands_at_defaults(name: str, values: Sequence[Any], defaults: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether some runs lack a key, and it has its default in all others."""
+    pairs = [(value, usual.get(name, ...)) for value, usual in zip(values, defaults, strict=True)]
+    return ... in values and all(value in (..., default) for value, default in pairs)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
