@@ -198,7 +198,8 @@ def check_extras(
     if there:
         yield Finding("ok", "extras", ", ".join(there))
     if absent:
-        yield Finding("ok", "not installed", f"{', '.join(absent)}; to add one: {install_extra('NAME')}")
+        first = absent[0].partition(" ")[0]
+        yield Finding("ok", "not installed", f"{', '.join(absent)}; to add {first}: {install_extra(first)}")
 
 
 def check_numpy(found: str | None, wanted: Mapping[str, str]) -> Finding:

@@ -58,12 +58,12 @@ def test_extras_are_told_with_versions_and_absent_ones_with_their_purpose() -> N
     there, absent = check_extras(EXTRAS, installed)
     assert there == Finding("ok", "extras", "report (plotly 7.1.0)")
     assert (absent.level, absent.subject) == ("ok", "not installed")
-    names, _, remedy = absent.text.partition("; to add one: ")
+    names, _, remedy = absent.text.partition("; to add ray: ")
     assert names == (
         "ray (asynchronous sampling in a cluster), onnx (conversion to ONNX; lacks onnxruntime), "
         "serve (the bundled Triton server)"
     )
-    assert re.fullmatch(r"pip install -e '.*\[NAME\]'", remedy)
+    assert re.fullmatch(r"pip install -e '.*\[ray\]'", remedy)
 
 
 def test_extras_that_are_all_there_are_one_line() -> None:
