@@ -130,7 +130,7 @@ def addresses(name: str) -> Iterator[str]:
     if name == "reference":
         yield from ("GET /health", "POST /logprobs", "ReferenceHealth", "LogprobRequest", "LogprobReply")
         yield from (
-            "num_response integer, required R, the columns that hold responses.",
+            "R, the columns that hold responses.",
             "application/octet-stream",
         )
         return
