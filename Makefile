@@ -24,7 +24,7 @@ export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart check format test unit test-processors test-slow test-int8 test-elsewhere vllm-test
-.PHONY: docs wheel clean
+.PHONY: docs docs-links wheel clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(firstword $(MAKEFILE_LIST)) \
@@ -88,6 +88,10 @@ vllm-test:  ## the tests that need vLLM, in .venv-vllm, an environment with it t
 docs: $(STAMP)  ## build the documentation site into build/docs; a warning, a dead link among them, is an error
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --conf-dir docs --doctree-dir build/doctrees . build/docs
 	@echo "build/docs/index.html"
+
+# Not among the tests: whether others' servers answer is no fault of a change.
+docs-links: $(STAMP)  ## ask for every external link of the docs; names those that lead nowhere
+	$(BIN)/python -m sphinx --builder linkcheck --keep-going --quiet --conf-dir docs --doctree-dir build/doctrees . build/links
 
 wheel: $(STAMP)  ## build the source distribution and the wheel into dist/
 	$(BIN)/python -m build --no-isolation

@@ -141,7 +141,7 @@ def size(words: Sequence[str]) -> int:
 
 
 def plot(words: Sequence[str]) -> int:
-    """Draw the curves of a run: `conch plot RUN_DIR [METRIC ...]`."""
+    """Draw the curves of runs: `conch plot RUN [RUN ...] [METRIC ...]`."""
     from conch.runs import plots
 
     _run("conch plot", plots.main, words)
@@ -151,6 +151,12 @@ def runs(words: Sequence[str]) -> int:
     """List runs and how they stand, or what differs: `conch runs [FOLDER]`, `conch runs diff RUN RUN`."""
     from conch.runs import command
 
+    first, *others = [word for word in words if not word.startswith("-")] or [""]
+    is_unknown = first != "diff" and not Path(first).exists()
+    if is_unknown and (others or difflib.get_close_matches(first, ["diff"])):
+        return _refuse(
+            "conch runs", first, ["diff"], "conch runs FOLDER lists runs, conch runs diff compares"
+        )
     _run("conch runs", command.main, words)
 
 

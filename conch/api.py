@@ -107,8 +107,11 @@ def train(
         "model": None if isinstance(model, str) else model,
         "tokenizer": tokenizer,
     }
-    trainer = _make(run, inputs)
-    trainer.fit()
+    from conch.runs.checkpoint import no_model_bars  # brings torch, which `_make` needs too
+
+    with no_model_bars():
+        trainer = _make(run, inputs)
+        trainer.fit()
     return trainer
 
 

@@ -29,7 +29,7 @@ from packaging.specifiers import SpecifierSet
 
 from conch.cli import run_main, written_with
 from conch.config import Section
-from conch.errors import ServerStartError
+from conch.errors import ServerStartError, install_extra
 from conch.reference.server_config import ReferenceServerConfig
 from conch.report.__main__ import ReportOptions
 from conch.reward_server.server_config import RewardServerConfig
@@ -60,6 +60,27 @@ _SERVERS: tuple[tuple[type[Section], str, str], ...] = (
 
 _BUNDLE, _BUNDLE_EXTRA = "nvidia-pytriton", "serve"
 """Package that carries the bundled server, and the extra that says which numpy fits to it."""
+
+
+_PURPOSES = {
+    "serve": "the bundled Triton server",
+    "deepspeed": "ZeRO",
+    "wandb": "Weights & Biases",
+    "tensorboard": "TensorBoard",
+    "vllm": "sampling with vLLM",
+    "liger": "fused kernels on a GPU",
+    "onnx": "conversion to ONNX",
+    "int8": "eight-bit weights",
+    "math": "answers checked as mathematics",
+    "ifeval": "instructions of IFEval",
+    "goals": "reading difficulty and formality",
+    "search": "sweeps that search",
+    "report": "conch report",
+    "ray": "asynchronous sampling in a cluster",
+    "reward-server": "conch reward-server",
+    "service": "conch service",
+}
+"""Extra of the package -> what it is for; those of developers are left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +120,10 @@ def look(*, start_server: bool = True) -> Iterator[Finding]:
     yield check_python(platform.python_version(), _python_wanted())
     installed = installed_versions(needed)
     yield from check_libraries(needed, installed)
+    own_server = is_environment_beside_made()
+    yield from check_extras(needed, installed, {_BUNDLE_EXTRA} if own_server else ())
     wanted = numpy_wanted(list(distributions()), needed)
-    if is_environment_beside_made():
+    if own_server:
         wanted.pop(_BUNDLE, None)  # the server has its own numpy
     yield check_numpy(installed.get("numpy"), wanted)
     yield from check_space(Path.cwd(), Path("/dev/shm"))
@@ -123,8 +146,8 @@ def check_python(found: str, wanted: str) -> Finding:
 def check_libraries(needed: Iterable[str], installed: Mapping[str, str]) -> Iterator[Finding]:
     """Installed versions against requirements: `numpy>=1.26`, `ray>=2.60; extra == "ray"`.
 
-    Of an extra that is not installed nothing is said; a version that it cannot work with is a warning, since
-    extras may contradict each other. Of numpy, which is always there, `check_numpy` says what extras want.
+    A version that an extra cannot work with is a warning, since extras may contradict each other; which are
+    there at all is for `check_extras`. Of numpy, which is always there, `check_numpy` says what extras want.
     """
     well = []
     for requirement in map(Requirement, needed):
@@ -147,6 +170,36 @@ def check_libraries(needed: Iterable[str], installed: Mapping[str, str]) -> Iter
             well.append(f"{requirement.name} {found}")
     if well:
         yield Finding("ok", "libraries", ", ".join(well))
+
+
+def check_extras(
+    needed: Iterable[str], installed: Mapping[str, str], beside: Collection[str] = ()
+) -> Iterator[Finding]:
+    """Which extras are installed, with their versions, and what the others would be for.
+
+    beside: extras that stand in an environment of their own.
+    """
+    packages: dict[str, list[str]] = {}
+    for requirement in map(Requirement, needed):
+        extra = _extra_of(requirement)
+        if extra in _PURPOSES and requirement.marker and requirement.marker.evaluate({"extra": extra}):
+            packages.setdefault(extra, []).append(requirement.name)
+    there, absent = [], []
+    for extra, names in packages.items():
+        missing = [name for name in names if name not in installed]
+        if extra in beside and missing:
+            there.append(f"{extra} (in an environment of its own)")
+        elif missing:
+            some = f"; lacks {', '.join(missing)}" if len(missing) < len({*names} - {"numpy"}) else ""
+            absent.append(f"{extra} ({_PURPOSES[extra]}{some})")
+        else:
+            versions = [f"{name} {installed[name]}" for name in names if name != "numpy"]
+            there.append(versions[0] if names == [extra] else f"{extra} ({', '.join(versions)})")
+    if there:
+        yield Finding("ok", "extras", ", ".join(there))
+    if absent:
+        first = absent[0].partition(" ")[0]
+        yield Finding("ok", "not installed", f"{', '.join(absent)}; to add {first}: {install_extra(first)}")
 
 
 def check_numpy(found: str | None, wanted: Mapping[str, str]) -> Finding:

@@ -48,3 +48,9 @@ html_title = f"Conch {release}"
 html_copy_source = False
 html_additional_pages = {"index": "redirect.html"}
 templates_path = ["_templates"]
+
+# Of `make docs-links`: addresses of examples, which nobody serves.
+linkcheck_ignore = [r"https?://(localhost|127\.0\.0\.1|[\w.-]*example\.(com|org))([:/].*)?"]
+# GitHub draws the lines of a file and the anchors of a page by scripts.
+linkcheck_anchors_ignore_for_url = [r"https://github\.com/.*"]
+linkcheck_timeout = 30

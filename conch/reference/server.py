@@ -37,6 +37,7 @@ from conch.reference.protocol import (
 )
 from conch.reference.server_config import ReferenceServerConfig
 from conch.servers.listening import BAD_REQUEST, UNAVAILABLE, check_access, make_listener, new_app
+from conch.servers.refusals import documented_refusals
 from conch.servers.restart import ENGINE_DIED, leave_with_parent
 
 _log = get_logger(__name__)
@@ -124,17 +125,37 @@ class ReferenceServer:
         self._trained_layers = trained_layers
 
 
+class TensorResponse(Response):
+    """A safetensors file."""
+
+    media_type = MEDIA_TYPE
+
+
 def make_app(server: ReferenceServer) -> FastAPI:
     """The two addresses of `conch.reference.protocol`, without a guard, and no others."""
     app = new_app("Conch reference")
 
-    @app.get("/health")
+    @app.get("/health", responses=documented_refusals())
     async def health() -> ReferenceHealth:
+        """Tell which weights the server holds, and how it computes."""
         return server.health()
 
-    @app.post("/logprobs")
+    body = {"content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}}
+
+    @app.post(
+        "/logprobs",
+        response_class=TensorResponse,
+        responses=documented_refusals(BAD_REQUEST, UNAVAILABLE),
+        openapi_extra={"requestBody": {**body, "required": True}},
+    )
     async def logprobs(request: Request) -> Response:
-        return Response(await server.answer(await request.body(), request), media_type=MEDIA_TYPE)
+        """Compute the log-probs of response tokens.
+
+        Body and answer are safetensors files, whose metadata holds a message as JSON under the key `message`:
+        `LogprobRequest` beside `input_ids` (int64) and `attention_mask` (bool), both [B, T], prompts
+        padded left and responses right; `LogprobReply` beside `logprobs` [B, R], 0 where there is no token.
+        """
+        return TensorResponse(await server.answer(await request.body(), request))
 
     # FastAPI finds these by their annotations, which it reads from the module.
     del health, logprobs

@@ -17,8 +17,8 @@ from pydantic import Field
 
 from conch.cli import CommandParser, add_options, parse_options, run_main, written_with
 from conch.config import Section
-from conch.errors import ConfigError
 from conch.log import get_logger
+from conch.runs.listing import labelled_runs
 
 _log = get_logger(__name__)
 
@@ -42,36 +42,6 @@ class ReportOptions(Section):
     """Most samples of a run; of each evaluation the first ones are kept, which are of the same prompts."""
 
 
-def runs_of(words: Sequence[str]) -> dict[str, Path]:
-    """Label -> folder, for words of a command line: `folder`, or `label=folder`.
-
-    Without a label it is as much of a folder's end as tells the runs apart.
-
-    Raises:
-        ConfigError: a label stands twice.
-    """
-    named: list[tuple[str, Path]] = []
-    for word in words:
-        label, equals, folder = word.partition("=")
-        is_named = bool(equals and label and folder) and not Path(word).exists()
-        named.append((label, Path(folder)) if is_named else ("", Path(word)))
-    endings = _endings([path.resolve() for label, path in named if not label])
-    labels = [label or endings[path.resolve()] for label, path in named]
-    if twice := sorted({label for label in labels if labels.count(label) > 1}):
-        raise ConfigError(f"two runs are called {twice[0]}: give one of them a label, label=folder")
-    return dict(zip(labels, (path for _, path in named), strict=True))
-
-
-def _endings(folders: Sequence[Path]) -> dict[Path, str]:
-    """Each folder's last parts, as many as it takes to tell all of them apart."""
-    length = 1
-    while True:
-        endings = {folder: "/".join(folder.parts[-length:]) for folder in folders}
-        if len(set(endings.values())) == len(endings):
-            return endings
-        length += 1
-
-
 def main(argv: Sequence[str]) -> None:
     """Write the report that a command line asks for, or serve it."""
     parser = CommandParser(
@@ -80,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or label=folder")
     add_options(parser, ReportOptions)
     values = vars(parser.parse_args(written_with("-", argv)))
-    runs = runs_of(values.pop("runs"))
+    runs = labelled_runs(values.pop("runs"))
     options = parse_options(ReportOptions, values)
 
     from conch.report.collect import Collector

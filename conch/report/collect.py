@@ -19,8 +19,8 @@ from typing import Any
 
 from conch import __version__
 from conch.errors import ConchError, first_line
-from conch.report.settings import compare, defaults_of
-from conch.runs.listing import algorithm_of, flat, summary_of
+from conch.report.settings import compare
+from conch.runs.listing import algorithm_of, defaults_of, flat, summary_of
 from conch.runs.reading import ALARMS_FILE, Run, SampleFile, load, read_samples
 from conch.runs.state import BEST_METRIC_FILE, CONFIG_FILE, METRICS_FILE, STATE_FILE
 

@@ -5,28 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from conch.config import Section
-from conch.config.algorithms import run_config_of
-from conch.runs.listing import PLACES, flat
+from conch.runs.listing import PLACES
 
 REQUIRED = "(required)"
 ABSENT = "(no such key)"
-
-
-def defaults_of(algorithm: str) -> dict[str, Any]:
-    """Full name -> default of an algorithm's keys, without those that are required; {} where it is ""."""
-    return dict(flat(_defaults(run_config_of(algorithm)))) if algorithm else {}
-
-
-def _defaults(section: type[Section]) -> dict[str, Any]:
-    """Defaults of a section's keys; of a section in it that must be given, those of its own keys."""
-    values: dict[str, Any] = {}
-    for name, field in section.model_fields.items():
-        if not field.is_required():
-            values[name] = _plain(field.get_default(call_default_factory=True, validated_data={}))
-        elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            values[name] = _defaults(field.annotation)
-    return values
 
 
 def compare(settings: Sequence[Mapping[str, Any]], defaults: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -72,14 +54,3 @@ def _text(values: Mapping[str, Any], key: str, otherwise: str) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else "null" if value is None else str(value)
-
-
-def _plain(value: Any) -> Any:
-    """The value as a resolved configuration has it: sections as mappings, paths as texts."""
-    if isinstance(value, Section):
-        return value.model_dump(mode="json")
-    if isinstance(value, Mapping):
-        return {name: _plain(inner) for name, inner in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(inner) for inner in value]
-    return value if isinstance(value, str | int | float | None) else str(value)

@@ -25,6 +25,11 @@ _MOST_OTHERS = 4
 """Most metrics of an evaluation that are shown beside those of `FIGURES`: a user's, and facts."""
 
 
+def figure_of(metric: str) -> str:
+    """Return the name of the figure that a metric is shown as; "" where it is none."""
+    return next((name for name, *metrics in FIGURES if metric and metric in metrics), "")
+
+
 def training_figures(metrics: Metrics) -> dict[str, float]:
     """Name -> value of the main metrics of a step."""
     return {name: metrics[metric] for name, metric, _ in FIGURES if metric in metrics}

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -79,7 +81,7 @@ def save_model(
         else:
             whole = merged_copy(model) if has_adapter(model) else model
             # transformers 5 would load DeepSpeed, seconds long, to see whether the model is one of its.
-            with original_dropout(whole), _no_progress_bar(), left_out("deepspeed"):
+            with original_dropout(whole), no_model_bars(), left_out("deepspeed"):
                 whole.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         if heads:
@@ -96,15 +98,25 @@ def save_model(
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Without transformers' bar over the files of a model, which would come in between a run's own."""
-    was_enabled = is_progress_bar_enabled()
+def no_model_bars() -> Iterator[None]:
+    """Inside, transformers draws no bar over the files of a model, which would come in between a run's own.
+
+    Downloads keep theirs, which may take minutes. A user who asks for bars (HF_HUB_DISABLE_PROGRESS_BARS=0)
+    has all of them.
+    """
+    if not is_progress_bar_enabled() or HF_HUB_DISABLE_PROGRESS_BARS is False:
+        yield
+        return
+    downloads_have_bars = not are_progress_bars_disabled()
     disable_progress_bar()
     try:
+        if downloads_have_bars:
+            enable_progress_bars()
         yield
     finally:
-        if was_enabled:
-            enable_progress_bar()
+        enable_progress_bar()
+        if not downloads_have_bars:
+            disable_progress_bars()
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -2,6 +2,7 @@
 
     conch runs outputs
     conch runs diff outputs/a outputs/b
+    conch runs diff old=outputs/a new=outputs/b
 
 A list has the newest run first: how it stands, its steps, the best evaluation so far, and for how long
 nothing has been written.
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from conch.cli import run_main, written_with
-from conch.runs.listing import PLACES, RunSummary, differences, find_runs, summarise
+from conch.runs.listing import RunSummary, find_runs, labelled_runs, summarise, told_differences
 
 _LONGEST = 40
 
@@ -56,18 +57,22 @@ def _diff(words: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="conch runs diff", description="Tell what differs in the settings of runs."
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--all", action="store_true", help="also where the runs are")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or label=folder")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="also where the runs are, and keys that stand at their defaults where not every run has them",
+    )
     parser.add_argument("--json", action="store_true", help="one object: key -> value in each run")
     arguments = parser.parse_args(words)
     if len(arguments.runs) < 2:
         parser.error("name at least two runs")
-    found = differences(arguments.runs)
-    shown = {name: each for name, each in found.items() if arguments.all or name not in PLACES}
+    runs = labelled_runs(arguments.runs)
+    shown = told_differences([*runs.values()], everything=arguments.all)
     if arguments.json:
         print(json.dumps({name: [_plain(value) for value in each] for name, each in shown.items()}))
         return
-    print(difference_table(shown, arguments.runs) if shown else "no setting differs")
+    print(difference_table(shown, [*runs]) if shown else "no setting differs")
 
 
 def run_table(runs: Sequence[RunSummary], below: Path, now: float) -> str:
@@ -90,9 +95,9 @@ def run_table(runs: Sequence[RunSummary], below: Path, now: float) -> str:
     return "\n".join([_table([head, *rows]), *(["", *reasons] if reasons else [])])
 
 
-def difference_table(values: Mapping[str, Sequence[Any]], runs: Sequence[Path]) -> str:
+def difference_table(values: Mapping[str, Sequence[Any]], labels: Sequence[str]) -> str:
     """A line for each setting that differs, with its value in each run; `-` where a run has none."""
-    head = ("setting", *(str(run) for run in runs))
+    head = ("setting", *labels)
     return _table([head, *((name, *(_short(value) for value in each)) for name, each in values.items())])
 
 
@@ -116,7 +121,9 @@ def _plain(value: Any) -> Any:
 
 def _short(value: Any) -> str:
     text = "-" if value is ... else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+    return (
+        text if len(text) <= _LONGEST else f"{text[: _LONGEST // 3]}...{text[_LONGEST // 3 + 3 - _LONGEST :]}"
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from typing import Any
 
 import yaml
 
-from conch.errors import DataError, first_line, missing_path
+from conch.config import Section
+from conch.config.algorithms import run_config_of
+from conch.errors import ConfigError, DataError, first_line, missing_path
 from conch.runs.state import BEST_METRIC_FILE, CONFIG_FILE, METRICS_FILE, STATE_FILE, read_state
 
 PLACES = ("train.run_dir", "train.output_dir", "train.resume")
@@ -128,6 +130,39 @@ def read_settings(run: Path) -> dict[str, Any]:
     return settings
 
 
+def labelled_runs(words: Sequence[str]) -> dict[str, Path]:
+    """Return label -> folder, for words of a command line: `folder`, or `label=folder`.
+
+    Without a label it is as much of a folder's end as tells the runs apart.
+
+    Raises:
+        ConfigError: a label stands twice.
+    """
+    named = [split_label(word) for word in words]
+    endings = _endings([path.resolve() for label, path in named if not label])
+    labels = [label or endings[path.resolve()] for label, path in named]
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise ConfigError(f"two runs are called {twice[0]}: give one of them a label, label=folder")
+    return dict(zip(labels, (path for _, path in named), strict=True))
+
+
+def split_label(word: str) -> tuple[str, Path]:
+    """Return label and folder of `label=folder`; of a folder alone, "" and the folder."""
+    label, equals, folder = word.partition("=")
+    is_named = bool(equals and label and folder) and not Path(word).exists()
+    return (label, Path(folder)) if is_named else ("", Path(word))
+
+
+def _endings(folders: Sequence[Path]) -> dict[Path, str]:
+    """Each folder's last parts, as many as it takes to tell all of them apart."""
+    length = 1
+    while True:
+        endings = {folder: "/".join(folder.parts[-length:]) for folder in folders}
+        if len(set(endings.values())) == len(endings):
+            return endings
+        length += 1
+
+
 def differences(runs: Sequence[Path]) -> dict[str, list[Any]]:
     """Return what differs between the settings of runs: full name -> value in each, `...` where one has none.
 
@@ -138,6 +173,63 @@ def differences(runs: Sequence[Path]) -> dict[str, list[Any]]:
     names = dict.fromkeys(name for each in settings for name in each)
     values = {name: [each.get(name, ...) for each in settings] for name in names}
     return {name: each for name, each in values.items() if any(value != each[0] for value in each)}
+
+
+def defaults_of(algorithm: str) -> dict[str, Any]:
+    """Full name -> default of an algorithm's keys, without those that are required; {} where it is ""."""
+    return dict(flat(_defaults(run_config_of(algorithm)))) if algorithm else {}
+
+
+def _defaults(section: type[Section]) -> dict[str, Any]:
+    """Defaults of a section's keys; of a section in it that must be given, those of its own keys."""
+    values: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        if not field.is_required():
+            values[name] = _plain(field.get_default(call_default_factory=True, validated_data={}))
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            values[name] = _defaults(field.annotation)
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """The value as a resolved configuration has it: sections as mappings, paths as texts."""
+    if isinstance(value, Section):
+        return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(inner) for inner in value]
+    return value if isinstance(value, str | int | float | None) else str(value)
+
+
+def told_differences(runs: Sequence[Path], *, everything: bool = False) -> dict[str, list[Any]]:
+    """Return the `differences` that a reader wants to know, below the `algorithm` where that differs.
+
+    Left out are settings that say where a run is, and, of keys that not every run has, those that stand at
+    the defaults of their algorithm.
+
+    everything: leave nothing out.
+
+    Raises:
+        DataError: see `differences`.
+    """
+    found = differences(runs)
+    algorithms = [algorithm_of(_settings_of_run(run)) for run in runs]
+    head = {"algorithm": list[Any](algorithms)} if len(set(algorithms)) > 1 else {}
+    if everything:
+        return head | found
+    defaults = [defaults_of(algorithm) for algorithm in algorithms]
+    return head | {
+        name: values
+        for name, values in found.items()
+        if name not in PLACES and not _stands_at_defaults(name, values, defaults)
+    }
+
+
+def _stands_at_defaults(name: str, values: Sequence[Any], defaults: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether some runs lack a key, and it has its default in all others."""
+    pairs = [(value, usual.get(name, ...)) for value, usual in zip(values, defaults, strict=True)]
+    return ... in values and all(value in (..., default) for value, default in pairs)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

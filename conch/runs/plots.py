@@ -1,45 +1,57 @@
-"""Draw a run's curves from its `metrics.jsonl`: `conch plot RUN_DIR [metric ...]`."""
+"""Draw curves of runs from their `metrics.jsonl`.
+
+    conch plot outputs/a                            the main figures of a run, in one picture
+    conch plot outputs/a outputs/b                  those of several runs, over each other
+    conch plot outputs/a outputs/b reward/mean      a picture for each metric that is named
+
+A run is a folder, or `label=folder`. Pictures are written to `plots/` in the folder of the first run.
+"""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conch.errors import DataError
-from conch.runs.board import evaluation_figures, has_evaluation, has_training, training_figures
-from conch.runs.reading import no_run
-from conch.runs.state import METRICS_FILE
+from conch.errors import DataError, missing_path
+from conch.runs.board import (
+    evaluation_figures,
+    figure_of,
+    has_evaluation,
+    has_training,
+    training_figures,
+)
+from conch.runs.listing import find_runs, labelled_runs, split_label
+from conch.runs.reading import load
 from conch.types import Metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-LABELS = {
-    "reward/mean": "served reward of rollouts (mean)",
-    "eval/reward": "reward on evaluation samples (mean)",
-    "eval/gold/reward": "gold on evaluation samples (mean), which watches only",
-    "eval/members_variance": "variance of an ensemble's members (reward², mean)",
-    "eval/optimality": "gold optimality (mean, 1 = shortest walks)",
-    "policy/kl": "KL to the starting policy (nats per sample)",
-}
-"""Axis titles with units, for the curves that `plot_run` draws by default."""
-
-UNITS = {
+_UNITS = {
     "kl": "nats per sample",
+    "sqrt_kl": "√nats per sample",
     "length": "tokens",
     "entropy": "nats per token",
+    "accuracy": "share",
+    "spearman": "rank correlation",
+    "members_variance": "reward²",
+    "optimality": "1 = shortest walks",
 }
-"""Of the figures of `conch.runs.board` that have one, as `Curves` titles them."""
+"""Name of a figure of `conch.runs.board`, or last word of a metric -> its unit, where it has one."""
+_UNITS_OF_ENDINGS = {"tokens_per_s": "tokens/s", "_s": "s", "_fraction": "share"}
 
 _MOST_POINTS = 1000
+_FEW_POINTS = 40  # so few are marked, for a single one is no line
 _COLUMNS = 3
 _INCHES = 3.4  # width of a curve
 _PIXELS_PER_INCH = 160  # shown at half of it, so that it is sharp on every screen
+_LONGEST_NAME = 100  # of a picture, in characters
 
 
 def read_metric(run_dir: Path, name: str) -> tuple[list[int], list[float]]:
@@ -48,41 +60,89 @@ def read_metric(run_dir: Path, name: str) -> tuple[list[int], list[float]]:
     Raises:
         DataError: the folder holds no metrics, or a damaged line (named by number).
     """
-    path = run_dir / METRICS_FILE
-    if not path.is_file():
-        raise DataError(no_run(run_dir))
-    steps, values = [], []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        row = _parse(path, number, line)
-        if row.get(name) is not None:
-            steps.append(row["step"])
-            values.append(row[name])
-    return steps, values
+    return _points_of(load(run_dir).metrics(), name)
 
 
-def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise DataError(f"line {number} of {path} is damaged: {error}; delete that line") from error
-    if not isinstance(row, dict) or "step" not in row:
-        raise DataError(f"line {number} of {path} is damaged: no object with a step; delete that line")
-    return row
+def _points_of(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    return [step for step, _ in points], [value for _, value in points]
 
 
-def plot_run(run_dir: Path, names: Sequence[str] = tuple(LABELS)) -> list[Path]:
-    """Write one PNG for each of `names` that the run logged to `<run_dir>/plots/`; returns their paths."""
-    written: list[Path] = []
+def plot_run(run_dir: Path, names: Sequence[str] = ()) -> list[Path]:
+    """Draw a run as `plot_runs` does."""
+    return plot_runs({run_dir.resolve().name: run_dir}, names)
+
+
+def plot_runs(runs: Mapping[str, Path], names: Sequence[str] = ()) -> list[Path]:
+    """Draw runs over each other, to `plots/` in the folder of the first one.
+
+    runs: label -> folder.
+    names: metrics, each of which gets a picture; none for the main figures of the runs in one picture.
+
+    Returns:
+        paths of the PNG files.
+
+    Raises:
+        DataError: a folder holds no metrics, or a damaged line; no run has logged a metric, or anything yet.
+    """
+    rows = {label: load(folder).metrics() for label, folder in runs.items()}
+    folder = next(iter(runs.values()))
+    told = ", ".join(str(path) for path in runs.values())
+    if not names:
+        curves = {label: Curves(each) for label, each in rows.items()}
+        if not any(each.names for each in curves.values()):
+            raise DataError(f"{told} logged no step yet")
+        title = next(iter(curves)) if len(curves) == 1 else ""
+        return [_saved(_figure_of(curves, title), folder, _picture_name("curves", runs), _PIXELS_PER_INCH)]
+    logged = {name for each in rows.values() for row in each for name in row} - {"step"}
     for name in names:
-        steps, values = read_metric(run_dir, name)
-        if not steps:
-            continue
-        figure, axes = _new_figure()
-        axes.plot(steps, values, marker="o", markersize=3, linewidth=1.5)
-        axes.set(xlabel="step", ylabel=LABELS.get(name, name), title=f"{name}  ({run_dir.name})")
-        axes.grid(alpha=0.3)
-        written.append(_saved(figure, run_dir, name))
-    return written
+        if name not in logged:
+            raise DataError(f"{told} logged no `{name}`{_near_metrics(name, logged)}")
+    return [_plot_metric(name, rows, folder) for name in names]
+
+
+def _plot_metric(name: str, rows: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> Path:
+    curves = {label: _points_of(each, name) for label, each in rows.items()}
+    if not any(steps for steps, _ in curves.values()):
+        raise DataError(f"`{name}` of {', '.join(rows)} is null at every step: it was no number")
+    figure, axes = _new_figure()
+    for label, (steps, values) in curves.items():
+        marker = "o" if len(steps) < _FEW_POINTS else ""
+        axes.plot(steps, values, marker=marker, markersize=3, linewidth=1.5, label=label)
+    axes.set(xlabel="step", ylabel=with_unit(name), title=f"{name}  ({', '.join(rows)})")
+    if len(curves) > 1:
+        axes.set_title(name)
+        axes.legend()
+    axes.grid(alpha=0.3)
+    return _saved(figure, folder, _picture_name(name, rows))
+
+
+def with_unit(metric: str) -> str:
+    """Return the name of a metric, or of a figure of `conch.runs.board`, with its unit: `length (tokens)`."""
+    plain = metric.partition("@")[0]
+    last = plain.rpartition("/")[2]
+    unit = _UNITS.get(figure_of(plain) or last, "")
+    unit = unit or next((unit for end, unit in _UNITS_OF_ENDINGS.items() if last.endswith(end)), "")
+    return f"{metric} ({unit})" if unit else metric
+
+
+def _near_metrics(name: str, logged: Iterable[str]) -> str:
+    """What to say behind "logged no such metric"."""
+    known = sorted(logged)
+    if near := difflib.get_close_matches(name, known, n=1):
+        return f"; did you mean `{near[0]}`?"
+    folder = missing_path(Path(name))
+    if folder.startswith("; did you mean"):  # a run's folder, mistyped
+        return f", and there is no such folder{folder}"
+    alike = [each for each in known if name in each]
+    return f"; {'names like it are' if alike else 'there are'}: {', '.join(alike or known)}"
+
+
+def _picture_name(head: str, labels: Iterable[str]) -> str:
+    """`curves`; of several runs `curves_a_vs_b`."""
+    labels = list(labels)
+    name = f"{head}_{'_vs_'.join(labels)}" if len(labels) > 1 else head
+    return name.replace("/", "_")[:_LONGEST_NAME]
 
 
 def plot_against(run_dir: Path, x: str, x_label: str, labels: Mapping[str, str]) -> Path:
@@ -125,10 +185,10 @@ def _new_figure() -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
-def _saved(figure: Any, run_dir: Path, name: str) -> Path:
+def _saved(figure: Any, run_dir: Path, name: str, pixels_per_inch: int = 120) -> Path:
     path = run_dir / "plots" / f"{name.replace('/', '_')}.png"
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=pixels_per_inch)
     return path
 
 
@@ -143,7 +203,12 @@ class Curves:
     @property
     def width(self) -> int:
         """Of the picture as it is to be shown, in pixels."""
-        return round(_INCHES * min(_COLUMNS, max(1, len(self._names()))) * _PIXELS_PER_INCH / 2)
+        return round(_INCHES * min(_COLUMNS, max(1, len(self.names))) * _PIXELS_PER_INCH / 2)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the figures, those of training first."""
+        return list(dict.fromkeys([*self._training, *self._evaluation]))
 
     def extend(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add steps as `Run.metrics` gives them."""
@@ -170,37 +235,72 @@ class Curves:
 
     def png(self) -> bytes | None:
         """The picture; None before there is a second point anywhere."""
-        names = self._names()
         curves = [*self._training.values(), *self._evaluation.values()]
         if all(len(points.steps) < 2 for points in curves):
             return None
-        # Not through pyplot, whose back end and open figures are the user's.
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-
-        columns = min(_COLUMNS, len(names))
-        lines = math.ceil(len(names) / columns)
         target = io.BytesIO()
-        with rc_context({"text.usetex": False}):  # a user's setting; names of metrics are no LaTeX
-            figure = Figure((_INCHES * columns, 2.3 * lines), layout="constrained", dpi=_PIXELS_PER_INCH)
-            for place, name in enumerate(names, start=1):
-                self._draw(figure.add_subplot(lines, columns, place), name)
-            figure.savefig(target, format="png")
+        _figure_of({"": self}).savefig(target, format="png")
         return target.getvalue()
 
-    def _names(self) -> list[str]:
-        return list(dict.fromkeys([*self._training, *self._evaluation]))
+    def draw(self, axes: Axes, name: str, colors: tuple[str, str]) -> None:
+        """Draw a figure's training and evaluation, each in its color, as far as they are there."""
+        dashes = "--" if colors[0] == colors[1] else "-"
+        lines = ("training", self._training, "-", 2, 1.0), ("evaluation", self._evaluation, dashes, 3, 1.5)
+        for (label, figures, style, size, width), color in zip(lines, colors, strict=True):
+            if points := figures.get(name):
+                marker = "o" if label == "evaluation" or len(points.steps) < _FEW_POINTS else ""
+                line = {"linestyle": style, "linewidth": width, "color": color, "label": label}
+                axes.plot(points.steps, points.values, marker=marker, markersize=size, **line)
 
-    def _draw(self, axes: Axes, name: str) -> None:
-        unit = UNITS.get(name, "")
-        axes.set_title(f"{name} ({unit})" if unit else name, fontsize=9)
-        axes.tick_params(labelsize=7)
-        axes.set_xlabel("step", fontsize=7)
-        if points := self._training.get(name):
-            axes.plot(points.steps, points.values, color="tab:blue", linewidth=1, label="training")
-        if points := self._evaluation.get(name):
-            axes.plot(points.steps, points.values, "o-", color="tab:orange", markersize=3, label="evaluation")
-        axes.legend(fontsize=6, frameon=False)
+
+def _figure_of(runs: Mapping[str, Curves], title: str = "") -> Figure:
+    """One picture of all figures that the runs have.
+
+    runs: label -> curves; several of them are told apart by color.
+    """
+    # Not through pyplot, whose back end and open figures are the user's.
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for curves in runs.values() for name in curves.names))
+    columns = max(1, min(_COLUMNS, len(names)))
+    lines = math.ceil(len(names) / columns)
+    with rc_context({"text.usetex": False}):  # a user's setting; names of metrics are no LaTeX
+        height = 2.3 * lines + (
+            0.3 if title else 0.2 * math.ceil(len(runs) / columns) if len(runs) > 1 else 0
+        )
+        figure = Figure((_INCHES * columns, height), layout="constrained", dpi=_PIXELS_PER_INCH)
+        if title:
+            figure.suptitle(title, fontsize=10)
+        for place, name in enumerate(names, start=1):
+            axes = figure.add_subplot(lines, columns, place)
+            axes.set_title(with_unit(name), fontsize=9)
+            axes.tick_params(labelsize=7)
+            axes.set_xlabel("step", fontsize=7)
+            for number, curves in enumerate(runs.values()):
+                curves.draw(axes, name, _colors(number, len(runs)))
+            if len(runs) == 1:
+                axes.legend(fontsize=6, frameon=False)
+        if len(runs) > 1:
+            _add_legend(figure, list(runs), columns)
+    return figure
+
+
+def _colors(number: int, runs: int) -> tuple[str, str]:
+    """Of training and of evaluation: of one run two, of each of several runs one."""
+    return ("tab:blue", "tab:orange") if runs == 1 else (f"C{number % 10}", f"C{number % 10}")
+
+
+def _add_legend(figure: Figure, labels: Sequence[str], columns: int) -> None:
+    """Tell below the panels which color is which run, and which line is training."""
+    from matplotlib.lines import Line2D
+
+    lines = [Line2D([], [], color=_colors(number, 2)[0], label=label) for number, label in enumerate(labels)]
+    drawn = {line.get_label() for axes in figure.axes for line in axes.get_lines()}
+    if "evaluation" in drawn:
+        lines += [Line2D([], [], color="gray", linewidth=1, label="training")] if "training" in drawn else []
+        lines += [Line2D([], [], color="gray", linestyle="--", marker="o", markersize=3, label="evaluation")]
+    figure.legend(handles=lines, loc="outside lower center", fontsize=7, ncols=columns + 1, frameon=False)
 
 
 class Points:
@@ -232,12 +332,19 @@ class Points:
 
 def main(argv: Sequence[str]) -> None:
     """Draw the curves that a command line names."""
-    parser = argparse.ArgumentParser(prog="conch plot", description=__doc__)
-    parser.add_argument("run_dir", type=Path, help="folder of a run")
-    parser.add_argument("metric", nargs="*", help=f"metrics to draw (default: {', '.join(LABELS)})")
-    arguments = parser.parse_args(argv)
-    paths = plot_run(arguments.run_dir, arguments.metric or tuple(LABELS))
-    if not paths:
-        raise DataError(f"{arguments.run_dir} logged none of the asked-for metrics")
-    for path in paths:
+    parser = argparse.ArgumentParser(
+        prog="conch plot",
+        usage="conch plot [-h] RUN [RUN ...] [METRIC ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    words = "folder of a run, or label=folder; behind the first one also metrics (default: the main figures)"
+    parser.add_argument("words", nargs="*", metavar="RUN", help=words)
+    words = parser.parse_args(argv).words
+    if not words:
+        newest = find_runs(Path("outputs"))[:1] if Path("outputs").is_dir() else []
+        parser.error("name the folder of a run" + "".join(f"; the newest one is {run}" for run in newest))
+    folders = [words[0], *(word for word in words[1:] if split_label(word)[1].is_dir())]
+    metrics = [word for word in words[1:] if word not in folders]
+    for path in plot_runs(labelled_runs(folders), metrics):
         print(path)

@@ -35,7 +35,9 @@ def train(algorithm: str, argv: Sequence[str]) -> None:
     # Trainers bring torch and transformers, which takes seconds: not before there is something to train.
     with uncollected():
         trainer = import_module(f"conch.trainers.{algorithm}")
-    trainer.run(config)
+        from conch.runs.checkpoint import no_model_bars
+    with no_model_bars():
+        trainer.run(config)
 
 
 def check_sources_named(config: RunConfig) -> None:

@@ -16,7 +16,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,9 @@ SETTINGS_PAGE = "/docs/reference/settings/index"
 # A verb below a verb that no help lists in a way that `subcommands` reads.
 HIDDEN = {("convert",): ["ensemble"]}
 _KEY = re.compile(r"^  (?P<name>\S+): (?P<type>.*?), (?:(?P<required>required)|default (?P<default>.*))$")
+# FastAPI's own of what cannot be read, which our servers refuse with 400 and one sentence.
+_UNUSED = ("HTTPValidationError", "ValidationError")
+_NEVER_ASKED: Any = None  # for the server behind addresses that are only listed
 _KEYS = re.compile(r"^keys(?:, | of |:)", re.MULTILINE)
 
 
@@ -189,7 +192,7 @@ def commands(words: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
 
 
 class HttpApi(SphinxDirective):
-    """Addresses of a server: `training-service` or `reward-server`."""
+    """Addresses of a server: `training-service`, `reward-server`, `rollout-server` or `reference-server`."""
 
     required_arguments = 1
 
@@ -197,34 +200,57 @@ class HttpApi(SphinxDirective):
         name = self.arguments[0]
         forms = scoring_addresses() if name == "reward-server" else []
         schema = openapi_of(name)
-        return [*forms, *self._operations(schema), *self._bodies(schema)]
+        # Two servers have addresses and bodies of the same names; those of the first keep theirs as anchors.
+        tag = "" if name in ("training-service", "reward-server") else f"{name}-"
+        return [*forms, *self._operations(schema, tag), *self._bodies(schema, tag)]
 
-    def _operations(self, schema: Mapping[str, Any]) -> Iterator[nodes.Node]:
+    def _operations(self, schema: Mapping[str, Any], tag: str) -> Iterator[nodes.Node]:
         for path, methods in schema["paths"].items():
             for method, operation in methods.items():
                 title = f"{method.upper()} {path}"
                 text = operation.get("description") or operation.get("summary", "")
-                identifier = nodes.make_id(title)
+                identifier = nodes.make_id(tag + title)
                 yield titled(
                     identifier, title, *self.parse_text_to_nodes(text), *_operation(operation, identifier)
                 )
 
-    def _bodies(self, schema: Mapping[str, Any]) -> Iterator[nodes.Node]:
+    def _bodies(self, schema: Mapping[str, Any], tag: str) -> Iterator[nodes.Node]:
         for name, body in sorted(schema.get("components", {}).get("schemas", {}).items()):
-            required = body.get("required", ())
+            if name in _UNUSED:
+                continue
+            required, properties = body.get("required", ()), body.get("properties", {})
+            text, texts = of_fields(body.get("description", ""), properties)
             items = [
                 entry(
-                    f"{name}.{field}",
+                    f"{tag}{name}.{field}",
                     field,
                     f"`{_kind(of)}`" + (", required" if field in required else _given(of)),
-                    of.get("description", ""),
+                    of.get("description", texts.get(field, "")),
                 )
-                for field, of in body.get("properties", {}).items()
+                for field, of in properties.items()
             ]
-            about = self.parse_text_to_nodes(body.get("description", ""))
-            yield titled(
-                f"body-{name}", name, *about, *([nodes.definition_list("", *items)] if items else [])
-            )
+            listing = [nodes.definition_list("", *items)] if items else []
+            yield titled(f"{tag}body-{name}", name, *self.parse_text_to_nodes(text), *listing)
+
+
+def of_fields(text: str, fields: Collection[str]) -> tuple[str, dict[str, str]]:
+    """A docstring without its lines `field: text`, and these."""
+    rest: list[str] = []
+    texts: dict[str, str] = {}
+    for block in _blocks(text.splitlines()):
+        names: list[str] = []
+        for line in block:
+            match = _ITEM.match(line)
+            named = match[1].split(", ") if match else []
+            if match and set(named) <= {*fields}:
+                names = named
+                texts |= dict.fromkeys(names, match[2])
+            elif names and line.startswith("    "):
+                texts |= {name: f"{texts[name]} {line.strip()}" for name in names}
+            else:
+                rest.append(line)
+        rest.append("")
+    return "\n".join(rest), texts
 
 
 def openapi_of(name: str) -> Mapping[str, Any]:
@@ -235,6 +261,18 @@ def openapi_of(name: str) -> Mapping[str, Any]:
         from conch.service.service_config import ServiceConfig
 
         return make_app(Runs(Path("never-made"), idle_s=1.0, stop_s=1.0), ServiceConfig()).openapi()
+    if name == "rollout-server":
+        from conch.rollouts import app as rollouts
+
+        return rollouts.make_app(_NEVER_ASKED).openapi()
+    if name == "reference-server":
+        from conch.reference import server as reference
+        from conch.reference.protocol import LogprobReply, LogprobRequest
+
+        schema = reference.make_app(_NEVER_ASKED).openapi()
+        bodies = schema["components"]["schemas"]
+        bodies |= {body.__name__: body.model_json_schema() for body in (LogprobRequest, LogprobReply)}
+        return schema
     from conch.reward_server.app import RewardFront
     from conch.reward_server.metrics import Meter
 
@@ -272,6 +310,8 @@ def _operation(operation: Mapping[str, Any], identifier: str) -> list[nodes.Node
         items.append(entry(f"{identifier}-body", "body", f"{kind}, `{_kind(content['schema'])}`", ""))
     for status, reply in operation.get("responses", {}).items():
         kinds = [f"`{_kind(of['schema'])}`" for of in reply.get("content", {}).values() if of.get("schema")]
+        if any(name in kind for kind in kinds for name in _UNUSED):
+            continue
         about = ", ".join(kinds)
         items.append(entry(f"{identifier}-{status}", status, about, reply.get("description", "")))
     return [nodes.definition_list("", *items)]

@@ -116,15 +116,35 @@ def addresses(name: str) -> Iterator[str]:
         yield from (f"POST {path}" for path in ADDRESSES)
         yield from ("GET /health", "GET /metrics", "POST /v2/models/NAME/infer")
         return
+    if name == "rollout":
+        yield from ("GET /health", "POST /weights", "POST /generate")
+        yield from (
+            "GenerateRequest",
+            "WeightUpdate",
+            "CompletionReply",
+            "Failure",
+            "version that it samples from",
+        )
+        yield "A line for each completion, as it ends"
+        return
+    if name == "reference":
+        yield from ("GET /health", "POST /logprobs", "ReferenceHealth", "LogprobRequest", "LogprobReply")
+        yield from (
+            "R, the columns that hold responses.",
+            "application/octet-stream",
+        )
+        return
     schema = make_app(Runs(Path("never-made"), idle_s=1.0, stop_s=1.0), ServiceConfig()).openapi()
     yield from (f"{method.upper()} {path}" for path, each in schema["paths"].items() for method in each)
 
 
-@pytest.mark.parametrize("server", ["reward", "training"])
+@pytest.mark.parametrize("server", ["reward", "training", "rollout", "reference"])
 def test_every_address_is_listed(site: Path, server: str) -> None:
-    shown = words(page(site, "reference/http"))
+    sections = re.split(r"<h2>(\w+) (?:service|server)", page(site, "reference/http"))
+    shown = words(dict(zip(sections[1::2], sections[2::2], strict=True))[server.capitalize()])
     listed = list(addresses(server))
-    assert len(listed) > 8 and [name for name in listed if name not in shown] == []
+    assert len(listed) > 6 and [name for name in listed if name not in shown] == []
+    assert "ValidationError" not in shown, "what cannot be read is refused in a sentence"
 
 
 def test_objects_that_users_import_are_listed(site: Path) -> None:

@@ -189,6 +189,24 @@ def test_every_tab_draws_without_an_error_or_a_request(browser: Any, report: Pat
     assert watched.requests == [report.as_uri()], "nothing but the file itself"
 
 
+@pytest.mark.parametrize("width", [1400, 1000])
+def test_table_of_runs_fits_the_window_with_long_folders(browser: Any, tmp_path: Path, width: int) -> None:
+    runs = [write_run(tmp_path / ("a_long_name_of_an_experiment_" * 3) / name, 1) for name in ("one", "two")]
+    output = tmp_path / "report.html"
+    main([*map(str, runs), "--output", str(output)])
+    watched = Watched(browser, output.as_uri())
+    watched.page.set_viewport_size({"width": width, "height": 800})
+
+    cut = watched.page.evaluate(
+        "[...document.querySelectorAll('#tab-overview .scroll')].map(e => e.scrollWidth - e.clientWidth)"
+    )
+
+    head = watched.page.locator("#tab-overview th")
+    assert head.all_text_contents()[-1] == "samples"
+    assert cut == [0]
+    watched.page.close()
+
+
 def test_both_runs_are_overlaid_and_can_be_hidden(opened: Watched) -> None:
     lines = (
         "document.querySelector('#tab-overview .plot').data.filter(each => each.name).map(each => each.name)"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import socket
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from conch import doctor
 from conch.doctor import (
     Finding,
     check_devices,
+    check_extras,
     check_libraries,
     check_memory,
     check_numpy,
@@ -27,6 +29,7 @@ from conch.report.__main__ import ReportOptions
 from conch.servers.settings import ListenSettings
 from conch.serving.deployment.options import NetworkOptions
 
+ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ["numpy>=1.26", "torch>=2.8", 'ray>=2.60; extra == "ray"', 'tomli>=2; python_version < "3"']
 INSTALLED = {"numpy": "1.26.4", "torch": "2.13.0+cpu"}
 
@@ -41,6 +44,41 @@ def test_python_outside_of_what_the_package_asks_for_fails(found: str, level: st
 def test_libraries_that_fit_are_one_line() -> None:
     (finding,) = check_libraries(NEEDED, INSTALLED)
     assert finding == Finding("ok", "libraries", "numpy 1.26.4, torch 2.13.0+cpu")
+
+
+EXTRAS = [
+    *("torch>=2.8", 'ray>=2.60; extra == "ray"', 'plotly>=6; extra == "report"', 'pytest>=8; extra == "dev"'),
+    *('onnx>=1.18; extra == "onnx"', 'onnxruntime>=1.22; extra == "onnx"'),
+    *('nvidia-pytriton==0.7.0; extra == "serve"', 'numpy<2; extra == "serve"'),
+]
+
+
+def test_extras_are_told_with_versions_and_absent_ones_with_their_purpose() -> None:
+    installed = INSTALLED | {"plotly": "7.1.0", "onnx": "1.22.0"}
+    there, absent = check_extras(EXTRAS, installed)
+    assert there == Finding("ok", "extras", "report (plotly 7.1.0)")
+    assert (absent.level, absent.subject) == ("ok", "not installed")
+    names, _, remedy = absent.text.partition("; to add ray: ")
+    assert names == (
+        "ray (asynchronous sampling in a cluster), onnx (conversion to ONNX; lacks onnxruntime), "
+        "serve (the bundled Triton server)"
+    )
+    assert re.fullmatch(r"pip install -e '.*\[ray\]'", remedy)
+
+
+def test_extras_that_are_all_there_are_one_line() -> None:
+    installed = INSTALLED | {"plotly": "7.1.0", "onnx": "1.22.0", "onnxruntime": "1.23", "ray": "2.60"}
+    (there,) = check_extras(EXTRAS, installed, {"serve"})
+    assert there.text == (
+        "ray 2.60, report (plotly 7.1.0), onnx (onnx 1.22.0, onnxruntime 1.23), "
+        "serve (in an environment of its own)"
+    )
+
+
+def test_purpose_of_each_extra_for_users_is_told() -> None:
+    _, _, extras = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("optional-dependencies]")
+    named = re.findall(r"^([\w-]+) = \[", extras.partition("\n[")[0], re.MULTILINE)
+    assert {*doctor._PURPOSES} == {*named} - {"dev", "docs"}
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,9 @@ def exit_code(words: list[str]) -> int:
             ["convert", "ensmble"],
             "no command; did you mean `conch convert ensemble`?",
         ),
+        (["runs", "dff"], "`conch runs dff` is no command; did you mean `conch runs diff`?"),
+        (["runs", "dif", "a", "b"], "`conch runs dif` is no command; did you mean `conch runs diff`?"),
+        (["runs", "a", "b"], "`conch runs a` is no command; conch runs FOLDER lists runs, conch runs diff c"),
         (["convert", "outputs/x"], "`conch convert outputs/x` is no command; a checkpoint is named by --ch"),
     ],
 )

@@ -165,5 +165,5 @@ function runTable() {
     el("td", { class: "num" }, run.best === null || run.best === undefined ? "–" : [el("b", {}, shown(run.best)), el("div", { class: "soft" }, `${run.best_metric.replace("eval/", "")}, step ${run.best_step}`)]),
     columns.map(([name]) => journeyCell(place, name)),
     el("td", { class: "num" }, run.samples > run.samples_shown ? `${run.samples_shown} of ${run.samples}` : String(run.samples ?? 0))));
-  return el("table", {}, el("thead", {}, el("tr", {}, head)), el("tbody", {}, rows));
+  return el("table", { class: "runs" }, el("thead", {}, el("tr", {}, head)), el("tbody", {}, rows));
 }

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from conch.errors import ConfigError
-from conch.report.__main__ import main, runs_of
+from conch.report.__main__ import main
 from conch.report.page import page, write_page
+from conch.runs.listing import labelled_runs
 
 pytest.importorskip("plotly", reason="the page's charts come with plotly: pip install plotly")
 
@@ -67,11 +68,11 @@ def test_labels_are_as_much_of_the_folders_as_tells_them_apart(tmp_path: Path) -
     for folder in folders:
         folder.mkdir(parents=True)
 
-    assert [*runs_of([str(folders[0])])] == ["run"]
-    assert [*runs_of([str(folder) for folder in folders])] == ["1/run", "2/run", other_label(tmp_path)]
-    assert runs_of([f"mine={folders[0]}"]) == {"mine": folders[0]}
+    assert [*labelled_runs([str(folders[0])])] == ["run"]
+    assert [*labelled_runs([str(folder) for folder in folders])] == ["1/run", "2/run", other_label(tmp_path)]
+    assert labelled_runs([f"mine={folders[0]}"]) == {"mine": folders[0]}
     (tmp_path / "lr=3").mkdir()
-    assert runs_of([str(tmp_path / "lr=3")]) == {"lr=3": tmp_path / "lr=3"}
+    assert labelled_runs([str(tmp_path / "lr=3")]) == {"lr=3": tmp_path / "lr=3"}
 
 
 def other_label(tmp_path: Path) -> str:
@@ -81,7 +82,7 @@ def other_label(tmp_path: Path) -> str:
 @pytest.mark.parametrize("words", [["a=x", "a=y"], ["x", "x"]])
 def test_label_that_stands_twice_is_refused(words: list[str]) -> None:
     with pytest.raises(ConfigError, match="two runs are called"):
-        runs_of(words)
+        labelled_runs(words)
 
 
 def test_command_writes_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

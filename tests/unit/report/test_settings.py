@@ -11,8 +11,8 @@ from conch.cli.run_config import save_resolved
 from conch.config import load
 from conch.config.algorithms.grpo import GRPORunConfig
 from conch.config.algorithms.ppo import PPORunConfig
-from conch.report.settings import ABSENT, REQUIRED, compare, defaults_of
-from conch.runs.listing import flat
+from conch.report.settings import ABSENT, REQUIRED, compare
+from conch.runs.listing import defaults_of, flat
 
 
 def rows_by_key(result: dict) -> dict[str, dict]:

@@ -12,15 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from conch.config import ModelConfig
 from conch.errors import CheckpointError
 from conch.models.freezing import freeze_layers, freeze_trunk
 from conch.models.loading import load_lm
 from conch.models.policy import HEADS_FILE, PolicyWithValue
-from conch.runs.checkpoint import check_space, model_bytes, save_model
+from conch.runs.checkpoint import check_space, model_bytes, no_model_bars, save_model
 from tests.tiny import DECODERS, char_tokenizer, decoder_shape, tiny_decoder
 
 TOKENIZER = char_tokenizer("abcdefghijklmnopqrstu")
@@ -244,3 +246,29 @@ def test_a_saved_config_has_the_dropout_that_the_model_came_with(
     saved = json.loads((tmp_path / "step_1" / "config.json").read_text())
     assert {key: saved[key] for key in dropouts} == dropouts != {}
     assert {getattr(lm.config, key) for key in dropouts} == {0.0}, "of the model that trains on"
+
+
+@pytest.mark.parametrize("downloads", [True, False])
+def test_bars_of_models_are_hidden_for_a_while_and_those_of_downloads_stay(
+    downloads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("conch.runs.checkpoint.HF_HUB_DISABLE_PROGRESS_BARS", None)
+    was_enabled, had_downloads = is_progress_bar_enabled(), not are_progress_bars_disabled()
+    try:
+        enable_progress_bar()
+        (enable_progress_bars if downloads else disable_progress_bars)()
+        with pytest.raises(KeyError), no_model_bars():
+            assert not is_progress_bar_enabled() and are_progress_bars_disabled() != downloads
+            raise KeyError
+        assert is_progress_bar_enabled() and are_progress_bars_disabled() != downloads
+        monkeypatch.setattr("conch.runs.checkpoint.HF_HUB_DISABLE_PROGRESS_BARS", False)
+        with no_model_bars():
+            assert is_progress_bar_enabled(), "the user asks for bars"
+        disable_progress_bar()
+        monkeypatch.setattr("conch.runs.checkpoint.HF_HUB_DISABLE_PROGRESS_BARS", None)
+        with no_model_bars():
+            pass
+        assert not is_progress_bar_enabled(), "nor are any shown that the user had hidden"
+    finally:
+        (enable_progress_bar if was_enabled else disable_progress_bar)()
+        (enable_progress_bars if had_downloads else disable_progress_bars)()

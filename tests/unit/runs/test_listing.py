@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
+from conch.config import load as load_config
+from conch.config.algorithms import run_config_of
 from conch.errors import DataError
-from conch.runs.command import age, main
+from conch.runs.command import age, difference_table, main
 from conch.runs.listing import differences, find_runs, summarise
 from conch.runs.reading import load
 from conch.runs.state import noted_state
@@ -118,21 +120,56 @@ def test_folder_without_runs_is_said_to_have_none(tmp_path: Path, capsys: pytest
 def test_diff_shows_settings_that_differ_but_not_where_runs_are(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    config = CONFIG | {"ppo": {"gamma": 1.0, "kl": {"coef": 0.25}}}
     other = {"train": {"total_steps": 4, "seed": 1, "run_dir": "b"}, "ppo": {"gamma": 1.0, "kl": {}}}
-    first, second = make_run(tmp_path / "a", [], CONFIG), make_run(tmp_path / "b", [], other)
-    main(["diff", str(first), str(second)])
+    first, second = make_run(tmp_path / "a", [], config), make_run(tmp_path / "b", [], other)
+    main(["diff", str(first), f"new={second}"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines == [
-        ["setting", str(first), str(second)],
+        ["setting", "a", "new"],
         ["train.seed", "0", "1"],
-        ["ppo.kl.coef", "0.05", "-"],
+        ["ppo.kl.coef", "0.25", "-"],
         ["ppo.kl", "-", "{}"],
     ]
     main(["diff", str(first), str(second), "--all", "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert found["train.run_dir"] == ["a", "b"] and found["ppo.kl.coef"] == [0.05, None]
-    main(["diff", str(first), str(first)])
+    assert found["train.run_dir"] == ["a", "b"] and found["ppo.kl.coef"] == [0.25, None]
+    main(["diff", str(first), str(make_run(tmp_path / "c", [], config))])
     assert capsys.readouterr().out == "no setting differs\n"
+
+
+def test_diff_of_two_algorithms_names_them_and_leaves_out_defaults_that_one_alone_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = []
+    for name, other in (("ppo", {"ppo": {"epochs": 9}}), ("sft", {"sft": {"max_length": 7}})):
+        values = {
+            "model": {"path": "m"},
+            "data": {"train": "d"},
+            "train": {"total_steps": 1, "seed": len(words)},
+        }
+        config = load_config(run_config_of(name), values | other)
+        words.append(str(tmp_path / name))
+        make_run(tmp_path / name, [], config.model_dump(mode="json"))
+    main(["diff", *words])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        ["setting", *("ppo", "sft")],
+        ["algorithm", '"ppo"', '"sft"'],
+        ["scheduler.name", '"linear"', '"cosine"'],
+        ["train.seed", "0", "1"],
+        ["train.eval_every", "20", "100"],
+        ["ppo.epochs", "9", "-"],
+        ["sft.max_length", "-", "7"],
+    ]
+    main(["diff", *words, "--all"])
+    assert len(capsys.readouterr().out.splitlines()) > 40
+
+
+def test_long_values_are_cut_in_their_middle_for_paths_differ_at_their_ends() -> None:
+    values = [f"/data/{'folder/' * 20}{name}" for name in ("one", "two")]
+    row = difference_table({"model.path": values}, ["a", "b"]).splitlines()[1].split()
+    assert row[1].endswith('one"') and row[2].endswith('two"') and max(map(len, row)) == 40
 
 
 def test_diff_of_what_is_no_run_says_so(tmp_path: Path) -> None:
