@@ -107,7 +107,7 @@ def begin(block: Block, folder: Path, **environment: str) -> subprocess.Popen[st
     (folder / "block.py").write_text(block.text)
     bash = ["bash", "-c", f"set -eu\n{block.text}"]
     command = [quick_python(), "block.py"] if block.language == "python" else bash
-    return start(command, folder=folder, PATH=path, **environment)
+    return start(command, fresh=False, folder=folder, PATH=path, **environment)
 
 
 def finish(process: subprocess.Popen[str], block: Block) -> None:
