@@ -19,7 +19,7 @@ copyright = "the authors of Conch"
 release = version = conch.__version__
 root_doc = "docs/index"
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "reference"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "reference", "needs"]
 myst_enable_extensions = ["deflist", "colon_fence"]
 # Anchors as GitHub makes them; a link to one that is not there is a warning, and warnings are errors.
 myst_heading_anchors = 4

@@ -37,8 +37,10 @@ def torchrun(num_processes: int, *options: str) -> list[str]:
     return [*_module("torch.distributed.run"), "--nproc_per_node", str(num_processes), *(options or alone)]
 
 
-def start(command: Sequence[str], *, fresh: bool = False, **environment: str) -> subprocess.Popen[str]:
-    """Start a command with the environment of CPU ranks; output and errors come on `stdout`.
+def start(
+    command: Sequence[str], *, fresh: bool = False, folder: Path = ROOT, **environment: str
+) -> subprocess.Popen[str]:
+    """Start a command in a folder with the environment of CPU ranks; output and errors come on `stdout`.
 
     fresh: each Python imports its libraries itself and is a child of who started it, as tests of who outlives
         whom need it; otherwise forks of `tests.forks` stand in for it, torchrun's ranks included.
@@ -51,7 +53,7 @@ def start(command: Sequence[str], *, fresh: bool = False, **environment: str) ->
     cpu["TORCH_EXTENSIONS_DIR"] = str(_built_operators())
     return subprocess.Popen(
         list(command),
-        cwd=ROOT,
+        cwd=folder,
         env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **cpu, **environment},
         text=True,
         stdout=subprocess.PIPE,

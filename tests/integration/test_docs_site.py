@@ -76,6 +76,12 @@ def test_every_page_of_the_docs_is_in_the_site(site: Path) -> None:
     ] == []
 
 
+def test_what_a_block_needs_is_shown_above_it(site: Path) -> None:
+    text = page(site, "eight_gpus")
+    assert "Needs: GPUs; models or datasets of the Hugging Face hub." in words(text)
+    assert "<!-- needs" not in text
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_every_key_is_listed_with_its_default_and_its_docstring(site: Path, name: str) -> None:
     text = page(site, f"reference/settings/{name}")

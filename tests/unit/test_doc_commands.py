@@ -3,150 +3,272 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import inspect
+import logging
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
 
-from conch.cli import add_options, load_run_config, parse_options, written_with
+from conch import __main__ as conch
 from conch.cli.run_config import parse_override
 from conch.config import JudgeConfig, load
-from conch.config.algorithms import run_config_of
-from conch.converters import ensemble, to_triton
-from conch.evaluation import pictures
-from conch.evaluation.sampling.config import BestOfNRunConfig
-from conch.reward_server.server_config import RewardServerConfig
-from conch.scoring.options import ScoreOptions
-from conch.servers.command import pairs_of
-from conch.servers.settings import load_settings
-from conch.serving import __main__ as serving
-from examples.overoptimisation import run_bon_ensembles, run_bon_pipeline
-from examples.overoptimisation.laboratory.settings import LaboratoryConfig
-from examples.steerability.settings import load_settings as load_steerability
+from conch.errors import ConchError
+from docs._ext.needs import NEEDS
+from tests.pages import DOCS, PAGES, ROOT, blocks_of, commands_in, commands_of
 
-ROOT = Path(__file__).resolve().parents[2]
-DOCS = ROOT / "docs"
-READ = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted((ROOT / "examples").rglob("README.md"))]
-PAGES = (
+SHELL = {
+    *("cd", "curl", "echo", "export", "cat", "mkdir", "umask", "openssl", "source", "pip", "api", "jq", "do"),
+}
+"""Programs of everybody's, and of this page, which take no settings of ours."""
+MARKED = {
+    "singularity": "singularity",
+    "singularity/build.sh": "singularity",
+    "singularity/serve.sh": "singularity",
+    "sbatch": "slurm",
+    "ray": "cluster",
+    "vllm": "gpu",
+    "python -m benchmarks.gpu_suite": "gpu",
+    "./smoke.sh": "long",
+    "python -m openrlhf.cli.train_ppo_ray": "peer",
+}
+"""Beginning of a command -> the word that the marker above its block must have."""
+LINKED = (
     *("judges", "scoring", "trl", "reward_server", "steerability", "best_of_n", "ensembles"),
     "overoptimisation",
 )
-OTHERS = ("cd", "curl", "echo", "pip", "uvicorn", "vllm")
-"""Programs that are not ours, or take no settings."""
-
-_ENDS_COMMAND = re.compile(r"[|;&]+")
 
 
-def blocks_of(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+class Understood(BaseException):
+    """The settings of a command line are valid."""
 
 
-def commands(page: str) -> Iterator[list[str]]:
-    """See `commands_of`."""
-    return commands_of((DOCS / f"{page}.md").read_text(encoding="utf-8"))
+VERBS = {
+    "train": "conch.training",
+    "convert": "conch.converters.to_triton",
+    "serve": "conch.serving.__main__",
+    "score": "conch.scoring.run",
+    "gold-eval": "conch.evaluation.gold",
+    "rollout-server": "conch.servers.command",
+    "reference-server": "conch.servers.command",
+    "reward-server": "conch.servers.command",
+    "service": "conch.servers.command",
+    "size": "conch.sizing.__main__",
+    "plot": "conch.runs.plots",
+    "runs": "conch.runs.command",
+    "report": "conch.report.__main__",
+    "best-of-n": "conch.cli",
+    "overoptimisation": "conch.evaluation.pictures",
+    "doctor": "conch.doctor",
+}
+"""Verb of `conch` -> the module that reads its settings."""
+STOPS = ("read_options", "read_settings", "load_settings", "load_run_config", "parse_options")
+"""What turns a command line into settings; where a module has none of them, argparse does all."""
 
 
-def commands_of(text: str) -> Iterator[list[str]]:
-    """Words of each command in a page's shell blocks: a pipe's are two, variables in front are left out."""
-    for block in blocks_of(text, "bash"):
-        for line in block.replace("\\\n", " ").splitlines():
-            lexer = shlex.shlex(line, posix=True, punctuation_chars="|;&>")
-            lexer.whitespace_split = True
-            words: list[str] = []
-            for word in [*lexer, "|"]:
-                if _ENDS_COMMAND.fullmatch(word):
-                    if words:
-                        yield words
-                    words = []
-                elif words or not re.match(r"[A-Z_]+=", word):
-                    words.append(word)
+@contextmanager
+def stopped(module: ModuleType, argv: list[str]) -> Iterator[None]:
+    """Inside, a program raises `Understood` once its settings are valid."""
+    logger = logging.getLogger("conch")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", argv)
+        patch.setattr(sys, "orig_argv", [sys.executable, "-m", *argv])
+        patch.setenv("CONCH_SERVICE_KEY", "key")
+        for name in ("propagate", "level"):
+            patch.setattr(logger, name, getattr(logger, name))
+        patch.setattr(logger, "handlers", [*logger.handlers])
+        name = next((name for name in STOPS if hasattr(module, name)), None)
+        owner, name = (module, name) if name else (argparse.ArgumentParser, "parse_args")
+        read = getattr(owner, name)
+
+        def stop(*arguments: Any, **options: Any) -> None:
+            options.pop("check", None)  # which asks this machine, for its devices
+            read(*arguments, **options)
+            raise Understood
+
+        patch.setattr(owner, name, stop)
+        yield
+
+
+def run_stopped(main: Callable[..., Any], module: ModuleType, program: str, words: list[str]) -> None:
+    """Run a program until its settings are valid, and no further."""
+    if {"-m", "--multirun"} & {*words}:
+        words = [*words, "--print-config"]  # which validates every job, and starts none
+    with stopped(module, [program, *words]):
+        try:
+            code = main(*([words] if inspect.signature(main).parameters else []))
+        except Understood:
+            return
+        except SystemExit as left:
+            if left.code:
+                raise
+            return
+    raise AssertionError(f"left with {code} before its settings were read")
+
+
+def read_verb(words: list[str]) -> None:
+    """A command of `conch`, read as it reads it."""
+    verb = conch._SHORT.get(words[0], (words[0],))[0]
+    if verb == "best-of-n":  # it imports as it runs, and what it imports must not find a function replaced
+        importlib.import_module("conch.evaluation.sampling.config")
+    run_stopped(conch.main, importlib.import_module(VERBS[verb]), "conch", words)
+
+
+MODULES = {
+    "conch.service": ("conch.service.__main__", "conch.servers.command"),
+    "examples.remote.grpo_server.uvicorn_main": ("conch.service.__main__", "conch.servers.command"),
+    "conch.reward_server": ("conch.reward_server.__main__", "conch.servers.command"),
+    "examples.grpo.grpo-async": ("examples.grpo.grpo-async", "examples.grpo.grpo"),
+    "examples.overoptimisation.laboratory": ("examples.overoptimisation.laboratory.__main__",) * 2,
+}
+"""Module of a command line -> the module with its `main`, and the one that reads its settings."""
+
+
+def read_module(module: str, words: list[str]) -> None:
+    """A module that is a program, read as it reads its command line."""
+    if module == "conch":
+        return read_verb(words)
+    if module == "conch.interop.trlx":
+        return None  # takes a file and no settings
+    program, reads = MODULES.get(module, (module, module))
+    main = importlib.import_module(program).main
+    return run_stopped(main, importlib.import_module(reads), module, words)
+
+
+def read_launched(words: list[str], folder: Path) -> None:
+    """A launcher's command line, with options before what it launches: their files must be there."""
+    while words[0].startswith("--"):
+        if words[0] == "--config_file":
+            assert (folder / words[1]).is_file(), f"no file {words[1]}"
+        words = words[2:]
+    read(["python", *words], folder)
+
+
+def module_of(words: list[str], folder: Path) -> tuple[str, list[str]] | None:
+    """Name and arguments of a program of ours that Python starts; None for one that is not."""
+    if words[1] == "-m":
+        place, words = Path(*words[2].split(".")), words[3:]
+    else:
+        place, words = Path(words[1]).with_suffix(""), words[2:]
+    for root in (folder, ROOT, ROOT / "examples/remote"):
+        if (root / place).is_dir() or (root / place).with_suffix(".py").is_file():
+            return ".".join((root / place).relative_to(ROOT).parts), words
+    return None
+
+
+def read_python(words: list[str], folder: Path) -> None:
+    """A program that Python starts."""
+    found = module_of(words, folder)
+    if found is None or found[0].startswith("benchmarks."):
+        raise LookupError
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        read_module(*found)
+
+
+def read_docker(words: list[str], folder: Path) -> None:
+    """An image of ours that is built, or one that is run."""
+    if words[1] == "build":
+        stage, file = words[words.index("--target") + 1], words[words.index("-f") + 1]
+        assert re.search(rf"^FROM .* AS {stage}$", (folder / file).read_text(), re.MULTILINE), stage
+    else:
+        assert words[1] == "run" and any(word.startswith("conch-") for word in words)
+
+
+def settings_of(words: list[str]) -> list[str]:
+    """The words as they are typed: `...` stands for what every run needs."""
+    if "..." in words:
+        place = words.index("...")
+        needed = ["model.path=m", "data.train=rows.jsonl"]
+        given = {word.partition("=")[0] for word in words}
+        needed = [each for each in needed if each.partition("=")[0] not in given]
+        words = [*words[:place], *needed, *words[place + 1 :]]
+    return [f"{word[:-3]}m" if word.endswith("=...") else word for word in words]
+
+
+def read(words: list[str], folder: Path) -> None:
+    """Have a command's settings read by the program that would run. folder: where it would run.
+
+    Raises:
+        LookupError: nothing here knows the command.
+    """
+    words = settings_of(words)
+    match words:
+        case ["conch", *rest]:
+            read_verb(rest)
+        case ["accelerate", "launch", *rest] | ["torchrun", *rest]:
+            read_launched(rest, folder)
+        case ["sbatch", "--nodes", _, script, *rest]:
+            assert (folder / script).is_file()
+            read_launched(rest, folder)
+        case ["python", _, *_]:
+            read_python(words, folder)
+        case ["docker", *_]:
+            read_docker(words, folder)
+        case ["make", target, *_]:
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        case ["uvicorn", application, *_]:
+            assert (folder / application.partition(":")[0]).with_suffix(".py").is_file()
+        case [program, *_] if program not in SHELL:
+            raise LookupError
+
+
+def needed(words: list[str]) -> str | None:
+    """The word that the marker above a command must have."""
+    return next(
+        (need for start, need in MARKED.items() if words[: len(start.split())] == start.split()), None
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_each_command_of_a_page_is_understood_or_marked(
+    page: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conch.yaml").write_text("model: {path: gpt2}\n")  # which a command of from_trlx.md writes
+    wrong: list[str] = []
+    for block in blocks_of(page.read_text(encoding="utf-8")):
+        if block.language != "bash":
+            continue
+        folder = page.parent if page.is_relative_to(ROOT / "examples") else ROOT
+        for words in commands_in(block.text):
+            if words[0] == "cd" and (ROOT / words[1]).is_dir():
+                folder = ROOT / words[1]
+            need = needed(words)
+            if need is not None and need not in block.needs:
+                wrong.append(f"{' '.join(words)}: the block has no marker `{need}`")
+            try:
+                read(words, folder)
+            except LookupError:
+                if need is None:
+                    wrong.append(f"{' '.join(words)}: nothing here reads it, and no marker is asked for")
+            except (SystemExit, ConchError, AssertionError) as error:
+                wrong.append(f"{' '.join(words)}: {error} {capsys.readouterr().err}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_each_marker_is_one(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = [re.findall(r"\w+", needs) for needs in re.findall(r"<!-- needs: (.*?) -->", text)]
+    above = [sorted(block.needs) for block in blocks_of(text) if block.needs]
+    assert sorted(map(sorted, named)) == sorted(above), "a marker stands directly above its block"
+    assert {need for needs in named for need in needs} <= {*NEEDS}
 
 
 def is_training(words: list[str]) -> bool:
     return "train" in words[1:] and words[words.index("train") - 1] == "conch"
 
 
-def settings_of(words: list[str]) -> list[str]:
-    """The words as they are typed: `...` stands for what every run needs, a redirection is the shell's."""
-    if ">" in words:
-        words = words[: words.index(">")]
-    if "..." in words:
-        named = [word for word in words if word != "..."]
-        words = [*named[:1], "model.path=m", "data.train=rows.jsonl", *named[1:]]
-    return [f"{word[:-3]}m" if word.endswith("=...") else word for word in words]
-
-
-def read_train(words: list[str]) -> None:
-    algorithm = words[0].replace("-", "_")
-    load_run_config(run_config_of(algorithm), words[1:], default_name=algorithm)
-
-
-def read_serve(words: list[str]) -> None:
-    arguments = vars(serving._parser().parse_args(written_with("-", words)))
-    parse_options(serving.COMMANDS[arguments.pop("command")], arguments)
-
-
-def read_score(words: list[str]) -> None:
-    parser = argparse.ArgumentParser()
-    add_options(parser, ScoreOptions)
-    parse_options(ScoreOptions, vars(parser.parse_args(written_with("-", words))))
-
-
-def read_convert(words: list[str]) -> None:
-    program, rest = (ensemble, words[1:]) if words[0] == "ensemble" else (to_triton, words)
-    program._parser().parse_args(written_with("-", rest))
-
-
-def read_reward_server(words: list[str]) -> None:
-    load_settings(RewardServerConfig, pairs_of(words))
-
-
-def read_steerability(words: list[str]) -> None:
-    assert words[0] == "--config"
-    load_steerability(words[1], words[2:])
-
-
-READERS: dict[tuple[str, ...], Callable[[list[str]], Any]] = {
-    ("conch", "train"): read_train,
-    ("conch", "convert"): read_convert,
-    ("conch", "serve"): read_serve,
-    ("conch", "score"): read_score,
-    ("conch", "reward-server"): read_reward_server,
-    ("python", "-m", "conch.reward_server"): read_reward_server,
-    ("conch", "best-of-n"): lambda words: load_run_config(BestOfNRunConfig, words, default_name="best_of_n"),
-    ("conch", "overoptimisation"): lambda words: pictures._parser().parse_args(words),
-    ("python", "-m", "examples.overoptimisation.laboratory"): lambda words: load_run_config(
-        LaboratoryConfig, words, default_name="laboratory/laboratory"
-    ),
-    ("python", "run_bon_pipeline.py"): lambda words: run_bon_pipeline._parser().parse_args(words),
-    ("python", "run_bon_ensembles.py"): lambda words: run_bon_ensembles._parser().parse_args(words),
-    ("accelerate", "launch", "--num-processes", "2", "rl.py"): read_steerability,
-}
-"""First words of a command -> what reads the others as the program does."""
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_each_command_of_a_page_is_understood(page: str, capsys: pytest.CaptureFixture[str]) -> None:
-    seen = 0
-    for words in commands(page):
-        if words[0] in OTHERS:
-            continue
-        found = [(begin, read) for begin, read in READERS.items() if tuple(words[: len(begin)]) == begin]
-        assert len(found) == 1, f"no reader knows {' '.join(words)}"
-        begin, read = found[0]
-        try:
-            read(settings_of(words[len(begin) :]))
-        except SystemExit:
-            pytest.fail(f"{' '.join(words)}: {capsys.readouterr().err}")
-        seen += 1
-    assert seen
-
-
-@pytest.mark.parametrize("file", READ, ids=lambda file: str(file.relative_to(ROOT)))
+@pytest.mark.parametrize("file", PAGES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_no_text_with_commas_is_shown_without_its_quotes(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
     shown = [words[words.index("train") + 1 :] for words in commands_of(text) if is_training(words)]
@@ -163,13 +285,14 @@ def test_no_text_with_commas_is_shown_without_its_quotes(file: Path) -> None:
     assert several == [], "Hydra takes this for several values"
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", LINKED)
 def test_readme_leads_to_the_page(page: str) -> None:
     assert f"(docs/{page}.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_each_judge_of_the_page_is_one() -> None:
-    shown = blocks_of((DOCS / "judges.md").read_text(encoding="utf-8"), "yaml")
+    page = (DOCS / "judges.md").read_text(encoding="utf-8")
+    shown = [block.text for block in blocks_of(page) if block.language == "yaml"]
     assert len(shown) >= 6
     for block in shown:
         values = yaml.safe_load(block)

@@ -14,7 +14,10 @@ from conch import errors
 ROOT = Path(__file__).resolve().parents[2]
 EXTRAS = re.findall(
     r"^([\w-]+) = \[",
-    (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project.optional-dependencies]")[2],
+    (ROOT / "pyproject.toml")
+    .read_text(encoding="utf-8")
+    .partition("[project.optional-dependencies]")[2]
+    .partition("\n[")[0],
     re.MULTILINE,
 )
 FROM_AN_INDEX = re.compile(r"pip install[^\n#]*[ '\"]conch(\[|[ `'\",=<>~!]|$)", re.MULTILINE)
@@ -48,6 +51,20 @@ def test_each_extra_that_is_named_is_one() -> None:
     }
     assert {"serve", "service", "goals"} <= named
     assert named - {*EXTRAS} == set()
+
+
+def test_page_has_each_extra_and_what_make_install_leaves_out() -> None:
+    page = (ROOT / "docs/install.md").read_text(encoding="utf-8")
+    listed = [
+        name
+        for cell in re.findall(r"^\| ((?:`[\w-]+`(?:, )?)+) \|", page, re.MULTILINE)
+        for name in cell.split(", ")
+    ]
+    assert sorted(name.strip("`") for name in listed) == sorted(EXTRAS)
+    made = re.search(r"^EXTRAS := (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    sentence = re.search(r"`make install` has all but (.+?)\.", page, re.DOTALL)
+    assert made is not None and sentence is not None
+    assert {*re.findall(r"`([\w-]+)`", sentence[1])} - {"dev"} == {*EXTRAS} - {*made[1].split(",")}
 
 
 def test_extra_of_a_checkout_is_installed_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from conch.cli import describe, load_run_config
 from conch.config import Section
+from conch.errors import ConfigError
 from conch.interop.trlx_keys import TRANSLATED
 from conch.trainers.async_grpo import AsyncGRPORunConfig
 from conch.trainers.grpo import GRPORunConfig
@@ -38,6 +39,26 @@ def test_every_setting_of_ours_exists(name: str) -> None:
     settings = {part for part in named if re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", part)} - {"conch.train"}
     assert len(settings) >= 30
     assert settings - KEYS == set()
+
+
+@pytest.mark.parametrize(
+    ("key", "ours"),
+    [
+        ("rollout.n_samples_per_prompt", "grpo.group_size"),
+        ("algo.kl.init_coef", "grpo.kl.coef"),
+        ("actor.adam.lr", "optimizer.learning_rate"),
+        ("critic.value_clip", "ppo.clip_value"),
+        ("micro_train_batch_size", "train.gradient_accumulation_steps"),
+        ("pretrain", "model.path"),
+        ("train.num_train_epochs", "train.total_steps"),
+        ("optimizer.warmup_ratio", "scheduler.warmup_updates"),
+        ("train.logging_steps", "tracking.wandb"),
+    ],
+)
+def test_key_by_a_name_of_others_is_answered_with_ours(key: str, ours: str) -> None:
+    section = PPORunConfig if ours.startswith("ppo.") else GRPORunConfig
+    with pytest.raises(ConfigError, match=f"unknown key `{key}`; did you mean `{ours}`"):
+        load_run_config(section, ["model.path=m", f"{key}=1"], default_name="grpo")
 
 
 def test_the_page_about_trlx_has_what_the_translator_does() -> None:
