@@ -48,8 +48,11 @@ def processes_of(folder: str) -> list[int]:
 
 
 def _logs_into(process: Path, folder: str) -> bool:
-    """Whether it is one of Ray's, which writes its logs there: actors and agents write `ray::NAME` over their
-    arguments and their environment, so that no variable is left to be seen."""
+    """Whether it is one of Ray's, which writes its logs there.
+
+    The title `ray::NAME` of actors and agents has been seen to take the place of their arguments and of their
+    environment, so that no variable was left.
+    """
     if not (process / "cmdline").read_bytes().startswith(b"ray::"):
         return False
     for descriptor in (process / "fd").iterdir():
