@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-# vLLM imports Ray, which reads this once: a cluster that a later test of this process starts asks for a token.
+# vLLM imports Ray, which reads this once: the cluster of a later test in this process asks for a token.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 import pytest
