@@ -208,8 +208,10 @@ def test_table_of_runs_fits_the_window_with_long_folders(browser: Any, tmp_path:
 
 
 def test_both_runs_are_overlaid_and_can_be_hidden(opened: Watched) -> None:
+    # While a plot is drawn anew it has no data.
     lines = (
-        "document.querySelector('#tab-overview .plot').data.filter(each => each.name).map(each => each.name)"
+        "(document.querySelector('#tab-overview .plot')?.data ?? [])"
+        ".filter(each => each.name).map(each => each.name)"
     )
     opened.page.wait_for_selector("#tab-overview .plot svg")
     both = opened.page.evaluate(lines)

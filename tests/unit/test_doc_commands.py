@@ -117,9 +117,11 @@ def run_stopped(main: Callable[..., Any], module: ModuleType, program: str, word
 def read_verb(words: list[str]) -> None:
     """A command of `conch`, read as it reads it."""
     verb = conch._SHORT.get(words[0], (words[0],))[0]
+    if verb == "trlx":
+        return None  # takes a file and no settings
     if verb == "best-of-n":  # it imports as it runs, and what it imports must not find a function replaced
         importlib.import_module("conch.evaluation.sampling.config")
-    run_stopped(conch.main, importlib.import_module(VERBS[verb]), "conch", words)
+    return run_stopped(conch.main, importlib.import_module(VERBS[verb]), "conch", words)
 
 
 MODULES = {
