@@ -33,6 +33,12 @@ def sft(values: dict[str, Any], size: dict[str, int]) -> SFTTrainer:
     return SFTTrainer(config, samples=[pair] * 2 * size["rows"], tokenizer=char_tokenizer(LETTERS))
 
 
+def distinct_prompts(count: int, length: int) -> list[str]:
+    """Prompts that differ in their first two letters: equal ones would be read once for several samples."""
+    pairs = (first + second for first in LETTERS for second in LETTERS)
+    return [pair + "a" * (length - 2) for pair, _ in zip(pairs, range(count), strict=False)]
+
+
 def ppo(values: dict[str, Any], size: dict[str, int]) -> PPOTrainer:
     settings = {
         "generation": {"max_new_tokens": size["response_length"], "chunk_size": size["generation_rows"]},
@@ -46,7 +52,7 @@ def ppo(values: dict[str, Any], size: dict[str, int]) -> PPOTrainer:
     return PPOTrainer(
         load(PPORunConfig, {**values, **settings}),
         reward=lambda outputs, **_: [float(len(output)) for output in outputs],
-        prompts=["a" * size["prompt_length"]] * 2 * size["rows"],
+        prompts=distinct_prompts(2 * size["rows"], size["prompt_length"]),
         tokenizer=char_tokenizer(LETTERS),
     )
 
