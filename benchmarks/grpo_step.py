@@ -6,8 +6,9 @@
 Randomwalks: 16 prompts of 8 completions, each of 9 tokens, one update of one micro-batch, without a reference
 and with one. Then a GPT-2 shape of 30 million weights: 8 HH prompts of 4 completions that are as long as the
 answer there, 4 micro-batches. Weights are random; both sides' rows end where `benchmarks/forced_lengths.py`
-lets them. Both compute in float32 with the same loss, sample all completions in one batch and take their own
-optimizer; TRL without gradient checkpointing, which is on by default (`--trl-checkpoints` leaves it on).
+lets them. Both compute in float32 (`--mixed-precision bf16`: under autocast, on weights in float32) with the
+same loss, sample all completions in one batch and take their own optimizer; TRL without gradient
+checkpointing, which is on by default (`--trl-checkpoints` leaves it on).
 
 Each side has a process and an environment of its own, and both wait until they are told to take a step: they
 take turns, step by step, in an order that changes. A step is rollout, rewards, log-probs and update, without
@@ -31,6 +32,7 @@ from benchmarks.forced_lengths import EndAt
 from benchmarks.measuring import (
     LineProcess,
     add_policy_options,
+    add_precision_option,
     cell,
     head,
     resident_bytes,
@@ -41,6 +43,7 @@ from benchmarks.measuring import (
 from benchmarks.policies import Case, case_of, forced_engine
 from conch.config import load
 from conch.errors import ConchError
+from conch.machine.processors import SPINS
 from conch.servers.restart import exit_with_parent
 from conch.trainers.grpo import GRPORunConfig, GRPOTrainer
 
@@ -59,6 +62,7 @@ def write_spec(
     threads: int,
     *,
     trl_checkpoints: bool = False,
+    mixed_precision: str = "no",
 ) -> Path:
     """Model, tokenizer and what both sides must know of them."""
     prompts_per_step, group_size, micro_batches = SHAPES[name]
@@ -75,7 +79,7 @@ def write_spec(
         **{"eos_id": case.eos_id, "first_marker": case.first_marker, "max_new_tokens": case.max_new_tokens},
         **{"prompts_per_step": prompts_per_step, "group_size": group_size, "micro_batches": micro_batches},
         **{"beta": beta, "learning_rate": 1e-4, "steps": steps, "threads": threads},
-        "trl_checkpoints": trl_checkpoints,
+        **{"trl_checkpoints": trl_checkpoints, "mixed_precision": mixed_precision},
     }
     file = folder / "spec.json"
     file.write_text(json.dumps(spec), encoding="utf-8")
@@ -110,6 +114,7 @@ def our_trainer(spec: dict[str, Any]) -> GRPOTrainer:
             "total_steps": spec["steps"],
             "eval_every": 0,
             "gradient_accumulation_steps": spec["micro_batches"],
+            "mixed_precision": spec["mixed_precision"],
         },
         "tracking": {"rollouts": False},
     }
@@ -143,8 +148,10 @@ class Worker:
 
     def __init__(self, name: str, command: Sequence[str]) -> None:
         self.name = name
-        quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self._process = LineProcess(name, command, {**os.environ, **quiet})
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        if environment.get("GOMP_SPINCOUNT") == SPINS:  # by `import conch` here, not by who runs this
+            del environment["GOMP_SPINCOUNT"]
+        self._process = LineProcess(name, command, environment)
 
     def step(self, tokens: int) -> float:
         """Seconds of one step.
@@ -214,9 +221,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         case = case_of(name, arguments.data, small=arguments.small)
         place = folder / str(number)
         place.mkdir()
-        trl_checkpoints = arguments.trl_checkpoints
         spec_file = write_spec(
-            place, case, name, beta, warm_up + steps, arguments.threads, trl_checkpoints=trl_checkpoints
+            *(place, case, name, beta, warm_up + steps, arguments.threads),
+            trl_checkpoints=arguments.trl_checkpoints,
+            mixed_precision=arguments.mixed_precision,
         )
         results.append({"case": case.name, **compare(spec_file, arguments.trl_python, warm_up)})
     return {**head(arguments), "results": results}
@@ -256,6 +264,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="leave TRL's gradient checkpointing on, as it is by default",
     )
+    add_precision_option(parser)
     add("--alone", type=Path, metavar="SPEC", help="only our side, one step for each line that comes in")
     add_policy_options(parser)
     return parser

@@ -324,6 +324,12 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
     add("--small", action="store_true", help="tiny shapes and few rows, to try the script itself")
 
 
+def add_precision_option(parser: argparse.ArgumentParser) -> None:
+    """Precision of steps: bf16 pays where the processor multiplies it (avx512_bf16, amx_bf16)."""
+    help_text = "weights stay float32, products are of this; default: %(default)s"
+    parser.add_argument("--mixed-precision", choices=("no", "bf16"), default="no", help=help_text)
+
+
 def _cpu_name() -> str:
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):

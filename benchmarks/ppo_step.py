@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from benchmarks.measuring import (
     ROOT,
     add_policy_options,
+    add_precision_option,
     alone,
     cell,
     forget_peak,
@@ -69,7 +70,7 @@ REFERENCES = ("reference-shared", "reference-full")
 _UNFROZEN = 2
 
 
-def walk_trainer(folder: Path, start: Path, chunk_size: int) -> PPOTrainer:
+def walk_trainer(folder: Path, start: Path, chunk_size: int, mixed_precision: str = "no") -> PPOTrainer:
     """The example's PPO, with its presets. start: the policy that it begins with."""
     config = load_run_config(
         PPORunConfig,
@@ -78,6 +79,7 @@ def walk_trainer(folder: Path, start: Path, chunk_size: int) -> PPOTrainer:
             f"train.run_dir={folder}/run",
             f"generation.chunk_size={chunk_size}",
             "train.total_steps=1000",
+            f"train.mixed_precision={mixed_precision}",
             "tracking.rollouts=false",
         ],
         default_name="randomwalks/ppo_exact",
@@ -87,7 +89,7 @@ def walk_trainer(folder: Path, start: Path, chunk_size: int) -> PPOTrainer:
     return PPOTrainer(config, reward=task.reward, prompts=task.start_nodes)
 
 
-def dialogue_trainer(folder: Path, case: Case) -> PPOTrainer:
+def dialogue_trainer(folder: Path, case: Case, mixed_precision: str = "no") -> PPOTrainer:
     """PPO over half of the case's prompts; their responses have the lengths drawn."""
     rows = len(case.prompts) // 2  # 4 micro-batches
     settings = {
@@ -102,6 +104,7 @@ def dialogue_trainer(folder: Path, case: Case) -> PPOTrainer:
         "train": {
             **{"run_dir": f"{folder}/run", "total_steps": 1000, "eval_every": 0},
             "gradient_accumulation_steps": 2,
+            "mixed_precision": mixed_precision,
         },
     }
     trainer = PPOTrainer(
@@ -213,13 +216,14 @@ def measure_alone(arguments: argparse.Namespace) -> dict[str, Any]:
     """What one of the processes says. --alone: what to measure, and a folder to work in."""
     what, folder = arguments.alone[0], Path(arguments.alone[1])
     if what in WALKS:
-        trainer = walk_trainer(folder / what, _start(folder, arguments.small), WALKS[what])
+        start = _start(folder, arguments.small)
+        trainer = walk_trainer(folder / what, start, WALKS[what], arguments.mixed_precision)
         return phases_of(trainer, arguments.steps, arguments.warm_up)
     case = case_of("dialogues", arguments.data, small=arguments.small)
     if what in REFERENCES:
         return {"case": case.name, **reference_cost(case, shared=what == "reference-shared")}
     # Long enough to need no warming up beyond one step.
-    trainer = dialogue_trainer(folder / what, case)
+    trainer = dialogue_trainer(folder / what, case, arguments.mixed_precision)
     return {"case": case.name, **phases_of(trainer, arguments.dialogue_steps, 1)}
 
 
@@ -237,6 +241,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One process after the other."""
     told = ["--threads", str(arguments.threads), "--steps", str(arguments.steps)]
     told += ["--warm-up", str(arguments.warm_up), "--dialogue-steps", str(arguments.dialogue_steps)]
+    told += ["--mixed-precision", arguments.mixed_precision]
     told += [] if arguments.data is None else ["--data", str(arguments.data)]
     told += ["--small"] if arguments.small else []
     _start(folder, arguments.small)
@@ -291,6 +296,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=20, help="of randomwalks that count; default: %(default)s")
     add("--warm-up", type=int, default=3, help="steps before those; default: %(default)s")
     add("--dialogue-steps", type=int, default=2, help="of the 30M GPT-2 that count; default: %(default)s")
+    add_precision_option(parser)
     add("--alone", nargs=2, metavar=("WHAT", "FOLDER"), help="only one measurement, in this process")
     add_policy_options(parser)
     return parser

@@ -61,7 +61,7 @@ def settings(spec: dict[str, Any]) -> dict[str, Any]:
         "disable_dropout": True,
         # TRL's defaults save memory and cost time: bf16 on GPUs, and this everywhere.
         "gradient_checkpointing": spec["trl_checkpoints"],
-        "bf16": False,
+        "bf16": spec["mixed_precision"] == "bf16",
         "use_cpu": True,
         "model_init_kwargs": {"dtype": "float32"},
         # Nothing is written while steps are timed.

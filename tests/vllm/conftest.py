@@ -22,6 +22,7 @@ from conch.models.policy import response_logits
 from conch.ops import logprobs_of_labels
 from conch.rollouts.vllm.engine import ColocatedVLLM
 from conch.types import Prompt, Rollout
+from tests.runs import redraw
 from tests.tiny import char_tokenizer, tiny_gpt2_config
 
 CACHE_BYTES = ByteSize(50 * 2**20)
@@ -41,13 +42,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_lm(tokenizer: PreTrainedTokenizerFast, seed: int) -> GPT2LMHeadModel:
-    """A random GPT-2 whose distributions are far from even."""
-    torch.manual_seed(seed)
+    """A random GPT-2 whose distributions are far from even, the same on each machine."""
     config = tiny_gpt2_config(tokenizer, n_embd=64, n_head=2, n_layer=3, n_positions=160)
     lm = GPT2LMHeadModel(config).eval()
-    with torch.no_grad():
-        for parameter in lm.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+    redraw(lm, 0.1, seed)
     return lm
 
 
