@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import random
 import signal
@@ -27,10 +26,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +36,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.chaos_parts import Process, Watch, distance
 from benchmarks.measuring import ROOT
 from conch.errors import ConchError
 from conch.serving.server.server import TritonServer, free_port
@@ -50,8 +49,6 @@ _GROUPS, _GROUP_SIZE = 4, 8
 _MAX_RESUMES = 4
 _LONGEST_AWAY_S = 2.0
 _LONGEST_RUN_S = 240.0
-_LEFT_S = 20.0
-"""Time for what Ray started to end by itself."""
 
 VOWELS_MODEL = """
 import numpy as np
@@ -104,90 +101,18 @@ def train(folder: Path, url: str, steps: int, seed: int) -> None:
         trainer.close()
 
 
-# ------------------------------------------------------------------------------------ processes of the run
-
-
-@dataclass(frozen=True, slots=True)
-class Process:
-    """A process of a run. started: clock ticks, so that its number used again is another process."""
-
-    pid: int
-    started: int
-    command: str
-
-    @property
-    def kind(self) -> str:
-        """What it is for, in a word."""
-        for part, kind in (
-            ("ray::SamplerActor", "actor"),
-            ("raylet/raylet", "raylet"),
-            ("gcs_server", "gcs"),
-            ("accelerate", "launcher"),
-            ("--alone", "rank"),
-        ):
-            if part in self.command:
-                return kind
-        return "ray" if "ray" in self.command else "other"
-
-    @property
-    def is_alive(self) -> bool:
-        return any(process == self for process in running({self.pid}))
-
-
-def running(pids: Iterable[int] | None = None) -> list[Process]:
-    """Processes of this machine, or those of `pids` that live."""
-    return [process for process, _ in _with_parents(pids)]
-
-
-def _with_parents(pids: Iterable[int] | None = None) -> list[tuple[Process, int]]:
-    numbers = [int(path.name) for path in Path("/proc").glob("[0-9]*")] if pids is None else pids
-    found = []
-    for pid in numbers:
-        with suppress(OSError):  # it has ended
-            state, parent, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            if state != "Z":
-                found.append((Process(pid, int(rest[17]), command.strip()), int(parent)))
-    return found
-
-
-class Watch:
-    """Knows all processes that a run has started, also those whose parent is gone, in a thread of its own."""
-
-    def __init__(self) -> None:
-        self.seen: dict[tuple[int, int], Process] = {}
-        self._roots: set[int] = set()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="watch")
-        self._thread.start()
-
-    def add(self, pid: int) -> None:
-        """A process whose descendants are the run's, and itself."""
-        self._roots.add(pid)
-
-    def living(self) -> list[Process]:
-        """Those that live now."""
-        now = {(process.pid, process.started): process for process in running({pid for pid, _ in self.seen})}
-        return [now[key] for key in self.seen if key in now]
-
-    def look(self) -> None:
-        """Note what was started since."""
-        everything = _with_parents()
-        ours = {process.pid for process in self.living()} | self._roots
-        while further := {process.pid for process, parent in everything if parent in ours} - ours:
-            ours |= further
-        for process, _ in everything:
-            if process.pid in ours:
-                self.seen[process.pid, process.started] = process
-
-    def stop(self) -> None:
-        """No more."""
-        self._over.set()
-        self._thread.join()
-
-    def _work(self) -> None:
-        while not self._over.wait(0.3):
-            self.look()
+def kind_of(process: Process) -> str:
+    """What a process of a run is for, in a word."""
+    for part, kind in (
+        ("ray::SamplerActor", "actor"),
+        ("raylet/raylet", "raylet"),
+        ("gcs_server", "gcs"),
+        ("accelerate", "launcher"),
+        ("--alone", "rank"),
+    ):
+        if part in process.command:
+            return kind
+    return "ray" if "ray" in process.command else "other"
 
 
 # ------------------------------------------------------------------------------------------------- one run
@@ -253,7 +178,7 @@ def one_run(
                 break
         else:
             faults.append(f"it does not end in {_MAX_RESUMES} resumes, see its log")
-        faults += _left_processes(watch)
+        faults += watch.left(kind_of)
     finally:
         watch.stop()
         log.close()
@@ -299,8 +224,8 @@ def _kill_one(
     watch.look()
     kinds: dict[str, list[Process]] = {"reward server": []}
     for each in watch.living():
-        if each.kind != "other":
-            kinds.setdefault(each.kind, []).append(each)
+        if (of := kind_of(each)) != "other":
+            kinds.setdefault(of, []).append(each)
     kind = draw.choice(sorted(kinds))
     if kind == "reward server":
         rewards.kill(draw.uniform(0, _LONGEST_AWAY_S))
@@ -308,14 +233,6 @@ def _kill_one(
     with suppress(ProcessLookupError):
         os.kill(draw.choice(sorted(kinds[kind], key=lambda each: each.pid)).pid, signal.SIGKILL)
     return kind
-
-
-def _left_processes(watch: Watch) -> list[str]:
-    """Those that do not end by themselves."""
-    deadline = time.monotonic() + _LEFT_S
-    while (left := watch.living()) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    return [f"{each.kind} {each.command[:60]!r} is left" for each in left]
 
 
 def _ledger_faults(folder: Path, steps: int) -> list[str]:
@@ -395,14 +312,8 @@ def _tell(name: str, outcome: Outcome) -> None:
     )
 
 
-def distance(calm: Sequence[Outcome], disturbed: Sequence[Outcome]) -> float:
-    """Difference of the mean rewards, in standard errors (Welch)."""
-    mine, others = ([each.reward for each in side if each.reward is not None] for side in (disturbed, calm))
-    if len(mine) < 2 or len(others) < 2:
-        return math.inf
-    error = math.sqrt(statistics.variance(mine) / len(mine) + statistics.variance(others) / len(others))
-    difference = statistics.mean(mine) - statistics.mean(others)
-    return difference / error if error else (0.0 if difference == 0 else math.inf)
+def _distance(calm: Sequence[Outcome], disturbed: Sequence[Outcome]) -> float:
+    return distance([each.reward for each in calm], [each.reward for each in disturbed])
 
 
 def table(calm: Sequence[Outcome], disturbed: Sequence[Outcome]) -> str:
@@ -419,7 +330,7 @@ def table(calm: Sequence[Outcome], disturbed: Sequence[Outcome]) -> str:
         if len(rewards) > 1:
             reward += f" (sd {statistics.stdev(rewards):.3f})"
         lines.append(f"| {name} | {len(side)} | {passed} | {resumed} | {seconds} | {reward} |")
-    lines += ["", f"Difference of the mean rewards: {distance(calm, disturbed):.1f} standard errors"]
+    lines += ["", f"Difference of the mean rewards: {_distance(calm, disturbed):.1f} standard errors"]
     return "\n".join(lines)
 
 
@@ -457,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print(table(calm, disturbed))
     faulty = any(each.faults for each in [*calm, *disturbed])
-    return int(faulty or abs(distance(calm, disturbed)) > 3)
+    return int(faulty or abs(_distance(calm, disturbed)) > 3)
 
 
 if __name__ == "__main__":
