@@ -6,8 +6,8 @@ Each run is a small asynchronous GRPO: an actor of Ray samples, the real server 
 (`reward.failure.policy=wait`), a checkpoint is saved every third step; every other run has two training
 ranks. At a random moment, from the run's start to where undisturbed ones end, a random process of it
 gets SIGKILL: a training rank, the launcher of two, the sampling actor, one of Ray's own (raylet, GCS,
-agents), or the reward server, which comes back a little later. A run that has ended before its last
-step is resumed, as often as it needs.
+agents), or the reward server, which comes back a little later; each kind is as likely, and `--kill` takes
+one of them alone. A run that has ended before its last step is resumed, as often as it needs.
 
 A run passes if it comes to its end, in time; if each step of its ledger has its groups and each prompt
 was learned from once per epoch (`ledger_faults`); and if none of its processes is left. All together
@@ -49,6 +49,11 @@ _GROUPS, _GROUP_SIZE = 4, 8
 _MAX_RESUMES = 4
 _LONGEST_AWAY_S = 2.0
 _LONGEST_RUN_S = 240.0
+_INTO_LIFE_S = 3.0
+_LOOK_S = 0.2
+
+KINDS = ("rank", "actor", "raylet", "gcs", "ray", "reward server")
+"""Of processes that are killed, and the launcher where there are two ranks. `ray`: its agents and workers."""
 
 VOWELS_MODEL = """
 import numpy as np
@@ -156,9 +161,16 @@ class Rewards:
 
 
 def one_run(
-    folder: Path, rewards: Rewards, *, seed: int, ranks: int, steps: int, kill_after_s: float | None
+    folder: Path,
+    rewards: Rewards,
+    *,
+    seed: int,
+    ranks: int,
+    steps: int,
+    kind: str = "nothing",
+    kill_after_s: float | None = None,
 ) -> Outcome:
-    """A run to its end. kill_after_s: moment of the kill; None kills nothing."""
+    """A run to its end. kind: of the process that is killed. kill_after_s: moment; None kills nothing."""
     draw, watch, started = random.Random(seed), Watch(), time.monotonic()
     killed, resumes, faults = "nothing", -1, []
     log = (folder.parent / f"{folder.name}.log").open("w")
@@ -168,7 +180,7 @@ def one_run(
             process = _launch(folder, rewards.url, ranks=ranks, steps=steps, seed=seed, log=log)
             watch.add(process.pid)
             if kill_after_s is not None and resumes == 0:
-                killed = _kill_one(watch, process, rewards, draw, kill_after_s)
+                killed = _kill_one(watch, process, rewards, draw, kill_after_s, kind)
             try:
                 code = process.wait(_LONGEST_RUN_S)
             except subprocess.TimeoutExpired:
@@ -215,24 +227,41 @@ def _launch(
 
 
 def _kill_one(
-    watch: Watch, process: subprocess.Popen[bytes], rewards: Rewards, draw: random.Random, after_s: float
+    watch: Watch,
+    process: subprocess.Popen[bytes],
+    rewards: Rewards,
+    draw: random.Random,
+    after_s: float,
+    kind: str,
 ) -> str:
-    """Kill one process at its moment, first its kind drawn and then which of these; its kind."""
+    """Kill a process of this kind at its moment; the kind.
+
+    after_s: the moment. Where none of the kind lives then, it is a moment in the life of the next one: the
+        actor, which is made last and ends first, lives for a part of a run only.
+    """
     with suppress(subprocess.TimeoutExpired):
         process.wait(after_s)
         return "nothing: it was over"
-    watch.look()
-    kinds: dict[str, list[Process]] = {"reward server": []}
-    for each in watch.living():
-        if (of := kind_of(each)) != "other":
-            kinds.setdefault(of, []).append(each)
-    kind = draw.choice(sorted(kinds))
     if kind == "reward server":
         rewards.kill(draw.uniform(0, _LONGEST_AWAY_S))
         return kind
+    if not _living(watch, kind):
+        while not _living(watch, kind):
+            if process.poll() is not None:
+                return "nothing: it was over"
+            time.sleep(_LOOK_S)
+        time.sleep(draw.uniform(0, _INTO_LIFE_S))
+    victims = _living(watch, kind)
+    if not victims:
+        return "nothing: it was over"
     with suppress(ProcessLookupError):
-        os.kill(draw.choice(sorted(kinds[kind], key=lambda each: each.pid)).pid, signal.SIGKILL)
+        os.kill(draw.choice(sorted(victims, key=lambda each: each.pid)).pid, signal.SIGKILL)
     return kind
+
+
+def _living(watch: Watch, kind: str) -> list[Process]:
+    watch.look()
+    return [each for each in watch.living() if kind_of(each) == kind]
 
 
 def _ledger_faults(folder: Path, steps: int) -> list[str]:
@@ -275,7 +304,6 @@ def chaos(folder: Path, arguments: argparse.Namespace) -> tuple[list[Outcome], l
                     seed=seed,
                     ranks=ranks,
                     steps=arguments.steps,
-                    kill_after_s=None,
                 )
             )
             _tell(f"undisturbed {number}", calm[-1])
@@ -285,6 +313,8 @@ def chaos(folder: Path, arguments: argparse.Namespace) -> tuple[list[Outcome], l
         for number in range(arguments.seed, arguments.seed + arguments.runs):
             ranks = 1 + number % 2
             moment = random.Random(f"moment {number}").uniform(0.5, longest[ranks])
+            kinds = [*KINDS, "launcher"] if ranks > 1 else [*KINDS]
+            kind = arguments.kill or random.Random(f"kind {number}").choice(kinds)
             disturbed.append(
                 one_run(
                     folder / f"run_{number}",
@@ -292,6 +322,7 @@ def chaos(folder: Path, arguments: argparse.Namespace) -> tuple[list[Outcome], l
                     seed=number,
                     ranks=ranks,
                     steps=arguments.steps,
+                    kind=kind,
                     kill_after_s=moment,
                 )
             )
@@ -341,6 +372,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--runs", type=int, default=60, help="disturbed runs; default: %(default)s")
     add("--calm", type=int, default=8, help="undisturbed ones; default: %(default)s")
+    add("--kill", choices=KINDS, help="kind of the processes that are killed; default: any")
     add("--seed", type=int, default=0, help="of the first run; default: %(default)s")
     add("--steps", type=int, default=24, help="of a run; default: %(default)s")
     add("--keep", type=Path, help="folder for the runs and their logs; default: one that is deleted")
