@@ -8,7 +8,12 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from tests.checkpoints import config_of, random_model
 
@@ -80,8 +85,8 @@ def chat_tokenizer(family: str) -> PreTrainedTokenizerFast:
     return fast
 
 
-def chat_reward_model(folder: Path, family: str, *, seed: int = 0) -> Any:
-    """Save a random classifier with the family's tokenizer; returns it."""
+def chat_reward_model(folder: Path, family: str, *, seed: int = 0, window: int = WINDOW) -> Any:
+    """Save a random classifier with the family's tokenizer; returns it. window: positions that it has."""
     tokenizer = chat_tokenizer(family)
     config = config_of(
         "llama",
@@ -90,9 +95,22 @@ def chat_reward_model(folder: Path, family: str, *, seed: int = 0) -> Any:
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        max_position_embeddings=WINDOW,
+        max_position_embeddings=window,
     )
     model = random_model(AutoModelForSequenceClassification, config, seed=seed)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model
+
+
+def qwen_policy(folder: Path, *, window: int) -> None:
+    """Save a random Qwen 2 that chats. window: positions that it has."""
+    tokenizer = chat_tokenizer("chatml")
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(
+        "qwen2", vocab_size=len(tokenizer), max_position_embeddings=window, **special, **shape, **heads
+    )
+    random_model(AutoModelForCausalLM, config, seed=0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

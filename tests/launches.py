@@ -17,6 +17,9 @@ from tests.forks import quick_python, started_by
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "accelerate"
+SLURM_FAKES = ROOT / "tests" / "fakes" / "slurm"
+"""A folder for PATH: srun and scontrol as they answer for two machines, which are addresses of this one."""
+
 LONGEST_S = 300.0
 """Of a run of seconds; the rest is for a machine that has much else to do."""
 
@@ -104,6 +107,17 @@ def free_port(among: Iterable[int] = (0,)) -> int:
             probe.bind(("127.0.0.1", port))
             return int(probe.getsockname()[1])
     raise AssertionError("no port is free")
+
+
+def slurm_job(folder: Path) -> dict[str, str]:
+    """What Slurm sets for a job of two machines with two GPUs each, which was sent off in `folder`."""
+    return {
+        "SLURM_JOB_NODELIST": "127.0.0.2,127.0.0.3",
+        "SLURM_NNODES": "2",
+        "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_JOB_ID": str(free_port(range(21000, 40000)) - 20000),  # the script's port follows from it
+        "SLURM_SUBMIT_DIR": str(folder),
+    }
 
 
 def _module(name: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -13,13 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.chats import chat_reward_model, chat_tokenizer
-from tests.checkpoints import random_model
+from tests.chats import chat_reward_model, qwen_policy
 from tests.forks import quick_python
 from tests.integration.test_tutorials import LONGEST_S, rows
-from tests.launches import ROOT, free_port, kill_all, start
+from tests.launches import ROOT, SLURM_FAKES, free_port, kill_all, slurm_job, start
 from tests.pages import DOCS, Block, blocks_of
 
 CONCH = """#!/usr/bin/env bash
@@ -32,8 +29,6 @@ shift 2  # --nodes 2
 exec "$@"
 """
 """Runs the script at once; the test sets what Slurm would, and srun and scontrol are stood in for, too."""
-
-FAKES = ROOT / "tests/fakes/slurm"
 
 SMALL = {
     "model.dtype=bfloat16 ": "",
@@ -63,24 +58,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with the models that the pages name, and with what they take from the checkout."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    judge = tmp_path / "Skywork/Skywork-Reward-V2-Llama-3.1-8B"
-    chat_reward_model(judge, "llama")
-    shape = json.loads((judge / "config.json").read_text(encoding="utf-8"))
-    (judge / "config.json").write_text(json.dumps({**shape, "max_position_embeddings": 8192}))
-    tokenizer = chat_tokenizer("chatml")
-    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "num_attention_heads": 2}
-    config = AutoConfig.for_model(
-        "qwen2",
-        vocab_size=len(tokenizer),
-        max_position_embeddings=1024,
-        num_key_value_heads=2,
-        **special,
-        **shape,
-    )
-    policy = tmp_path / "Qwen/Qwen2.5-7B-Instruct"
-    random_model(AutoModelForCausalLM, config, seed=0).save_pretrained(policy)
-    tokenizer.save_pretrained(policy)
+    chat_reward_model(tmp_path / "Skywork/Skywork-Reward-V2-Llama-3.1-8B", "llama", window=8192)
+    qwen_policy(tmp_path / "Qwen/Qwen2.5-7B-Instruct", window=1024)
     for name in ("configs", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "bin").mkdir()
@@ -103,7 +82,9 @@ def blocks(name: str, changes: dict[str, str]) -> list[Block]:
 
 def begin(block: Block, folder: Path, **environment: str) -> subprocess.Popen[str]:
     programs = folder / "bin"
-    path = os.pathsep.join([str(programs), str(FAKES), str(Path(sys.executable).parent), os.environ["PATH"]])
+    path = os.pathsep.join(
+        [str(programs), str(SLURM_FAKES), str(Path(sys.executable).parent), os.environ["PATH"]]
+    )
     (folder / "block.py").write_text(block.text)
     bash = ["bash", "-c", f"set -eu\n{block.text}"]
     command = [quick_python(), "block.py"] if block.language == "python" else bash
@@ -172,13 +153,7 @@ def test_ppo_on_two_machines_by_slurm_goes_on_in_two_shells(folder: Path) -> Non
         "(num_processes[= ])16": r"\g<1>4",
     }
     _, serve, ask, slurm, shell, look = blocks("several_machines", changes)
-    job = {
-        "SLURM_JOB_NODELIST": "127.0.0.2,127.0.0.3",
-        "SLURM_NNODES": "2",
-        "SLURM_GPUS_ON_NODE": "2",
-        "SLURM_JOB_ID": str(free_port(range(21000, 40000)) - 20000),  # the script's port follows from it
-        "SLURM_SUBMIT_DIR": str(folder),
-    }
+    job = slurm_job(folder)
     run(serve, folder)
     secret = (folder / "secret.txt").read_text(encoding="utf-8").strip()
     run(ask, folder)

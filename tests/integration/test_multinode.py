@@ -9,25 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.launches import ROOT, finish, free_port, start
+from tests.launches import ROOT, SLURM_FAKES, finish, slurm_job, start
 
 SCRIPT = ROOT / "examples" / "slurm" / "train.sbatch"
-FAKES = ROOT / "tests" / "fakes" / "slurm"
 PROGRAM = "tests.integration.launched_run"
 
 
 def slurm(*arguments: str) -> str:
     """Run the script as a job of two machines with two "GPUs" each. Slurm itself is stood in for; the script,
     accelerate's two launchers and their four ranks are real."""
-    job = {
-        "SLURM_JOB_NODELIST": "127.0.0.2,127.0.0.3",
-        "SLURM_NNODES": "2",
-        "SLURM_GPUS_ON_NODE": "2",
-        "SLURM_JOB_ID": str(free_port(range(21000, 40000)) - 20000),  # the script's port follows from it
-        "SLURM_SUBMIT_DIR": str(ROOT),
-        "PATH": os.pathsep.join([str(FAKES), str(Path(sys.executable).parent), os.environ["PATH"]]),
-    }
-    return finish(start([str(SCRIPT), *arguments], **job))
+    path = os.pathsep.join([str(SLURM_FAKES), str(Path(sys.executable).parent), os.environ["PATH"]])
+    return finish(start([str(SCRIPT), *arguments], **slurm_job(ROOT), PATH=path))
 
 
 def test_the_slurm_script_brings_the_ranks_of_two_machines_together(tmp_path: Path) -> None:

@@ -148,3 +148,37 @@ def test_a_token_that_is_missing_or_another_is_told_before_anything_is_loaded(
         check_token(head.address)
     monkeypatch.setenv(TOKEN, head.token)
     check_token(head.address)
+
+
+STARTER = """
+from conch.rollouts.ray.check import LEAST_STORE_BYTES, Share
+from conch.rollouts.ray.cluster import Cluster
+
+cluster = Cluster.start(Share(1, 1.0, 0.0), LEAST_STORE_BYTES)
+print(f"up at {cluster.address.address}")
+cluster.leave()
+"""
+
+
+def test_cluster_whose_first_control_store_dies_is_started_once_more() -> None:
+    program = subprocess.Popen(
+        [sys.executable, "-c", STARTER], cwd=ROOT, stdout=PIPE, stderr=STDOUT, text=True
+    )
+    family = psutil.Process(program.pid)
+
+    def control_stores() -> list[psutil.Process]:
+        found = []
+        for process in family.children(recursive=True):
+            with suppress(psutil.Error):  # it has ended
+                if any("gcs_server" in word for word in process.cmdline()[:1]):
+                    found.append(process)
+        return found
+
+    try:
+        wait_until(lambda: bool(control_stores()), lambda: "Ray starts no control store", START_S)
+        control_stores()[0].kill()
+        output, _ = program.communicate(timeout=START_S)
+    finally:
+        program.kill()
+    assert program.returncode == 0, output
+    assert "it is started once more" in output and "up at " in output

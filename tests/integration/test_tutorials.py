@@ -14,15 +14,12 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
 )
 
-from tests.chats import chat_reward_model, chat_tokenizer
-from tests.checkpoints import random_model
+from tests.chats import chat_reward_model, qwen_policy
 from tests.forks import quick_python
 from tests.integration.test_readme import make_gpt2
 from tests.launches import free_port
@@ -102,20 +99,8 @@ def test_runs_on_a_laptop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.slow
 def test_qwen_policy_with_llama_reward_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    judge = tmp_path / "Skywork/Skywork-Reward-V2-Llama-3.2-1B"
-    policy = tmp_path / "Qwen/Qwen2.5-0.5B-Instruct"
-    chat_reward_model(judge, "llama")
-    shape = json.loads((judge / "config.json").read_text(encoding="utf-8"))
-    (judge / "config.json").write_text(json.dumps({**shape, "max_position_embeddings": 8192}))
-    tokenizer = chat_tokenizer("chatml")
-    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
-    config = AutoConfig.for_model(
-        "qwen2", vocab_size=len(tokenizer), max_position_embeddings=512, **special, **shape, **heads
-    )
-    random_model(AutoModelForCausalLM, config, seed=0).save_pretrained(policy)
-    tokenizer.save_pretrained(policy)
+    chat_reward_model(tmp_path / "Skywork/Skywork-Reward-V2-Llama-3.2-1B", "llama", window=8192)
+    qwen_policy(tmp_path / "Qwen/Qwen2.5-0.5B-Instruct", window=512)
     run_page("qwen_llama", tmp_path, monkeypatch)
     rollouts = rows(tmp_path / "grpo/rollouts/step_1.jsonl")
     assert len(rollouts) == 8

@@ -76,6 +76,16 @@ class Cluster:
         if _is_connected():
             return cls(Address(_gcs_address(), _own_token()), connected_here=False)
         _ask_for_token()
+        try:
+            return cls._started(share, store_bytes)
+        except RolloutUnavailableError as error:
+            # Ray waits 30 s for its own processes, which are not up by then on a machine that is very busy.
+            _log.warning("%s; it is started once more", error)
+            return cls._started(share, store_bytes)
+
+    @classmethod
+    def _started(cls, share: Share, store_bytes: int) -> Cluster:
+        """A cluster with processes and a folder of its own; nothing is left of one that does not start."""
         import ray
 
         folder = _new_folder()
@@ -228,7 +238,6 @@ def _reported(what: str) -> Iterator[None]:
         RolloutUnavailableError: says why.
     """
     from ray._private import worker
-    from ray.exceptions import RayError
 
     # Ray prints what happens to workers on stdout, where programs print results.
     worker.print_to_stdstream = _note  # pyright: ignore[reportPrivateImportUsage]
@@ -237,7 +246,7 @@ def _reported(what: str) -> Iterator[None]:
     breakpoint_before = os.environ.get(_BREAKPOINT)
     try:
         yield
-    except (RuntimeError, ValueError, OSError, RayError) as error:
+    except Exception as error:  # Ray raises a plain Exception where its raylet does not come up in time
         raise RolloutUnavailableError(
             f"{what} ({type(error).__name__}: {first_line(error)[:300]})"
         ) from error
