@@ -160,7 +160,8 @@ class JudgeConfig(Section):
     """Of the judge's answers; several votes need more than 0. None leaves it to the server."""
 
     seed: int | None = 0
-    """Of the first vote, the others count on; None sends none."""
+    """Votes are asked with seeds from `seed * votes` on, those of another seed with none of these; None sends
+    none."""
 
     max_tokens: int = Field(default=1024, ge=1)
     """Longest answer, the thinking included; one that is cut by it is none (but with `logprobs`, where one

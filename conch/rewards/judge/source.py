@@ -258,7 +258,8 @@ class JudgeReward(RewardSource):
 
     async def _group_vote(self, rollout: Rollout, answers: Sequence[str], vote: int) -> Reading | Failure:
         """One vote about a group: place of an answer -> its score in [0, 1]."""
-        order = shuffled(answers, rollout.prompt.text, (self._config.seed or 0) + vote)
+        seed = self._seed_of(vote)
+        order = shuffled(answers, rollout.prompt.text, vote if seed is None else seed)
         try:
             shown = self._template.of_group(rollout, [answers[place] for place in order])
             messages = self._template.render(**shown)
@@ -274,6 +275,11 @@ class JudgeReward(RewardSource):
 
     # ----------------------------------------------------------------------------------- requests and results
 
+    def _seed_of(self, vote: int) -> int | None:
+        """Votes of judges with seeds that follow each other differ: `seed + vote` would share all but one."""
+        config = self._config
+        return None if config.seed is None else config.seed * config.votes + vote
+
     def _body(self, messages: list[dict[str, str]], vote: int) -> dict[str, Any]:
         config = self._config
         body: dict[str, Any] = {
@@ -283,8 +289,9 @@ class JudgeReward(RewardSource):
         }
         if config.temperature is not None:
             body["temperature"] = config.temperature
-        if config.seed is not None:
-            body["seed"] = config.seed + vote
+        seed = self._seed_of(vote)
+        if seed is not None:
+            body["seed"] = seed
         if config.parser == "logprobs":
             body |= {"logprobs": True, "top_logprobs": config.top_logprobs}
         return {**body, **config.body}

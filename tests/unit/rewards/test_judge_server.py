@@ -321,6 +321,15 @@ def test_votes_have_seeds_of_their_own_and_most_of_them_must_be_read() -> None:
         assert (result.scores["reward"], result.detail) == (7.0, "")
 
 
+def test_judges_with_the_next_seed_share_no_vote() -> None:
+    asked: list[int] = []
+    with judge_server(lambda body: asked.append(body["seed"]) or "4") as server:
+        for seed in (0, 1, 2):
+            settings = {"votes": 3, "temperature": 1.0, "scaled_to": None, "seed": seed}
+            scored(judge(server, **settings), rollouts("a"))
+    assert len(asked) == len(set(asked)) == 9
+
+
 def test_votes_without_seeds_are_asked_for_each() -> None:
     numbers = iter("468")
     with judge_server(lambda body: next(numbers) if "seed" not in body else "") as server:
