@@ -27,7 +27,7 @@ from typing import Literal
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 
-from conch.cli import run_main, written_with
+from conch.cli import CommandParser, run_main, written_with
 from conch.config import Section
 from conch.errors import ServerStartError, install_extra
 from conch.reference.server_config import ReferenceServerConfig
@@ -98,7 +98,7 @@ class Finding:
 
 def main(argv: Sequence[str]) -> None:
     """Command line: see the head of this file."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="conch doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--no-server", action="store_true", help="do not try to start the bundled server")

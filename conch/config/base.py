@@ -15,6 +15,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from conch.config.other_names import ALGORITHMS, OTHER_NAMES, RENAMED
 from conch.errors import ConfigError
 
+_MOST_NAMESAKES = 3
+"""Most sections with a key of one name, of which a message names each."""
+
 
 class Section(BaseModel):
     """Base of all sections: unknown keys refused, frozen after load, a docstring under each field.
@@ -207,6 +210,8 @@ def _nearest(section: type[Section], location: list[str]) -> str:
         # What stands in another section must be more alike: there are many keys, of other topics.
         if ratio > best_ratio and ratio >= (0.6 if len(place) == len(location) else 0.75):
             best, best_ratio = ".".join(place), ratio
+    if best_ratio < 1 and (namesakes := _namesakes(section, location)):
+        return namesakes
     if best:
         return f"did you mean `{best}`?"
     return f"valid here: {', '.join(owner.model_fields)}"
@@ -221,6 +226,8 @@ def _nearest_in_unknown_section(section: type[Section], location: list[str]) -> 
     assert owner is not None
     sections = [name for name, field in owner.model_fields.items() if nested_section(field.annotation)]
     like = difflib.get_close_matches(location[known], sections, n=1)
+    if not like and (namesakes := _namesakes(section, location)):
+        return namesakes
     if not like:
         return f"valid here: {', '.join('.'.join([*location[:known], name]) for name in owner.model_fields)}"
     corrected = [*location[:known], like[0], *location[known + 1 :]]
@@ -229,12 +236,21 @@ def _nearest_in_unknown_section(section: type[Section], location: list[str]) -> 
     return _nearest(section, corrected)
 
 
+def _namesakes(section: type[Section], location: list[str]) -> str:
+    """Keys of the same name in any section, by their full names, those of the section where it was written
+    first; "" for none, or too many to choose from."""
+    places = [place for place in _places(section, []) if place[-1] == location[-1]]
+    places.sort(key=lambda place: place[0] != location[0])
+    names = [f"`{'.'.join(place)}`" for place in places]
+    return f"did you mean {' or '.join(names)}?" if 1 <= len(names) <= _MOST_NAMESAKES else ""
+
+
 def _of_another_algorithm(section: type[Section], location: list[str]) -> str:
     """What a key of an algorithm's section is here, `grpo.kl.coef` for `ppo.kl.coef`, or where it is one."""
     own = [[name, *location[1:]] for name in ALGORITHMS if _has(section, [name, *location[1:]])]
     if own:
         return f"did you mean `{'.'.join(own[0])}`?"
-    return _whose(location[0])
+    return (_namesakes(section, location) if len(location) == 2 else "") or _whose(location[0])
 
 
 def _whose(name: str) -> str:

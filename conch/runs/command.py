@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from conch.cli import run_main, written_with
+from conch.cli import CommandParser, run_main, written_with
 from conch.runs.listing import RunSummary, find_runs, labelled_runs, summarise, told_differences
 
 _LONGEST = 40
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _list(words: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="conch runs",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -54,9 +54,7 @@ def _list(words: Sequence[str]) -> None:
 
 
 def _diff(words: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="conch runs diff", description="Tell what differs in the settings of runs."
-    )
+    parser = CommandParser(prog="conch runs diff", description="Tell what differs in the settings of runs.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or label=folder")
     parser.add_argument(
         "--all",
@@ -66,7 +64,7 @@ def _diff(words: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="one object: key -> value in each run")
     arguments = parser.parse_args(words)
     if len(arguments.runs) < 2:
-        parser.error("name at least two runs")
+        parser.refuse("name at least two runs")
     runs = labelled_runs(arguments.runs)
     shown = told_differences([*runs.values()], everything=arguments.all)
     if arguments.json:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conch.cli import CommandParser
 from conch.errors import DataError, missing_path
 from conch.runs.board import (
     evaluation_figures,
@@ -332,7 +333,7 @@ class Points:
 
 def main(argv: Sequence[str]) -> None:
     """Draw the curves that a command line names."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="conch plot",
         usage="conch plot [-h] RUN [RUN ...] [METRIC ...]",
         description=__doc__,
@@ -343,7 +344,7 @@ def main(argv: Sequence[str]) -> None:
     words = parser.parse_args(argv).words
     if not words:
         newest = find_runs(Path("outputs"))[:1] if Path("outputs").is_dir() else []
-        parser.error("name the folder of a run" + "".join(f"; the newest one is {run}" for run in newest))
+        parser.refuse("name the folder of a run" + "".join(f"; the newest one is {run}" for run in newest))
     folders = [words[0], *(word for word in words[1:] if split_label(word)[1].is_dir())]
     metrics = [word for word in words[1:] if word not in folders]
     for path in plot_runs(labelled_runs(folders), metrics):

@@ -423,6 +423,41 @@ class _Run(Section):
     seed: int = 0
 
 
+class _Switch(Section):
+    enabled: bool = False
+
+
+class _Enabled(Section):
+    train: TrainConfig = TrainConfig()
+    first: _Switch = _Switch()
+    second: _Switch = _Switch()
+    third: _Switch = _Switch()
+    fourth: _Switch = _Switch()
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("rollout.batch_size", "did you mean `sft.batch_size`?"),
+        ("rollout.learning_rate", "did you mean `optimizer.learning_rate`?"),
+        ("grpo.learning_rate", "did you mean `optimizer.learning_rate`?"),
+        (
+            "data.max_new_tokens",
+            "did you mean `generation.max_new_tokens` or `eval_generation.max_new_tokens`?",
+        ),
+        ("train.save_evry", "did you mean `train.save_every`?"),
+    ],
+)
+def test_key_that_stands_in_another_section_is_named_in_full(key: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"unknown key `{key}`; {said}")):
+        refuse_unknown_keys(run_config_of("sft"), [key])
+
+
+def test_key_that_too_many_sections_have_gets_the_list_of_its_own() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key `train\.enabled`; valid here: seed, "):
+        refuse_unknown_keys(_Enabled, ["train.enabled"])
+
+
 def test_keys_of_a_section_that_reads_other_names_are_left_to_it() -> None:
     refuse_unknown_keys(_Run, ["text.length", "text.size", "seed"])
     assert load(_Run, {"text": {"length": 3}}).text.size == 3
@@ -436,8 +471,10 @@ def test_keys_of_a_section_that_reads_other_names_are_left_to_it() -> None:
         ("trian.seed", r"did you mean `train\.seed`\?"),
         ("trian.sed", r"did you mean `train\.seed`\?"),
         ("reward.clent.max_inflight", r"did you mean `reward\.client\.max_in_flight`\?"),
-        ("xyz.seed", "valid here: train, reward"),
-        ("reward.xyz.seed", r"valid here: reward\.url, "),
+        ("xyz.seed", r"did you mean `train\.seed` or `reward\.judge\.seed`\?"),
+        ("reward.xyz.seed", r"did you mean `reward\.judge\.seed` or `train\.seed`\?"),
+        ("xyz.sed", "valid here: train, reward"),
+        ("reward.xyz.sed", r"valid here: reward\.url, "),
     ],
 )
 def test_key_in_a_section_that_is_not_there_names_the_nearest_that_is(key: str, remedy: str) -> None:

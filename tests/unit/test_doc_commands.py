@@ -36,6 +36,9 @@ MARKED = {
     "sbatch": "slurm",
     "ray": "cluster",
     "vllm": "gpu",
+    "accelerate launch --config_file configs/accelerate/zero2-bf16.yaml": "gpu",
+    "accelerate launch --config_file configs/accelerate/zero2-bf16-multinode.yaml": "gpu",
+    "docker": "docker",
     "python -m benchmarks.gpu_suite": "gpu",
     "./smoke.sh": "long",
     "python -m openrlhf.cli.train_ppo_ray": "peer",
@@ -285,6 +288,12 @@ def test_no_text_with_commas_is_shown_without_its_quotes(file: Path) -> None:
         and parse_override(word).is_sweep_override()
     ]
     assert several == [], "Hydra takes this for several values"
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
+def test_machines_of_figures_are_named_in_benchmarks_alone(page: Path) -> None:
+    named = re.findall(r"EPYC|Xeon", page.read_text(encoding="utf-8"))
+    assert bool(named) == (page.stem == "benchmarks")
 
 
 @pytest.mark.parametrize("page", LINKED)

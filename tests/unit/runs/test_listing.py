@@ -172,12 +172,13 @@ def test_long_values_are_cut_in_their_middle_for_paths_differ_at_their_ends() ->
     assert row[1].endswith('one"') and row[2].endswith('two"') and max(map(len, row)) == 40
 
 
-def test_diff_of_what_is_no_run_says_so(tmp_path: Path) -> None:
+def test_diff_of_what_is_no_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "a", [], CONFIG)
     with pytest.raises(DataError, match="is no run's folder"):
         main(["diff", str(run), str(tmp_path)])
     with pytest.raises(SystemExit):
         main(["diff", str(run)])
+    assert capsys.readouterr().err == "error: name at least two runs\n"
 
 
 @pytest.mark.parametrize("content", [b"train: [", b"- a\n", b"a: \xff\n"], ids=["YAML", "a list", "no text"])
