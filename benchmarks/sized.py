@@ -1,4 +1,4 @@
-"""GPT-2 shapes of 1 to 100 million weights, and SFT of them on texts of one length."""
+"""GPT-2 shapes of 1 to 100 million weights, and SFT and GRPO of them on texts of one length."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from benchmarks.measuring import ROOT
 from conch.config import load
 from conch.errors import ConchError
 from conch.servers.restart import PARENT_PID_VARIABLE
+from conch.trainers.grpo import GRPORunConfig, GRPOTrainer
 from conch.trainers.sft import SFTRunConfig, SFTTrainer
 from examples.randomwalks.task import tokenizer_of
 
@@ -62,6 +63,26 @@ def sized_sft(folder: Path, size: str, *, batch: int, length: int, **train: Any)
     }
     config = load(SFTRunConfig, settings)
     return SFTTrainer(config, samples=texts, model=GPT2LMHeadModel(shape_of(size)), tokenizer=tokenizer)
+
+
+def sized_grpo(folder: Path, size: str, *, batch: int, length: int) -> GRPOTrainer:
+    """A trainer of `batch` completions of `length` tokens a step, over all ranks, in groups of four. Few end
+    before: the end is one token of a random model's vocabulary."""
+    settings = {
+        "model": {"architecture": {"model_type": "gpt2"}, "trial": False},
+        "generation": {"max_new_tokens": length, "chunk_size": batch},
+        "grpo": {"prompts_per_step": batch // 4, "group_size": 4, "kl": {"coef": 0.0}},
+        "train": {"run_dir": folder / "run", "total_steps": 100_000, "eval_every": 0},
+        "tracking": {"rollouts": False},
+    }
+    torch.manual_seed(0)
+    return GRPOTrainer(
+        load(GRPORunConfig, settings),
+        reward=lambda samples, **_: [float(sample.count("a")) for sample in samples],
+        prompts=["".join(letters) for letters in zip(*[iter(ascii_lowercase[:24])] * 4, strict=True)],
+        model=GPT2LMHeadModel(shape_of(size)),
+        tokenizer=tokenizer_of(ascii_lowercase, max_length=WINDOW),
+    )
 
 
 def launched(

@@ -95,7 +95,7 @@ CASES = [
 @pytest.mark.parametrize(("kind", "ranks"), CASES)
 def test_a_killed_run_equals_an_undisturbed_one(tmp_path: Path, kind: str, ranks: int) -> None:
     calm, storm = tmp_path / "calm", tmp_path / "storm"
-    finish(start(kind, calm, ranks))
+    finish(start(kind, calm, ranks, "save_in_background=false"))
     chance = random.Random(f"{kind} {ranks}")
     step = chance.randrange(2, 5)
     instant = time.monotonic() + 3600
