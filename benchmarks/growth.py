@@ -106,8 +106,11 @@ def worker(folder: Path, kind: str, size: str, batch: int, length: int, steps: i
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All rows, SFT and GRPO of each."""
     base, moves = (SMALL_BASE, SMALL_MOVES) if arguments.small else (BASE, MOVES)
-    results = []
-    for row in rows_of(base, moves):
+    wanted = {name: moves[name] for name in arguments.moves or moves}
+    results = [row for file in arguments.add for row in json.loads(file.read_text())["results"]]
+    for row in rows_of(base, wanted):
+        if any(all(each[name] == value for name, value in row.items()) for each in results):
+            continue
         found = {kind: _measured(arguments, folder, kind, row) for kind in KINDS}
         results.append({**row, **with_arithmetic(row, found)})
         print(json.dumps(results[-1]), file=sys.stderr, flush=True)
@@ -199,6 +202,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
+    add("--moves", nargs="+", choices=list(MOVES), help="measure only these; default: all")
+    add("--add", type=Path, nargs="+", default=[], help="reports (--json) whose rows are taken over")
     add("--steps", type=int, default=3, help="counted in each row; default: %(default)s")
     add("--threads", type=int, default=2, help="of the machine, shared by the ranks; default: %(default)s")
     add("--json", type=Path, help="also write every figure to this file")
