@@ -16,7 +16,7 @@ from conch import __version__
 from conch.config import TrainConfig
 from conch.distributed.random_state import RandomState
 from conch.distributed.train_engine import TrainEngine
-from conch.errors import CheckpointError
+from conch.errors import CheckpointError, ConchError
 from conch.evaluation.watch import Evaluation, Watch
 from conch.log import get_logger
 from conch.machine.memory import available_memory
@@ -111,6 +111,7 @@ class Run:
     saved: step of the latest checkpoint that is whole.
     pending: the checkpoint that is being written, the same on all ranks.
     checkpoint_times: of checkpoints since the last row of metrics, in seconds; see `take_times`.
+    is_short_of_memory: whether this rank has told that training waits for checkpoints since memory is short.
     continued: True for a resumed run.
     own: what a rank has of its own to go on with, beside what is the same on all ranks; None where nothing
         is.
@@ -129,6 +130,7 @@ class Run:
     saved: int | None = None
     pending: BackgroundWrite | None = None
     checkpoint_times: Metrics = field(default_factory=dict)
+    is_short_of_memory: bool = False
     continued: bool = False
     own: RankState | None = None
     on_saved: Callable[[Path], object] | None = None
@@ -354,7 +356,8 @@ def _has_room_for_copies(trainer: Trainer) -> bool:
     has_room = available is None or 2 * needed <= available
     if ranks.all_reduce_int(int(not has_room)) == 0:
         return True
-    if not has_room:
+    if not has_room and not trainer.run.is_short_of_memory:
+        trainer.run.is_short_of_memory = True
         _log.warning(
             "training waits for the checkpoint of step %d: to write it beside training takes a copy of %s MB"
             ", which is more than half of the %s MB of memory that are free",
@@ -389,8 +392,9 @@ def settle_checkpoint(trainer: Trainer) -> None:
             # First the shares: a rank that is gone is noticed here, and rank 0 would wait for its mark.
             ranks.run_on_all_ranks(pending.wait_for_share)
             ranks.run_on_all_ranks(pending.wait)
-        except CheckpointError:
-            _give_up(run, is_main=ranks.is_main)
+        except ConchError:  # of this rank or another
+            if pending.has_failed:
+                _give_up(run, is_main=ranks.is_main)
             raise
         run.pending = None
         ranks.run_on_all_ranks(
@@ -412,6 +416,7 @@ def finish_checkpoint(trainer: Trainer) -> None:
             _take_into_account(run, trainer.config.train, run.pending.target)
     except CheckpointError as error:
         _log.error("%s", error)
+        _give_up(run, is_main=is_main)
 
 
 def cancel_checkpoint(trainer: Trainer) -> None:

@@ -63,6 +63,11 @@ class BackgroundWrite:
         """Whether this rank has ended, well or not; rank 0 ends last."""
         return not self._thread.is_alive()
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank knows that the checkpoint does not become whole."""
+        return self._failure is not None
+
     def wait_for_share(self) -> None:
         """Wait until this rank's files are written.
 
