@@ -37,8 +37,8 @@ from conch.runs.checkpoint import (
     steps_of,
 )
 from conch.runs.tracking import Tracker
-from conch.snapshots import Snapshot
 from conch.training.overlap.saving import BackgroundWrite, Target
+from conch.training.overlap.snapshots import Snapshot
 from conch.types import Metrics, RewardResult, Rollout
 
 _log = get_logger(__name__)

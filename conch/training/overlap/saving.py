@@ -1,6 +1,6 @@
 """A checkpoint that is written while training goes on.
 
-The trainer waits while its state is copied (`conch.snapshots`). Then a thread of each rank writes the rank's
+The trainer waits while its state is copied (`conch.training.overlap.snapshots`). Then a thread of each rank writes the rank's
 files into the folder aside and leaves a mark there; rank 0's waits for all marks, completes the folder and
 gives it its name (`conch.runs.checkpoint.seal`), so that a kill at any instant leaves the checkpoint before.
 The threads use no collectives, whose order is training's. The ranks' main threads agree at the ends of steps
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from conch.errors import CheckpointError
 from conch.runs.checkpoint import seal
-from conch.snapshots import Snapshot, WriteCancelledError
+from conch.training.overlap.snapshots import Snapshot, WriteCancelledError
 
 GRACE_S = 20.0
 """Longest wait of rank 0 for the others' marks, in seconds, once a run has failed: they may be gone."""

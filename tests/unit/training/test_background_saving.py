@@ -20,9 +20,9 @@ import torch
 
 from conch.errors import CheckpointError
 from conch.runs.checkpoint import FILES_FILE, newest_checkpoint, read_checkpoint, state_text, steps_of
-from conch.snapshots import Snapshot
 from conch.training import checkpointing
 from conch.training.overlap.saving import BackgroundWrite, Target
+from conch.training.overlap.snapshots import Snapshot
 from tests.clock import CLOCK
 from tests.runs import ppo_trainer, vowels
 from tests.unit.training.test_run import KINDS, Scripted

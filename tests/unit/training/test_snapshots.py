@@ -14,7 +14,7 @@ from accelerate.utils import other
 from torch import nn
 from transformers import modeling_utils
 
-from conch.snapshots import Snapshot, WriteCancelledError
+from conch.training.overlap.snapshots import Snapshot, WriteCancelledError
 from tests.tiny import tiny_decoder
 
 
