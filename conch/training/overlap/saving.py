@@ -1,6 +1,6 @@
 """A checkpoint that is written while training goes on.
 
-The trainer waits while its state is copied (`conch.training.overlap.snapshots`). Then a thread of each rank writes the rank's
+The trainer waits while its state is copied (`snapshots.py`). Then a thread of each rank writes the rank's
 files into the folder aside and leaves a mark there; rank 0's waits for all marks, completes the folder and
 gives it its name (`conch.runs.checkpoint.seal`), so that a kill at any instant leaves the checkpoint before.
 The threads use no collectives, whose order is training's. The ranks' main threads agree at the ends of steps
