@@ -61,14 +61,20 @@ class _OutputFile:
     def __init__(self, path: str | os.PathLike[str], cancelled: threading.Event) -> None:
         self._file = open(path, "wb")  # noqa: SIM115  closed after it is written, on another thread
         self._cancelled = cancelled
+        self.failure: OSError | WriteCancelledError | None = None
+        """What a write failed with: torch has an error of its own in its place ("unexpected pos 64 vs 0")."""
 
     def write(self, data: Any) -> int:
         """Write bytes. Raises WriteCancelledError, between two chunks, once the snapshot is cancelled."""
         view = memoryview(data).cast("B")
-        for begin in range(0, len(view), _CHUNK_BYTES):
-            if self._cancelled.is_set():
-                raise WriteCancelledError
-            self._file.write(view[begin : begin + _CHUNK_BYTES])
+        try:
+            for begin in range(0, len(view), _CHUNK_BYTES):
+                if self._cancelled.is_set():
+                    raise WriteCancelledError
+                self._file.write(view[begin : begin + _CHUNK_BYTES])
+        except (OSError, WriteCancelledError) as error:
+            self.failure = error
+            raise
         return len(view)
 
     def flush(self) -> None:
@@ -141,7 +147,10 @@ class Snapshot:
         try:
             while self._writes:
                 file, write = self._writes[0]
-                write(file)
+                try:
+                    write(file)
+                except Exception as error:
+                    raise file.failure or error from error
                 file.close()
                 del write, self._writes[0]
         finally:

@@ -155,7 +155,7 @@ def no_file_above(size: int) -> Iterator[None]:
 
 def test_a_failed_write_ends_the_run_in_words(tmp_path: Path) -> None:
     trainer = ppo_trainer(tmp_path / "run", train={"save_every": 2, "total_steps": 1000})
-    message = r"the checkpoint .*step_2 cannot be written: .*(File too large|unexpected pos|failed)"
+    message = r"the checkpoint .*step_2 cannot be written: .*File too large"
     with pytest.raises(CheckpointError, match=message), no_file_above(30_000):
         trainer.fit()
     assert list((tmp_path / "run/checkpoints").iterdir()) == []
