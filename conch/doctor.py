@@ -30,6 +30,7 @@ from packaging.specifiers import SpecifierSet
 from conch.cli import CommandParser, run_main, written_with
 from conch.config import Section
 from conch.errors import ServerStartError, install_extra
+from conch.machine.memory import available_memory
 from conch.reference.server_config import ReferenceServerConfig
 from conch.report.__main__ import ReportOptions
 from conch.reward_server.server_config import RewardServerConfig
@@ -342,16 +343,6 @@ def _requirements(package: Distribution) -> Iterator[Requirement]:
 def _applies(requirement: Requirement) -> bool:
     """Whether it is asked for here, without any extra."""
     return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-
-
-def available_memory() -> int | None:
-    """Bytes that programs can still get, by Linux's own estimate; None elsewhere."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    sizes = {name: value for name, _, value in (line.partition(":") for line in lines)}
-    return int(sizes["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in sizes else None
 
 
 def _python_wanted() -> str:

@@ -64,6 +64,12 @@ class TrainConfig(Section):
     save_every: int = Field(default=0, ge=0)
     """Save a checkpoint every so many steps; 0 saves only the last. The end of the run always saves."""
 
+    save_in_background: bool = True
+    """Write checkpoints beside training, which waits only while its state is copied in host memory, the
+    weights and what of the optimizer's state this machine holds. What comes to stand on the disk is the same.
+    Where less than twice the copy's memory is free, and for the last checkpoint, training waits for the write
+    as with `false`."""
+
     keep_last: int | None = Field(default=None, ge=1)
     """Checkpoints to keep beside the best one; older ones are deleted. None keeps all."""
 

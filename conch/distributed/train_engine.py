@@ -155,6 +155,11 @@ class TrainEngine:
         return self.accelerator.mixed_precision
 
     @property
+    def shards_optimizer(self) -> bool:
+        """True where each rank holds a part of the optimizer's state, in float32 with the weights."""
+        return self.accelerator.distributed_type is DistributedType.DEEPSPEED
+
+    @property
     def unwrapped(self) -> nn.Module:
         """The trained module without DDP or DeepSpeed around it."""
         return cast(nn.Module, self.accelerator.unwrap_model(self.module))

@@ -58,32 +58,38 @@ def cpu_quota(own: Path = _OWN, cgroups: Path = _CGROUPS) -> float | None:
     own: /proc/self/cgroup, which names this process's groups.
     cgroups: where they are mounted.
     """
-    try:
-        lines = own.read_text(encoding="utf-8").splitlines()
-    except OSError:  # no Linux, or no /proc
-        return None
-    quotas = [quota for line in lines for quota in _quotas(line, cgroups)]
-    return min(quotas, default=None)
-
-
-def _quotas(line: str, cgroups: Path) -> Iterator[float]:
-    """Quotas of one line `number:controllers:path` and of the groups above it."""
-    _, controllers, path = line.split(":", 2)
-    if not controllers:  # version 2
-        mount, read = cgroups, _quota_of_version_2
-    elif "cpu" in controllers.split(","):
-        mount, read = cgroups / controllers, _quota_of_version_1
-    else:
-        return
-    # In a container the path may be the host's, where only the mount's top is to be seen.
-    relative = Path(path.lstrip("/"))
-    for folder in (mount / relative, *(mount / parent for parent in relative.parents)):
+    quotas: list[float] = []
+    for version, folder in control_groups("cpu", own, cgroups):
         try:
-            quota = read(folder)
+            quota = _quota_of_version_2(folder) if version == 2 else _quota_of_version_1(folder)
         except (OSError, ValueError):
             continue
         if quota is not None:
-            yield quota
+            quotas.append(quota)
+    return min(quotas, default=None)
+
+
+def control_groups(controller: str, own: Path = _OWN, cgroups: Path = _CGROUPS) -> Iterator[tuple[int, Path]]:
+    """Folders of this process's control groups and of the groups above them, each behind its version, 1 or 2;
+    some may not be there.
+
+    controller: `cpu` or `memory`.
+    own, cgroups: as for `cpu_quota`.
+    """
+    try:
+        lines = own.read_text(encoding="utf-8").splitlines()
+    except OSError:  # no Linux, or no /proc
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        version, mount = (1, cgroups / controllers) if controllers else (2, cgroups)
+        # In a container the path may be the host's, where only the mount's top is to be seen.
+        relative = Path(path.lstrip("/"))
+        yield version, mount / relative
+        for parent in relative.parents:
+            yield version, mount / parent
 
 
 def _quota_of_version_2(folder: Path) -> float | None:

@@ -16,11 +16,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, load_peft_weights
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -153,7 +153,7 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
         first = {tensor.data_ptr(): name for name, tensor in reversed(tensors.items())}
         tensors = {name: tensors[name] for name in first.values()}
     on_cpu = {f"base_model.model.{name}": tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(on_cpu, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    safetensors.torch.save_file(on_cpu, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     model.peft_config[ADAPTER_NAME].save_pretrained(str(folder))  # pyright: ignore[reportIndexIssue, reportArgumentType, reportOptionalSubscript]
 
 

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
@@ -86,7 +86,7 @@ def save_model(
         tokenizer.save_pretrained(partial)
         if heads:
             on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in heads.items()}
-            save_file(on_cpu, partial / HEADS_FILE)
+            safetensors.torch.save_file(on_cpu, partial / HEADS_FILE)
         for name, content in (extra or {}).items():
             (partial / name).write_text(json.dumps(content, indent=2) + "\n")
         replace_folder(partial, folder)
@@ -152,6 +152,18 @@ def checkpoint_bytes(module: nn.Module) -> int:
     return 2 * model_bytes(module) + 8 * trained
 
 
+def snapshot_bytes(module: nn.Module, *, sharded: bool, num_ranks: int, local_ranks: int) -> int:
+    """Return the bytes that copies of a checkpoint's tensors take on rank 0's machine, which has the most.
+
+    sharded: whether each rank holds its part of the float32 weights and moments, as DeepSpeed's do; otherwise
+        rank 0 alone saves, two moments beside the weights.
+    num_ranks, local_ranks: processes of the run, and those of a machine.
+    """
+    trained = sum(_numel(p) for p in module.parameters() if p.requires_grad)
+    moments = 12 * trained * local_ranks // num_ranks if sharded else 8 * trained
+    return model_bytes(module) + moments
+
+
 def _numel(parameter: Tensor) -> int:
     """Return the elements of a parameter, also of one that ZeRO-3 shards and that is empty here."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
@@ -187,8 +199,15 @@ def partial_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.partial")
 
 
-def seal(partial: Path, folder: Path, state: Mapping[str, Any]) -> None:
+def state_text(state: Mapping[str, Any]) -> str:
+    """Return the content of `trainer_state.json`: the state as it is now."""
+    return json.dumps({"format": FORMAT, **state}, indent=2) + "\n"
+
+
+def seal(partial: Path, folder: Path, state: str) -> None:
     """Complete the folder `partial` with state and checksums, and give it its name at once.
+
+    state: see `state_text`.
 
     Everything is on disk before the rename: neither a kill nor a power cut leaves half a checkpoint under a
     checkpoint's name.
@@ -197,7 +216,7 @@ def seal(partial: Path, folder: Path, state: Mapping[str, Any]) -> None:
         CheckpointError: the disk failed; nothing half-written stays.
     """
     try:
-        (partial / STATE_FILE).write_text(json.dumps({"format": FORMAT, **state}, indent=2) + "\n")
+        (partial / STATE_FILE).write_text(state)
         listing = {str(file.relative_to(partial)): _fingerprint(file) for file in _files(partial)}
         (partial / FILES_FILE).write_text(json.dumps(listing, indent=2) + "\n")
         sync_tree(partial)

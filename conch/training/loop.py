@@ -34,7 +34,10 @@ from conch.training.checkpointing import (
     Run,
     RunOutageHooks,
     Trainer,
+    cancel_checkpoint,
+    finish_checkpoint,
     is_due,
+    look_after_checkpoint,
     save_checkpoint,
 )
 from conch.types import Metrics
@@ -78,15 +81,30 @@ def fit(trainer: Trainer, name: str) -> Path:
                 cut_evaluations(run.folder, last_step, evaluated=run.measured is None)
             if trainer.scorer is not None:
                 trainer.scorer.attach(host)
-            _begin(trainer, tracker, host)
-            while run.step < train.total_steps and not _is_hopeless(run, train):
-                _advance(trainer, tracker, host)
+            with _ended_checkpoint(trainer):
+                _begin(trainer, tracker, host)
+                while run.step < train.total_steps and not _is_hopeless(run, train):
+                    _advance(trainer, tracker, host)
     except (SystemExit, KeyboardInterrupt):
         _tell_ending(trainer, name, tracker)
         raise
     _tell_early_end(run, train)
     _tell_ending(trainer, name, tracker)
     return run.folder
+
+
+@contextmanager
+def _ended_checkpoint(trainer: Trainer) -> Iterator[None]:
+    """Behind it no checkpoint is being written any more. A run that fails lets one become whole; a second
+    Ctrl-C, which leaves at once, does not wait for that."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        cancel_checkpoint(trainer)
+        raise
+    except BaseException:
+        finish_checkpoint(trainer)
+        raise
 
 
 def _tell_early_end(run: Run, train: TrainConfig) -> None:
@@ -150,7 +168,8 @@ def _advance(trainer: Trainer, tracker: Tracker, host: RunOutageHooks) -> None:
     host.begin()
     metrics = trainer.step()
     trainer.run.step += 1
-    _conclude(trainer, tracker, host, metrics)
+    look_after_checkpoint(trainer)
+    _conclude(trainer, tracker, host, metrics | trainer.run.take_times())
 
 
 def _conclude(trainer: Trainer, tracker: Tracker, host: RunOutageHooks, metrics: Metrics) -> None:
@@ -164,8 +183,9 @@ def _conclude(trainer: Trainer, tracker: Tracker, host: RunOutageHooks, metrics:
     tracker.log(run.step, metrics, is_best=better)
     # One rank may have got the signal before another finished this very step: all leave together.
     leaving = trainer.engine.collectives.all_reduce_int(int(host.leaving())) > 0
-    if last or leaving or better or is_due(run.step, train) or _is_hopeless(run, train):
-        save_checkpoint(trainer)
+    is_end = last or leaving or _is_hopeless(run, train)
+    if is_end or better or is_due(run.step, train):
+        save_checkpoint(trainer, background=not is_end)
     if leaving and not last:
         _log.warning(
             "%s: saved step %d in %s; go on with train.resume=%s",

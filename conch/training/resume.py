@@ -33,7 +33,13 @@ _log = get_logger(__name__)
 
 _FREE_KEYS = (
     *("train.resume", "train.run_dir", "train.output_dir", "train.total_steps", "train.num_processes"),
-    *("train.eval_every", "train.eval_repeats", "train.save_every", "train.keep_last"),
+    *(
+        "train.eval_every",
+        "train.eval_repeats",
+        "train.save_every",
+        "train.save_in_background",
+        "train.keep_last",
+    ),
     *("train.best_metric", "train.early_stopping", "train.collective_timeout_s", "tracking."),
     *("asynchronous.deadline_s", "rollout.ray.", "rollout.max_num_seqs"),
     *("reward.url", "reward.members.", "reward.record", "reward.replay", "reward.auth.headers_env"),

@@ -62,3 +62,27 @@ def test_steps_beside_other_programs_are_measured(tmp_path: Path) -> None:
     seconds = json.loads(report.read_text())["seconds"]
     assert all(seconds[way][when][0] > 0 for way in ("conch", "libgomp") for when in ("alone", "busy"))
     assert b"| libgomp | " in done.stdout
+
+
+@pytest.mark.slow
+def test_stops_for_checkpoints_are_measured_both_ways(tmp_path: Path) -> None:
+    report, table = run_small("benchmarks.checkpointing", tmp_path)
+    assert [each["ranks"] for each in report["results"]] == [1, 2]
+    for each in report["results"]:
+        assert all(each["ways"][way]["stop"]["low"] > 0 for way in ("waited for", "beside training"))
+        assert each["bytes"] > 500_000
+    assert "| 2 | " in table and "2 rank(s): beside training the stop is " in table
+
+
+@pytest.mark.slow
+def test_growth_is_measured_beside_its_arithmetic(tmp_path: Path) -> None:
+    report, table = run_small(
+        "benchmarks.growth", tmp_path, "--steps", "1", "--picture", f"{tmp_path}/growth.png"
+    )
+    base, larger, longer = report["results"]
+    assert larger["weights"] > 5 * base["weights"] and longer["length"] == 2 * base["length"]
+    for each in report["results"]:
+        assert all(each[kind]["step_s"] > 0 and each[kind]["gflop"] > 0 for kind in ("sft", "grpo"))
+        assert each["sft"]["checkpoint_bytes"] > 16 * each["weights"] > 0
+    assert len(table.splitlines()) == 2 + 3
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -95,7 +96,7 @@ CASES = [
 @pytest.mark.parametrize(("kind", "ranks"), CASES)
 def test_a_killed_run_equals_an_undisturbed_one(tmp_path: Path, kind: str, ranks: int) -> None:
     calm, storm = tmp_path / "calm", tmp_path / "storm"
-    finish(start(kind, calm, ranks))
+    finish(start(kind, calm, ranks, "save_in_background=false"))
     chance = random.Random(f"{kind} {ranks}")
     step = chance.randrange(2, 5)
     instant = time.monotonic() + 3600
@@ -149,6 +150,17 @@ def test_ctrl_c_under_torchrun_saves_on_all_ranks_without_a_traceback_of_theirs(
     launchers = output.partition("Traceback")[2]
     assert "KeyboardInterrupt" not in output and "conch" not in launchers, launchers
     assert "going on with" in finish(start("sft", storm, 2, f"total_steps={step + 1}", "eval_every=0"))
+
+
+def test_a_rank_that_cannot_write_its_part_ends_the_run_without_half_a_checkpoint(tmp_path: Path) -> None:
+    settings = ("save_every=3", "total_steps=1000000", "eval_every=0", "file_bytes_of_rank_1=4096")
+    process = start("sft", tmp_path / "run", 2, *settings)
+    output, _ = process.communicate(timeout=LONGEST_S)
+    assert process.returncode not in (0, None)
+    assert re.search(r"error: the checkpoint \S+step_3 cannot be written: .*File too large", output), output
+    assert "1 of 2 processes failed" in output or "another process has not written its part" in output
+    assert list((tmp_path / "run/checkpoints").iterdir()) == []
+    assert steps_logged(tmp_path / "run") < 100
 
 
 def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ State = Literal["waiting", "running", "stopped", "done", "pruned", "failed"]
 
 _FREE_KEYS = (
     *("train.run_dir", "train.resume", "train.output_dir", "train.num_processes", "train.save_every"),
+    "train.save_in_background",
     *("train.keep_last", "train.checkpoint_frequency", "train.keep_checkpoints", "logging."),
     *("tracking.", "reference.", "rollout.urls", "reward.url", "reward.record", "reward.auth.headers_env"),
     *("reward.client.connect_timeout_s", "reward.client.request_timeout_s", "reward.client.deadline_s"),

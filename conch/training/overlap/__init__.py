@@ -1,1 +1,2 @@
-"""Training that overlaps with sampling and scoring: groups, the buffer between the two, their ledger."""
+"""Training that overlaps with sampling and scoring (groups, their buffer, their ledger), and with the writing
+of its checkpoints."""
