@@ -302,6 +302,8 @@ def _make_model(folder: Path) -> None:
         code = "import sys; from pathlib import Path; from tests.services import tiny_model; "
         code += "tiny_model(Path(sys.argv[1]))"
         subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, check=True)
+    for file in folder.iterdir():  # safetensors makes its files for their owner alone
+        file.chmod(0o644)
 
 
 if __name__ == "__main__":
