@@ -17,12 +17,11 @@ from conch.errors import ServiceError, ServiceUnavailableError
 from conch.service.client import AsyncTrainingClient, TrainingClient
 from tests.certificates import Certificates, make_certificates
 
-ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{}"
-
 
 @contextmanager
-def listening(context: ssl.SSLContext | None) -> Iterator[int]:
-    """A port that answers each request with an empty object. context: of its TLS; None speaks none."""
+def listening(context: ssl.SSLContext | None, body: bytes = b"{}") -> Iterator[int]:
+    """A port that answers each request with a body. context: of its TLS; None speaks none."""
+    head = f"HTTP/1.1 200 OK\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n".encode()
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
@@ -32,7 +31,7 @@ def listening(context: ssl.SSLContext | None) -> Iterator[int]:
                     with connection, suppress(OSError):
                         wrapped = context.wrap_socket(connection, server_side=True) if context else connection
                         wrapped.recv(65536)
-                        wrapped.sendall(ANSWER)
+                        wrapped.sendall(head + body)
                         wrapped.close()
 
         thread = threading.Thread(target=serve, daemon=True)
