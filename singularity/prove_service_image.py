@@ -1,4 +1,4 @@
-"""Takes the Dockerfile's steps for the service in a folder, and shows that its entry point serves. No Docker.
+"""Takes the steps of the Dockerfiles of service and task in a folder, and shows that they serve. No Docker.
 
     sudo .venv/bin/python singularity/prove_service_image.py FOLDER [--pip FOLDER]
 
@@ -7,7 +7,8 @@ are done as they stand, in a chroot. The entry point runs as the image's user, a
 namespace of its own, with the image's variables and those of docs/remote_service.md. It must refuse to start
 without a key and with an unknown variable; be unhealthy before it listens and healthy then; train with a
 client of this checkout from /models; go on with its runs behind SIGTERM, which it leaves with code 0, and
-behind a SIGKILL of the server below process 1.
+behind a SIGKILL of the server below process 1. Then the task of examples/remote, from its own image's files,
+trains with it to the end.
 
 FOLDER keeps what was made (2 GB with CPU builds of torch), so that a second call is quick; --anew makes the
 image's steps again. Needs root and util-linux's unshare.
@@ -37,8 +38,11 @@ from conch.errors import ConchError
 from conch.service.client import TrainingClient, TrainingSettings
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCKERFILE = ROOT / "singularity" / "Dockerfile"
-STAGE, PACKAGES = "service", "ca-certificates"
+DOCKERFILES = {
+    "service": ROOT / "singularity" / "Dockerfile",
+    "task": ROOT / "examples" / "remote" / "task" / "Dockerfile",
+}
+_STEPS = 2
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _START_S, _STOP_S = 180.0, 120.0
 
@@ -114,26 +118,29 @@ def inside(root: Path, command: Sequence[str], environment: Mapping[str, str], u
     return [*own, "sh", "-c", mounts, "sh", str(root), user, *variables, *command]
 
 
-def make(work: Path, image: Image, debootstrap: str) -> Path:
+def make(work: Path, name: str, image: Image, debootstrap: str) -> None:
     """Debian, and the steps on it."""
-    root = work / "root"
-    if not (root / "etc/debian_version").exists():
-        say(f"Debian 12 in {root}")
-        options = ["--variant=minbase", f"--include={PACKAGES}", "bookworm", str(root)]
+    base, root = work / "base", work / name
+    if not (base / "etc/debian_version").exists():
+        say(f"Debian 12 in {base}")
+        options = ["--variant=minbase", "--include=ca-certificates", "bookworm", str(base)]
         subprocess.run([*shlex.split(debootstrap), *options, "http://deb.debian.org/debian"], check=True)
-    (root / "models").mkdir(exist_ok=True)
+    if root.exists():
+        shutil.rmtree(root)
+    subprocess.run(["cp", "--archive", base, root], check=True)
+    (root / "models").mkdir()
     for name in ("resolv.conf", "hosts"):
         shutil.copyfile(f"/etc/{name}", root / "etc" / name)
+    mirror = {"PIP_CONFIG_FILE": "/mnt/pip.conf"} if (work / "pip").is_dir() else {}
     for environment, word, rest in image.steps:
         say(f"{word} {rest}")
         if word == "RUN":
-            subprocess.run(inside(root, ["/bin/sh", "-c", rest], environment), check=True)
+            subprocess.run(inside(root, ["/bin/sh", "-c", rest], {**environment, **mirror}), check=True)
             continue
         *sources, target = rest.split()
         for source in sources:
             _copy(ROOT / source, root / target.removeprefix("/"), into=target.endswith("/"))
-    (work / ".complete").touch()
-    return root
+    (work / f".{name}").touch()
 
 
 def _copy(source: Path, target: Path, *, into: bool) -> None:
@@ -168,10 +175,11 @@ class Container:
 
 
 class Proof:
-    """All that must hold. port: of the service."""
+    """All that must hold. images: by their names. port: of the service."""
 
-    def __init__(self, work: Path, image: Image, port: int) -> None:
-        self._work, self._root, self._image = work, work / "root", image
+    def __init__(self, work: Path, images: Mapping[str, Image], port: int) -> None:
+        self._work, self._root, self._images = work, work / "service", images
+        self._image = image = images["service"]
         self._key = secrets.token_hex(32)
         self._url = f"http://127.0.0.1:{port}"
         told = {"CONCH_SERVICE_KEY": self._key, "CONCH_SERVICE_MODELS": '["/models/start"]'}
@@ -193,9 +201,19 @@ class Proof:
         with self._container() as container:
             self._wait_until_healthy(container)
             with TrainingClient(self._url, self._key, retry_s=_START_S) as client:
-                check([each.run_id for each in client.get_runs()] == [run_id], "the volume lost the run")
-                self._train(client, 2)
+                known = [each.run_id for each in client.get_runs()]
+            check(run_id in known, "the volume lost the run")
+            self._run_task()
             check(container.stop() == 0, "it did not leave with code 0")
+
+    def _run_task(self) -> None:
+        task = self._images["task"]
+        told = {"SERVICE_URL": self._url, "CONCH_SERVICE_KEY": self._key, "MODEL": "/models/start"}
+        environment = {**task.environment, **told, "STEPS": str(_STEPS)}
+        words = inside(self._work / "task", task.entrypoint, environment, task.user)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=_START_S, check=False)
+        check(done.returncode == 0 and f"version {_STEPS}" in done.stdout, f"the task failed: {done.stderr}")
+        say(f"the task's container: {done.stdout.strip()}")
 
     def _refuses_in_words(self) -> None:
         for changes, words in (
@@ -217,6 +235,9 @@ class Proof:
         try:
             yield Container(outside, log)
         finally:
+            # --kill-child does not reach a child that has become another user.
+            for process in psutil.Process(outside.pid).children() if outside.poll() is None else []:
+                process.kill()
             outside.kill()
             outside.wait(_STOP_S)
 
@@ -280,27 +301,31 @@ def main() -> int:
     options = parser.parse_args()
     work = options.folder.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    image = read_stage(DOCKERFILE.read_text(encoding="utf-8"), STAGE, {"TORCH_INDEX": options.torch_index})
+    build = {"TORCH_INDEX": options.torch_index}
+    images = {
+        name: read_stage(file.read_text(encoding="utf-8"), name, build) for name, file in DOCKERFILES.items()
+    }
     try:
         check(os.getuid() == 0, "run this as root: it makes a chroot")
         if options.pip is not None:
             check((options.pip / "pip.conf").is_file(), "--pip needs a folder that holds pip.conf")
             shutil.copytree(options.pip, work / "pip", dirs_exist_ok=True)
-        if options.anew or not (work / ".complete").exists():
-            make(work, image, options.debootstrap)
+        for name, image in images.items():
+            if options.anew or not (work / f".{name}").exists():
+                make(work, name, image, options.debootstrap)
         _make_model(work / "models" / "start")
-        Proof(work, image, options.port).run()
+        Proof(work, images, options.port).run()
     except (ConchError, subprocess.SubprocessError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    say("proved: the image's steps are taken, and its entry point serves, trains, and goes on")
+    say("proved: the images' steps are taken, and their entry points serve, train, and go on")
     return 0
 
 
 def _make_model(folder: Path) -> None:
     if not folder.exists():
-        code = "import sys; from pathlib import Path; from tests.services import tiny_model; "
-        code += "tiny_model(Path(sys.argv[1]))"
+        code = "import sys; from pathlib import Path; from examples.remote.alphabetical import make_start; "
+        code += "make_start(Path(sys.argv[1]), steps=3)"
         subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, check=True)
     for file in folder.iterdir():  # safetensors makes its files for their owner alone
         file.chmod(0o644)
