@@ -28,5 +28,5 @@ def test_port_that_another_listens_on_is_told() -> None:
 
 
 def test_address_of_another_machine_is_told() -> None:
-    with pytest.raises(ServerStartError, match="`host` = 192.0.2.7 cannot be listened on"):
+    with pytest.raises(ServerStartError, match=r"`host` = 192\.0\.2\.7 cannot be listened on"):
         check_port(ListenSettings(host="192.0.2.7", allow_anyone=True))
