@@ -47,11 +47,12 @@ class Notes:
     """A file that gets a JSON line for each answer, whole or not at all."""
 
     def __init__(self, file: Path) -> None:
-        self._file = file.open("ab", buffering=0)
+        self._path = file
 
     def add(self, **values: Any) -> None:
         """Add a line."""
-        self._file.write((json.dumps(values) + "\n").encode())
+        with self._path.open("ab", buffering=0) as file:
+            file.write((json.dumps(values) + "\n").encode())
 
     def promise(self, sample_ids: Sequence[str], rewards: Sequence[float], reply: dict[str, Any]) -> None:
         """Note what a post of rewards was answered."""
@@ -113,6 +114,10 @@ class BadClient:
 
     def run(self) -> None:
         """Until the run has ended."""
+        with self._http:
+            self._run()
+
+    def _run(self) -> None:
         deeds: list[Callable[[CompletionsResponse], None]]
         deeds = [self._late, self._twice, self._few, self._no_number, self._tokens, self._others]
         number = 0
