@@ -409,7 +409,8 @@ def goes_on(status: StatusResponse, settings: TrainingSettings | None) -> bool:
             raise ServiceError(f"run {status.run_id} is under way with other settings: stop it first")
         return True
     if settings is None:
-        raise ServiceError("no run is under way: give `settings` to start one with")
+        before = f"; run {status.run_id}, the last, is {status.state}" if status.run_id else ""
+        raise ServiceError(f"no run is under way: give `settings` to start one with{before}")
     return False
 
 
