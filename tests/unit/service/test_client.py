@@ -249,7 +249,7 @@ def test_model_for_a_folder_that_is_not_there_is_told_before_it_is_asked_for(tmp
     with (
         fake_service() as fake,
         TrainingClient(fake.url, "key") as client,
-        pytest.raises(ServiceError, match="there is no folder .*nowhere"),
+        pytest.raises(ServiceError, match=r"there is no folder .*nowhere"),
     ):
         client.get_model(tmp_path / "nowhere" / "model.zip")
     assert fake.asked == []

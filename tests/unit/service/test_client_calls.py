@@ -182,7 +182,7 @@ def test_client_joins_the_run_with_its_settings_and_no_other() -> None:
     other = TrainingSettings(model_id="other")
     with pytest.raises(ServiceError, match="run r is under way with other settings"):
         goes_on(under_way, other)
-    with pytest.raises(ServiceError, match="no run is under way: give `settings` to start one with$"):
+    with pytest.raises(ServiceError, match=r"no run is under way: give `settings` to start one with$"):
         goes_on(StatusResponse(), None)
     with pytest.raises(ServiceError, match="start one with; run r, the last, is finished"):
         goes_on(StatusResponse(run_id="r", state="finished"), None)
