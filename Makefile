@@ -49,11 +49,11 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)  ## SFT, reward model, Triton server and PPO on random walks: a few minutes on a laptop CPU
 	$(BIN)/python -m examples.randomwalks.quickstart seed=$(SEED) $(ARGS)
 
-check: $(STAMP)  ## lint (scripts and Dockerfile too), formatting and types
+check: $(STAMP)  ## lint (scripts and Dockerfiles too), formatting and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/shellcheck --external-sources --source-path=SCRIPTDIR $(SCRIPTS)
-	$(BIN)/hadolint singularity/Dockerfile
+	$(BIN)/hadolint singularity/Dockerfile examples/remote/task/Dockerfile
 	$(BIN)/python -m pyright
 
 format: $(STAMP)  ## rewrite the sources as `make check` wants them

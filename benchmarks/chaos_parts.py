@@ -139,10 +139,11 @@ def remote_ledger_faults(
     counts: Counter[int] = Counter()
     for number, reason, _, samples in ledger["ended"]:
         versions = {each[-1][1] for each in samples if each[-1] is not None and each[-1][0] == "whole"}
-        if len(versions) > 1:
-            faults.append(f"group {number} was promised to updates {sorted(versions)}")
-        if reason or not versions:
-            continue  # dropped
+        if len(versions) != (not reason):
+            became = f"dropped ({reason})" if reason else "learned from"
+            faults.append(f"group {number} was promised to updates {sorted(versions)}, and {became}")
+        if reason or len(versions) != 1:
+            continue
         [version] = versions
         counts[version] += 1
         learned.setdefault(version, []).extend(each[-2] for each in samples if each[-2] is not None)

@@ -11,6 +11,7 @@ import asyncio
 import base64
 import hmac
 import json
+import socket
 import ssl
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from conch.access.secrets import secret_from
 from conch.access.tls import check_server
+from conch.errors import ServerStartError
 from conch.servers.settings import ListenSettings
 
 BAD_REQUEST, UNAUTHORIZED, TIMEOUT, STALE_WEIGHTS, TOO_LARGE, UNAVAILABLE = 400, 401, 408, 409, 413, 503
@@ -255,6 +257,26 @@ def check_access(settings: ListenSettings) -> None:
     tls = settings.tls()
     if tls is not None:
         check_server(tls)
+
+
+def check_port(settings: ListenSettings) -> None:
+    """See that a server can listen where it is to, before it loads what takes long.
+
+    Raises:
+        ServerStartError: something else listens there, or the address is none of this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ServerStartError(
+            f"`port` = {settings.port} of `host` = {settings.host} cannot be listened on ({error.strerror}): "
+            "another server may be there"
+        ) from error
 
 
 def make_listener(

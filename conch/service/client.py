@@ -186,6 +186,8 @@ class TrainingClient:
             The number of updates that it has seen.
         """
         target = Path(path)
+        if not target.parent.is_dir():
+            raise ServiceError(f"the model cannot be written: there is no folder {target.parent}")
         download = _Download(target.with_name(f".{target.name}.partial"))
         download.path.unlink(missing_ok=True)
         attempts = Attempts(self._access, Call("GET", "/model", None, self._access.wait_s))
@@ -266,6 +268,9 @@ class TrainingClient:
         if given:
             completions = [*given.values()]
             rewards = reward(**reward_arguments([asked[index].row for index in given], completions))
+            if inspect.iscoroutine(rewards):
+                rewards.close()
+                raise ServiceError("the reward is a coroutine function: `AsyncTrainingClient` awaits such")
             self.submit_rewards_batch(rewards_of(rewards, completions, self._access))
         return [asked[index] for index in again]
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
+import ssl
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import httpx2
 from pydantic import BaseModel, ValidationError
@@ -28,6 +31,9 @@ from conch.service.protocol import (
 )
 from conch.service.refusals import RefusedError
 
+# Not conch.log's, which needs more than a client's machine has.
+_log = logging.getLogger(__name__)
+
 TRANSIENT = (408, 425, 429, 502, 503, 504)
 _MORE_S = 30.0
 """Time for an answer beyond the wait that was asked for."""
@@ -37,6 +43,16 @@ _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 10.0
 _LONGEST_RETRY_AFTER_S = 60.0
 _MAX_DETAIL = 500
+_TURNED_AWAY = (
+    "ALERT_HANDSHAKE_FAILURE",
+    "ALERT_UNKNOWN_CA",
+    "CERTIFICATE_REQUIRED",
+    "ALERT_PROTOCOL_VERSION",
+)
+"""In reasons of OpenSSL: the other side has said that it will not have this client."""
+
+_TOLD_BEHIND_S = 2.0
+"""A service that is away is told of behind this time: a short break is nobody's business."""
 
 UserPrompt = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 """A text, messages, or a mapping with "prompt", which is one of these, and keys for the reward function."""
@@ -67,17 +83,35 @@ class Access:
         """Access with what is left out: the key from the environment, a client id of its own.
 
         Raises:
-            ServiceError: there is no key.
+            ServiceError: there is no key or none that a header can carry, or the address is none.
         """
         key = os.environ.get(KEY_VARIABLE, "") if api_key is None else api_key
         if not key:
             raise ServiceError(f"no key: pass `api_key`, or set the environment variable {KEY_VARIABLE}")
+        if not (key.isascii() and key.isprintable()) or " " in key:
+            raise ServiceError(
+                f"what `api_key` or {KEY_VARIABLE} holds is no key: it has signs, or an end of line, that no "
+                "header can carry"
+            )
+        if not _is_address(url):
+            raise ServiceError(
+                f"`url` = {url!r} is no address of a service: write http://HOST:PORT, or https://HOST:PORT "
+                "where it speaks TLS"
+            )
         name = f"client-{uuid.uuid4().hex[:12]}" if client_id is None else client_id
         return cls(url.rstrip("/"), {KEY_HEADER: key}, name, wait_s, retry_s)
 
     def timeout(self, wait_s: float) -> httpx2.Timeout:
         """Limits of a request that may be made to wait."""
         return httpx2.Timeout(wait_s + _MORE_S, connect=_CONNECT_S)
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of the port
+        return False
 
 
 @dataclass(frozen=True)
@@ -110,24 +144,28 @@ class Attempts:
 
     access: Access
     call: Call
-    _until: float = field(init=False)
+    _begun: float = field(init=False, default_factory=time.monotonic)
     _pause_s: float = field(init=False, default=_FIRST_PAUSE_S)
-
-    def __post_init__(self) -> None:
-        self._until = time.monotonic() + self.access.retry_s
+    _is_told: bool = field(init=False, default=False)
 
     def broken(self, error: httpx2.RequestError) -> float:
         """Seconds to wait before the request is sent again, after a connection broke.
 
         Raises:
             ServiceUnavailableError: it is not to be sent again.
+            ServiceError: the two sides do not agree about TLS, which does not pass.
         """
+        if (reason := _tls_problem(error)) is not None:
+            raise ServiceError(f"{self.access.url}: {reason}") from error
         came_through = not isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
         message = f"{self.access.url} does not answer ({type(error).__name__}: {error})"
+        if came_through and self.access.url.startswith("http:"):
+            message += "; if it speaks TLS, write https://"
         if came_through and not self.call.repeats:
             raise ServiceUnavailableError(
                 f"{message}; it may have done {self.call.path} all the same"
             ) from error
+        self._tell(message)
         return self._next_pause(ServiceUnavailableError(message), None)
 
     def refused(self, reply: httpx2.Response) -> float:
@@ -158,12 +196,40 @@ class Attempts:
         """The same, after an answer that told a part of a batch to come again."""
         return self._next_pause(ServiceUnavailableError(f"{self.access.url} is busy"), None)
 
+    def _tell(self, message: str) -> None:
+        """Say once why nothing happens, to who waits before the screen."""
+        if not self._is_told and time.monotonic() - self._begun >= min(_TOLD_BEHIND_S, self.access.retry_s):
+            self._is_told = True
+            _log.warning("%s: asked again, for up to %g s in all", message, self.access.retry_s)
+
     def _next_pause(self, error: ServiceUnavailableError, wanted_s: float | None) -> float:
-        if time.monotonic() >= self._until:
+        left_s = self._begun + self.access.retry_s - time.monotonic()
+        if left_s <= 0:
             raise error
         pause_s = self._pause_s if wanted_s is None else wanted_s
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
-        return pause_s * random.uniform(0.8, 1.2)  # many clients do not come back at once
+        # Many clients do not come back at once; and the last attempt is made when the time is over.
+        return min(pause_s * random.uniform(0.8, 1.2), left_s)
+
+
+def _tls_problem(error: BaseException | None) -> str | None:
+    """Why no TLS connection will ever stand; None where there is another reason, or one that may pass."""
+    while error is not None and not isinstance(error, ssl.SSLError):
+        error = error.__cause__ or error.__context__
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return (
+            f"its certificate is not trusted ({error.verify_message}): pass "
+            '`verify=ssl.create_default_context(cafile="ca.pem")` with the authority that signed it'
+        )
+    reason = "" if error is None else error.reason or ""
+    if reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST"):
+        return "what answers speaks no TLS: write http://"
+    if any(word in reason for word in _TURNED_AWAY):
+        return (
+            f"it turns this client away ({reason}): where it asks for certificates, give `verify` a context "
+            "with one (`load_cert_chain`)"
+        )
+    return None
 
 
 def detail_of(reply: httpx2.Response) -> str:
@@ -211,15 +277,28 @@ class PromptRow:
 
     @classmethod
     def of(cls, row: UserPrompt) -> PromptRow:
-        """Take a user's prompt apart."""
-        if isinstance(row, Mapping):
-            inner = row["prompt"]
-            return cls(_plain(inner), {key: value for key, value in row.items() if key != "prompt"})
-        return cls(_plain(row), {})
+        """Take a user's prompt apart.
+
+        Raises:
+            ServiceError: it is none.
+        """
+        if not isinstance(row, Mapping):
+            return cls(_plain(row), {})
+        if "prompt" not in row:
+            raise ServiceError(f"a prompt that is a mapping has the key `prompt`, this one {sorted(row)}")
+        return cls(_plain(row["prompt"]), {key: value for key, value in row.items() if key != "prompt"})
 
 
 def _plain(prompt: Any) -> str | list[dict[str, Any]]:
-    return prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
+    if prompt and isinstance(prompt, str):
+        return str(prompt)
+    try:
+        messages: list[dict[str, Any]] = [dict(message) for message in prompt]
+        if messages:
+            return messages
+    except (TypeError, ValueError):
+        pass
+    raise ServiceError(f"a prompt is a text or messages, and not empty, but not {str(prompt)[:80]!r}")
 
 
 def endless(prompts: Sequence[UserPrompt]) -> Iterator[PromptRow]:
@@ -295,14 +374,16 @@ def rewards_of(
         ServiceError: it gave another number of rewards, or something else.
     """
     count = sum(len(reply.completions) for reply in completions)
-    rewards = list(values)
+    try:
+        rewards = [None if value is None else float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise ServiceError(f"the reward function gave no list of numbers: {error}") from error
     if len(rewards) != count:
         raise ServiceError(f"the reward function gave {len(rewards)} rewards for {count} completions")
     posts: list[RewardsRequest] = []
     for reply in completions:
         own, rewards = rewards[: len(reply.completions)], rewards[len(reply.completions) :]
-        numbers = [None if value is None else float(value) for value in own]
-        posts.append(RewardsRequest.from_completions(reply, numbers, access.client_id))
+        posts.append(RewardsRequest.from_completions(reply, own, access.client_id))
     return posts
 
 
@@ -328,7 +409,8 @@ def goes_on(status: StatusResponse, settings: TrainingSettings | None) -> bool:
             raise ServiceError(f"run {status.run_id} is under way with other settings: stop it first")
         return True
     if settings is None:
-        raise ServiceError("no run is under way: give `settings` to start one with")
+        before = f"; run {status.run_id}, the last, is {status.state}" if status.run_id else ""
+        raise ServiceError(f"no run is under way: give `settings` to start one with{before}")
     return False
 
 

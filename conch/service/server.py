@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from conch.distributed.launcher import launched_processes
 from conch.errors import ConfigError
 from conch.log import get_logger
-from conch.servers.listening import check_access, make_listener
+from conch.servers.listening import check_access, check_port, make_listener
 from conch.servers.restart import leave_with_parent
 from conch.service.app import make_app
 from conch.service.protocol import KEY_HEADER
@@ -42,10 +42,13 @@ def serve(config: ServiceConfig) -> None:
     Of several processes that a launcher has started, rank 0 serves and all train.
 
     Raises:
-        ConchError: settings will not do; other ranks are lost, and the next service goes on with the run.
+        ConchError: settings or the port will not do; other ranks are lost, and the next service goes on with
+            the run.
         SystemExit: 0 after SIGTERM.
     """
     check_access(config)
+    if int(os.environ.get("RANK", "0")) == 0:
+        check_port(config)
     if launched_processes() <= 1:
         leave_with_parent()
         with _alone_in(config.output_dir):

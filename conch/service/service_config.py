@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from conch.config import RolloutConfig
 from conch.servers.settings import ListenSettings
@@ -27,8 +28,8 @@ class ServiceConfig(ListenSettings):
     """Environment variable with the key that clients must send. None asks for none, on loopback alone."""
 
     models: tuple[str, ...] = ()
-    """Models that clients may train, as they name them in `model_id`. Empty allows any folder of this machine
-    and any hub id."""
+    """Models that clients may train, as they name them in `model_id`: one, or a list. Empty allows any folder
+    of this machine and any hub id."""
 
     rollout: RolloutConfig = RolloutConfig()
     """What samples the completions of all runs: the trainer's process with transformers or vLLM, actors of
@@ -49,6 +50,11 @@ class ServiceConfig(ListenSettings):
 
     max_request_mb: float = Field(default=64.0, gt=0)
     """Largest request, in millions of bytes."""
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _list_one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     def harm(self) -> str:
         """What whoever is let in can do."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 import tempfile
 import zipfile
 import zlib
@@ -134,10 +133,10 @@ def exact_share(folder: Path, count: int = 500) -> float:
     return sum(score == 1.0 for score in reward(prompts, outputs)) / count
 
 
-def settings_of(model: Path, *, steps: int, seed: int) -> TrainingSettings:
-    """A run of updates on 16 lists with 8 answers each."""
+def settings_of(model: str, *, steps: int, seed: int) -> TrainingSettings:
+    """A run of updates on 16 lists with 8 answers each. model: as the service finds it."""
     return TrainingSettings(
-        model_id=str(model.resolve()),
+        model_id=model,
         max_completion_length=LONGEST + 4,
         num_completions_per_prompt=8,
         training_batch_size=16,
@@ -156,15 +155,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, default=START, help="where the model of the start is, or goes")
     parser.add_argument("--steps", type=int, default=150, help="updates")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start-only", action="store_true", help="make the model of the start, and no more")
     options = parser.parse_args(argv)
-    start = make_start(options.model)
-    print(f"exact at the start: {exact_share(start):.2f}", flush=True)
-    prompts = lists(held_out=False, seed=options.seed, count=20_000)
+    if options.start_only:
+        make_start(options.model)
+        return
     with TrainingClient(options.url, options.api_key) as client, tempfile.TemporaryDirectory() as folder:
+        client.get_status()  # a wrong key or address is told before a model is trained for minutes
+        start = make_start(options.model)
+        print(f"exact at the start: {exact_share(start):.2f}", flush=True)
         client.train(
             reward=reward,
-            prompts=prompts,
-            settings=settings_of(start, steps=options.steps, seed=options.seed),
+            prompts=lists(held_out=False, seed=options.seed, count=20_000),
+            settings=settings_of(str(start.resolve()), steps=options.steps, seed=options.seed),
         )
         client.get_model(Path(folder) / "model.zip")
         with zipfile.ZipFile(Path(folder) / "model.zip") as files:
@@ -173,4 +176,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    from conch.cli import run_main  # which needs more than clients have that import this
+
+    run_main(main)

@@ -1,17 +1,15 @@
 """What a training run survives: a network that breaks, a service and clients that are killed, and clients
 that send what fits nothing. `tests/unit/service/test_exchange_chaos.py` has fifty runs with a stand-in for
-the trainer; here are few, with processes, sockets and weights."""
+the trainer, `benchmarks/chaos_remote.py` fifty with processes; here are few, some with their weights."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +19,7 @@ import httpx2
 import pytest
 import torch
 
+from benchmarks.chaos_parts import remote_ledger_faults
 from conch.service.client import TrainingClient
 from conch.service.protocol import KEY_VARIABLE
 from tests.fakes.faulty_proxy import Fault, FaultyProxy
@@ -67,19 +66,7 @@ def trained(running: Service, model: Path, wire: FaultyProxy) -> Weights:
 
 def check_ledger(running: Service, run_id: str) -> None:
     """Each update has learned from as many groups as it should, none of which another has learned from."""
-    train = running.output_dir / "runs" / run_id / "train"
-    ledger = json.loads((train / "checkpoints" / f"step_{STEPS}" / "state" / "rank_0.json").read_text())
-    assert not [group for group in ledger["groups"] if group["place"] is not None]
-    learned: Counter[int] = Counter()
-    for _, reason, _, samples in ledger["ended"]:
-        answers = {tuple(sample[-1][:2]) for sample in samples if sample[-1] is not None}
-        whole = {version for outcome, version in answers if outcome == "whole"}
-        assert len(whole) == (not reason) or not answers
-        learned.update(whole)
-    assert learned == Counter({version: PER_STEP for version in range(1, STEPS + 1)})
-    assert ledger["counts"]["groups_learned"] == PER_STEP * STEPS
-    rows = [json.loads(line) for line in (train / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [*range(1, STEPS + 1)]
+    assert remote_ledger_faults(running.output_dir / "runs" / run_id, STEPS, PER_STEP) == []
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,22 @@ from docs._ext.needs import NEEDS
 from tests.pages import DOCS, PAGES, ROOT, blocks_of, commands_in, commands_of
 
 SHELL = {
-    *("cd", "curl", "echo", "export", "cat", "mkdir", "umask", "openssl", "source", "pip", "api", "jq", "do"),
+    *(
+        "cd",
+        "chmod",
+        "curl",
+        "echo",
+        "export",
+        "cat",
+        "mkdir",
+        "umask",
+        "openssl",
+        "source",
+        "pip",
+        "api",
+        "jq",
+        "do",
+    ),
 }
 """Programs of everybody's, and of this page, which take no settings of ours."""
 MARKED = {
@@ -180,8 +195,10 @@ def read_python(words: list[str], folder: Path) -> None:
 
 
 def read_docker(words: list[str], folder: Path) -> None:
-    """An image of ours that is built, or one that is run."""
-    if words[1] == "build":
+    """An image of ours that is built, or one that is run, or several together."""
+    if words[1] == "compose":
+        assert words[2] == "-f" and "services" in yaml.safe_load((folder / words[3]).read_text())
+    elif words[1] == "build":
         stage, file = words[words.index("--target") + 1], words[words.index("-f") + 1]
         assert re.search(rf"^FROM .* AS {stage}$", (folder / file).read_text(), re.MULTILINE), stage
     else:

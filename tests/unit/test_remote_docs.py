@@ -77,6 +77,7 @@ def test_settings_that_the_service_page_names_exist() -> None:
         ),
     }
     of_others = {"rm", "gpus", "target", "config_file", "num_processes", "max_restarts"}
+    of_others |= {"start", "build", "exit"}  # of the example and of Docker Compose
     fields = {*ServiceConfig.model_fields, "api_key", "help", *of_others}
     assert {"models", "host", "tls_cert"} <= named
     assert named - fields == set()

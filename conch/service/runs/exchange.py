@@ -360,8 +360,9 @@ class Exchange:
                 groups = self._ledger.next_groups()
                 if groups is not None:
                     return LearnOrder(groups)
-                if any(not each.is_taken for each in self._asks):
-                    self._changed.wait(_GATHER_S)
+                if waiting := sum(not each.is_taken for each in self._asks):
+                    if waiting < max(2, self.settings.prompts_per_step):  # a whole update's came together
+                        self._changed.wait(_GATHER_S)
                     return self._take_asks()
                 if self._clock() - self._heard_at > self._idle_s:
                     self.stop(f"no client has asked for anything in {self._idle_s:g} s")

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conch.config import RolloutConfig
-from conch.errors import CheckpointError
+from conch.errors import CheckpointError, ConfigError
 from conch.log import get_logger
 from conch.service.protocol import StatusResponse, TrainingSettings
-from conch.service.refusals import CONFLICT, NOT_FOUND, UNAVAILABLE, RefusedError
+from conch.service.refusals import CONFLICT, NOT_FOUND, UNAVAILABLE, UNPROCESSABLE, RefusedError
 from conch.service.runs.exchange import Exchange
 from conch.service.runs.exports import Exports
 from conch.service.runs.run import SaidOfRun, TrainingRun, check_change, ended_exchange, read_run, said_of
+from conch.service.runs.settings import check_readable
 
 if TYPE_CHECKING:
     from conch.service.runs.ranks import Leader
@@ -72,11 +73,15 @@ class Runs:
         """Begin a run.
 
         Raises:
-            RefusedError: another is under way, or the model is none of those that may be trained.
+            RefusedError: another is under way, or the model is none of those that may be trained or read.
         """
         if self._models and settings.model_id not in self._models:
             names = ", ".join(self._models)
             raise RefusedError(CONFLICT, f"`model_id` is none of those that this service trains: {names}")
+        try:
+            check_readable(settings.model_id)
+        except ConfigError as error:
+            raise RefusedError(UNPROCESSABLE, str(error)) from error
         stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
         return self._begin(self._folder / f"{stamp}-{uuid.uuid4().hex[:12]}", settings)
 

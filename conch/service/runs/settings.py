@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,28 @@ def run_config(
     for section, keys in settings.overrides.items():
         values[section] = values.get(section, {}) | _open_keys(section, keys)
     return load(RemoteRunConfig, values)
+
+
+def check_readable(model_id: str) -> None:
+    """See that this process may read the files of a model that is a folder.
+
+    Libraries say of a file that they may not read that it is not there; and safetensors makes its files for
+    their owner alone, who is another one where a container trains what was made outside.
+
+    Raises:
+        ConfigError: names a file that it may not.
+    """
+    folder = Path(model_id)
+    try:
+        files = [file for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
+    except PermissionError:
+        files = [folder]
+    for file in files:
+        if not os.access(file, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise ConfigError(
+                f"`model_id`: {file} cannot be read by the service, which is user {os.geteuid()}: "
+                f"chmod -R a+rX {folder}"
+            )
 
 
 def _open_keys(section: str, keys: Any) -> Mapping[str, Any]:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout, as `python -m` from there has it
 
+from conch.cli import run_main
 from examples.remote.alphabetical import main
 
 if __name__ == "__main__":
-    main(["--api_key", "default_key", *sys.argv[1:]])
+    run_main(lambda words: main(["--api_key", "default_key", *words]))

@@ -233,6 +233,28 @@ def needed(*distributions: str) -> set[str]:
     return {file.parts[0].partition(".")[0] for file in files}
 
 
+def test_coroutine_for_a_reward_of_the_blocking_client_is_told() -> None:
+    async def awaited(outputs: list[str], **_: Any) -> list[float]:
+        return reward(outputs)
+
+    with (
+        fake_service(status=[RUNNING], completions_batch=[giving()]) as fake,
+        TrainingClient(fake.url, "key") as client,
+        pytest.raises(ServiceError, match="coroutine function: `AsyncTrainingClient` awaits such"),
+    ):
+        client.train(reward=awaited, prompts=["a"])
+
+
+def test_model_for_a_folder_that_is_not_there_is_told_before_it_is_asked_for(tmp_path: Path) -> None:
+    with (
+        fake_service() as fake,
+        TrainingClient(fake.url, "key") as client,
+        pytest.raises(ServiceError, match=r"there is no folder .*nowhere"),
+    ):
+        client.get_model(tmp_path / "nowhere" / "model.zip")
+    assert fake.asked == []
+
+
 def test_client_needs_httpx_and_pydantic_alone() -> None:
     command = [sys.executable, "-c", ALONE, "conch", *needed("httpx2", "pydantic")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -182,11 +182,48 @@ def test_client_joins_the_run_with_its_settings_and_no_other() -> None:
     other = TrainingSettings(model_id="other")
     with pytest.raises(ServiceError, match="run r is under way with other settings"):
         goes_on(under_way, other)
-    with pytest.raises(ServiceError, match="no run is under way"):
+    with pytest.raises(ServiceError, match=r"no run is under way: give `settings` to start one with$"):
         goes_on(StatusResponse(), None)
+    with pytest.raises(ServiceError, match="start one with; run r, the last, is finished"):
+        goes_on(StatusResponse(run_id="r", state="finished"), None)
 
 
 def test_end_of_a_run_is_told_from_a_failure() -> None:
     assert is_end(StatusResponse(state="finished")) and not is_end(StatusResponse(state="running"))
     with pytest.raises(ServiceError, match="run r is failed: no memory"):
         is_end(StatusResponse(state="failed", run_id="r", error="no memory"))
+
+
+@pytest.mark.parametrize(
+    "url", ["", "127.0.0.1:8000", "localhost", "ftp://host", "http://host:port", "http://host:80000"]
+)
+def test_address_that_is_none_is_refused_at_once(url: str) -> None:
+    with pytest.raises(ServiceError, match="is no address of a service: write http://HOST:PORT"):
+        Access.of(url, "key", None, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "secret-1\n", "two words"])
+def test_key_that_no_header_can_carry_is_refused_at_once(key: str) -> None:
+    with pytest.raises(ServiceError, match="holds is no key") as refused:
+        Access.of("http://host", key, None, 1.0, 1.0)
+    assert key.strip() not in str(refused.value)
+
+
+def test_pause_ends_with_the_time_that_there_is() -> None:
+    attempts = Attempts(access(3.0), Call("POST", "/x"))
+    assert attempts.refused(answer(503, **{"retry-after": "60"})) <= 3.0
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [(None, "no list of numbers: 'NoneType'"), (["much"], "could not convert string"), ([[1.0]], "list")],
+)
+def test_reward_that_is_no_list_of_numbers_is_told(values: Any, words: str) -> None:
+    with pytest.raises(ServiceError, match=words):
+        rewards_of(values, [completions("p", "a")], access())
+
+
+@pytest.mark.parametrize("row", [{"text": "a"}, "", [], {"prompt": 7}, {"prompt": ["a"]}])
+def test_prompt_that_is_none_is_told(row: Any) -> None:
+    with pytest.raises(ServiceError, match=r"a prompt (is a text or messages|that is a mapping has the key)"):
+        PromptRow.of(row)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from conch.errors import ConfigError
+from conch.errors import ConfigError, ServerStartError
+from conch.servers.settings import load_settings, pairs_from_environment
 from conch.service.__main__ import main, taking_key
 from conch.service.protocol import KEY_VARIABLE
-from conch.service.service_config import ServiceConfig
+from conch.service.service_config import SETTINGS_PREFIX, ServiceConfig
 from tests.launches import ROOT
 
 
@@ -49,3 +51,20 @@ def test_help_lists_the_keys(command: str, folder: str) -> None:
         check=True,
     )
     assert "output_dir: Path" in result.stdout
+
+
+def test_service_whose_port_is_taken_says_so_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "key")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(ServerStartError, match=f"`port` = {port} .* cannot be listened on"):
+            main(["--restart=false", "--port", str(port), "--output_dir", str(tmp_path / "runs")])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_one_model_needs_no_list() -> None:
+    [pair] = pairs_from_environment(ServiceConfig, SETTINGS_PREFIX, {"CONCH_SERVICE_MODELS": "/models/start"})
+    assert load_settings(ServiceConfig, [pair]).models == ("/models/start",)
+    assert load_settings(ServiceConfig, ['models=["a", "b"]']).models == ("a", "b")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -377,3 +378,15 @@ def test_exchange_goes_on_where_one_was_killed_with_leases_as_they_were(tmp_path
     again = handed(second.ask(ask("c", "rc")))
     assert (again.group.number, again.places) == (c.group.number, c.places)
     assert second.reward(post(c, 5.0, 6.0)) == Answer("whole", 3)
+
+
+@pytest.mark.parametrize(("prompts", "waits"), [(1, True), (2, True), (3, False), (4, False)])
+def test_prompts_of_a_whole_update_are_not_kept_waiting_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompts: int, waits: bool
+) -> None:
+    monkeypatch.setattr("conch.service.runs.exchange._GATHER_S", 0.3)
+    exchange = exchange_in(tmp_path, training_batch_size=3)
+    exchange.ask_all([ask(f"p{number}") for number in range(prompts)])
+    started = time.monotonic()
+    assert len(sample(exchange)) == prompts
+    assert (time.monotonic() - started >= 0.3) == waits

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -37,6 +41,31 @@ def ended_run(folder: Path, name: str, *, state: str = "finished") -> Post:
     assert exchange.reward(post).version == 1
     journal.close()
     return post
+
+
+@contextmanager
+def as_ordinary_user() -> Iterator[None]:
+    """Inside, root is somebody else: nothing is closed to root."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_model_whose_files_may_not_be_read_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
+        model = Path(name)
+        model.chmod(0o755)
+        (model / "model.safetensors").touch(0o000)
+        with (
+            as_ordinary_user(),
+            pytest.raises(RefusedError, match=r"model.safetensors cannot be read .*chmod"),
+        ):
+            runs_in(tmp_path).start(TrainingSettings(model_id=name))
+    assert [*tmp_path.iterdir()] == []  # no run was begun
 
 
 def runs_in(folder: Path) -> Runs:

@@ -1,0 +1,1 @@
+"""A client of the training service in a container of its own."""
