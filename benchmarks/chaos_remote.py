@@ -35,7 +35,6 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -381,14 +380,14 @@ def _rewards(outcomes: Sequence[Outcome]) -> list[float | None]:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """As Markdown: a line for each set of faults."""
+    """As Markdown: a line for each kind of fault, of all runs that had it, whatever else they had."""
     lines = ["| disturbed by | runs | passed | s a run | reward |", "|" + "---|" * 5]
     calm = [each for each in outcomes if not each.disturbed]
     disturbed = [each for each in outcomes if each.disturbed]
     sides = [("nothing", calm)]
-    for kinds in Counter(each.disturbed for each in disturbed):
-        sides.append((", ".join(kinds), [each for each in disturbed if each.disturbed == kinds]))
-    for name, side in [sides[0], *sorted(sides[1:]), ("all disturbed", disturbed)]:
+    sides += [(kind, [each for each in disturbed if kind in each.disturbed]) for kind in FAULTS]
+    sides.append(("two or more of these", [each for each in disturbed if len(each.disturbed) > 1]))
+    for name, side in [*sides, ("all disturbed", disturbed)]:
         if not side:
             continue
         rewards = [each.reward for each in side if each.reward is not None]

@@ -41,16 +41,20 @@ def outcome(name: str, *kinds: str, reward: float | None = 1.0, faults: tuple[st
     return Outcome(name, kinds, 10.0, reward, faults, 3)
 
 
-def test_table_has_a_line_for_each_set_of_faults_and_the_distance() -> None:
+def test_table_has_a_line_for_each_kind_of_fault_and_the_distance() -> None:
     calm = [outcome("calm_0"), outcome("calm_1", reward=3.0)]
     others = [
         outcome("run_0", "client"),
         outcome("run_1", "client", reward=None, faults=("it hangs",)),
-        outcome("run_2", "network", reward=5.0),
+        outcome("run_2", "client", "network", reward=5.0),
     ]
     lines = table([*calm, *others]).splitlines()
     assert lines[2] == "| nothing | 2 | 2 | 10-10 | 2.000 (sd 1.414) |"
-    assert "| client | 2 | 1 | 10-10 | 1.000 |" in lines and "| network | 1 | 1 | 10-10 | 5.000 |" in lines
+    assert "| client | 3 | 2 | 10-10 | 3.000 (sd 2.828) |" in lines
+    assert "| network | 1 | 1 | 10-10 | 5.000 |" in lines and not [
+        each for each in lines if "service" in each
+    ]
+    assert "| two or more of these | 1 | 1 | 10-10 | 5.000 |" in lines
     assert lines[-1].startswith("Difference of the mean rewards: 0.4 standard errors; 15 requests")
 
 
