@@ -70,6 +70,8 @@ def main(path: str, arguments: list[str]) -> int:
     socket.send_fds(server, [b"."], [0, 1, 2])
     replies = server.makefile("rb")
     text = json.dumps(job).encode()
+    # The program may have said something, and whoever read it sent a signal, before it can be passed on here.
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
     server.sendall(len(text).to_bytes(8, "big") + text)
     first = replies.readline()
     if not first:
@@ -83,6 +85,7 @@ def main(path: str, arguments: list[str]) -> int:
     for number in PASSED_ON:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda received, _: os.kill(child, received))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
     code = int(replies.readline() or os.EX_SOFTWARE)
     os.unlink(note)
     if code < 0:  # ended by that signal, and so does this
