@@ -7,9 +7,11 @@ task in place of the lists and the reward. Started again, it joins the run that 
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from conch.errors import ServiceError
@@ -17,8 +19,13 @@ from conch.service.client import TrainingClient
 from examples.remote.alphabetical import lists, reward, settings_of
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Train to the end of the run, and download what it has learned; exit code 1 after an error."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="task.py", description=__doc__, formatter_class=raw)
+    parser.parse_args(argv)
+    if "SERVICE_URL" not in os.environ:
+        parser.error("set the variable SERVICE_URL to the service's address, http://HOST:PORT")
     logging.basicConfig(format="%(message)s")  # why nothing happens, while the service is away
     steps = int(os.environ.get("STEPS", "150"))
     url, result = os.environ["SERVICE_URL"], Path(os.environ.get("RESULT", "model.zip"))

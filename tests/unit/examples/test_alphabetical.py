@@ -39,7 +39,7 @@ def test_one_demonstration_in_four_is_right() -> None:
 
 
 def test_settings_fill_an_update_with_whole_groups() -> None:
-    settings = settings_of(ROOT, steps=3, seed=1)
+    settings = settings_of(str(ROOT), steps=3, seed=1)
     assert (settings.prompts_per_step, settings.max_steps, settings.seed) == (16, 3, 1)
     assert settings.most_groups >= 2 * settings.prompts_per_step
 

@@ -29,6 +29,7 @@ WITHOUT_KEYS = {
     "examples/remote/alphabetical.py": "has options",
     "examples/remote/examples/alphabetical.py": "has options",
     "examples/remote/grpo_server/uvicorn_main.py": "has options",
+    "examples/remote/task/task.py": "takes variables",
     "examples/sentiments/to_triton.py": "has options",
     "examples/trl/grpo_with_served_reward.py": "has options",
     "examples/trl/reward_model.py": "has options",
