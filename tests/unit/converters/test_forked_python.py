@@ -83,6 +83,17 @@ def test_fork_is_as_a_new_python_would_be(tmp_path: Path) -> None:
     assert forked["conch"] == [] and forked["offline"] and forked["environment"] == ["1", "false", "yes"]
 
 
+def test_module_that_a_library_made_in_memory_is_no_reason_against_a_fork(tmp_path: Path) -> None:
+    """torch.distributed.nn has one, which claims a file; transformers imports it on Python 3.10."""
+    (tmp_path / "model.py").write_text("print('[1]')")
+    before = (
+        "from importlib.machinery import ModuleSpec\nfrom types import ModuleType\n"
+        "made = ModuleType('made')\nmade.__spec__ = ModuleSpec('made', None, origin='<made>.py')\n"
+        "made.__spec__.has_location = True\nsys.modules['made'] = made\n"
+    )
+    assert run(tmp_path, before + BOTH) == [True, [1], [1]]
+
+
 def test_fork_has_the_libraries_and_nothing_else(tmp_path: Path) -> None:
     """Neither a module of Conch nor what the process does with a library afterwards."""
     (tmp_path / "model.py").write_text(
