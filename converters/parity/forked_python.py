@@ -80,8 +80,7 @@ def _isolated_path() -> list[str] | None:
         spec = getattr(module, "__spec__", None)
         is_left = "." not in name and name not in ("conch", "__main__", "__mp_main__")
         # What a library makes in memory, as torch.distributed.nn does, has a name in brackets for a file.
-        is_file = spec is not None and spec.has_location and not str(spec.origin).startswith("<")
-        if is_left and is_file:
+        if is_left and spec is not None and spec.has_location and not str(spec.origin).startswith("<"):
             found = PathFinder.find_spec(name, path)
             if found is None or found.origin != spec.origin:
                 return None
