@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks.measuring import ROOT
+from benchmarks.measuring import ROOT, parent_variable
 from conch.config import load
 from conch.errors import ConchError
-from conch.servers.restart import PARENT_PID_VARIABLE
 from conch.trainers.grpo import GRPORunConfig, GRPOTrainer
 from conch.trainers.sft import SFTRunConfig, SFTTrainer
 from examples.randomwalks.task import tokenizer_of
@@ -103,11 +102,15 @@ def launched(
         launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     command = [sys.executable, "-m", *launcher, "-m", module, *arguments]
     variables = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, threads // ranks))}
-    variables[PARENT_PID_VARIABLE] = str(os.getpid())
     if not deepspeed:
         variables["ACCELERATE_USE_CPU"] = "true"
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **variables}, stdout=sys.stderr, timeout=timeout_s, check=False
+        command,
+        cwd=ROOT,
+        env={**os.environ, **variables, **parent_variable()},
+        stdout=sys.stderr,
+        timeout=timeout_s,
+        check=False,
     )
     if done.returncode:
         raise ConchError(f"`{' '.join(command[1:])}` ended with code {done.returncode}")
